@@ -1,0 +1,76 @@
+"""Embedding spaces: what must be equal before two vectors may be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+
+class Pooling(StrEnum):
+    """How token vectors become one text vector; the words of sentence-transformers' configuration."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    LAST_TOKEN = "last_token"  # noqa: S105 - a pooling mode, not a password
+    MAX = "max"
+    MEAN_SQRT_LEN = "mean_sqrt_len"
+
+
+class Precision(StrEnum):
+    """Precision class. fp32, fp16 and bf16 agree to a cosine of 0.9999 and share one class."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
+class OnLong(StrEnum):
+    """What to do with a text longer than the space's ``max_tokens``."""
+
+    TRUNCATE = "truncate"
+    """Embed the first ``max_tokens`` tokens; count it and mark the vector."""
+    REJECT = "reject"
+    """Put the chunk into the job's dead list."""
+    SPLIT = "split"
+    """Embed windows of ``max_tokens`` and pool their vectors, weighted by their tokens."""
+
+
+class LongText(StrEnum):
+    """How a space represents a long text. REJECT writes nothing, so it shares TRUNCATE's space."""
+
+    TRUNCATE = "truncate"
+    SPLIT = "split"
+
+
+def long_text_for(on_long: OnLong) -> LongText:
+    """The representation that a policy writes."""
+    return LongText.SPLIT if on_long is OnLong.SPLIT else LongText.TRUNCATE
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceSpec:
+    """One embedding space. ``fingerprint`` covers every field but ``model``, which is its label.
+
+    A local model's ``revision`` is a digest of its files (``app.models``), so the same weights are the
+    same space under any path or name, and other weights under the same name are another space.
+    """
+
+    provider: str
+    model: str
+    revision: str
+    dimensions: int
+    max_tokens: int
+    pooling: Pooling
+    normalize: bool
+    document_prompt: str = ""
+    query_prompt: str = ""
+    long_text: LongText = LongText.TRUNCATE
+    precision: Precision = Precision.FLOAT
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits: SHA-256 of the canonical JSON of all fields but ``model``."""
+        fields = {name: value for name, value in asdict(self).items() if name != "model"}
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""Every error Chunkmill raises on purpose.
+
+::
+
+    ChunkmillError
+    ├── InvalidInput          the caller's argument is wrong; nothing was written
+    │   ├── InvalidChunk        one chunk, named by its id and position
+    │   ├── UnknownModel        the model cannot be found or read
+    │   ├── UnknownRoute        the route does not exist
+    │   └── InvalidSetting      an environment variable or argument of the set-up
+    ├── NotFound              a job or collection that does not exist
+    ├── JobFailed             a job ended with chunks that have no vector
+    ├── WaitTimeout           the time given to `wait` or `embed` is over
+    ├── SpaceMismatch         vectors of one space were about to meet another space
+    ├── LeaseLost             another worker holds the ChunkBatch now
+    ├── StoreUnavailable      Postgres cannot be used as it is (down, not migrated, no pgvector)
+    ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
+    ├── DeviceUnavailable     no GPU is free, or the one asked for does not exist
+    └── EngineError           the model could not be loaded or run
+        ├── ModelLoadError      files missing, unreadable or of an unsupported kind
+        └── TokenizerMismatch   the tokenizer was not made for this model
+
+Each class carries ``code`` (stable, for logs, metrics and the ledger), ``retryable`` (would the same
+call succeed later, unchanged?) and ``http_status``. Each message says what was wrong, where, and what
+to do next. No message contains a chunk's text.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ChunkmillError(Exception):
+    """Base of the tree. ``str(error)`` is the whole message, what to do next included."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+
+
+class InvalidInput(ChunkmillError):
+    code = "invalid_input"
+    http_status = 400
+
+
+class InvalidChunk(InvalidInput):
+    """A chunk that cannot be stored. ``position`` counts from 0 in the iterable given to ``enqueue``."""
+
+    code = "invalid_chunk"
+
+    def __init__(self, problem: str, *, chunk_id: str, position: int, reason: str) -> None:
+        self.chunk_id = chunk_id
+        self.position = position
+        self.reason = reason
+        """A stable word for the kind of problem, such as ``empty_id``; the dead list's ``code``."""
+        self.problem = problem
+        super().__init__(
+            f"chunk {chunk_id!r} at position {position}: {problem}. Nothing was written; mend the chunk, "
+            'or pass on_invalid="skip" to put bad chunks into the job\'s dead list and enqueue the rest.'
+        )
+
+
+class UnknownModel(InvalidInput):
+    code = "unknown_model"
+
+
+class UnknownRoute(InvalidInput):
+    code = "unknown_route"
+
+
+class InvalidSetting(InvalidInput):
+    code = "invalid_setting"
+
+
+class NotFound(ChunkmillError):
+    code = "not_found"
+    http_status = 404
+
+
+class JobFailed(ChunkmillError):
+    """``job_id`` names the job; ``client.job(job_id).dead`` lists its dead chunks with their reasons."""
+
+    code = "job_failed"
+
+    def __init__(self, message: str, *, job_id: int) -> None:
+        self.job_id = job_id
+        super().__init__(message)
+
+
+class WaitTimeout(ChunkmillError):
+    code = "wait_timeout"
+    retryable = True
+    http_status = 504
+
+
+class SpaceMismatch(ChunkmillError):
+    code = "space_mismatch"
+    http_status = 409
+
+
+class LeaseLost(ChunkmillError):
+    code = "lease_lost"
+
+
+class StoreUnavailable(ChunkmillError):
+    code = "store_unavailable"
+    retryable = True
+    http_status = 503
+
+
+class EmbeddedStackError(ChunkmillError):
+    code = "embedded_stack"
+
+
+class DeviceUnavailable(ChunkmillError):
+    code = "device_unavailable"
+
+
+class EngineError(ChunkmillError):
+    code = "engine_error"
+    retryable = True
+
+
+class ModelLoadError(EngineError):
+    code = "model_load"
+
+
+class TokenizerMismatch(EngineError):
+    code = "tokenizer_mismatch"
+    retryable = False
