@@ -1,0 +1,44 @@
+"""Alembic's entry point, run by ``chunkmill migrate`` and by ``alembic`` from the checkout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from alembic import context
+from app.db.schema import Base
+from app.settings import Settings
+
+MIGRATION_LOCK = 0x63686D00
+
+
+def is_ours(_object: Any, name: str | None, kind: str, _reflected: bool, _compare_to: Any) -> bool:
+    """Vector tables are made when a space is registered; their columns depend on the model."""
+    return not (kind == "table" and (name or "").startswith("vectors_"))
+
+
+def run() -> None:
+    url = context.config.attributes.get("url") or Settings.from_env().require_database_url()
+    with sa.create_engine(url).connect() as conn:
+        context.configure(
+            conn,
+            target_metadata=Base.metadata,
+            include_object=is_ours,
+            compare_server_default=True,
+            transaction_per_migration=True,
+        )
+        # Several machines may start at once; the later ones wait and find nothing to do.
+        conn.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+        conn.commit()
+        try:
+            with context.begin_transaction():
+                context.run_migrations()
+            conn.commit()
+        finally:
+            conn.rollback()
+            conn.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": MIGRATION_LOCK})
+            conn.commit()
+
+
+run()

@@ -1,0 +1,116 @@
+"""The broker: names of queues and tasks, Celery's configuration, and the one thing we publish."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import KombuError
+
+from app.settings import Settings
+
+QUEUE = "gpu"
+EMBED_TASK = "workers.embed_chunk_batch"
+PRIORITY_STEPS = [0, 3, 6, 9]
+
+PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
+"""What publishing raises while Redis is away. The poller rings again, so a publisher may log and go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doorbell:
+    """A ChunkBatch id and the priority rank of its job, 0 served first. Nothing else goes into Redis."""
+
+    chunk_batch_id: int
+    priority: int
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery app, the same for producers, workers, poller and Flower.
+
+    One retry brain: the ledger. Celery neither retries nor keeps results, and acknowledges late, so that a
+    redelivered doorbell is harmless: the claim answers it.
+    """
+    url = settings.require_redis_url()
+    app = Celery("chunkmill", broker=_kombu_url(url), set_as_current=False)
+    app.conf.update(
+        task_default_queue=QUEUE,
+        task_queues=[Queue(QUEUE)],
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_pool="threads",
+        worker_concurrency=settings.embedding_parallel_batches,
+        worker_prefetch_multiplier=1,
+        worker_enable_prefetch_count_reduction=False,
+        worker_soft_shutdown_timeout=0,  # real on prefork only; on threads it ends in a warm shutdown
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_connection_timeout=5,
+        broker_transport_options={
+            # The shortest visibility timeout of all connected apps wins, so it is set here for all. It
+            # only collects garbage: leases in Postgres drive recovery.
+            "visibility_timeout": 1800,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 3,
+            "socket_timeout": 30,  # without it a frozen Redis hangs every synchronous command
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "priority_steps": PRIORITY_STEPS,
+            "queue_order_strategy": "priority",
+        },
+    )
+    if url.startswith("rediss://"):
+        # kombu's default for rediss:// is CERT_NONE.
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return app
+
+
+def connect_redis(settings: Settings) -> redis.Redis:
+    """A client for looking at the queue. Short timeouts: a doorbell is never worth a hang."""
+    return redis.Redis.from_url(
+        settings.require_redis_url(), socket_timeout=5, socket_connect_timeout=2, health_check_interval=25
+    )
+
+
+def queued_doorbells(client: redis.Redis) -> int:
+    """Doorbells that Redis holds: waiting in a priority step, or delivered and not acknowledged."""
+    with client.pipeline(transaction=False) as pipe:
+        for step in PRIORITY_STEPS:
+            pipe.llen(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}")
+        pipe.hlen("unacked")
+        return sum(pipe.execute())
+
+
+def ring(celery: Celery, doorbells: Iterable[Doorbell]) -> None:
+    """Publish doorbells in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
+    with celery.producer_or_acquire() as producer, producer.batch(max_size=500) as batch:
+        for bell in doorbells:
+            celery.send_task(
+                EMBED_TASK,
+                args=[bell.chunk_batch_id],
+                queue=QUEUE,
+                priority=bell.priority,
+                producer=batch,
+                retry=False,
+                ignore_result=True,
+            )
+
+
+def _kombu_url(url: str) -> str:
+    """kombu writes a Unix socket as ``redis+socket:///path?virtual_host=0``."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return url
+    query: dict[str, Any] = parse_qs(parts.query)
+    return f"redis+socket://{parts.path}?virtual_host={query.get('db', ['0'])[0]}"

@@ -1,0 +1,89 @@
+"""Connections to Postgres, and what must be true of it before anything is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from alembic import command
+from app.errors import StoreUnavailable
+
+
+def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
+    """A pool of connections. ``role`` (``client``, ``worker``, ``poller``) shows in ``pg_stat_activity``."""
+    return sa.create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        connect_args={
+            "application_name": f"chunkmill-{role}",
+            "connect_timeout": 10,
+            # Staging tables are made with IF NOT EXISTS, whose notices would fill the log.
+            "options": "-c client_min_messages=warning",
+            # A worker that loses its network must notice before its lease is over, not after two hours.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+        },
+    )
+
+
+def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
+    """The psycopg connection below, inside the same transaction: for COPY and LISTEN."""
+    driver = conn.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        raise TypeError(f"expected a psycopg connection, got {type(driver).__name__}")
+    return driver
+
+
+def alembic_config(url: str) -> Config:
+    """Alembic's configuration. The scripts stand beside a checkout's ``app`` or inside an installed one."""
+    packaged = Path(__file__).parent / "alembic"
+    checkout = Path(__file__).parents[2] / "alembic"
+    config = Config()
+    config.set_main_option("script_location", str(packaged if packaged.is_dir() else checkout))
+    config.attributes["url"] = url
+    return config
+
+
+def migrate(url: str, revision: str = "head") -> None:
+    """Upgrade the schema. Safe to run from several machines at once: Alembic's run holds a lock."""
+    try:
+        command.upgrade(alembic_config(url), revision)
+    except sa.exc.OperationalError as error:
+        raise StoreUnavailable(unreachable_message(url, error)) from error
+
+
+def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
+    """``(current, head)`` revisions."""
+    scripts = ScriptDirectory.from_config(alembic_config(""))
+    return MigrationContext.configure(conn).get_current_revision(), scripts.get_current_head()
+
+
+def require_migrated(db: sa.Engine) -> None:
+    """Raise :class:`StoreUnavailable` when Postgres cannot be reached or its schema is not this code's."""
+    try:
+        with db.connect() as conn:
+            current, head = migration_level(conn)
+    except sa.exc.OperationalError as error:
+        raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
+    if current != head:
+        found = f"at migration {current}" if current else "empty"
+        raise StoreUnavailable(f"the database is {found}, this version needs {head}. Run: chunkmill migrate")
+
+
+def unreachable_message(url: str, error: Exception) -> str:
+    target = sa.make_url(url)
+    where = target.query.get("host") or f"{target.host}:{target.port or 5432}"
+    cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
+    return (
+        f"cannot connect to Postgres at {where}, database {target.database!r}: {cause}. "
+        "Check DATABASE_URL and that the server is up; `chunkmill doctor` shows more."
+    )

@@ -1,0 +1,210 @@
+"""All tables but the vector tables, of which each space has its own (``app.db.spaces``)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from app.domain.spaces import OnLong
+from app.domain.states import ChunkBatchState, JobState, Route
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+TIMESTAMP = sa.DateTime(timezone=True)
+NOW = sa.text("now()")
+
+
+class Base(DeclarativeBase):
+    metadata = sa.MetaData(naming_convention=NAMING)
+
+
+def _one_of(column: str, words: type[ChunkBatchState | JobState | Route | OnLong]) -> sa.CheckConstraint:
+    listed = ", ".join(f"'{word}'" for word in words)
+    return sa.CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+def _identity() -> Mapped[int]:
+    return mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
+
+
+class SpaceRow(Base):
+    __tablename__ = "spaces"
+
+    id: Mapped[int] = mapped_column(sa.Integer, sa.Identity(always=True), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(sa.Text, unique=True)
+    model: Mapped[str] = mapped_column(sa.Text)
+    dimensions: Mapped[int] = mapped_column(sa.Integer)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    storage: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (sa.CheckConstraint("storage IN ('vector', 'halfvec')", name="storage"),)
+
+
+class CollectionRow(Base):
+    __tablename__ = "collections"
+
+    id: Mapped[int] = mapped_column(sa.Integer, sa.Identity(always=True), primary_key=True)
+    name: Mapped[str] = mapped_column(sa.Text, unique=True)
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
+class ContentRow(Base):
+    """One distinct text. Chunks point here by hash, without a foreign key: a key would lock and check
+    every row of a bulk load, and ``app.vectors.delete`` takes a lock of its own instead."""
+
+    __tablename__ = "contents"
+
+    content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary, primary_key=True)
+    text: Mapped[str] = mapped_column(sa.Text)
+
+
+class ChunkRow(Base):
+    __tablename__ = "chunks"
+
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"), primary_key=True)
+    chunk_id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSONB)
+    job_id: Mapped[int] = mapped_column(sa.BigInteger)
+
+    # Search and the dead list go from a content to the chunks that carry it.
+    __table_args__ = (sa.Index(None, "content_hash", "collection_id"),)
+
+
+class JobRow(Base):
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = _identity()
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"))
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    state: Mapped[str] = mapped_column(sa.Text)
+    route: Mapped[str] = mapped_column(sa.Text)
+    priority: Mapped[int] = mapped_column(sa.SmallInteger)
+    on_long: Mapped[str] = mapped_column(sa.Text)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.Text, unique=True)
+    n_chunks: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    sealed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When the producer's iterable ended; until then the job cannot complete."""
+    finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        _one_of("state", JobState),
+        _one_of("route", Route),
+        _one_of("on_long", OnLong),
+        sa.Index("ix_jobs_open", "id", postgresql_where=sa.text("state IN ('enqueueing', 'running')")),
+    )
+
+
+class ChunkBatchRow(Base):
+    __tablename__ = "chunk_batches"
+
+    id: Mapped[int] = _identity()
+    job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    state: Mapped[str] = mapped_column(sa.Text)
+    route: Mapped[str] = mapped_column(sa.Text)
+    priority: Mapped[int] = mapped_column(sa.SmallInteger)
+    content_hashes: Mapped[list[bytes]] = mapped_column(ARRAY(sa.LargeBinary))
+    n_contents: Mapped[int] = mapped_column(sa.Integer)
+    n_cached: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    n_embedded: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    n_truncated: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    max_attempts: Mapped[int] = mapped_column(sa.Integer)
+    lease_owner: Mapped[str | None] = mapped_column(sa.Text)
+    lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    rung_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    error_code: Mapped[str | None] = mapped_column(sa.Text)
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        _one_of("state", ChunkBatchState),
+        _one_of("route", Route),
+        sa.Index(None, "job_id", "state"),
+        sa.Index(
+            "ix_chunk_batches_due", "priority", "id", postgresql_where=sa.text("state = 'available'")
+        ),
+        sa.Index("ix_chunk_batches_leased", "lease_until", postgresql_where=sa.text("state = 'running'")),
+    )
+
+
+class DeadChunkRow(Base):
+    __tablename__ = "dead_chunks"
+
+    id: Mapped[int] = _identity()
+    job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
+    chunk_id: Mapped[str] = mapped_column(sa.Text)
+    content_hash: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """NULL for a chunk refused at the door, which was never stored."""
+    code: Mapped[str] = mapped_column(sa.Text)
+    reason: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (
+        sa.Index(None, "job_id"),
+        sa.Index(
+            "uq_dead_chunks_once",
+            "job_id",
+            "chunk_id",
+            "content_hash",
+            unique=True,
+            postgresql_where=sa.text("content_hash IS NOT NULL"),
+        ),
+    )
+
+
+class UsageRow(Base):
+    """What one attempt at a ChunkBatch cost; written by the transaction that ends the attempt."""
+
+    __tablename__ = "usage"
+
+    chunk_batch_id: Mapped[int] = mapped_column(sa.ForeignKey("chunk_batches.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    provider: Mapped[str] = mapped_column(sa.Text)
+    worker: Mapped[str] = mapped_column(sa.Text)
+    contents: Mapped[int] = mapped_column(sa.Integer)
+    tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    engine_seconds: Mapped[float] = mapped_column(sa.Double)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (sa.Index(None, "job_id"),)
+
+
+class EmbedRequestRow(Base):
+    """A question to the workers: embed these texts now. Unlogged: an answer nobody waits for is worth nothing."""
+
+    __tablename__ = "embed_requests"
+
+    id: Mapped[int] = _identity()
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    kind: Mapped[str] = mapped_column(sa.Text)
+    texts: Mapped[list[str]] = mapped_column(ARRAY(sa.Text))
+    vectors: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """Little-endian float32, C order, ``(len(texts), dimensions)``."""
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (
+        sa.CheckConstraint("kind IN ('document', 'query')", name="kind"),
+        {"prefixes": ["UNLOGGED"]},
+    )

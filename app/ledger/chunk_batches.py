@@ -1,0 +1,199 @@
+"""ChunkBatches: each transition is one UPDATE that names its guard.
+
+``attempt`` is the fencing number. A worker whose lease was taken back holds an old one, and none of its
+updates finds a row any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from app.db.schema import ChunkBatchRow
+from app.domain.retries import Discard, decide
+from app.domain.spaces import OnLong
+from app.domain.states import ChunkBatchState
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right of one worker to finish one ChunkBatch, until ``attempt`` is raised by another claim."""
+
+    chunk_batch_id: int
+    attempt: int
+    max_attempts: int
+    job_id: int
+    space_id: int
+    collection_id: int
+    on_long: OnLong
+    content_hashes: tuple[bytes, ...]
+
+
+def add(
+    conn: sa.Connection,
+    *,
+    job_id: int,
+    space_id: int,
+    route: str,
+    priority: int,
+    max_attempts: int,
+    batches: Sequence[Sequence[bytes]],
+) -> list[int]:
+    """Add available ChunkBatches; returns their ids, in order."""
+    if not batches:
+        return []
+    rows = [
+        {
+            "job_id": job_id,
+            "space_id": space_id,
+            "route": route,
+            "priority": priority,
+            "max_attempts": max_attempts,
+            "state": ChunkBatchState.AVAILABLE,
+            "content_hashes": list(hashes),
+            "n_contents": len(hashes),
+        }
+        for hashes in batches
+    ]
+    inserted = conn.execute(
+        sa.insert(ChunkBatchRow).returning(ChunkBatchRow.id, sort_by_parameter_order=True), rows
+    )
+    return list(inserted.scalars())
+
+
+def add_cached(
+    conn: sa.Connection, *, job_id: int, space_id: int, route: str, priority: int, max_attempts: int,
+    hashes: Sequence[bytes], n_truncated: int,
+) -> None:  # fmt: skip
+    """Record contents that have a vector already as a ChunkBatch born completed.
+
+    So the anti-join that ends the job covers every content of the job, and a vector that vanished since
+    is embedded again.
+    """
+    if hashes:
+        conn.execute(
+            sa.insert(ChunkBatchRow).values(
+                job_id=job_id,
+                space_id=space_id,
+                route=route,
+                priority=priority,
+                max_attempts=max_attempts,
+                state=ChunkBatchState.COMPLETED,
+                content_hashes=list(hashes),
+                n_contents=len(hashes),
+                n_cached=len(hashes),
+                n_truncated=n_truncated,
+                finished_at=sa.func.now(),
+            )
+        )
+
+
+def claim_if_due(conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_seconds: float) -> Lease | None:
+    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, or out of attempts."""
+    row = conn.execute(
+        sa.text(
+            "UPDATE chunk_batches b SET state = 'running', attempt = attempt + 1, lease_owner = :owner, "
+            "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
+            "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
+            "AND (b.state = 'available' OR (b.state = 'running' AND b.lease_until < now())) "
+            "RETURNING b.attempt, b.max_attempts, b.job_id, b.space_id, b.content_hashes, j.collection_id, j.on_long"
+        ),
+        {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds},
+    ).one_or_none()
+    if row is None:
+        return None
+    return Lease(
+        chunk_batch_id=chunk_batch_id,
+        attempt=row.attempt,
+        max_attempts=row.max_attempts,
+        job_id=row.job_id,
+        space_id=row.space_id,
+        collection_id=row.collection_id,
+        on_long=OnLong(row.on_long),
+        content_hashes=tuple(bytes(h) for h in row.content_hashes),
+    )
+
+
+def renew_if_held(conn: sa.Connection, leases: Sequence[Lease], *, lease_seconds: float) -> set[int]:
+    """Renew all leases of a process in one statement; returns the ids that are still held."""
+    held = conn.execute(
+        sa.text(
+            "UPDATE chunk_batches b SET lease_until = now() + make_interval(secs => :lease) "
+            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) "
+            "WHERE b.id = l.id AND b.attempt = l.attempt AND b.state = 'running' RETURNING b.id"
+        ),
+        {
+            "ids": [lease.chunk_batch_id for lease in leases],
+            "attempts": [lease.attempt for lease in leases],
+            "lease": lease_seconds,
+        },
+    )
+    return set(held.scalars())
+
+
+def record_progress_if_held(conn: sa.Connection, lease: Lease, n_embedded: int) -> bool:
+    """Note how many contents have a vector by now. False: the lease is lost."""
+    result = conn.execute(
+        sa.text(f"UPDATE chunk_batches SET n_embedded = :n {_HELD}"), {"n": n_embedded, **_held(lease)}
+    )
+    return result.rowcount == 1
+
+
+def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_truncated: int) -> bool:
+    """End an attempt that left nothing to do. False: the lease is lost, and nothing was changed."""
+    result = conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET state = 'completed', n_embedded = :n, n_truncated = :truncated, "
+            "lease_owner = NULL, lease_until = NULL, finished_at = now(), error_code = NULL, error = NULL "
+            f"{_HELD}"
+        ),
+        {"n": n_embedded, "truncated": n_truncated, **_held(lease)},
+    )
+    return result.rowcount == 1
+
+
+def fail_if_held(conn: sa.Connection, lease: Lease, *, code: str, error: str, retryable: bool) -> ChunkBatchState:
+    """End an attempt that raised: available again after a delay, or discarded. Returns the state decided on."""
+    decision = decide(lease.attempt, lease.max_attempts, retryable=retryable)
+    facts = {"code": code, "error": error[:2000], **_held(lease)}
+    if isinstance(decision, Discard):
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'discarded', lease_owner = NULL, lease_until = NULL, "
+                f"finished_at = now(), error_code = :code, error = :error {_HELD}"
+            ),
+            facts,
+        )
+        return ChunkBatchState.DISCARDED
+    conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, "
+            "rung_at = NULL, not_before = now() + make_interval(secs => :delay), error_code = :code, error = :error "
+            f"{_HELD}"
+        ),
+        {"delay": decision.delay_s, **facts},
+    )
+    return ChunkBatchState.AVAILABLE
+
+
+def release_if_held(conn: sa.Connection, lease: Lease) -> None:
+    """Give a ChunkBatch back at once and uncharged: the worker is leaving, the work is not at fault.
+
+    The attempt number stays, for it is the fencing number; the limit moves up by one instead.
+    """
+    conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
+            f"max_attempts = max_attempts + 1 {_HELD}"
+        ),
+        _held(lease),
+    )
+
+
+_HELD = "WHERE id = :id AND attempt = :attempt AND state = 'running'"
+
+
+def _held(lease: Lease) -> dict[str, int]:
+    return {"id": lease.chunk_batch_id, "attempt": lease.attempt}

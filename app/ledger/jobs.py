@@ -1,0 +1,338 @@
+"""Jobs: one row per ``enqueue``, its counts derived from its ChunkBatches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from app.db.schema import CollectionRow, JobRow
+from app.db.spaces import Space
+from app.domain.jobs import Job
+from app.domain.planning import DeadChunk
+from app.domain.spaces import OnLong
+from app.domain.states import JobState, Priority, Route
+from app.errors import InvalidInput, NotFound, SpaceMismatch
+
+SHOWN_DEAD_CHUNKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A job to enqueue into. ``is_new`` is False when its key was used before."""
+
+    id: int
+    state: JobState
+    is_new: bool
+
+
+def collection_id(conn: sa.Connection, name: str, space: Space) -> int:
+    """The collection's id, made with ``space`` if it is new. Raises :class:`SpaceMismatch` for another space."""
+    conn.execute(
+        sa.dialects.postgresql.insert(CollectionRow)
+        .values(name=name, space_id=space.id)
+        .on_conflict_do_nothing(index_elements=["name"])
+    )
+    row = conn.execute(
+        sa.select(CollectionRow.id, CollectionRow.space_id).where(CollectionRow.name == name)
+    ).one()
+    if row.space_id != space.id:
+        raise SpaceMismatch(
+            f"collection {name!r} holds vectors of space {row.space_id}, and this enqueue asks for space "
+            f"{space.id} ({space.spec.model!r}, long texts: {space.spec.long_text}). Vectors of two spaces cannot "
+            "be compared: enqueue into another collection, or with the model and on_long of the first."
+        )
+    return int(row.id)
+
+
+def find_collection(conn: sa.Connection, name: str) -> tuple[int, int]:
+    """``(collection id, space id)``. Raises :class:`NotFound`."""
+    row = conn.execute(
+        sa.select(CollectionRow.id, CollectionRow.space_id).where(CollectionRow.name == name)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no collection {name!r}; `chunkmill audit` lists the ones that exist.")
+    return int(row.id), int(row.space_id)
+
+
+def open_job(
+    conn: sa.Connection,
+    *,
+    collection: int,
+    space: Space,
+    route: Route,
+    priority: Priority,
+    on_long: OnLong,
+    idempotency_key: str | None,
+) -> Opened:
+    """A new job in state ``enqueueing``, or the one that ``idempotency_key`` made before."""
+    inserted = conn.execute(
+        sa.dialects.postgresql.insert(JobRow)
+        .values(
+            collection_id=collection,
+            space_id=space.id,
+            state=JobState.ENQUEUEING,
+            route=route,
+            priority=priority.rank,
+            on_long=on_long,
+            idempotency_key=idempotency_key,
+        )
+        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+        .returning(JobRow.id)
+    ).scalar_one_or_none()
+    if inserted is not None:
+        return Opened(inserted, JobState.ENQUEUEING, is_new=True)
+    found = conn.execute(sa.select(JobRow).where(JobRow.idempotency_key == idempotency_key)).one()
+    if (found.collection_id, found.space_id) != (collection, space.id):
+        raise InvalidInput(
+            f"idempotency_key {idempotency_key!r} belongs to job {found.id}, which went into another collection "
+            "or space. Use a key of its own for each enqueue."
+        )
+    return Opened(found.id, JobState(found.state), is_new=False)
+
+
+def hold_producer_lock(conn: sa.Connection, job_id: int) -> bool:
+    """Take the session lock that says "the producer of this job is alive". False if another one holds it.
+
+    The lock ends with the connection, so a producer that dies frees it at once.
+    """
+    return bool(
+        conn.execute(sa.text("SELECT pg_try_advisory_lock(:space, :job)"), _producer_lock(job_id)).scalar_one()
+    )
+
+
+def drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
+    conn.execute(sa.text("SELECT pg_advisory_unlock(:space, :job)"), _producer_lock(job_id))
+
+
+def _producer_lock(job_id: int) -> dict[str, int]:
+    # Two 32-bit keys; a collision after 2**31 jobs would only delay the naming of an abandoned job.
+    return {"space": 0x63686D02, "job": job_id % 2**31}
+
+
+def reopen_for_enqueue(conn: sa.Connection, job_id: int) -> None:
+    """Start an unfinished enqueue over, in the same job: what is embedded by now will be a cache hit."""
+    conn.execute(
+        sa.text(
+            "UPDATE jobs SET state = 'enqueueing', error = NULL, finished_at = NULL, n_chunks = 0 "
+            "WHERE id = :id AND sealed_at IS NULL"
+        ),
+        {"id": job_id},
+    )
+    # Usage points at the rows that ran; those stay, and their contents count once more as cached.
+    conn.execute(
+        sa.text(
+            "DELETE FROM chunk_batches b WHERE job_id = :id AND state <> 'running' "
+            "AND NOT EXISTS (SELECT FROM usage u WHERE u.chunk_batch_id = b.id)"
+        ),
+        {"id": job_id},
+    )
+    conn.execute(sa.text("DELETE FROM dead_chunks WHERE job_id = :id"), {"id": job_id})
+
+
+def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
+    """Count a window's chunks. False when the job is not being enqueued any more: it was cancelled."""
+    result = conn.execute(
+        sa.text("UPDATE jobs SET n_chunks = n_chunks + :n WHERE id = :id AND state = 'enqueueing'"),
+        {"id": job_id, "n": n},
+    )
+    return result.rowcount == 1
+
+
+def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> None:
+    """The iterable has ended: from now on the job may complete."""
+    conn.execute(
+        sa.text(
+            "UPDATE jobs SET state = 'running', sealed_at = now() WHERE id = :id AND state = 'enqueueing'"
+        ),
+        {"id": job_id},
+    )
+
+
+def finish_if_done(conn: sa.Connection, job_id: int, space: Space) -> JobState | None:
+    """End a sealed job without open ChunkBatches; returns its new state, or None if it goes on.
+
+    The anti-join decides. Where a vector is missing that no dead chunk explains (someone deleted it, or a
+    worker's promise was false) its ChunkBatch becomes available again instead.
+    """
+    # One closer at a time, so that two workers ending the last two ChunkBatches do not both see one open.
+    row = conn.execute(
+        sa.text("SELECT collection_id FROM jobs WHERE id = :id AND state = 'running' FOR UPDATE"),
+        {"id": job_id},
+    ).one_or_none()
+    if row is None:
+        return None
+    open_left = conn.execute(
+        sa.text(
+            "SELECT EXISTS (SELECT FROM chunk_batches WHERE job_id = :id AND state IN ('available', 'running'))"
+        ),
+        {"id": job_id},
+    ).scalar_one()
+    if open_left:
+        return None
+    unexplained = _batches_with_missing(conn, job_id, row.collection_id, space)
+    if unexplained:
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'available', not_before = now(), rung_at = NULL, n_cached = 0, "
+                "n_embedded = 0, max_attempts = greatest(max_attempts, attempt + 1), finished_at = NULL, "
+                "error_code = 'vectors_missing', error = 'completed, but vectors were missing from the space' "
+                "WHERE id = ANY(:ids) AND state = 'completed'"
+            ),
+            {"ids": unexplained},
+        )
+        return None
+    incomplete = conn.execute(
+        sa.text(
+            "SELECT (SELECT count(*) FROM chunk_batches WHERE job_id = :id AND state = 'discarded') AS discarded, "
+            "(SELECT count(*) FROM dead_chunks d JOIN chunks c ON (c.collection_id, c.chunk_id, c.content_hash) "
+            "  = (:collection, d.chunk_id, d.content_hash) WHERE d.job_id = :id "
+            f" AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)) AS dead"
+        ),
+        {"id": job_id, "collection": row.collection_id},
+    ).one()
+    state = JobState.FAILED if incomplete.discarded or incomplete.dead else JobState.COMPLETED
+    error = (
+        f"{incomplete.discarded} ChunkBatches were discarded after their last attempt and {incomplete.dead} chunks "
+        "cannot be embedded. The dead list says why; `retry` tries them again."
+        if state is JobState.FAILED
+        else None
+    )
+    conn.execute(
+        sa.text("UPDATE jobs SET state = :state, error = :error, finished_at = now() WHERE id = :id"),
+        {"id": job_id, "state": state, "error": error},
+    )
+    return state
+
+
+def _batches_with_missing(conn: sa.Connection, job_id: int, collection: int, space: Space) -> list[int]:
+    """Completed ChunkBatches with a content that a chunk still refers to and that has no vector or dead chunk."""
+    return list(
+        conn.execute(
+            sa.text(
+                "SELECT DISTINCT b.id FROM chunk_batches b CROSS JOIN unnest(b.content_hashes) AS h(content_hash) "
+                f"LEFT JOIN {space.table_name} v ON v.content_hash = h.content_hash "
+                "WHERE b.job_id = :id AND b.state = 'completed' AND v.content_hash IS NULL "
+                "AND EXISTS (SELECT FROM chunks c WHERE c.content_hash = h.content_hash "
+                "            AND c.collection_id = :collection) "
+                "AND NOT EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = :id "
+                "                AND d.content_hash = h.content_hash)"
+            ),
+            {"id": job_id, "collection": collection},
+        ).scalars()
+    )
+
+
+def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
+    """Cancel a job and its open ChunkBatches. A worker inside one sees its lease gone and stops."""
+    conn.execute(
+        sa.text(
+            "UPDATE jobs SET state = 'cancelled', finished_at = now(), sealed_at = coalesce(sealed_at, now()) "
+            "WHERE id = :id AND state IN ('enqueueing', 'running')"
+        ),
+        {"id": job_id},
+    )
+    conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET state = 'cancelled', lease_owner = NULL, lease_until = NULL, "
+            "finished_at = now() WHERE job_id = :id AND state IN ('available', 'running') "
+            "AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = 'cancelled')"
+        ),
+        {"id": job_id},
+    )
+
+
+def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bool:
+    """Make what a failed or cancelled job left open available again, with fresh attempts. False: nothing to do.
+
+    ``attempt`` goes on counting, for it is the fencing number; ``max_attempts`` moves up instead.
+    """
+    row = conn.execute(
+        sa.text(
+            "UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL "
+            "WHERE id = :id AND sealed_at IS NOT NULL AND state IN ('failed', 'cancelled') RETURNING id"
+        ),
+        {"id": job_id},
+    ).one_or_none()
+    if row is None:
+        return False
+    conn.execute(
+        sa.text(
+            "UPDATE chunk_batches b SET state = 'available', not_before = now(), rung_at = NULL, "
+            "max_attempts = attempt + :more, error_code = NULL, error = NULL, finished_at = NULL "
+            "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR state = 'completed' AND EXISTS "
+            "(SELECT FROM dead_chunks d WHERE d.job_id = :id AND d.content_hash = ANY(b.content_hashes)))"
+        ),
+        {"id": job_id, "more": max_attempts},
+    )
+    conn.execute(
+        sa.text("DELETE FROM dead_chunks WHERE job_id = :id AND content_hash IS NOT NULL"), {"id": job_id}
+    )
+    return True
+
+
+_SELECT_JOBS = """
+SELECT j.*, c.name AS collection, s.fingerprint, s.model,
+       coalesce(b.contents, 0) AS contents, coalesce(b.cached, 0) AS cached,
+       coalesce(b.embedded, 0) AS embedded, coalesce(b.remaining, 0) AS remaining,
+       coalesce(b.truncated, 0) AS truncated,
+       coalesce(u.tokens, 0) AS tokens, coalesce(u.engine_seconds, 0) AS engine_seconds,
+       (SELECT count(*) FROM dead_chunks d WHERE d.job_id = j.id) AS dead
+FROM jobs j JOIN collections c ON c.id = j.collection_id JOIN spaces s ON s.id = j.space_id
+LEFT JOIN LATERAL (
+    SELECT sum(n_contents) AS contents, sum(n_cached) AS cached, sum(n_embedded) AS embedded,
+           sum(n_contents - n_cached - n_embedded) FILTER (WHERE state IN ('available', 'running')) AS remaining,
+           sum(n_truncated) AS truncated
+    FROM chunk_batches WHERE job_id = j.id) b ON true
+LEFT JOIN LATERAL (
+    SELECT sum(tokens) AS tokens, sum(engine_seconds) AS engine_seconds FROM usage WHERE job_id = j.id) u ON true
+"""
+
+
+def get(conn: sa.Connection, job_id: int) -> Job:
+    """One job with the first of its dead chunks. Raises :class:`NotFound`."""
+    row = conn.execute(sa.text(_SELECT_JOBS + "WHERE j.id = :id"), {"id": job_id}).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+    return _job(row, dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS))
+
+
+def latest(conn: sa.Connection, limit: int) -> list[Job]:
+    rows = conn.execute(sa.text(_SELECT_JOBS + "ORDER BY j.id DESC LIMIT :limit"), {"limit": limit})
+    return [_job(row, ()) for row in rows]
+
+
+def dead_chunks(conn: sa.Connection, job_id: int, *, limit: int) -> Sequence[DeadChunk]:
+    rows = conn.execute(
+        sa.text("SELECT chunk_id, code, reason FROM dead_chunks WHERE job_id = :id ORDER BY id LIMIT :limit"),
+        {"id": job_id, "limit": limit},
+    )
+    return [DeadChunk(row.chunk_id, row.code, row.reason) for row in rows]
+
+
+def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk]) -> Job:
+    priority = next(p for p in Priority if p.rank == row.priority)
+    return Job(
+        id=row.id,
+        state=JobState(row.state),
+        collection=row.collection,
+        space=row.fingerprint,
+        model=row.model,
+        route=Route(row.route),
+        priority=priority,
+        idempotency_key=row.idempotency_key,
+        chunks=row.n_chunks,
+        contents=int(row.contents),
+        cached=int(row.cached),
+        embedded=int(row.embedded),
+        remaining=int(row.remaining),
+        dead=row.dead,
+        truncated=int(row.truncated),
+        tokens=int(row.tokens),
+        engine_seconds=float(row.engine_seconds),
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        error=row.error,
+        dead_chunks=tuple(dead),
+    )
