@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-
 from alembic import context
+
 from app.db.schema import Base
 from app.settings import Settings
 

@@ -68,6 +68,11 @@ def make_celery(settings: Settings) -> Celery:
             "health_check_interval": 25,
             "priority_steps": PRIORITY_STEPS,
             "queue_order_strategy": "priority",
+            # A publisher gives up soon, for the poller will ring again; kombu's default is to wait for ever.
+            "max_retries": 2,
+            "interval_start": 0.1,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
         },
     )
     if url.startswith("rediss://"):
@@ -76,35 +81,54 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
-def connect_redis(settings: Settings) -> redis.Redis:
-    """A client for looking at the queue. Short timeouts: a doorbell is never worth a hang."""
-    return redis.Redis.from_url(
-        settings.require_redis_url(), socket_timeout=5, socket_connect_timeout=2, health_check_interval=25
-    )
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Both ways to Redis: Celery's, to publish, and a plain client, to look at the queue first.
 
+    The look comes first on purpose: with Redis away it fails within seconds, where kombu would wait.
+    """
 
-def queued_doorbells(client: redis.Redis) -> int:
-    """Doorbells that Redis holds: waiting in a priority step, or delivered and not acknowledged."""
-    with client.pipeline(transaction=False) as pipe:
-        for step in PRIORITY_STEPS:
-            pipe.llen(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}")
-        pipe.hlen("unacked")
-        return sum(pipe.execute())
+    celery: Celery
+    client: redis.Redis
 
+    @classmethod
+    def connect(cls, settings: Settings) -> Broker:
+        """Open nothing yet; the first use connects."""
+        return cls(
+            make_celery(settings),
+            redis.Redis.from_url(
+                settings.require_redis_url(),
+                socket_timeout=5,
+                socket_connect_timeout=2,
+                health_check_interval=25,
+            ),
+        )
 
-def ring(celery: Celery, doorbells: Iterable[Doorbell]) -> None:
-    """Publish doorbells in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
-    with celery.producer_or_acquire() as producer, producer.batch(max_size=500) as batch:
-        for bell in doorbells:
-            celery.send_task(
-                EMBED_TASK,
-                args=[bell.chunk_batch_id],
-                queue=QUEUE,
-                priority=bell.priority,
-                producer=batch,
-                retry=False,
-                ignore_result=True,
-            )
+    def queued_doorbells(self) -> int:
+        """Doorbells that Redis holds: waiting in a priority step, or delivered and not acknowledged."""
+        with self.client.pipeline(transaction=False) as pipe:
+            for step in PRIORITY_STEPS:
+                pipe.llen(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}")
+            pipe.hlen("unacked")
+            return sum(pipe.execute())
+
+    def ring(self, doorbells: Iterable[Doorbell]) -> None:
+        """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
+        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500) as batch:
+            for bell in doorbells:
+                self.celery.send_task(
+                    EMBED_TASK,
+                    args=[bell.chunk_batch_id],
+                    queue=QUEUE,
+                    priority=bell.priority,
+                    producer=batch,
+                    retry=False,
+                    ignore_result=True,
+                )
+
+    def close(self) -> None:
+        self.client.close()
+        self.celery.close()
 
 
 def _kombu_url(url: str) -> str:

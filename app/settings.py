@@ -54,26 +54,29 @@ class Settings(BaseSettings):
         0, ge=0, description="Token budget of one forward pass. 0: measured defaults for the device."
     )
     embedding_parallel_batches: int = Field(
-        2, ge=1, le=64, description="ChunkBatches one worker holds at a time: one computes, one reads or writes."
+        2,
+        ge=1,
+        le=64,
+        description="ChunkBatches one worker holds at a time: one computes, one reads or writes.",
     )
-    embedding_engines: int = Field(
-        2, ge=1, description="Models one worker keeps loaded, when jobs name several."
-    )
+    embedding_engines: int = Field(2, ge=1, description="Models one worker keeps loaded, when jobs name several.")
     embedding_share_gpu: bool = Field(
         False, description="Let several workers share one GPU instead of refusing the second."
     )
     vector_storage: str = Field(
-        "vector", pattern="^(vector|halfvec)$", description="Column type of new spaces: `vector` or `halfvec`."
+        "vector",
+        pattern="^(vector|halfvec)$",
+        description="Column type of new spaces: `vector` or `halfvec`.",
     )
     chunk_batch_size: int = Field(
         512, ge=1, le=16384, description="Most contents in one ChunkBatch, the unit a worker leases."
     )
-    enqueue_window: int = Field(
-        5000, ge=1, le=100_000, description="Chunks that one enqueue transaction commits."
-    )
+    enqueue_window: int = Field(5000, ge=1, le=100_000, description="Chunks that one enqueue transaction commits.")
     doorbell_window: int = Field(256, ge=1, description="Most doorbells in Redis at a time.")
     lease_seconds: float = Field(
-        60.0, gt=0, description="A worker silent for this long loses its ChunkBatch. Renewed three times as often."
+        60.0,
+        gt=0,
+        description="A worker silent for this long loses its ChunkBatch. Renewed three times as often.",
     )
     max_attempts: int = Field(5, ge=1, description="Attempts before a ChunkBatch is discarded.")
     poll_interval: float = Field(0.5, gt=0, description="Seconds between two rounds of the poller.")

@@ -7,11 +7,11 @@ from typing import Any
 
 import psycopg
 import sqlalchemy as sa
+from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from alembic import command
 from app.errors import StoreUnavailable
 
 

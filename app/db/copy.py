@@ -76,4 +76,4 @@ def encode_vectors(
     rows["embedding_len"] = 4 + dimensions * np.dtype(element).itemsize
     rows["dimensions"] = dimensions
     rows["embedding"] = vectors
-    return memoryview(rows.view(np.uint8)).cast("B")
+    return rows.view(np.uint8).data

@@ -138,9 +138,7 @@ class ChunkBatchRow(Base):
         _one_of("state", ChunkBatchState),
         _one_of("route", Route),
         sa.Index(None, "job_id", "state"),
-        sa.Index(
-            "ix_chunk_batches_due", "priority", "id", postgresql_where=sa.text("state = 'available'")
-        ),
+        sa.Index("ix_chunk_batches_due", "priority", "id", postgresql_where=sa.text("state = 'available'")),
         sa.Index("ix_chunk_batches_leased", "lease_until", postgresql_where=sa.text("state = 'running'")),
     )
 

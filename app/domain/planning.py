@@ -46,9 +46,7 @@ def distinct(window: Sequence[PreparedChunk]) -> dict[str, PreparedChunk]:
     return {chunk.id: chunk for chunk in window}
 
 
-def plan_window(
-    chunks: Mapping[str, PreparedChunk], known: Mapping[bytes, KnownVector], on_long: OnLong
-) -> WindowPlan:
+def plan_window(chunks: Mapping[str, PreparedChunk], known: Mapping[bytes, KnownVector], on_long: OnLong) -> WindowPlan:
     """Fold duplicates and separate hits from misses. ``known`` holds the window's hashes with a vector."""
     references: list[PreparedChunk] = []
     cached: dict[bytes, None] = {}

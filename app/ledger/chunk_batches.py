@@ -7,14 +7,14 @@ updates finds a row any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
 from app.db.schema import ChunkBatchRow
 from app.domain.retries import Discard, decide
 from app.domain.spaces import OnLong
-from app.domain.states import ChunkBatchState
+from app.domain.states import ChunkBatchState, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +31,35 @@ class Lease:
     content_hashes: tuple[bytes, ...]
 
 
-def add(
-    conn: sa.Connection,
-    *,
-    job_id: int,
-    space_id: int,
-    route: str,
-    priority: int,
-    max_attempts: int,
-    batches: Sequence[Sequence[bytes]],
-) -> list[int]:
-    """Add available ChunkBatches; returns their ids, in order."""
-    if not batches:
-        return []
-    rows = [
-        {
-            "job_id": job_id,
-            "space_id": space_id,
-            "route": route,
-            "priority": priority,
-            "max_attempts": max_attempts,
-            "state": ChunkBatchState.AVAILABLE,
-            "content_hashes": list(hashes),
-            "n_contents": len(hashes),
-        }
-        for hashes in batches
-    ]
-    inserted = conn.execute(
-        sa.insert(ChunkBatchRow).returning(ChunkBatchRow.id, sort_by_parameter_order=True), rows
-    )
-    return list(inserted.scalars())
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all ChunkBatches of one enqueue share."""
+
+    job_id: int
+    space_id: int
+    route: Route
+    priority: int
+    max_attempts: int
 
 
-def add_cached(
-    conn: sa.Connection, *, job_id: int, space_id: int, route: str, priority: int, max_attempts: int,
-    hashes: Sequence[bytes], n_truncated: int,
-) -> None:  # fmt: skip
+def add(conn: sa.Connection, common: Common, batches: Sequence[Sequence[bytes]]) -> None:
+    """Add one available ChunkBatch for each sequence of content hashes."""
+    if batches:
+        conn.execute(
+            sa.insert(ChunkBatchRow),
+            [
+                {
+                    **asdict(common),
+                    "state": ChunkBatchState.AVAILABLE,
+                    "content_hashes": list(hashes),
+                    "n_contents": len(hashes),
+                }
+                for hashes in batches
+            ],
+        )
+
+
+def add_cached(conn: sa.Connection, common: Common, hashes: Sequence[bytes], *, n_truncated: int) -> None:
     """Record contents that have a vector already as a ChunkBatch born completed.
 
     So the anti-join that ends the job covers every content of the job, and a vector that vanished since
@@ -75,11 +68,7 @@ def add_cached(
     if hashes:
         conn.execute(
             sa.insert(ChunkBatchRow).values(
-                job_id=job_id,
-                space_id=space_id,
-                route=route,
-                priority=priority,
-                max_attempts=max_attempts,
+                **asdict(common),
                 state=ChunkBatchState.COMPLETED,
                 content_hashes=list(hashes),
                 n_contents=len(hashes),

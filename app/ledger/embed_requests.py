@@ -38,9 +38,7 @@ class Answer:
 def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) -> int:
     """Leave a request; workers hear of it when the transaction commits."""
     request_id = conn.execute(
-        sa.insert(EmbedRequestRow)
-        .values(space_id=space_id, kind=kind, texts=list(texts))
-        .returning(EmbedRequestRow.id)
+        sa.insert(EmbedRequestRow).values(space_id=space_id, kind=kind, texts=list(texts)).returning(EmbedRequestRow.id)
     ).scalar_one()
     conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
     return int(request_id)
@@ -69,9 +67,7 @@ def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -
 
 
 def refuse(conn: sa.Connection, request_id: int, error: str) -> None:
-    conn.execute(
-        sa.text("UPDATE embed_requests SET error = :error WHERE id = :id"), {"id": request_id, "error": error}
-    )
+    conn.execute(sa.text("UPDATE embed_requests SET error = :error WHERE id = :id"), {"id": request_id, "error": error})
 
 
 def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Answer | None:

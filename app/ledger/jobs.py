@@ -16,6 +16,7 @@ from app.domain.states import JobState, Priority, Route
 from app.errors import InvalidInput, NotFound, SpaceMismatch
 
 SHOWN_DEAD_CHUNKS = 20
+PRODUCER_LOCK = 0x63686D02  # first key of the advisory lock; the second is the job
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +35,24 @@ def collection_id(conn: sa.Connection, name: str, space: Space) -> int:
         .values(name=name, space_id=space.id)
         .on_conflict_do_nothing(index_elements=["name"])
     )
-    row = conn.execute(
-        sa.select(CollectionRow.id, CollectionRow.space_id).where(CollectionRow.name == name)
-    ).one()
-    if row.space_id != space.id:
+    row = conn.execute(sa.select(CollectionRow.id, CollectionRow.space_id).where(CollectionRow.name == name)).one()
+    if row.space_id == space.id:
+        return int(row.id)
+    # An emptied collection may start again in another space.
+    moved = conn.execute(
+        sa.text(
+            "UPDATE collections c SET space_id = :space WHERE c.id = :id "
+            "AND NOT EXISTS (SELECT FROM chunks k WHERE k.collection_id = c.id) AND NOT EXISTS "
+            "(SELECT FROM jobs j WHERE j.collection_id = c.id AND j.state IN ('enqueueing', 'running'))"
+        ),
+        {"id": row.id, "space": space.id},
+    )
+    if moved.rowcount == 0:
         raise SpaceMismatch(
             f"collection {name!r} holds vectors of space {row.space_id}, and this enqueue asks for space "
             f"{space.id} ({space.spec.model!r}, long texts: {space.spec.long_text}). Vectors of two spaces cannot "
-            "be compared: enqueue into another collection, or with the model and on_long of the first."
+            "be compared: enqueue into another collection, with the model and on_long of the first, or delete the "
+            "collection's chunks before."
         )
     return int(row.id)
 
@@ -97,9 +108,7 @@ def hold_producer_lock(conn: sa.Connection, job_id: int) -> bool:
 
     The lock ends with the connection, so a producer that dies frees it at once.
     """
-    return bool(
-        conn.execute(sa.text("SELECT pg_try_advisory_lock(:space, :job)"), _producer_lock(job_id)).scalar_one()
-    )
+    return bool(conn.execute(sa.text("SELECT pg_try_advisory_lock(:space, :job)"), _producer_lock(job_id)).scalar_one())
 
 
 def drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
@@ -108,19 +117,24 @@ def drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
 
 def _producer_lock(job_id: int) -> dict[str, int]:
     # Two 32-bit keys; a collision after 2**31 jobs would only delay the naming of an abandoned job.
-    return {"space": 0x63686D02, "job": job_id % 2**31}
+    return {"space": PRODUCER_LOCK, "job": job_id % 2**31}
 
 
-def reopen_for_enqueue(conn: sa.Connection, job_id: int) -> None:
-    """Start an unfinished enqueue over, in the same job: what is embedded by now will be a cache hit."""
-    conn.execute(
+def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
+    """Start an unfinished enqueue over, in the same job; what is embedded by now will be a cache hit.
+
+    False: the job was enqueued to its end, or cancelled, and stays as it is.
+    """
+    reopened = conn.execute(
         sa.text(
             "UPDATE jobs SET state = 'enqueueing', error = NULL, finished_at = NULL, n_chunks = 0 "
             "WHERE id = :id AND sealed_at IS NULL"
         ),
         {"id": job_id},
     )
-    # Usage points at the rows that ran; those stay, and their contents count once more as cached.
+    if reopened.rowcount == 0:
+        return False
+    # Usage points at the ChunkBatches that ran, so those stay; a worker inside one may finish it.
     conn.execute(
         sa.text(
             "DELETE FROM chunk_batches b WHERE job_id = :id AND state <> 'running' "
@@ -129,6 +143,17 @@ def reopen_for_enqueue(conn: sa.Connection, job_id: int) -> None:
         {"id": job_id},
     )
     conn.execute(sa.text("DELETE FROM dead_chunks WHERE job_id = :id"), {"id": job_id})
+    return True
+
+
+def is_sealed(conn: sa.Connection, idempotency_key: str) -> bool:
+    """Whether the key has a job whose enqueue reached its end."""
+    return bool(
+        conn.execute(
+            sa.text("SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key AND sealed_at IS NOT NULL)"),
+            {"key": idempotency_key},
+        ).scalar_one()
+    )
 
 
 def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
@@ -143,9 +168,7 @@ def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
 def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> None:
     """The iterable has ended: from now on the job may complete."""
     conn.execute(
-        sa.text(
-            "UPDATE jobs SET state = 'running', sealed_at = now() WHERE id = :id AND state = 'enqueueing'"
-        ),
+        sa.text("UPDATE jobs SET state = 'running', sealed_at = now() WHERE id = :id AND state = 'enqueueing'"),
         {"id": job_id},
     )
 
@@ -164,9 +187,7 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space) -> JobState |
     if row is None:
         return None
     open_left = conn.execute(
-        sa.text(
-            "SELECT EXISTS (SELECT FROM chunk_batches WHERE job_id = :id AND state IN ('available', 'running'))"
-        ),
+        sa.text("SELECT EXISTS (SELECT FROM chunk_batches WHERE job_id = :id AND state IN ('available', 'running'))"),
         {"id": job_id},
     ).scalar_one()
     if open_left:
@@ -303,6 +324,14 @@ def get(conn: sa.Connection, job_id: int) -> Job:
 def latest(conn: sa.Connection, limit: int) -> list[Job]:
     rows = conn.execute(sa.text(_SELECT_JOBS + "ORDER BY j.id DESC LIMIT :limit"), {"limit": limit})
     return [_job(row, ()) for row in rows]
+
+
+def space_id(conn: sa.Connection, job_id: int) -> int:
+    return int(conn.execute(sa.select(JobRow.space_id).where(JobRow.id == job_id)).scalar_one())
+
+
+def collection_names(conn: sa.Connection) -> list[str]:
+    return list(conn.execute(sa.select(CollectionRow.name).order_by(CollectionRow.name)).scalars())
 
 
 def dead_chunks(conn: sa.Connection, job_id: int, *, limit: int) -> Sequence[DeadChunk]:

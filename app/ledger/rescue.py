@@ -1,4 +1,4 @@
-"""What the poller asks of the ledger: leases that ran out, doorbells to ring, jobs that may end."""
+"""What the poller mends: leases that ran out, jobs that may end, producers and requests that were left behind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from app.broker import Doorbell
+from app.ledger.jobs import PRODUCER_LOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,60 +37,6 @@ def take_back_expired(conn: sa.Connection, *, limit: int = 500) -> Rescued:
     return Rescued(available=len(found) - discarded, discarded=discarded)
 
 
-@dataclass(frozen=True, slots=True)
-class RungCounts:
-    """Available ChunkBatches whose doorbell was rung; ``stale`` of them longer ago than the repair age."""
-
-    rung: int
-    stale: int
-
-
-def count_rung(conn: sa.Connection, *, repair_seconds: float) -> RungCounts:
-    row = conn.execute(
-        sa.text(
-            "SELECT count(*) AS rung, "
-            "count(*) FILTER (WHERE rung_at < now() - make_interval(secs => :age)) AS stale "
-            "FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL"
-        ),
-        {"age": repair_seconds},
-    ).one()
-    return RungCounts(row.rung, row.stale)
-
-
-def take_due(conn: sa.Connection, *, limit: int) -> list[Doorbell]:
-    """Mark up to ``limit`` due ChunkBatches as rung, the most urgent first. Ring, then commit.
-
-    A crash between the two leaves a bell without its mark, and it is rung twice: the claim answers that.
-    """
-    return _take(conn, "rung_at IS NULL AND not_before <= now()", "priority, id", limit, age=0)
-
-
-def take_lost(conn: sa.Connection, *, limit: int, repair_seconds: float) -> list[Doorbell]:
-    """Mark again up to ``limit`` ChunkBatches whose doorbell was rung long ago, the oldest first."""
-    return _take(
-        conn,
-        "rung_at < now() - make_interval(secs => :age) AND not_before <= now()",
-        "priority, rung_at",
-        limit,
-        age=repair_seconds,
-    )
-
-
-def _take(conn: sa.Connection, condition: str, order: str, limit: int, *, age: float) -> list[Doorbell]:
-    if limit <= 0:
-        return []
-    rows = conn.execute(
-        sa.text(
-            f"WITH due AS (SELECT id FROM chunk_batches WHERE state = 'available' AND {condition} "  # noqa: S608
-            f"             ORDER BY {order} LIMIT :limit FOR UPDATE SKIP LOCKED) "
-            "UPDATE chunk_batches b SET rung_at = now() FROM due WHERE b.id = due.id "
-            "RETURNING b.id, b.priority"
-        ),
-        {"limit": limit, "age": age},
-    )
-    return sorted((Doorbell(row.id, row.priority) for row in rows), key=lambda bell: (bell.priority, bell.chunk_batch_id))
-
-
 def jobs_without_open_batches(conn: sa.Connection, *, limit: int = 100) -> list[tuple[int, int]]:
     """``(job id, space id)`` of sealed jobs that may end: the worker that closed their last ChunkBatch died."""
     rows = conn.execute(
@@ -103,22 +49,21 @@ def jobs_without_open_batches(conn: sa.Connection, *, limit: int = 100) -> list[
     return [(row.id, row.space_id) for row in rows]
 
 
-def fail_abandoned(conn: sa.Connection, *, older_than_seconds: float) -> list[int]:
+def fail_abandoned(conn: sa.Connection) -> list[int]:
     """Jobs whose producer died before its iterable ended become ``failed``; what they committed is embedded.
 
-    A live producer holds the job's advisory lock on its connection; the lock of a dead one can be taken.
+    A live producer holds the job's advisory lock on its connection (``app.ledger.jobs.hold_producer_lock``).
     """
     rows = conn.execute(
         sa.text(
-            "WITH dead AS (SELECT id FROM jobs WHERE state = 'enqueueing' "
-            "    AND created_at < now() - make_interval(secs => :age) "
-            "    AND pg_try_advisory_xact_lock(:space, (id % 2147483648)::int) FOR UPDATE SKIP LOCKED) "
             "UPDATE jobs j SET state = 'failed', finished_at = now(), error = 'the producer stopped after ' || "
             "n_chunks || ' chunks. Enqueue again with the same idempotency_key to continue in this job; "
             "without one, enqueue again: what is embedded is not embedded twice.' "
-            "FROM dead WHERE j.id = dead.id RETURNING j.id"
+            "WHERE state = 'enqueueing' AND NOT EXISTS (SELECT FROM pg_locks l WHERE l.locktype = 'advisory' "
+            "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "AND l.classid = :class AND l.objid = (j.id % 2147483648)) RETURNING j.id"
         ),
-        {"age": older_than_seconds, "space": 0x63686D02},
+        {"class": PRODUCER_LOCK},
     )
     return list(rows.scalars())
 

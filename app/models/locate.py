@@ -87,7 +87,7 @@ def _download(repo: str, revision: str) -> Path:
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
             ignore_patterns=["onnx/*", "openvino/*"],
         )
-    except Exception as error:  # noqa: BLE001 - HTTP, offline, disk, no such name: all mean "not found"
+    except Exception as error:  # HTTP, offline, disk, no such name: all mean "not found"
         raise UnknownModel(
             f"model {repo}@{revision} could not be downloaded ({error}): check the name, the revision and "
             "the network, or give a local folder"

@@ -10,9 +10,7 @@ from app.db.spaces import all_spaces
 from app.vectors.window import DELETE_LOCK
 
 
-def delete_some(
-    conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[str] | None, limit: int
-) -> int:
+def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[str] | None, limit: int) -> int:
     """Delete up to ``limit`` chunks (of ``chunk_ids``, or of all) and what nothing refers to any more.
 
     Returns how many chunks went. The exclusive lock keeps an enqueue from pointing at a content in the
@@ -31,6 +29,6 @@ def delete_some(
     )
     unreferenced = "WHERE t.content_hash = ANY(:hashes) AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)"
     for space in all_spaces(conn):
-        conn.execute(sa.text(f"DELETE FROM {space.table_name} t {unreferenced}"), {"hashes": hashes})  # noqa: S608
-    conn.execute(sa.text(f"DELETE FROM contents t {unreferenced}"), {"hashes": hashes})  # noqa: S608
+        conn.execute(sa.text(f"DELETE FROM {space.table_name} t {unreferenced}"), {"hashes": hashes})
+    conn.execute(sa.text(f"DELETE FROM contents t {unreferenced}"), {"hashes": hashes})
     return len(hashes)

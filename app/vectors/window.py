@@ -50,14 +50,10 @@ def add_contents(conn: sa.Connection, missing: Mapping[bytes, bytes]) -> None:
     if not missing:
         return
     conn.execute(
-        sa.text(
-            "CREATE TEMP TABLE IF NOT EXISTS staged_contents (content_hash bytea, text text) ON COMMIT DELETE ROWS"
-        )
+        sa.text("CREATE TEMP TABLE IF NOT EXISTS staged_contents (content_hash bytea, text text) ON COMMIT DELETE ROWS")
     )
     copy_binary(conn, "staged_contents (content_hash, text)", encode_rows(sorted(missing.items())))
-    conn.execute(
-        sa.text("INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING")
-    )
+    conn.execute(sa.text("INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING"))
 
 
 def merge_chunks(conn: sa.Connection, *, collection_id: int, job_id: int) -> None:

@@ -41,9 +41,7 @@ def write_vectors(
         return 0
     # Sorted, so that two writers that share contents take their index entries in one order.
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
-    payload = encode_vectors(
-        [hashes[i] for i in order], n_tokens[order], truncated[order], vectors[order], half=half
-    )
+    payload = encode_vectors([hashes[i] for i in order], n_tokens[order], truncated[order], vectors[order], half=half)
     staging = f"staged_{space.table_name}"
     conn.execute(
         sa.text(
@@ -53,7 +51,7 @@ def write_vectors(
     )
     copy_binary(conn, staging, payload)
     result = conn.execute(
-        sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING")  # noqa: S608
+        sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING")
     )
     # Two writes in one transaction would otherwise insert the first one's rows again.
     conn.execute(sa.text(f"TRUNCATE {staging}"))

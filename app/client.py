@@ -1,0 +1,502 @@
+"""The producer's API. Everything here begins its own transactions; nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from app.broker import PUBLISH_ERRORS, Broker
+from app.db import spaces
+from app.db.connect import create_db, migrate, require_migrated
+from app.domain import planning
+from app.domain.chunks import PreparedChunk, prepare_all
+from app.domain.jobs import Audit, Job, SearchHit
+from app.domain.planning import DeadChunk
+from app.domain.spaces import OnLong, long_text_for
+from app.domain.states import JobState, Priority, Route
+from app.environment import Environment
+from app.errors import InvalidChunk, InvalidInput, JobFailed, UnknownModel, UnknownRoute, WaitTimeout
+from app.ledger import chunk_batches, dead_chunks, embed_requests, jobs
+from app.ledger.doorbells import ring_due
+from app.ledger.jobs import Opened
+from app.models import resolve_spec
+from app.settings import Settings
+from app.spool import Spool
+from app.vectors import audit as auditing
+from app.vectors import read, window
+from app.vectors import search as searching
+from app.vectors.delete import delete_some
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""Text of one ChunkBatch: bounds a worker's memory when chunks are large."""
+DELETE_STEP = 5_000
+"""Chunks deleted in one transaction, which holds up enqueues while it runs."""
+EMBED_STEP = 256
+"""Texts of one embed request; several workers may answer several requests."""
+
+Word = TypeVar("Word", bound=StrEnum)
+
+
+class Client:
+    """Enqueue chunks, follow jobs, search. Thread-safe; make one per process.
+
+    Errors are those of ``app.errors``; a wrong argument is refused before anything is written.
+    """
+
+    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+        self._db = db
+        self._broker = broker
+        self._settings = settings
+        self._redis_away = False
+
+    @classmethod
+    def from_env(cls) -> Client:
+        """A client for ``DATABASE_URL`` and ``REDIS_URL``; both unset, for the embedded stack, started if down.
+
+        Raises :class:`InvalidSetting` for a wrong setting and :class:`StoreUnavailable` when Postgres cannot be
+        reached or needs ``chunkmill migrate``. The embedded database is migrated here.
+        """
+        environment = Environment.load(start_embedded=True)
+        settings = environment.settings
+        if environment.is_embedded:
+            migrate(settings.require_database_url())
+        db = create_db(settings.require_database_url(), role="client")
+        require_migrated(db)
+        return cls(db, Broker.connect(settings), settings)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. The embedded stack stays up for the next caller: ``chunkmill down`` stops it."""
+        self._db.dispose()
+        self._broker.close()
+
+    # Jobs
+
+    def enqueue(
+        self,
+        chunks: Iterable[object],
+        *,
+        collection: str,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        priority: Priority | str = Priority.NORMAL,
+        idempotency_key: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+    ) -> Job:
+        """Ask for vectors of ``chunks``: any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
+
+        Memory stays constant whatever the iterable's length. A chunk id that is in the collection already
+        is replaced when its text or metadata differ, and left alone when they do not. Contents that have a
+        vector in the model's space are not embedded again.
+
+        ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first
+        bad chunk, with nothing written. ``"skip"`` commits window by window, so that workers start at once,
+        and puts bad chunks into the job's dead list. ``idempotency_key``: a second enqueue under the same key
+        returns the first one's job, and finishes it if its producer died half-way.
+
+        Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`SpaceMismatch` and
+        :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it is back.
+        """
+        _require_name("collection", collection)
+        route, priority = _word(Route, route, "route"), _word(Priority, priority, "priority")
+        on_long = _word(OnLong, on_long, "on_long")
+        if on_invalid not in ("raise", "skip"):
+            raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
+        if idempotency_key is not None:
+            _require_name("idempotency_key", idempotency_key)
+        space = self._space(model, on_long)
+        skipped: list[InvalidChunk] | None = [] if on_invalid == "skip" else None
+        prepared = prepare_all(chunks, skipped)
+        with contextlib.ExitStack() as stack:
+            if skipped is None and not self._is_sealed(idempotency_key):
+                prepared = iter(stack.enter_context(Spool(prepared)))
+            conn = stack.enter_context(self._db.connect())
+            with conn.begin():
+                collection_id = jobs.collection_id(conn, collection, space)
+                opened = jobs.open_job(
+                    conn,
+                    collection=collection_id,
+                    space=space,
+                    route=route,
+                    priority=priority,
+                    on_long=on_long,
+                    idempotency_key=idempotency_key,
+                )
+                # In the job's own transaction: a job that can be seen has its producer's lock.
+                mine = jobs.hold_producer_lock(conn, opened.id)
+            if not mine:
+                return self.job(opened.id)
+            try:
+                if not self._begin(conn, opened):
+                    return self.job(opened.id)
+                enqueueing = _Enqueueing(opened.id, collection_id, space, route, priority, on_long, self._settings)
+                for batch in _windows(prepared, self._settings.enqueue_window):
+                    with conn.begin():
+                        if not enqueueing.commit(conn, batch, _take(skipped)):
+                            return self.job(opened.id)
+                    self._ring()
+                with conn.begin():
+                    dead_chunks.add_refused(conn, opened.id, _take(skipped))
+                    jobs.seal_if_enqueueing(conn, opened.id)
+                with conn.begin():
+                    jobs.finish_if_done(conn, opened.id, space)
+            finally:
+                _drop_producer_lock(conn, opened.id)
+        return self.job(opened.id)
+
+    def job(self, job_id: int) -> Job:
+        """The job as it is now. Raises :class:`NotFound`."""
+        with self._db.begin() as conn:
+            return jobs.get(conn, job_id)
+
+    def jobs(self, limit: int = 20) -> list[Job]:
+        """The latest jobs, newest first."""
+        with self._db.begin() as conn:
+            return jobs.latest(conn, limit)
+
+    def wait(
+        self, job_id: int, *, timeout: float | None = None, on_progress: Callable[[Job], None] | None = None
+    ) -> Job:
+        """Wait until a job has ended and return it; ``timeout`` in seconds, None for ever.
+
+        ``on_progress`` gets the job after every look. Raises :class:`JobFailed` when chunks are left without a
+        vector, :class:`WaitTimeout`, :class:`NotFound`. A cancelled job is returned as it is.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            asked = time.monotonic()
+            job = self.job(job_id)
+            looked = time.monotonic()
+            if on_progress:
+                on_progress(job)
+            if job.state is JobState.FAILED:
+                shown = "; ".join(f"{d.chunk_id!r}: {d.reason}" for d in job.dead_chunks[:3])
+                raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
+            if job.state.is_final:
+                return job
+            if deadline is not None and looked >= deadline:
+                raise WaitTimeout(
+                    f"job {job_id} is {job.state} after {timeout:g} s with {job.remaining:,} of {job.contents:,} "
+                    "contents to go. It goes on; wait again, or see that a worker and a poller run: "
+                    "chunkmill status."
+                )
+            # A look at a job of a million ChunkBatches takes its time; never spend more than a tenth on looking.
+            pause = max(0.1, 10 * (looked - asked))
+            time.sleep(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
+
+    def cancel(self, job_id: int) -> Job:
+        """Stop a job: nothing of it starts any more, and workers leave what they are in. Vectors written stay."""
+        with self._db.begin() as conn:
+            jobs.get(conn, job_id)
+            jobs.cancel_if_open(conn, job_id)
+            return jobs.get(conn, job_id)
+
+    def retry(self, job_id: int) -> Job:
+        """Try again what a failed or cancelled job left without a vector. Another job is returned as it is."""
+        with self._db.begin() as conn:
+            job = jobs.get(conn, job_id)
+            again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
+            if not again and job.state in (JobState.FAILED, JobState.CANCELLED):
+                raise InvalidInput(
+                    f"job {job_id} was never enqueued to its end: {job.error} It cannot be retried; enqueue again."
+                )
+        if again:
+            with self._db.begin() as conn:
+                jobs.finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
+            self._ring()
+        return self.job(job_id)
+
+    # Vectors
+
+    def search(
+        self,
+        query: str | NDArray[np.float32],
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+    ) -> list[SearchHit]:
+        """The ``k`` chunks nearest to ``query`` by cosine, best first.
+
+        ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
+        ``metadata`` keeps chunks that contain it (jsonb containment). ``exact`` passes over an HNSW index.
+        Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
+        ``timeout`` seconds.
+        """
+        if k < 1:
+            raise InvalidInput(f"k is {k}; it must be at least 1.")
+        with self._db.begin() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            space = spaces.get(conn, space_id)
+        if isinstance(query, str):
+            vector = self._ask(space, [query], "query", timeout)[0]
+        else:
+            vector = np.asarray(query, dtype=np.float32)
+        if vector.shape != (space.spec.dimensions,) or not np.isfinite(vector).all():
+            raise InvalidInput(
+                f"the query vector has shape {vector.shape}; collection {collection!r} takes a finite vector of shape "
+                f"({space.spec.dimensions},)."
+            )
+        with self._db.begin() as conn:
+            return searching.search(
+                conn, space, vector, collection_id=collection_id, k=k, metadata=metadata, exact=exact
+            )
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+    ) -> NDArray[np.float32]:
+        """``(n, d)`` float32 vectors of ``texts`` in input order, made by a worker now and stored nowhere.
+
+        Raises :class:`InvalidChunk` for a text that is not valid and :class:`WaitTimeout`.
+        """
+        if kind not in ("document", "query"):
+            raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
+        if isinstance(texts, str):
+            raise InvalidInput("texts is a str; give a list of texts.")
+        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts)), None):
+            pass
+        space = self._space(model, OnLong.TRUNCATE)
+        if not texts:
+            return np.empty((0, space.spec.dimensions), dtype=np.float32)
+        deadline = time.monotonic() + timeout
+        parts = [
+            self._ask(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
+            for i in range(0, len(texts), EMBED_STEP)
+        ]
+        return np.concatenate(parts)
+
+    def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
+        """``chunk id → (d,) float32`` for ``ids``, or for the whole collection; chunks without one are left out."""
+        with self._db.begin() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            return read.read_vectors(conn, spaces.get(conn, space_id), collection_id=collection_id, chunk_ids=ids)
+
+    def delete(self, collection: str, ids: Sequence[str] | None = None) -> int:
+        """Delete chunks by id, or all of the collection; returns how many.
+
+        A text that no chunk refers to any more is deleted with its vectors.
+        """
+        if isinstance(ids, str):
+            raise InvalidInput("ids is a str; give a list of chunk ids.")
+        with self._db.begin() as conn:
+            collection_id, _ = jobs.find_collection(conn, collection)
+        deleted = 0
+        for step in itertools.count():
+            part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
+            if part is not None and not len(part):
+                break
+            with self._db.begin() as conn:
+                gone = delete_some(conn, collection_id=collection_id, chunk_ids=part, limit=DELETE_STEP)
+            deleted += gone
+            if part is None and gone == 0:
+                break
+        return deleted
+
+    def audit(self, collection: str) -> Audit:
+        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` says all are there."""
+        with self._db.begin() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            return auditing.audit(conn, spaces.get(conn, space_id), name=collection, collection_id=collection_id)
+
+    def collections(self) -> list[str]:
+        """The names of all collections, in order."""
+        with self._db.begin() as conn:
+            return jobs.collection_names(conn)
+
+    def index(self, collection: str, *, halfvec: bool = False) -> searching.Index:
+        """Build an HNSW index over the collection's space, without blocking writers; best after a bulk load.
+
+        Collections in one space share it. ``halfvec`` indexes half precision, at half the size; past 2,000
+        dimensions it is always so.
+        """
+        with self._db.begin() as conn:
+            _, space_id = jobs.find_collection(conn, collection)
+            space = spaces.get(conn, space_id)
+        return searching.build_index(self._db, space, halfvec=halfvec)
+
+    # Inside
+
+    def _space(self, model: str | None, on_long: OnLong) -> spaces.Space:
+        """Register the space of a model that can be read here, or find one that a worker registered."""
+        name = model if model is not None else self._settings.embedding_model
+        try:
+            spec = resolve_spec(name, pooling=self._settings.embedding_pooling, on_long=on_long)
+        except UnknownModel:
+            with self._db.begin() as conn:
+                named = [
+                    s
+                    for s in spaces.all_spaces(conn)
+                    if s.spec.model == name and s.spec.long_text is long_text_for(on_long)
+                ]
+            if len(named) == 1:
+                return named[0]
+            raise
+        with self._db.begin() as conn:
+            return spaces.register(conn, spec, storage=self._settings.vector_storage)
+
+    def _is_sealed(self, idempotency_key: str | None) -> bool:
+        if idempotency_key is None:
+            return False
+        with self._db.begin() as conn:
+            return jobs.is_sealed(conn, idempotency_key)
+
+    def _begin(self, conn: sa.Connection, opened: Opened) -> bool:
+        """Whether this call is to fill the job: it is new, or its producer died before the end."""
+        if opened.is_new:
+            return True
+        with conn.begin():
+            return jobs.reopen_for_enqueue_if_unsealed(conn, opened.id)
+
+    def _ring(self) -> None:
+        try:
+            with self._db.begin() as conn:
+                ring_due(
+                    conn,
+                    self._broker,
+                    window=self._settings.doorbell_window,
+                    repair_seconds=self._settings.doorbell_repair_seconds,
+                )
+            self._redis_away = False
+        except PUBLISH_ERRORS as error:
+            if not self._redis_away:
+                logger.warning("Redis is away (%s); the poller will ring when it is back", type(error).__name__)
+            self._redis_away = True
+
+    def _ask(self, space: spaces.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
+        with self._db.begin() as conn:
+            request = embed_requests.ask(conn, space_id=space.id, kind=kind, texts=texts)
+        deadline = time.monotonic() + timeout
+        pause = 0.002
+        while True:
+            with self._db.begin() as conn:
+                answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
+                if answer is None and time.monotonic() >= deadline:
+                    embed_requests.withdraw(conn, request)
+            if answer is not None:
+                if answer.vectors is None:
+                    raise InvalidInput(f"the worker could not embed: {answer.error}")
+                return answer.vectors
+            if time.monotonic() >= deadline:
+                raise WaitTimeout(
+                    f"no worker answered within {timeout:g} s. Start one: celery -A workers worker -Q gpu"
+                )
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)
+
+
+class _Enqueueing:
+    """The windows of one enqueue."""
+
+    def __init__(
+        self,
+        job_id: int,
+        collection_id: int,
+        space: spaces.Space,
+        route: Route,
+        priority: Priority,
+        on_long: OnLong,
+        settings: Settings,
+    ) -> None:
+        self.job_id = job_id
+        self.collection_id = collection_id
+        self.space = space
+        self.route = Route.LOCAL if route is Route.AUTO else route
+        self.priority = priority
+        self.on_long = on_long
+        self.settings = settings
+
+    def commit(self, conn: sa.Connection, batch: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+        """Write one window in the transaction of ``conn``. False: the job was cancelled meanwhile."""
+        chunks = planning.distinct(batch)
+        window.stage(conn, chunks.values())
+        known = window.known_vectors(conn, self.space)
+        plan = planning.plan_window(chunks, known, self.on_long)
+        if not jobs.add_chunks(conn, self.job_id, len(plan.references)):
+            return False
+        dead_chunks.add_refused(conn, self.job_id, [*refused, *plan.rejected])
+        window.drop_rejected(conn, plan.rejected)
+        window.add_contents(conn, plan.missing)
+        window.merge_chunks(conn, collection_id=self.collection_id, job_id=self.job_id)
+        common = chunk_batches.Common(
+            self.job_id, self.space.id, self.route, self.priority.rank, self.settings.max_attempts
+        )
+        chunk_batches.add(conn, common, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
+        chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
+        return True
+
+
+def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
+    try:
+        conn.rollback()
+        with conn.begin():
+            jobs.drop_producer_lock(conn, job_id)
+    except sa.exc.SQLAlchemyError:
+        # The lock ends with its connection, so the pool must not keep this one.
+        conn.invalidate()
+
+
+def _windows(chunks: Iterable[PreparedChunk], size: int) -> Iterator[list[PreparedChunk]]:
+    """Lists of at most ``size`` chunks and about ``8 * MAX_BATCH_BYTES`` of text."""
+    current: list[PreparedChunk] = []
+    n_bytes = 0
+    for chunk in chunks:
+        current.append(chunk)
+        n_bytes += len(chunk.text)
+        if len(current) == size or n_bytes >= 8 * MAX_BATCH_BYTES:
+            yield current
+            current, n_bytes = [], 0
+    if current:
+        yield current
+
+
+def _take(skipped: list[InvalidChunk] | None) -> list[DeadChunk]:
+    """Empty the list of skipped chunks into dead chunks."""
+    if not skipped:
+        return []
+    taken = [DeadChunk(e.chunk_id, e.reason, f"position {e.position}: {e.problem}") for e in skipped]
+    skipped.clear()
+    return taken
+
+
+def _word(words: type[Word], given: Word | str, argument: str) -> Word:
+    try:
+        return words(given)
+    except ValueError:
+        kind = UnknownRoute if words is Route else InvalidInput
+        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(words)}.") from None
+
+
+def _require_name(argument: str, name: object) -> None:
+    if not isinstance(name, str) or not name.strip() or "\x00" in name or len(name) > 200:
+        raise InvalidInput(f"{argument} is {name!r}; it must be a text of 1 to 200 characters without NUL.")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{argument} contains a lone surrogate, which is not valid Unicode.") from None

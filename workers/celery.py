@@ -1,0 +1,79 @@
+"""``celery -A workers`` finds ``app`` here. Importing this file loads no model; starting a worker does."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from celery import signals
+
+from app.broker import make_celery
+from app.environment import Environment
+from app.errors import ChunkmillError
+from app.telemetry.logging import configure
+from workers import tasks
+
+logger = logging.getLogger(__name__)
+
+environment = Environment.load(start_embedded=False)
+app = make_celery(environment.settings)
+tasks.register(app)
+
+EX_CONFIG = 78  # sysexits.h: a supervisor should not restart into the same wrong configuration
+_state: dict[str, Any] = {}
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
+    configure(loglevel if isinstance(loglevel, int) else logging.INFO)
+
+
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
+def _claim_device(instance: Any = None, **_: Any) -> None:
+    """Take a GPU before torch is imported, and name the worker after it: two on a host need two names."""
+    from workers.gpu import claim_device
+
+    settings = environment.settings
+    configure()
+    try:
+        claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
+    except ChunkmillError as error:
+        logger.error("%s", error)  # noqa: TRY400 - the message is meant for a person, a traceback hides it
+        raise SystemExit(EX_CONFIG) from None
+    _state["device"] = claimed
+    if instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
+        instance.hostname = f"{claimed.worker_name}@{socket.gethostname()}"
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _start(**_: Any) -> None:
+    from workers.context import WorkerContext
+    from workers.embed_requests import EmbedRequestLane
+
+    device = _state["device"].device
+    if device == "cpu":
+        logger.info("no GPU in use: embedding on the CPU")
+    try:
+        context = WorkerContext.start(environment.settings, device)
+    except ChunkmillError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        raise SystemExit(EX_CONFIG) from None
+    lane = EmbedRequestLane(context)
+    lane.start()
+    _state["context"], _state["lane"] = context, lane
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _drain(**_: Any) -> None:
+    from workers.preemption import begin_drain
+
+    if "context" in _state:
+        begin_drain(_state["context"])
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _close(**_: Any) -> None:
+    if "context" in _state:
+        _state["lane"].stop()
+        _state["context"].close()

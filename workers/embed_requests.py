@@ -1,0 +1,78 @@
+"""Answers texts that someone waits for, between the TokenBatches of bulk work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import psycopg
+import sqlalchemy as sa
+
+from app.db import spaces
+from app.db.connect import raw
+from app.errors import ChunkmillError
+from app.ledger import embed_requests
+from app.ledger.embed_requests import CHANNEL, EmbedRequest
+from workers.context import WorkerContext
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Without a notification, look this often: NOTIFY does not cross every connection pooler."""
+RECONNECT_SECONDS = 2.0
+
+
+class EmbedRequestLane(threading.Thread):
+    """A thread that listens for embed requests and claims them one by one."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        super().__init__(name="embed-requests", daemon=True)
+        self._context = context
+        self._stop_lane = threading.Event()
+
+    def stop(self) -> None:
+        self._stop_lane.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        while not self._stop_lane.is_set():
+            try:
+                self._listen()
+            except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+                logger.warning("embed requests: %s; connecting again", type(error).__name__)
+                self._stop_lane.wait(RECONNECT_SECONDS)
+
+    def _listen(self) -> None:
+        with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+            try:
+                while not self._stop_lane.is_set():
+                    while self.answer_next():
+                        pass
+                    for _ in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1):
+                        pass
+            finally:
+                # A listening connection must not go back into the pool.
+                conn.invalidate()
+
+    def answer_next(self) -> bool:
+        """Answer one request; False when there is none."""
+        with self._context.db.begin() as conn:
+            request = embed_requests.claim_next(conn)
+            if request is None:
+                return False
+            space = spaces.get(conn, request.space_id)
+        self._answer(request, space)
+        return True
+
+    def _answer(self, request: EmbedRequest, space: spaces.Space) -> None:
+        kind = "query" if request.kind == "query" else "document"
+        try:
+            result = self._context.engines.for_space(space).embed(request.texts, kind=kind, urgent=True)
+        except ChunkmillError as error:
+            # Whoever waits gets the reason at once instead of a timeout.
+            with self._context.db.begin() as conn:
+                embed_requests.refuse(conn, request.id, str(error))
+            return
+        with self._context.db.begin() as conn:
+            embed_requests.answer(conn, request.id, result.vectors)

@@ -1,0 +1,108 @@
+"""Token vectors to text vectors: pooling, Dense modules, normalisation, in the model's order.
+
+All of it in fp32 whatever the model ran in: pooling in bf16 costs a cosine of 0.996 against fp32 (measured
+on sentence-transformers' own). The formulas are those of sentence-transformers 6.2 (``Pooling``, ``Dense``,
+``Normalize``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from app.domain.spaces import Pooling
+from app.errors import ModelLoadError
+from app.models import DenseLayer, ModelFolder
+from workers.engine.forward import Hidden
+
+_ACTIVATIONS = {
+    "GELU": functional.gelu,
+    "Identity": lambda values: values,
+    "ReLU": functional.relu,
+    "SiLU": functional.silu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+}
+
+
+def pool(hidden: Hidden, mode: Pooling, *, skip: int = 0) -> torch.Tensor:
+    """(n, hidden) fp32 from (n, longest, hidden).
+
+    ``skip`` leading tokens of every row are left out: the special token and the prompt, for a model whose
+    prompts are not pooled.
+    """
+    vectors, lengths = hidden.vectors.float(), hidden.lengths
+    at = torch.arange(vectors.shape[1], device=vectors.device)
+    inside = (at < lengths[:, None]) & (at >= skip)  # (n, longest)
+    match mode:
+        case Pooling.CLS:
+            first = inside.int().argmax(dim=1)  # the first 1; 0 where there is none
+            return vectors[torch.arange(len(vectors), device=vectors.device), first]
+        case Pooling.LAST_TOKEN:
+            return vectors[torch.arange(len(vectors), device=vectors.device), lengths - 1]
+        case Pooling.MAX:
+            return vectors.masked_fill(~inside[..., None], float("-inf")).amax(dim=1)
+        case Pooling.MEAN | Pooling.MEAN_SQRT_LEN:
+            total = vectors.masked_fill(~inside[..., None], 0.0).sum(dim=1)
+            count = inside.sum(dim=1, keepdim=True).float().clamp(min=1e-9)
+            return total / (count if mode is Pooling.MEAN else count.sqrt())
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    activation: str
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = _ACTIVATIONS[self.activation](
+            functional.linear(vectors, self.weight, self.bias)
+        )
+        return values
+
+
+class Head:
+    """What follows the transformer in one model folder."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        self._mode = folder.spec.pooling
+        self._include_prompt = folder.include_prompt
+        self._normalize = folder.spec.normalize
+        inner = folder.modules[:-1] if self._normalize else folder.modules
+        self._inner = [_load(item, device) if isinstance(item, DenseLayer) else _normalize for item in inner]
+
+    def __call__(self, hidden: Hidden, *, skip: int) -> torch.Tensor:
+        """(n, dimensions) fp32, all modules but a last Normalize: what windows of one text are averaged in."""
+        with torch.inference_mode():
+            vectors = pool(hidden, self._mode, skip=0 if self._include_prompt else skip)
+            for module in self._inner:
+                vectors = module(vectors)
+            return vectors
+
+    def finish(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(n, dimensions) fp32: the last Normalize, if the model ends with one."""
+        return _normalize(vectors) if self._normalize else vectors
+
+
+def _normalize(vectors: torch.Tensor) -> torch.Tensor:
+    return functional.normalize(vectors, p=2, dim=-1)
+
+
+def _load(layer: DenseLayer, device: torch.device) -> _Dense:
+    from safetensors.torch import load_file
+
+    file = layer.path / "model.safetensors"
+    try:
+        tensors = load_file(str(file))
+        weight = tensors["linear.weight"].float().to(device)
+        bias = tensors["linear.bias"].float().to(device) if layer.bias else None
+    except Exception as error:
+        raise ModelLoadError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+    if weight.shape != (layer.out_features, layer.in_features):
+        raise ModelLoadError(
+            f"{file} holds a {tuple(weight.shape)} matrix and its config.json states "
+            f"{(layer.out_features, layer.in_features)}: copy the folder again"
+        )
+    return _Dense(weight, bias, layer.activation)

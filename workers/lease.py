@@ -1,0 +1,85 @@
+"""One thread renews all leases of a process, and says which are lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from app.errors import LeaseLost
+from app.ledger import chunk_batches
+from app.ledger.chunk_batches import Lease
+
+logger = logging.getLogger(__name__)
+
+
+class HeldLease:
+    """A lease while its ChunkBatch is worked on."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.lost = threading.Event()
+
+    def check(self) -> None:
+        """Raise :class:`LeaseLost` at a stage boundary when another worker has the ChunkBatch now."""
+        if self.lost.is_set():
+            raise LeaseLost(
+                f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} lost its lease. Vectors written "
+                "so far stay; the attempt that follows goes on from them."
+            )
+
+
+class LeaseKeeper:
+    """Renews every third of a lease, in one statement for the whole process."""
+
+    def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
+        self._db = db
+        self._lease_seconds = lease_seconds
+        self._held: dict[int, HeldLease] = {}
+        self._mutex = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    @contextlib.contextmanager
+    def holding(self, lease: Lease) -> Iterator[HeldLease]:
+        held = HeldLease(lease)
+        with self._mutex:
+            self._held[lease.chunk_batch_id] = held
+        try:
+            yield held
+        finally:
+            with self._mutex:
+                if self._held.get(lease.chunk_batch_id) is held:
+                    del self._held[lease.chunk_batch_id]
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._lease_seconds / 3):
+            try:
+                self.renew()
+            except sa.exc.SQLAlchemyError:
+                # Postgres may be back before the lease is over; if not, the guarded writes will tell.
+                logger.warning("leases could not be renewed; trying again", exc_info=True)
+
+    def renew(self) -> None:
+        """Renew once. A lease that is no longer ours is marked lost."""
+        with self._mutex:
+            held = dict(self._held)
+        if not held:
+            return
+        with self._db.begin() as conn:
+            still_ours = chunk_batches.renew_if_held(
+                conn, [h.lease for h in held.values()], lease_seconds=self._lease_seconds
+            )
+        for chunk_batch_id, lease in held.items():
+            if chunk_batch_id not in still_ours:
+                lease.lost.set()
