@@ -28,7 +28,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt ".[flower]"
 
 FROM stub AS worker-deps
-# A further package index, such as PyTorch's index of CPU-only wheels: the image then is some 5 GB smaller.
+# A further package index, such as PyTorch's index of CPU-only wheels: the image then is some 4 GB smaller.
 # Empty means none. Of equal versions pip takes the one with the local part, so `2.13.0+cpu` wins.
 ARG PIP_EXTRA_INDEX_URL=
 RUN --mount=type=cache,target=/root/.cache/pip \

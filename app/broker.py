@@ -114,14 +114,14 @@ class Broker:
 
     def ring(self, doorbells: Iterable[Doorbell]) -> None:
         """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
-        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500) as batch:
+        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
             for bell in doorbells:
                 self.celery.send_task(
                     EMBED_TASK,
                     args=[bell.chunk_batch_id],
                     queue=QUEUE,
                     priority=bell.priority,
-                    producer=batch,
+                    producer=producer,
                     retry=False,
                     ignore_result=True,
                 )

@@ -2,7 +2,7 @@
 # Checks the Dockerfile without Docker: runs the COPY and RUN lines of its stages, read from the file itself, in
 # virtual environments below a temporary folder, then the commands that each image is for.
 #
-#   deploy/check-images.sh [app] [worker]      default: both. The worker's has torch with CUDA: some 6 GB.
+#   deploy/check-images.sh [app] [worker]      default: both. The worker's has torch with CUDA: some 5 GB.
 #   PYTHON=...    the interpreter; default: the Dockerfile's version where there is one, else python3
 #   KEEP=1        keep the virtual environments, and say where they are
 #

@@ -35,7 +35,15 @@ _log = logging.getLogger(__name__)
 MAJOR = 18
 DATABASE = "chunkmill"
 USER = "postgres"
-_SETTINGS_FILE = "chunkmill.conf"
+_SETTINGS = {  # of a new data folder, in its postgresql.conf
+    "max_connections": "100",
+    "shared_buffers": "256MB",
+    "maintenance_work_mem": "256MB",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+    "wal_compression": "on",
+    "jit": "off",
+}
 _SMALL_SHM_BYTES = 1 << 30
 
 
@@ -149,12 +157,11 @@ class Postgres:
             if stale.exists():
                 _log.info("removing %s: no Postgres of this folder runs under the pid in it", stale)
                 stale.unlink()
-        self._write_settings(account)
         self._run(programs, account)
 
     def _run(self, programs: Path, account: Account) -> None:
         # Not through pg_ctl: it hands the paths to a shell, which acts on a quote or dollar sign in them.
-        argv: list[str | Path] = [programs / "postgres", "-D", self._data]
+        argv: list[str | Path] = [programs / "postgres", "-D", self._data, *self._settings()]
         deadline = time.monotonic() + process.START_SECONDS
         while True:
             since = process.log_size(self.log)
@@ -190,27 +197,20 @@ class Postgres:
         options = "--encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 "
         options += "--auth-local=trust --auth-host=trust --no-instructions"
         options += "" if self._fsync else " --no-sync"
+        options += "".join(f" --set {name}={value}" for name, value in _SETTINGS.items())
         done = process.run([programs / "initdb", "-D", new, "-U", USER, *options.split()], account)
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip()
             raise EmbeddedStackError(f"initdb could not make the data folder {self._data}. It said:\n{said}")
-        with (new / "postgresql.conf").open("a") as file:
-            file.write(f"\ninclude '{_SETTINGS_FILE}'\n")
         new.rename(self._data)
 
-    def _write_settings(self, account: Account) -> None:
+    def _settings(self) -> list[str]:
+        """What depends on this start, as arguments: as root, we write no file where the server's user may."""
         settings = {
             "listen_addresses": "127.0.0.1" if self._planned.tcp else "",
             "port": self._planned.port,
             "unix_socket_directories": '"' + str(self._planned.socket_folder).replace('"', '""') + '"',
             "unix_socket_permissions": "0700",
-            "max_connections": 100,
-            "shared_buffers": "256MB",
-            "maintenance_work_mem": "256MB",
-            "max_wal_size": "4GB",
-            "checkpoint_timeout": "15min",
-            "wal_compression": "on",
-            "jit": "off",
             "fsync": "on" if self._fsync else "off",
         }
         shm = Path("/dev/shm")  # noqa: S108
@@ -218,12 +218,7 @@ class Postgres:
             # A container's /dev/shm is 64 MB unless asked otherwise, and one parallel index build wants
             # maintenance_work_mem of it.
             settings["dynamic_shared_memory_type"] = "mmap"
-        quoted = (str(value).replace("\\", "\\\\").replace("'", "''") for value in settings.values())
-        path = self._data / _SETTINGS_FILE
-        lines = [f"{name} = '{value}'" for name, value in zip(settings, quoted, strict=True)]
-        note = "# Written at every start. Your own settings belong below its include in postgresql.conf."
-        path.write_text("\n".join([note, *lines, ""]))
-        os.chown(path, account.uid, account.gid)
+        return [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
 
     def _create_database(self, pid: int, address: _Address) -> bool:
         """Wait until the server takes connections, and create the database if it is not there yet.
@@ -242,6 +237,7 @@ class Postgres:
                 if time.monotonic() > deadline:
                     raise EmbeddedStackError(
                         f"Postgres in {self._data} (pid {pid}) takes no connections: {str(error).strip()}. "
+                        "If it is still recovering from a crash, give it time and try again. "
                         f"Its log {self.log} ends with:\n{process.log_tail(self.log)}"
                     ) from error
             time.sleep(0.02)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,7 @@ class ServerStatus:
     """Its log file, which may not exist yet."""
 
 
-def run(
-    argv: Sequence[str | Path], account: Account, *, detach: bool = False
-) -> subprocess.CompletedProcess[str]:
+def run(argv: Sequence[str | Path], account: Account, *, detach: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command to its end as `account`; `detach` gives it a session of its own, away from Ctrl-C.
 
     The servers outlive this process, so they get none of its environment but what they need: no secrets.
@@ -115,16 +114,20 @@ def refuse_lost_server(marker: str, folder: Path) -> None:
     """Raise EmbeddedStackError if a server of `folder` runs that has lost its pid file (Linux only).
 
     That is what remains when the folder is removed under a running server: it would take the new
-    server's socket away when it ends, and it is not ours to end.
+    server's socket away when it ends, and it is not ours to end. A server that is just ending has no pid
+    file either, so it gets a moment.
     """
     if not _PROC:
         return
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and is_ours(int(entry.name), marker):
-            raise EmbeddedStackError(
-                f"process {entry.name} is a server of {folder} whose pid file is gone: the folder was "
-                f"probably removed while it ran. End it (kill {entry.name}), then try again."
-            )
+    deadline = time.monotonic() + 2
+    for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]:
+        while is_ours(pid, marker):
+            if time.monotonic() > deadline:
+                raise EmbeddedStackError(
+                    f"process {pid} is a server of {folder} whose pid file is gone: the folder was probably "
+                    f"removed while it ran. End it (kill {pid}), then try again."
+                )
+            time.sleep(0.05)
 
 
 def refuse_foreign_socket(path: Path) -> None:
@@ -160,7 +163,8 @@ def stop(pid: int, marker: str, how: signal.Signals, log: Path) -> None:
 
     Raises EmbeddedStackError when it is still there after STOP_SECONDS.
     """
-    os.kill(pid, how)
+    with suppress(ProcessLookupError):
+        os.kill(pid, how)
     deadline = time.monotonic() + STOP_SECONDS
     while is_ours(pid, marker):
         if time.monotonic() > deadline:

@@ -100,11 +100,12 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} is stopped by something else than SIGTERM")
         if seconds(worker.get("stop_grace_period", "0s")) < 30:
             found.append(f"{name} has no time to drain")
+        node = worker["command"][worker["command"].index("-n") + 1] if "-n" in worker["command"] else "celery@%h"
+        if f"--destination {node.replace('%h', '$$HOSTNAME')} " not in str(worker["healthcheck"].get("test")):
+            found.append(f"{name}'s health check asks another worker")
         if not worker.get("profiles"):
             found.append(f"{name} has no profile")
-    devices = (
-        services["worker"].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
-    )
+    devices = services["worker"].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
     if not any(d.get("driver") == "nvidia" and "gpu" in d["capabilities"] for d in devices):
         found.append("worker reserves no GPU")
 
@@ -177,7 +178,7 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("migrate is started again after it ended", lambda s: s["migrate"].update(restart="always")),
     ("poller is not restarted", lambda s: s["poller"].update(restart="no")),
     ("poller has no health check", lambda s: s["poller"].pop("healthcheck")),
-    ("worker has no health check", lambda s: s["worker"]["healthcheck"].pop("test")),
+    ("flower has no health check", lambda s: s["flower"]["healthcheck"].pop("test")),
     ("flower has no time to stop in", lambda s: s["flower"].pop("stop_grace_period")),
     ("worker may start on an old schema", lambda s: s["worker"]["depends_on"].pop("migrate")),
     ("postgres is on a network that is not internal", lambda s: s["postgres"]["networks"].append("outside")),
@@ -202,6 +203,11 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         lambda s: s["worker-cpu"]["environment"].update(REMAP_SIGTERM="SIGQUIT"),
     ),
     ("worker has no time to drain", lambda s: s["worker"].update(stop_grace_period="10s")),
+    ("worker's health check asks another worker", lambda s: s["worker"]["command"].remove("-n")),
+    (
+        "worker-cpu's health check asks another worker",
+        lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
+    ),
     ("worker-cpu has no profile", lambda s: s["worker-cpu"].pop("profiles")),
     ("worker reserves no GPU", lambda s: s["worker"].pop("deploy")),
     ("flower can stop workers", lambda s: s["flower"]["command"].remove("--read_only=True")),

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain.chunks import MAX_ID_BYTES, Chunk, content_hash, prepare, prepare_all
+from app.errors import InvalidChunk
+
+REFUSED = [
+    (Chunk("", "text"), "empty_id"),
+    (Chunk(7, "text"), "id_not_text"),
+    (Chunk("a\x00b", "text"), "nul_in_id"),
+    (Chunk("a\ud800", "text"), "surrogate_in_id"),
+    (Chunk("é" * MAX_ID_BYTES, "text"), "id_too_long"),
+    (Chunk("a", None), "text_not_text"),
+    (Chunk("a", b"bytes"), "text_not_text"),
+    (Chunk("a", ""), "empty_text"),
+    (Chunk("a", " \n\t"), "empty_text"),
+    (Chunk("a", "one\x00two"), "nul_in_text"),
+    (Chunk("a", "half a pair: \ud83d"), "surrogate_in_text"),
+    (Chunk("a", "text", {"when": object()}), "bad_metadata"),
+    (Chunk("a", "text", {"x": float("nan")}), "bad_metadata"),
+    (Chunk("a", "text", {"x": "\x00"}), "bad_metadata"),
+    (Chunk("a", "text", {"x": "\ud800"}), "bad_metadata"),
+    (Chunk("a", "text", ["not", "an", "object"]), "bad_metadata"),
+    ({"id": "a"}, "bad_shape"),
+    ({"id": "a", "text": "t", "txet": "t"}, "bad_shape"),
+    ("just a text", "bad_shape"),
+    (("a", "b", {}, "too many"), "bad_shape"),
+]
+
+
+@pytest.mark.parametrize(("item", "reason"), REFUSED, ids=[f"{reason}-{i}" for i, (_, reason) in enumerate(REFUSED)])
+def test_a_bad_chunk_is_named_with_what_to_do(item: object, reason: str) -> None:
+    with pytest.raises(InvalidChunk) as caught:
+        prepare(item, 41)
+    assert caught.value.reason == reason
+    assert caught.value.position == 41
+    message = str(caught.value)
+    assert "position 41" in message
+    assert 'on_invalid="skip"' in message
+    message.encode()  # whatever was wrong with the id, the message itself can be printed and stored
+
+
+@pytest.mark.parametrize("item", [Chunk("a", "text"), ("a", "text"), ["a", "text"], {"id": "a", "text": "text"}])
+def test_every_documented_form_is_the_same_chunk(item: object) -> None:
+    assert prepare(item, 0) == prepare(Chunk("a", "text", {}), 0)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1))
+def test_any_unicode_text_is_kept_byte_for_byte(text: str) -> None:
+    if text.isspace():
+        return
+    prepared = prepare(("id", text), 0)
+    assert prepared.text.decode() == text
+    assert prepared.content_hash == content_hash(text) == hashlib.sha256(text.encode()).digest()
+
+
+def test_skipping_keeps_the_good_and_collects_the_bad() -> None:
+    skipped: list[InvalidChunk] = []
+    good = list(prepare_all([("a", "one"), ("", "two"), ("c", "three"), ("d", 4)], skipped))
+    assert [chunk.id for chunk in good] == ["a", "c"]
+    assert [(error.position, error.reason) for error in skipped] == [(1, "empty_id"), (3, "text_not_text")]
+
+
+def test_no_error_shows_the_text() -> None:
+    with pytest.raises(InvalidChunk) as caught:
+        prepare(("a", "the secret plan\x00"), 0)
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.domain.chunks import PreparedChunk, prepare
+from app.domain.planning import KnownVector, cut, distinct, plan_window
+from app.domain.spaces import OnLong
+
+
+def window(*pairs: tuple[str, str]) -> dict[str, PreparedChunk]:
+    return distinct([prepare(pair, i) for i, pair in enumerate(pairs)])
+
+
+def test_the_last_chunk_of_an_id_counts() -> None:
+    assert [c.text for c in window(("a", "old"), ("b", "other"), ("a", "new")).values()] == [b"new", b"other"]
+
+
+def test_hits_misses_and_duplicates() -> None:
+    chunks = window(("a", "known"), ("b", "fresh"), ("c", "fresh"), ("d", "known"))
+    known = {chunks["a"].content_hash: KnownVector(3, truncated=False)}
+    plan = plan_window(chunks, known, OnLong.TRUNCATE)
+    assert plan.cached == (chunks["a"].content_hash,)
+    assert dict(plan.missing) == {chunks["b"].content_hash: b"fresh"}
+    assert [c.id for c in plan.references] == ["a", "b", "c", "d"]
+
+
+def test_a_truncated_hit_is_dead_only_under_reject() -> None:
+    chunks = window(("a", "long"))
+    known = {chunks["a"].content_hash: KnownVector(999, truncated=True)}
+    assert plan_window(chunks, known, OnLong.TRUNCATE).rejected == ()
+    rejected = plan_window(chunks, known, OnLong.REJECT)
+    assert [(d.chunk_id, d.code) for d in rejected.rejected] == [("a", "too_long")]
+    assert "999 tokens" in rejected.rejected[0].reason
+    assert rejected.references == ()
+    assert rejected.cached == ()
+
+
+@given(
+    st.lists(st.binary(min_size=1, max_size=40), unique=True),
+    st.integers(1, 7),
+    st.integers(1, 60),
+)
+def test_cut_loses_nothing_and_keeps_both_limits(texts: list[bytes], contents: int, size: int) -> None:
+    missing = {text: text for text in texts}
+    batches = cut(missing, contents, size)
+    assert [h for batch in batches for h in batch] == texts
+    for batch in batches:
+        assert 1 <= len(batch) <= contents
+        assert len(batch) == 1 or sum(map(len, batch)) <= size
