@@ -50,7 +50,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM base AS runtime
 # The home holds what a worker fetches (models that are not bundled): the one place worth a volume. A named
 # volume mounted on it takes over the owner set here.
-RUN useradd --uid 10001 --create-home --home-dir /var/lib/chunkmill --shell /usr/sbin/nologin chunkmill
+RUN groupadd --gid 10001 chunkmill && \
+    useradd --uid 10001 --gid 10001 --create-home --home-dir /var/lib/chunkmill --shell /usr/sbin/nologin chunkmill
 ENV HOME=/var/lib/chunkmill \
     HF_HUB_DISABLE_TELEMETRY=1
 WORKDIR /var/lib/chunkmill

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 from celery import signals
@@ -20,8 +22,22 @@ environment = Environment.load(start_embedded=False)
 app = make_celery(environment.settings)
 tasks.register(app)
 
-EX_CONFIG = 78  # sysexits.h: a supervisor should not restart into the same wrong configuration
+# sysexits.h: a supervisor may restart after the first, and would only meet the second again.
+EX_TEMPFAIL, EX_CONFIG = 75, 78
 _state: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def _fatal_errors() -> Iterator[None]:
+    """End the process with the error's message alone: it is meant for a person, and a traceback hides it.
+
+    Celery logs and swallows what a signal handler raises, except SystemExit.
+    """
+    try:
+        yield
+    except ChunkmillError as error:
+        logger.error("%s", error)  # noqa: TRY400
+        raise SystemExit(EX_TEMPFAIL if error.retryable else EX_CONFIG) from None
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
@@ -36,11 +52,8 @@ def _claim_device(instance: Any = None, **_: Any) -> None:
 
     settings = environment.settings
     configure()
-    try:
+    with _fatal_errors():
         claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
-    except ChunkmillError as error:
-        logger.error("%s", error)  # noqa: TRY400 - the message is meant for a person, a traceback hides it
-        raise SystemExit(EX_CONFIG) from None
     _state["device"] = claimed
     if instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
         instance.hostname = f"{claimed.worker_name}@{socket.gethostname()}"
@@ -54,11 +67,8 @@ def _start(**_: Any) -> None:
     device = _state["device"].device
     if device == "cpu":
         logger.info("no GPU in use: embedding on the CPU")
-    try:
+    with _fatal_errors():
         context = WorkerContext.start(environment.settings, device)
-    except ChunkmillError as error:
-        logger.error("%s", error)  # noqa: TRY400
-        raise SystemExit(EX_CONFIG) from None
     lane = EmbedRequestLane(context)
     lane.start()
     _state["context"], _state["lane"] = context, lane

@@ -16,7 +16,7 @@ from workers.engine.windows import Rows
 
 @dataclass(slots=True)
 class _Open:
-    """A split text under way. ``total`` is (dimensions,) float64: Σ weight × window vector."""
+    """A split text under way. ``total`` is (dimensions,) float64: the sum of weight times window vector."""
 
     total: NDArray[np.float64]
     weight: int = 0
@@ -43,9 +43,7 @@ class Collector:
         good = ~split & ~failed
         texts, vectors = [owners[good]], [outcome.vectors[good]]
         failures = [
-            TextFailure(int(owners[at]), *outcome.failures[at])
-            for at in sorted(outcome.failures)
-            if not split[at]
+            TextFailure(int(owners[at]), *outcome.failures[at]) for at in sorted(outcome.failures) if not split[at]
         ]
         for at in np.flatnonzero(split):
             text = int(owners[at])

@@ -111,9 +111,7 @@ class Engine:
     def max_tokens(self) -> int:
         return self.spec.max_tokens
 
-    def embed(
-        self, texts: Sequence[str], kind: Kind = "document", *, on_long: OnLong | None = None
-    ) -> Embeddings:
+    def embed(self, texts: Sequence[str], kind: Kind = "document", *, on_long: OnLong | None = None) -> Embeddings:
         """All vectors in input order; ``np.asarray`` of the result is the (n, dimensions) float32 matrix.
 
         Raises EngineError naming the first text that got no vector.
@@ -123,7 +121,7 @@ class Engine:
         n_tokens = np.zeros(len(texts), np.int32)
         truncated = np.zeros(len(texts), np.bool_)
         results = []
-        for result in self.stream(texts, kind, on_long=on_long):
+        for result in self.stream(texts, kind, on_long=on_long, urgent=urgent):
             if result.failures:
                 bad = min(result.failures, key=lambda failure: failure.index)
                 raise EngineError(f"text {bad.index} of {len(texts)} got no vector: {bad.code}, {bad.reason}")

@@ -55,14 +55,14 @@ class Backbone:
             model = model.to(device)
         except Exception as error:
             raise ModelLoadError(
-                f"the model in {folder} cannot be loaded onto {device} ({type(error).__name__}: {error}): check "
-                "that the folder is whole, the architecture known to transformers, and the device's memory"
+                f"the model in {folder} cannot be loaded onto {device} ({type(error).__name__}: {error}): "
+                "check that the folder is whole, the architecture known to transformers, and the device's memory"
             ) from error
         # transformers fills what a file lacks with random numbers. BERT's pooler is the one part that is
         # often missing and that no vector passes through.
         if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
             raise ModelLoadError(
-                f"the weights in {folder} lack {len(missing)} tensors of the architecture in its config.json, "
+                f"the weights in {folder} lack {len(missing)} tensors that its config.json asks for, "
                 f"{missing[0]} first: copy the folder again"
             )
         return cls(model, pad_id=pad_id)

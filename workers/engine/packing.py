@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def pack(lengths: NDArray[np.int32], budget: int) -> list[NDArray[np.int32]]:
-    """Cut rows into TokenBatches of at most ``budget`` padded tokens (rows × longest row).
+    """Cut rows into TokenBatches of at most ``budget`` padded tokens (rows x longest row).
 
     ``lengths`` is (n,) int32, in tokens. Returns (m,) int32 index arrays that hold every index once. Rows
     are taken longest first, so that neighbours have like lengths (little padding) and a TokenBatch that is

@@ -57,9 +57,7 @@ class _Dense:
     activation: str
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = _ACTIVATIONS[self.activation](
-            functional.linear(vectors, self.weight, self.bias)
-        )
+        values: torch.Tensor = _ACTIVATIONS[self.activation](functional.linear(vectors, self.weight, self.bias))
         return values
 
 
@@ -74,7 +72,7 @@ class Head:
         self._inner = [_load(item, device) if isinstance(item, DenseLayer) else _normalize for item in inner]
 
     def __call__(self, hidden: Hidden, *, skip: int) -> torch.Tensor:
-        """(n, dimensions) fp32, all modules but a last Normalize: what windows of one text are averaged in."""
+        """(n, dimensions) fp32: all modules but a last Normalize. Windows of one text are averaged here."""
         with torch.inference_mode():
             vectors = pool(hidden, self._mode, skip=0 if self._include_prompt else skip)
             for module in self._inner:

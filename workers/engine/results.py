@@ -40,7 +40,7 @@ class TokenBatchResult:
     tokens: int = 0
     """Tokens that went through the model."""
     padded_tokens: int = 0
-    """The same with padding: rows × longest row."""
+    """The same with padding: rows x longest row."""
     tokenize_seconds: float = 0.0
     """The first result of a stream carries the time that tokenizing all its texts took."""
 

@@ -65,10 +65,7 @@ def split(ids: Ids, limit: int, frame: Frame) -> list[Ids]:
     """Windows of at most ``limit`` tokens over the text, each with the special tokens and the prompt."""
     head, body = ids[: frame.skip], ids[frame.skip : len(ids) - len(frame.suffix)]
     step = limit - len(head) - len(frame.suffix)
-    return [
-        np.concatenate((head, body[start : start + step], frame.suffix))
-        for start in range(0, len(body), step)
-    ]
+    return [np.concatenate((head, body[start : start + step], frame.suffix)) for start in range(0, len(body), step)]
 
 
 def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, on_long: OnLong) -> Rows:

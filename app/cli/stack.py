@@ -1,0 +1,195 @@
+"""`up`, `down`, `status` and `migrate`: the servers."""
+
+from __future__ import annotations
+
+import click
+import redis
+import sqlalchemy as sa
+from alembic.util import CommandError
+
+from app.cli.inspect import Database, look_at_database, look_at_redis, queued_doorbells
+from app.cli.output import Screen, json_option, masked
+from app.db.connect import migrate as run_migrations
+from app.embedded import Stack, StackStatus
+from app.environment import Environment
+from app.errors import InvalidInput, InvalidSetting, StoreUnavailable
+from app.settings import Settings
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Let Postgres listen on 127.0.0.1 at this port too.")
+@click.option("--redis-port", type=click.IntRange(1, 65535), help="Let Redis listen on 127.0.0.1 at this port too.")
+@json_option
+@click.pass_obj
+def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
+    """Start the embedded Postgres and Redis, and bring the tables up to date.
+
+    They outlive this command; `chunkmill down` stops them. The data folder is CHUNKMILL_HOME, or the user's data
+    folder. Running servers are left as they are.
+    """
+    settings = Settings.from_env()
+    status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
+    run_migrations(_addressed(status).require_database_url())
+    _show_stack(screen, status)
+    if settings.database_url or settings.redis_url:
+        screen.hint("DATABASE_URL and REDIS_URL are set, so the other commands use those servers and not this stack.")
+    elif not screen.json:
+        screen.say("")
+        screen.say("Every command finds them by itself. Next: ", ("chunkmill worker", "bold"), " and, beside it, ",
+                   ("chunkmill poller", "bold"))  # fmt: skip
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def down(screen: Screen) -> None:
+    """Stop the embedded Postgres and Redis. The data stays for the next `up`."""
+    stack = Stack(Settings.from_env().chunkmill_home)
+    was_up = stack.status()
+    status = stack.down()
+    if screen.json:
+        screen.document(_stack_facts(status))
+        return
+    for before in (was_up.postgres, was_up.redis):
+        pid = f" (pid {before.pid})" if before.pid else ""
+        screen.say(f"{before.name:<8}  ", "stopped" if before.pid else "was not running", pid)
+    screen.say(("data      ", "dim"), f"stays in {status.home}")
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def status(screen: Screen) -> None:
+    """Servers, migration level, workers, doorbells and open jobs. Starts nothing."""
+    settings = Settings.from_env()
+    if bool(settings.database_url) != bool(settings.redis_url):
+        raise InvalidSetting("Of DATABASE_URL and REDIS_URL one is set. Set both, or neither for the embedded stack.")
+    if not settings.database_url:
+        stack = Stack(settings.chunkmill_home).status()
+        if not stack.running:
+            _show_stack(screen, stack)
+            if not screen.json:
+                screen.say("")
+                screen.say("Start it: ", ("chunkmill up", "bold"))
+            return
+        _show_stack(screen, stack, _live_facts(_addressed(stack)))
+        return
+    live = _live_facts(settings)
+    urls = {"database_url": masked(settings.require_database_url()), "redis_url": masked(settings.require_redis_url())}
+    if screen.json:
+        screen.document({"embedded": False, **urls, **live})
+        return
+    screen.facts({"DATABASE_URL": urls["database_url"], "REDIS_URL": urls["redis_url"]})
+    _show_live(screen, live)
+
+
+@click.command()
+@click.option("--revision", default="head", show_default=True, help="The migration to go up to.")
+@json_option
+@click.pass_obj
+def migrate(screen: Screen, revision: str) -> None:
+    """Bring the database's tables up to this version. Safe under load and from several machines at once."""
+    settings = Environment.load(start_embedded=False).settings
+    before = look_at_database(settings).migration
+    try:
+        run_migrations(settings.require_database_url(), revision)
+    except CommandError as error:
+        raise InvalidInput(f"the migration to {revision!r} cannot be found or reached: {error}") from None
+    after = look_at_database(settings).migration
+    if screen.json:
+        screen.document({"before": before, "after": after})
+    elif before == after:
+        screen.say(f"The database is at migration {after} already.")
+    else:
+        screen.say(f"Migrated from {before or 'an empty database'} to {after}.")
+
+
+def _addressed(status: StackStatus) -> Settings:
+    return Settings.from_env(database_url=status.database_url, redis_url=status.redis_url)
+
+
+def _stack_facts(status: StackStatus) -> dict[str, object]:
+    servers = {
+        s.name: {"running": s.running, "pid": s.pid, "version": s.version, "url": masked(s.url), "log": s.log}
+        for s in (status.postgres, status.redis)
+    }
+    return {"embedded": True, "home": status.home, "running": status.running, **servers}
+
+
+def _show_stack(screen: Screen, status: StackStatus, live: dict[str, object] | None = None) -> None:
+    if screen.json:
+        screen.document(_stack_facts(status) | (live or {}))
+        return
+    servers = (status.postgres, status.redis)
+    screen.say(("Embedded stack ", "bold"), f"in {status.home}")
+    screen.say("")
+    rows = [(s.name, _state(s.running, s.pid), s.version, str(s.pid) if s.pid else None) for s in servers]
+    screen.table(["server", "state", "version", "pid"], rows)
+    screen.say("")
+    screen.facts(
+        {
+            "DATABASE_URL": masked(status.database_url),
+            "REDIS_URL": masked(status.redis_url),
+            "logs": status.postgres.log,
+            "": status.redis.log,
+        }
+    )
+    if live is not None:
+        _show_live(screen, live)
+
+
+def _state(running: bool, pid: int | None) -> str:
+    return "running" if running else "down" if pid is None else "not answering"
+
+
+def _live_facts(settings: Settings) -> dict[str, object]:
+    """What only the servers know; a server that cannot be reached gives its error instead."""
+    facts: dict[str, object] = {}
+    try:
+        facts["database"] = _database_facts(look_at_database(settings))
+    except StoreUnavailable as error:
+        facts["database"] = {"error": str(error)}
+    except sa.exc.DatabaseError as error:
+        facts["database"] = {"error": str(error.orig).splitlines()[0]}
+    try:
+        facts["broker"] = {"version": look_at_redis(settings).version, "doorbells": queued_doorbells(settings)}
+    except (redis.RedisError, OSError) as error:
+        facts["broker"] = {"error": f"cannot reach Redis: {error}"}
+    return facts
+
+
+def _database_facts(database: Database) -> dict[str, object]:
+    return {
+        "version": database.version,
+        "migration": database.migration,
+        "head": database.head,
+        "worker_connections": database.worker_connections,
+        "poller_connections": database.poller_connections,
+        "open_jobs": database.open_jobs,
+    }
+
+
+def _show_live(screen: Screen, live: dict[str, object]) -> None:
+    database, broker = live["database"], live["broker"]
+    shown: dict[str, object] = {}
+    if not isinstance(database, dict) or not isinstance(broker, dict):
+        raise TypeError("live facts are made by _live_facts")
+    if "error" in database:
+        shown["Postgres"] = database["error"]
+    else:
+        level = database["migration"] or "none"
+        is_head = database["migration"] == database["head"]
+        shown["migration"] = f"{level} (up to date)" if is_head else f"{level}, needs {database['head']}: chunkmill migrate"
+        shown["workers"] = _connected(database["worker_connections"], "chunkmill worker")
+        shown["pollers"] = _connected(database["poller_connections"], "chunkmill poller")
+        shown["open jobs"] = database["open_jobs"]
+    if "error" in broker:
+        shown["Redis"] = broker["error"]
+    else:
+        shown["doorbells"] = f"{broker['doorbells']:,} in Redis"
+    screen.say("")
+    screen.facts(shown)
+
+
+def _connected(connections: int, command: str) -> str:
+    return f"connected, {connections} connections" if connections else f"none connected; start one: {command}"

@@ -1,0 +1,159 @@
+"""Doorbells: Redis holds a window of reminders, Postgres the work."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from app import Client
+from app.broker import Broker
+from app.client import Client as ClientClass
+from app.domain.states import JobState
+from app.settings import Settings
+from tests.integration.conftest import Runner
+from workers.poller import Poller
+
+
+@pytest.fixture
+def narrow(settings: Settings) -> Settings:
+    """A window of 4 doorbells and 25 ChunkBatches to ring for."""
+    return settings.model_copy(
+        update={"doorbell_window": 4, "chunk_batch_size": 4, "doorbell_repair_seconds": 0.05}
+    )
+
+
+@pytest.fixture
+def poller(narrow: Settings, db: sa.Engine, broker: Broker) -> Poller:
+    return Poller(db, broker, narrow)
+
+
+def enqueue(narrow: Settings, db: sa.Engine, n: int, **options: str) -> int:
+    client = ClientClass(db, Broker.connect(narrow), narrow)
+    return client.enqueue([(f"{n}-{i}", f"text {n} {i}") for i in range(n)], collection="docs", **options).id
+
+
+def answer_bells(store: redis.Redis, n: int) -> list[bytes]:
+    """Take up to ``n`` messages off the queue, as Celery would, the most urgent first."""
+    taken = []
+    for key in ("gpu", "gpu\x06\x163", "gpu\x06\x166", "gpu\x06\x169"):
+        while len(taken) < n and (message := store.rpop(key)):
+            taken.append(message)
+    return taken
+
+
+def claim_all_rung(db: sa.Engine) -> None:
+    with db.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE chunk_batches SET state = 'cancelled' WHERE state = 'available' AND rung_at IS NOT NULL")
+        )
+
+
+def test_never_more_than_a_window_and_every_chunk_batch_in_the_end(
+    narrow: Settings, db: sa.Engine, broker: Broker, poller: Poller
+) -> None:
+    enqueue(narrow, db, 100)
+    rung = 0
+    for _ in range(20):
+        poller.round()
+        assert broker.queued_doorbells() <= 4
+        rung += len(answer_bells(broker.client, 4))
+        claim_all_rung(db)
+    assert rung == 25
+
+
+def test_flushall_is_mended_from_postgres(narrow: Settings, db: sa.Engine, broker: Broker, poller: Poller) -> None:
+    """Promise 2: what Redis forgot is rung again."""
+    enqueue(narrow, db, 16)
+    assert broker.queued_doorbells() == 4
+    broker.client.flushall()
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = rung_at - interval '1 s'"))
+    assert poller.round().rung == 4
+    assert broker.queued_doorbells() == 4
+    assert poller.round().rung == 0  # and only once
+
+
+def test_a_long_queue_is_not_taken_for_a_lost_one(
+    narrow: Settings, db: sa.Engine, broker: Broker, poller: Poller
+) -> None:
+    enqueue(narrow, db, 16)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = rung_at - interval '1 h'"))
+    assert poller.round().rung == 0
+
+
+def test_urgent_jobs_ring_first(narrow: Settings, db: sa.Engine, broker: Broker, poller: Poller) -> None:
+    enqueue(narrow, db, 40, priority="low")
+    answer_bells(broker.client, 99)
+    claim_all_rung(db)
+    urgent = enqueue(narrow, db, 12, priority="high")
+    poller.round()
+    with db.begin() as conn:
+        rung = conn.execute(
+            sa.text("SELECT job_id FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL ORDER BY id")
+        ).scalars()
+        assert Counter(rung)[urgent] == 3
+    assert broker.client.llen("gpu\x06\x163") == 3
+
+
+def test_many_pollers_ring_each_bell_once(narrow: Settings, db: sa.Engine, broker: Broker) -> None:
+    wide = narrow.model_copy(update={"doorbell_window": 1000})
+    enqueue(narrow, db, 100)  # four bells are rung by the enqueue itself
+    pollers = [Poller(db, Broker.connect(wide), wide) for _ in range(4)]
+    counts: list[int] = []
+    threads = [threading.Thread(target=lambda p=p: counts.append(p.round().rung)) for p in pollers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(counts) == 21
+    assert broker.queued_doorbells() == 25
+
+
+def test_expired_leases_are_taken_back_until_the_last_attempt(db: sa.Engine, client: Client, poller: Poller) -> None:
+    job = client.enqueue([("a", "text")], collection="docs")
+    for attempt in range(1, 6):
+        with db.begin() as conn:
+            conn.execute(
+                sa.text(
+                    "UPDATE chunk_batches SET state = 'running', attempt = attempt + 1, lease_owner = 'gone', "
+                    "lease_until = now() - interval '1 s'"
+                )
+            )
+        done = poller.round()
+        assert (done.rescued, done.discarded) == ((1, 0) if attempt < 5 else (0, 1))
+    with db.begin() as conn:
+        assert "worker gone was silent" in conn.execute(sa.text("SELECT error FROM chunk_batches")).scalar_one()
+    assert client.job(job.id).state is JobState.FAILED
+
+
+def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
+    runner: Runner, client: Client, poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.enqueue([("a", "text")], collection="docs")
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.pipeline.jobs.finish_if_done", lambda *args: None)
+        runner.run_due()
+    assert client.job(job.id).state is JobState.RUNNING
+    assert poller.round().finished == 1
+    assert client.job(job.id).state is JobState.COMPLETED
+
+
+def test_redis_away_is_survived_and_said_once(
+    narrow: Settings, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_off = narrow.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "poll_interval": 0.01})
+    poller = Poller(db, Broker.connect(cut_off), cut_off)
+    stop = threading.Event()
+    thread = threading.Thread(target=poller.run, args=(stop,))
+    thread.start()
+    stop.wait(0.5)
+    stop.set()
+    thread.join()
+    assert [r.message for r in caplog.records if "trying again" in r.message] == [
+        "poller: ConnectionError; trying again every 0.01 s"
+    ]
