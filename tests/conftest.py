@@ -84,9 +84,7 @@ def broker(settings: Settings) -> Iterator[Broker]:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
-    made = Client(
-        create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings
-    )
+    made = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
     yield made
     made.close()
 

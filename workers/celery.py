@@ -42,7 +42,8 @@ def _fatal_errors() -> Iterator[None]:
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
-    configure(loglevel if isinstance(loglevel, int) else logging.INFO)
+    # Celery's own default is WARNING, which would hide that the worker is ready.
+    configure(loglevel if isinstance(loglevel, int) and loglevel != logging.WARNING else logging.INFO)
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ import redis
 import sqlalchemy as sa
 
 from app.broker import Broker
+from app.cli.output import masked
 from app.db import spaces
 from app.db.connect import create_db, migration_level, unreachable_message
 from app.db.spaces import Space
@@ -45,11 +46,39 @@ def look_at_database(settings: Settings) -> Database:
     db = create_db(url, role="cli", pool_size=1)
     try:
         with db.connect() as conn:
-            return _look(conn)
+            return _database(conn)
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(url, error)) from error
     finally:
         db.dispose()
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What only the servers know. A server that cannot be reached gives its error instead."""
+
+    database: Database | None
+    database_error: str | None
+    doorbells: int | None
+    redis_version: str | None
+    redis_error: str | None
+
+
+def look(settings: Settings) -> Live:
+    """Raises nothing for a server that is away: that is what the look is for."""
+    database = database_error = doorbells = version = redis_error = None
+    try:
+        database = look_at_database(settings)
+    except StoreUnavailable as error:
+        database_error = str(error)
+    except sa.exc.DBAPIError as error:
+        database_error = str(error.orig).splitlines()[0]
+    try:
+        version = look_at_redis(settings).version
+        doorbells = queued_doorbells(settings)
+    except (redis.RedisError, OSError) as error:
+        redis_error = f"cannot use Redis at {masked(settings.require_redis_url())}: {error}"
+    return Live(database, database_error, doorbells, version, redis_error)
 
 
 def look_at_spaces(settings: Settings) -> list[tuple[Space, list[str]]]:
@@ -101,7 +130,7 @@ def _config(client: redis.Redis, name: str) -> str | None:
         return None
 
 
-def _look(conn: sa.Connection) -> Database:
+def _database(conn: sa.Connection) -> Database:
     sent = time.time()
     clock = float(conn.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
     ahead = clock - (sent + time.time()) / 2
@@ -117,7 +146,7 @@ def _look(conn: sa.Connection) -> Database:
         "SELECT application_name, count(*) FROM pg_stat_activity "
         "WHERE datname = current_database() AND application_name = ANY(:names) GROUP BY 1"
     )
-    connected = {name: n for name, n in conn.execute(names, {"names": list(LOOKED_FOR)})}
+    connected = {row[0]: int(row[1]) for row in conn.execute(names, {"names": list(LOOKED_FOR)})}
     open_jobs = None
     if facts.has_jobs:
         query = sa.text("SELECT count(*) FROM jobs WHERE state IN ('enqueueing', 'running')")

@@ -64,18 +64,23 @@ class Screen:
             self.err.print(Text.assemble(("error: ", "bold red"), (shown(message), "red")), soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, cut: str | None = None) -> None:
-        """Print rows under heads. Numbers stand right; the column ``cut`` gives way when the line is too long."""
-        rows = [[_cell(value) for value in row] for row in rows]
+        """Print rows under heads. Numbers stand right; the column ``cut``, the last one, takes what the others leave."""
+        cells = [[_cell(value) for value in row] for row in rows]
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        left = self.out.width
         for index, head in enumerate(columns):
-            numbers = bool(rows) and all(row[index].justify == "right" for row in rows)
-            table.add_column(
-                head,
-                justify="right" if numbers else "left",
-                no_wrap=numbers or head == cut,
-                overflow="ellipsis" if head == cut else "fold",
-            )
-        for row in rows:
+            numbers = bool(cells) and all(row[index].justify == "right" for row in cells)
+            if head == cut:
+                # rich would take the room from the columns that can fold, down to one character each.
+                table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=max(20, left))
+            else:
+                width = max([len(head), *(row[index].cell_len for row in cells)])
+                most = max(10, self.out.width // 2) if cut else None
+                left -= 2 + (min(width, most) if most else width)
+                table.add_column(
+                    head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold", max_width=most
+                )
+        for row in cells:
             table.add_row(*row)
         self._print(table)
 
@@ -117,8 +122,8 @@ def count(number: int, one: str, many: str | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.3 s`, `42 s`, `3:07`, `2:05:00`."""
-    if seconds < 10:
+    """`0.3 s`, `42 s`, `3:07`, `2:05:00`; a whole number is shown without decimals."""
+    if isinstance(seconds, float) and seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -157,7 +162,7 @@ def _cell(value: object) -> Text:
     if isinstance(value, Text):
         return value
     if value is None:
-        return Text("–", style="dim")
+        return Text("-", style="dim")
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, int):

@@ -102,5 +102,5 @@ def _in_words(facts: dict[str, float]) -> list[str]:
     if "tokens_per_s" in facts:
         words.append(f"{facts['tokens_per_s']:,.0f} tokens/s")
     if "eta_s" in facts:
-        words.append(f"{duration(facts['eta_s'])} left")
+        words.append(f"{duration(round(facts['eta_s']))} left")
     return words

@@ -134,7 +134,7 @@ def _from_line(line: bytes, fields: Fields) -> Record:
     except (RecursionError, ValueError):  # brackets thousands deep, or a number of thousands of digits
         return Unreadable("not JSON that can be read: nested too deep, or a number too long")
     if not isinstance(record, dict):
-        return Unreadable("not a JSON object; each line must be one, such as {\"id\": \"a\", \"text\": \"…\"}")
+        return Unreadable('not a JSON object; each line must be one, such as {"id": "a", "text": "…"}')
     return _from_mapping(record, fields)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import click
-import redis
-import sqlalchemy as sa
 from alembic.util import CommandError
 
-from app.cli.inspect import Database, look_at_database, look_at_redis, queued_doorbells
-from app.cli.output import Screen, json_option, masked
+from app.cli.inspect import Live, look, look_at_database
+from app.cli.output import Screen, count, json_option, masked
 from app.db.connect import migrate as run_migrations
 from app.embedded import Stack, StackStatus
 from app.environment import Environment
-from app.errors import InvalidInput, InvalidSetting, StoreUnavailable
+from app.errors import InvalidInput, InvalidSetting
 from app.settings import Settings
 
 
@@ -72,12 +70,12 @@ def status(screen: Screen) -> None:
                 screen.say("")
                 screen.say("Start it: ", ("chunkmill up", "bold"))
             return
-        _show_stack(screen, stack, _live_facts(_addressed(stack)))
+        _show_stack(screen, stack, look(_addressed(stack)))
         return
-    live = _live_facts(settings)
+    live = look(settings)
     urls = {"database_url": masked(settings.require_database_url()), "redis_url": masked(settings.require_redis_url())}
     if screen.json:
-        screen.document({"embedded": False, **urls, **live})
+        screen.document({"embedded": False, **urls, **_live_facts(live)})
         return
     screen.facts({"DATABASE_URL": urls["database_url"], "REDIS_URL": urls["redis_url"]})
     _show_live(screen, live)
@@ -116,9 +114,9 @@ def _stack_facts(status: StackStatus) -> dict[str, object]:
     return {"embedded": True, "home": status.home, "running": status.running, **servers}
 
 
-def _show_stack(screen: Screen, status: StackStatus, live: dict[str, object] | None = None) -> None:
+def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -> None:
     if screen.json:
-        screen.document(_stack_facts(status) | (live or {}))
+        screen.document(_stack_facts(status) | (_live_facts(live) if live else {}))
         return
     servers = (status.postgres, status.redis)
     screen.say(("Embedded stack ", "bold"), f"in {status.home}")
@@ -142,54 +140,43 @@ def _state(running: bool, pid: int | None) -> str:
     return "running" if running else "down" if pid is None else "not answering"
 
 
-def _live_facts(settings: Settings) -> dict[str, object]:
-    """What only the servers know; a server that cannot be reached gives its error instead."""
-    facts: dict[str, object] = {}
-    try:
-        facts["database"] = _database_facts(look_at_database(settings))
-    except StoreUnavailable as error:
-        facts["database"] = {"error": str(error)}
-    except sa.exc.DatabaseError as error:
-        facts["database"] = {"error": str(error.orig).splitlines()[0]}
-    try:
-        facts["broker"] = {"version": look_at_redis(settings).version, "doorbells": queued_doorbells(settings)}
-    except (redis.RedisError, OSError) as error:
-        facts["broker"] = {"error": f"cannot reach Redis: {error}"}
-    return facts
+def _live_facts(live: Live) -> dict[str, object]:
+    database: dict[str, object] = {"error": live.database_error}
+    if live.database:
+        database = {
+            "version": live.database.version,
+            "migration": live.database.migration,
+            "head": live.database.head,
+            "worker_connections": live.database.worker_connections,
+            "poller_connections": live.database.poller_connections,
+            "open_jobs": live.database.open_jobs,
+        }
+    broker: dict[str, object] = {"error": live.redis_error}
+    if live.redis_error is None:
+        broker = {"version": live.redis_version, "doorbells": live.doorbells}
+    return {"database": database, "broker": broker}
 
 
-def _database_facts(database: Database) -> dict[str, object]:
-    return {
-        "version": database.version,
-        "migration": database.migration,
-        "head": database.head,
-        "worker_connections": database.worker_connections,
-        "poller_connections": database.poller_connections,
-        "open_jobs": database.open_jobs,
-    }
-
-
-def _show_live(screen: Screen, live: dict[str, object]) -> None:
-    database, broker = live["database"], live["broker"]
+def _show_live(screen: Screen, live: Live) -> None:
     shown: dict[str, object] = {}
-    if not isinstance(database, dict) or not isinstance(broker, dict):
-        raise TypeError("live facts are made by _live_facts")
-    if "error" in database:
-        shown["Postgres"] = database["error"]
+    database = live.database
+    if database is None:
+        shown["Postgres"] = live.database_error
     else:
-        level = database["migration"] or "none"
-        is_head = database["migration"] == database["head"]
-        shown["migration"] = f"{level} (up to date)" if is_head else f"{level}, needs {database['head']}: chunkmill migrate"
-        shown["workers"] = _connected(database["worker_connections"], "chunkmill worker")
-        shown["pollers"] = _connected(database["poller_connections"], "chunkmill poller")
-        shown["open jobs"] = database["open_jobs"]
-    if "error" in broker:
-        shown["Redis"] = broker["error"]
+        level = database.migration or "none"
+        shown["migration"] = (
+            f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
+        )
+        shown["workers"] = _connected(database.worker_connections, "chunkmill worker")
+        shown["pollers"] = _connected(database.poller_connections, "chunkmill poller")
+        shown["open jobs"] = database.open_jobs
+    if live.redis_error:
+        shown["Redis"] = live.redis_error
     else:
-        shown["doorbells"] = f"{broker['doorbells']:,} in Redis"
+        shown["doorbells"] = f"{live.doorbells:,} in Redis"
     screen.say("")
     screen.facts(shown)
 
 
 def _connected(connections: int, command: str) -> str:
-    return f"connected, {connections} connections" if connections else f"none connected; start one: {command}"
+    return f"connected, {count(connections, 'connection')}" if connections else f"none connected; start one: {command}"

@@ -126,7 +126,8 @@ FAMILIES = {
     "qwen3": Family(
         "Qwen3Config", "Qwen3Model", _byte_bpe,
         first=None, last="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>",
-        options={"num_key_value_heads": 2, "head_dim": 8},
+        # As Qwen3-Embedding: padding is the end token, and config.json names no pad id.
+        options={"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None},
     ),
 }  # fmt: skip
 
@@ -144,9 +145,7 @@ def save_transformer(folder: Path, family: str, *, seed: int = 0, **options: Any
     names = {"pad_token": kind.pad, "unk_token": kind.unknown, "sep_token": kind.last, "eos_token": kind.last}
     if kind.first:
         names |= {"cls_token": kind.first, "bos_token": kind.first}
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names
-    )
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names)
     settings = {
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 32,
@@ -159,6 +158,8 @@ def save_transformer(folder: Path, family: str, *, seed: int = 0, **options: Any
         "eos_token_id": tokenizer.token_to_id(kind.last),
         "initializer_range": 0.3,  # wide, so that vectors of different texts differ by more than rounding
     }
+    if family == "modernbert":
+        settings |= {"cls_token_id": settings["bos_token_id"], "sep_token_id": settings["eos_token_id"]}
     config = getattr(transformers, kind.config)(**settings | kind.options | options)
     torch.manual_seed(seed)
     getattr(transformers, kind.model)(config).eval().save_pretrained(folder)
@@ -214,9 +215,9 @@ def save_toy(folder: Path, toy: Toy) -> Path:
     if toy.normalize:
         modules.append(st_modules.Normalize())
     saved = folder / "saved"
-    sentence_transformers.SentenceTransformer(
-        modules=modules, device="cpu", prompts=dict(toy.prompts) or None
-    ).save(str(saved), create_model_card=False)
+    sentence_transformers.SentenceTransformer(modules=modules, device="cpu", prompts=dict(toy.prompts) or None).save(
+        str(saved), create_model_card=False
+    )
     return saved
 
 

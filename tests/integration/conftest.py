@@ -40,7 +40,9 @@ class Runner:
         with self.context.db.begin() as conn:
             return list(
                 conn.execute(
-                    sa.text("SELECT id FROM chunk_batches WHERE state = 'available' AND not_before <= now() ORDER BY id")
+                    sa.text(
+                        "SELECT id FROM chunk_batches WHERE state = 'available' AND not_before <= now() ORDER BY id"
+                    )
                 ).scalars()
             )
 

@@ -29,7 +29,9 @@ def chunks(n: int, prefix: str = "text") -> list[Chunk]:
 
 
 def written(rows: Rows) -> dict[str, int]:
-    return {table: rows(table) for table in ("jobs", "collections", "chunks", "contents", "chunk_batches", "dead_chunks")}
+    return {
+        table: rows(table) for table in ("jobs", "collections", "chunks", "contents", "chunk_batches", "dead_chunks")
+    }
 
 
 def test_an_enqueue_is_one_job_with_its_chunk_batches(client: Client, rows: Rows, broker: Broker) -> None:
@@ -148,7 +150,9 @@ def test_the_same_key_from_many_threads_is_one_job(client: Client, rows: Rows) -
     assert (rows("jobs"), client.job(ids[0]).contents) == (1, 300)
 
 
-def test_a_producer_that_died_half_way_is_named_and_can_go_on(settings: Settings, client: Client, db: sa.Engine) -> None:
+def test_a_producer_that_died_half_way_is_named_and_can_go_on(
+    settings: Settings, client: Client, db: sa.Engine
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -167,9 +171,7 @@ def test_a_producer_that_died_half_way_is_named_and_can_go_on(settings: Settings
         failed = producer.job(job.id)
         assert failed.state is JobState.FAILED
         assert "same idempotency_key" in (failed.error or "")
-        again = producer.enqueue(
-            ((str(i), f"text {i}") for i in range(30)), collection="docs", idempotency_key="k"
-        )
+        again = producer.enqueue(((str(i), f"text {i}") for i in range(30)), collection="docs", idempotency_key="k")
     assert (again.id, again.state, again.chunks, again.contents) == (job.id, JobState.RUNNING, 30, 30)
 
 
@@ -228,7 +230,7 @@ def test_doorbells_hold_an_id_and_nothing_else_and_only_a_window_of_them(setting
         assert client._broker.queued_doorbells() == 3
         held = b"".join(
             key + (store.dump(key) or b"") + b"".join(store.lrange(key, 0, -1) if store.type(key) == b"list" else [])
-            for key in store.keys()
+            for key in store.scan_iter()
         )
     assert QUEUE.encode() in held
     assert b"secret" not in held

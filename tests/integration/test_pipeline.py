@@ -50,7 +50,9 @@ def test_chunks_in_complete_searchable_vectors_out(runner: Runner, client: Clien
     assert (hits[0].chunk_id, hits[0].text) == ("id-7", "a text about subject 7")
     assert hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
-    assert all(h.metadata == {"even": True} for h in client.search(expected[7], collection="docs", metadata={"even": True}))
+    assert all(
+        h.metadata == {"even": True} for h in client.search(expected[7], collection="docs", metadata={"even": True})
+    )
 
 
 def test_the_second_enqueue_is_answered_from_the_cache(runner: Runner, client: Client) -> None:
@@ -64,7 +66,9 @@ def test_the_second_enqueue_is_answered_from_the_cache(runner: Runner, client: C
     assert client.audit("elsewhere").complete
 
 
-def test_completed_means_an_empty_anti_join(runner: Runner, client: Client, db: sa.Engine, context: WorkerContext) -> None:
+def test_completed_means_an_empty_anti_join(
+    runner: Runner, client: Client, db: sa.Engine, context: WorkerContext
+) -> None:
     """Promise 1: vectors vanish behind the ledger's back, from a cache hit and from a fresh ChunkBatch alike."""
     runner.finish(client.enqueue(some(5), collection="docs"))
     job = client.enqueue(some(10), collection="docs")
@@ -113,7 +117,7 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
         write_vectors(conn, space, other.fingerprint, *facts)
     with context.db.begin() as conn:
         conn.execute(
-            sa.text("UPDATE spaces SET fingerprint = :f, spec = spec || '{\"revision\": \"sha256:other\"}'"),
+            sa.text('UPDATE spaces SET fingerprint = :f, spec = spec || \'{"revision": "sha256:other"}\''),
             {"f": other.fingerprint},
         )
     assert runner.run_due() == [Outcome.FAILED]
@@ -128,9 +132,7 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
     ("vectors", "says"),
     [(np.ones((1, 383), dtype=np.float32), "shape"), (np.full((1, 384), np.nan, dtype=np.float32), "not finite")],
 )
-def test_the_door_refuses_what_is_not_a_vector(
-    client: Client, context: WorkerContext, vectors: Any, says: str
-) -> None:
+def test_the_door_refuses_what_is_not_a_vector(client: Client, context: WorkerContext, vectors: Any, says: str) -> None:
     client.enqueue(some(1), collection="docs")
     space = _space(context)
     with pytest.raises(EngineError, match=says), context.db.begin() as conn:
@@ -149,9 +151,7 @@ def test_truncation_is_counted_and_stored(runner: Runner, client: Client) -> Non
 
 
 def test_reject_names_the_long_chunk_and_embeds_its_neighbours(runner: Runner, client: Client) -> None:
-    job = runner.finish(
-        client.enqueue([("short", "a few words"), ("long", LONG)], collection="docs", on_long="reject")
-    )
+    job = runner.finish(client.enqueue([("short", "a few words"), ("long", LONG)], collection="docs", on_long="reject"))
     assert (job.state, job.embedded, job.truncated, job.dead) == (JobState.COMPLETED, 1, 0, 1)
     (dead,) = job.dead_chunks
     assert (dead.chunk_id, dead.code) == ("long", "too_long")
@@ -288,7 +288,9 @@ def test_a_stopping_worker_keeps_what_it_did_and_gives_the_rest_back(
             context.stopping.set()
 
     monkeypatch.setattr(Engine, "stream", stops_after_one)
-    chunks = [(str(i), f"text number {i}, " + "with many words to fill several forward passes " * 4) for i in range(300)]
+    chunks = [
+        (str(i), f"text number {i}, " + "with many words to fill several forward passes " * 4) for i in range(300)
+    ]
     job = client.enqueue(chunks, collection="docs")
     assert runner.run_due() == [Outcome.RELEASED]
     done = client.job(job.id)
@@ -304,7 +306,9 @@ def test_a_stopping_worker_keeps_what_it_did_and_gives_the_rest_back(
         assert conn.execute(sa.text("SELECT sum(contents) FROM usage")).scalar_one() == 300 - done.embedded
 
 
-def test_a_chunk_deleted_meanwhile_does_not_hold_the_job(runner: Runner, client: Client, rows: Callable[[str], int]) -> None:
+def test_a_chunk_deleted_meanwhile_does_not_hold_the_job(
+    runner: Runner, client: Client, rows: Callable[[str], int]
+) -> None:
     job = client.enqueue(some(5), collection="docs")
     assert client.delete("docs", ["id-1", "id-3"]) == 2
     assert runner.finish(job).state is JobState.COMPLETED
@@ -343,7 +347,9 @@ def test_embed_requests_are_answered_between_bulk_work(client: Client, context: 
         client.embed(["fine", "not\x00fine"])
 
 
-def test_halfvec_storage_and_both_indexes(settings: Settings, runner: Runner, client: Client, context: WorkerContext) -> None:
+def test_halfvec_storage_and_both_indexes(
+    settings: Settings, runner: Runner, client: Client, context: WorkerContext
+) -> None:
     half = Client(client._db, client._broker, settings.model_copy(update={"vector_storage": "halfvec"}))
     job = runner.finish(half.enqueue(some(60), collection="docs"))
     assert job.state is JobState.COMPLETED
@@ -368,7 +374,7 @@ def test_search_goes_through_the_index_and_filters_inside_it(
         index = client.index("docs", halfvec=halfvec)
         assert index.on == ("halfvec" if halfvec else "vector")
         statements: list[tuple[str, Any]] = []
-        listener = lambda *args: statements.append((args[2], args[3]))  # noqa: E731
+        listener = lambda *args, to=statements: to.append((args[2], args[3]))  # noqa: E731
         sa.event.listen(client._db, "before_cursor_execute", listener)
         found = client.search(query, collection="docs", k=5, metadata={"even": True})
         sa.event.remove(client._db, "before_cursor_execute", listener)

@@ -21,9 +21,7 @@ from workers.poller import Poller
 @pytest.fixture
 def narrow(settings: Settings) -> Settings:
     """A window of 4 doorbells and 25 ChunkBatches to ring for."""
-    return settings.model_copy(
-        update={"doorbell_window": 4, "chunk_batch_size": 4, "doorbell_repair_seconds": 0.05}
-    )
+    return settings.model_copy(update={"doorbell_window": 4, "chunk_batch_size": 4, "doorbell_repair_seconds": 0.05})
 
 
 @pytest.fixture

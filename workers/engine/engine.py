@@ -111,7 +111,14 @@ class Engine:
     def max_tokens(self) -> int:
         return self.spec.max_tokens
 
-    def embed(self, texts: Sequence[str], kind: Kind = "document", *, on_long: OnLong | None = None) -> Embeddings:
+    def embed(
+        self,
+        texts: Sequence[str],
+        kind: Kind = "document",
+        *,
+        on_long: OnLong | None = None,
+        urgent: bool = False,
+    ) -> Embeddings:
         """All vectors in input order; ``np.asarray`` of the result is the (n, dimensions) float32 matrix.
 
         Raises EngineError naming the first text that got no vector.
@@ -163,6 +170,8 @@ class Engine:
                 return
             # Outside the turn: it overlaps with another thread's forward pass.
             tokenized += self._tokenizer.encode(texts[first : first + _TOKENIZER_CALL], prompt, first=first)
+        # What a model without include_prompt leaves out of its pooling; without a prompt, nothing.
+        skip = frame.skip if prompt else 0
         rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
         lengths = np.array([len(ids) for ids in rows.ids], np.int32)
         batches = pack(lengths, self.batch_tokens)
@@ -178,7 +187,7 @@ class Engine:
             windows = rows.windows[rows.owner[batch]] > 1
             with self._turns.turn(urgent=urgent):
                 started = time.perf_counter()
-                outcome = self._runner(ids, windows=windows, skip=frame.skip)
+                outcome = self._runner(ids, windows=windows, skip=skip)
                 seconds = time.perf_counter() - started
             indices, vectors, failures = collector.add(batch, outcome)
             yield TokenBatchResult(

@@ -1,0 +1,238 @@
+"""`enqueue`, `jobs`, `job`, `cancel` and `retry`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Literal
+
+import click
+
+from app.cli.inspect import look_at_database
+from app.cli.output import Screen, count, duration, json_option
+from app.cli.progress import Bar, Pace
+from app.cli.sources import Fields, Reader
+from app.client import Client
+from app.domain.jobs import Job
+from app.domain.spaces import OnLong
+from app.domain.states import JobState, Priority, Route
+from app.environment import Environment
+from app.errors import InvalidChunk, InvalidInput, JobFailed
+
+JOB_FAILED = 4
+"""Exit code: the job ended with chunks that have no vector."""
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("-c", "--collection", required=True, help="Where the chunks go. Made if it is new.")
+@click.option("--model", help="Bundled name, local folder or org/name@revision.  [default: EMBEDDING_MODEL]")
+@click.option("--route", type=click.Choice([r.value for r in Route]), default=Route.AUTO.value, show_default=True)
+@click.option(
+    "--priority", type=click.Choice([p.value for p in Priority]), default=Priority.NORMAL.value, show_default=True
+)
+@click.option(
+    "--idempotency-key", metavar="KEY", help="A second enqueue under the same key returns the first one's job."
+)
+@click.option(
+    "--on-long",
+    type=click.Choice([o.value for o in OnLong]),
+    default=OnLong.TRUNCATE.value,
+    show_default=True,
+    help="What becomes of a text longer than the model takes.",
+)
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="raise: one bad chunk, and nothing is written. skip: it goes to the job's dead list.",
+)
+@click.option("--id-field", default="id", show_default=True)
+@click.option("--text-field", default="text", show_default=True)
+@click.option("--wait/--no-wait", default=None, help="Wait for the job to end.  [default: on a terminal]")
+@json_option
+@click.pass_obj
+def enqueue(
+    screen: Screen,
+    /,
+    sources: tuple[str, ...],
+    on_invalid: Literal["raise", "skip"],
+    id_field: str,
+    text_field: str,
+    wait: bool | None,
+    **options: Any,
+) -> None:
+    """Read chunks and have them embedded.
+
+    SOURCE is a .jsonl, .ndjson, .csv or .parquet file whose records carry an id, a text and whatever else (which
+    becomes metadata to filter searches by); a folder, whose .txt, .md and .rst files are one chunk each; or - for
+    JSON lines on stdin. Files are read record by record, so their size does not matter.
+    """
+    fields = Fields(id_field, text_field)
+    reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
+    with Client.from_env() as client:
+        with Bar(screen, "reading") as bar:
+            try:
+                job = client.enqueue(_counted(reader, bar), on_invalid=on_invalid, **options)
+            except InvalidChunk as error:
+                # The reader stands where the refused chunk came from: the client checks each as it comes.
+                raise InvalidInput(
+                    f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written; mend the chunk, "
+                    "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
+                ) from None
+        finish(screen, client, job, wait=screen.out.is_terminal if wait is None else wait)
+
+
+@click.command()
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True)
+@json_option
+@click.pass_obj
+def jobs(screen: Screen, limit: int) -> None:
+    """The latest jobs, newest first."""
+    with Client.from_env() as client:
+        latest = client.jobs(limit)
+    if screen.json:
+        screen.document([job_facts(job) for job in latest])
+    elif not latest:
+        screen.say("No jobs yet. Begin with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
+    else:
+        screen.table(
+            ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],
+            [_row(job) for job in latest],
+        )
+
+
+@click.command()
+@click.argument("job_id", metavar="ID", type=click.IntRange(1))
+@click.option("--dead", is_flag=True, help="List the dead chunks with their reasons.")
+@click.option("--wait", is_flag=True, help="Wait for the job to end.")
+@json_option
+@click.pass_obj
+def job(screen: Screen, job_id: int, dead: bool, wait: bool) -> None:
+    """One job: its state, its counts and its dead chunks. Exits with 4 when it failed."""
+    with Client.from_env() as client:
+        finish(screen, client, client.job(job_id), wait=wait, dead=dead)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID", type=click.IntRange(1))
+@json_option
+@click.pass_obj
+def cancel(screen: Screen, job_id: int) -> None:
+    """Stop a job. Vectors already written stay, and `retry` takes the job up again."""
+    with Client.from_env() as client:
+        show_job(screen, client.cancel(job_id))
+
+
+@click.command()
+@click.argument("job_id", metavar="ID", type=click.IntRange(1))
+@click.option("--wait", is_flag=True, help="Wait for the job to end.")
+@json_option
+@click.pass_obj
+def retry(screen: Screen, job_id: int, wait: bool) -> None:
+    """Try again what a failed or cancelled job left without a vector."""
+    with Client.from_env() as client:
+        finish(screen, client, client.retry(job_id), wait=wait)
+
+
+def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool = False) -> None:
+    """Wait for the job if asked, show it, and exit with 4 if it failed."""
+    if wait and not job.state.is_final:
+        _hint_absent(screen)
+        try:
+            job = follow(screen, client, job.id)
+        except JobFailed as error:
+            job = client.job(error.job_id)
+        except KeyboardInterrupt:
+            screen.hint(f"Job {job.id} goes on. Follow it: chunkmill job {job.id} --wait")
+            raise
+    show_job(screen, job, dead=dead)
+    if job.state is JobState.FAILED:
+        screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
+        raise SystemExit(JOB_FAILED)
+
+
+def follow(screen: Screen, client: Client, job_id: int) -> Job:
+    """Wait for a job's end behind a bar. Raises :class:`JobFailed`."""
+    pace = Pace()
+    with Bar(screen, f"job {job_id}") as bar:
+
+        def look(job: Job) -> None:
+            done = job.contents - job.remaining
+            bar.update(done, job.contents, "texts", pace.facts(job.embedded, job.remaining, job.tokens))
+
+        return client.wait(job_id, on_progress=look)
+
+
+def job_facts(job: Job) -> dict[str, object]:
+    return asdict(job) | {"progress": round(job.progress, 4)}
+
+
+def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
+    if screen.json:
+        screen.document(job_facts(job))
+        return
+    facts: dict[str, object] = {
+        "job": str(job.id),
+        "state": job.state.value,
+        "collection": job.collection,
+        "model": job.model,
+        "space": job.space[:12],
+        "route": f"{job.route}, priority {job.priority}",
+        "chunks": f"{job.chunks:,} of {count(job.contents, 'distinct text')}",
+        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
+        "truncated": count(job.truncated, "text") if job.truncated else None,
+        "dead": count(job.dead, "chunk") if job.dead else None,
+        "tokens": f"{job.tokens:,} in {duration(job.engine_seconds)} of engine time" if job.tokens else None,
+        "key": job.idempotency_key,
+        "began": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
+        "error": job.error,
+    }
+    screen.facts({name: value for name, value in facts.items() if value is not None})
+    if dead and job.dead_chunks:
+        screen.say("")
+        screen.table(["dead chunk", "code", "reason"], [(d.chunk_id, d.code, d.reason) for d in job.dead_chunks])
+        if job.dead > len(job.dead_chunks):
+            screen.say(f"These are the first {len(job.dead_chunks):,} of {job.dead:,}.")
+    elif job.dead:
+        screen.hint(f"Why chunks are dead: chunkmill job {job.id} --dead")
+    if not job.state.is_final:
+        screen.hint(f"Follow it: chunkmill job {job.id} --wait")
+
+
+def _row(job: Job) -> list[object]:
+    seconds = (job.finished_at - job.created_at).total_seconds() if job.finished_at else None
+    return [
+        job.id,
+        job.state.value,
+        job.collection,
+        job.chunks,
+        f"{int(100 * job.progress)} %",
+        job.dead,
+        f"{job.created_at.astimezone():%m-%d %H:%M}",
+        None if seconds is None else duration(seconds),
+        int(job.tokens / seconds) if seconds and job.tokens else None,
+    ]
+
+
+def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
+    pace = Pace()
+    number = 0
+    for number, chunk in enumerate(reader, 1):
+        yield chunk
+        if number % 64 == 0:
+            rate = {name: value for name, value in pace.facts(number, 0, 0).items() if name == "per_s"}
+            bar.update(number, None, "chunks", rate)
+    bar.stage(f"storing {count(number, 'chunk')}")
+
+
+def _hint_absent(screen: Screen) -> None:
+    """Whoever waits should know when nobody works."""
+    database = look_at_database(Environment.load(start_embedded=False).settings)
+    if not database.worker_connections:
+        screen.hint("No worker is connected, so nothing will move. Start one: chunkmill worker")
+    elif not database.poller_connections:
+        screen.hint("No poller is connected: lost doorbells will not be rung again. Start one: chunkmill poller")

@@ -1,0 +1,100 @@
+"""Real Celery workers and pollers as processes, stopped by their own process ids."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings
+
+
+class Process:
+    """A child process whose output goes to a file."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", *arguments], env=env, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        until(lambda: text in self.output() or self.popen.poll() is not None, timeout, self.output)
+        assert text in self.output(), self.output()
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+    def terminate(self, timeout: float = 60) -> int:
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(timeout)
+
+
+class Processes:
+    """Starts workers and pollers against one test's database and Redis."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.env = os.environ | {
+            "DATABASE_URL": settings.require_database_url(),
+            "REDIS_URL": settings.require_redis_url(),
+            "LEASE_SECONDS": "3",
+            "POLL_INTERVAL": "0.1",
+            "DOORBELL_REPAIR_SECONDS": "1",
+            "CHUNK_BATCH_SIZE": "64",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._folder = folder
+        self._started: list[Process] = []
+
+    def start(self, *arguments: str, **env: str) -> Process:
+        log = self._folder / f"{len(self._started)}.log"
+        process = Process(list(arguments), self.env | env, log)
+        self._started.append(process)
+        return process
+
+    def worker(self, *arguments: str, ready: bool = True, **env: str) -> Process:
+        process = self.start("celery", "-A", "workers", "worker", "-Q", "gpu", *arguments, **env)
+        if ready:
+            process.wait_for("ready.")
+        return process
+
+    def poller(self) -> Process:
+        return self.start("app.cli", "poller")
+
+    def stop_all(self) -> None:
+        for process in self._started:
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.popen.wait(15)
+                continue
+            process.kill()
+
+
+@pytest.fixture
+def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(settings, tmp_path)
+    yield started
+    started.stop_all()
+
+
+def until(condition: Callable[[], object], timeout: float, explain: Callable[[], str] = str) -> None:
+    """Wait for a condition. The bound only keeps a broken build from hanging; nothing here measures time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"still not true after {timeout} s\n{explain()}")
+        time.sleep(0.05)

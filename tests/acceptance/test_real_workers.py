@@ -1,0 +1,202 @@
+"""The whole system as processes: enqueue here, embed there, and kill things in between."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+import sqlalchemy as sa
+
+from app import Chunk, Client, JobState
+from app.broker import Broker
+from app.db.connect import create_db
+from app.embedded import Stack
+from app.settings import Settings
+from tests.acceptance.conftest import Processes, until
+
+pytestmark = pytest.mark.xdist_group("acceptance")
+
+SECRET = "ZEBRAFISH"  # in every text; nowhere else
+
+
+def documents(n: int, words: int = 12) -> list[Chunk]:
+    return [
+        Chunk(f"doc-{i}", f"{SECRET} {i} " + "about matters of some length " * (words // 5), {"i": i}) for i in range(n)
+    ]
+
+
+def readable(traffic: bytes) -> bytes:
+    """Redis traffic, with every message body decoded beside it: kombu writes bodies in base64."""
+    bodies = re.findall(rb"[A-Za-z0-9+/]{16,}={0,2}", traffic)
+    return traffic + b"\n".join(base64.b64decode(body[: len(body) // 4 * 4]) for body in bodies)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    narrow = settings.model_copy(update={"chunk_batch_size": 64})
+    with Client(create_db(settings.require_database_url(), role="client"), Broker.connect(narrow), narrow) as made:
+        yield made
+
+
+def vectors_written(db: sa.Engine) -> int:
+    with db.begin() as conn:
+        return int(conn.execute(sa.text("SELECT count(*) FROM vectors_1")).scalar_one())
+
+
+def test_the_main_job(processes: Processes, client: Client, settings: Settings, db: sa.Engine) -> None:
+    """Enqueue, embed, search; and at no time a text in Redis, in an event or in a log."""
+    worker, poller = processes.worker("-E"), processes.poller()
+    seen: list[bytes] = []
+    with redis.Redis.from_url(settings.require_redis_url()) as store, store.monitor() as monitor:
+        job = client.enqueue(documents(400), collection="docs", idempotency_key="main-job")
+        job = client.wait(job.id, timeout=120)
+        hits = client.search(f"{SECRET} 123 about matters of some length", collection="docs", k=3, timeout=60)
+        store.echo("the end")
+        for command in monitor.listen():
+            seen.append(str(command["command"]).encode())
+            if "the end" in command["command"]:
+                break
+        seen += [store.dump(key) or b"" for key in store.scan_iter()]
+    assert (job.state, job.embedded, job.chunks) == (JobState.COMPLETED, 400, 400)
+    assert client.audit("docs").complete
+    assert hits[0].chunk_id == "doc-123"
+    everything = readable(b"\n".join(seen))
+    assert b"task-received" in everything  # events were on, and we looked at them
+    assert b"workers.embed_chunk_batch" in everything
+    for log in (worker, poller):
+        everything += log.output().encode()
+    for word in (SECRET, "about matters", "main-job", "doc-123"):
+        assert word.encode() not in everything
+    assert worker.terminate() == 0
+
+
+def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
+    processes: Processes, client: Client, settings: Settings, db: sa.Engine
+) -> None:
+    """Promises 2 and 3: the second worker finishes, every content has one vector, none was computed for nothing."""
+    processes.poller()
+    first = processes.worker(EMBEDDING_PARALLEL_BATCHES="2")
+    job = client.enqueue(documents(1500, words=60), collection="docs")
+    until(lambda: client.job(job.id).embedded > 100, 60, first.output)
+    with redis.Redis.from_url(settings.require_redis_url()) as store:
+        store.flushdb()
+    first.kill()
+    before = vectors_written(db)
+    assert 0 < before < 1500
+    second = processes.worker()
+    job = client.wait(job.id, timeout=240)
+    assert (job.state, job.embedded, vectors_written(db)) == (JobState.COMPLETED, 1500, 1500)
+    assert client.audit("docs").complete
+    with db.begin() as conn:
+        embedded_by_second = conn.execute(
+            sa.text("SELECT sum(contents) FROM usage WHERE worker LIKE :pid"), {"pid": f"%:{second.popen.pid}"}
+        ).scalar_one()
+        attempts = conn.execute(sa.text("SELECT max(attempt) FROM chunk_batches")).scalar_one()
+    assert embedded_by_second == 1500 - before  # what the first had written was not embedded again
+    assert attempts == 2
+    assert second.terminate() == 0
+
+
+def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.Engine, tmp_path: Path) -> None:
+    """Promise 2, the hard way: kill -9, the append-only file gone, and the same address again."""
+    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    own = Stack(home, fsync=False)
+    status = own.up()
+    apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 64})
+    processes = Processes(apart, tmp_path)
+    try:
+        processes.poller()
+        worker = processes.worker()
+        with Client(db, Broker.connect(apart), apart) as client:
+            job = client.enqueue(documents(1200, words=60), collection="docs")
+            until(lambda: client.job(job.id).embedded > 100, 60, worker.output)
+            assert status.redis.pid is not None
+            os.kill(status.redis.pid, signal.SIGKILL)
+            for leftover in (home / "redis").glob("**/*.aof*"):
+                leftover.unlink()
+            assert own.up().redis.started
+            job = client.wait(job.id, timeout=240)
+            assert (job.state, job.embedded) == (JobState.COMPLETED, 1200)
+            assert client.audit("docs").complete
+    finally:
+        processes.stop_all()
+        own.down()
+        shutil.rmtree(home)
+
+
+def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Client, db: sa.Engine) -> None:
+    worker = processes.worker()
+    job = client.enqueue(documents(600, words=200), collection="docs")
+    until(lambda: client.job(job.id).embedded > 0, 60, worker.output)
+    assert worker.terminate() == 0
+    with db.begin() as conn:
+        running = conn.execute(sa.text("SELECT count(*) FROM chunk_batches WHERE state = 'running'")).scalar_one()
+        charged = conn.execute(
+            sa.text("SELECT count(*) FROM chunk_batches WHERE state = 'available' AND max_attempts - attempt < 5")
+        ).scalar_one()
+    assert (running, charged) == (0, 0)
+    assert 0 < client.job(job.id).embedded < 600
+
+
+def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
+    worker = processes.worker()
+    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", "--timeout", "5")
+    assert inspect.popen.wait(60) == 0
+    lines = [line for line in inspect.output().splitlines() if line.startswith("{") and '"pool"' in line]
+    ((name, stats),) = json.loads(lines[0]).items()
+    assert stats["pool"]["implementation"].endswith("thread:TaskPool")
+    assert stats["pool"]["max-concurrency"] == 2
+    assert stats["prefetch_count"] == 2  # what it works on, and nothing more
+    assert name.startswith("cpu-")
+    assert worker.output().count("embedding on the CPU") == 1
+
+
+def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> None:
+    worker = processes.worker(ready=False, EMBEDDING_MODEL="/no/such/folder")
+    assert worker.popen.wait(60) == 78
+    assert "/no/such/folder" in worker.output()
+    assert "Traceback" not in worker.output()
+
+
+def test_two_workers_share_one_job(processes: Processes, client: Client, db: sa.Engine) -> None:
+    processes.poller()
+    workers = [processes.worker(ready=False) for _ in range(2)]
+    for worker in workers:
+        worker.wait_for("ready.")
+    job = client.wait(client.enqueue(documents(800), collection="docs").id, timeout=200)
+    assert job.state is JobState.COMPLETED
+    with db.begin() as conn:
+        shares = conn.execute(sa.text("SELECT worker, sum(contents) FROM usage GROUP BY worker")).all()
+    assert len(shares) == 2
+    assert sum(share for _, share in shares) == 800
+
+
+def test_a_frozen_worker_loses_its_lease_and_does_no_harm_when_it_wakes(
+    processes: Processes, client: Client, db: sa.Engine
+) -> None:
+    processes.poller()
+    frozen = processes.worker()
+    job = client.enqueue(documents(300, words=100), collection="docs")
+    until(lambda: client.job(job.id).embedded > 0, 60, frozen.output)
+    os.kill(frozen.popen.pid, signal.SIGSTOP)
+    try:
+        processes.worker()
+        job = client.wait(job.id, timeout=120)
+    finally:
+        os.kill(frozen.popen.pid, signal.SIGCONT)
+    assert (job.state, job.embedded) == (JobState.COMPLETED, 300)
+    assert frozen.terminate() == 0
+    assert client.job(job.id) == job
+    matrix = client.vectors("docs")
+    assert len(matrix) == 300
+    assert np.isfinite(np.stack(list(matrix.values()))).all()

@@ -1,0 +1,247 @@
+"""Promise 7, second half: a bad text is named with its reason, and its neighbours still get vectors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.domain.spaces import OnLong
+from app.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
+from app.models import resolve_model
+from workers.engine import Engine
+from workers.engine.forward import Backbone, Hidden
+from workers.engine.pooling import Head
+from workers.engine.tokenizer import TextTokenizer
+from workers.engine.windows import Ids
+
+from .conftest import sample
+
+Load = Callable[..., tuple[Engine, "FakeBackbone"]]
+
+
+class FakeBackbone(Backbone):
+    """The real model, with faults: told by a predicate over a row's ids."""
+
+    raises: Callable[[Ids], bool] = staticmethod(lambda ids: False)
+    spoils: Callable[[Ids], bool] = staticmethod(lambda ids: False)
+    fp32_helps = False
+    error: Exception = RuntimeError("the kernel did not like these shapes")
+    calls = 0
+    _in_float32 = False
+
+    def __call__(self, rows: Sequence[Ids]) -> Hidden:
+        self.calls += 1
+        if any(self.raises(row) for row in rows):
+            raise self.error
+        hidden = super().__call__(rows)
+        if not (self._in_float32 and self.fp32_helps):
+            for at, row in enumerate(rows):
+                if self.spoils(row):
+                    with torch.inference_mode():
+                        hidden.vectors[at, 0, 0] = float("inf")
+        return hidden
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        with super().in_float32():
+            self._in_float32 = True
+            yield
+            self._in_float32 = False
+
+
+@pytest.fixture
+def load(toy_path: Callable[[str], Path]) -> Load:
+    def build(dtype: torch.dtype = torch.float32) -> tuple[Engine, FakeBackbone]:
+        folder = resolve_model(str(toy_path("bert-mean")))
+        device = torch.device("cpu")
+        tokenizer = TextTokenizer.load(folder.transformer)
+        backbone = FakeBackbone.load(folder.transformer, device=device, dtype=dtype, pad_id=0)
+        assert isinstance(backbone, FakeBackbone)
+        engine = Engine(
+            folder, tokenizer, backbone, Head(folder, device), batch_tokens=512, on_long=OnLong.TRUNCATE
+        )
+        return engine, backbone
+
+    return build
+
+
+def has_word(engine: Engine, word: str) -> Callable[[Ids], bool]:
+    """Is the row that of a text which is this one word?"""
+    (ids,) = engine._tokenizer.encode([word])
+    return lambda row: row.tolist() == ids.tolist()
+
+
+def run(engine: Engine, texts: list[str]) -> tuple[dict[int, np.ndarray], dict[int, tuple[str, str]]]:
+    vectors: dict[int, np.ndarray] = {}
+    failures: dict[int, tuple[str, str]] = {}
+    for result in engine.stream(texts):
+        vectors |= dict(zip(result.indices.tolist(), result.vectors, strict=True))
+        failures |= {failure.index: (failure.code, failure.reason) for failure in result.failures}
+    return vectors, failures
+
+
+def test_a_forward_that_raises_costs_one_text(load: Load, toy_engine: Callable[[str], Engine]) -> None:
+    engine, backbone = load()
+    texts = [*sample(20), "poison", "more", "text"]
+    bad = texts.index("poison")
+    backbone.raises = has_word(engine, "poison")
+
+    vectors, failures = run(engine, texts)
+
+    assert failures == {bad: ("forward_failed", "RuntimeError: the kernel did not like these shapes")}
+    assert sorted(vectors) == [index for index in range(len(texts)) if index != bad]
+    expected = toy_engine("bert-mean").embed(texts).vectors
+    for index, vector in vectors.items():
+        np.testing.assert_allclose(vector, expected[index], atol=1e-5)
+    with pytest.raises(EngineError, match=rf"text {bad} of .*forward_failed"):
+        engine.embed(texts)
+
+
+def test_out_of_memory_on_one_text_is_that_texts_failure(load: Load) -> None:
+    engine, backbone = load()
+    backbone.raises = has_word(engine, "poison")
+    backbone.error = torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    vectors, failures = run(engine, ["poison", "fine"])
+
+    assert list(vectors) == [1]
+    assert failures[0][0] == "forward_failed"
+    assert "OutOfMemoryError" in failures[0][1]
+
+
+def test_a_broken_device_blames_no_text(load: Load) -> None:
+    engine, backbone = load()
+    backbone.raises = lambda _: True
+
+    with pytest.raises(EngineError, match="no longer runs on cpu") as caught:
+        list(engine.stream(sample(5)))
+    assert caught.value.retryable
+
+
+def test_a_failed_window_fails_its_text_once(load: Load) -> None:
+    engine, backbone = load()
+    backbone.raises = lambda row: len(row) == engine.max_tokens
+    long = "word " * 200
+
+    results = list(engine.stream(["short", long], on_long=OnLong.SPLIT))
+
+    failures = [failure for result in results for failure in result.failures]
+    assert [(failure.index, failure.code) for failure in failures] == [(1, "forward_failed")]
+    assert [index for result in results for index in result.indices] == [0]
+
+
+def test_a_vector_that_stays_infinite_is_a_failure(load: Load) -> None:
+    engine, backbone = load()
+    backbone.spoils = has_word(engine, "poison")
+
+    vectors, failures = run(engine, ["fine", "poison", "good"])
+
+    assert sorted(vectors) == [0, 2]
+    assert failures[1][0] == "not_finite"
+
+
+def test_half_precision_gets_a_second_chance_in_fp32(
+    load: Load, toy_engine: Callable[[str], Engine]
+) -> None:
+    engine, backbone = load(torch.bfloat16)
+    backbone.spoils = has_word(engine, "poison")
+    backbone.fp32_helps = True
+    before = {name: value.clone() for name, value in backbone._model.state_dict().items()}
+
+    vectors, failures = run(engine, ["fine", "poison", "good"])
+
+    assert not failures
+    assert np.isfinite(np.stack(list(vectors.values()))).all()
+    np.testing.assert_allclose(vectors[1], toy_engine("bert-mean").embed(["poison"]).vectors[0], atol=0.05)
+    after = backbone._model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), "weights were not restored"
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+
+
+def test_a_text_that_cannot_be_tokenized_fails_alone(toy_engine: Callable[[str], Engine]) -> None:
+    texts = ["fine", "a lone surrogate \ud800 inside", "good", "\udfff"]
+
+    vectors, failures = run(toy_engine("bert-mean"), texts)
+
+    assert sorted(vectors) == [0, 2]
+    assert {index: code for index, (code, _) in failures.items()} == {
+        1: "tokenize_failed",
+        3: "tokenize_failed",
+    }
+    assert all("surrogate \ud800" not in reason for _, reason in failures.values())
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    toy_path: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy(toy_path("bert-mean"), tmp_path / "model")
+    bundled = resolve_model("all-MiniLM-L6-v2").path
+    shutil.copy(bundled / "tokenizer.json", folder / "tokenizer.json")
+
+    with pytest.raises(TokenizerMismatch, match=r"30521 .*knows 500 tokens"):
+        Engine.load(str(folder), device="cpu")
+
+
+def test_a_tokenizer_with_far_fewer_tokens_is_refused(toy_path: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy(resolve_model("all-MiniLM-L6-v2").path, tmp_path / "model")
+    shutil.copy(toy_path("bert-mean") / "tokenizer.json", folder / "tokenizer.json")
+
+    with pytest.raises(TokenizerMismatch, match=r"has 500 tokens and the model knows 30522"):
+        Engine.load(str(folder), device="cpu")
+
+
+def test_a_tokenizer_with_another_pad_id_is_refused(toy_path: Callable[[str], Path], tmp_path: Path) -> None:
+    # Same size and same kind, and every word means something else to the model.
+    folder = copy(toy_path("bert-mean"), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(toy_path("xlm-roberta-cls") / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    pads = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<pad>"]
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pads[0] + 1}))
+
+    with pytest.raises(TokenizerMismatch, match=r"pad_token_id is 1 and the model's config.json says 2"):
+        Engine.load(str(folder), device="cpu")
+
+
+def test_a_padded_vocabulary_is_no_mismatch(toy_path: Callable[[str], Path]) -> None:
+    folder = resolve_model(str(toy_path("bert-mean")))
+    tokenizer = TextTokenizer.load(folder.transformer)
+
+    tokenizer.check({"model_type": "bert", "pad_token_id": 1, "cls_token_id": 0}, rows=512)
+
+
+def test_missing_weights_are_refused(toy_path: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy(toy_path("bert-mean"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "layer.1.output.dense.weight" in name)
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ModelLoadError, match=r"lack 1 tensors.*layer\.1\.output\.dense\.weight"):
+        Engine.load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int4"}, {"batch_tokens": 0}])
+def test_words_that_do_not_exist_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidSetting):
+        Engine.load("all-MiniLM-L6-v2", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_is_not_there_is_refused() -> None:
+    with pytest.raises(DeviceUnavailable, match="EMBEDDING_DEVICE=auto"):
+        Engine.load("all-MiniLM-L6-v2", device="cuda")
