@@ -39,8 +39,8 @@ def stack() -> Iterator[StackStatus]:
     running = Stack(home, fsync=False)
     try:
         status = running.up()
-        _admin(status, f"CREATE DATABASE {TEMPLATE}")
-        migrate(_url(status, TEMPLATE))
+        admin(status, f"CREATE DATABASE {TEMPLATE}")
+        migrate(url_of(status, TEMPLATE))
         yield status
     finally:
         running.down()
@@ -52,20 +52,20 @@ def settings(stack: StackStatus) -> Iterator[Settings]:
     """Settings of a fresh, migrated database and an empty Redis database."""
     number = next(_numbers)
     name = f"test_{number}"
-    _admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     redis_url = stack.redis_url.replace("db=0", f"db={number % 16}")
     with redis.Redis.from_url(redis_url) as client:
         client.flushdb()
     try:
         yield Settings.from_env(
-            database_url=_url(stack, name),
+            database_url=url_of(stack, name),
             redis_url=redis_url,
             poll_interval=0.1,
             lease_seconds=3.0,
             doorbell_repair_seconds=1.0,
         )
     finally:
-        _admin(stack, f"DROP DATABASE {name} WITH (FORCE)")
+        admin(stack, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -89,12 +89,12 @@ def client(settings: Settings) -> Iterator[Client]:
     made.close()
 
 
-def _url(stack: StackStatus, name: str) -> str:
+def url_of(stack: StackStatus, name: str) -> str:
     return sa.make_url(stack.database_url).set(database=name).render_as_string(hide_password=False)
 
 
-def _admin(stack: StackStatus, statement: str) -> None:
-    engine = sa.create_engine(_url(stack, "postgres"), isolation_level="AUTOCOMMIT")
+def admin(stack: StackStatus, statement: str) -> None:
+    engine = sa.create_engine(url_of(stack, "postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:
         conn.execute(sa.text(statement))
     engine.dispose()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -154,12 +154,14 @@ def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool =
         raise SystemExit(JOB_FAILED)
 
 
-def follow(screen: Screen, client: Client, job_id: int) -> Job:
-    """Wait for a job's end behind a bar. Raises :class:`JobFailed`."""
+def follow(screen: Screen, client: Client, job_id: int, *, on_look: Callable[[], None] | None = None) -> Job:
+    """Wait for a job's end behind a bar. ``on_look`` is called at every look. Raises :class:`JobFailed`."""
     pace = Pace()
     with Bar(screen, f"job {job_id}") as bar:
 
         def look(job: Job) -> None:
+            if on_look:
+                on_look()
             done = job.contents - job.remaining
             bar.update(done, job.contents, "texts", pace.facts(job.embedded, job.remaining, job.tokens))
 

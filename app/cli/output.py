@@ -48,8 +48,9 @@ class Screen:
         click.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=_jsonable))
 
     def say(self, *parts: str | tuple[str, str]) -> None:
-        """Print one line for a person: parts of text, some with a style."""
-        self.out.print(Text.assemble(*parts), soft_wrap=True)
+        """Print one line for a person, nothing under ``--json``: parts of text, some with a style."""
+        if not self.json:
+            self.out.print(Text.assemble(*parts), soft_wrap=True)
 
     def hint(self, message: str) -> None:
         """One line on stderr about what to do next. Nothing under ``--json``."""
@@ -63,23 +64,13 @@ class Screen:
         else:
             self.err.print(Text.assemble(("error: ", "bold red"), (shown(message), "red")), soft_wrap=True)
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, cut: str | None = None) -> None:
-        """Print rows under heads. Numbers stand right; the column ``cut``, the last one, takes what the others leave."""
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print rows under heads, numbers to the right. What is too long for its column goes on below."""
         cells = [[_cell(value) for value in row] for row in rows]
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        left = self.out.width
         for index, head in enumerate(columns):
             numbers = bool(cells) and all(row[index].justify == "right" for row in cells)
-            if head == cut:
-                # rich would take the room from the columns that can fold, down to one character each.
-                table.add_column(head, no_wrap=True, overflow="ellipsis", max_width=max(20, left))
-            else:
-                width = max([len(head), *(row[index].cell_len for row in cells)])
-                most = max(10, self.out.width // 2) if cut else None
-                left -= 2 + (min(width, most) if most else width)
-                table.add_column(
-                    head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold", max_width=most
-                )
+            table.add_column(head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
         for row in cells:
             table.add_row(*row)
         self._print(table)
@@ -110,10 +101,11 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def beginning(text: str, limit: int = 300) -> str:
-    """The first paragraph's beginning, on one line."""
-    words = " ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split())
-    return words if len(words) <= limit else words[: limit - 1] + "…"
+def beginning(text: str, limit: int) -> str:
+    """The first paragraph's beginning, on one line of at most ``limit`` columns."""
+    words = Text(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split()))
+    words.truncate(limit, overflow="ellipsis")  # by columns, of which a Chinese character takes two
+    return words.plain
 
 
 def count(number: int, one: str, many: str | None = None) -> str:

@@ -31,7 +31,7 @@ FLOWER_DEFAULTS = {"address": "127.0.0.1", "read_only": "True", "purge_offline_w
 @click.pass_obj
 def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
     """Run a worker: the same as `celery -A workers worker -Q gpu`, whose options it takes."""
-    _require("torch", "a worker", "worker")
+    require_extra("worker", "torch", "a worker")
     Environment.load(start_embedded=False)  # a wrong setting is told here, where Celery would show a traceback
     _become("-A", "workers", "worker", "-Q", "gpu", *celery_args)
 
@@ -75,7 +75,7 @@ def flower(screen: Screen, flower_args: tuple[str, ...]) -> None:
 
     It shows doorbells and workers; `chunkmill status` and `jobs` show the work itself.
     """
-    _require("flower", "Flower", "flower")
+    require_extra("flower", "flower", "Flower")
     Environment.load(start_embedded=False)
     _become("-A", "workers", "flower", *flower_defaults(flower_args), *flower_args)
 
@@ -90,7 +90,8 @@ def flower_defaults(given: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _require(module: str, what: str, extra: str) -> None:
+def require_extra(extra: str, module: str, what: str) -> None:
+    """Raise :class:`InvalidInput` with the command that installs ``extra`` unless its ``module`` is there."""
     if importlib.util.find_spec(module) is None:
         raise InvalidInput(f"{what} needs more than what is installed. Run: pip install 'chunkmill[{extra}]'")
 

@@ -20,6 +20,9 @@ from app.errors import InvalidInput
 INCOMPLETE = 3
 """Exit code of `audit` when a chunk has no vector."""
 
+PREVIEW = 300
+"""Characters of a text that a hit shows where lines are long."""
+
 
 @click.command()
 @click.argument("query")
@@ -133,11 +136,11 @@ def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> 
 
 
 def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
-    screen.table(
-        ["score", "chunk", "text"],
-        [(Text(f"{hit.score:.3f}", style="green", justify="right"), hit.chunk_id, beginning(hit.text)) for hit in hits],
-        cut="text",
-    )
+    """Two lines a hit, so that neither a long id nor the text costs the other its room."""
+    room = max(20, min(PREVIEW, screen.out.width - 8))
+    for hit in hits:
+        screen.say((f"{hit.score:6.3f}  ", "green"), (shown(hit.chunk_id), "bold"))
+        screen.say(" " * 8, beginning(shown(hit.text), room))
 
 
 def show_audits(screen: Screen, audits: list[Audit]) -> None:

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+
+from app.db import spaces
+from app.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated
+from app.domain.spaces import Pooling, SpaceSpec
+from app.embedded import StackStatus
+from app.errors import StoreUnavailable
+from tests.conftest import admin, url_of
+
+SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
+
+
+@pytest.fixture
+def empty(stack: StackStatus) -> Iterator[str]:
+    """The URL of a database without any schema."""
+    admin(stack, "CREATE DATABASE empty_one")
+    yield url_of(stack, "empty_one")
+    admin(stack, "DROP DATABASE empty_one WITH (FORCE)")
+
+
+def tables(db: sa.Engine) -> set[str]:
+    return set(sa.inspect(db).get_table_names())
+
+
+def test_up_down_up_and_no_drift(empty: str) -> None:
+    config = alembic_config(empty)
+    db = create_db(empty, role="test")
+    migrate(empty)
+    with db.begin() as conn:
+        current, head = migration_level(conn)
+        assert current == head
+        space = spaces.register(conn, SPEC)
+    command.check(config)  # raises when the models and the migrations say different things
+    assert space.table_name in tables(db)
+    command.downgrade(config, "base")
+    assert tables(db) == {"alembic_version"}
+    migrate(empty)
+    command.check(config)
+    assert "chunk_batches" in tables(db)
+    db.dispose()
+
+
+def test_a_database_that_is_not_ready_says_what_to_run(empty: str) -> None:
+    db = create_db(empty, role="test")
+    with pytest.raises(StoreUnavailable, match=r"the database is empty.*chunkmill migrate"):
+        require_migrated(db)
+    db.dispose()
+
+
+def test_an_unreachable_database_is_named_without_its_password() -> None:
+    db = create_db("postgresql+psycopg://user:hunter2@127.0.0.1:1/nothing", role="test")
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1") as caught:
+        require_migrated(db)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_hashes_are_not_compressed_in_vain(db: sa.Engine) -> None:
+    with db.begin() as conn:
+        storage = conn.execute(
+            sa.text(
+                "SELECT attstorage FROM pg_attribute WHERE attrelid = 'chunk_batches'::regclass "
+                "AND attname = 'content_hashes'"
+            )
+        ).scalar_one()
+    assert storage in (b"e", "e")
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "storage", "strategy"),
+    [(384, "vector", "p"), (768, "vector", "p"), (1024, "vector", "e"), (1024, "halfvec", "p"), (3072, "halfvec", "e")],
+)
+def test_vector_tables_keep_what_fits_a_page_inline(
+    db: sa.Engine, dimensions: int, storage: str, strategy: str
+) -> None:
+    spec = SpaceSpec("local", "m", f"sha256:{dimensions}", dimensions, 256, Pooling.MEAN, normalize=True)
+    with db.begin() as conn:
+        space = spaces.register(conn, spec, storage=storage)
+        assert spaces.register(conn, spec, storage=storage) == space
+        assert spaces.get(conn, space.id) == spaces.find(conn, spec.fingerprint) == space
+        found = conn.execute(
+            sa.text(
+                "SELECT attstorage::text FROM pg_attribute WHERE attrelid = to_regclass(:t) AND attname = 'embedding'"
+            ),
+            {"t": space.table_name},
+        ).scalar_one()
+    assert found == strategy

@@ -1,0 +1,111 @@
+"""Binary COPY and the write path, row for row."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from app.db import spaces
+from app.db.copy import copy_binary, encode_rows, encode_vectors
+from app.domain.spaces import Pooling, SpaceSpec
+from app.errors import InvalidInput
+from app.vectors.search import build_index
+from app.vectors.write import write_vectors
+
+
+def spec(dimensions: int) -> SpaceSpec:
+    return SpaceSpec("local", "m", "sha256:00", dimensions, 256, Pooling.MEAN, normalize=True)
+
+
+def hashes(n: int) -> list[bytes]:
+    return [hashlib.sha256(str(i).encode()).digest() for i in range(n)]
+
+
+def write(conn: sa.Connection, space: spaces.Space, digests: list[bytes], matrix: NDArray[np.float32]) -> int:
+    n = len(digests)
+    return write_vectors(
+        conn,
+        space,
+        space.spec.fingerprint,
+        digests,
+        np.arange(n, dtype=np.int32),
+        np.arange(n) % 3 == 0,
+        matrix,
+    )
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("vector", 0.0), ("halfvec", 1e-3)])
+def test_what_is_written_is_what_is_read(db: sa.Engine, storage: str, tolerance: float) -> None:
+    matrix = np.random.default_rng(7).normal(size=(500, 37)).astype(np.float32)
+    digests = hashes(500)
+    with db.begin() as conn:
+        space = spaces.register(conn, spec(37), storage=storage)
+        assert write(conn, space, digests, matrix) == 500
+        rows = conn.execute(
+            sa.text(f"SELECT content_hash, n_tokens, truncated, embedding::real[] AS e FROM {space.table_name}")
+        ).all()
+    found = {bytes(row.content_hash): row for row in rows}
+    for i, digest in enumerate(digests):
+        assert (found[digest].n_tokens, found[digest].truncated) == (i, i % 3 == 0)
+        stored = np.asarray(found[digest].e, dtype=np.float32)
+        np.testing.assert_allclose(stored, matrix[i], rtol=tolerance, atol=tolerance)
+
+
+def test_a_content_keeps_its_first_vector_and_others_still_arrive(db: sa.Engine) -> None:
+    matrix = np.ones((4, 8), dtype=np.float32)
+    with db.begin() as conn:
+        space = spaces.register(conn, spec(8))
+        assert write(conn, space, hashes(2), matrix[:2]) == 2
+        assert write(conn, space, hashes(4), matrix * 5) == 2  # in the same transaction, too
+    with db.begin() as conn:
+        sums = conn.execute(sa.text(f"SELECT (embedding::real[])[1]::int FROM {space.table_name} ORDER BY 1")).scalars()
+        assert list(sums) == [1, 1, 5, 5]
+        assert write(conn, space, [], np.empty((0, 8), dtype=np.float32)) == 0
+
+
+def test_the_payload_is_one_buffer() -> None:
+    payload = encode_vectors(
+        hashes(3), np.ones(3, np.int32), np.zeros(3, bool), np.zeros((3, 5), np.float32), half=False
+    )
+    assert payload.nbytes == 3 * (2 + 4 + 32 + 4 + 4 + 4 + 1 + 4 + 4 + 5 * 4)
+    assert payload.contiguous
+
+
+def test_rows_of_any_text_survive_the_copy(db: sa.Engine) -> None:
+    texts = ["", "plain", "tab\tand\nnewline\\N", "ümläut 漢字 🧪", "'; DROP TABLE chunks; --"]
+    with db.begin() as conn:
+        conn.execute(sa.text("CREATE TEMP TABLE t (a text, b jsonb)"))
+        copy_binary(conn, "t (a, b)", encode_rows((t.encode(), b'\x01{"k": 1}') for t in texts))
+        assert [tuple(r) for r in conn.execute(sa.text("SELECT a, b FROM t"))] == [(t, {"k": 1}) for t in texts]
+
+
+@pytest.mark.parametrize(("dimensions", "storage", "on"), [(2001, "vector", "halfvec"), (16, "vector", "vector")])
+def test_an_index_is_on_what_pgvector_takes(db: sa.Engine, dimensions: int, storage: str, on: str) -> None:
+    with db.begin() as conn:
+        space = spaces.register(conn, spec(dimensions), storage=storage)
+    assert build_index(db, space).on == on
+    assert build_index(db, space).valid  # again: nothing to do
+
+
+def test_past_four_thousand_dimensions_there_is_no_index(db: sa.Engine) -> None:
+    with db.begin() as conn:
+        space = spaces.register(conn, spec(4001))
+    with pytest.raises(InvalidInput, match="4001 dimensions"):
+        build_index(db, space)
+
+
+def test_a_broken_index_is_replaced(db: sa.Engine) -> None:
+    with db.begin() as conn:
+        space = spaces.register(conn, spec(16))
+    index = build_index(db, space)
+    with db.begin() as conn:
+        conn.execute(sa.text(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index.name}'::regclass"))
+    assert build_index(db, space).valid
+    with db.begin() as conn:
+        assert conn.execute(
+            sa.text(f"SELECT indisvalid FROM pg_index WHERE indexrelid = '{index.name}'::regclass")
+        ).scalar_one()
