@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
@@ -66,7 +67,7 @@ class EmbedRequestLane(threading.Thread):
         return True
 
     def _answer(self, request: EmbedRequest, space: spaces.Space) -> None:
-        kind = "query" if request.kind == "query" else "document"
+        kind: Literal["document", "query"] = "query" if request.kind == "query" else "document"
         try:
             result = self._context.engines.for_space(space).embed(request.texts, kind=kind, urgent=True)
         except ChunkmillError as error:

@@ -74,7 +74,7 @@ def _embed(context: WorkerContext, held: HeldLease) -> Space:
     lease = held.lease
     with context.db.begin() as conn:
         space = spaces.get(conn, lease.space_id)
-        work = read_work(conn, space, lease.content_hashes)
+        work = read_work(conn, space, lease.chunk_batch_id)
     engine = context.engines.for_space(space)
     attempt = _Attempt(lease, space, engine, work, worker=context.name)
     texts = [text for _, text in work.texts]

@@ -77,7 +77,7 @@ class Cli(click.Group):
         screen: Screen = ctx.obj
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             screen.hint("interrupted")
             ctx.exit(130)
         except click.UsageError as error:

@@ -205,6 +205,13 @@ def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
         screen.hint(f"Follow it: chunkmill job {job.id} --wait")
 
 
+def _done(job: Job) -> float:
+    """The share of texts with a vector; unlike ``job.progress``, a cancelled job does not count as done."""
+    if job.state is JobState.COMPLETED or not job.contents:
+        return 1.0
+    return min(0.99, (job.cached + job.embedded) / job.contents)
+
+
 def _row(job: Job) -> list[object]:
     seconds = (job.finished_at - job.created_at).total_seconds() if job.finished_at else None
     return [
@@ -212,7 +219,7 @@ def _row(job: Job) -> list[object]:
         job.state.value,
         job.collection,
         job.chunks,
-        f"{int(100 * job.progress)} %",
+        f"{100 * _done(job):.0f} %",
         job.dead,
         f"{job.created_at.astimezone():%m-%d %H:%M}",
         None if seconds is None else duration(seconds),

@@ -18,6 +18,7 @@ from rich.text import Text
 
 PIPE_WIDTH = 10_000
 """Columns of a stdout that is no terminal: whoever reads a pipe wants whole lines."""
+NOTHING = "-"
 
 STATE_STYLES = {
     "running": "green", "connected": "green", "completed": "green", "ok": "green", "complete": "green",
@@ -69,22 +70,19 @@ class Screen:
         cells = [[_cell(value) for value in row] for row in rows]
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for index, head in enumerate(columns):
-            numbers = bool(cells) and all(row[index].justify == "right" for row in cells)
+            values = [row[index] for row in cells if row[index].plain != NOTHING]
+            numbers = bool(values) and all(value.justify == "right" for value in values)
             table.add_column(head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
         for row in cells:
             table.add_row(*row)
         self._print(table)
 
     def facts(self, facts: Mapping[str, object]) -> None:
-        """Print names and values below each other."""
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
+        """Print names and values below each other. The terminal breaks long lines, so a URL can be copied whole."""
+        width = max(map(len, facts))
         for name, value in facts.items():
             cell = _cell(value)
-            cell.justify = "left"
-            table.add_row(name, cell)
-        self._print(table)
+            self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
 
     def _print(self, table: Table) -> None:
         if self.out.is_terminal:
@@ -154,7 +152,7 @@ def _cell(value: object) -> Text:
     if isinstance(value, Text):
         return value
     if value is None:
-        return Text("-", style="dim")
+        return Text(NOTHING, style="dim")
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, int):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.text import Text
 
-from app.cli.inspect import look_at_spaces
+from app.cli.inspect import look_at_database, look_at_spaces
 from app.cli.output import Screen, beginning, count, duration, json_option, shown
 from app.client import Client
 from app.domain.jobs import Audit, SearchHit
@@ -37,6 +37,8 @@ def search(screen: Screen, query: str, collection: str, k: int, where: str | Non
     """The chunks nearest to QUERY, best first. A worker embeds the query, so one must be running."""
     metadata = _where(where)
     with Client.from_env() as client:
+        if not look_at_database(Environment.load(start_embedded=False).settings).worker_connections:
+            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: chunkmill worker")
         hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
     if screen.json:
         screen.document([asdict(hit) for hit in hits])
@@ -126,8 +128,8 @@ def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> 
     A text that no chunk refers to any more goes with its vectors.
     """
     with Client.from_env() as client:
-        if not yes:
-            _confirm(screen, client, collection, ids)
+        if not yes and not _confirmed(screen, client, collection, ids):
+            raise SystemExit(1)
         deleted = client.delete(collection, ids or None)
     if screen.json:
         screen.document({"collection": collection, "deleted": deleted})
@@ -145,7 +147,7 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
 
 def show_audits(screen: Screen, audits: list[Audit]) -> None:
     screen.table(
-        ["collection", "chunks", "contents", "embedded", "missing", "pending", "dead", "truncated", "complete"],
+        ["collection", "chunks", "texts", "embedded", "missing", "pending", "dead", "cut", "complete"],
         [
             (a.collection, a.chunks, a.contents, a.embedded, a.missing, a.pending, a.dead, a.truncated,
              Text("yes", style="green") if a.complete else Text("no", style="red"))
@@ -154,10 +156,12 @@ def show_audits(screen: Screen, audits: list[Audit]) -> None:
     )  # fmt: skip
     for each in audits:
         if each.missing_ids:
-            more = each.missing - len(each.missing_ids)
-            listed = ", ".join(shown(chunk_id) for chunk_id in each.missing_ids)
             screen.say("")
-            screen.say((f"missing in {each.collection}: ", "red"), listed, f" and {more:,} more" if more else "")
+            screen.say((f"Missing in {shown(each.collection)}:", "red"))
+            for chunk_id in each.missing_ids:
+                screen.say("  ", shown(chunk_id))
+            if more := each.missing - len(each.missing_ids):
+                screen.say(f"  and {more:,} more")
 
 
 def audit_facts(audit: Audit) -> dict[str, object]:
@@ -176,8 +180,8 @@ def _where(given: str | None) -> dict[str, Any] | None:
     return metadata
 
 
-def _confirm(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> None:
+def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
     if not screen.err.is_terminal or screen.json:
         raise InvalidInput("delete asks before it deletes, and there is nobody to ask: pass --yes.")
     n_chunks = len(ids) or client.audit(collection).chunks
-    click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", abort=True, err=True)
+    return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

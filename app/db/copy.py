@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from app.db.connect import raw
 HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 TRAILER = b"\xff\xff"
 HASH_BYTES = 32
+BYTEA_OID = 17
 
 
 def copy_binary(conn: sa.Connection, target: str, payload: bytes | memoryview) -> None:
@@ -33,6 +35,14 @@ def encode_rows(rows: Iterable[Sequence[bytes]]) -> bytes:
             append(len(value).to_bytes(4, "big"))
             append(value)
     return b"".join(parts)
+
+
+def encode_hash_array(hashes: Sequence[bytes]) -> bytes:
+    """``bytea[]`` of 32-byte digests as one field: dimensions, flags, element type, length, lower bound, elements."""
+    elements = np.zeros(len(hashes), dtype=[("len", ">i4"), ("hash", f"V{HASH_BYTES}")])
+    elements["len"] = HASH_BYTES
+    elements["hash"] = np.frombuffer(b"".join(hashes), dtype=f"V{HASH_BYTES}")
+    return struct.pack(">5i", 1, 0, BYTEA_OID, len(hashes), 1) + elements.tobytes()
 
 
 def encode_vectors(

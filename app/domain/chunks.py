@@ -16,6 +16,9 @@ MAX_ID_BYTES = 1024
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """A chunk is a passage, not a book: past this size something went wrong upstream."""
 
+# json.dumps makes an encoder of its own per call for any option but its defaults.
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -138,7 +141,7 @@ def _metadata_json(metadata: object) -> str:
         raise TypeError(f"it is of type {type(metadata).__name__}")
     if not isinstance(metadata, Mapping):
         raise TypeError(f"it is of type {type(metadata).__name__}")
-    dumped = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+    dumped = _encode_json(dict(metadata))
     if "\\u0000" in dumped:
         raise ValueError("it contains a NUL character")
     if _utf8(dumped) is None:

@@ -7,11 +7,11 @@ updates finds a row any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from app.db.schema import ChunkBatchRow
+from app.db.copy import copy_binary, encode_hash_array, encode_rows
 from app.domain.retries import Discard, decide
 from app.domain.spaces import OnLong
 from app.domain.states import ChunkBatchState, Route
@@ -28,7 +28,6 @@ class Lease:
     space_id: int
     collection_id: int
     on_long: OnLong
-    content_hashes: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +43,7 @@ class Common:
 
 def add(conn: sa.Connection, common: Common, batches: Sequence[Sequence[bytes]]) -> None:
     """Add one available ChunkBatch for each sequence of content hashes."""
-    if batches:
-        conn.execute(
-            sa.insert(ChunkBatchRow),
-            [
-                {
-                    **asdict(common),
-                    "state": ChunkBatchState.AVAILABLE,
-                    "content_hashes": list(hashes),
-                    "n_contents": len(hashes),
-                }
-                for hashes in batches
-            ],
-        )
+    _copy(conn, common, ChunkBatchState.AVAILABLE, [(hashes, 0, 0) for hashes in batches])
 
 
 def add_cached(conn: sa.Connection, common: Common, hashes: Sequence[bytes], *, n_truncated: int) -> None:
@@ -66,17 +53,43 @@ def add_cached(conn: sa.Connection, common: Common, hashes: Sequence[bytes], *, 
     is embedded again.
     """
     if hashes:
-        conn.execute(
-            sa.insert(ChunkBatchRow).values(
-                **asdict(common),
-                state=ChunkBatchState.COMPLETED,
-                content_hashes=list(hashes),
-                n_contents=len(hashes),
-                n_cached=len(hashes),
-                n_truncated=n_truncated,
-                finished_at=sa.func.now(),
-            )
+        _copy(conn, common, ChunkBatchState.COMPLETED, [(hashes, len(hashes), n_truncated)])
+
+
+def _copy(
+    conn: sa.Connection,
+    common: Common,
+    state: ChunkBatchState,
+    batches: Sequence[tuple[Sequence[bytes], int, int]],
+) -> None:
+    """COPY rows of ``(hashes, n_cached, n_truncated)``.
+
+    As bind parameters the arrays took a tenth of an enqueue: psycopg writes each hash as escaped text.
+    """
+    if not batches:
+        return
+    shared = (
+        common.job_id.to_bytes(8, "big"),
+        common.space_id.to_bytes(4, "big"),
+        common.route.encode(),
+        common.priority.to_bytes(2, "big"),
+        common.max_attempts.to_bytes(4, "big"),
+        state.encode(),
+    )
+    rows = (
+        (
+            *shared,
+            encode_hash_array(hashes),
+            len(hashes).to_bytes(4, "big"),
+            n_cached.to_bytes(4, "big"),
+            n_truncated.to_bytes(4, "big"),
         )
+        for hashes, n_cached, n_truncated in batches
+    )
+    columns = (
+        "job_id, space_id, route, priority, max_attempts, state, content_hashes, n_contents, n_cached, n_truncated"
+    )
+    copy_binary(conn, f"chunk_batches ({columns})", encode_rows(rows))
 
 
 def claim_if_due(conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_seconds: float) -> Lease | None:
@@ -87,7 +100,7 @@ def claim_if_due(conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_
             "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
             "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
             "AND (b.state = 'available' OR (b.state = 'running' AND b.lease_until < now())) "
-            "RETURNING b.attempt, b.max_attempts, b.job_id, b.space_id, b.content_hashes, j.collection_id, j.on_long"
+            "RETURNING b.attempt, b.max_attempts, b.job_id, b.space_id, j.collection_id, j.on_long"
         ),
         {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds},
     ).one_or_none()
@@ -101,7 +114,6 @@ def claim_if_due(conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_
         space_id=row.space_id,
         collection_id=row.collection_id,
         on_long=OnLong(row.on_long),
-        content_hashes=tuple(bytes(h) for h in row.content_hashes),
     )
 
 

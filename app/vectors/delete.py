@@ -27,7 +27,10 @@ def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[
             {"collection": collection_id, "ids": list(chunk_ids or ()), "limit": limit},
         ).scalars()
     )
-    unreferenced = "WHERE t.content_hash = ANY(:hashes) AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)"
+    unreferenced = (
+        "WHERE t.content_hash = ANY(:hashes) "
+        "AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)"
+    )
     for space in all_spaces(conn):
         conn.execute(sa.text(f"DELETE FROM {space.table_name} t {unreferenced}"), {"hashes": hashes})
     conn.execute(sa.text(f"DELETE FROM contents t {unreferenced}"), {"hashes": hashes})

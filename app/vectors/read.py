@@ -25,23 +25,24 @@ class Work:
     truncated: int
 
 
-def read_work(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> Work:
-    """Read a ChunkBatch's texts, dropping the hashes that got a vector meanwhile."""
+def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
+    """Read a ChunkBatch's texts, dropping the contents that got a vector meanwhile."""
+    hashes = "(SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)"
     known = conn.execute(
         sa.text(
             f"SELECT count(*) AS n, count(*) FILTER (WHERE truncated) AS truncated FROM {space.table_name} "
-            "WHERE content_hash = ANY(:hashes)"
+            f"WHERE content_hash IN {hashes}"
         ),
-        {"hashes": list(hashes)},
+        {"id": chunk_batch_id},
     ).one()
     rows = conn.execute(
         sa.text(
-            "SELECT c.content_hash, c.text FROM contents c WHERE c.content_hash = ANY(:hashes) "
+            f"SELECT c.content_hash, c.text FROM contents c WHERE c.content_hash IN {hashes} "
             f"AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)"
         ),
-        {"hashes": list(hashes)},
+        {"id": chunk_batch_id},
     )
-    return Work([(bytes(row.content_hash), row.text) for row in rows], known.n, known.truncated)
+    return Work([(bytes(content_hash), text) for content_hash, text in rows], known.n, known.truncated)
 
 
 def read_vectors(

@@ -129,7 +129,8 @@ def build_index(db: sa.Engine, space: Space, *, halfvec: bool = False) -> Index:
         )
         conn.execute(
             sa.text(
-                "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_chunks_metadata ON chunks USING gin (metadata jsonb_path_ops)"
+                "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_chunks_metadata ON chunks "
+                "USING gin (metadata jsonb_path_ops)"
             )
         )
         conn.execute(sa.text("RESET maintenance_work_mem"))

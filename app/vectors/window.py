@@ -36,7 +36,7 @@ def known_vectors(conn: sa.Connection, space: Space) -> dict[bytes, KnownVector]
             "JOIN (SELECT DISTINCT content_hash FROM staged_chunks) s USING (content_hash)"
         )
     )
-    return {bytes(row.content_hash): KnownVector(row.n_tokens, row.truncated) for row in rows}
+    return {bytes(content_hash): KnownVector(*facts) for content_hash, *facts in rows}
 
 
 def drop_rejected(conn: sa.Connection, rejected: Iterable[DeadChunk]) -> None:

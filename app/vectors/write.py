@@ -50,9 +50,7 @@ def write_vectors(
         )
     )
     copy_binary(conn, staging, payload)
-    result = conn.execute(
-        sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING")
-    )
+    result = conn.execute(sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING"))
     # Two writes in one transaction would otherwise insert the first one's rows again.
     conn.execute(sa.text(f"TRUNCATE {staging}"))
     return int(result.rowcount)

@@ -1,0 +1,139 @@
+"""Rounds, medians, ratios and the cosine gate. Pure but for the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The number that the design promises for a measurement or a ratio."""
+
+    value: float
+    at_most: bool = False
+
+    def met_by(self, found: float) -> bool:
+        return found <= self.value if self.at_most else found >= self.value
+
+
+@dataclass(slots=True)
+class Measurement:
+    """One quantity, measured once per round. ``refused`` is the reason why it has no number."""
+
+    group: str
+    name: str
+    unit: str
+    rounds: Sequence[float]
+    refused: str | None = None
+    target: Target | None = None
+    ratios: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``"to <name>"`` → :func:`summary` of this measurement over that one, round by round."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        numbers = summary([] if self.refused else self.rounds)
+        found = {"group": self.group, "name": self.name, "unit": self.unit, **numbers, "refused": self.refused}
+        if self.target and numbers["median"] is not None:
+            found |= promise(self.target, numbers["median"])
+        return found | {"ratios": self.ratios, **self.facts}
+
+
+def promise(target: Target, found: float) -> dict[str, Any]:
+    """A target and whether ``found`` meets it, as it stands in the JSON."""
+    return {
+        "target": target.value,
+        "target_is": "at most" if target.at_most else "at least",
+        "met": target.met_by(found),
+    }
+
+
+def summary(rounds: Sequence[float]) -> dict[str, Any]:
+    """Median and spread; all None without rounds."""
+    if not rounds:
+        return {"median": None, "min": None, "max": None, "rounds": []}
+    return {
+        "median": statistics.median(rounds),
+        "min": min(rounds),
+        "max": max(rounds),
+        "rounds": list(rounds),
+    }
+
+
+def add_ratios(found: Sequence[Measurement], to: str, target: Mapping[str, Target] | None = None) -> None:
+    """Give every measurement of ``to``'s group its ratio to it.
+
+    Round by round, because neighbours in time saw the same machine; the median of that moves less than the
+    ratio of two medians when the machine's speed drifts.
+    """
+    for base in [each for each in found if each.name == to and not each.refused]:
+        for each in found:
+            if each.group == base.group and each is not base and not each.refused and each.unit == base.unit:
+                ratio = summary([a / b for a, b in zip(each.rounds, base.rounds, strict=True)])
+                if target and each.name in target:
+                    ratio |= promise(target[each.name], ratio["median"])
+                each.ratios[f"to {to}"] = ratio
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    say: Callable[[str], None],
+    *,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds of every contender per round, without those of ``before``, which prepares one.
+
+    Each round begins with another contender, so that what the first of a round pays does not always fall on one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            say(f"round {number + 1} of {rounds}: {name}")
+            before(name)
+            began = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The least cosines to the reference with which a contender's speed counts."""
+
+    least_min: float
+    least_mean: float
+
+    def refusal(self, cosine_min: float, cosine_mean: float) -> str | None:
+        """Why there is no speed figure; None when the vectors pass. NaN does not pass."""
+        if cosine_min >= self.least_min and cosine_mean >= self.least_mean:
+            return None
+        return (
+            f"cosine to the fp32 reference: min {cosine_min:.5f}, mean {cosine_mean:.5f}; "
+            f"the gate is min {self.least_min}, mean {self.least_mean}"
+        )
+
+
+OURS = Gate(0.9999, 0.9999)
+PEER = Gate(0.995, 0.999)
+
+
+def cosines(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
+    """``(n,)`` cosines of the rows of two ``(n, d)`` matrices, in fp64."""
+    a, b = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    result: NDArray[np.float64] = np.einsum("nd,nd->n", a, b) / norms
+    return result
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Least-squares slope of y over x; None with fewer than three points."""
+    return float(np.polyfit(x, y, 1)[0]) if len(x) > 2 else None

@@ -1,0 +1,73 @@
+"""What the command prints: no password, nothing that steers a terminal, and one form for each number."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from app.cli.__main__ import COMMANDS, cli
+from app.cli.output import beginning, count, duration, masked, shown
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql+psycopg://user:secret@host:5432/db", "postgresql+psycopg://user:***@host:5432/db"),
+        ("postgresql://user:se%40cret@host/db", "postgresql://user:***@host/db"),
+        ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u&password=***"),
+        ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
+        ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
+        (
+            "rediss://user:secret@host:6379/0?ssl_cert_reqs=required",
+            "rediss://user:***@host:6379/0?ssl_cert_reqs=required",
+        ),
+        ("unix://:secret@/run/redis.sock?db=0", "unix://:***@/run/redis.sock?db=0"),
+        ("unix:///run/redis.sock?db=0&password=secret", "unix:///run/redis.sock?db=0&password=***"),
+        ("unix:///run/redis.sock?db=0", "unix:///run/redis.sock?db=0"),
+        ("postgresql://postgres@/db?host=/run/pg&port=5432", "postgresql://postgres@/db?host=/run/pg&port=5432"),
+    ],
+)
+def test_no_password_is_shown(url: str, expected: str) -> None:
+    assert masked(url) == expected
+
+
+def test_what_could_steer_a_terminal_is_replaced() -> None:
+    assert shown("a\x1b[2Jb\u202ec\x07") == "a\ufffd[2Jb\ufffdc\ufffd"
+    assert shown("naïve 文字 [bold]x[/bold]") == "naïve 文字 [bold]x[/bold]"
+
+
+def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
+    assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
+    assert beginning("word " * 100, 20) == "word word word word…"
+    assert beginning("字" * 50, 10) == "字字字字…"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.04, "0.0 s"), (9.96, "10.0 s"), (42, "42 s"), (187, "3:07"), (7500.0, "2:05:00"), (5, "5 s")],
+)
+def test_durations(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+def test_counts() -> None:
+    assert count(1, "chunk") == "1 chunk"
+    assert count(2000, "chunk") == "2,000 chunks"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_is_in_the_help_and_takes_json(name: str) -> None:
+    command = getattr(importlib.import_module(f"app.cli.{COMMANDS[name][0]}"), name)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert any("--json" in parameter.opts for parameter in command.params)
+    assert COMMANDS[name][1] in CliRunner().invoke(cli, ["--help"]).output
+
+
+def test_usage_errors_are_json_too() -> None:
+    done = CliRunner().invoke(cli, ["jobs", "--limit", "none", "--json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith('{"error": "usage", "message": "Invalid value')
