@@ -3,13 +3,19 @@
 ``Client`` is the way in; the README has the example. This package never imports torch.
 """
 
-from app.client import Client
-from app.domain.chunks import Chunk
-from app.domain.jobs import Audit, Job, SearchHit
-from app.domain.planning import DeadChunk
-from app.domain.spaces import OnLong
-from app.domain.states import JobState, Priority, Route
-from app.errors import ChunkmillError, InvalidChunk, InvalidInput, JobFailed, NotFound, WaitTimeout
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from app.client import Client
+    from app.domain.chunks import Chunk
+    from app.domain.jobs import Audit, Job, SearchHit
+    from app.domain.planning import DeadChunk
+    from app.domain.spaces import OnLong
+    from app.domain.states import JobState, Priority, Route
+    from app.errors import ChunkmillError, InvalidChunk, InvalidInput, JobFailed, NotFound, WaitTimeout
 
 __all__ = [
     "Audit",
@@ -29,3 +35,22 @@ __all__ = [
     "SearchHit",
     "WaitTimeout",
 ]
+
+_HOMES = {
+    "app.client": ("Client",),
+    "app.domain.chunks": ("Chunk",),
+    "app.domain.jobs": ("Audit", "Job", "SearchHit"),
+    "app.domain.planning": ("DeadChunk",),
+    "app.domain.spaces": ("OnLong",),
+    "app.domain.states": ("JobState", "Priority", "Route"),
+    "app.errors": ("ChunkmillError", "InvalidChunk", "InvalidInput", "JobFailed", "NotFound", "WaitTimeout"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for: the client brings SQLAlchemy, Celery and Alembic along,
+    a second of start-up that ``chunkmill --help`` and the engine have no use for."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'app' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
-from app.db.connect import create_db, migrate, require_migrated
+from app.db.connect import create_db, migrate, require_migrated, unreachable_message
 from app.domain import planning
 from app.domain.chunks import PreparedChunk, prepare_all
 from app.domain.jobs import Audit, Job, SearchHit
@@ -25,7 +25,15 @@ from app.domain.planning import DeadChunk
 from app.domain.spaces import OnLong, long_text_for
 from app.domain.states import JobState, Priority, Route
 from app.environment import Environment
-from app.errors import InvalidChunk, InvalidInput, JobFailed, UnknownModel, UnknownRoute, WaitTimeout
+from app.errors import (
+    InvalidChunk,
+    InvalidInput,
+    JobFailed,
+    StoreUnavailable,
+    UnknownModel,
+    UnknownRoute,
+    WaitTimeout,
+)
 from app.ledger import chunk_batches, dead_chunks, embed_requests, jobs
 from app.ledger.doorbells import ring_due
 from app.ledger.jobs import Opened
@@ -73,7 +81,11 @@ class Client:
         if environment.is_embedded:
             migrate(settings.require_database_url())
         db = create_db(settings.require_database_url(), role="client")
-        require_migrated(db)
+        try:
+            require_migrated(db)
+        except BaseException:
+            db.dispose()
+            raise
         return cls(db, Broker.connect(settings), settings)
 
     def __enter__(self) -> Client:
@@ -127,7 +139,7 @@ class Client:
         space = self._space(model, on_long)
         skipped: list[InvalidChunk] | None = [] if on_invalid == "skip" else None
         prepared = prepare_all(chunks, skipped)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _store_errors(self._db):
             if skipped is None and not self._is_sealed(idempotency_key):
                 prepared = iter(stack.enter_context(Spool(prepared)))
             conn = stack.enter_context(self._db.connect())
@@ -166,13 +178,19 @@ class Client:
 
     def job(self, job_id: int) -> Job:
         """The job as it is now. Raises :class:`NotFound`."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return jobs.get(conn, job_id)
 
     def jobs(self, limit: int = 20) -> list[Job]:
         """The latest jobs, newest first."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return jobs.latest(conn, limit)
+
+    def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
+        """The first ``limit`` chunks of a job that got no vector, each with its reason. Raises :class:`NotFound`."""
+        with self._transaction() as conn:
+            jobs.get(conn, job_id)
+            return list(jobs.dead_chunks(conn, job_id, limit=limit))
 
     def wait(
         self, job_id: int, *, timeout: float | None = None, on_progress: Callable[[Job], None] | None = None
@@ -206,14 +224,14 @@ class Client:
 
     def cancel(self, job_id: int) -> Job:
         """Stop a job: nothing of it starts any more, and workers leave what they are in. Vectors written stay."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             jobs.get(conn, job_id)
             jobs.cancel_if_open(conn, job_id)
             return jobs.get(conn, job_id)
 
     def retry(self, job_id: int) -> Job:
         """Try again what a failed or cancelled job left without a vector. Another job is returned as it is."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             job = jobs.get(conn, job_id)
             again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
             if not again and job.state in (JobState.FAILED, JobState.CANCELLED):
@@ -221,7 +239,7 @@ class Client:
                     f"job {job_id} was never enqueued to its end: {job.error} It cannot be retried; enqueue again."
                 )
         if again:
-            with self._db.begin() as conn:
+            with self._transaction() as conn:
                 jobs.finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
             self._ring()
         return self.job(job_id)
@@ -247,7 +265,7 @@ class Client:
         """
         if k < 1:
             raise InvalidInput(f"k is {k}; it must be at least 1.")
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             collection_id, space_id = jobs.find_collection(conn, collection)
             space = spaces.get(conn, space_id)
         if isinstance(query, str):
@@ -259,7 +277,7 @@ class Client:
                 f"the query vector has shape {vector.shape}; collection {collection!r} takes a finite vector of shape "
                 f"({space.spec.dimensions},)."
             )
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return searching.search(
                 conn, space, vector, collection_id=collection_id, k=k, metadata=metadata, exact=exact
             )
@@ -294,7 +312,7 @@ class Client:
 
     def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` for ``ids``, or for the whole collection; chunks without one are left out."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             collection_id, space_id = jobs.find_collection(conn, collection)
             return read.read_vectors(conn, spaces.get(conn, space_id), collection_id=collection_id, chunk_ids=ids)
 
@@ -305,14 +323,14 @@ class Client:
         """
         if isinstance(ids, str):
             raise InvalidInput("ids is a str; give a list of chunk ids.")
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             collection_id, _ = jobs.find_collection(conn, collection)
         deleted = 0
         for step in itertools.count():
             part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
             if part is not None and not len(part):
                 break
-            with self._db.begin() as conn:
+            with self._transaction() as conn:
                 gone = delete_some(conn, collection_id=collection_id, chunk_ids=part, limit=DELETE_STEP)
             deleted += gone
             if part is None and gone == 0:
@@ -321,13 +339,13 @@ class Client:
 
     def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` says all are there."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             collection_id, space_id = jobs.find_collection(conn, collection)
             return auditing.audit(conn, spaces.get(conn, space_id), name=collection, collection_id=collection_id)
 
     def collections(self) -> list[str]:
         """The names of all collections, in order."""
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return jobs.collection_names(conn)
 
     def index(self, collection: str, *, halfvec: bool = False) -> searching.Index:
@@ -336,12 +354,17 @@ class Client:
         Collections in one space share it. ``halfvec`` indexes half precision, at half the size; past 2,000
         dimensions it is always so.
         """
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             _, space_id = jobs.find_collection(conn, collection)
             space = spaces.get(conn, space_id)
         return searching.build_index(self._db, space, halfvec=halfvec)
 
     # Inside
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with _store_errors(self._db), self._db.begin() as conn:
+            yield conn
 
     def _space(self, model: str | None, on_long: OnLong) -> spaces.Space:
         """Register the space of a model that can be read here, or find one that a worker registered."""
@@ -349,7 +372,7 @@ class Client:
         try:
             spec = resolve_spec(name, pooling=self._settings.embedding_pooling, on_long=on_long)
         except UnknownModel:
-            with self._db.begin() as conn:
+            with self._transaction() as conn:
                 named = [
                     s
                     for s in spaces.all_spaces(conn)
@@ -358,13 +381,13 @@ class Client:
             if len(named) == 1:
                 return named[0]
             raise
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return spaces.register(conn, spec, storage=self._settings.vector_storage)
 
     def _is_sealed(self, idempotency_key: str | None) -> bool:
         if idempotency_key is None:
             return False
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             return jobs.is_sealed(conn, idempotency_key)
 
     def _begin(self, conn: sa.Connection, opened: Opened) -> bool:
@@ -376,7 +399,7 @@ class Client:
 
     def _ring(self) -> None:
         try:
-            with self._db.begin() as conn:
+            with self._transaction() as conn:
                 ring_due(
                     conn,
                     self._broker,
@@ -390,12 +413,12 @@ class Client:
             self._redis_away = True
 
     def _ask(self, space: spaces.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
-        with self._db.begin() as conn:
+        with self._transaction() as conn:
             request = embed_requests.ask(conn, space_id=space.id, kind=kind, texts=texts)
         deadline = time.monotonic() + timeout
         pause = 0.002
         while True:
-            with self._db.begin() as conn:
+            with self._transaction() as conn:
                 answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
                 if answer is None and time.monotonic() >= deadline:
                     embed_requests.withdraw(conn, request)
@@ -450,6 +473,15 @@ class _Enqueueing:
         chunk_batches.add(conn, common, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
         chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
+
+
+@contextlib.contextmanager
+def _store_errors(db: sa.Engine) -> Iterator[None]:
+    """Say in our own words that Postgres went away."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
 
 
 def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:

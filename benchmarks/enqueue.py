@@ -115,8 +115,8 @@ def _fill_cache(servers: Servers, count: int) -> None:
     """Enqueue into the collection ``cached`` and write the vectors that a worker would."""
     spec = resolve_spec(servers.settings.embedding_model)
     with servers.client() as client, servers.db() as db:
-        client.enqueue(unique_chunks(count), collection="cached")
-        hashes = [content_hash(chunk.text) for chunk in unique_chunks(count)]
+        client.enqueue(unique_chunks(corpus(), count), collection="cached")
+        hashes = [content_hash(chunk.text) for chunk in unique_chunks(corpus(), count)]
         with db.begin() as conn:
             space = spaces.register(conn, spec)
             for first in range(0, count, 4096):
@@ -129,10 +129,16 @@ def _fill_cache(servers: Servers, count: int) -> None:
 def _produce(servers: Servers, count: int, first: int, collection: str, say: Say | None = None) -> dict[str, Any]:
     """Enqueue in a fresh process; its answer with every look at its memory in ``samples``."""
     arguments = [sys.executable, "-m", "benchmarks.enqueue", str(count), str(first), collection]
+    env = os.environ | servers.env
     with subprocess.Popen(
-        arguments, env=os.environ | servers.env, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True
+        arguments, env=env, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
+        assert child.stdin
         try:
+            # Handed over, because reading it from the library's source would be the producer's peak memory.
+            json.dump([(each.id, each.text, dict(each.metadata)) for each in corpus()], child.stdin)
+            child.stdin.close()
+            child.stdin = None
             samples = list(_samples(servers, child)) if say else []
             said, _ = child.communicate()
         except BaseException:
@@ -161,10 +167,10 @@ def _main(count: int, first: int, collection: str) -> None:
     """The producer's process: enqueue, and print what it took as JSON."""
     settings = Settings.from_env()
     reading: list[dict[str, Any]] = []
-    corpus()
+    originals = [Chunk(*each) for each in json.load(sys.stdin)]
 
     def chunks() -> Iterator[Chunk]:
-        for number, chunk in enumerate(unique_chunks(count, first=first)):
+        for number, chunk in enumerate(unique_chunks(originals, count, first=first)):
             if number % SAMPLE_EVERY == 0:
                 reading.append({"phase": "reading", "chunks": number, "rss_kib": machine.memory_kib("self", "VmRSS")})
             yield chunk

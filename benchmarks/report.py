@@ -60,7 +60,10 @@ def show(result: Mapping[str, Any]) -> None:
             group = each["group"]
             table.add_section()
             table.add_row(f"[bold]{group}[/bold]")
-        ratios = "\n".join(f"{ratio['median']:.3g} × {to}{_promised(ratio)}" for to, ratio in each["ratios"].items())
+        ratios = "\n".join(
+            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{_promised(ratio)}"
+            for to, ratio in each["ratios"].items()
+        )
         if each["refused"]:
             table.add_row(f"  {each['name']}", "none", "", each["unit"], f"[yellow]{each['refused']}[/yellow]")
             continue
@@ -112,6 +115,8 @@ class Doing:
             if self._progress:
                 self._progress.update(self._task, description=f"{what}: {now}")
             else:
-                self._console.print(f"{time.monotonic() - self._began:6.0f} s  {what}: {now}", highlight=False)
+                self._console.print(
+                    f"{time.monotonic() - self._began:6.0f} s  {what}: {now}", highlight=False, soft_wrap=True
+                )
 
         return say

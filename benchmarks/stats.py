@@ -66,19 +66,22 @@ def summary(rounds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def add_ratios(found: Sequence[Measurement], to: str, target: Mapping[str, Target] | None = None) -> None:
-    """Give every measurement of ``to``'s group its ratio to it.
+def add_ratios(
+    found: Sequence[Measurement], to: str, *, only: str = "", targets: Mapping[str, Target] | None = None
+) -> None:
+    """Give the measurements of ``to``'s group whose names begin with ``only`` their ratios to it.
 
     Round by round, because neighbours in time saw the same machine; the median of that moves less than the
     ratio of two medians when the machine's speed drifts.
     """
     for base in [each for each in found if each.name == to and not each.refused]:
         for each in found:
-            if each.group == base.group and each is not base and not each.refused and each.unit == base.unit:
-                ratio = summary([a / b for a, b in zip(each.rounds, base.rounds, strict=True)])
-                if target and each.name in target:
-                    ratio |= promise(target[each.name], ratio["median"])
-                each.ratios[f"to {to}"] = ratio
+            if each is base or each.refused or each.group != base.group or not each.name.startswith(only):
+                continue
+            ratio = summary([a / b for a, b in zip(each.rounds, base.rounds, strict=True)])
+            if targets and each.name in targets:
+                ratio |= promise(targets[each.name], ratio["median"])
+            each.ratios[f"to {to}"] = ratio
 
 
 def interleave(

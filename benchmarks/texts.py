@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from app import Chunk
@@ -36,9 +36,8 @@ def of_length(tokens: int, count: int, *, tokens_per_word: float) -> list[str]:
     ]
 
 
-def unique_chunks(count: int, *, first: int = 0) -> Iterator[Chunk]:
-    """``count`` chunks of the corpus' lengths and metadata, no text twice: a counter stands before each."""
-    originals = corpus()
+def unique_chunks(originals: Sequence[Chunk], count: int, *, first: int = 0) -> Iterator[Chunk]:
+    """``count`` chunks of the lengths and metadata of ``originals``, no text twice: a counter stands before each."""
     for number in range(first, first + count):
         original = originals[number % len(originals)]
         yield Chunk(f"{number}:{original.id}", f"{number} {original.text}", original.metadata)

@@ -18,10 +18,6 @@ from workers import tasks
 
 logger = logging.getLogger(__name__)
 
-environment = Environment.load(start_embedded=False)
-app = make_celery(environment.settings)
-tasks.register(app)
-
 # sysexits.h: a supervisor may restart after the first, and would only meet the second again.
 EX_TEMPFAIL, EX_CONFIG = 75, 78
 _state: dict[str, Any] = {}
@@ -38,6 +34,12 @@ def _fatal_errors() -> Iterator[None]:
     except ChunkmillError as error:
         logger.error("%s", error)  # noqa: TRY400
         raise SystemExit(EX_TEMPFAIL if error.retryable else EX_CONFIG) from None
+
+
+with _fatal_errors():
+    environment = Environment.load(start_embedded=False)
+    app = make_celery(environment.settings)
+tasks.register(app)
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]

@@ -55,11 +55,11 @@ def poller(screen: Screen, check: bool) -> None:
         signal.signal(number, lambda *_: stop.set())
     configure()
     db = create_db(settings.require_database_url(), role="poller")
-    require_migrated(db)
     broker = Broker.connect(settings)
     # By name and only here: `app` never imports `workers`, so that a producer can be installed without them.
     module = importlib.import_module("workers.poller")
     try:
+        require_migrated(db)
         module.Poller(db, broker, settings).run(stop)
     finally:
         broker.close()

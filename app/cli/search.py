@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,7 @@ from app.errors import InvalidInput
 INCOMPLETE = 3
 """Exit code of `audit` when a chunk has no vector."""
 
-PREVIEW = 300
+PREVIEW = 120
 """Characters of a text that a hit shows where lines are long."""
 
 
@@ -181,7 +182,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
 
 
 def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
-    if not screen.err.is_terminal or screen.json:
+    if screen.json or not sys.stdin.isatty():
         raise InvalidInput("delete asks before it deletes, and there is nobody to ask: pass --yes.")
     n_chunks = len(ids) or client.audit(collection).chunks
     return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

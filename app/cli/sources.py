@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from uuid import UUID
 
 from app.domain.chunks import MAX_TEXT_BYTES, Chunk
-from app.errors import InvalidInput
+from app.errors import InvalidChunk, InvalidInput
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """A text of the greatest size fits in, written with JSON's escapes; a file without line ends does not."""
@@ -45,8 +45,8 @@ class Reader:
     """The chunks of several sources, one source after the other.
 
     ``place`` names where the last one came from, such as ``docs.jsonl:17``. With ``skip``, a record that cannot
-    be read is yielded as something ``Client.enqueue(on_invalid="skip")`` refuses, so that the job's dead list
-    names its place and the reason; without, it raises :class:`InvalidInput`.
+    be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with
+    its place and the reason; without, it raises :class:`InvalidInput`.
     """
 
     def __init__(self, sources: Sequence[str], fields: Fields, *, skip: bool, stdin: BinaryIO) -> None:
@@ -55,6 +55,7 @@ class Reader:
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice; it can be read once.")
         self.place = ""
+        self._read = -1
         self._sources = sources
         self._fields = fields
         self._skip = skip
@@ -64,11 +65,11 @@ class Reader:
         for source in self._sources:
             for place, record in self._records(source):
                 self.place = place
+                self._read += 1
                 if isinstance(record, Chunk):
                     yield record
                 elif self._skip:
-                    # No chunk has this shape; the client's message for it shows the keys.
-                    yield {"id": place, record.problem: None}
+                    yield InvalidChunk(record.problem, chunk_id=place, position=self._read, reason="unreadable")
                 else:
                     raise InvalidInput(
                         f"{place}: {record.problem}. Nothing was written; mend it, or pass --on-invalid skip to put "

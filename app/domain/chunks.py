@@ -48,8 +48,11 @@ def prepare(item: object, position: int) -> PreparedChunk:
     """Check one item of an ``enqueue`` iterable and hash its text.
 
     Takes a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple or a mapping with
-    the keys ``id``, ``text`` and optionally ``metadata``. Raises :class:`InvalidChunk`.
+    the keys ``id``, ``text`` and optionally ``metadata``. An :class:`InvalidChunk` in the stream stands for
+    an item that its source could not even read, and is raised as it is. Raises :class:`InvalidChunk`.
     """
+    if isinstance(item, InvalidChunk):
+        raise item
     chunk = _as_chunk(item, position)
 
     def refuse(reason: str, problem: str) -> InvalidChunk:

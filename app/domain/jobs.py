@@ -15,10 +15,11 @@ from app.domain.states import JobState, Priority, Route
 class Job:
     """What one ``enqueue`` asked for and how far it is.
 
-    ``chunks`` counts accepted chunks; ``contents`` their distinct texts, of which ``cached`` had a vector
-    already, ``embedded`` got one since and ``remaining`` still wait. ``dead`` counts the chunks without a
-    vector (``dead_chunks`` holds the first of them), ``truncated`` the contents that were cut. ``tokens``
-    are those the model saw in this job, ``engine_seconds`` the time it took for them.
+    ``chunks`` counts accepted chunks; ``contents`` their distinct texts (a text that comes back in a later
+    window of the same enqueue counts again, and is embedded once), of which ``cached`` had a vector already,
+    ``embedded`` got one since and ``remaining`` still wait. ``dead`` counts the chunks without a vector
+    (``dead_chunks`` holds the first of them), ``truncated`` the contents that were cut. ``tokens`` are those
+    the model saw in this job, ``engine_seconds`` the time it took for them.
     """
 
     id: int
@@ -45,8 +46,10 @@ class Job:
 
     @property
     def progress(self) -> float:
-        """0.0 to 1.0: the share of the job's contents that need no more work."""
-        return 1.0 if self.contents == 0 else 1.0 - self.remaining / self.contents
+        """0.0 to 1.0: the share of the job's contents that have a vector."""
+        if self.state is JobState.COMPLETED:
+            return 1.0
+        return (self.cached + self.embedded) / self.contents if self.contents else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Final
 
 from app.domain.spaces import OnLong, Pooling, SpaceSpec, long_text_for
 from app.models.folder import PROVIDER, DenseLayer, ModelFolder, check_pooling, read_folder
-from app.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, locate
+from app.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, locate_folder
 
 __all__ = ["DEFAULT_MODEL", "DEFAULT_SPEC", "DenseLayer", "ModelFolder", "resolve_model", "resolve_spec"]
 
@@ -37,7 +37,7 @@ def resolve_model(
     Raises UnknownModel, saying what to do.
     """
     label = DEFAULT_MODEL if name in DEFAULT_NAMES else name
-    return read_folder(label, locate(name, download=download), pooling=pooling, on_long=on_long)
+    return read_folder(label, locate_folder(name, download=download), pooling=pooling, on_long=on_long)
 
 
 def resolve_spec(name: str, *, pooling: str | None = None, on_long: OnLong = OnLong.TRUNCATE) -> SpaceSpec:

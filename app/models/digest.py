@@ -30,9 +30,7 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 64 * 1024
 
 
-def revision(
-    name: str, root: Path, *, transformer: Path, others: Iterable[Path], dense: Iterable[Path]
-) -> str:
+def revision(name: str, root: Path, *, transformer: Path, others: Iterable[Path], dense: Iterable[Path]) -> str:
     """``sha256:`` and 32 hexadecimal digits over sorted (relative path, content) pairs.
 
     ``transformer`` is the folder of config, tokenizer and weights; ``others`` are further configuration

@@ -14,9 +14,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnknownModel(
-            f"{path} cannot be read ({error.strerror}): copy the model folder again"
-        ) from error
+        raise UnknownModel(f"{path} cannot be read ({error.strerror}): copy the model folder again") from error
     except ValueError as error:
         raise UnknownModel(f"{path} is not JSON ({error}): copy the model folder again") from error
 

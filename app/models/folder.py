@@ -90,9 +90,7 @@ def read_folder(name: str, path: Path, *, pooling: str | None, on_long: OnLong) 
 
 
 def _read_sentence_folder(name: str, path: Path, pooling: str | None, on_long: OnLong) -> ModelFolder:
-    listed = [
-        (_kind(name, entry), _subfolder(name, path, entry)) for entry in read_json(path / "modules.json")
-    ]
+    listed = [(_kind(name, entry), _subfolder(name, path, entry)) for entry in read_json(path / "modules.json")]
     kinds = [kind for kind, _ in listed]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise unsupported(name, f"modules {' → '.join(kinds)}; they must begin with Transformer → Pooling")

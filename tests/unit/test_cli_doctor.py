@@ -77,5 +77,5 @@ def test_flower_is_closed_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(f"FLOWER_{name}", raising=False)
     assert flower_defaults(()) == ["--address=127.0.0.1", "--read_only=True", "--purge_offline_workers=600"]
     assert flower_defaults(("--read-only=False", "--address=::1")) == ["--purge_offline_workers=600"]
-    monkeypatch.setenv("FLOWER_ADDRESS", "0.0.0.0")
+    monkeypatch.setenv("FLOWER_ADDRESS", "10.0.0.1")
     assert "--address=127.0.0.1" not in flower_defaults(())

@@ -42,7 +42,7 @@ def test_what_could_steer_a_terminal_is_replaced() -> None:
 def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
     assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
     assert beginning("word " * 100, 20) == "word word word word…"
-    assert beginning("字" * 50, 10) == "字字字字…"
+    assert beginning("字" * 50, 10) == "字字字字 …"
 
 
 @pytest.mark.parametrize(

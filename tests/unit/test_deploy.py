@@ -245,7 +245,7 @@ def test_an_open_backend_network_is_noticed() -> None:
             ENV_EXAMPLE,
         ),
         ("NEW_ONE is not in env.example", COMPOSE + "x-bad: ${NEW_ONE:-1}", ENV_EXAMPLE),
-        ("OPENAI_API_KEY is not in env.example", COMPOSE, ENV_EXAMPLE.replace("#OPENAI_API_KEY=", "")),
+        ("EMBEDDING_SHARE_GPU is not in env.example", COMPOSE, ENV_EXAMPLE.replace("#EMBEDDING_SHARE_GPU=false", "")),
         (
             "env.example gives POSTGRES_PASSWORD the value changeme",
             COMPOSE,

@@ -1,4 +1,10 @@
-"""Token ids to token vectors: transformers' own model, one padded TokenBatch at a time."""
+"""Token ids to token vectors: transformers' own model, one padded TokenBatch at a time.
+
+Half precision here means: matrix products and attention in bf16 or fp16; embeddings, layer norms and the
+residual stream in fp32. Measured with all-MiniLM-L6-v2 on 600 stdlib docstrings and a few odd texts (emoji,
+one repeated letter), lowest cosine to fp32: the whole model in bf16 0.99992 and 0.99988, this way 0.99997
+and 0.99995, at the same speed. The gate is 0.9999. (fp32 embeddings alone: 0.99993 and 0.99988.)
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ class Hidden:
     """Token vectors of one TokenBatch, padded on the right."""
 
     vectors: torch.Tensor
-    """(n, longest, hidden), in the model's dtype, on its device."""
+    """(n, longest, hidden), on the model's device; fp32 but for architectures that end in half precision."""
     lengths: torch.Tensor
     """(n,) int64, on the same device."""
 
@@ -27,18 +33,19 @@ class Hidden:
 class Backbone:
     """The transformer of one model folder, on one device. One caller at a time."""
 
-    def __init__(self, model: Any, *, pad_id: int) -> None:
+    def __init__(self, model: Any, *, dtype: torch.dtype, pad_id: int) -> None:
         self._model = model.eval()
+        self._autocast = dtype != torch.float32
         self._pad_id = pad_id
         # A causal model would otherwise build a cache of keys and values that nobody reads.
         self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
         self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
+        self.dtype = dtype
         self.embedding_rows: int = model.get_input_embeddings().weight.shape[0]
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, pad_id: int) -> Backbone:
-        """Load weights (safetensors only) into ``dtype``; code in the folder is never run."""
+        """Load safetensors weights, to multiply in ``dtype``; code in the folder is never run."""
         from transformers import AutoModel
         from transformers.utils import logging
 
@@ -46,12 +53,14 @@ class Backbone:
         try:
             model, info = AutoModel.from_pretrained(
                 str(folder),
-                dtype=dtype,
+                # "auto" keeps the checkpoint's own: a bf16 checkpoint is not blown up to fp32 in between.
+                dtype=dtype if dtype == torch.float32 else "auto",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            _set_dtypes(model, dtype)
             model = model.to(device)
         except Exception as error:
             raise ModelLoadError(
@@ -65,7 +74,7 @@ class Backbone:
                 f"the weights in {folder} lack {len(missing)} tensors that its config.json asks for, "
                 f"{missing[0]} first: copy the folder again"
             )
-        return cls(model, pad_id=pad_id)
+        return cls(model, dtype=dtype, pad_id=pad_id)
 
     def __call__(self, rows: Sequence[Ids]) -> Hidden:
         """Run ``rows``, each (length,) int32, special tokens included. Raises what the model raises.
@@ -81,22 +90,32 @@ class Backbone:
         mask = None
         if int(lengths.min()) < longest:  # without padding there is nothing to mask, and kernels are faster
             mask = (torch.arange(longest) < lengths[:, None]).long().to(self.device)
-        with torch.inference_mode():
+        # Autocast settles what meets in mixed precision (rotary positions, MPNet's position bias). Its cache
+        # is for parameters that it has to cast itself; the products' are cast already.
+        half = torch.autocast(self.device.type, self.dtype, enabled=self._autocast, cache_enabled=False)
+        with torch.inference_mode(), half:
             output = self._model(input_ids=ids.to(self.device), attention_mask=mask, **self._options)
             return Hidden(output.last_hidden_state, lengths.to(self.device))
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Run the block with parameters in fp32 and restore them; half → fp32 → half is exact.
-
-        Parameters only: ``model.to(half)`` would also round buffers that transformers keeps in fp32 on
-        purpose, such as the frequencies of rotary positions.
-        """
-        before = [(parameter, parameter.data) for parameter in self._model.parameters()]
+        """Run the block in fp32 and restore the half-precision weights; half → fp32 → half is exact."""
+        halves = [(each, each.data) for each in self._model.parameters() if each.dtype != torch.float32]
+        before = self._autocast
         try:
-            for parameter, data in before:
+            self._autocast = False
+            for parameter, data in halves:
                 parameter.data = data.float()
             yield
         finally:
-            for parameter, data in before:
+            self._autocast = before
+            for parameter, data in halves:
                 parameter.data = data
+
+
+def _set_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Linear layers in ``dtype``, every other parameter in fp32."""
+    for module in model.modules():
+        wanted = dtype if isinstance(module, torch.nn.Linear) else torch.float32
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(wanted)

@@ -1,0 +1,426 @@
+"""The `chunkmill` command on a real stack, with a real worker and poller."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from app.cli.__main__ import cli
+from app.embedded import Stack
+from app.embedded.process import command_line
+
+CHECKOUT = Path(__file__).parents[2]
+DOCS = [
+    {"id": "tls", "text": "How to rotate a TLS certificate before it expires.", "source": "ops"},
+    {"id": "bread", "text": "Knead the dough, let it rise, and bake the bread.", "source": "kitchen"},
+    {"id": "disk", "text": "The disk is full: find large files and delete old logs.", "source": "ops"},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home() -> Iterator[Path]:
+    """An embedded stack of this module's own, which every command here finds by itself."""
+    folder = Path(tempfile.mkdtemp(prefix="chunkmill-cli-")).resolve()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATABASE_URL", "REDIS_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("CHUNKMILL_HOME", str(folder / "home"))
+        patch.setenv("PYTHONPATH", str(CHECKOUT))
+        Stack(folder / "home", fsync=False).up()  # which `up` finds running, and starts in a third of the time
+        assert document("up")["running"]
+        try:
+            yield folder
+        finally:
+            Stack(folder / "home").destroy()
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """A worker and a poller, started as a user starts them."""
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, arguments in (("worker", ["-c", "1"]), ("poller", [])):
+            with (home / f"{name}.log").open("wb") as log:
+                argv = [sys.executable, "-m", "app.cli", name, *arguments]
+                started[name] = subprocess.Popen(argv, cwd=CHECKOUT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while True:
+            database = document("status")["database"]
+            if database["worker_connections"] and database["poller_connections"]:
+                break
+            for name, child in started.items():
+                assert child.poll() is None, (home / f"{name}.log").read_text()
+            assert time.monotonic() < deadline, (home / "worker.log").read_text()
+            time.sleep(0.2)
+        yield started
+    finally:
+        for child in started.values():
+            child.terminate()
+        codes = {name: end_of(child) for name, child in started.items()}
+    assert codes == {"worker": 0, "poller": 0}
+
+
+def end_of(child: subprocess.Popen[bytes]) -> int:
+    """The exit code; a process that does not go is killed."""
+    try:
+        return child.wait(20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+@pytest.fixture(scope="module")
+def docs(home: Path) -> Path:
+    path = home / "docs.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embedded(processes: object, docs: Path) -> dict[str, Any]:
+    """The job that embedded `docs` into the collection `docs`."""
+    job: dict[str, Any] = document("enqueue", str(docs), "-c", "docs", "--wait")
+    return job
+
+
+def call(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, list(arguments), input=stdin)
+
+
+def document(*arguments: str, exit_code: int = 0) -> Any:
+    done = call(*arguments, "--json")
+    assert done.exit_code == exit_code, done.output
+    return json.loads(done.stdout)
+
+
+def screen(*arguments: str, exit_code: int = 0) -> str:
+    done = call(*arguments)
+    assert done.exit_code == exit_code, done.output
+    return done.stdout
+
+
+def refusal(*arguments: str, exit_code: int = 1) -> str:
+    """The one line on stderr, the same for a person and as JSON."""
+    for_people, for_programs = call(*arguments), call(*arguments, "--json")
+    assert (for_people.exit_code, for_programs.exit_code) == (exit_code, exit_code)
+    assert for_people.stdout == for_programs.stdout == ""
+    message = str(json.loads(for_programs.stderr.splitlines()[-1])["message"])
+    assert for_people.stderr.splitlines()[-1] == f"error: {message}"
+    return message
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a shell runs it, without a terminal."""
+    argv = [sys.executable, "-m", "app.cli", *arguments]
+    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False)
+
+
+# Without a worker
+
+
+@pytest.fixture
+def empty_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATABASE_URL, with a password, and REDIS_URL of servers that somebody else runs; nothing is migrated."""
+    status = Stack().status()
+    plain = status.database_url.replace("+psycopg", "")
+    with psycopg.connect(plain, autocommit=True) as conn:
+        conn.execute("DROP DATABASE IF EXISTS elsewhere WITH (FORCE)")
+        conn.execute("CREATE DATABASE elsewhere")
+    url = plain.replace("postgres@", "postgres:hunter2@").replace("/chunkmill?", "/elsewhere?")
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("REDIS_URL", status.redis_url.replace("db=0", "db=1"))
+
+
+def test_an_empty_database_is_migrated_and_no_password_is_shown(empty_database: None) -> None:
+    before = document("status")
+    assert not before["embedded"]
+    assert before["database"]["migration"] is None
+    assert before["database"]["open_jobs"] is None
+    done = process("jobs")
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"error: the database is empty, this version needs {before['database']['head']}. Run: chunkmill migrate\n"
+    )
+    migrated = document("migrate")
+    assert migrated["before"] is None
+    assert migrated["after"] == document("status")["database"]["head"]
+    assert "already" in screen("migrate")
+    for arguments in (["status"], ["status", "--json"], ["doctor"], ["doctor", "--json"]):
+        assert "hunter2" not in call(*arguments).output
+    assert "postgres:***@" in screen("status")
+
+
+def test_nothing_is_there_yet(empty_database: None) -> None:
+    call("migrate")
+    assert "No jobs yet" in screen("jobs")
+    assert document("jobs") == []
+    assert "no collections" in screen("audit")
+    assert document("audit") == []
+    assert "No space" in screen("models")
+    assert screen("poller", "--check", exit_code=1) == "No poller is connected.\n"
+    assert document("poller", "--check", exit_code=1) == {"connected": False, "connections": 0}
+    assert "none connected" in screen("status")
+
+
+def test_a_search_without_a_worker_says_how_to_start_one(empty_database: None, docs: Path) -> None:
+    call("migrate")
+    assert document("enqueue", str(docs), "-c", "docs", "--no-wait")["state"] == "running"
+    done = call("search", "certificate", "-c", "docs", "--timeout", "0.2")
+    assert done.exit_code == 1
+    assert "No worker is connected" in done.stderr
+    assert "error: no worker answered" in done.stderr
+    assert document("audit", "docs", exit_code=3)["missing_ids"] == ["bread", "disk", "tls"]
+    assert "Missing in docs:\n  bread\n" in screen("audit", exit_code=3)
+    job = document("cancel", "1")
+    assert job["state"] == "cancelled"
+    assert "cancelled" in screen("jobs")
+
+
+def test_postgres_that_is_down_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:1/chunkmill")
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@127.0.0.1:1/0")
+    message = refusal("jobs")
+    assert "127.0.0.1:1" in message
+    assert "hunter2" not in message
+    status = document("status")
+    assert "cannot connect to Postgres" in status["database"]["error"]
+    assert "cannot use Redis" in status["broker"]["error"]
+    doctor = document("doctor", exit_code=1)
+    assert {c["name"] for c in doctor["checks"] if c["state"] == "fail"} == {"Postgres", "Redis"}
+    assert "2 of" in screen("doctor", exit_code=1)
+    assert "hunter2" not in json.dumps(status) + json.dumps(doctor)
+
+
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/db")
+    assert "REDIS_URL" in refusal("status")
+    assert "REDIS_URL" in refusal("jobs")
+
+
+def test_status_and_worker_start_no_servers(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("CHUNKMILL_HOME", str(home / "other"))
+    assert document("status")["running"] is False
+    assert "chunkmill up" in screen("status")
+    assert "was not running" in screen("down")
+    assert "chunkmill up" in refusal("worker")
+    assert "chunkmill up" in refusal("poller")
+    assert not (home / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["enqueue", "-"], ["search"], ["nothing"], ["search", "q", "-c", "docs", "--where", "[1]"], ["job", "x"]],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+    done = call(*arguments, "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stderr)["error"] == "usage"
+
+
+def test_a_bad_line_or_chunk_is_named_by_its_place(home: Path) -> None:
+    path = home / "bad.jsonl"
+    path.write_text('{"id": "a", "text": "fine"}\nnot JSON\n{"id": "b", "text": "  "}\n')
+    assert f"{path}:2: not valid JSON" in refusal("enqueue", str(path), "-c", "bad")
+    path.write_text('{"id": "a", "text": "fine"}\n\n{"id": "b", "text": "  "}\n')
+    assert f"{path}:3: chunk 'b': the text is empty" in refusal("enqueue", str(path), "-c", "bad")
+    assert "no file or folder" in refusal("enqueue", str(home / "none.csv"), "-c", "bad")
+    assert "there is no collection 'bad'" in refusal("audit", "bad")
+
+
+def test_what_does_not_exist_is_an_error() -> None:
+    assert "no job 999" in refusal("job", "999")
+    assert "no job 999" in refusal("cancel", "999")
+    assert "no job 999" in refusal("retry", "999")
+    assert "no collection" in refusal("index", "none")
+    assert "pass --yes" in refusal("delete", "none")
+    assert "no collection" in refusal("delete", "none", "--yes")
+    assert "cannot be found" in refusal("migrate", "--revision", "nonesuch")
+
+
+# With a worker
+
+
+def test_enqueue_and_search(embedded: dict[str, Any]) -> None:
+    assert (embedded["state"], embedded["chunks"], embedded["embedded"]) == ("completed", 3, 3)
+    hits = document("search", "renew an expiring certificate", "-c", "docs", "-k", "2")
+    assert hits[0]["chunk_id"] == "tls"
+    assert hits[0]["score"] > hits[1]["score"]
+    assert hits[0]["metadata"] == {"source": "ops"}
+    shown = screen("search", "renew an expiring certificate", "-c", "docs", "--exact")
+    assert shown.index("tls\n") < shown.index("How to rotate a TLS certificate")
+    where = '{"source": "kitchen"}'
+    assert [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)] == ["bread"]
+    assert screen("search", "x", "-c", "docs", "--where", '{"source": "none"}') == "Nothing found.\n"
+
+
+def test_jobs_and_audit(embedded: dict[str, Any]) -> None:
+    assert embedded["id"] in [job["id"] for job in document("jobs", "--limit", "50")]
+    assert "completed" in screen("jobs")
+    assert document("job", str(embedded["id"])) == embedded
+    assert "3 embedded, 0 from the cache, 0 to go" in screen("job", str(embedded["id"]), "--wait")
+    assert document("retry", str(embedded["id"])) == embedded
+    assert document("cancel", str(embedded["id"]))["state"] == "completed"
+    audit = document("audit", "docs")
+    assert (audit["chunks"], audit["missing"], audit["complete"]) == (3, 0, True)
+    assert [each["collection"] for each in document("audit")].count("docs") == 1
+
+
+def test_models_and_index(embedded: dict[str, Any]) -> None:
+    (space,) = [s for s in document("models") if s["fingerprint"] == embedded["space"]]
+    assert (space["model"], space["dimensions"]) == ("all-MiniLM-L6-v2", 384)
+    assert "docs" in space["collections"]
+    assert "all-MiniLM-L6-v2" in screen("models")
+    assert "is ready" in screen("index", "docs")
+    assert document("index", "docs", "--halfvec")["on"] == "halfvec"
+    assert document("search", "certificate", "-c", "docs", "-k", "1")[0]["chunk_id"] == "tls"
+
+
+def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Popen[bytes]], home: Path) -> None:
+    status = document("status")
+    assert status["home"] == str(home / "home")
+    assert status["database"]["migration"] == status["database"]["head"]
+    assert status["broker"]["doorbells"] >= 0
+    assert str(status["postgres"]["pid"]) in screen("status")
+    assert screen("poller", "--check") == "A poller is connected.\n"
+    doctor = document("doctor")
+    assert {c["name"]: c["state"] for c in doctor["checks"]}.items() >= {
+        "Python": "ok", "Postgres": "ok", "pgvector": "ok", "migration": "ok", "worker": "ok", "poller": "ok",
+        "Redis": "ok", "Redis eviction": "ok", "Postgres clock": "ok", "Redis clock": "ok",
+    }.items()  # fmt: skip
+    assert "Nothing stands in the way" in screen("doctor")
+    # `worker` became Celery, so that a supervisor's signals reach it.
+    assert "celery -A workers worker -Q gpu -c 1" in command_line(processes["worker"].pid)
+
+
+def test_bad_records_are_skipped_into_the_dead_list(processes: object, home: Path) -> None:
+    path = home / "some.csv"
+    path.write_text("key,body,lang\na,first,en\nb\nc,,en\nd,last,de\n")
+    job = document(
+        "enqueue",
+        str(path),
+        "-c",
+        "some",
+        "--id-field",
+        "key",
+        "--text-field",
+        "body",
+        "--on-invalid",
+        "skip",
+        "--wait",
+    )
+    assert (job["state"], job["chunks"], job["dead"]) == ("completed", 2, 2)
+    assert [d["chunk_id"] for d in job["dead_chunks"]] == [f"{path}:3", "c"]
+    dead = screen("job", str(job["id"]), "--dead")
+    assert "1 columns, the header has 3" in dead
+    assert "empty_text" in dead
+
+
+def test_a_failed_job_exits_with_4(processes: object, home: Path) -> None:
+    path = home / "long.jsonl"
+    path.write_text(json.dumps({"id": "long", "text": "word " * 2000}) + "\n")
+    rejected = document("enqueue", str(path), "-c", "rejected", "--on-long", "reject", "--wait")
+    assert rejected["dead"] == 1
+    job = document("enqueue", str(path), "-c", "failed", "--no-wait", "--on-long", "split")
+    document("job", str(job["id"]), "--wait")
+    with psycopg.connect(Stack().status().database_url.replace("+psycopg", "")) as conn:
+        conn.execute("UPDATE jobs SET state = 'failed', error = 'made up.' WHERE id = %s", (job["id"],))
+    done = call("job", str(job["id"]), "--json")
+    assert done.exit_code == 4
+    assert json.loads(done.stdout)["state"] == "failed"
+    assert json.loads(done.stderr)["error"] == "job_failed"
+    again = call("retry", str(job["id"]), "--wait")
+    assert again.exit_code == 0
+    assert "completed" in again.stdout
+
+
+def test_a_folder_stdin_and_parquet_together(processes: object, home: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = home / "texts"
+    (texts / "sub").mkdir(parents=True)
+    (texts / "sub" / "a.md").write_text("# A page")
+    parquet.write_table(pa.table({"id": [1], "text": ["a row"]}), home / "rows.parquet")
+    line = '{"id": "line", "text": "a line"}\n'
+    arguments = ["enqueue", "-", str(texts), str(home / "rows.parquet"), "-c", "mixed", "--wait", "--json"]
+    done = call(*arguments, "--idempotency-key", "mixed", stdin=line)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["chunks"] == 3
+    assert (
+        json.loads(call(*arguments, "--idempotency-key", "mixed", stdin=line).stdout)["id"]
+        == json.loads(done.stdout)["id"]
+    )
+    assert "Deleted 1 chunk of 'mixed'" in screen("delete", "mixed", "1", "--yes")
+    assert document("delete", "mixed", "--yes") == {"collection": "mixed", "deleted": 2}
+
+
+def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[int, str]:
+    """Exit code and screen of a real process on a terminal of 80 columns. Ctrl-C is typed after a word is seen."""
+    controller, terminal = pty.openpty()
+    argv = [sys.executable, "-m", "app.cli", *arguments]
+    child = subprocess.Popen(
+        argv, cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+    try:
+        while select.select([controller], [], [], 60)[0]:
+            try:
+                part = os.read(controller, 65536)
+            except OSError:  # the terminal's last user has gone
+                break
+            seen += part
+            if interrupt_after and interrupt_after.encode() in seen:
+                child.send_signal(signal.SIGINT)
+                interrupt_after = None
+        return child.wait(20), seen.decode(errors="replace")
+    finally:
+        os.close(controller)
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+def test_on_a_terminal_enqueue_waits_behind_a_bar(processes: object, docs: Path) -> None:
+    code, seen = on_a_terminal("enqueue", str(docs), "-c", "terminal")
+    assert code == 0
+    assert "completed" in seen
+    assert "reading" in seen
+
+
+def test_ctrl_c_leaves_the_job_going_and_exits_with_130(empty_database: None, docs: Path) -> None:
+    call("migrate")
+    code, seen = on_a_terminal("enqueue", str(docs), "-c", "docs", interrupt_after="/3 texts")
+    assert code == 130
+    assert "goes on. Follow it: chunkmill job" in seen
+    assert "Traceback" not in seen
+
+
+def test_the_demo_does_it_all_and_leaves_nothing(home: Path) -> None:
+    folder = home / "demo"
+    done = process("demo", "--limit", "60", "--home", str(folder), "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["job"]["state"], facts["job"]["chunks"]) == ("completed", 60)
+    assert facts["again"]["embedded"] == 0
+    assert facts["audit"]["complete"]
+    assert len(facts["searches"]) == 4
+    assert all(search["hits"] for search in facts["searches"])
+    assert not folder.exists()
