@@ -35,7 +35,7 @@ from app.settings import Settings
 
 COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]
-HITS = 3
+HITS = 5
 READY_SECONDS = 180.0
 """For a worker that reads torch and the model from a cold disk."""
 
