@@ -87,8 +87,8 @@ def _workloads(engine: Engine, quick: bool) -> dict[str, list[str]]:
     sample = engine.embed(whole[:100])
     per_word = float(sample.n_tokens.sum()) / sum(len(text.split()) for text in whole[:100])
     return {DOCSTRINGS: whole} | {
-        f"about {tokens} tokens": of_length(tokens, count // 10 if quick else count, tokens_per_word=per_word)
-        for tokens, count in ((10, 1_500), (140, 250), (300, 150))
+        f"{size} texts": of_length(tokens, count // 10 if quick else count, tokens_per_word=per_word)
+        for size, tokens, count in (("short", 10, 1_500), ("medium", 140, 250), ("long", 300, 150))
     }
 
 

@@ -89,6 +89,11 @@ def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         if grown is not None:
             name = f"producer's memory growth while {phase}, per 100,000 chunks"
             found.append(Measurement(group, name, "MiB", [grown]))
+    committed = [each for each in answer["samples"] if each["phase"] == "committing"]
+    for name, part in (("first", committed[: len(committed) // 4 + 1]), ("last", committed[-len(committed) // 4 :])):
+        if len(part) > 1:
+            pace = (part[-1]["chunks"] - part[0]["chunks"]) / (part[-1]["seconds"] - part[0]["seconds"])
+            found.append(Measurement(group, f"{NEW}, committing the {name} quarter", "chunks/s", [pace]))
     found.append(_redis_peak(group, redis_memory))
     return document(
         "enqueue-million", found, settings=_settings(count), versions=versions, extra={"samples": answer["samples"]}
@@ -152,7 +157,7 @@ def _produce(servers: Servers, count: int, first: int, collection: str, say: Say
 
 def _samples(servers: Servers, child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """Memory of the producer and of Redis whenever another 50,000 chunks are committed."""
-    seen = 0
+    seen, began = 0, time.perf_counter()
     with servers.client() as client:
         while child.poll() is None:
             time.sleep(0.2)
@@ -160,7 +165,10 @@ def _samples(servers: Servers, child: subprocess.Popen[str]) -> Iterator[dict[st
             if jobs and jobs[0].chunks >= seen + SAMPLE_EVERY:
                 seen = jobs[0].chunks
                 rss, used = machine.memory_kib(child.pid, "VmRSS"), servers.redis_memory()["used_memory"]
-                yield {"phase": "committing", "chunks": seen, "rss_kib": rss, "redis_bytes": used}
+                seconds = round(time.perf_counter() - began, 2)
+                yield {
+                    "phase": "committing", "chunks": seen, "rss_kib": rss, "redis_bytes": used, "seconds": seconds,
+                }  # fmt: skip
 
 
 def _main(count: int, first: int, collection: str) -> None:

@@ -14,6 +14,8 @@ mpl.use("Agg")  # no window, and no display needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 OURS, OURS_LIGHT, PEER, PEER_LIGHT, INK = "#0b6e4f", "#6fb98f", "#7a7f87", "#c3c7cc", "#2b2d31"
 BAR = 0.8
@@ -49,14 +51,15 @@ def _engine(result: Result) -> Figure:
         if (limit := half.get("tokens_per_second_at_gemm_rate")) is not None:
             at = groups.index(group)
             axes.plot([limit, limit], [at - BAR / 2, at + BAR / 2], color=INK, lw=1.2, ls=(0, (2, 2)))
-    sizes = {each["group"]: f"{each['group']}\n{each['mean_tokens']:.0f} on average" for each in measured}
+    sizes = {each["group"]: f"{each['group']}\nmean {each['mean_tokens']:.0f} tokens" for each in measured}
     axes.set_yticks(range(len(groups)), [sizes[group] for group in groups])
-    keys = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    keys.append(plt.Line2D([], [], color=INK, lw=1.2, ls=(0, (2, 2))))
+    keys: list[Patch | Line2D] = [Patch(color=colours[name]) for name in names]
+    keys.append(Line2D([], [], color=INK, lw=1.2, ls=(0, (2, 2))))
     limit_name = f"all of the machine's {names[0].split()[-1]} GEMM rate"
     figure.legend(keys, [*names, limit_name], loc="lower center", ncols=3, frameon=False, fontsize=8.5)
     _finish(figure, axes, "Text to NumPy, all-MiniLM-L6-v2", result, "tokens per second (median; whiskers: min to max)")
-    figure.subplots_adjust(bottom=0.8 / figure.get_figheight() + 0.09)
+    figure.subplots_adjust(bottom=1.15 / figure.get_figheight())  # room for the legend
+    axes.margins(y=0.02)
     return figure
 
 
@@ -96,11 +99,23 @@ def _million(result: Result) -> Figure:
             continue
         axes.plot(x, y, color=colour, lw=2, label=label, marker="o", ms=3)
         top = max(top, *y)
-    axes.set_ylim(0, top * 1.35)
-    axes.set_ylabel("MiB in use")
+    promised = next(each["target"] for each in result["measurements"] if each["name"] == "producer's peak memory")
+    axes.axhline(promised, color=INK, lw=1.2, ls=(0, (2, 2)))
+    axes.annotate(
+        f"promised: below {promised:.0f} MiB", (1, promised), (0, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", fontsize=8.5, color=INK,
+    )  # fmt: skip
+    axes.set_ylim(0, max(top, promised) * 1.2)
+    axes.set_ylabel("MiB in use", fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(_thousands)
-    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=3)
-    _finish(figure, axes, "Memory does not grow with the job", result, "chunks of one enqueue() from a generator")
+    axes.legend(frameon=False, fontsize=8.5, loc="center right", bbox_to_anchor=(1, 0.32))
+    _finish(
+        figure,
+        axes,
+        f"Memory while one producer enqueues {result['settings']['chunks']:,} chunks",
+        result,
+        "chunks read from the generator, then committed",
+    )
     return figure
 
 
