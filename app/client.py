@@ -7,9 +7,8 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import StrEnum
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
@@ -18,43 +17,37 @@ from numpy.typing import NDArray
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
 from app.db.connect import create_db, migrate, require_migrated, unreachable_message
-from app.domain import planning
-from app.domain.chunks import PreparedChunk, prepare_all
+from app.domain.arguments import as_word, require_name
+from app.domain.chunks import prepare_all
 from app.domain.jobs import Audit, Job, SearchHit
 from app.domain.planning import DeadChunk
 from app.domain.spaces import OnLong, long_text_for
 from app.domain.states import JobState, Priority, Route
+from app.enqueueing import Enqueueing, EnqueueRequest
 from app.environment import Environment
 from app.errors import (
-    InvalidChunk,
     InvalidInput,
     JobFailed,
     StoreUnavailable,
     UnknownModel,
-    UnknownRoute,
     WaitTimeout,
 )
-from app.ledger import chunk_batches, dead_chunks, embed_requests, jobs
+from app.ledger import embed_requests, jobs
 from app.ledger.doorbells import ring_due
-from app.ledger.jobs import Opened
+from app.ledger.finish import finish_if_done
 from app.models import resolve_spec
 from app.settings import Settings
-from app.spool import Spool
 from app.vectors import audit as auditing
-from app.vectors import read, window
+from app.vectors import read
 from app.vectors import search as searching
 from app.vectors.delete import delete_some
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Text of one ChunkBatch: bounds a worker's memory when chunks are large."""
 DELETE_STEP = 5_000
 """Chunks deleted in one transaction, which holds up enqueues while it runs."""
 EMBED_STEP = 256
 """Texts of one embed request; several workers may answer several requests."""
-
-Word = TypeVar("Word", bound=StrEnum)
 
 
 class Client:
@@ -129,52 +122,19 @@ class Client:
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`SpaceMismatch` and
         :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it is back.
         """
-        _require_name("collection", collection)
-        route, priority = _word(Route, route, "route"), _word(Priority, priority, "priority")
-        on_long = _word(OnLong, on_long, "on_long")
+        require_name("collection", collection)
+        route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
+        on_long = as_word(OnLong, on_long, "on_long")
         if on_invalid not in ("raise", "skip"):
             raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
         if idempotency_key is not None:
-            _require_name("idempotency_key", idempotency_key)
+            require_name("idempotency_key", idempotency_key)
         space = self._space(model, on_long)
-        skipped: list[InvalidChunk] | None = [] if on_invalid == "skip" else None
-        prepared = prepare_all(chunks, skipped)
-        with contextlib.ExitStack() as stack, _store_errors(self._db):
-            if skipped is None and not self._is_sealed(idempotency_key):
-                prepared = iter(stack.enter_context(Spool(prepared)))
-            conn = stack.enter_context(self._db.connect())
-            with conn.begin():
-                collection_id = jobs.collection_id(conn, collection, space)
-                opened = jobs.open_job(
-                    conn,
-                    collection=collection_id,
-                    space=space,
-                    route=route,
-                    priority=priority,
-                    on_long=on_long,
-                    idempotency_key=idempotency_key,
-                )
-                # In the job's own transaction: a job that can be seen has its producer's lock.
-                mine = jobs.hold_producer_lock(conn, opened.id)
-            if not mine:
-                return self.job(opened.id)
-            try:
-                if not self._begin(conn, opened):
-                    return self.job(opened.id)
-                enqueueing = _Enqueueing(opened.id, collection_id, space, route, priority, on_long, self._settings)
-                for batch in _windows(prepared, self._settings.enqueue_window):
-                    with conn.begin():
-                        if not enqueueing.commit(conn, batch, _take(skipped)):
-                            return self.job(opened.id)
-                    self._ring()
-                with conn.begin():
-                    dead_chunks.add_refused(conn, opened.id, _take(skipped))
-                    jobs.seal_if_enqueueing(conn, opened.id)
-                with conn.begin():
-                    jobs.finish_if_done(conn, opened.id, space)
-            finally:
-                _drop_producer_lock(conn, opened.id)
-        return self.job(opened.id)
+        request = EnqueueRequest(
+            collection, space, route, priority, on_long, idempotency_key, skip_invalid=on_invalid == "skip"
+        )
+        with _store_errors(self._db):
+            return self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
 
     def job(self, job_id: int) -> Job:
         """The job as it is now. Raises :class:`NotFound`."""
@@ -240,7 +200,7 @@ class Client:
                 )
         if again:
             with self._transaction() as conn:
-                jobs.finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
+                finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
             self._ring()
         return self.job(job_id)
 
@@ -384,19 +344,6 @@ class Client:
         with self._transaction() as conn:
             return spaces.register(conn, spec, storage=self._settings.vector_storage)
 
-    def _is_sealed(self, idempotency_key: str | None) -> bool:
-        if idempotency_key is None:
-            return False
-        with self._transaction() as conn:
-            return jobs.is_sealed(conn, idempotency_key)
-
-    def _begin(self, conn: sa.Connection, opened: Opened) -> bool:
-        """Whether this call is to fill the job: it is new, or its producer died before the end."""
-        if opened.is_new:
-            return True
-        with conn.begin():
-            return jobs.reopen_for_enqueue_if_unsealed(conn, opened.id)
-
     def _ring(self) -> None:
         try:
             with self._transaction() as conn:
@@ -434,47 +381,6 @@ class Client:
             pause = min(0.05, pause * 1.5)
 
 
-class _Enqueueing:
-    """The windows of one enqueue."""
-
-    def __init__(
-        self,
-        job_id: int,
-        collection_id: int,
-        space: spaces.Space,
-        route: Route,
-        priority: Priority,
-        on_long: OnLong,
-        settings: Settings,
-    ) -> None:
-        self.job_id = job_id
-        self.collection_id = collection_id
-        self.space = space
-        self.route = Route.LOCAL if route is Route.AUTO else route
-        self.priority = priority
-        self.on_long = on_long
-        self.settings = settings
-
-    def commit(self, conn: sa.Connection, batch: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
-        """Write one window in the transaction of ``conn``. False: the job was cancelled meanwhile."""
-        chunks = planning.distinct(batch)
-        window.stage(conn, chunks.values())
-        known = window.known_vectors(conn, self.space)
-        plan = planning.plan_window(chunks, known, self.on_long)
-        if not jobs.add_chunks(conn, self.job_id, len(plan.references)):
-            return False
-        dead_chunks.add_refused(conn, self.job_id, [*refused, *plan.rejected])
-        window.drop_rejected(conn, plan.rejected)
-        window.add_contents(conn, plan.missing)
-        window.merge_chunks(conn, collection_id=self.collection_id, job_id=self.job_id)
-        common = chunk_batches.Common(
-            self.job_id, self.space.id, self.route, self.priority.rank, self.settings.max_attempts
-        )
-        chunk_batches.add(conn, common, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
-        chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
-        return True
-
-
 @contextlib.contextmanager
 def _store_errors(db: sa.Engine) -> Iterator[None]:
     """Say in our own words that Postgres went away."""
@@ -482,53 +388,3 @@ def _store_errors(db: sa.Engine) -> Iterator[None]:
         yield
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
-
-
-def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
-    try:
-        conn.rollback()
-        with conn.begin():
-            jobs.drop_producer_lock(conn, job_id)
-    except sa.exc.SQLAlchemyError:
-        # The lock ends with its connection, so the pool must not keep this one.
-        conn.invalidate()
-
-
-def _windows(chunks: Iterable[PreparedChunk], size: int) -> Iterator[list[PreparedChunk]]:
-    """Lists of at most ``size`` chunks and about ``8 * MAX_BATCH_BYTES`` of text."""
-    current: list[PreparedChunk] = []
-    n_bytes = 0
-    for chunk in chunks:
-        current.append(chunk)
-        n_bytes += len(chunk.text)
-        if len(current) == size or n_bytes >= 8 * MAX_BATCH_BYTES:
-            yield current
-            current, n_bytes = [], 0
-    if current:
-        yield current
-
-
-def _take(skipped: list[InvalidChunk] | None) -> list[DeadChunk]:
-    """Empty the list of skipped chunks into dead chunks."""
-    if not skipped:
-        return []
-    taken = [DeadChunk(e.chunk_id, e.reason, f"position {e.position}: {e.problem}") for e in skipped]
-    skipped.clear()
-    return taken
-
-
-def _word(words: type[Word], given: Word | str, argument: str) -> Word:
-    try:
-        return words(given)
-    except ValueError:
-        kind = UnknownRoute if words is Route else InvalidInput
-        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(words)}.") from None
-
-
-def _require_name(argument: str, name: object) -> None:
-    if not isinstance(name, str) or not name.strip() or "\x00" in name or len(name) > 200:
-        raise InvalidInput(f"{argument} is {name!r}; it must be a text of 1 to 200 characters without NUL.")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput(f"{argument} contains a lone surrogate, which is not valid Unicode.") from None

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from app.db import spaces
 from app.db.spaces import Space
 from app.errors import ChunkmillError, LeaseLost
-from app.ledger import chunk_batches, dead_chunks, jobs, usage
+from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
+from app.ledger.finish import finish_if_done
 from app.vectors.read import Work, read_work
 from app.vectors.write import relax_durability, write_vectors
 from workers.context import WorkerContext
@@ -66,7 +67,7 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
             _record_failure(context, lease, error)
             return Outcome.FAILED
     with context.db.begin() as conn:
-        jobs.finish_if_done(conn, lease.job_id, space)
+        finish_if_done(conn, lease.job_id, space)
     return Outcome.COMPLETED
 
 
@@ -107,7 +108,7 @@ def _record_failure(context: WorkerContext, lease: Lease, error: Exception) -> N
         lease.chunk_batch_id, lease.attempt, lease.max_attempts, state, message,
     )  # fmt: skip
     with context.db.begin() as conn:
-        jobs.finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+        finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
 
 
 def _without_parameters(error: Exception) -> str:

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
-from app.ledger import jobs, rescue
+from app.ledger import rescue
 from app.ledger.doorbells import ring_due
+from app.ledger.finish import finish_if_done
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Poller:
         finished = 0
         for job_id, space_id in waiting:
             with self._db.begin() as conn:
-                finished += jobs.finish_if_done(conn, job_id, spaces.get(conn, space_id)) is not None
+                finished += finish_if_done(conn, job_id, spaces.get(conn, space_id)) is not None
         return finished
 
     def _say_away(self, what: str) -> None:

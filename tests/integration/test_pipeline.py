@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from app import Chunk, Client, InvalidInput, JobFailed, JobState, WaitTimeout
 from app.db import spaces
 from app.errors import EngineError, SpaceMismatch
-from app.ledger import chunk_batches, jobs, rescue
+from app.ledger import chunk_batches, finish, rescue
 from app.settings import Settings
 from app.vectors.write import write_vectors
 from tests.integration.conftest import Runner
@@ -73,7 +73,7 @@ def test_completed_means_an_empty_anti_join(
     runner.finish(client.enqueue(some(5), collection="docs"))
     job = client.enqueue(some(10), collection="docs")
     table = _space(context).table_name
-    real_finish = jobs.finish_if_done
+    real_finish = finish.finish_if_done
 
     def vanish_first(conn: sa.Connection, job_id: int, space: spaces.Space) -> JobState | None:
         if not vanished:
@@ -82,7 +82,7 @@ def test_completed_means_an_empty_anti_join(
 
     vanished: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.jobs, "finish_if_done", vanish_first)
+        patch.setattr(pipeline, "finish_if_done", vanish_first)
         runner.run_due()
         assert vanished == [10]
         assert client.job(job.id).state is JobState.RUNNING

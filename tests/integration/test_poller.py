@@ -134,7 +134,7 @@ def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
 ) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
     with monkeypatch.context() as patch:
-        patch.setattr("workers.pipeline.jobs.finish_if_done", lambda *args: None)
+        patch.setattr("workers.pipeline.finish_if_done", lambda *args: None)
         runner.run_due()
     assert client.job(job.id).state is JobState.RUNNING
     assert poller.round().finished == 1

@@ -1,0 +1,30 @@
+"""Checks of arguments that several calls share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeVar
+
+from app.domain.states import Route
+from app.errors import InvalidInput, UnknownRoute
+
+Word = TypeVar("Word", bound=StrEnum)
+
+
+def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
+    """The member of ``words`` that ``given`` names. Raises :class:`InvalidInput` or :class:`UnknownRoute`."""
+    try:
+        return words(given)
+    except ValueError:
+        kind = UnknownRoute if words is Route else InvalidInput
+        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(words)}.") from None
+
+
+def require_name(argument: str, name: object) -> None:
+    """Raise :class:`InvalidInput` unless ``name`` is a text that Postgres can hold as a key."""
+    if not isinstance(name, str) or not name.strip() or "\x00" in name or len(name) > 200:
+        raise InvalidInput(f"{argument} is {name!r}; it must be a text of 1 to 200 characters without NUL.")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{argument} contains a lone surrogate, which is not valid Unicode.") from None

@@ -1,0 +1,162 @@
+"""One enqueue: check the stream, then commit it window by window into a job."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from app.db.spaces import Space
+from app.domain import planning
+from app.domain.chunks import PreparedChunk, prepare_all
+from app.domain.planning import DeadChunk
+from app.domain.spaces import OnLong
+from app.domain.states import Priority, Route
+from app.errors import InvalidChunk
+from app.ledger import chunk_batches, dead_chunks, jobs
+from app.ledger.finish import finish_if_done
+from app.settings import Settings
+from app.spool import Spool
+from app.vectors import window
+
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""Text of one ChunkBatch: bounds a worker's memory when chunks are large."""
+MAX_WINDOW_BYTES = 32 * 1024 * 1024
+"""Text of one window: bounds the producer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueRequest:
+    """What the caller asked for, checked."""
+
+    collection: str
+    space: Space
+    route: Route
+    priority: Priority
+    on_long: OnLong
+    idempotency_key: str | None
+    skip_invalid: bool
+
+
+class Enqueueing:
+    """``run`` it once. ``ring`` is called after each commit."""
+
+    def __init__(self, db: sa.Engine, settings: Settings, request: EnqueueRequest, *, ring: Callable[[], None]) -> None:
+        self._db = db
+        self._settings = settings
+        self._request = request
+        self._ring = ring
+        self._skipped: list[InvalidChunk] = []
+
+    def run(self, chunks: Iterable[object]) -> int:
+        """Returns the job's id. Raises :class:`InvalidChunk` with nothing written, unless bad chunks are skipped."""
+        prepared = prepare_all(chunks, self._skipped if self._request.skip_invalid else None)
+        with contextlib.ExitStack() as stack:
+            if not self._request.skip_invalid and not self._is_sealed():
+                prepared = iter(stack.enter_context(Spool(prepared)))
+            conn = stack.enter_context(self._db.connect())
+            collection_id, opened, mine = self._open(conn)
+            if mine:
+                try:
+                    if opened.is_new or self._reopen(conn, opened.id):
+                        self._fill(conn, opened.id, collection_id, prepared)
+                finally:
+                    _drop_producer_lock(conn, opened.id)
+            return opened.id
+
+    def _is_sealed(self) -> bool:
+        key = self._request.idempotency_key
+        if key is None:
+            return False
+        with self._db.begin() as conn:
+            return jobs.is_sealed(conn, key)
+
+    def _open(self, conn: sa.Connection) -> tuple[int, jobs.Opened, bool]:
+        """The collection, the job, and whether this call is the job's producer."""
+        request = self._request
+        with conn.begin():
+            collection_id = jobs.collection_id(conn, request.collection, request.space)
+            opened = jobs.open_job(
+                conn,
+                collection=collection_id,
+                space=request.space,
+                route=request.route,
+                priority=request.priority,
+                on_long=request.on_long,
+                idempotency_key=request.idempotency_key,
+            )
+            # In the job's own transaction: a job that can be seen has its producer's lock.
+            return collection_id, opened, jobs.hold_producer_lock(conn, opened.id)
+
+    def _reopen(self, conn: sa.Connection, job_id: int) -> bool:
+        with conn.begin():
+            return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
+
+    def _fill(self, conn: sa.Connection, job_id: int, collection_id: int, prepared: Iterable[PreparedChunk]) -> None:
+        for chunks in _windows(prepared, self._settings.enqueue_window):
+            with conn.begin():
+                if not self._commit_window(conn, job_id, collection_id, chunks):
+                    return  # cancelled meanwhile
+            self._ring()
+        with conn.begin():
+            dead_chunks.add_refused(conn, job_id, self._take_skipped())
+            jobs.seal_if_enqueueing(conn, job_id)
+        with conn.begin():
+            finish_if_done(conn, job_id, self._request.space)
+
+    def _commit_window(
+        self, conn: sa.Connection, job_id: int, collection_id: int, batch: Sequence[PreparedChunk]
+    ) -> bool:
+        """Write one window in the transaction of ``conn``. False: the job is not being enqueued any more."""
+        request, settings = self._request, self._settings
+        chunks = planning.distinct(batch)
+        window.stage(conn, chunks.values())
+        known = window.known_vectors(conn, request.space)
+        plan = planning.plan_window(chunks, known, request.on_long)
+        if not jobs.add_chunks(conn, job_id, len(plan.references)):
+            return False
+        dead_chunks.add_refused(conn, job_id, [*self._take_skipped(), *plan.rejected])
+        window.drop_rejected(conn, plan.rejected)
+        window.add_contents(conn, plan.missing)
+        window.merge_chunks(conn, collection_id=collection_id, job_id=job_id)
+        common = chunk_batches.Common(
+            job_id,
+            request.space.id,
+            Route.LOCAL if request.route is Route.AUTO else request.route,
+            request.priority.rank,
+            settings.max_attempts,
+        )
+        chunk_batches.add(conn, common, planning.cut(plan.missing, settings.chunk_batch_size, MAX_BATCH_BYTES))
+        chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
+        return True
+
+    def _take_skipped(self) -> list[DeadChunk]:
+        taken = [DeadChunk(e.chunk_id, e.reason, f"position {e.position}: {e.problem}") for e in self._skipped]
+        self._skipped.clear()
+        return taken
+
+
+def _windows(chunks: Iterable[PreparedChunk], size: int) -> Iterator[list[PreparedChunk]]:
+    """Lists of at most ``size`` chunks and about ``MAX_WINDOW_BYTES`` of text."""
+    current: list[PreparedChunk] = []
+    n_bytes = 0
+    for chunk in chunks:
+        current.append(chunk)
+        n_bytes += len(chunk.text)
+        if len(current) == size or n_bytes >= MAX_WINDOW_BYTES:
+            yield current
+            current, n_bytes = [], 0
+    if current:
+        yield current
+
+
+def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
+    try:
+        conn.rollback()
+        with conn.begin():
+            jobs.drop_producer_lock(conn, job_id)
+    except sa.exc.SQLAlchemyError:
+        # The lock ends with its connection, so the pool must not keep this one.
+        conn.invalidate()
