@@ -60,13 +60,16 @@ def merge_chunks(conn: sa.Connection, *, collection_id: int, job_id: int) -> Non
     """Upsert the staged references: a new id is added, another text or metadata replaces the chunk.
 
     The anti-join comes first because ON CONFLICT DO UPDATE locks, and so rewrites, even the rows that its
-    WHERE leaves alone; an unchanged collection enqueued again writes nothing.
+    WHERE leaves alone; an unchanged collection enqueued again writes nothing. OFFSET 0 keeps the planner at
+    one index probe per staged row: left to itself it scans all of ``chunks`` for each window (12.7 s instead
+    of 2 s per 100,000 chunks, at 600,000).
     """
     conn.execute(
         sa.text(
             "INSERT INTO chunks (collection_id, chunk_id, content_hash, metadata, job_id) "
             "SELECT :collection, s.chunk_id, s.content_hash, s.metadata, :job FROM staged_chunks s "
-            "LEFT JOIN chunks c ON c.collection_id = :collection AND c.chunk_id = s.chunk_id "
+            "LEFT JOIN LATERAL (SELECT * FROM chunks x WHERE x.collection_id = :collection "
+            "  AND x.chunk_id = s.chunk_id OFFSET 0) c ON true "
             "WHERE c.chunk_id IS NULL OR c.content_hash <> s.content_hash OR c.metadata <> s.metadata "
             "ORDER BY s.chunk_id "
             "ON CONFLICT (collection_id, chunk_id) DO UPDATE SET content_hash = excluded.content_hash, "
