@@ -92,11 +92,11 @@ def test_an_interrupted_wait_leaves_no_ticket() -> None:
     def interrupted(_: object) -> bool:
         raise KeyboardInterrupt
 
-    turns._changed.wait_for = interrupted  # type: ignore[method-assign,assignment]
-    with pytest.raises(KeyboardInterrupt), turns.turn():
-        pass
-
-    assert turns.waiting == 0
+    with turns.turn():
+        turns._changed.wait_for = interrupted  # type: ignore[method-assign,assignment]
+        with pytest.raises(KeyboardInterrupt), turns.turn():
+            pass
+        assert turns.waiting == 0
 
 
 def test_a_query_overtakes_a_job_between_two_token_batches(toy_path: Callable[[str], Path]) -> None:

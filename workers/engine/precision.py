@@ -23,7 +23,12 @@ _FP16_FAMILIES: Final = frozenset(
     {"albert", "bert", "camembert", "distilbert", "electra", "mpnet", "nomic_bert", "roberta", "xlm-roberta"}
 )
 
+# all-MiniLM-L6-v2, stdlib docstrings, two Zen 4 cores, thousand tokens/s at budgets of 512 / 1,024 / 2,048 /
+# 4,096: bf16 11.1 / 10.9 / 10.8 / 9.6, fp32 6.7 / 6.7 / 6.3 / 5.4. Longer passes leave the cache; shorter
+# ones pay for more calls on models with wider layers.
 CPU_BATCH_TOKENS: Final = 1024
+# Not measured yet on a GPU: enough tokens that a pass outlasts the time Python takes to start it
+# (about 2 ms for twelve layers).
 CUDA_BATCH_TOKENS: Final = 32_768
 
 

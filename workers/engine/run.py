@@ -14,6 +14,9 @@ from workers.engine.forward import Backbone
 from workers.engine.pooling import Head
 from workers.engine.windows import Ids
 
+# CUDA's messages run over pages; a reason goes into the dead list's table.
+_REASON_LENGTH = 500
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -64,7 +67,7 @@ class Runner:
         try:
             outcome.vectors[at] = self._forward([rows[position] for position in at], windows[at], skip)
         except Exception as error:  # noqa: BLE001 - whatever the model raises is one text's fault, or the device's
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
         else:
             return
         # Out of the except block: its traceback keeps the failed pass's tensors, and their memory, alive.
