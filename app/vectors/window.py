@@ -36,7 +36,8 @@ def known_vectors(conn: sa.Connection, space: Space) -> dict[bytes, KnownVector]
             "JOIN (SELECT DISTINCT content_hash FROM staged_chunks) s USING (content_hash)"
         )
     )
-    return {bytes(content_hash): KnownVector(*facts) for content_hash, *facts in rows}
+    # fetchall: row by row costs four times as much, which is a tenth of a cached enqueue.
+    return {content_hash: KnownVector(n, truncated) for content_hash, n, truncated in rows.fetchall()}
 
 
 def drop_rejected(conn: sa.Connection, rejected: Iterable[DeadChunk]) -> None:
