@@ -20,7 +20,7 @@ def is_ours(_object: Any, name: str | None, kind: str, _reflected: bool, _compar
 
 def run() -> None:
     url = context.config.attributes.get("url") or Settings.from_env().require_database_url()
-    with sa.create_engine(url, poolclass=sa.NullPool).connect() as conn:
+    with sa.create_engine(url, poolclass=sa.NullPool, hide_parameters=True).connect() as conn:
         context.configure(
             conn,
             target_metadata=Base.metadata,

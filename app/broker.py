@@ -6,7 +6,7 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
 from celery import Celery
@@ -38,7 +38,7 @@ def make_celery(settings: Settings) -> Celery:
     redelivered doorbell is harmless: the claim answers it.
     """
     url = settings.require_redis_url()
-    app = Celery("chunkmill", broker=_kombu_url(url), set_as_current=False)
+    app = Celery("chunkmill", broker=kombu_url(url), set_as_current=False)
     app.conf.update(
         task_default_queue=QUEUE,
         task_queues=[Queue(QUEUE)],
@@ -104,13 +104,16 @@ class Broker:
             ),
         )
 
-    def queued_doorbells(self) -> int:
-        """Doorbells that Redis holds: waiting in a priority step, or delivered and not acknowledged."""
+    def queued_doorbells(self) -> dict[int, int]:
+        """Doorbells waiting in Redis, by priority rank.
+
+        Those delivered and not acknowledged do not count: their ChunkBatches are running, or their worker
+        was killed and nobody will come for them.
+        """
         with self.client.pipeline(transaction=False) as pipe:
             for step in PRIORITY_STEPS:
                 pipe.llen(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}")
-            pipe.hlen("unacked")
-            return sum(pipe.execute())
+            return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
 
     def ring(self, doorbells: Iterable[Doorbell]) -> None:
         """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
@@ -131,10 +134,13 @@ class Broker:
         self.celery.close()
 
 
-def _kombu_url(url: str) -> str:
+def kombu_url(url: str) -> str:
     """kombu writes a Unix socket as ``redis+socket:///path?virtual_host=0``."""
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return url
-    query: dict[str, Any] = parse_qs(parts.query)
-    return f"redis+socket://{parts.path}?virtual_host={query.get('db', ['0'])[0]}"
+    query: dict[str, Any] = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    login = parts.netloc.rpartition("@")[0]
+    if "password" in query:
+        login = f"{quote(query.get('username', ''), safe='')}:{quote(query['password'], safe='')}"
+    return f"redis+socket://{login + '@' if login else ''}{parts.path}?virtual_host={query.get('db', '0')}"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
-from app.db.connect import create_db, migrate, require_migrated, unreachable_message
+from app.db.connect import create_db, migrate, require_migrated, store_error
 from app.domain.arguments import as_word, require_name
 from app.domain.chunks import prepare_all
 from app.domain.jobs import Audit, Job, SearchHit
@@ -47,7 +47,9 @@ logger = logging.getLogger(__name__)
 DELETE_STEP = 5_000
 """Chunks deleted in one transaction, which holds up enqueues while it runs."""
 EMBED_STEP = 256
-"""Texts of one embed request; several workers may answer several requests."""
+"""Texts of one embed request: bounds the row, and how long a worker holds it."""
+QUIET_SECONDS = 10.0
+"""After a doorbell that failed, ring no more for so long: each try may take seconds to fail."""
 
 
 class Client:
@@ -60,7 +62,7 @@ class Client:
         self._db = db
         self._broker = broker
         self._settings = settings
-        self._redis_away = False
+        self._quiet_until = 0.0
 
     @classmethod
     def from_env(cls) -> Client:
@@ -196,12 +198,14 @@ class Client:
             again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
             if not again and job.state in (JobState.FAILED, JobState.CANCELLED):
                 raise InvalidInput(
-                    f"job {job_id} was never enqueued to its end: {job.error} It cannot be retried; enqueue again."
+                    f"job {job_id} was never enqueued to its end, so it cannot be retried. Enqueue again: what is "
+                    "embedded is not embedded twice."
                 )
         if again:
             with self._transaction() as conn:
                 finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
-            self._ring()
+            with _store_errors(self._db), self._db.connect() as conn:
+                self._ring(conn)
         return self.job(job_id)
 
     # Vectors
@@ -258,7 +262,7 @@ class Client:
             raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
         if isinstance(texts, str):
             raise InvalidInput("texts is a str; give a list of texts.")
-        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts)), None):
+        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
         space = self._space(model, OnLong.TRUNCATE)
         if not texts:
@@ -344,20 +348,20 @@ class Client:
         with self._transaction() as conn:
             return spaces.register(conn, spec, storage=self._settings.vector_storage)
 
-    def _ring(self) -> None:
+    def _ring(self, conn: sa.Connection) -> None:
+        if time.monotonic() < self._quiet_until:
+            return
         try:
-            with self._transaction() as conn:
+            with conn.begin():
                 ring_due(
                     conn,
                     self._broker,
                     window=self._settings.doorbell_window,
                     repair_seconds=self._settings.doorbell_repair_seconds,
                 )
-            self._redis_away = False
         except PUBLISH_ERRORS as error:
-            if not self._redis_away:
-                logger.warning("Redis is away (%s); the poller will ring when it is back", type(error).__name__)
-            self._redis_away = True
+            logger.warning("cannot ring (%s: %s); the poller will ring when Redis is back", type(error).__name__, error)
+            self._quiet_until = time.monotonic() + QUIET_SECONDS
 
     def _ask(self, space: spaces.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
         with self._transaction() as conn:
@@ -374,9 +378,7 @@ class Client:
                     raise InvalidInput(f"the worker could not embed: {answer.error}")
                 return answer.vectors
             if time.monotonic() >= deadline:
-                raise WaitTimeout(
-                    f"no worker answered within {timeout:g} s. Start one: celery -A workers worker -Q gpu"
-                )
+                raise WaitTimeout("no worker answered in time. Start one: celery -A workers worker -Q gpu")
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
 
@@ -387,4 +389,6 @@ def _store_errors(db: sa.Engine) -> Iterator[None]:
     try:
         yield
     except sa.exc.OperationalError as error:
-        raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
+        raise store_error(str(db.url), error) from error
+    except sa.exc.TimeoutError as error:
+        raise StoreUnavailable("all connections of this client are in use; make one client per few threads.") from error

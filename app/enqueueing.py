@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from app.db.spaces import Space
 from app.domain import planning
-from app.domain.chunks import PreparedChunk, prepare_all
+from app.domain.chunks import PreparedChunk, prepare_all, prepare_or_skip
 from app.domain.planning import DeadChunk
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
@@ -41,21 +41,26 @@ class EnqueueRequest:
 
 
 class Enqueueing:
-    """``run`` it once. ``ring`` is called after each commit."""
+    """``run`` it once. ``ring`` is called after each commit, with the connection between two transactions."""
 
-    def __init__(self, db: sa.Engine, settings: Settings, request: EnqueueRequest, *, ring: Callable[[], None]) -> None:
+    def __init__(
+        self, db: sa.Engine, settings: Settings, request: EnqueueRequest, *, ring: Callable[[sa.Connection], None]
+    ) -> None:
         self._db = db
         self._settings = settings
         self._request = request
         self._ring = ring
-        self._skipped: list[InvalidChunk] = []
 
     def run(self, chunks: Iterable[object]) -> int:
         """Returns the job's id. Raises :class:`InvalidChunk` with nothing written, unless bad chunks are skipped."""
-        prepared = prepare_all(chunks, self._skipped if self._request.skip_invalid else None)
         with contextlib.ExitStack() as stack:
-            if not self._request.skip_invalid and not self._is_sealed():
-                prepared = iter(stack.enter_context(Spool(prepared)))
+            prepared: Iterable[PreparedChunk | InvalidChunk]
+            if self._request.skip_invalid:
+                prepared = prepare_or_skip(chunks)
+            elif self._is_sealed():
+                prepared = ()  # the job is there; nothing of this stream is needed
+            else:
+                prepared = stack.enter_context(Spool(prepare_all(chunks)))
             conn = stack.enter_context(self._db.connect())
             collection_id, opened, mine = self._open(conn)
             if mine:
@@ -94,20 +99,26 @@ class Enqueueing:
         with conn.begin():
             return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
 
-    def _fill(self, conn: sa.Connection, job_id: int, collection_id: int, prepared: Iterable[PreparedChunk]) -> None:
-        for chunks in _windows(prepared, self._settings.enqueue_window):
+    def _fill(
+        self, conn: sa.Connection, job_id: int, collection_id: int, prepared: Iterable[PreparedChunk | InvalidChunk]
+    ) -> None:
+        for chunks, refused in _windows(prepared, self._settings.enqueue_window):
             with conn.begin():
-                if not self._commit_window(conn, job_id, collection_id, chunks):
+                if not self._commit_window(conn, job_id, collection_id, chunks, refused):
                     return  # cancelled meanwhile
-            self._ring()
+            self._ring(conn)
         with conn.begin():
-            dead_chunks.add_refused(conn, job_id, self._take_skipped())
             jobs.seal_if_enqueueing(conn, job_id)
         with conn.begin():
             finish_if_done(conn, job_id, self._request.space)
 
     def _commit_window(
-        self, conn: sa.Connection, job_id: int, collection_id: int, batch: Sequence[PreparedChunk]
+        self,
+        conn: sa.Connection,
+        job_id: int,
+        collection_id: int,
+        batch: Sequence[PreparedChunk],
+        refused: Sequence[DeadChunk],
     ) -> bool:
         """Write one window in the transaction of ``conn``. False: the job is not being enqueued any more."""
         request, settings = self._request, self._settings
@@ -117,7 +128,7 @@ class Enqueueing:
         plan = planning.plan_window(chunks, known, request.on_long)
         if not jobs.add_chunks(conn, job_id, len(plan.references)):
             return False
-        dead_chunks.add_refused(conn, job_id, [*self._take_skipped(), *plan.rejected])
+        dead_chunks.add_refused(conn, job_id, [*refused, *plan.rejected])
         window.drop_rejected(conn, plan.rejected)
         window.add_contents(conn, plan.missing)
         window.merge_chunks(conn, collection_id=collection_id, job_id=job_id)
@@ -132,24 +143,25 @@ class Enqueueing:
         chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 
-    def _take_skipped(self) -> list[DeadChunk]:
-        taken = [DeadChunk(e.chunk_id, e.reason, f"position {e.position}: {e.problem}") for e in self._skipped]
-        self._skipped.clear()
-        return taken
 
-
-def _windows(chunks: Iterable[PreparedChunk], size: int) -> Iterator[list[PreparedChunk]]:
-    """Lists of at most ``size`` chunks and about ``MAX_WINDOW_BYTES`` of text."""
-    current: list[PreparedChunk] = []
+def _windows(
+    items: Iterable[PreparedChunk | InvalidChunk], size: int
+) -> Iterator[tuple[list[PreparedChunk], list[DeadChunk]]]:
+    """At most ``size`` items at a time, and about ``MAX_WINDOW_BYTES`` of text: the chunks, and the skipped ones."""
+    chunks: list[PreparedChunk] = []
+    refused: list[DeadChunk] = []
     n_bytes = 0
-    for chunk in chunks:
-        current.append(chunk)
-        n_bytes += len(chunk.text)
-        if len(current) == size or n_bytes >= MAX_WINDOW_BYTES:
-            yield current
-            current, n_bytes = [], 0
-    if current:
-        yield current
+    for item in items:
+        if isinstance(item, PreparedChunk):
+            chunks.append(item)
+            n_bytes += len(item.text)
+        else:
+            refused.append(DeadChunk(item.chunk_id, item.reason, f"position {item.position}: {item.problem}"))
+        if len(chunks) + len(refused) == size or n_bytes >= MAX_WINDOW_BYTES:
+            yield chunks, refused
+            chunks, refused, n_bytes = [], [], 0
+    if chunks or refused:
+        yield chunks, refused
 
 
 def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:

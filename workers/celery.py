@@ -34,6 +34,10 @@ def _fatal_errors() -> Iterator[None]:
     except ChunkmillError as error:
         logger.error("%s", error)  # noqa: TRY400
         raise SystemExit(EX_TEMPFAIL if error.retryable else EX_CONFIG) from None
+    except Exception:
+        # A worker that went on without its engine would take doorbells from those that can answer them.
+        logger.exception("the worker cannot start")
+        raise SystemExit(EX_TEMPFAIL) from None
 
 
 with _fatal_errors():

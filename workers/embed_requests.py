@@ -6,11 +6,11 @@ import logging
 import threading
 from typing import Literal
 
-import psycopg
 import sqlalchemy as sa
 
 from app.db import spaces
 from app.db.connect import raw
+from app.domain.spaces import OnLong
 from app.errors import ChunkmillError
 from app.ledger import embed_requests
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
@@ -39,8 +39,8 @@ class EmbedRequestLane(threading.Thread):
         while not self._stop_lane.is_set():
             try:
                 self._listen()
-            except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
-                logger.warning("embed requests: %s; connecting again", type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
+                logger.warning("embed requests: %s; listening again", type(error).__name__)
                 self._stop_lane.wait(RECONNECT_SECONDS)
 
     def _listen(self) -> None:
@@ -59,7 +59,7 @@ class EmbedRequestLane(threading.Thread):
     def answer_next(self) -> bool:
         """Answer one request; False when there is none."""
         with self._context.db.begin() as conn:
-            request = embed_requests.claim_next(conn)
+            request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
             if request is None:
                 return False
             space = spaces.get(conn, request.space_id)
@@ -68,12 +68,14 @@ class EmbedRequestLane(threading.Thread):
 
     def _answer(self, request: EmbedRequest, space: spaces.Space) -> None:
         kind: Literal["document", "query"] = "query" if request.kind == "query" else "document"
+        on_long = OnLong(space.spec.long_text.value)
         try:
-            result = self._context.engines.for_space(space).embed(request.texts, kind=kind, urgent=True)
-        except ChunkmillError as error:
-            # Whoever waits gets the reason at once instead of a timeout.
+            engine = self._context.engines.for_space(space)
+            result = engine.embed(request.texts, kind=kind, on_long=on_long, urgent=True)
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
             with self._context.db.begin() as conn:
-                embed_requests.refuse(conn, request.id, str(error))
+                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
             return
         with self._context.db.begin() as conn:
             embed_requests.answer(conn, request.id, result.vectors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -13,12 +12,14 @@ from numpy.typing import NDArray
 
 from app.db import spaces
 from app.db.spaces import Space
+from app.domain.planning import too_long_reason
+from app.domain.spaces import OnLong
 from app.errors import ChunkmillError, LeaseLost
 from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
 from app.ledger.finish import finish_if_done
-from app.vectors.read import Work, read_work
+from app.vectors.read import Work, read_work, still_wanted
 from app.vectors.write import relax_durability, write_vectors
 from workers.context import WorkerContext
 from workers.engine.engine import Engine
@@ -47,37 +48,44 @@ class Stopping(Exception):
 
 def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
     """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake."""
+    if context.stopping.is_set():
+        return Outcome.NOT_OURS
     with context.db.begin() as conn:
         lease = chunk_batches.claim_if_due(
-            conn, chunk_batch_id, owner=context.name, lease_seconds=context.settings.lease_seconds
+            conn,
+            chunk_batch_id,
+            owner=context.name,
+            lease_seconds=context.settings.lease_seconds,
+            not_spaces=context.engines.unserved(),
         )
     if lease is None:
-        return Outcome.NOT_OURS  # done, held by another, or not due: the doorbell was one too many
+        return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
+    attempt = _Attempt(lease, worker=context.name)
     with context.leases.holding(lease) as held:
         try:
-            space = _embed(context, held)
+            _embed(context, held, attempt)
         except Stopping:
             with context.db.begin() as conn:
-                chunk_batches.release_if_held(conn, lease)
+                if chunk_batches.release_if_held(conn, lease):
+                    attempt.book(conn)
             return Outcome.RELEASED
         except LeaseLost as lost:
             logger.warning("%s", lost)
             return Outcome.LEASE_LOST
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
-            _record_failure(context, lease, error)
+            _record_failure(context, attempt, error)
             return Outcome.FAILED
-    with context.db.begin() as conn:
-        finish_if_done(conn, lease.job_id, space)
+    _finish(context, lease)
     return Outcome.COMPLETED
 
 
-def _embed(context: WorkerContext, held: HeldLease) -> Space:
+def _embed(context: WorkerContext, held: HeldLease, attempt: _Attempt) -> None:
     lease = held.lease
     with context.db.begin() as conn:
         space = spaces.get(conn, lease.space_id)
         work = read_work(conn, space, lease.chunk_batch_id)
     engine = context.engines.for_space(space)
-    attempt = _Attempt(lease, space, engine, work, worker=context.name)
+    attempt.begin(space, engine, work)
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
     for result in engine.stream(texts, on_long=lease.on_long, stop=context.stopping.is_set):
@@ -91,10 +99,15 @@ def _embed(context: WorkerContext, held: HeldLease) -> Space:
         attempt.flush(context.db)
         raise Stopping
     attempt.complete(context.db)
-    return space
 
 
-def _record_failure(context: WorkerContext, lease: Lease, error: Exception) -> None:
+def _finish(context: WorkerContext, lease: Lease) -> None:
+    with context.db.begin() as conn:
+        finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+
+
+def _record_failure(context: WorkerContext, attempt: _Attempt, error: Exception) -> None:
+    lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
     # Another machine may have the model or the memory that this one lacks, so only a final error is final.
     retryable = not isinstance(error, ChunkmillError) or error.retryable or error.http_status < 500
@@ -103,12 +116,13 @@ def _record_failure(context: WorkerContext, lease: Lease, error: Exception) -> N
         state = chunk_batches.fail_if_held(
             conn, lease, code=code, error=f"{context.name}: {message}", retryable=retryable
         )
+        if state is not None:
+            attempt.book(conn)
     logger.error(
         "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
-        lease.chunk_batch_id, lease.attempt, lease.max_attempts, state, message,
+        lease.chunk_batch_id, lease.attempt, lease.max_attempts, state or "another worker's", message,
     )  # fmt: skip
-    with context.db.begin() as conn:
-        finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+    _finish(context, lease)
 
 
 def _without_parameters(error: Exception) -> str:
@@ -118,40 +132,48 @@ def _without_parameters(error: Exception) -> str:
     return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"
 
 
-@dataclass
 class _Attempt:
-    """What one attempt has done so far and not written yet."""
+    """What one attempt has done so far, and what of it is not written yet."""
 
-    lease: Lease
-    space: Space
-    engine: Engine
-    work: Work
-    worker: str
-    dead: list[DeadContent] = field(default_factory=list)
-    written: int = 0
-    pending_rows: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    _hashes: list[bytes] = field(default_factory=list)
-    _n_tokens: list[NDArray[np.int32]] = field(default_factory=list)
-    _truncated: list[NDArray[np.bool_]] = field(default_factory=list)
-    _vectors: list[NDArray[np.float32]] = field(default_factory=list)
+    def __init__(self, lease: Lease, *, worker: str) -> None:
+        self.lease = lease
+        self._worker = worker
+        self._provider = ""
+        self._refused: list[DeadContent] = []
+        self._dead: list[DeadContent] = []
+        self._done = 0
+        self._written = 0
+        self._truncated_here = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._clear()
+
+    def begin(self, space: Space, engine: Engine, work: Work) -> None:
+        self._space, self._engine, self._work = space, engine, work
+        self._provider = space.spec.provider
+        if self.lease.on_long is OnLong.REJECT:
+            # Another job, which cuts long texts, was faster; this one refuses them all the same.
+            self._refused = [DeadContent(h, "too_long", too_long_reason(n)) for h, n in work.truncated]
+
+    @property
+    def pending_rows(self) -> int:
+        return len(self._hashes)
 
     @property
     def left(self) -> int:
-        return len(self.work.texts) - self.written - self.pending_rows - len(self.dead)
+        """Texts that the engine has not handed back."""
+        return len(self._work.texts) - self._done
 
     def take(self, result: TokenBatchResult) -> None:
-        self._hashes += [self.work.texts[i][0] for i in result.indices.tolist()]
+        self._hashes += [self._work.texts[i][0] for i in result.indices.tolist()]
         self._n_tokens.append(result.n_tokens)
         self._truncated.append(result.truncated)
         self._vectors.append(result.vectors)
-        self.dead += [DeadContent(self.work.texts[f.index][0], f.code, f.reason) for f in result.failures]
-        self.pending_rows += len(result.indices)
-        self.truncated += int(result.truncated.sum())
-        self.tokens += result.tokens
-        self.seconds += result.seconds
+        self._dead += [DeadContent(self._work.texts[f.index][0], f.code, f.reason) for f in result.failures]
+        self._done += len(result.indices) + len(result.failures)
+        self._truncated_here += int(result.truncated.sum())
+        self._tokens += result.tokens
+        self._seconds += result.seconds
 
     def flush(self, db: sa.Engine) -> None:
         """Commit what is there. It stays even when the lease is lost: a late vector is a right vector."""
@@ -160,46 +182,53 @@ class _Attempt:
             self._write(conn)
             still_ours = chunk_batches.record_progress_if_held(conn, self.lease, self._embedded)
         if not still_ours:
-            raise LeaseLost(f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} was superseded")
+            raise self._superseded()
 
     def complete(self, db: sa.Engine) -> None:
         """The last vectors, the dead list, the completion and the bill, in one transaction."""
+        n_truncated = len(self._work.truncated) - len(self._refused) + self._truncated_here
         with db.begin() as conn:
             relax_durability(conn)
             self._write(conn)
-            done = chunk_batches.complete_if_held(
-                conn, self.lease, n_embedded=self._embedded, n_truncated=self.work.truncated + self.truncated
-            )
+            done = chunk_batches.complete_if_held(conn, self.lease, n_embedded=self._embedded, n_truncated=n_truncated)
             if done:
-                dead_chunks.add_contents(conn, self.lease, self.dead)
-                usage.book(conn, self.lease, self._usage())
+                dead_chunks.add_contents(conn, self.lease, [*self._dead, *self._refused])
+                self.book(conn)
         if not done:
-            raise LeaseLost(f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} was superseded")
+            raise self._superseded()
+
+    def book(self, conn: sa.Connection) -> None:
+        """Book what this attempt cost, in the transaction that ends it."""
+        if self._provider:
+            usage.book(
+                conn,
+                self.lease,
+                usage.Usage(self._provider, self._worker, self._written, self._tokens, self._seconds),
+            )
 
     @property
     def _embedded(self) -> int:
-        return self.work.known + self.written
+        return self._work.known - len(self._refused) + self._written
 
-    def _usage(self) -> usage.Usage:
-        return usage.Usage(
-            provider=self.space.spec.provider,
-            worker=self.worker,
-            contents=self.written,
-            tokens=self.tokens,
-            engine_seconds=self.seconds,
-        )
+    def _superseded(self) -> LeaseLost:
+        return LeaseLost(f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} was superseded")
 
     def _write(self, conn: sa.Connection) -> None:
         if self._hashes:
-            write_vectors(
-                conn,
-                self.space,
-                fingerprint(self.engine, self.lease.on_long),
-                self._hashes,
-                np.concatenate(self._n_tokens),
-                np.concatenate(self._truncated),
-                np.concatenate(self._vectors),
-            )
-        self.written += self.pending_rows
-        self.pending_rows = 0
-        self._hashes, self._n_tokens, self._truncated, self._vectors = [], [], [], []
+            hashes, n_tokens = self._hashes, np.concatenate(self._n_tokens)
+            truncated, vectors = np.concatenate(self._truncated), np.concatenate(self._vectors)
+            wanted = still_wanted(conn, hashes, since=self._work.deletions)
+            if wanted is not None:
+                keep = np.array([content_hash in wanted for content_hash in hashes], dtype=bool)
+                hashes = [content_hash for content_hash in hashes if content_hash in wanted]
+                n_tokens, truncated, vectors = n_tokens[keep], truncated[keep], vectors[keep]
+            made_by = fingerprint(self._engine, self.lease.on_long)
+            write_vectors(conn, self._space, made_by, hashes, n_tokens, truncated, vectors)
+            self._written += len(hashes)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._hashes: list[bytes] = []
+        self._n_tokens: list[NDArray[np.int32]] = []
+        self._truncated: list[NDArray[np.bool_]] = []
+        self._vectors: list[NDArray[np.float32]] = []

@@ -61,7 +61,6 @@ class Poller:
             taken = rescue.take_back_expired(conn)
             abandoned = rescue.fail_abandoned(conn)
             rescue.drop_old_requests(conn)
-        finished = self._finish_jobs()
         with self._db.begin() as conn:
             rung = ring_due(
                 conn,
@@ -69,6 +68,8 @@ class Poller:
                 window=self._settings.doorbell_window,
                 repair_seconds=self._settings.doorbell_repair_seconds,
             )
+        # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
+        finished = self._finish_jobs()
         return Round(taken.available, taken.discarded, finished, len(abandoned), rung)
 
     def _finish_jobs(self) -> int:
@@ -76,8 +77,11 @@ class Poller:
             waiting = rescue.jobs_without_open_batches(conn)
         finished = 0
         for job_id, space_id in waiting:
-            with self._db.begin() as conn:
-                finished += finish_if_done(conn, job_id, spaces.get(conn, space_id)) is not None
+            try:
+                with self._db.begin() as conn:
+                    finished += finish_if_done(conn, job_id, spaces.get(conn, space_id), wait=False) is not None
+            except sa.exc.DBAPIError:
+                logger.exception("job %s cannot be finished; the others go on", job_id)
         return finished
 
     def _say_away(self, what: str) -> None:

@@ -16,6 +16,8 @@ def upgrade() -> None:
     # Under load, give up a lock that does not come at once rather than queue every query behind it.
     op.execute("SET LOCAL lock_timeout = '4s'")
     op.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    op.execute("CREATE SEQUENCE deletions")
+    op.execute("SELECT setval('deletions', 1)")  # so that the very first deletion already changes last_value
     op.create_table(
         "contents",
         sa.Column("content_hash", sa.LargeBinary(), nullable=False),
@@ -54,6 +56,7 @@ def upgrade() -> None:
         sa.Column("vectors", sa.LargeBinary(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("attempts", sa.SmallInteger(), server_default="0", nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("kind IN ('document', 'query')", name=op.f("ck_embed_requests_kind")),
         sa.ForeignKeyConstraint(["space_id"], ["spaces.id"], name=op.f("fk_embed_requests_space_id_spaces")),
@@ -158,6 +161,13 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("state = 'running'"),
     )
+    op.create_index(
+        "ix_chunk_batches_rung",
+        "chunk_batches",
+        ["priority", "rung_at"],
+        unique=False,
+        postgresql_where=sa.text("state = 'available' AND rung_at IS NOT NULL"),
+    )
     op.create_table(
         "dead_chunks",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -212,6 +222,11 @@ def downgrade() -> None:
     op.drop_index("uq_dead_chunks_once", table_name="dead_chunks", postgresql_where=sa.text("content_hash IS NOT NULL"))
     op.drop_index(op.f("ix_dead_chunks_job_id"), table_name="dead_chunks")
     op.drop_table("dead_chunks")
+    op.drop_index(
+        "ix_chunk_batches_rung",
+        table_name="chunk_batches",
+        postgresql_where=sa.text("state = 'available' AND rung_at IS NOT NULL"),
+    )
     op.drop_index("ix_chunk_batches_leased", table_name="chunk_batches", postgresql_where=sa.text("state = 'running'"))
     op.drop_index(op.f("ix_chunk_batches_job_id_state"), table_name="chunk_batches")
     op.drop_index("ix_chunk_batches_due", table_name="chunk_batches", postgresql_where=sa.text("state = 'available'"))
@@ -224,3 +239,4 @@ def downgrade() -> None:
     op.drop_table("collections")
     op.drop_table("spaces")
     op.drop_table("contents")
+    op.execute("DROP SEQUENCE deletions")

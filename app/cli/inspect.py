@@ -96,7 +96,7 @@ def queued_doorbells(settings: Settings) -> int:
     """Raises ``redis.RedisError``."""
     broker = Broker.connect(settings)
     try:
-        return broker.queued_doorbells()
+        return sum(broker.queued_doorbells().values())
     finally:
         broker.close()
 

@@ -17,22 +17,31 @@ from app.errors import StoreUnavailable
 
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
     """A pool of connections. ``role`` (``client``, ``worker``, ``poller``) shows in ``pg_stat_activity``."""
-    return sa.create_engine(
+    db = sa.create_engine(
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
+        hide_parameters=True,  # they hold texts, and an error's message goes into logs
         connect_args={
             "application_name": f"chunkmill-{role}",
             "connect_timeout": 10,
-            # Staging tables are made with IF NOT EXISTS, whose notices would fill the log.
-            "options": "-c client_min_messages=warning",
             # A worker that loses its network must notice before its lease is over, not after two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
+            "tcp_user_timeout": 25_000,
         },
     )
+
+    @sa.event.listens_for(db, "connect")
+    def _quiet(connection: psycopg.Connection[Any], _record: object) -> None:
+        # Staging tables are made with IF NOT EXISTS, whose notices would fill the log. Not as a start-up
+        # option, which would replace those in the URL.
+        connection.execute("SET client_min_messages = warning")
+        connection.commit()
+
+    return db
 
 
 def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
@@ -59,6 +68,11 @@ def migrate(url: str, revision: str = "head") -> None:
         command.upgrade(alembic_config(url), revision)
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(url, error)) from error
+    except sa.exc.DBAPIError as error:
+        raise StoreUnavailable(
+            f"the database could not be migrated: {refusal(error)}. Chunkmill needs the right to create tables, and "
+            "pgvector installed on the server."
+        ) from error
 
 
 def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
@@ -79,11 +93,24 @@ def require_migrated(db: sa.Engine) -> None:
         raise StoreUnavailable(f"the database is {found}, this version needs {head}. Run: chunkmill migrate")
 
 
+def refusal(error: Exception) -> str:
+    """The first line of what Postgres said."""
+    lines = str(getattr(error, "orig", error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def store_error(url: str, error: sa.exc.OperationalError) -> StoreUnavailable:
+    """Postgres away, or Postgres refusing: a deadlock, a statement timeout, a full disk."""
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if sqlstate is None or sqlstate.startswith(("08", "57P")):
+        return StoreUnavailable(unreachable_message(url, error))
+    return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(error)}. The same call may be made again.")
+
+
 def unreachable_message(url: str, error: Exception) -> str:
     target = sa.make_url(url)
     where = target.query.get("host") or f"{target.host}:{target.port or 5432}"
-    cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
     return (
-        f"cannot connect to Postgres at {where}, database {target.database!r}: {cause}. "
+        f"cannot connect to Postgres at {where}, database {target.database!r}: {refusal(error)}. "
         "Check DATABASE_URL and that the server is up; `chunkmill doctor` shows more."
     )

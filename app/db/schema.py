@@ -139,6 +139,12 @@ class ChunkBatchRow(Base):
         _one_of("route", Route),
         sa.Index(None, "job_id", "state"),
         sa.Index("ix_chunk_batches_due", "priority", "id", postgresql_where=sa.text("state = 'available'")),
+        sa.Index(
+            "ix_chunk_batches_rung",
+            "priority",
+            "rung_at",
+            postgresql_where=sa.text("state = 'available' AND rung_at IS NOT NULL"),
+        ),
         sa.Index("ix_chunk_batches_leased", "lease_until", postgresql_where=sa.text("state = 'running'")),
     )
 
@@ -200,6 +206,7 @@ class EmbedRequestRow(Base):
     """Little-endian float32, C order, ``(len(texts), dimensions)``."""
     error: Mapped[str | None] = mapped_column(sa.Text)
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    attempts: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
     __table_args__ = (

@@ -12,6 +12,8 @@ from app.domain.spaces import LongText, Pooling, Precision, SpaceSpec
 from app.errors import SpaceMismatch
 
 REGISTER_LOCK = 0x63686D01  # an advisory lock key of our own: "chm" and a number
+DELETE_LOCK = 0x63686D03
+"""Shared by everyone who adds references to contents or vectors of them, exclusive for ``app.vectors.delete``."""
 
 
 @dataclass(frozen=True, slots=True)

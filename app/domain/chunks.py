@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 """A chunk is a passage, not a book: past this size something went wrong upstream."""
 
 # json.dumps makes an encoder of its own per call for any option but its defaults.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escaped NUL, not an escaped backslash before "u0000"
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
@@ -84,20 +86,23 @@ def prepare(item: object, position: int) -> PreparedChunk:
         raise refuse("text_too_long", f"the text has {len(text):,} bytes, the limit is {MAX_TEXT_BYTES:,}")
     try:
         metadata = _metadata_json(chunk.metadata)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise refuse("bad_metadata", f"the metadata is not a JSON object that jsonb can hold: {error}") from None
     return PreparedChunk(chunk.id, text, metadata, hashlib.sha256(text).digest())
 
 
-def prepare_all(items: Iterable[object], skipped: list[InvalidChunk] | None) -> Iterator[PreparedChunk]:
-    """Prepare a stream. A bad chunk is raised, or appended to ``skipped`` when a list is given."""
+def prepare_all(items: Iterable[object]) -> Iterator[PreparedChunk]:
+    """Prepare a stream. Raises :class:`InvalidChunk` at the first bad chunk."""
+    return (prepare(item, position) for position, item in enumerate(items))
+
+
+def prepare_or_skip(items: Iterable[object]) -> Iterator[PreparedChunk | InvalidChunk]:
+    """Prepare a stream; a bad chunk comes out as its error, and the stream goes on."""
     for position, item in enumerate(items):
         try:
             yield prepare(item, position)
         except InvalidChunk as error:
-            if skipped is None:
-                raise
-            skipped.append(error)
+            yield error.with_traceback(None)  # whose frames would hold the text
 
 
 def _as_chunk(item: object, position: int) -> Chunk:
@@ -145,7 +150,7 @@ def _metadata_json(metadata: object) -> str:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"it is of type {type(metadata).__name__}")
     dumped = _encode_json(dict(metadata))
-    if "\\u0000" in dumped:
+    if _NUL.search(dumped):
         raise ValueError("it contains a NUL character")
     if _utf8(dumped) is None:
         raise ValueError("it contains a lone surrogate")

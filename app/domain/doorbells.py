@@ -13,16 +13,16 @@ class DoorbellPlan:
     again: int
 
 
-def plan_doorbells(*, window: int, queued: int, rung: int, stale: int) -> DoorbellPlan:
-    """Keep at most ``window`` doorbells in Redis and replace those that are lost.
+def plan_doorbells(*, room: int, queued: int, rung: int, stale: int) -> DoorbellPlan:
+    """Fill the window of one priority, and replace the bells that are lost.
 
-    ``queued`` is what Redis holds (waiting and delivered but not acknowledged), ``rung`` the available
-    ChunkBatches that were rung and not claimed yet, ``stale`` those of them rung so long ago that the
-    publisher's own delay cannot explain their absence. With every bell in place ``queued >= rung``; what
-    is short of that was lost, by FLUSHALL, a crash of Redis, or a worker killed between BRPOP and its
-    unacked entry. Ringing one bell too many is harmless: the claim answers it.
+    ``room`` is what the window leaves after the bells of this priority and of those served before it;
+    ``queued`` are this priority's bells in Redis, ``rung`` its available ChunkBatches that were rung and
+    not claimed, ``stale`` those of them rung so long ago that no publisher is still at it. With every bell
+    in place ``queued >= rung``; what is short of that was lost, by FLUSHALL, a crash of Redis, or a worker
+    killed with the bell in its hand. Ringing one bell too many is harmless: the claim answers it.
     """
     lost = max(0, min(stale, rung - queued))
-    room = max(0, window - queued)
+    room = max(0, room)
     again = min(lost, room)
     return DoorbellPlan(fresh=room - again, again=again)

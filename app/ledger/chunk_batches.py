@@ -92,17 +92,23 @@ def _copy(
     copy_binary(conn, f"chunk_batches ({columns})", encode_rows(rows))
 
 
-def claim_if_due(conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_seconds: float) -> Lease | None:
-    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, or out of attempts."""
+def claim_if_due(
+    conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_seconds: float, not_spaces: Sequence[int] = ()
+) -> Lease | None:
+    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, or out of attempts.
+
+    A ChunkBatch of one of ``not_spaces`` is left for another worker.
+    """
     row = conn.execute(
         sa.text(
             "UPDATE chunk_batches b SET state = 'running', attempt = attempt + 1, lease_owner = :owner, "
             "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
             "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
+            "AND b.space_id <> ALL(CAST(:not_spaces AS int[])) "
             "AND (b.state = 'available' OR (b.state = 'running' AND b.lease_until < now())) "
             "RETURNING b.attempt, b.max_attempts, b.job_id, b.space_id, j.collection_id, j.on_long"
         ),
-        {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds},
+        {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds, "not_spaces": list(not_spaces)},
     ).one_or_none()
     if row is None:
         return None
@@ -155,42 +161,44 @@ def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_tr
     return result.rowcount == 1
 
 
-def fail_if_held(conn: sa.Connection, lease: Lease, *, code: str, error: str, retryable: bool) -> ChunkBatchState:
-    """End an attempt that raised: available again after a delay, or discarded. Returns the state decided on."""
+def fail_if_held(
+    conn: sa.Connection, lease: Lease, *, code: str, error: str, retryable: bool
+) -> ChunkBatchState | None:
+    """End an attempt that raised: available again after a delay, or discarded. None: the lease is lost."""
     decision = decide(lease.attempt, lease.max_attempts, retryable=retryable)
     facts = {"code": code, "error": error[:2000], **_held(lease)}
     if isinstance(decision, Discard):
-        conn.execute(
-            sa.text(
-                "UPDATE chunk_batches SET state = 'discarded', lease_owner = NULL, lease_until = NULL, "
-                f"finished_at = now(), error_code = :code, error = :error {_HELD}"
-            ),
-            facts,
-        )
-        return ChunkBatchState.DISCARDED
-    conn.execute(
+        state = ChunkBatchState.DISCARDED
+        change = "state = 'discarded', finished_at = now()"
+    else:
+        state = ChunkBatchState.AVAILABLE
+        change = "state = 'available', rung_at = NULL, not_before = now() + make_interval(secs => :delay)"
+        facts["delay"] = decision.delay_s
+    result = conn.execute(
         sa.text(
-            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, "
-            "rung_at = NULL, not_before = now() + make_interval(secs => :delay), error_code = :code, error = :error "
-            f"{_HELD}"
+            f"UPDATE chunk_batches SET {change}, lease_owner = NULL, lease_until = NULL, error_code = :code, "
+            f"error = :error {_HELD}"
         ),
-        {"delay": decision.delay_s, **facts},
+        facts,
     )
-    return ChunkBatchState.AVAILABLE
+    return state if result.rowcount else None
 
 
-def release_if_held(conn: sa.Connection, lease: Lease) -> None:
+def release_if_held(conn: sa.Connection, lease: Lease) -> bool:
     """Give a ChunkBatch back at once and uncharged: the worker is leaving, the work is not at fault.
+
+    False: the lease is lost.
 
     The attempt number stays, for it is the fencing number; the limit moves up by one instead.
     """
-    conn.execute(
+    result = conn.execute(
         sa.text(
             "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
             f"max_attempts = max_attempts + 1 {_HELD}"
         ),
         _held(lease),
     )
+    return result.rowcount == 1
 
 
 _HELD = "WHERE id = :id AND attempt = :attempt AND state = 'running'"

@@ -44,16 +44,21 @@ def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) 
     return int(request_id)
 
 
-def claim_next(conn: sa.Connection) -> EmbedRequest | None:
-    """Lease the oldest open request. SKIP LOCKED: of many workers each takes another."""
+def claim_next(conn: sa.Connection, *, not_spaces: Sequence[int] = ()) -> EmbedRequest | None:
+    """Lease the oldest open request. SKIP LOCKED: of many workers each takes another.
+
+    A request is tried twice at most: one that takes its worker down must not take down all of them.
+    """
     row = conn.execute(
         sa.text(
-            "UPDATE embed_requests SET lease_until = now() + make_interval(secs => :lease) WHERE id = ("
+            "UPDATE embed_requests SET attempts = attempts + 1, "
+            "lease_until = now() + make_interval(secs => :lease) WHERE id = ("
             "SELECT id FROM embed_requests WHERE vectors IS NULL AND error IS NULL "
-            "AND (lease_until IS NULL OR lease_until < now()) ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) "
+            "AND (lease_until IS NULL OR lease_until < now()) AND attempts < 2 "
+            "AND space_id <> ALL(CAST(:not_spaces AS int[])) ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) "
             "RETURNING id, space_id, kind, texts"
         ),
-        {"lease": LEASE_SECONDS},
+        {"lease": LEASE_SECONDS, "not_spaces": list(not_spaces)},
     ).one_or_none()
     return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts)) if row else None
 

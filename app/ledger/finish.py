@@ -8,15 +8,16 @@ from app.db.spaces import Space
 from app.domain.states import JobState
 
 
-def finish_if_done(conn: sa.Connection, job_id: int, space: Space) -> JobState | None:
+def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool = True) -> JobState | None:
     """End a sealed job without open ChunkBatches; returns its new state, or None if it goes on.
 
     The anti-join decides. Where a vector is missing that no dead chunk explains (someone deleted it, or a
-    worker's promise was false) its ChunkBatch becomes available again instead.
+    worker's promise was false) its ChunkBatch becomes available again instead. One closer works at a time;
+    without ``wait`` a job that someone else is closing is passed over.
     """
-    # One closer at a time, so that two workers ending the last two ChunkBatches do not both see one open.
+    skip = "" if wait else "SKIP LOCKED"
     row = conn.execute(
-        sa.text("SELECT collection_id FROM jobs WHERE id = :id AND state = 'running' FOR UPDATE"),
+        sa.text(f"SELECT collection_id FROM jobs WHERE id = :id AND state = 'running' FOR NO KEY UPDATE {skip}"),
         {"id": job_id},
     ).one_or_none()
     if row is None:
@@ -42,6 +43,7 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space) -> JobState |
     incomplete = conn.execute(
         sa.text(
             "SELECT (SELECT count(*) FROM chunk_batches WHERE job_id = :id AND state = 'discarded') AS discarded, "
+            "(SELECT error FROM chunk_batches WHERE job_id = :id AND state = 'discarded' ORDER BY id LIMIT 1) AS why, "
             "(SELECT count(*) FROM dead_chunks d JOIN chunks c ON (c.collection_id, c.chunk_id, c.content_hash) "
             "  = (:collection, d.chunk_id, d.content_hash) WHERE d.job_id = :id "
             f" AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)) AS dead"
@@ -49,12 +51,15 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space) -> JobState |
         {"id": job_id, "collection": row.collection_id},
     ).one()
     state = JobState.FAILED if incomplete.discarded or incomplete.dead else JobState.COMPLETED
-    error = (
-        f"{incomplete.discarded} ChunkBatches were discarded after their last attempt and {incomplete.dead} chunks "
-        "cannot be embedded. The dead list says why; `retry` tries them again."
-        if state is JobState.FAILED
-        else None
-    )
+    problems = []
+    if incomplete.discarded:
+        problems.append(
+            f"{incomplete.discarded} ChunkBatches were discarded after their last attempt, the first because: "
+            f"{incomplete.why}."
+        )
+    if incomplete.dead:
+        problems.append(f"{incomplete.dead} chunks cannot be embedded; the dead list says why.")
+    error = " ".join([*problems, "`retry` tries them again."]) if problems else None
     conn.execute(
         sa.text("UPDATE jobs SET state = :state, error = :error, finished_at = now() WHERE id = :id"),
         {"id": job_id, "state": state, "error": error},

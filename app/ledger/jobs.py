@@ -35,7 +35,12 @@ def collection_id(conn: sa.Connection, name: str, space: Space) -> int:
         .values(name=name, space_id=space.id)
         .on_conflict_do_nothing(index_elements=["name"])
     )
-    row = conn.execute(sa.select(CollectionRow.id, CollectionRow.space_id).where(CollectionRow.name == name)).one()
+    row = conn.execute(
+        # Locked, so that nobody moves the collection to another space before this job can be seen.
+        sa.select(CollectionRow.id, CollectionRow.space_id)
+        .where(CollectionRow.name == name)
+        .with_for_update(key_share=True)
+    ).one()
     if row.space_id == space.id:
         return int(row.id)
     # An emptied collection may start again in another space.
@@ -128,7 +133,7 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     reopened = conn.execute(
         sa.text(
             "UPDATE jobs SET state = 'enqueueing', error = NULL, finished_at = NULL, n_chunks = 0 "
-            "WHERE id = :id AND sealed_at IS NULL"
+            "WHERE id = :id AND sealed_at IS NULL AND state <> 'cancelled'"
         ),
         {"id": job_id},
     )
@@ -177,7 +182,7 @@ def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
     """Cancel a job and its open ChunkBatches. A worker inside one sees its lease gone and stops."""
     conn.execute(
         sa.text(
-            "UPDATE jobs SET state = 'cancelled', finished_at = now(), sealed_at = coalesce(sealed_at, now()) "
+            "UPDATE jobs SET state = 'cancelled', finished_at = now() "
             "WHERE id = :id AND state IN ('enqueueing', 'running')"
         ),
         {"id": job_id},
@@ -209,10 +214,12 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     conn.execute(
         sa.text(
             "UPDATE chunk_batches b SET state = 'available', not_before = now(), rung_at = NULL, "
-            "max_attempts = attempt + :more, error_code = NULL, error = NULL, finished_at = NULL "
-            "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR state = 'completed' AND EXISTS "
-            "(SELECT FROM dead_chunks d WHERE d.job_id = :id AND d.code <> 'too_long' "
-            " AND d.content_hash = ANY(b.content_hashes)))"
+            "max_attempts = attempt + :more, n_cached = 0, error_code = NULL, error = NULL, finished_at = NULL "
+            "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR id IN ("
+            # From the dead chunks through the arrays once; an array per dead chunk would be quadratic.
+            "  SELECT d.id FROM chunk_batches d CROSS JOIN unnest(d.content_hashes) AS h(content_hash) "
+            "  JOIN dead_chunks x ON x.job_id = :id AND x.code <> 'too_long' AND x.content_hash = h.content_hash "
+            "  WHERE d.job_id = :id AND d.state = 'completed'))"
         ),
         {"id": job_id, "more": max_attempts},
     )

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from app.db.spaces import all_spaces
-from app.vectors.window import DELETE_LOCK
+from app.db.spaces import DELETE_LOCK, all_spaces
 
 
 def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[str] | None, limit: int) -> int:
@@ -17,6 +16,8 @@ def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[
     moment of its deletion; it is held for this one transaction.
     """
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": DELETE_LOCK})
+    # Tells the workers that texts they have read may be gone by the time their vectors are there.
+    conn.execute(sa.text("SELECT nextval('deletions')"))
     chosen = "" if chunk_ids is None else "AND chunk_id = ANY(:ids)"
     hashes = list(
         conn.execute(

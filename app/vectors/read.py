@@ -9,40 +9,68 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from app.db.spaces import Space
+from app.db.spaces import DELETE_LOCK, Space
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What is left of a ChunkBatch: ``(content_hash, text)`` to embed, and the counts of the rest.
 
-    ``known`` contents have a vector by now, ``truncated`` of them were cut; a hash that is in neither was
-    deleted since the enqueue.
+    ``known`` contents have a vector by now, ``truncated`` of them were cut: ``(content_hash, n_tokens)``. A
+    hash that is in neither was deleted since the enqueue. ``deletions`` says after how many deletions the
+    texts were read.
     """
 
     texts: list[tuple[bytes, str]]
     known: int
-    truncated: int
+    truncated: list[tuple[bytes, int]]
+    deletions: int
 
 
 def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     """Read a ChunkBatch's texts, dropping the contents that got a vector meanwhile."""
+    facts = {"id": chunk_batch_id}
     hashes = "(SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)"
+    deletions = count_deletions(conn)  # before the texts: a deletion in between is then noticed
     known = conn.execute(
-        sa.text(
-            f"SELECT count(*) AS n, count(*) FILTER (WHERE truncated) AS truncated FROM {space.table_name} "
-            f"WHERE content_hash IN {hashes}"
-        ),
-        {"id": chunk_batch_id},
-    ).one()
-    rows = conn.execute(
+        sa.text(f"SELECT count(*) FROM {space.table_name} WHERE content_hash IN {hashes}"), facts
+    ).scalar_one()
+    truncated = conn.execute(
+        sa.text(f"SELECT content_hash, n_tokens FROM {space.table_name} WHERE truncated AND content_hash IN {hashes}"),
+        facts,
+    )
+    texts = conn.execute(
         sa.text(
             f"SELECT c.content_hash, c.text FROM contents c WHERE c.content_hash IN {hashes} "
             f"AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)"
         ),
-        {"id": chunk_batch_id},
+        facts,
     )
-    return Work([(bytes(content_hash), text) for content_hash, text in rows], known.n, known.truncated)
+    return Work(
+        texts=[(content_hash, text) for content_hash, text in texts.fetchall()],
+        known=known,
+        truncated=[(content_hash, n_tokens) for content_hash, n_tokens in truncated.fetchall()],
+        deletions=deletions,
+    )
+
+
+def count_deletions(conn: sa.Connection) -> int:
+    """A number that every ``delete`` raises."""
+    return int(conn.execute(sa.text("SELECT last_value FROM deletions")).scalar_one())
+
+
+def still_wanted(conn: sa.Connection, hashes: Sequence[bytes], *, since: int) -> set[bytes] | None:
+    """Which contents are still there to have a vector; None for all, when nothing was deleted ``since``.
+
+    Takes the lock that keeps a deletion out until this transaction has written them.
+    """
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
+    if count_deletions(conn) == since:
+        return None
+    rows = conn.execute(
+        sa.text("SELECT content_hash FROM contents WHERE content_hash = ANY(:hashes)"), {"hashes": list(hashes)}
+    )
+    return set(rows.scalars())
 
 
 def read_vectors(

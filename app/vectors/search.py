@@ -42,7 +42,7 @@ def search(
     """The ``k`` chunks of a collection nearest to ``query``, ``(d,)`` float32, by cosine; best first.
 
     ``metadata`` filters by jsonb containment. With an index the nearest are found through it and ordered by
-    the exact distance; iterative scans (pgvector 0.8) go on until the filter has let ``k`` pass.
+    the exact distance; where the index gives fewer than ``k``, the search is exact.
     """
     index = None if exact else find_index(conn, space)
     facts = {
@@ -80,7 +80,12 @@ def search(
         ),
         facts,
     )
-    return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
+    hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
+    if index is not None and index.valid and len(hits) < k:
+        # pgvector ends an iterative scan after hnsw.max_scan_tuples, so a small collection in a large space,
+        # or a rare filter, may come up short; then there is little enough to look through.
+        return search(conn, space, query, collection_id=collection_id, k=k, metadata=metadata, exact=True)
+    return hits
 
 
 def find_index(conn: sa.Connection, space: Space) -> Index | None:
@@ -127,6 +132,7 @@ def build_index(db: sa.Engine, space: Space, *, halfvec: bool = False) -> Index:
                 f"USING hnsw ({column} {on}_cosine_ops)"
             )
         )
+        _drop_if_invalid(conn, "ix_chunks_metadata")
         conn.execute(
             sa.text(
                 "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_chunks_metadata ON chunks "
@@ -136,3 +142,12 @@ def build_index(db: sa.Engine, space: Space, *, halfvec: bool = False) -> Index:
         conn.execute(sa.text("RESET maintenance_work_mem"))
         conn.execute(sa.text(f"ANALYZE {space.table_name}"))
     return Index(name, on, valid=True)
+
+
+def _drop_if_invalid(conn: sa.Connection, index: str) -> None:
+    """An interrupted CREATE INDEX CONCURRENTLY leaves an index that costs and does not serve."""
+    invalid = conn.execute(
+        sa.text("SELECT NOT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:index)"), {"index": index}
+    ).scalar_one_or_none()
+    if invalid:
+        conn.execute(sa.text(f"DROP INDEX CONCURRENTLY {index}"))

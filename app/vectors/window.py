@@ -7,12 +7,9 @@ from collections.abc import Iterable, Mapping
 import sqlalchemy as sa
 
 from app.db.copy import copy_binary, encode_rows
-from app.db.spaces import Space
+from app.db.spaces import DELETE_LOCK, Space
 from app.domain.chunks import PreparedChunk
 from app.domain.planning import DeadChunk, KnownVector
-
-DELETE_LOCK = 0x63686D03
-"""Shared by everyone who adds references to contents, exclusive for ``app.vectors.delete``."""
 
 
 def stage(conn: sa.Connection, chunks: Iterable[PreparedChunk]) -> None:

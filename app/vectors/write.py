@@ -63,7 +63,7 @@ def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int
         )
     )
     # Two writes in one transaction would otherwise insert the first one's rows again.
-    conn.execute(sa.text(f"TRUNCATE {staging}"))
+    conn.execute(sa.text(f"DELETE FROM {staging}"))
     copy_binary(conn, staging, payload)
     result = conn.execute(sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING"))
     return int(result.rowcount)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.chunks import MAX_ID_BYTES, Chunk, content_hash, prepare, prepare_all
+from app.domain.chunks import MAX_ID_BYTES, Chunk, content_hash, prepare, prepare_or_skip
 from app.errors import InvalidChunk
 
 REFUSED = [
@@ -60,10 +60,11 @@ def test_any_unicode_text_is_kept_byte_for_byte(text: str) -> None:
 
 
 def test_skipping_keeps_the_good_and_collects_the_bad() -> None:
-    skipped: list[InvalidChunk] = []
-    good = list(prepare_all([("a", "one"), ("", "two"), ("c", "three"), ("d", 4)], skipped))
-    assert [chunk.id for chunk in good] == ["a", "c"]
-    assert [(error.position, error.reason) for error in skipped] == [(1, "empty_id"), (3, "text_not_text")]
+    a, b, c, d = prepare_or_skip([("a", "one"), ("", "two"), ("c", "three"), ("d", 4)])
+    assert (a, c) == (prepare(("a", "one"), 0), prepare(("c", "three"), 0))
+    assert isinstance(b, InvalidChunk)
+    assert isinstance(d, InvalidChunk)
+    assert [(b.position, b.reason), (d.position, d.reason)] == [(1, "empty_id"), (3, "text_not_text")]
 
 
 def test_no_error_shows_the_text() -> None:

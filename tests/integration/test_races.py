@@ -1,0 +1,346 @@
+"""Interleavings and failures that were found by thinking hard, kept so that they stay found."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app import Client, InvalidInput, JobFailed, JobState
+from app.broker import Broker, kombu_url, make_celery
+from app.client import Client as ClientClass
+from app.db.connect import create_db
+from app.domain.spaces import OnLong
+from app.domain.states import Priority, Route
+from app.errors import StoreUnavailable, UnknownModel
+from app.ledger import jobs
+from app.models import resolve_model
+from app.settings import Settings
+from tests.integration.conftest import Runner
+from workers.context import WorkerContext
+from workers.embed_requests import EmbedRequestLane
+from workers.engines import Engines
+from workers.lease import LeaseKeeper
+from workers.pipeline import Outcome, _Attempt, run_chunk_batch
+from workers.poller import Poller
+
+LONG = "word " * 600
+
+
+def execute(db: sa.Engine, statement: str, **facts: object) -> list[Any]:
+    with db.begin() as conn:
+        result = conn.execute(sa.text(statement), facts)
+        return list(result.scalars()) if result.returns_rows else []
+
+
+class Unable:
+    """Engines of a worker that has no model, or whose GPU is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def for_space(self, space: object) -> None:
+        raise self._error
+
+    def unserved(self) -> list[int]:
+        return []
+
+
+def test_a_lost_bell_is_found_while_other_tasks_run(settings: Settings, client: Client, db: sa.Engine) -> None:
+    client.enqueue([("a", "text")], collection="docs")
+    store = client._broker.client
+    for key in store.scan_iter("gpu*"):
+        store.delete(key)
+    store.hset("unacked", mapping={f"tag-{i}": "another task's message" for i in range(300)})
+    execute(db, "UPDATE chunk_batches SET rung_at = rung_at - interval '1 h'")
+    assert Poller(db, client._broker, settings).round().rung == 1
+
+
+def test_low_priority_cannot_keep_high_priority_waiting(settings: Settings, client: Client, db: sa.Engine) -> None:
+    small = settings.model_copy(update={"chunk_batch_size": 1, "doorbell_window": 8})
+    producer = ClientClass(db, Broker.connect(small), small)
+    producer.enqueue([(f"l{i}", f"low {i}") for i in range(40)], collection="docs", priority="low")
+    producer.enqueue([("h", "high")], collection="docs", priority="high")
+    assert producer._broker.client.llen("gpu\x06\x163") == 1
+    assert producer._broker.client.llen("gpu\x06\x169") == 8
+
+
+def test_many_producers_share_a_small_pool(settings: Settings, client: Client) -> None:
+    client._settings = settings.model_copy(update={"enqueue_window": 5})
+    client.enqueue([("first", "registers the space")], collection="docs")
+    start = threading.Barrier(10)
+    errors: list[BaseException] = []
+
+    def stream(i: int) -> Iterator[tuple[str, str]]:
+        start.wait()
+        yield from ((f"{i}-{j}", f"text {i} {j}") for j in range(12))
+
+    def produce(i: int) -> None:
+        try:
+            client.enqueue(stream(i), collection="docs", on_invalid="skip")
+        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=produce, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_the_poller_rings_while_a_job_is_being_finished(
+    settings: Settings, client: Client, runner: Runner, db: sa.Engine
+) -> None:
+    job = runner.finish(client.enqueue([("a", "text")], collection="docs"))
+    execute(db, "UPDATE jobs SET state = 'running', finished_at = NULL")
+    client.enqueue([("b", "another")], collection="other")
+    execute(db, "UPDATE chunk_batches SET rung_at = NULL WHERE state = 'available'")
+    with db.begin() as closer:
+        closer.execute(sa.text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
+        assert Poller(db, client._broker, settings).round().rung == 1
+
+
+def test_one_broken_job_does_not_stop_the_poller(
+    settings: Settings, client: Client, runner: Runner, db: sa.Engine
+) -> None:
+    runner.finish(client.enqueue([("a", "text")], collection="docs"))
+    execute(db, "UPDATE jobs SET state = 'running', finished_at = NULL")
+    execute(db, "ALTER TABLE vectors_1 RENAME TO gone")
+    assert Poller(db, client._broker, settings).round().finished == 0
+
+
+def test_a_text_deleted_while_it_was_embedded_leaves_no_vector(
+    client: Client, runner: Runner, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
+    complete = _Attempt.complete
+
+    def too_late(self: _Attempt, to: sa.Engine) -> None:
+        client.delete("docs", ["a"])
+        complete(self, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Attempt, "complete", too_late)
+        assert runner.run_due() == [Outcome.COMPLETED]
+    assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
+    runner.finish(client.enqueue([("a", "soon gone")], collection="docs"))
+    vector = client.vectors("docs")["a"]
+    assert client.search(vector, collection="docs", k=1)[0].chunk_id == "a"
+
+
+def test_the_same_files_under_two_paths_are_one_space(
+    settings: Settings, client: Client, db: sa.Engine, tmp_path: Path
+) -> None:
+    bundled = resolve_model(settings.embedding_model).path
+    producers, workers = tmp_path / "producer", tmp_path / "worker"
+    shutil.copytree(bundled, producers)
+    shutil.copytree(bundled, workers)
+    client.enqueue([("a", "text")], collection="docs", model=str(producers))
+    shutil.rmtree(producers)  # it was on another machine
+    own = settings.model_copy(update={"embedding_model": str(workers)})
+    engines = Engines(own, "cpu")
+    engines.load_default(db)
+    worker = WorkerContext(own, db, engines, LeaseKeeper(db, 3), name="w")
+    assert run_chunk_batch(worker, 1) is Outcome.COMPLETED
+
+
+def test_a_worker_without_the_model_does_not_use_up_the_attempts(
+    settings: Settings, client: Client, runner: Runner, context: WorkerContext, db: sa.Engine, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "model"
+    shutil.copytree(resolve_model(settings.embedding_model).path, elsewhere)
+    # Other weights than the default's, so a space of its own that this worker will not find.
+    (elsewhere / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 384, "pooling_mode": "cls"}')
+    job = client.enqueue([("a", "text")], collection="docs", model=str(elsewhere))
+    shutil.rmtree(elsewhere)
+    lacking = WorkerContext(settings, db, Engines(settings, "cpu"), LeaseKeeper(db, 3), name="lacking")
+    for _ in range(8):
+        execute(db, "UPDATE chunk_batches SET not_before = now()")
+        run_chunk_batch(lacking, 1)
+    assert execute(db, "SELECT attempt FROM chunk_batches") == [1]
+    assert execute(db, "SELECT error_code FROM chunk_batches") == ["unknown_model"]
+    assert client.job(job.id).state is JobState.RUNNING
+
+
+def test_an_unknown_model_does_not_cost_a_loaded_one(settings: Settings) -> None:
+    engines = Engines(settings.model_copy(update={"embedding_engines": 1}), "cpu")
+    engines._load(settings.embedding_model)
+    with pytest.raises(UnknownModel):
+        engines._load("/no/such/model")
+    assert list(engines._engines) == [settings.embedding_model]
+
+
+def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
+    client: Client, context: WorkerContext
+) -> None:
+    client.enqueue([("a", "text")], collection="docs")
+    context.engines = Unable(RuntimeError("CUDA error while embedding SECRET"))  # type: ignore[assignment]
+    lane = EmbedRequestLane(context)
+    lane.start()
+    try:
+        for _ in range(2):
+            with pytest.raises(InvalidInput, match="RuntimeError in the engine") as caught:
+                client.embed(["SECRET"], timeout=20)
+            assert "SECRET" not in str(caught.value)
+    finally:
+        lane.stop()
+
+
+def test_reject_refuses_what_another_job_truncated_first(client: Client, runner: Runner) -> None:
+    strict = client.enqueue([("r", LONG)], collection="strict", on_long="reject")
+    client.enqueue([("t", LONG)], collection="loose")
+    assert run_chunk_batch(runner.context, 2) is Outcome.COMPLETED
+    assert run_chunk_batch(runner.context, 1) is Outcome.COMPLETED
+    job = client.job(strict.id)
+    assert (job.state, job.dead, job.truncated, job.embedded) == (JobState.COMPLETED, 1, 0, 0)
+    assert client.vectors("strict") == {}
+    assert list(client.vectors("loose")) == ["t"]
+
+
+def test_a_job_cancelled_before_its_end_cannot_complete_later(settings: Settings, client: Client) -> None:
+    client._settings = settings.model_copy(update={"enqueue_window": 5})
+
+    def stream() -> Iterator[tuple[str, str]]:
+        for i in range(20):
+            if i == 12:
+                client.cancel(client.jobs()[0].id)
+            yield (str(i), f"text {i}")
+
+    job = client.enqueue(stream(), collection="docs", on_invalid="skip")
+    assert (job.state, job.chunks) == (JobState.CANCELLED, 10)
+    with pytest.raises(InvalidInput, match="never enqueued to its end"):
+        client.retry(job.id)
+
+
+def test_a_discarded_chunk_batch_says_why(client: Client, db: sa.Engine, settings: Settings) -> None:
+    job = client.enqueue([("a", "text")], collection="docs")
+    execute(
+        db,
+        "UPDATE chunk_batches SET attempt = 5, state = 'running', lease_owner = 'box:1', "
+        "lease_until = now() - interval '1 s'",
+    )
+    Poller(db, client._broker, settings).round()
+    with pytest.raises(JobFailed, match="worker box:1 was silent past its lease"):
+        client.wait(job.id, timeout=5)
+
+
+def test_a_collection_cannot_move_under_an_enqueue(client: Client, db: sa.Engine) -> None:
+    here, there = client._space(None, OnLong.TRUNCATE), client._space(None, OnLong.SPLIT)
+    client.delete("docs") if client.collections() else None
+    with db.begin() as producer:
+        collection = jobs.collection_id(producer, "docs", here)
+        producer.commit()
+    with db.connect() as producer, producer.begin():
+        assert jobs.collection_id(producer, "docs", here) == collection
+        jobs.open_job(
+            producer, collection=collection, space=here, route=Route.LOCAL, priority=Priority.NORMAL,
+            on_long=OnLong.TRUNCATE, idempotency_key=None,
+        )  # fmt: skip
+        with pytest.raises(sa.exc.OperationalError), db.begin() as mover:
+            mover.execute(sa.text("SET LOCAL lock_timeout = '300ms'"))
+            jobs.collection_id(mover, "docs", there)
+
+
+def test_no_error_shows_a_query(client: Client, db: sa.Engine) -> None:
+    client.enqueue([("a", "text")], collection="docs")
+    execute(
+        db,
+        "CREATE FUNCTION boom() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$",
+    )
+    execute(db, "CREATE TRIGGER t BEFORE INSERT ON embed_requests FOR EACH ROW EXECUTE FUNCTION boom()")
+    with pytest.raises(StoreUnavailable) as caught:
+        client.search("TOP-SECRET", collection="docs", timeout=1)
+    message = "".join(f"{error}" for error in _chain(caught.value))
+    assert "TOP-SECRET" not in message
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def test_postgres_refusing_is_not_postgres_away(client: Client) -> None:
+    with pytest.raises(StoreUnavailable, match="Postgres refused"), client._transaction() as conn:
+        conn.execute(sa.text("SET LOCAL statement_timeout = '50ms'"))
+        conn.execute(sa.text("SELECT pg_sleep(5)"))
+
+
+def test_options_in_the_url_are_kept(settings: Settings) -> None:
+    url = settings.require_database_url() + "&options=-csearch_path%3Dfoo"
+    db = create_db(url, role="test")
+    assert execute(db, "SHOW search_path") == ["foo"]
+    db.dispose()
+
+
+def test_skipped_chunks_do_not_pile_up(client: Client) -> None:
+    import tracemalloc
+
+    peaks = []
+    for n in (4_000, 16_000):
+        tracemalloc.start()
+        client.enqueue(((str(i), "x" * 2000 + "\x00") for i in range(n)), collection=f"docs-{n}", on_invalid="skip")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks
+
+
+def test_a_small_collection_in_a_large_space_is_found_through_the_index(client: Client, db: sa.Engine) -> None:
+    space = client._space(None, OnLong.TRUNCATE)
+    client.enqueue([(f"big-{i}", f"big {i}") for i in range(3000)], collection="big")
+    client.enqueue([(f"small-{i}", f"small {i}") for i in range(20)], collection="small")
+    # Far apart: everything of "big" is nearer to the query than anything of "small".
+    execute(
+        db,
+        f"INSERT INTO {space.table_name} SELECT content_hash, 3, false, CAST('[1,' || CASE WHEN text LIKE 'big%' "
+        "THEN '0.001' ELSE '9' END || repeat(',0', 382) || ']' AS vector) FROM contents",
+    )
+    index = client.index("big")
+    assert index.valid
+    query = client.vectors("big", ["big-1"])["big-1"]
+    execute(db, f"ALTER DATABASE {db.url.database} SET hnsw.max_scan_tuples = 100")
+    client._db.dispose()
+    assert len(client.search(query, collection="small", k=10)) == 10
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("unix:///tmp/a.sock?db=3", "redis+socket:///tmp/a.sock?virtual_host=3"),
+        ("unix://user:secret@/tmp/a.sock", "redis+socket://user:secret@/tmp/a.sock?virtual_host=0"),
+        ("unix:///tmp/a.sock?db=1&password=se%2Fcret", "redis+socket://:se%2Fcret@/tmp/a.sock?virtual_host=1"),
+        ("rediss://u:p@h:6380/2", "rediss://u:p@h:6380/2"),
+    ],
+)
+def test_redis_urls_keep_their_password_in_kombus_form(url: str, expected: str) -> None:
+    assert kombu_url(url) == expected
+
+
+def test_tls_to_redis_verifies_certificates() -> None:
+    import ssl
+
+    celery = make_celery(Settings.from_env(redis_url="rediss://h:6380/0"))
+    assert celery.conf.broker_use_ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+
+
+def test_deep_metadata_is_refused_and_named(client: Client) -> None:
+    deep: dict[str, Any] = {}
+    inner = deep
+    for _ in range(100_000):
+        inner["a"] = {}
+        inner = inner["a"]
+    try:
+        job = client.enqueue(
+            [("a", "text", deep), ("b", "fine", {"path": "C:\\u0000"})], collection="docs", on_invalid="skip"
+        )
+    finally:
+        while deep:  # taken apart by hand: freeing it whole would recurse as deep
+            deep = deep.pop("a", {})
+    assert [d.code for d in job.dead_chunks] == ["bad_metadata"]
