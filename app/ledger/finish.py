@@ -12,8 +12,8 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool
     """End a sealed job without open ChunkBatches; returns its new state, or None if it goes on.
 
     The anti-join decides. Where a vector is missing that no dead chunk explains (someone deleted it, or a
-    worker's promise was false) its ChunkBatch becomes available again instead. One closer works at a time;
-    without ``wait`` a job that someone else is closing is passed over.
+    worker's promise was false) its ChunkBatch becomes available again instead, while it has attempts. One
+    closer works at a time; without ``wait`` a job that someone else is closing is passed over.
     """
     skip = "" if wait else "SKIP LOCKED"
     row = conn.execute(
@@ -32,8 +32,10 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool
     if unexplained:
         conn.execute(
             sa.text(
-                "UPDATE chunk_batches SET state = 'available', not_before = now(), rung_at = NULL, n_cached = 0, "
-                "n_embedded = 0, max_attempts = greatest(max_attempts, attempt + 1), finished_at = NULL, "
+                "UPDATE chunk_batches SET "
+                # Bounded by its attempts: a vector that never stays must fail the job, not circle for ever.
+                "state = CASE WHEN attempt < max_attempts THEN 'available' ELSE 'discarded' END, "
+                "not_before = now(), rung_at = NULL, n_cached = 0, n_embedded = 0, "
                 "error_code = 'vectors_missing', error = 'completed, but vectors were missing from the space' "
                 "WHERE id = ANY(:ids) AND state = 'completed'"
             ),

@@ -120,7 +120,11 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
             sa.text('UPDATE spaces SET fingerprint = :f, spec = spec || \'{"revision": "sha256:other"}\''),
             {"f": other.fingerprint},
         )
+    with context.db.begin() as conn, pytest.raises(SpaceMismatch):
+        context.engines.for_space(spaces.get(conn, space.id))  # nor may it answer queries
+    context.engines._unserved.clear()
     assert runner.run_due() == [Outcome.FAILED]
+    context.engines._unserved.clear()
     with context.db.begin() as conn:
         row = conn.execute(sa.text("SELECT state, error_code, attempt FROM chunk_batches")).one()
     assert tuple(row) == ("available", "space_mismatch", 1)
@@ -258,6 +262,43 @@ def test_a_zombie_cannot_finish_what_another_has_claimed(
     assert (job.state, job.embedded) == (JobState.COMPLETED, 8)
     with db.begin() as conn:
         assert conn.execute(sa.text("SELECT count(*), max(attempt) FROM usage")).one() == (1, 2)
+
+
+def test_a_zombie_changes_nothing_while_another_attempt_runs(
+    client: Client, context: WorkerContext, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fencing number decides, not the state: the ChunkBatch is running, but in another's hands."""
+    client.enqueue(some(8), collection="docs")
+    real_stream = Engine.stream
+
+    def sleeps(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
+        with db.begin() as conn:
+            conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
+            assert rescue.take_back_expired(conn).available == 1
+            assert chunk_batches.claim_if_due(conn, 1, owner="another", lease_seconds=60) is not None
+        yield from real_stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "stream", sleeps)
+    assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
+    with db.begin() as conn:
+        row = conn.execute(sa.text("SELECT state, attempt, lease_owner, n_embedded FROM chunk_batches")).one()
+        assert tuple(row) == ("running", 2, "another", 0)
+        assert conn.execute(sa.text("SELECT count(*) FROM usage")).scalar_one() == 0
+
+
+def test_vectors_that_never_stay_fail_the_job_in_the_end(
+    runner: Runner, client: Client, context: WorkerContext, db: sa.Engine
+) -> None:
+    job = client.enqueue(some(1), collection="docs")
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET max_attempts = 3"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_vectors", lambda *args: None)
+        job = runner.finish(job)
+    assert job.state is JobState.RUNNING
+    with db.begin() as conn:
+        assert finish.finish_if_done(conn, job.id, _space(context)) is JobState.FAILED
+    assert "vectors were missing" in (client.job(job.id).error or "")
 
 
 def test_the_lease_keeper_renews_and_notices_a_loss(client: Client, context: WorkerContext, db: sa.Engine) -> None:
