@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import click
@@ -148,6 +148,8 @@ def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool =
         except KeyboardInterrupt:
             screen.hint(f"Job {job.id} goes on. Follow it: chunkmill job {job.id} --wait")
             raise
+    if dead:
+        job = replace(job, dead_chunks=tuple(client.dead_chunks(job.id)))
     show_job(screen, job, dead=dead)
     if job.state is JobState.FAILED:
         screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
@@ -205,13 +207,6 @@ def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
         screen.hint(f"Follow it: chunkmill job {job.id} --wait")
 
 
-def _done(job: Job) -> float:
-    """The share of texts with a vector; unlike ``job.progress``, a cancelled job does not count as done."""
-    if job.state is JobState.COMPLETED or not job.contents:
-        return 1.0
-    return min(0.99, (job.cached + job.embedded) / job.contents)
-
-
 def _row(job: Job) -> list[object]:
     seconds = (job.finished_at - job.created_at).total_seconds() if job.finished_at else None
     return [
@@ -219,7 +214,7 @@ def _row(job: Job) -> list[object]:
         job.state.value,
         job.collection,
         job.chunks,
-        f"{100 * _done(job):.0f} %",
+        f"{100 * job.progress:.0f} %",
         job.dead,
         f"{job.created_at.astimezone():%m-%d %H:%M}",
         None if seconds is None else duration(seconds),
