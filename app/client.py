@@ -26,6 +26,7 @@ from app.domain.states import JobState, Priority, Route
 from app.enqueueing import Enqueueing, EnqueueRequest
 from app.environment import Environment
 from app.errors import (
+    EngineError,
     InvalidInput,
     JobFailed,
     StoreUnavailable,
@@ -256,7 +257,8 @@ class Client:
     ) -> NDArray[np.float32]:
         """``(n, d)`` float32 vectors of ``texts`` in input order, made by a worker now and stored nowhere.
 
-        Raises :class:`InvalidChunk` for a text that is not valid and :class:`WaitTimeout`.
+        Raises :class:`InvalidChunk` for a text that is not valid, :class:`EngineError` when a worker cannot embed
+        it, and :class:`WaitTimeout`.
         """
         if kind not in ("document", "query"):
             raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
@@ -375,7 +377,7 @@ class Client:
                     embed_requests.withdraw(conn, request)
             if answer is not None:
                 if answer.vectors is None:
-                    raise InvalidInput(f"the worker could not embed: {answer.error}")
+                    raise EngineError(f"the worker could not embed: {answer.error}")
                 return answer.vectors
             if time.monotonic() >= deadline:
                 raise WaitTimeout("no worker answered in time. Start one: celery -A workers worker -Q gpu")

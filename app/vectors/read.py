@@ -31,7 +31,10 @@ def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     """Read a ChunkBatch's texts, dropping the contents that got a vector meanwhile."""
     facts = {"id": chunk_batch_id}
     hashes = "(SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)"
-    deletions = count_deletions(conn)  # before the texts: a deletion in between is then noticed
+    # A sequence shows its new value before the deletion that raised it commits. Behind the lock no deletion is
+    # half done, so texts and count are of one state.
+    _keep_deletions_out(conn)
+    deletions = _count_deletions(conn)
     known = conn.execute(
         sa.text(f"SELECT count(*) FROM {space.table_name} WHERE content_hash IN {hashes}"), facts
     ).scalar_one()
@@ -54,23 +57,28 @@ def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     )
 
 
-def count_deletions(conn: sa.Connection) -> int:
-    """A number that every ``delete`` raises."""
-    return int(conn.execute(sa.text("SELECT last_value FROM deletions")).scalar_one())
-
-
 def still_wanted(conn: sa.Connection, hashes: Sequence[bytes], *, since: int) -> set[bytes] | None:
     """Which contents are still there to have a vector; None for all, when nothing was deleted ``since``.
 
     Takes the lock that keeps a deletion out until this transaction has written them.
     """
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
-    if count_deletions(conn) == since:
+    _keep_deletions_out(conn)
+    if _count_deletions(conn) == since:
         return None
     rows = conn.execute(
         sa.text("SELECT content_hash FROM contents WHERE content_hash = ANY(:hashes)"), {"hashes": list(hashes)}
     )
     return set(rows.scalars())
+
+
+def _keep_deletions_out(conn: sa.Connection) -> None:
+    """Until the end of this transaction."""
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
+
+
+def _count_deletions(conn: sa.Connection) -> int:
+    """A number that every ``delete`` raises."""
+    return int(conn.execute(sa.text("SELECT last_value FROM deletions")).scalar_one())
 
 
 def read_vectors(

@@ -17,10 +17,11 @@ from app.client import Client as ClientClass
 from app.db.connect import create_db
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
-from app.errors import StoreUnavailable, UnknownModel
+from app.errors import EngineError, StoreUnavailable, UnknownModel
 from app.ledger import jobs
 from app.models import resolve_model
 from app.settings import Settings
+from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -134,6 +135,23 @@ def test_a_text_deleted_while_it_was_embedded_leaves_no_vector(
     assert client.search(vector, collection="docs", k=1)[0].chunk_id == "a"
 
 
+def test_a_deletion_under_way_while_a_worker_reads_leaves_no_vector(
+    client: Client, context: WorkerContext, db: sa.Engine
+) -> None:
+    client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
+    worker = threading.Thread(target=run_chunk_batch, args=(context, 1))
+    with db.begin() as deleting:
+        delete_some(deleting, collection_id=1, chunk_ids=["a"], limit=10)
+        worker.start()
+        for _ in range(600):  # until the worker stands before the deletion's lock
+            if execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0]:
+                break
+            worker.join(0.05)
+    worker.join()
+    assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
+    assert client.audit("docs").complete
+
+
 def test_the_same_files_under_two_paths_are_one_space(
     settings: Settings, client: Client, db: sa.Engine, tmp_path: Path
 ) -> None:
@@ -185,7 +203,7 @@ def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
     lane.start()
     try:
         for _ in range(2):
-            with pytest.raises(InvalidInput, match="RuntimeError in the engine") as caught:
+            with pytest.raises(EngineError, match="RuntimeError in the engine") as caught:
                 client.embed(["SECRET"], timeout=20)
             assert "SECRET" not in str(caught.value)
     finally:
