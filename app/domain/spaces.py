@@ -33,14 +33,25 @@ class OnLong(StrEnum):
     REJECT = "reject"
     """Put the chunk into the job's dead list."""
     SPLIT = "split"
-    """Embed windows of ``max_tokens`` and pool their vectors, weighted by their tokens."""
+    """Embed overlapping windows of the text and pool their vectors, weighted by their tokens."""
 
 
 class LongText(StrEnum):
-    """How a space represents a long text. REJECT writes nothing, so it shares TRUNCATE's space."""
+    """How a space represents a long text. REJECT writes nothing, so it shares TRUNCATE's space.
+
+    The value is part of the fingerprint, so it names the rule: another rule for windows is another value.
+    """
 
     TRUNCATE = "truncate"
-    SPLIT = "split"
+    SPLIT = "split-overlap-8"
+    """As few windows as hold the text, each repeating an eighth of a window's room: ``workers.engine.windows``."""
+    SPLIT_APART = "split"
+    """Windows without overlap: spaces of an earlier version. They stay readable, and no worker adds to them."""
+
+    @property
+    def policy(self) -> OnLong:
+        """What an engine is told to do with a long text."""
+        return OnLong.TRUNCATE if self is LongText.TRUNCATE else OnLong.SPLIT
 
 
 def long_text_for(on_long: OnLong) -> LongText:

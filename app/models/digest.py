@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from app.errors import UnknownModel
+from app.models.files import unreadable
+from app.models.weights import read_header
 
 # Files of a transformer's folder that reach the vectors. README, onnx/, openvino/, training records and
 # config_sentence_transformers.json (versions and prompts; the prompts are fields of the space) do not.
@@ -20,6 +20,7 @@ _FILES: Final = (
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
+    "spm.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -30,46 +31,27 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 64 * 1024
 
 
-def revision(name: str, root: Path, *, transformer: Path, others: Iterable[Path], dense: Iterable[Path]) -> str:
+def revision(root: Path, *, transformer: Path, others: Iterable[Path], weights: Iterable[Path]) -> str:
     """``sha256:`` and 32 hexadecimal digits over sorted (relative path, content) pairs.
 
-    ``transformer`` is the folder of config, tokenizer and weights; ``others`` are further configuration
-    files; ``dense`` are folders of Dense modules. Weights are sampled, see `_add_weights`.
+    ``transformer`` is the folder of config and tokenizer; ``others`` are further files that reach the vectors:
+    configuration, and code where it is run; ``weights`` are sampled, see `_add_weights`.
     """
     texts = {transformer / item for item in _FILES} | {*others}
-    weights = {*weight_files(name, transformer)}
-    for folder in dense:
-        texts.add(folder / "config.json")
-        weights |= {*weight_files(name, folder)}
+    sampled = {*weights}
     digest = hashlib.sha256()
-    present = [path for path in texts | weights if path.is_file()]
+    present = [path for path in texts | sampled if path.is_file()]
     for path in sorted(present, key=lambda item: item.relative_to(root).as_posix()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        if path in weights:
-            _add_weights(digest, path)
-        else:
-            content = path.read_bytes()
-            digest.update(len(content).to_bytes(8, "big") + content)
+        try:
+            if path in sampled:
+                _add_weights(digest, path)
+            else:
+                content = path.read_bytes()
+                digest.update(len(content).to_bytes(8, "big") + content)
+        except OSError as error:
+            raise unreadable(path, error) from error
     return f"sha256:{digest.hexdigest()[:32]}"
-
-
-def weight_files(name: str, folder: Path) -> list[Path]:
-    """The safetensors files that are loaded from ``folder``. Pickled weights are refused: they run code."""
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise UnknownModel(f"model {name!r}: {folder} lacks {', '.join(missing)}: copy the folder again")
-        return [folder / shard for shard in shards]
-    if pickled := sorted(folder.glob("*.bin")):
-        raise UnknownModel(
-            f"model {name!r}: {pickled[0]} is a pickle, which can run code when it is read, and is never "
-            "loaded: convert it once with model.save_pretrained(folder), which writes model.safetensors"
-        )
-    raise UnknownModel(f"model {name!r}: {folder} has no model.safetensors")
 
 
 def _add_weights(digest: hashlib._Hash, path: Path) -> None:
@@ -81,12 +63,10 @@ def _add_weights(digest: hashlib._Hash, path: Path) -> None:
     someone who alters single weights on purpose.
     """
     size = path.stat().st_size
+    header = read_header(path)[0] if path.suffix == ".safetensors" else b""
+    digest.update(size.to_bytes(8, "big") + header)
+    last = max(size - _SAMPLE_BYTES, 0)
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")  # the format: u64 header length, JSON header, data
-        if header > size:
-            raise UnknownModel(f"{path} is not a safetensors file: copy it again")
-        digest.update(size.to_bytes(8, "big") + file.read(header))
-        last = max(size - _SAMPLE_BYTES, 0)
         for sample in range(_SAMPLES):
             file.seek(last * sample // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))

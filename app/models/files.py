@@ -14,9 +14,26 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnknownModel(f"{path} cannot be read ({error.strerror}): copy the model folder again") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise UnknownModel(f"{path} is not JSON ({error}): copy the model folder again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The file's JSON object; UnknownModel where it cannot be read, or is something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise broken(path, "holds no JSON object")
+    return content
+
+
+def broken(path: Path, what: str) -> UnknownModel:
+    """``raise broken(path, "holds no JSON object")``: a file that is there and is not what it should be."""
+    return UnknownModel(f"{path} {what}: copy the model folder again")
+
+
+def unreadable(path: Path, error: OSError) -> UnknownModel:
+    return UnknownModel(f"{path} cannot be read ({error.strerror}): copy the model folder again")
 
 
 def unsupported(name: str, what: str) -> UnknownModel:

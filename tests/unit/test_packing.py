@@ -1,48 +1,79 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from workers.engine.packing import pack
+from workers.engine.packing import choose
 
-lengths_of_texts = st.lists(st.integers(1, 300), max_size=200).map(lambda found: np.array(found, np.int32))
+
+@st.composite
+def queues(draw: st.DrawFn) -> tuple[NDArray[np.int32], int]:
+    """Waiting rows, longest first, and which of them must go now."""
+    lengths = draw(st.lists(st.integers(1, 300), min_size=1, max_size=200))
+    return np.array(sorted(lengths, reverse=True), np.int32), draw(st.integers(0, len(lengths) - 1))
+
+
 budgets = st.integers(1, 2000)
 
 
-@given(lengths_of_texts, budgets)
-def test_every_index_is_in_one_token_batch(lengths: NDArray[np.int32], budget: int) -> None:
-    batches = pack(lengths, budget)
+@given(queues(), budgets, st.booleans())
+def test_the_choice_holds_its_anchor_and_keeps_the_budget(
+    queue: tuple[NDArray[np.int32], int], budget: int, packed: bool
+) -> None:
+    lengths, anchor = queue
 
-    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(lengths)))
-    assert all(batch.dtype == np.int32 and len(batch) for batch in batches)
+    chosen = choose(lengths, anchor, budget, packed=packed)
 
-
-@given(lengths_of_texts, budgets)
-def test_no_token_batch_is_over_the_budget_but_a_single_text(lengths: NDArray[np.int32], budget: int) -> None:
-    for batch in pack(lengths, budget):
-        assert len(batch) == 1 or len(batch) * int(lengths[batch].max()) <= budget
-
-
-@given(lengths_of_texts, budgets)
-def test_no_token_batch_has_room_for_the_next_text(lengths: NDArray[np.int32], budget: int) -> None:
-    for batch in pack(lengths, budget)[:-1]:
-        assert (len(batch) + 1) * int(lengths[batch].max()) > budget
+    assert 0 <= chosen.start <= anchor < chosen.stop <= len(lengths)
+    rows = lengths[chosen]
+    cost = int(rows.sum()) if packed else len(rows) * int(rows.max())
+    assert cost <= budget or len(rows) == 1
 
 
-@given(lengths_of_texts, budgets)
-def test_the_same_lengths_give_the_same_cut_longest_first(lengths: NDArray[np.int32], budget: int) -> None:
-    batches = pack(lengths, budget)
+@given(queues(), budgets)
+def test_a_packed_choice_leaves_no_room_for_a_neighbour(queue: tuple[NDArray[np.int32], int], budget: int) -> None:
+    lengths, anchor = queue
 
-    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in pack(lengths.copy(), budget)]
-    flat = [int(lengths[index]) for batch in batches for index in batch]
-    assert flat == sorted(flat, reverse=True)
+    chosen = choose(lengths, anchor, budget, packed=True)
+
+    total = int(lengths[chosen].sum())
+    if chosen.stop < len(lengths):
+        assert total + lengths[chosen.stop] > budget
+    if chosen.start > 0:
+        assert total + lengths[chosen.start - 1] > budget
 
 
-def test_equal_lengths_keep_their_order() -> None:
-    assert [batch.tolist() for batch in pack(np.full(5, 10, np.int32), 20)] == [[0, 1], [2, 3], [4]]
+@given(queues(), budgets)
+def test_no_other_end_wastes_less(queue: tuple[NDArray[np.int32], int], budget: int) -> None:
+    """Of the choices that begin where this one does, none has a greater share of tokens in its cost."""
+    lengths, anchor = queue
+
+    chosen = choose(lengths, anchor, budget, packed=False)
+
+    longest = int(lengths[chosen.start])
+
+    def share(rows: int) -> float:
+        return float(lengths[chosen.start : chosen.start + rows].sum()) / (16 + rows * longest)
+
+    rows = chosen.stop - chosen.start
+    fitting = range(1, max(budget // longest, 1) + 1)
+    if chosen.start == anchor and chosen.stop < len(lengths):
+        assert share(rows) == pytest.approx(max(share(each) for each in fitting if anchor + each <= len(lengths)))
 
 
-def test_a_text_over_the_budget_is_alone() -> None:
-    assert [batch.tolist() for batch in pack(np.array([5, 500, 5], np.int32), 100)] == [[1], [0, 2]]
+def test_a_much_shorter_neighbour_waits_for_its_like() -> None:
+    lengths = np.array([250, 250, 249, *[20] * 50], np.int32)
+
+    assert choose(lengths, 0, 1024, packed=False) == slice(0, 3)
+
+
+def test_a_few_last_rows_go_together() -> None:
+    assert choose(np.array([12, 11, 10], np.int32), 1, 1024, packed=False) == slice(0, 3)
+
+
+def test_a_row_over_the_budget_is_alone() -> None:
+    assert choose(np.array([500, 5, 5], np.int32), 0, 100, packed=False) == slice(0, 1)
+    assert choose(np.array([500, 5, 5], np.int32), 0, 100, packed=True) == slice(0, 1)

@@ -1,32 +1,46 @@
 """The engine: text in, vectors out. It knows no database and no broker, and returns its timings.
 
-tokenizer → windows (policy for long texts) → packing → forward → pooling, each in a file of its own.
+tokenizer → windows (policy for long texts) → loop (packing) → run → backend → pooling → collect, each in a file of
+its own.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 
-from app.domain.spaces import OnLong, SpaceSpec
+from app.domain.spaces import OnLong, Precision, SpaceSpec
 from app.errors import EngineError, InvalidSetting, ModelLoadError
 from app.models import ModelFolder, resolve_model
 from app.models.files import read_json
+from workers.engine.backends import Backend
+from workers.engine.backends.generic import TransformersBackend
+from workers.engine.backends.loading import load_model
+from workers.engine.backends.native import NativeBackend
+from workers.engine.budget import Budget
 from workers.engine.collect import Collector
-from workers.engine.forward import Backbone
-from workers.engine.packing import pack
+from workers.engine.encoder.architectures import Build
+from workers.engine.loop import DeviceLoop, Done
 from workers.engine.pooling import Head
-from workers.engine.precision import default_batch_tokens, resolve_device, resolve_dtype
+from workers.engine.precision import default_batch_tokens, device_name, resolve_device, resolve_dtype
 from workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from workers.engine.run import Runner
 from workers.engine.tokenizer import TextTokenizer
-from workers.engine.turns import Turns
-from workers.engine.windows import Ids, make_rows
+from workers.engine.windows import Rows, make_rows
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["document", "query"]
+
+BackendName = Literal["auto", "native", "transformers", "onnx", "openvino"]
 
 # Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is heard.
 _TOKENIZER_CALL = 1_024
@@ -39,20 +53,30 @@ class Engine:
         self,
         folder: ModelFolder,
         tokenizer: TextTokenizer,
-        backbone: Backbone,
+        backend: Backend,
         head: Head,
         *,
-        batch_tokens: int,
+        budget: Budget,
         on_long: OnLong,
     ) -> None:
         self.spec: SpaceSpec = folder.spec
-        self.batch_tokens = batch_tokens
         self.on_long = on_long
+        self._folder = folder
         self._tokenizer = tokenizer
-        self._backbone = backbone
+        self._backend = backend
         self._head = head
-        self._runner = Runner(backbone, head, probe=tokenizer.probe, dimensions=self.dimensions)
-        self._turns = Turns()
+        self._budget = budget
+        self._exact: Backend | None = None
+        self._exact_loading = threading.Lock()
+        self._runner = Runner(
+            backend,
+            head,
+            probe=tokenizer.probe,
+            dimensions=self.dimensions,
+            exact=self._load_exact,
+            shrink=budget.shrink,
+        )
+        self._loop = DeviceLoop(self._runner, budget)
         for prompt in (folder.spec.document_prompt, folder.spec.query_prompt):
             frame = tokenizer.frame(prompt)
             if frame.skip + len(frame.suffix) >= self.max_tokens:
@@ -71,37 +95,59 @@ class Engine:
         batch_tokens: int | None = None,
         pooling: str | None = None,
         on_long: OnLong = OnLong.TRUNCATE,
+        precision: Precision = Precision.FLOAT,
+        backend: BackendName = "auto",
+        learned: Path | None = None,
     ) -> Self:
         """Load a model that is on this machine.
 
-        Raises UnknownModel, ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
+        ``backend`` auto is our own forward pass, or transformers' for an architecture that ours does not know.
+        ``learned`` is the folder that keeps what is learned about this machine's memory. Raises UnknownModel,
+        ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
         """
         if batch_tokens is not None and batch_tokens < 1:
             raise InvalidSetting(f"EMBEDDING_BATCH_TOKENS is {batch_tokens}: it must be positive")
         on = resolve_device(device)
-        folder = resolve_model(model, pooling=pooling, on_long=on_long) if isinstance(model, str) else model
+        if isinstance(model, str):
+            model = resolve_model(model, pooling=pooling, on_long=on_long, precision=precision)
+        folder = model
         config = read_json(folder.transformer / "config.json")
         tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
-        pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else config.get("pad_token_id") or 0
-        backbone = Backbone.load(
-            folder.transformer,
-            device=on,
-            dtype=resolve_dtype(dtype, on, config.get("model_type", "")),
-            pad_id=pad_id,
-        )
-        tokenizer.check(config, backbone.embedding_rows)
         tokens = batch_tokens or default_batch_tokens(on)
-        return cls(folder, tokenizer, backbone, Head(folder, on), batch_tokens=tokens, on_long=on_long)
+        number_format = resolve_dtype(dtype, on, config.get("model_type", ""))
+        loaded = _load_backend(
+            folder,
+            backend,
+            device=on,
+            dtype=number_format,
+            slots=tokens,
+            pad_id=_pad_id(tokenizer, config),
+        )
+        tokenizer.check(config, loaded.embedding_rows)
+        format_word = str(loaded.dtype).removeprefix("torch.")
+        name = f"{device_name(on)}-{folder.spec.fingerprint[:16]}-{loaded.name}-{format_word}.json"
+        budget = Budget(tokens, learned / name if learned is not None else None, least=folder.spec.max_tokens)
+        return cls(folder, tokenizer, loaded, Head(folder, on), budget=budget, on_long=on_long)
 
     @property
     def device(self) -> str:
         """``cpu`` or ``cuda:<index>``."""
-        return str(self._backbone.device)
+        return str(self._backend.device)
 
     @property
     def dtype(self) -> str:
         """``float32``, ``bfloat16`` or ``float16``: what the transformer runs in; the rest is fp32."""
-        return str(self._backbone.dtype).removeprefix("torch.")
+        return str(self._backend.dtype).removeprefix("torch.")
+
+    @property
+    def backend(self) -> str:
+        """``native``, ``transformers``, ``onnx`` or ``openvino``."""
+        return self._backend.name
+
+    @property
+    def batch_tokens(self) -> int:
+        """Most tokens of one forward pass; smaller once a pass did not fit the device's memory."""
+        return self._budget.tokens
 
     @property
     def dimensions(self) -> int:
@@ -155,63 +201,136 @@ class Engine:
         stop: Callable[[], bool] | None = None,
         urgent: bool = False,
     ) -> Iterator[TokenBatchResult]:
-        """One result per TokenBatch, as soon as it is done; every text is in one result, once.
+        """One result per TokenBatch that held texts of this call; every text is in one result, once.
 
-        ``stop`` is asked before each TokenBatch: when it says True the stream ends there, and what was not
-        yielded was not embedded. ``urgent`` callers go before the others. Raises EngineError only where
+        ``stop`` is asked before each result: when it says True the stream ends there with what is under way, and
+        what was not yielded was not embedded. ``urgent`` callers go before the others. Raises EngineError only where
         the model cannot run at all; a text that fails is in ``failures`` and its neighbours go on.
         """
-        started = time.perf_counter()
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         frame = self._tokenizer.frame(prompt)
-        tokenized: list[Ids | TextFailure] = []
-        for first in range(0, len(texts), _TOKENIZER_CALL):
-            if stop is not None and stop():
-                return
-            # Outside the turn: it overlaps with another thread's forward pass.
-            tokenized += self._tokenizer.encode(texts[first : first + _TOKENIZER_CALL], prompt, first=first)
         # What a model without include_prompt leaves out of its pooling; without a prompt, nothing.
         skip = frame.skip if prompt else 0
-        rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
-        lengths = np.array([len(ids) for ids in rows.ids], np.int32)
-        batches = pack(lengths, self.batch_tokens)
-        tokenize_seconds = time.perf_counter() - started
-        if rows.failures:
-            yield _rejected(rows.failures, self.dimensions, tokenize_seconds)
-            tokenize_seconds = 0.0
-        collector = Collector(rows, self._head.finish)
-        for batch in batches:
-            if stop is not None and stop():
-                return
-            ids = [rows.ids[row] for row in batch]
-            windows = rows.windows[rows.owner[batch]] > 1
-            with self._turns.turn(urgent=urgent):
+        pieces: list[_Piece] = []
+        name = self._loop.open(urgent=urgent)
+        try:
+            for first in range(0, len(texts), _TOKENIZER_CALL):
+                if stop is not None and stop():
+                    break
                 started = time.perf_counter()
-                outcome = self._runner(ids, windows=windows, skip=skip)
+                tokenized = self._tokenizer.encode(texts[first : first + _TOKENIZER_CALL], prompt)
+                rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
+                piece = _Piece(first, pieces[-1].end if pieces else 0, rows, Collector(rows, self._head.finish))
+                pieces.append(piece)
+                self._loop.add(name, rows.ids, rows.windows[rows.owner] > 1, skip)
                 seconds = time.perf_counter() - started
-            indices, vectors, failures = collector.add(batch, outcome)
+                yield self._result(piece, failures=rows.failures, tokenize_seconds=seconds)
+            for done in self._loop.results(name):
+                yield from self._take(pieces, done)
+                if stop is not None and stop():
+                    break
+            for done in self._loop.close(name):
+                yield from self._take(pieces, done)
+        finally:
+            self._loop.close(name)
+
+    def _take(self, pieces: Sequence[_Piece], done: Done) -> Iterator[TokenBatchResult]:
+        """The results of the pieces that had rows in one TokenBatch."""
+        for piece in pieces:
+            mine = np.flatnonzero((done.at >= piece.row) & (done.at < piece.end))
+            if not len(mine):
+                continue
+            part = done.outcome.part(mine)
+            rows = done.at[mine] - piece.row
+            indices, vectors, failures = piece.collector.add(rows, part)
+            tokens = sum(len(piece.rows.ids[row]) for row in rows)
+            share = tokens / done.tokens
             yield TokenBatchResult(
-                indices=indices,
+                indices=indices + np.int32(piece.first),
                 vectors=vectors,
-                n_tokens=rows.n_tokens[indices],
-                truncated=rows.truncated[indices],
-                failures=failures,
-                seconds=seconds,
-                tokens=int(lengths[batch].sum()),
-                padded_tokens=int(lengths[batch].max()) * len(batch),
-                tokenize_seconds=tokenize_seconds,
+                n_tokens=piece.rows.n_tokens[indices],
+                truncated=piece.rows.truncated[indices],
+                failures=_shifted(failures, piece.first),
+                seconds=done.seconds * share,
+                tokens=tokens,
+                padded_tokens=round(done.padded_tokens * share),
             )
-            tokenize_seconds = 0.0
+
+    def _result(self, piece: _Piece, *, failures: tuple[TextFailure, ...], tokenize_seconds: float) -> TokenBatchResult:
+        """What tokenizing a piece found: texts that never reach the model."""
+        return TokenBatchResult(
+            indices=np.empty(0, np.int32),
+            vectors=np.empty((0, self.dimensions), np.float32),
+            n_tokens=np.empty(0, np.int32),
+            truncated=np.empty(0, np.bool_),
+            failures=_shifted(failures, piece.first),
+            seconds=0.0,
+            tokenize_seconds=tokenize_seconds,
+        )
+
+    def _load_exact(self) -> Backend:
+        """The same weights in fp32 and without shortcuts, for texts whose vector was not finite."""
+        with self._exact_loading:
+            if self._exact is None:
+                logger.warning(
+                    "a vector of %s is not finite in %s: loading the model in fp32 beside it for such texts",
+                    self.spec.model,
+                    self.dtype,
+                )
+                self._exact = _load_backend(
+                    self._folder,
+                    "auto",
+                    device=self._backend.device,
+                    dtype=torch.float32,
+                    slots=64,
+                    pad_id=_pad_id(self._tokenizer, read_json(self._folder.transformer / "config.json")),
+                )
+                for each in (self._exact, self._backend):
+                    if isinstance(each, NativeBackend):
+                        each.careful = True
+            return self._exact
 
 
-def _rejected(failures: tuple[TextFailure, ...], dimensions: int, seconds: float) -> TokenBatchResult:
-    """The texts that never reach the model."""
-    return TokenBatchResult(
-        indices=np.empty(0, np.int32),
-        vectors=np.empty((0, dimensions), np.float32),
-        n_tokens=np.empty(0, np.int32),
-        truncated=np.empty(0, np.bool_),
-        failures=failures,
-        seconds=0.0,
-        tokenize_seconds=seconds,
-    )
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Texts that were tokenized in one call."""
+
+    first: int
+    """The index of its first text."""
+    row: int
+    """The stream's number of its first row."""
+    rows: Rows
+    collector: Collector
+
+    @property
+    def end(self) -> int:
+        return self.row + len(self.rows.ids)
+
+
+def _shifted(failures: tuple[TextFailure, ...], first: int) -> tuple[TextFailure, ...]:
+    return tuple(replace(failure, index=failure.index + first) for failure in failures)
+
+
+def _pad_id(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
+    return tokenizer.pad_id if tokenizer.pad_id is not None else config.get("pad_token_id") or 0
+
+
+def _load_backend(
+    folder: ModelFolder, name: BackendName, *, device: torch.device, dtype: torch.dtype, slots: int, pad_id: int
+) -> Backend:
+    if name in ("onnx", "openvino"):
+        raise InvalidSetting(f"backend {name} is not wired yet")
+    model = load_model(folder)
+    if name != "transformers":
+        build = Build(dtype, device, slots, folder.spec.max_tokens)
+        native = NativeBackend.build(model, build, pad_id=pad_id)
+        if native is not None:
+            return native
+        if name == "native":
+            raise InvalidSetting(
+                f"backend native does not know the architecture {model.config.model_type}: use auto or transformers"
+            )
+    try:
+        return TransformersBackend(model, dtype=dtype, device=device, pad_id=pad_id)
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(f"the model in {folder.transformer} does not fit {device}: {error}") from error

@@ -7,15 +7,19 @@ on sentence-transformers' own). The formulas are those of sentence-transformers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from app.domain.spaces import Pooling
 from app.errors import ModelLoadError
 from app.models import DenseLayer, ModelFolder
-from workers.engine.forward import Hidden
+from workers.engine.backends import Hidden
+from workers.engine.encoder.layout import to_device
 
 _ACTIVATIONS = {
     "GELU": functional.gelu,
@@ -27,15 +31,17 @@ _ACTIVATIONS = {
 }
 
 
-def pool(hidden: Hidden, mode: Pooling, *, skip: int = 0) -> torch.Tensor:
+def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> torch.Tensor:
     """(n, hidden) fp32 from (n, longest, hidden).
 
-    ``skip`` leading tokens of every row are left out: the special token and the prompt, for a model whose
-    prompts are not pooled.
+    ``skips`` is (n,) int: the leading tokens of each row that are left out, the special token and the prompt, for
+    a model whose prompts are not pooled.
     """
     vectors, lengths = hidden.vectors.float(), hidden.lengths
     at = torch.arange(vectors.shape[1], device=vectors.device)
-    inside = (at < lengths[:, None]) & (at >= skip)  # (n, longest)
+    inside = at < lengths[:, None]  # (n, longest)
+    if skips is not None:
+        inside = inside & (at >= skips[:, None])
     match mode:
         case Pooling.CLS:
             first = inside.int().argmax(dim=1)  # the first 1; 0 where there is none
@@ -71,10 +77,24 @@ class Head:
         inner = folder.modules[:-1] if self._normalize else folder.modules
         self._inner = [_load(item, device) if isinstance(item, DenseLayer) else _normalize for item in inner]
 
-    def __call__(self, hidden: Hidden, *, skip: int) -> torch.Tensor:
-        """(n, dimensions) fp32: all modules but a last Normalize. Windows of one text are averaged here."""
+    def only(self, lengths: Sequence[int], skips: NDArray[np.int32]) -> NDArray[np.int64] | None:
+        """(n,) int64: the one position of every row that is pooled; None where all of them are."""
+        if self._mode is Pooling.LAST_TOKEN:
+            return np.array(lengths, np.int64) - 1
+        if self._mode is not Pooling.CLS:
+            return None
+        first = np.zeros(len(lengths), np.int64) if self._include_prompt else skips.astype(np.int64)
+        return np.where(first < lengths, first, 0)
+
+    def __call__(self, hidden: Hidden, *, skips: NDArray[np.int32]) -> torch.Tensor:
+        """(n, dimensions) fp32: all modules but a last Normalize. Windows of one text are averaged here.
+
+        ``hidden`` holds every token, or the one that ``only`` names.
+        """
+        picked = self._mode in (Pooling.CLS, Pooling.LAST_TOKEN)
+        leave_out = not (picked or self._include_prompt) and bool(skips.any())
+        vectors = pool(hidden, self._mode, to_device(skips, hidden.vectors.device) if leave_out else None)
         with torch.inference_mode():
-            vectors = pool(hidden, self._mode, skip=0 if self._include_prompt else skip)
             for module in self._inner:
                 vectors = module(vectors)
             return vectors

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 from typing import Final
 
 import torch
@@ -66,6 +69,15 @@ def cpu_has_bf16() -> bool:
     """Does this CPU multiply bf16 matrices natively (AVX512_BF16 or AMX)?"""
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def device_name(device: torch.device) -> str:
+    """A name for files: ``nvidia-h200``, ``amd-epyc-9654-2-cores``."""
+    if device.type == "cuda":
+        words = torch.cuda.get_device_name(device)
+    else:
+        words = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()} {os.cpu_count()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def default_batch_tokens(device: torch.device) -> int:

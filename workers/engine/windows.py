@@ -13,6 +13,10 @@ from workers.engine.results import TextFailure
 
 Ids = NDArray[np.int32]
 
+# What two neighbouring windows share, as a part of a window's room: a sentence that one window cuts is whole in
+# the other. Part of the space's meaning (LongText.SPLIT): another number makes other vectors.
+_OVERLAP_SHARE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -43,7 +47,7 @@ class Rows:
     owner: NDArray[np.int32]
     """(rows,) int32: the text each row belongs to."""
     weight: NDArray[np.int32]
-    """(rows,) int32: its tokens without special tokens and prompt; the weight of a window."""
+    """(rows,) int32: what a window counts for in its text's mean, see `split`; 1 for a text of one row."""
     windows: NDArray[np.int32]
     """(texts,) int32: rows per text; 0 for a failure."""
     n_tokens: NDArray[np.int32]
@@ -61,11 +65,27 @@ def cut(ids: Ids, limit: int, frame: Frame) -> Ids:
     return np.concatenate((frame.prefix, ids[start : start + keep], frame.suffix))
 
 
-def split(ids: Ids, limit: int, frame: Frame) -> list[Ids]:
-    """Windows of at most ``limit`` tokens over the text, each with the special tokens and the prompt."""
-    head, body = ids[: frame.skip], ids[frame.skip : len(ids) - len(frame.suffix)]
-    step = limit - len(head) - len(frame.suffix)
-    return [np.concatenate((head, body[start : start + step], frame.suffix)) for start in range(0, len(body), step)]
+def split(ids: Ids, limit: int, frame: Frame) -> tuple[list[Ids], list[int]]:
+    """Overlapping windows of at most ``limit`` tokens, and the weight of each in the text's mean.
+
+    Every window has the special tokens and the prompt; what is left of ``limit`` is its room. There are as few
+    windows as hold the text with an eighth of that room shared by each two neighbours, and all are equally long
+    (but for one token): the last of windows cut to the limit could be a handful of tokens, and would count as a
+    window. No token is in more than two windows; one that is in two counts half in each, so the weights are
+    token counts that add up to the text's. They are given doubled, as whole numbers.
+    """
+    head, body, tail = ids[: frame.skip], ids[frame.skip : len(ids) - len(frame.suffix)], frame.suffix
+    room = limit - len(head) - len(tail)
+    overlap = room // _OVERLAP_SHARE
+    fresh = len(body) - overlap  # what the windows add to the first one's overlap, each its part
+    count = max(1, -(-fresh // (room - overlap)))
+    starts = [number * fresh // count for number in range(count)]
+    ends = [start + overlap for start in [*starts[1:], fresh]]
+    rows = [np.concatenate((head, body[start:end], tail)) for start, end in zip(starts, ends, strict=True)]
+    neighbours = [(number > 0) + (number < count - 1) for number in range(count)]
+    return rows, [
+        2 * (end - start) - overlap * beside for start, end, beside in zip(starts, ends, neighbours, strict=True)
+    ]
 
 
 def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, on_long: OnLong) -> Rows:
@@ -73,6 +93,7 @@ def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, 
     count = len(tokenized)
     rows: list[Ids] = []
     owner: list[int] = []
+    weight: list[int] = []
     failures: list[TextFailure] = []
     n_tokens = np.zeros(count, np.int32)
     windows = np.zeros(count, np.int32)
@@ -82,20 +103,27 @@ def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, 
             failures.append(ids)
             continue
         n_tokens[index] = len(ids)
-        own = [ids]
+        own, shares = [ids], [1]
         if len(ids) > limit:
             if on_long is OnLong.REJECT:
                 reason = f"the text has {len(ids)} tokens and the model reads {limit}"
                 failures.append(TextFailure(index, "too_long", reason))
                 continue
             if on_long is OnLong.SPLIT:
-                own = split(ids, limit, frame)
+                own, shares = split(ids, limit, frame)
             else:
                 own = [cut(ids, limit, frame)]
                 truncated[index] = True
         rows += own
         owner += [index] * len(own)
+        weight += shares
         windows[index] = len(own)
-    frame_tokens = frame.skip + len(frame.suffix)
-    weight = np.array([max(len(row) - frame_tokens, 1) for row in rows], np.int32)
-    return Rows(rows, np.array(owner, np.int32), weight, windows, n_tokens, truncated, tuple(failures))
+    return Rows(
+        rows,
+        np.array(owner, np.int32),
+        np.array(weight, np.int32),
+        windows,
+        n_tokens,
+        truncated,
+        tuple(failures),
+    )

@@ -1,0 +1,259 @@
+"""The device's thread: who is next, what shares a pass, what happens when something breaks. No time is measured."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.errors import EngineError
+from workers.engine import Engine, loop
+from workers.engine.budget import Budget
+from workers.engine.loop import DeviceLoop
+from workers.engine.run import Outcome, Pass, TokenBatch
+from workers.engine.windows import Ids
+
+PATIENCE = 30  # seconds until a hanging test fails instead of hanging on
+
+
+@dataclass
+class FakeRunner:
+    """Answers each row with its first id, when the test lets it: the device is not what these tests are about."""
+
+    packed: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    served: list[list[int]] = field(default_factory=list)
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.backend = self
+        self.running, self.go_on = threading.Event(), threading.Event()
+
+    def launch(self, batch: TokenBatch) -> Pass:
+        self.served.append([int(row[0]) for row in batch.rows])
+        self.running.set()
+        assert self.go_on.wait(PATIENCE)
+        return Pass(batch)
+
+    def finish(self, started: Pass) -> Outcome:
+        if self.error is not None:
+            raise self.error
+        return Outcome(np.array([[row[0]] for row in started.batch.rows], np.float32))
+
+
+def rows(*marks: int, length: int = 10) -> list[Ids]:
+    return [np.full(length, mark, np.int32) for mark in marks]
+
+
+def add(device: DeviceLoop, each: list[Ids], *, urgent: bool = False) -> int:
+    name = device.open(urgent=urgent)
+    device.add(name, each, np.zeros(len(each), np.bool_), 0)
+    return name
+
+
+def values(device: DeviceLoop, name: int) -> dict[int, float]:
+    """{row: what came back for it}."""
+    return {
+        int(at): float(vector[0])
+        for done in device.results(name)
+        for at, vector in zip(done.at, done.outcome.vectors, strict=True)
+    }
+
+
+@pytest.fixture
+def held() -> Iterator[tuple[FakeRunner, DeviceLoop]]:
+    """A device that is busy with row 99 until the test sets ``go_on``; passes of up to 20 tokens."""
+    runner = FakeRunner()
+    device = DeviceLoop(runner, Budget(20))  # type: ignore[arg-type]
+    add(device, rows(99))
+    assert runner.running.wait(PATIENCE)
+    yield runner, device
+    runner.go_on.set()
+
+
+def test_streams_are_served_in_order_of_arrival_and_share_passes(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    first = add(device, rows(1, 2, 3))
+    second = add(device, rows(11, 12, 13))
+
+    runner.go_on.set()
+
+    assert values(device, first) == {0: 1, 1: 2, 2: 3}
+    assert values(device, second) == {0: 11, 1: 12, 2: 13}
+    assert runner.served == [[99], [1, 2], [3, 11], [12, 13]]
+
+
+def test_an_urgent_stream_goes_first(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    bulk = add(device, rows(1, 2, 3, 4))
+    query = add(device, rows(7), urgent=True)
+
+    runner.go_on.set()
+    values(device, query)
+    values(device, bulk)
+
+    assert runner.served == [[99], [7], [1, 2], [3, 4]]
+
+
+def test_a_flood_of_urgent_streams_starves_nobody(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    bulk = add(device, rows(1, length=20))
+    queries = [add(device, rows(10 + at, length=20), urgent=True) for at in range(20)]
+
+    runner.go_on.set()
+    for each in [*queries, bulk]:
+        values(device, each)
+
+    assert runner.served.index([1]) == 1 + loop.URGENT_RUN
+
+
+def test_rows_of_like_length_share_a_pass_whoever_they_belong_to(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    first = add(device, [*rows(1, length=12), *rows(2, length=4)])
+    second = add(device, [*rows(11, length=20), *rows(12, length=8)])
+
+    runner.go_on.set()
+    values(device, first)
+    values(device, second)
+
+    assert runner.served == [[99], [1, 12], [11], [2]] or runner.served == [[99], [1, 12], [2], [11]]
+
+
+def test_closing_a_stream_takes_back_its_rows_alone(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    first = add(device, rows(1, 2))
+    second = add(device, rows(11, 12))
+
+    assert device.close(first) == []
+    runner.go_on.set()
+
+    assert values(device, second) == {0: 11, 1: 12}
+    assert runner.served == [[99], [11, 12]]
+    assert device.close(first) == [], "closing twice is harmless"
+
+
+def test_a_broken_device_is_reported_to_all_and_a_new_stream_tries_again(held: tuple[FakeRunner, DeviceLoop]) -> None:
+    runner, device = held
+    first, second = add(device, rows(1, 2, 3)), add(device, rows(11))
+    runner.error = EngineError("the device is gone")
+
+    runner.go_on.set()
+
+    for name in (first, second):
+        with pytest.raises(EngineError, match="gone"):
+            values(device, name)
+        assert device.close(name) == [], "nothing more comes, and nobody waits for it"
+    runner.error = None
+    assert values(device, add(device, rows(5))) == {0: 5}
+
+
+def test_a_defect_in_the_thread_reaches_who_waits(
+    held: tuple[FakeRunner, DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, device = held
+
+    def broken(*_: object, **__: object) -> slice:
+        raise ZeroDivisionError
+
+    name = add(device, rows(1))
+    monkeypatch.setattr(loop, "choose", broken)
+    runner.go_on.set()
+
+    with pytest.raises(ZeroDivisionError):
+        values(device, name)
+    monkeypatch.undo()
+    assert values(device, add(device, rows(5))) == {0: 5}, "the next caller gets a new thread"
+
+
+def test_the_budget_is_asked_before_every_pass() -> None:
+    runner, budget = FakeRunner(), Budget(40)
+    runner.go_on.set()
+    device = DeviceLoop(runner, budget)  # type: ignore[arg-type]
+
+    values(device, add(device, rows(1, 2, 3, 4)))
+    budget.shrink(20)
+    values(device, add(device, rows(5, 6, 7, 8)))
+
+    assert runner.served == [[1, 2, 3, 4], [5], [6], [7], [8]]
+
+
+def test_a_dropped_engine_goes_away(toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "IDLE_SECONDS", 0.05)
+    engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32")
+    engine.embed(["one text"])
+    thread = engine._loop._thread
+    assert thread is not None
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+    engine.embed(["and another, after the thread has gone"])
+    watched = weakref.ref(engine._backend)
+    thread = engine._loop._thread
+    del engine
+    assert thread is not None
+    thread.join(PATIENCE)
+    del thread
+    gc.collect()
+
+    assert watched() is None
+
+
+def test_callers_at_once_get_their_own_vectors(toy_path: Callable[[str], Path]) -> None:
+    engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=64)
+    texts = [
+        [f"caller {caller} says {number} " + "word " * (number % 7) for number in range(30)] for caller in range(6)
+    ]
+    expected = [np.vstack([engine.embed([text]).vectors for text in each]) for each in texts]
+    found: dict[int, np.ndarray] = {}
+
+    def call(caller: int) -> None:
+        found[caller] = engine.embed(texts[caller], urgent=caller == 0).vectors
+
+    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+    for caller, vectors in enumerate(expected):
+        np.testing.assert_allclose(found[caller], vectors, atol=1e-5)
+
+
+def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) -> None:
+    """Of two calls whose rows are few, one pass serves both: a worker's device does not wait at a task's edge."""
+    engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=512)
+    backend, running, go_on = engine._runner.backend, threading.Event(), threading.Event()
+    passes: list[int] = []
+
+    class Held:
+        device, packed, dtype = backend.device, backend.packed, backend.dtype
+
+        def __call__(self, each: Sequence[Ids], **options: object) -> object:
+            passes.append(len(each))
+            running.set()
+            assert go_on.wait(PATIENCE)
+            return backend(each, **options)  # type: ignore[arg-type]
+
+    engine._runner.backend = Held()  # type: ignore[assignment]
+    threads = [threading.Thread(target=engine.embed, args=(["a", "b", "c"],)) for _ in range(3)]
+    threads[0].start()
+    assert running.wait(PATIENCE)
+    for thread in threads[1:]:
+        thread.start()
+    tick = threading.Event()
+    for _ in range(PATIENCE * 100):
+        if engine._loop.waiting == 6:
+            break
+        tick.wait(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+
+    assert passes == [3, 6]

@@ -1,0 +1,1 @@
+"""Our own forward pass of the architectures people use, over weights that transformers loaded."""
