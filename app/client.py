@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from app.domain.arguments import as_word, require_name
 from app.domain.chunks import prepare_all
 from app.domain.jobs import Audit, Job, SearchHit
 from app.domain.planning import DeadChunk
-from app.domain.spaces import OnLong, long_text_for
+from app.domain.spaces import OnLong, Precision, SpaceSpec, long_text_for
 from app.domain.states import JobState, Priority, Route
+from app.domain.trust import Trust
 from app.enqueueing import Enqueueing, EnqueueRequest
 from app.environment import Environment
 from app.errors import (
@@ -36,7 +38,7 @@ from app.errors import (
 from app.ledger import embed_requests, jobs
 from app.ledger.doorbells import ring_due
 from app.ledger.finish import finish_if_done
-from app.models import resolve_spec
+from app.models import cut_space, resolve_spec
 from app.settings import Settings
 from app.vectors import audit as auditing
 from app.vectors import read
@@ -110,6 +112,8 @@ class Client:
         idempotency_key: str | None = None,
         on_long: OnLong | str = OnLong.TRUNCATE,
         on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``: any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
 
@@ -122,6 +126,10 @@ class Client:
         and puts bad chunks into the job's dead list. ``idempotency_key``: a second enqueue under the same key
         returns the first one's job, and finishes it if its producer died half-way.
 
+        ``dimensions`` cuts the vectors of a model that was trained for it and brings them back to length 1;
+        ``precision`` is ``float`` or ``int8``. Both make a space of their own. None: ``EMBEDDING_PRECISION``, and of
+        ``EMBEDDING_MODEL`` ``EMBEDDING_DIMENSIONS``, of another model what it gives.
+
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`SpaceMismatch` and
         :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it is back.
         """
@@ -132,7 +140,7 @@ class Client:
             raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
-        space = self._space(model, on_long)
+        space = self._space(model, on_long, dimensions=dimensions, precision=precision)
         request = EnqueueRequest(
             collection, space, route, priority, on_long, idempotency_key, skip_invalid=on_invalid == "skip"
         )
@@ -254,9 +262,12 @@ class Client:
         model: str | None = None,
         kind: Literal["document", "query"] = "document",
         timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
     ) -> NDArray[np.float32]:
         """``(n, d)`` float32 vectors of ``texts`` in input order, made by a worker now and stored nowhere.
 
+        ``dimensions`` and ``precision`` are those of :meth:`enqueue`.
         Raises :class:`InvalidChunk` for a text that is not valid, :class:`EngineError` when a worker cannot embed
         it, and :class:`WaitTimeout`.
         """
@@ -266,7 +277,7 @@ class Client:
             raise InvalidInput("texts is a str; give a list of texts.")
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
-        space = self._space(model, OnLong.TRUNCATE)
+        space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
         if not texts:
             return np.empty((0, space.spec.dimensions), dtype=np.float32)
         deadline = time.monotonic() + timeout
@@ -332,23 +343,41 @@ class Client:
         with _store_errors(self._db), self._db.begin() as conn:
             yield conn
 
-    def _space(self, model: str | None, on_long: OnLong) -> spaces.Space:
-        """Register the space of a model that can be read here, or find one that a worker registered."""
-        name = model if model is not None else self._settings.embedding_model
+    def _space(
+        self,
+        model: str | None,
+        on_long: OnLong,
+        *,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> spaces.Space:
+        """Register the space of a model that can be read here, or that a worker has registered one of."""
+        settings = self._settings
+        name = settings.embedding_model if model is None else model
+        if dimensions is None and name == settings.embedding_model:
+            dimensions = settings.embedding_dimensions
+        if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):
+            raise InvalidInput(f"dimensions is {dimensions!r}; it must be a whole number.")
+        precise = settings.embedding_precision if precision is None else as_word(Precision, precision, "precision")
         try:
-            spec = resolve_spec(name, pooling=self._settings.embedding_pooling, on_long=on_long)
+            spec = resolve_spec(
+                name,
+                pooling=settings.embedding_pooling,
+                on_long=on_long,
+                dimensions=dimensions,
+                precision=precise,
+                trust=settings.trust,
+            )
         except UnknownModel:
             with self._transaction() as conn:
-                named = [
-                    s
-                    for s in spaces.all_spaces(conn)
-                    if s.spec.model == name and s.spec.long_text is long_text_for(on_long)
-                ]
-            if len(named) == 1:
-                return named[0]
-            raise
+                named = [space.spec for space in spaces.all_spaces(conn) if space.spec.model == name]
+            wanted = {replace(spec, long_text=long_text_for(on_long), precision=precise) for spec in named}
+            found = _choose(wanted, dimensions, settings.trust)
+            if found is None:
+                raise
+            spec = found
         with self._transaction() as conn:
-            return spaces.register(conn, spec, storage=self._settings.vector_storage)
+            return spaces.register(conn, spec, storage=settings.vector_storage)
 
     def _ring(self, conn: sa.Connection) -> None:
         if time.monotonic() < self._quiet_until:
@@ -383,6 +412,20 @@ class Client:
                 raise WaitTimeout("no worker answered in time. Start one: celery -A workers worker -Q gpu")
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
+
+
+def _choose(registered: Set[SpaceSpec], dimensions: int | None, trust: Trust) -> SpaceSpec | None:
+    """The space to use of a model whose files are not here, among those that others have registered under its name.
+
+    Without ``dimensions`` that of the longest vectors. None where there is none, or where two revisions are meant.
+    Raises InvalidInput where vectors may not be cut to ``dimensions``.
+    """
+    longest = max((spec.dimensions for spec in registered), default=0)
+    asked = longest if dimensions is None else dimensions
+    meant = [spec for spec in registered if spec.dimensions == asked]
+    if not meant and dimensions is not None:
+        meant = [cut_space(spec, dimensions, trust=trust) for spec in registered if spec.dimensions == longest]
+    return meant[0] if len(meant) == 1 else None
 
 
 @contextlib.contextmanager

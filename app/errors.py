@@ -18,7 +18,8 @@
     ├── DeviceUnavailable     no GPU is free, or the one asked for does not exist
     └── EngineError           the model could not be loaded or run
         ├── ModelLoadError      files missing, unreadable or of an unsupported kind
-        └── TokenizerMismatch   the tokenizer was not made for this model
+        ├── TokenizerMismatch   the tokenizer was not made for this model
+        └── CanaryFailed        the engine's golden vectors are not the space's: it drifts, and takes no work of it
 
 Each class carries ``code`` (stable, for logs, metrics and the ledger), ``retryable`` (would the same
 call succeed later, unchanged?) and ``http_status``. Each message says what was wrong, where, and what
@@ -127,4 +128,9 @@ class ModelLoadError(EngineError):
 
 class TokenizerMismatch(EngineError):
     code = "tokenizer_mismatch"
+    retryable = False
+
+
+class CanaryFailed(EngineError):
+    code = "canary_failed"
     retryable = False

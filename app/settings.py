@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.domain.spaces import Pooling
+from app.domain.spaces import Pooling, Precision
+from app.domain.trust import Trust
 from app.errors import InvalidSetting
 
 
@@ -24,6 +25,22 @@ def _redis_url(url: str) -> str:
     if url.partition("://")[0] not in ("redis", "rediss", "unix"):
         raise ValueError("it must be a URL such as redis://host:6379/0, rediss://… or unix:///path?db=0")
     return url
+
+
+_EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
+
+
+def _names(given: object) -> object:
+    """Model names between commas. A word that means "all of them" is refused: trust is given by name."""
+    if not isinstance(given, str):
+        return given
+    names = frozenset(name.strip() for name in given.split(",")) - {""}
+    if blanket := sorted(name for name in names if "*" in name or name.lower() in _EVERYTHING):
+        raise ValueError(f"{blanket[0]!r} names no model: write each model's own name, with commas between")
+    return names
+
+
+ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 
 
 class Settings(BaseSettings):
@@ -45,6 +62,21 @@ class Settings(BaseSettings):
     )
     embedding_pooling: Pooling | None = Field(
         None, description="Pooling of a plain transformers folder, which does not state its own."
+    )
+    embedding_dimensions: int | None = Field(
+        None, ge=1, description="Cut EMBEDDING_MODEL's vectors to so many dimensions, where it was trained for that."
+    )
+    embedding_precision: Precision = Field(
+        Precision.FLOAT, description="`float`, or `int8`: faster on a CPU, less exact, and a space of its own."
+    )
+    embedding_matryoshka: ModelNames = Field(
+        None, description="Models that you know were trained to be cut, where neither folder nor name says so."
+    )
+    embedding_trust_pickle: ModelNames = Field(
+        None, description="Models whose weights may be read from a pickle (`pytorch_model.bin`). Names, with commas."
+    )
+    embedding_trust_remote_code: ModelNames = Field(
+        None, description="Models whose own Python files may be run. Names, with commas."
     )
     embedding_device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
     embedding_dtype: str = Field(
@@ -83,6 +115,16 @@ class Settings(BaseSettings):
     doorbell_repair_seconds: float = Field(
         10.0, gt=0, description="Age at which a doorbell that Redis does not hold counts as lost."
     )
+
+    @property
+    def trust(self) -> Trust:
+        """What the operator vouches for, by model name."""
+        nothing = frozenset[str]()
+        return Trust(
+            pickle=self.embedding_trust_pickle or nothing,
+            remote_code=self.embedding_trust_remote_code or nothing,
+            matryoshka=self.embedding_matryoshka or nothing,
+        )
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:

@@ -11,7 +11,11 @@ from typing import ClassVar
 import sqlalchemy as sa
 
 from app.db.connect import create_db, require_migrated
+from app.db.spaces import Space
+from app.errors import CanaryFailed
 from app.settings import Settings
+from workers.canary import CanaryCheck
+from workers.engine.engine import Engine
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
 
@@ -30,9 +34,12 @@ class WorkerContext:
 
     _current: ClassVar[WorkerContext | None] = None
 
+    def __post_init__(self) -> None:
+        self._canary = CanaryCheck(self.db, self.name)
+
     @classmethod
     def start(cls, settings: Settings, device: str) -> WorkerContext:
-        """Connect, load the default model and start the lease keeper."""
+        """Connect, load the default model, hear its canary and start the lease keeper."""
         db = create_db(
             settings.require_database_url(), role="worker", pool_size=settings.embedding_parallel_batches + 2
         )
@@ -44,7 +51,7 @@ class WorkerContext:
             leases=LeaseKeeper(db, settings.lease_seconds),
             name=f"{socket.gethostname()}:{os.getpid()}",
         )
-        context.engines.load_default(db)
+        context.engine_for(context.engines.load_default(db))
         context.leases.start()
         cls._current = context
         return context
@@ -54,6 +61,20 @@ class WorkerContext:
         if cls._current is None:
             raise RuntimeError("no worker context: start the worker with `celery -A workers worker -Q gpu`")
         return cls._current
+
+    def engine_for(self, space: Space) -> Engine:
+        """The engine whose vectors belong into ``space``, in files and in numbers.
+
+        Raises what :meth:`Engines.for_space` does, and :class:`CanaryFailed` where its golden vectors are not the
+        space's; ``engines.unserved`` names the space then.
+        """
+        engine = self.engines.for_space(space)
+        try:
+            self._canary.require(engine, space)
+        except CanaryFailed:
+            self.engines.leave(space)
+            raise
+        return engine
 
     def close(self) -> None:
         self.leases.stop()

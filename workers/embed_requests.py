@@ -10,11 +10,11 @@ import sqlalchemy as sa
 
 from app.db import spaces
 from app.db.connect import raw
-from app.domain.spaces import OnLong
 from app.errors import ChunkmillError
 from app.ledger import embed_requests
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
 from workers.context import WorkerContext
+from workers.engine.matryoshka import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +68,15 @@ class EmbedRequestLane(threading.Thread):
 
     def _answer(self, request: EmbedRequest, space: spaces.Space) -> None:
         kind: Literal["document", "query"] = "query" if request.kind == "query" else "document"
-        on_long = OnLong(space.spec.long_text.value)
+        spec = space.spec
         try:
-            engine = self._context.engines.for_space(space)
-            result = engine.embed(request.texts, kind=kind, on_long=on_long, urgent=True)
+            engine = self._context.engine_for(space)
+            result = engine.embed(request.texts, kind=kind, on_long=spec.long_text.policy, urgent=True)
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
             reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
             with self._context.db.begin() as conn:
                 embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
             return
         with self._context.db.begin() as conn:
-            embed_requests.answer(conn, request.id, result.vectors)
+            vectors = shorten(result.vectors, spec.dimensions, normalize=spec.normalize)
+            embed_requests.answer(conn, request.id, vectors)

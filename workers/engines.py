@@ -12,9 +12,9 @@ import sqlalchemy as sa
 
 from app.db import spaces
 from app.db.spaces import Space
-from app.domain.spaces import OnLong, long_text_for
-from app.errors import ModelLoadError, SpaceMismatch, TokenizerMismatch, UnknownModel
-from app.models import resolve_model
+from app.domain.spaces import OnLong, Precision, long_text_for
+from app.errors import InvalidSetting, ModelLoadError, SpaceMismatch, TokenizerMismatch, UnknownModel
+from app.models import ModelFolder, resolve_model
 from app.settings import Settings
 from workers.engine.engine import Engine
 
@@ -25,39 +25,50 @@ UNSERVED_SECONDS = 60.0
 
 
 class Engines:
-    """One engine per model, shared by all task threads; the least recently used makes room for another."""
+    """One engine per model and precision, shared by all task threads; the least recently used makes room.
+
+    An engine makes full vectors and serves the spaces of all their cuts: ``workers.engine.matryoshka``.
+    """
 
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings
         self._device = device
-        self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._engines: OrderedDict[tuple[str, Precision], Engine] = OrderedDict()
         self._unserved: dict[int, float] = {}
         self._mutex = threading.Lock()
         self._loading = threading.Lock()
 
-    def load_default(self, db: sa.Engine) -> None:
+    def load_default(self, db: sa.Engine) -> Space:
         """Load the worker's own model and register its space, so that producers without its files find it."""
-        engine = self._load(self._settings.embedding_model)
+        settings = self._settings
+        folder = self._read(settings.embedding_model, settings.embedding_precision)
+        spec = folder.space(settings.embedding_dimensions)  # refused before the weights are loaded
+        self._load(settings.embedding_model, folder)
         with db.begin() as conn:
-            spaces.register(conn, engine.spec, storage=self._settings.vector_storage)
+            return spaces.register(conn, spec, storage=settings.vector_storage)
 
     def for_space(self, space: Space) -> Engine:
         """The engine whose vectors belong into ``space``, whatever path its files were found under.
 
-        Raises :class:`UnknownModel` or :class:`ModelLoadError` where this machine lacks the model, and
+        Raises :class:`UnknownModel`, :class:`ModelLoadError` or :class:`InvalidSetting` where this machine lacks the
+        model, the operator's trust in it or the kernels of its precision, and
         :class:`SpaceMismatch` where it has other files under the same name; ``unserved`` names the space then.
         """
         try:
             engine = self._find(space)
             if engine is None:
                 with self._loading:  # loading takes seconds; engines that are there go on meanwhile
-                    engine = self._find(space) or self._load(space.spec.model)
-            space.require_fingerprint(fingerprint(engine, _policy(space)))
-        except (UnknownModel, ModelLoadError, TokenizerMismatch, SpaceMismatch):
-            with self._mutex:
-                self._unserved[space.id] = time.monotonic() + UNSERVED_SECONDS
+                    engine = self._find(space) or self._load(space.spec.model, self._read_for(space))
+            space.require_fingerprint(_made_for(engine, space))
+        except (UnknownModel, InvalidSetting, ModelLoadError, TokenizerMismatch, SpaceMismatch):
+            self.leave(space)
             raise
         return engine
+
+    def leave(self, space: Space) -> None:
+        """Leave a space to other workers for a while."""
+        with self._mutex:
+            self._unserved[space.id] = time.monotonic() + UNSERVED_SECONDS
 
     def unserved(self) -> list[int]:
         """Ids of spaces to leave to other workers for now.
@@ -71,37 +82,47 @@ class Engines:
 
     def _find(self, space: Space) -> Engine | None:
         with self._mutex:
-            for model, engine in self._engines.items():
-                if fingerprint(engine, _policy(space)) == space.spec.fingerprint:
-                    self._engines.move_to_end(model)
+            for key, engine in self._engines.items():
+                if _made_for(engine, space) == space.spec.fingerprint:
+                    self._engines.move_to_end(key)
                     return engine
         return None
 
-    def _load(self, model: str) -> Engine:
+    def _read_for(self, space: Space) -> ModelFolder:
+        return self._read(space.spec.model, space.spec.precision)
+
+    def _read(self, model: str, precision: Precision) -> ModelFolder:
         settings = self._settings
-        folder = resolve_model(model, pooling=settings.embedding_pooling, download=True)
+        return resolve_model(
+            model, pooling=settings.embedding_pooling, precision=precision, trust=settings.trust, download=True
+        )
+
+    def _load(self, model: str, folder: ModelFolder) -> Engine:
+        settings, precision = self._settings, folder.spec.precision
         with self._mutex:
             while len(self._engines) >= settings.embedding_engines:
-                dropped, _ = self._engines.popitem(last=False)
+                (dropped, _), _ = self._engines.popitem(last=False)
                 logger.info("dropped the engine of %s to make room", dropped)
         engine = Engine.load(
             folder,
             device=self._device,
             dtype=settings.embedding_dtype,
             batch_tokens=settings.embedding_batch_tokens or None,
+            precision=precision,
         )
         with self._mutex:
-            self._engines[model] = engine
+            self._engines[model, precision] = engine
         logger.info(
             "loaded %s on %s as %s, %s tokens per forward pass", model, engine.device, engine.dtype, engine.batch_tokens
         )
         return engine
 
 
-def fingerprint(engine: Engine, on_long: OnLong) -> str:
-    """The fingerprint of the vectors that ``engine`` makes under a policy."""
-    return dataclasses.replace(engine.spec, long_text=long_text_for(on_long)).fingerprint
+def fingerprint(engine: Engine, on_long: OnLong, dimensions: int) -> str:
+    """The fingerprint of the vectors that ``engine`` makes under a policy, cut to ``dimensions``."""
+    return dataclasses.replace(engine.spec, long_text=long_text_for(on_long), dimensions=dimensions).fingerprint
 
 
-def _policy(space: Space) -> OnLong:
-    return OnLong(space.spec.long_text.value)
+def _made_for(engine: Engine, space: Space) -> str:
+    """The fingerprint of what ``engine`` makes for ``space``: its full vectors where they are too short for it."""
+    return fingerprint(engine, space.spec.long_text.policy, min(space.spec.dimensions, engine.dimensions))

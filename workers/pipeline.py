@@ -14,7 +14,7 @@ from app.db import spaces
 from app.db.spaces import Space
 from app.domain.planning import too_long_reason
 from app.domain.spaces import OnLong
-from app.errors import ChunkmillError, LeaseLost
+from app.errors import CanaryFailed, ChunkmillError, LeaseLost
 from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
@@ -23,6 +23,7 @@ from app.vectors.read import Work, read_work, still_wanted
 from app.vectors.write import relax_durability, write_vectors
 from workers.context import WorkerContext
 from workers.engine.engine import Engine
+from workers.engine.matryoshka import shorten
 from workers.engine.results import TokenBatchResult
 from workers.engines import fingerprint
 from workers.lease import HeldLease
@@ -72,6 +73,9 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
         except LeaseLost as lost:
             logger.warning("%s", lost)
             return Outcome.LEASE_LOST
+        except CanaryFailed as drift:
+            _leave_to_others(context, lease, drift)
+            return Outcome.RELEASED
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
             _record_failure(context, attempt, error)
             return Outcome.FAILED
@@ -84,7 +88,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: _Attempt) -> None:
     with context.db.begin() as conn:
         space = spaces.get(conn, lease.space_id)
         work = read_work(conn, space, lease.chunk_batch_id)
-    engine = context.engines.for_space(space)
+    engine = context.engine_for(space)
     attempt.begin(space, engine, work)
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
@@ -104,6 +108,13 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: _Attempt) -> None:
 def _finish(context: WorkerContext, lease: Lease) -> None:
     with context.db.begin() as conn:
         finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+
+
+def _leave_to_others(context: WorkerContext, lease: Lease, drift: CanaryFailed) -> None:
+    """Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it."""
+    with context.db.begin() as conn:
+        chunk_batches.release_if_held(conn, lease, because=drift)
+    logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)
 
 
 def _record_failure(context: WorkerContext, attempt: _Attempt, error: Exception) -> None:
@@ -168,7 +179,8 @@ class _Attempt:
         self._hashes += [self._work.texts[i][0] for i in result.indices.tolist()]
         self._n_tokens.append(result.n_tokens)
         self._truncated.append(result.truncated)
-        self._vectors.append(result.vectors)
+        spec = self._space.spec
+        self._vectors.append(shorten(result.vectors, spec.dimensions, normalize=spec.normalize))
         self._dead += [DeadContent(self._work.texts[f.index][0], f.code, f.reason) for f in result.failures]
         self._done += len(result.indices) + len(result.failures)
         self._truncated_here += int(result.truncated.sum())
@@ -222,7 +234,7 @@ class _Attempt:
                 keep = np.array([content_hash in wanted for content_hash in hashes], dtype=bool)
                 hashes = [content_hash for content_hash in hashes if content_hash in wanted]
                 n_tokens, truncated, vectors = n_tokens[keep], truncated[keep], vectors[keep]
-            made_by = fingerprint(self._engine, self.lease.on_long)
+            made_by = fingerprint(self._engine, self.lease.on_long, vectors.shape[1])
             write_vectors(conn, self._space, made_by, hashes, n_tokens, truncated, vectors)
             self._written += len(hashes)
         self._clear()

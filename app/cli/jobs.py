@@ -15,7 +15,7 @@ from app.cli.progress import Bar, Pace
 from app.cli.sources import Fields, Reader
 from app.client import Client
 from app.domain.jobs import Job
-from app.domain.spaces import OnLong
+from app.domain.spaces import OnLong, Precision
 from app.domain.states import JobState, Priority, Route
 from app.environment import Environment
 from app.errors import InvalidChunk, InvalidInput, JobFailed
@@ -41,6 +41,16 @@ JOB_FAILED = 4
     default=OnLong.TRUNCATE.value,
     show_default=True,
     help="What becomes of a text longer than the model takes.",
+)
+@click.option(
+    "--dimensions",
+    type=click.IntRange(1),
+    help="Cut the vectors to so many dimensions: for models trained for it.  [default: EMBEDDING_DIMENSIONS]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice([p.value for p in Precision]),
+    help="int8 is faster on a CPU and less exact.  [default: EMBEDDING_PRECISION]",
 )
 @click.option(
     "--on-invalid",

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from app.cli.canary import canary
 from app.cli.inspect import look_at_database, look_at_spaces
 from app.cli.output import Screen, beginning, count, duration, json_option, shown
 from app.client import Client
@@ -89,11 +90,19 @@ def index(screen: Screen, collection: str, halfvec: bool) -> None:
         screen.say(f"{built.name} on {built.on} is ready ({duration(seconds)}).")
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @json_option
-@click.pass_obj
-def models(screen: Screen) -> None:
+@click.pass_context
+def models(context: click.Context) -> None:
     """The embedding spaces in the database: a model, its revision and how it is used."""
+    if context.invoked_subcommand is None:
+        _show_models(context.obj)
+
+
+models.add_command(canary)
+
+
+def _show_models(screen: Screen) -> None:
     with Client.from_env():  # migrated and reachable
         spaces = look_at_spaces(Environment.load(start_embedded=False).settings)
     if screen.json:
@@ -108,10 +117,10 @@ def models(screen: Screen) -> None:
         screen.say("No space is registered yet: the first enqueue or the first worker does it.")
     else:
         screen.table(
-            ["space", "model", "dims", "max tokens", "pooling", "long texts", "column", "collections"],
+            ["space", "model", "dims", "max tokens", "pooling", "long texts", "precision", "column", "collections"],
             [
                 (s.spec.fingerprint[:12], s.spec.model, s.spec.dimensions, s.spec.max_tokens, s.spec.pooling.value,
-                 s.spec.long_text.value, s.storage, ", ".join(names) or None)
+                 s.spec.long_text.value, s.spec.precision.value, s.storage, ", ".join(names) or None)
                 for s, names in spaces
             ],
         )  # fmt: skip

@@ -51,6 +51,20 @@ class SpaceRow(Base):
     __table_args__ = (sa.CheckConstraint("storage IN ('vector', 'halfvec')", name="storage"),)
 
 
+class SpaceCanaryRow(Base):
+    """What a space's first worker made of the golden texts (``workers.golden``), for all others to compare with."""
+
+    __tablename__ = "space_canaries"
+
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"), primary_key=True)
+    version: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    vectors: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    """Little-endian float32, C order, ``(len(n_tokens), dimensions)``."""
+    n_tokens: Mapped[list[int]] = mapped_column(ARRAY(sa.Integer))
+    made_by: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
 class CollectionRow(Base):
     __tablename__ = "collections"
 

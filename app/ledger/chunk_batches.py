@@ -15,6 +15,7 @@ from app.db.copy import copy_binary, encode_hash_array, encode_rows
 from app.domain.retries import Discard, decide
 from app.domain.spaces import OnLong
 from app.domain.states import ChunkBatchState, Route
+from app.errors import ChunkmillError
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +185,20 @@ def fail_if_held(
     return state if result.rowcount else None
 
 
-def release_if_held(conn: sa.Connection, lease: Lease) -> bool:
-    """Give a ChunkBatch back at once and uncharged: the worker is leaving, the work is not at fault.
+def release_if_held(conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None) -> bool:
+    """Give a ChunkBatch back at once and uncharged: the worker is leaving or unfit, the work is not at fault.
 
-    False: the lease is lost.
+    ``because`` is noted on it until somebody completes it. False: the lease is lost.
 
     The attempt number stays, for it is the fencing number; the limit moves up by one instead.
     """
     result = conn.execute(
         sa.text(
             "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
+            "error_code = coalesce(:code, error_code), error = coalesce(:error, error), "
             f"max_attempts = max_attempts + 1 {_HELD}"
         ),
-        _held(lease),
+        {"code": because and because.code, "error": because and str(because)[:2000], **_held(lease)},
     )
     return result.rowcount == 1
 

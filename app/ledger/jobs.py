@@ -54,10 +54,10 @@ def collection_id(conn: sa.Connection, name: str, space: Space) -> int:
     )
     if moved.rowcount == 0:
         raise SpaceMismatch(
-            f"collection {name!r} holds vectors of space {row.space_id}, and this enqueue asks for space "
-            f"{space.id} ({space.spec.model!r}, long texts: {space.spec.long_text}). Vectors of two spaces cannot "
-            "be compared: enqueue into another collection, with the model and on_long of the first, or delete the "
-            "collection's chunks before."
+            f"collection {name!r} holds vectors of space {row.space_id}, and this enqueue asks for space {space.id} "
+            f"({space.spec.model!r}, {space.spec.dimensions} dimensions, {space.spec.precision}, long texts: "
+            f"{space.spec.long_text}). Vectors of two spaces cannot be compared: enqueue into another collection, with "
+            "the model, on_long, dimensions and precision of the first, or delete the collection's chunks before."
         )
     return int(row.id)
 

@@ -23,6 +23,7 @@ from app.db.connect import create_db
 from app.embedded import Stack
 from app.settings import Settings
 from tests.acceptance.conftest import Processes, until
+from tests.damaged_model import damaged_model
 
 pytestmark = pytest.mark.xdist_group("acceptance")
 
@@ -166,6 +167,27 @@ def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> No
     assert worker.popen.wait(60) == 78
     assert "/no/such/folder" in worker.output()
     assert "Traceback" not in worker.output()
+
+
+def test_a_worker_that_drifts_takes_no_doorbell_says_so_and_ends(
+    processes: Processes, client: Client, db: sa.Engine, tmp_path: Path
+) -> None:
+    """Part of its weights is lost, under the fingerprint of the whole: only its vectors tell."""
+    assert processes.worker().terminate() == 0  # makes the reference
+    processes.poller()
+    job = client.enqueue(documents(100), collection="docs")
+    until(lambda: sum(client._broker.queued_doorbells().values()) == 2, 30)
+    drifting = processes.worker(ready=False, EMBEDDING_MODEL=str(damaged_model(tmp_path / "model")))
+    assert drifting.popen.wait(60) == 78
+    said = drifting.output()
+    assert re.search(r"drift from space \w{12} .*golden text \d+ has a similarity of 0\.\d+", said)
+    assert "chunkmill models canary --reset" in said
+    assert "Traceback" not in said
+    assert "ready." not in said
+    with db.begin() as conn:
+        untouched = conn.execute(sa.text("SELECT count(*) FROM chunk_batches WHERE attempt = 0")).scalar_one()
+    assert untouched == sum(client._broker.queued_doorbells().values()) == 2
+    assert client.job(job.id).state is JobState.RUNNING
 
 
 def test_two_workers_share_one_job(processes: Processes, client: Client, db: sa.Engine) -> None:

@@ -242,6 +242,9 @@ def test_a_bad_line_or_chunk_is_named_by_its_place(home: Path) -> None:
     path.write_text('{"id": "a", "text": "fine"}\n\n{"id": "b", "text": "  "}\n')
     assert f"{path}:3: chunk 'b': the text is empty" in refusal("enqueue", str(path), "-c", "bad")
     assert "no file or folder" in refusal("enqueue", str(home / "none.csv"), "-c", "bad")
+    path.write_text('{"id": "a", "text": "fine"}\n')
+    assert "gives 384 dimensions" in refusal("enqueue", str(path), "-c", "bad", "--dimensions", "96")
+    assert call("enqueue", str(path), "-c", "bad", "--precision", "int4").exit_code == 2
     assert "there is no collection 'bad'" in refusal("audit", "bad")
 
 
@@ -291,6 +294,18 @@ def test_models_and_index(embedded: dict[str, Any]) -> None:
     assert "is ready" in screen("index", "docs")
     assert document("index", "docs", "--halfvec")["on"] == "halfvec"
     assert document("search", "certificate", "-c", "docs", "-k", "1")[0]["chunk_id"] == "tls"
+
+
+def test_the_canary_is_shown_with_its_maker_and_forgotten(embedded: dict[str, Any]) -> None:
+    (kept,) = [each for each in document("models", "canary") if each["fingerprint"] == embedded["space"]]
+    assert kept["made_by"]["worker"].partition(":")[2].isdigit()
+    assert "torch" in kept["made_by"]["versions"]
+    assert kept["made_by"]["worker"] in screen("models", "canary")
+    assert "no space has the model or the fingerprint 'none'" in refusal("models", "canary", "--reset", "none")
+    assert document("models", "canary", "--reset", "all-MiniLM-L6-v2") == {"forgotten": [embedded["space"]]}
+    assert "nothing was changed" in screen("models", "canary", "--reset", embedded["space"][:12])
+    assert document("models", "canary") == []
+    assert "No reference is kept yet" in screen("models", "canary")
 
 
 def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Popen[bytes]], home: Path) -> None:

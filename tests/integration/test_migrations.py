@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from alembic import command
 
-from app.db import spaces
+from app.db import canaries, spaces
+from app.db.canaries import Canary, Maker
 from app.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated
 from app.domain.spaces import Pooling, SpaceSpec
 from app.embedded import StackStatus
@@ -43,6 +45,27 @@ def test_up_down_up_and_no_drift(empty: str) -> None:
     migrate(empty)
     command.check(config)
     assert "chunk_batches" in tables(db)
+    db.dispose()
+
+
+def test_the_canarys_table_joins_a_database_in_use_and_leaves_it(empty: str) -> None:
+    """While a job is being enqueued into a space that is already there."""
+    migrate(empty, "0001")
+    db = create_db(empty, role="test")
+    with db.begin() as conn:
+        space = spaces.register(conn, SPEC)
+    with db.connect() as in_use:
+        collection = sa.text("INSERT INTO collections (name, space_id) VALUES ('docs', :space)")
+        in_use.execute(collection, {"space": space.id})
+        migrate(empty, "0002")
+        in_use.commit()
+    golden = Canary(np.ones((2, 8), np.float32), np.array([3, 5], np.int32), Maker("w", "cpu", "float32", {}))
+    with db.begin() as conn:
+        canaries.find_or_keep(conn, space.id, 1, golden)
+    command.downgrade(alembic_config(empty), "0001")
+    with db.begin() as conn:
+        assert conn.execute(sa.text("SELECT name FROM collections")).scalars().all() == ["docs"]
+        assert spaces.get(conn, space.id) == space
     db.dispose()
 
 

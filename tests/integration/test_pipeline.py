@@ -186,8 +186,10 @@ def test_a_poison_text_is_isolated_and_the_rest_finishes(
 ) -> None:
     """Promise 7. The fake is the model's refusal of one text; everything after it is real."""
     poison = some(20)[11].text
+    job = client.enqueue(some(20), collection="docs")
+    _hear_canary(runner.context)
     _fail_on(monkeypatch, poison)
-    job = runner.finish(client.enqueue(some(20), collection="docs"))
+    job = runner.finish(job)
     assert (job.state, job.embedded, job.dead) == (JobState.FAILED, 19, 1)
     assert [(d.chunk_id, d.code) for d in job.dead_chunks] == [("id-11", "not_finite")]
     with pytest.raises(JobFailed, match="id-11"):
@@ -205,8 +207,9 @@ def test_a_failing_chunk_batch_backs_off_and_is_discarded(
     def broken(*args: object, **kwargs: object) -> Iterator[TokenBatchResult]:
         raise MemoryError("no room for it")
 
-    monkeypatch.setattr(Engine, "stream", broken)
     job = client.enqueue(some(3), collection="docs")
+    _hear_canary(runner.context)
+    monkeypatch.setattr(Engine, "stream", broken)
     for attempt in range(1, 6):
         assert runner.run_due() == [Outcome.FAILED]
         assert runner.due() == []  # not before its delay is over
@@ -244,6 +247,7 @@ def test_a_zombie_cannot_finish_what_another_has_claimed(
 ) -> None:
     """A worker sleeps past its lease, another takes over, the first wakes up: its completion finds no row."""
     job = client.enqueue(some(8), collection="docs")
+    _hear_canary(context)
     real_stream = Engine.stream
     second: list[Outcome] = []
 
@@ -269,6 +273,7 @@ def test_a_zombie_changes_nothing_while_another_attempt_runs(
 ) -> None:
     """The fencing number decides, not the state: the ChunkBatch is running, but in another's hands."""
     client.enqueue(some(8), collection="docs")
+    _hear_canary(context)
     real_stream = Engine.stream
 
     def sleeps(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
@@ -328,11 +333,12 @@ def test_a_stopping_worker_keeps_what_it_did_and_gives_the_rest_back(
             yield result
             context.stopping.set()
 
-    monkeypatch.setattr(Engine, "stream", stops_after_one)
     chunks = [
         (str(i), f"text number {i}, " + "with many words to fill several forward passes " * 4) for i in range(300)
     ]
     job = client.enqueue(chunks, collection="docs")
+    _hear_canary(context)
+    monkeypatch.setattr(Engine, "stream", stops_after_one)
     assert runner.run_due() == [Outcome.RELEASED]
     done = client.job(job.id)
     assert 0 < done.embedded < 300
@@ -445,6 +451,11 @@ def test_only_what_is_missing_is_embedded_on_a_later_attempt(
 def _space(context: WorkerContext) -> spaces.Space:
     with context.db.begin() as conn:
         return spaces.all_spaces(conn)[0]
+
+
+def _hear_canary(context: WorkerContext) -> None:
+    """As a worker does on its start, so that what a test then does to the engine meets its chunks alone."""
+    context.engine_for(_space(context))
 
 
 def _fail_on(monkeypatch: pytest.MonkeyPatch, poison: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from app import Client, InvalidInput, JobFailed, JobState
 from app.broker import Broker, kombu_url, make_celery
 from app.client import Client as ClientClass
+from app.db import spaces
 from app.db.connect import create_db
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
@@ -186,12 +188,13 @@ def test_a_worker_without_the_model_does_not_use_up_the_attempts(
     assert client.job(job.id).state is JobState.RUNNING
 
 
-def test_an_unknown_model_does_not_cost_a_loaded_one(settings: Settings) -> None:
+def test_an_unknown_model_does_not_cost_a_loaded_one(settings: Settings, db: sa.Engine) -> None:
     engines = Engines(settings.model_copy(update={"embedding_engines": 1}), "cpu")
-    engines._load(settings.embedding_model)
+    known = engines.load_default(db)
+    elsewhere = dataclasses.replace(known.spec, model="/no/such/model", revision="sha256:00")
     with pytest.raises(UnknownModel):
-        engines._load("/no/such/model")
-    assert list(engines._engines) == [settings.embedding_model]
+        engines.for_space(spaces.Space(known.id + 1, elsewhere, known.storage))
+    assert list(engines._engines) == [(settings.embedding_model, known.spec.precision)]
 
 
 def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(

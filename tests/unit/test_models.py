@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from app.domain.spaces import LongText, OnLong, Pooling
+from app.domain.trust import Trust
 from app.errors import UnknownModel
 from app.models import DEFAULT_MODEL, DEFAULT_SPEC, resolve_model, resolve_spec
 
@@ -45,6 +46,7 @@ def sentence_folder(folder: Path, *more: tuple[str, dict[str, Any]], **files: An
     content: dict[str, Any] = {
         "modules.json": listed,
         "config.json": BERT,
+        "tokenizer.json": {},
         "tokenizer_config.json": {"model_max_length": 512},
         "sentence_bert_config.json": {"max_seq_length": 128},
         "1_Pooling/config.json": {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True},
@@ -163,7 +165,7 @@ def test_max_tokens(
 
 
 def test_a_plain_folder_must_be_told_its_pooling(tmp_path: Path) -> None:
-    folder = str(write(tmp_path, {"config.json": BERT, "model.safetensors": weights()}))
+    folder = str(write(tmp_path, {"config.json": BERT, "tokenizer.json": {}, "model.safetensors": weights()}))
 
     with pytest.raises(UnknownModel, match="EMBEDDING_POOLING"):
         resolve_model(folder)
@@ -182,9 +184,6 @@ def test_a_folder_that_states_its_pooling_is_not_given_another(tmp_path: Path) -
         resolve_model(folder, pooling="cls")
 
 
-PICKLE = {"model.safetensors": b"", "pytorch_model.bin": b"x"}
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -193,7 +192,7 @@ PICKLE = {"model.safetensors": b"", "pytorch_model.bin": b"x"}
         ({"modules.json": [module("Transformer", ""), module("LSTM", "1_Pooling")]}, "LSTM"),
         ({"modules.json": [{"type": "own_code.Transformer", "path": ""}]}, "own_code.Transformer.*code"),
         ({"modules.json": [module("Transformer", "../elsewhere")]}, "out of the folder"),
-        ({"config.json": BERT | {"model_type": "new", "auto_map": {}}}, "architecture new.*never run"),
+        ({"config.json": BERT | {"model_type": "new", "auto_map": {}}}, "architecture new.*auto_map"),
         ({"config.json": BERT | {"model_type": "t5"}}, "encoder with a decoder"),
         ({"config.json": {"model_type": "bert"}}, "hidden_size"),
         ({"config.json": b"{not json"}, "not JSON"),
@@ -231,14 +230,6 @@ def test_a_native_architecture_is_read_without_its_auto_map(tmp_path: Path) -> N
     assert resolve_model(str(sentence_folder(tmp_path, **{"config.json": config}))).spec.dimensions == 8
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    folder = sentence_folder(tmp_path, **{"pytorch_model.bin": b"x"})
-    (folder / "model.safetensors").unlink()
-
-    with pytest.raises(UnknownModel, match=r"pickle.*save_pretrained"):
-        resolve_model(str(folder))
-
-
 def revision(folder: Path) -> str:
     return resolve_model(str(folder)).spec.revision
 
@@ -250,7 +241,7 @@ def test_the_revision_is_of_the_files_that_reach_the_vectors(tmp_path: Path) -> 
 
     other_files = {"README.md": b"x", "onnx/model.onnx": b"x", "train/state.json": {}, ".gitattributes": b"x"}
     assert revision(sentence_folder(tmp_path / "b", **other_files)) == first
-    assert revision(sentence_folder(tmp_path / "c", **{"tokenizer.json": {}})) != first
+    assert revision(sentence_folder(tmp_path / "c", **{"tokenizer.json": {"a": 1}})) != first
     assert revision(sentence_folder(tmp_path / "d", **{"model.safetensors": weights(fill=1)})) != first
     assert revision(sentence_folder(tmp_path / "e", ("Normalize", {}))) != first
     dense = ("Dense", {"in_features": 8, "out_features": 8})
@@ -317,9 +308,11 @@ def test_the_hugging_face_cache_is_read_without_the_network(
     assert resolve_spec(f"org/name@{revision_asked}").max_tokens == 128
 
 
-def test_download_asks_for_the_revision_and_for_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What ``snapshot_download`` was asked for; it gives a small folder."""
     folder = sentence_folder(tmp_path / "downloaded")
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = {"folder": folder}
 
     class Hub:
         @staticmethod
@@ -329,7 +322,20 @@ def test_download_asks_for_the_revision_and_for_no_code(monkeypatch: pytest.Monk
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)  # type: ignore[arg-type]
+    return asked
 
-    assert resolve_model("org/name@v1", download=True).path == folder
-    assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
-    assert not any(pattern.endswith((".py", ".bin")) for pattern in asked["allow_patterns"])
+
+def test_download_asks_for_the_revision_and_for_no_code(downloads: dict[str, Any]) -> None:
+    assert resolve_model("org/name@v1", download=True).path == downloads["folder"]
+    assert (downloads["repo"], downloads["revision"]) == ("org/name", "v1")
+    assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])
+
+
+def test_download_asks_for_what_the_model_is_trusted_with(downloads: dict[str, Any]) -> None:
+    resolve_model("org/name@v1", trust=Trust(pickle={"org/name@v1"}), download=True)
+    assert [p for p in downloads["allow_patterns"] if p.endswith((".py", ".bin"))] == ["pytorch_model*.bin"]
+    resolve_model("org/name@v1", trust=Trust(remote_code={"org/name@v1"}), download=True)
+    assert [p for p in downloads["allow_patterns"] if p.endswith((".py", ".bin"))] == ["*.py"]
+    # Another revision is another name.
+    resolve_model("org/name@v2", trust=Trust(pickle={"org/name@v1"}, remote_code={"org/name"}), download=True)
+    assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])

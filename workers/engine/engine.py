@@ -110,6 +110,8 @@ class Engine:
         on = resolve_device(device)
         if isinstance(model, str):
             model = resolve_model(model, pooling=pooling, on_long=on_long, precision=precision)
+        if Precision.INT8 in (precision, model.spec.precision):
+            raise InvalidSetting("precision int8 has no kernels in this version: set EMBEDDING_PRECISION=float")
         folder = model
         config = read_json(folder.transformer / "config.json")
         tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 URGENT_RUN = 8
 # Passes under way at a time on a device that computes while the host goes on: one computes, one waits.
 IN_FLIGHT = 2
-# An idle thread ends, so that a dropped engine leaves nothing behind; the next text starts another.
+# An idle thread ends, so that a dropped engine leaves nothing behind; the next text starts another. It is no daemon,
+# because the interpreter ends those in the middle of torch's C++; so it looks whether the program is over.
 IDLE_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ class DeviceLoop:
             lengths = np.array([len(row) for row in rows], np.int32)
             self._queues[source.stream.urgent].add(lengths, name, first)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="device")
                 self._thread.start()
             self._changed.notify_all()
 
@@ -201,7 +203,7 @@ class DeviceLoop:
     ) -> tuple[TokenBatch, NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]] | None:
         """Choose a TokenBatch; None when nothing waits. With ``block``, None ends the thread."""
         with self._changed:
-            if block and not self._changed.wait_for(self._any_waiting, IDLE_SECONDS):
+            if block and not self._wait():
                 self._thread = None
                 return None
             if not self._any_waiting():
@@ -226,6 +228,14 @@ class DeviceLoop:
                 np.array([self._sources[owner].skip for owner, _ in pairs], np.int32),
             )
         return batch, owners, at, lengths
+
+    def _wait(self) -> bool:
+        """Until rows wait; False when none came for a while, or the program ends."""
+        idle_until = time.monotonic() + IDLE_SECONDS
+        while not self._changed.wait_for(self._any_waiting, min(_LOOK_SECONDS, IDLE_SECONDS)):
+            if time.monotonic() >= idle_until or not threading.main_thread().is_alive():
+                return False
+        return True
 
     def _any_waiting(self) -> bool:
         return any(len(waiting.lengths) for waiting in self._queues.values())

@@ -111,9 +111,10 @@ def _normalize(vectors: torch.Tensor) -> torch.Tensor:
 def _load(layer: DenseLayer, device: torch.device) -> _Dense:
     from safetensors.torch import load_file
 
-    file = layer.path / "model.safetensors"
+    file = layer.weights
     try:
-        tensors = load_file(str(file))
+        pickled = file.suffix == ".bin"  # the folder's reader has refused one that the operator does not trust
+        tensors = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(str(file))
         weight = tensors["linear.weight"].float().to(device)
         bias = tensors["linear.bias"].float().to(device) if layer.bias else None
     except Exception as error:

@@ -16,6 +16,9 @@ from workers.engine.encoder.attention import Pattern
 from workers.engine.encoder.encoder import Encoder, Heads, Layer, Norm, Rotary
 from workers.engine.encoder.linear import ACTIVATIONS, Linear, make_linear
 
+Products = Callable[[torch.Tensor, torch.Tensor | None, str | None], Linear]
+"""From (out, in) weights, (out,) bias and an activation's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Build:
@@ -26,6 +29,8 @@ class Build:
     slots: int
     """The usual number of tokens in a pass."""
     max_tokens: int
+    products: Products | None = None
+    """Makes the linear layers in place of `make_linear`, in the order of the model's layers."""
 
     @property
     def residual(self) -> torch.dtype:
@@ -49,14 +54,10 @@ class Build:
             biases = [
                 each.bias if each.bias is not None else each.weight.new_zeros(len(each.weight)) for each in modules
             ]
-        return make_linear(
-            weight,
-            torch.cat(biases) if biases else None,
-            dtype=self.dtype,
-            device=self.device,
-            slots=self.slots,
-            activation=activation,
-        )
+        bias = torch.cat(biases) if biases else None
+        if self.products is not None:
+            return self.products(weight, bias, activation)
+        return make_linear(weight, bias, dtype=self.dtype, device=self.device, slots=self.slots, activation=activation)
 
 
 def build_encoder(model: Any, build: Build) -> Encoder | None:

@@ -152,7 +152,7 @@ class Encoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(slots, heads, size), (slots, key heads, size) twice."""
         queries, keys, size = self.heads.queries, self.heads.keys, self.heads.size
-        qkv = layer.qkv(x.to(self.dtype)).view(len(x), queries + 2 * keys, size)
+        qkv = layer.qkv(x).view(len(x), queries + 2 * keys, size)
         q, k, v = torch.split(qkv, [queries, keys, keys], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             q, k = layer.query_norm(q.float()).to(self.dtype), layer.key_norm(k.float()).to(self.dtype)
@@ -162,7 +162,7 @@ class Encoder:
         return q, k, v
 
     def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        up = layer.up(x.to(self.dtype))
+        up = layer.up(x)
         if layer.gate is not None:
             gate, value = up.chunk(2, dim=-1)
             up = layer.gate(gate) * value
