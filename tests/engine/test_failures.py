@@ -32,7 +32,7 @@ class FaultyBackend:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.name, self.device, self.dtype = inner.name, inner.device, inner.dtype
-        self.packed, self.embedding_rows = inner.packed, inner.embedding_rows
+        self.packed, self.embedding_rows, self.concurrent = inner.packed, inner.embedding_rows, inner.concurrent
         self.raises: Callable[[Ids], bool] = lambda ids: False
         self.spoils: Callable[[Ids], bool] = lambda ids: False
         self.most_tokens = 1 << 30
@@ -57,7 +57,9 @@ class FaultyBackend:
 def load(toy_path: Callable[[str], Path]) -> Load:
     def build(dtype: str = "fp32", learned: Path | None = None) -> tuple[Engine, FaultyBackend]:
         """An engine whose backend, and whose fp32 twin for second chances, can be told to fail."""
-        engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype=dtype, batch_tokens=512, learned=learned)
+        engine = Engine.load(
+            str(toy_path("bert-mean")), device="cpu", dtype=dtype, batch_tokens=512, learned=learned, threads=1
+        )
         faulty = FaultyBackend(engine._backend)
         engine._runner.backend = faulty
         return engine, faulty

@@ -28,6 +28,7 @@ class FakeRunner:
     """Answers each row with its first id, when the test lets it: the device is not what these tests are about."""
 
     packed: bool = True
+    concurrent: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     served: list[list[int]] = field(default_factory=list)
     error: Exception | None = None
@@ -188,16 +189,15 @@ def test_a_dropped_engine_goes_away(toy_path: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(loop, "IDLE_SECONDS", 0.05)
     engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32")
     engine.embed(["one text"])
-    thread = engine._loop._thread
-    assert thread is not None
+    (thread,) = engine._loop._lanes
     thread.join(PATIENCE)
     assert not thread.is_alive()
+    assert not engine._loop._lanes
 
     engine.embed(["and another, after the thread has gone"])
     watched = weakref.ref(engine._backend)
-    thread = engine._loop._thread
+    (thread,) = engine._loop._lanes
     del engine
-    assert thread is not None
     thread.join(PATIENCE)
     del thread
     gc.collect()
@@ -233,7 +233,7 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
     passes: list[int] = []
 
     class Held:
-        device, packed, dtype = backend.device, backend.packed, backend.dtype
+        device, packed, dtype, concurrent = backend.device, backend.packed, backend.dtype, False
 
         def __call__(self, each: Sequence[Ids], **options: object) -> object:
             passes.append(len(each))
@@ -242,6 +242,7 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
             return backend(each, **options)  # type: ignore[arg-type]
 
     engine._runner.backend = Held()  # type: ignore[assignment]
+    engine._loop._most_lanes = 1
     threads = [threading.Thread(target=engine.embed, args=(["a", "b", "c"],)) for _ in range(3)]
     threads[0].start()
     assert running.wait(PATIENCE)
@@ -257,3 +258,28 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
         thread.join(PATIENCE)
 
     assert passes == [3, 6]
+
+
+def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(toy_path: Callable[[str], Path]) -> None:
+    text = "four words are here"
+    tokens = int(Engine.load(str(toy_path("bert-mean")), device="cpu").embed([text]).n_tokens[0])
+    engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=10 * tokens, threads=2)
+    launch, both = engine._runner.launch, threading.Barrier(2)
+    seen: list[tuple[str, int]] = []
+
+    def recording(batch: TokenBatch) -> Pass:
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        if len(batch.rows) > 1:
+            both.wait(PATIENCE)  # broken, unless two passes are under way at once
+        return launch(batch)
+
+    engine._runner.launch = recording  # type: ignore[method-assign]
+    texts = [text] * 20  # two passes
+
+    engine.embed(["alone"])
+    assert [threads for _, threads in seen] == [2]
+    seen.clear()
+    together = engine.embed(texts).vectors
+
+    assert [threads for _, threads in seen] == [1, 1]
+    np.testing.assert_allclose(together, np.repeat(engine.embed(texts[:1]).vectors, 20, axis=0), atol=1e-5)

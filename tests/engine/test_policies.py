@@ -132,7 +132,7 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
     passes = []
 
     class Held:
-        device, packed, dtype = backend.device, backend.packed, backend.dtype
+        device, packed, dtype, concurrent = backend.device, backend.packed, backend.dtype, False
 
         def __call__(self, rows: Sequence[Ids], **options: Any) -> Hidden:
             passes.append(len(rows))
@@ -142,6 +142,7 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
             return backend(rows, **options)
 
     engine._runner.backend = Held()  # type: ignore[assignment]
+    engine._loop._most_lanes = 1
     asked = []
 
     def stop() -> bool:

@@ -1,8 +1,9 @@
-"""The device's own thread: one per engine, fed by the streams of all callers.
+"""The device's own threads, fed by the streams of all callers.
 
 Rows of every stream wait in one queue, sorted by length, so a TokenBatch may hold texts of several ChunkBatches
-and the device does not wait at a ChunkBatch's edge. One thread starts all passes: OpenMP keeps one team of
-threads, and on a GPU two passes are under way while the host gathers the next.
+and the device does not wait at a ChunkBatch's edge. A GPU has one thread, which keeps two passes under way. A CPU
+has one lane per core, or per few cores: a pass of its own on each core needs no barrier between the cores after
+every operation, and one pass on all of them does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from workers.engine.budget import Budget
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 URGENT_RUN = 8
 # Passes under way at a time on a device that computes while the host goes on: one computes, one waits.
 IN_FLIGHT = 2
+# Lanes of a CPU. More would wait for Python, which takes 1 to 2 ms of every pass, and need more rows at hand.
+MOST_LANES = 8
 # An idle thread ends, so that a dropped engine leaves nothing behind; the next text starts another. It is no daemon,
 # because the interpreter ends those in the middle of torch's C++; so it looks whether the program is over.
 IDLE_SECONDS = 10.0
@@ -90,30 +94,45 @@ class _Source:
     waiting: int = 0
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A pass under way, and whose rows are in it."""
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A TokenBatch, and whose rows are in it."""
 
-    running: Pass
+    batch: TokenBatch
     owners: NDArray[np.int64]
     at: NDArray[np.int32]
     lengths: NDArray[np.int32]
+    threads: int
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A pass under way."""
+
+    running: Pass
+    chosen: _Chosen
     started: float
 
 
 class DeviceLoop:
-    """Feeds one :class:`Runner`. ``budget`` is asked before every pass: it may shrink meanwhile."""
+    """Feeds one :class:`Runner`. ``budget`` is asked before every pass: it may shrink meanwhile.
 
-    def __init__(self, runner: Runner, budget: Budget) -> None:
+    ``threads`` are torch's, on a CPU: the lanes share them, and a pass that runs alone has them all.
+    """
+
+    def __init__(self, runner: Runner, budget: Budget, *, threads: int = 1) -> None:
         self._budget = budget
+        self._total = threads
+        self._most_lanes = min(threads, MOST_LANES) if runner.backend.concurrent else 1
         self._runner = runner
         self._changed = threading.Condition()
         self._sources: dict[int, _Source] = {}  # in order of arrival
         self._names = itertools.count()
         self._queues = {True: _Waiting(), False: _Waiting()}
         self._urgent_run = 0
-        self._thread: threading.Thread | None = None
-        self._flying: deque[_Flight] = deque()
+        self._lanes: set[threading.Thread] = set()
+        self._idle = 0
+        self._computing = 0
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
 
     def open(self, *, urgent: bool = False) -> int:
@@ -137,9 +156,7 @@ class DeviceLoop:
             source.stream.added += len(rows)
             lengths = np.array([len(row) for row in rows], np.int32)
             self._queues[source.stream.urgent].add(lengths, name, first)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="device")
-                self._thread.start()
+            self._open_lane()
             self._changed.notify_all()
 
     def results(self, name: int) -> Iterator[Done]:
@@ -175,36 +192,40 @@ class DeviceLoop:
         with self._changed:
             return sum(len(waiting.lengths) for waiting in self._queues.values())
 
+    def _open_lane(self) -> None:
+        """One more thread, if rows wait that none is free to take."""
+        if not self._idle and len(self._lanes) < self._most_lanes and self._any_waiting():
+            lane = threading.Thread(target=self._run, name="device")
+            self._lanes.add(lane)
+            lane.start()
+
     def _run(self) -> None:
-        """The thread: start what fits, then finish the oldest."""
+        """A lane: start what fits, then finish the oldest."""
+        flying: deque[_Flight] = deque()
         try:
             while True:
-                batch = self._next(block=not self._flying)
-                if batch is not None:
-                    self._launch(*batch)
-                if not self._flying:
-                    if batch is None:
-                        return
-                    continue
-                if batch is None or len(self._flying) >= self._most_in_flight:
-                    self._land(self._flying.popleft())
+                chosen = self._next(block=not flying)
+                if chosen is not None:
+                    flying.append(self._launch(chosen))
+                elif not flying:
+                    return
+                if chosen is None or len(flying) >= self._most_in_flight:
+                    self._land(flying.popleft(), then=flying[0] if flying else None)
         except BaseException as error:
             # A defect of ours. Whoever waits must hear of it instead of waiting for ever.
-            logger.exception("the device's thread failed")
+            logger.exception("a thread of the device failed")
             with self._changed:
-                self._thread = None
-                self._flying.clear()
+                self._lanes.discard(threading.current_thread())
                 self._queues = {True: _Waiting(), False: _Waiting()}
                 for source in self._sources.values():
+                    source.waiting = 0
                     source.stream.results.put(error)
 
-    def _next(
-        self, *, block: bool
-    ) -> tuple[TokenBatch, NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]] | None:
-        """Choose a TokenBatch; None when nothing waits. With ``block``, None ends the thread."""
+    def _next(self, *, block: bool) -> _Chosen | None:
+        """Choose a TokenBatch; None when nothing waits. With ``block``, None ends the lane."""
         with self._changed:
             if block and not self._wait():
-                self._thread = None
+                self._lanes.discard(threading.current_thread())
                 return None
             if not self._any_waiting():
                 return None
@@ -214,10 +235,10 @@ class DeviceLoop:
             # The stream that came first is finished first; the others' rows fill its passes.
             oldest = next(name for name, each in self._sources.items() if each.stream.urgent is urgent and each.waiting)
             anchor = int((waiting.owners == oldest).argmax())
-            chosen = choose(waiting.lengths, anchor, self._budget.tokens, packed=self._runner.backend.packed)
-            lengths, owners, at = waiting.lengths[chosen], waiting.owners[chosen], waiting.at[chosen]
+            span = choose(waiting.lengths, anchor, self._budget.tokens, packed=self._runner.backend.packed)
+            lengths, owners, at = waiting.lengths[span], waiting.owners[span], waiting.at[span]
             left = np.ones(len(waiting.lengths), np.bool_)
-            left[chosen] = False
+            left[span] = False
             waiting.keep(left)
             pairs = list(zip(owners.tolist(), at.tolist(), strict=True))
             for owner, _ in pairs:
@@ -227,15 +248,29 @@ class DeviceLoop:
                 np.array([self._sources[owner].windows[row] for owner, row in pairs]),
                 np.array([self._sources[owner].skip for owner, _ in pairs], np.int32),
             )
-        return batch, owners, at, lengths
+            self._computing += 1
+            self._open_lane()
+            return _Chosen(batch, owners, at, lengths, self._share())
+
+    def _share(self) -> int:
+        """torch's threads for the next pass: all of them where nothing else wants them."""
+        if self._most_lanes == 1:
+            return self._total
+        if self._computing == 1 and not self._any_waiting():
+            return self._total
+        return max(self._total // self._most_lanes, 1)
 
     def _wait(self) -> bool:
         """Until rows wait; False when none came for a while, or the program ends."""
         idle_until = time.monotonic() + IDLE_SECONDS
-        while not self._changed.wait_for(self._any_waiting, min(_LOOK_SECONDS, IDLE_SECONDS)):
-            if time.monotonic() >= idle_until or not threading.main_thread().is_alive():
-                return False
-        return True
+        self._idle += 1
+        try:
+            while not self._changed.wait_for(self._any_waiting, min(_LOOK_SECONDS, IDLE_SECONDS)):
+                if time.monotonic() >= idle_until or not threading.main_thread().is_alive():
+                    return False
+            return True
+        finally:
+            self._idle -= 1
 
     def _any_waiting(self) -> bool:
         return any(len(waiting.lengths) for waiting in self._queues.values())
@@ -245,38 +280,42 @@ class DeviceLoop:
             return False
         return not (len(self._queues[False].lengths) and self._urgent_run >= URGENT_RUN)
 
-    def _launch(
-        self, batch: TokenBatch, owners: NDArray[np.int64], at: NDArray[np.int32], lengths: NDArray[np.int32]
-    ) -> None:
+    def _launch(self, chosen: _Chosen) -> _Flight:
         started = time.perf_counter()
-        self._flying.append(_Flight(self._runner.launch(batch), owners, at, lengths, started))
+        if self._runner.backend.concurrent and torch.get_num_threads() != chosen.threads:
+            torch.set_num_threads(chosen.threads)  # of this thread
+        return _Flight(self._runner.launch(chosen.batch), chosen, started)
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: _Flight, *, then: _Flight | None) -> None:
         try:
             outcome: Outcome | BaseException = self._runner.finish(flight.running)
         except Exception as error:  # noqa: BLE001 - the streams raise it
             outcome = error
+        chosen = flight.chosen
         seconds = time.perf_counter() - flight.started
-        tokens = int(flight.lengths.sum())
+        if self._most_lanes > 1:
+            seconds *= chosen.threads / self._total  # of the device, which other lanes share
+        tokens = int(chosen.lengths.sum())
         padding = 1.0
         if not self._runner.backend.packed:
-            padding = int(flight.lengths.max()) * len(flight.lengths) / tokens
+            padding = int(chosen.lengths.max()) * len(chosen.lengths) / tokens
         with self._changed:
-            if self._flying and isinstance(outcome, Outcome):
+            self._computing -= 1
+            if then is not None:
                 # The next pass computes since this one ended, however early it was started.
-                self._flying[0].started = max(self._flying[0].started, time.perf_counter())
-            for owner in dict.fromkeys(flight.owners.tolist()):
+                then.started = max(then.started, time.perf_counter())
+            for owner in dict.fromkeys(chosen.owners.tolist()):
                 source = self._sources.get(owner)
                 if source is None:
                     continue
                 if isinstance(outcome, BaseException):
                     self._fail(owner, source, outcome)
                     continue
-                mine = np.flatnonzero(flight.owners == owner)
+                mine = np.flatnonzero(chosen.owners == owner)
                 part = outcome.part(mine)
-                own = int(flight.lengths[mine].sum())
+                own = int(chosen.lengths[mine].sum())
                 share = own / tokens
-                source.stream.results.put(Done(flight.at[mine], part, seconds * share, own, round(own * padding)))
+                source.stream.results.put(Done(chosen.at[mine], part, seconds * share, own, round(own * padding)))
 
     def _fail(self, owner: int, source: _Source, error: BaseException) -> None:
         """The device is broken: nothing of this stream will come any more."""

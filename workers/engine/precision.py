@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from functools import cache
 from typing import Final
 
 import torch
@@ -78,6 +79,12 @@ def device_name(device: torch.device) -> str:
     else:
         words = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+@cache
+def cpu_threads() -> int:
+    """torch's threads before any lane took its share of them."""
+    return torch.get_num_threads()
 
 
 def default_batch_tokens(device: torch.device) -> int:

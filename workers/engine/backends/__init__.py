@@ -16,16 +16,19 @@ from workers.engine.windows import Ids
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Token vectors of one TokenBatch, padded on the right."""
+    """Token vectors of one TokenBatch, padded on the right, or one text after the other."""
 
     vectors: torch.Tensor
-    """(n, longest, hidden), on the backend's device, fp32 or what the model ends in. Padding may hold anything."""
+    """(n, longest, hidden), on the backend's device, fp32 or what the model ends in; padding may hold anything.
+    With ``owners`` (tokens, hidden)."""
     lengths: torch.Tensor
     """(n,) int64, on the same device."""
+    owners: torch.Tensor | None = None
+    """(tokens,) int64: the text that each token belongs to; None where the vectors are padded."""
 
 
 class Backend(Protocol):
-    """One model on one device. One caller at a time."""
+    """One model on one device."""
 
     name: str
     """``native``, ``transformers``, ``onnx`` or ``openvino``."""
@@ -35,6 +38,8 @@ class Backend(Protocol):
     """What its matrix products run in; below fp32, a vector that is not finite is computed again in fp32."""
     packed: bool
     """A TokenBatch costs its tokens; otherwise its rows times the longest of them."""
+    concurrent: bool
+    """Several threads may call it at a time, and it computes in the caller's threads of torch; else one at a time."""
     embedding_rows: int
     """Tokens that the model knows."""
 

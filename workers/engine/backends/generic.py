@@ -23,6 +23,7 @@ class TransformersBackend:
 
     name = "transformers"
     packed = False
+    concurrent = False  # models of other makers keep caches, of rotary positions for one
 
     def __init__(self, model: Any, *, dtype: torch.dtype, device: torch.device, pad_id: int) -> None:
         _set_dtypes(model, dtype)
