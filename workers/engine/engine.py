@@ -30,7 +30,7 @@ from workers.engine.collect import Collector
 from workers.engine.encoder.architectures import Build
 from workers.engine.loop import DeviceLoop, Done
 from workers.engine.pooling import Head
-from workers.engine.precision import default_batch_tokens, device_name, resolve_device, resolve_dtype
+from workers.engine.precision import cpu_threads, default_batch_tokens, device_name, resolve_device, resolve_dtype
 from workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from workers.engine.run import Runner
 from workers.engine.tokenizer import TextTokenizer
@@ -58,6 +58,7 @@ class Engine:
         *,
         budget: Budget,
         on_long: OnLong,
+        threads: int = 1,
     ) -> None:
         self.spec: SpaceSpec = folder.spec
         self.on_long = on_long
@@ -76,7 +77,7 @@ class Engine:
             exact=self._load_exact,
             shrink=budget.shrink,
         )
-        self._loop = DeviceLoop(self._runner, budget)
+        self._loop = DeviceLoop(self._runner, budget, threads=threads)
         for prompt in (folder.spec.document_prompt, folder.spec.query_prompt):
             frame = tokenizer.frame(prompt)
             if frame.skip + len(frame.suffix) >= self.max_tokens:
@@ -98,11 +99,13 @@ class Engine:
         precision: Precision = Precision.FLOAT,
         backend: BackendName = "auto",
         learned: Path | None = None,
+        threads: int | None = None,
     ) -> Self:
         """Load a model that is on this machine.
 
         ``backend`` auto is our own forward pass, or transformers' for an architecture that ours does not know.
-        ``learned`` is the folder that keeps what is learned about this machine's memory. Raises UnknownModel,
+        ``learned`` is the folder that keeps what is learned about this machine's memory. ``threads`` are torch's on a
+        CPU; None for as many as it had when this process first loaded an engine. Raises UnknownModel,
         ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
         """
         if batch_tokens is not None and batch_tokens < 1:
@@ -129,7 +132,15 @@ class Engine:
         format_word = str(loaded.dtype).removeprefix("torch.")
         name = f"{device_name(on)}-{folder.spec.fingerprint[:16]}-{loaded.name}-{format_word}.json"
         budget = Budget(tokens, learned / name if learned is not None else None, least=folder.spec.max_tokens)
-        return cls(folder, tokenizer, loaded, Head(folder, on), budget=budget, on_long=on_long)
+        return cls(
+            folder,
+            tokenizer,
+            loaded,
+            Head(folder, on),
+            budget=budget,
+            on_long=on_long,
+            threads=threads or cpu_threads(),
+        )
 
     @property
     def device(self) -> str:

@@ -282,7 +282,7 @@ class DeviceLoop:
 
     def _launch(self, chosen: _Chosen) -> _Flight:
         started = time.perf_counter()
-        if self._runner.backend.concurrent and torch.get_num_threads() != chosen.threads:
+        if self._runner.backend.device.type == "cpu" and torch.get_num_threads() != chosen.threads:
             torch.set_num_threads(chosen.threads)  # of this thread
         return _Flight(self._runner.launch(chosen.batch), chosen, started)
 
