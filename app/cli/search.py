@@ -12,6 +12,7 @@ import click
 from rich.text import Text
 
 from app.cli.canary import canary
+from app.cli.export import export
 from app.cli.inspect import look_at_database, look_at_spaces
 from app.cli.output import Screen, beginning, count, duration, json_option, shown
 from app.client import Client
@@ -100,6 +101,7 @@ def models(context: click.Context) -> None:
 
 
 models.add_command(canary)
+models.add_command(export)
 
 
 def _show_models(screen: Screen) -> None:

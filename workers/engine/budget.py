@@ -15,7 +15,7 @@ class Budget:
     """Tokens of one pass, for one device, model and number format.
 
     A pass that did not fit halves it for good: ``file`` keeps the number, so the next process on this machine does
-    not run into the same wall. Delete the file to start again; ``chunkmill tune`` writes it anew.
+    not run into the same wall, whatever a profile says. Delete the file to start again.
     """
 
     def __init__(self, tokens: int, file: Path | None = None, *, least: int = 1) -> None:

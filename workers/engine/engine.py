@@ -25,6 +25,8 @@ from workers.engine.backends import Backend
 from workers.engine.backends.generic import TransformersBackend
 from workers.engine.backends.loading import load_model
 from workers.engine.backends.native import NativeBackend
+from workers.engine.backends.onnx import OnnxBackend
+from workers.engine.backends.openvino import OpenVinoBackend
 from workers.engine.budget import Budget
 from workers.engine.collect import Collector
 from workers.engine.encoder.architectures import Build
@@ -110,6 +112,7 @@ class Engine:
         """
         if batch_tokens is not None and batch_tokens < 1:
             raise InvalidSetting(f"EMBEDDING_BATCH_TOKENS is {batch_tokens}: it must be positive")
+        threads = threads or cpu_threads()
         on = resolve_device(device)
         if isinstance(model, str):
             model = resolve_model(model, pooling=pooling, on_long=on_long, precision=precision)
@@ -119,6 +122,8 @@ class Engine:
         config = read_json(folder.transformer / "config.json")
         tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
         tokens = batch_tokens or default_batch_tokens(on)
+        if backend == "onnx" and dtype == "auto":
+            dtype = "fp32"  # all that it has
         number_format = resolve_dtype(dtype, on, config.get("model_type", ""))
         loaded = _load_backend(
             folder,
@@ -127,6 +132,7 @@ class Engine:
             dtype=number_format,
             slots=tokens,
             pad_id=_pad_id(tokenizer, config),
+            threads=threads,
         )
         tokenizer.check(config, loaded.embedding_rows)
         format_word = str(loaded.dtype).removeprefix("torch.")
@@ -139,7 +145,7 @@ class Engine:
             Head(folder, on),
             budget=budget,
             on_long=on_long,
-            threads=threads or cpu_threads(),
+            threads=threads,
         )
 
     @property
@@ -296,6 +302,7 @@ class Engine:
                     device=self._backend.device,
                     dtype=torch.float32,
                     slots=64,
+                    threads=cpu_threads(),
                     pad_id=_pad_id(self._tokenizer, read_json(self._folder.transformer / "config.json")),
                 )
                 for each in (self._exact, self._backend):
@@ -329,21 +336,31 @@ def _pad_id(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
 
 
 def _load_backend(
-    folder: ModelFolder, name: BackendName, *, device: torch.device, dtype: torch.dtype, slots: int, pad_id: int
+    folder: ModelFolder,
+    name: BackendName,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    slots: int,
+    pad_id: int,
+    threads: int,
 ) -> Backend:
     if name in ("onnx", "openvino"):
-        raise InvalidSetting(f"backend {name} is not wired yet")
+        if device.type != "cpu":
+            raise InvalidSetting(f"backend {name} runs on the CPU, and EMBEDDING_DEVICE asks for {device}: use auto")
+        exported = OnnxBackend if name == "onnx" else OpenVinoBackend
+        return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
     model = load_model(folder)
-    if name != "transformers":
-        build = Build(dtype, device, slots, folder.spec.max_tokens)
-        native = NativeBackend.build(model, build, pad_id=pad_id)
-        if native is not None:
-            return native
-        if name == "native":
-            raise InvalidSetting(
-                f"backend native does not know the architecture {model.config.model_type}: use auto or transformers"
-            )
     try:
+        if name != "transformers":
+            build = Build(dtype, device, slots, folder.spec.max_tokens)
+            native = NativeBackend.build(model, build, pad_id=pad_id)
+            if native is not None:
+                return native
+            if name == "native":
+                raise InvalidSetting(
+                    f"backend native does not know the architecture {model.config.model_type}: use auto or transformers"
+                )
         return TransformersBackend(model, dtype=dtype, device=device, pad_id=pad_id)
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"the model in {folder.transformer} does not fit {device}: {error}") from error

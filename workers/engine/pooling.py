@@ -32,12 +32,14 @@ _ACTIVATIONS = {
 
 
 def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, hidden) fp32 from (n, longest, hidden).
+    """(n, hidden) fp32 from (n, longest, hidden), or from (tokens, hidden) of packed texts.
 
     ``skips`` is (n,) int: the leading tokens of each row that are left out, the special token and the prompt, for
     a model whose prompts are not pooled.
     """
     vectors, lengths = hidden.vectors.float(), hidden.lengths
+    if hidden.owners is not None:
+        return _pool_packed(vectors, lengths, hidden.owners, mode, skips)
     at = torch.arange(vectors.shape[1], device=vectors.device)
     inside = at < lengths[:, None]  # (n, longest)
     if skips is not None:
@@ -54,6 +56,33 @@ def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> to
             total = vectors.masked_fill(~inside[..., None], 0.0).sum(dim=1)
             count = inside.sum(dim=1, keepdim=True).float().clamp(min=1e-9)
             return total / (count if mode is Pooling.MEAN else count.sqrt())
+
+
+def _pool_packed(
+    vectors: torch.Tensor, lengths: torch.Tensor, owners: torch.Tensor, mode: Pooling, skips: torch.Tensor | None
+) -> torch.Tensor:
+    """Text by text and in the order of its tokens, so that nothing depends on the neighbours.
+
+    A grid of (n, longest) would hold a pass of one long and many short texts many times over.
+    """
+    starts = lengths.cumsum(0) - lengths
+    if skips is None:
+        skips = torch.zeros_like(lengths)
+    match mode:
+        case Pooling.CLS:
+            return vectors[starts + torch.where(skips < lengths, skips, 0)]
+        case Pooling.LAST_TOKEN:
+            return vectors[starts + lengths - 1]
+    outside = torch.arange(len(vectors), device=vectors.device) - starts[owners] < skips[owners]
+    nothing = float("-inf") if mode is Pooling.MAX else 0.0
+    vectors = vectors.masked_fill(outside[:, None], nothing)
+    # unsafe: without a look at the lengths, for which a GPU would have to be waited for.
+    reduce = "max" if mode is Pooling.MAX else "sum"
+    pooled = torch.segment_reduce(vectors, reduce, lengths=lengths, axis=0, unsafe=True)
+    if mode is Pooling.MAX:
+        return pooled
+    count = (lengths - skips)[:, None].float().clamp(min=1e-9)
+    return pooled / (count if mode is Pooling.MEAN else count.sqrt())
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,10 +160,10 @@ class Runner:
                 return
         assert started.failed is not None  # noqa: S101
         started.vectors = None
-        if backend.device.type == "cuda":
-            torch.cuda.empty_cache()
         if started.out_of_memory:
             outcome.too_big = batch.tokens
+            if backend.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is cached may lie in pieces that are too small
         if len(at) == 1:
             self._check_device(started.failed, backend)
             code = "out_of_memory" if started.out_of_memory else "forward_failed"
@@ -194,7 +194,12 @@ class Runner:
 
     def _mend(self, batch: TokenBatch, bad: NDArray[np.intp], outcome: Outcome) -> None:
         for position in bad[[int(each) not in outcome.failures for each in bad]]:
-            exact = self._exact()
+            try:
+                exact = self._exact()
+            except Exception as error:  # noqa: BLE001 - it may not fit beside the model
+                reason = f"the model's vector for this text is not finite, and it cannot be loaded in fp32: {error}"
+                outcome.failures[int(position)] = ("not_finite", reason[:_REASON_LENGTH])
+                continue
             again = Pass(batch.take(np.array([position])))
             try:
                 self._start(again, exact)
@@ -218,9 +223,11 @@ def _note(failed: Pass, error: Exception) -> None:
     )
 
 
-# The CPU's allocator, cuBLAS and oneDNN have no error class of their own for it.
+# The CPU's allocator, cuBLAS and oneDNN have no error class of their own for it, nor has CUDA where it is not torch's
+# allocator that asks: for pinned memory, or a kernel's code.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
 )

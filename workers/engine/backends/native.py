@@ -29,6 +29,7 @@ class NativeBackend:
         self.careful = False
         """Only attention that holds scores of any size: set once a vector was not finite."""
         self.packed = varlen is not None
+        self.concurrent = device.type == "cpu"
         self.device = device
         self.dtype = encoder.dtype
         self.embedding_rows = len(encoder.words)
@@ -39,15 +40,17 @@ class NativeBackend:
         encoder = build_encoder(model, build)
         if encoder is None:
             return None
-        # The packed kernel takes half precision alone, and no bias on its scores.
-        usable = build.device.type == "cuda" and build.dtype != torch.float32 and encoder.bias is None
-        return cls(encoder, device=build.device, pad_id=pad_id, varlen=find_varlen() if usable else None)
+        varlen = find_varlen(encoder.heads, encoder.dtype, build.device) if encoder.bias is None else None
+        return cls(encoder, device=build.device, pad_id=pad_id, varlen=varlen)
 
     def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
         layout = lay_out(rows, packed=self.packed, pad_id=self._pad_id, device=self.device)
         with torch.inference_mode():
             if only is None:
-                return Hidden(layout.unpack(self._run(layout, None)), layout.lengths)
+                vectors = self._run(layout, None)
+                if layout.owners is None:
+                    vectors = vectors.view(len(layout), layout.longest, -1)
+                return Hidden(vectors, layout.lengths, layout.owners)
             keep = layout.slots(to_device(only, self.device))
             return Hidden(self._run(layout, keep)[:, None], torch.ones_like(layout.lengths))
 

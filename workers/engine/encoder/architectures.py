@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from workers.engine.encoder.attention import Pattern
-from workers.engine.encoder.encoder import Encoder, Heads, Layer, Norm, Rotary
+from workers.engine.encoder.attention import Heads, Pattern
+from workers.engine.encoder.encoder import Encoder, Layer, Norm, Rotary
 from workers.engine.encoder.linear import ACTIVATIONS, Linear, make_linear
 
 Products = Callable[[torch.Tensor, torch.Tensor | None, str | None], Linear]

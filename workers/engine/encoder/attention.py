@@ -19,6 +19,7 @@ from torch.nn import functional
 from workers.engine.encoder.layout import Layout
 
 Varlen = Callable[..., torch.Tensor]
+"""As ``torch.nn.attention.varlen.varlen_attn``."""
 
 _ONE = 2.0**-10
 _SMALLEST_SUM = 2.0**-100
@@ -26,6 +27,14 @@ _SMALLEST_SUM = 2.0**-100
 # Two Zen 4 cores, 12 heads of 32 in bf16, 1,024 tokens a pass, ms per layer at texts of 16 / 64 / 128 / 256:
 # sdpa 2.2 / 2.9 / 3.2 / 4.2, exp2 0.5 / 0.8 / 1.3 / 2.2. Its scores take memory with the square of the length.
 EXP2_LONGEST = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    queries: int
+    keys: int
+    """Fewer than queries where several share one."""
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +94,11 @@ class Attention:
         n, longest = len(self._layout), self._layout.longest
         heads, size = q.shape[1:]
         q = q.view(n, longest, heads, size).transpose(1, 2).reshape(n * heads, longest, size)
+        # A padding key is zero: its score would meet a value of zero, and overflow times zero is NaN.
+        k, v = (each.index_fill_(0, self._layout.padding, 0) for each in (k, v))
         k = k.view(n, longest, heads, size).transpose(1, 2).reshape(n * heads, longest, size)
         values = v.new_empty(n, heads, longest, size + 1)
-        values[..., :size] = v.index_fill_(0, self._layout.padding, 0).view(n, longest, heads, size).transpose(1, 2)
+        values[..., :size] = v.view(n, longest, heads, size).transpose(1, 2)
         values[..., size] = _ONE if self._layout.full else self._ones(v.dtype)
         added = self._added(pattern, "exp2", q.dtype)
         scale = self._scale * math.log2(math.e)
@@ -120,6 +131,8 @@ class Attention:
     def _by_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         assert self._varlen is not None  # noqa: S101 - a packed layout is made only where the kernel is
         reach = -1 if pattern.window is None else pattern.window
+        # Named only where it is needed: torch 2.11 has the kernel and not the word.
+        shared = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
         mixed = self._varlen(
             q,
             k,
@@ -130,7 +143,7 @@ class Attention:
             self._layout.longest,
             scale=self._scale,
             window_size=(reach, 0 if pattern.causal else reach),
-            enable_gqa=k.shape[1] != q.shape[1],
+            **shared,
         )
         return mixed.reshape(len(mixed), -1)
 
@@ -170,12 +183,24 @@ class Attention:
         return None if added is None else added.to(dtype)
 
 
-def find_varlen() -> Varlen | None:
-    """torch's kernel for packed texts, if this torch has one with the arguments used here."""
+def find_varlen(heads: Heads, dtype: torch.dtype, device: torch.device) -> Varlen | None:
+    """torch's kernel for packed texts, where this torch has it and it takes such a model on such a device.
+
+    FlashAttention reads fp16 and bf16, heads of at most 256 numbers in eights, with the last dimension contiguous, and
+    runs from Ampere on.
+    """
+    fits = dtype in (torch.float16, torch.bfloat16) and heads.size % 8 == 0 and heads.size <= 256
+    if device.type != "cuda" or not fits or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return torch_varlen(grouped=heads.keys != heads.queries)
+
+
+def torch_varlen(*, grouped: bool) -> Varlen | None:
+    """``varlen_attn``, if this torch has one with the arguments used here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    wanted = {"scale", "window_size", "enable_gqa"}
+    wanted = {"scale", "window_size"} | ({"enable_gqa"} if grouped else set())
     kernel: Any = varlen_attn
     return kernel if wanted <= set(inspect.signature(kernel).parameters) else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from workers.engine.encoder.attention import Attention, Pattern, Varlen
+from workers.engine.encoder.attention import Attention, Heads, Pattern, Varlen
 from workers.engine.encoder.layout import Layout
 from workers.engine.encoder.linear import Linear
 
@@ -28,7 +28,7 @@ class Norm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.rms:
-            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -58,14 +58,6 @@ class Rotary:
 
     cos: torch.Tensor
     sin: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    queries: int
-    keys: int
-    """Fewer than queries where several share one."""
-    size: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ class Layout:
     """(slots,) int64: each slot's position in its own text, from 0."""
     padding: torch.Tensor
     """(p,) int64: the slots that hold no token."""
-    places: torch.Tensor | None
-    """(slots,) int64: where a packed slot lies in the padded grid; None where slots are the grid."""
+    owners: torch.Tensor | None
+    """(slots,) int64: which text a packed slot belongs to; None where the padded grid says it."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -45,13 +45,6 @@ class Layout:
     def inside(self) -> torch.Tensor:
         """(n, longest) bool: which places hold a token."""
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
-
-    def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """(n, longest, ...) from (slots, ...); padding holds zeros or what the model made of it."""
-        if self.places is not None:
-            grid = values.new_zeros(len(self) * self.longest, *values.shape[1:])
-            values = grid.index_copy_(0, self.places, values)
-        return values.view(len(self), self.longest, *values.shape[1:])
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """(n,) int64 slots of one position of every text, from (n,) int64 positions."""
@@ -70,37 +63,64 @@ def lay_out(rows: Sequence[Ids], *, packed: bool, pad_id: int, device: torch.dev
     and a causal model never sees padding.
     """
     lengths = np.array([len(row) for row in rows], np.int64)
+    if packed:
+        return _pack(rows, lengths, device)
     longest = int(lengths.max())
     ids = np.concatenate(rows)
     full = int(lengths.min()) == longest
     grid = np.arange(len(rows) * longest)
     inside = grid % longest < np.repeat(lengths, longest)
-    padding = np.empty(0, np.int64) if packed else grid[~inside]
-    places = None
     if not full:
-        if packed:
-            places = grid[inside]
-        else:
-            padded = np.full(len(grid), pad_id, np.int32)
-            padded[inside] = ids
-            ids = padded
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
+        padded = np.full(len(grid), pad_id, np.int32)
+        padded[inside] = ids
+        ids = padded
     # All of it is made here and not on the device, where a choice by a mask would wait for the device.
     return Layout(
         ids=to_device(ids, device),
         lengths=to_device(lengths, device),
         longest=longest,
-        packed=packed,
+        packed=False,
         full=full,
-        offsets=to_device(offsets, device),
-        at=to_device((grid if places is None else places) % longest, device),
-        padding=to_device(padding, device),
-        places=None if places is None else to_device(places, device),
+        offsets=to_device(_offsets(lengths), device),
+        at=to_device(grid % longest, device),
+        padding=to_device(grid[~inside], device),
+        owners=None,
     )
 
 
+def _pack(rows: Sequence[Ids], lengths: NDArray[np.int64], device: torch.device) -> Layout:
+    """Ids and offsets in one copy; all else is made of them on the device, in kernels whose sizes the host knows."""
+    n, slots = len(rows), int(lengths.sum())
+    both = to_device(np.concatenate((_offsets(lengths), *rows)), device)
+    offsets, ids = both[: n + 1], both[n + 1 :]
+    starts = offsets[:-1].long()
+    sizes = offsets[1:].long() - starts
+    owners = torch.repeat_interleave(sizes, output_size=slots)
+    return Layout(
+        ids=ids,
+        lengths=sizes,
+        longest=int(lengths.max()),
+        packed=True,
+        full=True,
+        offsets=offsets,
+        at=torch.arange(slots, device=device) - starts[owners],
+        padding=owners[:0],
+        owners=owners,
+    )
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(n + 1,) int32 from (n,): where each text begins, and the end."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
 def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """From pinned memory the copy does not stop the CPU, which goes on to the next TokenBatch."""
+    """From pinned memory the copy does not stop the CPU, which goes on to the next TokenBatch.
+
+    The pinned tensor may be dropped at once: torch's host allocator gives its block to nobody before the copy's
+    stream has passed it.
+    """
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
