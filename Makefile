@@ -2,15 +2,21 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Where `make gpu` is to use a Python that has torch with CUDA: `make gpu VENV= PYTHON=python3` installs nothing;
+# WHEELS=FOLDER adds the wheels in it, without a network (docs/gpu.md).
+ifdef WHEELS
+VENV :=
+endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench clean
+.PHONY: help demo test lint types unit bench gpu clean
 
 help:
 	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
 	@echo "make test    install, then everything CI runs"
-	@echo "make bench   benchmarks beside sentence-transformers; results in benchmarks/results"
+	@echo "make bench   every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
+	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
 demo: $(VENV)/.demo
@@ -31,11 +37,27 @@ types: $(VENV)/.dev
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.dev
+# Some peers cannot be installed beside ours: `chunkmill bench --install-peers` makes environments for them (3 GB).
+bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks
 
+RESULTS ?= benchmarks/results
+GPU_SITE := .gpu-site
+GPU_PYTHON = env PYTHONPATH=$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
+GPU_LIMIT = timeout --signal=INT --kill-after=30
+
+# The benchmarks run after failed tests too: a GPU is paid by the hour. Both end in time and keep what they have.
+gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+		f"torch {torch.__version__} sees no CUDA device: nvidia-smi names driver and devices, docs/gpu.md says more")'
+	@echo "== pytest, on the GPU"
+	@$(GPU_LIMIT) 210 $(GPU_PYTHON) -m pytest tests/gpu -q -rs $(if $(VENV),,-W default); \
+		tests=$$?; \
+		echo "== benchmarks, on the GPU; results in $(RESULTS)"; \
+		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(GPU_SITE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,3 +75,18 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing from constraints.txt (about 400 MB; a minute or two)"
 	@$(PIP) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
+	@echo "== installing the peers of the benchmark from constraints.txt (about 150 MB)"
+	@$(PIP) -e '.[dev,bench]'
+	@touch $@
+
+$(VENV)/.gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing from constraints.txt (about 3 GB with CUDA; two minutes or so)"
+	@$(PIP) -e '.[gpu]'
+	@touch $@
+
+$(GPU_SITE): $(WHEELS)
+	@echo "== unpacking the wheels in $(WHEELS)"
+	@$(PYTHON) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --upgrade --target $@ $(WHEELS)/*.whl
+	@touch $@

@@ -12,7 +12,8 @@ from typing import Any
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 PACKAGES = (
-    "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "celery", "psycopg", "sqlalchemy", "redis",
+    "chunkmill", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "celery", "psycopg",
+    "sqlalchemy", "redis",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
 
@@ -49,9 +50,10 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    revision = _git("rev-parse", "--short=12", "HEAD")
+    # Only in a checkout of ours: an installed package may lie in the folder of somebody else's.
+    revision = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
     if revision:
-        changed = _git("status", "--porcelain", "--", "app", "workers", "benchmarks/*.py")
+        changed = _git("status", "--porcelain", "--", "app", "workers", "benchmarks/*.py", "benchmarks/peers")
         found["chunkmill"] = revision + ("+changes" if changed else "")
     return found
 

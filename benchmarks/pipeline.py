@@ -6,55 +6,66 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from app import Chunk, Client
 from app.cli.children import Child
 from app.models import DEFAULT_MODEL
-from benchmarks import peers
-from benchmarks.peers import REFERENCE
+from benchmarks import contest
+from benchmarks.contest import Contender, Field, Ground
+from benchmarks.engine import gated
+from benchmarks.names import OUR, REFERENCE
 from benchmarks.report import Say, document
 from benchmarks.servers import Servers, temporary_stack
-from benchmarks.stats import Measurement, Target, add_ratios, interleave
+from benchmarks.stats import OURS, Measurement, Target, add_ratios, cosines, in_turns
 from benchmarks.texts import docstrings
 
 SYSTEM, BARE = "chunkmill, the whole system", "chunkmill, its engine alone"
-COLLECTION = "benchmark"
+GROUP, COLLECTION, TABLE = "text to vectors", "benchmark", "script_rows"
 COLD_STARTS = 3
 
 
-def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
+def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts: Sequence[str] = ()) -> dict[str, Any]:
     """One worker and one poller, which idle while the others run. The same texts every round, deleted in between."""
-    threads = peers.use_all_cores()
-    texts = docstrings(200 if quick else 4_000)
-    say("loading models")
-    engine, encode = peers.our_engine(), peers.sentence_transformer("fp32")
-    say("starting Postgres and Redis")
-    with temporary_stack() as servers, servers.client() as client:
-        versions, settings = servers.versions, servers.settings
-        cold = [_cold_start(servers, client, threads, say) for _ in range(1 if quick else COLD_STARTS)]
-        with _process(servers, "poller", threads), _process(servers, "worker", threads) as worker:
-            say("cosine gate")
-            reference = encode(texts)
-            bare = engine.embed(texts)
-            tokens = int(np.minimum(bare.n_tokens, engine.max_tokens).sum())
-            _enqueue_and_wait(client, worker, texts)
-            vectors = {SYSTEM: _stored(client, len(texts)), BARE: bare.vectors, REFERENCE: reference}
-            found = []
-            for name, each in vectors.items():
-                refused, facts = peers.gated(name, each, reference)
-                found.append(Measurement("text to vectors", name, "tokens/s", [], refused=refused, facts=facts))
-            ways = {
-                SYSTEM: lambda: _enqueue_and_wait(client, worker, texts),
-                BARE: lambda: engine.embed(texts),
-                REFERENCE: lambda: encode(texts),
-            }
-            racing = {each.name: ways[each.name] for each in found if not each.refused}
-            seconds = interleave(racing, rounds, say, before=lambda name: _forget(client) if name == SYSTEM else None)
+    texts = list(texts) or docstrings(200 if quick else 4_000)
+    with contest.ground(model, quick=quick) as on:
+        tokens = int(on.token_counts(texts).sum())
+        word = on.half or "fp32"
+        ours, peer = f"{OUR} {word}", f"sentence-transformers {word}"
+        script_name = f"a script, {peer} + COPY"
+        chosen = [each for each in on.peers() if each.name in {ours, REFERENCE, peer}]
+        with (
+            contest.enter(chosen, on, texts[: contest.SAMPLE], say) as field,
+            temporary_stack() as servers,
+            servers.client() as client,
+            servers.db() as db,
+        ):
+            for each in field.contenders:
+                each.running.ask("texts", name="texts", path=on.file("texts", texts))
+            versions, settings = servers.versions, servers.settings
+            cold = [_cold_start(servers, client, on.threads, say) for _ in range(1 if quick else COLD_STARTS)]
+            script = Script(field[peer], db, on.model.dimensions)
+            with _process(servers, "poller", on.threads), _process(servers, "worker", on.threads) as worker:
+                say("cosine gate")
+                _enqueue_and_wait(client, worker, texts)
+                script.write()
+                others = {BARE: ours, script_name: peer, REFERENCE: REFERENCE}
+                found = _gate(field, _stored(client, len(texts)), others, on)
+                ways: dict[str, Callable[[], float]] = {
+                    SYSTEM: lambda: _enqueue_and_wait(client, worker, texts),
+                    BARE: lambda: field[ours].embed("texts"),
+                    script_name: script.write,
+                    REFERENCE: lambda: field[REFERENCE].embed("texts"),
+                }
+                # Nothing of the last round is in the cache, or in the script's table.
+                before = {SYSTEM: lambda: client.delete(COLLECTION), script_name: script.empty}
+                racing = {each.name: ways[each.name] for each in found if not each.refused}
+                seconds = in_turns(racing, rounds, say, before=lambda name: before.get(name, lambda: None)())
     for measured in found:
         measured.rounds = [tokens / taken for taken in seconds.get(measured.name, [])]
         measured.facts["seconds"] = seconds.get(measured.name, [])
@@ -62,6 +73,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
             measured.facts["chunks_per_second"] = len(texts) / float(np.median(measured.facts["seconds"]))
     add_ratios(found, REFERENCE, targets={SYSTEM: Target(3.4)})
     add_ratios(found, BARE, only=SYSTEM, targets={SYSTEM: Target(0.97)})
+    add_ratios(found, script_name, only=SYSTEM)
     found.append(
         Measurement("cold start", "worker: process start to first vector", "s", cold, target=Target(5, at_most=True))
     )
@@ -70,18 +82,53 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         found,
         versions=versions,
         settings={
-            "model": DEFAULT_MODEL,
-            "device": engine.device,
-            "dtype": engine.dtype,
-            "threads_per_process": threads,
+            "model": on.folder.name,
+            "device": on.device,
+            "threads_per_process": on.threads,
             "texts": len(texts),
             "tokens": tokens,
             "chunk_batch_size": settings.chunk_batch_size,
             "parallel_batches": settings.embedding_parallel_batches,
-            "clock": f"from the call of enqueue to the return of wait; {REFERENCE} and the engine: text to NumPy",
+            "clock": f"from the call of enqueue to the return of wait; {REFERENCE} and the engine: text to NumPy; the "
+            "script: from the first text to its commit",
             "fsync": "on",
         },
+        extra=field.as_json(),
     )
+
+
+def _gate(field: Field, stored: NDArray[np.float32], others: Mapping[str, str], on: Ground) -> list[Measurement]:
+    """The system's vectors as a search finds them, and those of the contenders that race under other names."""
+    reference, _ = field[REFERENCE].vectors("texts", on.path)
+    each = cosines(stored, reference)
+    facts = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+    found = [Measurement(GROUP, SYSTEM, "tokens/s", [], refused=OURS.refusal(**facts), facts=facts)]
+    for name, contender in others.items():
+        vectors, _ = field[contender].vectors("texts", on.path)
+        refused, facts = gated(field[contender], vectors, reference)
+        found.append(Measurement(GROUP, name, "tokens/s", [], refused=refused, facts=facts))
+    return found
+
+
+class Script:
+    """What one would write by hand: a library embeds all texts, then COPY writes them with their vectors."""
+
+    def __init__(self, contender: Contender, db: sa.Engine, dimensions: int) -> None:
+        self._contender = contender
+        self._db = db
+        self._url = db.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        with db.begin() as conn:
+            columns = f"id bigint PRIMARY KEY, content text, embedding vector({dimensions})"
+            conn.execute(sa.text(f"CREATE TABLE {TABLE} ({columns})"))
+
+    def write(self) -> float:
+        """Seconds from the first text to the commit, in the contender's process."""
+        asked = self._contender.running.ask("rows", name="texts", database_url=self._url, table=TABLE)
+        return float(asked["seconds"])
+
+    def empty(self) -> None:
+        with self._db.begin() as conn:
+            conn.execute(sa.text(f"TRUNCATE {TABLE}"))
 
 
 @contextlib.contextmanager
@@ -108,18 +155,17 @@ def _cold_start(servers: Servers, client: Client, threads: int, say: Say) -> flo
         return time.perf_counter() - began
 
 
-def _enqueue_and_wait(client: Client, worker: Child, texts: Sequence[str]) -> None:
+def _enqueue_and_wait(client: Client, worker: Child, texts: Sequence[str]) -> float:
+    """Seconds until the job is complete, its rows committed and searchable."""
+    began = time.perf_counter()
     job = client.enqueue((Chunk(str(number), text) for number, text in enumerate(texts)), collection=COLLECTION)
     job = client.wait(job.id, timeout=3600, on_progress=lambda _: worker.require_alive())
+    seconds = time.perf_counter() - began
     assert job.embedded == len(texts), f"{job.embedded} of {len(texts)} embedded: the rest was in the cache"
+    return seconds
 
 
 def _stored(client: Client, count: int) -> NDArray[np.float32]:
     """``(n, d)`` vectors as a search finds them, in the order of the texts."""
     stored = client.vectors(COLLECTION)
     return np.stack([stored[str(number)] for number in range(count)])
-
-
-def _forget(client: Client) -> None:
-    """Delete the collection with its contents and vectors, so that nothing of the last round is in the cache."""
-    client.delete(COLLECTION)

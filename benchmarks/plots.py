@@ -14,68 +14,105 @@ mpl.use("Agg")  # no window, and no display needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-OURS, OURS_LIGHT, PEER, PEER_LIGHT, INK = "#0b6e4f", "#6fb98f", "#7a7f87", "#c3c7cc", "#2b2d31"
-BAR = 0.8
+from benchmarks import report, summary
+from benchmarks.names import LATENCY, MEMORY, OUR, REFERENCE, START
+
+OURS, OURS_LIGHT, PEER, PEER_LIGHT, INK, GRID = "#0b6e4f", "#6fb98f", "#7a7f87", "#c3c7cc", "#2b2d31", "#e6e8ea"
+DPI = 110
+"""Sharp enough for a README, and every picture below 150 kB."""
+SPEED = "tokens per second (median; whiskers: min to max)"
 Result = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
-def draw(folder: Path, machine: str) -> list[Path]:
-    """A PNG beside every JSON of ``machine`` in ``folder`` that has a picture; returns their paths."""
+def draw(results: Path, images: Path, machine: str) -> list[Path]:
+    """A PNG in ``images`` for every picture that a JSON of ``machine`` in ``results`` gives; returns their paths."""
     drawn = []
-    for name, paint in PICTURES.items():
-        source = folder / f"{name}-{machine}.json"
-        if source.exists():
-            figure = paint(json.loads(source.read_text(encoding="utf-8")))
-            drawn.append(source.with_suffix(".png"))
-            figure.savefig(drawn[-1], dpi=150)
-            plt.close(figure)
+    for name, (benchmark, paint) in PICTURES.items():
+        source = results / f"{benchmark}-{machine}.json"
+        if not source.exists():
+            continue
+        figure = paint(json.loads(source.read_text(encoding="utf-8")))
+        if figure is None:
+            continue
+        images.mkdir(parents=True, exist_ok=True)
+        drawn.append(images / f"{name}-{machine}.png")
+        figure.savefig(drawn[-1], dpi=DPI)
+        plt.close(figure)
     return drawn
 
 
 def _engine(result: Result) -> Figure:
-    """Groups of bars: a group per kind of text, a bar per contender, and a tick where the machine ends."""
+    """A bar for each contender, fastest first, with its cosine, and a line where the machine ends."""
+    rows = [row for row in summary.rows(result) if not row.get("limit")]
+    figure, axes = _axes(1.9 + 0.34 * len(rows))
+    for y, row in enumerate(rows):
+        _bar(axes, y, row, fidelity=True)
+    limits = [row for row in summary.rows(result) if row.get("limit") and row["median"]]
+    top = 1.06 * max(row["max"] or 0 for row in rows)
+    for at, row in enumerate(sorted(limits, key=lambda row: row["median"])):
+        if row["median"] < 1.25 * top:  # a line far to the right would press all bars to the left
+            axes.axvline(row["median"], color=INK, lw=1, ls=(0, (2, 2)), zorder=0)
+            words, above = f"{row['precision']} products alone", (0, 3 + 9 * (at % 2))
+            axes.annotate(
+                words, (row["median"], 1), above, xycoords=("data", "axes fraction"), textcoords="offset points",
+                ha="center", fontsize=7.5, color=INK,
+            )  # fmt: skip
+    _name(axes, [row["name"] for row in rows])
+    _legend(figure, rows)
+    texts = f"{rows[0]['texts']:,} texts of {rows[0]['mean_tokens']:.0f} tokens on average"
+    _finish(
+        figure, axes, f"Text to NumPy: {result['settings']['model']}, {texts}", result, SPEED, left=0.27, right=0.78
+    )
+    return figure
+
+
+def _lengths(result: Result) -> Figure | None:
+    """A panel for each of the other groups of texts; everyone stands where the first picture has them."""
+    rows = [row for row in summary.rows(result) if not row.get("limit")]
     measured = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
-    groups = list(dict.fromkeys(each["group"] for each in measured))
-    names = list(dict.fromkeys(each["name"] for each in measured))
-    colours = _colours(names)
-    height = BAR / len(names)
-    figure, axes = _axes(1.6 + len(groups) * (0.35 + 0.3 * len(names)))
-    for each in measured:
-        y = groups.index(each["group"]) + (names.index(each["name"]) - (len(names) - 1) / 2) * height
-        _bar(axes, y, height * 0.9, each, colours[each["name"]])
-    for group in groups:
-        half = next(each for each in measured if each["group"] == group)
-        if (limit := half.get("tokens_per_second_at_gemm_rate")) is not None:
-            at = groups.index(group)
-            axes.plot([limit, limit], [at - BAR / 2, at + BAR / 2], color=INK, lw=1.2, ls=(0, (2, 2)))
-    sizes = {each["group"]: f"{each['group']}\nmean {each['mean_tokens']:.0f} tokens" for each in measured}
-    axes.set_yticks(range(len(groups)), [sizes[group] for group in groups])
-    keys: list[Patch | Line2D] = [Patch(color=colours[name]) for name in names]
-    keys.append(Line2D([], [], color=INK, lw=1.2, ls=(0, (2, 2))))
-    limit_name = f"all of the machine's {names[0].split()[-1]} GEMM rate"
-    figure.legend(keys, [*names, limit_name], loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    _finish(figure, axes, "Text to NumPy, all-MiniLM-L6-v2", result, "tokens per second (median; whiskers: min to max)")
-    figure.subplots_adjust(bottom=1.15 / figure.get_figheight())  # room for the legend
-    axes.margins(y=0.02)
+    groups = list(dict.fromkeys(each["group"] for each in measured))[1:]
+    if not groups:
+        return None
+    figure, panels = _panels(len(groups), len(rows))
+    for axes, group in zip(panels, groups, strict=True):
+        own = {each["name"]: each for each in measured if each["group"] == group}
+        for y, row in enumerate(rows):
+            _bar(axes, y, own[row["name"]], short=True)
+        mean = next(iter(own.values()))["mean_tokens"]
+        axes.set_title(f"{group}, {mean:.0f} tokens", fontsize=9.5, color=INK, loc="left")
+    title = f"Text to NumPy by length, tokens per second: {result['settings']['model']}"
+    _finish_panels(figure, panels, rows, title, result)
+    return figure
+
+
+def _costs(result: Result) -> Figure:
+    """What a process of each takes: memory, time to begin, time for one text. Shorter is better."""
+    rows = [row for row in summary.rows(result) if not row.get("limit")]
+    heads = {MEMORY: "peak memory, MiB", START: "start to first vector, s", LATENCY: "one short text, ms"}
+    figure, panels = _panels(len(heads), len(rows))
+    for axes, (group, head) in zip(panels, heads.items(), strict=True):
+        own = {each["name"]: each for each in result["measurements"] if each["group"] == group}
+        for y, row in enumerate(rows):
+            if row["name"] in own:
+                _bar(axes, y, {**own[row["name"]], "precision": row["precision"]}, short=True)
+        axes.set_title(head, fontsize=9.5, color=INK, loc="left")
+    title = f"What a process takes, less is better: {result['settings']['model']}"
+    _finish_panels(figure, panels, rows, title, result)
     return figure
 
 
 def _pipeline(result: Result) -> Figure:
-    measured = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
-    figure, axes = _axes(1.5 + 0.55 * len(measured))
-    for y, each in enumerate(measured):
-        _bar(axes, y, 0.62, each, (OURS, OURS_LIGHT, PEER)[min(y, 2)])
-    labels = [each["name"].replace(", ", ",\n") for each in measured]
-    labels[-1] = f"{measured[-1]['name'].replace(' ', chr(10), 1)}, encode()"
-    axes.set_yticks(range(len(measured)), labels)
-    texts = result["settings"]["texts"]
-    _finish(
-        figure, axes, f"{texts:,} texts to committed, searchable rows", result,
-        "tokens per second (median; whiskers: min to max)",
-    )  # fmt: skip
+    rows = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
+    figure, axes = _axes(1.5 + 0.5 * len(rows))
+    for y, row in enumerate(rows):
+        _bar(axes, y, row, fidelity="cosine_min" in row)
+    names = [f"{row['name']}, encode() to NumPy" if row["name"] == REFERENCE else row["name"] for row in rows]
+    _name(axes, [name.replace(", ", ",\n", 1) for name in names])
+    title = f"{result['settings']['texts']:,} texts to committed, searchable rows"
+    _finish(figure, axes, title, result, SPEED, left=0.3, right=0.78)
     return figure
 
 
@@ -83,9 +120,8 @@ def _million(result: Result) -> Figure:
     """Memory over chunks: the producer while it reads and while it commits, and Redis."""
     samples = result["samples"]
     figure, axes = _axes(4.2)
-    axes.invert_yaxis()
     axes.xaxis.grid(visible=False)
-    axes.yaxis.grid(visible=True, color="#e6e8ea")
+    axes.yaxis.grid(visible=True, color=GRID)
     lines: tuple[tuple[str, str, Callable[[Mapping[str, Any]], float], str], ...] = (
         ("reading", "producer, reading and checking", lambda s: s["rss_kib"] / 1024, OURS_LIGHT),
         ("committing", "producer, committing", lambda s: s["rss_kib"] / 1024, OURS),
@@ -109,70 +145,116 @@ def _million(result: Result) -> Figure:
     axes.set_ylabel("MiB in use", fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(_thousands)
     axes.legend(frameon=False, fontsize=8.5, loc="center right", bbox_to_anchor=(1, 0.32))
-    _finish(
-        figure,
-        axes,
-        f"Memory while one producer enqueues {result['settings']['chunks']:,} chunks",
-        result,
-        "chunks read from the generator, then committed",
-    )
+    title = f"Memory while one producer enqueues {result['settings']['chunks']:,} chunks"
+    _finish(figure, axes, title, result, "chunks read from the generator, then committed", left=0.09, right=0.97)
     return figure
 
 
-PICTURES: dict[str, Callable[[Result], Figure]] = {
-    "engine": _engine,
-    "pipeline": _pipeline,
-    "enqueue-million": _million,
+PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
+    "engine": ("engine", _engine),
+    "engine-lengths": ("engine", _lengths),
+    "engine-costs": ("engine", _costs),
+    "pipeline": ("pipeline", _pipeline),
+    "enqueue-million": ("enqueue-million", _million),
 }
+"""Picture → (the benchmark whose JSON it is drawn from, how)."""
 
 
-def _bar(axes: Axes, y: float, height: float, each: Mapping[str, Any], colour: str) -> None:
-    if each["refused"]:
-        axes.annotate(" no figure: fails the cosine gate", (0, y), va="center", fontsize=8, color=INK, style="italic")
+def _bar(axes: Axes, y: float, row: Row, *, fidelity: bool = False, short: bool = False) -> None:
+    """A bar with its number; ``short`` without ratio and cosine."""
+    if row["refused"]:
+        words = f"no figure: mean cosine {row['cosine_mean']:.4f}" if "cosine_mean" in row else "no figure"
+        axes.annotate(words, (0, y), (3, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
         return
-    spread = [[each["median"] - each["min"]], [each["max"] - each["median"]]]
-    axes.barh(y, each["median"], height, color=colour, xerr=spread, error_kw={"lw": 0.8, "ecolor": INK, "capsize": 2})
-    ratio = next((found["median"] for to, found in each["ratios"].items() if to.endswith("fp32")), None)
-    words = f"{each['median']:,.0f}" + (f"  ({ratio:.2f} ×)" if ratio else "")
+    spread = [[row["median"] - row["min"]], [row["max"] - row["median"]]]
+    axes.barh(
+        y, row["median"], 0.72, color=_colour(row), xerr=spread, error_kw={"lw": 0.8, "ecolor": INK, "capsize": 2}
+    )
+    words = report.number(row["median"])
+    if not short:
+        ratio = next((found["median"] for to, found in row["ratios"].items() if to == f"to {REFERENCE}"), None)
+        words += f"  {ratio:.2f} ×" if ratio else ""
+        words += f"  cosine {row['cosine_mean']:.5f}" if fidelity else ""
     axes.annotate(
-        words, (each["max"], y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        words, (row["max"], y), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip
 
 
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    ours, peers = iter((OURS, OURS_LIGHT)), iter((PEER, PEER_LIGHT))
-    return {name: next(ours if name.startswith("chunkmill") else peers) for name in names}
+def _colour(row: Row) -> str:
+    int8 = row.get("precision") == "int8"
+    if row["name"].startswith(OUR):
+        return OURS_LIGHT if int8 else OURS
+    return PEER_LIGHT if int8 else PEER
+
+
+def _legend(figure: Figure, rows: Sequence[Row]) -> None:
+    """Below the picture, for the colours that are in it."""
+    names = {
+        OURS: "chunkmill", OURS_LIGHT: "chunkmill, int8", PEER: "others", PEER_LIGHT: "others, int8",
+    }  # fmt: skip
+    used = [colour for colour in names if colour in {_colour(row) for row in rows}]
+    keys = [Patch(color=colour) for colour in used]
+    figure.legend(
+        keys, [names[colour] for colour in used], loc="lower right", ncols=len(used), frameon=False, fontsize=8
+    )
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(9, height))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, labelsize=9, colors=INK)
-    axes.xaxis.grid(visible=True, color="#e6e8ea")
-    axes.set_axisbelow(True)
-    axes.invert_yaxis()  # the first one on top
+    _style(axes)
     return figure, axes
 
 
+def _panels(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
+    figure, panels = plt.subplots(1, columns, figsize=(9, 1.7 + 0.27 * rows), sharey=True, squeeze=False)
+    for axes in panels[0]:
+        _style(axes)
+    return figure, list(panels[0])
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=9, colors=INK)
+    axes.xaxis.grid(visible=True, color=GRID)
+    axes.set_axisbelow(True)
+
+
+def _name(axes: Axes, names: Sequence[str]) -> None:
+    """Names beside the bars, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
 def _thousands(value: float, _: object) -> str:
-    return f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:g}"
 
 
-def _finish(figure: Figure, axes: Axes, title: str, result: Result, x_label: str) -> None:
-    """Titles, machine and versions, and room for them."""
-    found, made = result["machine"], result["versions"]
+def _finish(figure: Figure, axes: Axes, title: str, result: Result, x_label: str, *, left: float, right: float) -> None:
+    """Titles, machine and versions, and room for them; the labels of the bars stand to the right of ``right``."""
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(_thousands)
-    axes.set_xlim(0, axes.get_xlim()[1] * (1.14 if axes.containers else 1.02))
-    facts = [found["gpu"] or found["cpu"], f"{found['cores']} cores"]
-    facts += [f"{name} {made[name]}" for name in ("torch", "sentence-transformers") if axes.containers and name in made]
-    if not axes.containers:
-        facts += [f"Postgres {made['postgres']}", f"Redis {made['redis-server']}"]
     height = figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.2 if axes.containers else 0.09, right=0.97, top=1 - 0.75 / height, bottom=0.65 / height
-    )
-    left = axes.get_position().x0 if not axes.containers else 0.02
-    figure.text(left, 1 - 0.32 / height, title, fontsize=13, weight="bold", color=INK)
-    figure.text(left, 1 - 0.56 / height, ", ".join(facts), fontsize=8.5, color=PEER)
+    figure.subplots_adjust(left=left, right=right, top=1 - 0.85 / height, bottom=0.65 / height)
+    _head(figure, title, result)
+
+
+def _finish_panels(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], title: str, result: Result) -> None:
+    _name(panels[0], [row["name"] for row in rows])
+    for axes in panels:
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.locator_params(axis="x", nbins=3)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.22)  # room for the numbers
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.27, right=0.98, top=1 - 1.0 / height, bottom=0.55 / height, wspace=0.08)
+    _legend(figure, rows)
+    _head(figure, title, result)
+
+
+def _head(figure: Figure, title: str, result: Result) -> None:
+    found, made = result["machine"], result["versions"]
+    facts = [found["gpu"] or found["cpu"], f"{found['cores']} cores", result["measured_at"][:10]]
+    facts += [f"Postgres {made['postgres']}", f"Redis {made['redis-server']}"] if "postgres" in made else []
+    height = figure.get_figheight()
+    figure.text(0.02, 1 - 0.3 / height, title, fontsize=12, weight="bold", color=INK)
+    figure.text(0.02, 1 - 0.52 / height, ", ".join(facts), fontsize=8.5, color=PEER)

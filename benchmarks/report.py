@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,11 +45,7 @@ def write(result: Mapping[str, Any], folder: Path) -> Path:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """A table on a terminal, else one JSON line per measurement."""
-    if not sys.stdout.isatty():
-        for each in result["measurements"]:
-            print(json.dumps({"benchmark": result["benchmark"], **each}, ensure_ascii=False), flush=True)
-        return
+    """A table of one benchmark."""
     table = Table(title=f"{result['benchmark']}: {result['machine']['cpu']}, {result['machine']['cores']} cores")
     for head in ("", "median", "min to max", "unit", "ratio", "target"):
         table.add_column(head, justify="left" if head in ("", "unit", "target") else "right")
@@ -61,14 +56,13 @@ def show(result: Mapping[str, Any]) -> None:
             table.add_section()
             table.add_row(f"[bold]{group}[/bold]")
         ratios = "\n".join(
-            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{_promised(ratio)}"
-            for to, ratio in each["ratios"].items()
+            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{promised(ratio)}" for to, ratio in each["ratios"].items()
         )
         if each["refused"]:
             table.add_row(f"  {each['name']}", "none", "", each["unit"], f"[yellow]{each['refused']}[/yellow]")
             continue
         spread = f"{number(each['min'])} to {number(each['max'])}" if len(each["rounds"]) > 1 else ""
-        table.add_row(f"  {each['name']}", number(each["median"]), spread, each["unit"], ratios, _promised(each))
+        table.add_row(f"  {each['name']}", number(each["median"]), spread, each["unit"], ratios, promised(each))
     Console().print(table)
 
 
@@ -77,12 +71,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _promised(each: Mapping[str, Any]) -> str:
+def promised(each: Mapping[str, Any], form: str | None = None) -> str:
+    """The target of a measurement or a ratio, if it has one, green when it is met."""
     if "target" not in each:
         return ""
     sign = "≤" if each["target_is"] == "at most" else "≥"
     colour = "green" if each["met"] else "red"
-    return f" [{colour}]{sign} {number(each['target'])}[/{colour}]"
+    value = form.format(each["target"]) if form else number(each["target"])
+    return f" [{colour}]{sign} {value}[/{colour}]"
 
 
 class Doing:

@@ -15,6 +15,8 @@ SECTIONS = {
     "Begin": {
         "demo": ("demo", "See it work: a real model on Python's own documentation."),
         "doctor": ("doctor", "Check this machine and its servers; say what to mend."),
+        "bench": ("bench", "Measure this machine, beside other libraries."),
+        "tune": ("tune", "Find this machine's best settings for a model."),
     },
     "Embedded stack": {
         "up": ("stack", "Start Postgres and Redis in a data folder, and migrate."),
