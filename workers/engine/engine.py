@@ -347,7 +347,7 @@ def _load_backend(
 ) -> Backend:
     if name in ("onnx", "openvino"):
         if device.type != "cpu":
-            raise InvalidSetting(f"backend {name} runs on the CPU, and EMBEDDING_DEVICE asks for {device}: use auto")
+            raise InvalidSetting(f"backend {name} runs on the CPU: set EMBEDDING_DEVICE=cpu, or EMBEDDING_BACKEND=auto")
         exported = OnnxBackend if name == "onnx" else OpenVinoBackend
         return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
     model = load_model(folder)
