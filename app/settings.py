@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
         None, repr=False, description="Redis or Valkey 6.2 or later; `rediss://` verifies certificates."
     )
     chunkmill_home: Path | None = Field(
-        None, description="Data folder of the embedded stack. Default: the user's data directory."
+        None, description="Folder of the embedded stack's data and of profiles. Default: the user's data directory."
     )
     embedding_model: str = Field(
         "all-MiniLM-L6-v2", description="The bundled model's name, a local folder, or `org/name@revision`."
@@ -82,14 +82,26 @@ class Settings(BaseSettings):
     embedding_dtype: str = Field(
         "auto", description="`auto`, `fp32`, `bf16` or `fp16`. Auto takes half precision where it is native."
     )
+    embedding_backend: Literal["auto", "native", "transformers", "onnx", "openvino"] = Field(
+        "auto",
+        description="`native`, `transformers`, `onnx` or `openvino`. Auto: the profile's, else our own forward pass.",
+    )
     embedding_batch_tokens: int = Field(
-        0, ge=0, description="Token budget of one forward pass. 0: measured defaults for the device."
+        0, ge=0, description="Token budget of one forward pass. 0: the profile's, else the device's measured default."
+    )
+    embedding_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads that compute on a CPU. 0: OMP_NUM_THREADS, else the profile's, else all physical cores.",
+    )
+    embedding_profile: str = Field(
+        "auto", description="What `chunkmill tune` chose: `auto` for this machine's and model's, `off`, or a file."
     )
     embedding_parallel_batches: int = Field(
         2,
         ge=1,
         le=64,
-        description="ChunkBatches one worker holds at a time: one computes, one reads or writes.",
+        description="ChunkBatches a worker holds at a time: one computes, one reads or writes. Profiles may raise it.",
     )
     embedding_engines: int = Field(2, ge=1, description="Models one worker keeps loaded, when jobs name several.")
     embedding_share_gpu: bool = Field(

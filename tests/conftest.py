@@ -27,6 +27,7 @@ from app.settings import Settings
 for name in {name.upper() for name in Settings.model_fields} & os.environ.keys():
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
 
 TEMPLATE = "template_for_tests"
 _numbers = itertools.count()

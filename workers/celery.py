@@ -8,7 +8,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import click
 from celery import signals
+from click.core import ParameterSource
 
 from app.broker import make_celery
 from app.environment import Environment
@@ -54,28 +56,35 @@ def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _claim_device(instance: Any = None, **_: Any) -> None:
-    """Take a GPU before torch is imported, and name the worker after it: two on a host need two names."""
+    """Take a GPU and set threads before torch is imported; name the worker after it: two on a host need two names."""
     from workers.gpu import claim_device
+    from workers.tuned import process_settings, use_threads
 
     settings = environment.settings
     configure()
     with _fatal_errors():
         claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
-    _state["device"] = claimed
+        settings = process_settings(settings, claimed.device)
+    use_threads(settings.embedding_threads, claimed.device)
+    _state["device"], _state["settings"] = claimed, settings
     if instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
         instance.hostname = f"{claimed.worker_name}@{socket.gethostname()}"
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
-def _start(**_: Any) -> None:
+def _start(sender: Any = None, **_: Any) -> None:
     from workers.context import WorkerContext
     from workers.embed_requests import EmbedRequestLane
 
-    device = _state["device"].device
+    device, settings = _state["device"].device, _state["settings"]
+    # Celery has put the configuration's number here by now, or that of -c, which stays.
+    command = click.get_current_context(silent=True)
+    if command is not None and command.get_parameter_source("concurrency") is not ParameterSource.COMMANDLINE:
+        sender.concurrency = settings.embedding_parallel_batches
     if device == "cpu":
         logger.info("no GPU in use: embedding on the CPU")
     with _fatal_errors():
-        context = WorkerContext.start(environment.settings, device)
+        context = WorkerContext.start(settings, device)
     lane = EmbedRequestLane(context)
     lane.start()
     _state["context"], _state["lane"] = context, lane

@@ -17,6 +17,7 @@ from app.errors import InvalidSetting, ModelLoadError, SpaceMismatch, TokenizerM
 from app.models import ModelFolder, resolve_model
 from app.settings import Settings
 from workers.engine.engine import Engine
+from workers.tuned import load_engine, machine_for
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Engines:
     def __init__(self, settings: Settings, device: str) -> None:
         self._settings = settings
         self._device = device
+        self._machine = machine_for(device)
         self._engines: OrderedDict[tuple[str, Precision], Engine] = OrderedDict()
         self._unserved: dict[int, float] = {}
         self._mutex = threading.Lock()
@@ -98,23 +100,18 @@ class Engines:
         )
 
     def _load(self, model: str, folder: ModelFolder) -> Engine:
-        settings, precision = self._settings, folder.spec.precision
+        precision = folder.spec.precision
         with self._mutex:
-            while len(self._engines) >= settings.embedding_engines:
+            while len(self._engines) >= self._settings.embedding_engines:
                 (dropped, _), _ = self._engines.popitem(last=False)
                 logger.info("dropped the engine of %s to make room", dropped)
-        engine = Engine.load(
-            folder,
-            device=self._device,
-            dtype=settings.embedding_dtype,
-            batch_tokens=settings.embedding_batch_tokens or None,
-            precision=precision,
-        )
+        engine = load_engine(self._settings, folder, self._device, self._machine)
         with self._mutex:
             self._engines[model, precision] = engine
         logger.info(
-            "loaded %s on %s as %s, %s tokens per forward pass", model, engine.device, engine.dtype, engine.batch_tokens
-        )
+            "loaded %s on %s: %s in %s, %s tokens per forward pass",
+            model, engine.device, engine.backend, engine.dtype, engine.batch_tokens,
+        )  # fmt: skip
         return engine
 
 

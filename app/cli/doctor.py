@@ -20,7 +20,10 @@ from app.cli.inspect import Database, RedisFacts, look_at_database, look_at_redi
 from app.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from app.embedded import Stack
 from app.environment import Environment
-from app.errors import ChunkmillError
+from app.errors import ChunkmillError, UnknownModel
+from app.machine import gpu_names, this_machine
+from app.models import resolve_spec
+from app.profiles import Found, find_profile, memory_limit
 from app.settings import Settings
 
 EXTRAS = {
@@ -50,7 +53,7 @@ class Check:
 @click.pass_obj
 def doctor(screen: Screen) -> None:
     """Check this machine, its settings and its servers, and say what to do. Exits with 1 if a check fails."""
-    checks = [*machine_checks(), *server_checks()]
+    checks = [*machine_checks(), *profile_checks(), *server_checks()]
     failed = sum(check.state == "fail" for check in checks)
     if screen.json:
         screen.document({"ok": not failed, "checks": [asdict(check) for check in checks]})
@@ -79,6 +82,40 @@ def machine_checks() -> Iterator[Check]:
     yield Check("torch", "ok", torch or "not installed: this machine enqueues and searches, and does not embed")
     yield Check("CPU", "ok", _cpu())
     yield Check("GPU", "ok", _gpus() or "none: embedding runs on the CPU")
+
+
+def profile_checks() -> Iterator[Check]:
+    """The profile that a worker here would follow for its default model, if this machine can have one."""
+    if _version("torch") is None:
+        return
+    try:
+        settings = Settings.from_env()
+        spec = resolve_spec(
+            settings.embedding_model,
+            pooling=settings.embedding_pooling,
+            precision=settings.embedding_precision,
+            trust=settings.trust,
+        )
+        gpus = [] if settings.embedding_device == "cpu" else gpu_names()
+        found = find_profile(settings, spec, this_machine(gpus[0] if gpus else None))
+    except UnknownModel as error:
+        yield Check("profile", "warn", "the model cannot be read here", str(error))
+    except ChunkmillError as error:
+        yield Check("profile", "fail", "none", str(error))
+    else:
+        yield profile_check(
+            found, memory_limit(settings, spec.fingerprint, found.profile.setup) if found.profile else None
+        )
+
+
+def profile_check(found: Found, limit: tuple[Path, int] | None) -> Check:
+    if found.profile is not None:
+        held = f"; held to {limit[1]:,} tokens, which fitted the memory ({limit[0]})" if limit else ""
+        return Check("profile", "ok", f"{found.profile}{held}")
+    if found.problem is not None:
+        return Check("profile", "ok" if found.overridden else "warn", f"not used: {found.path}", found.problem)
+    why = "EMBEDDING_PROFILE is off" if found.path is None else "chunkmill tune finds better ones"
+    return Check("profile", "ok", f"none: the device's default settings ({why})")
 
 
 def server_checks() -> Iterator[Check]:

@@ -17,7 +17,8 @@ from app.embedded.redis import Redis
 from app.errors import EmbeddedStackError
 
 _LOCK_FILE = "chunkmill.lock"
-_ENTRIES = {_LOCK_FILE, "postgres", "redis"}
+_TUNING = "tuning"  # app.profiles: profiles may be there before the first `up`
+_ENTRIES = {_LOCK_FILE, "postgres", "redis", _TUNING}
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Stack:
     def _make_home(self) -> None:
         self._check_owner()
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (self.home / _LOCK_FILE).exists() and any(self.home.iterdir()):
+        if not (self.home / _LOCK_FILE).exists() and any(entry.name != _TUNING for entry in self.home.iterdir()):
             raise EmbeddedStackError(
                 f"{self.home} is not empty and not a home of the embedded stack. Set CHUNKMILL_HOME to a "
                 "new or empty folder."

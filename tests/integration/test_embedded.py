@@ -251,6 +251,16 @@ class TestWhatItRefuses:
             Stack(folder).destroy()
         assert (folder / "mine.txt").exists()
 
+    def test_not_a_home_that_holds_profiles_already(self, stack: Stack) -> None:
+        profile = stack.home / "tuning/profiles/machine.json"
+        profile.parent.mkdir(parents=True)
+        profile.touch()
+        assert stack.up().running
+        stack.down()
+        assert profile.exists()
+        stack.destroy()
+        assert not stack.home.exists()
+
     def test_destroying_a_home_with_a_stranger_in_it(self, stack: Stack) -> None:
         stack.home.mkdir()
         (stack.home / "chunkmill.lock").touch()

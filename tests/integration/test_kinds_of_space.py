@@ -156,7 +156,9 @@ def test_engines_of_both_precisions_stay_loaded_side_by_side(
 
     def load(folder: Any, **_: Any) -> Any:
         loaded.append(folder.spec.precision)
-        return SimpleNamespace(spec=folder.spec, dimensions=384, device="cpu", dtype="float32", batch_tokens=1)
+        return SimpleNamespace(
+            spec=folder.spec, dimensions=384, device="cpu", backend="", dtype="float32", batch_tokens=1
+        )
 
     monkeypatch.setattr(Engine, "load", load)
     engines = Engines(settings, "cpu")

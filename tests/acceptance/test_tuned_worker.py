@@ -1,0 +1,33 @@
+"""A worker as it is started follows the profile of this machine, from its first line in the log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.domain.tuning import Constraints, Measured, Setup
+from app.machine import this_machine, versions
+from app.models import DEFAULT_MODEL, DEFAULT_SPEC
+from app.profiles import Profile, profile_path, write_profile
+from app.settings import Settings
+from tests.acceptance.conftest import Processes
+
+
+def test_a_worker_follows_its_machines_profile(processes: Processes, settings: Settings, tmp_path: Path) -> None:
+    machine, home = this_machine(), tmp_path / "home"
+    profile = Profile(
+        DEFAULT_MODEL, DEFAULT_SPEC.fingerprint, Setup("native", "float32", 384, 1, 3),
+        Measured(1.0, 1.0, 5000.0, 9.0, 500.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21",
+    )  # fmt: skip
+    path = profile_path(settings.model_copy(update={"chunkmill_home": home}), DEFAULT_SPEC.fingerprint, machine)
+    write_profile(profile, path)
+    worker = processes.worker(EMBEDDING_PROFILE="auto", EMBEDDING_DEVICE="cpu", CHUNKMILL_HOME=str(home))
+    output = worker.output()
+    assert "by its profile native fp32, 384 tokens a pass" in output
+    assert "native in float32, 384 tokens per forward pass" in output
+    assert "concurrency: 3 (" in output
+    assert worker.terminate() == 0
+    # -c is said on the command line, and a budget in the environment: both win.
+    stated = processes.worker("-c", "1", EMBEDDING_PROFILE="auto", EMBEDDING_DEVICE="cpu", CHUNKMILL_HOME=str(home),
+                              EMBEDDING_BATCH_TOKENS="512")  # fmt: skip
+    assert "native in float32, 512 tokens per forward pass" in stated.output()
+    assert "concurrency: 1 (" in stated.output()
