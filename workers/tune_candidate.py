@@ -40,7 +40,7 @@ class Loaded:
         folder = resolve_model(
             order["model"],
             pooling=settings.embedding_pooling,
-            precision=order["precision"],
+            precision=Precision(order["precision"]),
             trust=settings.trust,
         )
         setup = order["setup"]
@@ -49,7 +49,7 @@ class Loaded:
             device=order["device"],
             dtype=setup["dtype"],
             batch_tokens=setup["batch_tokens"] or None,
-            precision=order["precision"],
+            precision=Precision(order["precision"]),
             backend=setup["backend"],
             threads=setup["threads"],
         )

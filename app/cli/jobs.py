@@ -49,7 +49,7 @@ JOB_FAILED = 4
 )
 @click.option(
     "--precision",
-    type=click.Choice([p.value for p in Precision]),
+    type=click.Choice([str(p) for p in Precision]),
     help="int8 is faster on a CPU and less exact.  [default: EMBEDDING_PRECISION]",
 )
 @click.option(

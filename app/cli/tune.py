@@ -49,7 +49,7 @@ _DTYPES = {short: long for long, short in SHORT.items()}
 @click.command()
 @click.option("--model", metavar="NAME", help="Default: EMBEDDING_MODEL.")
 @click.option(
-    "--precision", type=click.Choice([each.value for each in Precision]), help="Default: EMBEDDING_PRECISION."
+    "--precision", type=click.Choice([str(each) for each in Precision]), help="Default: EMBEDDING_PRECISION."
 )
 @click.option(
     "--texts", metavar="FILE", help="JSONL, CSV or Parquet with texts like yours. Default: Python's docstrings."
@@ -95,7 +95,7 @@ def tune(
     )
     order = {
         "model": model or settings.embedding_model,
-        "precision": chosen.value,
+        "precision": str(chosen),
         "constraints": asdict(constraints),
         "backends": backends,
         "dtypes": [_DTYPES[each] for each in dtypes],

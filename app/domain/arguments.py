@@ -17,7 +17,7 @@ def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
         return words(given)
     except ValueError:
         kind = UnknownRoute if words is Route else InvalidInput
-        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(words)}.") from None
+        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(map(str, words))}.") from None
 
 
 def require_name(argument: str, name: object) -> None:

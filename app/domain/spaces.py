@@ -19,10 +19,22 @@ class Pooling(StrEnum):
 
 
 class Precision(StrEnum):
-    """Precision class. fp32, fp16 and bf16 agree to a cosine of 0.9999 and share one class."""
+    """Precision class. fp32, fp16 and bf16 agree to a cosine of 0.9999 and share one class.
+
+    The value is part of the fingerprint. What int8 vectors are depends on how they are rounded, so theirs names the
+    recipe: the texts of ``workers.engine.encoder.calibration`` and the rules of ``int8`` beside it. Another recipe is
+    another value; the old one then stays here so that its spaces stay readable. Users say and see ``int8``.
+    """
 
     FLOAT = "float"
-    INT8 = "int8"
+    INT8 = "int8-1"
+
+    def __str__(self) -> str:
+        return self.value.partition("-")[0]
+
+    @classmethod
+    def _missing_(cls, value: object) -> Precision | None:
+        return cls.INT8 if value == "int8" else None
 
 
 class OnLong(StrEnum):

@@ -23,6 +23,7 @@ from app.models import ModelFolder, resolve_model
 from app.models.files import read_json
 from workers.engine.backends import Backend
 from workers.engine.backends.generic import TransformersBackend
+from workers.engine.backends.int8 import Int8Backend, load_int8, require_int8
 from workers.engine.backends.loading import load_model
 from workers.engine.backends.native import NativeBackend
 from workers.engine.backends.onnx import OnnxBackend
@@ -116,24 +117,34 @@ class Engine:
         on = resolve_device(device)
         if isinstance(model, str):
             model = resolve_model(model, pooling=pooling, on_long=on_long, precision=precision)
-        if Precision.INT8 in (precision, model.spec.precision):
-            raise InvalidSetting("precision int8 has no kernels in this version: set EMBEDDING_PRECISION=float")
         folder = model
+        if Precision(precision) is Precision.INT8 and folder.spec.precision is not Precision.INT8:
+            raise InvalidSetting("precision is int8 and the model's folder was read for float: resolve_model takes it")
         config = read_json(folder.transformer / "config.json")
         tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
         tokens = batch_tokens or default_batch_tokens(on)
         if backend == "onnx" and dtype == "auto":
             dtype = "fp32"  # all that it has
         number_format = resolve_dtype(dtype, on, config.get("model_type", ""))
-        loaded = _load_backend(
-            folder,
-            backend,
-            device=on,
-            dtype=number_format,
-            slots=tokens,
-            pad_id=_pad_id(tokenizer, config),
-            threads=threads,
-        )
+        head = Head(folder, on)
+        pad_id = _pad_id(tokenizer, config)
+        loaded: Backend
+        if folder.spec.precision is Precision.INT8:
+            require_int8(on, backend, number_format)
+            build = Build(number_format, on, tokens, folder.spec.max_tokens)
+            loaded = load_int8(
+                load_model(folder),
+                build,
+                spec=folder.spec,
+                tokenizer=tokenizer,
+                config=config,
+                head=head,
+                pad_id=pad_id,
+            )
+        else:
+            loaded = _load_backend(
+                folder, backend, device=on, dtype=number_format, slots=tokens, pad_id=pad_id, threads=threads
+            )
         tokenizer.check(config, loaded.embedding_rows)
         format_word = str(loaded.dtype).removeprefix("torch.")
         name = f"{device_name(on)}-{folder.spec.fingerprint[:16]}-{loaded.name}-{format_word}.json"
@@ -142,7 +153,7 @@ class Engine:
             folder,
             tokenizer,
             loaded,
-            Head(folder, on),
+            head,
             budget=budget,
             on_long=on_long,
             threads=threads,
@@ -155,7 +166,12 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """``float32``, ``bfloat16`` or ``float16``: what the transformer runs in; the rest is fp32."""
+        """``float32``, ``bfloat16`` or ``float16``: what the transformer runs in; the rest is fp32.
+
+        ``int8`` where its products do. What is between them runs in bf16 or fp32, as the CPU has it.
+        """
+        if self.spec.precision is Precision.INT8:
+            return "int8"
         return str(self._backend.dtype).removeprefix("torch.")
 
     @property
@@ -288,8 +304,13 @@ class Engine:
         )
 
     def _load_exact(self) -> Backend:
-        """The same weights in fp32 and without shortcuts, for texts whose vector was not finite."""
+        """The same weights in fp32 and without shortcuts, for texts whose vector was not finite.
+
+        In int8 the products stay what they are: an fp32 vector does not belong into an int8 space.
+        """
         with self._exact_loading:
+            if self._exact is None and isinstance(self._backend, Int8Backend):
+                self._exact = self._backend.careful_twin()
             if self._exact is None:
                 logger.warning(
                     "a vector of %s is not finite in %s: loading the model in fp32 beside it for such texts",

@@ -72,6 +72,13 @@ def cpu_has_bf16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def cpu_has_int8() -> bool:
+    """Does this CPU multiply int8 matrices natively, adding up in 32 bits (AVX512-VNNI, AVX-VNNI or AMX-INT8)?"""
+    found = torch.cpu.get_capabilities()
+    native = any(found.get(feature) for feature in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return native and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
 def device_name(device: torch.device) -> str:
     """A name for files: ``nvidia-h200``, ``amd-epyc-9654-2-cores``."""
     if device.type == "cuda":

@@ -58,8 +58,8 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, slots: int, activat
     dtype = weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, slots)
     run = torch.ops.mkldnn._linear_pointwise
-    fused, algorithm = _EPILOGUES.get(activation, ("none", ""))
-    act = None if activation is None or activation in _EPILOGUES else ACTIVATIONS[activation]
+    fused, algorithm = EPILOGUES.get(activation, ("none", ""))
+    act = None if activation is None or activation in EPILOGUES else ACTIVATIONS[activation]
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = run(x.to(dtype), packed, bias, fused, [], algorithm)
@@ -68,7 +68,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, slots: int, activat
     return linear
 
 
-_EPILOGUES: dict[str | None, tuple[str, str]] = {
+EPILOGUES: dict[str | None, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_new": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
