@@ -27,6 +27,14 @@ def _redis_url(url: str) -> str:
     return url
 
 
+def _precision(given: object) -> object:
+    """The user's words; pydantic would list the values, which name a recipe."""
+    try:
+        return Precision(given)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"it must be one of: {', '.join(map(str, Precision))}") from None
+
+
 _EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
 
 
@@ -66,7 +74,7 @@ class Settings(BaseSettings):
     embedding_dimensions: int | None = Field(
         None, ge=1, description="Cut EMBEDDING_MODEL's vectors to so many dimensions, where it was trained for that."
     )
-    embedding_precision: Precision = Field(
+    embedding_precision: Annotated[Precision, BeforeValidator(_precision)] = Field(
         Precision.FLOAT, description="`float`, or `int8`: faster on a CPU, less exact, and a space of its own."
     )
     embedding_matryoshka: ModelNames = Field(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from app.domain.spaces import Precision
 from app.errors import ChunkmillError, EngineError
 from app.machine import memory_mib
 from app.models import resolve_model

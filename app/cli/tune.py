@@ -48,9 +48,7 @@ _DTYPES = {short: long for long, short in SHORT.items()}
 
 @click.command()
 @click.option("--model", metavar="NAME", help="Default: EMBEDDING_MODEL.")
-@click.option(
-    "--precision", type=click.Choice([str(each) for each in Precision]), help="Default: EMBEDDING_PRECISION."
-)
+@click.option("--precision", type=click.Choice([str(each) for each in Precision]), help="Default: EMBEDDING_PRECISION.")
 @click.option(
     "--texts", metavar="FILE", help="JSONL, CSV or Parquet with texts like yours. Default: Python's docstrings."
 )

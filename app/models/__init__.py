@@ -57,7 +57,7 @@ def resolve_model(
     label = _label(name)
     pickle, code = _is_in(label, trust.pickle), _is_in(label, trust.remote_code)
     folder = locate_folder(name, pickle=pickle, remote_code=code, download=download)
-    asked = Asked(pooling, on_long, precision, pickle, code, matryoshka=_is_in(label, trust.matryoshka))
+    asked = Asked(pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka))
     return read_folder(label, folder, asked)
 
 
