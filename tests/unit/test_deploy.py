@@ -17,6 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
+from app.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -260,6 +262,18 @@ def test_an_open_backend_network_is_noticed() -> None:
 )
 def test_a_careless_variable_is_noticed(problem: str, compose: str, env_example: str) -> None:
     assert variable_problems(compose, env_example) == [problem]
+
+
+def test_every_setting_reaches_the_containers_and_env_example_shows_its_default() -> None:
+    given = {"database_url", "redis_url", "embedding_device", "chunkmill_home"}  # the compose file states these itself
+    passed = yaml.safe_load(COMPOSE)["x-settings"]
+    for name, field in Settings.model_fields.items():
+        if name in given:
+            continue
+        assert name.upper() in passed, f"docker-compose.yml does not pass {name.upper()} on"
+        default = "" if field.default is None else str(field.default).removesuffix(".0")
+        shown = default.lower() if isinstance(field.default, bool) else default
+        assert f"#{name.upper()}={shown}\n" in ENV_EXAMPLE, f"env.example: #{name.upper()}={shown}"
 
 
 # --- Dockerfile ---------------------------------------------------------------------------------------------
