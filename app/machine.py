@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -81,6 +82,23 @@ def cores() -> int:
     physical = {_core(cpu) for cpu in allowed}
     quota = _quota()
     return len(physical) if quota is None else max(1, min(len(physical), round(quota)))
+
+
+def core_blocks(n: int) -> list[set[int]]:
+    """The logical CPUs of this process in ``n`` blocks of whole physical cores, for threads that keep to their own.
+
+    Empty where that would be wrong: a quota or fewer cores than blocks, or a system without affinities.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    physical: dict[tuple[str, str], set[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        physical.setdefault(_core(cpu), set()).add(cpu)
+    if n > len(physical) or cores() < len(physical):
+        return []
+    groups = list(physical.values())
+    bounds = [len(groups) * i // n for i in range(n + 1)]
+    return [set().union(*groups[first:end]) for first, end in itertools.pairwise(bounds)]
 
 
 def memory_mib() -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from app.machine import core_blocks, cores
 from workers.engine.budget import Budget
 from workers.engine.packing import choose
 from workers.engine.run import Outcome, Pass, Runner, TokenBatch
@@ -117,7 +119,8 @@ class _Flight:
 class DeviceLoop:
     """Feeds one :class:`Runner`. ``budget`` is asked before every pass: it may shrink meanwhile.
 
-    ``threads`` are torch's, on a CPU: the lanes share them, and a pass that runs alone has them all.
+    ``threads`` are torch's, on a CPU: the lanes share them, and a pass that runs alone has them all. Lanes that have
+    the whole machine keep to cores of their own: a scheduler may put two of them on one core and leave the other idle.
     """
 
     def __init__(self, runner: Runner, budget: Budget, *, threads: int = 1) -> None:
@@ -130,7 +133,9 @@ class DeviceLoop:
         self._names = itertools.count()
         self._queues = {True: _Waiting(), False: _Waiting()}
         self._urgent_run = 0
-        self._lanes: set[threading.Thread] = set()
+        self._lanes: dict[threading.Thread, int] = {}
+        self._blocks = core_blocks(self._most_lanes) if self._most_lanes > 1 and threads == cores() else []
+        self._everywhere = set().union(*self._blocks)
         self._idle = 0
         self._computing = 0
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
@@ -196,7 +201,7 @@ class DeviceLoop:
         """One more thread, if rows wait that none is free to take."""
         if not self._idle and len(self._lanes) < self._most_lanes and self._any_waiting():
             lane = threading.Thread(target=self._run, name="device")
-            self._lanes.add(lane)
+            self._lanes[lane] = next(free for free in itertools.count() if free not in self._lanes.values())
             lane.start()
 
     def _run(self) -> None:
@@ -215,7 +220,7 @@ class DeviceLoop:
             # A defect of ours. Whoever waits must hear of it instead of waiting for ever.
             logger.exception("a thread of the device failed")
             with self._changed:
-                self._lanes.discard(threading.current_thread())
+                self._lanes.pop(threading.current_thread(), None)
                 self._queues = {True: _Waiting(), False: _Waiting()}
                 for source in self._sources.values():
                     source.waiting = 0
@@ -225,7 +230,7 @@ class DeviceLoop:
         """Choose a TokenBatch; None when nothing waits. With ``block``, None ends the lane."""
         with self._changed:
             if block and not self._wait():
-                self._lanes.discard(threading.current_thread())
+                del self._lanes[threading.current_thread()]
                 return None
             if not self._any_waiting():
                 return None
@@ -282,9 +287,19 @@ class DeviceLoop:
 
     def _launch(self, chosen: _Chosen) -> _Flight:
         started = time.perf_counter()
-        if self._runner.backend.device.type == "cpu" and torch.get_num_threads() != chosen.threads:
-            torch.set_num_threads(chosen.threads)  # of this thread
+        if self._runner.backend.device.type == "cpu":
+            self._use(chosen.threads)
         return _Flight(self._runner.launch(chosen.batch), chosen, started)
+
+    def _use(self, threads: int) -> None:
+        """So many threads for this lane's next pass, and the cores they may run on."""
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)  # of this thread
+        if self._blocks:
+            # torch's threads inherit the cores of the lane that starts them, so those of a pass on all cores are
+            # started from all cores.
+            alone = threads == self._total
+            os.sched_setaffinity(0, self._everywhere if alone else self._blocks[self._lanes[threading.current_thread()]])
 
     def _land(self, flight: _Flight, *, then: _Flight | None) -> None:
         try:
