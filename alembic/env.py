@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,8 +29,12 @@ def run() -> None:
             compare_server_default=True,
             transaction_per_migration=True,
         )
-        # Several machines may start at once; the later ones wait and find nothing to do.
-        conn.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+        # Several machines may start at once; the later ones wait and find nothing to do. They ask, rather than wait
+        # inside a statement, whose snapshot would hold up CREATE INDEX CONCURRENTLY for ever.
+        lock = sa.text("SELECT pg_try_advisory_lock(:key)")
+        while not conn.execute(lock, {"key": MIGRATION_LOCK}).scalar_one():
+            conn.commit()
+            time.sleep(0.2)
         conn.commit()
         try:
             with context.begin_transaction():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from app.db.connect import refusal
 from app.db.spaces import Space
 from app.domain import planning
 from app.domain.chunks import PreparedChunk, prepare_all, prepare_or_skip
@@ -21,6 +23,9 @@ from app.settings import Settings
 from app.spool import Spool
 from app.vectors import window
 
+logger = logging.getLogger(__name__)
+
+DEADLOCK_TRIES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Text of one ChunkBatch: bounds a worker's memory when chunks are large."""
 MAX_WINDOW_BYTES = 32 * 1024 * 1024
@@ -102,15 +107,37 @@ class Enqueueing:
     def _fill(
         self, conn: sa.Connection, job_id: int, collection_id: int, prepared: Iterable[PreparedChunk | InvalidChunk]
     ) -> None:
-        for chunks, refused in _windows(prepared, self._settings.enqueue_window):
-            with conn.begin():
-                if not self._commit_window(conn, job_id, collection_id, chunks, refused):
-                    return  # cancelled meanwhile
+        for chunks, refused in _windows(prepared, 2 * self._settings.chunk_batch_size, self._settings.enqueue_window):
+            if not self._commit(conn, job_id, collection_id, chunks, refused):
+                return  # cancelled meanwhile
             self._ring(conn)
         with conn.begin():
             jobs.seal_if_enqueueing(conn, job_id)
         with conn.begin():
             finish_if_done(conn, job_id, self._request.space)
+
+    def _commit(
+        self,
+        conn: sa.Connection,
+        job_id: int,
+        collection_id: int,
+        chunks: Sequence[PreparedChunk],
+        refused: Sequence[DeadChunk],
+    ) -> bool:
+        """One window in a transaction of its own; False: the job is not being enqueued any more.
+
+        Two enqueues that share texts may deadlock; Postgres undoes one, which runs again. On a connection that broke
+        it cannot: the producer's lock went with it.
+        """
+        for tries_left in reversed(range(DEADLOCK_TRIES)):
+            try:
+                with conn.begin():
+                    return self._commit_window(conn, job_id, collection_id, chunks, refused)
+            except sa.exc.OperationalError as error:
+                if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
+                    raise
+                logger.info("an enqueue met another one over the same texts (%s); again", refusal(error))
+        raise AssertionError("the last try returned or raised")
 
     def _commit_window(
         self,
@@ -145,9 +172,12 @@ class Enqueueing:
 
 
 def _windows(
-    items: Iterable[PreparedChunk | InvalidChunk], size: int
+    items: Iterable[PreparedChunk | InvalidChunk], first: int, most: int
 ) -> Iterator[tuple[list[PreparedChunk], list[DeadChunk]]]:
-    """At most ``size`` items at a time, and about ``MAX_WINDOW_BYTES`` of text: the chunks, and the skipped ones."""
+    """The chunks, and the skipped ones: ``first`` items, so that workers begin at once, then four times as many each
+    time, at most ``most``, and about ``MAX_WINDOW_BYTES`` of text.
+    """
+    size = min(first, most)
     chunks: list[PreparedChunk] = []
     refused: list[DeadChunk] = []
     n_bytes = 0
@@ -160,6 +190,7 @@ def _windows(
         if len(chunks) + len(refused) == size or n_bytes >= MAX_WINDOW_BYTES:
             yield chunks, refused
             chunks, refused, n_bytes = [], [], 0
+            size = min(4 * size, most)
     if chunks or refused:
         yield chunks, refused
 

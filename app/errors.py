@@ -15,9 +15,11 @@
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres cannot be used as it is (down, not migrated, no pgvector)
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
-    ├── DeviceUnavailable     no GPU is free, or the one asked for does not exist
+    ├── DeviceUnavailable     the GPU asked for does not exist, or nothing can compute here
+    │   └── DeviceTaken         every GPU has a worker, which may be about to leave
     └── EngineError           the model could not be loaded or run
         ├── ModelLoadError      files missing, unreadable or of an unsupported kind
+        ├── DeviceFailed        the device runs nothing any more, not even a known good text
         ├── TokenizerMismatch   the tokenizer was not made for this model
         └── CanaryFailed        the engine's golden vectors are not the space's: it drifts, and takes no work of it
 
@@ -117,6 +119,11 @@ class DeviceUnavailable(ChunkmillError):
     code = "device_unavailable"
 
 
+class DeviceTaken(DeviceUnavailable):
+    code = "device_taken"
+    retryable = True
+
+
 class EngineError(ChunkmillError):
     code = "engine_error"
     retryable = True
@@ -124,6 +131,10 @@ class EngineError(ChunkmillError):
 
 class ModelLoadError(EngineError):
     code = "model_load"
+
+
+class DeviceFailed(EngineError):
+    code = "device_failed"
 
 
 class TokenizerMismatch(EngineError):

@@ -12,7 +12,7 @@ import click
 from celery import signals
 from click.core import ParameterSource
 
-from app.broker import make_celery
+from app.broker import Broker, make_celery
 from app.environment import Environment
 from app.errors import ChunkmillError
 from app.telemetry.logging import configure
@@ -74,6 +74,7 @@ def _claim_device(instance: Any = None, **_: Any) -> None:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
     from workers.context import WorkerContext
+    from workers.drain import Drain
     from workers.embed_requests import EmbedRequestLane
 
     device, settings = _state["device"].device, _state["settings"]
@@ -87,19 +88,33 @@ def _start(sender: Any = None, **_: Any) -> None:
         context = WorkerContext.start(settings, device)
     lane = EmbedRequestLane(context)
     lane.start()
-    _state["context"], _state["lane"] = context, lane
+    _state["context"], _state["lane"], _state["drain"] = context, lane, Drain(context)
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def _watch(**_: Any) -> None:
+    """Not before the worker takes work: until then a hang is the start's, and a notice finds nothing to save."""
+    from workers.preemption import PreemptionWatcher
+    from workers.watchdog import Watchdog
+
+    settings, drain = _state["settings"], _state["drain"]
+    _state["watchers"] = [Watchdog(_state["context"], Broker.connect(settings), drain)]
+    if watcher := PreemptionWatcher.from_settings(settings, lambda _: drain.tell_itself()):
+        _state["watchers"].append(watcher)
+    for thread in _state["watchers"]:
+        thread.start()
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _drain(**_: Any) -> None:
-    from workers.preemption import begin_drain
-
-    if "context" in _state:
-        begin_drain(_state["context"])
+    if "drain" in _state:
+        _state["drain"].begin()
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _close(**_: Any) -> None:
+    for thread in _state.get("watchers", []):
+        thread.stop()
     if "context" in _state:
         _state["lane"].stop()
         _state["context"].close()

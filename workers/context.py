@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import sqlalchemy as sa
 
 from app.db.connect import create_db, require_migrated
+from app.db.retry import transact
 from app.db.spaces import Space
 from app.errors import CanaryFailed
 from app.settings import Settings
@@ -18,6 +21,9 @@ from workers.canary import CanaryCheck
 from workers.engine.engine import Engine
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
+from workers.suspects import Room
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -31,6 +37,11 @@ class WorkerContext:
     name: str
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the worker is told to go: tasks release what they hold at the next TokenBatch."""
+    room: Room = field(default_factory=Room)
+    broken: str | None = None
+    """What was seen of a device that runs nothing any more; the watchdog ends the worker."""
+    last_doorbell: float = field(default_factory=time.monotonic)
+    """When a doorbell last reached this worker, on its own clock."""
 
     _current: ClassVar[WorkerContext | None] = None
 
@@ -75,6 +86,13 @@ class WorkerContext:
             self.engines.leave(space)
             raise
         return engine
+
+    def transact(self, work: Callable[[sa.Connection], T], what: str, *, give_up: bool = False) -> T:
+        """Run ``work`` in a transaction, again and again while Postgres is away or refuses for a while.
+
+        With ``give_up``, no longer than until the worker is told to go.
+        """
+        return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
 
     def close(self) -> None:
         self.leases.stop()

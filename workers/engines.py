@@ -82,6 +82,12 @@ class Engines:
         with self._mutex:
             return [space_id for space_id, until in self._unserved.items() if until > now]
 
+    def longest_pass(self) -> float:
+        """Seconds since the start of the forward pass that has been under way longest; 0.0 for none."""
+        with self._mutex:
+            engines = list(self._engines.values())
+        return max((engine.longest_pass() for engine in engines), default=0.0)
+
     def _find(self, space: Space) -> Engine | None:
         with self._mutex:
             for key, engine in self._engines.items():

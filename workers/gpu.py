@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from app.errors import DeviceUnavailable, InvalidSetting
+from app.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def claim_device(
     if gpu is None:
         if not share:
             holders = ", ".join(f"{gpu} (process {_holder(folder, gpu)})" for gpu in found)
-            raise DeviceUnavailable(
+            raise DeviceTaken(
                 f"every NVIDIA device is taken: {holders}. One worker process per GPU is the fastest; stop "
                 "one, or set EMBEDDING_SHARE_GPU=1 to let this one join"
             )

@@ -62,6 +62,12 @@ class LeaseKeeper:
                 if self._held.get(lease.chunk_batch_id) is held:
                     del self._held[lease.chunk_batch_id]
 
+    @property
+    def count(self) -> int:
+        """ChunkBatches that are worked on."""
+        with self._mutex:
+            return len(self._held)
+
     def _run(self) -> None:
         while not self._stop.wait(self._lease_seconds / 3):
             try:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from enum import StrEnum
 
-import numpy as np
+import psycopg
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from app.db import spaces
 from app.db.spaces import Space
-from app.domain.planning import too_long_reason
-from app.domain.spaces import OnLong
-from app.errors import CanaryFailed, ChunkmillError, LeaseLost
-from app.ledger import chunk_batches, dead_chunks, usage
+from app.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
+from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
-from app.ledger.dead_chunks import DeadContent
 from app.ledger.finish import finish_if_done
-from app.vectors.read import Work, read_work, still_wanted
-from app.vectors.write import relax_durability, write_vectors
+from app.vectors.read import Work, read_work
+from workers.attempt import Attempt
 from workers.context import WorkerContext
-from workers.engine.engine import Engine
-from workers.engine.matryoshka import shorten
-from workers.engine.results import TokenBatchResult
-from workers.engines import fingerprint
 from workers.lease import HeldLease
 
 logger = logging.getLogger(__name__)
 
 FLUSH_ROWS = 4096
-FLUSH_SECONDS = 0.5
-"""What a kill can cost: the TokenBatches since the last write, at most this much work of one task."""
+FLUSH_SECONDS = 0.25
+"""A write costs about 3 ms of the machine. What a kill can cost: the TokenBatches since the last write and those on the
+device (docs/decisions/0018)."""
+ANOTHER_SUSPECT_SECONDS = 2.0
 
 
 class Outcome(StrEnum):
@@ -48,46 +43,82 @@ class Stopping(Exception):
 
 
 def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
-    """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake."""
-    if context.stopping.is_set():
-        return Outcome.NOT_OURS
-    with context.db.begin() as conn:
-        lease = chunk_batches.claim_if_due(
-            conn,
-            chunk_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            not_spaces=context.engines.unserved(),
-        )
-    if lease is None:
-        return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
-    attempt = _Attempt(lease, worker=context.name)
-    with context.leases.holding(lease) as held:
+    """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake.
+
+    Postgres being away is waited for: it is no fault of the work, and costs no attempt.
+    """
+    context.last_doorbell = time.monotonic()
+    with context.room.entered():
+        if context.stopping.is_set():
+            return Outcome.NOT_OURS
         try:
-            _embed(context, held, attempt)
-        except Stopping:
-            with context.db.begin() as conn:
-                if chunk_batches.release_if_held(conn, lease):
-                    attempt.book(conn)
-            return Outcome.RELEASED
-        except LeaseLost as lost:
-            logger.warning("%s", lost)
-            return Outcome.LEASE_LOST
-        except CanaryFailed as drift:
-            _leave_to_others(context, lease, drift)
-            return Outcome.RELEASED
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
-            _record_failure(context, attempt, error)
-            return Outcome.FAILED
+            lease = context.transact(lambda conn: _claim(context, conn, chunk_batch_id), "claim", give_up=True)
+        except (sa.exc.SQLAlchemyError, psycopg.Error):
+            if context.stopping.is_set():
+                return Outcome.NOT_OURS  # Postgres is away and the worker leaves: the doorbell is rung again
+            raise
+        if lease is None:
+            return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
+        with context.leases.holding(lease) as held:
+            if not lease.suspect:
+                return _run(context, held)
+            with context.room.alone() as alone:
+                if alone:
+                    return _run(context, held)
+        # One suspect at a time, or a death could be either's.
+        context.transact(
+            lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=ANOTHER_SUSPECT_SECONDS), "release"
+        )
+        return Outcome.RELEASED
+
+
+def _claim(context: WorkerContext, conn: sa.Connection, chunk_batch_id: int) -> Lease | None:
+    return chunk_batches.claim_if_due(
+        conn,
+        chunk_batch_id,
+        owner=context.name,
+        lease_seconds=context.settings.lease_seconds,
+        not_spaces=context.engines.unserved(),
+    )
+
+
+def _run(context: WorkerContext, held: HeldLease) -> Outcome:
+    lease = held.lease
+    attempt = Attempt(context, lease)
+    try:
+        _embed(context, held, attempt)
+    except Stopping:
+        attempt.release()
+        return Outcome.RELEASED
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+        return Outcome.LEASE_LOST
+    except CanaryFailed as drift:
+        # Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it.
+        attempt.release(because=drift)
+        logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)  # noqa: TRY400
+        return Outcome.RELEASED
+    except DeviceFailed as broken:
+        # The lease is kept: the watchdog takes it back as from a dead worker, for the work may be the cause.
+        with contextlib.suppress(LeaseLost):
+            attempt.flush()
+        context.broken = str(broken)
+        return Outcome.FAILED
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
+        _record_failure(context, attempt, error)
+        return Outcome.FAILED
     _finish(context, lease)
     return Outcome.COMPLETED
 
 
-def _embed(context: WorkerContext, held: HeldLease, attempt: _Attempt) -> None:
+def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
     lease = held.lease
-    with context.db.begin() as conn:
+
+    def read(conn: sa.Connection) -> tuple[Space, Work]:
         space = spaces.get(conn, lease.space_id)
-        work = read_work(conn, space, lease.chunk_batch_id)
+        return space, read_work(conn, space, lease.chunk_batch_id)
+
+    space, work = context.transact(read, "read texts")
     engine = context.engine_for(space)
     attempt.begin(space, engine, work)
     texts = [text for _, text in work.texts]
@@ -96,39 +127,28 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: _Attempt) -> None:
         attempt.take(result)
         held.check()
         if attempt.pending_rows >= FLUSH_ROWS or time.monotonic() - flushed_at >= FLUSH_SECONDS:
-            attempt.flush(context.db)
+            attempt.flush()
             flushed_at = time.monotonic()
     if attempt.left:
         # The engine stopped early because the worker is going; keep what is done.
-        attempt.flush(context.db)
+        attempt.flush()
         raise Stopping
-    attempt.complete(context.db)
+    attempt.complete()
 
 
 def _finish(context: WorkerContext, lease: Lease) -> None:
-    with context.db.begin() as conn:
-        finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+    context.transact(
+        lambda conn: finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id)), "end the job", give_up=True
+    )
 
 
-def _leave_to_others(context: WorkerContext, lease: Lease, drift: CanaryFailed) -> None:
-    """Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it."""
-    with context.db.begin() as conn:
-        chunk_batches.release_if_held(conn, lease, because=drift)
-    logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)
-
-
-def _record_failure(context: WorkerContext, attempt: _Attempt, error: Exception) -> None:
+def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:
     lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
     # Another machine may have the model or the memory that this one lacks, so only a final error is final.
     retryable = not isinstance(error, ChunkmillError) or error.retryable or error.http_status < 500
     message = _without_parameters(error)
-    with context.db.begin() as conn:
-        state = chunk_batches.fail_if_held(
-            conn, lease, code=code, error=f"{context.name}: {message}", retryable=retryable
-        )
-        if state is not None:
-            attempt.book(conn)
+    state = attempt.fail(code=code, error=f"{context.name}: {message}", retryable=retryable)
     logger.error(
         "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
         lease.chunk_batch_id, lease.attempt, lease.max_attempts, state or "another worker's", message,
@@ -141,106 +161,3 @@ def _without_parameters(error: Exception) -> str:
     if isinstance(error, sa.exc.DBAPIError):
         return f"{type(error.orig).__name__}: {str(error.orig).splitlines()[0]}"
     return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"
-
-
-class _Attempt:
-    """What one attempt has done so far, and what of it is not written yet."""
-
-    def __init__(self, lease: Lease, *, worker: str) -> None:
-        self.lease = lease
-        self._worker = worker
-        self._provider = ""
-        self._refused: list[DeadContent] = []
-        self._dead: list[DeadContent] = []
-        self._done = 0
-        self._written = 0
-        self._truncated_here = 0
-        self._tokens = 0
-        self._seconds = 0.0
-        self._clear()
-
-    def begin(self, space: Space, engine: Engine, work: Work) -> None:
-        self._space, self._engine, self._work = space, engine, work
-        self._provider = space.spec.provider
-        if self.lease.on_long is OnLong.REJECT:
-            # Another job, which cuts long texts, was faster; this one refuses them all the same.
-            self._refused = [DeadContent(h, "too_long", too_long_reason(n)) for h, n in work.truncated]
-
-    @property
-    def pending_rows(self) -> int:
-        return len(self._hashes)
-
-    @property
-    def left(self) -> int:
-        """Texts that the engine has not handed back."""
-        return len(self._work.texts) - self._done
-
-    def take(self, result: TokenBatchResult) -> None:
-        self._hashes += [self._work.texts[i][0] for i in result.indices.tolist()]
-        self._n_tokens.append(result.n_tokens)
-        self._truncated.append(result.truncated)
-        spec = self._space.spec
-        self._vectors.append(shorten(result.vectors, spec.dimensions, normalize=spec.normalize))
-        self._dead += [DeadContent(self._work.texts[f.index][0], f.code, f.reason) for f in result.failures]
-        self._done += len(result.indices) + len(result.failures)
-        self._truncated_here += int(result.truncated.sum())
-        self._tokens += result.tokens
-        self._seconds += result.seconds
-
-    def flush(self, db: sa.Engine) -> None:
-        """Commit what is there. It stays even when the lease is lost: a late vector is a right vector."""
-        with db.begin() as conn:
-            relax_durability(conn)
-            self._write(conn)
-            still_ours = chunk_batches.record_progress_if_held(conn, self.lease, self._embedded)
-        if not still_ours:
-            raise self._superseded()
-
-    def complete(self, db: sa.Engine) -> None:
-        """The last vectors, the dead list, the completion and the bill, in one transaction."""
-        n_truncated = len(self._work.truncated) - len(self._refused) + self._truncated_here
-        with db.begin() as conn:
-            relax_durability(conn)
-            self._write(conn)
-            done = chunk_batches.complete_if_held(conn, self.lease, n_embedded=self._embedded, n_truncated=n_truncated)
-            if done:
-                dead_chunks.add_contents(conn, self.lease, [*self._dead, *self._refused])
-                self.book(conn)
-        if not done:
-            raise self._superseded()
-
-    def book(self, conn: sa.Connection) -> None:
-        """Book what this attempt cost, in the transaction that ends it."""
-        if self._provider:
-            usage.book(
-                conn,
-                self.lease,
-                usage.Usage(self._provider, self._worker, self._written, self._tokens, self._seconds),
-            )
-
-    @property
-    def _embedded(self) -> int:
-        return self._work.known - len(self._refused) + self._written
-
-    def _superseded(self) -> LeaseLost:
-        return LeaseLost(f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} was superseded")
-
-    def _write(self, conn: sa.Connection) -> None:
-        if self._hashes:
-            hashes, n_tokens = self._hashes, np.concatenate(self._n_tokens)
-            truncated, vectors = np.concatenate(self._truncated), np.concatenate(self._vectors)
-            wanted = still_wanted(conn, hashes, since=self._work.deletions)
-            if wanted is not None:
-                keep = np.array([content_hash in wanted for content_hash in hashes], dtype=bool)
-                hashes = [content_hash for content_hash in hashes if content_hash in wanted]
-                n_tokens, truncated, vectors = n_tokens[keep], truncated[keep], vectors[keep]
-            made_by = fingerprint(self._engine, self.lease.on_long, vectors.shape[1])
-            write_vectors(conn, self._space, made_by, hashes, n_tokens, truncated, vectors)
-            self._written += len(hashes)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._hashes: list[bytes] = []
-        self._n_tokens: list[NDArray[np.int32]] = []
-        self._truncated: list[NDArray[np.bool_]] = []
-        self._vectors: list[NDArray[np.float32]] = []

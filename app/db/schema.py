@@ -139,6 +139,8 @@ class ChunkBatchRow(Base):
     n_truncated: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     max_attempts: Mapped[int] = mapped_column(sa.Integer)
+    deaths: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
+    """Workers that ended or fell silent while they held it: ``app.domain.deaths`` says what follows."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
@@ -152,7 +154,14 @@ class ChunkBatchRow(Base):
         _one_of("state", ChunkBatchState),
         _one_of("route", Route),
         sa.Index(None, "job_id", "state"),
-        sa.Index("ix_chunk_batches_due", "priority", "id", postgresql_where=sa.text("state = 'available'")),
+        sa.Index(
+            "ix_chunk_batches_unrung",
+            "priority",
+            "job_id",
+            "id",
+            "not_before",
+            postgresql_where=sa.text("state = 'available' AND rung_at IS NULL"),
+        ),
         sa.Index(
             "ix_chunk_batches_rung",
             "priority",
@@ -189,7 +198,8 @@ class DeadChunkRow(Base):
 
 
 class UsageRow(Base):
-    """What one attempt at a ChunkBatch cost; written by the transaction that ends the attempt."""
+    """One attempt at a ChunkBatch: what it cost so far and how it ended. Every write of vectors brings it up to date,
+    so an attempt whose worker was killed is booked too."""
 
     __tablename__ = "usage"
 
@@ -202,7 +212,16 @@ class UsageRow(Base):
     contents: Mapped[int] = mapped_column(sa.Integer)
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     engine_seconds: Mapped[float] = mapped_column(sa.Double)
+    recomputed: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """Contents it embedded that had a vector by the time it wrote them."""
+    at_risk: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """Most contents it ever had embedded or on the device and not yet written: what a kill could cost."""
+    outcome: Mapped[str | None] = mapped_column(sa.Text)
+    """``completed``, ``released``, ``failed`` or ``died``; NULL while it runs, or where its lease was lost."""
+    evidence: Mapped[str | None] = mapped_column(sa.Text)
+    """Of a death: what was seen of it."""
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    ended_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (sa.Index(None, "job_id"),)
 

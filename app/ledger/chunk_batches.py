@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from app.db.copy import copy_binary, encode_hash_array, encode_rows
+from app.domain.deaths import SUSPECT_DEATHS
 from app.domain.retries import Discard, decide
 from app.domain.spaces import OnLong
 from app.domain.states import ChunkBatchState, Route
@@ -29,6 +30,8 @@ class Lease:
     space_id: int
     collection_id: int
     on_long: OnLong
+    suspect: bool = False
+    """Workers died with it: it is embedded with nothing beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +45,9 @@ class Common:
     max_attempts: int
 
 
-def add(conn: sa.Connection, common: Common, batches: Sequence[Sequence[bytes]]) -> None:
+def add(conn: sa.Connection, common: Common, batches: Sequence[Sequence[bytes]], *, deaths: int = 0) -> None:
     """Add one available ChunkBatch for each sequence of content hashes."""
-    _copy(conn, common, ChunkBatchState.AVAILABLE, [(hashes, 0, 0) for hashes in batches])
+    _copy(conn, common, ChunkBatchState.AVAILABLE, [(hashes, 0, 0) for hashes in batches], deaths=deaths)
 
 
 def add_cached(conn: sa.Connection, common: Common, hashes: Sequence[bytes], *, n_truncated: int) -> None:
@@ -62,6 +65,8 @@ def _copy(
     common: Common,
     state: ChunkBatchState,
     batches: Sequence[tuple[Sequence[bytes], int, int]],
+    *,
+    deaths: int = 0,
 ) -> None:
     """COPY rows of ``(hashes, n_cached, n_truncated)``.
 
@@ -76,6 +81,7 @@ def _copy(
         common.priority.to_bytes(2, "big"),
         common.max_attempts.to_bytes(4, "big"),
         state.encode(),
+        deaths.to_bytes(2, "big"),
     )
     rows = (
         (
@@ -88,7 +94,8 @@ def _copy(
         for hashes, n_cached, n_truncated in batches
     )
     columns = (
-        "job_id, space_id, route, priority, max_attempts, state, content_hashes, n_contents, n_cached, n_truncated"
+        "job_id, space_id, route, priority, max_attempts, state, deaths, content_hashes, n_contents, n_cached, "
+        "n_truncated"
     )
     copy_binary(conn, f"chunk_batches ({columns})", encode_rows(rows))
 
@@ -98,7 +105,8 @@ def claim_if_due(
 ) -> Lease | None:
     """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, or out of attempts.
 
-    A ChunkBatch of one of ``not_spaces`` is left for another worker.
+    A ChunkBatch of one of ``not_spaces`` is left for another worker. A lease that ran out is not claimed over: the
+    poller takes it back, and counts the death.
     """
     row = conn.execute(
         sa.text(
@@ -106,8 +114,8 @@ def claim_if_due(
             "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
             "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
             "AND b.space_id <> ALL(CAST(:not_spaces AS int[])) "
-            "AND (b.state = 'available' OR (b.state = 'running' AND b.lease_until < now())) "
-            "RETURNING b.attempt, b.max_attempts, b.job_id, b.space_id, j.collection_id, j.on_long"
+            "AND b.state = 'available' "
+            "RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long"
         ),
         {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds, "not_spaces": list(not_spaces)},
     ).one_or_none()
@@ -121,6 +129,7 @@ def claim_if_due(
         space_id=row.space_id,
         collection_id=row.collection_id,
         on_long=OnLong(row.on_long),
+        suspect=row.deaths >= SUSPECT_DEATHS,
     )
 
 
@@ -150,7 +159,10 @@ def record_progress_if_held(conn: sa.Connection, lease: Lease, n_embedded: int) 
 
 
 def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_truncated: int) -> bool:
-    """End an attempt that left nothing to do. False: the lease is lost, and nothing was changed."""
+    """End an attempt that left nothing to do. False: the lease is lost, and nothing was changed.
+
+    True as well where this attempt has completed it before: the answer to its commit was lost, and it is run again.
+    """
     result = conn.execute(
         sa.text(
             "UPDATE chunk_batches SET state = 'completed', n_embedded = :n, n_truncated = :truncated, "
@@ -159,7 +171,10 @@ def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_tr
         ),
         {"n": n_embedded, "truncated": n_truncated, **_held(lease)},
     )
-    return result.rowcount == 1
+    if result.rowcount == 1:
+        return True
+    before = "SELECT EXISTS (SELECT FROM chunk_batches WHERE id = :id AND attempt = :attempt AND state = 'completed')"
+    return bool(conn.execute(sa.text(before), _held(lease)).scalar_one())
 
 
 def fail_if_held(
@@ -185,10 +200,13 @@ def fail_if_held(
     return state if result.rowcount else None
 
 
-def release_if_held(conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None) -> bool:
+def release_if_held(
+    conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None, delay_s: float = 0.0
+) -> bool:
     """Give a ChunkBatch back at once and uncharged: the worker is leaving or unfit, the work is not at fault.
 
-    ``because`` is noted on it until somebody completes it. False: the lease is lost.
+    ``because`` is noted on it until somebody completes it; ``delay_s`` keeps it from others so long. False: the lease
+    is lost.
 
     The attempt number stays, for it is the fencing number; the limit moves up by one instead.
     """
@@ -196,11 +214,30 @@ def release_if_held(conn: sa.Connection, lease: Lease, *, because: ChunkmillErro
         sa.text(
             "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
             "error_code = coalesce(:code, error_code), error = coalesce(:error, error), "
+            # Without a delay it stays due since when it was, before what nobody has begun.
+            "not_before = CASE WHEN :delay > 0 THEN now() + make_interval(secs => :delay) ELSE not_before END, "
             f"max_attempts = max_attempts + 1 {_HELD}"
         ),
-        {"code": because and because.code, "error": because and str(because)[:2000], **_held(lease)},
+        {
+            "code": because and because.code,
+            "error": because and str(because)[:2000],
+            "delay": delay_s,
+            **_held(lease),
+        },
     )
     return result.rowcount == 1
+
+
+def release_all(conn: sa.Connection, owner: str) -> int:
+    """Give back, uncharged, everything a worker holds whose tasks do not come to it themselves; returns how many."""
+    result = conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
+            "max_attempts = max_attempts + 1 WHERE lease_owner = :owner AND state = 'running'"
+        ),
+        {"owner": owner},
+    )
+    return int(result.rowcount)
 
 
 _HELD = "WHERE id = :id AND attempt = :attempt AND state = 'running'"

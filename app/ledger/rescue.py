@@ -1,40 +1,10 @@
-"""What the poller mends: leases that ran out, jobs that may end, producers and requests that were left behind."""
+"""What the poller mends beside leases: jobs that may end, producers and requests that were left behind."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from app.ledger.jobs import PRODUCER_LOCK
-
-
-@dataclass(frozen=True, slots=True)
-class Rescued:
-    """ChunkBatches taken back from silent workers: ``available`` again, or ``discarded`` after the last attempt."""
-
-    available: int
-    discarded: int
-
-
-def take_back_expired(conn: sa.Connection, *, limit: int = 500) -> Rescued:
-    """Take back leases that ran out. SKIP LOCKED lets any number of pollers share the work."""
-    states = conn.execute(
-        sa.text(
-            "WITH expired AS (SELECT id FROM chunk_batches WHERE state = 'running' AND lease_until < now() "
-            "                 ORDER BY lease_until LIMIT :limit FOR UPDATE SKIP LOCKED) "
-            "UPDATE chunk_batches b SET "
-            "state = CASE WHEN attempt < max_attempts THEN 'available' ELSE 'discarded' END, "
-            "finished_at = CASE WHEN attempt < max_attempts THEN NULL ELSE now() END, "
-            "error_code = 'lease_expired', error = 'worker ' || lease_owner || ' was silent past its lease', "
-            "lease_owner = NULL, lease_until = NULL, rung_at = NULL "
-            "FROM expired WHERE b.id = expired.id RETURNING b.state"
-        ),
-        {"limit": limit},
-    ).scalars()
-    found = list(states)
-    discarded = found.count("discarded")
-    return Rescued(available=len(found) - discarded, discarded=discarded)
 
 
 def jobs_without_open_batches(conn: sa.Connection, *, limit: int = 100) -> list[tuple[int, int]]:

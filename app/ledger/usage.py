@@ -1,38 +1,69 @@
-"""What attempts cost."""
+"""Attempts: what each one cost, and how it ended."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import sqlalchemy as sa
 
-from app.db.schema import UsageRow
 from app.ledger.chunk_batches import Lease
+
+
+class Outcome(StrEnum):
+    """How an attempt ended; one that lost its lease has none."""
+
+    COMPLETED = "completed"
+    RELEASED = "released"
+    FAILED = "failed"
+    DIED = "died"
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """``contents`` and ``tokens`` that one attempt embedded, and the engine's seconds for them."""
+    """What one attempt has done so far.
+
+    ``contents`` and ``tokens`` it embedded, ``engine_seconds`` for them, ``recomputed`` of the contents that had a
+    vector when it came to write theirs; ``at_risk`` is the most it ever had embedded or on the device and not written.
+    """
 
     provider: str
     worker: str
-    contents: int
-    tokens: int
-    engine_seconds: float
+    contents: int = 0
+    tokens: int = 0
+    engine_seconds: float = 0.0
+    recomputed: int = 0
+    at_risk: int = 0
 
 
-def book(conn: sa.Connection, lease: Lease, usage: Usage) -> None:
-    """Book one attempt, in the transaction that ends it. The key (ChunkBatch, attempt) books it once."""
+def book(conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | None = None) -> None:
+    """Bring an attempt's account up to date; ``outcome`` closes it.
+
+    The counts are totals under the key (ChunkBatch, attempt), so a transaction that is run again books nothing twice.
+    """
     conn.execute(
-        sa.insert(UsageRow).values(
-            chunk_batch_id=lease.chunk_batch_id,
-            attempt=lease.attempt,
-            job_id=lease.job_id,
-            space_id=lease.space_id,
-            provider=usage.provider,
-            worker=usage.worker,
-            contents=usage.contents,
-            tokens=usage.tokens,
-            engine_seconds=usage.engine_seconds,
-        )
+        sa.text(
+            "INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens, "
+            "engine_seconds, recomputed, at_risk, outcome, ended_at) VALUES (:chunk_batch, :attempt, :job, :space, "
+            ":provider, :worker, :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), "
+            "CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END) "
+            "ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET contents = excluded.contents, "
+            "tokens = excluded.tokens, engine_seconds = excluded.engine_seconds, recomputed = excluded.recomputed, "
+            "at_risk = excluded.at_risk, outcome = coalesce(excluded.outcome, usage.outcome), "
+            "ended_at = coalesce(excluded.ended_at, usage.ended_at)"
+        ),
+        {
+            "chunk_batch": lease.chunk_batch_id,
+            "attempt": lease.attempt,
+            "job": lease.job_id,
+            "space": lease.space_id,
+            "provider": usage.provider,
+            "worker": usage.worker,
+            "contents": usage.contents,
+            "tokens": usage.tokens,
+            "seconds": usage.engine_seconds,
+            "recomputed": usage.recomputed,
+            "at_risk": usage.at_risk,
+            "outcome": outcome,
+        },
     )

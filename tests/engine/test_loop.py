@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -260,7 +261,9 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
     assert passes == [3, 6]
 
 
-def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(toy_path: Callable[[str], Path]) -> None:
+def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(
+    toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "four words are here"
     tokens = int(Engine.load(str(toy_path("bert-mean")), device="cpu").embed([text]).n_tokens[0])
     engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=10 * tokens, threads=2)
@@ -276,6 +279,10 @@ def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(toy_path: Callable[[s
     engine._runner.launch = recording  # type: ignore[method-assign]
     texts = [text] * 20  # two passes
 
+    engine.embed(["short"])
+    assert [threads for _, threads in seen] == [1]  # a few tokens are not worth the barriers
+    seen.clear()
+    monkeypatch.setattr(loop, "ALL_CORES_FROM", 2)
     engine.embed(["alone"])
     assert [threads for _, threads in seen] == [2]
     seen.clear()
@@ -283,3 +290,29 @@ def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(toy_path: Callable[[s
 
     assert [threads for _, threads in seen] == [1, 1]
     np.testing.assert_allclose(together, np.repeat(engine.embed(texts[:1]).vectors, 20, axis=0), atol=1e-5)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU has nothing to share out")
+def test_lanes_that_have_the_machine_keep_to_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a pass that runs alone may use all of them."""
+    everywhere = os.sched_getaffinity(0)
+    first, second = sorted(everywhere)[:2]
+    monkeypatch.setattr(loop, "cores", lambda: 2)
+    monkeypatch.setattr(loop, "core_blocks", lambda n: [{first}, {second}])
+    monkeypatch.setattr(loop, "ALL_CORES_FROM", 10)
+    places: list[set[int]] = []
+    both = threading.Barrier(2, timeout=PATIENCE)
+
+    class Noting(FakeRunner):
+        def launch(self, batch: TokenBatch) -> Pass:
+            places.append(os.sched_getaffinity(0))
+            if len(batch.rows) == 1:
+                both.wait()
+            return Pass(batch)
+
+    device = DeviceLoop(Noting(concurrent=True), Budget(20), threads=2)  # type: ignore[arg-type]
+    values(device, add(device, rows(1, 2, length=20)))
+    assert sorted(places, key=min) == [{first}, {second}]
+    places.clear()
+    values(device, add(device, rows(5, 6, length=5)))
+    assert places == [{first, second}]

@@ -20,16 +20,17 @@ from app.db.connect import create_db
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
 from app.errors import EngineError, StoreUnavailable, UnknownModel
-from app.ledger import jobs
+from app.ledger import chunk_batches, jobs
 from app.models import resolve_model
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
+from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
-from workers.pipeline import Outcome, _Attempt, run_chunk_batch
+from workers.pipeline import Outcome, run_chunk_batch
 from workers.poller import Poller
 
 LONG = "word " * 600
@@ -122,14 +123,14 @@ def test_a_text_deleted_while_it_was_embedded_leaves_no_vector(
     client: Client, runner: Runner, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
-    complete = _Attempt.complete
+    complete = Attempt.complete
 
-    def too_late(self: _Attempt, to: sa.Engine) -> None:
+    def too_late(self: Attempt) -> None:
         client.delete("docs", ["a"])
-        complete(self, to)
+        complete(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Attempt, "complete", too_late)
+        patch.setattr(Attempt, "complete", too_late)
         assert runner.run_due() == [Outcome.COMPLETED]
     assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
     runner.finish(client.enqueue([("a", "soon gone")], collection="docs"))
@@ -241,13 +242,12 @@ def test_a_job_cancelled_before_its_end_cannot_complete_later(settings: Settings
 
 def test_a_discarded_chunk_batch_says_why(client: Client, db: sa.Engine, settings: Settings) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
-    execute(
-        db,
-        "UPDATE chunk_batches SET attempt = 5, state = 'running', lease_owner = 'box:1', "
-        "lease_until = now() - interval '1 s'",
-    )
-    Poller(db, client._broker, settings).round()
-    with pytest.raises(JobFailed, match="worker box:1 was silent past its lease"):
+    with db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, 1, owner="box:1", lease_seconds=60)
+        assert lease is not None
+        chunk_batches.fail_if_held(conn, lease, code="worker_error", error="box:1: no room left", retryable=False)
+    assert Poller(db, client._broker, settings).round().finished == 1
+    with pytest.raises(JobFailed, match="box:1: no room left"):
         client.wait(job.id, timeout=5)
 
 

@@ -269,6 +269,10 @@ class Engine:
         finally:
             self._loop.close(name)
 
+    def longest_pass(self) -> float:
+        """Seconds since the start of the pass that has been under way longest; 0.0 when the device is idle."""
+        return self._loop.longest_pass()
+
     def _take(self, pieces: Sequence[_Piece], done: Done) -> Iterator[TokenBatchResult]:
         """The results of the pieces that had rows in one TokenBatch."""
         for piece in pieces:
@@ -287,6 +291,7 @@ class Engine:
                 truncated=piece.rows.truncated[indices],
                 failures=_shifted(failures, piece.first),
                 seconds=done.seconds * share,
+                under_way=done.under_way,
                 tokens=tokens,
                 padded_tokens=round(done.padded_tokens * share),
             )

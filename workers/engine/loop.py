@@ -37,6 +37,9 @@ URGENT_RUN = 8
 IN_FLIGHT = 2
 # Lanes of a CPU. More would wait for Python, which takes 1 to 2 ms of every pass, and need more rows at hand.
 MOST_LANES = 8
+# Tokens of a pass that is shared out over all cores. A text of 13 tokens takes 8.9 ms on one core and 7.5 to 15 on two,
+# by where the scheduler puts them.
+ALL_CORES_FROM = 128
 # An idle thread ends, so that a dropped engine leaves nothing behind; the next text starts another. It is no daemon,
 # because the interpreter ends those in the middle of torch's C++; so it looks whether the program is over.
 IDLE_SECONDS = 10.0
@@ -54,6 +57,8 @@ class Done:
     """The stream's share of the pass, by tokens."""
     tokens: int
     padded_tokens: int
+    under_way: int
+    """Rows of the stream that other passes have at this moment."""
 
 
 class Stream:
@@ -62,6 +67,7 @@ class Stream:
     def __init__(self, *, urgent: bool) -> None:
         self.urgent = urgent
         self.added = 0
+        self.landed = 0
         self.taken = 0
         self.results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
 
@@ -138,6 +144,7 @@ class DeviceLoop:
         self._everywhere = set().union(*self._blocks)
         self._idle = 0
         self._computing = 0
+        self._since: dict[int, float] = {}  # when each pass under way was taken
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
 
     def open(self, *, urgent: bool = False) -> int:
@@ -190,6 +197,11 @@ class DeviceLoop:
         finally:
             with self._changed:
                 self._sources.pop(name, None)
+
+    def longest_pass(self) -> float:
+        """Seconds since the oldest pass under way was taken; 0.0 for none."""
+        with self._changed:
+            return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     @property
     def waiting(self) -> int:
@@ -254,14 +266,15 @@ class DeviceLoop:
                 np.array([self._sources[owner].skip for owner, _ in pairs], np.int32),
             )
             self._computing += 1
+            self._since[id(batch)] = time.monotonic()
             self._open_lane()
-            return _Chosen(batch, owners, at, lengths, self._share())
+            return _Chosen(batch, owners, at, lengths, self._share(int(lengths.sum())))
 
-    def _share(self) -> int:
-        """torch's threads for the next pass: all of them where nothing else wants them."""
+    def _share(self, tokens: int) -> int:
+        """torch's threads for the next pass: all of them where nothing else wants them, from so many tokens on."""
         if self._most_lanes == 1:
             return self._total
-        if self._computing == 1 and not self._any_waiting():
+        if self._computing == 1 and not self._any_waiting() and tokens >= ALL_CORES_FROM:
             return self._total
         return max(self._total // self._most_lanes, 1)
 
@@ -298,8 +311,8 @@ class DeviceLoop:
         if self._blocks:
             # torch's threads inherit the cores of the lane that starts them, so those of a pass on all cores are
             # started from all cores.
-            alone = threads == self._total
-            os.sched_setaffinity(0, self._everywhere if alone else self._blocks[self._lanes[threading.current_thread()]])
+            own = self._blocks[self._lanes[threading.current_thread()]]
+            os.sched_setaffinity(0, self._everywhere if threads == self._total else own)
 
     def _land(self, flight: _Flight, *, then: _Flight | None) -> None:
         try:
@@ -316,6 +329,7 @@ class DeviceLoop:
             padding = int(chosen.lengths.max()) * len(chosen.lengths) / tokens
         with self._changed:
             self._computing -= 1
+            del self._since[id(chosen.batch)]
             if then is not None:
                 # The next pass computes since this one ended, however early it was started.
                 then.started = max(then.started, time.perf_counter())
@@ -330,7 +344,10 @@ class DeviceLoop:
                 part = outcome.part(mine)
                 own = int(chosen.lengths[mine].sum())
                 share = own / tokens
-                source.stream.results.put(Done(chosen.at[mine], part, seconds * share, own, round(own * padding)))
+                stream = source.stream
+                stream.landed += len(mine)
+                under_way = stream.added - source.waiting - stream.landed
+                stream.results.put(Done(chosen.at[mine], part, seconds * share, own, round(own * padding), under_way))
 
     def _fail(self, owner: int, source: _Source, error: BaseException) -> None:
         """The device is broken: nothing of this stream will come any more."""

@@ -41,6 +41,8 @@ class TokenBatchResult:
     """Tokens that went through the model."""
     padded_tokens: int = 0
     """The same with padding: rows x longest row."""
+    under_way: int = 0
+    """Texts of this call that were on the device when it was done; windows, where texts are split."""
     tokenize_seconds: float = 0.0
     """The first result of a stream carries the time that tokenizing all its texts took."""
 

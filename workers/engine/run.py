@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from app.errors import EngineError
+from app.errors import DeviceFailed
 from workers.engine.backends import Backend
 from workers.engine.encoder.layout import to_device
 from workers.engine.pooling import Head
@@ -107,7 +107,7 @@ class Runner:
         """Wait for a pass; mend what went wrong in it.
 
         A pass that raised is halved down to the texts that fail alone; a vector that is not finite is computed
-        once more in fp32. Raises EngineError where even a known good text fails: then the device is at fault and
+        once more in fp32. Raises DeviceFailed where even a known good text fails: then the device is at fault and
         no text may be blamed.
         """
         batch = started.batch
@@ -187,7 +187,7 @@ class Runner:
             if probe.done is not None:
                 probe.done.synchronize()
         except Exception as error:
-            raise EngineError(
+            raise DeviceFailed(
                 f"the model no longer runs on {backend.device}: {reason}. Restart the worker; if it "
                 "happens again, lower EMBEDDING_BATCH_TOKENS or check the device"
             ) from error

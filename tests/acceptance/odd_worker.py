@@ -1,0 +1,49 @@
+"""A real worker whose engine misbehaves on texts with MARK in them, as ODD says: `-m tests.acceptance.odd_worker`.
+
+It takes Celery's own options. Only the forward pass that holds such a text is tampered with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from app.errors import DeviceFailed
+from workers.engine.engine import Engine
+from workers.engine.results import TokenBatchResult
+from workers.engine.run import Runner
+
+MARK = "the text that kills"
+real_stream = Engine.stream
+
+
+def stream(self: Engine, texts: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
+    bad = {index for index, text in enumerate(texts) if MARK in text}
+    odd = os.environ["ODD"]
+    if bad and odd in ("hang", "break"):
+        Runner.finish = _hang if odd == "hang" else _break  # type: ignore[method-assign, assignment]
+    for result in real_stream(self, texts, *args, **kwargs):
+        if bad & set(result.indices.tolist()):
+            os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(60)
+        yield result
+
+
+def _hang(*_: object) -> None:
+    time.sleep(3600)
+
+
+def _break(*_: object) -> None:
+    raise DeviceFailed("the model no longer runs on cuda:0: CUDA error: an illegal memory access was encountered")
+
+
+if __name__ == "__main__":
+    Engine.stream = stream  # type: ignore[method-assign]
+    from celery.__main__ import main
+
+    sys.argv = ["celery", "-A", "workers", "worker", "-Q", "gpu", *sys.argv[1:]]
+    main()

@@ -1,0 +1,96 @@
+"""Postgres stops, crashes and cuts connections under a working fleet: it goes on by itself and charges nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.db.connect import create_db, migrate
+from app.domain.states import JobState
+from app.embedded import Stack
+from app.settings import Settings
+from tests.acceptance.conftest import Processes, until
+
+
+@pytest.fixture
+def own(settings: Settings) -> Iterator[tuple[Stack, Settings]]:
+    """Servers of its own, with fsync: other tests share theirs, and a crash is to be recovered from."""
+    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    stack = Stack(home, fsync=True)
+    status = stack.up()
+    migrate(status.database_url)
+    changed = {"database_url": sa.make_url(status.database_url).render_as_string(hide_password=False)}
+    changed["redis_url"] = status.redis_url
+    yield stack, Settings.from_env(**changed, chunk_batch_size=64, lease_seconds=3.0)
+    stack.down()
+    shutil.rmtree(home)
+
+
+def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stack, Settings], tmp_path: Path) -> None:
+    stack, settings = own
+    processes = Processes(settings, tmp_path)
+    poller, worker = processes.poller(), processes.worker()
+    db = create_db(settings.require_database_url(), role="test")
+    try:
+        with Client(db, Broker.connect(settings), settings) as client:
+            documents = [(f"d{i}", f"document {i} " + f"word{i} " * 60) for i in range(900)]
+            job_id = client.enqueue(documents, collection="docs").id
+
+            def embedded() -> int:
+                return patiently(lambda: client.job(job_id).embedded)
+
+            def further() -> None:
+                before = embedded()
+                until(lambda: embedded() > before or done(), 60, lambda: worker.output() + poller.output())
+
+            def done() -> bool:
+                return patiently(lambda: client.job(job_id).state.is_final)
+
+            further()
+            with db.begin() as conn:  # every connection of the worker, whatever it is in
+                cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = :name"
+                assert conn.execute(sa.text(cut), {"name": "chunkmill-worker"}).scalar_one() > 0
+            further()
+            for how in (signal.SIGINT, signal.SIGQUIT):  # Postgres' fast shutdown, and its crash
+                pid = stack.status().postgres.pid
+                assert pid is not None
+                os.kill(pid, how)
+                until(lambda: not stack.status().postgres.running, 30)
+                time.sleep(1)
+                stack.up()
+                further()
+            job = patiently(lambda: client.wait(job_id, timeout=120))
+            assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 900, 0)
+            assert client.audit("docs").complete
+            with db.begin() as conn:
+                charged = conn.execute(sa.text("SELECT max(attempt - (max_attempts - 5)) FROM chunk_batches"))
+                assert charged.scalar_one() == 1
+        assert worker.popen.poll() is None
+        assert poller.popen.poll() is None
+        assert worker.terminate() == 0
+    finally:
+        processes.stop_all()
+        db.dispose()
+
+
+def patiently(ask: Any) -> Any:
+    """A client is told when Postgres is away, and asks again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return ask()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)

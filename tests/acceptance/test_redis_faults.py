@@ -1,0 +1,105 @@
+"""Redis freezes, fills up, or cuts every connection under real processes: they go on by themselves, and jobs finish.
+
+Killed and started empty, or emptied, it is in test_real_workers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.domain.states import JobState
+from app.embedded import Stack
+from app.settings import Settings
+from tests.acceptance.conftest import Process, Processes, until
+
+
+@dataclass(frozen=True)
+class Place:
+    """A Redis of its own, since other tests share theirs, with a worker and a poller."""
+
+    client: Client
+    worker: Process
+    poller: Process
+    redis: redis.Redis
+    redis_pid: int
+    db: sa.Engine
+
+    def fill(self, n: int = 300) -> int:
+        documents = [(f"d{i}", f"document {i} " + f"word{i} " * 40) for i in range(n)]
+        return self.client.enqueue(documents, collection="docs").id
+
+    def finishes(self, job_id: int) -> None:
+        """Every text once, though a doorbell may have been answered twice."""
+        job = self.client.wait(job_id, timeout=120)
+        assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 300, 0)
+        assert self.client.audit("docs").complete
+        with self.db.begin() as conn:
+            booked = conn.execute(sa.text("SELECT sum(contents), sum(recomputed) FROM usage")).one()
+        assert tuple(booked) == (300, 0)
+        assert self.worker.popen.poll() is None, self.worker.output()
+        assert self.poller.popen.poll() is None, self.poller.output()
+
+
+@pytest.fixture
+def place(settings: Settings, db: sa.Engine, tmp_path: Path) -> Iterator[Place]:
+    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    own = Stack(home, fsync=False)
+    status = own.up()
+    apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 32})
+    processes = Processes(apart, tmp_path)
+    try:
+        poller, worker = processes.poller(), processes.worker()
+        with (
+            Client(db, Broker.connect(apart), apart) as client,
+            redis.Redis.from_url(status.redis_url) as connection,
+        ):
+            assert status.redis.pid is not None
+            yield Place(client, worker, poller, connection, status.redis.pid, db)
+    finally:
+        processes.stop_all()
+        own.down()
+        shutil.rmtree(home)
+
+
+def test_every_connection_cut_in_mid_job(place: Place) -> None:
+    """Celery then gives running doorbells back, and they are answered again: the claim knows that they are held."""
+    job_id = place.fill()
+    for _ in range(3):
+        before = place.client.job(job_id).embedded
+        place.redis.client_kill_filter(_type="normal", skipme=True)
+        place.redis.client_kill_filter(_type="pubsub", skipme=True)
+        until(lambda: place.client.job(job_id).embedded > before or place.client.job(job_id).state.is_final, 60)  # noqa: B023
+    place.finishes(job_id)
+
+
+def test_frozen_for_a_while(place: Place) -> None:
+    job_id = place.fill()
+    until(lambda: place.client.job(job_id).embedded > 0, 60, place.worker.output)
+    os.kill(place.redis_pid, signal.SIGSTOP)
+    try:
+        time.sleep(8)  # past the socket timeout of the poller's look, and of a producer's
+    finally:
+        os.kill(place.redis_pid, signal.SIGCONT)
+    place.finishes(job_id)
+
+
+def test_full_while_a_producer_enqueues(place: Place) -> None:
+    """What is enqueued then is in Postgres, and rung once there is room."""
+    place.redis.config_set("maxmemory", 1)
+    job_id = place.fill()
+    until(lambda: "OutOfMemory" in place.poller.output() or "OOM" in place.poller.output(), 60, place.poller.output)
+    place.redis.config_set("maxmemory", 0)
+    place.finishes(job_id)

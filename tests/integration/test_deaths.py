@@ -1,0 +1,221 @@
+"""What the ledger makes of dead workers, on Postgres; no engine is needed for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from app.client import Client
+from app.db import spaces
+from app.domain.states import JobState
+from app.ledger import chunk_batches, deaths, usage
+from app.ledger.chunk_batches import Lease
+from app.ledger.deaths import TakenBack
+from app.ledger.finish import finish_if_done
+from app.vectors.write import write_vectors
+from workers.poller import Poller
+
+CHUNKS = [(f"id-{i}", f"text number {i}") for i in range(20)]
+
+
+def claim(db: sa.Engine, chunk_batch_id: int, owner: str = "host:1") -> Lease:
+    with db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, chunk_batch_id, owner=owner, lease_seconds=60)
+    assert lease is not None
+    return lease
+
+
+def die(db: sa.Engine, owner: str = "host:1", evidence: str = "ended by SIGSEGV") -> TakenBack:
+    with db.begin() as conn:
+        return deaths.take_back_from(conn, owner, evidence=evidence)
+
+
+def rows(db: sa.Engine, statement: str) -> list[tuple[Any, ...]]:
+    with db.begin() as conn:
+        return [tuple(row) for row in conn.execute(sa.text(statement))]
+
+
+def write(db: sa.Engine, hashes: list[bytes], *, truncated: bool = False) -> None:
+    """Vectors as an engine would have made them."""
+    with db.begin() as conn:
+        (space,) = spaces.all_spaces(conn)
+        vectors = np.ones((len(hashes), space.spec.dimensions), np.float32)
+        ones = np.ones(len(hashes))
+        write_vectors(
+            conn, space, space.spec.fingerprint, hashes, ones.astype(np.int32), ones.astype(bool) & truncated, vectors
+        )
+
+
+def hashes_of(db: sa.Engine, chunk_batch_id: int) -> list[bytes]:
+    ((hashes,),) = rows(db, f"SELECT content_hashes FROM chunk_batches WHERE id = {chunk_batch_id}")
+    return list(hashes)
+
+
+def test_a_lease_that_ran_out_is_taken_back_uncharged_and_booked_as_a_death(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    claim(db, 1)
+    with db.begin() as conn:
+        assert deaths.take_back_expired(conn) == TakenBack()  # it is held
+        conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
+        assert deaths.take_back_expired(conn) == TakenBack(available=1)
+    assert rows(db, "SELECT state, attempt, max_attempts, deaths, lease_owner, rung_at FROM chunk_batches") == [
+        ("available", 1, 6, 1, None, None)
+    ]
+    ((worker, outcome, evidence, ended),) = rows(db, "SELECT worker, outcome, evidence, ended_at FROM usage")
+    assert (worker, outcome, evidence) == ("host:1", "died", "it was silent past its lease")
+    assert ended is not None
+
+
+def test_of_a_dead_worker_everything_is_taken_back_at_once_and_of_others_nothing(client: Client, db: sa.Engine) -> None:
+    for n in range(3):
+        client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
+    claim(db, 1, "host:1"), claim(db, 2, "host:1"), claim(db, 3, "host:10")
+    assert die(db, "host:1") == TakenBack(available=2)
+    assert rows(db, "SELECT state, lease_owner FROM chunk_batches ORDER BY id") == [
+        ("available", None), ("available", None), ("running", "host:10"),
+    ]  # fmt: skip
+    ((error,),) = rows(db, "SELECT DISTINCT error FROM chunk_batches WHERE error IS NOT NULL")
+    assert error == "worker host:1 died with it: ended by SIGSEGV"
+
+
+def test_any_number_of_spot_kills_discards_nothing(client: Client, db: sa.Engine) -> None:
+    """Errors use up attempts; deaths do not: every machine of a fleet may go while it holds the same ChunkBatch."""
+    job = client.enqueue([("one", "a single text")], collection="docs")
+    for _ in range(3):
+        claim(db, 1)
+        assert die(db) == TakenBack(available=1)
+    assert rows(db, "SELECT state, max_attempts - attempt FROM chunk_batches") == [("available", 5)]
+    assert client.job(job.id).state is JobState.RUNNING
+
+
+def test_after_two_deaths_it_is_cut_into_suspects_of_what_is_missing(client: Client, db: sa.Engine) -> None:
+    job = client.enqueue(CHUNKS, collection="docs")
+    done = hashes_of(db, 1)[:4]
+    write(db, done)
+    claim(db, 1)
+    assert die(db) == TakenBack(available=1)
+    claim(db, 1)
+    assert die(db) == TakenBack(split=1)
+    state, kept, n, embedded, error = rows(
+        db, "SELECT state, content_hashes, n_contents, n_embedded, error FROM chunk_batches WHERE id = 1"
+    )[0]
+    assert (state, list(kept), n, embedded) == ("completed", done, 4, 4)
+    assert "cut into 16 ChunkBatches after 2 deaths" in error
+    parts = rows(db, "SELECT state, n_contents, deaths, attempt, max_attempts FROM chunk_batches WHERE id > 1")
+    assert parts == [("available", 1, 2, 0, 5)] * 16
+    assert claim(db, 2).suspect
+    assert not lease_of_a_new_job(client, db).suspect
+    found = client.job(job.id)
+    assert (found.state, found.contents, found.embedded, found.remaining) == (JobState.RUNNING, 20, 4, 16)
+
+
+def lease_of_a_new_job(client: Client, db: sa.Engine) -> Lease:
+    client.enqueue([("new", "a text of another job")], collection="docs")
+    ((latest,),) = rows(db, "SELECT max(id) FROM chunk_batches")
+    return claim(db, latest)
+
+
+def test_what_kills_alone_is_buried_with_the_evidence_and_its_neighbours_finish(client: Client, db: sa.Engine) -> None:
+    job = client.enqueue(CHUNKS[:3], collection="docs")
+    for _ in range(2):
+        claim(db, 1)
+        taken = die(db)
+    assert taken == TakenBack(split=1)
+    for pid in (7, 8):
+        claim(db, 3, f"host:{pid}")
+        taken = die(db, f"host:{pid}", f"exit {pid}")
+    assert taken == TakenBack(buried=1)
+    for chunk_batch_id in (2, 4):
+        lease = claim(db, chunk_batch_id)
+        write(db, hashes_of(db, chunk_batch_id))
+        with db.begin() as conn:
+            assert chunk_batches.complete_if_held(conn, lease, n_embedded=1, n_truncated=0)
+    with db.begin() as conn:
+        (space,) = spaces.all_spaces(conn)
+        assert finish_if_done(conn, job.id, space) is JobState.FAILED
+    found = client.job(job.id)
+    (dead,) = found.dead_chunks
+    assert (found.embedded, found.remaining, dead.chunk_id, dead.code) == (2, 0, "id-1", "kills_workers")
+    assert "host:7, exit 7; host:8, exit 8" in dead.reason
+    # Tried again it stays a suspect, with two lives more.
+    assert client.retry(job.id).state is JobState.RUNNING
+    claim(db, 3)
+    assert die(db) == TakenBack(available=1)
+    lease = claim(db, 3)
+    assert lease.suspect
+    assert die(db) == TakenBack(buried=1)
+
+
+def test_a_text_that_is_to_be_refused_is_refused_by_a_part_too(client: Client, db: sa.Engine) -> None:
+    """Another job cut it and wrote its vector; under `reject` that is no reason to leave it out."""
+    client.enqueue(CHUNKS[:4], collection="docs", on_long="reject")
+    long = hashes_of(db, 1)[0]
+    write(db, [long], truncated=True)
+    write(db, hashes_of(db, 1)[1:2])
+    for _ in range(2):
+        claim(db, 1)
+        die(db)
+    in_parts = [h for (hashes,) in rows(db, "SELECT content_hashes FROM chunk_batches WHERE id > 1") for h in hashes]
+    assert long in in_parts
+    assert len(in_parts) == 3
+
+
+def test_a_deleted_chunk_is_no_suspect(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS[:2], collection="docs")
+    client.delete("docs", ["id-0"])
+    for _ in range(3):
+        claim(db, 1)
+        assert die(db) == TakenBack(available=1)  # a single content is left, so there is nothing to cut
+    claim(db, 1)
+    assert die(db) == TakenBack(buried=1)
+
+
+def test_the_poller_takes_back_what_ran_out(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    claim(db, 1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
+    done = Poller(db, client._broker, client._settings).round()
+    assert done.taken_back == TakenBack(available=1)
+    assert done.rung == 1
+
+
+def test_an_account_is_kept_once_however_often_it_is_written(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    lease = claim(db, 1)
+    account = usage.Usage("local", "host:1", contents=5, tokens=50, engine_seconds=0.5, recomputed=1, at_risk=9)
+    with db.begin() as conn:
+        usage.book(conn, lease, account)
+        usage.book(conn, lease, account)
+    assert rows(db, "SELECT contents, tokens, recomputed, at_risk, outcome, ended_at FROM usage") == [
+        (5, 50, 1, 9, None, None)
+    ]
+    die(db)
+    with db.begin() as conn:
+        usage.book(conn, lease, account)  # a zombie's last write does not make it alive
+    assert rows(db, "SELECT contents, outcome FROM usage") == [(5, "died")]
+
+
+def test_a_completion_whose_answer_was_lost_is_found_done(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    lease = claim(db, 1)
+    with db.begin() as conn:
+        assert chunk_batches.complete_if_held(conn, lease, n_embedded=20, n_truncated=0)
+    with db.begin() as conn:
+        assert chunk_batches.complete_if_held(conn, lease, n_embedded=20, n_truncated=0)
+        conn.execute(sa.text("UPDATE chunk_batches SET attempt = attempt + 1"))
+        assert not chunk_batches.complete_if_held(conn, lease, n_embedded=20, n_truncated=0)
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_leaving_gives_back_everything_uncharged(client: Client, db: sa.Engine, held: int) -> None:
+    for n in range(2):
+        client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
+    for n in range(held):
+        claim(db, n + 1)
+    with db.begin() as conn:
+        assert chunk_batches.release_all(conn, "host:1") == held
+    assert rows(db, "SELECT DISTINCT state, max_attempts - attempt, deaths FROM chunk_batches") == [("available", 5, 0)]

@@ -1,0 +1,214 @@
+"""Postgres breaks off, refuses or is full in the middle of a worker's work: nothing is lost, doubled or charged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from app.client import Client
+from app.db.connect import create_db
+from app.db.retry import is_transient, transact
+from app.domain.states import JobState
+from app.settings import Settings
+from tests.cutting_proxy import Cut, CuttingProxy, cutting_proxy
+from workers.context import WorkerContext
+from workers.engines import Engines
+from workers.lease import LeaseKeeper
+from workers.pipeline import Outcome, run_chunk_batch
+
+CHUNKS = [(f"id-{i}", f"a text about subject {i}") for i in range(40)]
+
+
+@pytest.fixture
+def proxy(settings: Settings) -> Iterator[CuttingProxy]:
+    with cutting_proxy(settings.require_database_url()) as started:
+        yield started
+
+
+@pytest.fixture
+def behind(settings: Settings, engines: Engines, proxy: CuttingProxy) -> Iterator[WorkerContext]:
+    """A worker's context whose connections go through the proxy."""
+    db = create_db(proxy.url, role="worker")
+    yield WorkerContext(settings, db, engines, LeaseKeeper(db, 60), name="behind-the-proxy")
+    db.dispose()
+
+
+def ledger(db: sa.Engine) -> tuple[Any, ...]:
+    """(state, charged attempts, deaths, contents booked, contents computed again, rows in the space)."""
+    with db.begin() as conn:
+        space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
+        batch = "SELECT state, attempt - (max_attempts - 5), deaths FROM chunk_batches"
+        booked = "SELECT sum(contents), sum(recomputed) FROM usage"
+        return (
+            *conn.execute(sa.text(batch)).one(),
+            *conn.execute(sa.text(booked)).one(),
+            conn.execute(sa.text(f"SELECT count(*) FROM {space}")).scalar_one(),
+        )
+
+
+@pytest.mark.parametrize("answer_lost", [False, True], ids=["before", "answer lost"])
+@pytest.mark.parametrize(
+    "words", [b"COPY vectors_", b"SET state = 'completed'", b"INSERT INTO usage", b"SELECT c.content_hash, c.text"]
+)
+def test_a_connection_cut_anywhere_is_made_again_and_the_transaction_run_again(
+    words: bytes, answer_lost: bool, behind: WorkerContext, proxy: CuttingProxy, client: Client, db: sa.Engine
+) -> None:
+    job = client.enqueue(CHUNKS, collection="docs")
+    proxy.cut = Cut(words, answer_lost)
+    assert run_chunk_batch(behind, 1) is Outcome.COMPLETED
+    assert proxy.cut.struck == 1
+    assert ledger(db) == ("completed", 1, 0, 40, 0, 40)
+    assert client.job(job.id).state is JobState.COMPLETED
+    assert client.audit("docs").complete
+
+
+def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(
+    behind: WorkerContext, proxy: CuttingProxy, client: Client, db: sa.Engine
+) -> None:
+    """The last transaction committed, and the worker cannot know: run again, it finds its own completion."""
+    job = client.enqueue(CHUNKS, collection="docs")
+    behind.engines.load_default(behind.db)
+    armed: list[Cut] = []
+
+    def arm(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "SET state = 'completed'" in statement and not armed:
+            armed.append(Cut(b"COMMIT", answer_lost=True))
+            proxy.cut = armed[0]
+
+    sa.event.listen(behind.db, "after_cursor_execute", arm)
+    assert run_chunk_batch(behind, 1) is Outcome.COMPLETED
+    assert armed[0].struck == 1
+    state, charged, deaths, contents, again, rows = ledger(db)
+    assert (state, charged, deaths, rows) == ("completed", 1, 0, 40)
+    assert contents + again == 40
+    assert client.job(job.id).state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize(("sqlstate", "what"), [("53100", "disk full"), ("40P01", "deadlock"), ("57P03", "starting")])
+def test_a_refusal_that_passes_is_waited_out(
+    sqlstate: str, what: str, context: WorkerContext, client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Postgres words it, from inside the write itself; it goes on for three tries."""
+    client.enqueue(CHUNKS, collection="docs")
+    with db.begin() as conn:
+        space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
+        conn.execute(sa.text("CREATE SEQUENCE refusals"))
+        conn.execute(
+            sa.text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                f"IF nextval('refusals') <= 3 THEN RAISE EXCEPTION '{what}' USING ERRCODE = '{sqlstate}'; END IF; "
+                "RETURN NULL; END $$"
+            )
+        )
+        conn.execute(
+            sa.text(f"CREATE TRIGGER refuse BEFORE INSERT ON {space} FOR EACH STATEMENT EXECUTE FUNCTION refuse()")
+        )
+    with caplog.at_level(logging.INFO):
+        assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert ledger(db) == ("completed", 1, 0, 40, 0, 40)
+    said = [record.message for record in caplog.records if record.name == "app.db.retry"]
+    assert len(said) == 2  # once when it begins, once when it is over
+    assert what in said[0]
+    assert "after 4 tries" in said[1]
+
+
+def test_what_does_not_pass_is_charged_and_said(context: WorkerContext, client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    with db.begin() as conn:
+        space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
+        conn.execute(sa.text(f"ALTER TABLE {space} ADD CONSTRAINT never CHECK (false) NOT VALID"))
+    assert run_chunk_batch(context, 1) is Outcome.FAILED
+    with db.begin() as conn:
+        state, attempt, most, error = conn.execute(
+            sa.text("SELECT state, attempt, max_attempts, error FROM chunk_batches")
+        ).one()
+    assert (state, attempt, most) == ("available", 1, 5)
+    assert "CheckViolation" in error
+    assert "subject" not in error  # no text, not even in the database's words
+
+
+def test_a_worker_that_leaves_does_not_wait_for_postgres(settings: Settings, engines: Engines) -> None:
+    db = create_db("postgresql+psycopg://nobody@127.0.0.1:1/nothing", role="worker")
+    context = WorkerContext(settings, db, engines, LeaseKeeper(db, 60), name="w")
+    threading.Timer(0.5, context.stopping.set).start()
+    assert run_chunk_batch(context, 1) is Outcome.NOT_OURS
+
+
+def test_a_real_deadlock_of_two_transactions_ends_in_both_done(db: sa.Engine, client: Client) -> None:
+    client.enqueue([("a", "one"), ("b", "two")], collection="docs")
+    met = threading.Barrier(2, timeout=10)
+    done: list[int] = []
+
+    def crosswise(first: str, second: str) -> None:
+        tries = 0
+
+        def work(conn: sa.Connection) -> None:
+            nonlocal tries
+            tries += 1
+            update = sa.text("UPDATE chunks SET job_id = job_id WHERE chunk_id = :id")
+            conn.execute(update, {"id": first})
+            if tries == 1:
+                met.wait()
+            conn.execute(update, {"id": second})
+
+        transact(db, work, what="crosswise")
+        done.append(tries)
+
+    threads = [threading.Thread(target=crosswise, args=order) for order in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(done) == [1, 2]
+
+
+def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -> None:
+    """Another session holds a row that this enqueue wants, and wants one that it has; Postgres undoes the enqueue."""
+    client.enqueue([("a", "first a"), ("z", "first z")], collection="docs")
+    with db.connect() as other, db.connect() as watcher:
+        other.execute(sa.text("SET deadlock_timeout = '10min'"))  # so that the enqueue is the victim
+        other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'z'"))
+        enqueue = threading.Thread(
+            target=client.enqueue, args=([("a", "second a"), ("z", "second z")],), kwargs={"collection": "docs"}
+        )
+        enqueue.start()
+        waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+        while not watcher.execute(sa.text(waits)).scalar_one():
+            watcher.rollback()
+        other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'a'"))
+        other.commit()
+        enqueue.join(30)
+    with db.begin() as conn:
+        contents = conn.execute(sa.text("SELECT count(*) FROM contents WHERE text LIKE 'second%'")).scalar_one()
+    assert contents == 2
+    assert client.jobs()[0].chunks == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (psycopg.errors.DeadlockDetected(), True),
+        (psycopg.errors.DiskFull(), True),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.TooManyConnections(), True),
+        (psycopg.errors.ReadOnlySqlTransaction(), True),
+        (psycopg.OperationalError("connection refused"), True),
+        (sa.exc.TimeoutError("QueuePool limit"), True),
+        (psycopg.errors.UndefinedTable(), False),
+        (psycopg.errors.InsufficientPrivilege(), False),
+        (psycopg.errors.InvalidPassword(), False),
+        (psycopg.errors.UniqueViolation(), False),
+        (psycopg.DataError("bad value"), False),
+        (ValueError("not of Postgres"), False),
+    ],
+)
+def test_what_passes_by_itself(error: Exception, transient: bool) -> None:
+    assert is_transient(error) is transient
+    if isinstance(error, psycopg.Error):
+        assert is_transient(sa.exc.DBAPIError("SELECT", {}, error)) is transient

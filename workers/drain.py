@@ -1,0 +1,79 @@
+"""Leaving: what a worker does between "you will be stopped" and the end, and how it ends when it cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from app.ledger import chunk_batches
+from workers.context import WorkerContext
+
+logger = logging.getLogger(__name__)
+
+# Some platforms leave 15 s between the notice and the end. A TokenBatch takes well under a second; what is still
+# under way by now hangs, in the device or in Postgres.
+LIMIT_S = 8.0
+LAST_WORDS_S = 3.0
+SECOND_TIME = 128 + 15
+"""Exit code of a process ended by SIGTERM."""
+
+
+class Drain:
+    """Tasks stop at their next TokenBatch, commit what they have and give their ChunkBatches back, uncharged."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._told_itself = False
+
+    def tell_itself(self) -> None:
+        """Start to leave as if SIGTERM had come. Once: the platform's own signal, which follows a notice or comes with
+        it, is then no second one."""
+        if not self._context.stopping.is_set():
+            self._told_itself = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin(self) -> None:
+        """Start to leave; a second call leaves at once, with whatever is held. Safe in a signal handler."""
+        if self._context.stopping.is_set():
+            if not self._told_itself:
+                leave(SECOND_TIME)
+            self._told_itself = False
+            return
+        self._context.stopping.set()
+        logger.info("draining: tasks stop after their TokenBatch and release their leases")
+        limit = threading.Timer(LIMIT_S, self._insist)
+        limit.daemon = True  # a worker that is done sooner ends without it
+        limit.start()
+
+    def _insist(self) -> None:
+        logger.warning("not done %g s after the notice: giving back what is held, and leaving", LIMIT_S)
+        with_last_words(self._give_back)
+        leave(0)
+
+    def _give_back(self) -> None:
+        with self._context.db.begin() as conn:
+            given = chunk_batches.release_all(conn, self._context.name)
+        logger.info("gave back %s ChunkBatches", given)
+
+
+def with_last_words(act: Callable[[], None]) -> None:
+    """Run ``act``, but wait no longer than a moment for it: Postgres may be what is broken."""
+
+    def run() -> None:
+        try:
+            act()
+        except Exception:
+            logger.exception("the leases could not be given back; they run out by themselves")
+
+    thread = threading.Thread(target=run, name="last-words", daemon=True)
+    thread.start()
+    thread.join(LAST_WORDS_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process here: Python's own end waits for threads, and one of them may hang."""
+    os._exit(code)
