@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -25,6 +26,18 @@ def _redis_url(url: str) -> str:
     if url.partition("://")[0] not in ("redis", "rediss", "unix"):
         raise ValueError("it must be a URL such as redis://host:6379/0, rediss://… or unix:///path?db=0")
     return url
+
+
+def _http_url(url: str) -> str:
+    problem = "it must be a URL such as http://127.0.0.1:8080, of no more than host, port and path"
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is none
+    except ValueError:
+        raise ValueError(problem) from None
+    if parts.scheme != "http" or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(problem)
+    return url.rstrip("/")
 
 
 def _precision(given: object) -> object:
@@ -126,14 +139,30 @@ class Settings(BaseSettings):
     enqueue_window: int = Field(5000, ge=1, le=100_000, description="Chunks that one enqueue transaction commits.")
     doorbell_window: int = Field(256, ge=1, description="Most doorbells in Redis at a time.")
     lease_seconds: float = Field(
-        60.0,
+        30.0,
         gt=0,
         description="A worker silent for this long loses its ChunkBatch. Renewed three times as often.",
+    )
+    step_deadline_seconds: float = Field(
+        120.0, gt=0, description="A forward pass that takes longer hangs: the worker ends (70), for another to start."
+    )
+    stall_seconds: float = Field(
+        120.0, gt=0, description="An idle worker that no doorbell reaches for so long, while some wait, ends (70)."
     )
     max_attempts: int = Field(5, ge=1, description="Attempts before a ChunkBatch is discarded.")
     poll_interval: float = Field(0.5, gt=0, description="Seconds between two rounds of the poller.")
     doorbell_repair_seconds: float = Field(
         10.0, gt=0, description="Age at which a doorbell that Redis does not hold counts as lost."
+    )
+    preemption_notice: Literal["auto", "gcp", "aws", "azure", "off"] = Field(
+        "auto",
+        description="Cloud that says when this machine is taken: `auto` (asks all), `gcp`, `aws`, `azure` or `off`.",
+    )
+    preemption_metadata_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        None, description="Address of the metadata service, where it is not http://169.254.169.254."
+    )
+    preemption_drain_on_rebalance: bool = Field(
+        False, description="AWS: drain at a rebalance recommendation already, which often comes to nothing."
     )
 
     @property

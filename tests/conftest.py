@@ -28,6 +28,7 @@ for name in {name.upper() for name in Settings.model_fields} & os.environ.keys()
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
+os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
 TEMPLATE = "template_for_tests"
 _numbers = itertools.count()
