@@ -30,10 +30,13 @@ FLOWER_DEFAULTS = {"address": "127.0.0.1", "read_only": "True", "purge_offline_w
 @json_option
 @click.pass_obj
 def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
-    """Run a worker: the same as `celery -A workers worker -Q gpu`, whose options it takes."""
+    """Run `celery -A workers worker -Q gpu`, whose options it takes, on each GPU, else on the CPU.
+
+    A worker that dies is started again, and what it held is taken back at once.
+    """
     require_extra("worker", "torch", "a worker")
     Environment.load(start_embedded=False)  # a wrong setting is told here, where Celery would show a traceback
-    _become("-A", "workers", "worker", "-Q", "gpu", *celery_args)
+    _become("workers.supervisor", *celery_args)
 
 
 @click.command()
@@ -77,7 +80,7 @@ def flower(screen: Screen, flower_args: tuple[str, ...]) -> None:
     """
     require_extra("flower", "flower", "Flower")
     Environment.load(start_embedded=False)
-    _become("-A", "workers", "flower", *flower_defaults(flower_args), *flower_args)
+    _become("celery", "-A", "workers", "flower", *flower_defaults(flower_args), *flower_args)
 
 
 def flower_defaults(given: tuple[str, ...]) -> list[str]:
@@ -96,8 +99,8 @@ def require_extra(extra: str, module: str, what: str) -> None:
         raise InvalidInput(f"{what} needs more than what is installed. Run: pip install 'chunkmill[{extra}]'")
 
 
-def _become(*celery_args: str) -> NoReturn:
-    """Replace this process by Celery, so that a supervisor's signals reach it."""
+def _become(module: str, *arguments: str) -> NoReturn:
+    """Replace this process by ``module``, so that the signals of whoever started this one reach it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "celery", *celery_args])  # noqa: S606 - no shell is wanted
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -321,8 +322,10 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
         "Redis": "ok", "Redis eviction": "ok", "Postgres clock": "ok", "Redis clock": "ok",
     }.items()  # fmt: skip
     assert "Nothing stands in the way" in screen("doctor")
-    # `worker` became Celery, so that a supervisor's signals reach it.
-    assert "celery -A workers worker -Q gpu -c 1" in command_line(processes["worker"].pid)
+    # `worker` became the supervisor, so that signals reach it, and hands its arguments on to Celery.
+    assert "workers.supervisor -c 1" in command_line(processes["worker"].pid)
+    started = re.findall(r"started, pid (\d+)", (home / "worker.log").read_text())
+    assert ["celery -A workers worker -Q gpu -c 1" in command_line(int(pid)) for pid in started] == [True]
 
 
 def test_bad_records_are_skipped_into_the_dead_list(processes: object, home: Path) -> None:

@@ -1,0 +1,265 @@
+"""The supervisor: its decisions, and what it does with small processes in the place of workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from app.db.connect import create_db
+from tests.acceptance.conftest import until
+from workers.gpu import claim_device, visible_gpus
+from workers.supervision import Then, back_off, plan_places, read_ending
+from workers.supervisor import PARENT, TakeBack, supervisor_is_gone
+
+CHECKOUT = Path(__file__).parents[2]
+TWO = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
+
+
+@pytest.mark.parametrize(
+    ("requested", "gpus", "places"),
+    [
+        ("auto", [], {"the CPU": None}),
+        ("auto", TWO, {TWO[0]: TWO[0], TWO[1]: TWO[1]}),
+        ("auto", ["0", "3"], {"GPU 0": "0", "GPU 3": "3"}),
+        ("cuda", TWO, {TWO[0]: TWO[0], TWO[1]: TWO[1]}),
+        ("cuda:1", TWO, {TWO[1]: TWO[1]}),
+        ("cpu", TWO, {"the CPU": None}),
+        ("cuda", [], {"cuda": None}),  # from here on, the one worker ends with its own message
+        ("cuda:2", TWO, {"cuda:2": None}),
+        ("gpu", TWO, {"gpu": None}),
+    ],
+)
+def test_a_worker_for_each_gpu_that_may_be_used(requested: str, gpus: list[str], places: dict[str, str | None]) -> None:
+    planned = plan_places(requested, gpus)
+    assert {place.name: place.environment.get("CUDA_VISIBLE_DEVICES") for place in planned} == places
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda:1"])
+def test_a_worker_claims_the_gpu_of_its_place(requested: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi: CUDA_VISIBLE_DEVICES is believed
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(TWO))
+    claimed = []
+    for place in plan_places(requested, visible_gpus()):
+        for name, value in place.environment.items():
+            monkeypatch.setenv(name, value)
+        claimed.append(claim_device(os.environ["EMBEDDING_DEVICE"], share=False, lock_dir=tmp_path))
+    assert [claim.gpu for claim in claimed] == (TWO if requested == "auto" else TWO[1:])
+    for claim in claimed:
+        claim.release()
+
+
+@pytest.mark.parametrize(
+    ("returncode", "evidence", "then"),
+    [
+        (-signal.SIGSEGV, "ended by SIGSEGV", Then.AGAIN),
+        (-signal.SIGKILL, "ended by SIGKILL (out of memory?)", Then.AGAIN),
+        (-(signal.SIGRTMIN + 1), f"ended by signal {signal.SIGRTMIN + 1}", Then.AGAIN),
+        (1, "exit code 1", Then.AGAIN),
+        (70, "exit code 70", Then.AGAIN),
+        (75, "exit code 75", Then.AGAIN),
+        (0, "exit code 0", Then.DONE),
+        (78, "exit code 78", Then.WRONG),
+        (2, "exit code 2", Then.WRONG),
+    ],
+)
+def test_what_an_end_says_and_what_follows(returncode: int, evidence: str, then: Then) -> None:
+    ending = read_ending(returncode)
+    assert (ending.evidence, ending.then) == (evidence, then)
+
+
+def test_restarts_slow_down_until_one_runs_well() -> None:
+    failures, delays = 0, []
+    for _ in range(8):
+        failures, delay = back_off(failures, 59.0)
+        delays.append(delay)
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert back_off(failures, 60.0) == (1, 1.0)
+    assert back_off(100_000, 0.0)[1] == 60
+
+
+def test_the_supervisor_is_there_as_long_as_it_is_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PARENT, raising=False)
+    assert not supervisor_is_gone()
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    assert not supervisor_is_gone()
+    monkeypatch.setenv(PARENT, str(os.getpid()))
+    assert supervisor_is_gone()
+
+
+def test_the_supervisor_stays_small() -> None:
+    code = "import sys, workers.supervisor; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
+def test_postgres_away_is_said_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = TakeBack(create_db("postgresql+psycopg://nobody@127.0.0.1:1/none", role="supervisor", pool_size=1))
+    with caplog.at_level(logging.INFO):
+        for pid in (1, 2, 3):
+            ledger.report(pid, "ended by SIGSEGV")
+        ledger.close(60)
+    assert not ledger._thread.is_alive()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the poller does it" in caplog.text
+
+
+# --- small processes in the place of workers ---------------------------------------------------------------
+
+SUPERVISOR = """
+import json, sys
+from app.telemetry.logging import configure
+from workers import supervisor
+from workers.supervision import Place
+
+configure()
+supervisor.KILL_SECONDS = float(sys.argv[3])
+places = [Place(name, {"PLACE": name}) for name in json.loads(sys.argv[2])]
+report = lambda pid, evidence: print(f"report: {evidence}", flush=True)
+raise SystemExit(supervisor.Supervisor(places, [sys.executable, "-c", sys.argv[1]], report).run())
+"""
+
+# How it ends, start after start, is its place's name; it leaves a letter in a file of that name at each start.
+ENDS = """
+import os, pathlib, signal
+place = pathlib.Path(os.environ["PLACE"])
+with place.open("a") as starts:
+    starts.write("x")
+end = place.name.split(",")[len(place.read_text()) - 1]
+if end.isdigit():
+    os._exit(int(end))
+os.kill(os.getpid(), getattr(signal, end))
+"""
+
+RUNS = """
+import os, signal, sys, time
+if os.environ["PLACE"] == "crashes":
+    sys.exit(1)
+told = []
+def hear(number, frame):
+    told.append(number)
+    print("heard", signal.Signals(number).name, flush=True)
+    if len(told) == 2:
+        sys.exit(0)
+ignores = os.environ["PLACE"] == "ignores"
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN if ignores else hear)
+print("ready", os.getpid(), flush=True)
+while True:
+    time.sleep(60)
+"""
+
+NOTICES = """
+import os, time
+from workers.supervisor import supervisor_is_gone
+print("ready", os.getpid(), flush=True)
+while not supervisor_is_gone():
+    time.sleep(0.02)
+print("alone", flush=True)
+"""
+
+
+class Run:
+    """A supervisor in a process and a process group of its own, and what it and its children said."""
+
+    def __init__(self, folder: Path, child: str, *places: str, kill_seconds: float = 12) -> None:
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-c", SUPERVISOR, child, json.dumps(places), str(kill_seconds)],
+                cwd=folder, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        until(lambda: text in self.output() or self.popen.poll() is not None, 60, self.output)
+        assert text in self.output(), self.output()
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in re.findall(r"started, pid (\d+)", self.output())]
+
+    def living(self) -> list[int]:
+        return [pid for pid in self.children() if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.fixture
+def supervise(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    started: list[Run] = []
+
+    def start(child: str, *places: str, kill_seconds: float = 12) -> Run:
+        started.append(Run(tmp_path, child, *places, kill_seconds=kill_seconds))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.popen.poll() is None:
+            run.popen.kill()
+            run.popen.wait()
+        for pid in run.living():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("code", "places"),
+    [
+        (78, ["SIGSEGV,0", "SIGKILL,0", "1,0", "70,0", "75,0", "0", "78", "2"]),
+        (0, ["SIGABRT,0", "0"]),
+    ],
+)
+def test_who_is_started_again(code: int, places: list[str], supervise: Callable[..., Run], tmp_path: Path) -> None:
+    run = supervise(ENDS, *places)
+    assert run.popen.wait(60) == code
+    for place in places:
+        ends = place.split(",")
+        assert (tmp_path / place).read_text() == "x" * len(ends), place
+        assert run.output().count(f"worker on {place}: started") == len(ends)
+    said = {"SIGKILL": "ended by SIGKILL (out of memory?)"}
+    expected = [
+        said.get(end, f"ended by {end}" if end.startswith("SIG") else f"exit code {end}")
+        for place in places
+        for end in place.split(",")
+    ]
+    assert sorted(re.findall("report: (.*)", run.output())) == sorted(expected)
+    assert run.output().count("starting again in 1 s") == sum("," in place for place in places)
+
+
+def test_each_signal_reaches_each_worker_once_and_only_through_the_supervisor(supervise: Callable[..., Run]) -> None:
+    run = supervise(RUNS, "a", "b", "crashes")
+    until(lambda: run.output().count("ready") == 2, 60, run.output)
+    run.wait_for("starting again in")
+    os.killpg(run.popen.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
+    until(lambda: run.output().count("heard SIGTERM") == 2, 60, run.output)
+    run.popen.send_signal(signal.SIGTERM)
+    assert run.popen.wait(60) == 0
+    assert re.findall("heard .*", run.output()) == ["heard SIGTERM"] * 4
+    assert not run.living()
+
+
+def test_a_worker_that_does_not_leave_is_killed(supervise: Callable[..., Run]) -> None:
+    run = supervise(RUNS, "ignores", "a", kill_seconds=0.5)
+    until(lambda: run.output().count("ready") == 2, 60, run.output)
+    run.popen.send_signal(signal.SIGTERM)
+    assert run.popen.wait(60) == 0
+    assert not run.living()
+    assert "report: killed 0.5 s after SIGTERM" in run.output()
+
+
+def test_a_worker_notices_that_its_supervisor_was_killed(supervise: Callable[..., Run]) -> None:
+    run = supervise(NOTICES, "a")
+    run.wait_for("ready")
+    assert "alone" not in run.output()
+    run.popen.kill()
+    run.popen.wait()
+    until(lambda: "alone" in run.output(), 60, run.output)
+    until(lambda: not run.living(), 60, run.output)
