@@ -1,4 +1,4 @@
-"""Answers texts that someone waits for, between the TokenBatches of bulk work."""
+"""Answers texts that someone waits for, between the TokenBatches of bulk work; hears of cancelled jobs, too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from app.db.connect import raw
 from app.errors import ChunkmillError
 from app.ledger import embed_requests
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
+from app.ledger.jobs import CANCELLED_CHANNEL
 from workers.context import WorkerContext
 from workers.engine.matryoshka import shorten
 
@@ -24,7 +25,8 @@ RECONNECT_SECONDS = 2.0
 
 
 class EmbedRequestLane(threading.Thread):
-    """A thread that listens for embed requests and claims them one by one."""
+    """A thread that listens for embed requests and claims them one by one. It listens for cancelled jobs as well: one
+    connection of each worker is enough for both."""
 
     def __init__(self, context: WorkerContext) -> None:
         super().__init__(name="embed-requests", daemon=True)
@@ -46,12 +48,16 @@ class EmbedRequestLane(threading.Thread):
     def _listen(self) -> None:
         with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
             try:
                 while not self._stop_lane.is_set():
                     while self.answer_next():
                         pass
-                    for _ in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1):
-                        pass
+                    heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
+                    if CANCELLED_CHANNEL in heard:
+                        # The ledger says which leases are gone. The notice may be late: its job may have been tried
+                        # again since, and the lease that is held now may be good.
+                        self._context.leases.renew()
             finally:
                 # A listening connection must not go back into the pool.
                 conn.invalidate()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
-from app.ledger import rescue
+from app.db.retry import is_transient
+from app.domain.doorbells import HURRY, DoorbellWindow
+from app.ledger import deaths, rescue
+from app.ledger.deaths import TakenBack
 from app.ledger.doorbells import ring_due
 from app.ledger.finish import finish_if_done
 from app.settings import Settings
@@ -22,55 +27,78 @@ logger = logging.getLogger(__name__)
 class Round:
     """What one round did."""
 
-    rescued: int
-    discarded: int
+    taken_back: TakenBack
     finished: int
     abandoned: int
     rung: int
 
 
 class Poller:
-    """Postgres says what is due; the poller only repeats it to Redis. Losing one, or all for a while, loses nothing."""
+    """Postgres says what is due; the poller only repeats it to Redis. Losing one, or all for a while, loses nothing.
+
+    All it remembers is how fast workers answered its bells. Each poller learns that for itself, and a new one anew.
+    """
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
         self._db = db
         self._broker = broker
         self._settings = settings
         self._away: str | None = None
+        self._window = DoorbellWindow.smallest(settings.doorbell_window)
+        self._looked_at = -math.inf
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until ``stop``. Postgres or Redis being away is logged once, and the next round tries again."""
-        logger.info("poller: a window of %s doorbells", self._settings.doorbell_window)
+        logger.info("poller: a window of %s doorbells at most", self._settings.doorbell_window)
         while not stop.is_set():
+            pause = self._settings.poll_interval
             try:
                 done = self.round()
-            except (sa.exc.OperationalError, *PUBLISH_ERRORS) as error:
+            except Exception as error:
+                if not is_transient(error) and not isinstance(error, PUBLISH_ERRORS):
+                    raise
                 self._say_away(type(error).__name__)
             else:
                 self._say_back()
-                if done.rescued or done.discarded or done.abandoned:
+                if self._window.hurry:
+                    pause *= HURRY
+                taken = done.taken_back
+                if taken.total or done.abandoned:
                     logger.info(
-                        "took back %s expired leases, discarded %s ChunkBatches, named %s abandoned jobs",
-                        done.rescued, done.discarded, done.abandoned,
+                        "took back %s ChunkBatches of silent workers, cut up %s of them, closed %s with a content that "
+                        "kills; named %s abandoned jobs",
+                        taken.total, taken.split, taken.buried, done.abandoned,
                     )  # fmt: skip
-            stop.wait(self._settings.poll_interval)
+            stop.wait(pause)
 
     def round(self) -> Round:
-        """One round. Raises ``sqlalchemy.exc.OperationalError`` or one of ``PUBLISH_ERRORS``."""
+        """One round. Raises what :func:`is_transient` knows, or one of ``PUBLISH_ERRORS``, when a server is away."""
         with self._db.begin() as conn:
-            taken = rescue.take_back_expired(conn)
+            taken = deaths.take_back_expired(conn)
             abandoned = rescue.fail_abandoned(conn)
             rescue.drop_old_requests(conn)
+        rung = self._ring()
+        # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
+        finished = self._finish_jobs()
+        return Round(taken, finished, len(abandoned), rung)
+
+    def _ring(self) -> int:
+        settings = self._settings
+        # The look comes before the transaction: with Redis away it fails at once, and nothing is held meanwhile.
+        queued = self._broker.queued_doorbells()
+        found, looked_at = sum(queued.values()), time.monotonic()
+        part = min(1.0, max(HURRY, (looked_at - self._looked_at) / settings.poll_interval))
+        window = self._window.adapted(found, part=part, most=settings.doorbell_window)
         with self._db.begin() as conn:
             rung = ring_due(
                 conn,
                 self._broker,
-                window=self._settings.doorbell_window,
-                repair_seconds=self._settings.doorbell_repair_seconds,
+                queued=queued,
+                window=window.size,
+                repair_seconds=settings.doorbell_repair_seconds,
             )
-        # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
-        finished = self._finish_jobs()
-        return Round(taken.available, taken.discarded, finished, len(abandoned), rung)
+        self._window, self._looked_at = window.filled(found + rung), looked_at
+        return rung
 
     def _finish_jobs(self) -> int:
         with self._db.begin() as conn:
@@ -80,7 +108,9 @@ class Poller:
             try:
                 with self._db.begin() as conn:
                     finished += finish_if_done(conn, job_id, spaces.get(conn, space_id), wait=False) is not None
-            except sa.exc.DBAPIError:
+            except sa.exc.DBAPIError as error:
+                if is_transient(error):
+                    raise
                 logger.exception("job %s cannot be finished; the others go on", job_id)
         return finished
 

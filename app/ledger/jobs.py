@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from app.db.schema import CollectionRow, JobRow
 from app.db.spaces import Space
+from app.domain.deaths import SUSPECT_DEATHS
 from app.domain.jobs import Job
 from app.domain.planning import DeadChunk
 from app.domain.spaces import OnLong
@@ -17,6 +18,7 @@ from app.errors import InvalidInput, NotFound, SpaceMismatch
 
 SHOWN_DEAD_CHUNKS = 20
 PRODUCER_LOCK = 0x63686D02  # first key of the advisory lock; the second is the job
+CANCELLED_CHANNEL = "chunkmill_cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,8 @@ def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> None:
 
 
 def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
-    """Cancel a job and its open ChunkBatches. A worker inside one sees its lease gone and stops."""
+    """Cancel a job and its open ChunkBatches. A worker inside one hears of it at the commit, looks, and finds its lease
+    gone; one that does not hear finds out when it writes."""
     conn.execute(
         sa.text(
             "UPDATE jobs SET state = 'cancelled', finished_at = now() "
@@ -195,6 +198,7 @@ def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
         ),
         {"id": job_id},
     )
+    conn.execute(sa.text("SELECT pg_notify(:channel, :job)"), {"channel": CANCELLED_CHANNEL, "job": str(job_id)})
 
 
 def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bool:
@@ -214,14 +218,15 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     conn.execute(
         sa.text(
             "UPDATE chunk_batches b SET state = 'available', not_before = now(), rung_at = NULL, "
-            "max_attempts = attempt + :more, n_cached = 0, error_code = NULL, error = NULL, finished_at = NULL "
+            "max_attempts = attempt + :more, deaths = least(deaths, :suspect), n_cached = 0, error_code = NULL, "
+            "error = NULL, finished_at = NULL "
             "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR id IN ("
             # From the dead chunks through the arrays once; an array per dead chunk would be quadratic.
             "  SELECT d.id FROM chunk_batches d CROSS JOIN unnest(d.content_hashes) AS h(content_hash) "
             "  JOIN dead_chunks x ON x.job_id = :id AND x.code <> 'too_long' AND x.content_hash = h.content_hash "
             "  WHERE d.job_id = :id AND d.state = 'completed'))"
         ),
-        {"id": job_id, "more": max_attempts},
+        {"id": job_id, "more": max_attempts, "suspect": SUSPECT_DEATHS},
     )
     conn.execute(
         sa.text("DELETE FROM dead_chunks WHERE job_id = :id AND content_hash IS NOT NULL AND code <> 'too_long'"),

@@ -12,7 +12,9 @@ import sqlalchemy as sa
 from app import Client
 from app.broker import Broker
 from app.client import Client as ClientClass
+from app.domain.doorbells import DoorbellWindow
 from app.domain.states import JobState
+from app.ledger.deaths import TakenBack
 from app.settings import Settings
 from tests.integration.conftest import Runner
 from workers.poller import Poller
@@ -103,6 +105,8 @@ def test_many_pollers_ring_each_bell_once(narrow: Settings, db: sa.Engine, broke
     wide = narrow.model_copy(update={"doorbell_window": 1000, "doorbell_repair_seconds": 60.0})
     enqueue(narrow, db, 100)  # four bells are rung by the enqueue itself
     pollers = [Poller(db, Broker.connect(wide), wide) for _ in range(4)]
+    for poller in pollers:
+        poller._window = DoorbellWindow(1000)  # as if they had seen fast workers
     counts: list[int] = []
     threads = [threading.Thread(target=lambda p=p: counts.append(p.round().rung)) for p in pollers]
     for thread in threads:
@@ -113,9 +117,11 @@ def test_many_pollers_ring_each_bell_once(narrow: Settings, db: sa.Engine, broke
     assert sum(broker.queued_doorbells().values()) == 25
 
 
-def test_expired_leases_are_taken_back_until_the_last_attempt(db: sa.Engine, client: Client, poller: Poller) -> None:
+def test_expired_leases_are_taken_back_until_a_text_has_killed_too_often(
+    db: sa.Engine, client: Client, poller: Poller
+) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
-    for attempt in range(1, 6):
+    for death in range(1, 5):
         with db.begin() as conn:
             conn.execute(
                 sa.text(
@@ -123,11 +129,13 @@ def test_expired_leases_are_taken_back_until_the_last_attempt(db: sa.Engine, cli
                     "lease_until = now() - interval '1 s'"
                 )
             )
-        done = poller.round()
-        assert (done.rescued, done.discarded) == ((1, 0) if attempt < 5 else (0, 1))
+        assert poller.round().taken_back == (TakenBack(available=1) if death < 4 else TakenBack(buried=1))
     with db.begin() as conn:
-        assert "worker gone was silent" in conn.execute(sa.text("SELECT error FROM chunk_batches")).scalar_one()
-    assert client.job(job.id).state is JobState.FAILED
+        error = conn.execute(sa.text("SELECT error FROM chunk_batches")).scalar_one()
+    assert error == "worker gone died with it: it was silent past its lease"
+    assert poller.round().finished == 0
+    job = client.job(job.id)
+    assert (job.state, job.dead_chunks[0].code) == (JobState.FAILED, "kills_workers")
 
 
 def test_a_job_whose_last_worker_died_before_closing_it_is_closed(

@@ -1,0 +1,108 @@
+"""Several jobs on one real worker: none waits for all of another, and a cancelled one leaves at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from app import Client, JobState
+from app.broker import Broker
+from app.db.connect import create_db
+from app.domain.doorbells import SMALLEST_WINDOW
+from app.settings import Settings
+from tests.acceptance.conftest import Processes, until
+
+pytestmark = pytest.mark.xdist_group("acceptance")
+
+SIZE = 32
+"""Contents of a ChunkBatch: some tenths of a second on a CPU."""
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    small = settings.model_copy(update={"chunk_batch_size": SIZE})
+    with Client(create_db(settings.require_database_url(), role="client"), Broker.connect(small), small) as made:
+        yield made
+
+
+def texts(name: str, chunk_batches: int) -> list[tuple[str, str]]:
+    return [(f"{name}-{i}", f"{name} {i} " + "of some length " * 8) for i in range(chunk_batches * SIZE)]
+
+
+def finished(db: sa.Engine) -> list[int]:
+    """The job of every completed ChunkBatch, in the order in which they were completed."""
+    with db.begin() as conn:
+        return list(
+            conn.execute(
+                sa.text("SELECT job_id FROM chunk_batches WHERE state = 'completed' ORDER BY finished_at, id")
+            ).scalars()
+        )
+
+
+def test_two_jobs_of_one_priority_progress_together(processes: Processes, client: Client, db: sa.Engine) -> None:
+    processes.poller()
+    worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
+    first = client.enqueue(texts("first", 60), collection="docs")
+    until(lambda: client.job(first.id).embedded > 0, 60, worker.output)
+    second = client.enqueue(texts("second", 60), collection="docs")
+    until(lambda: client.job(second.id).embedded >= 10 * SIZE, 120, worker.output)
+    order = finished(db)
+    together = order[order.index(second.id) :]
+    assert 10 - SMALLEST_WINDOW <= together.count(first.id) <= together.count(second.id) + SMALLEST_WINDOW
+    assert client.job(first.id).remaining > 0
+    for job in (first, second):
+        client.cancel(job.id)
+
+
+def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
+    processes: Processes, client: Client, db: sa.Engine
+) -> None:
+    processes.poller()
+    worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
+    bulk = client.enqueue(texts("bulk", 120), collection="docs")
+    until(lambda: client.job(bulk.id).embedded > 0, 60, worker.output)
+    urgent = client.enqueue(texts("urgent", 1), collection="docs", priority="high")
+    urgent = client.wait(urgent.id, timeout=120)
+    assert urgent.state is JobState.COMPLETED
+    with db.begin() as conn:
+        before_it = conn.execute(
+            sa.text(
+                "SELECT count(*) FROM chunk_batches b, chunk_batches u WHERE u.job_id = :urgent AND b.job_id = :bulk "
+                "AND b.finished_at BETWEEN u.rung_at AND u.finished_at"
+            ),
+            {"urgent": urgent.id, "bulk": bulk.id},
+        ).scalar_one()
+    assert before_it <= SMALLEST_WINDOW // 2  # the one in the worker's hands, and not all that was in Redis
+    going_on = client.job(bulk.id)
+    assert going_on.state is JobState.RUNNING
+    until(lambda: client.job(bulk.id).embedded > going_on.embedded, 60, worker.output)
+
+    # And the bells of a cancelled job, which are still in Redis, are answered with nothing.
+    cancelled = client.cancel(bulk.id)
+    with db.begin() as conn:
+        begun = conn.execute(sa.text("SELECT sum(attempt) FROM chunk_batches")).scalar_one()
+    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=120)
+    assert (cancelled.state, after.state) == (JobState.CANCELLED, JobState.COMPLETED)
+    until(lambda: sum(client._broker.queued_doorbells().values()) == 0, 30, worker.output)
+    with db.begin() as conn:
+        assert conn.execute(sa.text("SELECT sum(attempt) FROM chunk_batches")).scalar_one() == begun + 1
+    assert worker.terminate() == 0
+
+
+def test_cancel_stops_what_a_worker_is_in(processes: Processes, client: Client, db: sa.Engine) -> None:
+    processes.poller()
+    worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
+    client._settings = client._settings.model_copy(update={"chunk_batch_size": 16384})
+    bulk = client.enqueue(texts("bulk", 120), collection="docs")
+    until(lambda: client.job(bulk.id).embedded > 0, 60, worker.output)
+    bulk = client.cancel(bulk.id)
+    # It hears of it at a TokenBatch, or in between by a write.
+    until(lambda: "lost its lease" in worker.output() or "superseded" in worker.output(), 60, worker.output)
+    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=120)
+    with db.begin() as conn:
+        vectors = conn.execute(sa.text("SELECT count(*) FROM vectors_1")).scalar_one()
+    assert (after.state, after.embedded) == (JobState.COMPLETED, SIZE)
+    assert bulk.embedded + SIZE <= vectors < bulk.chunks
+    assert worker.terminate() == 0

@@ -1,0 +1,310 @@
+"""Whose bells are rung, and how a cancelled job leaves: real Postgres and Redis, and workers played by the test."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app import Client, JobState
+from app.broker import Broker
+from app.client import Client as ClientClass
+from app.db import spaces
+from app.domain.doorbells import SMALLEST_WINDOW
+from app.ledger import chunk_batches
+from app.ledger.jobs import CANCELLED_CHANNEL
+from app.settings import Settings
+from workers import pipeline
+from workers.context import WorkerContext
+from workers.embed_requests import EmbedRequestLane
+from workers.engine.engine import Engine
+from workers.engine.results import TokenBatchResult
+from workers.pipeline import Outcome, run_chunk_batch
+from workers.poller import Poller
+
+WINDOW = 4
+
+
+@pytest.fixture
+def narrow(settings: Settings) -> Settings:
+    """A window that stays at 4 doorbells, and ChunkBatches of one content."""
+    return settings.model_copy(update={"doorbell_window": WINDOW, "chunk_batch_size": 1})
+
+
+@pytest.fixture
+def poller(narrow: Settings, db: sa.Engine, broker: Broker) -> Poller:
+    return Poller(db, broker, narrow)
+
+
+@pytest.fixture
+def enqueue(narrow: Settings, db: sa.Engine) -> Callable[..., int]:
+    producer = ClientClass(db, Broker.connect(narrow), narrow)
+    names = iter(range(1000))
+
+    def made(n: int, **options: str) -> int:
+        name = next(names)
+        return producer.enqueue([(f"{name}-{i}", f"{name} {i}") for i in range(n)], collection="docs", **options).id
+
+    return made
+
+
+@pytest.fixture
+def serve(db: sa.Engine, broker: Broker) -> Callable[[], int]:
+    """Answer the next bell as a worker would, and return the job it was for."""
+
+    def served() -> int:
+        messages = (broker.client.rpop(key) for key in ("gpu", *(f"gpu\x06\x16{step}" for step in (3, 6, 9))))
+        message = next(filter(None, messages))
+        ((chunk_batch_id,), *_) = json.loads(base64.b64decode(json.loads(message)["body"]))
+        with db.begin() as conn:
+            return int(
+                conn.execute(
+                    sa.text("UPDATE chunk_batches SET state = 'completed' WHERE id = :id RETURNING job_id"),
+                    {"id": chunk_batch_id},
+                ).scalar_one()
+            )
+
+    return served
+
+
+def rung(db: sa.Engine) -> Counter[int]:
+    """Bells of each job that nobody has answered."""
+    with db.begin() as conn:
+        return Counter(
+            conn.execute(
+                sa.text("SELECT job_id FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL")
+            ).scalars()
+        )
+
+
+def test_the_second_job_begins_when_the_window_of_the_first_is_answered(
+    enqueue: Callable[..., int], serve: Callable[[], int], poller: Poller
+) -> None:
+    first, second = enqueue(20), enqueue(20)
+    served = []
+    for _ in range(24):
+        served.append(serve())
+        poller.round()
+    assert served[:WINDOW] == [first] * WINDOW  # they were in Redis before the second came
+    assert Counter(served[WINDOW:]) == {first: 10, second: 10}
+    for at in range(WINDOW, 24):
+        assert abs(served[WINDOW:at].count(first) - served[WINDOW:at].count(second)) <= WINDOW
+
+
+def test_bells_of_one_round_alternate(
+    enqueue: Callable[..., int], serve: Callable[[], int], poller: Poller, db: sa.Engine, broker: Broker
+) -> None:
+    first, second = enqueue(9), enqueue(9)
+    broker.client.flushdb()
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
+    poller.round()
+    served = [serve() for _ in range(WINDOW)]
+    assert served in ([first, second] * 2, [second, first] * 2)
+
+
+def test_with_more_jobs_than_bells_nobody_waits_for_all_others(
+    enqueue: Callable[..., int], serve: Callable[[], int], poller: Poller, db: sa.Engine
+) -> None:
+    """By lot, so some luck is left: one in 10**7 that a fair poller fails here."""
+    jobs = [enqueue(30) for _ in range(WINDOW + 3)]
+    served: Counter[int] = Counter()
+    for _ in range(100):
+        served[serve()] += 1
+        poller.round()
+        assert max(rung(db).values()) <= WINDOW
+    assert set(served) == set(jobs)
+
+
+def test_a_job_at_its_end_leaves_the_rest_to_the_others(
+    settings: Settings, enqueue: Callable[..., int], db: sa.Engine, broker: Broker
+) -> None:
+    small, large = enqueue(2), enqueue(20)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
+    broker.client.flushdb()
+    assert Poller(db, broker, settings).round().rung == SMALLEST_WINDOW
+    assert rung(db) == {small: 2, large: SMALLEST_WINDOW - 2}
+
+
+def test_a_job_that_waits_for_its_next_attempts_holds_nobody_up(
+    enqueue: Callable[..., int], db: sa.Engine, broker: Broker, poller: Poller
+) -> None:
+    failing, other = enqueue(20), enqueue(20)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
+        conn.execute(
+            sa.text("UPDATE chunk_batches SET not_before = now() + interval '1 h' WHERE job_id = :id"), {"id": failing}
+        )
+    broker.client.flushdb()
+    poller.round()
+    assert rung(db) == {other: WINDOW}
+
+
+def test_what_a_dead_worker_held_is_rung_before_what_nobody_began(
+    enqueue: Callable[..., int], serve: Callable[[], int], db: sa.Engine, poller: Poller
+) -> None:
+    enqueue(20)
+    serve()
+    with db.begin() as conn:  # as it is taken back
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'available', rung_at = NULL, not_before = now() "
+                "WHERE state = 'completed'"
+            )
+        )
+    poller.round()
+    with db.begin() as conn:
+        assert conn.execute(sa.text("SELECT rung_at FROM chunk_batches ORDER BY id LIMIT 1")).scalar_one() is not None
+
+
+def test_bells_that_nobody_can_answer_leave_room_for_others(
+    enqueue: Callable[..., int], db: sa.Engine, broker: Broker, poller: Poller
+) -> None:
+    """No worker has the first job's model: its bells are taken, the claim passes them over, and they look lost."""
+    unserved, other = enqueue(20), enqueue(20)
+    with db.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE chunk_batches SET rung_at = now() - interval '1 h' WHERE job_id = :id"), {"id": unserved}
+        )
+    for _ in range(3):
+        broker.client.flushdb()
+        poller.round()
+    assert rung(db) == {unserved: 20, other: 3 * WINDOW // 2}
+
+
+def test_bells_of_a_job_whose_producer_died_are_rung_too(
+    enqueue: Callable[..., int], db: sa.Engine, broker: Broker, poller: Poller
+) -> None:
+    job = enqueue(3)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE jobs SET state = 'failed'"))
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
+    broker.client.flushdb()
+    poller.round()
+    assert rung(db) == {job: 3}
+
+
+def test_a_producer_fills_the_smallest_window_and_the_poller_learns_how_many_are_needed(
+    settings: Settings, db: sa.Engine, broker: Broker
+) -> None:
+    wide = settings.model_copy(update={"chunk_batch_size": 1, "doorbell_window": 64})
+    client = ClientClass(db, Broker.connect(wide), wide)
+    client.enqueue([(str(i), f"text {i}") for i in range(500)], collection="docs")
+    assert sum(broker.queued_doorbells().values()) == SMALLEST_WINDOW
+    poller = Poller(db, broker, wide)
+    held = []
+    for _ in range(6):
+        broker.client.delete("gpu\x06\x166")  # all answered
+        with db.begin() as conn:
+            conn.execute(sa.text("UPDATE chunk_batches SET state = 'completed' WHERE rung_at IS NOT NULL"))
+        poller.round()
+        held.append(sum(broker.queued_doorbells().values()))
+    assert held == [8, 16, 32, 64, 64, 64]
+
+
+def test_bells_of_cancelled_chunk_batches_are_answered_with_nothing(
+    client: Client, context: WorkerContext, enqueue: Callable[..., int], broker: Broker, poller: Poller, db: sa.Engine
+) -> None:
+    cancelled, other = enqueue(9), enqueue(2)
+    poller.round()
+    assert sum(broker.queued_doorbells().values()) == WINDOW
+    client.cancel(cancelled)
+    with db.begin() as conn:
+        ids = conn.execute(sa.text("SELECT id FROM chunk_batches WHERE job_id = :id"), {"id": cancelled}).scalars()
+    assert {run_chunk_batch(context, chunk_batch_id) for chunk_batch_id in ids} == {Outcome.NOT_OURS}
+    broker.client.flushdb()  # a worker took those messages
+    assert poller.round().rung == 2
+    assert rung(db) == {other: 2}
+    again = client.retry(cancelled)
+    assert (again.state, again.remaining) == (JobState.RUNNING, 9)
+    with db.begin() as conn:
+        assert conn.execute(sa.text("SELECT max(attempt) FROM chunk_batches")).scalar_one() == 0
+
+
+@pytest.fixture
+def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
+    running = EmbedRequestLane(context)
+    running.start()
+    yield running
+    running.stop()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_was_written(
+    client: Client, context: WorkerContext, db: sa.Engine, lane: EmbedRequestLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the notice can stop it: nothing is written after the cancel, and no lease is renewed."""
+    text = "with many words to fill several forward passes " * 5
+    job = client.enqueue([(str(i), f"text number {i}, {text}") for i in range(100)], collection="docs")
+    real_stream = Engine.stream
+    written: list[bytes] = []
+    after = 0
+
+    def cancelled_after_two(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
+        nonlocal after
+        for n, result in enumerate(real_stream(self, *args, **kwargs)):
+            after += n > 1
+            yield result
+            if n == 1:
+                with db.begin() as conn:
+                    written.extend(conn.execute(sa.text("SELECT content_hash FROM vectors_1")).scalars())
+                monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 1e9)
+                client.cancel(job.id)
+                until(lambda: all(held.lost.is_set() for held in context.leases._held.values()))
+
+    context.engine_for(_space(context))
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0)
+    monkeypatch.setattr(Engine, "stream", cancelled_after_two)
+    assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
+    assert after == 1
+    with db.begin() as conn:
+        assert sorted(conn.execute(sa.text("SELECT content_hash FROM vectors_1")).scalars()) == sorted(written)
+    assert 0 < len(written) < 100
+    monkeypatch.undo()
+    done = client.job(job.id)
+    assert (done.state, done.embedded) == (JobState.CANCELLED, len(written))
+    client.retry(job.id)
+    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    with db.begin() as conn:
+        contents = conn.execute(sa.text("SELECT contents FROM usage ORDER BY attempt DESC LIMIT 1")).scalar_one()
+    assert contents == 100 - len(written)  # nothing that was written is embedded again
+
+
+def test_a_cancel_that_is_heard_late_leaves_the_next_attempt_alone(
+    client: Client, context: WorkerContext, db: sa.Engine, lane: EmbedRequestLane
+) -> None:
+    job = client.enqueue([("a", "text")], collection="docs")
+    client.cancel(job.id)
+    client.retry(job.id)
+    with db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, 1, owner="w", lease_seconds=1)
+    assert lease is not None
+
+    def is_renewed() -> bool:
+        with db.begin() as conn:
+            renewed = sa.text("SELECT lease_until > now() + interval '2 s' FROM chunk_batches")
+            return bool(conn.execute(renewed).scalar_one())
+
+    with context.leases.holding(lease) as held:
+        with db.begin() as conn:
+            conn.execute(sa.text("SELECT pg_notify(:c, :job)"), {"c": CANCELLED_CHANNEL, "job": str(job.id)})
+        until(is_renewed)
+        held.check()
+
+
+def _space(context: WorkerContext) -> spaces.Space:
+    with context.db.begin() as conn:
+        return spaces.all_spaces(conn)[0]
