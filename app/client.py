@@ -20,12 +20,23 @@ from app.db import spaces
 from app.db.connect import create_db, migrate, require_migrated, store_error
 from app.domain.arguments import as_word, require_name
 from app.domain.chunks import prepare_all
-from app.domain.jobs import Audit, Job, SearchHit
+from app.domain.doorbells import SMALLEST_WINDOW
+from app.domain.jobs import (
+    Attempt,
+    Audit,
+    DeadDetails,
+    DeadEntry,
+    DroppedDead,
+    FailingChunkBatch,
+    Job,
+    RetriedDead,
+    SearchHit,
+)
 from app.domain.planning import DeadChunk
 from app.domain.spaces import OnLong, Precision, SpaceSpec, long_text_for
 from app.domain.states import JobState, Priority, Route
 from app.domain.trust import Trust
-from app.enqueueing import Enqueueing, EnqueueRequest
+from app.enqueueing import MAX_BATCH_BYTES, Enqueueing, EnqueueRequest
 from app.environment import Environment
 from app.errors import (
     EngineError,
@@ -35,7 +46,8 @@ from app.errors import (
     UnknownModel,
     WaitTimeout,
 )
-from app.ledger import embed_requests, jobs
+from app.ledger import attempts, dead_chunks, dead_retry, embed_requests, jobs
+from app.ledger.dead_chunks import Which
 from app.ledger.doorbells import ring_due
 from app.ledger.finish import finish_if_done
 from app.models import cut_space, resolve_spec
@@ -211,11 +223,93 @@ class Client:
                     "embedded is not embedded twice."
                 )
         if again:
-            with self._transaction() as conn:
-                finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
-            with _store_errors(self._db), self._db.connect() as conn:
-                self._ring(conn)
+            self._take_up([job_id])
         return self.job(job_id)
+
+    def attempts(self, job_id: int) -> list[Attempt]:
+        """All attempts at a job's ChunkBatches, the oldest first: who, how it ended, what it cost. Raises
+        :class:`NotFound`.
+
+        Of a worker that died: what was seen of its death, and how many contents it could have cost (``at_risk``).
+        """
+        with self._transaction() as conn:
+            jobs.get(conn, job_id)
+            return attempts.of_job(conn, job_id)
+
+    def failing(self, job_id: int) -> FailingChunkBatch | None:
+        """The first ChunkBatch of a job that was discarded or, without one, that failed and is tried again."""
+        with self._transaction() as conn:
+            return attempts.first_failing(conn, job_id)
+
+    # The dead list
+
+    def dead(
+        self,
+        job_id: int | None = None,
+        collection: str | None = None,
+        code: str | None = None,
+        limit: int = 1000,
+    ) -> list[DeadEntry]:
+        """The newest ``limit`` entries of the dead list: of a job, of a collection, with a code, or all.
+
+        Raises :class:`NotFound` for a job or a collection that does not exist.
+        """
+        with self._transaction() as conn:
+            return dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
+
+    def dead_codes(
+        self, job_id: int | None = None, collection: str | None = None, code: str | None = None
+    ) -> dict[str, int]:
+        """``code → entries`` of the dead list, the most frequent first. The arguments are those of :meth:`dead`."""
+        with self._transaction() as conn:
+            return dead_chunks.count_codes(conn, self._listed(conn, job_id, collection, code))
+
+    def dead_chunk(self, dead_id: int, *, with_text: bool = False) -> DeadDetails:
+        """All that is known of one entry of the dead list, its text only if asked for. Raises :class:`NotFound`."""
+        with self._transaction() as conn:
+            return dead_chunks.details(conn, dead_id, with_text=with_text)
+
+    def retry_dead(
+        self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
+    ) -> RetriedDead:
+        """Have the texts of dead chunks embedded after all, each in its job: those of ``ids``, or all of a job, with a
+        code, or both.
+
+        What killed workers stays a suspect, which workers embed alone. A chunk refused at the door or as too long, one
+        that was replaced or deleted since, and one whose job was cancelled cannot be retried: named in ``ids`` it
+        raises :class:`InvalidInput`, found by job or code it is passed over, and raises only where nothing else is
+        found. Raises :class:`NotFound` for an id that is not on the list. Nothing is changed by a call that raises.
+        """
+        which = self._meant(ids, job_id, code)
+        with self._transaction() as conn:
+            retried = dead_retry.retry(
+                conn,
+                which,
+                max_contents=self._settings.chunk_batch_size,
+                max_bytes=MAX_BATCH_BYTES,
+                max_attempts=self._settings.max_attempts,
+            )
+        self._take_up(retried.jobs)
+        return retried
+
+    def drop_dead(
+        self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
+    ) -> DroppedDead:
+        """Take chunks off the dead list and out of their collections: those of ``ids``, or all of a job, with a code,
+        or both. A job that failed for nothing else completes.
+
+        A chunk that carries another text since, or whose text has a vector since, stays where it is; only its entry
+        goes. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for an id that is not on the
+        list; nothing is changed then.
+        """
+        which = self._meant(ids, job_id, code)
+        with self._transaction() as conn:
+            dropped, leaving = dead_retry.take_off(conn, which)
+            for collection, chunk_ids in leaving.items():
+                collection_id, _ = jobs.find_collection(conn, collection)
+                delete_some(conn, collection_id=collection_id, chunk_ids=chunk_ids, limit=len(chunk_ids))
+        self._take_up(dropped.jobs)
+        return dropped
 
     # Vectors
 
@@ -379,6 +473,33 @@ class Client:
         with self._transaction() as conn:
             return spaces.register(conn, spec, storage=settings.vector_storage)
 
+    def _take_up(self, job_ids: Iterable[int]) -> None:
+        """End the jobs among these that have nothing left to do, and ring for the others."""
+        for job_id in job_ids:
+            with self._transaction() as conn:
+                finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
+        with _store_errors(self._db), self._db.connect() as conn:
+            self._ring(conn)
+
+    @staticmethod
+    def _listed(conn: sa.Connection, job_id: int | None, collection: str | None, code: str | None) -> Which:
+        if job_id is not None:
+            jobs.get(conn, job_id)
+        if collection is not None:
+            jobs.find_collection(conn, collection)
+        return Which(job_id=job_id, collection=collection, code=code)
+
+    @staticmethod
+    def _meant(ids: Iterable[int] | None, job_id: int | None, code: str | None) -> Which:
+        if (ids is None) == (job_id is None and code is None):
+            raise InvalidInput("say which dead chunks: either ids, or job_id or code or both.")
+        if ids is None:
+            return Which(job_id=job_id, code=code)
+        chosen = tuple(ids)
+        if not all(isinstance(each, int) for each in chosen):
+            raise InvalidInput("ids must be whole numbers, as `dead` and `chunkmill dead list` give them.")
+        return Which(ids=chosen)
+
     def _ring(self, conn: sa.Connection) -> None:
         if time.monotonic() < self._quiet_until:
             return
@@ -387,7 +508,8 @@ class Client:
                 ring_due(
                     conn,
                     self._broker,
-                    window=self._settings.doorbell_window,
+                    queued=self._broker.queued_doorbells(),
+                    window=min(SMALLEST_WINDOW, self._settings.doorbell_window),  # the rest is the poller's
                     repair_seconds=self._settings.doorbell_repair_seconds,
                 )
         except PUBLISH_ERRORS as error:

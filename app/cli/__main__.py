@@ -30,6 +30,7 @@ SECTIONS = {
         "job": ("jobs", "One job, and why chunks of it are dead."),
         "cancel": ("jobs", "Stop a job; vectors already written stay."),
         "retry": ("jobs", "Try again what a job left without a vector."),
+        "dead": ("dead", "Chunks without a vector: list, show, retry or drop."),
     },
     "Collections": {
         "search": ("search", "The chunks nearest to a query."),

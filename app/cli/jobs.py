@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from app.cli.attempts import attempt_totals, show_attempts
 from app.cli.inspect import look_at_database
 from app.cli.output import Screen, count, duration, json_option
 from app.cli.progress import Bar, Pace
@@ -117,13 +118,14 @@ def jobs(screen: Screen, limit: int) -> None:
 @click.command()
 @click.argument("job_id", metavar="ID", type=click.IntRange(1))
 @click.option("--dead", is_flag=True, help="List the dead chunks with their reasons.")
+@click.option("--attempts", is_flag=True, help="List the attempts that did not complete, and what they cost.")
 @click.option("--wait", is_flag=True, help="Wait for the job to end.")
 @json_option
 @click.pass_obj
-def job(screen: Screen, job_id: int, dead: bool, wait: bool) -> None:
+def job(screen: Screen, job_id: int, dead: bool, attempts: bool, wait: bool) -> None:
     """One job: its state, its counts and its dead chunks. Exits with 4 when it failed."""
     with Client.from_env() as client:
-        finish(screen, client, client.job(job_id), wait=wait, dead=dead)
+        finish(screen, client, client.job(job_id), wait=wait, dead=dead, attempts=attempts)
 
 
 @click.command()
@@ -133,7 +135,7 @@ def job(screen: Screen, job_id: int, dead: bool, wait: bool) -> None:
 def cancel(screen: Screen, job_id: int) -> None:
     """Stop a job. Vectors already written stay, and `retry` takes the job up again."""
     with Client.from_env() as client:
-        show_job(screen, client.cancel(job_id))
+        show_job(screen, client, client.cancel(job_id))
 
 
 @click.command()
@@ -147,23 +149,30 @@ def retry(screen: Screen, job_id: int, wait: bool) -> None:
         finish(screen, client, client.retry(job_id), wait=wait)
 
 
-def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool = False) -> None:
+def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool = False, attempts: bool = False) -> None:
     """Wait for the job if asked, show it, and exit with 4 if it failed."""
-    if wait and not job.state.is_final:
-        _hint_absent(screen)
-        try:
-            job = follow(screen, client, job.id)
-        except JobFailed as error:
-            job = client.job(error.job_id)
-        except KeyboardInterrupt:
-            screen.hint(f"Job {job.id} goes on. Follow it: chunkmill job {job.id} --wait")
-            raise
+    if wait:
+        job = waited(screen, client, job)
     if dead:
         job = replace(job, dead_chunks=tuple(client.dead_chunks(job.id)))
-    show_job(screen, job, dead=dead)
+    show_job(screen, client, job, dead=dead, attempts=attempts)
     if job.state is JobState.FAILED:
         screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
         raise SystemExit(JOB_FAILED)
+
+
+def waited(screen: Screen, client: Client, job: Job) -> Job:
+    """The job at its end, failed or not."""
+    if job.state.is_final:
+        return job
+    _hint_absent(screen)
+    try:
+        return follow(screen, client, job.id)
+    except JobFailed as error:
+        return client.job(error.job_id)
+    except KeyboardInterrupt:
+        screen.hint(f"Job {job.id} goes on. Follow it: chunkmill job {job.id} --wait")
+        raise
 
 
 def follow(screen: Screen, client: Client, job_id: int, *, on_look: Callable[[], None] | None = None) -> Job:
@@ -184,9 +193,14 @@ def job_facts(job: Job) -> dict[str, object]:
     return asdict(job) | {"progress": round(job.progress, 4)}
 
 
-def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
+def show_job(screen: Screen, client: Client, job: Job, *, dead: bool = False, attempts: bool = False) -> None:
+    failing = client.failing(job.id)
+    booked = client.attempts(job.id) if attempts else []
     if screen.json:
-        screen.document(job_facts(job))
+        document = job_facts(job) | {"failing": failing and asdict(failing)}
+        if attempts:
+            document |= {"attempts": [asdict(each) for each in booked], "attempt_totals": attempt_totals(booked)}
+        screen.document(document)
         return
     facts: dict[str, object] = {
         "job": str(job.id),
@@ -204,6 +218,9 @@ def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
         "began": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
         "error": job.error,
+        "failing": failing
+        and f"ChunkBatch {failing.id}, {failing.state}, attempt {failing.attempt} of {failing.max_attempts}: "
+        f"{failing.error}",
     }
     screen.facts({name: value for name, value in facts.items() if value is not None})
     if dead and job.dead_chunks:
@@ -213,6 +230,8 @@ def show_job(screen: Screen, job: Job, *, dead: bool = False) -> None:
             screen.say(f"These are the first {len(job.dead_chunks):,} of {job.dead:,}.")
     elif job.dead:
         screen.hint(f"Why chunks are dead: chunkmill job {job.id} --dead")
+    if attempts:
+        show_attempts(screen, booked)
     if not job.state.is_final:
         screen.hint(f"Follow it: chunkmill job {job.id} --wait")
 

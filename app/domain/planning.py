@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from app.domain.chunks import PreparedChunk
@@ -70,10 +70,11 @@ def too_long_reason(n_tokens: int, max_tokens: int | None = None) -> str:
     return f"the text has {n_tokens} tokens{limit}; shorten it, or enqueue with on_long='truncate' or 'split'"
 
 
-def cut(missing: Mapping[bytes, bytes], max_contents: int, max_bytes: int) -> list[list[bytes]]:
+def cut(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
     """Cut content hashes into ChunkBatches of at most ``max_contents`` hashes and ``max_bytes`` of text.
 
-    A text over ``max_bytes`` gets a ChunkBatch of its own. Order is kept.
+    Each hash comes with its text, or with anything as long. A text over ``max_bytes`` gets a ChunkBatch of its own.
+    Order is kept.
     """
     batches: list[list[bytes]] = []
     current: list[bytes] = []

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import sqlalchemy as sa
 
+from app.db import spaces
 from app.db.schema import DeadChunkRow
+from app.domain.jobs import DeadDetails, DeadEntry, Standing
 from app.domain.planning import DeadChunk
+from app.domain.states import JobState
+from app.errors import NotFound
+from app.ledger import attempts
 from app.ledger.chunk_batches import Lease
+
+KILLS_WORKERS = "kills_workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +72,118 @@ def add_contents(conn: sa.Connection, lease: Lease, dead: Sequence[DeadContent])
             "AND c.collection_id = :collection AND c.job_id = :job"
         ),
         facts,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Entries of the dead list: those to which all that is given applies."""
+
+    ids: tuple[int, ...] | None = None
+    job_id: int | None = None
+    collection: str | None = None
+    code: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if name == "ids" else value for name, value in given.items() if value is not None}
+
+    @property
+    def sql(self) -> str:
+        return " AND ".join(_WHICH[name] for name in self.facts) or "true"
+
+
+_WHICH = {
+    "ids": "d.id = ANY(CAST(:ids AS bigint[]))",
+    "job_id": "d.job_id = :job_id",
+    "collection": "k.name = :collection",
+    "code": "d.code = :code",
+}
+LISTED = "dead_chunks d JOIN jobs j ON j.id = d.job_id JOIN collections k ON k.id = j.collection_id"
+
+
+def count_codes(conn: sa.Connection, which: Which) -> dict[str, int]:
+    """How many entries have each code, the most frequent first."""
+    rows = conn.execute(
+        sa.text(f"SELECT d.code, count(*) AS n FROM {LISTED} WHERE {which.sql} GROUP BY d.code ORDER BY 2 DESC, 1"),
+        which.facts,
+    )
+    return {row.code: row.n for row in rows}
+
+
+def entries(conn: sa.Connection, which: Which, *, limit: int | None = None) -> list[DeadEntry]:
+    """Newest first."""
+    rows = conn.execute(
+        sa.text(
+            "SELECT d.*, j.state AS job_state, j.sealed_at IS NOT NULL AS sealed, j.space_id, k.name AS collection, "
+            f"c.content_hash AS hash_now FROM {LISTED} "
+            "LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id "
+            f"WHERE {which.sql} ORDER BY d.id DESC LIMIT :limit"
+        ),
+        {**which.facts, "limit": limit},
+    ).all()
+    asked = defaultdict(list)
+    for row in rows:
+        if row.content_hash is not None:
+            asked[row.space_id].append(row.content_hash)
+    embedded = {(space_id, h) for space_id, hashes in asked.items() for h in _embedded(conn, space_id, hashes)}
+    return [_entry(row, embedded=(row.space_id, row.content_hash) in embedded) for row in rows]
+
+
+def details(conn: sa.Connection, dead_id: int, *, with_text: bool) -> DeadDetails:
+    """All that is known of one entry. Raises :class:`NotFound`."""
+    found = entries(conn, Which(ids=(dead_id,)))
+    if not found:
+        raise NotFound(f"there is no dead chunk {dead_id}; `chunkmill dead list` shows those there are.")
+    (entry,) = found
+    content_hash = bytes.fromhex(entry.content_hash or "")
+    metadata = conn.execute(
+        sa.text(
+            "SELECT c.metadata FROM chunks c JOIN collections k ON k.id = c.collection_id "
+            "WHERE k.name = :collection AND c.chunk_id = :chunk AND c.content_hash = :hash"
+        ),
+        {"collection": entry.collection, "chunk": entry.chunk_id, "hash": content_hash},
+    ).scalar_one_or_none()
+    stored = conn.execute(
+        sa.text(
+            "SELECT length(text) AS characters, octet_length(text) AS bytes, CASE WHEN :wanted THEN text END AS text "
+            "FROM contents WHERE content_hash = :hash"
+        ),
+        {"hash": content_hash, "wanted": with_text},
+    ).one_or_none()
+    died = attempts.died_with(conn, entry.job_id, content_hash) if content_hash and entry.code == KILLS_WORKERS else ()
+    if stored is None:
+        return DeadDetails(entry, metadata, None, None, tuple(died))
+    return DeadDetails(entry, metadata, stored.characters, stored.bytes, tuple(died), stored.text)
+
+
+def _embedded(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> Iterable[bytes]:
+    table = spaces.get(conn, space_id).table_name
+    return conn.execute(
+        sa.text(f"SELECT content_hash FROM {table} WHERE content_hash = ANY(:hashes)"), {"hashes": list(hashes)}
+    ).scalars()
+
+
+def _entry(row: sa.Row[Any], *, embedded: bool) -> DeadEntry:
+    if row.content_hash is None or row.code == "too_long":
+        standing = Standing.REFUSED
+    elif row.hash_now is None:
+        standing = Standing.DELETED
+    elif row.hash_now != row.content_hash:
+        standing = Standing.REPLACED
+    else:
+        standing = Standing.EMBEDDED if embedded else Standing.MISSING
+    return DeadEntry(
+        id=row.id,
+        job_id=row.job_id,
+        job_state=JobState(row.job_state),
+        sealed=row.sealed,
+        collection=row.collection,
+        chunk_id=row.chunk_id,
+        content_hash=row.content_hash.hex() if row.content_hash is not None else None,
+        code=row.code,
+        reason=row.reason,
+        standing=standing,
+        created_at=row.created_at,
     )
