@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ COMPOSE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENV_EXAMPLE = (ROOT / "deploy/env.example").read_text()
 WORKER_UNIT = (ROOT / "deploy/chunkmill-worker@.service").read_text()
+MACHINE_UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
 POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
 SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 
@@ -371,33 +374,58 @@ def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> Non
 # --- systemd ------------------------------------------------------------------------------------------------
 
 
-def unit_problems(text: str, *, worker: bool) -> list[str]:
+def unit_problems(text: str) -> list[str]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     values: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition("=")
         values[key] = f"{values[key]} {value}" if key in values else value
-    expected = {"KillSignal": "SIGTERM", "KillMode": "mixed", "Restart": "always", "User": "chunkmill"}
+    command = values["ExecStart"]
+    worker = not command.endswith(" poller")
+    # A worker's 0 is a drain, and the machine is going; a poller has no such reason to end.
+    expected = {
+        "KillSignal": "SIGTERM",
+        "KillMode": "mixed",
+        "Restart": "on-failure" if worker else "always",
+        "StartLimitIntervalSec": "0",
+        "User": "chunkmill",
+    }
     found = [f"{key} is not {value}" for key, value in expected.items() if values.get(key) != value]
-    if int(values.get("TimeoutStopSec", "0")) < 25:
+    stop = int(values.get("TimeoutStopSec", "0"))
+    if stop < 18:
         found.append("the service has no time to drain")
+    if stop > (25 if worker else 30):
+        found.append("the service may outlast its machine")
+    if "RestartPreventExitStatus" in values or "RestartForceExitStatus" in values:
+        found.append("an exit code has a rule of its own")
     if NOT_A_DRAIN.search("\n".join(lines)):
         found.append("a signal or setting that is not a drain")
     if re.search(r"PASSWORD|API_KEY|://", "\n".join(lines)):
         found.append("a secret or an address is in the unit")
+    if "network-online.target" not in values.get("After", "").split():
+        found.append("the network may be gone before the drain is over")
     if worker:
-        if "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
-            found.append("the worker sees every GPU")
-        if "@%%h" not in values["ExecStart"]:
-            found.append("the node's name holds systemd's %h")
+        # A start after exit 78 costs a model's load; seconds apart, such starts would keep the CPU busy for nothing.
+        if int(values.get("RestartSec", "0")) < 15:
+            found.append("a wrong configuration is tried again at once")
+        if "/run/lock" not in values.get("ReadWritePaths", "") or values.get("PrivateTmp") == "yes":
+            found.append("the locks on GPUs are private")
         if values.get("PrivateDevices") == "yes" or values.get("MemoryDenyWriteExecute") == "yes":
             found.append("the sandbox hides the GPU or forbids its kernels")
+    if command.endswith("chunkmill worker") and values.get("OOMPolicy") != "continue":
+        found.append("one worker that runs out of memory ends all")
+    if " celery " in f" {command.replace('/', ' ')} ":
+        if "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
+            found.append("the worker sees every GPU")
+        if "@%%h" not in command:
+            found.append("the node's name holds systemd's %h")
     return found
 
 
 def test_the_units_keep_every_rule() -> None:
-    assert unit_problems(WORKER_UNIT, worker=True) == []
-    assert unit_problems(POLLER_UNIT, worker=False) == []
+    assert unit_problems(WORKER_UNIT) == []
+    assert unit_problems(MACHINE_UNIT) == []
+    assert unit_problems(POLLER_UNIT) == []
 
 
 @pytest.mark.parametrize(
@@ -405,28 +433,58 @@ def test_the_units_keep_every_rule() -> None:
     [
         ("KillSignal is not SIGTERM", "KillSignal=SIGTERM", "KillSignal=SIGINT"),
         ("KillMode is not mixed", "KillMode=mixed\n", ""),
-        ("Restart is not always", "Restart=always", "Restart=on-failure"),
+        ("Restart is not on-failure", "Restart=on-failure", "Restart=always"),
         ("User is not chunkmill", "User=chunkmill", "User=root"),
-        ("the service has no time to drain", "TimeoutStopSec=30", "TimeoutStopSec=10"),
-        (
-            "a signal or setting that is not a drain",
-            "[Service]\n",
-            "[Service]\nEnvironment=REMAP_SIGTERM=SIGQUIT\n",
-        ),
-        (
-            "a secret or an address is in the unit",
-            "[Service]\n",
-            "[Service]\nEnvironment=OPENAI_API_KEY=sk\n",
-        ),
-        ("the worker sees every GPU", "CUDA_VISIBLE_DEVICES=%i", "CUDA_VISIBLE_DEVICES=0"),
-        ("the node's name holds systemd's %h", "@%%h", "@%h"),
-        (
-            "the sandbox hides the GPU or forbids its kernels",
-            "[Service]\n",
-            "[Service]\nPrivateDevices=yes\n",
-        ),
+        ("StartLimitIntervalSec is not 0", "StartLimitIntervalSec=0\n", ""),
+        ("the service has no time to drain", "TimeoutStopSec=20", "TimeoutStopSec=15"),
+        ("the service may outlast its machine", "TimeoutStopSec=20", "TimeoutStopSec=30"),
+        ("an exit code has a rule of its own", "[Service]\n", "[Service]\nRestartPreventExitStatus=78\n"),
+        ("a signal or setting that is not a drain", "[Service]\n", "[Service]\nEnvironment=REMAP_SIGTERM=SIGQUIT\n"),
+        ("a secret or an address is in the unit", "[Service]\n", "[Service]\nEnvironment=OPENAI_API_KEY=sk\n"),
+        ("the network may be gone before the drain is over", "After=network-online.target", "After="),
+        ("the locks on GPUs are private", "-/run/lock /tmp", "/srv"),
+        ("the locks on GPUs are private", "[Service]\n", "[Service]\nPrivateTmp=yes\n"),
+        ("the sandbox hides the GPU or forbids its kernels", "[Service]\n", "[Service]\nPrivateDevices=yes\n"),
     ],
 )
-def test_a_broken_unit_is_noticed(problem: str, old: str, new: str) -> None:
-    assert old in WORKER_UNIT
-    assert unit_problems(WORKER_UNIT.replace(old, new), worker=True) == [problem]
+def test_a_broken_worker_unit_is_noticed(problem: str, old: str, new: str) -> None:
+    for unit in (WORKER_UNIT, MACHINE_UNIT):
+        assert old in unit
+        assert unit_problems(unit.replace(old, new)) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("problem", "unit", "old", "new"),
+    [
+        ("the worker sees every GPU", WORKER_UNIT, "CUDA_VISIBLE_DEVICES=%i", "CUDA_VISIBLE_DEVICES=0"),
+        ("the node's name holds systemd's %h", WORKER_UNIT, "@%%h", "@%h"),
+        ("a wrong configuration is tried again at once", WORKER_UNIT, "RestartSec=15", "RestartSec=1"),
+        ("a wrong configuration is tried again at once", MACHINE_UNIT, "RestartSec=60\n", ""),
+        ("one worker that runs out of memory ends all", MACHINE_UNIT, "OOMPolicy=continue\n", ""),
+        ("Restart is not always", POLLER_UNIT, "Restart=always", "Restart=on-failure"),
+        ("the service may outlast its machine", POLLER_UNIT, "TimeoutStopSec=30", "TimeoutStopSec=90"),
+    ],
+)
+def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: str, new: str) -> None:
+    assert old in unit
+    assert unit_problems(unit.replace(old, new)) == [problem]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("name", ["chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service"])
+def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
+    # Under another root: `verify` would look for the command and for everything that a unit refers to.
+    command = tmp_path / "opt/chunkmill/bin"
+    command.mkdir(parents=True)
+    for program in ("chunkmill", "celery"):
+        (command / program).write_text("#!/bin/sh\n")
+        (command / program).chmod(0o755)
+    unit = tmp_path / name.replace("@.", "@0.")
+    unit.write_text((ROOT / "deploy" / name).read_text().replace("/opt/chunkmill", f"{tmp_path}/opt/chunkmill"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

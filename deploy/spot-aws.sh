@@ -1,0 +1,280 @@
+#!/usr/bin/env bash
+# User data of a Chunkmill worker on an AWS spot instance.
+#
+#   spot-aws.sh [--dry-run | --help]
+#
+# EC2 runs user data as root at an instance's first boot; after a stop, the service it installed starts by itself. Run
+# again, it changes what is no longer as it should be; --dry-run (or DRY_RUN=1) says what it would do and changes
+# nothing. The instance's role reads the secret, which never is in this script or in an argument of a command.
+#
+# Settings come from the environment, which lines above the script make:
+#   CHUNKMILL_SECRET   /chunkmill/env (default) and all that begins with /: an SSM parameter (SecureString);
+#                      else the name or ARN of a secret in Secrets Manager. Lines as in chunkmill.env.example
+#   CHUNKMILL_WHEEL    s3://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path. Default: from the index
+#   CHUNKMILL_VERSION  version to take from the index. Default: the newest at the first boot
+#   CHUNKMILL_DEVICE   cuda (default) or cpu
+#   AWS_REGION         default: the instance's
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
+#   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
+#
+# Once for the account; the role of the instance profile needs ssm:GetParameter on it, and s3:GetObject on the wheel:
+#   aws ssm put-parameter --name /chunkmill/env --type SecureString --value file://chunkmill.env
+#
+#   { echo '#!/bin/bash'
+#     echo 'export CHUNKMILL_WHEEL=s3://BUCKET/chunkmill-0.1.0-py3-none-any.whl'
+#     cat deploy/spot-aws.sh; } > user-data
+#
+# One instance with an L4; with an A10G: g5.xlarge. IMDSv2 only; workers read the notice there. A hop limit of 1 is
+# enough for a service of the machine; workers in containers need 2. Ubuntu 24.04 has Python 3.12.
+#   aws ec2 run-instances --instance-type g6.xlarge --count 1 \
+#       --image-id resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id \
+#       --instance-market-options \
+#       'MarketType=spot,SpotOptions={SpotInstanceType=one-time,InstanceInterruptionBehavior=terminate}' \
+#       --metadata-options HttpEndpoint=enabled,HttpTokens=required,HttpPutResponseHopLimit=1 \
+#       --block-device-mappings 'DeviceName=/dev/sda1,Ebs={VolumeSize=100,VolumeType=gp3}' \
+#       --iam-instance-profile Name=chunkmill-worker --user-data file://user-data
+#
+# A fleet that comes back by itself: a launch template with the same facts, less the market options, and an Auto
+# Scaling group of spot instances, of several types and zones because one alone may have no room:
+#   aws ec2 create-launch-template --launch-template-name chunkmill --launch-template-data file://template.json
+#   aws autoscaling create-auto-scaling-group --auto-scaling-group-name chunkmill --min-size 0 --max-size 8 \
+#       --desired-capacity 4 --vpc-zone-identifier SUBNET-A,SUBNET-B --capacity-rebalance --mixed-instances-policy \
+#       '{"LaunchTemplate": {"LaunchTemplateSpecification": {"LaunchTemplateName": "chunkmill", "Version": "$Latest"},
+#         "Overrides": [{"InstanceType": "g6.xlarge"}, {"InstanceType": "g5.xlarge"}]},
+#         "InstancesDistribution": {"OnDemandPercentageAboveBaseCapacity": 0,
+#         "SpotAllocationStrategy": "price-capacity-optimized"}}'
+
+set -euo pipefail
+
+# --- The same lines in spot-gcp.sh, spot-aws.sh and plain.sh: each has to be one file. A test compares them. ----------
+
+VENV=/opt/chunkmill
+ENV_FILE=/etc/chunkmill/chunkmill.env
+UNIT_FILE=/etc/systemd/system/chunkmill-worker.service
+STAMP=$VENV/.installed-from
+CHANGED=0
+
+say() { printf 'chunkmill: %s\n' "$*"; }
+
+die() {
+    printf 'chunkmill: %s\n' "$*" >&2
+    exit 1
+}
+
+# run COMMAND...: runs it, or with --dry-run says it. No argument may be a secret: others see them in process lists.
+run() {
+    if [[ $DRY_RUN == 1 ]]; then say "would run: $*"; else "$@"; fi
+}
+
+# put MODE PATH: writes standard input there, whole or not at all, and only where it differs.
+put() {
+    local mode=$1 path=$DESTDIR$2 new
+    if [[ $DRY_RUN == 1 ]]; then
+        say "would write: $path, mode $mode"
+        return
+    fi
+    mkdir -p "${path%/*}"
+    new=$(mktemp "$path.XXXXXX")
+    cat > "$new"
+    chmod "$mode" "$new"
+    if cmp -s "$new" "$path"; then
+        rm -f "$new"
+        chmod "$mode" "$path"
+    else
+        mv -f "$new" "$path"
+        CHANGED=1
+    fi
+}
+
+# The driver comes with the machine's image. Without it a worker would compute on the CPU, at the price of a GPU.
+check_driver() {
+    [[ $CHUNKMILL_DEVICE == cuda ]] || return 0
+    if [[ $DRY_RUN == 1 ]]; then
+        say "would check: nvidia-smi finds a GPU, and a driver of version $MIN_DRIVER or later"
+        return
+    fi
+    local left=$DRIVER_WAIT versions
+    until versions=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null) && [[ $versions ]]; do
+        if (( left <= 0 )); then
+            die "nvidia-smi finds no GPU (waited $DRIVER_WAIT s): take an image with NVIDIA's driver, or set" \
+                "CHUNKMILL_DEVICE=cpu"
+        fi
+        sleep 5 # images that install the driver do so while they boot
+        left=$((left - 5))
+    done
+    if (( ${versions%%.*} < MIN_DRIVER )); then
+        die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
+            "or set MIN_DRIVER where the index has another torch"
+    fi
+    say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
+}
+
+find_python() {
+    local each
+    for each in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
+        if "$each" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+            command -v "$each"
+            return
+        fi
+    done
+    return 1
+}
+
+# Installs anew where the last installation was of something else, or did not come to its end.
+install_package() {
+    local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
+    local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
+    if [[ -f $stamp && $(< "$stamp") == "$source" ]]; then
+        say "$source is installed in $venv"
+        return
+    fi
+    if ! python=$(find_python); then
+        command -v apt-get > /dev/null || die "no Python 3.11 or later with venv is here: install one, or set PYTHON"
+        run apt-get -o DPkg::Lock::Timeout=300 update --quiet
+        run env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --yes --quiet python3-venv
+        python=$(find_python) || [[ $DRY_RUN == 1 ]] ||
+            die "this system's Python is older than 3.11: install a later one, and name it with PYTHON=/path/to/python3"
+    fi
+    case $source in
+        gs://* | s3://*)
+            wanted="$scratch/${source##*/}[worker]"
+            run fetch_object "$source" "$scratch/${source##*/}"
+            ;;
+        https://*) wanted="chunkmill[worker] @ $source" ;;
+        *.whl) wanted="${source}[worker]" ;;
+        *) wanted="chunkmill[worker]${source#chunkmill}" ;;
+    esac
+    if [[ -f $DESTDIR$UNIT_FILE ]]; then
+        run systemctl stop chunkmill-worker.service # nobody may import from a folder that is being replaced
+    fi
+    umask 022 # the service's user reads what root installs
+    run "${python:-python3}" -m venv --clear "$venv"
+    run "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$wanted"
+    put 0644 "$STAMP" <<< "$source"
+}
+
+# install_environment FILE: settings and secrets, to where only root reads them; systemd gives them to the service.
+install_environment() {
+    local name
+    if [[ $DRY_RUN == 1 ]]; then
+        put 0600 "$ENV_FILE" < /dev/null
+        return
+    fi
+    for name in DATABASE_URL REDIS_URL; do
+        grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
+    done
+    if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
+        # Not auto: a worker that finds no GPU must say so, and not go on on the CPU. The last line may lack its end.
+        printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
+    fi
+    put 0600 "$ENV_FILE" < "$1"
+}
+
+install_unit() {
+    put 0644 "$UNIT_FILE" << 'UNIT'
+[Unit]
+Description=Chunkmill embedding workers of this machine
+Wants=network-online.target
+After=network-online.target time-sync.target nvidia-persistenced.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+User=chunkmill
+Group=chunkmill
+EnvironmentFile=/etc/chunkmill/chunkmill.env
+Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID
+Environment=HOME=/var/lib/chunkmill HF_HUB_DISABLE_TELEMETRY=1
+WorkingDirectory=/var/lib/chunkmill
+StateDirectory=chunkmill
+ExecStart=/opt/chunkmill/bin/chunkmill worker
+
+KillSignal=SIGTERM
+KillMode=mixed
+TimeoutStopSec=20
+Restart=on-failure
+RestartSec=60
+OOMPolicy=continue
+
+LimitNOFILE=65536
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+CapabilityBoundingSet=
+ReadWritePaths=-/run/lock /tmp
+
+[Install]
+WantedBy=multi-user.target
+UNIT
+}
+
+start_worker() {
+    if ! getent passwd chunkmill > /dev/null; then
+        run useradd --system --user-group --no-create-home --home-dir /var/lib/chunkmill --shell /usr/sbin/nologin \
+            chunkmill
+    fi
+    run systemctl daemon-reload
+    run systemctl enable chunkmill-worker.service
+    # --no-block: at boot, this script may itself be a job that systemd waits for.
+    if [[ $CHANGED == 1 ]]; then
+        run systemctl --no-block restart chunkmill-worker.service
+    else
+        run systemctl --no-block start chunkmill-worker.service
+    fi
+    [[ $DRY_RUN == 1 ]] || say "done. Follow it: journalctl -u chunkmill-worker -f"
+}
+
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
+case ${1:-} in
+    "") ;;
+    --dry-run) DRY_RUN=1 ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    *)
+        usage >&2
+        exit 2
+        ;;
+esac
+DRY_RUN=${DRY_RUN:-0}
+DESTDIR=${DESTDIR:-}
+DRIVER_WAIT=${DRIVER_WAIT:-600}
+MIN_DRIVER=${MIN_DRIVER:-580}
+if [[ $DRY_RUN != 1 && -z $DESTDIR && $EUID != 0 ]]; then
+    die "it installs a service, so it must be root; --dry-run says what it would do"
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# --- End of the lines that are the same. -----------------------------------------------------------------------------
+
+CHUNKMILL_SECRET=${CHUNKMILL_SECRET:-/chunkmill/env}
+CHUNKMILL_DEVICE=${CHUNKMILL_DEVICE:-cuda}
+
+fetch_object() { aws s3 cp --only-show-errors "$1" "$2"; }
+
+read_secret() {
+    case $CHUNKMILL_SECRET in
+        /*) aws ssm get-parameter --name "$CHUNKMILL_SECRET" --with-decryption --query Parameter.Value --output text ;;
+        *) aws secretsmanager get-secret-value --secret-id "$CHUNKMILL_SECRET" --query SecretString --output text ;;
+    esac
+}
+
+install_package
+check_driver
+if [[ $DRY_RUN == 1 ]]; then
+    say "would read: $CHUNKMILL_SECRET, with the instance's role"
+else
+    command -v aws > /dev/null || die "there is no AWS CLI: take an image with it, such as the Deep Learning Base AMI"
+    read_secret > "$scratch/environment"
+fi
+install_environment "$scratch/environment"
+install_unit
+start_worker

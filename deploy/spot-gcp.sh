@@ -1,0 +1,323 @@
+#!/usr/bin/env bash
+# Start-up script of a Chunkmill worker on a GCP spot VM: L4 (g2-standard-*) or A100 (a2-highgpu-*).
+#
+#   spot-gcp.sh [--dry-run | --help]
+#
+# GCP runs it as root at each boot. Run again, it changes what is no longer as it should be; --dry-run (or DRY_RUN=1)
+# says what it would do and changes nothing. A service account reads the secret, which never is in this script,
+# in metadata or in an argument of a command.
+#
+# Settings come from the environment, or from instance metadata of the same name (CHUNKMILL_WHEEL: chunkmill-wheel):
+#   CHUNKMILL_SECRET   secret in Secret Manager, lines as in chunkmill.env.example. Default: chunkmill-env
+#   CHUNKMILL_WHEEL    gs://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path. Default: from the index
+#   CHUNKMILL_VERSION  version to take from the index. Default: the newest at the first boot
+#   CHUNKMILL_DEVICE   cuda (default) or cpu
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
+#   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
+#
+# Once for the project:
+#   gcloud iam service-accounts create chunkmill-worker
+#   gcloud secrets create chunkmill-env --data-file=chunkmill.env
+#   gcloud secrets add-iam-policy-binding chunkmill-env --role=roles/secretmanager.secretAccessor \
+#       --member=serviceAccount:chunkmill-worker@PROJECT.iam.gserviceaccount.com
+#   gcloud storage buckets add-iam-policy-binding gs://BUCKET --role=roles/storage.objectViewer \
+#       --member=serviceAccount:chunkmill-worker@PROJECT.iam.gserviceaccount.com
+#
+# One machine with an L4; with an A100: --machine-type=a2-highgpu-1g. The notice of 120 s needs gcloud 586 or later
+# (`gcloud beta compute` before); without it the notice is the shutdown itself, 30 s at best. Ubuntu 24.04 has
+# Python 3.12; `gcloud compute images list --project=deeplearning-platform-release` names later images.
+#   gcloud compute instances create chunkmill-1 --zone=us-central1-a \
+#       --machine-type=g2-standard-8 --provisioning-model=SPOT --instance-termination-action=DELETE \
+#       --preemption-notice-duration=120s --maintenance-policy=TERMINATE \
+#       --image-family=common-cu129-ubuntu-2404-nvidia-580 --image-project=deeplearning-platform-release \
+#       --boot-disk-size=100GB --boot-disk-type=pd-balanced \
+#       --service-account=chunkmill-worker@PROJECT.iam.gserviceaccount.com --scopes=cloud-platform \
+#       --metadata=install-nvidia-driver=True,chunkmill-wheel=gs://BUCKET/chunkmill-0.1.0-py3-none-any.whl \
+#       --metadata-from-file=startup-script=deploy/spot-gcp.sh
+#
+# A fleet that comes back by itself: `gcloud compute instance-templates create chunkmill-l4` takes the same options
+# without --zone, and a managed instance group makes every machine that was taken away again, in any zone with room:
+#   gcloud compute instance-groups managed create chunkmill-l4 --template=chunkmill-l4 --size=4 \
+#       --region=us-central1 --zones=us-central1-a,us-central1-b --target-distribution-shape=any
+
+set -euo pipefail
+
+# --- The same lines in spot-gcp.sh, spot-aws.sh and plain.sh: each has to be one file. A test compares them. ----------
+
+VENV=/opt/chunkmill
+ENV_FILE=/etc/chunkmill/chunkmill.env
+UNIT_FILE=/etc/systemd/system/chunkmill-worker.service
+STAMP=$VENV/.installed-from
+CHANGED=0
+
+say() { printf 'chunkmill: %s\n' "$*"; }
+
+die() {
+    printf 'chunkmill: %s\n' "$*" >&2
+    exit 1
+}
+
+# run COMMAND...: runs it, or with --dry-run says it. No argument may be a secret: others see them in process lists.
+run() {
+    if [[ $DRY_RUN == 1 ]]; then say "would run: $*"; else "$@"; fi
+}
+
+# put MODE PATH: writes standard input there, whole or not at all, and only where it differs.
+put() {
+    local mode=$1 path=$DESTDIR$2 new
+    if [[ $DRY_RUN == 1 ]]; then
+        say "would write: $path, mode $mode"
+        return
+    fi
+    mkdir -p "${path%/*}"
+    new=$(mktemp "$path.XXXXXX")
+    cat > "$new"
+    chmod "$mode" "$new"
+    if cmp -s "$new" "$path"; then
+        rm -f "$new"
+        chmod "$mode" "$path"
+    else
+        mv -f "$new" "$path"
+        CHANGED=1
+    fi
+}
+
+# The driver comes with the machine's image. Without it a worker would compute on the CPU, at the price of a GPU.
+check_driver() {
+    [[ $CHUNKMILL_DEVICE == cuda ]] || return 0
+    if [[ $DRY_RUN == 1 ]]; then
+        say "would check: nvidia-smi finds a GPU, and a driver of version $MIN_DRIVER or later"
+        return
+    fi
+    local left=$DRIVER_WAIT versions
+    until versions=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null) && [[ $versions ]]; do
+        if (( left <= 0 )); then
+            die "nvidia-smi finds no GPU (waited $DRIVER_WAIT s): take an image with NVIDIA's driver, or set" \
+                "CHUNKMILL_DEVICE=cpu"
+        fi
+        sleep 5 # images that install the driver do so while they boot
+        left=$((left - 5))
+    done
+    if (( ${versions%%.*} < MIN_DRIVER )); then
+        die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
+            "or set MIN_DRIVER where the index has another torch"
+    fi
+    say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
+}
+
+find_python() {
+    local each
+    for each in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
+        if "$each" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+            command -v "$each"
+            return
+        fi
+    done
+    return 1
+}
+
+# Installs anew where the last installation was of something else, or did not come to its end.
+install_package() {
+    local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
+    local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
+    if [[ -f $stamp && $(< "$stamp") == "$source" ]]; then
+        say "$source is installed in $venv"
+        return
+    fi
+    if ! python=$(find_python); then
+        command -v apt-get > /dev/null || die "no Python 3.11 or later with venv is here: install one, or set PYTHON"
+        run apt-get -o DPkg::Lock::Timeout=300 update --quiet
+        run env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install --yes --quiet python3-venv
+        python=$(find_python) || [[ $DRY_RUN == 1 ]] ||
+            die "this system's Python is older than 3.11: install a later one, and name it with PYTHON=/path/to/python3"
+    fi
+    case $source in
+        gs://* | s3://*)
+            wanted="$scratch/${source##*/}[worker]"
+            run fetch_object "$source" "$scratch/${source##*/}"
+            ;;
+        https://*) wanted="chunkmill[worker] @ $source" ;;
+        *.whl) wanted="${source}[worker]" ;;
+        *) wanted="chunkmill[worker]${source#chunkmill}" ;;
+    esac
+    if [[ -f $DESTDIR$UNIT_FILE ]]; then
+        run systemctl stop chunkmill-worker.service # nobody may import from a folder that is being replaced
+    fi
+    umask 022 # the service's user reads what root installs
+    run "${python:-python3}" -m venv --clear "$venv"
+    run "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$wanted"
+    put 0644 "$STAMP" <<< "$source"
+}
+
+# install_environment FILE: settings and secrets, to where only root reads them; systemd gives them to the service.
+install_environment() {
+    local name
+    if [[ $DRY_RUN == 1 ]]; then
+        put 0600 "$ENV_FILE" < /dev/null
+        return
+    fi
+    for name in DATABASE_URL REDIS_URL; do
+        grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
+    done
+    if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
+        # Not auto: a worker that finds no GPU must say so, and not go on on the CPU. The last line may lack its end.
+        printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
+    fi
+    put 0600 "$ENV_FILE" < "$1"
+}
+
+install_unit() {
+    put 0644 "$UNIT_FILE" << 'UNIT'
+[Unit]
+Description=Chunkmill embedding workers of this machine
+Wants=network-online.target
+After=network-online.target time-sync.target nvidia-persistenced.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+User=chunkmill
+Group=chunkmill
+EnvironmentFile=/etc/chunkmill/chunkmill.env
+Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID
+Environment=HOME=/var/lib/chunkmill HF_HUB_DISABLE_TELEMETRY=1
+WorkingDirectory=/var/lib/chunkmill
+StateDirectory=chunkmill
+ExecStart=/opt/chunkmill/bin/chunkmill worker
+
+KillSignal=SIGTERM
+KillMode=mixed
+TimeoutStopSec=20
+Restart=on-failure
+RestartSec=60
+OOMPolicy=continue
+
+LimitNOFILE=65536
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+CapabilityBoundingSet=
+ReadWritePaths=-/run/lock /tmp
+
+[Install]
+WantedBy=multi-user.target
+UNIT
+}
+
+start_worker() {
+    if ! getent passwd chunkmill > /dev/null; then
+        run useradd --system --user-group --no-create-home --home-dir /var/lib/chunkmill --shell /usr/sbin/nologin \
+            chunkmill
+    fi
+    run systemctl daemon-reload
+    run systemctl enable chunkmill-worker.service
+    # --no-block: at boot, this script may itself be a job that systemd waits for.
+    if [[ $CHANGED == 1 ]]; then
+        run systemctl --no-block restart chunkmill-worker.service
+    else
+        run systemctl --no-block start chunkmill-worker.service
+    fi
+    [[ $DRY_RUN == 1 ]] || say "done. Follow it: journalctl -u chunkmill-worker -f"
+}
+
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
+case ${1:-} in
+    "") ;;
+    --dry-run) DRY_RUN=1 ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    *)
+        usage >&2
+        exit 2
+        ;;
+esac
+DRY_RUN=${DRY_RUN:-0}
+DESTDIR=${DESTDIR:-}
+DRIVER_WAIT=${DRIVER_WAIT:-600}
+MIN_DRIVER=${MIN_DRIVER:-580}
+if [[ $DRY_RUN != 1 && -z $DESTDIR && $EUID != 0 ]]; then
+    die "it installs a service, so it must be root; --dry-run says what it would do"
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# --- End of the lines that are the same. -----------------------------------------------------------------------------
+
+# gcp attribute NAME | gcp secret NAME | gcp object gs://BUCKET/OBJECT: prints it. In Python, because so the token of
+# the service account stays inside one process, out of arguments that `ps` shows.
+gcp() {
+    python3 - "$@" << 'PY'
+import base64, json, os, sys, time, urllib.error, urllib.parse, urllib.request
+
+METADATA = os.environ.get("METADATA_URL", "http://metadata.google.internal/computeMetadata/v1")
+SECRETS = os.environ.get("SECRET_MANAGER_URL", "https://secretmanager.googleapis.com/v1")
+STORAGE = os.environ.get("STORAGE_URL", "https://storage.googleapis.com/storage/v1")
+
+def get(url, **headers):
+    request = urllib.request.Request(url, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    for left in (4, 3, 2, 1, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.read()
+        except OSError as error:  # HTTPError too
+            if left == 0 or getattr(error, "code", 500) < 500:
+                raise
+            time.sleep(3)
+
+def metadata(path):
+    return get(f"{METADATA}/{path}", Metadata_Flavor="Google").decode()
+
+def authorized(url):
+    token = json.loads(metadata("instance/service-accounts/default/token"))["access_token"]
+    return get(url, Authorization=f"Bearer {token}")
+
+what, name = sys.argv[1:]
+try:
+    if what == "attribute":
+        found = metadata(f"instance/attributes/{name}").encode()
+    elif what == "secret":
+        path = name if "/" in name else f"projects/{metadata('project/project-id')}/secrets/{name}"
+        found = base64.b64decode(json.loads(authorized(f"{SECRETS}/{path}/versions/latest:access"))["payload"]["data"])
+    else:
+        bucket, _, path = name.removeprefix("gs://").partition("/")
+        found = authorized(f"{STORAGE}/b/{bucket}/o/{urllib.parse.quote(path, safe='')}?alt=media")
+except OSError as error:
+    if what == "attribute" and getattr(error, "code", None) == 404:
+        sys.exit()
+    sys.exit(f"chunkmill: {what} {name} cannot be read: {error}")
+sys.stdout.buffer.write(found)
+PY
+}
+
+fetch_object() { gcp object "$1" > "$2"; }
+
+# setting NAME: from the environment, else from the instance's metadata; left unset where neither has it.
+setting() {
+    local attribute=${1,,} value
+    [[ $DRY_RUN != 1 && -z ${!1:-} ]] || return 0
+    value=$(gcp attribute "${attribute//_/-}")
+    [[ -z $value ]] || export "$1=$value"
+}
+
+for name in CHUNKMILL_{SECRET,WHEEL,VERSION,DEVICE} PIP_{INDEX_URL,EXTRA_INDEX_URL,CONSTRAINT}; do setting "$name"; done
+CHUNKMILL_SECRET=${CHUNKMILL_SECRET:-chunkmill-env}
+CHUNKMILL_DEVICE=${CHUNKMILL_DEVICE:-cuda}
+
+install_package
+check_driver
+if [[ $DRY_RUN == 1 ]]; then
+    say "would read: secret $CHUNKMILL_SECRET from Secret Manager"
+else
+    gcp secret "$CHUNKMILL_SECRET" > "$scratch/environment"
+fi
+install_environment "$scratch/environment"
+install_unit
+start_worker
