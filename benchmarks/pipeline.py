@@ -132,11 +132,9 @@ class Script:
 
 
 @contextlib.contextmanager
-def _process(servers: Servers, kind: str, threads: int) -> Iterator[Child]:
-    """A worker or a poller, as a user starts it; stopped by its own process id."""
-    module = {"worker": ["celery", "-A", "workers", "worker", "-Q", "gpu"], "poller": ["app.cli", "poller"]}[kind]
-    env = os.environ | servers.env | {"OMP_NUM_THREADS": str(threads)}
-    child = Child(kind, [sys.executable, "-m", *module], env=env, log=servers.folder / f"{kind}.log")
+def process(servers: Servers, kind: str, argv: Sequence[str], env: Mapping[str, str]) -> Iterator[Child]:
+    """A process beside the servers; stopped by its own process id, and the end of its log shown if it fails."""
+    child = Child(kind, argv, env=os.environ | servers.env | env, log=servers.folder / f"{kind}.log")
     try:
         yield child
     except Exception:
@@ -144,6 +142,12 @@ def _process(servers: Servers, kind: str, threads: int) -> Iterator[Child]:
         raise
     finally:
         child.stop()
+
+
+def _process(servers: Servers, kind: str, threads: int) -> contextlib.AbstractContextManager[Child]:
+    """A worker or a poller, as a user starts it."""
+    module = {"worker": ["celery", "-A", "workers", "worker", "-Q", "gpu"], "poller": ["app.cli", "poller"]}[kind]
+    return process(servers, kind, [sys.executable, "-m", *module], {"OMP_NUM_THREADS": str(threads)})
 
 
 def _cold_start(servers: Servers, client: Client, threads: int, say: Say) -> float:

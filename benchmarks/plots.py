@@ -150,12 +150,32 @@ def _million(result: Result) -> Figure:
     return figure
 
 
+def _flat(result: Result) -> Figure:
+    """Memory of every part over the chunks that are embedded."""
+    samples = result["samples"]
+    figure, axes = _axes(4.2)
+    axes.xaxis.grid(visible=False)
+    axes.yaxis.grid(visible=True, color=GRID)
+    for part, colour in (("worker", OURS), ("producer", OURS_LIGHT), ("poller", PEER), ("Redis", INK)):
+        chosen = [sample for sample in samples if sample[part] is not None]
+        x, y = [sample["embedded"] for sample in chosen], [sample[part] for sample in chosen]
+        axes.plot(x, y, color=colour, lw=2, label=part)
+    axes.set_ylim(0)
+    axes.set_ylabel("MiB in use", fontsize=9, color=INK)
+    axes.xaxis.set_major_formatter(_thousands)
+    axes.legend(frameon=False, fontsize=8.5, loc="center right")
+    title = f"Memory while {result['settings']['chunks']:,} chunks go through the whole system"
+    _finish(figure, axes, title, result, "chunks embedded and committed", left=0.09, right=0.97)
+    return figure
+
+
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "engine": ("engine", _engine),
     "engine-lengths": ("engine", _lengths),
     "engine-costs": ("engine", _costs),
     "pipeline": ("pipeline", _pipeline),
     "enqueue-million": ("enqueue-million", _million),
+    "million": ("million", _flat),
 }
 """Picture → (the benchmark whose JSON it is drawn from, how)."""
 
