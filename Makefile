@@ -10,12 +10,13 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench gpu clean
+.PHONY: help demo test lint types unit bench chaos gpu clean
 
 help:
 	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
 	@echo "make test    install, then everything CI runs"
 	@echo "make bench   every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
+	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
@@ -40,6 +41,14 @@ types: $(VENV)/.dev
 # Some peers cannot be installed beside ours: `chunkmill bench --install-peers` makes environments for them (3 GB).
 bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks
+
+# The second schedule runs whatever came of the first.
+SEED ?= 1
+chaos: $(VENV)/.dev
+	@echo "== a slow fake engine, which counts every text"
+	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
+		echo "== the real engine, under chunkmill worker"; \
+		$(BIN)/python -m tests.chaos --seed $(SEED) --faults 21 --chunks 1500 --engine real --supervised && exit $$fake
 
 RESULTS ?= benchmarks/results
 GPU_SITE := .gpu-site
