@@ -12,12 +12,57 @@ import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import KombuError
+from kombu.transport import TRANSPORT_ALIASES, virtual
+from kombu.transport import redis as redis_transport
 
 from app.settings import Settings
 
 QUEUE = "gpu"
 EMBED_TASK = "workers.embed_chunk_batch"
 PRIORITY_STEPS = [0, 3, 6, 9]
+
+REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ExecAbortError,  # what a transaction says of the others
+)
+"""What Redis answers while it is full, or in a failover. To kombu they are errors of the channel, which end a worker."""
+
+
+class _QoS(redis_transport.QoS):  # type: ignore[misc]
+    """kombu's notes in Redis of doorbells that are being answered, without which work goes on all the same.
+
+    The ledger knows what is being worked on. A note that cannot be made is missed by nobody; one that cannot be
+    removed brings its bell again, and the claim answers it.
+    """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except REFUSALS:
+            virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except REFUSALS:
+            virtual.QoS.ack(self, delivery_tag)
+
+
+class _Channel(redis_transport.Channel):  # type: ignore[misc]
+    QoS = _QoS
+
+
+class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
+    """kombu's, to which a Redis that refuses for a while is away for a while, and not broken."""
+
+    Channel = _Channel
+    connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
+
+
+for _scheme in ("redis", "rediss"):
+    TRANSPORT_ALIASES[_scheme] = f"{__name__}:{RedisTransport.__name__}"
 
 PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
 """What publishing raises while Redis is away. The poller rings again, so a publisher may log and go on."""

@@ -69,9 +69,13 @@ class Attempt:
         self._truncated_here = 0
         self._clear()
 
+    def open(self, conn: sa.Connection, space: Space) -> None:
+        """Open its account, so that one that dies before its first write is known too."""
+        self._usage = usage.Usage(space.spec.provider, self._context.name)
+        usage.book(conn, self.lease, self._usage)
+
     def begin(self, space: Space, engine: Engine, work: Work) -> None:
         self._space, self._engine, self._work = space, engine, work
-        self._usage = usage.Usage(space.spec.provider, self._context.name)
         if self.lease.on_long is OnLong.REJECT:
             # Another job, which cuts long texts, was faster; this one refuses them all the same.
             self._refused = [DeadContent(h, "too_long", too_long_reason(n)) for h, n in work.truncated]
@@ -134,15 +138,18 @@ class Attempt:
         return self._end(
             lambda conn: chunk_batches.fail_if_held(conn, self.lease, code=code, error=error, retryable=retryable),
             usage.Outcome.FAILED,
+            evidence=error,
         )
 
-    def _end(self, transition: Callable[[sa.Connection], T], outcome: usage.Outcome) -> T:
+    def _end(
+        self, transition: Callable[[sa.Connection], T], outcome: usage.Outcome, *, evidence: str | None = None
+    ) -> T:
         """Run the transition that ends the attempt without its last vectors; it is booked if it was still ours."""
 
         def end(conn: sa.Connection) -> T:
             ended = transition(conn)
             if ended and self._usage:
-                usage.book(conn, self.lease, self._usage, outcome)
+                usage.book(conn, self.lease, self._usage, outcome, evidence)
             return ended
 
         return self._context.transact(end, outcome)

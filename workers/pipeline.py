@@ -11,6 +11,7 @@ import psycopg
 import sqlalchemy as sa
 
 from app.db import spaces
+from app.db.retry import is_transient
 from app.db.spaces import Space
 from app.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
 from app.ledger import chunk_batches
@@ -105,6 +106,9 @@ def _run(context: WorkerContext, held: HeldLease) -> Outcome:
         context.broken = str(broken)
         return Outcome.FAILED
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
+        if is_transient(error):  # as when the canary's reference could not be read
+            attempt.release()
+            return Outcome.RELEASED
         _record_failure(context, attempt, error)
         return Outcome.FAILED
     _finish(context, lease)
@@ -116,6 +120,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
 
     def read(conn: sa.Connection) -> tuple[Space, Work]:
         space = spaces.get(conn, lease.space_id)
+        attempt.open(conn, space)
         return space, read_work(conn, space, lease.chunk_batch_id)
 
     space, work = context.transact(read, "read texts")

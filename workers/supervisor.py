@@ -26,7 +26,8 @@ import sqlalchemy as sa
 from app.db.connect import create_db, refusal
 from app.environment import Environment
 from app.errors import ChunkmillError
-from app.ledger.deaths import take_back_from
+from app.ledger.chunk_batches import release_all
+from app.ledger.deaths import TakenBack, take_back_from
 from app.telemetry.logging import configure
 from workers.gpu import visible_gpus
 from workers.supervision import Place, Then, back_off, plan_places, read_ending
@@ -68,10 +69,13 @@ class _Post:
 class Supervisor:
     """Keeps a process in each place until it is told to stop. It runs in the main thread, whose signals it takes.
 
-    ``on_end`` is called with the pid of each process that ended and the evidence, and must not wait.
+    ``on_end`` is called with the pid of each process that ended and the evidence, or None where it was told to stop:
+    what it still held says nothing about the work. It must not wait.
     """
 
-    def __init__(self, places: Sequence[Place], command: Sequence[str], on_end: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, places: Sequence[Place], command: Sequence[str], on_end: Callable[[int, str | None], None]
+    ) -> None:
         self._posts = [_Post(place) for place in places]
         self._command = list(command)
         self._on_end = on_end
@@ -138,7 +142,7 @@ class Supervisor:
             ending = read_ending(returncode)
             who = f"worker on {post.place.name}, pid {pid}"
             evidence = f"killed {KILL_SECONDS:g} s after SIGTERM" if self._killed else ending.evidence
-            self._on_end(pid, evidence)
+            self._on_end(pid, None if self._stop_at is not None else evidence)
             if self._stop_at is not None:
                 logger.info("%s: %s", who, evidence)
             elif ending.then is Then.AGAIN:
@@ -205,13 +209,13 @@ class TakeBack:
 
     def __init__(self, db: sa.Engine) -> None:
         self._db = db
-        self._reports: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[tuple[int, str | None] | None] = queue.SimpleQueue()
         self._is_away = False
         self._thread = threading.Thread(target=self._run, name="take-back", daemon=True)
         self._thread.start()
 
-    def report(self, pid: int, evidence: str) -> None:
-        """A worker has ended, however it did: one that drained has nothing left to take back."""
+    def report(self, pid: int, evidence: str | None) -> None:
+        """A worker has ended, however it did: one that drained has nothing left. Without evidence it was told to go."""
         self._reports.put((pid, evidence))
 
     def close(self, timeout: float) -> None:
@@ -222,10 +226,14 @@ class TakeBack:
         while (report := self._reports.get()) is not None:
             self._take_back(*report)
 
-    def _take_back(self, pid: int, evidence: str) -> None:
+    def _take_back(self, pid: int, evidence: str | None) -> None:
+        owner = f"{socket.gethostname()}:{pid}"
         try:
             with self._db.begin() as conn:
-                taken = take_back_from(conn, f"{socket.gethostname()}:{pid}", evidence=evidence)
+                if evidence is None:
+                    taken = TakenBack(available=release_all(conn, owner))
+                else:
+                    taken = take_back_from(conn, owner, evidence=evidence)
         except sa.exc.SQLAlchemyError as error:
             if not self._is_away:
                 logger.warning(

@@ -36,20 +36,23 @@ class Usage:
     at_risk: int = 0
 
 
-def book(conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | None = None) -> None:
-    """Bring an attempt's account up to date; ``outcome`` closes it.
+def book(
+    conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | None = None, evidence: str | None = None
+) -> None:
+    """Bring an attempt's account up to date; ``outcome`` closes it, with what was seen if it failed.
 
     The counts are totals under the key (ChunkBatch, attempt), so a transaction that is run again books nothing twice.
     """
     conn.execute(
         sa.text(
             "INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens, "
-            "engine_seconds, recomputed, at_risk, outcome, ended_at) VALUES (:chunk_batch, :attempt, :job, :space, "
-            ":provider, :worker, :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), "
-            "CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END) "
+            "engine_seconds, recomputed, at_risk, outcome, evidence, ended_at) VALUES (:chunk_batch, :attempt, :job, "
+            ":space, :provider, :worker, :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), "
+            ":evidence, CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END) "
             "ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET contents = excluded.contents, "
             "tokens = excluded.tokens, engine_seconds = excluded.engine_seconds, recomputed = excluded.recomputed, "
             "at_risk = excluded.at_risk, outcome = coalesce(excluded.outcome, usage.outcome), "
+            "evidence = coalesce(excluded.evidence, usage.evidence), "
             "ended_at = coalesce(excluded.ended_at, usage.ended_at)"
         ),
         {
@@ -65,5 +68,6 @@ def book(conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | Non
             "recomputed": usage.recomputed,
             "at_risk": usage.at_risk,
             "outcome": outcome,
+            "evidence": evidence,
         },
     )

@@ -138,20 +138,20 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report for a person."""
     counted = "texts_executed" in report
-    heads = ["fault", "struck", "survived", "progress s", "worst", "recovery s", "worst", "takeover s", "worst"]
+    heads = ["fault", "survived", "progress s", "recovery s", "takeover s"]
     heads += ["recomputed", "duplicates"] if counted else []
-    title = f"{report['engine']} engine, seed {report['seed']}"
+    title = f"{report['engine']} engine, seed {report['seed']}; seconds are median / worst"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for head in heads:
-        table.add_column(head, justify="left" if head == "fault" else "right")
+        table.add_column(head, justify="left" if head == "fault" else "right", no_wrap=True)
     for row in [*report["by_kind"], {"kind": "all", "struck": report["faults"], **report}]:
-        cells = [row["kind"], str(row["struck"]), str(row["survived"])]
+        cells = [row["kind"], f"{row['survived']} of {row['struck']}"]
         for name in ("to_progress_s", "to_recovery_s", "to_takeover_s"):
             spread = row[name]
-            cells += [f"{spread['median']:.1f}", f"{spread['worst']:.1f}"] if spread else ["-", "-"]
+            cells.append(f"{spread['median']:.1f} / {spread['worst']:.1f}" if spread else "-")
         if counted:
-            cells += [str(row.get("recomputed", report["texts_recomputed"]))]
-            cells += [str(row.get("duplicates", report["duplicates_executed"]))]
+            cells.append(str(row.get("recomputed", report["texts_recomputed"])))
+            cells.append(str(row.get("duplicates", report["duplicates_executed"])))
         table.add_row(*cells)
     console.print(table)
     for name in (
@@ -169,6 +169,8 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(each)}" for key, each in value.items()) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)

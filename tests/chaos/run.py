@@ -86,7 +86,7 @@ class Run:
         for planned in schedule:
             self._screen.event("planned", number=planned.number, kind=planned.kind, gap=planned.gap)
         with contextlib.ExitStack() as leaving:
-            leaving.callback(self._stack.down)
+            leaving.callback(self._stop_servers)
             status = self._stack.up()
             settings = Settings.from_env(
                 database_url=status.database_url, redis_url=status.redis_url,
@@ -131,6 +131,11 @@ class Run:
             self._screen.event("kept", folder=str(self.folder), replay=self._options.replay)
         else:
             shutil.rmtree(self.folder)
+
+    def _stop_servers(self) -> None:
+        """For good: an interrupted run may have a fault under way that would start them again."""
+        self._server_turn.acquire(timeout=STALLED_SECONDS)
+        self._stack.down()
 
     def _crew(self, settings: Settings) -> Crew:
         """Workers and pollers as users start them: the environment says where, the command line says what."""

@@ -178,7 +178,8 @@ def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -
             target=client.enqueue, args=([("a", "second a"), ("z", "second z")],), kwargs={"collection": "docs"}
         )
         enqueue.start()
-        waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+        waiting = "wait_event_type = 'Lock' AND datname = current_database()"
+        waits = f"SELECT EXISTS (SELECT FROM pg_stat_activity WHERE {waiting})"
         while not watcher.execute(sa.text(waits)).scalar_one():
             watcher.rollback()
         other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'a'"))
