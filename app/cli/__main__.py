@@ -40,7 +40,7 @@ SECTIONS = {
         "delete": ("search", "Delete chunks, or all of a collection's."),
     },
     "Processes": {
-        "worker": ("processes", "Run a worker: celery -A workers worker -Q gpu."),
+        "worker": ("processes", "Run a worker per GPU; start it again when it dies."),
         "poller": ("processes", "Run the loop that rings for what is due."),
         "flower": ("processes", "Run Flower on 127.0.0.1, read-only."),
     },
