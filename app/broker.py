@@ -27,7 +27,7 @@ REFUSALS = (
     redis.exceptions.MasterDownError,
     redis.exceptions.ExecAbortError,  # what a transaction says of the others
 )
-"""What Redis answers while it is full, or in a failover. kombu takes them for a channel's errors, which end a worker."""
+"""What Redis answers while it is full, or in a failover. For kombu they are a channel's errors, and end a worker."""
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]

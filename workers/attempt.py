@@ -18,7 +18,7 @@ from app.errors import ChunkmillError, LeaseLost
 from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
-from app.vectors.read import Work, still_wanted
+from app.vectors.read import Work, count_vectors, still_wanted
 from app.vectors.write import relax_durability, write_vectors
 from workers.context import WorkerContext
 from workers.engine.engine import Engine
@@ -46,10 +46,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """``rows`` have a vector now, ``new`` of them by this write."""
+    """``hashes`` have a vector now, ``new`` of them by this write."""
 
-    rows: int
+    hashes: Sequence[bytes]
     new: int
+
+
+class VectorsLost(Exception):
+    """Postgres crashed, and the last fraction of a second of what it had accepted is gone."""
 
 
 class Attempt:
@@ -65,7 +69,7 @@ class Attempt:
         self._refused: list[DeadContent] = []
         self._dead: list[DeadContent] = []
         self._done = 0
-        self._written = 0
+        self._written: list[bytes] = []
         self._truncated_here = 0
         self._clear()
 
@@ -110,17 +114,23 @@ class Attempt:
         """Commit what is there. It stays even when the lease is lost: a late vector is a right vector."""
 
         def write(conn: sa.Connection, written: Written) -> bool:
-            return chunk_batches.record_progress_if_held(conn, self.lease, self._embedded + written.rows)
+            return chunk_batches.record_progress_if_held(conn, self.lease, self._embedded + len(written.hashes))
 
         if not self._commit(write, "write vectors"):
             raise self._superseded()
 
     def complete(self) -> None:
-        """The last vectors, the dead list, the completion and the bill, in one transaction."""
+        """The last vectors, the dead list, the completion and the bill, in one transaction.
+
+        Raises :class:`VectorsLost` where a crash of Postgres took back what was written before.
+        """
         n_truncated = len(self._work.truncated) - len(self._refused) + self._truncated_here
 
         def end(conn: sa.Connection, written: Written) -> bool:
-            embedded = self._embedded + written.rows
+            # Flushes do not wait for the disk, and a crash may have taken one back that this process counts on.
+            if count_vectors(conn, self._space, self._written) < len(self._written):
+                raise VectorsLost
+            embedded = self._embedded + len(written.hashes)
             done = chunk_batches.complete_if_held(conn, self.lease, n_embedded=embedded, n_truncated=n_truncated)
             if done:
                 dead_chunks.add_contents(conn, self.lease, [*self._dead, *self._refused])
@@ -168,26 +178,26 @@ class Attempt:
             booked = replace(
                 before,
                 contents=before.contents + written.new,
-                recomputed=before.recomputed + written.rows - written.new,
+                recomputed=before.recomputed + len(written.hashes) - written.new,
             )
             ours = then(conn, written)
             usage.book(conn, self.lease, booked, outcome if ours else None)
             return ours, written, booked
 
         ours, written, self._usage = self._context.transact(run, what)
-        self._written += written.rows
+        self._written += written.hashes
         self._clear()
         return ours
 
     def _write(self, conn: sa.Connection, rows: Rows | None) -> Written:
         if rows is None:
-            return Written(0, 0)
+            return Written((), 0)
         wanted = still_wanted(conn, rows.hashes, since=self._work.deletions)
         if wanted is not None:
             rows = rows.only(wanted)
         made_by = fingerprint(self._engine, self.lease.on_long, rows.vectors.shape[1])
         new = write_vectors(conn, self._space, made_by, rows.hashes, rows.n_tokens, rows.truncated, rows.vectors)
-        return Written(len(rows.hashes), new)
+        return Written(rows.hashes, new)
 
     def _pending(self) -> Rows | None:
         if not self._hashes:
@@ -201,7 +211,7 @@ class Attempt:
 
     @property
     def _embedded(self) -> int:
-        return self._work.known - len(self._refused) + self._written
+        return self._work.known - len(self._refused) + len(self._written)
 
     def _superseded(self) -> LeaseLost:
         return LeaseLost(f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} was superseded")

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,29 +28,35 @@ class Drain:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._told_itself = False
+        self._begun = self._told_itself = False
+        self._reader, self._writer = os.pipe()
+        threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def tell_itself(self) -> None:
         """Start to leave as if SIGTERM had come. Once: the platform's own signal, which follows a notice or comes with
         it, is then no second one."""
-        if not self._context.stopping.is_set():
+        if not self._begun:
             self._told_itself = True
             os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self) -> None:
-        """Start to leave; a second call leaves at once, with whatever is held. Safe in a signal handler."""
-        if self._context.stopping.is_set():
-            if not self._told_itself:
-                leave(SECOND_TIME)
+        """Start to leave; a second call leaves at once, with whatever is held.
+
+        For a signal handler, which may interrupt anything: no lock is taken here and nothing is logged.
+        """
+        if not self._begun:
+            self._begun = True
+            os.write(self._writer, b"!")
+        elif self._told_itself:
             self._told_itself = False
-            return
+        else:
+            leave(SECOND_TIME)
+
+    def _run(self) -> None:
+        os.read(self._reader, 1)
         self._context.stopping.set()
         logger.info("draining: tasks stop after their TokenBatch and release their leases")
-        limit = threading.Timer(LIMIT_S, self._insist)
-        limit.daemon = True  # a worker that is done sooner ends without it
-        limit.start()
-
-    def _insist(self) -> None:
+        time.sleep(LIMIT_S)  # a worker that is done sooner ends without this thread
         logger.warning("not done %g s after the notice: giving back what is held, and leaving", LIMIT_S)
         with_last_words(self._give_back)
         leave(0)

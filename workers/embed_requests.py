@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from app.db import spaces
 from app.db.connect import raw
-from app.errors import ChunkmillError
+from app.errors import ChunkmillError, DeviceFailed
 from app.ledger import embed_requests
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
 from app.ledger.jobs import CANCELLED_CHANNEL
@@ -63,7 +63,9 @@ class EmbedRequestLane(threading.Thread):
                 conn.invalidate()
 
     def answer_next(self) -> bool:
-        """Answer one request; False when there is none."""
+        """Answer one request; False when there is none, or when this worker leaves or is broken."""
+        if self._context.stopping.is_set() or self._context.broken:
+            return False
         with self._context.db.begin() as conn:
             request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
             if request is None:
@@ -78,6 +80,10 @@ class EmbedRequestLane(threading.Thread):
         try:
             engine = self._context.engine_for(space)
             result = engine.embed(request.texts, kind=kind, on_long=spec.long_text.policy, urgent=True)
+        except DeviceFailed as broken:
+            # No fault of the request: its lease runs out, and another worker answers. The watchdog ends this one.
+            self._context.broken = str(broken)
+            return
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
             reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
             with self._context.db.begin() as conn:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
+from app.db.connect import refusal
 from app.errors import LeaseLost
 from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
@@ -62,19 +63,17 @@ class LeaseKeeper:
                 if self._held.get(lease.chunk_batch_id) is held:
                     del self._held[lease.chunk_batch_id]
 
-    @property
-    def count(self) -> int:
-        """ChunkBatches that are worked on."""
-        with self._mutex:
-            return len(self._held)
-
     def _run(self) -> None:
-        while not self._stop.wait(self._lease_seconds / 3):
+        pause = self._lease_seconds / 3
+        while not self._stop.wait(pause):
             try:
                 self.renew()
-            except sa.exc.SQLAlchemyError:
+                pause = self._lease_seconds / 3
+            except Exception as error:  # noqa: BLE001 - a worker whose heartbeat ended would lose all it holds
                 # Postgres may be back before the lease is over; if not, the guarded writes will tell.
-                logger.warning("leases could not be renewed; trying again", exc_info=True)
+                if pause > self._lease_seconds / 30:
+                    logger.warning("leases could not be renewed, trying again: %s", refusal(error))
+                pause = self._lease_seconds / 30
 
     def renew(self) -> None:
         """Renew once. A lease that is no longer ours is marked lost."""

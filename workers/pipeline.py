@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from enum import StrEnum
@@ -11,6 +10,7 @@ import psycopg
 import sqlalchemy as sa
 
 from app.db import spaces
+from app.db.connect import refusal
 from app.db.retry import is_transient
 from app.db.spaces import Space
 from app.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
@@ -18,7 +18,7 @@ from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
 from app.ledger.finish import finish_if_done
 from app.vectors.read import Work, read_work
-from workers.attempt import Attempt
+from workers.attempt import Attempt, VectorsLost
 from workers.context import WorkerContext
 from workers.lease import HeldLease
 
@@ -50,37 +50,46 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
     """
     context.last_doorbell = time.monotonic()
     with context.room.entered():
-        if context.stopping.is_set():
-            return Outcome.NOT_OURS
-        try:
-            lease = context.transact(lambda conn: _claim(context, conn, chunk_batch_id), "claim", give_up=True)
-        except (sa.exc.SQLAlchemyError, psycopg.Error):
-            if context.stopping.is_set():
-                return Outcome.NOT_OURS  # Postgres is away and the worker leaves: the doorbell is rung again
-            raise
+        lease = _claim(context, chunk_batch_id)
         if lease is None:
             return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
-        with context.leases.holding(lease) as held:
-            if not lease.suspect:
+        if not lease.suspect:
+            with context.leases.holding(lease) as held:
                 return _run(context, held)
-            with context.room.alone() as alone:
-                if alone:
-                    return _run(context, held)
-        # One suspect at a time, or a death could be either's.
-        context.transact(
-            lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=ANOTHER_SUSPECT_SECONDS), "release"
+        # Not held while others are still at work here, whose death would be its own.
+        _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
+        with context.room.alone() as alone:
+            lease = _claim(context, chunk_batch_id) if alone else None
+            if lease is None:
+                return Outcome.RELEASED
+            with context.leases.holding(lease) as held:
+                return _run(context, held)
+
+
+def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
+    """None as well for a worker that leaves, or whose device is broken: the doorbell is rung again."""
+    if context.stopping.is_set() or context.broken:
+        return None
+
+    def claim(conn: sa.Connection) -> Lease | None:
+        return chunk_batches.claim_if_due(
+            conn,
+            chunk_batch_id,
+            owner=context.name,
+            lease_seconds=context.settings.lease_seconds,
+            not_spaces=context.engines.unserved(),
         )
-        return Outcome.RELEASED
+
+    try:
+        return context.transact(claim, "claim", give_up=True)
+    except (sa.exc.SQLAlchemyError, psycopg.Error):
+        if context.stopping.is_set():
+            return None  # Postgres is away
+        raise
 
 
-def _claim(context: WorkerContext, conn: sa.Connection, chunk_batch_id: int) -> Lease | None:
-    return chunk_batches.claim_if_due(
-        conn,
-        chunk_batch_id,
-        owner=context.name,
-        lease_seconds=context.settings.lease_seconds,
-        not_spaces=context.engines.unserved(),
-    )
+def _give_back(context: WorkerContext, lease: Lease, *, delay_s: float) -> None:
+    context.transact(lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=delay_s), "release")
 
 
 def _run(context: WorkerContext, held: HeldLease) -> Outcome:
@@ -94,6 +103,10 @@ def _run(context: WorkerContext, held: HeldLease) -> Outcome:
     except LeaseLost as lost:
         logger.warning("%s", lost)
         return Outcome.LEASE_LOST
+    except VectorsLost:
+        logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
+        attempt.release()
+        return Outcome.RELEASED
     except CanaryFailed as drift:
         # Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it.
         attempt.release(because=drift)
@@ -101,8 +114,6 @@ def _run(context: WorkerContext, held: HeldLease) -> Outcome:
         return Outcome.RELEASED
     except DeviceFailed as broken:
         # The lease is kept: the watchdog takes it back as from a dead worker, for the work may be the cause.
-        with contextlib.suppress(LeaseLost):
-            attempt.flush()
         context.broken = str(broken)
         return Outcome.FAILED
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
@@ -142,9 +153,14 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
 
 
 def _finish(context: WorkerContext, lease: Lease) -> None:
-    context.transact(
-        lambda conn: finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id)), "end the job", give_up=True
-    )
+    """Once: the poller ends jobs too, and the anti-join of a large one may be more than Postgres allows a worker."""
+    try:
+        with context.db.begin() as conn:
+            finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        logger.warning("job %s is left to the poller to end: %s", lease.job_id, refusal(error))
 
 
 def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:

@@ -44,6 +44,8 @@ class Poller:
         self._broker = broker
         self._settings = settings
         self._away: str | None = None
+        self._patient_until = -math.inf
+        """After an outage of Postgres live workers come first, to renew what ran out while nobody could."""
         self._window = DoorbellWindow.smallest(settings.doorbell_window)
         self._looked_at = -math.inf
 
@@ -57,6 +59,8 @@ class Poller:
             except Exception as error:
                 if not is_transient(error) and not isinstance(error, PUBLISH_ERRORS):
                     raise
+                if is_transient(error):
+                    self._patient_until = time.monotonic() + self._settings.lease_seconds / 3
                 self._say_away(type(error).__name__)
             else:
                 self._say_back()
@@ -73,8 +77,9 @@ class Poller:
 
     def round(self) -> Round:
         """One round. Raises what :func:`is_transient` knows, or one of ``PUBLISH_ERRORS``, when a server is away."""
+        patient = time.monotonic() < self._patient_until
         with self._db.begin() as conn:
-            taken = deaths.take_back_expired(conn)
+            taken = TakenBack() if patient else deaths.take_back_expired(conn)
             abandoned = rescue.fail_abandoned(conn)
             rescue.drop_old_requests(conn)
         rung = self._ring()

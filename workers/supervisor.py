@@ -142,7 +142,8 @@ class Supervisor:
             ending = read_ending(returncode)
             who = f"worker on {post.place.name}, pid {pid}"
             evidence = f"killed {KILL_SECONDS:g} s after SIGTERM" if self._killed else ending.evidence
-            self._on_end(pid, None if self._stop_at is not None else evidence)
+            innocent = self._stop_at is not None or ending.then is Then.DONE
+            self._on_end(pid, None if innocent else evidence)
             if self._stop_at is not None:
                 logger.info("%s: %s", who, evidence)
             elif ending.then is Then.AGAIN:
@@ -234,7 +235,7 @@ class TakeBack:
                     taken = TakenBack(available=release_all(conn, owner))
                 else:
                     taken = take_back_from(conn, owner, evidence=evidence)
-        except sa.exc.SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001 - the next report must be heard
             if not self._is_away:
                 logger.warning(
                     "leases of dead workers cannot be taken back at once; the poller does it when they run out: %s",

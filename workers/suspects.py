@@ -15,6 +15,18 @@ class Room:
         self._inside = 0
         self._suspect = False
 
+    @property
+    def inside(self) -> int:
+        """Threads at work, or waiting for their turn alone."""
+        with self._changed:
+            return self._inside
+
+    @property
+    def has_suspect(self) -> bool:
+        """Whether one is alone here, or waits to be."""
+        with self._changed:
+            return self._suspect
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Wait until no suspect wants the room or has it. Claim inside: a lease that waits could die for another's

@@ -67,7 +67,7 @@ class Watchdog(threading.Thread):
             waiting = sum(self._broker.queued_doorbells().values())
         except PUBLISH_ERRORS:
             waiting = 0  # with Redis away nobody can consume
-        if not waiting or context.leases.count:
+        if not waiting or context.room.inside:
             self._waiting_since = None
             return None
         since = self._waiting_since = max(self._waiting_since or now, context.last_doorbell)

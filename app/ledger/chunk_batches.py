@@ -114,7 +114,7 @@ def claim_if_due(
             "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
             "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
             "AND b.space_id <> ALL(CAST(:not_spaces AS int[])) "
-            "AND b.state = 'available' "
+            "AND b.state = 'available' AND j.state <> 'cancelled' "
             "RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long"
         ),
         {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds, "not_spaces": list(not_spaces)},
@@ -135,19 +135,21 @@ def claim_if_due(
 
 def renew_if_held(conn: sa.Connection, leases: Sequence[Lease], *, lease_seconds: float) -> set[int]:
     """Renew all leases of a process in one statement; returns the ids that are still held."""
-    held = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches b SET lease_until = now() + make_interval(secs => :lease) "
-            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) "
-            "WHERE b.id = l.id AND b.attempt = l.attempt AND b.state = 'running' RETURNING b.id"
-        ),
-        {
-            "ids": [lease.chunk_batch_id for lease in leases],
-            "attempts": [lease.attempt for lease in leases],
-            "lease": lease_seconds,
-        },
+    held = (
+        "SELECT b.id FROM chunk_batches b "
+        "JOIN unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) USING (id, attempt) "
+        "WHERE b.state = 'running'"
     )
-    return set(held.scalars())
+    facts = {"ids": [lease.chunk_batch_id for lease in leases], "attempts": [lease.attempt for lease in leases]}
+    conn.execute(
+        sa.text(
+            "UPDATE chunk_batches SET lease_until = now() + make_interval(secs => :lease) WHERE id = ANY(ARRAY("
+            # What another transaction has locked, such as a cancel of a large job, must not keep the others waiting.
+            f"{held} ORDER BY b.id FOR NO KEY UPDATE OF b SKIP LOCKED))"
+        ),
+        {**facts, "lease": lease_seconds},
+    )
+    return set(conn.execute(sa.text(held), facts).scalars())
 
 
 def record_progress_if_held(conn: sa.Connection, lease: Lease, n_embedded: int) -> bool:
@@ -173,7 +175,11 @@ def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_tr
     )
     if result.rowcount == 1:
         return True
-    before = "SELECT EXISTS (SELECT FROM chunk_batches WHERE id = :id AND attempt = :attempt AND state = 'completed')"
+    # With an error it was cut up or buried, after this attempt had been counted as dead.
+    before = (
+        "SELECT EXISTS (SELECT FROM chunk_batches WHERE id = :id AND attempt = :attempt AND state = 'completed' "
+        "AND error_code IS NULL)"
+    )
     return bool(conn.execute(sa.text(before), _held(lease)).scalar_one())
 
 

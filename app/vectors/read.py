@@ -57,6 +57,18 @@ def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     )
 
 
+def count_vectors(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> int:
+    """How many of these contents have a vector."""
+    if not hashes:
+        return 0
+    return int(
+        conn.execute(
+            sa.text(f"SELECT count(*) FROM {space.table_name} WHERE content_hash = ANY(:hashes)"),
+            {"hashes": list(hashes)},
+        ).scalar_one()
+    )
+
+
 def still_wanted(conn: sa.Connection, hashes: Sequence[bytes], *, since: int) -> set[bytes] | None:
     """Which contents are still there to have a vector; None for all, when nothing was deleted ``since``.
 

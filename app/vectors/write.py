@@ -72,7 +72,7 @@ def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int
 def relax_durability(conn: sa.Connection) -> None:
     """Do not wait for the disk at this transaction's commit.
 
-    Safe for the worker: if Postgres crashes, the last fraction of a second is lost as a whole, vectors and
-    the state that counts on them, because a later commit never survives an earlier one.
+    If Postgres crashes, the last fraction of a second is lost as a whole, vectors and the state in Postgres that counts
+    on them, because a later commit never survives an earlier one. What counts on them in a process must look.
     """
     conn.execute(sa.text("SET LOCAL synchronous_commit = off"))

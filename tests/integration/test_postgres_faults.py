@@ -17,6 +17,8 @@ from app.db.retry import is_transient, transact
 from app.domain.states import JobState
 from app.settings import Settings
 from tests.cutting_proxy import Cut, CuttingProxy, cutting_proxy
+from workers import pipeline
+from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
@@ -213,3 +215,28 @@ def test_what_passes_by_itself(error: Exception, transient: bool) -> None:
     assert is_transient(error) is transient
     if isinstance(error, psycopg.Error):
         assert is_transient(sa.exc.DBAPIError("SELECT", {}, error)) is transient
+
+
+def test_vectors_that_a_crash_took_back_are_embedded_again_uncharged(
+    context: WorkerContext, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits do not wait for the disk, so a crash may undo a write that this process counts on."""
+    monkeypatch.setattr(pipeline, "FLUSH_ROWS", 8)
+    many = [(f"id-{i}", f"a text about subject {i} " + "with many words " * 30) for i in range(40)]
+    job = client.enqueue(many, collection="docs")
+    flush, lost = Attempt.flush, []
+
+    def crashes_after(self: Attempt) -> None:
+        flush(self)
+        if not lost:
+            with db.begin() as conn:
+                space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
+                lost.append(conn.execute(sa.text(f"DELETE FROM {space}")).rowcount)
+
+    monkeypatch.setattr(Attempt, "flush", crashes_after)
+    assert run_chunk_batch(context, 1) is Outcome.RELEASED
+    assert lost[0] > 0
+    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    state, charged, deaths, _, _, rows = ledger(db)
+    assert (state, charged, deaths, rows) == ("completed", 1, 0, 40)
+    assert client.job(job.id).state is JobState.COMPLETED
