@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 
 test: lint types
 	@echo "== pytest, on real Postgres, Redis and Celery workers"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
@@ -45,6 +45,8 @@ bench: $(VENV)/.bench
 # The second schedule runs whatever came of the first.
 SEED ?= 1
 chaos: $(VENV)/.dev
+	@echo "== one fault at a time"
+	@$(BIN)/python -m pytest -q -m slow tests/acceptance
 	@echo "== a slow fake engine, which counts every text"
 	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
 		echo "== the real engine, under chunkmill worker"; \

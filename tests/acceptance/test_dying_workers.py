@@ -60,7 +60,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
     ("how", "env", "evidence"),
     [
         ("hang", {"STEP_DEADLINE_SECONDS": "2"}, "more than STEP_DEADLINE_SECONDS"),
-        ("break", {}, "no longer runs on cuda:0"),
+        pytest.param("break", {}, "no longer runs on cuda:0", marks=pytest.mark.slow),
     ],
 )
 def test_the_watchdog_ends_a_worker_whose_device_is_lost(
@@ -91,6 +91,7 @@ def test_the_watchdog_ends_a_worker_that_no_longer_consumes(processes: Processes
     assert re.search(r"\d+ doorbells wait in Redis and none has reached this worker", worker.output())
 
 
+@pytest.mark.slow
 def test_an_idle_worker_on_an_empty_queue_is_left_alone(processes: Processes) -> None:
     worker = processes.worker(STALL_SECONDS="1")
     time.sleep(4)

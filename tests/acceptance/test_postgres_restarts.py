@@ -37,6 +37,7 @@ def own(settings: Settings) -> Iterator[tuple[Stack, Settings]]:
     shutil.rmtree(home)
 
 
+@pytest.mark.slow
 def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stack, Settings], tmp_path: Path) -> None:
     stack, settings = own
     processes = Processes(settings, tmp_path)

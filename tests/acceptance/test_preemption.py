@@ -52,7 +52,10 @@ def assert_drained(client: Client, db: sa.Engine, job_id: int, *, at_least: int)
     assert at_least <= client.job(job_id).embedded == vectors < TEXTS
 
 
-@pytest.mark.parametrize(("cloud", "notice"), [(GcpServer, "gcp"), (AwsServer, "aws"), (AwsServer, "auto")])
+@pytest.mark.parametrize(
+    ("cloud", "notice"),
+    [(GcpServer, "gcp"), pytest.param(AwsServer, "aws", marks=pytest.mark.slow), (AwsServer, "auto")],
+)
 def test_a_notice_drains_the_worker(
     processes: Processes, client: Client, db: sa.Engine, cloud: type[MetadataServer], notice: str
 ) -> None:
@@ -79,6 +82,7 @@ def test_the_systems_own_signal_after_the_notice_cuts_no_drain_short(
     assert_drained(client, db, job_id, at_least=done)
 
 
+@pytest.mark.slow
 def test_neither_a_hint_nor_nonsense_stops_the_worker(processes: Processes, client: Client) -> None:
     with AwsServer() as server:
         server.hint = '{"noticeTime": "2026-11-21T08:00:00Z"}'

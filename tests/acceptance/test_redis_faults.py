@@ -74,6 +74,7 @@ def place(settings: Settings, db: sa.Engine, tmp_path: Path) -> Iterator[Place]:
         shutil.rmtree(home)
 
 
+@pytest.mark.slow
 def test_every_connection_cut_in_mid_job(place: Place) -> None:
     """Celery then gives running doorbells back, and they are answered again: the claim knows that they are held."""
     job_id = place.fill()
@@ -85,6 +86,7 @@ def test_every_connection_cut_in_mid_job(place: Place) -> None:
     place.finishes(job_id)
 
 
+@pytest.mark.slow
 def test_frozen_for_a_while(place: Place) -> None:
     job_id = place.fill()
     until(lambda: place.client.job(job_id).embedded > 0, 60, place.worker.output)
