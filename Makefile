@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 
 test: lint types
 	@echo "== pytest, on real Postgres, Redis and Celery workers"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow" --durations=15
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
