@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import sqlalchemy as sa
 
 from app.client import Client
@@ -19,8 +18,6 @@ from app.vectors.write import write_vectors
 from tests.chaos.proof import prove
 from tests.chaos.work import Work, made_up_texts
 from tests.chaos.worker import vector_of
-
-pytestmark = pytest.mark.xdist_group("acceptance")
 
 ROOT = Path(__file__).parents[2]
 KINDS = (

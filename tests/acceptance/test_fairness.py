@@ -14,8 +14,6 @@ from app.domain.doorbells import SMALLEST_WINDOW
 from app.settings import Settings
 from tests.acceptance.conftest import Processes, until
 
-pytestmark = pytest.mark.xdist_group("acceptance")
-
 SIZE = 32
 """Contents of a ChunkBatch: some tenths of a second on a CPU."""
 

@@ -15,8 +15,6 @@ from app.settings import Settings
 from tests.acceptance.conftest import Process, Processes, until
 from tests.metadata_servers import AwsServer, GcpServer, MetadataServer
 
-pytestmark = pytest.mark.xdist_group("acceptance")
-
 TEXTS = 600
 
 

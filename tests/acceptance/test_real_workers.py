@@ -25,8 +25,6 @@ from app.settings import Settings
 from tests.acceptance.conftest import Processes, until
 from tests.damaged_model import damaged_model
 
-pytestmark = pytest.mark.xdist_group("acceptance")
-
 SECRET = "ZEBRAFISH"  # in every text; nowhere else
 
 

@@ -17,8 +17,6 @@ from app.db.connect import create_db
 from app.settings import Settings
 from tests.acceptance.conftest import Process, Processes, until
 
-pytestmark = pytest.mark.xdist_group("acceptance")
-
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[Client]:
