@@ -389,8 +389,10 @@ def test_a_folder_stdin_and_parquet_together(processes: object, home: Path) -> N
 
 
 def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[int, str]:
-    """Exit code and screen of a real process on a terminal of 80 columns. Ctrl-C is typed after a word is seen, and again
-    where nothing came of it: Python drops an interrupt that meets a callback."""
+    """Exit code and screen of a real process on a terminal of 80 columns.
+
+    Ctrl-C is typed after a word is seen, and again where nothing came of it: Python drops one that meets a callback.
+    """
     controller, terminal = pty.openpty()
     argv = [sys.executable, "-m", "app.cli", *arguments]
     child = subprocess.Popen(
