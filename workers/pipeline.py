@@ -18,6 +18,7 @@ from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
 from app.ledger.finish import finish_if_done
 from app.vectors.read import Work, read_work
+from app.vectors.write import relax_durability
 from workers.attempt import Attempt, VectorsLost
 from workers.context import WorkerContext
 from workers.lease import HeldLease
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 FLUSH_ROWS = 4096
 FLUSH_SECONDS = 0.25
 """A write costs about 3 ms of the machine. What a kill can cost: the TokenBatches since the last write and those on the
-device (docs/decisions/0018)."""
+device (docs/decisions/0019)."""
 ANOTHER_SUSPECT_SECONDS = 2.0
 
 
@@ -130,6 +131,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
     lease = held.lease
 
     def read(conn: sa.Connection) -> tuple[Space, Work]:
+        relax_durability(conn)  # an account that a crash forgets is opened by the first write
         space = spaces.get(conn, lease.space_id)
         attempt.open(conn, space)
         return space, read_work(conn, space, lease.chunk_batch_id)

@@ -190,14 +190,17 @@ def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
         ),
         {"id": job_id},
     )
-    conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'cancelled', lease_owner = NULL, lease_until = NULL, "
-            "finished_at = now() WHERE job_id = :id AND state IN ('available', 'running') "
-            "AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = 'cancelled')"
-        ),
-        {"id": job_id},
-    )
+    # Twice: the first waits for whoever is cutting one of them up, and does not see the parts, the second does. None is
+    # cut up after the first, which has them all.
+    for _ in range(2):
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'cancelled', lease_owner = NULL, lease_until = NULL, "
+                "finished_at = now() WHERE job_id = :id AND state IN ('available', 'running') "
+                "AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = 'cancelled')"
+            ),
+            {"id": job_id},
+        )
     conn.execute(sa.text("SELECT pg_notify(:channel, :job)"), {"channel": CANCELLED_CHANNEL, "job": str(job_id)})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -219,3 +221,81 @@ def test_leaving_gives_back_everything_uncharged(client: Client, db: sa.Engine, 
     with db.begin() as conn:
         assert chunk_batches.release_all(conn, "host:1") == held
     assert rows(db, "SELECT DISTINCT state, max_attempts - attempt, deaths FROM chunk_batches") == [("available", 5, 0)]
+
+
+def test_a_zombie_cannot_complete_what_was_cut_up_meanwhile(client: Client, db: sa.Engine) -> None:
+    """Its attempt is the last of a row that is completed, though not by it."""
+    client.enqueue(CHUNKS, collection="docs")
+    claim(db, 1)
+    die(db)
+    zombie = claim(db, 1)
+    assert die(db) == TakenBack(split=1)
+    with db.begin() as conn:
+        assert not chunk_batches.complete_if_held(conn, zombie, n_embedded=20, n_truncated=0)
+
+
+def test_a_cancel_that_meets_a_cut_cancels_the_parts_too(client: Client, db: sa.Engine) -> None:
+    job = client.enqueue(CHUNKS, collection="docs")
+    claim(db, 1)
+    die(db)
+    claim(db, 1)
+    with db.begin() as cutting:
+        assert deaths.take_back_from(cutting, "host:1", evidence="x") == TakenBack(split=1)
+        cancel = threading.Thread(target=client.cancel, args=(job.id,))
+        cancel.start()
+        while not rows(
+            db, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        ):
+            assert cancel.is_alive()
+    cancel.join(30)
+    assert rows(db, "SELECT DISTINCT state FROM chunk_batches WHERE id > 1") == [("cancelled",)]
+
+
+def test_nothing_of_a_cancelled_job_is_claimed(client: Client, db: sa.Engine) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE jobs SET state = 'cancelled'"))
+        assert chunk_batches.claim_if_due(conn, 1, owner="w", lease_seconds=60) is None
+
+
+def test_a_heartbeat_does_not_wait_for_a_row_that_another_has_locked(client: Client, db: sa.Engine) -> None:
+    """A cancel of a large job holds rows for long; the other leases of the process go on, and none counts as lost."""
+    for n in range(2):
+        client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
+    leases = [claim(db, 1), claim(db, 2)]
+    before = dict(rows(db, "SELECT id, lease_until FROM chunk_batches"))
+    with db.begin() as other:
+        other.execute(sa.text("SELECT FROM chunk_batches WHERE id = 1 FOR UPDATE"))
+        with db.begin() as conn:
+            conn.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
+            assert chunk_batches.renew_if_held(conn, leases, lease_seconds=600) == {1, 2}
+    after = dict(rows(db, "SELECT id, lease_until FROM chunk_batches"))
+    assert after[1] == before[1]
+    assert after[2] > before[2]
+
+
+def test_after_an_outage_live_workers_come_before_the_poller(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody's lease ran out while nobody could renew; that is no death."""
+    client.enqueue(CHUNKS, collection="docs")
+    claim(db, 1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
+    poller = Poller(db, client._broker, client._settings.model_copy(update={"lease_seconds": 600.0}))
+    stop, real = threading.Event(), deaths.take_back_expired
+    monkeypatch.setattr(deaths, "take_back_expired", lambda conn: _away())
+    running = threading.Thread(target=poller.run, args=(stop,))
+    running.start()
+    while poller._away is None:
+        assert running.is_alive()
+    monkeypatch.setattr(deaths, "take_back_expired", real)
+    while poller._away is not None:
+        assert running.is_alive()
+    stop.set()
+    running.join(30)
+    assert rows(db, "SELECT state, deaths FROM chunk_batches") == [("running", 0)]
+
+
+def _away() -> TakenBack:
+    raise psycopg.OperationalError("the server closed the connection")

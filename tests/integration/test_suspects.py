@@ -1,0 +1,99 @@
+"""A suspect has the worker to itself, and a broken device touches nothing more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.client import Client
+from app.errors import DeviceFailed
+from workers.context import WorkerContext
+from workers.embed_requests import EmbedRequestLane
+from workers.engine.engine import Engine
+from workers.engine.results import TokenBatchResult
+from workers.pipeline import Outcome, run_chunk_batch
+
+
+def states(db: sa.Engine) -> list[tuple[Any, ...]]:
+    with db.begin() as conn:
+        return [tuple(row) for row in conn.execute(sa.text("SELECT id, state FROM chunk_batches ORDER BY id"))]
+
+
+def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
+    context: WorkerContext, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour that dies meanwhile takes nothing of it along; and while it runs, nothing else does."""
+    for n in range(2):
+        client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET deaths = 2 WHERE id = 2"))
+    context.engines.load_default(db)
+    inside, go_on = threading.Event(), threading.Event()
+    seen: dict[str, int] = {}
+    real_stream = Engine.stream
+
+    def slow(self: Engine, texts: Any, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
+        if texts == ["text of job 0"]:
+            inside.set()
+            assert go_on.wait(30)
+        elif texts == ["text of job 1"]:
+            seen["beside the suspect"] = context.room.inside - 1
+        yield from real_stream(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "stream", slow)
+    outcomes: dict[int, Outcome] = {}
+    threads = [
+        threading.Thread(target=lambda number=number: outcomes.update({number: run_chunk_batch(context, number)}))
+        for number in (1, 2)
+    ]
+    threads[0].start()
+    assert inside.wait(30)
+    threads[1].start()
+    while not context.room.has_suspect:
+        assert threads[1].is_alive()
+    assert states(db) == [(1, "running"), (2, "available")]
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == {1: Outcome.COMPLETED, 2: Outcome.COMPLETED}
+    assert seen == {"beside the suspect": 0}
+
+
+def test_a_worker_with_a_broken_device_takes_nothing_more(
+    context: WorkerContext, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the canary meets it first, before there is a text: each further claim would cost another a death."""
+    for n in range(2):
+        client.enqueue([(f"c{n}", f"text of job {n}")], collection="docs")
+
+    def gone(*_: object, **__: object) -> None:
+        raise DeviceFailed("the model no longer runs on cuda:0")
+
+    monkeypatch.setattr(context, "engine_for", gone)
+    assert run_chunk_batch(context, 1) is Outcome.FAILED
+    assert context.broken == "the model no longer runs on cuda:0"
+    assert run_chunk_batch(context, 2) is Outcome.NOT_OURS
+    assert states(db) == [(1, "running"), (2, "available")]  # the first is the watchdog's to take back
+    assert not EmbedRequestLane(context).answer_next()
+
+
+def test_a_query_that_meets_a_broken_device_is_left_to_another_worker(
+    context: WorkerContext, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = context.engines.load_default(db)
+    with db.begin() as conn:
+        insert = "INSERT INTO embed_requests (space_id, kind, texts) VALUES (:space, 'query', ARRAY['a text'])"
+        conn.execute(sa.text(insert), {"space": space.id})
+
+    def gone(*_: object, **__: object) -> None:
+        raise DeviceFailed("the model no longer runs on cuda:0")
+
+    monkeypatch.setattr(context, "engine_for", gone)
+    EmbedRequestLane(context).answer_next()
+    assert context.broken
+    with db.begin() as conn:
+        assert conn.execute(sa.text("SELECT error, vectors FROM embed_requests")).one() == (None, None)
