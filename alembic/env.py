@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context
 
-from app.db.schema import Base
+from app.db.provider_schema import Base
 from app.settings import Settings
 
 MIGRATION_LOCK = 0x63686D00

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,12 +29,12 @@ class Base(DeclarativeBase):
     metadata = sa.MetaData(naming_convention=NAMING)
 
 
-def _one_of(column: str, words: type[ChunkBatchState | JobState | Route | OnLong]) -> sa.CheckConstraint:
+def one_of(column: str, words: type[StrEnum]) -> sa.CheckConstraint:
     listed = ", ".join(f"'{word}'" for word in words)
     return sa.CheckConstraint(f"{column} IN ({listed})", name=column)
 
 
-def _identity() -> Mapped[int]:
+def identity() -> Mapped[int]:
     return mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
 
 
@@ -100,7 +101,7 @@ class ChunkRow(Base):
 class JobRow(Base):
     __tablename__ = "jobs"
 
-    id: Mapped[int] = _identity()
+    id: Mapped[int] = identity()
     collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"))
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     state: Mapped[str] = mapped_column(sa.Text)
@@ -110,15 +111,19 @@ class JobRow(Base):
     idempotency_key: Mapped[str | None] = mapped_column(sa.Text, unique=True)
     n_chunks: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     error: Mapped[str | None] = mapped_column(sa.Text)
+    deadline: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When the producer wants it; where the route is ``auto``, it may cost more by then."""
+    routing: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=sa.text("'[]'"))
+    """Each choice of a lane: ``{"at": ISO 8601, "route": ..., "because": ...}``, the latest last."""
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     sealed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """When the producer's iterable ended; until then the job cannot complete."""
     finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (
-        _one_of("state", JobState),
-        _one_of("route", Route),
-        _one_of("on_long", OnLong),
+        one_of("state", JobState),
+        one_of("route", Route),
+        one_of("on_long", OnLong),
         sa.Index("ix_jobs_open", "id", postgresql_where=sa.text("state IN ('enqueueing', 'running')")),
     )
 
@@ -126,7 +131,7 @@ class JobRow(Base):
 class ChunkBatchRow(Base):
     __tablename__ = "chunk_batches"
 
-    id: Mapped[int] = _identity()
+    id: Mapped[int] = identity()
     job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     state: Mapped[str] = mapped_column(sa.Text)
@@ -143,6 +148,7 @@ class ChunkBatchRow(Base):
     """Workers that ended or fell silent while they held it: ``app.domain.deaths`` says what follows."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """NULL while ProviderBatches have its contents: those may take a day."""
     not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     rung_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     error_code: Mapped[str | None] = mapped_column(sa.Text)
@@ -151,11 +157,12 @@ class ChunkBatchRow(Base):
     finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (
-        _one_of("state", ChunkBatchState),
-        _one_of("route", Route),
+        one_of("state", ChunkBatchState),
+        one_of("route", Route),
         sa.Index(None, "job_id", "state"),
         sa.Index(
-            "ix_chunk_batches_unrung",
+            "ix_chunk_batches_unrung_by_route",
+            "route",
             "priority",
             "job_id",
             "id",
@@ -163,7 +170,8 @@ class ChunkBatchRow(Base):
             postgresql_where=sa.text("state = 'available' AND rung_at IS NULL"),
         ),
         sa.Index(
-            "ix_chunk_batches_rung",
+            "ix_chunk_batches_rung_by_route",
+            "route",
             "priority",
             "rung_at",
             postgresql_where=sa.text("state = 'available' AND rung_at IS NOT NULL"),
@@ -175,7 +183,7 @@ class ChunkBatchRow(Base):
 class DeadChunkRow(Base):
     __tablename__ = "dead_chunks"
 
-    id: Mapped[int] = _identity()
+    id: Mapped[int] = identity()
     job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
     chunk_id: Mapped[str] = mapped_column(sa.Text)
     content_hash: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
@@ -231,7 +239,7 @@ class EmbedRequestRow(Base):
 
     __tablename__ = "embed_requests"
 
-    id: Mapped[int] = _identity()
+    id: Mapped[int] = identity()
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     kind: Mapped[str] = mapped_column(sa.Text)
     texts: Mapped[list[str]] = mapped_column(ARRAY(sa.Text))

@@ -37,10 +37,38 @@ class JobState(StrEnum):
 
 
 class Route(StrEnum):
-    """Where a job is embedded. ``auto`` leaves the choice to Chunkmill."""
+    """Where a job is embedded. ``auto`` leaves the choice to Chunkmill (``app.domain.routing``)."""
 
     LOCAL = "local"
+    OPENAI = "openai"
+    """The Batch API: half price, up to a day."""
+    OPENAI_SYNC = "openai-sync"
+    """The plain embeddings endpoint, for what cannot wait and for servers without batches."""
     AUTO = "auto"
+
+    @property
+    def is_paid(self) -> bool:
+        return self in (Route.OPENAI, Route.OPENAI_SYNC)
+
+
+class ProviderBatchState(StrEnum):
+    """The steps of a ProviderBatch. Each is committed before the next begins, so that a restart goes on from it."""
+
+    GATHERING = "gathering"
+    """To be filled with whatever waits for its space."""
+    GATHERED = "gathered"
+    """Its inputs are in flight: nobody else sends them. Nothing has left this house."""
+    UPLOADED = "uploaded"
+    """The provider has its file, which costs nothing yet."""
+    CREATING = "creating"
+    """It was asked for, or is about to be: the answer is not known, so it may exist and cost money."""
+    SUBMITTED = "submitted"
+    """The provider has it under ``batch_id``."""
+    COLLECTING = "collecting"
+    """The provider is through with it; its results are being read."""
+    CLEANING = "cleaning"
+    """Every input is accounted for; the provider's files are left to delete."""
+    CLOSED = "closed"
 
 
 class Priority(StrEnum):
