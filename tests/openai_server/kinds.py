@@ -1,0 +1,76 @@
+"""Every misbehaviour there is: its name, what it does, its options and their defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Answers of any endpoint (narrow with where={"endpoint": ...}). ``applied``: the request was carried out all the same.
+ANSWERS: dict[str, dict[str, Any]] = {
+    "http_error": {
+        "status": 500,
+        "message": "The server had an error while processing your request.",
+        "type": "server_error",
+        "code": None,
+        "retry_after": None,
+        "html": False,  # a gateway's page in place of OpenAI's JSON
+        "applied": False,
+    },
+    "rate_limited": {"retry_after": None, "retry_after_ms": None, "code": "rate_limit_exceeded"},
+    "insufficient_quota": {},  # 429 that no waiting helps
+    "unauthorized": {},  # 401 whose message echoes the whole key
+    "hang": {"seconds": 30.0, "applied": False},  # no answer for so long, then the connection is cut
+    "cut": {"applied": False},  # the connection is cut in place of an answer
+    "slow": {"seconds": 1.0},
+}
+# One endpoint each, known without a ``where``.
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "enqueued_on_create": {"status": 429},  # token_limit_exceeded as an answer to create
+    "input_vanished": {},  # create cannot find its file, and it is gone
+    "created_twice": {},  # one create makes two batches, the older is answered
+    "metadata_dropped": {},
+    "delete_fails": {"status": 500},
+    "output_vanished": {},  # 404 for a result file's content, and the file is gone
+    "truncated": {"fraction": 0.5},  # content ends early in mid-line, and Content-Length agrees
+    "cut_body": {"fraction": 0.5},  # content's connection is cut in mid-body
+}
+# Batch objects as they are shown, each answer a chance (times=None to keep it up).
+SHAPES: dict[str, dict[str, Any]] = {
+    "odd_status": {},  # "Validating"
+    "iso_dates": {},
+    "null_counts": {},
+    "null_usage": {},
+    "empty_file_ids": {},  # "" where a file id would be null
+}
+# How a batch goes; each batch is a chance. Its endpoint is "batches.create".
+ENDINGS: dict[str, dict[str, Any]] = {
+    "fail_validation": {"code": "invalid_request", "message": None, "line": None, "param": None},
+    "cannot_find_file": {},
+    "expire": {"fraction": None, "error_lines": True},
+    "cancelled_by_other": {"fraction": None},
+    "all_failed": {"status": 500, "code": None, "message": "The server had an error."},  # completed, no output file
+    "empty_error_file": {},  # zero bytes, with nothing failed
+}
+# Which lines of a struck batch: those whose text holds ``marker``, or every n-th, or else the first ``lines``.
+_CHOICE: dict[str, Any] = {"marker": None, "every": None, "lines": 1}
+# Lines of the result files; each batch with such a line is a chance. What these lose was executed and is charged.
+LINES: dict[str, dict[str, Any]] = {
+    "line_failures": {**_CHOICE, "status": 400, "code": None, "message": "This request failed."},  # not charged
+    "garbage_line": {**_CHOICE, "extra": False},  # a cut line in place of the result, or beside it
+    "duplicate_line": _CHOICE,
+    "missing_line": _CHOICE,
+    "unknown_line": _CHOICE,  # one more, with a custom_id nobody sent
+    "null_custom_id": _CHOICE,
+}
+# The body of a result line or of a sync answer; each batch with such a line and each sync request is a chance.
+BODIES: dict[str, dict[str, Any]] = {
+    "wrong_dimensions": {**_CHOICE, "dimensions": None},  # None: half
+    "not_finite": {**_CHOICE, "value": "nan"},  # or "inf"
+    "zero_vector": _CHOICE,
+    "missing_index": _CHOICE,  # data without "index"
+    "missing_item": _CHOICE,  # one of data is not there
+    "shuffled_data": _CHOICE,  # not in the order of index
+    "other_encoding": _CHOICE,  # base64 where numbers were asked for, and the other way round
+    "string_body": _CHOICE,  # batches only: response.body is JSON in a string
+    "missing_usage": _CHOICE,
+}
+KINDS = {**ANSWERS, **ENDPOINTS, **SHAPES, **ENDINGS, **LINES, **BODIES}
