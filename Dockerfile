@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 #
 # Two images:
-#   app     producer, migrations, poller, Flower: no torch, no model
+#   app     producer, migrations, poller, Flower, worker of the paid routes: no torch, no model
 #   worker  the embedding worker: torch with CUDA and the bundled model
 #
 #   docker build --target app    -t chunkmill-app .
@@ -25,7 +25,7 @@ COPY pyproject.toml constraints.txt ./
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[flower]"
+    pip install -c constraints.txt ".[flower,openai]"
 
 FROM stub AS worker-deps
 # A further package index, such as PyTorch's index of CPU-only wheels: the image then is some 4 GB smaller.

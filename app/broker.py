@@ -15,11 +15,17 @@ from kombu.exceptions import KombuError
 from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as redis_transport
 
+from app.domain.states import Route
 from app.settings import Settings
 
 QUEUE = "gpu"
+PROVIDER_QUEUE = "openai"
 EMBED_TASK = "workers.embed_chunk_batch"
+REQUEST_TASK = "workers.request_chunk_batch"
+ADVANCE_TASK = "workers.advance_provider_batch"
 PRIORITY_STEPS = [0, 3, 6, 9]
+STEP_PRIORITY = 0
+"""Of a ProviderBatch's steps: before the doorbells beside them, whose priorities are those of jobs."""
 
 REFUSALS = (
     redis.exceptions.OutOfMemoryError,
@@ -76,6 +82,21 @@ class Doorbell:
     priority: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bells:
+    """Where the ChunkBatches of a route have their doorbells, and which task answers them."""
+
+    route: Route
+    queue: str
+    task: str
+
+
+LOCAL_BELLS = Bells(Route.LOCAL, QUEUE, EMBED_TASK)
+SYNC_BELLS = Bells(Route.OPENAI_SYNC, PROVIDER_QUEUE, REQUEST_TASK)
+BELLS = (LOCAL_BELLS, SYNC_BELLS)
+"""Of route ``openai`` there are none: its ChunkBatches are gathered into ProviderBatches."""
+
+
 def make_celery(settings: Settings) -> Celery:
     """The Celery app, the same for producers, workers, poller and Flower.
 
@@ -86,7 +107,7 @@ def make_celery(settings: Settings) -> Celery:
     app = Celery("chunkmill", broker=kombu_url(url), set_as_current=False)
     app.conf.update(
         task_default_queue=QUEUE,
-        task_queues=[Queue(QUEUE)],
+        task_queues=[Queue(QUEUE), Queue(PROVIDER_QUEUE)],
         task_acks_late=True,
         task_ignore_result=True,
         task_serializer="json",
@@ -149,7 +170,7 @@ class Broker:
             ),
         )
 
-    def queued_doorbells(self) -> dict[int, int]:
+    def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
         """Doorbells waiting in Redis, by priority rank.
 
         Those delivered and not acknowledged do not count: their ChunkBatches are running, or their worker
@@ -157,18 +178,25 @@ class Broker:
         """
         with self.client.pipeline(transaction=False) as pipe:
             for step in PRIORITY_STEPS:
-                pipe.llen(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}")
+                pipe.llen(bells.queue if step == 0 else f"{bells.queue}\x06\x16{step}")
             return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
 
-    def ring(self, doorbells: Iterable[Doorbell]) -> None:
+    def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
         """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
+        self._send(bells.task, bells.queue, ((bell.chunk_batch_id, bell.priority) for bell in doorbells))
+
+    def ring_steps(self, provider_batch_ids: Iterable[int]) -> None:
+        """As ``ring``, for the next steps of ProviderBatches."""
+        self._send(ADVANCE_TASK, PROVIDER_QUEUE, ((each, STEP_PRIORITY) for each in provider_batch_ids))
+
+    def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int]]) -> None:
         with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
-            for bell in doorbells:
+            for number, priority in messages:
                 self.celery.send_task(
-                    EMBED_TASK,
-                    args=[bell.chunk_batch_id],
-                    queue=QUEUE,
-                    priority=bell.priority,
+                    task,
+                    args=[number],
+                    queue=queue,
+                    priority=priority,
                     producer=producer,
                     retry=False,
                     ignore_result=True,

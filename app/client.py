@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
 from app.db.connect import create_db, migrate, require_migrated, store_error
-from app.domain.arguments import as_word, require_name
-from app.domain.chunks import prepare_all
+from app.db.retry import transact
+from app.domain.arguments import as_deadline, as_word, require_name
+from app.domain.chunks import prepare_all, prepare_or_skip
+from app.domain.costs import Costs, CostsBy, Estimate
 from app.domain.doorbells import SMALLEST_WINDOW
 from app.domain.jobs import (
     Attempt,
@@ -33,9 +35,9 @@ from app.domain.jobs import (
     SearchHit,
 )
 from app.domain.planning import DeadChunk
-from app.domain.spaces import OnLong, Precision, SpaceSpec, long_text_for
+from app.domain.providers import OPENAI
+from app.domain.spaces import OnLong, Precision, SpaceSpec
 from app.domain.states import JobState, Priority, Route
-from app.domain.trust import Trust
 from app.enqueueing import MAX_BATCH_BYTES, Enqueueing, EnqueueRequest
 from app.environment import Environment
 from app.errors import (
@@ -43,14 +45,28 @@ from app.errors import (
     InvalidInput,
     JobFailed,
     StoreUnavailable,
-    UnknownModel,
     WaitTimeout,
 )
-from app.ledger import attempts, dead_chunks, dead_retry, embed_requests, jobs
+from app.estimating import EstimateRequest, Estimating
+from app.ledger import (
+    attempts,
+    budget,
+    cancel,
+    charges,
+    dead_chunks,
+    dead_retry,
+    embed_requests,
+    explain,
+    jobs,
+    provider_lanes,
+    routing,
+)
 from app.ledger.dead_chunks import Which
 from app.ledger.doorbells import ring_due
+from app.ledger.explain import Explanation
 from app.ledger.finish import finish_if_done
-from app.models import cut_space, resolve_spec
+from app.ledger.provider_lanes import Lane
+from app.models.asked import asked_spec
 from app.settings import Settings
 from app.vectors import audit as auditing
 from app.vectors import read
@@ -63,6 +79,8 @@ DELETE_STEP = 5_000
 """Chunks deleted in one transaction, which holds up enqueues while it runs."""
 EMBED_STEP = 256
 """Texts of one embed request: bounds the row, and how long a worker holds it."""
+CANCEL_TRIES = 5
+"""Of each of its transactions, which a deadlock or a failover may end; three seconds in all."""
 QUIET_SECONDS = 10.0
 """After a doorbell that failed, ring no more for so long: each try may take seconds to fail."""
 
@@ -126,6 +144,7 @@ class Client:
         on_invalid: Literal["raise", "skip"] = "raise",
         dimensions: int | None = None,
         precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``: any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
 
@@ -142,8 +161,14 @@ class Client:
         ``precision`` is ``float`` or ``int8``. Both make a space of their own. None: ``EMBEDDING_PRECISION``, and of
         ``EMBEDDING_MODEL`` ``EMBEDDING_DIMENSIONS``, of another model what it gives.
 
-        Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`SpaceMismatch` and
-        :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it is back.
+        ``route``: ``local`` workers, ``openai`` (the Batch API: half price, up to 24 h), ``openai-sync`` (plain
+        requests), or ``auto``: the cheapest lane that serves the model's space, is not stopped, and can keep the
+        ``deadline``. That is a datetime with a time zone, a timedelta, or seconds from now; what has not begun when
+        it comes near may move to a dearer lane. :meth:`explain` says what was chosen, and why.
+
+        Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
+        :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it
+        is back.
         """
         require_name("collection", collection)
         route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
@@ -152,9 +177,23 @@ class Client:
             raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
+        due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         space = self._space(model, on_long, dimensions=dimensions, precision=precision)
+        with self._transaction() as conn:
+            choice = routing.decide(conn, self._settings, space.spec, route, due)
+            again = idempotency_key is not None and jobs.is_key_used(conn, idempotency_key)
+            if choice.route.is_paid and not again:
+                budget.require_budget(conn, self._settings)
         request = EnqueueRequest(
-            collection, space, route, priority, on_long, idempotency_key, skip_invalid=on_invalid == "skip"
+            collection,
+            space,
+            route,
+            choice,
+            due,
+            priority,
+            on_long,
+            idempotency_key,
+            skip_invalid=on_invalid == "skip",
         )
         with _store_errors(self._db):
             return self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
@@ -206,11 +245,17 @@ class Client:
             time.sleep(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
 
     def cancel(self, job_id: int) -> Job:
-        """Stop a job: nothing of it starts any more, and workers leave what they are in. Vectors written stay."""
-        with self._transaction() as conn:
-            jobs.get(conn, job_id)
-            jobs.cancel_if_open(conn, job_id)
-            return jobs.get(conn, job_id)
+        """Stop a job: nothing of it starts any more, and workers leave what they are in. Vectors written stay.
+
+        A large job takes seconds, but stops in the first moment; a poller does the rest if this process dies.
+        """
+        with _store_errors(self._db):
+            with self._db.begin() as conn:
+                jobs.get(conn, job_id)
+            transact(self._db, lambda conn: cancel.cancel_if_open(conn, job_id), what="cancel", tries=CANCEL_TRIES)
+            while transact(self._db, lambda conn: cancel.cancel_some(conn, job_id), what="cancel", tries=CANCEL_TRIES):
+                pass
+        return self.job(job_id)
 
     def retry(self, job_id: int) -> Job:
         """Try again what a failed or cancelled job left without a vector. Another job is returned as it is."""
@@ -240,6 +285,70 @@ class Client:
         """The first ChunkBatch of a job that was discarded or, without one, that failed and is tried again."""
         with self._transaction() as conn:
             return attempts.first_failing(conn, job_id)
+
+    # Money and lanes
+
+    def estimate(
+        self,
+        chunks: Iterable[object],
+        *,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        collection: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+    ) -> Estimate:
+        """What :meth:`enqueue` with the same arguments would send, and cost on each lane. Nothing is written.
+
+        Memory stays constant; a temporary table in Postgres holds the hash of each distinct text while this runs.
+        Tokens are counted with the lane's own tokenizer, on this machine. Raises what :meth:`enqueue` does, but for
+        :class:`BudgetExceeded`: the budget is in the answer.
+        """
+        on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
+        if collection is not None:
+            require_name("collection", collection)
+        if on_invalid not in ("raise", "skip"):
+            raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
+        due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
+        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
+        request = EstimateRequest(spec, route, due, on_long, collection)
+        prepared = prepare_all(chunks) if on_invalid == "raise" else prepare_or_skip(chunks)
+        with _store_errors(self._db):
+            return Estimating(self._db, self._settings, request).run(prepared)
+
+    def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:
+        """What was embedded and what it cost, by day, month, model, route or job, since a day of UTC.
+
+        Paid routes as the provider counted; the local one beside them by its engine's time and GPU_HOUR_USD.
+        """
+        by = as_word(CostsBy, by, "by")
+        if since is not None and (isinstance(since, datetime) or not isinstance(since, date)):
+            raise InvalidInput(f"since is {since!r}; it must be a date.")
+        settings = self._settings
+        with self._transaction() as conn:
+            rows = charges.report(conn, by, since=since, gpu_hour_usd=settings.gpu_hour_usd)
+            return Costs(by, since, rows, budget.read(conn, settings))
+
+    def explain(self, job_id: int) -> Explanation:
+        """Why a job is embedded where it is, and what it waits for. Raises :class:`NotFound`."""
+        with self._transaction() as conn:
+            return explain.explain(conn, job_id)
+
+    def lanes(self) -> list[Lane]:
+        """The paid lanes: running, paused, stopped or held, and why."""
+        with self._transaction() as conn:
+            return provider_lanes.lanes(conn)
+
+    def resume_lane(self, route: Route | str) -> bool:
+        """Let a paid lane that was stopped or paused take work again. False: it was neither."""
+        route = as_word(Route, route, "route")
+        if not route.is_paid:
+            raise InvalidInput(f"route is {route.value!r}; the lanes that can stop are openai and openai-sync.")
+        with self._transaction() as conn:
+            return provider_lanes.resume(conn, route)
 
     # The dead list
 
@@ -445,33 +554,21 @@ class Client:
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> spaces.Space:
-        """Register the space of a model that can be read here, or that a worker has registered one of."""
-        settings = self._settings
-        name = settings.embedding_model if model is None else model
-        if dimensions is None and name == settings.embedding_model:
-            dimensions = settings.embedding_dimensions
-        if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):
-            raise InvalidInput(f"dimensions is {dimensions!r}; it must be a whole number.")
-        precise = settings.embedding_precision if precision is None else as_word(Precision, precision, "precision")
-        try:
-            spec = resolve_spec(
-                name,
-                pooling=settings.embedding_pooling,
-                on_long=on_long,
-                dimensions=dimensions,
-                precision=precise,
-                trust=settings.trust,
-            )
-        except UnknownModel:
-            with self._transaction() as conn:
-                named = [space.spec for space in spaces.all_spaces(conn) if space.spec.model == name]
-            wanted = {replace(spec, long_text=long_text_for(on_long), precision=precise) for spec in named}
-            found = _choose(wanted, dimensions, settings.trust)
-            if found is None:
-                raise
-            spec = found
+        """The space that is meant, registered."""
+        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         with self._transaction() as conn:
-            return spaces.register(conn, spec, storage=settings.vector_storage)
+            return spaces.register(conn, spec, storage=self._settings.vector_storage)
+
+    def _spec(
+        self, model: str | None, on_long: OnLong, *, dimensions: int | None, precision: Precision | str | None
+    ) -> SpaceSpec:
+        def registered() -> list[SpaceSpec]:
+            with self._transaction() as conn:
+                return [space.spec for space in spaces.all_spaces(conn)]
+
+        return asked_spec(
+            self._settings, model, on_long=on_long, dimensions=dimensions, precision=precision, registered=registered
+        )
 
     def _take_up(self, job_ids: Iterable[int]) -> None:
         """End the jobs among these that have nothing left to do, and ring for the others."""
@@ -531,23 +628,10 @@ class Client:
                     raise EngineError(f"the worker could not embed: {answer.error}")
                 return answer.vectors
             if time.monotonic() >= deadline:
-                raise WaitTimeout("no worker answered in time. Start one: celery -A workers worker -Q gpu")
+                queue = "openai" if space.spec.provider == OPENAI else "gpu"
+                raise WaitTimeout(f"no worker answered in time. Start one: celery -A workers worker -Q {queue}")
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
-
-
-def _choose(registered: Set[SpaceSpec], dimensions: int | None, trust: Trust) -> SpaceSpec | None:
-    """The space to use of a model whose files are not here, among those that others have registered under its name.
-
-    Without ``dimensions`` that of the longest vectors. None where there is none, or where two revisions are meant.
-    Raises InvalidInput where vectors may not be cut to ``dimensions``.
-    """
-    longest = max((spec.dimensions for spec in registered), default=0)
-    asked = longest if dimensions is None else dimensions
-    meant = [spec for spec in registered if spec.dimensions == asked]
-    if not meant and dimensions is not None:
-        meant = [cut_space(spec, dimensions, trust=trust) for spec in registered if spec.dimensions == longest]
-    return meant[0] if len(meant) == 1 else None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -14,6 +15,7 @@ from app.db.spaces import Space
 from app.domain import planning
 from app.domain.chunks import PreparedChunk, prepare_all, prepare_or_skip
 from app.domain.planning import DeadChunk
+from app.domain.routing import Choice
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
 from app.errors import InvalidChunk
@@ -34,11 +36,13 @@ MAX_WINDOW_BYTES = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class EnqueueRequest:
-    """What the caller asked for, checked."""
+    """What the caller asked for, checked. ``choice`` is the lane, should the job be a new one."""
 
     collection: str
     space: Space
     route: Route
+    choice: Choice
+    deadline: datetime | None
     priority: Priority
     on_long: OnLong
     idempotency_key: str | None
@@ -71,7 +75,7 @@ class Enqueueing:
             if mine:
                 try:
                     if opened.is_new or self._reopen(conn, opened.id):
-                        self._fill(conn, opened.id, collection_id, prepared)
+                        self._fill(conn, opened, collection_id, prepared)
                 finally:
                     _drop_producer_lock(conn, opened.id)
             return opened.id
@@ -96,6 +100,8 @@ class Enqueueing:
                 priority=request.priority,
                 on_long=request.on_long,
                 idempotency_key=request.idempotency_key,
+                choice=request.choice,
+                deadline=request.deadline,
             )
             # In the job's own transaction: a job that can be seen has its producer's lock.
             return collection_id, opened, jobs.hold_producer_lock(conn, opened.id)
@@ -105,21 +111,25 @@ class Enqueueing:
             return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
 
     def _fill(
-        self, conn: sa.Connection, job_id: int, collection_id: int, prepared: Iterable[PreparedChunk | InvalidChunk]
+        self,
+        conn: sa.Connection,
+        opened: jobs.Opened,
+        collection_id: int,
+        prepared: Iterable[PreparedChunk | InvalidChunk],
     ) -> None:
-        for chunks, refused in _windows(prepared, 2 * self._settings.chunk_batch_size, self._settings.enqueue_window):
-            if not self._commit(conn, job_id, collection_id, chunks, refused):
+        for chunks, refused in windows(prepared, 2 * self._settings.chunk_batch_size, self._settings.enqueue_window):
+            if not self._commit(conn, opened, collection_id, chunks, refused):
                 return  # cancelled meanwhile
             self._ring(conn)
         with conn.begin():
-            jobs.seal_if_enqueueing(conn, job_id)
+            jobs.seal_if_enqueueing(conn, opened.id)
         with conn.begin():
-            finish_if_done(conn, job_id, self._request.space)
+            finish_if_done(conn, opened.id, self._request.space)
 
     def _commit(
         self,
         conn: sa.Connection,
-        job_id: int,
+        opened: jobs.Opened,
         collection_id: int,
         chunks: Sequence[PreparedChunk],
         refused: Sequence[DeadChunk],
@@ -132,7 +142,7 @@ class Enqueueing:
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
                 with conn.begin():
-                    return self._commit_window(conn, job_id, collection_id, chunks, refused)
+                    return self._commit_window(conn, opened, collection_id, chunks, refused)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
@@ -142,13 +152,13 @@ class Enqueueing:
     def _commit_window(
         self,
         conn: sa.Connection,
-        job_id: int,
+        opened: jobs.Opened,
         collection_id: int,
         batch: Sequence[PreparedChunk],
         refused: Sequence[DeadChunk],
     ) -> bool:
         """Write one window in the transaction of ``conn``. False: the job is not being enqueued any more."""
-        request, settings = self._request, self._settings
+        request, settings, job_id = self._request, self._settings, opened.id
         chunks = planning.distinct(batch)
         window.stage(conn, chunks.values())
         known = window.known_vectors(conn, request.space)
@@ -160,18 +170,14 @@ class Enqueueing:
         window.add_contents(conn, plan.missing)
         window.merge_chunks(conn, collection_id=collection_id, job_id=job_id)
         common = chunk_batches.Common(
-            job_id,
-            request.space.id,
-            Route.LOCAL if request.route is Route.AUTO else request.route,
-            request.priority.rank,
-            settings.max_attempts,
+            job_id, request.space.id, opened.lane, request.priority.rank, settings.max_attempts
         )
         chunk_batches.add(conn, common, planning.cut(plan.missing, settings.chunk_batch_size, MAX_BATCH_BYTES))
         chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 
 
-def _windows(
+def windows(
     items: Iterable[PreparedChunk | InvalidChunk], first: int, most: int
 ) -> Iterator[tuple[list[PreparedChunk], list[DeadChunk]]]:
     """The chunks, and the skipped ones: ``first`` items, so that workers begin at once, then four times as many each

@@ -12,11 +12,17 @@
     ├── JobFailed             a job ended with chunks that have no vector
     ├── WaitTimeout           the time given to `wait` or `embed` is over
     ├── SpaceMismatch         vectors of one space were about to meet another space
+    ├── BudgetExceeded        the month's budget for paid routes is used up
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres cannot be used as it is (down, not migrated, no pgvector)
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the GPU asked for does not exist, or nothing can compute here
     │   └── DeviceTaken         every GPU has a worker, which may be about to leave
+    ├── ProviderError         a provider of embeddings did not do what it was asked
+    │   ├── ProviderBusy        a limit, which passes by itself
+    │   ├── ProviderSilent      no answer, or a broken one: it may have done it
+    │   ├── ProviderRefused     it will not do this, however often it is asked
+    │   └── ProviderStopped     it will do nothing until somebody pays or mends the key
     └── EngineError           the model could not be loaded or run
         ├── ModelLoadError      files missing, unreadable or of an unsupported kind
         ├── DeviceFailed        the device runs nothing any more, not even a known good text
@@ -101,6 +107,13 @@ class SpaceMismatch(ChunkmillError):
     http_status = 409
 
 
+class BudgetExceeded(ChunkmillError):
+    """The same call succeeds in the next month, or under a higher limit."""
+
+    code = "budget_exceeded"
+    http_status = 402
+
+
 class LeaseLost(ChunkmillError):
     code = "lease_lost"
 
@@ -122,6 +135,50 @@ class DeviceUnavailable(ChunkmillError):
 class DeviceTaken(DeviceUnavailable):
     code = "device_taken"
     retryable = True
+
+
+class ProviderError(ChunkmillError):
+    """Messages hold what the provider said, without keys."""
+
+    code = "provider_error"
+    http_status = 502
+
+
+class ProviderBusy(ProviderError):
+    """``retry_after_s``: what it asked for, None if it did not say."""
+
+    code = "provider_busy"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class ProviderSilent(ProviderError):
+    code = "provider_silent"
+    retryable = True
+
+
+class ProviderRefused(ProviderError):
+    """``status`` is HTTP's, ``provider_code`` the provider's word for it."""
+
+    code = "provider_refused"
+
+    def __init__(self, message: str, *, status: int, provider_code: str) -> None:
+        self.status = status
+        self.provider_code = provider_code
+        super().__init__(message)
+
+
+class ProviderStopped(ProviderError):
+    """``provider_code`` is ``insufficient_quota``, or says what is wrong with the key."""
+
+    code = "provider_stopped"
+
+    def __init__(self, message: str, *, provider_code: str) -> None:
+        self.provider_code = provider_code
+        super().__init__(message)
 
 
 class EngineError(ChunkmillError):

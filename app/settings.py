@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from app.domain.spaces import Pooling, Precision
 from app.domain.trust import Trust
 from app.errors import InvalidSetting
+from app.provider_settings import ProviderSettings
 
 
 def _psycopg_url(url: str) -> str:
@@ -64,7 +65,7 @@ def _names(given: object) -> object:
 ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 
 
-class Settings(BaseSettings):
+class Settings(ProviderSettings):
     """Each field's upper-case name is its environment variable; the README's table is made from here."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
@@ -144,7 +145,13 @@ class Settings(BaseSettings):
         description="A worker silent for this long loses its ChunkBatch. Renewed three times as often.",
     )
     step_deadline_seconds: float = Field(
-        120.0, gt=0, description="A forward pass that takes longer hangs: the worker ends (70), for another to start."
+        120.0,
+        gt=0,
+        description="A forward pass or a call of the tokenizer that takes longer hangs: the worker ends (70), for "
+        "another to start.",
+    )
+    load_deadline_seconds: float = Field(
+        1800.0, gt=0, description="The same for the load of a model that a job names, its download included."
     )
     stall_seconds: float = Field(
         120.0, gt=0, description="An idle worker that no doorbell reaches for so long, while some wait, ends (70)."

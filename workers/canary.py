@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Final
@@ -94,8 +96,8 @@ def _gate(mine: str, reference: str) -> float:
 class CanaryCheck:
     """Compares each engine with each space it is to serve, once, for one worker process."""
 
-    def __init__(self, db: sa.Engine, worker: str) -> None:
-        self._db = db
+    def __init__(self, begin: Callable[[], AbstractContextManager[sa.Connection]], worker: str) -> None:
+        self._begin = begin
         self._worker = worker
         self._passed: WeakKeyDictionary[Engine, set[int]] = WeakKeyDictionary()
         self._mutex = threading.Lock()
@@ -112,7 +114,7 @@ class CanaryCheck:
         name = f"space {space.spec.fingerprint[:12]} ({space.spec.model!r})"
         again = f"forget it with `chunkmill models canary --reset {space.spec.fingerprint[:12]}`"
         try:
-            with self._db.begin() as conn:
+            with self._begin() as conn:
                 reference = canaries.find_or_keep(conn, space.id, VERSION, mine)
         except ValueError:
             raise CanaryFailed(

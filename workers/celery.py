@@ -13,9 +13,10 @@ import click
 from celery import signals
 from click.core import ParameterSource
 
-from app.broker import Broker, make_celery
+from app.broker import PROVIDER_QUEUE, QUEUE, Broker, make_celery
 from app.environment import Environment
 from app.errors import ChunkmillError
+from app.settings import Settings
 from app.telemetry.logging import configure
 from workers import tasks
 
@@ -56,13 +57,24 @@ def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
-def _claim_device(instance: Any = None, **_: Any) -> None:
+def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any) -> None:
+    """What the worker is for follows from its queues, and its name from what it works with."""
+    chosen = (options or {}).get("queues") or [QUEUE]
+    _state["queues"] = set(chosen.split(",") if isinstance(chosen, str) else chosen)
+    _state["settings"] = environment.settings
+    configure()
+    if QUEUE in _state["queues"]:
+        _claim_device(instance)
+    elif instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
+        instance.hostname = f"{PROVIDER_QUEUE}@{socket.gethostname()}"
+
+
+def _claim_device(instance: Any) -> None:
     """Take a GPU and set threads before torch is imported; name the worker after it: two on a host need two names."""
     from workers.gpu import claim_device
     from workers.tuned import process_settings, use_threads
 
     settings = environment.settings
-    configure()
     with _fatal_errors():
         claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
         settings = process_settings(settings, claimed.device)
@@ -74,32 +86,60 @@ def _claim_device(instance: Any = None, **_: Any) -> None:
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
-    from workers.context import WorkerContext
     from workers.drain import Drain
-    from workers.embed_requests import EmbedRequestLane
 
-    device, settings = _state["device"].device, _state["settings"]
+    settings, queues = _state["settings"], _state["queues"]
     # Celery has put the configuration's number here by now, or that of -c, which stays.
     command = click.get_current_context(silent=True)
     if command is not None and command.get_parameter_source("concurrency") is not ParameterSource.COMMANDLINE:
-        sender.concurrency = settings.embedding_parallel_batches
+        tasks_at_a_time = {
+            QUEUE: settings.embedding_parallel_batches,
+            PROVIDER_QUEUE: settings.openai_parallel_requests,
+        }
+        sender.concurrency = sum(n for queue, n in tasks_at_a_time.items() if queue in queues) or 1
+    contexts, lanes = [], []
+    with _fatal_errors():
+        for queue, start in ((QUEUE, _start_local), (PROVIDER_QUEUE, _start_provider)):
+            if queue in queues:
+                context, lane = start(settings)
+                contexts.append(context)
+                lanes.append(lane)
+    for lane in lanes:
+        lane.start()
+    _state["contexts"], _state["lanes"], _state["drain"] = contexts, lanes, Drain(contexts)
+
+
+def _start_local(settings: Settings) -> tuple[Any, Any]:
+    from workers.context import WorkerContext
+    from workers.embed_requests import EmbedRequestLane
+
+    device = _state["device"].device
     if device == "cpu":
         logger.info("no GPU in use: embedding on the CPU")
-    with _fatal_errors():
-        context = WorkerContext.start(settings, device)
-    lane = EmbedRequestLane(context)
-    lane.start()
-    _state["context"], _state["lane"], _state["drain"] = context, lane, Drain(context)
+    context = _state["local"] = WorkerContext.start(settings, device)
+    return context, EmbedRequestLane(context)
+
+
+def _start_provider(settings: Settings) -> tuple[Any, Any]:
+    from workers.provider.context import ProviderContext
+    from workers.provider.waiting import WaitingLane
+
+    context = ProviderContext.start(settings)
+    logger.info("paid routes: %s", context.provider.server)
+    return context, WaitingLane(context)
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
 def _watch(**_: Any) -> None:
     """Not before the worker takes work: until then a hang is the start's, and a notice finds nothing to save."""
     from workers.preemption import PreemptionWatcher
-    from workers.watchdog import Watchdog
 
     settings, drain = _state["settings"], _state["drain"]
-    _state["watchers"] = [Watchdog(_state["context"], Broker.connect(settings), drain)]
+    _state["watchers"] = []
+    if "local" in _state:
+        from workers.watchdog import Watchdog
+
+        _state["watchers"].append(Watchdog(_state["local"], Broker.connect(settings), drain))
     if watcher := PreemptionWatcher.from_settings(settings, lambda _: drain.tell_itself()):
         _state["watchers"].append(watcher)
     for thread in _state["watchers"]:
@@ -118,11 +158,13 @@ def _close(**_: Any) -> None:
 
     for thread in _state.get("watchers", []):
         thread.stop()
-    if "context" not in _state:
+    if "contexts" not in _state:
         return
-    _state["lane"].stop()
-    _state["context"].close()
-    if _state["context"].stopping.is_set():
+    for lane in _state["lanes"]:
+        lane.stop()
+    for context in _state["contexts"]:
+        context.close()
+    if any(context.stopping.is_set() for context in _state["contexts"]):
         # Drained: nothing is held any more. Python's own end takes seconds with a model in memory, which a machine
         # that is being taken does not have, and Redis may be away when Celery says good-bye.
         leave(os.EX_OK)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -46,7 +47,7 @@ class WorkerContext:
     _current: ClassVar[WorkerContext | None] = None
 
     def __post_init__(self) -> None:
-        self._canary = CanaryCheck(self.db, self.name)
+        self._canary = CanaryCheck(self.begin, self.name)
 
     @classmethod
     def start(cls, settings: Settings, device: str) -> WorkerContext:
@@ -92,7 +93,14 @@ class WorkerContext:
 
         With ``give_up``, no longer than until the worker is told to go.
         """
-        return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
+        with self.leases.at_postgres():
+            return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction that is run once."""
+        with self.leases.at_postgres(), self.db.begin() as conn:
+            yield conn
 
     def close(self) -> None:
         self.leases.stop()

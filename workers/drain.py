@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
 
-from app.ledger import chunk_batches
-from workers.context import WorkerContext
+import sqlalchemy as sa
+
+from app.ledger import chunk_batches, provider_batches
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,19 @@ SECOND_TIME = 128 + 15
 """Exit code of a process ended by SIGTERM."""
 
 
+class Leaver(Protocol):
+    """What a worker on either queue has."""
+
+    db: sa.Engine
+    name: str
+    stopping: threading.Event
+
+
 class Drain:
     """Tasks stop at their next TokenBatch, commit what they have and give their ChunkBatches back, uncharged."""
 
-    def __init__(self, context: WorkerContext) -> None:
-        self._context = context
+    def __init__(self, contexts: Sequence[Leaver]) -> None:
+        self._contexts = contexts
         self._begun = self._told_itself = False
         self._reader, self._writer = os.pipe()
         threading.Thread(target=self._run, name="drain", daemon=True).start()
@@ -54,7 +63,8 @@ class Drain:
 
     def _run(self) -> None:
         os.read(self._reader, 1)
-        self._context.stopping.set()
+        for context in self._contexts:
+            context.stopping.set()
         logger.info("draining: tasks stop after their TokenBatch and release their leases")
         time.sleep(LIMIT_S)  # a worker that is done sooner ends without this thread
         logger.warning("not done %g s after the notice: giving back what is held, and leaving", LIMIT_S)
@@ -62,8 +72,10 @@ class Drain:
         leave(0)
 
     def _give_back(self) -> None:
-        with self._context.db.begin() as conn:
-            given = chunk_batches.release_all(conn, self._context.name)
+        context = self._contexts[0]  # all of a process have one name
+        with context.db.begin() as conn:
+            given = chunk_batches.release_all(conn, context.name)
+            provider_batches.release_all(conn, context.name)
         logger.info("gave back %s ChunkBatches", given)
 
 

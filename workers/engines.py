@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 import time
+import weakref
 from collections import OrderedDict
 
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ from app.errors import InvalidSetting, ModelLoadError, SpaceMismatch, TokenizerM
 from app.models import ModelFolder, resolve_model
 from app.settings import Settings
 from workers.engine.engine import Engine
+from workers.engine.under_way import UnderWay
 from workers.tuned import load_engine, machine_for
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ class Engines:
         self._device = device
         self._machine = machine_for(device)
         self._engines: OrderedDict[tuple[str, Precision], Engine] = OrderedDict()
+        self._living: weakref.WeakSet[Engine] = weakref.WeakSet()
+        """Those that made room as well, while somebody is still in them."""
+        self.loads = UnderWay()
+        """Models that are fetched and read."""
         self._unserved: dict[int, float] = {}
         self._mutex = threading.Lock()
         self._loading = threading.Lock()
@@ -60,7 +66,10 @@ class Engines:
             engine = self._find(space)
             if engine is None:
                 with self._loading:  # loading takes seconds; engines that are there go on meanwhile
-                    engine = self._find(space) or self._load(space.spec.model, self._read_for(space))
+                    engine = self._find(space)
+                    if engine is None:
+                        with self.loads.step():
+                            engine = self._load(space.spec.model, self._read_for(space))
             space.require_fingerprint(_made_for(engine, space))
         except (UnknownModel, InvalidSetting, ModelLoadError, TokenizerMismatch, SpaceMismatch):
             self.leave(space)
@@ -82,11 +91,18 @@ class Engines:
         with self._mutex:
             return [space_id for space_id, until in self._unserved.items() if until > now]
 
-    def longest_pass(self) -> float:
-        """Seconds since the start of the forward pass that has been under way longest; 0.0 for none."""
+    def longest_step(self) -> tuple[float, str]:
+        """Seconds since the start of the forward pass or call of a tokenizer that has been under way longest, and which
+        it is; 0.0 for none."""
+        return max(((step.longest(), what) for what, step in self._steps()), default=(0.0, ""))
+
+    def quiet(self) -> float:
+        """Seconds since anything of any engine ended, a load too; 0.0 while something is under way."""
+        return min(step.quiet() for step in [self.loads, *(step for _, step in self._steps())])
+
+    def _steps(self) -> list[tuple[str, UnderWay]]:
         with self._mutex:
-            engines = list(self._engines.values())
-        return max((engine.longest_pass() for engine in engines), default=0.0)
+            return [step for engine in self._living for step in engine.steps.items()]
 
     def _find(self, space: Space) -> Engine | None:
         with self._mutex:
@@ -114,6 +130,7 @@ class Engines:
         engine = load_engine(self._settings, folder, self._device, self._machine)
         with self._mutex:
             self._engines[model, precision] = engine
+            self._living.add(engine)
         logger.info(
             "loaded %s on %s: %s in %s, %s tokens per forward pass",
             model, engine.device, engine.backend, engine.dtype, engine.batch_tokens,

@@ -1,10 +1,11 @@
-"""One thread renews all leases of a process, and says which are lost."""
+"""One thread renews all leases of a process, and says which are lost; the watchdog sees here which stand still."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -23,6 +24,11 @@ class HeldLease:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.lost = threading.Event()
+        self.moved_at: float | None = time.monotonic()
+        """When its thread last got a step further, on the process's own clock; None while it waits for Postgres."""
+
+    def moved(self) -> None:
+        self.moved_at = time.monotonic()
 
     def check(self) -> None:
         """Raise :class:`LeaseLost` at a stage boundary when another worker has the ChunkBatch now."""
@@ -41,6 +47,7 @@ class LeaseKeeper:
         self._lease_seconds = lease_seconds
         self._held: dict[int, HeldLease] = {}
         self._mutex = threading.Lock()
+        self._mine = threading.local()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
 
@@ -56,12 +63,34 @@ class LeaseKeeper:
         held = HeldLease(lease)
         with self._mutex:
             self._held[lease.chunk_batch_id] = held
+        self._mine.held = held
         try:
             yield held
         finally:
+            self._mine.held = None
             with self._mutex:
                 if self._held.get(lease.chunk_batch_id) is held:
                     del self._held[lease.chunk_batch_id]
+
+    @contextlib.contextmanager
+    def at_postgres(self) -> Iterator[None]:
+        """What this thread holds, if anything, does not stand still meanwhile: Postgres is waited for."""
+        held: HeldLease | None = getattr(self._mine, "held", None)
+        if held is None:
+            yield
+            return
+        held.moved_at = None
+        try:
+            yield
+        finally:
+            held.moved()
+
+    def stillest(self) -> tuple[float, int]:
+        """Seconds since the last step of the ChunkBatch that has stood still longest, and its id; 0.0 for none."""
+        with self._mutex:
+            held = [(each.moved_at, chunk_batch_id) for chunk_batch_id, each in self._held.items()]
+        now = time.monotonic()
+        return max(((now - at, chunk_batch_id) for at, chunk_batch_id in held if at is not None), default=(0.0, 0))
 
     def _run(self) -> None:
         pause = self._lease_seconds / 3

@@ -142,6 +142,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
     for result in engine.stream(texts, on_long=lease.on_long, stop=context.stopping.is_set):
+        held.moved()
         attempt.take(result)
         held.check()
         if attempt.pending_rows >= FLUSH_ROWS or time.monotonic() - flushed_at >= FLUSH_SECONDS:
@@ -157,7 +158,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
 def _finish(context: WorkerContext, lease: Lease) -> None:
     """Once: the poller ends jobs too, and the anti-join of a large one may be more than Postgres allows a worker."""
     try:
-        with context.db.begin() as conn:
+        with context.begin() as conn:
             finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
     except Exception as error:
         if not is_transient(error):

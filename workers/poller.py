@@ -14,13 +14,17 @@ from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
 from app.db.retry import is_transient
 from app.domain.doorbells import HURRY, DoorbellWindow
-from app.ledger import deaths, rescue
+from app.ledger import cancel, deaths, rescue
 from app.ledger.deaths import TakenBack
 from app.ledger.doorbells import ring_due
 from app.ledger.finish import finish_if_done
 from app.settings import Settings
+from workers.provider.rounds import ProviderRounds
 
 logger = logging.getLogger(__name__)
+
+CANCELS_SECONDS = 10.0
+"""Between two looks for cancels that were left behind. Each passes over all jobs that were ever cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Poller:
         """After an outage of Postgres live workers come first, to renew what ran out while nobody could."""
         self._window = DoorbellWindow.smallest(settings.doorbell_window)
         self._looked_at = -math.inf
+        self._cancels_at = -math.inf
+        self._provider = ProviderRounds(db, broker, settings)
 
     def run(self, stop: threading.Event) -> None:
         """Rounds until ``stop``. Postgres or Redis being away is logged once, and the next round tries again."""
@@ -82,10 +88,18 @@ class Poller:
             taken = TakenBack() if patient else deaths.take_back_expired(conn)
             abandoned = rescue.fail_abandoned(conn)
             rescue.drop_old_requests(conn)
-        rung = self._ring()
+        self._go_on_cancelling()
+        rung = self._ring() + self._provider.round()
         # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
         finished = self._finish_jobs()
         return Round(taken, finished, len(abandoned), rung)
+
+    def _go_on_cancelling(self) -> None:
+        """A slice a round, while there is one."""
+        if time.monotonic() >= self._cancels_at:
+            with self._db.begin() as conn:
+                left = cancel.cancel_some_left_behind(conn)
+            self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
 
     def _ring(self) -> int:
         settings = self._settings

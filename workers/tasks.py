@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celery import Celery
 
-from app.broker import EMBED_TASK
+from app.broker import ADVANCE_TASK, EMBED_TASK, REQUEST_TASK
 
 
 def register(app: Celery) -> None:
@@ -17,3 +17,17 @@ def register(app: Celery) -> None:
         from workers.pipeline import run_chunk_batch
 
         run_chunk_batch(WorkerContext.current(), int(chunk_batch_id))
+
+    @app.task(name=REQUEST_TASK)  # type: ignore[untyped-decorator]
+    def request_chunk_batch(chunk_batch_id: int) -> None:
+        from workers.provider.context import ProviderContext
+        from workers.provider.plain import request_chunk_batch
+
+        request_chunk_batch(ProviderContext.current(), int(chunk_batch_id))
+
+    @app.task(name=ADVANCE_TASK)  # type: ignore[untyped-decorator]
+    def advance_provider_batch(provider_batch_id: int) -> None:
+        from workers.provider.context import ProviderContext
+        from workers.provider.steps import advance_provider_batch
+
+        advance_provider_batch(ProviderContext.current(), int(provider_batch_id))

@@ -1,4 +1,5 @@
-"""Ends a worker that hangs: a device step past its deadline, a broken device, or doorbells that it does not answer.
+"""Ends a worker that hangs: a step past its deadline, a ChunkBatch that stands still, a broken device, or doorbells
+that it does not answer.
 
 What it held is taken back as from a dead worker, for the work may be what killed it, and a supervisor starts another
 process (exit code 70).
@@ -44,17 +45,36 @@ class Watchdog(threading.Thread):
                 logger.warning("the supervisor of this worker is gone: leaving too")
                 self._drain.tell_itself()
                 continue
-            evidence = self._broken_device() or self._long_step() or self._unanswered_doorbells()
-            if evidence:
+            if evidence := self.look():
                 self._end(evidence)
 
-    def _broken_device(self) -> str | None:
-        return self._context.broken
+    def look(self) -> str | None:
+        """What is wrong with this worker, if anything."""
+        return self._context.broken or self._long_step() or self._still_lease() or self._unanswered_doorbells()
 
     def _long_step(self) -> str | None:
-        seconds = self._context.engines.longest_pass()
-        limit = self._context.settings.step_deadline_seconds
-        return f"a forward pass takes {seconds:.0f} s, more than STEP_DEADLINE_SECONDS" if seconds > limit else None
+        """Of the engine's own steps, each is a matter of seconds but the load of a model, which may come over a slow
+        line."""
+        engines, settings = self._context.engines, self._context.settings
+        seconds, what = engines.longest_step()
+        if seconds > settings.step_deadline_seconds:
+            return f"{what} takes {seconds:.0f} s, more than STEP_DEADLINE_SECONDS"
+        seconds = engines.loads.longest()
+        if seconds > settings.load_deadline_seconds:
+            return f"the load of a model takes {seconds:.0f} s, more than LOAD_DEADLINE_SECONDS"
+        return None
+
+    def _still_lease(self) -> str | None:
+        """A thread that waits for what nobody is doing. One that waits for Postgres, or behind others while the engines
+        get on, is none."""
+        seconds, chunk_batch_id = self._context.leases.stillest()
+        seconds = min(seconds, self._context.engines.quiet())
+        if seconds <= self._context.settings.step_deadline_seconds:
+            return None
+        return (
+            f"ChunkBatch {chunk_batch_id} has stood still for {seconds:.0f} s with nothing under way in the engine, "
+            "more than STEP_DEADLINE_SECONDS"
+        )
 
     def _unanswered_doorbells(self) -> str | None:
         """Doorbells wait, this worker is idle, and none has reached it for long: it no longer consumes."""

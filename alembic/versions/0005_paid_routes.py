@@ -188,8 +188,9 @@ def _create_tables() -> None:
         count("request_no"),
         count("position"),
         sa.Column("n_tokens", integer(), nullable=False),
+        sa.Column("sent_tokens", integer(), nullable=False),
         sa.Column("truncated", sa.Boolean(), nullable=False),
-        sa.Column("window_tokens", postgresql.ARRAY(integer())),
+        sa.Column("weights", postgresql.ARRAY(integer())),
         sa.PrimaryKeyConstraint("space_id", "content_hash", name=op.f("pk_provider_inputs")),
     )
     op.create_index(op.f("ix_provider_inputs_chunk_batch_id"), "provider_inputs", ["chunk_batch_id"])

@@ -32,6 +32,10 @@ SECTIONS = {
         "retry": ("jobs", "Try again what a job left without a vector."),
         "dead": ("dead", "Chunks without a vector: list, show, retry or drop."),
     },
+    "Paid routes": {
+        "cost": ("costs", "What was embedded and what it cost, beside local work."),
+        "lanes": ("lanes", "What paid lanes do or wait for; resume one."),
+    },
     "Collections": {
         "search": ("search", "The chunks nearest to a query."),
         "audit": ("search", "Has every chunk of a collection its vector?"),

@@ -14,6 +14,8 @@ from app.db import spaces
 from app.db.connect import create_db, migration_level, unreachable_message
 from app.db.spaces import Space
 from app.errors import StoreUnavailable
+from app.ledger import provider_lanes
+from app.ledger.provider_lanes import Lane
 from app.settings import Settings
 
 LOOKED_FOR = ("chunkmill-worker", "chunkmill-poller")
@@ -32,6 +34,8 @@ class Database:
     poller_connections: int
     open_jobs: int | None
     """None before the first migration."""
+    lanes: tuple[Lane, ...]
+    """The paid ones; none before the migration that has them."""
     clock_ahead: float
     """Seconds by which its clock is ahead of this machine's, to half a round trip."""
 
@@ -139,7 +143,7 @@ def _database(conn: sa.Connection) -> Database:
             "SELECT current_setting('server_version') AS version, "
             "(SELECT extversion FROM pg_extension WHERE extname = 'vector') AS installed, "
             "(SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS available, "
-            "to_regclass('jobs') IS NOT NULL AS has_jobs"
+            "to_regclass('jobs') IS NOT NULL AS has_jobs, to_regclass('provider_lanes') IS NOT NULL AS has_lanes"
         )
     ).one()
     names = sa.text(
@@ -152,6 +156,7 @@ def _database(conn: sa.Connection) -> Database:
         query = sa.text("SELECT count(*) FROM jobs WHERE state IN ('enqueueing', 'running')")
         open_jobs = conn.execute(query).scalar_one()
     current, head = migration_level(conn)
+    lanes = tuple(provider_lanes.lanes(conn)) if facts.has_lanes else ()
     return Database(
         version=facts.version.split()[0],
         pgvector=facts.installed,
@@ -161,5 +166,6 @@ def _database(conn: sa.Connection) -> Database:
         worker_connections=connected.get("chunkmill-worker", 0),
         poller_connections=connected.get("chunkmill-poller", 0),
         open_jobs=open_jobs,
+        lanes=lanes,
         clock_ahead=ahead,
     )

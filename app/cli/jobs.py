@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import click
 
 from app.cli.attempts import attempt_totals, show_attempts
+from app.cli.costs import show_estimate
 from app.cli.inspect import look_at_database
+from app.cli.lanes import lane_facts, show_explanation
 from app.cli.output import Screen, count, duration, json_option
 from app.cli.progress import Bar, Pace
 from app.cli.sources import Fields, Reader
@@ -23,6 +27,24 @@ from app.errors import InvalidChunk, InvalidInput, JobFailed
 
 JOB_FAILED = 4
 """Exit code: the job ended with chunks that have no vector."""
+
+
+class Deadline(click.ParamType[datetime | timedelta]):
+    """A moment with its time zone, or a span such as `90m`, `36h` or `2d`."""
+
+    name = "deadline"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> datetime | timedelta:
+        if isinstance(value, datetime | timedelta):
+            return value
+        if span := re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([smhd])", str(value)):
+            unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[span[2]]
+            return timedelta(**{unit: float(span[1])})
+        try:
+            moment = datetime.fromisoformat(str(value))
+        except ValueError:
+            self.fail("it must be a span such as 36h, or a moment such as 2027-01-31T18:00+00:00", param, ctx)
+        return moment.astimezone() if moment.tzinfo is None else moment
 
 
 @click.command()
@@ -62,6 +84,13 @@ JOB_FAILED = 4
 )
 @click.option("--id-field", default="id", show_default=True)
 @click.option("--text-field", default="text", show_default=True)
+@click.option(
+    "--deadline",
+    type=Deadline(),
+    metavar="WHEN",
+    help="When it must be done: 90m, 36h, 2d, or a moment such as 2027-01-31T18:00. Route auto keeps to it.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what it would send and cost on each lane, and write nothing.")
 @click.option("--wait/--no-wait", default=None, help="Wait for the job to end.  [default: on a terminal]")
 @json_option
 @click.pass_obj
@@ -72,6 +101,7 @@ def enqueue(
     on_invalid: Literal["raise", "skip"],
     id_field: str,
     text_field: str,
+    dry_run: bool,
     wait: bool | None,
     **options: Any,
 ) -> None:
@@ -86,14 +116,21 @@ def enqueue(
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:
             try:
-                job = client.enqueue(_counted(reader, bar), on_invalid=on_invalid, **options)
+                if dry_run:
+                    del options["priority"], options["idempotency_key"]
+                    estimate = client.estimate(_counted(reader, bar), on_invalid=on_invalid, **options)
+                else:
+                    job = client.enqueue(_counted(reader, bar), on_invalid=on_invalid, **options)
             except InvalidChunk as error:
                 # The reader stands where the refused chunk came from: the client checks each as it comes.
                 raise InvalidInput(
                     f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written; mend the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
-        finish(screen, client, job, wait=screen.out.is_terminal if wait is None else wait)
+        if dry_run:
+            show_estimate(screen, estimate)
+        else:
+            finish(screen, client, job, wait=screen.out.is_terminal if wait is None else wait)
 
 
 @click.command()
@@ -119,13 +156,14 @@ def jobs(screen: Screen, limit: int) -> None:
 @click.argument("job_id", metavar="ID", type=click.IntRange(1))
 @click.option("--dead", is_flag=True, help="List the dead chunks with their reasons.")
 @click.option("--attempts", is_flag=True, help="List the attempts that did not complete, and what they cost.")
+@click.option("--explain", is_flag=True, help="Say why it is embedded where it is, and what it waits for.")
 @click.option("--wait", is_flag=True, help="Wait for the job to end.")
 @json_option
 @click.pass_obj
-def job(screen: Screen, job_id: int, dead: bool, attempts: bool, wait: bool) -> None:
+def job(screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, wait: bool) -> None:
     """One job: its state, its counts and its dead chunks. Exits with 4 when it failed."""
     with Client.from_env() as client:
-        finish(screen, client, client.job(job_id), wait=wait, dead=dead, attempts=attempts)
+        finish(screen, client, client.job(job_id), wait=wait, dead=dead, attempts=attempts, explain=explain)
 
 
 @click.command()
@@ -149,13 +187,22 @@ def retry(screen: Screen, job_id: int, wait: bool) -> None:
         finish(screen, client, client.retry(job_id), wait=wait)
 
 
-def finish(screen: Screen, client: Client, job: Job, *, wait: bool, dead: bool = False, attempts: bool = False) -> None:
+def finish(
+    screen: Screen,
+    client: Client,
+    job: Job,
+    *,
+    wait: bool,
+    dead: bool = False,
+    attempts: bool = False,
+    explain: bool = False,
+) -> None:
     """Wait for the job if asked, show it, and exit with 4 if it failed."""
     if wait:
         job = waited(screen, client, job)
     if dead:
         job = replace(job, dead_chunks=tuple(client.dead_chunks(job.id)))
-    show_job(screen, client, job, dead=dead, attempts=attempts)
+    show_job(screen, client, job, dead=dead, attempts=attempts, explain=explain)
     if job.state is JobState.FAILED:
         screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
         raise SystemExit(JOB_FAILED)
@@ -193,13 +240,18 @@ def job_facts(job: Job) -> dict[str, object]:
     return asdict(job) | {"progress": round(job.progress, 4)}
 
 
-def show_job(screen: Screen, client: Client, job: Job, *, dead: bool = False, attempts: bool = False) -> None:
+def show_job(
+    screen: Screen, client: Client, job: Job, *, dead: bool = False, attempts: bool = False, explain: bool = False
+) -> None:
     failing = client.failing(job.id)
     booked = client.attempts(job.id) if attempts else []
     if screen.json:
         document = job_facts(job) | {"failing": failing and asdict(failing)}
         if attempts:
             document |= {"attempts": [asdict(each) for each in booked], "attempt_totals": attempt_totals(booked)}
+        if explain:
+            told = client.explain(job.id)
+            document |= {"explanation": asdict(told) | {"lanes": [lane_facts(lane) for lane in told.lanes]}}
         screen.document(document)
         return
     facts: dict[str, object] = {
@@ -232,6 +284,8 @@ def show_job(screen: Screen, client: Client, job: Job, *, dead: bool = False, at
         screen.hint(f"Why chunks are dead: chunkmill job {job.id} --dead")
     if attempts:
         show_attempts(screen, booked)
+    if explain:
+        show_explanation(screen, client.explain(job.id))
     if not job.state.is_final:
         screen.hint(f"Follow it: chunkmill job {job.id} --wait")
 

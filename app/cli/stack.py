@@ -6,6 +6,7 @@ import click
 from alembic.util import CommandError
 
 from app.cli.inspect import Live, look, look_at_database
+from app.cli.lanes import lane_facts, lane_lines
 from app.cli.output import Screen, count, json_option, masked
 from app.db.connect import migrate as run_migrations
 from app.embedded import Stack, StackStatus
@@ -150,6 +151,7 @@ def _live_facts(live: Live) -> dict[str, object]:
             "worker_connections": live.database.worker_connections,
             "poller_connections": live.database.poller_connections,
             "open_jobs": live.database.open_jobs,
+            "lanes": [lane_facts(lane) for lane in live.database.lanes],
         }
     broker: dict[str, object] = {"error": live.redis_error}
     if live.redis_error is None:
@@ -170,6 +172,7 @@ def _show_live(screen: Screen, live: Live) -> None:
         shown["workers"] = _connected(database.worker_connections, "chunkmill worker")
         shown["pollers"] = _connected(database.poller_connections, "chunkmill poller")
         shown["open jobs"] = database.open_jobs
+        shown |= lane_lines(database.lanes)
     if live.redis_error:
         shown["Redis"] = live.redis_error
     else:

@@ -116,9 +116,11 @@ class ProviderInputRow(Base):
     position: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_tokens: Mapped[int] = mapped_column(sa.Integer)
     """Of the whole text."""
+    sent_tokens: Mapped[int] = mapped_column(sa.Integer)
+    """Of what is sent of it, and is paid for."""
     truncated: Mapped[bool] = mapped_column(sa.Boolean)
-    window_tokens: Mapped[list[int] | None] = mapped_column(ARRAY(sa.Integer))
-    """Of a split text: the tokens of each window, which are as many inputs of its request."""
+    weights: Mapped[list[int] | None] = mapped_column(ARRAY(sa.Integer))
+    """Of a split text: what each window's vector counts for; its windows are as many inputs of its request."""
 
     __table_args__ = (
         sa.Index(None, "provider_batch_id", "request_no", "position"),

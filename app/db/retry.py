@@ -46,11 +46,13 @@ def transact(
     *,
     what: str,
     give_up: threading.Event | None = None,
+    tries: int | None = None,
 ) -> T:
     """Run ``work`` in a transaction of its own, and again while Postgres cannot take it, with growing pauses.
 
     ``work`` must change nothing but the database, and be right when it is run after a commit whose answer was lost.
-    ``what`` is for the log. Raises what is not :func:`is_transient`, and once ``give_up`` is set the last error.
+    ``what`` is for the log. Raises what is not :func:`is_transient`, and the last error once ``give_up`` is set or all
+    ``tries`` have failed.
     """
     event = give_up or threading.Event()
     failures = 0
@@ -59,9 +61,9 @@ def transact(
             with db.begin() as conn:
                 result = work(conn)
         except Exception as error:
-            if not is_transient(error) or event.is_set():
-                raise
             failures += 1
+            if not is_transient(error) or event.is_set() or failures == tries:
+                raise
             if failures == 1:
                 logger.warning("%s: Postgres did not take it (%s); trying again until it does", what, refusal(error))
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 10))

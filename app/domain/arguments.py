@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TypeVar
 
@@ -18,6 +19,28 @@ def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
     except ValueError:
         kind = UnknownRoute if words is Route else InvalidInput
         raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(map(str, words))}.") from None
+
+
+def as_deadline(given: object, now: datetime) -> datetime:
+    """A moment with its time zone, or so long from ``now``: a timedelta, or seconds. Raises :class:`InvalidInput`."""
+    if isinstance(given, datetime):
+        if given.tzinfo is None:
+            raise InvalidInput(
+                f"deadline is {given.isoformat(sep=' ')} without a time zone; give it one, such as tzinfo=UTC."
+            )
+        deadline = given
+    elif isinstance(given, timedelta | int | float) and not isinstance(given, bool):
+        try:
+            deadline = now + (given if isinstance(given, timedelta) else timedelta(seconds=given))
+        except (OverflowError, ValueError):
+            raise InvalidInput(f"deadline is {given!r}; it must be a moment that the calendar has.") from None
+    else:
+        raise InvalidInput(
+            f"deadline is {given!r}; it must be a datetime with a time zone, a timedelta, or a number of seconds."
+        )
+    if deadline <= now:
+        raise InvalidInput(f"deadline {deadline.isoformat(sep=' ', timespec='seconds')} is past; give a later one.")
+    return deadline
 
 
 def require_name(argument: str, name: object) -> None:

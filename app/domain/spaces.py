@@ -16,6 +16,8 @@ class Pooling(StrEnum):
     LAST_TOKEN = "last_token"  # noqa: S105 - a pooling mode, not a password
     MAX = "max"
     MEAN_SQRT_LEN = "mean_sqrt_len"
+    PROVIDER = "provider"
+    """A provider's own, which it does not tell."""
 
 
 class Precision(StrEnum):
@@ -56,7 +58,7 @@ class LongText(StrEnum):
 
     TRUNCATE = "truncate"
     SPLIT = "split-overlap-8"
-    """As few windows as hold the text, each repeating an eighth of a window's room: ``workers.engine.windows``."""
+    """As few windows as hold the text, each repeating an eighth of a window's room: ``app.domain.windows``."""
     SPLIT_APART = "split"
     """Windows without overlap: spaces of an earlier version. They stay readable, and no worker adds to them."""
 

@@ -11,11 +11,11 @@ from app.db.spaces import DELETE_LOCK
 from app.domain import planning
 from app.domain.deaths import SUSPECT_DEATHS
 from app.domain.jobs import DeadEntry, DroppedDead, RetriedDead, Standing
-from app.domain.states import Route
 from app.errors import InvalidInput, NotFound
 from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Common
 from app.ledger.dead_chunks import KILLS_WORKERS, LISTED, Which, entries
+from app.ledger.routing import lane_of
 
 
 def retry(conn: sa.Connection, which: Which, *, max_contents: int, max_bytes: int, max_attempts: int) -> RetriedDead:
@@ -136,9 +136,10 @@ def _add_again(
     max_attempts: int,
 ) -> None:
     """New ChunkBatches of a job for contents that died, given with their codes."""
-    job = conn.execute(sa.text("SELECT space_id, route, priority FROM jobs WHERE id = :id"), {"id": job_id}).one()
-    route = Route.LOCAL if job.route == Route.AUTO else Route(job.route)
-    common = Common(job_id, job.space_id, route, job.priority, max_attempts)
+    job = conn.execute(
+        sa.text("SELECT space_id, route, routing, priority FROM jobs WHERE id = :id"), {"id": job_id}
+    ).one()
+    common = Common(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, max_attempts)
     # What killed workers stood alone when it was buried, and stands alone again: a suspect until it is embedded.
     suspects = [content_hash for content_hash, code in waiting.items() if code == KILLS_WORKERS]
     chunk_batches.add(conn, common, [[content_hash] for content_hash in suspects], deaths=SUSPECT_DEATHS)

@@ -8,9 +8,21 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from app.broker import Broker, Doorbell
+from app.broker import LOCAL_BELLS, Bells, Broker, Doorbell
 from app.domain.doorbells import plan_doorbells, share_out
-from app.domain.states import Priority
+from app.domain.states import Priority, Route
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """The doorbells of one route and priority."""
+
+    route: Route
+    priority: int
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {"route": self.route, "priority": self.priority}
 
 
 @dataclass(slots=True)
@@ -22,9 +34,15 @@ class _Rung:
 
 
 def ring_due(
-    conn: sa.Connection, broker: Broker, *, queued: Mapping[int, int], window: int, repair_seconds: float
+    conn: sa.Connection,
+    broker: Broker,
+    *,
+    queued: Mapping[int, int],
+    window: int,
+    repair_seconds: float,
+    bells: Bells = LOCAL_BELLS,
 ) -> int:
-    """Ring for what is due, and again for what Redis lost; returns how many.
+    """Ring for what is due on one route, and again for what Redis lost; returns how many.
 
     ``queued`` is what :meth:`Broker.queued_doorbells` has just said. Each priority has its window, less the bells
     that are served before its own: low priority cannot keep high priority waiting, and Redis holds three windows at
@@ -34,35 +52,38 @@ def ring_due(
     """
     queued = dict(queued)
     # A new job is past what the statistics know: a row or two, says the planner, and sorts two million for each probe.
-    # Without a sort only ix_chunk_batches_unrung has the order asked for.
+    # Without a sort only ix_chunk_batches_unrung_by_route has the order asked for.
     conn.execute(
         sa.text("SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)")
     )
-    counts = _count_rung(conn, repair_seconds=repair_seconds)
-    bells: list[Doorbell] = []
+    counts = _count_rung(conn, bells.route, repair_seconds=repair_seconds)
+    due: list[Doorbell] = []
     for rank in sorted(priority.rank for priority in Priority):
         ahead = sum(n for step, n in queued.items() if step <= rank)
         rung = counts.get(rank, _Rung())
         room = window - ahead
         plan = plan_doorbells(room=room, queued=queued[rank], rung=rung.by_job.total(), stale=rung.stale)
-        fresh = _take_due(conn, rank, rung.by_job, limit=plan.fresh)
-        again = _take_lost(conn, rank, limit=min(plan.again, room - len(fresh)), repair_seconds=repair_seconds)
+        fresh = _take_due(conn, _Queue(bells.route, rank), rung.by_job, limit=plan.fresh)
+        again = _take_lost(
+            conn, _Queue(bells.route, rank), limit=min(plan.again, room - len(fresh)), repair_seconds=repair_seconds
+        )
         queued[rank] += len(again) + len(fresh)
-        bells += [Doorbell(chunk_batch_id, rank) for chunk_batch_id in again + fresh]
-    if bells:
-        broker.ring(bells)
-    return len(bells)
+        due += [Doorbell(chunk_batch_id, rank) for chunk_batch_id in again + fresh]
+    if due:
+        broker.ring(due, bells)
+    return len(due)
 
 
-def _count_rung(conn: sa.Connection, *, repair_seconds: float) -> dict[int, _Rung]:
+def _count_rung(conn: sa.Connection, route: Route, *, repair_seconds: float) -> dict[int, _Rung]:
     """By priority. They are few: as many as the windows hold."""
     rows = conn.execute(
         sa.text(
             "SELECT priority, job_id, count(*), "
             "       count(*) FILTER (WHERE rung_at < now() - make_interval(secs => :age)) "
-            "FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL GROUP BY priority, job_id"
+            "FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL AND route = :route "
+            "GROUP BY priority, job_id"
         ),
-        {"age": repair_seconds},
+        {"age": repair_seconds, "route": route},
     )
     counts: dict[int, _Rung] = {}
     for priority, job_id, rung, stale in rows:
@@ -72,23 +93,23 @@ def _count_rung(conn: sa.Connection, *, repair_seconds: float) -> dict[int, _Run
     return counts
 
 
-def _take_lost(conn: sa.Connection, priority: int, *, limit: int, repair_seconds: float) -> list[int]:
+def _take_lost(conn: sa.Connection, queue: _Queue, *, limit: int, repair_seconds: float) -> list[int]:
     """Mark again ChunkBatches whose doorbell was rung long ago, the oldest first."""
     if limit <= 0:
         return []
     rows = conn.execute(
         sa.text(
-            "WITH lost AS (SELECT id FROM chunk_batches WHERE state = 'available' AND priority = :priority "
-            "              AND rung_at < now() - make_interval(secs => :age) AND not_before <= now() "
-            "              ORDER BY rung_at LIMIT :limit FOR UPDATE SKIP LOCKED) "
+            "WITH lost AS (SELECT id FROM chunk_batches WHERE state = 'available' AND route = :route "
+            "              AND priority = :priority AND rung_at < now() - make_interval(secs => :age) "
+            "              AND not_before <= now() ORDER BY rung_at LIMIT :limit FOR UPDATE SKIP LOCKED) "
             "UPDATE chunk_batches b SET rung_at = now() FROM lost WHERE b.id = lost.id RETURNING b.id"
         ),
-        {"priority": priority, "limit": limit, "age": repair_seconds},
+        {**queue.facts, "limit": limit, "age": repair_seconds},
     )
     return sorted(rows.scalars())
 
 
-def _take_due(conn: sa.Connection, priority: int, rung: Mapping[int, int], *, limit: int) -> list[int]:
+def _take_due(conn: sa.Connection, queue: _Queue, rung: Mapping[int, int], *, limit: int) -> list[int]:
     """Mark due ChunkBatches as rung and return them in the order to ring: in turns over their jobs.
 
     ``rung`` are the bells of each job that nobody has answered yet.
@@ -97,8 +118,8 @@ def _take_due(conn: sa.Connection, priority: int, rung: Mapping[int, int], *, li
     turns: list[tuple[int, int]] = []
     while len(turns) < limit:
         room = limit - len(turns)
-        jobs = _jobs_due(conn, priority, bells, limit=room)
-        taken = _mark(conn, priority, share_out({job: bells[job] for job in jobs}, room))
+        jobs = _jobs_due(conn, queue, bells, limit=room)
+        taken = _mark(conn, queue, share_out({job: bells[job] for job in jobs}, room))
         if not taken:
             break
         for chunk_batch_id, job_id in taken:
@@ -108,7 +129,7 @@ def _take_due(conn: sa.Connection, priority: int, rung: Mapping[int, int], *, li
     return [chunk_batch_id for _, chunk_batch_id in sorted(turns)]
 
 
-def _jobs_due(conn: sa.Connection, priority: int, bells: Mapping[int, int], *, limit: int) -> list[int]:
+def _jobs_due(conn: sa.Connection, queue: _Queue, bells: Mapping[int, int], *, limit: int) -> list[int]:
     """At most ``limit`` jobs with something due, those with the fewest bells first, and equals by lot.
 
     Not the oldest of equals: with more jobs than bells the youngest would wait for all others.
@@ -127,12 +148,12 @@ def _jobs_due(conn: sa.Connection, priority: int, bells: Mapping[int, int], *, l
             "LEFT JOIN unnest(CAST(:jobs AS bigint[]), CAST(:bells AS int[])) AS w(job_id, bells) USING (job_id) "
             "WHERE job_id IS NOT NULL ORDER BY coalesce(bells, 0), random() LIMIT :limit"
         ),
-        {"priority": priority, "jobs": list(bells), "bells": list(bells.values()), "limit": limit},
+        {**queue.facts, "jobs": list(bells), "bells": list(bells.values()), "limit": limit},
     )
     return list(rows.scalars())
 
 
-def _mark(conn: sa.Connection, priority: int, shares: Mapping[int, int]) -> list[tuple[int, int]]:
+def _mark(conn: sa.Connection, queue: _Queue, shares: Mapping[int, int]) -> list[tuple[int, int]]:
     """Mark as many ChunkBatches of each job as its share says: ``(id, job id)``, the oldest of each job first."""
     if not shares:
         return []
@@ -146,12 +167,12 @@ def _mark(conn: sa.Connection, priority: int, shares: Mapping[int, int]) -> list
             # As an array: the planner takes the shares for millions of rows, and a join with those reads the table.
             "UPDATE chunk_batches SET rung_at = now() WHERE id = ANY(ARRAY(SELECT id FROM due)) RETURNING id, job_id"
         ),
-        {"priority": priority, "jobs": list(shares), "shares": list(shares.values())},
+        {**queue.facts, "jobs": list(shares), "shares": list(shares.values())},
     )
     return sorted((row.id, row.job_id) for row in rows)
 
 
-_DUE = "state = 'available' AND rung_at IS NULL AND priority = :priority AND not_before <= now()"
-"""``ix_chunk_batches_unrung`` (priority, job_id, id, not_before) answers it alone. In the order of ``id``, so that what
-a dead worker held goes before what nobody began; ``not_before`` is last, to pass over what waits for its next attempt
-without a look at the table."""
+_DUE = "state = 'available' AND rung_at IS NULL AND route = :route AND priority = :priority AND not_before <= now()"
+"""``ix_chunk_batches_unrung_by_route`` (route, priority, job_id, id, not_before) answers it alone. In the order of
+``id``, so that what a dead worker held goes before what nobody began; ``not_before`` is last, to pass over what waits
+for its next attempt without a look at the table."""

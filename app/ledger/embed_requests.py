@@ -44,8 +44,13 @@ def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) 
     return int(request_id)
 
 
-def claim_next(conn: sa.Connection, *, not_spaces: Sequence[int] = ()) -> EmbedRequest | None:
+def claim_next(
+    conn: sa.Connection, *, not_spaces: Sequence[int] = (), spaces: Sequence[int] | None = None, min_age_s: float = 0.0
+) -> EmbedRequest | None:
     """Lease the oldest open request. SKIP LOCKED: of many workers each takes another.
+
+    Without ``spaces`` those that only a provider serves are left to workers on its queue; with it only those are
+    taken, once they are ``min_age_s`` old.
 
     A request is tried twice at most: one that takes its worker down must not take down all of them.
     """
@@ -55,10 +60,20 @@ def claim_next(conn: sa.Connection, *, not_spaces: Sequence[int] = ()) -> EmbedR
             "lease_until = now() + make_interval(secs => :lease) WHERE id = ("
             "SELECT id FROM embed_requests WHERE vectors IS NULL AND error IS NULL "
             "AND (lease_until IS NULL OR lease_until < now()) AND attempts < 2 "
-            "AND space_id <> ALL(CAST(:not_spaces AS int[])) ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) "
+            "AND space_id <> ALL(CAST(:not_spaces AS int[])) "
+            "AND CASE WHEN CAST(:spaces AS int[]) IS NULL "
+            "    THEN (SELECT s.spec ->> 'provider' FROM spaces s WHERE s.id = space_id) <> 'openai' "
+            "    ELSE space_id = ANY(CAST(:spaces AS int[])) END "
+            "AND created_at <= clock_timestamp() - make_interval(secs => :age) "
+            "ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) "
             "RETURNING id, space_id, kind, texts"
         ),
-        {"lease": LEASE_SECONDS, "not_spaces": list(not_spaces)},
+        {
+            "lease": LEASE_SECONDS,
+            "not_spaces": list(not_spaces),
+            "spaces": None if spaces is None else list(spaces),
+            "age": min_age_s,
+        },
     ).one_or_none()
     return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts)) if row else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -12,9 +13,11 @@ from app.db.spaces import Space
 from app.domain.deaths import SUSPECT_DEATHS
 from app.domain.jobs import Job
 from app.domain.planning import DeadChunk
+from app.domain.routing import Choice
 from app.domain.spaces import OnLong
 from app.domain.states import JobState, Priority, Route
 from app.errors import InvalidInput, NotFound, SpaceMismatch
+from app.ledger.routing import entry, lane_of
 
 SHOWN_DEAD_CHUNKS = 20
 PRODUCER_LOCK = 0x63686D02  # first key of the advisory lock; the second is the job
@@ -23,10 +26,11 @@ CANCELLED_CHANNEL = "chunkmill_cancelled"
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A job to enqueue into. ``is_new`` is False when its key was used before."""
+    """A job to enqueue into, and the lane of its ChunkBatches. ``is_new`` is False when its key was used before."""
 
     id: int
     state: JobState
+    lane: Route
     is_new: bool
 
 
@@ -83,8 +87,15 @@ def open_job(
     priority: Priority,
     on_long: OnLong,
     idempotency_key: str | None,
+    choice: Choice | None = None,
+    deadline: datetime | None = None,
 ) -> Opened:
-    """A new job in state ``enqueueing``, or the one that ``idempotency_key`` made before."""
+    """A new job in state ``enqueueing``, or the one that ``idempotency_key`` made before, in the lane it has.
+
+    ``choice`` is the lane of a new one; ``route`` is what was asked for.
+    """
+    at = conn.execute(sa.text("SELECT now()")).scalar_one()
+    routing = [entry(choice, at)] if choice else []
     inserted = conn.execute(
         sa.dialects.postgresql.insert(JobRow)
         .values(
@@ -95,19 +106,21 @@ def open_job(
             priority=priority.rank,
             on_long=on_long,
             idempotency_key=idempotency_key,
+            deadline=deadline,
+            routing=routing,
         )
         .on_conflict_do_nothing(index_elements=["idempotency_key"])
         .returning(JobRow.id)
     ).scalar_one_or_none()
     if inserted is not None:
-        return Opened(inserted, JobState.ENQUEUEING, is_new=True)
+        return Opened(inserted, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
     found = conn.execute(sa.select(JobRow).where(JobRow.idempotency_key == idempotency_key)).one()
     if (found.collection_id, found.space_id) != (collection, space.id):
         raise InvalidInput(
             f"idempotency_key {idempotency_key!r} belongs to job {found.id}, which went into another collection "
             "or space. Use a key of its own for each enqueue."
         )
-    return Opened(found.id, JobState(found.state), is_new=False)
+    return Opened(found.id, JobState(found.state), lane_of(found.route, found.routing), is_new=False)
 
 
 def hold_producer_lock(conn: sa.Connection, job_id: int) -> bool:
@@ -153,6 +166,11 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     return True
 
 
+def is_key_used(conn: sa.Connection, idempotency_key: str) -> bool:
+    used = sa.text("SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key)")
+    return bool(conn.execute(used, {"key": idempotency_key}).scalar_one())
+
+
 def is_sealed(conn: sa.Connection, idempotency_key: str) -> bool:
     """Whether the key has a job whose enqueue reached its end."""
     return bool(
@@ -180,30 +198,6 @@ def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> None:
     )
 
 
-def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
-    """Cancel a job and its open ChunkBatches. A worker inside one hears of it at the commit, looks, and finds its lease
-    gone; one that does not hear finds out when it writes."""
-    conn.execute(
-        sa.text(
-            "UPDATE jobs SET state = 'cancelled', finished_at = now() "
-            "WHERE id = :id AND state IN ('enqueueing', 'running')"
-        ),
-        {"id": job_id},
-    )
-    # Twice: the first waits for whoever is cutting one of them up, and does not see the parts, the second does. None is
-    # cut up after the first, which has them all.
-    for _ in range(2):
-        conn.execute(
-            sa.text(
-                "UPDATE chunk_batches SET state = 'cancelled', lease_owner = NULL, lease_until = NULL, "
-                "finished_at = now() WHERE job_id = :id AND state IN ('available', 'running') "
-                "AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = 'cancelled')"
-            ),
-            {"id": job_id},
-        )
-    conn.execute(sa.text("SELECT pg_notify(:channel, :job)"), {"channel": CANCELLED_CHANNEL, "job": str(job_id)})
-
-
 def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bool:
     """Make what a failed or cancelled job left open available again, with fresh attempts. False: nothing to do.
 
@@ -223,7 +217,9 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
             "UPDATE chunk_batches b SET state = 'available', not_before = now(), rung_at = NULL, "
             "max_attempts = attempt + :more, deaths = least(deaths, :suspect), n_cached = 0, error_code = NULL, "
             "error = NULL, finished_at = NULL "
-            "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR id IN ("
+            # Some are available still where a cancel has not come to its end.
+            "WHERE job_id = :id AND (state IN ('discarded', 'cancelled') OR state = 'available' AND attempt > 0 "
+            "OR id IN ("
             # From the dead chunks through the arrays once; an array per dead chunk would be quadratic.
             "  SELECT d.id FROM chunk_batches d CROSS JOIN unnest(d.content_hashes) AS h(content_hash) "
             "  JOIN dead_chunks x ON x.job_id = :id AND x.code <> 'too_long' AND x.content_hash = h.content_hash "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -70,4 +71,38 @@ def book(
             "outcome": outcome,
             "evidence": evidence,
         },
+    )
+
+
+def add(conn: sa.Connection, done: Mapping[tuple[int, int], tuple[int, int]]) -> None:
+    """Add to the accounts of attempts that others carry out: ``(ChunkBatch id, attempt) → (contents, tokens)``.
+
+    In the transaction that writes the vectors: both are there, or neither.
+    """
+    conn.execute(
+        sa.text(
+            "UPDATE usage u SET contents = u.contents + d.contents, tokens = u.tokens + d.tokens "
+            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[]), CAST(:contents AS int[]), "
+            "CAST(:tokens AS bigint[])) AS d(id, attempt, contents, tokens) "
+            "WHERE u.chunk_batch_id = d.id AND u.attempt = d.attempt"
+        ),
+        {
+            "ids": [chunk_batch for chunk_batch, _ in done],
+            "attempts": [attempt for _, attempt in done],
+            "contents": [contents for contents, _ in done.values()],
+            "tokens": [tokens for _, tokens in done.values()],
+        },
+    )
+
+
+def close_attempt(
+    conn: sa.Connection, chunk_batch_id: int, attempt: int, outcome: Outcome, evidence: str | None = None
+) -> None:
+    """Close an account whose counts stay."""
+    conn.execute(
+        sa.text(
+            "UPDATE usage SET outcome = :outcome, evidence = :evidence, ended_at = now() "
+            "WHERE chunk_batch_id = :id AND attempt = :attempt"
+        ),
+        {"id": chunk_batch_id, "attempt": attempt, "outcome": outcome, "evidence": evidence and evidence[:1000]},
     )

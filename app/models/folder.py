@@ -24,6 +24,7 @@ from app.models.weights import check_shapes, weight_files
 PROVIDER: Final = "local"
 ACTIVATIONS: Final = frozenset({"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"})
 
+_OURS: Final = tuple(mode for mode in Pooling if mode is not Pooling.PROVIDER)
 _POOLING_WORDS: Final[Mapping[str, Pooling]] = {
     "cls": Pooling.CLS,
     "mean": Pooling.MEAN,
@@ -111,7 +112,7 @@ def read_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
     if asked.pooling is None:
         raise UnknownModel(
             f"model {name!r}: {path} is a plain transformers folder, which does not say how its tokens "
-            f"become a vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(Pooling)}"
+            f"become a vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(_OURS)}"
         )
     pooling = _stated_pooling(name, asked.pooling)
     return _assemble(name, path, asked, path, pooling=pooling, modules=("normalize",))
@@ -220,12 +221,9 @@ def check_pooling(name: str, mode: Pooling, asked: str | None) -> Pooling:
 
 
 def _stated_pooling(name: str, word: str) -> Pooling:
-    try:
-        return Pooling(word)
-    except ValueError:
-        raise UnknownModel(
-            f"model {name!r}: pooling {word!r} does not exist; it is one of {', '.join(Pooling)}"
-        ) from None
+    if word not in _OURS:
+        raise UnknownModel(f"model {name!r}: pooling {word!r} does not exist; it is one of {', '.join(_OURS)}")
+    return Pooling(word)
 
 
 def _module_list(path: Path) -> list[dict[str, Any]]:

@@ -37,4 +37,5 @@ def configure(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    logging.getLogger("alembic").setLevel(max(level, logging.WARNING))
+    for talkative in ("alembic", "httpx2"):  # the second would log every request
+        logging.getLogger(talkative).setLevel(max(level, logging.WARNING))

@@ -33,7 +33,7 @@ def read_work(conn: sa.Connection, space: Space, chunk_batch_id: int) -> Work:
     hashes = "(SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)"
     # A sequence shows its new value before the deletion that raised it commits. Behind the lock no deletion is
     # half done, so texts and count are of one state.
-    _keep_deletions_out(conn)
+    keep_deletions_out(conn)
     deletions = _count_deletions(conn)
     known = conn.execute(
         sa.text(f"SELECT count(*) FROM {space.table_name} WHERE content_hash IN {hashes}"), facts
@@ -74,16 +74,19 @@ def still_wanted(conn: sa.Connection, hashes: Sequence[bytes], *, since: int) ->
 
     Takes the lock that keeps a deletion out until this transaction has written them.
     """
-    _keep_deletions_out(conn)
-    if _count_deletions(conn) == since:
-        return None
+    keep_deletions_out(conn)
+    return None if _count_deletions(conn) == since else wanted(conn, hashes)
+
+
+def wanted(conn: sa.Connection, hashes: Sequence[bytes]) -> set[bytes]:
+    """Which contents are there. Behind ``keep_deletions_out`` they stay so."""
     rows = conn.execute(
         sa.text("SELECT content_hash FROM contents WHERE content_hash = ANY(:hashes)"), {"hashes": list(hashes)}
     )
     return set(rows.scalars())
 
 
-def _keep_deletions_out(conn: sa.Connection) -> None:
+def keep_deletions_out(conn: sa.Connection) -> None:
     """Until the end of this transaction."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
 

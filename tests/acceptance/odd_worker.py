@@ -16,6 +16,7 @@ from app.errors import DeviceFailed
 from workers.engine.engine import Engine
 from workers.engine.results import TokenBatchResult
 from workers.engine.run import Runner
+from workers.engine.tokenizer import TextTokenizer
 
 MARK = "the text that kills"
 real_stream = Engine.stream
@@ -26,6 +27,8 @@ def stream(self: Engine, texts: Sequence[str], *args: Any, **kwargs: Any) -> Ite
     odd = os.environ["ODD"]
     if bad and odd in ("hang", "break"):
         Runner.finish = _hang if odd == "hang" else _break  # type: ignore[method-assign, assignment]
+    if bad and odd == "tokenizer":
+        TextTokenizer.encode = _hang  # type: ignore[method-assign, assignment]
     for result in real_stream(self, texts, *args, **kwargs):
         if bad & set(result.indices.tolist()):
             os.kill(os.getpid(), signal.SIGSEGV)

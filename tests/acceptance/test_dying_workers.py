@@ -24,7 +24,7 @@ def rows(db: sa.Engine, statement: str) -> list[tuple[Any, ...]]:
 
 
 def odd(processes: Processes, how: str, **env: str) -> Process:
-    return processes.start("tests.acceptance.odd_worker", ODD=how, LEASE_SECONDS="1", **env)
+    return processes.start("tests.acceptance.odd_worker", ODD=how, LEASE_SECONDS="2", **env)
 
 
 def documents(n: int, words: int = 60) -> list[tuple[str, str]]:
@@ -59,7 +59,8 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
 @pytest.mark.parametrize(
     ("how", "env", "evidence"),
     [
-        ("hang", {"STEP_DEADLINE_SECONDS": "2"}, "more than STEP_DEADLINE_SECONDS"),
+        ("hang", {"STEP_DEADLINE_SECONDS": "2"}, "a forward pass takes"),
+        ("tokenizer", {"STEP_DEADLINE_SECONDS": "2"}, "a call of the tokenizer takes"),
         pytest.param("break", {}, "no longer runs on cuda:0", marks=pytest.mark.slow),
     ],
 )

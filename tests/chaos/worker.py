@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.engine.under_way import UnderWay
+
 if TYPE_CHECKING:
     from app.models import ModelFolder
     from workers.engine.results import TokenBatchResult
@@ -52,7 +54,8 @@ class SlowEngine:
             self._folder / f"{os.getpid()}.executions", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         )
         self._one_at_a_time = threading.Lock()
-        self._pass_started: float | None = None
+        self._passes = UnderWay()
+        self.steps = {"a forward pass": self._passes}
         self._streams = itertools.count()
 
     def stream(
@@ -90,17 +93,12 @@ class SlowEngine:
                 under_way=len(texts[first + TEXTS_PER_PASS : first + 2 * TEXTS_PER_PASS]),
             )
 
-    def longest_pass(self) -> float:
-        started = self._pass_started
-        return 0.0 if started is None else time.monotonic() - started
-
     def _run(self, stream: int, part: Sequence[str]) -> None:
-        self._pass_started = time.monotonic()
-        self._write("begin", stream, part)
-        if not (self._folder / HURRY).exists():
-            time.sleep(self._pause)
-        self._write("end", stream, part)
-        self._pass_started = None
+        with self._passes.step():
+            self._write("begin", stream, part)
+            if not (self._folder / HURRY).exists():
+                time.sleep(self._pause)
+            self._write("end", stream, part)
 
     def _write(self, event: str, stream: int, texts: Sequence[str]) -> None:
         """One write for one line: a kill leaves whole lines."""

@@ -70,7 +70,7 @@ def test_skipping_puts_bad_chunks_into_the_dead_list(client: Client) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"route": "pigeon"}, UnknownRoute, "'pigeon'; it must be one of: local, auto"),
+        ({"route": "pigeon"}, UnknownRoute, "'pigeon'; it must be one of: local, openai, openai-sync, auto"),
         ({"model": "no-such-model"}, UnknownModel, "no-such-model"),
         ({"priority": "urgent"}, InvalidInput, "high, normal, low"),
         ({"on_long": "shorten"}, InvalidInput, "truncate, reject, split"),

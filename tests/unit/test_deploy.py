@@ -269,7 +269,11 @@ def test_a_careless_variable_is_noticed(problem: str, compose: str, env_example:
 
 def test_every_setting_reaches_the_containers_and_env_example_shows_its_default() -> None:
     given = {"database_url", "redis_url", "embedding_device", "chunkmill_home"}  # the compose file states these itself
-    passed = yaml.safe_load(COMPOSE)["x-settings"]
+    services = yaml.safe_load(COMPOSE)["services"]
+    assert [name for name, service in services.items() if "OPENAI_API_KEY" in (service.get("environment") or {})] == [
+        "worker-openai"
+    ]
+    passed = {**yaml.safe_load(COMPOSE)["x-settings"], "OPENAI_API_KEY": None}
     for name, field in Settings.model_fields.items():
         if name in given:
             continue
@@ -316,7 +320,7 @@ def dockerfile_problems(text: str) -> list[str]:
         if not installs or "-c constraints.txt" not in installs[-1]:
             found.append(f"{target} ignores the constraints")
         extras = set(re.findall(r"\.\[([\w,]+)\]", " ".join(installs)))
-        if extras != {{"app": "flower", "worker": "worker"}[target]}:
+        if extras != {{"app": "flower,openai", "worker": "worker"}[target]}:
             found.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
         found.append("a secret is in a layer")
@@ -341,7 +345,7 @@ def test_the_dockerfile_keeps_every_rule() -> None:
         ),
         ("app does not take its own dependencies", "--from=app-deps", "--from=worker-deps"),
         ("worker ignores the constraints", '-c constraints.txt ".[worker]"', '".[worker]"'),
-        ("app installs ['flower,worker']", ".[flower]", ".[flower,worker]"),
+        ("app installs ['flower,worker']", ".[flower,openai]", ".[flower,worker]"),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),
         ("a secret is in a layer", "COPY app app", "COPY .env ./"),
     ],

@@ -37,6 +37,7 @@ from workers.engine.precision import cpu_threads, default_batch_tokens, device_n
 from workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from workers.engine.run import Runner
 from workers.engine.tokenizer import TextTokenizer
+from workers.engine.under_way import UnderWay
 from workers.engine.windows import Rows, make_rows
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,10 @@ Kind = Literal["document", "query"]
 
 BackendName = Literal["auto", "native", "transformers", "onnx", "openvino"]
 
-# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is heard.
+# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is heard. Nor more
+# characters, as there may be in texts of many megabytes, than it takes a few seconds for.
 _TOKENIZER_CALL = 1_024
+_TOKENIZER_CHARACTERS = 4_000_000
 
 
 class Engine:
@@ -81,6 +84,9 @@ class Engine:
             shrink=budget.shrink,
         )
         self._loop = DeviceLoop(self._runner, budget, threads=threads)
+        self._tokenizing = UnderWay()
+        self.steps = {"a forward pass": self._loop.passes, "a call of the tokenizer": self._tokenizing}
+        """What may hang in here, by its name."""
         for prompt in (folder.spec.document_prompt, folder.spec.query_prompt):
             frame = tokenizer.frame(prompt)
             if frame.skip + len(frame.suffix) >= self.max_tokens:
@@ -249,12 +255,13 @@ class Engine:
         pieces: list[_Piece] = []
         name = self._loop.open(urgent=urgent)
         try:
-            for first in range(0, len(texts), _TOKENIZER_CALL):
+            for first, end in _tokenizer_calls(texts):
                 if stop is not None and stop():
                     break
                 started = time.perf_counter()
-                tokenized = self._tokenizer.encode(texts[first : first + _TOKENIZER_CALL], prompt)
-                rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
+                with self._tokenizing.step():
+                    tokenized = self._tokenizer.encode(texts[first:end], prompt)
+                    rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
                 piece = _Piece(first, pieces[-1].end if pieces else 0, rows, Collector(rows, self._head.finish))
                 pieces.append(piece)
                 self._loop.add(name, rows.ids, rows.windows[rows.owner] > 1, skip)
@@ -268,10 +275,6 @@ class Engine:
                 yield from self._take(pieces, done)
         finally:
             self._loop.close(name)
-
-    def longest_pass(self) -> float:
-        """Seconds since the start of the pass that has been under way longest; 0.0 when the device is idle."""
-        return self._loop.longest_pass()
 
     def _take(self, pieces: Sequence[_Piece], done: Done) -> Iterator[TokenBatchResult]:
         """The results of the pieces that had rows in one TokenBatch."""
@@ -351,6 +354,18 @@ class _Piece:
     @property
     def end(self) -> int:
         return self.row + len(self.rows.ids)
+
+
+def _tokenizer_calls(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """First and end of the texts of each call; a text that is too long for its share has one to itself."""
+    first = characters = 0
+    for at, text in enumerate(texts):
+        if at > first and (at - first == _TOKENIZER_CALL or characters + len(text) > _TOKENIZER_CHARACTERS):
+            yield first, at
+            first, characters = at, 0
+        characters += len(text)
+    if texts:
+        yield first, len(texts)
 
 
 def _shifted(failures: tuple[TextFailure, ...], first: int) -> tuple[TextFailure, ...]:

@@ -26,6 +26,7 @@ from app.machine import core_blocks, cores
 from workers.engine.budget import Budget
 from workers.engine.packing import choose
 from workers.engine.run import Outcome, Pass, Runner, TokenBatch
+from workers.engine.under_way import UnderWay
 from workers.engine.windows import Ids
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ class DeviceLoop:
         self._everywhere = set().union(*self._blocks)
         self._idle = 0
         self._computing = 0
-        self._since: dict[int, float] = {}  # when each pass under way was taken
+        self.passes = UnderWay()
+        """Each from when it was taken."""
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
 
     def open(self, *, urgent: bool = False) -> int:
@@ -197,11 +199,6 @@ class DeviceLoop:
         finally:
             with self._changed:
                 self._sources.pop(name, None)
-
-    def longest_pass(self) -> float:
-        """Seconds since the oldest pass under way was taken; 0.0 for none."""
-        with self._changed:
-            return time.monotonic() - min(self._since.values()) if self._since else 0.0
 
     @property
     def waiting(self) -> int:
@@ -266,7 +263,7 @@ class DeviceLoop:
                 np.array([self._sources[owner].skip for owner, _ in pairs], np.int32),
             )
             self._computing += 1
-            self._since[id(batch)] = time.monotonic()
+            self.passes.begin(id(batch))
             self._open_lane()
             return _Chosen(batch, owners, at, lengths, self._share(int(lengths.sum())))
 
@@ -329,7 +326,7 @@ class DeviceLoop:
             padding = int(chosen.lengths.max()) * len(chosen.lengths) / tokens
         with self._changed:
             self._computing -= 1
-            del self._since[id(chosen.batch)]
+            self.passes.end(id(chosen.batch))
             if then is not None:
                 # The next pass computes since this one ended, however early it was started.
                 then.started = max(then.started, time.perf_counter())

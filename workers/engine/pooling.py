@@ -56,6 +56,8 @@ def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> to
             total = vectors.masked_fill(~inside[..., None], 0.0).sum(dim=1)
             count = inside.sum(dim=1, keepdim=True).float().clamp(min=1e-9)
             return total / (count if mode is Pooling.MEAN else count.sqrt())
+        case Pooling.PROVIDER:
+            raise ValueError("a provider's model has no pooling here")
 
 
 def _pool_packed(

@@ -9,13 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.domain.spaces import OnLong
+from app.domain.windows import window_bounds
 from workers.engine.results import TextFailure
 
 Ids = NDArray[np.int32]
-
-# What two neighbouring windows share, as a part of a window's room: a sentence that one window cuts is whole in
-# the other. Part of the space's meaning (LongText.SPLIT): another number makes other vectors.
-_OVERLAP_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +65,12 @@ def cut(ids: Ids, limit: int, frame: Frame) -> Ids:
 def split(ids: Ids, limit: int, frame: Frame) -> tuple[list[Ids], list[int]]:
     """Overlapping windows of at most ``limit`` tokens, and the weight of each in the text's mean.
 
-    Every window has the special tokens and the prompt; what is left of ``limit`` is its room. There are as few
-    windows as hold the text with an eighth of that room shared by each two neighbours, and all are equally long
-    (but for one token): the last of windows cut to the limit could be a handful of tokens, and would count as a
-    window. No token is in more than two windows; one that is in two counts half in each, so the weights are
-    token counts that add up to the text's. They are given doubled, as whole numbers.
+    Every window has the special tokens and the prompt; what is left of ``limit`` is its room. Where the windows lie
+    and what they weigh is `window_bounds`' to say.
     """
     head, body, tail = ids[: frame.skip], ids[frame.skip : len(ids) - len(frame.suffix)], frame.suffix
-    room = limit - len(head) - len(tail)
-    overlap = room // _OVERLAP_SHARE
-    fresh = len(body) - overlap  # what the windows add to the first one's overlap, each its part
-    count = max(1, -(-fresh // (room - overlap)))
-    starts = [number * fresh // count for number in range(count)]
-    ends = [start + overlap for start in [*starts[1:], fresh]]
-    rows = [np.concatenate((head, body[start:end], tail)) for start, end in zip(starts, ends, strict=True)]
-    neighbours = [(number > 0) + (number < count - 1) for number in range(count)]
-    return rows, [
-        2 * (end - start) - overlap * beside for start, end, beside in zip(starts, ends, neighbours, strict=True)
-    ]
+    bounds = window_bounds(len(body), limit - len(head) - len(tail))
+    return [np.concatenate((head, body[w.start : w.end], tail)) for w in bounds], [w.weight for w in bounds]
 
 
 def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, on_long: OnLong) -> Rows:

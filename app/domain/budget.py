@@ -1,0 +1,74 @@
+"""The month's budget of the paid routes: what is left, what to warn of, what to say at its end. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One calendar month of UTC, in US dollars.
+
+    ``spent`` is what providers charged, ``committed`` the estimate for what is at a provider and not charged yet.
+    ``limit`` None: there is none.
+    """
+
+    month: date
+    """Its first day."""
+    spent: Decimal
+    committed: Decimal
+    limit: Decimal | None = None
+
+    @property
+    def headroom(self) -> Decimal | None:
+        """What new work may cost; None without a limit."""
+        if self.limit is None:
+            return None
+        return max(Decimal(0), self.limit - self.spent - self.committed)
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.headroom == 0
+
+    @property
+    def percent(self) -> int | None:
+        """The share that is spent or committed, rounded down; 100 of a budget of nothing."""
+        if self.limit is None:
+            return None
+        return int(100 * (self.spent + self.committed) / self.limit) if self.limit else 100
+
+    @property
+    def ends(self) -> date:
+        """The first day of the next month, on which it begins anew at 00:00 UTC."""
+        return date(self.month.year + self.month.month // 12, self.month.month % 12 + 1, 1)
+
+    def sentence(self) -> str:
+        """What is spent, what is committed, and the limit."""
+        limit = "" if self.limit is None else f" of {self.limit:f} USD (OPENAI_MONTHLY_BUDGET_USD)"
+        return (
+            f"{self.month:%Y-%m} (UTC): {dollars(self.spent)} USD spent and about {dollars(self.committed)} USD "
+            f"committed to work at the provider{limit}"
+        )
+
+    def refusal(self) -> str:
+        """Why new paid work is not taken, and what to do."""
+        return (
+            f"the budget for paid routes is used up: {self.sentence()}. Raise the limit, wait until {self.ends} "
+            "00:00 UTC, or take route='local' where local workers serve the model."
+        )
+
+
+def due_percents(budget: Budget, warn_percent: int) -> tuple[int, ...]:
+    """The thresholds that are reached, the highest last: the warning's, and the limit itself."""
+    percent = budget.percent
+    return () if percent is None else tuple(sorted(each for each in {warn_percent, 100} if each <= percent))
+
+
+def dollars(usd: Decimal) -> str:
+    """With cents, and as many more places as a small amount needs to be told from nothing."""
+    if not usd:
+        return "0.00"
+    places = max(2, min(8, 1 - usd.adjusted()))
+    return f"{usd:,.{places}f}"

@@ -1,0 +1,81 @@
+"""The budget as the ledger has it: spent and committed, and which warnings were given."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import sqlalchemy as sa
+
+from app.db import spaces
+from app.domain.budget import Budget, due_percents
+from app.domain.prices import price_on
+from app.errors import BudgetExceeded
+from app.ledger import charges
+from app.models.provider import model_for
+from app.settings import Settings
+
+NOTICE_LOCK = 0x63686D04
+"""Held by whoever gives the warnings."""
+
+
+def read(conn: sa.Connection, settings: Settings) -> Budget:
+    """This month's, with or without a limit."""
+    month = conn.execute(sa.text(f"SELECT {charges.MONTH}")).scalar_one()
+    return Budget(month, charges.month_spent(conn), committed(conn, settings), settings.openai_monthly_budget_usd)
+
+
+def headroom(conn: sa.Connection, settings: Settings) -> Decimal | None:
+    """US dollars that new work may cost this month; None: there is no limit."""
+    return None if settings.openai_monthly_budget_usd is None else read(conn, settings).headroom
+
+
+def require_budget(conn: sa.Connection, settings: Settings) -> None:
+    """Raise :class:`BudgetExceeded` where what is spent and committed has reached the limit."""
+    if settings.openai_monthly_budget_usd is None:
+        return
+    budget = read(conn, settings)
+    if budget.is_used_up:
+        raise BudgetExceeded(budget.refusal())
+
+
+def committed(conn: sa.Connection, settings: Settings) -> Decimal:
+    """Estimated US dollars of what is at a provider now, or about to be, and not charged yet.
+
+    A model without a price (``OPENAI_MODELS``) counts for nothing.
+    """
+    rows = conn.execute(
+        sa.text(
+            "SELECT i.space_id, i.provider_batch_id IS NOT NULL AS batch, sum(i.sent_tokens) AS tokens "
+            "FROM provider_inputs i GROUP BY 1, 2"
+        )
+    ).all()
+    if not rows:
+        return Decimal(0)
+    today = conn.execute(sa.text(f"SELECT {charges.TODAY}")).scalar_one()
+    total = Decimal(0)
+    for row in rows:
+        model = model_for(settings, spaces.get(conn, row.space_id).spec)
+        price = price_on(model.prices, today) if model else None
+        if price:
+            total += price.of(int(row.tokens), batch=True)
+    return total
+
+
+def due_notices(conn: sa.Connection, budget: Budget, *, warn_percent: int) -> tuple[int, ...]:
+    """Mark the thresholds that were reached and not warned of yet as given; returns them, the highest last.
+
+    Give the warning before the commit: rolled back, it is due again. None where another poller is at it.
+    """
+    reached = due_percents(budget, warn_percent)
+    if not reached or not conn.execute(
+        sa.text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": NOTICE_LOCK}
+    ).scalar_one():  # fmt: skip
+        return ()
+    rows = conn.execute(
+        sa.text(
+            "INSERT INTO budget_notices (month, percent) SELECT :month, unnest(CAST(:percents AS smallint[])) "
+            "ON CONFLICT DO NOTHING RETURNING percent"
+        ),
+        {"month": budget.month, "percents": list(reached)},
+    )
+    return tuple(sorted(rows.scalars()))

@@ -1,0 +1,88 @@
+"""From the ``data`` of an answer to checked float32 vectors, and from windows' vectors to a content's. Pure."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NUMBERS = "fiu"  # NumPy's kinds: a list of texts or of booleans is not a vector
+
+
+def read_embeddings(
+    data: Sequence[object], count: int, dimensions: int, *, normalize: bool
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """``(vectors, problems)`` of the ``data`` of a response body to ``count`` inputs, base64 or float.
+
+    ``vectors`` is (count, dimensions) float32 in input order, by each item's ``index``; its rows with a problem are
+    zero. Two items with one index are a problem of that position, as nothing says which is right.
+    """
+    vectors = np.zeros((count, dimensions), np.float32)
+    problems = dict.fromkeys(range(count), "the answer has no vector for this input")
+    seen: set[int] = set()
+    for item in data:
+        if not isinstance(item, dict):
+            continue
+        index = item.get("index")
+        if type(index) is not int or not 0 <= index < count:
+            continue  # whose it should have been stays without a vector
+        if index in seen:
+            problems[index] = "the answer has several vectors for this input"
+            continue
+        seen.add(index)
+        vector = _read(item.get("embedding"), dimensions)
+        if isinstance(vector, str):
+            problems[index] = vector
+        else:
+            vectors[index] = vector
+            del problems[index]
+    # float64: squares of float32 numbers fit, and a sum of 3,072 of them keeps its digits.
+    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    for index in np.flatnonzero(~(np.isfinite(squares) & (squares > 0))).tolist():
+        word = "is zero" if squares[index] == 0 else "holds numbers that are not finite"
+        problems.setdefault(index, f"the vector {word}")
+    vectors[list(problems)] = 0
+    if normalize:
+        lengths = np.sqrt(squares)
+        lengths[list(problems)] = 1
+        vectors = (vectors / lengths[:, None]).astype(np.float32)
+    return vectors, problems
+
+
+def _read(embedding: object, dimensions: int) -> NDArray[np.float32] | str:
+    """(dimensions,) float32, or what is wrong."""
+    if isinstance(embedding, str):
+        try:
+            raw = binascii.a2b_base64(embedding, strict_mode=True)
+        except ValueError:  # binascii.Error among them, and characters that are not ASCII
+            return "the vector is not valid base64"
+        if len(raw) % 4:
+            return f"the vector has {len(raw)} bytes, which are no float32 numbers"
+        vector = np.frombuffer(raw, "<f4")
+    elif isinstance(embedding, list):
+        try:
+            numbers = np.asarray(embedding)
+        except ValueError:  # lists of different lengths within it
+            return "the vector is no list of numbers"
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in _NUMBERS):
+            return "the vector is no list of numbers"
+        with np.errstate(over="ignore"):  # becomes infinite, which is found
+            vector = numbers.astype(np.float32)
+    else:
+        return "the answer has no vector for this input"
+    if len(vector) != dimensions:
+        return f"the vector has {len(vector)} dimensions, the space has {dimensions}"
+    return vector
+
+
+def pool(vectors: NDArray[np.float32], weights: Sequence[int], *, normalize: bool) -> NDArray[np.float32] | None:
+    """(dimensions,) float32: the weighted mean of a content's (windows, dimensions) float32. None if it is zero."""
+    share = np.asarray(weights, np.float64) / sum(weights)
+    mean = share @ vectors.astype(np.float64)
+    length = float(np.sqrt(mean @ mean))
+    if length == 0:
+        return None
+    pooled: NDArray[np.float32] = (mean / length if normalize else mean).astype(np.float32)
+    return pooled

@@ -1,0 +1,113 @@
+"""Settings of the paid routes: key, server, limits, cadences, budget."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode
+
+from app.domain.providers import OPENAI_MODELS, ProviderModel, read_models
+
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _base_url(url: str) -> str:
+    """A key must not cross a network in the clear."""
+    problem = "it must be a URL such as https://api.openai.com/v1; http only on loopback"
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is none
+    except ValueError:
+        raise ValueError(problem) from None
+    if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(problem)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+        raise ValueError(problem)
+    return url.rstrip("/")
+
+
+def _models(given: object) -> object:
+    if not isinstance(given, str):
+        return given
+    try:
+        parsed = json.loads(given)
+    except ValueError:
+        raise ValueError("it must be a JSON object, model name to fields") from None
+    if not isinstance(parsed, dict):
+        raise ValueError("it must be a JSON object, model name to fields")  # noqa: TRY004 - pydantic's kind
+    return read_models(parsed)
+
+
+class ProviderSettings(BaseSettings):
+    """Quotas differ, so every limit and cadence is a setting. The defaults are what OpenAI documents."""
+
+    embedding_provider: Literal["auto", "local", "openai"] = Field(
+        "auto",
+        description="Who serves models: `auto` goes by the name, `local` or `openai` takes all names as its own.",
+    )
+    openai_api_key: SecretStr | None = Field(
+        None, repr=False, description="Key of the paid routes. Only workers on queue `openai` need it."
+    )
+    openai_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
+        None, description="A compatible server. Default: OpenAI's."
+    )
+    openai_batches: bool = Field(
+        True, description="Whether the server has a Batch API; Azure's has none for embeddings."
+    )
+    openai_models: Annotated[dict[str, ProviderModel] | None, NoDecode, BeforeValidator(_models)] = Field(
+        None, description="JSON of models beside OpenAI's, or of other prices: docs/openai.md."
+    )
+    openai_batch_max_inputs: int = Field(50_000, ge=1, le=50_000, description="Most inputs in one ProviderBatch.")
+    openai_batch_max_bytes: int = Field(
+        200_000_000, ge=1_000_000, le=200_000_000, description="Largest file of one ProviderBatch."
+    )
+    openai_request_inputs: int = Field(
+        128, ge=1, le=2048, description="Most inputs in one request. One bad input refuses its request."
+    )
+    openai_request_tokens: int = Field(300_000, ge=8192, le=300_000, description="Most tokens in one request.")
+    openai_max_enqueued_tokens: int = Field(
+        2_700_000, ge=10_000, description="Most tokens at the provider at a time: 90 % of what your account allows."
+    )
+    openai_max_enqueued_requests: int = Field(
+        900_000, ge=1, description="Most requests at the provider at a time: 90 % of what your account allows."
+    )
+    openai_max_batches_per_hour: int = Field(1_800, ge=1, description="Most ProviderBatches made in an hour.")
+    openai_gather_seconds: float = Field(
+        10.0, ge=0, description="So long work waits for company before a ProviderBatch that is not full is made."
+    )
+    openai_poll_seconds: float = Field(60.0, gt=0, description="Longest pause between two looks at a ProviderBatch.")
+    openai_adopt_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="So long a ProviderBatch whose creation got no answer is looked for before it is made anew.",
+    )
+    openai_timeout_seconds: float = Field(120.0, gt=0, description="Longest wait for an answer of the provider.")
+    openai_sync_requests_per_minute: int = Field(0, ge=0, description="Pace of plain requests; 0: none of our own.")
+    openai_sync_tokens_per_minute: int = Field(
+        0, ge=0, description="Pace of plain requests' tokens; 0: none of our own."
+    )
+    openai_parallel_requests: int = Field(
+        4, ge=1, le=64, description="Tasks a worker on queue `openai` runs at a time."
+    )
+    openai_monthly_budget_usd: Decimal | None = Field(
+        None, ge=0, description="Most US dollars a calendar month (UTC) may cost; new paid work is held there."
+    )
+    openai_budget_warn_percent: int = Field(
+        80, ge=1, le=100, description="Share of the budget at which a warning is given."
+    )
+    budget_webhook_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
+        None, repr=False, description="Gets a POST with the budget's warnings; its address may hold a secret."
+    )
+    gpu_hour_usd: Decimal | None = Field(
+        None, ge=0, description="What an hour of a local worker's machine costs, to compare the routes."
+    )
+
+    @property
+    def provider_models(self) -> dict[str, ProviderModel]:
+        """By name: OpenAI's, where it is OpenAI that serves, and those of ``OPENAI_MODELS``."""
+        return {**OPENAI_MODELS, **(self.openai_models or {})}

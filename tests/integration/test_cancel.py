@@ -1,0 +1,191 @@
+"""Cancel of a job of any size: in one moment for what runs, in slices for the rest, and never half for good."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.domain.states import JobState
+from app.ledger import cancel, chunk_batches
+from app.settings import Settings
+from workers.poller import Poller
+
+MANY = 200_000
+
+
+def states(db: sa.Engine) -> dict[str, int]:
+    with db.begin() as conn:
+        found = conn.execute(sa.text("SELECT state, count(*) FROM chunk_batches GROUP BY state")).all()
+    return {row.state: row.count for row in found}
+
+
+def grow(db: sa.Engine, n: int) -> None:
+    """``n`` ChunkBatches in all: copies of the one that job 1 has. Two are running."""
+    columns = "job_id, space_id, route, priority, content_hashes, n_contents, max_attempts"
+    with db.begin() as conn:
+        conn.execute(
+            sa.text(
+                f"INSERT INTO chunk_batches ({columns}, state) SELECT {columns}, 'available' FROM chunk_batches, "
+                "generate_series(2, :n)"
+            ),
+            {"n": n},
+        )
+    for chunk_batch_id in (1, n):
+        claim(db, chunk_batch_id)
+
+
+def claim(db: sa.Engine, chunk_batch_id: int) -> chunk_batches.Lease:
+    with db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, chunk_batch_id, owner="host:1", lease_seconds=600)
+    assert lease is not None
+    return lease
+
+
+class Died(Exception):
+    pass
+
+
+@pytest.fixture
+def half_done(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A job whose cancel died after its first slice: 10 of 25 ChunkBatches are cancelled beside the two that ran."""
+    monkeypatch.setattr(cancel, "SLICE", 10)
+    job = client.enqueue([("c", "a text")], collection="docs")
+    grow(db, 27)
+    real = cancel.cancel_some
+    slices = iter([real])
+
+    def some(conn: sa.Connection, job_id: int) -> int:
+        return next(slices, died)(conn, job_id)
+
+    def died(*_: Any) -> int:
+        raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        patch.setattr(cancel, "cancel_some", some)
+        client.cancel(job.id)
+    assert states(db) == {"cancelled": 12, "available": 15}
+    assert client.job(job.id).state is JobState.CANCELLED
+    return job.id
+
+
+def test_a_large_job_is_cancelled_in_slices_and_what_runs_first(client: Client, db: sa.Engine) -> None:
+    job = client.enqueue([("c", "a text")], collection="docs")
+    grow(db, MANY)
+    seen: list[dict[str, int]] = []
+
+    @sa.event.listens_for(client._db, "checkin")  # a transaction is over, and committed
+    def look(*_: object) -> None:
+        seen.append(states(db))
+
+    assert client.cancel(job.id).state is JobState.CANCELLED
+    assert states(db) == {"cancelled": MANY}
+    steps = [each["cancelled"] for each in seen if "cancelled" in each]
+    assert steps[0] == 2  # those that ran, before any other
+    assert "running" not in seen[1]
+    grown = [after - before for before, after in itertools.pairwise(steps)]
+    assert max(grown) <= cancel.SLICE
+    assert sum(grown) == MANY - 2
+
+
+def test_a_poller_ends_a_cancel_whose_client_died(
+    client: Client, db: sa.Engine, broker: Broker, settings: Settings, half_done: int
+) -> None:
+    poller = Poller(db, broker, settings)
+    poller.round()
+    assert states(db) == {"cancelled": 22, "available": 5}
+    poller.round()
+    assert states(db) == {"cancelled": 27}
+    with broker.client.pipeline() as pipe:
+        pipe.flushdb().execute()
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = rung_at - interval '1 h'"))
+    assert poller.round().rung == 0
+
+
+def test_a_poller_leaves_other_jobs_alone(
+    client: Client, db: sa.Engine, broker: Broker, settings: Settings, half_done: int
+) -> None:
+    other = client.enqueue([("d", "another text")], collection="docs")
+    poller = Poller(db, broker, settings)
+    for _ in range(4):
+        poller.round()
+    assert states(db) == {"cancelled": 27, "available": 1}
+    assert client.job(other.id).state is JobState.RUNNING
+
+
+def test_the_same_cancel_again_goes_on(client: Client, db: sa.Engine, half_done: int) -> None:
+    client.cancel(half_done)
+    assert states(db) == {"cancelled": 27}
+
+
+def test_a_retry_of_a_cancel_that_is_half_done_takes_up_all_of_it(
+    client: Client, db: sa.Engine, broker: Broker, settings: Settings, half_done: int
+) -> None:
+    with db.begin() as conn:  # one of those that were not come to has failed four times
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET attempt = 4, not_before = now() + interval '1 h', error_code = 'x' "
+                "WHERE id = (SELECT max(id) FROM chunk_batches WHERE state = 'available')"
+            )
+        )
+    assert client.retry(half_done).state is JobState.RUNNING
+    Poller(db, broker, settings).round()
+    assert states(db) == {"available": 27}
+    with db.begin() as conn:
+        assert conn.execute(
+            sa.text("SELECT min(max_attempts - attempt), bool_and(not_before <= now()) FROM chunk_batches")
+        ).one() == (5, True)
+
+
+def test_a_slice_and_a_retry_do_not_mix(client: Client, db: sa.Engine, half_done: int) -> None:
+    """A running job must have nothing that is cancelled: it would complete without it."""
+    with db.begin() as conn:
+        assert cancel.cancel_some(conn, half_done) == 10
+        retry = threading.Thread(target=client.retry, args=(half_done,))
+        retry.start()
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        while not conn.execute(sa.text(waiting)).all():
+            assert retry.is_alive()
+            conn.execute(sa.text("SELECT pg_stat_clear_snapshot()"))
+    retry.join(30)
+    assert states(db) == {"available": 27}
+    with db.begin() as conn:
+        assert cancel.cancel_some(conn, half_done) == 0
+        assert cancel.cancel_some_left_behind(conn) == 0
+
+
+def test_a_claim_that_had_begun_when_the_job_was_cancelled_is_cancelled_too(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = client.enqueue([("c", "a text")], collection="docs")
+    with db.begin() as claiming:
+        lease = chunk_batches.claim_if_due(claiming, 1, owner="host:1", lease_seconds=600)
+        assert lease is not None
+        cancelling = threading.Thread(target=client.cancel, args=(job.id,))
+        cancelling.start()
+        while client.job(job.id).state is not JobState.CANCELLED:
+            assert cancelling.is_alive()
+    cancelling.join(30)
+    assert states(db) == {"cancelled": 1}
+    with db.begin() as conn:
+        assert chunk_batches.renew_if_held(conn, [lease], lease_seconds=600) == set()
+
+
+def test_a_cancel_outlives_a_deadlock(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = client.enqueue([("c", "a text")], collection="docs")
+    real, failures = cancel.cancel_some, iter([1, 2])
+
+    def some(conn: sa.Connection, job_id: int) -> int:
+        if next(failures, None):
+            conn.execute(sa.text("DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40P01'; END $$"))
+        return real(conn, job_id)
+
+    monkeypatch.setattr(cancel, "cancel_some", some)
+    assert client.cancel(job.id).state is JobState.CANCELLED
+    assert states(db) == {"cancelled": 1}

@@ -1,0 +1,173 @@
+"""What the watchdog takes for a hang, and what not: by its own clock, which the test turns."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.domain.jobs import Job
+from workers.context import WorkerContext
+from workers.drain import Drain
+from workers.engine.loop import DeviceLoop
+from workers.engine.tokenizer import TextTokenizer
+from workers.engines import Engines
+from workers.pipeline import run_chunk_batch
+from workers.tuned import load_engine
+from workers.watchdog import Watchdog
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands still, but for the seconds that a test adds to ``ahead``."""
+    turned = SimpleNamespace(ahead=0.0, monotonic=lambda: 1e6 + turned.ahead)
+    for module in ("workers.lease", "workers.engine.under_way"):
+        monkeypatch.setattr(f"{module}.time", turned)
+    return turned
+
+
+@pytest.fixture
+def watchdog(clock: SimpleNamespace, context: WorkerContext, broker: Broker, client: Client) -> Iterator[Watchdog]:
+    """It looks when it is told to. The engine is there, as in a worker."""
+    context.engine_for(context.engines.load_default(context.db))
+    yield Watchdog(context, broker, Drain([context]))
+
+
+class Task(threading.Thread):
+    """A task thread, which may hang until the test lets it go."""
+
+    def __init__(self, context: WorkerContext, chunk_batch_id: int = 1) -> None:
+        super().__init__(daemon=True)
+        self._context, self._id = context, chunk_batch_id
+        self.start()
+
+    def run(self) -> None:
+        run_chunk_batch(self._context, self._id)
+
+
+class Gate:
+    """Stands where a thread is to hang: ``reached`` by it, and ``open`` for it to go on."""
+
+    def __init__(self, real: Any) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self._real = real
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.reached.set()
+        assert self.open.wait(60)
+        return self._real(*args, **kwargs)
+
+
+def enqueue(client: Client, name: str = "docs") -> Job:
+    return client.enqueue([("a", f"a text of {name}")], collection=name)
+
+
+def settled(context: WorkerContext, task: Task, client: Client, job: Job) -> None:
+    task.join(60)
+    assert not task.is_alive()
+    assert client.job(job.id).state == "completed"
+
+
+def test_a_call_of_the_tokenizer_that_hangs_is_seen_though_others_get_on(
+    watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, other = enqueue(client), enqueue(client, "other")
+    real = TextTokenizer.encode
+    gate = Gate(real)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTokenizer, "encode", lambda *args: gate(*args))
+        task = Task(context)
+        assert gate.reached.wait(60)
+    clock.ahead += 119
+    assert watchdog.look() is None
+    settled(context, Task(context, 2), client, other)
+    clock.ahead += 2
+    assert watchdog.look() == "a call of the tokenizer takes 121 s, more than STEP_DEADLINE_SECONDS"
+    gate.open.set()
+    settled(context, task, client, job)
+    assert watchdog.look() is None
+
+
+def test_the_load_of_a_model_has_longer(
+    watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = enqueue(client)
+    gate = Gate(load_engine)
+    monkeypatch.setattr("workers.engines.load_engine", gate)
+    context.engines = Engines(context.settings, "cpu")  # another worker's, which has not loaded it yet
+    task = Task(context)
+    assert gate.reached.wait(60)
+    clock.ahead += 1799
+    assert watchdog.look() is None
+    clock.ahead += 2
+    assert watchdog.look() == "the load of a model takes 1801 s, more than LOAD_DEADLINE_SECONDS"
+    gate.open.set()
+    settled(context, task, client, job)
+    assert watchdog.look() is None
+
+
+def test_a_chunk_batch_that_waits_for_nothing_is_seen(
+    watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows were lost inside the engine, where no pass has them; nobody would ever come with a result."""
+    job = enqueue(client)
+    lost: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+
+    def lose(loop: DeviceLoop, name: int, rows: Any, *how: Any) -> None:
+        loop._sources[name].stream.added += len(rows)
+        lost.put((loop, name, rows, *how))
+
+    gate = Gate(DeviceLoop.results)
+    gate.open.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceLoop, "add", lose)
+        patch.setattr(DeviceLoop, "results", lambda *args: gate(*args))
+        task = Task(context)
+        assert gate.reached.wait(60)
+        loop, name, rows, *how = lost.get(timeout=60)
+    clock.ahead += 119
+    assert watchdog.look() is None
+    with context.engines.loads.step():  # the engines get on: it may wait behind others
+        clock.ahead += 100
+        assert watchdog.look() is None
+    clock.ahead += 119
+    assert watchdog.look() is None
+    clock.ahead += 2
+    assert "ChunkBatch 1 has stood still for 121 s with nothing under way" in str(watchdog.look())
+    loop._sources[name].stream.added -= len(rows)
+    loop.add(name, rows, *how)
+    settled(context, task, client, job)
+
+
+def test_waiting_for_postgres_is_no_hang(
+    watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace, db: sa.Engine
+) -> None:
+    """While it writes: somebody has its row locked."""
+    job = enqueue(client)
+    real, claimed, go_on = context.engine_for, threading.Event(), threading.Event()
+
+    def engine_for(space: Any) -> Any:
+        claimed.set()
+        assert go_on.wait(60)
+        return real(space)
+
+    context.engine_for = engine_for  # type: ignore[method-assign]
+    task = Task(context)
+    assert claimed.wait(60)
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with db.begin() as other:
+        other.execute(sa.text("SELECT FROM chunk_batches WHERE id = 1 FOR UPDATE"))
+        go_on.set()
+        with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            while not conn.execute(sa.text(waiting)).all():
+                assert task.is_alive()
+        clock.ahead += 1000
+        assert watchdog.look() is None
+    settled(context, task, client, job)

@@ -1,0 +1,94 @@
+"""Which space a model's name means, with a provider beside the local models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from app.domain.providers import read_models
+from app.domain.spaces import LongText, OnLong, Precision, SpaceSpec
+from app.errors import InvalidInput, UnknownModel
+from app.models import DEFAULT_SPEC
+from app.models.asked import asked_spec
+from app.models.provider import fits, model_for, resolve_space
+from app.settings import Settings
+
+TWIN = {"minilm-remote": {"dimensions": 384, "max_tokens": 256, "usd": 0.01, "same_as": "all-MiniLM-L6-v2"}}
+
+
+def settings(provider: str = "auto", models: dict[str, dict[str, object]] | None = None) -> Settings:
+    return Settings.from_env(embedding_provider=provider, openai_models=read_models(models or {}))
+
+
+def resolved(given: Settings, name: str, **asked: object) -> SpaceSpec:
+    words = {"on_long": OnLong.TRUNCATE, "dimensions": None, "precision": Precision.FLOAT} | asked
+    return resolve_space(given, name, **words)  # type: ignore[arg-type]
+
+
+def test_a_providers_model_has_a_space_of_its_own() -> None:
+    spec = resolved(settings(), "text-embedding-3-small", dimensions=256, on_long=OnLong.SPLIT)
+    assert (spec.provider, spec.dimensions, spec.max_tokens, spec.long_text) == ("openai", 256, 8192, LongText.SPLIT)
+    assert model_for(settings(), spec) == settings().provider_models["text-embedding-3-small"]
+
+
+def test_a_model_that_is_the_same_as_a_local_one_shares_its_space() -> None:
+    given = settings(models=TWIN)
+    spec = resolved(given, "minilm-remote")
+    assert spec.fingerprint == DEFAULT_SPEC.fingerprint == resolved(given, "all-MiniLM-L6-v2").fingerprint
+    assert model_for(given, spec) == given.provider_models["minilm-remote"]
+    assert model_for(settings(), spec) is None
+
+
+def test_a_provider_serves_no_int8_space_and_none_it_cannot_cut_to() -> None:
+    given = settings(models=TWIN)
+    twin = given.provider_models["minilm-remote"]
+    assert not fits(twin, replace(DEFAULT_SPEC, precision=Precision.INT8))
+    assert not fits(twin, replace(DEFAULT_SPEC, dimensions=128))
+    assert fits(replace(twin, can_cut=True), replace(DEFAULT_SPEC, dimensions=128))
+    assert model_for(given, replace(DEFAULT_SPEC, precision=Precision.INT8)) is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "models", "name", "asked", "kind", "said"),
+    [
+        ("auto", {}, "text-embedding-3-small", {"precision": Precision.INT8}, InvalidInput, "Pass precision='float'"),
+        ("openai", {}, "all-MiniLM-L6-v2", {}, UnknownModel, "EMBEDDING_PROVIDER is openai.*OPENAI_MODELS"),
+        ("local", {}, "text-embedding-3-small", {}, UnknownModel, "text-embedding-3-small"),
+        (
+            "auto",
+            {"m": {"dimensions": 99, "same_as": "all-MiniLM-L6-v2"}},
+            "m",
+            {},
+            InvalidInput,
+            "gives 99 dimensions",
+        ),
+        ("auto", {}, "text-embedding-3-small", {"dimensions": 2000}, InvalidInput, "gives 1 to 1536"),
+        ("auto", {}, "text-embedding-ada-002", {"dimensions": 256}, InvalidInput, "cannot be cut to 256"),
+    ],
+)
+def test_what_is_refused(
+    provider: str,
+    models: dict[str, dict[str, object]],
+    name: str,
+    asked: dict[str, object],
+    kind: type[Exception],
+    said: str,
+) -> None:
+    with pytest.raises(kind, match=said):
+        resolved(settings(provider, models), name, **asked)
+
+
+def test_a_space_that_others_registered_is_found_by_the_local_models_name_only() -> None:
+    """Where the files are on the workers alone; and never when the provider takes all names as its own."""
+    theirs = replace(DEFAULT_SPEC, model="org/theirs@1")
+    models = {"remote": {"dimensions": 384, "same_as": "org/theirs@1"}}
+
+    def asked(given: Settings, name: str) -> SpaceSpec:
+        return asked_spec(
+            given, name, on_long=OnLong.TRUNCATE, dimensions=None, precision=None, registered=lambda: [theirs]
+        )
+
+    assert asked(settings(), "org/theirs@1") == asked(settings(models=models), "remote") == theirs
+    with pytest.raises(UnknownModel, match="EMBEDDING_PROVIDER is openai"):
+        asked(settings("openai"), "org/theirs@1")

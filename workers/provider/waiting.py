@@ -1,0 +1,148 @@
+"""Answers texts that someone waits for, of spaces that only a provider serves: a search's query, ``client.embed``."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from app.db import spaces
+from app.db.connect import raw
+from app.db.spaces import Space
+from app.domain.prices import price_on
+from app.domain.providers import OPENAI
+from app.domain.spaces import LongText, OnLong
+from app.domain.states import Route
+from app.errors import ChunkmillError, ProviderRefused, ProviderSilent
+from app.ledger import budget, charges, embed_requests
+from app.ledger.embed_requests import CHANNEL, EmbedRequest
+from app.ledger.jobs import CANCELLED_CHANNEL
+from app.openai_batch.assemble import assemble
+from app.openai_batch.inputs import RefusedInput, prepare
+from app.openai_batch.packing import Packer
+from workers.provider.context import ProviderContext
+from workers.provider.plain import read_answer
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+RECONNECT_SECONDS = 2.0
+LOCAL_FIRST_SECONDS = 2.0
+"""A space that local workers serve too is theirs for so long."""
+
+
+class WaitingLane(threading.Thread):
+    """As ``workers.embed_requests.EmbedRequestLane``, by plain requests. It hears of cancelled jobs, too."""
+
+    def __init__(self, context: ProviderContext) -> None:
+        super().__init__(name="embed-requests-openai", daemon=True)
+        self._context = context
+        self._stop_lane = threading.Event()
+
+    def stop(self) -> None:
+        self._stop_lane.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        while not self._stop_lane.is_set():
+            try:
+                self._listen()
+            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
+                logger.warning("embed requests: %s; listening again", type(error).__name__)
+                self._stop_lane.wait(RECONNECT_SECONDS)
+
+    def _listen(self) -> None:
+        with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
+            try:
+                while not self._stop_lane.is_set():
+                    while self.answer_next():
+                        pass
+                    heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
+                    if CANCELLED_CHANNEL in heard:
+                        self._context.leases.renew()
+            finally:
+                conn.invalidate()  # a listening connection must not go back into the pool
+
+    def answer_next(self) -> bool:
+        """Answer one request; False when there is none, or when this worker leaves."""
+        if self._context.stopping.is_set():
+            return False
+        with self._context.begin() as conn:
+            served = [space for space in spaces.all_spaces(conn) if self._context.serves(space)]
+            own = [space.id for space in served if space.spec.provider == OPENAI]
+            shared = [space.id for space in served if space.spec.provider != OPENAI]
+            request = embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
+                conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
+            )
+            if request is None:
+                return False
+            space = spaces.get(conn, request.space_id)
+        self._answer(request, space)
+        return True
+
+    def _answer(self, request: EmbedRequest, space: Space) -> None:
+        try:
+            vectors, tokens = self._embed(request, space)
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
+            with self._context.begin() as conn:
+                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+            return
+        with self._context.begin() as conn:
+            embed_requests.answer(conn, request.id, vectors)
+            price = price_on(self._context.model(space).prices, charges.today(conn))
+            charges.book(
+                conn,
+                route=Route.OPENAI_SYNC,
+                space_id=space.id,
+                job_id=0,
+                provider_batch_id=0,
+                contents=len(request.texts),
+                tokens=tokens,
+                usd=price.of(tokens, batch=False) if price else Decimal(0),
+            )
+
+    def _embed(self, request: EmbedRequest, space: Space) -> tuple[Any, int]:
+        """``(vectors, tokens charged)``; a text that is too long is treated as the space treats documents."""
+        context, spec = self._context, space.spec
+        model = context.model(space)
+        with context.begin() as conn:
+            budget.require_budget(conn, context.settings)
+        prompt = spec.query_prompt if request.kind == "query" else spec.document_prompt
+        texts = [(str(i).encode(), prompt + text) for i, text in enumerate(request.texts)]
+        limits = context.limits(model)
+        items = []
+        for item in prepare(texts, context.counter(model), limits, _POLICIES[spec.long_text]):
+            if isinstance(item, RefusedInput):
+                raise ProviderRefused(item.reason, status=400, provider_code=item.code)
+            items.append(item)
+        vectors, tokens = [], 0
+        packer = Packer(1, context.form(model, space), limits)
+        for item in items:
+            packer.add(item)
+        for number in range(packer.requests):
+            rows = [row for row in packer.rows if row.request_no == number]
+            sent = [window.text for row in rows for window in items[int(row.content_hash)].windows]
+            body = context.provider.embed(
+                model.name,
+                sent,
+                dimensions=context.form(model, space).dimensions,
+                idempotency_key=f"embed-request-{request.id}-{number}-{secrets.token_hex(4)}",
+            )
+            embedded = read_answer(body, len(sent), space)
+            made = assemble(embedded, rows, normalize=spec.normalize)
+            if made.problems:
+                raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
+            vectors.append(made.vectors)
+            tokens += embedded.prompt_tokens if embedded.prompt_tokens is not None else packer.tokens
+        return np.concatenate(vectors), tokens
+
+
+_POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}
