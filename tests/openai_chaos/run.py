@@ -1,0 +1,235 @@
+"""One seed: two jobs that share texts, workers and pollers that die at points the seed chooses, and the proof."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.db.connect import create_db
+from app.domain.states import JobState
+from app.settings import Settings
+from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
+from tests.openai_server import OpenAIServer, text_hash, vector_for
+
+ROOT = Path(__file__).parents[2]
+MODEL, DIMENSIONS = "text-embedding-3-small", 16
+LEASE_SECONDS = 1.5
+
+
+@dataclass
+class Report:
+    seed: int
+    contents: int
+    kills: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    provider_batches: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "contents": self.contents,
+            "kills": dict(sorted(self.kills.items())),
+            "provider_batches": self.provider_batches,
+            "seconds": round(self.seconds, 1),
+            "problems": self.problems,
+        }
+
+
+class Slot:
+    """Keeps one process going: each life dies at the next point of its list, the last one lives."""
+
+    def __init__(self, kind: str, points: list[tuple[str, int]], env: dict[str, str], folder: Path) -> None:
+        self._kind = kind
+        self._points = points
+        self._env = env
+        self._folder = folder
+        self._lives = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def tend(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        point = self._points.pop(0) if self._points else None
+        more = {} if point is None else {"DIE_AT": point[0], "DIE_NTH": str(point[1])}
+        log = self._folder / f"{self._kind}-{id(self)}-{self._lives}.log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.openai_chaos.dying", self._kind, "-n", f"{self._kind}{id(self)}@%h"][
+                    : None if self._kind == "worker" else 4
+                ],
+                cwd=ROOT, env=self._env | more, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )  # fmt: skip
+        self._lives += 1
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(15)
+                return
+            self._process.kill()
+            self._process.wait()
+
+
+def run(settings: Settings, seed: int, *, kills: int, contents: int, limit_s: float = 240.0) -> Report:
+    """``settings`` name an empty, migrated database and an empty Redis."""
+    rng = random.Random(seed)
+    # Every point is somebody's turn, whatever the number of seeds: they are dealt out in an order of the first seed.
+    deck = list(WORKER_POINTS)
+    random.Random(0).shuffle(deck)
+    points = [(deck[(seed * kills + i) % len(deck)], rng.choice((1, 1, 2))) for i in range(kills)]
+    report = Report(seed, contents)
+    began = time.monotonic()
+    with (
+        OpenAIServer(in_progress_seconds=rng.choice((0.0, 0.3)), list_lag_seconds=0.3, seed=seed) as server,
+        tempfile.TemporaryDirectory(prefix="cm-openai-") as name,
+    ):
+        folder = Path(name)
+        env = _environment(settings, server, folder)
+        mine = Settings.from_env(
+            database_url=settings.require_database_url(), redis_url=settings.require_redis_url(), chunk_batch_size=40,
+            embedding_model=MODEL, embedding_dimensions=DIMENSIONS,
+        )  # fmt: skip
+        db = create_db(mine.require_database_url(), role="proof")
+        slots = [
+            Slot("worker", points[0::2], env, folder),
+            Slot("worker", points[1::2], env, folder),
+            Slot(
+                "poller",
+                [(rng.choice(POLLER_POINTS), rng.randint(1, 3)) for _ in range(max(1, kills // 5))],
+                env,
+                folder,
+            ),
+        ]
+        try:
+            with Client(create_db(mine.require_database_url(), role="client"), Broker.connect(mine), mine) as client:
+                _work(client, slots, report, contents, deadline=began + limit_s)
+                _prove(client, db, server, report, contents)
+        finally:
+            for slot in slots:
+                slot.stop()
+            if report.problems:
+                for log in sorted(folder.glob("*.log")):
+                    sys.stderr.write(f"--- {log.name}\n{log.read_text()[-3000:]}\n")
+            db.dispose()
+        died = folder / "died"
+        report.kills.update(died.read_text().split("\n")[:-1] if died.exists() else [])
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def texts_of(contents: int) -> dict[str, dict[str, str]]:
+    """Two collections: the second has half of its texts from the first."""
+    first = {f"a-{i}": f"the text with number {i}" for i in range(contents * 2 // 3)}
+    rest = contents - len(first)
+    second = {f"b-{i}": f"the text with number {len(first) - rest + i}" for i in range(2 * rest)}
+    return {"first": first, "second": second}
+
+
+def _work(client: Client, slots: list[Slot], report: Report, contents: int, *, deadline: float) -> None:
+    jobs = []
+    for collection, texts in texts_of(contents).items():
+        for slot in slots:
+            slot.tend()
+        jobs.append(client.enqueue(texts.items(), collection=collection, route="openai"))
+    while True:
+        for slot in slots:
+            slot.tend()
+        states = [client.job(job.id).state for job in jobs]
+        if all(state.is_final for state in states) and not _open(client):
+            break
+        if time.monotonic() > deadline:
+            report.problems.append(
+                f"not done in time: jobs {[str(s) for s in states]}, ProviderBatches {_open(client)}"
+            )
+            return
+        time.sleep(0.05)
+    report.problems += [
+        f"job {job.id} is {state}" for job, state in zip(jobs, states, strict=True) if state is not JobState.COMPLETED
+    ]
+
+
+def _open(client: Client) -> list[tuple[Any, ...]]:
+    with client._db.begin() as conn:
+        rows = conn.execute(sa.text("SELECT id, state, failures, error FROM provider_batches WHERE state <> 'closed'"))
+        return [tuple(row) for row in rows]
+
+
+def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, contents: int) -> None:
+    """Complete, right, and paid once."""
+    wanted: set[str] = set()
+    for collection, texts in texts_of(contents).items():
+        wanted |= set(texts.values())
+        if not client.audit(collection).complete:
+            report.problems.append(f"the audit of {collection} is not empty")
+        vectors = client.vectors(collection)
+        wrong = [
+            i
+            for i, text in texts.items()
+            if i not in vectors or not np.allclose(vectors[i], vector_for(text, DIMENSIONS), atol=1e-6)
+        ]
+        if wrong:
+            report.problems.append(
+                f"{len(wrong)} vectors of {collection} are missing or wrong, the first of {wrong[0]}"
+            )
+    bill = server.bill()
+    twice = sum(times > 1 for times in bill.values())
+    never = len({text_hash(text) for text in wanted} - bill.keys())
+    if twice or never or len(bill) != len(wanted):
+        report.problems.append(
+            f"{twice} contents were charged twice, {never} never, {len(bill)} of {len(wanted)} in all"
+        )
+    with db.begin() as conn:
+        one = conn.execute(
+            sa.text(
+                "SELECT (SELECT count(*) FROM provider_inputs) AS in_flight, "
+                "(SELECT sum(contents) FROM charges) AS charged, (SELECT sum(tokens) FROM charges) AS tokens, (SELECT count(*) FROM provider_batches) AS batches, "
+                "(SELECT count(*) FROM chunk_batches WHERE state = 'running') AS running"
+            )
+        ).one()
+    report.provider_batches = one.batches
+    billed = sum(charge["tokens"] for charge in server.charges())
+    facts = {
+        "in flight": (one.in_flight, 0),
+        "running": (one.running, 0),
+        "charged": (one.charged, len(wanted)),
+        "tokens": (one.tokens, billed),
+    }
+    report.problems += [f"{what}: {found}, not {right}" for what, (found, right) in facts.items() if found != right]
+    left = server.state()["files"]
+    if left:
+        report.problems.append(f"{len(left)} files are left at the provider")
+
+
+def _environment(settings: Settings, server: OpenAIServer, folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "DATABASE_URL": settings.require_database_url(),
+        "REDIS_URL": settings.require_redis_url(),
+        "LEASE_SECONDS": str(LEASE_SECONDS),
+        "POLL_INTERVAL": "0.1",
+        "DOORBELL_REPAIR_SECONDS": "1",
+        "PREEMPTION_NOTICE": "off",
+        "OPENAI_API_KEY": server.key,
+        "OPENAI_BASE_URL": server.url,
+        "OPENAI_GATHER_SECONDS": "0.2",
+        "OPENAI_POLL_SECONDS": "0.3",
+        "OPENAI_ADOPT_SECONDS": "1",
+        "OPENAI_BATCH_MAX_INPUTS": "150",
+        "OPENAI_REQUEST_INPUTS": "16",
+        "DIED_LOG": str(folder / "died"),
+    }
