@@ -188,7 +188,7 @@ def _provider_rule(settings: Settings, request: EstimateRequest) -> _Rule:
     counter = tokens.cl100k() if model.tokenizer == CL100K else tokens.from_tokenizer_file(model.tokenizer)
     limits = BatchLimits(
         inputs_per_request=settings.openai_request_inputs,
-        tokens_per_request=settings.openai_request_tokens,
+        tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
         tokens_per_input=min(model.max_tokens, request.spec.max_tokens),
     )
 

@@ -34,10 +34,10 @@ class Database:
     poller_connections: int
     open_jobs: int | None
     """None before the first migration."""
-    lanes: tuple[Lane, ...]
-    """The paid ones; none before the migration that has them."""
     clock_ahead: float
     """Seconds by which its clock is ahead of this machine's, to half a round trip."""
+    lanes: tuple[Lane, ...] = ()
+    """The paid ones; none before the migration that has them."""
 
     @property
     def is_migrated(self) -> bool:

@@ -90,6 +90,11 @@ def read_models(given: Mapping[str, Any]) -> dict[str, ProviderModel]:
             raise ValueError(f"{name!r}: {unknown[0]!r} is no field of it; there are {', '.join(sorted(_FIELDS))}")
         if known is None and "dimensions" not in fields:
             raise ValueError(f"{name!r} must say its dimensions")
+        if fields.get("same_as") is not None and "tokenizer" not in fields:
+            raise ValueError(
+                f"{name!r} is same_as a local model and must say its tokenizer, the path of that model's "
+                "tokenizer.json: texts must be counted and cut as local workers do"
+            )
         dimensions = _whole(name, "dimensions", fields.get("dimensions", known.dimensions if known else 0))
         models[name] = ProviderModel(
             name,

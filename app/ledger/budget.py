@@ -45,19 +45,23 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
     """
     rows = conn.execute(
         sa.text(
-            "SELECT i.space_id, i.provider_batch_id IS NOT NULL AS batch, sum(i.sent_tokens) AS tokens "
-            "FROM provider_inputs i GROUP BY 1, 2"
+            # From the few open ProviderBatches: their inputs in flight may be millions.
+            "SELECT space_id, true AS batch, sum(greatest(0, n_tokens - coalesce((SELECT sum(c.tokens) FROM charges c "
+            "  WHERE c.provider_batch_id = p.id AND c.day >= p.created_at::date - 1), 0))) AS tokens "
+            "FROM provider_batches p WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted', 'collecting') "
+            "GROUP BY space_id UNION ALL "
+            "SELECT space_id, false, sum(sent_tokens) FROM provider_inputs WHERE provider_batch_id IS NULL GROUP BY 1"
         )
     ).all()
     if not rows:
         return Decimal(0)
-    today = conn.execute(sa.text(f"SELECT {charges.TODAY}")).scalar_one()
+    today = charges.today(conn)
     total = Decimal(0)
     for row in rows:
         model = model_for(settings, spaces.get(conn, row.space_id).spec)
         price = price_on(model.prices, today) if model else None
         if price:
-            total += price.of(int(row.tokens), batch=True)
+            total += price.of(int(row.tokens), batch=row.batch)
     return total
 
 

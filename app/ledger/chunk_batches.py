@@ -101,9 +101,16 @@ def _copy(
 
 
 def claim_if_due(
-    conn: sa.Connection, chunk_batch_id: int, *, owner: str, lease_seconds: float, not_spaces: Sequence[int] = ()
+    conn: sa.Connection,
+    chunk_batch_id: int,
+    *,
+    owner: str,
+    lease_seconds: float,
+    route: Route = Route.LOCAL,
+    not_spaces: Sequence[int] = (),
 ) -> Lease | None:
-    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, or out of attempts.
+    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, out of attempts, or on another route
+    since its doorbell was rung.
 
     A ChunkBatch of one of ``not_spaces`` is left for another worker. A lease that ran out is not claimed over: the
     poller takes it back, and counts the death.
@@ -113,11 +120,18 @@ def claim_if_due(
             "UPDATE chunk_batches b SET state = 'running', attempt = attempt + 1, lease_owner = :owner, "
             "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
             "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
+            "AND b.route = :route "
             "AND b.space_id <> ALL(CAST(:not_spaces AS int[])) "
             "AND b.state = 'available' AND j.state <> 'cancelled' "
             "RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long"
         ),
-        {"id": chunk_batch_id, "owner": owner, "lease": lease_seconds, "not_spaces": list(not_spaces)},
+        {
+            "id": chunk_batch_id,
+            "owner": owner,
+            "lease": lease_seconds,
+            "route": route,
+            "not_spaces": list(not_spaces),
+        },
     ).one_or_none()
     if row is None:
         return None

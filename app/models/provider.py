@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.domain.providers import OPENAI, ProviderModel
-from app.domain.spaces import OnLong, Precision, SpaceSpec
+from app.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from app.errors import InvalidInput, UnknownModel
 from app.models import resolve_spec
 from app.models.locate import DEFAULT_MODEL, DEFAULT_NAMES
@@ -53,11 +53,10 @@ def resolve_space(
         precision=precision,
         trust=settings.trust,
     )
-    if model is not None and not fits(model, spec):
+    if model is not None and (problem := why_unfit(model, spec)):
         raise InvalidInput(
-            f"model {name!r} gives {model.dimensions} dimensions{' and cannot be cut' if not model.can_cut else ''}, "
-            f"and the space of {spec.model!r} has {spec.dimensions}. Mend dimensions or same_as in OPENAI_MODELS, or "
-            "leave dimensions out of the call."
+            f"model {name!r} cannot serve the space of {spec.model!r}: {problem}. Mend its entry in OPENAI_MODELS, "
+            "leave dimensions out of the call, or name the local model."
         )
     return spec
 
@@ -68,13 +67,37 @@ def model_for(settings: Settings, spec: SpaceSpec) -> ProviderModel | None:
     if spec.provider == OPENAI:
         found = models.get(spec.model)
         return found if found is not None and found.same_as is None else None
-    return next((m for m in models.values() if _label(m.same_as) == spec.model and fits(m, spec)), None)
+    twins = [model for model in models.values() if model.same_as is not None and why_unfit(model, spec) is None]
+    return next((twin for twin in twins if _label(twin.same_as) == spec.model or _is_of(settings, twin, spec)), None)
 
 
-def fits(model: ProviderModel, spec: SpaceSpec) -> bool:
-    """Whether its vectors can be those of the space: as long, and of full precision."""
-    cut = model.can_cut and spec.dimensions < model.dimensions
-    return spec.precision is Precision.FLOAT and (spec.dimensions == model.dimensions or cut)
+def why_unfit(model: ProviderModel, spec: SpaceSpec) -> str | None:
+    """Why its vectors cannot be those of the space; None: they can."""
+    if spec.precision is not Precision.FLOAT:
+        return "the space is int8, which is how a local worker computes"
+    if spec.dimensions != model.dimensions and not (model.can_cut and spec.dimensions < model.dimensions):
+        cut = "" if model.can_cut else " and cannot be cut"
+        return f"it gives {model.dimensions} dimensions{cut}, and the space has {spec.dimensions}"
+    if spec.long_text is LongText.SPLIT_APART:
+        return "the space's long texts were cut by a rule of an earlier version"
+    if spec.document_prompt:
+        return "the space has a document prompt, which is not sent to a provider"
+    return None
+
+
+def _is_of(settings: Settings, model: ProviderModel, spec: SpaceSpec) -> bool:
+    """Whether the space is that of ``same_as``, registered under another name of the same files."""
+    try:
+        own = resolve_spec(
+            model.same_as or "",
+            pooling=settings.embedding_pooling,
+            on_long=spec.long_text.policy,
+            dimensions=None if spec.dimensions == model.dimensions else spec.dimensions,
+            trust=settings.trust,
+        )
+    except InvalidInput:  # its files are not here, or cannot be cut
+        return False
+    return own.fingerprint == spec.fingerprint
 
 
 def _label(name: str | None) -> str | None:

@@ -63,7 +63,7 @@ def charge(db: sa.Engine, space: spaces.Space, usd: str, *, tokens: int = 1000, 
             route=more.get("route", Route.OPENAI),
             space_id=space.id,
             job_id=job,
-            provider_batch_id=more.get("provider_batch", 1),
+            provider_batch_id=more.get("provider_batch", 1000),
             contents=10,
             tokens=tokens,
             usd=Decimal(usd),
@@ -71,14 +71,24 @@ def charge(db: sa.Engine, space: spaces.Space, usd: str, *, tokens: int = 1000, 
 
 
 def put_in_flight(db: sa.Engine, space: spaces.Space, *, hashes: Iterable[bytes], tokens: int, batch: bool) -> None:
+    hashes = list(hashes)
     with db.begin() as conn:
+        carrier = None
+        if batch:
+            carrier = conn.execute(
+                sa.text(
+                    "INSERT INTO provider_batches (space_id, state, token, n_tokens) "
+                    "VALUES (:space, 'submitted', 'token', :n) RETURNING id"
+                ),
+                {"space": space.id, "n": tokens * len(hashes)},
+            ).scalar_one()
         conn.execute(
             sa.text(
                 "INSERT INTO provider_inputs (space_id, content_hash, provider_batch_id, chunk_batch_id, attempt, "
                 "job_id, n_tokens, sent_tokens, truncated) SELECT :space, h, :batch, 1, 1, 1, :tokens, :tokens, false "
                 "FROM unnest(CAST(:hashes AS bytea[])) AS h"
             ),
-            {"space": space.id, "batch": 1 if batch else None, "tokens": tokens, "hashes": list(hashes)},
+            {"space": space.id, "batch": carrier, "tokens": tokens, "hashes": hashes},
         )
 
 
@@ -136,6 +146,11 @@ def test_what_is_in_flight_is_committed_at_the_price_of_its_route(
         limited = settings.model_copy(update={"openai_monthly_budget_usd": Decimal("0.05")})
         assert budget.headroom(conn, settings) is None
         assert budget.headroom(conn, limited) == Decimal("0.01")
+        charges.book(
+            conn, route=Route.OPENAI, space_id=space.id, job_id=1, provider_batch_id=1, contents=1, tokens=500_000,
+            usd=Decimal("0.005"),
+        )  # fmt: skip
+        assert budget.committed(conn, settings) == Decimal("0.015") + Decimal("0.02")  # what is charged is not both
 
 
 # The budget
@@ -161,7 +176,17 @@ def test_new_paid_work_is_refused_at_the_limit_before_anything_is_read(
 
 def test_with_a_used_up_budget_auto_takes_the_local_lane(make: Make, db: sa.Engine, space: spaces.Space) -> None:
     charge(db, space, "5")
-    twin = read_models({"remote": {"dimensions": 384, "max_tokens": 256, "usd": 0, "same_as": "all-MiniLM-L6-v2"}})
+    twin = read_models(
+        {
+            "remote": {
+                "dimensions": 384,
+                "max_tokens": 256,
+                "usd": 0,
+                "same_as": "all-MiniLM-L6-v2",
+                "tokenizer": "cl100k",
+            }
+        }
+    )
     client = make(openai_monthly_budget_usd=Decimal(5), openai_models=twin, gpu_hour_usd=Decimal(1))
     told = client.explain(client.enqueue([("a", "text")], collection="docs").id)
     assert told.routing[-1].route is Route.LOCAL

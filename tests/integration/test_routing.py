@@ -23,7 +23,9 @@ from app.ledger import provider_lanes, routing
 from app.settings import Settings
 
 SMALL = "text-embedding-3-small"
-TWIN = {"remote": {"dimensions": 384, "max_tokens": 256, "usd": 0.02, "same_as": "all-MiniLM-L6-v2"}}
+TWIN = {
+    "remote": {"dimensions": 384, "max_tokens": 256, "usd": 0.02, "same_as": "all-MiniLM-L6-v2", "tokenizer": "cl100k"}
+}
 LONG = timedelta(hours=36)
 Make = Callable[..., Client]
 

@@ -11,10 +11,19 @@ from app.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from app.errors import InvalidInput, UnknownModel
 from app.models import DEFAULT_SPEC
 from app.models.asked import asked_spec
-from app.models.provider import fits, model_for, resolve_space
+from app.models.locate import bundled_folder
+from app.models.provider import model_for, resolve_space, why_unfit
 from app.settings import Settings
 
-TWIN = {"minilm-remote": {"dimensions": 384, "max_tokens": 256, "usd": 0.01, "same_as": "all-MiniLM-L6-v2"}}
+TWIN = {
+    "minilm-remote": {
+        "dimensions": 384,
+        "max_tokens": 256,
+        "usd": 0.01,
+        "same_as": "all-MiniLM-L6-v2",
+        "tokenizer": "cl100k",
+    }
+}
 
 
 def settings(provider: str = "auto", models: dict[str, dict[str, object]] | None = None) -> Settings:
@@ -32,6 +41,11 @@ def test_a_providers_model_has_a_space_of_its_own() -> None:
     assert model_for(settings(), spec) == settings().provider_models["text-embedding-3-small"]
 
 
+def test_a_model_that_is_the_same_as_a_local_one_must_say_its_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"'m' is same_as a local model and must say its tokenizer"):
+        read_models({"m": {"dimensions": 384, "same_as": "all-MiniLM-L6-v2"}})
+
+
 def test_a_model_that_is_the_same_as_a_local_one_shares_its_space() -> None:
     given = settings(models=TWIN)
     spec = resolved(given, "minilm-remote")
@@ -40,13 +54,26 @@ def test_a_model_that_is_the_same_as_a_local_one_shares_its_space() -> None:
     assert model_for(settings(), spec) is None
 
 
+def test_the_space_is_known_under_any_name_of_its_files() -> None:
+    folder = bundled_folder()
+    assert folder is not None
+    given = settings(models={"remote": TWIN["minilm-remote"] | {"same_as": str(folder)}})
+    assert model_for(given, DEFAULT_SPEC) == given.provider_models["remote"]
+    assert model_for(given, replace(DEFAULT_SPEC, revision="sha256:other")) is None
+    gone = settings(models={"remote": TWIN["minilm-remote"] | {"same_as": "/nowhere/at/all"}})
+    assert model_for(gone, DEFAULT_SPEC) is None
+
+
 def test_a_provider_serves_no_int8_space_and_none_it_cannot_cut_to() -> None:
     given = settings(models=TWIN)
     twin = given.provider_models["minilm-remote"]
-    assert not fits(twin, replace(DEFAULT_SPEC, precision=Precision.INT8))
-    assert not fits(twin, replace(DEFAULT_SPEC, dimensions=128))
-    assert fits(replace(twin, can_cut=True), replace(DEFAULT_SPEC, dimensions=128))
+    assert "int8" in str(why_unfit(twin, replace(DEFAULT_SPEC, precision=Precision.INT8)))
+    assert "cannot be cut" in str(why_unfit(twin, replace(DEFAULT_SPEC, dimensions=128)))
+    assert "prompt" in str(why_unfit(twin, replace(DEFAULT_SPEC, document_prompt="passage: ")))
+    assert why_unfit(replace(twin, can_cut=True), replace(DEFAULT_SPEC, dimensions=128)) is None
     assert model_for(given, replace(DEFAULT_SPEC, precision=Precision.INT8)) is None
+    assert model_for(given, replace(DEFAULT_SPEC, long_text=LongText.SPLIT)) == twin
+    assert model_for(given, replace(DEFAULT_SPEC, long_text=LongText.SPLIT_APART)) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +84,7 @@ def test_a_provider_serves_no_int8_space_and_none_it_cannot_cut_to() -> None:
         ("local", {}, "text-embedding-3-small", {}, UnknownModel, "text-embedding-3-small"),
         (
             "auto",
-            {"m": {"dimensions": 99, "same_as": "all-MiniLM-L6-v2"}},
+            {"m": {"dimensions": 99, "same_as": "all-MiniLM-L6-v2", "tokenizer": "cl100k"}},
             "m",
             {},
             InvalidInput,
@@ -82,7 +109,7 @@ def test_what_is_refused(
 def test_a_space_that_others_registered_is_found_by_the_local_models_name_only() -> None:
     """Where the files are on the workers alone; and never when the provider takes all names as its own."""
     theirs = replace(DEFAULT_SPEC, model="org/theirs@1")
-    models = {"remote": {"dimensions": 384, "same_as": "org/theirs@1"}}
+    models = {"remote": {"dimensions": 384, "same_as": "org/theirs@1", "tokenizer": "cl100k"}}
 
     def asked(given: Settings, name: str) -> SpaceSpec:
         return asked_spec(

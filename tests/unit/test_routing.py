@@ -89,8 +89,8 @@ def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
         ([Offer(LOCAL, None, idle=True), batch, sync], 30, BATCH, "local is out: no worker of it is connected"),
         # Nothing is left: a late lane is better than one that nobody serves, and that better than a stopped one.
         ([batch, replace(sync, stopped="stopped")], 1, BATCH, "it may be late, and no better lane is left"),
-        ([Offer(LOCAL, None, idle=True), replace(batch, stopped="x"), replace(sync, stopped="x")], 1, LOCAL, "it waits for a w"),
-        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, "every lane is stopped.*out: x.*out: y"),
+        ([replace(local, idle=True), replace(batch, stopped="x"), replace(sync, stopped="x")], 1, LOCAL, "waits for"),
+        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, "every lane is stopped.*: x;.*: y"),
     ],
 )
 def test_what_auto_chooses_and_says(offers: list[Offer], hours: float | None, route: Route, said: str) -> None:
