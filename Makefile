@@ -10,13 +10,14 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench chaos gpu clean
+.PHONY: help demo test lint types unit bench chaos aimock gpu clean
 
 help:
 	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
 	@echo "make test    install, then everything CI runs"
 	@echo "make bench   every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
+	@echo "make aimock  the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
@@ -52,6 +53,15 @@ chaos: $(VENV)/.dev
 		echo "== the real engine, under chunkmill worker"; \
 		$(BIN)/python -m tests.chaos --seed $(SEED) --faults 21 --chunks 1500 --engine real --supervised && exit $$fake
 
+# Somebody else's idea of the API that tests/openai_server is ours of.
+AIMOCK := .aimock
+aimock: $(VENV)/.dev $(AIMOCK)/node_modules
+	@$(BIN)/python -m pytest -q -rs tests/independent
+
+$(AIMOCK)/node_modules:
+	@echo "== installing @copilotkit/aimock into $(AIMOCK)"
+	@npm install --silent --no-save --prefix $(AIMOCK) @copilotkit/aimock@1.43.0
+
 RESULTS ?= benchmarks/results
 GPU_SITE := .gpu-site
 GPU_PYTHON = env PYTHONPATH=$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
@@ -68,7 +78,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) $(GPU_SITE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -74,12 +74,30 @@ PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
 """What publishing raises while Redis is away. The poller rings again, so a publisher may log and go on."""
 
 
+Shown = Mapping[str, int | str]
+"""What Flower shows of a doorbell beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
+
+A label for people, which no worker reads. Numbers, states, and names of collections and models: never a text.
+"""
+LONGEST_NAME = 60
+"""Of a collection or model in a doorbell; their own limit is 200 characters, and Redis holds many bells."""
+
+
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """A ChunkBatch id and the priority rank of its job, 0 served first. Nothing else goes into Redis."""
+    """A ChunkBatch id and the priority rank of its job, 0 served first. A label is all else that goes into Redis."""
 
     chunk_batch_id: int
     priority: int
+    shown: Shown = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBell:
+    """As a doorbell, for the next step of a ProviderBatch."""
+
+    provider_batch_id: int
+    shown: Shown = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +201,36 @@ class Broker:
 
     def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
         """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
-        self._send(bells.task, bells.queue, ((bell.chunk_batch_id, bell.priority) for bell in doorbells))
+        self._send(
+            bells.task,
+            bells.queue,
+            (
+                (bell.chunk_batch_id, bell.priority, f"ChunkBatch {bell.chunk_batch_id}", bell.shown)
+                for bell in doorbells
+            ),
+        )
 
-    def ring_steps(self, provider_batch_ids: Iterable[int]) -> None:
+    def ring_steps(self, bells: Iterable[StepBell]) -> None:
         """As ``ring``, for the next steps of ProviderBatches."""
-        self._send(ADVANCE_TASK, PROVIDER_QUEUE, ((each, STEP_PRIORITY) for each in provider_batch_ids))
+        self._send(
+            ADVANCE_TASK,
+            PROVIDER_QUEUE,
+            (
+                (bell.provider_batch_id, STEP_PRIORITY, f"ProviderBatch {bell.provider_batch_id}", bell.shown)
+                for bell in bells
+            ),
+        )
 
-    def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int]]) -> None:
+    def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
         with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
-            for number, priority in messages:
+            for number, priority, name, shown in messages:
                 self.celery.send_task(
                     task,
                     args=[number],
+                    # What events carry in place of the arguments, and Flower shows. As a dict's repr, it can be
+                    # searched there: `kwargs:job=3`.
+                    argsrepr=name,
+                    kwargsrepr=repr({key: _short(value) for key, value in shown.items()}),
                     queue=queue,
                     priority=priority,
                     producer=producer,
@@ -205,6 +241,10 @@ class Broker:
     def close(self) -> None:
         self.client.close()
         self.celery.close()
+
+
+def _short(value: int | str) -> int | str:
+    return f"{value[: LONGEST_NAME - 1]}…" if isinstance(value, str) and len(value) > LONGEST_NAME else value
 
 
 def kombu_url(url: str) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
-from app.db.connect import create_db, migrate, require_migrated, store_error
+from app.db.connect import create_db, migrate, require_at_least, require_migrated, store_error
 from app.db.retry import transact
 from app.domain.arguments import as_deadline, as_word, require_name
 from app.domain.chunks import prepare_all, prepare_or_skip
@@ -36,6 +36,7 @@ from app.domain.jobs import (
 )
 from app.domain.planning import DeadChunk
 from app.domain.providers import OPENAI
+from app.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from app.domain.spaces import OnLong, Precision, SpaceSpec
 from app.domain.states import JobState, Priority, Route
 from app.enqueueing import MAX_BATCH_BYTES, Enqueueing, EnqueueRequest
@@ -66,12 +67,15 @@ from app.ledger.doorbells import ring_due
 from app.ledger.explain import Explanation
 from app.ledger.finish import finish_if_done
 from app.ledger.provider_lanes import Lane
+from app.ledger.prune import prune_jobs
 from app.models.asked import asked_spec
 from app.settings import Settings
+from app.telemetry import tracing
 from app.vectors import audit as auditing
 from app.vectors import read
 from app.vectors import search as searching
 from app.vectors.delete import delete_some
+from app.vectors.prune import AGES_SINCE, cache_spaces, drop_unreferenced, find_space
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ class Client:
         """
         environment = Environment.load(start_embedded=True)
         settings = environment.settings
+        tracing.configure("chunkmill-client")
         if environment.is_embedded:
             migrate(settings.require_database_url())
         db = create_db(settings.require_database_url(), role="client")
@@ -195,8 +200,10 @@ class Client:
             idempotency_key,
             skip_invalid=on_invalid == "skip",
         )
-        with _store_errors(self._db):
-            return self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
+        with _store_errors(self._db), tracing.root("chunkmill.enqueue", {"space": space.id}, kind="PRODUCER") as span:
+            job = self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
+            span.set({"job": job.id, "chunks": job.chunks, "contents": job.contents})
+            return job
 
     def job(self, job_id: int) -> Job:
         """The job as it is now. Raises :class:`NotFound`."""
@@ -523,6 +530,63 @@ class Client:
             collection_id, space_id = jobs.find_collection(conn, collection)
             return auditing.audit(conn, spaces.get(conn, space_id), name=collection, collection_id=collection_id)
 
+    # Retention
+
+    def prune(
+        self,
+        older_than: timedelta | float = 30,
+        *,
+        dry_run: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Pruned:
+        """Drop jobs that ended more than ``older_than`` (days) ago, and vectors and texts stored before that which no
+        collection refers to. Safe while everything runs.
+
+        With a job go its ChunkBatches, attempts, usage, dead list and idempotency key; charges stay, for they are the
+        bill. A failed or cancelled job stays while a chunk of it has no vector. ``dry_run`` only counts.
+        """
+        before = self._before("older_than", older_than)
+        with _store_errors(self._db):
+            jobs_gone, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+            gone = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+        return Pruned(dry_run, before, jobs_gone | gone, kept)
+
+    def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
+        """Each space's vectors, their size, and how often enqueues found what they needed; also in the last ``recent``
+        days."""
+        days = as_age("recent", recent) / timedelta(days=1)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            return cache_spaces(conn, recent_days=days)
+
+    def evict(
+        self,
+        *,
+        older_than: timedelta | float | None = None,
+        max_bytes: int | None = None,
+        space: str | None = None,
+        dry_run: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Pruned:
+        """Drop vectors that no collection refers to, and their texts, the oldest first: those stored more than
+        ``older_than`` (days) ago, or as many as it takes to leave ``max_bytes`` of them. Safe while everything runs.
+
+        ``space`` is the beginning of a fingerprint; None: all. Raises :class:`InvalidInput`, :class:`NotFound`.
+        """
+        if (older_than is None) == (max_bytes is None):
+            raise InvalidInput("say what to evict: either older_than or max_bytes.")
+        if max_bytes is not None and max_bytes < 0:
+            raise InvalidInput(f"max_bytes is {max_bytes}; it must not be negative.")
+        before = None if older_than is None else self._before("older_than", older_than)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            chosen = None if space is None else find_space(conn, space)
+        with _store_errors(self._db):
+            gone = drop_unreferenced(
+                self._db, space=chosen, before=before, max_bytes=max_bytes, dry_run=dry_run, on_progress=on_progress
+            )
+        return Pruned(dry_run, before, gone)
+
     def collections(self) -> list[str]:
         """The names of all collections, in order."""
         with self._transaction() as conn:
@@ -545,6 +609,17 @@ class Client:
     def _transaction(self) -> Iterator[sa.Connection]:
         with _store_errors(self._db), self._db.begin() as conn:
             yield conn
+
+    def _before(self, argument: str, age: timedelta | float) -> datetime:
+        """So long ago by Postgres' clock, once its schema is known to have what a prune needs."""
+        asked = as_age(argument, age)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
+        try:
+            return now - asked
+        except OverflowError:
+            raise InvalidInput(f"{argument} is {asked}, which is before the calendar begins.") from None
 
     def _space(
         self,
@@ -601,14 +676,15 @@ class Client:
         if time.monotonic() < self._quiet_until:
             return
         try:
-            with conn.begin():
-                ring_due(
+            with tracing.span("ring") as span, conn.begin():
+                rung = ring_due(
                     conn,
                     self._broker,
                     queued=self._broker.queued_doorbells(),
                     window=min(SMALLEST_WINDOW, self._settings.doorbell_window),  # the rest is the poller's
                     repair_seconds=self._settings.doorbell_repair_seconds,
                 )
+                span.set({"doorbells": rung})
         except PUBLISH_ERRORS as error:
             logger.warning("cannot ring (%s: %s); the poller will ring when Redis is back", type(error).__name__, error)
             self._quiet_until = time.monotonic() + QUIET_SECONDS

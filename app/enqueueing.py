@@ -19,10 +19,11 @@ from app.domain.routing import Choice
 from app.domain.spaces import OnLong
 from app.domain.states import Priority, Route
 from app.errors import InvalidChunk
-from app.ledger import chunk_batches, dead_chunks, jobs
+from app.ledger import chunk_batches, dead_chunks, jobs, traces
 from app.ledger.finish import finish_if_done
 from app.settings import Settings
 from app.spool import Spool
+from app.telemetry import tracing
 from app.vectors import window
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Enqueueing:
                 choice=request.choice,
                 deadline=request.deadline,
             )
+            traces.keep(conn, opened.id, tracing.traceparent())
             # In the job's own transaction: a job that can be seen has its producer's lock.
             return collection_id, opened, jobs.hold_producer_lock(conn, opened.id)
 

@@ -138,10 +138,16 @@ class DeviceTaken(DeviceUnavailable):
 
 
 class ProviderError(ChunkmillError):
-    """Messages hold what the provider said, without keys."""
+    """``words`` are the provider's own, without keys. They may repeat a text, so they go into the ledger and never into
+    a log: ``brief`` is the message without them."""
 
     code = "provider_error"
     http_status = 502
+
+    def __init__(self, message: str, *, words: str = "", advice: str = "") -> None:
+        self.brief = f"{message}. {advice}" if advice else message
+        said = f"{message}: {words}" if words else message
+        super().__init__(f"{said} {advice}" if advice else said)
 
 
 class ProviderBusy(ProviderError):
@@ -150,9 +156,9 @@ class ProviderBusy(ProviderError):
     code = "provider_busy"
     retryable = True
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, *, words: str = "", retry_after_s: float | None = None) -> None:
         self.retry_after_s = retry_after_s
-        super().__init__(message)
+        super().__init__(message, words=words)
 
 
 class ProviderSilent(ProviderError):
@@ -165,10 +171,10 @@ class ProviderRefused(ProviderError):
 
     code = "provider_refused"
 
-    def __init__(self, message: str, *, status: int, provider_code: str) -> None:
+    def __init__(self, message: str, *, status: int, provider_code: str, words: str = "") -> None:
         self.status = status
         self.provider_code = provider_code
-        super().__init__(message)
+        super().__init__(message, words=words)
 
 
 class ProviderStopped(ProviderError):
@@ -176,9 +182,9 @@ class ProviderStopped(ProviderError):
 
     code = "provider_stopped"
 
-    def __init__(self, message: str, *, provider_code: str) -> None:
+    def __init__(self, message: str, *, provider_code: str, words: str = "", advice: str = "") -> None:
         self.provider_code = provider_code
-        super().__init__(message)
+        super().__init__(message, words=words, advice=advice)
 
 
 class EngineError(ChunkmillError):

@@ -49,6 +49,10 @@ def _precision(given: object) -> object:
         raise ValueError(f"it must be one of: {', '.join(map(str, Precision))}") from None
 
 
+def _lower(given: object) -> object:
+    return given.lower() if isinstance(given, str) else given
+
+
 _EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
 
 
@@ -170,6 +174,17 @@ class Settings(ProviderSettings):
     )
     preemption_drain_on_rebalance: bool = Field(
         False, description="AWS: drain at a rebalance recommendation already, which often comes to nothing."
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Workers and pollers serve /metrics here, or at the next free port; 0: none."
+    )
+    metrics_address: str = Field("127.0.0.1", description="Where they serve it. There is no password: no open network.")
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        "info", description="`debug`, `info`, `warning` or `error`. Celery's `--loglevel` goes before it."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="`json`, `text`, or `auto`: text on a terminal, one JSON object a line elsewhere."
     )
 
     @property

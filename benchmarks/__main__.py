@@ -22,7 +22,7 @@ from benchmarks import machine, report, summary
 from benchmarks.peers.process import PeerError
 
 DEFAULT = ("enqueue", "write", "engine", "pipeline")
-NAMES = (*DEFAULT, "enqueue-million", "million", "gpu", "gpu-pipeline", "plot")
+NAMES = (*DEFAULT, "enqueue-million", "million", "provider", "gpu", "gpu-pipeline", "plot")
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 
@@ -60,6 +60,10 @@ def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
         from benchmarks import million
 
         return million.run(rounds=rounds, quick=quick, say=say)
+    if name == "provider":
+        from benchmarks import provider
+
+        return provider.run(quick=quick, say=say)
     from benchmarks import enqueue
 
     return (enqueue.run_million if name == "enqueue-million" else enqueue.run)(rounds=rounds, quick=quick, say=say)
@@ -91,8 +95,8 @@ def main(
     """Measure Chunkmill beside its peers on this machine.
 
     NAME is one of enqueue, write, engine, pipeline (all four unless named), enqueue-million, million (through the whole
-    system), gpu and gpu-pipeline for a machine with one, and plot, which only draws what --out holds. Each leaves a
-    JSON file there; the plots are drawn at the end.
+    system), provider (the Batch API's corridor, in a checkout), gpu and gpu-pipeline for a machine with one, and plot,
+    which only draws what --out holds. Each leaves a JSON file there; the plots are drawn at the end.
     """
     signal.signal(signal.SIGTERM, _leave)
     try:

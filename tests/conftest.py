@@ -6,6 +6,7 @@ its own number, emptied before it starts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -51,6 +52,12 @@ def stack() -> Iterator[StackStatus]:
 
 @pytest.fixture
 def settings(stack: StackStatus) -> Iterator[Settings]:
+    with fresh_settings(stack) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def fresh_settings(stack: StackStatus) -> Iterator[Settings]:
     """Settings of a fresh, migrated database and an empty Redis database."""
     number = next(_numbers)
     name = f"test_{number}"

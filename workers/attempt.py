@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -18,6 +19,8 @@ from app.errors import ChunkmillError, LeaseLost
 from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
+from app.telemetry import metrics as m
+from app.telemetry.counts import COUNTS
 from app.vectors.read import Work, count_vectors, still_wanted
 from app.vectors.write import relax_durability, write_vectors
 from workers.context import WorkerContext
@@ -109,6 +112,16 @@ class Attempt:
             engine_seconds=self._usage.engine_seconds + result.seconds,
             at_risk=max(self._usage.at_risk, len(self._hashes) + result.under_way),
         )
+        COUNTS.add_all(
+            (
+                (m.TOKEN_BATCHES, result.tokens > 0),
+                (m.TOKENS, result.tokens),
+                (m.PADDED_TOKENS, result.padded_tokens),
+                (m.ENGINE_SECONDS, result.seconds),
+                (m.TOKENIZE_SECONDS, result.tokenize_seconds),
+            )
+        )
+        COUNTS.touch(m.LAST_PROGRESS)
 
     def flush(self) -> None:
         """Commit what is there. It stays even when the lease is lost: a late vector is a right vector."""
@@ -184,7 +197,17 @@ class Attempt:
             usage.book(conn, self.lease, booked, outcome if ours else None)
             return ours, written, booked
 
+        started = time.perf_counter()
         ours, written, self._usage = self._context.transact(run, what)
+        COUNTS.add_all(
+            (
+                (m.WRITES, 1),
+                (m.WRITE_SECONDS, time.perf_counter() - started),
+                (m.CONTENTS, written.new),
+                (m.RECOMPUTED, len(written.hashes) - written.new),
+            )
+        )
+        COUNTS.touch(m.LAST_PROGRESS)
         self._written += written.hashes
         self._clear()
         return ours

@@ -17,6 +17,8 @@ from app.broker import PROVIDER_QUEUE, QUEUE, Broker, make_celery
 from app.environment import Environment
 from app.errors import ChunkmillError
 from app.settings import Settings
+from app.telemetry import tracing
+from app.telemetry.exposition import MetricsServer
 from app.telemetry.logging import configure
 from workers import tasks
 
@@ -52,8 +54,16 @@ tasks.register(app)
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
-    # Celery's own default is WARNING, which would hide that the worker is ready.
-    configure(loglevel if isinstance(loglevel, int) and loglevel != logging.WARNING else logging.INFO)
+    settings = environment.settings
+    # Celery's own default is WARNING, which would hide that the worker is ready: only what was typed counts.
+    typed = loglevel if _is_typed("loglevel") else None
+    configure(settings.log_level if typed is None else typed, settings.log_format)
+
+
+def _is_typed(option: str) -> bool:
+    """Whether Celery's command line gives ``option``."""
+    command = click.get_current_context(silent=True)
+    return command is not None and command.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
@@ -62,7 +72,9 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
     chosen = (options or {}).get("queues") or [QUEUE]
     _state["queues"] = set(chosen.split(",") if isinstance(chosen, str) else chosen)
     _state["settings"] = environment.settings
-    configure()
+    configure(environment.settings.log_level, environment.settings.log_format)
+    with _fatal_errors():
+        tracing.configure("chunkmill-worker")
     if QUEUE in _state["queues"]:
         _claim_device(instance)
     elif instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
@@ -87,26 +99,38 @@ def _claim_device(instance: Any) -> None:
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
     from workers.drain import Drain
+    from workers.reporting import Reporter
 
     settings, queues = _state["settings"], _state["queues"]
     # Celery has put the configuration's number here by now, or that of -c, which stays.
     command = click.get_current_context(silent=True)
-    if command is not None and command.get_parameter_source("concurrency") is not ParameterSource.COMMANDLINE:
+    if command is not None and not _is_typed("concurrency"):
         tasks_at_a_time = {
             QUEUE: settings.embedding_parallel_batches,
             PROVIDER_QUEUE: settings.openai_parallel_requests,
         }
         sender.concurrency = sum(n for queue, n in tasks_at_a_time.items() if queue in queues) or 1
-    contexts, lanes = [], []
+    contexts: list[Any] = []
+    lanes: list[Any] = []
     with _fatal_errors():
+        _serve_metrics(sender.hostname)
         for queue, start in ((QUEUE, _start_local), (PROVIDER_QUEUE, _start_provider)):
             if queue in queues:
                 context, lane = start(settings)
                 contexts.append(context)
                 lanes.append(lane)
+    lanes.append(Reporter.of(contexts, sender.hostname, _state.get("device")))
     for lane in lanes:
         lane.start()
     _state["contexts"], _state["lanes"], _state["drain"] = contexts, lanes, Drain(contexts)
+
+
+def _serve_metrics(label: str) -> None:
+    """Before the model is loaded: that takes time, and a port that cannot be had is told at once."""
+    from workers.reporting import this_process
+
+    me = this_process(_state["queues"], label, _state.get("device"))
+    _state["metrics"] = MetricsServer.start(_state["settings"], me)
 
 
 def _start_local(settings: Settings) -> tuple[Any, Any]:
@@ -167,4 +191,5 @@ def _close(**_: Any) -> None:
     if any(context.stopping.is_set() for context in _state["contexts"]):
         # Drained: nothing is held any more. Python's own end takes seconds with a model in memory, which a machine
         # that is being taken does not have, and Redis may be away when Celery says good-bye.
+        tracing.flush()
         leave(os.EX_OK)

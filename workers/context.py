@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +17,11 @@ from app.db.retry import transact
 from app.db.spaces import Space
 from app.errors import CanaryFailed
 from app.settings import Settings
+from app.telemetry import tracing
 from workers.canary import CanaryCheck
 from workers.engine.engine import Engine
 from workers.engines import Engines
-from workers.lease import LeaseKeeper
+from workers.lease import LeaseKeeper, owner_name
 from workers.suspects import Room
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class WorkerContext:
             db=db,
             engines=Engines(settings, device),
             leases=LeaseKeeper(db, settings.lease_seconds),
-            name=f"{socket.gethostname()}:{os.getpid()}",
+            name=owner_name(os.getpid()),
         )
         context.engine_for(context.engines.load_default(db))
         context.leases.start()
@@ -93,7 +93,7 @@ class WorkerContext:
 
         With ``give_up``, no longer than until the worker is told to go.
         """
-        with self.leases.at_postgres():
+        with tracing.span(what), self.leases.at_postgres():
             return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol
 import sqlalchemy as sa
 
 from app.ledger import chunk_batches, provider_batches
+from app.ledger.usage import book_released
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Drain:
     def _give_back(self) -> None:
         context = self._contexts[0]  # all of a process have one name
         with context.db.begin() as conn:
+            book_released(conn, context.name)
             given = chunk_batches.release_all(conn, context.name)
             provider_batches.release_all(conn, context.name)
         logger.info("gave back %s ChunkBatches", given)

@@ -14,6 +14,8 @@ from app.errors import ChunkmillError, DeviceFailed
 from app.ledger import embed_requests
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
 from app.ledger.jobs import CANCELLED_CHANNEL
+from app.telemetry import metrics as m
+from app.telemetry.counts import COUNTS
 from workers.context import WorkerContext
 from workers.engine.matryoshka import shorten
 
@@ -89,6 +91,16 @@ class EmbedRequestLane(threading.Thread):
             with self._context.db.begin() as conn:
                 embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
             return
+        COUNTS.add_all(
+            (
+                (m.URGENT_TEXTS, len(request.texts)),
+                (m.TOKEN_BATCHES, result.timings.token_batches),
+                (m.TOKENS, result.timings.tokens),
+                (m.PADDED_TOKENS, result.timings.padded_tokens),
+                (m.ENGINE_SECONDS, result.timings.forward),
+                (m.TOKENIZE_SECONDS, result.timings.tokenize),
+            )
+        )
         with self._context.db.begin() as conn:
             vectors = shorten(result.vectors, spec.dimensions, normalize=spec.normalize)
             embed_requests.answer(conn, request.id, vectors)

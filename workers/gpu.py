@@ -34,13 +34,23 @@ class ClaimedDevice:
         """A name no other worker process of this machine has: ``gpu-1b2f43ad``, ``cpu-4711``."""
         if self.gpu is None:
             return f"cpu-{os.getpid()}"
-        short = self.gpu.lower().removeprefix("gpu-").partition("-")[0]
-        return f"gpu-{short}" if self.lock is not None else f"gpu-{short}-{os.getpid()}"
+        short = short_name(self.gpu)
+        return short if self.lock is not None else f"{short}-{os.getpid()}"
 
     def release(self) -> None:
         """Give the device back before the process ends."""
         if self.lock is not None:
             self.lock.close()
+
+
+def short_name(gpu: str) -> str:
+    """Of a GPU as CUDA_VISIBLE_DEVICES names it: ``gpu-1b2f43ad``, ``gpu-0``, and of a MIG slice ``mig-41b35357``."""
+    name = gpu.lower()
+    if name.startswith("mig-gpu-"):  # as drivers before 470 say it: MIG-GPU-<UUID>/1/0
+        uuid, *slice_of_it = name.removeprefix("mig-gpu-").split("/")
+        return "-".join(["mig", uuid.partition("-")[0], *slice_of_it])
+    kind, _, uuid = name.partition("-") if name.startswith(("gpu-", "mig-")) else ("gpu", "", name)
+    return f"{kind}-{uuid.partition('-')[0]}"
 
 
 def claim_device(

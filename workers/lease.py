@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -16,6 +18,22 @@ from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
 
 logger = logging.getLogger(__name__)
+
+FIRST_PID_NAMESPACE = 0xEFFFFFFC
+"""Linux gives it this number at every boot; it is a machine's own."""
+
+
+def owner_name(pid: int) -> str:
+    """What a process of ours signs its leases with, in itself and in its supervisor: ``host:pid``.
+
+    In a container ``host/namespace:pid``: those that share the host's name each count their processes from 1.
+    """
+    host = socket.gethostname()
+    with contextlib.suppress(FileNotFoundError):  # not Linux
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+        if namespace != FIRST_PID_NAMESPACE:
+            host += f"/{namespace}"
+    return f"{host}:{pid}"
 
 
 class HeldLease:
@@ -84,6 +102,11 @@ class LeaseKeeper:
             yield
         finally:
             held.moved()
+
+    @property
+    def n_held(self) -> int:
+        with self._mutex:
+            return len(self._held)
 
     def stillest(self) -> tuple[float, int]:
         """Seconds since the last step of the ChunkBatch that has stood still longest, and its id; 0.0 for none."""

@@ -17,11 +17,14 @@ from app.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
 from app.ledger import chunk_batches
 from app.ledger.chunk_batches import Lease
 from app.ledger.finish import finish_if_done
+from app.telemetry import metrics, tracing
+from app.telemetry.counts import COUNTS
 from app.vectors.read import Work, read_work
 from app.vectors.write import relax_durability
 from workers.attempt import Attempt, VectorsLost
 from workers.context import WorkerContext
 from workers.lease import HeldLease
+from workers.observed import attempt_at
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +52,27 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
 
     Postgres being away is waited for: it is no fault of the work, and costs no attempt.
     """
-    context.last_doorbell = time.monotonic()
+    context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
     with context.room.entered():
         lease = _claim(context, chunk_batch_id)
         if lease is None:
             return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
         if not lease.suspect:
-            with context.leases.holding(lease) as held:
-                return _run(context, held)
+            with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
+                return _counted(_run(context, held))
         # Not held while others are still at work here, whose death would be its own.
         _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
         with context.room.alone() as alone:
             lease = _claim(context, chunk_batch_id) if alone else None
             if lease is None:
                 return Outcome.RELEASED
-            with context.leases.holding(lease) as held:
-                return _run(context, held)
+            with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
+                return _counted(_run(context, held))
+
+
+def _counted(outcome: Outcome) -> Outcome:
+    COUNTS.add(metrics.ATTEMPTS, 1, outcome)
+    return outcome
 
 
 def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
@@ -82,11 +90,13 @@ def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
         )
 
     try:
-        return context.transact(claim, "claim", give_up=True)
+        lease = context.transact(claim, "claim", give_up=True)
     except (sa.exc.SQLAlchemyError, psycopg.Error):
         if context.stopping.is_set():
             return None  # Postgres is away
         raise
+    COUNTS.add(metrics.CLAIMS, 1, "claimed" if lease else "nothing")
+    return lease
 
 
 def _give_back(context: WorkerContext, lease: Lease, *, delay_s: float) -> None:
@@ -141,13 +151,14 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
     attempt.begin(space, engine, work)
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
-    for result in engine.stream(texts, on_long=lease.on_long, stop=context.stopping.is_set):
-        held.moved()
-        attempt.take(result)
-        held.check()
-        if attempt.pending_rows >= FLUSH_ROWS or time.monotonic() - flushed_at >= FLUSH_SECONDS:
-            attempt.flush()
-            flushed_at = time.monotonic()
+    with tracing.span("embed", {"contents": len(texts)}):
+        for result in engine.stream(texts, on_long=lease.on_long, stop=context.stopping.is_set):
+            held.moved()
+            attempt.take(result)
+            held.check()
+            if attempt.pending_rows >= FLUSH_ROWS or time.monotonic() - flushed_at >= FLUSH_SECONDS:
+                attempt.flush()
+                flushed_at = time.monotonic()
     if attempt.left:
         # The engine stopped early because the worker is going; keep what is done.
         attempt.flush()
@@ -158,7 +169,7 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
 def _finish(context: WorkerContext, lease: Lease) -> None:
     """Once: the poller ends jobs too, and the anti-join of a large one may be more than Postgres allows a worker."""
     try:
-        with context.begin() as conn:
+        with tracing.span("finish job"), context.begin() as conn:
             finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
     except Exception as error:
         if not is_transient(error):
@@ -172,6 +183,7 @@ def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) 
     # Another machine may have the model or the memory that this one lacks, so only a final error is final.
     retryable = not isinstance(error, ChunkmillError) or error.retryable or error.http_status < 500
     message = _without_parameters(error)
+    tracing.fail(code)
     state = attempt.fail(code=code, error=f"{context.name}: {message}", retryable=retryable)
     logger.error(
         "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
@@ -182,6 +194,6 @@ def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) 
 
 def _without_parameters(error: Exception) -> str:
     """An error's message without SQL parameters, which may hold texts."""
-    if isinstance(error, sa.exc.DBAPIError):
-        return f"{type(error.orig).__name__}: {str(error.orig).splitlines()[0]}"
+    if isinstance(error, sa.exc.DBAPIError | psycopg.Error):
+        return f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
     return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"

@@ -14,11 +14,13 @@ from app.broker import PUBLISH_ERRORS, Broker
 from app.db import spaces
 from app.db.retry import is_transient
 from app.domain.doorbells import HURRY, DoorbellWindow
-from app.ledger import cancel, deaths, rescue
+from app.ledger import cancel, deaths, rescue, worker_reports
 from app.ledger.deaths import TakenBack
 from app.ledger.doorbells import ring_due
 from app.ledger.finish import finish_if_done
 from app.settings import Settings
+from app.telemetry import metrics as m
+from app.telemetry.counts import COUNTS
 from workers.provider.rounds import ProviderRounds
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Poller:
                 self._say_away(type(error).__name__)
             else:
                 self._say_back()
+                _count(done)
                 if self._window.hurry:
                     pause *= HURRY
                 taken = done.taken_back
@@ -99,6 +102,7 @@ class Poller:
         if time.monotonic() >= self._cancels_at:
             with self._db.begin() as conn:
                 left = cancel.cancel_some_left_behind(conn)
+                worker_reports.drop_old(conn)
             self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
 
     def _ring(self) -> int:
@@ -142,3 +146,8 @@ class Poller:
         if self._away:
             logger.info("poller: back after %s", self._away)
         self._away = None
+
+
+def _count(done: Round) -> None:
+    COUNTS.add_all(((m.ROUNDS, 1), (m.RUNG, done.rung), (m.TAKEN_BACK, done.taken_back.total)))
+    COUNTS.touch(m.LAST_ROUND)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from workers.gpu import short_name
+
 RAN_WELL_SECONDS = 60.0
 MAX_DELAY_SECONDS = 60.0
 USAGE_ERROR = 2
 """Click's, for an option that Celery does not know."""
+NAME_OPTION = re.compile(r"(-n|--hostname=)(.+)", re.DOTALL)
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 
 
@@ -22,6 +26,8 @@ class Place:
     name: str
     environment: Mapping[str, str]
     """What its environment differs in from the supervisor's."""
+    device: str = ""
+    """In the names of workers: ``gpu-1b2f43ad``."""
 
 
 def plan_places(requested: str, gpus: Sequence[str]) -> list[Place]:
@@ -43,7 +49,27 @@ def _place_on(gpu: str) -> Place:
     # Not `auto`: a worker whose GPU has vanished must say so, and not use the CPU beside the others. And not `cuda:1`,
     # which would be the second of the one that it sees.
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "EMBEDDING_DEVICE": "cuda"}
-    return Place(f"GPU {gpu}" if gpu.isdigit() else gpu, environment)
+    return Place(f"GPU {gpu}" if gpu.isdigit() else gpu, environment, short_name(gpu))
+
+
+def arguments_for(place: Place, arguments: Sequence[str], *, alone: bool) -> list[str]:
+    """Celery's arguments for the worker in ``place``: unless it is ``alone``, with its device in the name of ``-n``.
+
+    ``-n spot@%h`` would be one name for all GPUs of the machine, and Celery and Flower take workers of one name for
+    one worker. Without ``-n`` a worker names itself after its device.
+    """
+    made: list[str] = []
+    follows = False
+    for argument in arguments:
+        found = NAME_OPTION.fullmatch(argument)
+        if alone or not (follows or found):
+            made.append(argument)
+        else:
+            option, name = ("", argument) if found is None or follows else found.groups()
+            nodename, at, host = name.partition("@")
+            made.append(f"{option}{nodename}-{place.device}{at}{host}")
+        follows = not follows and argument in ("-n", "--hostname")
+    return made
 
 
 class Then(Enum):

@@ -28,9 +28,11 @@ from app.environment import Environment
 from app.errors import ChunkmillError
 from app.ledger.chunk_batches import release_all
 from app.ledger.deaths import TakenBack, take_back_from
+from app.ledger.usage import book_released
 from app.telemetry.logging import configure
 from workers.gpu import visible_gpus
-from workers.supervision import Place, Then, back_off, plan_places, read_ending
+from workers.lease import owner_name
+from workers.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
 
 logger = logging.getLogger("workers.supervisor")  # also where this file is `__main__`
 
@@ -60,6 +62,7 @@ class _Post:
     """A place and its process: running, or waiting for ``start_at``, or, with neither, left empty."""
 
     place: Place
+    command: list[str]
     process: subprocess.Popen[bytes] | None = None
     start_at: float | None = 0.0
     started_at: float = 0.0
@@ -76,8 +79,8 @@ class Supervisor:
     def __init__(
         self, places: Sequence[Place], command: Sequence[str], on_end: Callable[[int, str | None], None]
     ) -> None:
-        self._posts = [_Post(place) for place in places]
-        self._command = list(command)
+        alone = len(places) == 1
+        self._posts = [_Post(place, arguments_for(place, command, alone=alone)) for place in places]
         self._on_end = on_end
         self._stop_at: float | None = None
         """When the first signal to stop came."""
@@ -106,7 +109,7 @@ class Supervisor:
                 # A session of its own: a terminal's Ctrl-C would reach it beside the signal from here, and a worker
                 # that is told twice drops what it holds.
                 post.process = subprocess.Popen(
-                    self._command,
+                    post.command,
                     env=os.environ | post.place.environment | {PARENT: str(os.getpid())},
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -228,10 +231,11 @@ class TakeBack:
             self._take_back(*report)
 
     def _take_back(self, pid: int, evidence: str | None) -> None:
-        owner = f"{socket.gethostname()}:{pid}"
+        owner = owner_name(pid)
         try:
             with self._db.begin() as conn:
                 if evidence is None:
+                    book_released(conn, owner)
                     taken = TakenBack(available=release_all(conn, owner))
                 else:
                     taken = take_back_from(conn, owner, evidence=evidence)
@@ -258,6 +262,7 @@ def main(arguments: Sequence[str]) -> int:
     except ChunkmillError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message is for a person; a traceback would hide it
         return os.EX_TEMPFAIL if error.retryable else os.EX_CONFIG
+    configure(settings.log_level, settings.log_format)
     device = settings.embedding_device
     places = plan_places(device, [] if device == "cpu" else visible_gpus())
     ledger = TakeBack(create_db(settings.require_database_url(), role="supervisor", pool_size=1))

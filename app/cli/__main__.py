@@ -43,10 +43,14 @@ SECTIONS = {
         "models": ("search", "The embedding spaces in the database."),
         "delete": ("search", "Delete chunks, or all of a collection's."),
     },
+    "Retention": {
+        "prune": ("prune", "Drop old jobs, and what no collection refers to."),
+        "cache": ("prune", "Vectors by space: size, hits; evict what is old."),
+    },
     "Processes": {
         "worker": ("processes", "Run a worker per GPU; start it again when it dies."),
         "poller": ("processes", "Run the loop that rings for what is due."),
-        "flower": ("processes", "Run Flower on 127.0.0.1, read-only."),
+        "flower": ("flower", "Run Flower on 127.0.0.1, read-only, with a password."),
     },
 }
 """Section → command → (module, one line). A command's module is imported when it is called."""

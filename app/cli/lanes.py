@@ -40,15 +40,7 @@ def resume(screen: Screen, lane: str) -> None:
 
 
 def lane_facts(lane: Lane) -> dict[str, object]:
-    return asdict(lane) | {"state": lane_state(lane), "why": why(lane)}
-
-
-def lane_state(lane: Lane) -> str:
-    if lane.stopped_at:
-        return "stopped"
-    if lane.paused_until:
-        return "paused"
-    return "held" if lane.held_reason else "running"
+    return asdict(lane) | {"state": lane.state, "why": why(lane)}
 
 
 def why(lane: Lane) -> str | None:
@@ -65,7 +57,7 @@ def why(lane: Lane) -> str | None:
 
 def lane_lines(found: Iterable[Lane]) -> dict[str, str]:
     """For `status`: those that do not run, by route."""
-    return {each.route.value: f"{lane_state(each)} {reason}" for each in found if (reason := why(each)) is not None}
+    return {each.route.value: f"{each.state} {reason}" for each in found if (reason := why(each)) is not None}
 
 
 def show_lanes(screen: Screen, found: list[Lane]) -> None:
@@ -75,7 +67,7 @@ def show_lanes(screen: Screen, found: list[Lane]) -> None:
     screen.table(
         ["lane", "state", "open ProviderBatches", "why"],
         [
-            (lane.route.value, _styled(lane_state(lane)),
+            (lane.route.value, _styled(lane.state),
              ", ".join(f"{n:,} {state}" for state, n in sorted((lane.open or {}).items())) or None, why(lane))
             for lane in found
         ],

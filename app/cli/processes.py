@@ -1,13 +1,16 @@
-"""`worker`, `poller` and `flower`: the processes that run beside the servers."""
+"""`worker` and `poller`: the processes that run beside the servers."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 import click
@@ -18,11 +21,13 @@ from app.cli.output import Screen, json_option
 from app.db.connect import create_db, require_migrated
 from app.environment import Environment
 from app.errors import InvalidInput
+from app.observing import Observer
+from app.settings import Settings
+from app.telemetry.exposition import MetricsServer, Process
 from app.telemetry.logging import configure
+from app.telemetry.metrics import Role
 
 PASS_THROUGH = {"ignore_unknown_options": True}
-FLOWER_DEFAULTS = {"address": "127.0.0.1", "read_only": "True", "purge_offline_workers": "600"}
-"""Flower's own defaults are all interfaces, control of the workers by anyone, and to keep every host for ever."""
 
 
 @click.command(context_settings=PASS_THROUGH)
@@ -56,41 +61,35 @@ def poller(screen: Screen, check: bool) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    configure()
+    configure(settings.log_level, settings.log_format)
     db = create_db(settings.require_database_url(), role="poller")
     broker = Broker.connect(settings)
     # By name and only here: `app` never imports `workers`, so that a producer can be installed without them.
     module = importlib.import_module("workers.poller")
     try:
         require_migrated(db)
-        module.Poller(db, broker, settings).run(stop)
+        with _observed(settings):
+            module.Poller(db, broker, settings).run(stop)
     finally:
         broker.close()
         db.dispose()
 
 
-@click.command(context_settings=PASS_THROUGH)
-@click.argument("flower_args", nargs=-1, type=click.UNPROCESSED, metavar="[FLOWER ARGS]...")
-@json_option
-@click.pass_obj
-def flower(screen: Screen, flower_args: tuple[str, ...]) -> None:
-    """Run Flower, Celery's monitor, on 127.0.0.1:5555, read-only. Takes Flower's options.
-
-    It shows doorbells and workers; `chunkmill status` and `jobs` show the work itself.
-    """
-    require_extra("flower", "flower", "Flower")
-    Environment.load(start_embedded=False)
-    _become("celery", "-A", "workers", "flower", *flower_defaults(flower_args), *flower_args)
-
-
-def flower_defaults(given: tuple[str, ...]) -> list[str]:
-    """Our defaults for the options that neither the arguments nor Flower's environment variables set."""
-    named = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in given}
-    return [
-        f"--{name}={value}"
-        for name, value in FLOWER_DEFAULTS.items()
-        if name not in named and f"FLOWER_{name.upper()}" not in os.environ
-    ]
+@contextlib.contextmanager
+def _observed(settings: Settings) -> Iterator[None]:
+    """With metrics of this poller and of the ledger, where METRICS_PORT asks for them."""
+    process = Process(frozenset({Role.POLLER}), f"{socket.gethostname()}:{os.getpid()}", "poller")
+    server = MetricsServer.start(settings, process)
+    if server is None:
+        yield
+        return
+    observer = Observer(settings)
+    observer.start()
+    try:
+        yield
+    finally:
+        observer.stop()
+        server.stop()
 
 
 def require_extra(extra: str, module: str, what: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +12,8 @@ from pydantic import TypeAdapter
 from app.cli.output import Screen, json_option
 from app.cli.processes import require_extra
 from app.cli.progress import Bar
+from app.cli.quantity import BYTES as _BYTES
+from app.cli.quantity import Quantity
 from app.cli.tune_picture import draw
 from app.cli.tune_run import docstrings, measure, own_texts
 from app.cli.tune_table import show
@@ -25,24 +25,7 @@ from app.settings import Settings
 
 MIN_COSINE = {Precision.FLOAT: 0.9999, Precision.INT8: 0.995}
 
-_BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-
-
-class Quantity(click.ParamType[float]):
-    """A number with a unit; what comes out is in ``unit``."""
-
-    def __init__(self, name: str, units: Mapping[str, float], unit: str, example: str) -> None:
-        self.name = name
-        self._units, self._unit, self._example = units, unit, example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(value).strip().lower())
-        if found is None or found[2] not in self._units or not float(found[1]):
-            self.fail(f"{value!r} is no {self.name}: write a number and a unit, such as {self._example}.", param, ctx)
-        return float(found[1]) * self._units[found[2]] / self._units[self._unit]
-
-
 _DTYPES = {short: long for long, short in SHORT.items()}
 
 

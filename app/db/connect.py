@@ -12,6 +12,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from app.db.compatibility import SchemaLevel, why_not
 from app.errors import StoreUnavailable
 
 
@@ -81,16 +82,39 @@ def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
     return MigrationContext.configure(conn).get_current_revision(), scripts.get_current_head()
 
 
+def schema_level(conn: sa.Connection) -> SchemaLevel:
+    """What :func:`why_not` judges."""
+    scripts = ScriptDirectory.from_config(alembic_config(""))
+    known = [script.revision for script in reversed(list(scripts.walk_revisions()))]
+    current = MigrationContext.configure(conn).get_current_revision()
+    oldest = None
+    if current is not None and current not in known:
+        # Newer than this code. It has had the table since 0006, and a downgrade to before that is known to all.
+        oldest = conn.execute(sa.text("SELECT min(oldest_code) FROM schema_compatibility")).scalar_one()
+    return SchemaLevel(current, known, oldest)
+
+
 def require_migrated(db: sa.Engine) -> None:
-    """Raise :class:`StoreUnavailable` when Postgres cannot be reached or its schema is not this code's."""
+    """Raise :class:`StoreUnavailable` when Postgres cannot be reached, or its schema is not one that this code runs on.
+
+    For one release old code runs beside a new schema and new code beside the old one: ``app.db.compatibility``.
+    """
     try:
         with db.connect() as conn:
-            current, head = migration_level(conn)
+            problem = why_not(schema_level(conn))
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
-    if current != head:
-        found = f"at migration {current}" if current else "empty"
-        raise StoreUnavailable(f"the database is {found}, this version needs {head}. Run: chunkmill migrate")
+    if problem:
+        raise StoreUnavailable(problem)
+
+
+def require_at_least(conn: sa.Connection, revision: str) -> None:
+    """Raise :class:`StoreUnavailable` where the schema is older than ``revision``: for what came with it."""
+    level = schema_level(conn)
+    if level.current in level.known and level.known.index(level.current) < level.known.index(revision):
+        raise StoreUnavailable(
+            f"the database is at migration {level.current}, and this needs {revision}. Run: chunkmill migrate"
+        )
 
 
 def refusal(error: Exception) -> str:

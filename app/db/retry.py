@@ -12,6 +12,8 @@ import psycopg
 import sqlalchemy as sa
 
 from app.db.connect import refusal
+from app.telemetry.counts import COUNTS
+from app.telemetry.metrics import POSTGRES_RETRIES
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def transact(
             failures += 1
             if not is_transient(error) or event.is_set() or failures == tries:
                 raise
+            COUNTS.add(POSTGRES_RETRIES)
             if failures == 1:
                 logger.warning("%s: Postgres did not take it (%s); trying again until it does", what, refusal(error))
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 10))

@@ -38,6 +38,15 @@ def identity() -> Mapped[int]:
     return mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
 
 
+class SchemaCompatibilityRow(Base):
+    """One row, written by each migration (``alembic/env.py``) and read by ``app.db.compatibility``."""
+
+    __tablename__ = "schema_compatibility"
+
+    oldest_code: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    """The newest migration that the oldest code knows which may run on this schema."""
+
+
 class SpaceRow(Base):
     __tablename__ = "spaces"
 
@@ -83,6 +92,7 @@ class ContentRow(Base):
 
     content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary, primary_key=True)
     text: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
 
 class ChunkRow(Base):
@@ -126,6 +136,17 @@ class JobRow(Base):
         one_of("on_long", OnLong),
         sa.Index("ix_jobs_open", "id", postgresql_where=sa.text("state IN ('enqueueing', 'running')")),
     )
+
+
+class JobTraceRow(Base):
+    """The trace context of a job whose producer traced; see ``app.telemetry.tracing``."""
+
+    __tablename__ = "job_traces"
+
+    job_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    traceparent: Mapped[str] = mapped_column(sa.Text)
 
 
 class ChunkBatchRow(Base):
@@ -177,6 +198,7 @@ class ChunkBatchRow(Base):
             postgresql_where=sa.text("state = 'available' AND rung_at IS NOT NULL"),
         ),
         sa.Index("ix_chunk_batches_leased", "lease_until", postgresql_where=sa.text("state = 'running'")),
+        sa.Index("ix_chunk_batches_discarded", "finished_at", "route", postgresql_where=sa.text("state = 'discarded'")),
     )
 
 
@@ -231,7 +253,43 @@ class UsageRow(Base):
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     ended_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
-    __table_args__ = (sa.Index(None, "job_id"),)
+    __table_args__ = (
+        sa.Index(None, "job_id"),
+        # Few: what went wrong is found by time without passing over what went well.
+        sa.Index("ix_usage_faults", "ended_at", postgresql_where=sa.text("outcome IN ('died', 'failed')")),
+    )
+
+
+class WorkerReportRow(Base):
+    """What a worker last said of its last minute (``workers.reporting``). Unlogged: it says it again soon."""
+
+    __tablename__ = "worker_reports"
+
+    name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    """As in its leases."""
+    kind: Mapped[str] = mapped_column(sa.Text)
+    label: Mapped[str] = mapped_column(sa.Text)
+    """Its name in Celery and Flower."""
+    device: Mapped[str | None] = mapped_column(sa.Text)
+    started_at: Mapped[datetime] = mapped_column(TIMESTAMP)
+    seen_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    window_seconds: Mapped[float] = mapped_column(sa.Double)
+    """So long are the counts below; a minute, or since it started."""
+    contents: Mapped[int] = mapped_column(sa.BigInteger)
+    tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    padded_tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    engine_seconds: Mapped[float] = mapped_column(sa.Double)
+    held: Mapped[int] = mapped_column(sa.Integer)
+    """ChunkBatches it holds now."""
+    gpu_busy: Mapped[float | None] = mapped_column(sa.Double)
+    """From 0 to 1, by the driver, over its last second or so."""
+    gpu_memory_used: Mapped[int | None] = mapped_column(sa.BigInteger)
+    gpu_memory_total: Mapped[int | None] = mapped_column(sa.BigInteger)
+
+    __table_args__ = (
+        sa.CheckConstraint("kind IN ('local', 'provider', 'both')", name="kind"),
+        {"prefixes": ["UNLOGGED"]},
+    )
 
 
 class EmbedRequestRow(Base):

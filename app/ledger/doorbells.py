@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -68,7 +69,7 @@ def ring_due(
             conn, _Queue(bells.route, rank), limit=min(plan.again, room - len(fresh)), repair_seconds=repair_seconds
         )
         queued[rank] += len(again) + len(fresh)
-        due += [Doorbell(chunk_batch_id, rank) for chunk_batch_id in again + fresh]
+        due += again + fresh
     if due:
         broker.ring(due, bells)
     return len(due)
@@ -93,7 +94,7 @@ def _count_rung(conn: sa.Connection, route: Route, *, repair_seconds: float) -> 
     return counts
 
 
-def _take_lost(conn: sa.Connection, queue: _Queue, *, limit: int, repair_seconds: float) -> list[int]:
+def _take_lost(conn: sa.Connection, queue: _Queue, *, limit: int, repair_seconds: float) -> list[Doorbell]:
     """Mark again ChunkBatches whose doorbell was rung long ago, the oldest first."""
     if limit <= 0:
         return []
@@ -102,31 +103,31 @@ def _take_lost(conn: sa.Connection, queue: _Queue, *, limit: int, repair_seconds
             "WITH lost AS (SELECT id FROM chunk_batches WHERE state = 'available' AND route = :route "
             "              AND priority = :priority AND rung_at < now() - make_interval(secs => :age) "
             "              AND not_before <= now() ORDER BY rung_at LIMIT :limit FOR UPDATE SKIP LOCKED) "
-            "UPDATE chunk_batches b SET rung_at = now() FROM lost WHERE b.id = lost.id RETURNING b.id"
+            f"UPDATE chunk_batches b SET rung_at = now() FROM lost WHERE b.id = lost.id RETURNING {_BELL}"
         ),
         {**queue.facts, "limit": limit, "age": repair_seconds},
     )
-    return sorted(rows.scalars())
+    return [bell for _, bell in _bells(queue, rows)]
 
 
-def _take_due(conn: sa.Connection, queue: _Queue, rung: Mapping[int, int], *, limit: int) -> list[int]:
-    """Mark due ChunkBatches as rung and return them in the order to ring: in turns over their jobs.
+def _take_due(conn: sa.Connection, queue: _Queue, rung: Mapping[int, int], *, limit: int) -> list[Doorbell]:
+    """Mark due ChunkBatches as rung and return their bells in the order to ring: in turns over their jobs.
 
     ``rung`` are the bells of each job that nobody has answered yet.
     """
     bells = Counter(rung)
-    turns: list[tuple[int, int]] = []
+    turns: list[tuple[int, int, Doorbell]] = []
     while len(turns) < limit:
         room = limit - len(turns)
         jobs = _jobs_due(conn, queue, bells, limit=room)
         taken = _mark(conn, queue, share_out({job: bells[job] for job in jobs}, room))
         if not taken:
             break
-        for chunk_batch_id, job_id in taken:
+        for job_id, bell in taken:
             bells[job_id] += 1
-            turns.append((bells[job_id], chunk_batch_id))
+            turns.append((bells[job_id], bell.chunk_batch_id, bell))
         # A job at its end had less than its share, and the others get the rest.
-    return [chunk_batch_id for _, chunk_batch_id in sorted(turns)]
+    return [bell for _, _, bell in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def _jobs_due(conn: sa.Connection, queue: _Queue, bells: Mapping[int, int], *, limit: int) -> list[int]:
@@ -153,8 +154,8 @@ def _jobs_due(conn: sa.Connection, queue: _Queue, bells: Mapping[int, int], *, l
     return list(rows.scalars())
 
 
-def _mark(conn: sa.Connection, queue: _Queue, shares: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Mark as many ChunkBatches of each job as its share says: ``(id, job id)``, the oldest of each job first."""
+def _mark(conn: sa.Connection, queue: _Queue, shares: Mapping[int, int]) -> list[tuple[int, Doorbell]]:
+    """Mark as many ChunkBatches of each job as its share says: ``(job id, bell)``, the oldest of each job first."""
     if not shares:
         return []
     rows = conn.execute(
@@ -165,11 +166,27 @@ def _mark(conn: sa.Connection, queue: _Queue, shares: Mapping[int, int]) -> list
             f"   SELECT id FROM chunk_batches WHERE {_DUE} AND job_id BETWEEN s.job_id AND s.job_id "
             "    ORDER BY job_id, id LIMIT s.share FOR UPDATE SKIP LOCKED) b) "
             # As an array: the planner takes the shares for millions of rows, and a join with those reads the table.
-            "UPDATE chunk_batches SET rung_at = now() WHERE id = ANY(ARRAY(SELECT id FROM due)) RETURNING id, job_id"
+            "UPDATE chunk_batches b SET rung_at = now() WHERE b.id = ANY(ARRAY(SELECT id FROM due)) "
+            f"RETURNING {_BELL}"
         ),
         {**queue.facts, "jobs": list(shares), "shares": list(shares.values())},
     )
-    return sorted((row.id, row.job_id) for row in rows)
+    return _bells(queue, rows)
+
+
+def _bells(queue: _Queue, rows: Iterable[sa.Row[Any]]) -> list[tuple[int, Doorbell]]:
+    bells = []
+    for row in sorted(rows, key=lambda row: row.id):
+        shown = {"job": row.job_id, "collection": row.collection, "contents": row.n_contents}
+        bells.append((row.job_id, Doorbell(row.id, queue.priority, shown)))
+    return bells
+
+
+_BELL = (
+    # The name by two probes of primary keys a row. A join would let the planner choose, who thinks these rows millions.
+    "b.id, b.job_id, b.n_contents, (SELECT c.name FROM jobs j JOIN collections c ON c.id = j.collection_id "
+    "WHERE j.id = b.job_id) AS collection"
+)
 
 
 _DUE = "state = 'available' AND rung_at IS NULL AND route = :route AND priority = :priority AND not_before <= now()"

@@ -12,12 +12,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from app.broker import StepBell
 from app.db.provider_schema import ProviderBatchRow
 from app.domain.states import ProviderBatchState as State
 from app.errors import LeaseLost
 
-_SPENDING = "('gathering', 'gathered', 'uploaded', 'creating')"
+SPENDING = (State.GATHERING, State.GATHERED, State.UPLOADED, State.CREATING)
 """Steps that lead to a charge; a lane that is stopped still polls and collects what it has paid."""
+_SPENDING = "('gathering', 'gathered', 'uploaded', 'creating')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,13 @@ def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> 
     """
     rows = conn.execute(
         sa.text(
-            "WITH waiting AS (SELECT space_id FROM chunk_batches WHERE state = 'available' AND route = 'openai' "
-            "                 AND rung_at IS NULL AND not_before <= now() GROUP BY space_id "
-            "                 HAVING min(created_at) <= now() - make_interval(secs => :wait) "
-            "                 OR sum(n_contents) >= :full) "
+            # A few probes of ix_chunk_batches_unrung_by_route for each open job, however much of it waits.
+            "WITH waiting AS (SELECT j.space_id FROM jobs j CROSS JOIN LATERAL ("
+            "    SELECT b.created_at, b.n_contents FROM chunk_batches b WHERE b.state = 'available' "
+            "    AND b.rung_at IS NULL AND b.route = 'openai' AND b.priority = j.priority "
+            "    AND b.job_id BETWEEN j.id AND j.id AND b.not_before <= now() ORDER BY b.job_id, b.id LIMIT 200) b "
+            "  WHERE j.state IN ('enqueueing', 'running') AND j.route IN ('openai', 'auto') GROUP BY j.space_id "
+            "  HAVING min(b.created_at) <= now() - make_interval(secs => :wait) OR sum(b.n_contents) >= :full) "
             "SELECT space_id FROM waiting w WHERE NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' "
             "  AND (l.stopped_at IS NOT NULL OR l.paused_until > now())) "
             "AND NOT EXISTS (SELECT FROM provider_batches p WHERE p.space_id = w.space_id AND p.state = 'gathering') "
@@ -102,8 +107,8 @@ def any_open(conn: sa.Connection) -> bool:
     )
 
 
-def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[int]:
-    """Mark ProviderBatches with a step that is due as rung, and return them. Rung again when nobody came for it."""
+def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[StepBell]:
+    """Mark ProviderBatches with a step that is due as rung, and return their bells. Again when nobody came."""
     rows = conn.execute(
         sa.text(
             "WITH due AS (SELECT id FROM provider_batches p WHERE state <> 'closed' AND not_before <= now() "
@@ -112,11 +117,15 @@ def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[
             "  AND NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' AND (l.paused_until > now() "
             f"      OR (l.stopped_at IS NOT NULL AND p.state IN {_SPENDING}))) "
             "  ORDER BY not_before LIMIT :limit FOR UPDATE SKIP LOCKED) "
-            "UPDATE provider_batches p SET rung_at = now() FROM due WHERE p.id = due.id RETURNING p.id"
+            "UPDATE provider_batches p SET rung_at = now() FROM due WHERE p.id = due.id "
+            "RETURNING p.id, p.state, p.space_id, (SELECT s.model FROM spaces s WHERE s.id = p.space_id) AS model"
         ),
         {"age": repair_seconds, "limit": limit},
     )
-    return sorted(rows.scalars())
+    return [
+        StepBell(row.id, {"state": row.state, "space": row.space_id, "model": row.model})
+        for row in sorted(rows, key=lambda row: row.id)
+    ]
 
 
 def claim_if_due(
@@ -197,6 +206,33 @@ def close(conn: sa.Connection, step: Step) -> None:
     _change(conn, step, {"state": State.CLOSED, "lease_owner": None, "lease_until": None, "closed_at": sa.func.now()})
 
 
+def open_half(conn: sa.Connection, step: Step, **facts: Any) -> Step:
+    """A ProviderBatch beside this one, for a part of its contents: gathered, with the same ChunkBatches waiting."""
+    values = {"space_id": step.space_id, "state": State.GATHERED, "token": secrets.token_hex(8), **facts}
+    half = _step(conn.execute(sa.insert(ProviderBatchRow).values(values).returning(sa.text(_COLUMNS))).one())
+    conn.execute(
+        sa.text(
+            "INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id) "
+            "SELECT :half, chunk_batch_id FROM provider_batch_members WHERE provider_batch_id = :id"
+        ),
+        {"half": half.id, "id": step.id},
+    )
+    return half
+
+
+def count_inputs(conn: sa.Connection, provider_batch_id: int) -> None:
+    """Note what it holds, after a part of it was moved to another."""
+    conn.execute(
+        sa.text(
+            "UPDATE provider_batches p SET n_requests = i.requests, n_inputs = i.inputs, n_contents = i.contents, "
+            "n_tokens = i.tokens FROM (SELECT max(request_no) + 1 AS requests, count(*) AS contents, "
+            "  sum(coalesce(cardinality(weights), 1)) AS inputs, sum(sent_tokens) AS tokens "
+            "  FROM provider_inputs WHERE provider_batch_id = :id) i WHERE p.id = :id"
+        ),
+        {"id": provider_batch_id},
+    )
+
+
 def plus(column: str, n: int) -> sa.ColumnElement[int]:
     """``column + n``, for ``advance`` and ``note``."""
     grown: sa.ColumnElement[int] = ProviderBatchRow.__table__.c[column] + n
@@ -213,28 +249,6 @@ def count_oddities(conn: sa.Connection, step: Step, kinds: dict[str, int]) -> No
             ),
             {"id": step.id, "attempt": step.attempt, "kind": kind, "n": n},
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueued:
-    """What of ours is at the provider, or about to be, and how many batches were made in the last hour."""
-
-    tokens: int
-    requests: int
-    batches: int
-    made_in_an_hour: int
-
-
-def enqueued(conn: sa.Connection) -> Enqueued:
-    row = conn.execute(
-        sa.text(
-            "SELECT coalesce(sum(n_tokens), 0)::bigint AS tokens, coalesce(sum(n_requests), 0)::bigint AS requests, "
-            "count(*) AS batches, (SELECT count(*) FROM provider_batches "
-            "                      WHERE creating_since > now() - interval '1 hour') AS made "
-            "FROM provider_batches WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted')"
-        )
-    ).one()
-    return Enqueued(row.tokens, row.requests, row.batches, row.made)
 
 
 def abandon_unwanted(conn: sa.Connection) -> list[int]:

@@ -95,6 +95,18 @@ def add_own(conn: sa.Connection, lease: Lease, inputs: Sequence[ProviderInput]) 
     return set(rows.scalars())
 
 
+def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> None:
+    """What plain requests left in flight whose attempt is over, because its worker was killed: the answer is lost."""
+    conn.execute(
+        sa.text(
+            "DELETE FROM provider_inputs i WHERE space_id = :space AND content_hash = ANY(:hashes) "
+            "AND provider_batch_id IS NULL AND NOT EXISTS (SELECT FROM chunk_batches b "
+            "WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = 'running')"
+        ),
+        {"space": space_id, "hashes": list(hashes)},
+    )
+
+
 def carriers(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> dict[bytes, int | None]:
     """``content_hash → id`` of the ProviderBatch that has it in flight, None for a plain request; others left out."""
     rows = conn.execute(
@@ -198,17 +210,43 @@ def remove_deleted(conn: sa.Connection, provider_batch_id: int) -> int:
         {"id": provider_batch_id},
     )
     if result.rowcount:
-        conn.execute(
-            sa.text(
-                "UPDATE provider_inputs i SET position = n.position FROM (SELECT space_id, content_hash, "
-                "  sum(coalesce(cardinality(weights), 1)) OVER (PARTITION BY request_no ORDER BY position) "
-                "  - coalesce(cardinality(weights), 1) AS position "
-                "  FROM provider_inputs WHERE provider_batch_id = :id) n "
-                "WHERE (i.space_id, i.content_hash) = (n.space_id, n.content_hash) AND i.position <> n.position"
-            ),
-            {"id": provider_batch_id},
-        )
+        _move_up(conn, provider_batch_id)
     return int(result.rowcount)
+
+
+def count(conn: sa.Connection, provider_batch_id: int) -> int:
+    query = sa.text("SELECT count(*) FROM provider_inputs WHERE provider_batch_id = :id")
+    return int(conn.execute(query, {"id": provider_batch_id}).scalar_one())
+
+
+def move_half(conn: sa.Connection, provider_batch_id: int, to: int) -> None:
+    """Move the latter half of its contents to another ProviderBatch."""
+    conn.execute(
+        sa.text(
+            "UPDATE provider_inputs i SET provider_batch_id = :to, request_no = n.request_no FROM ("
+            "  SELECT space_id, content_hash, request_no - min(request_no) OVER () AS request_no FROM ("
+            "    SELECT space_id, content_hash, request_no, "
+            "    row_number() OVER (ORDER BY request_no, position) AS at, count(*) OVER () AS n "
+            "    FROM provider_inputs WHERE provider_batch_id = :id) o WHERE 2 * at > n + 1) n "
+            "WHERE (i.space_id, i.content_hash) = (n.space_id, n.content_hash)"
+        ),
+        {"id": provider_batch_id, "to": to},
+    )
+    _move_up(conn, to)
+
+
+def _move_up(conn: sa.Connection, provider_batch_id: int) -> None:
+    """Close the gaps in its requests."""
+    conn.execute(
+        sa.text(
+            "UPDATE provider_inputs i SET position = n.position FROM (SELECT space_id, content_hash, "
+            "  sum(coalesce(cardinality(weights), 1)) OVER (PARTITION BY request_no ORDER BY position) "
+            "  - coalesce(cardinality(weights), 1) AS position "
+            "  FROM provider_inputs WHERE provider_batch_id = :id) n "
+            "WHERE (i.space_id, i.content_hash) = (n.space_id, n.content_hash) AND i.position <> n.position"
+        ),
+        {"id": provider_batch_id},
+    )
 
 
 def suspects(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> set[bytes]:

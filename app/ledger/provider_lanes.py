@@ -36,6 +36,15 @@ class Lane:
         return self.stopped_at is not None
 
     @property
+    def state(self) -> str:
+        """``stopped``, ``paused``, ``held`` or ``running``."""
+        if self.stopped_at:
+            return "stopped"
+        if self.paused_until:
+            return "paused"
+        return "held" if self.held_reason else "running"
+
+    @property
     def is_healthy(self) -> bool:
         """Whether it takes work now."""
         return self.stopped_at is None and self.paused_until is None

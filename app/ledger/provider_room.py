@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from app.db.spaces import Space
 from app.domain.prices import MILLION, price_on
-from app.ledger import budget, charges, provider_batches
+from app.ledger import budget, charges
 from app.models.provider import model_for
 from app.settings import Settings
 
@@ -35,9 +35,32 @@ class Room:
         return min(self.tokens, int(self.usd * MILLION / self.usd_per_million))
 
 
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """What of ours is at the provider, or about to be, and how many batches were made in the last hour or will be."""
+
+    tokens: int
+    requests: int
+    batches: int
+    made_in_an_hour: int
+
+
+def enqueued(conn: sa.Connection) -> Enqueued:
+    row = conn.execute(
+        sa.text(
+            "SELECT coalesce(sum(n_tokens), 0)::bigint AS tokens, coalesce(sum(n_requests), 0)::bigint AS requests, "
+            "count(*) AS batches, (SELECT count(*) FROM provider_batches "
+            "                      WHERE creating_since > now() - interval '1 hour' "
+            "                      OR (creating_since IS NULL AND state IN ('gathered', 'uploaded'))) AS made "
+            "FROM provider_batches WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted')"
+        )
+    ).one()
+    return Enqueued(row.tokens, row.requests, row.batches, row.made)
+
+
 def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
     """For one more ProviderBatch of a space."""
-    used = provider_batches.enqueued(conn)
+    used = enqueued(conn)
     model = model_for(settings, space.spec)
     price = price_on(model.prices, conn.execute(sa.text(f"SELECT {charges.TODAY}")).scalar_one()) if model else None
     left = Room(
@@ -49,7 +72,7 @@ def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
     return Room(left.tokens, left.requests, left.usd, left.usd_per_million, _reason(conn, settings, left, used))
 
 
-def _reason(conn: sa.Connection, settings: Settings, left: Room, used: provider_batches.Enqueued) -> str | None:
+def _reason(conn: sa.Connection, settings: Settings, left: Room, used: Enqueued) -> str | None:
     if left.usd is not None and left.usd_per_million and left.usd <= 0:
         return budget.read(conn, settings).refusal()
     if used.made_in_an_hour >= settings.openai_max_batches_per_hour:

@@ -16,7 +16,7 @@ from app.db.spaces import DELETE_LOCK, Space
 from app.domain.planning import too_long_reason
 from app.domain.retries import Discard, decide
 from app.domain.spaces import OnLong
-from app.domain.states import Priority, Route
+from app.domain.states import Route
 from app.ledger import chunk_batches, dead_chunks, usage
 from app.ledger.chunk_batches import Common, Lease
 from app.ledger.dead_chunks import DeadContent
@@ -59,48 +59,64 @@ def drop_gathering(conn: sa.Connection, step: Step) -> None:
     )
 
 
-def take_waiting(conn: sa.Connection, space: Space, *, limit: int) -> list[Waiting]:
-    """The next available ChunkBatches of a space, high priority first; what is being changed is passed over."""
-    found: list[Waiting] = []
-    for rank in sorted(priority.rank for priority in Priority):
-        rows = conn.execute(
-            sa.text(
-                "SELECT b.id, b.job_id, b.space_id, b.priority, b.attempt, b.max_attempts, b.content_hashes, "
-                "j.on_long, j.collection_id FROM chunk_batches b JOIN jobs j ON j.id = b.job_id "
-                "WHERE b.state = 'available' AND b.rung_at IS NULL AND b.route = 'openai' "
-                "AND b.priority = :priority AND b.not_before <= now() "
-                "AND b.space_id = :space AND j.state <> 'cancelled' ORDER BY b.job_id, b.id LIMIT :limit "
-                "FOR UPDATE OF b SKIP LOCKED"
-            ),
-            {"priority": rank, "space": space.id, "limit": limit - len(found)},
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """A job that may have something waiting for a ProviderBatch."""
+
+    id: int
+    priority: int
+    on_long: OnLong
+    collection_id: int
+
+
+def open_jobs(conn: sa.Connection, space: Space) -> list[OpenJob]:
+    """Jobs of a space that go through the Batch API, high priority first."""
+    rows = conn.execute(
+        sa.text(
+            "SELECT id, priority, on_long, collection_id FROM jobs WHERE state IN ('enqueueing', 'running') "
+            "AND route IN ('openai', 'auto') AND space_id = :space ORDER BY priority, id"
+        ),
+        {"space": space.id},
+    )
+    return [OpenJob(row.id, row.priority, OnLong(row.on_long), row.collection_id) for row in rows]
+
+
+def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int) -> list[Waiting]:
+    """The next available ChunkBatches of a job, locked; those that are being changed are passed over."""
+    rows = conn.execute(
+        sa.text(
+            "SELECT id, attempt, max_attempts, content_hashes FROM chunk_batches WHERE state = 'available' "
+            "AND rung_at IS NULL AND route = 'openai' AND priority = :priority AND job_id BETWEEN :job AND :job "
+            "AND not_before <= now() ORDER BY job_id, id LIMIT :limit FOR UPDATE SKIP LOCKED"
+        ),
+        {"priority": job.priority, "job": job.id, "limit": limit},
+    )
+    return [
+        Waiting(
+            row.id,
+            job.id,
+            space.id,
+            job.priority,
+            row.attempt,
+            row.max_attempts,
+            tuple(row.content_hashes),
+            job.on_long,
+            job.collection_id,
         )
-        found += [
-            Waiting(
-                row.id,
-                row.job_id,
-                row.space_id,
-                row.priority,
-                row.attempt,
-                row.max_attempts,
-                tuple(row.content_hashes),
-                OnLong(row.on_long),
-                row.collection_id,
-            )
-            for row in rows
-        ]
-        if len(found) >= limit:
-            break
-    return found
+        for row in rows
+    ]
 
 
-def missing_texts(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> dict[bytes, str]:
-    """``content_hash → text`` of the contents that are still there and have no vector."""
+def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> dict[bytes, str]:
+    """``content_hash → text`` of its contents that are still there, have no vector, and are not dead in its job."""
     rows = conn.execute(
         sa.text(
             "SELECT c.content_hash, c.text FROM contents c WHERE c.content_hash = ANY(:hashes) "
-            f"AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)"
+            f"AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash) "
+            # Else what was refused alone would go out again with the others of its ChunkBatch, without end.
+            "AND NOT EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = :job AND d.content_hash = c.content_hash)"
         ),
-        {"hashes": list(hashes)},
+        {"hashes": list(waiting.hashes), "job": waiting.job_id},
     )
     return {row.content_hash: row.text for row in rows}
 

@@ -106,3 +106,17 @@ def close_attempt(
         ),
         {"id": chunk_batch_id, "attempt": attempt, "outcome": outcome, "evidence": evidence and evidence[:1000]},
     )
+
+
+def book_released(conn: sa.Connection, owner: str) -> None:
+    """Close the accounts of all that a worker holds: what ``chunk_batches.release_all`` gives back next, in the same
+    transaction, which has the rows locked by then."""
+    conn.execute(
+        sa.text(
+            "WITH held AS (SELECT id, attempt FROM chunk_batches WHERE lease_owner = :owner AND state = 'running' "
+            "              FOR UPDATE) "
+            "UPDATE usage u SET outcome = :outcome, ended_at = now() FROM held "
+            "WHERE (u.chunk_batch_id, u.attempt) = (held.id, held.attempt)"
+        ),
+        {"owner": owner, "outcome": Outcome.RELEASED},
+    )

@@ -190,9 +190,11 @@ class Provider:
         with self._errors():
             try:
                 return ask()
-            except (AttributeError, TypeError) as error:
-                # The client checks no answer, and trips over one that is no object.
-                raise ProviderSilent(f"{self.server} gave an answer of another kind ({error}).") from None
+            except (AttributeError, TypeError, ValueError) as error:
+                # The client checks no answer, and trips over one that is no object, or no JSON.
+                raise ProviderSilent(
+                    f"{self.server} gave an answer of another kind", words=self._redact(error)
+                ) from None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -209,22 +211,24 @@ class Provider:
         except openai.APIConnectionError as error:
             raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
         except openai.OpenAIError as error:
-            raise ProviderSilent(f"{self.server}: {type(error).__name__}: {self._redact(error)}") from None
+            raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
         except _transport_errors() as error:
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
 
     def _refusal(self, error: openai.APIStatusError) -> ProviderError:
         status, code = error.status_code, str(error.code or f"http_{error.status_code}")
-        said = f"{self.server} answered {status} {code}: {self._redact(error.message)}"
+        said, words = f"{self.server} answered {status} {code[:60]}", self._redact(error.message)
         if code in STOP_CODES or str(error.type) in STOP_CODES:
-            return ProviderStopped(f"{said} Pay or raise the limit, then: chunkmill lanes resume", provider_code=code)
+            advice = "Pay or raise the limit, then: chunkmill lanes resume"
+            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
         if status in (401, 403):
-            return ProviderStopped(f"{said} Mend OPENAI_API_KEY, then: chunkmill lanes resume", provider_code=code)
+            advice = "Mend OPENAI_API_KEY, then: chunkmill lanes resume"
+            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
         if status == 429 or code == "token_limit_exceeded":
-            return ProviderBusy(said, retry_after_s=_retry_after(error.response.headers))
+            return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
         if status >= 500 or status in (408, 409):
-            return ProviderSilent(said)
-        return ProviderRefused(said, status=status, provider_code=code)
+            return ProviderSilent(said, words=words)
+        return ProviderRefused(said, words=words, status=status, provider_code=code)
 
     def _redact(self, message: object) -> str:
         return redact(message, self.secrets)

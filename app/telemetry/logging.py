@@ -1,16 +1,56 @@
 """Logging at the roots: one line per event, for a person on a terminal and as JSON in a pipe.
 
-No message and no field may hold a text or a secret; identifiers and counts say enough.
+No message and no field may hold a text or a secret; identifiers and counts say enough. What other libraries say is
+not ours to promise, so their errors are written without what Postgres quotes of rows, and URLs without passwords.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
-from typing import Any
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal
 
-_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+Format = Literal["auto", "json", "text"]
+
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "data"}
+"""``data`` is Celery's own, which repeats what the message says."""
+_TALKATIVE = (
+    "alembic", "amqp", "asyncio", "filelock", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "kombu",
+    "openai", "opentelemetry", "redis", "transformers", "urllib3",
+)  # fmt: skip
+"""They log every request, or every message with its body."""
+
+_fields: ContextVar[MappingProxyType[str, object]] = ContextVar("fields", default=MappingProxyType({}))
+
+
+@contextmanager
+def bound(**fields: object) -> Iterator[None]:
+    """Every line that this thread logs meanwhile carries ``fields``: ids and counts, of what it works on."""
+    token = _fields.set(MappingProxyType({**_fields.get(), **fields}))
+    try:
+        yield
+    finally:
+        _fields.reset(token)
+
+
+def _bind(record: logging.LogRecord) -> bool:
+    """A filter of the handler, for it runs in the thread that logs; what the record says itself stays."""
+    for key, value in _fields.get().items():
+        if key not in vars(record):
+            setattr(record, key, value)
+    return True
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
 class _Json(logging.Formatter):
@@ -19,23 +59,79 @@ class _Json(logging.Formatter):
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": without_passwords(record.getMessage()),
         }
-        line |= {key: value for key, value in vars(record).items() if key not in _STANDARD and key != "data"}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        line |= _fields_of(record)
+        if record.exc_info and record.exc_info[1] is not None:
+            line["exception"] = told(record.exc_info[1])
         return json.dumps(line, default=str)
 
 
-def configure(level: int = logging.INFO) -> None:
-    """Send the root logger to stderr. Called by processes, never by the library."""
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        fields = " ".join(f"{key}={value}" for key, value in _fields_of(record).items())
+        return without_passwords(super().formatMessage(record) + (f"  [{fields}]" if fields else ""))
+
+    def formatException(  # noqa: N802 - the library's name
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        return told(ei[1]) if ei[1] is not None else ""
+
+
+_PASSWORD = re.compile(r"(://[^\s:/?#@'\"]*:)[^\s/?#'\"]*@")
+_PASSWORD_PARAMETER = re.compile(r"(?i)(password=)[^\s&'\"]+")
+
+
+def without_passwords(said: str) -> str:
+    """URLs and connection strings in it keep all but their passwords. A net below the rule that none gets here."""
+    return _PASSWORD_PARAMETER.sub(r"\1***", _PASSWORD.sub(r"\1***@", said))
+
+
+def told(error: BaseException) -> str:
+    """A traceback, causes last, without what Postgres quotes of rows below the first line of what it says."""
+    parts: list[str] = []
+    at: BaseException | None = error
+    while at is not None:
+        name, said = type(at).__qualname__, str(at)
+        # By name, because this module stands below everything that knows a database.
+        if hasattr(at, "sqlstate") or hasattr(getattr(at, "orig", None), "sqlstate"):
+            said = said.strip().partition("\n")[0]
+        parts.append("".join(traceback.format_tb(at.__traceback__)) + (f"{name}: {said}" if said else name))
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return without_passwords("\nbecause of\n".join(parts))
+
+
+def configure(level: str | int = logging.INFO, form: Format = "auto") -> None:
+    """Send the root logger, warnings and what nobody caught to stderr. Called by processes, never by the library."""
+    level = logging.getLevelNamesMapping()[level.upper()] if isinstance(level, str) else level
     handler = logging.StreamHandler(sys.stderr)
-    if sys.stderr.isatty():
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
-    else:
-        handler.setFormatter(_Json())
+    handler.addFilter(_bind)
+    as_text = sys.stderr.isatty() if form == "auto" else form == "text"
+    handler.setFormatter(_Text() if as_text else _Json())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for talkative in ("alembic", "httpx2"):  # the second would log every request
+    for talkative in _TALKATIVE:
         logging.getLogger(talkative).setLevel(max(level, logging.WARNING))
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    logging.getLogger("uncaught").critical("%s ends the process", kind.__qualname__, exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
+        logging.getLogger("uncaught").critical(
+            "%s ends thread %s", args.exc_type.__qualname__, args.thread.name if args.thread else "?",
+            exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+        )  # fmt: skip

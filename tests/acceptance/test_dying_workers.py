@@ -109,6 +109,7 @@ def test_a_worker_that_hangs_while_it_drains_gives_back_what_it_holds_and_leaves
     time.sleep(1)  # into the forward pass
     assert worker.terminate(timeout=15) == 0
     assert rows(db, "SELECT state, deaths, max_attempts - attempt FROM chunk_batches") == [("available", 0, 5)]
+    assert rows(db, "SELECT outcome, evidence, ended_at IS NULL FROM usage") == [("released", None, False)]
 
 
 def test_a_second_sigterm_ends_the_worker_at_once(processes: Processes, client: Client, db: sa.Engine) -> None:

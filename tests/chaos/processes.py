@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -196,11 +195,6 @@ class Crew:
                 if time.monotonic() >= due[name]:
                     del due[name]
                     self._start(name)
-
-
-def owner_name(pid: int) -> str:
-    """How the ledger calls a worker."""
-    return f"{socket.gethostname()}:{pid}"
 
 
 def command_line(pid: int) -> str:

@@ -16,8 +16,9 @@ import sqlalchemy as sa
 
 from app.embedded import Stack
 from tests.chaos.executions import Blow
-from tests.chaos.processes import Child, Crew, command_line, owner_name
+from tests.chaos.processes import Child, Crew, command_line
 from tests.chaos.watcher import Held, Watcher
+from workers.lease import owner_name
 
 VICTIM_SECONDS = 90.0
 """For a worker to be up at all."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```sql\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUERIES = [
     pytest.param(query, id=f"{name}-{number}")
-    for name in ("runbook", "spot")
+    for name in ("openai", "runbook", "spot")
     for number, query in enumerate(
         query for block in BLOCK.findall((ROOT / f"docs/{name}.md").read_text()) for query in block.split(";\n")
     )

@@ -11,6 +11,8 @@ import sqlalchemy as sa
 
 from app.client import Client
 from app.errors import DeviceFailed
+from app.ledger.chunk_batches import Lease
+from workers import pipeline
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
 from workers.engine.engine import Engine
@@ -61,6 +63,28 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
         thread.join(30)
     assert outcomes == {1: Outcome.COMPLETED, 2: Outcome.COMPLETED}
     assert seen == {"beside the suspect": 0}
+
+
+def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
+    context: WorkerContext, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bell would be rung, claimed and given back again and again while the other has the worker."""
+    client.enqueue([("c", "a text")], collection="docs")
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET deaths = 2"))
+    real = pipeline._claim
+
+    def claim(*args: Any) -> Lease | None:
+        context.room._suspect = True  # the other had entered before, too
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "_claim", claim)
+    assert run_chunk_batch(context, 1) is Outcome.RELEASED
+    with db.begin() as conn:
+        found = conn.execute(
+            sa.text("SELECT state, max_attempts - attempt AS attempts, not_before > now() AS later FROM chunk_batches")
+        ).one()
+    assert tuple(found) == ("available", 5, True)
 
 
 def test_a_worker_with_a_broken_device_takes_nothing_more(

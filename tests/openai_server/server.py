@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         store = self.server.store
         delays = store.config.delays
         time.sleep(delays.get(request.endpoint, delays.get("*", 0.0)))
-        facts = {"endpoint": request.endpoint, "id": request.id, **self.told(request)}
+        facts = {"id": request.id, **self.told(request), "endpoint": request.endpoint}
         try:
             self.authorize(request)
             self.refuse(facts)

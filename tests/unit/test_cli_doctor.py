@@ -8,7 +8,6 @@ import pytest
 
 from app.cli.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks
 from app.cli.inspect import Database, RedisFacts
-from app.cli.processes import flower_defaults
 
 WELL = Database(
     version="16.4",
@@ -70,12 +69,3 @@ def test_clocks_are_judged_in_both_directions() -> None:
     assert clock_check("clock", -SKEW_WARN - 0.1).state == "warn"
     assert clock_check("clock", SKEW_FAIL + 1).state == "fail"
     assert "behind" in clock_check("clock", -1.0).found
-
-
-def test_flower_is_closed_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ADDRESS", "READ_ONLY", "PURGE_OFFLINE_WORKERS"):
-        monkeypatch.delenv(f"FLOWER_{name}", raising=False)
-    assert flower_defaults(()) == ["--address=127.0.0.1", "--read_only=True", "--purge_offline_workers=600"]
-    assert flower_defaults(("--read-only=False", "--address=::1")) == ["--purge_offline_workers=600"]
-    monkeypatch.setenv("FLOWER_ADDRESS", "10.0.0.1")
-    assert "--address=127.0.0.1" not in flower_defaults(())

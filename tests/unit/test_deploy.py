@@ -28,6 +28,7 @@ ENV_EXAMPLE = (ROOT / "deploy/env.example").read_text()
 WORKER_UNIT = (ROOT / "deploy/chunkmill-worker@.service").read_text()
 MACHINE_UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
 POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
+OPENAI_UNIT = (ROOT / "deploy/chunkmill-openai.service").read_text()
 SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 
 ONE_SHOT = {"migrate", "cli"}
@@ -385,8 +386,9 @@ def unit_problems(text: str) -> list[str]:
         key, _, value = line.partition("=")
         values[key] = f"{values[key]} {value}" if key in values else value
     command = values["ExecStart"]
-    worker = not command.endswith(" poller")
-    # A worker's 0 is a drain, and the machine is going; a poller has no such reason to end.
+    paid = " -Q openai " in command
+    worker = not command.endswith(" poller") and not paid
+    # A worker's 0 is a drain, and the machine is going; what lives on a machine that stays has no such reason to end.
     expected = {
         "KillSignal": "SIGTERM",
         "KillMode": "mixed",
@@ -418,8 +420,10 @@ def unit_problems(text: str) -> list[str]:
             found.append("the sandbox hides the GPU or forbids its kernels")
     if command.endswith("chunkmill worker") and values.get("OOMPolicy") != "continue":
         found.append("one worker that runs out of memory ends all")
+    if paid and "/etc/chunkmill/openai.env" not in values["EnvironmentFile"].split():
+        found.append("the key is not in a file of its own")
     if " celery " in f" {command.replace('/', ' ')} ":
-        if "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
+        if not paid and "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
             found.append("the worker sees every GPU")
         if "@%%h" not in command:
             found.append("the node's name holds systemd's %h")
@@ -430,6 +434,7 @@ def test_the_units_keep_every_rule() -> None:
     assert unit_problems(WORKER_UNIT) == []
     assert unit_problems(MACHINE_UNIT) == []
     assert unit_problems(POLLER_UNIT) == []
+    assert unit_problems(OPENAI_UNIT) == []
 
 
 @pytest.mark.parametrize(
@@ -467,6 +472,9 @@ def test_a_broken_worker_unit_is_noticed(problem: str, old: str, new: str) -> No
         ("one worker that runs out of memory ends all", MACHINE_UNIT, "OOMPolicy=continue\n", ""),
         ("Restart is not always", POLLER_UNIT, "Restart=always", "Restart=on-failure"),
         ("the service may outlast its machine", POLLER_UNIT, "TimeoutStopSec=30", "TimeoutStopSec=90"),
+        ("Restart is not always", OPENAI_UNIT, "Restart=always", "Restart=on-failure"),
+        ("the node's name holds systemd's %h", OPENAI_UNIT, "@%%h", "@%h"),
+        ("the key is not in a file of its own", OPENAI_UNIT, "chunkmill/openai.env\nEnv", "chunkmill/all.env\nEnv"),
     ],
 )
 def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: str, new: str) -> None:
@@ -475,7 +483,10 @@ def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: st
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-@pytest.mark.parametrize("name", ["chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service"])
+@pytest.mark.parametrize(
+    "name",
+    ["chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service", "chunkmill-openai.service"],
+)
 def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
     # Under another root: `verify` would look for the command and for everything that a unit refers to.
     command = tmp_path / "opt/chunkmill/bin"

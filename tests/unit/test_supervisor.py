@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ import pytest
 
 from app.db.connect import create_db
 from tests.acceptance.conftest import until
-from workers.gpu import claim_device, visible_gpus
-from workers.supervision import Then, back_off, plan_places, read_ending
+from workers import lease
+from workers.gpu import claim_device, short_name, visible_gpus
+from workers.lease import owner_name
+from workers.supervision import Then, arguments_for, back_off, plan_places, read_ending
 from workers.supervisor import PARENT, TakeBack, supervisor_is_gone
 
 CHECKOUT = Path(__file__).parents[2]
@@ -41,6 +44,40 @@ TWO = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
 def test_a_worker_for_each_gpu_that_may_be_used(requested: str, gpus: list[str], places: dict[str, str | None]) -> None:
     planned = plan_places(requested, gpus)
     assert {place.name: place.environment.get("CUDA_VISIBLE_DEVICES") for place in planned} == places
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-c", "2"], None),  # such a worker names itself after its device
+        (["-n", "spot@%h", "-c", "2"], "spot-{}@%h"),
+        (["-c", "2", "-nspot@%h"], "-nspot-{}@%h"),
+        (["--hostname=spot@%h"], "--hostname=spot-{}@%h"),
+        (["--hostname", "spot"], "spot-{}"),
+    ],
+)
+def test_workers_of_two_gpus_have_two_names(arguments: list[str], named: str | None) -> None:
+    """Celery and Flower take two workers of one name for one."""
+    places = plan_places("auto", TWO)
+    for place, device in zip(places, ["gpu-aaaa1111", "gpu-bbbb2222"], strict=True):
+        made = arguments_for(place, arguments, alone=False)
+        changed = [argument for argument in made if argument not in arguments]
+        assert changed == ([named.format(device)] if named else [])
+        assert len(made) == len(arguments)
+        assert arguments_for(place, arguments, alone=True) == arguments
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("GPU-1b2f43ad-9b1c-0e6b-5c2a-000000000001", "gpu-1b2f43ad"),
+        ("3", "gpu-3"),
+        ("MIG-41b35357-3a5d-5a9f-8a1b-000000000001", "mig-41b35357"),
+        ("MIG-GPU-1b2f43ad-9b1c-0e6b-5c2a-000000000001/1/0", "mig-1b2f43ad-1-0"),
+    ],
+)
+def test_a_device_has_a_short_name(gpu: str, name: str) -> None:
+    assert short_name(gpu) == name
 
 
 @pytest.mark.parametrize("requested", ["auto", "cuda:1"])
@@ -95,6 +132,13 @@ def test_the_supervisor_is_there_as_long_as_it_is_the_parent(monkeypatch: pytest
     assert supervisor_is_gone()
 
 
+def test_workers_of_two_containers_on_one_host_have_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "FIRST_PID_NAMESPACE", Path("/proc/self/ns/pid").stat().st_ino)
+    assert owner_name(7) == f"{socket.gethostname()}:7"
+    monkeypatch.setattr(lease, "FIRST_PID_NAMESPACE", 0)
+    assert re.fullmatch(rf"{re.escape(socket.gethostname())}/\d+:7", owner_name(7))
+
+
 def test_the_supervisor_stays_small() -> None:
     code = "import sys, workers.supervisor; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
@@ -115,7 +159,7 @@ def test_postgres_away_is_said_once_and_survived(caplog: pytest.LogCaptureFixtur
 # --- small processes in the place of workers ---------------------------------------------------------------
 
 SUPERVISOR = """
-import json, sys
+import json, os, sys
 from app.telemetry.logging import configure
 from workers import supervisor
 from workers.supervision import Place
@@ -123,7 +167,7 @@ from workers.supervision import Place
 configure()
 supervisor.KILL_SECONDS = float(sys.argv[3])
 places = [Place(name, {"PLACE": name}) for name in json.loads(sys.argv[2])]
-report = lambda pid, evidence: print(f"report: {evidence}", flush=True)
+report = lambda pid, evidence: os.write(1, f"report: {evidence}\\n".encode())
 raise SystemExit(supervisor.Supervisor(places, [sys.executable, "-c", sys.argv[1]], report).run())
 """
 
@@ -146,13 +190,13 @@ if os.environ["PLACE"] == "crashes":
 told = []
 def hear(number, frame):
     told.append(number)
-    print("heard", signal.Signals(number).name, flush=True)
+    os.write(1, f"heard {signal.Signals(number).name}\\n".encode())  # whole: others write there too
     if len(told) == 2:
         sys.exit(0)
 ignores = os.environ["PLACE"] == "ignores"
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN if ignores else hear)
-print("ready", os.getpid(), flush=True)
+os.write(1, f"ready {os.getpid()}\\n".encode())
 while True:
     time.sleep(60)
 """

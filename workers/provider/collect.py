@@ -17,7 +17,6 @@ import numpy as np
 import sqlalchemy as sa
 
 from app.db import spaces
-from app.db.spaces import Space
 from app.domain.prices import Price, price_on
 from app.domain.states import ProviderBatchState as State
 from app.domain.states import Route
@@ -29,10 +28,11 @@ from app.openai_batch.assemble import assemble
 from app.openai_batch.endings import Alone, Dead, RetryCharged, StopLane, after_line_error
 from app.openai_batch.jsonl import Embedded, Refused, Unreadable, decode_line
 from app.openai_batch.status import RemoteStatus
-from app.vectors.read import keep_deletions_out, wanted
-from app.vectors.write import write_vectors
+from app.telemetry import metrics
+from app.telemetry.counts import COUNTS
 from workers.provider.context import ProviderContext
 from workers.provider.send import Waits
+from workers.provider.writing import write
 
 K = TypeVar("K")
 
@@ -65,6 +65,8 @@ class Collecting:
         self._prices = context.model(self._space).prices
         self._pending = _Pending()
         self._answered: set[int] = set()
+        self._known = False
+        """The line's request was answered in an earlier reading, and so is not among the widths any more."""
         self.oddities: Counter[str] = Counter()
 
     def read(self, file_id: str) -> None:
@@ -83,19 +85,25 @@ class Collecting:
     def unanswered(self) -> int:
         return len(self._widths.keys() - self._answered)
 
+    def _width(self, request_no: int) -> int | None:
+        width = self._widths.get(request_no)
+        self._known = width is None and request_no < self._step.n_requests
+        return width
+
     def _take(self, line: bytes) -> None:
         spec = self._space.spec
+        self._known = False
         answer = decode_line(
             line,
             batch_id=self._step.id,
-            inputs=self._widths.get,
+            inputs=self._width,
             dimensions=spec.dimensions,
             normalize=spec.normalize,
             secrets=self._context.provider.secrets,
         )
         if isinstance(answer, Unreadable):
-            # A request that was answered in an earlier reading is not among the widths any more.
-            self.oddities[answer.code] += 1
+            if not self._known:
+                self.oddities[answer.code] += 1
         elif answer.request_no in self._answered:
             self.oddities["duplicate"] += 1
         else:
@@ -110,9 +118,11 @@ class Collecting:
         pending, self._pending = self._pending, _Pending()
         if not pending.embedded and not pending.refused:
             return
-        self._step = self._context.transact(lambda conn: self._commit(conn, pending), "collect")
+        self._step, new, tokens = self._context.transact(lambda conn: self._commit(conn, pending), "collect")
+        COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
 
-    def _commit(self, conn: sa.Connection, pending: _Pending) -> Step:
+    def _commit(self, conn: sa.Connection, pending: _Pending) -> tuple[Step, int, int]:
+        """The step as it is now, the vectors that were new, and the tokens that were charged."""
         step, space = self._step, self._space
         found = provider_inputs.of_requests(conn, step.id, [*pending.embedded, *pending.refused])
         written: list[InFlight] = []
@@ -129,14 +139,14 @@ class Collecting:
             booked.add(rows, answer.prompt_tokens)
         for number, refusal in pending.refused.items():
             fates.sort(found.get(number, []), refusal)
-        n_written = _write(conn, space, written, vectors)
+        n_written = write(conn, space, [row.packed for row in written], np.concatenate(vectors)) if written else 0
         gone = [row.content_hash for row in (*written, *fates.all)]
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         fates.record(conn, step)
         booked.book(conn, step, self._prices)
         usage.add(conn, booked.by_attempt)
-        return provider_batches.note(
+        noted = provider_batches.note(
             conn,
             step,
             failures=0,
@@ -144,6 +154,7 @@ class Collecting:
             n_dead=provider_batches.plus("n_dead", len(fates.dead)),
             n_returned=provider_batches.plus("n_returned", len(fates.all) - len(fates.dead)),
         )
+        return noted, n_written, sum(tokens for _, tokens in booked.by_job.values())
 
     @property
     def step(self) -> Step:
@@ -230,31 +241,6 @@ def _add(sums: dict[K, tuple[int, int]], key: K, tokens: int) -> None:
     sums[key] = (contents + 1, before + tokens)
 
 
-def _write(
-    conn: sa.Connection,
-    space: Space,
-    rows: Sequence[InFlight],
-    vectors: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]]],
-) -> int:
-    """Through the one door, less what was deleted meanwhile."""
-    if not rows:
-        return 0
-    keep_deletions_out(conn)
-    there = wanted(conn, [row.content_hash for row in rows])
-    kept = [i for i, row in enumerate(rows) if row.content_hash in there]
-    matrix = np.concatenate(vectors)[kept]
-    chosen = [rows[i].packed for i in kept]
-    return write_vectors(
-        conn,
-        space,
-        space.spec.fingerprint,
-        [row.content_hash for row in chosen],
-        np.array([row.n_tokens for row in chosen], np.int32),
-        np.array([row.truncated for row in chosen], np.bool_),
-        matrix,
-    )
-
-
 def collect(context: ProviderContext, step: Step) -> Step:
     """``collecting`` → ``cleaning``: both files, whatever the status said, and then the rest."""
     reading = Collecting(context, step)
@@ -264,15 +250,17 @@ def collect(context: ProviderContext, step: Step) -> Step:
             try:
                 reading.read(file_id)
             except ProviderSilent as silent:
-                problem = str(silent)
+                problem = silent.brief
             except ProviderRefused as refused:
                 if refused.status != 404:
                     raise
-                problem = f"file {file_id} is gone: {refused}"
+                problem = f"file {file_id} is gone: {refused.brief}"
             finally:
                 reading.flush()
     step = reading.step
-    if reading.unanswered and step.provider_status == RemoteStatus.COMPLETED and not problem:
+    completed = step.provider_status == RemoteStatus.COMPLETED
+    # A line that is torn is the end of a download that went wrong, whatever the status was.
+    if reading.unanswered and not problem and (completed or reading.oddities["not_json"]):
         problem = f"{reading.unanswered} requests have no answer in its files"
     if reading.unanswered and problem and step.downloads + 1 < DOWNLOADS:
         raise Waits(2.0 * 4**step.downloads, problem, downloads=step.downloads + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,14 @@ from app.db.spaces import Space
 from app.domain.providers import CL100K, ProviderModel
 from app.errors import UnknownModel
 from app.models.provider import model_for
+from app.openai_batch.counted import CountedProvider
 from app.openai_batch.http import Provider
 from app.openai_batch.jsonl import RequestForm
 from app.openai_batch.limits import BatchLimits
 from app.openai_batch.tokens import TokenCounter, cl100k, from_tokenizer_file
 from app.settings import Settings
-from workers.lease import LeaseKeeper
+from app.telemetry import tracing
+from workers.lease import LeaseKeeper, owner_name
 from workers.provider.keeper import StepKeeper
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class ProviderContext:
         self.settings = settings
         self.db = db
         self.provider = provider
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.name = owner_name(os.getpid())
         self.leases = LeaseKeeper(db, settings.lease_seconds)
         self.steps = StepKeeper(db, settings.lease_seconds)
         self.stopping = threading.Event()
@@ -49,7 +50,7 @@ class ProviderContext:
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
-        provider = Provider(settings)
+        provider = CountedProvider(settings)
         cl100k()  # its packages are asked for now, not in the middle of a job
         db = create_db(
             settings.require_database_url(), role="provider-worker", pool_size=settings.openai_parallel_requests + 4
@@ -69,7 +70,8 @@ class ProviderContext:
 
     def transact(self, work: Callable[[sa.Connection], T], what: str, *, give_up: bool = False) -> T:
         """Run ``work`` in a transaction, again and again while Postgres is away; see ``app.db.retry``."""
-        return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
+        with tracing.span(what):
+            return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
@@ -97,14 +99,15 @@ class ProviderContext:
     def counter(self, model: ProviderModel) -> TokenCounter:
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
-    def limits(self, model: ProviderModel, *, max_inputs: int | None = None) -> BatchLimits:
+    def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
+        """A text is cut where its space cuts it: a model that is ``same_as`` a local one may take more."""
         settings = self.settings
         return BatchLimits(
             inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
             bytes=settings.openai_batch_max_bytes,
             inputs_per_request=settings.openai_request_inputs,
             tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
-            tokens_per_input=model.max_tokens,
+            tokens_per_input=min(model.max_tokens, space.spec.max_tokens),
         )
 
     @staticmethod

@@ -26,12 +26,15 @@ from app.openai_batch.endings import (
 )
 from app.openai_batch.status import RemoteBatch, RemoteStatus
 from workers.provider.context import ProviderContext
-from workers.provider.send import Released, Waits, cancel_doubled, give_up
+from workers.provider.send import Released, cancel_doubled, give_up
 
 logger = logging.getLogger(__name__)
 
 LOST_AFTER = 5
-"""Looks at a batch that the provider does not know any more, before it is given up for lost."""
+"""Looks at a batch that the provider does not know any more, before it is given up for lost, and paid again."""
+VANISHED = "vanished"
+TOO_MANY = "too_many_tasks"
+"""Alone of the codes it says something of the provider: how much a batch may hold."""
 
 
 def poll(context: ProviderContext, step: Step) -> Step:
@@ -75,12 +78,17 @@ def poll(context: ProviderContext, step: Step) -> Step:
 
 
 def _vanished(context: ProviderContext, step: Step, refused: ProviderRefused) -> Step:
-    if step.failures + 1 < LOST_AFTER:
-        raise Waits(min(context.settings.openai_poll_seconds, 2.0**step.failures), str(refused))
+    # Failures of another kind before the first of these looks do not count.
+    looks = 1 + (step.failures if step.provider_status == VANISHED else 0)
+    if looks < LOST_AFTER:
+        missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": str(refused)[:2000]}
+        pause = context.settings.openai_poll_seconds
+        context.transact(lambda conn: provider_batches.release(conn, step, delay_s=pause, **missing), "not found")
+        raise Released
     logger.error("%s: the provider does not know %s any more", step.name, step.batch_id)
     return context.transact(
         lambda conn: provider_batches.advance(
-            conn, step, State.COLLECTING, provider_status="vanished", ended_at=sa.func.now(), error=str(refused)
+            conn, step, State.COLLECTING, provider_status=VANISHED, ended_at=sa.func.now(), error=str(refused)
         ),
         "vanished",
     )
@@ -96,8 +104,13 @@ def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch
         max_attempts=context.settings.max_attempts,
     )
     if isinstance(verdict, GiveUp):
+        if step.n_inputs == 1:
+            return context.transact(lambda conn: _bury(conn, step, verdict.code, verdict.reason), "bury")
         return give_up(context, step, code=verdict.code, reason=verdict.reason)
-    logger.warning("%s: %s: %s", step.name, type(verdict).__name__, verdict.reason)
+    codes = ", ".join(sorted({each.code for each in remote.errors})) or "no code"
+    logger.warning("%s: the provider refused it (%s): %s", step.name, codes, type(verdict).__name__)
+    if isinstance(verdict, Split) and all(error.code.lower() != TOO_MANY for error in remote.errors):
+        return _halve(context, step, verdict, remote)
     if isinstance(verdict, Split | Isolate):
         return context.transact(lambda conn: _return_all(conn, step, verdict), "return")
     context.transact(lambda conn: _send_again(conn, context, step, verdict), "send again")
@@ -117,6 +130,41 @@ def _return_all(conn: sa.Connection, step: Step, verdict: Split | Isolate) -> St
         provider_work.bury_in_flight(conn, alone, code=verdict.code, reason=verdict.reason)
     cleaning = provider_batches.advance(
         conn, step, State.CLEANING, n_returned=len(returned), error=verdict.reason[:2000], provider_status="failed"
+    )
+    provider_work.settle(conn, spaces.get(conn, step.space_id), provider_work.members(conn, step.id))
+    return cleaning
+
+
+def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteBatch) -> Step:
+    """Nothing says what is at fault, so the latter half goes on in a ProviderBatch of its own. Each half is tried once
+    before it is halved in turn, after longer and longer: an outage must not take it all to pieces."""
+
+    def halve(conn: sa.Connection) -> Step | None:
+        if provider_inputs.count(conn, step.id) < 2:  # one content in several windows
+            code = remote.errors[0].code if remote.errors else "unknown_error"
+            return _bury(conn, step, code, verdict.reason)
+        facts: dict[str, Any] = {"resends": step.resends + 1, "error": verdict.reason[:2000]}
+        half = provider_batches.open_half(conn, step, **facts)
+        provider_inputs.move_half(conn, step.id, half.id)
+        again = provider_batches.advance(conn, step, State.GATHERED, batch_id=None, submitted_at=None, **facts)
+        for each in (half, again):
+            provider_batches.count_inputs(conn, each.id)
+            provider_batches.release(conn, each, delay_s=min(300.0, 2.0**step.resends))
+        return None
+
+    following = context.transact(halve, "halve")
+    if following is None:
+        raise Released
+    return following
+
+
+def _bury(conn: sa.Connection, step: Step, code: str, reason: str) -> Step:
+    """The one content of a ProviderBatch is at fault, for there is no other."""
+    returned = provider_inputs.remove_all(conn, step.id)
+    provider_work.bury_in_flight(conn, returned, code=code, reason=reason)
+    provider_inputs.drop_suspects(conn, step.space_id, [each.content_hash for each in returned])
+    cleaning = provider_batches.advance(
+        conn, step, State.CLEANING, n_dead=len(returned), error_code=code, error=reason[:2000], provider_status="failed"
     )
     provider_work.settle(conn, spaces.get(conn, step.space_id), provider_work.members(conn, step.id))
     return cleaning

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import psycopg
 import sqlalchemy as sa
@@ -91,8 +93,15 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
 
 
 def _waiting(conn: sa.Connection, space: Space) -> Iterator[Waiting]:
-    while found := provider_work.take_waiting(conn, space, limit=AT_A_TIME):
-        yield from found
+    """High priority first; jobs of one priority take turns, for a small one may share its batch with a large one."""
+    for _, jobs in groupby(provider_work.open_jobs(conn, space), key=lambda job: job.priority):
+        line = deque(jobs)
+        while line:
+            job = line.popleft()
+            found = provider_work.take_waiting(conn, space, job, limit=AT_A_TIME)
+            yield from found
+            if found:
+                line.append(job)
 
 
 class _Filling:
@@ -103,7 +112,7 @@ class _Filling:
         self._conn, self._step, self._space = conn, step, space
         self._counter = context.counter(model)
         max_inputs = provider_lanes.lane(conn, Route.OPENAI).max_inputs
-        self._limits = context.limits(model, max_inputs=max_inputs)
+        self._limits = context.limits(model, space, max_inputs=max_inputs)
         self._form = context.form(model, space)
         budget = BatchBudget(tokens=left.affordable_tokens, requests=left.requests)
         self.packer = Packer(step.id, self._form, self._limits, budget)
@@ -142,7 +151,8 @@ class _Filling:
         return not full
 
     def _pack(self, waiting: Waiting) -> Gathered:
-        texts = provider_work.missing_texts(self._conn, self._space, waiting.hashes)
+        texts = provider_work.missing_texts(self._conn, self._space, waiting)
+        provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
         taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
         suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
         wanted = [(each, texts[each]) for each in waiting.hashes if each in texts and each not in taken]

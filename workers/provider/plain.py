@@ -14,16 +14,22 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from app.db import spaces
 from app.db.retry import is_transient
 from app.db.spaces import Space
 from app.domain.prices import price_on
 from app.domain.states import Route
-from app.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from app.errors import (
+    ChunkmillError,
+    LeaseLost,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
 from app.ledger import charges, chunk_batches, dead_chunks, provider_inputs, provider_lanes, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
@@ -34,11 +40,14 @@ from app.openai_batch.inputs import ProviderInput, RefusedInput, prepare
 from app.openai_batch.jsonl import Embedded
 from app.openai_batch.packing import PackedInput, Packer
 from app.openai_batch.vectors import read_embeddings
-from app.vectors.read import Work, keep_deletions_out, read_work, wanted
-from app.vectors.write import write_vectors
+from app.telemetry import metrics
+from app.telemetry.counts import COUNTS
+from app.vectors.read import Work, read_work
 from workers.lease import HeldLease
+from workers.observed import attempt_at
 from workers.provider.context import ProviderContext
-from workers.provider.steps import pause_lane, stop_lane
+from workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
+from workers.provider.writing import write
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +58,7 @@ SILENT_TRIES = 20
 
 
 class _Stopping(Exception):
-    """The worker was told to go."""
+    """The worker was told to go, or its lane to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class _Attempt:
 
 def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
     """Claim, read, send, write, complete. Every way out leaves the ledger true; none raises for the work's sake."""
-    context.last_doorbell = time.monotonic()
+    context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
     if context.stopping.is_set():
         return
 
@@ -91,16 +100,18 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
             chunk_batch_id,
             owner=context.name,
             lease_seconds=context.settings.lease_seconds,
+            route=Route.OPENAI_SYNC,
             not_spaces=context.unserved(),
         )
 
     lease = context.transact(claim, "claim", give_up=True)
     if lease is None:
         return
-    with context.leases.holding(lease) as held:
-        _run(context, held)
-    with context.begin() as conn:
-        finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
+    with attempt_at(context, lease, rung_ns=rung_ns):
+        with context.leases.holding(lease) as held:
+            _run(context, held)
+        with context.begin() as conn:
+            finish_if_done(conn, lease.job_id, spaces.get(conn, lease.space_id))
 
 
 def _run(context: ProviderContext, held: HeldLease) -> None:
@@ -113,21 +124,26 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
     except LeaseLost as lost:
         logger.warning("%s", lost)
     except ProviderBusy as busy:
-        delay = backoff(min(lease.attempt, 8), busy.retry_after_s)
+        delay = max(LEAST_PAUSE_S, backoff(_tries(attempt), busy.retry_after_s))
         pause_lane(context, Route.OPENAI_SYNC, busy, delay)
         _release(context, attempt, because=busy, delay_s=delay)
     except ProviderStopped as stopped:
         stop_lane(context, Route.OPENAI_SYNC, stopped)
         _release(context, attempt, because=stopped)
     except ProviderSilent as silent:
-        if lease.attempt <= SILENT_TRIES:
-            _release(context, attempt, because=silent, delay_s=backoff(min(lease.attempt, 8)))
+        if attempt.done or lease.attempt <= SILENT_TRIES:
+            _release(context, attempt, because=silent, delay_s=backoff(_tries(attempt)))
         else:
             _fail(context, attempt, silent)
     except Exception as error:
         if is_transient(error):
             raise  # the lease runs out
         _fail(context, attempt, error)
+
+
+def _tries(attempt: _Attempt) -> int:
+    """Attempts that came to nothing, as far as is known: one that wrote something is as good as the first."""
+    return 1 if attempt.done else min(attempt.lease.attempt, 8)
 
 
 def _open(context: ProviderContext, conn: sa.Connection, lease: Lease) -> _Attempt:
@@ -141,7 +157,7 @@ def _open(context: ProviderContext, conn: sa.Connection, lease: Lease) -> _Attem
 def _embed(context: ProviderContext, held: HeldLease, attempt: _Attempt) -> None:
     space, lease = attempt.space, attempt.lease
     model = context.model(space)
-    limits = replace(context.limits(model), inputs=len(attempt.work.texts) * 2048 + 1)
+    limits = replace(context.limits(model, space), inputs=len(attempt.work.texts) * 2048 + 1)
     items: list[ProviderInput] = []
     for item in prepare(attempt.work.texts, context.counter(model), limits, lease.on_long):
         if isinstance(item, RefusedInput):
@@ -197,17 +213,20 @@ def _ask(
     settings = context.settings
     inputs = [text for row in rows for text in texts[row.content_hash]]
     tokens = sum(row.sent_tokens for row in rows)
-    wait = context.transact(
-        lambda conn: provider_lanes.take_turn(
+
+    def take_turn(conn: sa.Connection) -> float | None:
+        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
+            return None  # another worker was told so
+        return provider_lanes.take_turn(
             conn,
             Route.OPENAI_SYNC,
             tokens=tokens,
             requests_per_minute=settings.openai_sync_requests_per_minute,
             tokens_per_minute=settings.openai_sync_tokens_per_minute,
-        ),
-        "take turn",
-    )
-    if context.stopping.wait(wait):
+        )
+
+    wait = context.transact(take_turn, "take turn")
+    if wait is None or context.stopping.wait(wait):
         raise _Stopping
     held.check()
     held.moved()
@@ -255,7 +274,7 @@ def _commit(context: ProviderContext, attempt: _Attempt, answer: Answer) -> None
     def commit(conn: sa.Connection) -> tuple[usage.Usage, int]:
         hashes = [row.content_hash for row in answer.rows]
         removed = provider_inputs.remove(conn, space_id=space.id, hashes=hashes, provider_batch_id=None)
-        new = _write(conn, space, made.rows, made.vectors)
+        new = write(conn, space, made.rows, made.vectors)
         account = replace(
             attempt.account,
             contents=attempt.account.contents + new,
@@ -269,7 +288,8 @@ def _commit(context: ProviderContext, attempt: _Attempt, answer: Answer) -> None
             logger.warning("ChunkBatch %s: its lease was lost; the vectors stay", lease.chunk_batch_id)
         return account, new
 
-    attempt.account, _ = context.transact(commit, "write vectors")
+    attempt.account, new = context.transact(commit, "write vectors")
+    COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
     attempt.done += len(made.rows)
     attempt.truncated += sum(row.truncated for row in made.rows)
     if made.problems:
@@ -287,23 +307,6 @@ def _charge(context: ProviderContext, conn: sa.Connection, attempt: _Attempt, co
         contents=contents,
         tokens=tokens,
         usd=price.of(tokens, batch=False) if price else Decimal(0),
-    )
-
-
-def _write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vectors: NDArray[np.float32]) -> int:
-    if not rows:
-        return 0
-    keep_deletions_out(conn)
-    there = wanted(conn, [row.content_hash for row in rows])
-    kept = [i for i, row in enumerate(rows) if row.content_hash in there]
-    return write_vectors(
-        conn,
-        space,
-        space.spec.fingerprint,
-        [rows[i].content_hash for i in kept],
-        np.array([rows[i].n_tokens for i in kept], np.int32),
-        np.array([rows[i].truncated for i in kept], np.bool_),
-        vectors[kept],
     )
 
 
@@ -350,7 +353,8 @@ def _fail(context: ProviderContext, attempt: _Attempt, error: Exception) -> None
     lease = attempt.lease
     known = isinstance(error, ChunkmillError)
     said = str(error) if known else type(error).__name__
-    logger.error("ChunkBatch %s, attempt %s failed: %s", lease.chunk_batch_id, lease.attempt, said, exc_info=not known)
+    brief = error.brief if isinstance(error, ProviderError) else said
+    logger.error("ChunkBatch %s, attempt %s failed: %s", lease.chunk_batch_id, lease.attempt, brief, exc_info=not known)
 
     def fail(conn: sa.Connection) -> None:
         provider_inputs.remove_own(conn, lease)

@@ -76,7 +76,12 @@ def upload(context: ProviderContext, step: Step) -> Step:
         if not n_bytes:
             return give_back(context, step, "all its texts were deleted before it was sent")
         file.seek(0)
-        file_id = context.provider.upload(file_name(step, step.uploads), file)
+        try:
+            file_id = context.provider.upload(file_name(step, step.uploads), file)
+        except ProviderRefused as refused:
+            if step.failures + 1 < context.settings.max_attempts:
+                raise
+            return give_up(context, step, code=refused.provider_code, reason=str(refused))
     logger.info("%s: uploaded %.1f MB as %s", step.name, n_bytes / 1e6, file_id)
     return context.transact(
         lambda conn: provider_batches.advance(conn, step, State.UPLOADED, input_file_id=file_id, n_bytes=n_bytes),
@@ -120,7 +125,7 @@ def _windows(
         prepared = prepare(
             [(each.content_hash, texts[each.content_hash]) for each in long],
             context.counter(model),
-            context.limits(model),
+            context.limits(model, space),
             policy,
         )
         for each, item in zip(long, prepared, strict=True):
@@ -254,7 +259,7 @@ def give_back(context: ProviderContext, step: Step, why: str) -> Step:
 
 def give_up(context: ProviderContext, step: Step, *, code: str, reason: str) -> Step:
     """Its ChunkBatches fail for good with the reason; ``retry`` takes them up again."""
-    logger.error("%s: given up: %s", step.name, reason)
+    logger.error("%s: given up, %s; the ledger has the provider's words", step.name, code)
 
     def back(conn: sa.Connection) -> Step:
         provider_inputs.remove_all(conn, step.id)

@@ -13,6 +13,8 @@ from app.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, P
 from app.ledger import provider_batches, provider_lanes
 from app.ledger.provider_batches import Step
 from app.openai_batch.endings import backoff
+from app.telemetry.logging import bound
+from workers.observed import ids, step_of
 from workers.provider.collect import collect
 from workers.provider.context import ProviderContext
 from workers.provider.follow import poll
@@ -22,6 +24,8 @@ from workers.provider.send import Released, Waits, adopt, create, file_name, upl
 logger = logging.getLogger(__name__)
 
 CLEAN_TRIES = 5
+LEAST_PAUSE_S = 1.0
+"""Of a lane, whatever the provider says: with ``Retry-After: 0`` it would be asked without a pause."""
 
 
 def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> None:
@@ -42,7 +46,7 @@ def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> 
     )
     if step is None:
         return
-    with context.steps.holding(step):
+    with context.steps.holding(step), bound(**ids(step), worker=context.name):
         _run(context, step)
 
 
@@ -59,8 +63,8 @@ def _run(context: ProviderContext, step: Step) -> None:
     except Waits as waits:
         _release(context, step, waits.delay_s, waits.failed, **waits.facts)
     except ProviderBusy as busy:
-        delay = backoff(step.failures + 1, busy.retry_after_s)
-        logger.warning("%s: a limit, all of this lane wait %.0f s: %s", step.name, delay, busy)
+        delay = max(LEAST_PAUSE_S, backoff(step.failures + 1, busy.retry_after_s))
+        logger.warning("%s: a limit, all of this lane wait %.0f s: %s", step.name, delay, busy.brief)
         pause_lane(context, Route.OPENAI, busy, delay)
         # Its count of failures is the measure of the next pause, and charges nothing.
         _release(context, step, delay, str(busy))
@@ -76,13 +80,19 @@ def _run(context: ProviderContext, step: Step) -> None:
 def _take(context: ProviderContext, step: Step) -> Step | None:
     if context.stopping.is_set():
         raise Waits(0.0)
-    return _STEPS[step.state](context, step)
+    # What another worker heard of the provider since the claim holds for this one, too.
+    lane = context.transact(lambda conn: provider_lanes.lane(conn, Route.OPENAI), "look at the lane")
+    if lane.paused_until is not None or (lane.is_stopped and step.state in provider_batches.SPENDING):
+        raise Waits(0.0)
+    with step_of(context, step, expected=(Waits, Released)):
+        return _STEPS[step.state](context, step)
 
 
 def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
     delay = backoff(step.failures + 1)
     if isinstance(error, ChunkmillError):
-        logger.warning("%s, step %s: %s Again in %.0f s", step.name, step.state, error, delay)
+        said = error.brief if isinstance(error, ProviderError) else error
+        logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
     else:
         logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
     said = str(error) if isinstance(error, ChunkmillError) else type(error).__name__
@@ -100,7 +110,7 @@ def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) 
         lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
     )
     if first:
-        logger.error("lane %s is stopped: %s %s", route, stopped, route)
+        logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)
 
 
 def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **facts: object) -> None:
@@ -125,7 +135,7 @@ def _clean(context: ProviderContext, step: Step) -> Step | None:
     except ProviderError as error:
         if not isinstance(error, ProviderRefused) and step.failures < CLEAN_TRIES:
             raise
-        logger.warning("%s: files are left at the provider until they expire: %s", step.name, error)
+        logger.warning("%s: files are left at the provider until they expire: %s", step.name, error.brief)
     context.transact(lambda conn: provider_batches.close(conn, step), "close")
     return None
 

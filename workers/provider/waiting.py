@@ -6,10 +6,10 @@ import logging
 import secrets
 import threading
 from decimal import Decimal
-from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from app.db import spaces
 from app.db.connect import raw
@@ -18,15 +18,24 @@ from app.domain.prices import price_on
 from app.domain.providers import OPENAI
 from app.domain.spaces import LongText, OnLong
 from app.domain.states import Route
-from app.errors import ChunkmillError, ProviderRefused, ProviderSilent
-from app.ledger import budget, charges, embed_requests
+from app.errors import (
+    ChunkmillError,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
+from app.ledger import budget, charges, embed_requests, provider_lanes
 from app.ledger.embed_requests import CHANNEL, EmbedRequest
 from app.ledger.jobs import CANCELLED_CHANNEL
 from app.openai_batch.assemble import assemble
+from app.openai_batch.endings import backoff
 from app.openai_batch.inputs import RefusedInput, prepare
 from app.openai_batch.packing import Packer
 from workers.provider.context import ProviderContext
 from workers.provider.plain import read_answer
+from workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +84,8 @@ class WaitingLane(threading.Thread):
         if self._context.stopping.is_set():
             return False
         with self._context.begin() as conn:
+            if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
+                return False  # whoever waits says how long
             served = [space for space in spaces.all_spaces(conn) if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
@@ -89,14 +100,23 @@ class WaitingLane(threading.Thread):
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         try:
-            vectors, tokens = self._embed(request, space)
+            vectors = self._embed(request, space)
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+            if isinstance(error, ProviderBusy):
+                delay = max(LEAST_PAUSE_S, backoff(1, error.retry_after_s))
+                pause_lane(self._context, Route.OPENAI_SYNC, error, delay)
+            elif isinstance(error, ProviderStopped):
+                stop_lane(self._context, Route.OPENAI_SYNC, error)
             reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
             with self._context.begin() as conn:
                 embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
+
+    def _book(self, space: Space, contents: int, tokens: int) -> None:
+        """As soon as it is answered: should the next request of the same question fail, this one was charged."""
+        with self._context.begin() as conn:
             price = price_on(self._context.model(space).prices, charges.today(conn))
             charges.book(
                 conn,
@@ -104,26 +124,29 @@ class WaitingLane(threading.Thread):
                 space_id=space.id,
                 job_id=0,
                 provider_batch_id=0,
-                contents=len(request.texts),
+                contents=contents,
                 tokens=tokens,
                 usd=price.of(tokens, batch=False) if price else Decimal(0),
             )
 
-    def _embed(self, request: EmbedRequest, space: Space) -> tuple[Any, int]:
-        """``(vectors, tokens charged)``; a text that is too long is treated as the space treats documents."""
+    def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
+        """One vector a text; one that is too long is treated as the space treats documents."""
         context, spec = self._context, space.spec
         model = context.model(space)
         with context.begin() as conn:
             budget.require_budget(conn, context.settings)
+            lane = provider_lanes.lane(conn, Route.OPENAI_SYNC)
+            if lane.is_stopped:
+                raise ProviderError(f"lane {Route.OPENAI_SYNC} is stopped: {lane.stop_reason}")
         prompt = spec.query_prompt if request.kind == "query" else spec.document_prompt
         texts = [(str(i).encode(), prompt + text) for i, text in enumerate(request.texts)]
-        limits = context.limits(model)
+        limits = context.limits(model, space)
         items = []
         for item in prepare(texts, context.counter(model), limits, _POLICIES[spec.long_text]):
             if isinstance(item, RefusedInput):
                 raise ProviderRefused(item.reason, status=400, provider_code=item.code)
             items.append(item)
-        vectors, tokens = [], 0
+        vectors = []
         packer = Packer(1, context.form(model, space), limits)
         for item in items:
             packer.add(item)
@@ -137,12 +160,13 @@ class WaitingLane(threading.Thread):
                 idempotency_key=f"embed-request-{request.id}-{number}-{secrets.token_hex(4)}",
             )
             embedded = read_answer(body, len(sent), space)
+            counted = sum(row.sent_tokens for row in rows)
+            self._book(space, len(rows), counted if embedded.prompt_tokens is None else embedded.prompt_tokens)
             made = assemble(embedded, rows, normalize=spec.normalize)
             if made.problems:
                 raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
             vectors.append(made.vectors)
-            tokens += embedded.prompt_tokens if embedded.prompt_tokens is not None else packer.tokens
-        return np.concatenate(vectors), tokens
+        return np.concatenate(vectors)
 
 
 _POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

@@ -1,0 +1,26 @@
+"""Arguments that are a number with a unit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+DAYS = {"s": 1 / 86_400, "min": 1 / 1_440, "h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
+
+
+class Quantity(click.ParamType[float]):
+    """A number with a unit; what comes out is in ``unit``."""
+
+    def __init__(self, name: str, units: Mapping[str, float], unit: str, example: str) -> None:
+        self.name = name
+        self._units, self._unit, self._example = units, unit, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(value).strip().lower())
+        if found is None or found[2] not in self._units or not float(found[1]):
+            self.fail(f"{value!r} is no {self.name}: write a number and a unit, such as {self._example}.", param, ctx)
+        return float(found[1]) * self._units[found[2]] / self._units[self._unit]

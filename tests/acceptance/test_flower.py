@@ -1,0 +1,324 @@
+"""Flower beside real workers and real jobs: closed to strangers, and what it shows to those it lets in.
+
+``SCREENSHOTS=docs/images pytest tests/acceptance/test_flower.py`` takes the pictures of docs/flower.md again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from app import Chunk, Client
+from app.broker import ADVANCE_TASK, EMBED_TASK, Broker
+from app.db.connect import create_db
+from app.embedded import StackStatus
+from app.settings import Settings
+from tests.acceptance.conftest import Process, Processes, until
+from tests.conftest import fresh_settings
+from tests.openai_server import OpenAIServer
+
+pytestmark = pytest.mark.xdist_group("flower")  # one scene for all tests of this file
+
+LOGIN = "operator:not-for-strangers"
+WORD = "zanzibarquokka"
+"""In every text, and nowhere else."""
+CPU_WORKERS = 2 if "SCREENSHOTS" in os.environ else 1
+"""A second one is for the picture: each loads torch, and the names of two on a host are tested elsewhere."""
+MODEL = "text-embedding-3-small"
+PAGES = ("/", "/workers", "/workers?json=1", "/tasks", "/broker", "/metrics")
+API = ("/api/workers", "/api/tasks", "/api/task/types", "/api/queues/length")
+DATATABLE = "/tasks/datatable?draw=1&start=0&length=100&order[0][column]=0&columns[0][data]=name&order[0][dir]=asc"
+
+
+@dataclass
+class Scene:
+    """Workers on the CPU and one of the paid routes, a job on each, both done, and a Flower that saw it all."""
+
+    processes: Processes
+    flower: Process
+    port: int
+    workers: dict[str, Process]
+    """By the name that Flower should show."""
+    key: str
+
+    def ask(self, path: str, login: str | None = LOGIN, **post: Any) -> tuple[int, str]:
+        return ask(self.port, path, login, **post)
+
+    def tasks(self, name: str) -> list[dict[str, Any]]:
+        found = json.loads(self.ask("/api/tasks")[1]).values()
+        return sorted((task for task in found if task["name"] == name), key=lambda task: task["args"])
+
+
+def ask(port: int, path: str, login: str | None, **post: Any) -> tuple[int, str]:
+    """Status and body."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=json.dumps(post).encode() if post else None)
+    if login is not None:
+        request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def is_up(port: int) -> bool:
+    try:
+        return ask(port, "/healthcheck", None) == (200, "OK")
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with fresh_settings(stack) as settings, OpenAIServer() as server:
+        processes = Processes(settings, tmp_path_factory.mktemp("flower"))
+        paid = {"EMBEDDING_MODEL": MODEL, "EMBEDDING_DIMENSIONS": "8", "OPENAI_BASE_URL": server.url}
+        processes.env |= {"OPENAI_GATHER_SECONDS": "0", "OPENAI_POLL_SECONDS": "0.2", "EMBEDDING_DEVICE": "cpu"}
+        try:
+            port = free_port()
+            flower = processes.start("app.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN)
+            until(lambda: is_up(port) or flower.popen.poll() is not None, 60, flower.output)
+            local = [processes.worker(ready=False) for _ in range(CPU_WORKERS)]
+            provider = processes.start(
+                "celery", "-A", "workers", "worker", "-Q", "openai", OPENAI_API_KEY=server.key, **paid
+            )
+            processes.start("app.cli", "poller", **paid)
+            host = socket.gethostname()
+            workers = {f"cpu-{each.popen.pid}@{host}": each for each in local} | {f"openai@{host}": provider}
+            for each in workers.values():
+                each.wait_for("ready.")
+            scene = Scene(processes, flower, port, workers, server.key)
+            until(lambda: online(scene) == set(workers), 60, lambda: f"{online(scene)}\n{flower.output()}")
+            embed(settings, "handbook", 300, chunk_batch_size=64)
+            embed(settings, "archive", 100, embedding_model=MODEL, embedding_dimensions=8, openai_base_url=server.url)
+            until(lambda: all_succeeded(scene), 60, lambda: scene.ask("/api/tasks")[1])
+            yield scene
+        finally:
+            processes.stop_all()
+
+
+def embed(settings: Settings, collection: str, n: int, **changes: Any) -> None:
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    mine = Settings.from_env(**{**given, **changes})
+    with Client(create_db(mine.require_database_url(), role="client"), Broker.connect(mine), mine) as client:
+        texts = (Chunk(f"{collection}-{i}", f"{WORD} {i} of the {collection}", {"about": WORD}) for i in range(n))
+        route = "openai" if "embedding_model" in changes else "local"
+        job = client.wait(client.enqueue(texts, collection=collection, route=route).id, timeout=120)
+        assert job.embedded == n
+
+
+def online(scene: Scene) -> set[str]:
+    rows = json.loads(scene.ask("/workers?json=1")[1])["data"]
+    return {row["hostname"] for row in rows if row["status"]}
+
+
+def all_succeeded(scene: Scene) -> bool:
+    """Both kinds of task were seen, and Flower has heard the end of each."""
+    tasks = scene.tasks(EMBED_TASK), scene.tasks(ADVANCE_TASK)
+    return all(tasks) and all(task["state"] == "SUCCESS" for kind in tasks for task in kind)
+
+
+def test_strangers_see_nothing(scene: Scene) -> None:
+    (task, *_) = scene.tasks(EMBED_TASK)
+    for login in (None, "operator:wrong", "operator:", ":", "chunkmill:not-for-strangers"):
+        for path in (*PAGES, *API, DATATABLE, f"/task/{task['uuid']}", f"/api/task/info/{task['uuid']}"):
+            status, page = scene.ask(path, login)
+            assert (status, "handbook" in page) == (401, False), (path, login)
+    assert scene.ask("/healthcheck", None) == (200, "OK")
+    assert scene.ask(f"/api/worker/shutdown/{next(iter(scene.workers))}", None, x=1)[0] == 401
+
+
+def test_those_let_in_may_look_and_not_touch(scene: Scene) -> None:
+    for path in (*PAGES, *API):
+        assert scene.ask(path)[0] == 200, path
+    name = next(iter(scene.workers))
+    for path in (f"/api/worker/shutdown/{name}", f"/api/task/apply/{EMBED_TASK}", f"/api/worker/pool/grow/{name}"):
+        assert scene.ask(path, x=1)[0] == 403, path
+    assert scene.workers[name].popen.poll() is None
+
+
+def test_the_password_is_in_no_list_of_processes_and_no_log(scene: Scene) -> None:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        assert LOGIN.partition(":")[2].encode() not in arguments
+    assert LOGIN.partition(":")[2] not in scene.flower.output()
+
+
+def test_each_worker_has_its_row(scene: Scene) -> None:
+    assert online(scene) == set(scene.workers)
+    assert len(scene.workers) == CPU_WORKERS + 1
+
+
+def test_a_task_says_what_it_is_about(scene: Scene) -> None:
+    """Flower's own search finds those of a job."""
+    local, steps = scene.tasks(EMBED_TASK), scene.tasks(ADVANCE_TASK)
+    numbers = sorted(int(re.fullmatch(r"ChunkBatch (\d+)", task["args"])[1]) for task in local)  # type: ignore[index]
+    assert len(set(numbers)) == 5
+    about = {task["args"]: task["kwargs"] for task in local}.values()
+    assert sorted(about) == sorted(
+        str({"job": 1, "collection": "handbook", "contents": n}) for n in (64, 64, 64, 64, 44)
+    )
+    assert {task["args"] for task in steps} == {"ProviderBatch 1"}
+    states = {task["kwargs"] for task in steps}
+    assert str({"state": "gathering", "space": 2, "model": MODEL}) in states
+    assert str({"state": "submitted", "space": 2, "model": MODEL}) in states
+    of_the_job, bells, paid = (
+        [task["uuid"] for task in kind]
+        for kind in (local, [task for task in local if task["args"] == "ChunkBatch 3"], steps)
+    )
+    for search, wanted in {
+        "kwargs:job=1": of_the_job,
+        "kwargs:collection=handbook": of_the_job,
+        'args:"ChunkBatch 3"': bells,
+        "worker:openai": paid,
+    }.items():
+        found = json.loads(scene.ask(f"{DATATABLE}&search[value]={quote(search)}")[1])["data"]
+        assert sorted(task["uuid"] for task in found) == sorted(wanted), search
+
+
+def test_no_text_and_no_key_is_on_any_page(scene: Scene) -> None:
+    paths = [*PAGES, *API, DATATABLE, "/api/workers?refresh=1"]
+    paths += [f"/worker/{name}" for name in scene.workers]
+    for task in (*scene.tasks(EMBED_TASK), *scene.tasks(ADVANCE_TASK)):
+        paths += [f"/task/{task['uuid']}", f"/api/task/info/{task['uuid']}"]
+    pages = {path: scene.ask(path) for path in paths}
+    assert {status for status, _ in pages.values()} == {200}
+    for path, (_, page) in pages.items():
+        for secret in (WORD, scene.key, LOGIN.partition(":")[2]):
+            assert secret not in page, path
+    assert "handbook" in pages[DATATABLE][1]  # and it is there that a text would be
+
+
+def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Scene) -> None:
+    port = free_port()
+    terminal, inside = pty.openpty()
+    flower = subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "flower", f"--port={port}"],
+        env=scene.processes.env, stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
+    )  # fmt: skip
+    os.close(inside)
+    said = ""
+    try:
+        while not re.search(r"password (\S+) ", said):
+            said += os.read(terminal, 4096).decode()  # raises when it has ended without
+        password = re.search(r"password (\S+) ", said)[1]  # type: ignore[index]
+        assert f"http://127.0.0.1:{port}/" in said
+        until(lambda: is_up(port) or flower.poll() is not None, 60)
+        assert ask(port, "/api/task/types", None)[0] == ask(port, "/", None)[0] == ask(port, "/metrics", None)[0] == 401
+        assert ask(port, "/api/task/types", f"chunkmill:{password}")[0] == 200
+        assert password.encode() not in Path(f"/proc/{flower.pid}/cmdline").read_bytes()
+    finally:
+        flower.send_signal(signal.SIGTERM)
+        code = flower.wait(60)
+        os.close(terminal)
+    assert code == 0
+
+
+def test_it_does_not_open_to_other_machines_without_a_password(scene: Scene) -> None:
+    """How else it may be told to, ``tests/unit/test_cli_flower.py`` knows."""
+    refused = scene.processes.start("app.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
+    assert refused.popen.wait(60) == 1
+    assert "on ::, which other machines may reach" in refused.output()
+    assert "set FLOWER_BASIC_AUTH=user:password" in refused.output()
+    assert "Traceback" not in refused.output()
+
+
+# --- in a browser ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs Chromium and its driver; on Debian: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",  # root has none, and the only pages are Flower's
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):
+        options.add_argument(argument)
+    driven = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driven
+    driven.quit()
+
+
+def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    def shown() -> str:
+        return str(browser.find_element(By.TAG_NAME, "body").text)
+
+    def rows(table: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(row => row.innerText)"
+        return list(browser.execute_script(script, f"#{table}"))
+
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    browser.set_window_size(1280, 790)
+    browser.get(f"http://127.0.0.1:{scene.port}/workers")
+    assert not any(name in browser.page_source for name in scene.workers)
+
+    browser.get(f"http://{LOGIN}@127.0.0.1:{scene.port}/workers")  # the browser's own way to answer its question
+    browser.get(f"http://127.0.0.1:{scene.port}/workers")
+    until(lambda: all(name in shown() for name in scene.workers), 30, shown)
+    assert len(rows("workers-table")) == len(scene.workers)
+    until(lambda: all("Online" in row for row in rows("workers-table")), 30, lambda: str(rows("workers-table")))
+    pages = [browser.page_source]
+    browser.save_screenshot(str(pictures / "flower-workers.png"))
+
+    browser.set_window_size(1330, 890)
+    browser.get(f"http://127.0.0.1:{scene.port}/tasks")
+    until(lambda: "ChunkBatch" in shown(), 30, shown)
+    tasks = rows("tasks-table")
+    for row in tasks:
+        assert re.search(
+            r"ChunkBatch \d+\s+\{'job': 1, 'collection': 'handbook', 'contents': (64|44)\}"
+            r"|ProviderBatch 1\s+\{'state': '\w+', 'space': 2, 'model': 'text-embedding-3-small'\}",
+            row,
+        ), row
+        assert "SUCCESS" in row
+        assert any(name in row for name in scene.workers)
+    pages.append(browser.page_source)
+    browser.save_screenshot(str(pictures / "flower-tasks.png"))
+
+    browser.find_element(By.CSS_SELECTOR, "#tasks-table a.task-uuid, #tasks-table a[href*='/task/']").click()
+    until(lambda: "Keyword arguments" in shown() or "Arguments" in shown(), 30, shown)
+    pages.append(browser.page_source)
+    browser.get(f"http://127.0.0.1:{scene.port}/broker")
+    until(lambda: "gpu" in shown(), 30, shown)
+    pages.append(browser.page_source)
+    assert not any(WORD in page for page in pages)

@@ -1,0 +1,126 @@
+"""Promise 9 in what processes print: texts and secrets through a worker, a poller and the CLI, at the lowest level, with
+failures on the way; and what they do print says whose work it is about."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from app import Client, JobState
+from app.broker import Broker
+from app.db.connect import create_db
+from app.settings import Settings
+from tests.acceptance.conftest import Processes, until
+
+WORD = "ZEBRAFISH"
+"""In every text and in a query."""
+SECRETS = {
+    "Postgres": "PELICAN-password-of-postgres",
+    "Redis": "WALRUS-password-of-redis",
+    "wrong": "OSPREY-password-that-is-wrong",
+    "key": "sk-proj-QUAGGAKEY-0123456789abcdefghijklmnopqrstuvwxyz",
+    "webhook": "DODO-token-of-the-webhook",
+}
+
+
+@pytest.fixture
+def secret(settings: Settings, db: sa.Engine) -> Iterator[dict[str, str]]:
+    """An environment whose addresses hold passwords. Redis asks for its own; Postgres, over its socket, for none."""
+    with redis.Redis.from_url(settings.require_redis_url()) as store:
+        store.acl_setuser("marked", enabled=True, passwords=[f"+{SECRETS['Redis']}"], categories=["+@all"], keys=["*"],
+                          channels=["*"])  # fmt: skip
+        yield {
+            "DATABASE_URL": sa.make_url(settings.require_database_url())
+            .set(password=SECRETS["Postgres"])
+            .render_as_string(hide_password=False),
+            "REDIS_URL": redis_url(settings, SECRETS["Redis"]),
+            "OPENAI_API_KEY": SECRETS["key"],
+            "BUDGET_WEBHOOK_URL": f"https://hooks.invalid/{SECRETS['webhook']}",
+            "LOG_LEVEL": "debug",
+        }
+        store.acl_deluser("marked")
+
+
+def redis_url(settings: Settings, password: str) -> str:
+    return settings.require_redis_url().replace("unix://", f"unix://marked:{password}@")
+
+
+def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.cli", *arguments],
+        env=processes.env | env, input=text, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def lines(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def test_texts_and_secrets_are_in_no_output(
+    processes: Processes, settings: Settings, db: sa.Engine, secret: dict[str, str], tmp_path: Path
+) -> None:
+    worker, poller = processes.worker(**secret), processes.start("app.cli", "poller", **secret)
+    client = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
+    with client:
+        # Postgres refuses what the worker writes, and says which row: a failure of the work.
+        with db.begin() as conn:
+            conn.execute(sa.text("ALTER TABLE usage ADD CONSTRAINT forced CHECK (contents <> 3)"))
+        job = client.enqueue([(f"doc-{i}", f"{WORD} {i} of the house") for i in range(3)], collection="docs")
+        until(lambda: "failed and is" in worker.output(), 60, worker.output)
+        # It goes away in the middle of a job.
+        with db.begin() as conn:
+            conn.execute(sa.text("ALTER TABLE usage DROP CONSTRAINT forced"))
+            conn.execute(
+                sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = ANY(:names)"),
+                {"names": ["chunkmill-worker", "chunkmill-poller"]},
+            )
+        until(lambda: client.job(job.id).state is JobState.COMPLETED, 60, worker.output)
+        client.search(f"{WORD} 1", collection="docs", timeout=60)
+        # And refuses a producer's texts, which it quotes.
+        with db.begin() as conn:
+            conn.execute(sa.text("ALTER TABLE contents ADD CONSTRAINT forced CHECK (text NOT LIKE '%forbidden%')"))
+        record = json.dumps({"id": "doc-9", "text": f"{WORD} forbidden\nDETAIL: {WORD}\nTraceback {WORD}"})
+        said = [cli(processes, "enqueue", "-", "-c", "docs", "--no-wait", text=record, **secret)]
+        assert "CheckViolation" in said[0] or "refused" in said[0]
+    away = secret | {"DATABASE_URL": f"postgresql://marked:{SECRETS['wrong']}@127.0.0.1:1/none"}
+    nobody = secret | {
+        "DATABASE_URL": sa.make_url(secret["DATABASE_URL"])
+        .set(username="nobody", password=SECRETS["wrong"])
+        .render_as_string(hide_password=False)
+    }
+    refused = secret | {"REDIS_URL": redis_url(settings, SECRETS["wrong"])}
+    malformed = secret | {"DATABASE_URL": f"postgresql://u:{SECRETS['wrong']}@host:port/x"}
+    for env in (secret, away, nobody, refused, malformed):
+        said += [cli(processes, *command, **env) for command in (["status"], ["doctor"])]
+    said += [cli(processes, *command, **secret) for command in (["jobs"], ["job", "1"], ["cost"], ["dead", "list"])]
+    for env in (away, refused, secret | {"EMBEDDING_MODEL": str(tmp_path / "none")}):
+        broken = processes.worker(ready=False, **env)
+        until(lambda broken=broken: broken.popen.poll() is not None or "rying" in broken.output(), 60, broken.output)
+        broken.popen.terminate()
+        broken.popen.wait(30)
+        said.append(broken.output())
+    assert worker.terminate() == 0
+    poller.terminate()
+    said += [worker.output(), poller.output()]
+    everything = "\n".join(said)
+    # It did fail in all these ways, and all was said.
+    for word in ("CheckViolation", "cannot connect to Postgres", "WRONGPASS", "is no folder", '"level": "debug"'):
+        assert word in everything, word
+    words = [WORD, *SECRETS.values(), *(value.partition("-")[0] for name, value in SECRETS.items() if name != "key")]
+    assert [line for line in everything.splitlines() for word in words if word in line] == []
+    # And the worker's lines say whose work they are about, as fields.
+    (failed,) = [line for line in lines(worker.output()) if "failed and is" in line["message"]][:1]
+    assert {key: failed.get(key) for key in ("job", "chunk_batch", "attempt", "space")} == {
+        "job": job.id, "chunk_batch": 1, "attempt": 1, "space": 1
+    }  # fmt: skip
+    assert str(worker.popen.pid) in failed["worker"]
+    assert "job" not in next(line for line in lines(worker.output()) if line["message"].endswith("ready."))

@@ -1,0 +1,73 @@
+"""One trace from a producer's own span to the vectors that a worker process wrote; ids and counts, never a text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from app.settings import Settings
+from tests.acceptance.conftest import Processes
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
+
+SECRET = "ZEBRAFISH"
+PRODUCER = f"""
+from opentelemetry import trace
+from app import Client
+with Client.from_env() as client, trace.get_tracer("host").start_as_current_span("the producer's own"):
+    job = client.enqueue([(f"doc-{{i}}", f"{SECRET} {{i}} of the house") for i in range(70)], collection="the-collection")
+client = Client.from_env()
+client.wait(job.id, timeout=100)
+client.close()
+"""
+
+
+def spans_in(output: str) -> list[dict[str, Any]]:
+    """What the console exporter printed between other lines: objects over several lines, from ``{`` to ``}``."""
+    found, lines = [], []
+    for line in output.splitlines():
+        if line == "{":
+            lines = []
+        lines.append(line)
+        if line == "}":
+            found.append(json.loads("\n".join(lines)))
+    return found
+
+
+def test_one_trace_from_the_producer_to_the_last_vector(processes: Processes, settings: Settings) -> None:
+    traced = {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    worker = processes.worker(**traced)
+    processes.poller()
+    producer = subprocess.run(
+        [sys.executable, "-c", PRODUCER],
+        env=processes.env | traced, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert producer.returncode == 0, producer.stderr
+    assert worker.terminate() == 0
+    mine, theirs = spans_in(producer.stdout), spans_in(worker.output())
+    spans = {span["context"]["span_id"]: span for span in [*mine, *theirs]}
+    parents = {span["name"]: spans[span["parent_id"]]["name"] for span in spans.values() if span["parent_id"]}
+    assert parents.pop("write vectors", "embed") == "embed"  # none where "complete" writes them all
+    assert parents == {
+        "ring": "chunkmill.enqueue",
+        "chunkmill.enqueue": "the producer's own",
+        "chunkmill.chunk_batch": "chunkmill.enqueue",
+        "claim": "chunkmill.chunk_batch",
+        "read texts": "chunkmill.chunk_batch",
+        "embed": "chunkmill.chunk_batch",
+        "complete": "chunkmill.chunk_batch",
+        "finish job": "chunkmill.chunk_batch",
+    }
+    assert len({span["context"]["trace_id"] for span in spans.values()}) == 1
+    batches = [span for span in theirs if span["name"] == "chunkmill.chunk_batch"]
+    assert len(batches) == 2
+    assert sum(span["attributes"]["chunkmill.contents"] for span in theirs if span["name"] == "embed") == 70
+    assert [span["resource"]["attributes"]["service.name"] for span in batches] == ["chunkmill-worker"] * 2
+    (enqueued,) = (span for span in mine if span["name"] == "chunkmill.enqueue")
+    assert enqueued["attributes"]["chunkmill.chunks"] == enqueued["attributes"]["chunkmill.contents"] == 70
+    assert {span["attributes"]["chunkmill.job"] for span in batches} == {enqueued["attributes"]["chunkmill.job"]}
+    assert not [word for word in (SECRET, "doc-1", "the-collection") if word in json.dumps([*mine, *theirs])]

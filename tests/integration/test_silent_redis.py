@@ -1,0 +1,44 @@
+"""A Redis that takes a connection and never answers hangs nobody: frozen, or behind a network that is gone."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from app.broker import PUBLISH_ERRORS, Broker, Doorbell
+from app.settings import Settings
+
+
+@pytest.fixture
+def silent(settings: Settings) -> Iterator[Broker]:
+    """A broker whose patience is a tenth and a hundredth of what it is in the field."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # its backlog takes the connections
+        url = f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+        broker = Broker.connect(settings.model_copy(update={"redis_url": url}))
+        broker.celery.conf.broker_transport_options["socket_timeout"] /= 100
+        broker.client.connection_pool.connection_kwargs["socket_timeout"] /= 10
+        yield broker
+        broker.close()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda broker: broker.queued_doorbells(), lambda broker: broker.ring([Doorbell(1, 0)])],
+    ids=["look", "ring"],
+)
+def test_it_is_given_up(silent: Broker, use: Callable[[Broker], object]) -> None:
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            use(silent)
+        except PUBLISH_ERRORS as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert raised
