@@ -25,7 +25,7 @@ COPY pyproject.toml constraints.txt ./
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[flower,openai]"
+    pip install -c constraints.txt ".[flower,metrics,openai]"
 
 FROM stub AS worker-deps
 # A further package index, such as PyTorch's index of CPU-only wheels: the image then is some 4 GB smaller.

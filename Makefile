@@ -10,7 +10,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench chaos aimock gpu clean
+.PHONY: help demo test lint types unit bench chaos aimock gpu audit clean
 
 help:
 	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench   every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make aimock  the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
+	@echo "make audit   known vulnerabilities of what is installed; without a network it only says so"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
@@ -25,6 +26,8 @@ demo: $(VENV)/.demo
 	@$(BIN)/chunkmill demo
 
 test: lint types
+	@echo "== pip-audit"
+	@$(BIN)/python -m tests.audit --warn
 	@echo "== pytest, on real Postgres, Redis and Celery workers"
 	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow" --durations=15
 
@@ -39,6 +42,9 @@ types: $(VENV)/.dev
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
 
+audit: $(VENV)/.dev
+	@$(BIN)/python -m tests.audit
+
 # Some peers cannot be installed beside ours: `chunkmill bench --install-peers` makes environments for them (3 GB).
 bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks
@@ -51,7 +57,9 @@ chaos: $(VENV)/.dev
 	@echo "== a slow fake engine, which counts every text"
 	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
 		echo "== the real engine, under chunkmill worker"; \
-		$(BIN)/python -m tests.chaos --seed $(SEED) --faults 21 --chunks 1500 --engine real --supervised && exit $$fake
+		$(BIN)/python -m tests.chaos --seed $(SEED) --faults 21 --chunks 1500 --engine real --supervised; real=$$?; \
+		echo "== the paid routes, killed at every step, and the provider's bill"; \
+		$(BIN)/python -m tests.openai_chaos --seeds 20 && exit $$((fake | real))
 
 # Somebody else's idea of the API that tests/openai_server is ours of.
 AIMOCK := .aimock

@@ -6,7 +6,7 @@ A module's tests share one server, whose books only grow: what is compared here 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,8 +145,3 @@ def scene(settings: Settings, server: OpenAIServer, request: pytest.FixtureReque
             yield Scene(made, request.node.name)
     finally:
         patch.undo()
-
-
-def lines(texts: Sequence[str]) -> int:
-    """Requests of a scene's job."""
-    return -(-len(texts) // 4)

@@ -114,6 +114,10 @@ def _known(error: Exception) -> tuple[str | None, str]:
     if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         first = str(error.orig).strip().splitlines()[0]
         return "store_unavailable", f"Postgres went away: {first}. `chunkmill doctor` shows more."
+    if isinstance(error, sa.exc.DBAPIError):
+        # Without a traceback on purpose: below its first line Postgres may quote rows, which hold texts.
+        first = str(error.orig).strip().splitlines()[0]
+        return "store_refused", f"Postgres refused ({type(error.orig).__name__}): {first}."
     if isinstance(error, redis.RedisError):
         return "redis_unavailable", f"Redis cannot be used: {error}. `chunkmill doctor` shows more."
     return None, ""

@@ -13,12 +13,15 @@ from app.cli.output import masked
 from app.db import spaces
 from app.db.connect import create_db, migration_level, unreachable_message
 from app.db.spaces import Space
+from app.domain.states import Route
 from app.errors import StoreUnavailable
 from app.ledger import provider_lanes
 from app.ledger.provider_lanes import Lane
 from app.settings import Settings
 
-LOOKED_FOR = ("chunkmill-worker", "chunkmill-poller")
+LOOKED_FOR = ("chunkmill-worker", "chunkmill-worker-openai", "chunkmill-poller")
+START_WORKER = "chunkmill worker"
+START_PROVIDER_WORKER = "celery -A workers worker -Q openai"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class Database:
     migration: str | None
     head: str | None
     worker_connections: int
+    """Of workers with a model of their own."""
+    provider_connections: int
+    """Of workers of the paid routes."""
     poller_connections: int
     open_jobs: int | None
     """None before the first migration."""
@@ -38,6 +44,14 @@ class Database:
     """Seconds by which its clock is ahead of this machine's, to half a round trip."""
     lanes: tuple[Lane, ...] = ()
     """The paid ones; none before the migration that has them."""
+
+    def start_for(self, route: Route) -> str | None:
+        """The command that starts a worker of a route; None where one is connected."""
+        if route is Route.AUTO:
+            return None if self.worker_connections or self.provider_connections else START_WORKER
+        if route.is_paid:
+            return None if self.provider_connections else START_PROVIDER_WORKER
+        return None if self.worker_connections else START_WORKER
 
     @property
     def is_migrated(self) -> bool:
@@ -164,6 +178,7 @@ def _database(conn: sa.Connection) -> Database:
         migration=current,
         head=head,
         worker_connections=connected.get("chunkmill-worker", 0),
+        provider_connections=connected.get("chunkmill-worker-openai", 0),
         poller_connections=connected.get("chunkmill-poller", 0),
         open_jobs=open_jobs,
         lanes=lanes,

@@ -212,7 +212,7 @@ def waited(screen: Screen, client: Client, job: Job) -> Job:
     """The job at its end, failed or not."""
     if job.state.is_final:
         return job
-    _hint_absent(screen)
+    _hint_absent(screen, job)
     try:
         return follow(screen, client, job.id)
     except JobFailed as error:
@@ -265,7 +265,7 @@ def show_job(
         "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
-        "tokens": f"{job.tokens:,} in {duration(job.engine_seconds)} of engine time" if job.tokens else None,
+        "tokens": _tokens(job) if job.tokens else None,
         "key": job.idempotency_key,
         "began": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
@@ -316,10 +316,15 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
     bar.stage(f"storing {count(number, 'chunk')}")
 
 
-def _hint_absent(screen: Screen) -> None:
+def _tokens(job: Job) -> str:
+    engine = f" in {duration(job.engine_seconds)} of engine time" if job.engine_seconds else ""
+    return f"{job.tokens:,}{engine}"
+
+
+def _hint_absent(screen: Screen, job: Job) -> None:
     """Whoever waits should know when nobody works."""
     database = look_at_database(Environment.load(start_embedded=False).settings)
-    if not database.worker_connections:
-        screen.hint("No worker is connected, so nothing will move. Start one: chunkmill worker")
+    if start := database.start_for(job.route):
+        screen.hint(f"No worker is connected, so nothing will move. Start one: {start}")
     elif not database.poller_connections:
         screen.hint("No poller is connected: lost doorbells will not be rung again. Start one: chunkmill poller")

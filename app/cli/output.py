@@ -49,6 +49,10 @@ class Screen:
         ascii_only = not self.out.encoding.startswith("utf")
         click.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=_jsonable))
 
+    def line(self, data: object) -> None:
+        """Print one JSON document on one line: the next one follows."""
+        click.echo(json.dumps(data, ensure_ascii=not self.out.encoding.startswith("utf"), default=_jsonable))
+
     def say(self, *parts: str | tuple[str, str]) -> None:
         """Print one line for a person, nothing under ``--json``: parts of text, some with a style."""
         if not self.json:

@@ -17,6 +17,7 @@ from app.cli.inspect import look_at_database, look_at_spaces
 from app.cli.output import Screen, beginning, count, duration, json_option, shown
 from app.client import Client
 from app.domain.jobs import Audit, SearchHit
+from app.domain.states import Route
 from app.environment import Environment
 from app.errors import InvalidInput
 
@@ -40,8 +41,9 @@ def search(screen: Screen, query: str, collection: str, k: int, where: str | Non
     """The chunks nearest to QUERY, best first. A worker embeds the query, so one must be running."""
     metadata = _where(where)
     with Client.from_env() as client:
-        if not look_at_database(Environment.load(start_embedded=False).settings).worker_connections:
-            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: chunkmill worker")
+        start = look_at_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
+        if start:
+            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: {start}")
         hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
     if screen.json:
         screen.document([asdict(hit) for hit in hits])

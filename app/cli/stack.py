@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from alembic.util import CommandError
 
-from app.cli.inspect import Live, look, look_at_database
+from app.cli.inspect import START_PROVIDER_WORKER, START_WORKER, Live, look, look_at_database
 from app.cli.lanes import lane_facts, lane_lines
 from app.cli.output import Screen, count, json_option, masked
 from app.db.connect import migrate as run_migrations
@@ -56,13 +56,24 @@ def down(screen: Screen) -> None:
 
 
 @click.command()
+@click.option("--watch", "watching", is_flag=True, help="Look again and again: lanes, rates, jobs, money, faults.")
+@click.option(
+    "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--times", type=click.IntRange(1), help="So many looks; without it, until Ctrl-C.")
 @json_option
 @click.pass_obj
-def status(screen: Screen) -> None:
+def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
     """Servers, migration level, workers, doorbells and open jobs. Starts nothing."""
     settings = Settings.from_env()
     if bool(settings.database_url) != bool(settings.redis_url):
         raise InvalidSetting("Of DATABASE_URL and REDIS_URL one is set. Set both, or neither for the embedded stack.")
+    if watching:
+        from app.cli.watch import watch
+
+        embedded = None if settings.database_url else Stack(settings.chunkmill_home).status()
+        watch(screen, _addressed(embedded) if embedded else settings, every=every, times=times)
+        return
     if not settings.database_url:
         stack = Stack(settings.chunkmill_home).status()
         if not stack.running:
@@ -149,6 +160,7 @@ def _live_facts(live: Live) -> dict[str, object]:
             "migration": live.database.migration,
             "head": live.database.head,
             "worker_connections": live.database.worker_connections,
+            "provider_connections": live.database.provider_connections,
             "poller_connections": live.database.poller_connections,
             "open_jobs": live.database.open_jobs,
             "lanes": [lane_facts(lane) for lane in live.database.lanes],
@@ -169,7 +181,9 @@ def _show_live(screen: Screen, live: Live) -> None:
         shown["migration"] = (
             f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
         )
-        shown["workers"] = _connected(database.worker_connections, "chunkmill worker")
+        shown["workers"] = _connected(database.worker_connections, START_WORKER)
+        if database.provider_connections or any(lane.open for lane in database.lanes):
+            shown["openai"] = _connected(database.provider_connections, START_PROVIDER_WORKER)
         shown["pollers"] = _connected(database.poller_connections, "chunkmill poller")
         shown["open jobs"] = database.open_jobs
         shown |= lane_lines(database.lanes)

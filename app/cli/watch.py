@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 
-import click
 from rich.live import Live
 
 from app.cli.output import Screen
-from app.cli.output import _jsonable as jsonable
 from app.cli.watch_view import draw, facts
 from app.errors import InvalidInput
 from app.looking import Looker, View
 from app.settings import Settings
+
+PATIENCE_SECONDS = 5.0
 
 
 class Watcher(threading.Thread):
@@ -44,6 +42,8 @@ class Watcher(threading.Thread):
             with self._seen:
                 self.error = error
                 self._seen.notify_all()
+        finally:
+            self._looker.close()
 
     def latest(self, timeout: float) -> View | None:
         """What was seen last, after at most so long for the next look. None: nothing yet."""
@@ -55,33 +55,35 @@ class Watcher(threading.Thread):
 
     def stop(self) -> None:
         self._stop_watching.set()
+        self.join(timeout=1)  # a look that hangs ends with the process
 
 
 def watch(screen: Screen, settings: Settings, *, every: float, times: int | None) -> None:
     """Until Ctrl-C, or ``times`` looks. Raises :class:`InvalidInput` in a pipe without ``--json``."""
     if not screen.json and not screen.out.is_terminal:
-        raise InvalidInput("`status --watch` draws on a terminal. In a pipe add --json: a document a line, one per look.")
+        raise InvalidInput(
+            "`status --watch` draws on a terminal. In a pipe add --json: a document a line, one per look."
+        )
     watcher = Watcher(Looker(settings), every)
     watcher.start()
     try:
         if screen.json:
-            _print(watcher, every, times)
+            _print(screen, watcher, every, times)
         else:
             _draw(screen, watcher, every, times)
     except KeyboardInterrupt:
         pass  # how one ends a watch
-    except BrokenPipeError:
-        sys.stderr.close()  # else Python says at its end that stdout could not be flushed
     finally:
         watcher.stop()
 
 
-def _print(watcher: Watcher, every: float, times: int | None) -> None:
+def _print(screen: Screen, watcher: Watcher, every: float, times: int | None) -> None:
     left = times
     while left is None or left > 0:
-        view = watcher.latest(every)
+        # One line a look; while a look hangs, the old one with its age.
+        view = watcher.latest(max(PATIENCE_SECONDS, 3 * every))
         if view is not None:
-            click.echo(json.dumps(facts(view, time.monotonic()), default=jsonable))
+            screen.line(facts(view, time.monotonic()))
             left = None if left is None else left - 1
 
 
@@ -90,5 +92,5 @@ def _draw(screen: Screen, watcher: Watcher, every: float, times: int | None) -> 
     with Live(console=screen.out, screen=True, auto_refresh=False) as live:
         while left is None or left > 0:
             view = watcher.latest(min(1.0, every))
-            live.update(draw(view, time.monotonic(), watcher.looking_since, screen.out.height), refresh=True)
+            live.update(draw(view, time.monotonic(), watcher.looking_since), refresh=True)
             left = None if left is None else left - 1

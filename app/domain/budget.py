@@ -33,6 +33,10 @@ class Budget:
         return self.headroom == 0
 
     @property
+    def is_exceeded(self) -> bool:
+        return self.limit is not None and self.spent + self.committed > self.limit
+
+    @property
     def percent(self) -> int | None:
         """The share that is spent or committed, rounded down; 100 of a budget of nothing."""
         if self.limit is None:

@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -101,7 +102,6 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
         try:
             port = free_port()
             flower = processes.start("app.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN)
-            until(lambda: is_up(port) or flower.popen.poll() is not None, 60, flower.output)
             local = [processes.worker(ready=False) for _ in range(CPU_WORKERS)]
             provider = processes.start(
                 "celery", "-A", "workers", "worker", "-Q", "openai", OPENAI_API_KEY=server.key, **paid
@@ -109,6 +109,7 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
             processes.start("app.cli", "poller", **paid)
             host = socket.gethostname()
             workers = {f"cpu-{each.popen.pid}@{host}": each for each in local} | {f"openai@{host}": provider}
+            until(lambda: is_up(port) or flower.popen.poll() is not None, 60, flower.output)
             for each in workers.values():
                 each.wait_for("ready.")
             scene = Scene(processes, flower, port, workers, server.key)
@@ -227,6 +228,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
     said = ""
     try:
         while not re.search(r"password (\S+) ", said):
+            assert select.select([terminal], [], [], 60)[0], said
             said += os.read(terminal, 4096).decode()  # raises when it has ended without
         password = re.search(r"password (\S+) ", said)[1]  # type: ignore[index]
         assert f"http://127.0.0.1:{port}/" in said
@@ -300,7 +302,7 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     pages = [browser.page_source]
     browser.save_screenshot(str(pictures / "flower-workers.png"))
 
-    browser.set_window_size(1330, 890)
+    browser.set_window_size(1286, 930)
     browser.get(f"http://127.0.0.1:{scene.port}/tasks")
     until(lambda: "ChunkBatch" in shown(), 30, shown)
     tasks = rows("tasks-table")

@@ -1,5 +1,5 @@
-"""Promise 9 in what processes print: texts and secrets through a worker, a poller and the CLI, at the lowest level, with
-failures on the way; and what they do print says whose work it is about."""
+"""Promise 9 in what processes print: texts and secrets through a worker, a poller and the CLI, at the lowest level and
+with failures on the way; and what they do print says whose work it is about."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_texts_and_secrets_are_in_no_output(
             conn.execute(sa.text("ALTER TABLE contents ADD CONSTRAINT forced CHECK (text NOT LIKE '%forbidden%')"))
         record = json.dumps({"id": "doc-9", "text": f"{WORD} forbidden\nDETAIL: {WORD}\nTraceback {WORD}"})
         said = [cli(processes, "enqueue", "-", "-c", "docs", "--no-wait", text=record, **secret)]
-        assert "CheckViolation" in said[0] or "refused" in said[0]
+        assert "Postgres refused (CheckViolation)" in said[0]
     away = secret | {"DATABASE_URL": f"postgresql://marked:{SECRETS['wrong']}@127.0.0.1:1/none"}
     nobody = secret | {
         "DATABASE_URL": sa.make_url(secret["DATABASE_URL"])
@@ -99,10 +99,10 @@ def test_texts_and_secrets_are_in_no_output(
     }
     refused = secret | {"REDIS_URL": redis_url(settings, SECRETS["wrong"])}
     malformed = secret | {"DATABASE_URL": f"postgresql://u:{SECRETS['wrong']}@host:port/x"}
-    for env in (secret, away, nobody, refused, malformed):
-        said += [cli(processes, *command, **env) for command in (["status"], ["doctor"])]
-    said += [cli(processes, *command, **secret) for command in (["jobs"], ["job", "1"], ["cost"], ["dead", "list"])]
-    for env in (away, refused, secret | {"EMBEDDING_MODEL": str(tmp_path / "none")}):
+    said += [cli(processes, "status", **env) for env in (secret, away, nobody, refused, malformed)]
+    said += [cli(processes, "doctor", **env) for env in (secret, nobody | refused)]
+    said += [cli(processes, "job", "1", **secret)]
+    for env in (refused, secret | {"EMBEDDING_MODEL": str(tmp_path / "none")}):
         broken = processes.worker(ready=False, **env)
         until(lambda broken=broken: broken.popen.poll() is not None or "rying" in broken.output(), 60, broken.output)
         broken.popen.terminate()
@@ -113,7 +113,7 @@ def test_texts_and_secrets_are_in_no_output(
     said += [worker.output(), poller.output()]
     everything = "\n".join(said)
     # It did fail in all these ways, and all was said.
-    for word in ("CheckViolation", "cannot connect to Postgres", "WRONGPASS", "is no folder", '"level": "debug"'):
+    for word in ("CheckViolation", "cannot connect to Postgres", "invalid username-password pair", "is no folder", '"level": "debug"'):
         assert word in everything, word
     words = [WORD, *SECRETS.values(), *(value.partition("-")[0] for name, value in SECRETS.items() if name != "key")]
     assert [line for line in everything.splitlines() for word in words if word in line] == []

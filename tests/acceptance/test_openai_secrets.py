@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from tests.openai_server import OpenAIServer
 KEY = "sk-proj-QUAGGAKEY-0123456789abcdefghijklmnopqrstuvwxyz"
 WORD = "ZEBRAFISH"
 """In every text and in the query."""
+PROVIDERS_WORDS = ("error", "reason", "message", "stop_reason", "pause_reason")
+"""Columns in which the ledger keeps a provider's message, redacted: why a chunk is dead is of use to its owner."""
 BAD = f"{WORD} refused because of what it says about the matters of the house"
 
 
@@ -45,7 +48,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 def misbehave(server: OpenAIServer) -> None:
     """In every step of both routes: 401, 400, 500, no answer, a failed validation, a refused line, all with echoes."""
-    said = f"Invalid input '{BAD} batched' for the key {KEY}: \"{BAD}\"."
+    said = f"Invalid input '{BAD} batched' for the key {KEY}: {BAD}, which is {WORD}."
     for endpoint in ("files.create", "embeddings.create"):
         server.misbehave("unauthorized", where={"endpoint": endpoint})
         server.misbehave("cut", where={"endpoint": endpoint})
@@ -67,13 +70,13 @@ def hurry(db: sa.Engine) -> None:
         conn.exec_driver_sql("UPDATE provider_lanes SET paused_until = NULL")
 
 
-def rows_of_all_tables(db: sa.Engine) -> str:
-    """As a dump has them, less the one column where texts belong."""
+def rows_of_all_tables(db: sa.Engine, *, but: Sequence[str] = ()) -> str:
+    """As a dump has them, less the one column where texts belong, and ``but`` these."""
     found = []
     with db.begin() as conn:
         tables = sa.inspect(conn).get_table_names()
         for table in tables:
-            without = " - 'text'" if table == "contents" else ""
+            without = " - 'text'" if table == "contents" else "".join(f" - '{column}'" for column in but)
             found += conn.execute(
                 sa.text(f"SELECT '{table} ' || (to_jsonb(t){without})::text FROM {table} t")
             ).scalars()
@@ -129,6 +132,7 @@ def test_key_and_texts_are_nowhere(
         "OPENAI_TIMEOUT_SECONDS": "1",
         "OPENAI_REQUEST_INPUTS": "8",
         "OPENAI_LOG": "debug",
+        "LOG_LEVEL": "debug",
         "EMBEDDING_MODEL": "text-embedding-3-small",
         "EMBEDDING_DIMENSIONS": "8",
     }
@@ -153,7 +157,8 @@ def test_key_and_texts_are_nowhere(
         until(ended, 120, worker.output)
         client.search(f"{WORD} 3", collection="batched", timeout=60)
         until(lambda: (hurry(db), not open_batches(db))[1], 60, worker.output)
-        shown = [getattr(listener.app.control.inspect(timeout=5), what)() for what in ("conf", "stats", "active")]
+        asked = listener.app.control.inspect(destination=[f"openai@{socket.gethostname()}"], timeout=30)
+        shown = [asked.conf(with_defaults=True), asked.stats(), asked.active()]
         store.echo("the end")
         for command in monitor.listen():
             seen.append(str(command["command"]))
@@ -166,6 +171,7 @@ def test_key_and_texts_are_nowhere(
     # It did all that it was told to, and the work was done all the same, but for the one text that it refused.
     assert {"unauthorized", "http_error", "hang", "cut", "fail_validation", "line_failures"} <= struck(server)
     assert [(job.state, job.embedded) for job in jobs] == [(JobState.FAILED, 30), (JobState.COMPLETED, 31)]
+    assert all(shown)
     assert {event["type"] for event in listener.events} >= {"task-received", "task-succeeded", "worker-heartbeat"}
     places = {
         "the worker's log": worker.output(),
@@ -173,21 +179,25 @@ def test_key_and_texts_are_nowhere(
         "Redis": "\n".join(seen),
         "Celery's events": str(listener.events),
         "what Flower asks for": str(shown),
-        "the database": rows_of_all_tables(db),
-        "the job": str(jobs),
+        "the ledger, but for what the provider said": rows_of_all_tables(db, but=PROVIDERS_WORDS),
     }
+    with_its_words = {"the ledger": rows_of_all_tables(db), "the jobs": str(jobs)}
     assert "workers.advance_provider_batch" in readable(places["Redis"])
     assert '"level": "debug"' in places["the worker's log"]
     assert "answered 401" in places["the worker's log"]
-    assert [leak for place, everything in places.items() for leak in leaks(place, readable(everything))] == []
+    assert leaks(places, KEY, "QUAGGAKEY", WORD, "matters of the house") == []
+    assert leaks(with_its_words, KEY, "QUAGGAKEY", f"{BAD} batched") == []
 
 
-def leaks(place: str, everything: str) -> Iterator[str]:
-    """The lines of a place that hold what they must not."""
-    for line in everything.splitlines():
-        for secret in (KEY, "QUAGGAKEY", WORD, "matters of the house"):
-            if secret in line:
-                yield f"{secret} in {place}: {line[:2000]}"
+def leaks(places: Mapping[str, str], *secrets: str) -> list[str]:
+    """Where something is that must not be there."""
+    return [
+        f"{secret} in {place}: {line[:2000]}"
+        for place, everything in places.items()
+        for line in readable(everything).splitlines()
+        for secret in secrets
+        if secret in line
+    ]
 
 
 def open_batches(db: sa.Engine) -> int:

@@ -18,8 +18,9 @@ SECRET = "ZEBRAFISH"
 PRODUCER = f"""
 from opentelemetry import trace
 from app import Client
+chunks = [(f"doc-{{i}}", f"{SECRET} {{i}} of the house") for i in range(70)]
 with Client.from_env() as client, trace.get_tracer("host").start_as_current_span("the producer's own"):
-    job = client.enqueue([(f"doc-{{i}}", f"{SECRET} {{i}} of the house") for i in range(70)], collection="the-collection")
+    job = client.enqueue(chunks, collection="the-collection")
 client = Client.from_env()
 client.wait(job.id, timeout=100)
 client.close()

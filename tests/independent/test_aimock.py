@@ -26,6 +26,7 @@ from app.domain.states import JobState
 from app.openai_batch.http import Provider
 from app.openai_batch.status import RemoteBatch
 from app.settings import Settings
+from tests.acceptance.conftest import until
 from tests.corridor import QUICK, Corridor
 from workers.provider.context import ProviderContext
 
@@ -50,20 +51,17 @@ class Aimock:
         fixtures.write_text(json.dumps({"fixtures": []}))
         assert NODE
         flags = [word for name, rate in chaos.items() for word in (f"--chaos-{name}", str(rate))]
-        self._process = subprocess.Popen(
-            [NODE, str(AIMOCK), "--port", "0", "--fixtures", str(fixtures), "--log-level", "info", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._process.stdout
-        found = None
-        while not found and (line := self._process.stdout.readline()):
-            found = re.search(r"listening on (http://\S+)", line)
-        assert found, "aimock did not start"
+        log = folder / "aimock.log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [NODE, str(AIMOCK), "--port", "0", "--fixtures", str(fixtures), "--log-level", "info", *flags],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        until(lambda: "listening on" in log.read_text() or self._process.poll() is not None, 60, log.read_text)
+        found = re.search(r"listening on (http://\S+)", log.read_text())
+        assert found, log.read_text()
         self.url = f"{found[1]}/v1"
-        # It goes on saying what it does; nobody reads, so the pipe must not fill up.
-        self._process.stdout.close()
 
     def stop(self) -> None:
         self._process.terminate()

@@ -222,10 +222,10 @@ def test_a_collection_keeps_its_space(client: Client) -> None:
         client.enqueue(chunks(1), collection="docs", on_long="split")
 
 
-def test_doorbells_hold_an_id_and_nothing_else_and_only_a_window_of_them(settings: Settings, db: sa.Engine) -> None:
+def test_doorbells_hold_no_text_and_no_chunk_id_and_are_only_a_window(settings: Settings, db: sa.Engine) -> None:
     narrow = settings.model_copy(update={"doorbell_window": 3, "chunk_batch_size": 10})
     client = ClientClass(db, Broker.connect(narrow), narrow)
-    client.enqueue([(f"secret-id-{i}", f"top secret text {i}") for i in range(100)], collection="secret-collection")
+    client.enqueue([(f"secret-id-{i}", f"top secret text {i}") for i in range(100)], collection="docs")
     with redis.Redis.from_url(narrow.require_redis_url()) as store:
         assert sum(client._broker.queued_doorbells().values()) == 3
         held = b"".join(

@@ -12,6 +12,7 @@ from app.settings import Settings
 from tests.corridor import DIMENSIONS
 from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer, vector_for
+from workers.provider.collect import DOWNLOADS, SILENT_DOWNLOADS
 
 N = 10
 """Contents: requests of 4, 4 and 2."""
@@ -446,11 +447,22 @@ def test_a_download_that_ended_early_is_read_again(
     assert "unknown_custom_id" not in stage.oddities()
 
 
-@pytest.mark.parametrize("kind", ["truncated", "cut_body"])
-def test_a_download_that_always_ends_early(stage: Scene, server: OpenAIServer, kind: str) -> None:
+def test_an_outage_is_not_paid_for(stage: Scene, server: OpenAIServer) -> None:
+    server.misbehave("http_error", times=SILENT_DOWNLOADS - 1, status=503, where={"endpoint": "files.content"})
+    texts = stage.texts(N)
+
+    [job] = stage.finish(stage.enqueue(texts))
+
+    stage.check_done(job, texts)
+    assert stage.asked("files.content") == SILENT_DOWNLOADS
+    assert stage.charged_attempts() == 1
+
+
+@pytest.mark.parametrize(("kind", "tries"), [("truncated", DOWNLOADS), ("cut_body", SILENT_DOWNLOADS)])
+def test_a_download_that_always_ends_early(stage: Scene, server: OpenAIServer, kind: str, tries: int) -> None:
     """What could be read is kept; only the rest, which is paid and lost, is sent again."""
     texts = stage.texts(N)
-    server.misbehave(kind, times=3, fraction=0.6)
+    server.misbehave(kind, times=tries, fraction=0.6)
 
     [job] = stage.finish(stage.enqueue(texts))
 
@@ -556,6 +568,9 @@ DIALECTS: dict[str, Callable[[OpenAIServer], object]] = {
         server.misbehave(kind, times=None, lines=9) for kind in ("shuffled_data", "other_encoding", "missing_usage")
     ],
     "empty_error_file": lambda server: server.misbehave("empty_error_file", times=None),
+    "no_list": lambda server: server.misbehave(
+        "http_error", times=None, status=404, where={"endpoint": "batches.list"}
+    ),
     "delete_fails": lambda server: server.misbehave("delete_fails", times=2),
 }
 

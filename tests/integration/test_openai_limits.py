@@ -155,6 +155,30 @@ def test_the_months_money_is_never_exceeded(
         stage.corridor = poor
 
 
+def test_the_months_money_holds_plain_requests_too(
+    settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
+) -> None:
+    with scene(settings, server, request, openai_monthly_budget_usd=Decimal("0.0003")) as stage:
+        texts = [{f"c{i}": words(stage, i, 900) for i in range(first, first + 10)} for first in (0, 10)]
+        jobs = [stage.enqueue(each, route="openai-sync") for each in texts]  # each costs two thirds of it
+        lanes = stage.corridor.client.lanes
+        stage.run_until(lambda: lanes()[1].held_reason)
+        for _ in range(3):
+            stage.hurry()
+            stage.corridor.turn()
+        assert [stage.corridor.client.job(job.id).state for job in jobs] == ["completed", "running"]
+        assert sum(each["tokens"] for each in stage.charges()) <= 15_000
+
+        poor, stage.corridor = stage.corridor, Corridor(settings_for(settings, server), server)
+        jobs = stage.finish(*jobs)
+
+        stage.check_done(jobs[1], texts[0] | texts[1])
+        assert lanes()[1].held_reason is None
+        assert stage.charged_attempts() == 1
+        stage.corridor.close()
+        stage.corridor = poor
+
+
 # What the provider says
 
 

@@ -318,15 +318,16 @@ def test_nothing_is_lost_while_producers_and_workers_run(
     """Producers keep replacing texts by others of a small pool, so contents are orphaned and wanted again all the time,
     while workers embed and everything that nobody refers to is pruned at once."""
     small = settings.model_copy(update={"chunk_batch_size": 4, "enqueue_window": 10})
-    stop = threading.Event()
+    stop, dropped = threading.Event(), [0]
     client.enqueue([("c0", "text 0")], collection="x")  # registers the space
 
-    def produce(name: str) -> int:
+    def produce(name: str) -> None:
         own = ClientClass(create_db(small.require_database_url(), role="client"), Broker.connect(small), small)
         with own:
-            for turn in range(16):
+            for turn in range(300):
                 own.enqueue([(f"c{i}", f"text {(i * 7 + turn) % 30}") for i in range(20)], collection=name)
-        return 16
+                if turn > 12 and dropped[0] > 20:
+                    return
 
     def embed() -> None:
         while not stop.is_set():
@@ -336,8 +337,7 @@ def test_nothing_is_lost_while_producers_and_workers_run(
             if not due:
                 time.sleep(0.002)
 
-    def prune() -> int:
-        dropped = 0
+    def prune() -> None:
         while not stop.is_set():
             # Not the latest, whose producers still look at them.
             execute(
@@ -345,20 +345,20 @@ def test_nothing_is_lost_while_producers_and_workers_run(
                 "UPDATE jobs SET finished_at = finished_at - interval '2 hours' WHERE finished_at IS NOT NULL "
                 "AND id < (SELECT max(id) - 9 FROM jobs)",
             )
-            dropped += client.prune(0).amounts["contents"].rows
-        return dropped
+            dropped[0] += client.prune(0).amounts["contents"].rows
 
     with ThreadPoolExecutor(7) as threads:
         background = [threads.submit(embed), threads.submit(embed), threads.submit(prune)]
         try:
-            assert [each.result(120) for each in [threads.submit(produce, n) for n in ("x", "y", "z")]] == [16] * 3
+            for each in [threads.submit(produce, name) for name in ("x", "y", "z")]:
+                each.result(120)
         finally:
             stop.set()
-        dropped = background[2].result(60)
-        for each in background[:2]:
+        for each in background:
             each.result(60)
+    assert dropped[0] > 20, "the test means nothing where nothing was pruned"
+    assert not execute(db, "SELECT error FROM chunk_batches WHERE error IS NOT NULL")
     Runner(context, client).finish(client.jobs(1)[0])
-    assert dropped > 10, "the test means nothing where nothing was pruned"
     for name in ("x", "y", "z"):
         audit = client.audit(name)
         assert (audit.complete, audit.chunks) == (True, 20)

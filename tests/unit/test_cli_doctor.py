@@ -16,6 +16,7 @@ WELL = Database(
     migration="0002",
     head="0002",
     worker_connections=4,
+    provider_connections=0,
     poller_connections=1,
     open_jobs=0,
     clock_ahead=0.01,

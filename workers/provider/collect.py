@@ -40,8 +40,11 @@ logger = logging.getLogger(__name__)
 
 FLUSH_BYTES = 8 * 1024 * 1024
 """Of result lines: what is held at a time, whatever the dimensions."""
-DOWNLOADS = 3
-"""Tries to read a file whole. After that, what is still unanswered was paid and lost, and is sent again."""
+DOWNLOADS = 6
+"""Tries to read a file whole, within some minutes. After that, what is still unanswered was paid and lost, and is sent
+again."""
+SILENT_DOWNLOADS = 30
+"""Tries where the provider does not answer, or breaks off: some hours, for an outage must not be paid for."""
 
 
 @dataclass(slots=True)
@@ -245,12 +248,13 @@ def collect(context: ProviderContext, step: Step) -> Step:
     """``collecting`` → ``cleaning``: both files, whatever the status said, and then the rest."""
     reading = Collecting(context, step)
     problem: str | None = None
+    tries = DOWNLOADS
     for file_id in (step.output_file_id, step.error_file_id):
         if file_id:
             try:
                 reading.read(file_id)
             except ProviderSilent as silent:
-                problem = silent.brief
+                problem, tries = silent.brief, SILENT_DOWNLOADS
             except ProviderRefused as refused:
                 if refused.status != 404:
                     raise
@@ -262,8 +266,8 @@ def collect(context: ProviderContext, step: Step) -> Step:
     # A line that is torn is the end of a download that went wrong, whatever the status was.
     if reading.unanswered and not problem and (completed or reading.oddities["not_json"]):
         problem = f"{reading.unanswered} requests have no answer in its files"
-    if reading.unanswered and problem and step.downloads + 1 < DOWNLOADS:
-        raise Waits(2.0 * 4**step.downloads, problem, downloads=step.downloads + 1)
+    if reading.unanswered and problem and step.downloads + 1 < tries:
+        raise Waits(min(300.0, 2.0 * 4**step.downloads), problem, downloads=step.downloads + 1)
     if reading.oddities or problem:
         logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reading.oddities))
     return context.transact(lambda conn: _end(conn, step, reading.oddities, problem), "account")

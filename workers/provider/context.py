@@ -53,7 +53,7 @@ class ProviderContext:
         provider = CountedProvider(settings)
         cl100k()  # its packages are asked for now, not in the middle of a job
         db = create_db(
-            settings.require_database_url(), role="provider-worker", pool_size=settings.openai_parallel_requests + 4
+            settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
         require_migrated(db)
         context = cls(settings, db, provider)

@@ -30,7 +30,7 @@ from app.errors import (
     ProviderSilent,
     ProviderStopped,
 )
-from app.ledger import charges, chunk_batches, dead_chunks, provider_inputs, provider_lanes, usage
+from app.ledger import budget, charges, chunk_batches, dead_chunks, provider_inputs, provider_lanes, usage
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
 from app.ledger.finish import finish_if_done
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 5.0
 """A ChunkBatch some of whose contents others have in flight looks again after so long."""
+HELD_SECONDS = 60.0
+"""A ChunkBatch that the month's budget does not reach for looks again after so long."""
 SILENT_TRIES = 20
 """Attempts that end without an answer are the provider's fault, up to so many."""
 
@@ -164,7 +166,10 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: _Attempt) -> None
             attempt.dead.append(DeadContent(item.content_hash, item.code, item.reason))
         else:
             items.append(item)
-    mine = context.transact(lambda conn: provider_inputs.add_own(conn, lease, items), "put in flight")
+    mine = context.transact(lambda conn: _put_in_flight(context, conn, lease, items), "put in flight")
+    if mine is None:
+        _release(context, attempt, delay_s=HELD_SECONDS)
+        return
     attempt.elsewhere = len(items) - len(mine)
     packer = Packer(1, context.form(model, space), limits)
     for item in items:
@@ -177,6 +182,20 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: _Attempt) -> None
     for rows in requests.values():
         _send(context, held, attempt, rows, texts)
     _complete(context, attempt)
+
+
+def _put_in_flight(
+    context: ProviderContext, conn: sa.Connection, lease: Lease, items: list[ProviderInput]
+) -> set[bytes] | None:
+    """What nobody else has in flight; None where the month's budget does not reach for it."""
+    mine = provider_inputs.add_own(conn, lease, items)
+    now = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
+    held = now is not None and mine and now.is_exceeded
+    provider_lanes.hold(conn, Route.OPENAI_SYNC, now.refusal() if now and held else None)
+    if held:
+        provider_inputs.remove_own(conn, lease)
+        return None
+    return mine
 
 
 def _send(

@@ -217,11 +217,15 @@ def cancel_doubled(context: ProviderContext, step: Step) -> None:
     """Cancel what else the provider made of the same file: a create that was given up and came through after all."""
     if step.submitted_for_s > LOOK_FOR_DOUBLES_S:
         return
-    for other in _find(context, step):
-        if other.id == step.batch_id or other.is_terminal or other.status in _CANCELLED:
-            continue
-        logger.warning("%s: it is at the provider twice; cancelling %s", step.name, other.id)
-        context.provider.cancel(other.id)
+    try:
+        for other in _find(context, step):
+            if other.id == step.batch_id or other.is_terminal or other.status in _CANCELLED:
+                continue
+            logger.warning("%s: it is at the provider twice; cancelling %s", step.name, other.id)
+            context.provider.cancel(other.id)
+    except (ProviderSilent, ProviderRefused) as error:
+        # The next look tries again; a server that lists nothing must not keep us from the batch we know.
+        logger.warning("%s: it could not be looked for a second one: %s", step.name, error.brief)
 
 
 def _find(context: ProviderContext, step: Step) -> list[RemoteBatch]:

@@ -1,0 +1,224 @@
+"""The whole flow as the users of ``deploy/redis-acl.conf`` and the roles of ``deploy/postgres-role.sql``, and what they
+may not do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+import sqlalchemy as sa
+
+from app import Client
+from app.broker import Broker, make_celery
+from app.db import spaces
+from app.db.connect import create_db, migrate
+from app.domain.spaces import Pooling, SpaceSpec
+from app.embedded import StackStatus
+from app.embedded.redis import find_program
+from app.settings import Settings
+from tests.acceptance.conftest import Processes, until
+from tests.conftest import admin, url_of
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+class GuardedRedis:
+    """A Redis of this test's own that starts with the users of the file."""
+
+    def __init__(self, folder: Path) -> None:
+        text = (DEPLOY / "redis-acl.conf").read_text()
+        text = re.sub(r"SET-(\w+)-PASSWORD", lambda found: f"{found[1].lower()}-secret", text)
+        self.socket = folder / "redis.sock"
+        self._log = folder / "redis.log"
+        own = f'port 0\nunixsocket {self.socket}\ndir {folder}\nsave ""\n'
+        (folder / "redis.conf").write_text(own + text)
+        arguments = [str(find_program()), str(folder / "redis.conf")]
+        with self._log.open("wb") as log:
+            self.popen = subprocess.Popen(arguments, stdout=log, stderr=log)
+        self.admin = self.client("admin")
+        until(self._answers, 20, self._log.read_text)
+
+    def url(self, user: str) -> str:
+        return f"unix://{user}:{user}-secret@{self.socket}?db=0"
+
+    def client(self, user: str) -> redis.Redis:
+        return redis.Redis.from_url(self.url(user))
+
+    def _answers(self) -> bool:
+        assert self.popen.poll() is None, self._log.read_text()
+        try:
+            return bool(self.admin.ping())
+        except redis.ConnectionError:
+            return False
+
+    def denied(self) -> set[tuple[str, str]]:
+        """``(user, what)`` of each refusal since the start."""
+        return {(entry["username"], entry["object"]) for entry in self.admin.acl_log()}
+
+
+@pytest.fixture
+def guarded() -> Iterator[GuardedRedis]:
+    folder = Path(tempfile.mkdtemp(prefix="cm-acl-"))
+    server = GuardedRedis(folder)
+    try:
+        yield server
+    finally:
+        server.admin.close()
+        server.popen.terminate()
+        server.popen.wait(20)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def roles(stack: StackStatus) -> Iterator[dict[str, str]]:
+    """``role → URL`` in a database that was set up as the file says."""
+    admin(stack, "CREATE DATABASE least_privilege")
+    superuser = url_of(stack, "least_privilege")
+    urls = {"superuser": superuser}
+    for role in ("chunkmill_migrator", "chunkmill_runtime"):
+        urls[role] = sa.make_url(superuser).set(username=role).render_as_string(hide_password=False)
+    run_file(superuser)
+    migrate(urls["chunkmill_migrator"])
+    run_file(superuser)
+    yield urls
+    admin(stack, "DROP DATABASE least_privilege WITH (FORCE)")
+
+
+def run_file(url: str) -> None:
+    with psycopg.connect(url.replace("+psycopg", "")) as conn:
+        conn.execute((DEPLOY / "postgres-role.sql").read_text())
+
+
+def may(url: str, statement: str) -> bool:
+    with psycopg.connect(url.replace("+psycopg", "")) as conn:
+        try:
+            conn.execute(statement)
+        except psycopg.errors.InsufficientPrivilege:
+            return False
+        finally:
+            conn.rollback()
+    return True
+
+
+@pytest.fixture
+def settings(roles: dict[str, str], guarded: GuardedRedis) -> Settings:
+    return Settings.from_env(
+        database_url=roles["chunkmill_runtime"],
+        redis_url=guarded.url("chunkmill"),
+        poll_interval=0.1,
+        lease_seconds=3.0,
+        doorbell_repair_seconds=1.0,
+    )
+
+
+def test_everything_runs_with_no_more_than_it_needs(
+    settings: Settings, processes: Processes, roles: dict[str, str], guarded: GuardedRedis
+) -> None:
+    worker, poller = processes.worker("-E", ready=False), processes.poller()
+    db = create_db(settings.require_database_url(), role="client")
+    with Client(db, Broker.connect(settings), settings) as client:
+        job = client.enqueue([(f"c{i}", f"text number {i}") for i in range(100)], collection="docs")
+        until(
+            lambda: client.job(job.id).state == "completed",
+            45,
+            lambda: f"{guarded.denied()}\n{worker.output()}\n{poller.output()}",
+        )
+        flower = make_celery(settings.model_copy(update={"redis_url": guarded.url("flower")}))
+        until(lambda: flower.control.inspect(timeout=2).ping(), 30)
+        assert heartbeat_seen(flower)
+        flower.close()
+        assert client.audit("docs").complete
+        assert client.search("text number 7", collection="docs", k=1, timeout=60)[0].chunk_id == "c7"
+        client.enqueue([("c0", "another text")], collection="docs")
+        with db.begin() as conn:
+            conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))
+        gone = client.prune(0).amounts
+        assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
+        assert client.delete("docs", ["c1"]) == 1
+    # redis-py tells the server its own name; no harm that it may not.
+    assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}
+    for statement in (
+        "DROP TABLE contents",
+        "DROP TABLE vectors_1",
+        "TRUNCATE chunks",
+        "CREATE TABLE public.mine (a int)",
+        "CREATE SCHEMA mine",
+        "ALTER TABLE jobs ADD COLUMN mine int",
+        "UPDATE alembic_version SET version_num = '0001'",
+        "DELETE FROM schema_compatibility",
+        "CREATE ROLE mine",
+        "SELECT pg_read_file('postgresql.conf')",
+    ):
+        assert not may(roles["chunkmill_runtime"], statement), statement
+    assert may(roles["chunkmill_runtime"], "DELETE FROM dead_chunks")
+    with psycopg.connect(roles["superuser"].replace("+psycopg", "")) as conn:
+        conn.execute("CREATE SCHEMA others")
+        conn.execute("CREATE TABLE others.secrets (a text)")
+    assert not may(roles["chunkmill_runtime"], "SELECT * FROM others.secrets")
+    assert may(roles["superuser"], "SELECT * FROM others.secrets")
+    assert may(roles["chunkmill_migrator"], "ALTER TABLE vectors_1 ADD COLUMN mine int")
+
+
+def heartbeat_seen(app: object) -> bool:
+    """What Flower lives on: a worker's events."""
+    seen: list[object] = []
+    with app.connection_for_read() as connection:  # type: ignore[attr-defined]
+        receiver = app.events.Receiver(connection, handlers={"*": seen.append})  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline:
+            try:
+                receiver.capture(limit=1, timeout=5, wakeup=False)
+            except TimeoutError:
+                continue
+    return bool(seen)
+
+
+@pytest.mark.parametrize("user", ["chunkmill", "flower"])
+def test_what_would_harm_everybody_is_refused(guarded: GuardedRedis, user: str) -> None:
+    harmful = ["CONFIG GET *", "CONFIG SET dir /tmp", "FLUSHALL", "FLUSHDB", "KEYS *", "SHUTDOWN", "ACL LIST", "SAVE",
+               "DEBUG SLEEP 0", "MONITOR", "REPLICAOF NO ONE", "GET anything", "SET gpu_not x" if user == "flower" else
+               "SET other x", "PUBLISH other x"]  # fmt: skip
+    with guarded.client(user) as client:
+        for command in harmful:
+            with pytest.raises(
+                (redis.exceptions.NoPermissionError, redis.ResponseError), match=r"NOPERM|no permissions|permission"
+            ):
+                client.execute_command(*command.split())
+        if user == "flower":
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.lpush("gpu", "a doorbell")
+
+
+def test_nobody_gets_in_without_a_user(guarded: GuardedRedis) -> None:
+    with redis.Redis(unix_socket_path=str(guarded.socket)) as client, pytest.raises(redis.AuthenticationError):
+        client.ping()
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "storage"),
+    [(384, "vector"), (768, "vector"), (1024, "vector"), (1024, "halfvec"), (3072, "halfvec")],
+)
+def test_the_functions_vector_tables_are_those_of_the_code(
+    roles: dict[str, str], dimensions: int, storage: str
+) -> None:
+    columns = (
+        "SELECT attname, format_type(atttypid, atttypmod), attstorage::text, attnotnull FROM pg_attribute "
+        "WHERE attrelid = to_regclass(:table) AND attnum > 0 ORDER BY attnum"
+    )
+    made = []
+    for revision, role in (("a", "chunkmill_runtime"), ("b", "chunkmill_migrator")):
+        spec = SpaceSpec("local", "m", revision, dimensions, 256, Pooling.MEAN, normalize=True)
+        db = create_db(roles[role], role="test", pool_size=1)
+        with db.begin() as conn:
+            space = spaces.register(conn, spec, storage=storage)
+            made.append(conn.execute(sa.text(columns), {"table": space.table_name}).all())
+        db.dispose()
+    assert made[0] == made[1] != []

@@ -1,0 +1,57 @@
+"""`make audit`: known vulnerabilities of what is installed, by pip-audit. Not knowing is a warning, not a failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+LIMIT_S = 120
+WARN_LIMIT_S = 30
+"""Beside other checks, which need no network."""
+COMMAND = [sys.executable, "-m", "pip_audit", "--format=json", "--progress-spinner=off", "--skip-editable"]
+
+
+def ask(command: Sequence[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
+    """The audited packages, and why there are none: its exit code is 1 for a finding and for a failure alike."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return [], f"no answer within {limit_s:g} s"
+    try:
+        return json.loads(done.stdout)["dependencies"], ""
+    except (ValueError, KeyError):
+        lines = done.stderr.strip().splitlines()
+        return [], lines[-1] if lines else f"exit code {done.returncode}, and nothing said"
+
+
+def judge(packages: Sequence[dict[str, Any]], problem: str) -> tuple[list[str], bool]:
+    """What to say, and whether a vulnerability is known."""
+    found = [(package, each) for package in packages for each in package.get("vulns", ())]
+    said = [
+        f"{package['name']} {package['version']}: {each['id']}, "
+        f"mended in {', '.join(each['fix_versions']) or 'no release yet'}"
+        for package, each in found
+    ]
+    unknown = sum("skip_reason" in package for package in packages)
+    if problem or not packages:
+        said.append(f"warning: nothing was audited: {problem or 'no package was named'}")
+    elif unknown:
+        said.append(f"warning: {unknown} of {len(packages)} packages are unknown to the index and were not audited")
+    if not found and unknown < len(packages):
+        said.append(f"no known vulnerability in {len(packages) - unknown} packages")
+    return said, bool(found)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``--warn``: exit with 0 whatever was found."""
+    warn = "--warn" in arguments
+    said, vulnerable = judge(*ask(COMMAND, WARN_LIMIT_S if warn else LIMIT_S))
+    print("\n".join(said))
+    return int(vulnerable and not warn)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
