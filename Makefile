@@ -10,7 +10,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench chaos aimock gpu audit clean
+.PHONY: help demo test lint types unit bench chaos aimock gpu audit docs clean
 
 help:
 	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make aimock  the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make audit   known vulnerabilities of what is installed; without a network it only says so"
+	@echo "make docs    write docs/api.md and the list of decisions again"
 	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
@@ -41,6 +42,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	@$(BIN)/python docs/make.py
 
 audit: $(VENV)/.dev
 	@$(BIN)/python -m tests.audit

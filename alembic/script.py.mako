@@ -13,6 +13,7 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = None
 depends_on = None
+oldest_code = ${repr(down_revision)}  # the oldest code that may run on this; docs/upgrades.md
 
 
 def upgrade() -> None:

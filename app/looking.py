@@ -133,7 +133,7 @@ class Looker:
         try:
             return {bells.queue: sum(self._broker.queued_doorbells(bells).values()) for bells in BELLS}, None
         except (redis.RedisError, OSError) as error:
-            return None, f"cannot use Redis: {refusal(error)}. Doorbells wait in Postgres meanwhile."
+            return None, f"cannot use Redis: {refusal(error).rstrip('.')}. Doorbells wait in Postgres meanwhile."
 
 
 def lane_states(now: Now) -> dict[Route, str]:

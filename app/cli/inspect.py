@@ -15,7 +15,9 @@ from app.db.connect import create_db, migration_level, unreachable_message
 from app.db.spaces import Space
 from app.domain.states import Route
 from app.errors import StoreUnavailable
+from app.ledger import look as ledger_look
 from app.ledger import provider_lanes
+from app.ledger.look import Fault
 from app.ledger.provider_lanes import Lane
 from app.settings import Settings
 
@@ -44,6 +46,8 @@ class Database:
     """Seconds by which its clock is ahead of this machine's, to half a round trip."""
     lanes: tuple[Lane, ...] = ()
     """The paid ones; none before the migration that has them."""
+    faults: tuple[Fault, ...] = ()
+    """The latest, the newest first."""
 
     def start_for(self, route: Route) -> str | None:
         """The command that starts a worker of a route; None where one is connected."""
@@ -182,5 +186,6 @@ def _database(conn: sa.Connection) -> Database:
         poller_connections=connected.get("chunkmill-poller", 0),
         open_jobs=open_jobs,
         lanes=lanes,
+        faults=tuple(ledger_look.latest_faults(conn)) if facts.has_lanes else (),
         clock_ahead=ahead,
     )

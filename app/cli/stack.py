@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 from alembic.util import CommandError
 
 from app.cli.inspect import START_PROVIDER_WORKER, START_WORKER, Live, look, look_at_database
 from app.cli.lanes import lane_facts, lane_lines
-from app.cli.output import Screen, count, json_option, masked
+from app.cli.output import Screen, beginning, count, json_option, masked
 from app.db.connect import migrate as run_migrations
 from app.embedded import Stack, StackStatus
 from app.environment import Environment
 from app.errors import InvalidInput, InvalidSetting
 from app.settings import Settings
+
+SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 
 
 @click.command()
@@ -164,6 +168,7 @@ def _live_facts(live: Live) -> dict[str, object]:
             "poller_connections": live.database.poller_connections,
             "open_jobs": live.database.open_jobs,
             "lanes": [lane_facts(lane) for lane in live.database.lanes],
+            "faults": [asdict(fault) for fault in live.database.faults],
         }
     broker: dict[str, object] = {"error": live.redis_error}
     if live.redis_error is None:
@@ -193,6 +198,15 @@ def _show_live(screen: Screen, live: Live) -> None:
         shown["doorbells"] = f"{live.doorbells:,} in Redis"
     screen.say("")
     screen.facts(shown)
+    if database and database.faults:
+        screen.say("")
+        screen.table(
+            ["when", "fault", "of what, and why"],
+            [
+                (f"{fault.at.astimezone():%m-%d %H:%M:%S}", fault.what, beginning(fault.line, FAULT_COLUMNS))
+                for fault in database.faults[:SHOWN_FAULTS]
+            ],
+        )
 
 
 def _connected(connections: int, command: str) -> str:

@@ -118,8 +118,15 @@ def now(conn: sa.Connection, settings: Settings) -> Now:
         pollers=pollers,
         money=_money(conn, settings),
         recent=recent,
-        faults=sorted([*faults, *_stops(lanes)], key=lambda fault: fault.at, reverse=True)[:SHOWN_FAULTS],
+        faults=_newest([*faults, *_stops(lanes)]),
     )
+
+
+def latest_faults(conn: sa.Connection) -> Sequence[Fault]:
+    """As in ``now``, alone; none on a schema without their indexes."""
+    if not worker_reports.is_there(conn):
+        return ()
+    return _newest([*_faults(conn)[1], *_stops(provider_lanes.lanes(conn))])
 
 
 def tally(conn: sa.Connection) -> Tally:
@@ -225,6 +232,10 @@ def _faults(conn: sa.Connection) -> tuple[dict[str, int], list[Fault]]:
         facts,
     )
     return recent, [Fault(row.at, row.what, " ".join(row.line.split())) for row in latest]
+
+
+def _newest(faults: Iterable[Fault]) -> list[Fault]:
+    return sorted(faults, key=lambda fault: fault.at, reverse=True)[:SHOWN_FAULTS]
 
 
 def _stops(lanes: Iterable[Lane]) -> list[Fault]:

@@ -63,6 +63,8 @@ class Counts:
 
 
 def _bounded(metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
+    if not labels and not metric.labels:
+        return labels  # most of them
     if len(labels) != len(metric.labels):
         raise ValueError(f"{metric.name} has {len(metric.labels)} labels, not {len(labels)}")
     return tuple(

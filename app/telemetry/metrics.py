@@ -90,7 +90,7 @@ TOKENS = _counter("tokens", "Tokens that went through the model, or that the pro
 PADDED_TOKENS = _counter("padded_tokens", "Tokens with the padding beside them: what the device computed.", _WORKER)
 ENGINE_SECONDS = _counter("engine_seconds", "Time of TokenBatches on the device.", _WORKER)
 TOKENIZE_SECONDS = _counter("tokenize_seconds", "Time in the tokenizer.", _WORKER)
-URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for somebody who waited, such as a search.", _WORKER)
+URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for somebody who waited, such as a search.", _WORKERS)
 CLAIMS = _counter(
     "claims",
     "Doorbells answered: a ChunkBatch was claimed, or there was nothing to claim.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import Chunk, Client, JobState
+from app.broker import Broker
+from app.db.connect import create_db
 from app.settings import Settings
 from tests.acceptance.conftest import Process, Processes, until
 
@@ -39,6 +42,13 @@ def value(found: Series, name: str, **labels: str) -> float | None:
     return found.get((f"chunkmill_{name}", frozenset(labels.items())))
 
 
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    narrow = settings.model_copy(update={"chunk_batch_size": 64})
+    with Client(create_db(settings.require_database_url(), role="client"), Broker.connect(narrow), narrow) as made:
+        yield made
+
+
 def test_a_job_is_the_same_in_metrics_and_ledger(
     processes: Processes, client: Client, settings: Settings, db: sa.Engine
 ) -> None:
@@ -46,8 +56,6 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     key = "sk-test-not-to-be-seen-anywhere"
     worker = processes.worker(METRICS_PORT=PORT)
     poller = processes.start("app.cli", "poller", METRICS_PORT=PORT, OPENAI_API_KEY=key)
-    narrow = settings.model_copy(update={"chunk_batch_size": 64})
-    client = Client(db, client._broker, narrow)
     job = client.enqueue(
         [Chunk(f"doc-{i}", f"{SECRET} {i} " + "and its matters " * (i % 9)) for i in range(150)], collection="herring"
     )

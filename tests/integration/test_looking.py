@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from app import Chunk, Client
 from app.broker import Broker
 from app.cli.__main__ import cli
-from app.db.connect import migrate
+from app.db.connect import create_db, migrate
 from app.domain.states import JobState, Route
 from app.embedded import Stack
 from app.ledger import deaths, look, provider_lanes, worker_reports
@@ -69,7 +69,7 @@ def test_counts_are_those_of_the_ledger(
     client: Client, runner: Runner, db: sa.Engine, settings: Settings, context: WorkerContext
 ) -> None:
     small = settings.model_copy(update={"chunk_batch_size": 10})
-    with Client(db, client._broker, small) as of_ten:
+    with Client(create_db(small.require_database_url(), role="client"), Broker.connect(small), small) as of_ten:
         first = of_ten.enqueue(chunks(30), collection="docs")
         runner.run_due()
         of_ten.enqueue([*chunks(30), *chunks(20, "more")], collection="others")  # 30 are known by now
@@ -100,7 +100,7 @@ def test_what_waits_out_a_pause_is_not_the_oldest(client: Client, db: sa.Engine,
 
 
 def test_deaths_failures_discards_and_stops_are_told_with_their_reason(
-    client: Client, db: sa.Engine, settings: Settings
+    client: Client, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.enqueue(chunks(3), collection="docs")
     execute(
@@ -128,6 +128,11 @@ def test_deaths_failures_discards_and_stops_are_told_with_their_reason(
     assert now.recent == {"died": 1, "discarded": 1}
     assert tally.discarded[Route.LOCAL] == 1
     assert lane_states(now)[Route.OPENAI] == "stopped"
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+    told = CliRunner().invoke(cli, ["status", "--json"])
+    assert [fault["line"] for fault in json.loads(told.output)["database"]["faults"]] == [f.line for f in now.faults]
+    assert "h:9: ChunkBatch 1 of job 1: ended by SIGSEGV" in CliRunner().invoke(cli, ["status"]).output
     # What is long ago is told still, and counts as recent no more.
     execute(db, "UPDATE usage SET ended_at = now() - interval '1 hour'")
     now = seen(db, settings)
@@ -262,7 +267,7 @@ def test_postgres_and_redis_go_and_come_back() -> None:
         stack.down()
         gone = looker.look()
         assert gone.postgres_error is not None
-        assert "Postgres" in gone.postgres_error
+        assert "cannot connect to Postgres" in gone.postgres_error
         assert gone.redis_error is not None
         assert gone.now == first.now  # what was known
         assert gone.doorbells is None

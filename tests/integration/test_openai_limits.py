@@ -211,7 +211,7 @@ def test_a_quota_that_is_used_up_stops_the_lane_until_it_is_resumed(
     assert stage.charged_attempts() == 1
 
 
-@pytest.mark.parametrize("endpoint", ["files.create", "batches.create", "batches.retrieve", "files.content"])
+@pytest.mark.parametrize("endpoint", ["batches.create", "files.content"])
 def test_retry_after_is_honoured_by_all_workers(
     settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest, endpoint: str
 ) -> None:

@@ -47,9 +47,6 @@ NO_ANSWER: dict[str, Callable[[OpenAIServer, bool], object]] = {
     "cut": lambda server, applied: server.misbehave("cut", where=CREATE, applied=applied),
     "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=1.0),
     "500": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied),
-    "gateway": lambda server, applied: server.misbehave(
-        "http_error", where=CREATE, status=504, html=True, applied=applied
-    ),
 }
 
 
@@ -67,10 +64,8 @@ def test_a_create_without_an_answer(stage: Scene, server: OpenAIServer, kind: st
     assert stage.charged_attempts() == 1
 
 
-@pytest.mark.parametrize("metadata", [True, False])
-def test_an_orphan_is_known_by_its_file(stage: Scene, server: OpenAIServer, metadata: bool) -> None:
-    if not metadata:
-        server.misbehave("metadata_dropped", times=None)
+def test_an_orphan_is_known_by_its_file(stage: Scene, server: OpenAIServer) -> None:
+    server.misbehave("metadata_dropped", times=None)
     server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
 
@@ -125,11 +120,10 @@ class Died(BaseException):
 
 
 class Mortal:
-    """Counts what a worker does outside itself, transactions and calls, and dies before or after one of them."""
+    """Counts what a worker does outside itself, transactions and calls, and dies after one of them."""
 
-    def __init__(self, context: ProviderContext, nth: int, *, after: bool) -> None:
+    def __init__(self, context: ProviderContext, nth: int) -> None:
         self.left = nth
-        self.after = after
         self.context = context
         transact = context.transact
         context.transact = lambda work, what, **more: self(lambda: transact(work, what, **more))  # type: ignore[method-assign]
@@ -142,8 +136,6 @@ class Mortal:
 
     def __call__(self, act: Callable[[], Any]) -> Any:
         self.left -= 1
-        if self.left == 0 and not self.after:
-            raise Died
         result = act()
         if self.left == 0:
             raise Died
@@ -157,15 +149,14 @@ def expire_leases(stage: Scene) -> None:
         )
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_a_worker_may_die_between_any_two_things_it_does(stage: Scene, server: OpenAIServer, after: bool) -> None:
+def test_a_worker_may_die_between_any_two_things_it_does(stage: Scene) -> None:
     corridor = stage.corridor
     deaths = 0
     while True:
         texts = stage.texts(2, first=10 * deaths)
         job = stage.enqueue(texts)
         whole, corridor.context = corridor.context, corridor.worker()
-        mortal = Mortal(corridor.context, deaths + 1, after=after)
+        mortal = Mortal(corridor.context, deaths + 1)
         with contextlib.suppress(Died):
             stage.finish(job)
         corridor.context.close()
@@ -173,7 +164,7 @@ def test_a_worker_may_die_between_any_two_things_it_does(stage: Scene, server: O
         expire_leases(stage)
         [job] = stage.finish(job)
         assert job.state == "completed"
-        assert stage.bill(texts) == dict.fromkeys(texts, 1), f"died {'after' if after else 'before'} {deaths + 1}"
+        assert stage.bill(texts) == dict.fromkeys(texts, 1), f"died after {deaths + 1}"
         if mortal.left > 0:
             break
         deaths += 1
@@ -238,6 +229,20 @@ def test_a_worker_that_lost_its_lease_changes_nothing(stage: Scene, server: Open
     expire_leases(stage)
     [job] = stage.finish(job)
     stage.check_done(job, texts)
+
+
+def test_a_step_that_is_held_is_nobody_elses(stage: Scene, server: OpenAIServer) -> None:
+    stage.enqueue(stage.texts(N))
+    step = walk_to(stage, State.GATHERED)
+    url = stage.corridor.context.provider.server
+
+    def claimed() -> Step | None:
+        with stage.corridor.db.begin() as conn:
+            return provider_batches.claim_if_due(conn, step.id, owner="other", lease_seconds=60.0, server=url)
+
+    assert claimed() is None
+    expire_leases(stage)
+    assert claimed() is not None
 
 
 def test_workers_and_pollers_at_once(stage: Scene, server: OpenAIServer) -> None:
@@ -443,9 +448,9 @@ def test_a_key_that_is_refused_stops_the_lane_and_nothing_else_is_lost(stage: Sc
     assert stage.charged_attempts() == 1
 
 
-@pytest.mark.parametrize("kind", ["missing_usage", "shuffled_data", "other_encoding"])
-def test_a_plain_answer_in_another_dialect(stage: Scene, server: OpenAIServer, kind: str) -> None:
-    server.misbehave(kind, times=None)
+def test_a_plain_answer_in_another_dialect(stage: Scene, server: OpenAIServer) -> None:
+    for kind in ("missing_usage", "shuffled_data", "other_encoding"):
+        server.misbehave(kind, times=None)
     texts = stage.texts(N)
 
     [job] = stage.finish(stage.enqueue(texts, route="openai-sync"))
@@ -453,7 +458,7 @@ def test_a_plain_answer_in_another_dialect(stage: Scene, server: OpenAIServer, k
     stage.check_done(job, texts)
 
 
-@pytest.mark.parametrize("kind", ["zero_vector", "not_finite", "wrong_dimensions", "missing_item"])
+@pytest.mark.parametrize("kind", ["not_finite", "missing_item"])
 def test_a_plain_answer_without_a_vector_is_booked_and_asked_for_again(
     stage: Scene, server: OpenAIServer, kind: str
 ) -> None:

@@ -11,11 +11,9 @@ import sqlalchemy as sa
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```sql\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUERIES = [
-    pytest.param(query, id=f"{name}-{number}")
-    for name in ("openai", "runbook", "spot")
-    for number, query in enumerate(
-        query for block in BLOCK.findall((ROOT / f"docs/{name}.md").read_text()) for query in block.split(";\n")
-    )
+    pytest.param(query, id=f"{page.stem}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, query in enumerate(query for block in BLOCK.findall(page.read_text()) for query in block.split(";\n"))
     if query.strip()
 ]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import click
 import pytest
+from celery.bin.worker import worker as celery_worker
 
 from app.cli.__main__ import cli
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = {"console", "sh", "bash"}
@@ -58,6 +59,20 @@ def problem_with(command: str) -> str | None:
 def test_every_command_exists(document: Path) -> None:
     text = document.read_text()
     assert [(c, problem) for c in commands_in(text) if (problem := problem_with(c))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_make_target_and_celery_worker_exists(document: Path) -> None:
+    """Those in shell blocks, and in inline code that begins with them."""
+    text = document.read_text()
+    blocks = [re.sub(r"\\\n\s*", "", block) for language, block in FENCE.findall(text) if language in SHELL]
+    lines = [line.removeprefix("$ ").partition(" #")[0] for block in blocks for line in block.splitlines()]
+    typed = [*lines, *CODE.findall(FENCE.sub("", text))]
+    made = {match[1] for line in typed if (match := re.match(r"make ([a-z]+)", line))}
+    assert made <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in typed:
+        if found := re.match(r"(?:\w+=\S+ )*celery -A workers worker\s*(.*?)\s*(?:&|$)", line):
+            celery_worker.make_parser(click.Context(celery_worker)).parse_args(shlex.split(found[1]))
 
 
 def test_the_documents_that_are_about_commands_show_some() -> None:

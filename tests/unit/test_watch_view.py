@@ -118,6 +118,8 @@ def test_a_silent_worker_counts_for_nothing() -> None:
     assert rates([silent, WORKER]).tokens_per_s == 1000
     now = replace(NOW, workers=[silent])
     assert lane_states(now)[Route.LOCAL] == "idle"
+    told = document(replace(VIEW, now=now))["workers"][0]
+    assert (told["silent"], told["tokens_per_s"], told["busy"]) == (True, 0, 0)
     shown = drawn(replace(VIEW, now=now))
     assert "silent for 45 s" in shown
     assert "padding -" in shown

@@ -33,6 +33,8 @@ from app.openai_batch.assemble import assemble
 from app.openai_batch.endings import backoff
 from app.openai_batch.inputs import RefusedInput, prepare
 from app.openai_batch.packing import Packer
+from app.telemetry import metrics
+from app.telemetry.counts import COUNTS
 from workers.provider.context import ProviderContext
 from workers.provider.plain import read_answer
 from workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
@@ -128,6 +130,7 @@ class WaitingLane(threading.Thread):
                 tokens=tokens,
                 usd=price.of(tokens, batch=False) if price else Decimal(0),
             )
+        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
         """One vector a text; one that is too long is treated as the space treats documents."""

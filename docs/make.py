@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings of the public names: ``python docs/make_api.py``."""
+"""``make docs``: docs/api.md from the docstrings of the public names, and docs/architecture.md's list of decisions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,11 +19,13 @@ sys.path.insert(0, str(ROOT))
 import app  # noqa: E402
 from app import errors  # noqa: E402
 
-PAGE = ROOT / "docs" / "api.md"
+API = ROOT / "docs" / "api.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+DECISIONS = re.compile(r"(<!-- decisions: .* -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# API reference
 
 Made from the docstrings by `make docs`; a test holds it to them. Everything here is imported from `app`:
-`from app import Chunk, Client`. [Concepts](concepts.md) has the words, the [quick start](quickstart.md) the first steps.
+`from app import Chunk, Client`. [Concepts](concepts.md) has the words, [the quick start](quickstart.md) the steps.
 """
 SECTIONS = {
     "Client": ["Client"],
@@ -31,7 +34,20 @@ SECTIONS = {
 }
 
 
-def page() -> str:
+def pages() -> dict[Path, str]:
+    """What each page should be."""
+    decisions = "".join(f"- {decision(path)}\n" for path in sorted((ROOT / "docs" / "decisions").glob("*.md")))
+    architecture = ARCHITECTURE.read_text(encoding="utf-8")
+    return {API: api(), ARCHITECTURE: DECISIONS.sub(lambda found: found[1] + decisions + found[2], architecture)}
+
+
+def decision(path: Path) -> str:
+    title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    number, _, words = title.partition(". ")
+    return f"{number} · [{words}](decisions/{path.name})"
+
+
+def api() -> str:
     parts = [HEAD]
     for title, names in SECTIONS.items():
         parts.append(f"## {title}\n")
@@ -76,27 +92,24 @@ def methods(what: type) -> Iterator[str]:
         yield prose(inspect.getdoc(function)) + "\n"
 
 
-def signature(name: str, function: object) -> str:
+def signature(name: str, function: FunctionType) -> str:
     """As it is written in the source, without ``self``; on one line, or an argument a line."""
-    node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]  # type: ignore[arg-type]
+    node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(node, ast.FunctionDef)
-    if node.args.args and node.args.args[0].arg in ("self", "cls"):
-        del node.args.args[0]
-    arguments = ast.unparse(node.args)
+    given = node.args
+    arguments = given.args[1:] if given.args and given.args[0].arg in ("self", "cls") else given.args
+    defaults = [None] * (len(arguments) - len(given.defaults)) + list(given.defaults)
+    parts = [argument(each, default) for each, default in zip(arguments, defaults, strict=True)]
+    if given.kwonlyargs:
+        parts += ["*", *map(argument, given.kwonlyargs, given.kw_defaults)]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    line = f"{name}({arguments}){returns}"
-    if len(line) <= 100:
-        return line
-    parts = [ast.unparse(ast.arguments([], [each], None, [], [], None, [])) for each in node.args.args]
-    defaults = dict(zip([a.arg for a in node.args.args][::-1], node.args.defaults[::-1], strict=False))
-    parts = [f"{part} = {ast.unparse(defaults[a.arg])}" if a.arg in defaults else part
-             for part, a in zip(parts, node.args.args, strict=True)]  # fmt: skip
-    if node.args.kwonlyargs:
-        parts.append("*")
-        for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
-            shown = ast.unparse(ast.arguments([], [argument], None, [], [], None, []))
-            parts.append(f"{shown} = {ast.unparse(default)}" if default else shown)
-    return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){returns}"
+    line = f"{name}({', '.join(parts)}){returns}"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){returns}"
+
+
+def argument(given: ast.arg, default: ast.expr | None) -> str:
+    name = f"{given.arg}: {ast.unparse(given.annotation)}" if given.annotation else given.arg
+    return f"{name} = {ast.unparse(default)}" if default else name
 
 
 def attribute_notes(what: type) -> dict[str, str]:
@@ -117,9 +130,9 @@ def errors_table() -> Iterator[str]:
     yield prose(inspect.getdoc(errors.ChunkmillError)) + "\n"
     yield "| error | code | try again | HTTP | |\n|---|---|---|---|---|"
     for each in tree(errors.ChunkmillError):
-        said = inspect.getdoc(each) if "__doc__" in vars(each) and vars(each)["__doc__"] else ""
+        said = prose(inspect.getdoc(each) if vars(each).get("__doc__") else "").replace("\n", " ")
         again = "yes" if each.retryable else "no"
-        yield f"| `{each.__name__}` | `{each.code}` | {again} | {each.http_status} | {prose(said).replace(chr(10), ' ')} |"
+        yield f"| `{each.__name__}` | `{each.code}` | {again} | {each.http_status} | {said} |"
 
 
 def tree(root: type[errors.ChunkmillError]) -> Iterator[type[errors.ChunkmillError]]:
@@ -140,4 +153,5 @@ def prose(text: str | None) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,134 @@
+"""docs/quickstart.md, block by block, in one shell, as a newcomer types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.conftest import until
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/quickstart.md").read_text()
+BLOCK = re.compile(r"^(<!-- not run.*-->\n)?```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Shell:
+    """A bash that keeps its background jobs from block to block."""
+
+    def __init__(self, env: dict[str, str], folder: Path) -> None:
+        self._bash = subprocess.Popen(
+            ["bash", "-u"], env=env, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, block: str) -> str:
+        """What the block printed. A command that fails ends the test."""
+        assert self._bash.stdin is not None
+        assert self._bash.stdout is not None
+        self._bash.stdin.write(f"set -e\n{block}\nset +e\necho; echo '== end of the block =='\n")
+        self._bash.stdin.flush()
+        said = []
+        for line in self._bash.stdout:
+            if line == "== end of the block ==\n":
+                return "".join(said)
+            said.append(line)
+        raise AssertionError(f"a command failed in:\n{block}\n{''.join(said)}")
+
+    def end(self) -> None:
+        """Whatever is left of it, its jobs first."""
+        if self._bash.poll() is None:
+            assert self._bash.stdin is not None
+            self._bash.stdin.write("kill $(jobs -p) 2> /dev/null; wait; chunkmill down\n")
+        self._bash.communicate(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Short, for the names of sockets are limited."""
+    folder = Path(tempfile.mkdtemp(prefix="cq-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def shell(home: Path) -> Iterator[Shell]:
+    (home / "docs").symlink_to(ROOT / "docs")
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "CHUNKMILL_HOME": str(home / "data"),
+        "FLOWER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    running = Shell(env, home)
+    yield running
+    running.end()
+
+
+def workers_seen(port: str) -> bool:
+    """Whether Flower, asked with the password, has seen the worker yet."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/workers")
+    request.add_header("Authorization", "Basic " + b64encode(b"me:a-password-of-mine").decode())
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+            return "cpu-" in answer.read().decode()
+    except urllib.error.HTTPError:
+        raise
+    except OSError:
+        return False  # not up yet
+
+
+@pytest.mark.xdist_group("quickstart")
+def test_the_quick_start(shell: Shell, home: Path) -> None:
+    blocks = [(language, block) for skipped, language, block in BLOCK.findall(PAGE) if not skipped]
+    said = {}
+    for language, block in blocks:
+        if language == "python":
+            (home / "example.py").write_text(block)
+            said[block] = shell.run(f"{sys.executable} example.py")
+        else:
+            said[block] = shell.run(block)
+        if "chunkmill flower" in block:
+            port = shell.run("echo $FLOWER_PORT").split()[0]
+            until(lambda port=port: workers_seen(port), 60)
+
+    def output(words: str) -> str:
+        (found,) = [text for block, text in said.items() if words in block]
+        return found
+
+    searched = output("--collection decisions -k 3")
+    assert "0018-deaths-are-not-attempts" in searched
+    assert re.search(r"^decisions .* yes$", searched, re.MULTILINE)
+    assert "note-2 Green tea" in output("Client.from_env()")
+    # The kill is seen, explained, and cost nothing but time.
+    watched = output("status --watch --times 1 --json")
+    (seen,) = [json.loads(line) for line in watched.splitlines() if line.startswith("{")]
+    assert any("ended by SIGKILL" in fault["line"] for fault in seen["faults"])
+    remembered = output("chunkmill job 3 --attempts")
+    assert "state       completed" in remembered
+    assert "died: ended by SIGKILL" in remembered
+    assert re.search(r"^notices .* 2,000 .* yes$", remembered, re.MULTILINE)
+    cost = output("chunkmill cost")
+    assert re.search(r"local +2,0\d\d .* 0\.\d+ ", cost)
+    assert "already" in output("chunkmill migrate")
+    assert "worker " in output("chunkmill migrate")  # the doctor's table
+    assert "stopped" in output("chunkmill down")

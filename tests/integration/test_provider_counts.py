@@ -1,0 +1,67 @@
+"""A paid worker's counts against the provider's bill and the ledger's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from app.openai_batch.counted import CountedProvider
+from app.settings import Settings
+from app.telemetry import metrics as m
+from app.telemetry.counts import COUNTS
+from app.telemetry.metrics import Metric, Role
+from tests.corridor import Corridor, corridor
+from tests.openai_server import OpenAIServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as running:
+        yield running
+
+
+@pytest.fixture
+def paid(settings: Settings, server: OpenAIServer) -> Iterator[Corridor]:
+    server.calm()
+    with corridor(settings, server) as made:
+        made.context.provider.close()
+        made.context.provider = CountedProvider(made.settings)
+        yield made
+
+
+def series(metric: Metric) -> dict[tuple[str, ...], float]:
+    return dict(COUNTS.series(metric, frozenset({Role.PROVIDER})))
+
+
+def grown(metric: Metric, before: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    now = series(metric)
+    return {labels: now[labels] - before.get(labels, 0.0) for labels in now if now[labels] != before.get(labels, 0.0)}
+
+
+@pytest.mark.parametrize("route", ["openai", "openai-sync"])
+def test_contents_and_tokens_are_those_of_the_charges(paid: Corridor, route: str) -> None:
+    contents, tokens = COUNTS.total(m.CONTENTS), COUNTS.total(m.TOKENS)
+    requests = series(m.PROVIDER_REQUESTS)
+    paid.finish(paid.enqueue(30, route=route))
+    [charged] = paid.rows("SELECT sum(contents)::int AS contents, sum(tokens)::int AS tokens FROM charges")
+    assert COUNTS.total(m.CONTENTS) - contents == charged["contents"] == 30
+    assert COUNTS.total(m.TOKENS) - tokens == charged["tokens"]
+    sent = grown(m.PROVIDER_REQUESTS, requests)
+    if route == "openai":
+        assert (sent["upload", "ok"], sent["create", "ok"], sent["download", "ok"]) == (1, 1, 1)
+        assert sent["retrieve", "ok"] >= 1
+        assert sent["delete", "ok"] == 2
+    else:
+        assert sent == {("embed", "ok"): 1}
+
+
+def test_what_goes_wrong_is_counted_by_its_kind(paid: Corridor, server: OpenAIServer) -> None:
+    requests = series(m.PROVIDER_REQUESTS)
+    where = {"endpoint": "embeddings.create"}
+    server.misbehave("rate_limited", where=where, times=1, retry_after_ms=1)
+    paid.finish(paid.enqueue(5, route="openai-sync"))
+    server.misbehave("http_error", where=where, times=1, status=503)
+    paid.finish(paid.enqueue(5, text="another {}", collection="more", route="openai-sync"))
+    sent = grown(m.PROVIDER_REQUESTS, requests)
+    assert sent == {("embed", "ok"): 2, ("embed", "busy"): 1, ("embed", "silent"): 1}
