@@ -25,19 +25,19 @@ COPY pyproject.toml constraints.txt ./
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[flower,metrics,openai]"
+    pip install -c constraints.txt ".[flower,metrics,openai,tracing]"
 
 FROM stub AS worker-deps
 # A further package index, such as PyTorch's index of CPU-only wheels: the image then is some 4 GB smaller.
 # Empty means none. Of equal versions pip takes the one with the local part, so `2.13.0+cpu` wins.
 ARG PIP_EXTRA_INDEX_URL=
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[worker]"
+    pip install -c constraints.txt ".[worker,tracing]"
 
 
 FROM base AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY workers workers
 COPY alembic alembic

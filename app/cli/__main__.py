@@ -114,6 +114,9 @@ def _known(error: Exception) -> tuple[str | None, str]:
     if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         first = str(error.orig).strip().splitlines()[0]
         return "store_unavailable", f"Postgres went away: {first}. `chunkmill doctor` shows more."
+    if isinstance(error, sa.exc.ProgrammingError) and getattr(error.orig, "sqlstate", None) == "42501":
+        first = str(error.orig).strip().splitlines()[0]
+        return "not_allowed", f"Postgres refuses: {first}. Run this as the role that owns the tables: docs/security.md."
     if isinstance(error, sa.exc.DBAPIError):
         # Without a traceback on purpose: below its first line Postgres may quote rows, which hold texts.
         first = str(error.orig).strip().splitlines()[0]

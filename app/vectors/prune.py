@@ -20,7 +20,7 @@ from app.errors import NotFound
 AGES_SINCE = "0006"
 """The migration by which contents have an age."""
 SLICE = 5_000
-"""Contents of one transaction, which keeps enqueues and writes out while it runs: 0.1 s."""
+"""Contents of one transaction, which keeps enqueues and writes out while it runs: 0.2 s at 384 dimensions."""
 
 _TEXT_BYTES = "60 + pg_column_size(t.text)"  # of a content: its text, its hash, and what Postgres keeps per row
 _VECTOR_BYTES = "64 + pg_column_size(v.embedding)"

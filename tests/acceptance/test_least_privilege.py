@@ -14,9 +14,11 @@ import psycopg
 import pytest
 import redis
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from app import Client
 from app.broker import Broker, make_celery
+from app.cli.__main__ import cli
 from app.db import spaces
 from app.db.connect import create_db, migrate
 from app.domain.spaces import Pooling, SpaceSpec
@@ -43,6 +45,8 @@ class GuardedRedis:
         with self._log.open("wb") as log:
             self.popen = subprocess.Popen(arguments, stdout=log, stderr=log)
         self.admin = self.client("admin")
+
+    def wait(self) -> None:
         until(self._answers, 20, self._log.read_text)
 
     def url(self, user: str) -> str:
@@ -68,6 +72,7 @@ def guarded() -> Iterator[GuardedRedis]:
     folder = Path(tempfile.mkdtemp(prefix="cm-acl-"))
     server = GuardedRedis(folder)
     try:
+        server.wait()
         yield server
     finally:
         server.admin.close()
@@ -144,6 +149,11 @@ def test_everything_runs_with_no_more_than_it_needs(
         gone = client.prune(0).amounts
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
         assert client.delete("docs", ["c1"]) == 1
+    index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["chunkmill_runtime"]}
+    refused = CliRunner().invoke(cli, ["index", "docs"], env=index)
+    assert (refused.exit_code, "as the role that owns the tables" in refused.output) == (1, True), refused.output
+    index["DATABASE_URL"] = roles["chunkmill_migrator"]
+    assert CliRunner().invoke(cli, ["index", "docs"], env=index).exit_code == 0
     # redis-py tells the server its own name; no harm that it may not.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for statement in (

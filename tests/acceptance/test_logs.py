@@ -113,7 +113,13 @@ def test_texts_and_secrets_are_in_no_output(
     said += [worker.output(), poller.output()]
     everything = "\n".join(said)
     # It did fail in all these ways, and all was said.
-    for word in ("CheckViolation", "cannot connect to Postgres", "invalid username-password pair", "is no folder", '"level": "debug"'):
+    for word in (
+        "CheckViolation",
+        "cannot connect to Postgres",
+        "invalid username-password pair",
+        "is no folder",
+        '"level": "debug"',
+    ):
         assert word in everything, word
     words = [WORD, *SECRETS.values(), *(value.partition("-")[0] for name, value in SECRETS.items() if name != "key")]
     assert [line for line in everything.splitlines() for word in words if word in line] == []

@@ -326,7 +326,7 @@ def test_nothing_is_lost_while_producers_and_workers_run(
         with own:
             for turn in range(300):
                 own.enqueue([(f"c{i}", f"text {(i * 7 + turn) % 30}") for i in range(20)], collection=name)
-                if turn > 12 and dropped[0] > 20:
+                if turn > 6 and dropped[0] > 10:
                     return
 
     def embed() -> None:
@@ -356,7 +356,7 @@ def test_nothing_is_lost_while_producers_and_workers_run(
             stop.set()
         for each in background:
             each.result(60)
-    assert dropped[0] > 20, "the test means nothing where nothing was pruned"
+    assert dropped[0] > 10, "the test means nothing where nothing was pruned"
     assert not execute(db, "SELECT error FROM chunk_batches WHERE error IS NOT NULL")
     Runner(context, client).finish(client.jobs(1)[0])
     for name in ("x", "y", "z"):

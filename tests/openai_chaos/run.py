@@ -198,7 +198,8 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
         one = conn.execute(
             sa.text(
                 "SELECT (SELECT count(*) FROM provider_inputs) AS in_flight, "
-                "(SELECT sum(contents) FROM charges) AS charged, (SELECT sum(tokens) FROM charges) AS tokens, (SELECT count(*) FROM provider_batches) AS batches, "
+                "(SELECT sum(contents) FROM charges) AS charged, (SELECT sum(tokens) FROM charges) AS tokens, "
+                "(SELECT count(*) FROM provider_batches) AS batches, "
                 "(SELECT count(*) FROM chunk_batches WHERE state = 'running') AS running"
             )
         ).one()

@@ -321,7 +321,7 @@ def dockerfile_problems(text: str) -> list[str]:
         if not installs or "-c constraints.txt" not in installs[-1]:
             found.append(f"{target} ignores the constraints")
         extras = set(re.findall(r"\.\[([\w,]+)\]", " ".join(installs)))
-        if extras != {{"app": "flower,metrics,openai", "worker": "worker"}[target]}:
+        if extras != {{"app": "flower,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
             found.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
         found.append("a secret is in a layer")
@@ -345,8 +345,8 @@ def test_the_dockerfile_keeps_every_rule() -> None:
             "FROM runtime AS app\nRUN apt-get install gcc\n",
         ),
         ("app does not take its own dependencies", "--from=app-deps", "--from=worker-deps"),
-        ("worker ignores the constraints", '-c constraints.txt ".[worker]"', '".[worker]"'),
-        ("app installs ['flower,worker']", ".[flower,metrics,openai]", ".[flower,worker]"),
+        ("worker ignores the constraints", '-c constraints.txt ".[worker,tracing]"', '".[worker,tracing]"'),
+        ("app installs ['flower,worker']", ".[flower,metrics,openai,tracing]", ".[flower,worker]"),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),
         ("a secret is in a layer", "COPY app app", "COPY .env ./"),
     ],

@@ -160,3 +160,14 @@ def test_the_standard_variables_say_whether_and_where(
 def test_an_exporter_that_is_not_there_is_a_wrong_setting() -> None:
     with pytest.raises(InvalidSetting, match="OTEL_TRACES_EXPORTER is 'jaeger'"):
         tracing._exporter("jaeger")
+
+
+def test_settings_show_no_secret() -> None:
+    secrets = {
+        "database_url": "postgresql://u:QUAGGA@h/d",
+        "redis_url": "rediss://:QUAGGA@h",
+        "openai_api_key": "sk-QUAGGA",
+        "budget_webhook_url": "https://hooks.invalid/QUAGGA",
+    }
+    settings = Settings.from_env(**secrets)
+    assert "QUAGGA" not in f"{settings!r} {settings}"
