@@ -81,8 +81,9 @@ def fields(what: type) -> Iterator[str]:
 
 
 def methods(what: type) -> Iterator[str]:
-    """In the order of the source; what has no docstring needs none."""
-    for name, member in vars(what).items():
+    """Its own, then those of the classes it is made of, in the order of the source; none without a docstring."""
+    members = [item for each in what.__mro__ if each.__module__.startswith("app.") for item in vars(each).items()]
+    for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):
             continue
