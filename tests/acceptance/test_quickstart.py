@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +31,11 @@ class Shell:
     """A bash that keeps its background jobs from block to block."""
 
     def __init__(self, env: dict[str, str], folder: Path) -> None:
+        self._env = env
         self._bash = subprocess.Popen(
             ["bash", "-u"], env=env, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
 
     def run(self, block: str) -> str:
@@ -48,11 +52,13 @@ class Shell:
         raise AssertionError(f"a command failed in:\n{block}\n{''.join(said)}")
 
     def end(self) -> None:
-        """Whatever is left of it, its jobs first."""
-        if self._bash.poll() is None:
-            assert self._bash.stdin is not None
-            self._bash.stdin.write("kill $(jobs -p) 2> /dev/null; wait; chunkmill down\n")
+        """Whatever is left of it, also after a block that failed: its jobs, then the servers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._bash.pid, signal.SIGTERM)
         self._bash.communicate(timeout=60)
+        subprocess.run(
+            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=60
+        )
 
 
 def free_port() -> int:
@@ -77,6 +83,7 @@ def shell(home: Path) -> Iterator[Shell]:
         "PYTHONPATH": str(ROOT),
         "CHUNKMILL_HOME": str(home / "data"),
         "FLOWER_PORT": str(free_port()),
+        "EMBEDDING_DEVICE": "cpu",  # slow enough for a kill in the middle
         "OMP_NUM_THREADS": "1",
     }
     running = Shell(env, home)
@@ -97,7 +104,6 @@ def workers_seen(port: str) -> bool:
         return False  # not up yet
 
 
-@pytest.mark.xdist_group("quickstart")
 def test_the_quick_start(shell: Shell, home: Path) -> None:
     blocks = [(language, block) for skipped, language, block in BLOCK.findall(PAGE) if not skipped]
     said = {}

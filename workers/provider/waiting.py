@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from decimal import Decimal
 
 import numpy as np
-import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from app.db import spaces
-from app.db.connect import raw
 from app.db.spaces import Space
 from app.domain.prices import price_on
 from app.domain.providers import OPENAI
@@ -27,59 +24,30 @@ from app.errors import (
     ProviderStopped,
 )
 from app.ledger import budget, charges, embed_requests, provider_lanes
-from app.ledger.embed_requests import CHANNEL, EmbedRequest
-from app.ledger.jobs import CANCELLED_CHANNEL
+from app.ledger.embed_requests import EmbedRequest
 from app.openai_batch.assemble import assemble
 from app.openai_batch.endings import backoff
 from app.openai_batch.inputs import RefusedInput, prepare
 from app.openai_batch.packing import Packer
 from app.telemetry import metrics
 from app.telemetry.counts import COUNTS
+from workers.listening import Listener
 from workers.provider.context import ProviderContext
 from workers.provider.plain import read_answer
 from workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-RECONNECT_SECONDS = 2.0
 LOCAL_FIRST_SECONDS = 2.0
 """A space that local workers serve too is theirs for so long."""
 
 
-class WaitingLane(threading.Thread):
-    """As ``workers.embed_requests.EmbedRequestLane``, by plain requests. It hears of cancelled jobs, too."""
+class WaitingLane(Listener):
+    """As ``workers.embed_requests.EmbedRequestLane``, by plain requests."""
 
     def __init__(self, context: ProviderContext) -> None:
-        super().__init__(name="embed-requests-openai", daemon=True)
+        super().__init__("embed-requests-openai", context)
         self._context = context
-        self._stop_lane = threading.Event()
-
-    def stop(self) -> None:
-        self._stop_lane.set()
-        self.join(timeout=5)
-
-    def run(self) -> None:
-        while not self._stop_lane.is_set():
-            try:
-                self._listen()
-            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
-                logger.warning("embed requests: %s; listening again", type(error).__name__)
-                self._stop_lane.wait(RECONNECT_SECONDS)
-
-    def _listen(self) -> None:
-        with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
-            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
-            try:
-                while not self._stop_lane.is_set():
-                    while self.answer_next():
-                        pass
-                    heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
-                    if CANCELLED_CHANNEL in heard:
-                        self._context.leases.renew()
-            finally:
-                conn.invalidate()  # a listening connection must not go back into the pool
 
     def answer_next(self) -> bool:
         """Answer one request; False when there is none, or when this worker leaves."""
