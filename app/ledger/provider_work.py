@@ -290,7 +290,8 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
         {"id": row.id, "job": row.job_id},
     ).one()
     missing: list[bytes] = state.missing or []
-    n_embedded = state.embedded - row.n_cached
+    refused = state.truncated if lease.on_long is OnLong.REJECT else 0
+    n_embedded = state.embedded - refused - row.n_cached
     if missing and row.error_code is not None:
         decision = decide(row.attempt, row.max_attempts, retryable=True)
         if not isinstance(decision, Discard):
@@ -306,7 +307,7 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
         chunk_batches.release_if_held(conn, lease, delay_s=AGAIN_SECONDS)
         usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.RELEASED)
         return
-    chunk_batches.complete_if_held(conn, lease, n_embedded=n_embedded, n_truncated=state.truncated)
+    chunk_batches.complete_if_held(conn, lease, n_embedded=n_embedded, n_truncated=state.truncated - refused)
     usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.COMPLETED)
 
 

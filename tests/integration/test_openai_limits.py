@@ -379,6 +379,21 @@ def test_long_texts(stage: Scene, server: OpenAIServer, on_long: str, route: str
     stage.check_books(unanswered_contents=windows - contents)
 
 
+@pytest.mark.parametrize("route", ["openai", "openai-sync"])
+def test_a_job_that_refuses_long_texts_refuses_what_another_had_cut(stage: Scene, route: str) -> None:
+    """Both were enqueued while the text had no vector, so the door let it pass."""
+    texts = {name: long_text(*LONG[name]) for name in ("short", "over")}
+    cutting = stage.enqueue(texts, collection="cut", route=route, priority="high")
+    refusing = stage.enqueue(texts, collection="whole", route=route, on_long="reject")
+
+    cut, whole = stage.finish(cutting, refusing)
+
+    assert (cut.state, cut.embedded, cut.truncated, cut.dead) == ("completed", 2, 1, 0)
+    assert (whole.state, whole.embedded, whole.truncated, whole.dead) == ("completed", 1, 0, 1)
+    assert [each.code for each in whole.dead_chunks] == ["too_long"]
+    assert stage.corridor.client.vectors("whole").keys() == {"short"}
+
+
 def test_odd_texts_arrive_as_they_are(stage: Scene, server: OpenAIServer) -> None:
     odd = [
         "a\u2028b\u2029c\x85d",
