@@ -42,6 +42,10 @@ def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
     running.stop()
 
 
+class StandIn(SimpleNamespace):
+    """For an engine, which is held by a weak reference too."""
+
+
 def registered(db: sa.Engine) -> list[spaces.Space]:
     with db.begin() as conn:
         return spaces.all_spaces(conn)
@@ -156,9 +160,7 @@ def test_engines_of_both_precisions_stay_loaded_side_by_side(
 
     def load(folder: Any, **_: Any) -> Any:
         loaded.append(folder.spec.precision)
-        return SimpleNamespace(
-            spec=folder.spec, dimensions=384, device="cpu", backend="", dtype="float32", batch_tokens=1
-        )
+        return StandIn(spec=folder.spec, dimensions=384, device="cpu", backend="", dtype="float32", batch_tokens=1)
 
     monkeypatch.setattr(Engine, "load", load)
     engines = Engines(settings, "cpu")

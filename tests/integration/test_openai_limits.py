@@ -73,7 +73,8 @@ def test_enqueued_requests_are_never_exceeded(settings: Settings, request: pytes
 
         stage.check_done(job, texts)
         state = own.state()
-        assert (state["peak_enqueued_requests"], state["refused_enqueued"]) == (2, 0)
+        assert 1 <= state["peak_enqueued_requests"] <= 2
+        assert state["refused_enqueued"] == 0
 
 
 @pytest.mark.parametrize("answer", ["batch", "create"])
