@@ -1,0 +1,152 @@
+"""Every `chunkmill` command that the documents show is run: here, or by the test that ``ELSEWHERE`` names."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+
+from app.cli.__main__ import cli
+from app.client import Client
+from app.db import spaces
+from app.ledger import chunk_batches, dead_chunks, usage
+from app.ledger.dead_chunks import DeadContent
+from app.ledger.finish import finish_if_done
+from app.settings import Settings
+from app.vectors.read import read_work
+from app.vectors.write import write_vectors
+from tests.unit.test_docs_commands import DOCUMENTS, commands_in
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "tests/acceptance/test_quickstart.py"
+ELSEWHERE = {
+    "": QUICKSTART,
+    "bench": "tests/unit/test_benchmarks.py",
+    "down": QUICKSTART,
+    "flower": "tests/acceptance/test_flower.py",
+    "models export": "tests/engine/test_exported_backends.py",
+    "models canary": "tests/integration/test_canary.py",
+    "poller": "tests/acceptance/conftest.py",
+    "search": QUICKSTART,
+    "status --watch": "tests/integration/test_looking.py",
+    "tune": "tests/engine/test_tune.py",
+    "up": QUICKSTART,
+    "worker": "tests/acceptance/test_supervisor.py",
+    # Needs a model from a hub: the test reads the settings it is shown with, and takes the route.
+    "enqueue chunks.jsonl --collection docs --model BAAI/bge-base-en-v1.5": "tests/integration/test_routing.py",
+}
+"""By how a command begins: what runs for ever, takes minutes, or has a real worker, and which test runs it."""
+WORDS = {"ID": "42", "FILE": "chunks.jsonl", "NAME": "other"}
+COMPLETED = {
+    "delete": "delete docs --yes",
+    "index": "index docs",
+    "prune": "prune --yes",
+    "dead drop 7": "dead drop 7 --yes",
+}
+"""What a sentence leaves out, and the answer of whoever is asked."""
+FOUND = {"audit": 3, "job 42": 4, "job ID": 4, "poller --check": 1}
+"""Commands whose exit code says that something is not as it should be, which here is so."""
+
+
+def shown() -> list[tuple[str, str]]:
+    """``(page, command)``, each command once."""
+    seen: dict[str, str] = {}
+    for page in DOCUMENTS:
+        for command in commands_in(page.read_text()):
+            seen.setdefault(" ".join(command.split()), page.stem)
+    return [(page, command) for command, page in seen.items()]
+
+
+def runs_elsewhere(page: str, command: str) -> str | None:
+    if page == "quickstart":
+        return QUICKSTART  # block by block
+    begins = [words for words in ELSEWHERE if begins_with(command, words)]
+    return ELSEWHERE[max(begins, key=len)] if begins and command not in FOUND else None
+
+
+def begins_with(command: str, words: str) -> bool:
+    return command == words or (bool(words) and command.startswith(f"{words} "))
+
+
+HERE = [(page, command) for page, command in shown() if runs_elsewhere(page, command) is None]
+PAID = {"EMBEDDING_MODEL": "text-embedding-3-small"}
+DEPLOYMENT = {
+    "OPENAI_BATCHES": "false",
+    "OPENAI_MODELS": '{"my-deployment": {"dimensions": 1536, "can_cut": true, "usd": 0.02}}',
+}
+
+
+@pytest.fixture
+def place(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """The database and the folder in which the pages' examples are at home."""
+
+    def prepare(page: str, command: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        texts = [{"id": f"c{i}", "text": f"number {i}"} for i in range(5)]
+        Path("chunks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in texts))
+        paid = page == "openai" or "--route" in command
+        for name, value in {
+            "DATABASE_URL": settings.require_database_url(),
+            "REDIS_URL": settings.require_redis_url(),
+            "CHUNKMILL_HOME": str(tmp_path / "home"),
+            **(PAID if paid else {}),
+            **(DEPLOYMENT if "my-deployment" in command else {}),
+        }.items():
+            monkeypatch.setenv(name, value)
+        with Client.from_env() as client:
+            if paid and not command.startswith("enqueue"):
+                client.enqueue([("a", "a text")], collection="docs", route="openai")  # job 1
+            elif not paid:
+                _job_42(client)
+
+    return prepare
+
+
+def _job_42(client: Client) -> None:
+    """A failed job, 42, of collection docs: one text of three is dead, as number 7."""
+    with client._db.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE jobs ALTER COLUMN id RESTART WITH 42"))
+        conn.execute(sa.text("ALTER TABLE dead_chunks ALTER COLUMN id RESTART WITH 7"))
+    job = client.enqueue([("a", "one"), ("b", "two"), ("c", "three")], collection="docs")
+    with client._db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, 1, owner="host:1", lease_seconds=60)
+        assert lease is not None
+        space = spaces.get(conn, lease.space_id)
+        work = read_work(conn, space, 1)
+        hashes = [content_hash for content_hash, _ in work.texts]
+        vectors = np.eye(3, space.spec.dimensions, dtype=np.float32)[:2]
+        write_vectors(
+            conn, space, space.spec.fingerprint, hashes[:2], np.ones(2, np.int32), np.zeros(2, np.bool_), vectors
+        )
+        dead_chunks.add_contents(conn, lease, [DeadContent(hashes[2], "kills_workers", "4 workers died with it")])
+        usage.book(conn, lease, usage.Usage("local", "host:1", 2, 2, 0.1), usage.Outcome.COMPLETED)
+        chunk_batches.complete_if_held(conn, lease, n_embedded=2, n_truncated=0)
+        finish_if_done(conn, job.id, space)
+    assert (job.id, client.job(job.id).state) == (42, "failed")
+
+
+@pytest.mark.parametrize(("page", "command"), HERE, ids=[f"{page}: {command}" for page, command in HERE])
+def test_a_command_of_the_documents_does_what_it_says(
+    page: str, command: str, place: Callable[[str, str], None]
+) -> None:
+    place(page, command)
+    arguments = [WORDS.get(word, word) for word in shlex.split(COMPLETED.get(command, command))]
+    done = CliRunner().invoke(cli, arguments)
+    expected = next((code for words, code in FOUND.items() if begins_with(command, words)), 0)
+    assert done.exit_code == expected, done.output
+    assert "Traceback" not in done.output
+
+
+def test_what_runs_elsewhere_does() -> None:
+    for page, command in shown():
+        where = runs_elsewhere(page, command)
+        if where not in (None, QUICKSTART):  # which takes its commands from the page
+            word = (command.split() or ["chunkmill"])[0]
+            assert word in (ROOT / str(where)).read_text(), f"{where} does not run {command!r} of {page}"
+    assert len(HERE) >= 30
