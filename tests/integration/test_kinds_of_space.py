@@ -43,7 +43,9 @@ def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
 
 
 class StandIn(SimpleNamespace):
-    """For an engine, which is held by a weak reference too."""
+    """For an engine, which is known by its identity and held by a weak reference too."""
+
+    __hash__ = object.__hash__
 
 
 def registered(db: sa.Engine) -> list[spaces.Space]:
