@@ -357,8 +357,13 @@ def test_nothing_is_lost_while_producers_and_workers_run(
         for each in background:
             each.result(60)
     assert dropped[0] > 10, "the test means nothing where nothing was pruned"
-    assert not execute(db, "SELECT error FROM chunk_batches WHERE error IS NOT NULL")
-    Runner(context, client).finish(client.jobs(1)[0])
+    # A text may lose its last chunk, its vector, and be wanted again by another job while its own job is open still:
+    # whoever closes that one finds the vector missing and has it made again. Nothing else goes wrong.
+    assert set(execute(db, "SELECT error_code FROM chunk_batches WHERE error IS NOT NULL")) <= {"vectors_missing"}
+    for job in client.jobs(1000):
+        if not job.state.is_final:
+            Runner(context, client).finish(job)
+    assert not execute(db, "SELECT 1 FROM chunk_batches WHERE state <> 'completed'")
     for name in ("x", "y", "z"):
         audit = client.audit(name)
         assert (audit.complete, audit.chunks) == (True, 20)
