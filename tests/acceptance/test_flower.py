@@ -35,8 +35,6 @@ from tests.acceptance.conftest import Process, Processes, until
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
 
-pytestmark = pytest.mark.xdist_group("flower")  # one scene for all tests of this file
-
 LOGIN = "operator:not-for-strangers"
 WORD = "zanzibarquokka"
 """In every text, and nowhere else."""

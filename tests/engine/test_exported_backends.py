@@ -60,9 +60,7 @@ def needs(target: Target) -> Any:
     """A parameter that is skipped where the packages are missing; all of a target's tests share its exports."""
     missing = [package for package in (*RUN[target], *MAKE[target]) if importlib.util.find_spec(package) is None]
     reason = f"needs {', '.join(missing)}: pip install 'chunkmill[{target}]'"
-    return pytest.param(
-        target, marks=[pytest.mark.xdist_group(target), pytest.mark.skipif(bool(missing), reason=reason)]
-    )
+    return pytest.param(target, marks=pytest.mark.skipif(bool(missing), reason=reason))
 
 
 every_target = pytest.mark.parametrize("target", [needs(target) for target in TARGETS])
