@@ -167,16 +167,21 @@ def bury(conn: sa.Connection, lease: Lease, dead: Sequence[DeadContent]) -> None
     dead_chunks.add_contents(conn, lease, dead)
 
 
-def bury_in_flight(conn: sa.Connection, inputs: Sequence[InFlight], *, code: str, reason: str) -> None:
-    """Contents that the provider will not take: dead in the job that brought them."""
-    for each in inputs:
+def bury_in_flight(conn: sa.Connection, dead: Sequence[tuple[InFlight, str, str]]) -> None:
+    """Contents that the provider will not take, ``(content, code, reason)``: dead in the jobs that brought them."""
+    by_job: dict[int, list[tuple[InFlight, str, str]]] = {}
+    for each in dead:
+        by_job.setdefault(each[0].job_id, []).append(each)
+    for job_id, buried in by_job.items():
         row = conn.execute(
-            sa.text("SELECT collection_id, space_id, on_long FROM jobs WHERE id = :id"), {"id": each.job_id}
+            sa.text("SELECT collection_id, space_id, on_long FROM jobs WHERE id = :id"), {"id": job_id}
         ).one()
+        first = buried[0][0]
         lease = Lease(
-            each.chunk_batch_id, each.attempt, 0, each.job_id, row.space_id, row.collection_id, OnLong(row.on_long)
+            first.chunk_batch_id, first.attempt, 0, job_id, row.space_id, row.collection_id, OnLong(row.on_long)
         )
-        dead_chunks.add_contents(conn, lease, [DeadContent(each.content_hash, code, reason)])
+        contents = [DeadContent(each.content_hash, code, reason) for each, code, reason in buried]
+        dead_chunks.add_contents(conn, lease, contents)
 
 
 def join(conn: sa.Connection, lease: Lease, carriers: Collection[int]) -> None:

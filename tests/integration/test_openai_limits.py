@@ -66,15 +66,17 @@ def test_enqueued_requests_are_never_exceeded(settings: Settings, request: pytes
         OpenAIServer() as own,
         scene(settings, own, request, openai_max_enqueued_requests=2, openai_batch_max_inputs=4) as stage,
     ):
-        own.control(enqueued_requests=2, in_progress_seconds=0.1)
+        own.control(enqueued_requests=2, in_progress_seconds=60.0)
         texts = stage.texts(20)
+        job = stage.enqueue(texts)
+        stage.run_until(lambda: own.state()["peak_enqueued_requests"] == 2)  # none ends before the second is there
+        own.control(in_progress_seconds=0.1)
 
-        [job] = stage.finish(stage.enqueue(texts))
+        [job] = stage.finish(job)
 
         stage.check_done(job, texts)
         state = own.state()
-        assert 1 <= state["peak_enqueued_requests"] <= 2
-        assert state["refused_enqueued"] == 0
+        assert (state["peak_enqueued_requests"], state["refused_enqueued"]) == (2, 0)
 
 
 @pytest.mark.parametrize("answer", ["batch", "create"])

@@ -312,6 +312,25 @@ def test_the_commands(
     assert "all-MiniLM-L6-v2" in shown
 
 
+def watch_deletions(db: sa.Engine) -> None:
+    """Have Postgres itself write down each vector and text that is deleted while a chunk refers to it."""
+    with db.begin() as conn:
+        conn.execute(sa.text("CREATE TABLE deleted_while_wanted (what text)"))
+        conn.execute(
+            sa.text(
+                "CREATE FUNCTION watch_deletion() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "IF EXISTS (SELECT FROM chunks c WHERE c.content_hash = OLD.content_hash) THEN "
+                "INSERT INTO deleted_while_wanted VALUES (TG_TABLE_NAME); END IF; RETURN OLD; END $$"
+            )
+        )
+        for table in ("vectors_1", "contents"):
+            conn.execute(
+                sa.text(
+                    f"CREATE TRIGGER watched BEFORE DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION watch_deletion()"
+                )
+            )
+
+
 def test_nothing_is_lost_while_producers_and_workers_run(
     settings: Settings, client: Client, context: WorkerContext, db: sa.Engine
 ) -> None:
@@ -320,6 +339,7 @@ def test_nothing_is_lost_while_producers_and_workers_run(
     small = settings.model_copy(update={"chunk_batch_size": 4, "enqueue_window": 10})
     stop, dropped = threading.Event(), [0]
     client.enqueue([("c0", "text 0")], collection="x")  # registers the space
+    watch_deletions(db)
 
     def produce(name: str) -> None:
         own = ClientClass(create_db(small.require_database_url(), role="client"), Broker.connect(small), small)
@@ -357,8 +377,9 @@ def test_nothing_is_lost_while_producers_and_workers_run(
         for each in background:
             each.result(60)
     assert dropped[0] > 10, "the test means nothing where nothing was pruned"
-    # A text may lose its last chunk, its vector, and be wanted again by another job while its own job is open still:
-    # whoever closes that one finds the vector missing and has it made again. Nothing else goes wrong.
+    assert not execute(db, "SELECT what FROM deleted_while_wanted")
+    # A text that nobody wanted any more may be wanted again, by another job, while its first job is open still: whoever
+    # closes that one finds the vector missing and has it made again. Nothing else goes wrong.
     assert set(execute(db, "SELECT error_code FROM chunk_batches WHERE error IS NOT NULL")) <= {"vectors_missing"}
     for job in client.jobs(1000):
         if not job.state.is_final:

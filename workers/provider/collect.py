@@ -193,8 +193,7 @@ class _Fates:
         return [*named, *(row for row, _ in self.alone), *self.uncharged]
 
     def record(self, conn: sa.Connection, step: Step) -> None:
-        for row, code, reason in self.dead:
-            provider_work.bury_in_flight(conn, [row], code=code, reason=reason)
+        provider_work.bury_in_flight(conn, self.dead)
         provider_inputs.drop_suspects(conn, step.space_id, [row.content_hash for row, _, _ in self.dead])
         if self.alone:
             # Uncharged: it is not known which of them is at fault.

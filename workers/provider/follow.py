@@ -127,7 +127,7 @@ def _return_all(conn: sa.Connection, step: Step, verdict: Split | Isolate) -> St
         accused = [each for each in returned if each.packed.request_no in named]
         provider_inputs.add_suspects(conn, step.space_id, [each.content_hash for each in accused])
         alone = _alone(accused)
-        provider_work.bury_in_flight(conn, alone, code=verdict.code, reason=verdict.reason)
+        provider_work.bury_in_flight(conn, [(each, verdict.code, verdict.reason) for each in alone])
     cleaning = provider_batches.advance(
         conn, step, State.CLEANING, n_returned=len(returned), error=verdict.reason[:2000], provider_status="failed"
     )
@@ -161,7 +161,7 @@ def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteB
 def _bury(conn: sa.Connection, step: Step, code: str, reason: str) -> Step:
     """The one content of a ProviderBatch is at fault, for there is no other."""
     returned = provider_inputs.remove_all(conn, step.id)
-    provider_work.bury_in_flight(conn, returned, code=code, reason=reason)
+    provider_work.bury_in_flight(conn, [(each, code, reason) for each in returned])
     provider_inputs.drop_suspects(conn, step.space_id, [each.content_hash for each in returned])
     cleaning = provider_batches.advance(
         conn, step, State.CLEANING, n_dead=len(returned), error_code=code, error=reason[:2000], provider_status="failed"
