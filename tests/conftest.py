@@ -23,11 +23,13 @@ from app.client import Client
 from app.db.connect import create_db, migrate
 from app.embedded import Stack, StackStatus
 from app.settings import Settings
+from tests.waiting import PATIENCE
 
 # The machine's own settings must not reach a test.
 for name in {name.upper() for name in Settings.model_fields} & os.environ.keys():
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("PYTEST_TIMEOUT", str(4 * PATIENCE))  # for pytest-timeout: a test that hangs fails
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
