@@ -74,9 +74,7 @@ def provider(answers: Answers) -> Iterator[Provider]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    made = Provider(
-        Settings.from_env(openai_api_key=KEY, openai_base_url=f"http://127.0.0.1:{server.server_port}/v1")
-    )
+    made = Provider(Settings.from_env(openai_api_key=KEY, openai_base_url=f"http://127.0.0.1:{server.server_port}/v1"))
     try:
         yield made
     finally:
@@ -164,27 +162,27 @@ def test_a_refusal_is_told_from_a_limit_and_from_what_may_have_been_carried_out(
 # Looking for a batch that nobody answered for
 
 SINCE = datetime(2026, 11, 20, 12, tzinfo=UTC)
-OURS = {"input_file_id": "file-ours", TOKEN_KEY: "token-ours"}
+FILE, WORD = "file-ours", "ours"
 
 
-def batch(number: int, *, minutes: float | None, file: str = "file-other", token: str = "token-other") -> dict[str, Any]:
-    """A batch made so many minutes after `SINCE`; None: the server does not say when."""
+def batch(number: int, *, minutes: float | None, file: str = "file-other", word: str = "other") -> dict[str, Any]:
+    """A batch made so many minutes after `SINCE`; None: the server does not say when. ``word`` is in its metadata."""
     at = None if minutes is None else int(SINCE.timestamp() + 60 * minutes)
     return {
         "id": f"batch_{number}", "object": "batch", "endpoint": "/v1/embeddings", "completion_window": "24h",
-        "status": "in_progress", "input_file_id": file, "created_at": at, "metadata": {TOKEN_KEY: token},
+        "status": "in_progress", "input_file_id": file, "created_at": at, "metadata": {TOKEN_KEY: word},
     }  # fmt: skip
 
 
 def ours(number: int, *, minutes: float | None, by: str = "file") -> dict[str, Any]:
-    return batch(number, minutes=minutes, **{by: f"{by}-ours"})
+    return batch(number, minutes=minutes, **({"file": FILE} if by == "file" else {"word": WORD}))
 
 
 def found(provider: Provider) -> list[str]:
-    return [each.id for each in provider.find("file-ours", "token-ours", since=SINCE)]
+    return [each.id for each in provider.find(FILE, WORD, since=SINCE)]
 
 
-@pytest.mark.parametrize("by", ["file", "token"])
+@pytest.mark.parametrize("by", ["file", "word"])
 def test_a_batch_behind_an_old_one_is_found(provider: Provider, answers: Answers, by: str) -> None:
     """The order of the list is not documented: only a page of nothing but old batches ends the reading."""
     answers.pages = [
@@ -207,7 +205,7 @@ def test_a_batch_of_the_very_moment_is_not_old(provider: Provider, answers: Answ
 def test_of_several_the_oldest_comes_first(provider: Provider, answers: Answers) -> None:
     answers.pages = [
         [ours(1, minutes=None), ours(2, minutes=30), batch(3, minutes=20)],
-        [ours(4, minutes=10, by="token"), ours(5, minutes=10)],
+        [ours(4, minutes=10, by="word"), ours(5, minutes=10)],
     ]
 
     assert found(provider) == ["batch_4", "batch_5", "batch_2", "batch_1"]
