@@ -1,0 +1,234 @@
+"""ChunkBatches that ProviderBatches carry: what became of a content counts for its own job and attempt alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app import Client
+from app.db import spaces
+from app.domain.spaces import OnLong
+from app.ledger import provider_batches, provider_inputs, provider_work
+from app.ledger.chunk_batches import Lease
+from app.ledger.provider_work import Waiting
+from app.settings import Settings
+from tests.paid_ledger import SMALL, add_inputs, add_provider_batch, register
+
+
+@pytest.fixture
+def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+    return register(db, settings)
+
+
+def rows_of(conn: sa.Connection, query: str, **facts: Any) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in conn.execute(sa.text(query), facts)]
+
+
+def one_of(conn: sa.Connection, query: str, **facts: Any) -> Any:
+    return conn.execute(sa.text(query), facts).scalar_one()
+
+
+def enqueue(client: Client, *texts: str, collection: str) -> int:
+    """The id of a new job's one ChunkBatch."""
+    chunks = [(f"{collection}-{i}", text) for i, text in enumerate(texts)]
+    job = client.enqueue(chunks, collection=collection, model=SMALL, route="openai")
+    with client._db.begin() as conn:
+        return int(one_of(conn, "SELECT id FROM chunk_batches WHERE job_id = :id", id=job.id))
+
+
+def waiting(conn: sa.Connection, chunk_batch: int) -> Waiting:
+    row = conn.execute(
+        sa.text("SELECT b.*, j.collection_id FROM chunk_batches b JOIN jobs j ON j.id = b.job_id WHERE b.id = :id"),
+        {"id": chunk_batch},
+    ).one()
+    return Waiting(
+        row.id, row.job_id, row.space_id, row.priority, row.attempt, row.max_attempts, tuple(row.content_hashes),
+        OnLong.TRUNCATE, row.collection_id,
+    )  # fmt: skip
+
+
+def begin(conn: sa.Connection, chunk_batch: int, *batches: int) -> Lease:
+    """Lease a ChunkBatch to ProviderBatches, for which it waits from now on."""
+    step = provider_batches.claim_if_due(conn, batches[0], owner="w", lease_seconds=60, server="s")
+    assert step is not None
+    provider_batches.release(conn, step, delay_s=0)
+    lease = provider_work.begin(conn, waiting(conn, chunk_batch), step)
+    provider_work.join(conn, lease, batches)
+    return lease
+
+
+def close(conn: sa.Connection, *batches: int) -> None:
+    conn.execute(
+        sa.text("UPDATE provider_batches SET state = 'closed', closed_at = now() WHERE id = ANY(:ids)"),
+        {"ids": list(batches)},
+    )
+
+
+def hash_of(conn: sa.Connection, text: str) -> bytes:
+    found: bytes = one_of(conn, "SELECT content_hash FROM contents WHERE text = :text", text=text)
+    return found
+
+
+def bury(conn: sa.Connection, job: int, text: str) -> None:
+    """The text is dead in the job, which has it in a chunk."""
+    conn.execute(
+        sa.text(
+            "INSERT INTO dead_chunks (job_id, chunk_id, content_hash, code, reason) "
+            "SELECT j.id, c.chunk_id, c.content_hash, 'refused', 'why' FROM jobs j "
+            "JOIN chunks c ON c.collection_id = j.collection_id JOIN contents t ON t.content_hash = c.content_hash "
+            "WHERE j.id = :job AND t.text = :text"
+        ),
+        {"job": job, "text": text},
+    )
+
+
+ERRORS = "SELECT id, error_code, error FROM chunk_batches ORDER BY id"
+
+
+def test_a_failure_is_charged_to_the_attempt_that_had_it(client: Client, db: sa.Engine, small: spaces.Space) -> None:
+    """A job may be cancelled and retried while its contents are at the provider: a later attempt is under way when the
+    failure of the earlier one comes back."""
+    one, other, ended = (enqueue(client, name, collection=name) for name in ("one", "other", "ended"))
+    with db.begin() as conn:
+        batch = add_provider_batch(conn, small)
+        first, another, over = (begin(conn, each, batch) for each in (one, other, ended))
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'available' WHERE id = :id"), {"id": one})
+        second = begin(conn, one, batch)
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'cancelled' WHERE id = :id"), {"id": ended})
+        failures = {
+            (lease.chunk_batch_id, lease.attempt): (f"code_{n}", f"reason {n}")
+            for n, lease in enumerate((first, another, over))
+        }
+
+        provider_work.charge_failure(conn, failures)
+
+        assert rows_of(conn, ERRORS) == [(one, None, None), (other, "code_1", "reason 1"), (ended, None, None)]
+        provider_work.charge_failure(conn, {(one, second.attempt): ("code_2", "reason 2")})
+        assert rows_of(conn, ERRORS)[0] == (one, "code_2", "reason 2")
+
+
+def test_a_new_attempt_does_not_inherit_the_failure_of_the_one_before(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    one = enqueue(client, "text", collection="docs")
+    charged = "SELECT attempt - max_attempts FROM chunk_batches"
+    with db.begin() as conn:
+        batch = add_provider_batch(conn, small)
+        at_first = one_of(conn, charged)
+        begin(conn, one, batch)
+        provider_work.charge_failure(conn, {(one, 1): ("server_error", "Sorry.")})
+        close(conn, batch)
+        assert provider_work.settle(conn, small, [one])
+        assert one_of(conn, charged) == at_first + 1
+        conn.execute(sa.text("UPDATE chunk_batches SET not_before = now()"))
+
+        second = add_provider_batch(conn, small)  # it expires: at no cost
+        begin(conn, one, second)
+        close(conn, second)
+        assert provider_work.settle(conn, small, [one])
+
+        assert one_of(conn, charged) == at_first + 1
+        outcomes = rows_of(conn, "SELECT attempt, outcome FROM usage ORDER BY attempt")
+        assert outcomes == [(1, "failed"), (2, "released")]
+
+
+def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    refused, own = (enqueue(client, "shared", name, collection=name) for name in ("refused", "own"))
+    with db.begin() as conn:
+        bury(conn, waiting(conn, refused).job_id, "shared")
+        bury(conn, waiting(conn, own).job_id, "own")
+
+        sent = [set(provider_work.missing_texts(conn, small, waiting(conn, each)).values()) for each in (refused, own)]
+        assert sent == [{"refused"}, {"shared"}]
+
+
+def test_a_content_that_is_dead_in_another_job_is_not_settled_for_this_one(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    refused, own = (enqueue(client, "shared", collection=name) for name in ("refused", "own"))
+    with db.begin() as conn:
+        batch = add_provider_batch(conn, small)
+        for each in (refused, own):
+            begin(conn, each, batch)
+        bury(conn, waiting(conn, refused).job_id, "shared")
+        close(conn, batch)
+
+        provider_work.settle(conn, small, [refused, own])
+
+        assert rows_of(conn, "SELECT state FROM chunk_batches ORDER BY id") == [("completed",), ("available",)]
+
+
+def test_a_chunk_batch_is_settled_once_all_its_own_provider_batches_are_through(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    both, second_only, neither = (enqueue(client, name, collection=name) for name in ("both", "second", "neither"))
+    with db.begin() as conn:
+        first, second, others = (add_provider_batch(conn, small) for _ in range(3))
+        begin(conn, both, first, second)
+        begin(conn, second_only, second)
+        begin(conn, neither, others)
+
+        def ready() -> list[int]:
+            found = [chunk_batch for _, chunk_batch in provider_work.ready_to_settle(conn, limit=10)]
+            settled = "SELECT count(*) FROM chunk_batches WHERE state <> 'running'"
+            before = one_of(conn, settled)
+            conn.execute(sa.text("SAVEPOINT looked"))
+            provider_work.settle(conn, small, [both, second_only, neither])
+            assert one_of(conn, settled) - before == len(found)
+            conn.execute(sa.text("ROLLBACK TO SAVEPOINT looked"))
+            return found
+
+        assert ready() == []
+        close(conn, first)
+        assert ready() == []
+        conn.execute(sa.text("UPDATE provider_batches SET state = 'cleaning' WHERE id = :id"), {"id": second})
+        assert ready() == [both, second_only]
+        close(conn, second, others)
+        assert ready() == [both, second_only, neither]
+
+
+def test_a_batch_that_is_given_up_discards_only_what_waits_for_it(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    """A member may be with a worker by now, or over."""
+    given_up, other, with_a_worker, over = (
+        enqueue(client, name, collection=name) for name in ("given-up", "other", "worker", "over")
+    )
+    with db.begin() as conn:
+        batch, another = (add_provider_batch(conn, small) for _ in range(2))
+        for each in (given_up, with_a_worker, over):
+            begin(conn, each, batch)
+        begin(conn, other, another)
+        conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() WHERE id = :id"), {"id": with_a_worker})
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'cancelled' WHERE id = :id"), {"id": over})
+
+        provider_work.discard(conn, provider_work.members(conn, batch), code="model_not_found", reason="No such model.")
+
+        assert rows_of(conn, "SELECT state, error_code FROM chunk_batches ORDER BY id") == [
+            ("discarded", "model_not_found"), ("running", None), ("running", None), ("cancelled", None),
+        ]  # fmt: skip
+        ended = "SELECT chunk_batch_id, outcome FROM usage WHERE outcome IS NOT NULL"
+        assert rows_of(conn, ended) == [(given_up, "failed")]
+
+
+def test_contents_are_dead_in_the_jobs_that_brought_them(client: Client, db: sa.Engine, small: spaces.Space) -> None:
+    one, other = (enqueue(client, "shared", name, collection=name) for name in ("one", "other"))
+    with db.begin() as conn:
+        batch = add_provider_batch(conn, small)
+        jobs = {}
+        for chunk_batch, texts in ((one, ("shared", "one")), (other, ("other",))):
+            lease = begin(conn, chunk_batch, batch)
+            jobs[chunk_batch] = lease.job_id
+            hashes = [hash_of(conn, text) for text in texts]
+            facts = {"chunk_batch_id": lease.chunk_batch_id, "attempt": lease.attempt, "job_id": lease.job_id}
+            add_inputs(conn, small, batch, hashes, **facts)
+        in_flight = provider_inputs.remove_all(conn, batch)
+
+        provider_work.bury_in_flight(conn, [(each, "refused", "No such text.") for each in in_flight])
+
+        dead = rows_of(conn, "SELECT job_id, chunk_id FROM dead_chunks ORDER BY 1, 2")
+        assert dead == [(jobs[one], "one-0"), (jobs[one], "one-1"), (jobs[other], "other-1")]
