@@ -47,6 +47,7 @@ NO_ANSWER: dict[str, Callable[[OpenAIServer, bool], object]] = {
     "cut": lambda server, applied: server.misbehave("cut", where=CREATE, applied=applied),
     "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=1.0),
     "500": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied),
+    "409": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied, status=409),
 }
 
 

@@ -164,6 +164,27 @@ def test_dead_chunks_are_retried_in_the_jobs_lane(make: Make, db: sa.Engine) -> 
     assert routes(db, job.id) == {("openai", "completed"): 1, ("openai", "available"): 1}
 
 
+def test_a_local_worker_of_another_database_serves_no_job_of_this_one(
+    make: Make, db: sa.Engine, twins: Settings
+) -> None:
+    client = make(openai_models=twins.openai_models)
+    elsewhere = sa.make_url(twins.require_database_url()).set(database="postgres")
+    others = create_db(elsewhere.render_as_string(hide_password=False), role="worker")
+    own = create_db(twins.require_database_url(), role="worker")
+    try:
+        with others.connect():
+            assert routes(db, client.enqueue(texts(1), collection="docs", deadline=LONG).id) == {
+                ("openai", "available"): 1
+            }
+            with own.connect():
+                assert routes(db, client.enqueue(texts(1, "more"), collection="docs", deadline=LONG).id) == {
+                    ("local", "available"): 1
+                }
+    finally:
+        others.dispose()
+        own.dispose()
+
+
 # Moving
 
 

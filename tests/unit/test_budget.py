@@ -20,18 +20,22 @@ def test_headroom_is_what_is_neither_spent_nor_committed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spent", "committed", "limit", "used_up", "percent"),
+    ("spent", "committed", "limit", "used_up", "exceeded", "percent"),
     [
-        ("9.99", "0", "10", False, 99),
-        ("9.99", "0.01", "10", True, 100),
-        ("10", "0", "10", True, 100),
-        ("0", "0", "0", True, 100),
-        ("99", "99", None, False, None),
+        ("9.99", "0", "10", False, False, 99),
+        ("9.9999999", "0", "10", False, False, 99),
+        ("9.99", "0.01", "10", True, False, 100),  # what just fits is not too much
+        ("9.99", "0.0100000001", "10", True, True, 100),
+        ("10", "0", "10", True, False, 100),
+        ("0", "0", "0", True, False, 100),
+        ("99", "99", None, False, False, None),
     ],
 )
-def test_when_it_is_used_up(spent: str, committed: str, limit: str | None, used_up: bool, percent: int | None) -> None:
+def test_when_it_is_used_up_and_when_exceeded(
+    spent: str, committed: str, limit: str | None, used_up: bool, exceeded: bool, percent: int | None
+) -> None:
     given = budget(spent, committed, limit)
-    assert (given.is_used_up, given.percent) == (used_up, percent)
+    assert (given.is_used_up, given.is_exceeded, given.percent) == (used_up, exceeded, percent)
 
 
 def test_a_month_ends_with_the_first_of_the_next() -> None:

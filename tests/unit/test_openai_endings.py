@@ -240,6 +240,8 @@ def test_what_concerns_the_most_decides() -> None:
         (None, "unknown_error", RetryCharged, RetryCharged),
         (200, "http_200", RetryCharged, RetryCharged),
         (408, "timeout", RetryCharged, RetryCharged),
+        (409, "conflict", RetryCharged, RetryCharged),
+        (425, "http_425", RetryCharged, RetryCharged),
         (500, "server_error", RetryCharged, RetryCharged),
         (503, "http_503", RetryCharged, RetryCharged),
         (400, "max_tokens_per_request", Alone, Dead),

@@ -79,6 +79,8 @@ def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
         ([local], None, LOCAL, "the only lane that serves the space"),
         ([batch, sync], None, BATCH, "openai at 0.010 USD per million tokens, openai-sync at 0.020"),
         ([batch, sync], 25, BATCH, "the cheapest"),
+        ([batch, sync], 24, BATCH, "the cheapest"),  # it takes 24 hours at most
+        ([batch, sync], 23.999, SYNC, "the only one left.*openai is out: it takes up to 24 h"),
         ([batch, sync], 23, SYNC, "the only one left.*openai is out: it takes up to 24 h, and the deadline is in 23 h"),
         ([replace(batch, stopped="stopped (insufficient_quota)"), sync], None, SYNC, "openai is out: stopped .insuff"),
         ([local, batch, sync], None, LOCAL, "local without a known price"),
