@@ -299,6 +299,10 @@ def test_an_estimate_counts_what_would_be_sent_and_writes_nothing(
     add_vectors(db, space, texts[:7])
     flying = [hash_of(text) for text in texts[7:10]]
     put_in_flight(db, space, hashes=flying, tokens=6, batch=True)
+    with db.begin() as conn:  # what another space has or waits for is no vector of this one
+        other = spaces.register(conn, client._settings.provider_models[SMALL].space(OnLong.TRUNCATE, 256))
+    add_vectors(db, other, texts[10:12])
+    put_in_flight(db, other, hashes=[hash_of(text) for text in texts[12:14]], tokens=6, batch=False)
     tables = ("jobs", "collections", "contents", "chunks", "chunk_batches", "spaces")
     before = [rows(table) for table in tables]
     told = client.estimate(((f"{n}-{i}", t) for n in range(3) for i, t in enumerate(texts)), model=SMALL)
@@ -361,6 +365,16 @@ def test_the_local_lane_is_estimated_from_what_was_measured(make: Make, db: sa.E
     before = client.estimate([("b", "some other text")]).chosen
     assert (before.usd, before.unknown and "their speed is not known" in before.unknown) == (None, True)
     book_local_work(db, client, tokens=1_000_000, seconds=1800)
+    other = client.enqueue([("c", "of another space")], collection="split", on_long="split")
+    with db.begin() as conn:
+        conn.execute(
+            sa.text(
+                "INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens, "
+                "engine_seconds) SELECT id, 1, job_id, space_id, 'local', 'w', 5, 1000, 9000 FROM chunk_batches "
+                "WHERE job_id = :id"
+            ),
+            {"id": other.id},
+        )
     lane = client.estimate([("b", "some other text")]).chosen
     assert lane.tokens == 5  # with the model's own tokenizer: [CLS] some other text [SEP]
     assert lane.seconds == pytest.approx(5 * 1800 / 1_000_000)
