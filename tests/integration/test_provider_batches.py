@@ -111,6 +111,28 @@ def test_a_step_that_is_not_due_is_neither_rung_for_nor_taken(db: sa.Engine, sma
         assert rung(conn) == set()  # its bell is on its way
 
 
+def test_a_step_is_rung_for_again_if_nobody_came_or_its_worker_died(db: sa.Engine, small: spaces.Space) -> None:
+    with db.begin() as conn:
+        unheard, held, dead = (add_provider_batch(conn, small) for _ in range(3))
+        claimed(conn, held)
+        claimed(conn, dead)
+        seconds_ago = "UPDATE provider_batches SET {} = now() - interval '{} s' WHERE id = :id"
+        conn.execute(sa.text(seconds_ago.format("lease_until", 1)), {"id": dead})
+        conn.execute(sa.text(seconds_ago.format("rung_at", 60)), {"id": unheard})
+        assert rung(conn) == {dead}
+        conn.execute(sa.text(seconds_ago.format("rung_at", 61)), {"id": unheard})
+        assert rung(conn) == {unheard}
+
+
+def test_the_steps_that_are_due_for_the_longest_are_rung_for_first(db: sa.Engine, small: spaces.Space) -> None:
+    with db.begin() as conn:
+        batches = {
+            add_provider_batch(conn, small, not_before=sa.text(f"now() - interval '{n} minutes'")): n for n in (1, 3, 2)
+        }
+        bells = provider_batches.take_due(conn, repair_seconds=60, limit=2)
+        assert {batches[bell.provider_batch_id] for bell in bells} == {3, 2}
+
+
 # Leases
 
 

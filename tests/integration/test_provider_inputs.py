@@ -96,6 +96,25 @@ def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: space
         assert carriers(conn, small) == {C: second, D: None}
 
 
+def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
+    db: sa.Engine, small: spaces.Space, large: spaces.Space
+) -> None:
+    """Another ProviderBatch has requests of the same numbers."""
+    with db.begin() as conn:
+        first, second = (add_provider_batch(conn, space) for space in (small, large))
+        add_inputs(conn, small, first, [bytes([n]) * 32 for n in range(5)])
+        add_inputs(conn, large, second, [bytes([n]) * 32 for n in range(10, 15)])
+
+        def sliced(batch: int, after: int, limit: int) -> list[int]:
+            found = provider_inputs.slice_of(conn, batch, after=after, limit=limit)
+            return [each.content_hash[0] for each in found]
+
+        assert [sliced(first, after, 2) for after in (-1, 1, 3, 5)] == [[0, 1], [2, 3], [4], []]
+        assert [sliced(second, after, 5) for after in (-1, 4)] == [[10, 11, 12, 13, 14], []]
+        asked = provider_inputs.of_requests(conn, second, [0, 4, 5])
+        assert {n: [each.content_hash[0] for each in rows] for n, rows in asked.items()} == {0: [10], 4: [14]}
+
+
 def test_texts_that_were_deleted_leave_their_own_provider_batch(db: sa.Engine, small: spaces.Space) -> None:
     with db.begin() as conn:
         first, second = (add_provider_batch(conn, small) for _ in range(2))

@@ -30,10 +30,10 @@ def one_of(conn: sa.Connection, query: str, **facts: Any) -> Any:
     return conn.execute(sa.text(query), facts).scalar_one()
 
 
-def enqueue(client: Client, *texts: str, collection: str) -> int:
+def enqueue(client: Client, *texts: str, collection: str, **more: Any) -> int:
     """The id of a new job's one ChunkBatch."""
     chunks = [(f"{collection}-{i}", text) for i, text in enumerate(texts)]
-    job = client.enqueue(chunks, collection=collection, model=SMALL, route="openai")
+    job = client.enqueue(chunks, **{"collection": collection, "model": SMALL, "route": "openai", **more})
     with client._db.begin() as conn:
         return int(one_of(conn, "SELECT id FROM chunk_batches WHERE job_id = :id", id=job.id))
 
@@ -132,6 +132,34 @@ def test_a_new_attempt_does_not_inherit_the_failure_of_the_one_before(
         assert one_of(conn, charged) == at_first + 1
         outcomes = rows_of(conn, "SELECT attempt, outcome FROM usage ORDER BY attempt")
         assert outcomes == [(1, "failed"), (2, "released")]
+
+
+def test_what_waits_for_a_provider_batch_is_found_job_by_job(
+    client: Client, db: sa.Engine, small: spaces.Space
+) -> None:
+    """What another lane, a bell or a later moment has is left alone, and so is another space."""
+    low, plain, high = (
+        enqueue(client, f"{name} a", f"{name} b", collection=name, **more)
+        for name, more in (("low", {"priority": "low"}), ("plain", {"route": "openai-sync"}), ("high", {}))
+    )
+    enqueue(client, "text", collection="other", dimensions=256)
+    with db.begin() as conn:
+        jobs = provider_work.open_jobs(conn, small)
+        assert [job.id for job in jobs] == [waiting(conn, high).job_id, waiting(conn, low).job_id]
+
+        def found() -> list[list[int]]:
+            return [[each.id for each in provider_work.take_waiting(conn, small, job, limit=8)] for job in jobs]
+
+        assert found() == [[high], [low]]
+        provider_work.cut(conn, waiting(conn, high), 1)
+        rest = one_of(conn, "SELECT max(id) FROM chunk_batches")
+        assert found() == [[high, rest], [low]]
+        parts = [waiting(conn, each).hashes for each in (high, rest)]
+        assert sorted(parts) == sorted((hash_of(conn, f"high {name}"),) for name in ("a", "b"))
+        provider_work.postpone(conn, waiting(conn, high), delay_s=60)
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = now() WHERE id = :id"), {"id": low})
+        assert found() == [[rest], []]
+        assert plain not in (high, low, rest)
 
 
 def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
