@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,22 @@ def test_what_was_embedded_twice_is_counted(
     assert COUNTS.total(m.RECOMPUTED) - recomputed == 2
     booked = execute(db, "SELECT contents, recomputed FROM usage ORDER BY chunk_batch_id")
     assert booked == [(2, 0), (1, 2)]
+
+
+def test_what_a_kill_could_cost_counts_what_is_on_the_device(
+    client: Client, context: WorkerContext, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.enqueue([("a", "one"), ("b", "two"), ("c", "three")], collection="docs")
+    hear_canary(context)
+    real_stream = Engine.stream
+
+    def more_under_way(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
+        for result in real_stream(self, *args, **kwargs):
+            yield dataclasses.replace(result, under_way=5)
+
+    monkeypatch.setattr(Engine, "stream", more_under_way)
+    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert execute(db, "SELECT contents, at_risk FROM usage") == [(3, 3 + 5)]
 
 
 @pytest.mark.parametrize(

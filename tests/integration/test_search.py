@@ -79,7 +79,14 @@ def test_what_the_index_does_not_give_is_looked_for_exactly(client: Client, db: 
     embed(db, {f"small {i}": (1, 0, 0) if i < near else (1, 9, i) for i in range(20)})
     assert client.index("big").valid
     with db.begin() as conn:
-        conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET hnsw.max_scan_tuples = 100"))
+        # Few rows for the planner, which would not look at the index by itself, and many for the index.
+        for setting in (
+            "hnsw.max_scan_tuples = 100",
+            "enable_seqscan = off",
+            "enable_bitmapscan = off",
+            "enable_sort = off",
+        ):
+            conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET {setting}"))
     client._db.dispose()
     found = client.search(vector(1), collection="small", k=10)
     assert [hit.chunk_id for hit in found] == [f"small-{i:02}" for i in range(10)]
