@@ -36,7 +36,9 @@ def write_vectors(
             f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
         )
     half = space.storage == "halfvec"
-    if not np.isfinite(vectors.astype(np.float16) if half else vectors).all():
+    with np.errstate(over="ignore"):  # what is too large for half precision becomes infinite, and is refused
+        stored = vectors.astype(np.float16) if half else vectors
+    if not np.isfinite(stored).all():
         raise EngineError("a vector is not finite; nothing of this write was kept.")
     if not len(hashes):
         return 0

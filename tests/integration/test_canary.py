@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
@@ -172,6 +173,26 @@ def test_each_space_of_a_model_has_its_own_reference(context: WorkerContext, run
     assert split is not None
     differ = [bool(abs(a - b).max() > 1e-3) for a, b in zip(cut.vectors, split.vectors, strict=True)]
     assert differ == (cut.n_tokens > 256).tolist()  # as the space stores them: in windows, where the text is long
+
+
+def test_a_reference_is_kept_and_forgotten_by_space_and_version(db: sa.Engine) -> None:
+    def canary(value: float) -> canaries.Canary:
+        maker = canaries.Maker(f"worker-{value}", "cpu", "float32", {})
+        return canaries.Canary(np.full((2, 8), value, np.float32), np.array([3, 5], np.int32), maker)
+
+    def kept(conn: sa.Connection, space_id: int, version: int) -> float:
+        return float(canaries.find_or_keep(conn, space_id, version, canary(-1.0)).vectors[0, 0])
+
+    with db.begin() as conn:
+        spec = resolve_spec("all-MiniLM-L6-v2")
+        one, two = (spaces.register(conn, dataclasses.replace(spec, revision=f"sha256:{i}")).id for i in range(2))
+        for value, (space_id, version) in enumerate([(one, 7), (one, 8), (two, 7)]):
+            canaries.find_or_keep(conn, space_id, version, canary(value))
+        assert [kept(conn, *of) for of in ((one, 7), (one, 8), (two, 7))] == [0.0, 1.0, 2.0]
+        assert canaries.forget(conn, one) == 2
+        assert [(reference.space_id, reference.version) for reference in canaries.all_kept(conn)] == [(two, 7)]
+        assert kept(conn, one, 7) == -1.0  # the next worker's
+        assert kept(conn, two, 7) == 2.0
 
 
 def test_a_drifting_tokenizer_is_named(space: Space, restarted: WorkerContext, db: sa.Engine) -> None:

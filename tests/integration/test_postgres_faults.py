@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from app.client import Client
-from app.db.connect import create_db
+from app.db.connect import create_db, raw
 from app.db.retry import is_transient, transact
 from app.domain.states import JobState
 from app.settings import Settings
@@ -133,6 +133,15 @@ def test_what_does_not_pass_is_charged_and_said(context: WorkerContext, client: 
     assert (state, attempt, most) == ("available", 1, 5)
     assert "CheckViolation" in error
     assert "subject" not in error  # no text, not even in the database's words
+
+
+def test_a_lost_network_is_noticed_before_a_lease_is_over(db: sa.Engine) -> None:
+    """What libpq was told: the probes of an idle connection in seconds, the wait for an answer in milliseconds."""
+    with db.connect() as conn:
+        told = {name: int(value) for name, value in raw(conn).info.get_parameters().items() if value.isdigit()}
+    probed = told["keepalives_idle"] + told["keepalives_interval"] * told["keepalives_count"]
+    assert probed == told["tcp_user_timeout"] / 1000 < Settings.model_fields["lease_seconds"].default
+    assert probed > 5  # a network may hiccup
 
 
 def test_a_worker_that_leaves_does_not_wait_for_postgres(settings: Settings, engines: Engines) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,6 @@ from app import Client, InvalidInput, NotFound
 from app.broker import Broker
 from app.cli.__main__ import cli
 from app.client import Client as ClientClass
-from app.db import spaces
 from app.db.connect import alembic_config, create_db
 from app.domain.retention import Amount, Pruned
 from app.domain.states import Route
@@ -28,6 +27,7 @@ from app.ledger import charges
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE, until
 from workers.context import WorkerContext
 from workers.pipeline import run_chunk_batch
 
@@ -396,29 +396,41 @@ def test_nothing_is_lost_while_producers_and_workers_run(
                            "WHERE c.content_hash = k.content_hash)")  # fmt: skip
 
 
-def test_an_enqueue_that_is_about_to_refer_to_a_text_comes_first(
-    settings: Settings, client: Client, db: sa.Engine, runner: Runner
-) -> None:
+def test_an_enqueue_that_is_about_to_refer_to_a_text_comes_first(client: Client, db: sa.Engine, runner: Runner) -> None:
     """Its window is open while the prune, which has found the text unreferenced, comes to its slice."""
     finished(runner, "docs", {"a": "wanted again"})
     finished(runner, "docs", {"a": "something else"})
-    with db.connect() as window, ThreadPoolExecutor(1) as threads:
-        window.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": spaces.DELETE_LOCK})
-        pruning = threads.submit(client.prune, 0)
-        waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        deadline = time.monotonic() + 30
-        while not execute(db, waiting):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        window.execute(
-            sa.text(
-                "INSERT INTO chunks SELECT collection_id, 'b', content_hash, '{}', job_id FROM ("
-                "SELECT c.collection_id, t.content_hash, c.job_id FROM chunks c, contents t "
-                "WHERE t.text = 'wanted again') x"
-            )
+    opened, go_on = threading.Event(), threading.Event()
+
+    def stream() -> Iterator[tuple[str, str]]:
+        opened.set()  # the job is there, and its window is not
+        assert go_on.wait(PATIENCE)
+        yield "b", "wanted again"
+
+    def waiting(kind: str, *, mode: str) -> list[Any]:
+        return execute(
+            db,
+            "SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.locktype = :kind AND NOT l.granted "
+            "AND l.mode = :mode AND a.datname = current_database()",
+            kind=kind,
+            mode=mode,
         )
-        window.commit()
-        assert gone(pruning.result(30)) == {}
+
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            enqueueing = threads.submit(client.enqueue, stream(), collection="docs", on_invalid="skip")
+            assert opened.wait(PATIENCE)
+            with db.begin() as holder:
+                holder.execute(sa.text("SELECT FROM jobs WHERE state = 'enqueueing' FOR UPDATE"))
+                go_on.set()
+                until(lambda: enqueueing.done() or waiting("transactionid", mode="ShareLock"))  # in its window
+                pruning = threads.submit(client.prune, 0)
+                until(lambda: pruning.done() or waiting("advisory", mode="ExclusiveLock"))
+                assert not pruning.done(), "it did not wait for the enqueue"
+            assert enqueueing.result(PATIENCE).cached == 1
+            assert gone(pruning.result(PATIENCE)) == {}
+        finally:
+            go_on.set()
     assert client.audit("docs").complete
     assert client.audit("docs").chunks == 2
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.chunks import MAX_ID_BYTES, Chunk, content_hash, prepare, prepare_or_skip
+from app.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk, content_hash, prepare, prepare_or_skip
 from app.errors import InvalidChunk
 
 REFUSED = [
@@ -43,6 +43,19 @@ def test_a_bad_chunk_is_named_with_what_to_do(item: object, reason: str) -> None
     assert "position 41" in message
     assert 'on_invalid="skip"' in message
     message.encode()  # whatever was wrong with the id, the message itself can be printed and stored
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "漢", "🧪"])
+def test_the_limits_are_in_bytes_and_what_just_fits_is_taken(letter: str) -> None:
+    size = len(letter.encode())
+    name, text = letter * (MAX_ID_BYTES // size), letter * (MAX_TEXT_BYTES // size)
+    assert prepare((name, text), 0).text == text.encode()
+    with pytest.raises(InvalidChunk) as caught:
+        prepare((name + letter, text), 0)
+    assert caught.value.reason == "id_too_long"
+    with pytest.raises(InvalidChunk) as caught:
+        prepare((name, text + letter), 0)
+    assert caught.value.reason == "text_too_long"
 
 
 @pytest.mark.parametrize("item", [Chunk("a", "text"), ("a", "text"), ["a", "text"], {"id": "a", "text": "text"}])
