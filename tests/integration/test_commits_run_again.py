@@ -1,7 +1,7 @@
 """A commit whose answer was lost is run again, whatever it does: nothing is counted, charged or written twice.
 
-Each story runs once undisturbed and once for each of its commits, whose first two transactions are each committed twice.
-Jobs, vectors, books and charges must come out the same.
+Each story runs once undisturbed and once for each of its commits: the first two transactions of that name are each
+committed twice. Jobs, vectors, books and charges must come out the same.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def test_a_commit_of_a_local_worker_that_is_run_again_changes_nothing(
         account = tuple(
             conn.execute(
                 sa.text(
-                    "SELECT sum(contents), sum(recomputed), sum(tokens), count(*) FILTER (WHERE outcome = 'completed'), "
-                    "count(*) FILTER (WHERE outcome = 'failed') FROM usage"
+                    "SELECT sum(contents), sum(recomputed), sum(tokens), "
+                    "count(*) FILTER (WHERE outcome = 'completed'), count(*) FILTER (WHERE outcome = 'failed') FROM usage"
                 )
             ).one()
         )
