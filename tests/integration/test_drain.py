@@ -66,7 +66,9 @@ def test_a_worker_that_hangs_gives_back_what_it_holds_and_nothing_else(
     owners = (context.name, "another worker")
     leases, steps = [], []
     for number, owner in enumerate(owners):
-        job = client.enqueue([("a", f"text of {owner}")], collection=f"docs {number}", dimensions=(256, 128)[number])
+        job = client.enqueue(
+            [("a", f"text of {owner}")], collection=f"docs {number}", on_long=("truncate", "split")[number]
+        )
         with context.db.begin() as conn:
             query = sa.text("SELECT id, space_id FROM chunk_batches WHERE job_id = :job")
             chunk_batch = conn.execute(query, {"job": job.id}).one()

@@ -96,7 +96,8 @@ def test_a_commit_of_a_local_worker_that_is_run_again_changes_nothing(
             conn.execute(
                 sa.text(
                     "SELECT sum(contents), sum(recomputed), sum(tokens), "
-                    "count(*) FILTER (WHERE outcome = 'completed'), count(*) FILTER (WHERE outcome = 'failed') FROM usage"
+                    "count(*) FILTER (WHERE outcome = 'completed'), "
+                    "count(*) FILTER (WHERE outcome = 'failed') FROM usage"
                 )
             ).one()
         )

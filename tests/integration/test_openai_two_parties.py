@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from app.embedded import StackStatus
 from app.errors import ProviderSilent
+from app.ledger import provider_batches
 from app.openai_batch.http import Provider
 from app.settings import Settings
 from app.vectors.delete import delete_some
@@ -21,6 +22,7 @@ from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer
 from tests.waiting import PATIENCE, until
 from workers.provider.context import ProviderContext
+from workers.provider.keeper import StepKeeper
 from workers.provider.plain import request_chunk_batch
 from workers.provider.waiting import WaitingLane
 
@@ -347,3 +349,50 @@ def test_a_plain_request_has_a_key_of_its_contents_and_its_space(
 
     assert len(keys) == 2 and len(set(keys)) == 1
     assert len(others) == 1 and others != keys[:1]
+
+
+# What the poller and the keeper of leases do for others
+
+
+def test_what_no_step_has_settled_is_settled_in_its_own_space(
+    stage: Scene, settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
+) -> None:
+    """Workers were killed after the vectors of ChunkBatches of two spaces were written."""
+    stage.finish(stage.enqueue(stage.texts(3)))
+    with scene(settings, server, request, embedding_dimensions=16) as wider:
+        wider.finish(wider.enqueue(wider.texts(3, first=10), collection="wider"))
+    with stage.corridor.db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'running', finished_at = NULL, n_embedded = 0"))
+
+    stage.corridor.poller.round()
+
+    rows = stage.corridor.rows("SELECT state, n_embedded FROM chunk_batches ORDER BY id")
+    assert rows == [{"state": "completed", "n_embedded": 3}] * 2
+
+
+def test_a_step_keeps_its_lease_though_one_renewal_failed(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.enqueue(stage.texts(3))
+    stage.corridor.poller.round()
+    with stage.corridor.db.begin() as conn:
+        [number] = conn.execute(sa.text("SELECT id FROM provider_batches")).scalars()
+        step = provider_batches.claim_if_due(conn, number, owner="somebody", lease_seconds=3600.0, server="here")
+    assert step is not None
+    renew = provider_batches.renew_if_held
+    failures: list[str] = []
+
+    def fails_once(*given: Any, **more: Any) -> set[int]:
+        if not failures:
+            failures.append("once")
+            raise sa.exc.TimeoutError("no connection came free")
+        return renew(*given, **more)
+
+    monkeypatch.setattr(provider_batches, "renew_if_held", fails_once)
+    keeper = StepKeeper(stage.corridor.db, 0.3)
+    keeper.start()
+    try:
+        with keeper.holding(step):
+            soon = "SELECT lease_until < now() + interval '30 minutes' FROM provider_batches"
+            until(lambda: stage.corridor.one(soon), lambda: "the lease was not renewed")
+    finally:
+        keeper.stop()
+    assert failures
