@@ -22,6 +22,7 @@ from app.settings import Settings
 from tests.conftest import fresh_settings
 from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer
+from workers.provider.collect import DOWNLOADS
 from workers.provider.context import ProviderContext
 
 ROOT = Path(__file__).parents[2]
@@ -101,9 +102,14 @@ STORIES = {
     "a model that is not there": Story(
         ("give up",), lambda server: server.misbehave("fail_validation", code="model_not_found")
     ),
+    "a batch that is not found for a while": Story(
+        ("not found",), lambda server: server.misbehave("http_error", times=4, status=404, where=RETRIEVE)
+    ),
     "a batch that vanished": Story(
-        ("not found", "vanished"),
-        lambda server: server.misbehave("http_error", times=5, status=404, message="No batch.", where=RETRIEVE),
+        ("vanished",), lambda server: server.misbehave("http_error", times=5, status=404, where=RETRIEVE)
+    ),
+    "a download that ends early": Story(
+        ("release a step",), lambda server: server.misbehave("truncated", times=DOWNLOADS - 1, fraction=0.6)
     ),
     "a batch that fails validation": Story(
         ("send again", "halve", "bury"),
