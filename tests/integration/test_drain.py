@@ -12,7 +12,7 @@ from app.client import Client
 from app.ledger import chunk_batches, provider_batches, usage
 from tests.waiting import PATIENCE
 from workers.context import WorkerContext
-from workers.drain import Drain, Leaver
+from workers.drain import SECOND_TIME, Drain, Leaver, with_last_words
 
 
 def test_the_handler_takes_no_lock_and_logs_nothing(
@@ -117,3 +117,36 @@ def drain_to_the_end(contexts: list[Leaver], monkeypatch: pytest.MonkeyPatch) ->
     drain.begin()
     thread.join(PATIENCE)
     assert not thread.is_alive()
+
+
+def test_the_last_words_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postgres may be what hangs."""
+    monkeypatch.setattr("workers.drain.LAST_WORDS_S", 0.0)
+    answered, returned = threading.Event(), threading.Event()
+
+    def leave_a_message() -> None:
+        with_last_words(lambda: answered.wait(PATIENCE) and None)
+        returned.set()
+
+    threading.Thread(target=leave_a_message, daemon=True).start()
+    try:
+        assert returned.wait(PATIENCE / 2)
+    finally:
+        answered.set()
+
+
+def test_the_third_signal_after_a_notice_ends_the_worker_at_once(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is the notice's own, the second is the platform's for the same end, the third is an operator's."""
+    left: list[int] = []
+    monkeypatch.setattr("workers.drain.leave", left.append)
+    monkeypatch.setattr("workers.drain.LIMIT_S", PATIENCE)
+    drain = Drain([context])
+    monkeypatch.setattr("workers.drain.os.kill", lambda process, number: drain.begin())
+
+    drain.tell_itself()
+    drain.begin()
+    assert left == []
+    drain.begin()
+    assert left == [SECOND_TIME]

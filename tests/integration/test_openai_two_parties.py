@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from app.domain.states import Route
 from app.embedded import StackStatus
 from app.errors import ProviderSilent
-from app.ledger import provider_batches
+from app.ledger import chunk_batches, provider_batches
+from app.ledger.deaths import take_back_expired
 from app.openai_batch.http import Provider
 from app.settings import Settings
 from app.vectors.delete import delete_some
@@ -24,6 +26,7 @@ from tests.waiting import PATIENCE, until
 from workers.provider.context import ProviderContext
 from workers.provider.keeper import StepKeeper
 from workers.provider.plain import request_chunk_batch
+from workers.provider.plain_attempt import PlainAttempt
 from workers.provider.waiting import WaitingLane
 
 N = 6
@@ -286,23 +289,23 @@ def test_what_was_read_before_a_download_broke_off_is_kept(stage: Scene, server:
 
 def test_the_file_of_an_upload_without_an_answer_is_deleted_and_no_other(stage: Scene, elsewhere: Scene) -> None:
     """Two databases lost the answer to an upload, each of its ProviderBatch number 1. One of the jobs is cancelled."""
-    jobs = []
+    jobs, before = [], uploaded(stage)
     for place in (elsewhere, stage):
         stage.server.misbehave("cut", where=UPLOAD, applied=True)
         jobs.append(place.enqueue(place.texts(N)))
         place.run_until(lambda place=place: place.corridor.rows("SELECT FROM provider_batches WHERE failures = 1"))
     [theirs], [ours] = elsewhere.corridor.batches(), stage.corridor.batches()
     assert (ours["id"], ours["space_id"]) == (theirs["id"], theirs["space_id"])
-    assert len(uploaded(stage)) == 2
+    assert len(uploaded(stage)) == len(before) + 2
 
     stage.corridor.client.cancel(jobs[1].id)
     stage.finish(jobs[1])
 
-    [left] = uploaded(stage)
+    [left] = [name for name in uploaded(stage) if name not in before]
     assert theirs["token"] in left
     [job] = elsewhere.finish(jobs[0])
     assert job.state == "completed"
-    assert uploaded(stage) == []
+    assert uploaded(stage) == before
 
 
 def uploaded(stage: Scene) -> list[str]:
@@ -334,6 +337,11 @@ def test_a_question_has_a_key_that_no_other_database_has(stage: Scene, elsewhere
 
     assert len(keys[0]) == len(keys[1]) == 1
     assert keys[0] != keys[1]
+    for place in (stage, elsewhere):
+        booked = place.corridor.rows(
+            "SELECT job_id, contents, sum(usd) * 1000000 / sum(tokens) AS usd FROM charges GROUP BY 1, 2"
+        )
+        assert [(row["job_id"], row["contents"], float(row["usd"])) for row in booked] == [(0, 1, 0.02)]
 
 
 def test_a_plain_request_has_a_key_of_its_contents_and_its_space(
@@ -396,3 +404,29 @@ def test_a_step_keeps_its_lease_though_one_renewal_failed(stage: Scene, monkeypa
     finally:
         keeper.stop()
     assert failures
+
+
+def test_an_attempt_that_was_taken_back_keeps_its_end_on_record(stage: Scene) -> None:
+    """Its worker was silent for longer than its lease, and gives the ChunkBatch back when it wakes up."""
+    context = stage.corridor.context
+    stage.enqueue(stage.texts(3), route="openai-sync")
+    stage.enqueue(stage.texts(3, first=10), route="openai-sync", collection="other")
+    attempts = []
+    with stage.corridor.db.begin() as conn:
+        for number in conn.execute(sa.text("SELECT id FROM chunk_batches ORDER BY id")).scalars().all():
+            lease = chunk_batches.claim_if_due(
+                conn, number, owner="somebody", lease_seconds=600.0, route=Route.OPENAI_SYNC
+            )
+            assert lease is not None
+            attempts.append(lease)
+    first, second = (PlainAttempt.open(context, lease) for lease in attempts)
+    with stage.corridor.db.begin() as conn:
+        over = "UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE id = :id"
+        conn.execute(sa.text(over), {"id": first.lease.chunk_batch_id})
+        take_back_expired(conn)
+
+    first.release()
+    second.release()
+
+    outcomes = stage.corridor.rows("SELECT outcome FROM usage ORDER BY chunk_batch_id")
+    assert [row["outcome"] for row in outcomes] == ["died", "released"]
