@@ -141,12 +141,17 @@ def test_the_third_signal_after_a_notice_ends_the_worker_at_once(
     """The first is the notice's own, the second is the platform's for the same end, the third is an operator's."""
     left: list[int] = []
     monkeypatch.setattr("workers.drain.leave", left.append)
-    monkeypatch.setattr("workers.drain.LIMIT_S", PATIENCE)
+    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
+    before = set(threading.enumerate())
     drain = Drain([context])
+    [thread] = set(threading.enumerate()) - before
     monkeypatch.setattr("workers.drain.os.kill", lambda process, number: drain.begin())
 
     drain.tell_itself()
+    thread.join(PATIENCE)  # else it would end this process after the test
+    assert not thread.is_alive()
+    assert left == [0]
     drain.begin()
-    assert left == []
+    assert left == [0]
     drain.begin()
-    assert left == [SECOND_TIME]
+    assert left == [0, SECOND_TIME]
