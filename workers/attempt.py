@@ -194,8 +194,7 @@ class Attempt:
                 recomputed=before.recomputed + len(written.hashes) - written.new,
             )
             ours = then(conn, written)
-            usage.book(conn, self.lease, booked, outcome if ours else None)
-            return ours, written, booked
+            return ours, written, usage.book(conn, self.lease, booked, outcome if ours else None)
 
         started = time.perf_counter()
         ours, written, self._usage = self._context.transact(run, what)

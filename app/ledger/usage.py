@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import sqlalchemy as sa
@@ -39,22 +39,25 @@ class Usage:
 
 def book(
     conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | None = None, evidence: str | None = None
-) -> None:
+) -> Usage:
     """Bring an attempt's account up to date; ``outcome`` closes it, with what was seen if it failed.
 
     The counts are totals under the key (ChunkBatch, attempt), so a transaction that is run again books nothing twice.
+    It also finds its own vectors there, and what it had booked as ``contents`` stays so: go on from what is returned.
     """
-    conn.execute(
+    row = conn.execute(
         sa.text(
             "INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens, "
             "engine_seconds, recomputed, at_risk, outcome, evidence, ended_at) VALUES (:chunk_batch, :attempt, :job, "
             ":space, :provider, :worker, :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), "
             ":evidence, CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END) "
-            "ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET contents = excluded.contents, "
-            "tokens = excluded.tokens, engine_seconds = excluded.engine_seconds, recomputed = excluded.recomputed, "
+            "ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET "
+            f"contents = CASE WHEN {_RUN_AGAIN} THEN usage.contents ELSE excluded.contents END, "
+            f"recomputed = CASE WHEN {_RUN_AGAIN} THEN usage.recomputed ELSE excluded.recomputed END, "
+            "tokens = excluded.tokens, engine_seconds = excluded.engine_seconds, "
             "at_risk = excluded.at_risk, outcome = coalesce(excluded.outcome, usage.outcome), "
             "evidence = coalesce(excluded.evidence, usage.evidence), "
-            "ended_at = coalesce(excluded.ended_at, usage.ended_at)"
+            "ended_at = coalesce(excluded.ended_at, usage.ended_at) RETURNING contents, recomputed"
         ),
         {
             "chunk_batch": lease.chunk_batch_id,
@@ -71,7 +74,12 @@ def book(
             "outcome": outcome,
             "evidence": evidence,
         },
-    )
+    ).one()
+    return replace(usage, contents=row.contents, recomputed=row.recomputed)
+
+
+_RUN_AGAIN = "usage.contents + usage.recomputed = excluded.contents + excluded.recomputed"
+"""Nothing was written since, or by this very transaction."""
 
 
 def add(conn: sa.Connection, done: Mapping[tuple[int, int], tuple[int, int]]) -> None:

@@ -6,9 +6,13 @@ import logging
 import threading
 
 import pytest
+import sqlalchemy as sa
 
+from app.client import Client
+from app.ledger import chunk_batches, provider_batches, usage
+from tests.waiting import PATIENCE
 from workers.context import WorkerContext
-from workers.drain import Drain
+from workers.drain import SECOND_TIME, Drain, Leaver, with_last_words
 
 
 def test_the_handler_takes_no_lock_and_logs_nothing(
@@ -51,3 +55,103 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
     assert context.stopping.wait(30)  # and the drain goes on in a thread of its own
     drain_thread.join(30)
     assert left == [0]
+
+
+def test_a_worker_that_hangs_gives_back_what_it_holds_and_nothing_else(
+    context: WorkerContext, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, each with a ChunkBatch and a step of a ProviderBatch. One leaves: its accounts are closed as
+    released, its attempts are not charged, and others can go on at once."""
+    claim = {"lease_seconds": 600.0}
+    owners = (context.name, "another worker")
+    leases, steps = [], []
+    for number, owner in enumerate(owners):
+        job = client.enqueue(
+            [("a", f"text of {owner}")], collection=f"docs {number}", on_long=("truncate", "split")[number]
+        )
+        with context.db.begin() as conn:
+            query = sa.text("SELECT id, space_id FROM chunk_batches WHERE job_id = :job")
+            chunk_batch = conn.execute(query, {"job": job.id}).one()
+            lease = chunk_batches.claim_if_due(conn, chunk_batch.id, owner=owner, **claim)
+            assert lease is not None
+            usage.book(conn, lease, usage.Usage("local", owner, contents=7 + number))
+            provider_batches.open_gathering(conn, chunk_batch.space_id)
+            step_id = conn.execute(sa.text("SELECT max(id) FROM provider_batches")).scalar_one()
+            step = provider_batches.claim_if_due(conn, step_id, owner=owner, server="here", **claim)
+        assert step is not None
+        leases.append(lease)
+        steps.append(step)
+
+    drain_to_the_end([context], monkeypatch)
+
+    with context.db.begin() as conn:
+        accounts = conn.execute(sa.text("SELECT contents, outcome FROM usage ORDER BY contents")).all()
+        again = [chunk_batches.claim_if_due(conn, each.chunk_batch_id, owner="third", **claim) for each in leases]
+        taken = [provider_batches.claim_if_due(conn, each.id, owner="third", server="here", **claim) for each in steps]
+    assert [tuple(row) for row in accounts] == [(7, "released"), (8, None)]
+    assert again[0] is not None and again[1] is None
+    assert again[0].max_attempts - again[0].attempt == leases[0].max_attempts - leases[0].attempt
+    assert taken[0] is not None and taken[1] is None
+
+
+def test_a_worker_on_both_queues_stops_its_tasks_on_both(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Paid:
+        db, name, stopping = context.db, context.name, threading.Event()
+
+    drain_to_the_end([context, Paid()], monkeypatch)
+
+    assert context.stopping.is_set()
+    assert Paid.stopping.is_set()
+
+
+def drain_to_the_end(contexts: list[Leaver], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drain in this process, which stays, without the pause for tasks to end by themselves."""
+    monkeypatch.setattr("workers.drain.leave", lambda code: None)
+    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
+    monkeypatch.setattr("workers.drain.LAST_WORDS_S", PATIENCE)
+    before = set(threading.enumerate())
+    drain = Drain(contexts)
+    [thread] = set(threading.enumerate()) - before
+    drain.begin()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_the_last_words_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postgres may be what hangs."""
+    monkeypatch.setattr("workers.drain.LAST_WORDS_S", 0.0)
+    answered, returned = threading.Event(), threading.Event()
+
+    def leave_a_message() -> None:
+        with_last_words(lambda: answered.wait(PATIENCE) and None)
+        returned.set()
+
+    threading.Thread(target=leave_a_message, daemon=True).start()
+    try:
+        assert returned.wait(PATIENCE / 2)
+    finally:
+        answered.set()
+
+
+def test_the_third_signal_after_a_notice_ends_the_worker_at_once(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is the notice's own, the second is the platform's for the same end, the third is an operator's."""
+    left: list[int] = []
+    monkeypatch.setattr("workers.drain.leave", left.append)
+    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
+    before = set(threading.enumerate())
+    drain = Drain([context])
+    [thread] = set(threading.enumerate()) - before
+    monkeypatch.setattr("workers.drain.os.kill", lambda process, number: drain.begin())
+
+    drain.tell_itself()
+    thread.join(PATIENCE)  # else it would end this process after the test
+    assert not thread.is_alive()
+    assert left == [0]
+    drain.begin()
+    assert left == [0]
+    drain.begin()
+    assert left == [0, SECOND_TIME]

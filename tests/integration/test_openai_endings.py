@@ -214,6 +214,7 @@ def test_taken_up_again_while_it_is_being_cancelled(stage: Scene, server: OpenAI
 
     stage.check_done(job, texts)
     assert [batch["status"] for batch in stage.batches()] == ["cancelled", "completed"]
+    assert stage.charged_attempts() == 1
 
 
 # Validation

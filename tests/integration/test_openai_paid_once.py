@@ -296,6 +296,8 @@ def test_what_another_job_has_in_flight_is_waited_for(stage: Scene, server: Open
     second = stage.enqueue(texts, collection="other")
     stage.run_until(lambda: len(stage.batches()) == 2)
     assert stage.corridor.batches()[1]["n_contents"] == 2
+    waits_for = "SELECT count(*) FROM provider_batch_members m JOIN chunk_batches b ON b.id = m.chunk_batch_id "
+    assert stage.corridor.one(waits_for + "WHERE b.job_id = :job", job=second.id) == 2, "its own and the other's"
 
     server.control(in_progress_seconds=0.0)
     first, second = stage.finish(first, second)

@@ -112,7 +112,7 @@ def make(store: Store, body: dict[str, Any], file: StoredFile, expires: int) -> 
         "status": "validating",
         "output_file_id": None,
         "error_file_id": None,
-        "created_at": int(created),
+        "created_at": int(created - store.config.clock_behind_seconds),
         "in_progress_at": None,
         "expires_at": int(created + store.config.window_seconds),
         **dict.fromkeys(STAMPS.values()),

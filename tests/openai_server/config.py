@@ -65,6 +65,8 @@ class Config:
     # Weaknesses that last.
     list_lag_seconds: float = 0.0
     """A new batch shows up in the list of batches that late."""
+    clock_behind_seconds: float = 0.0
+    """So far behind is the clock that it shows in the ``created_at`` of a batch."""
     files_lag_seconds: float = 0.0
     """A new file shows up in the list of files that late."""
     delays: dict[str, float] = field(default_factory=dict)

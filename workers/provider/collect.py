@@ -277,8 +277,8 @@ def _end(conn: sa.Connection, step: Step, oddities: Counter[str], problem: str |
     left = provider_inputs.remove_all(conn, step.id)
     if left:
         oddities = oddities + Counter({"unanswered": len(left)})
-        never_ran = step.provider_status == RemoteStatus.EXPIRED or step.cancel_requested
-        if problem or not never_ran:
+        # What we cancelled is charged to nobody either: the attempts that brought it had ended before we did.
+        if problem or step.provider_status != RemoteStatus.EXPIRED:
             reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
             provider_work.charge_failure(
                 conn, {(row.chunk_batch_id, row.attempt): ("no_answer", reason) for row in left}

@@ -104,7 +104,7 @@ class PlainAttempt:
             )
             if removed:  # else this is the second run of a commit whose answer was lost
                 self._charge(conn, len(answer.rows), tokens)
-            usage.book(conn, self.lease, account)
+            account = usage.book(conn, self.lease, account)
             if not chunk_batches.record_progress_if_held(conn, self.lease, self._embedded + len(made.rows)):
                 logger.warning("ChunkBatch %s: its lease was lost; the vectors stay", self.lease.chunk_batch_id)
             return account, new

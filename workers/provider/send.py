@@ -6,6 +6,7 @@ create without an answer is looked for among the provider's batches before anoth
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from app.db import spaces
 from app.db.spaces import Space
 from app.domain.spaces import LongText, OnLong
 from app.domain.states import ProviderBatchState as State
-from app.errors import ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from app.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
 from app.ledger import provider_batches, provider_inputs, provider_work
 from app.ledger.provider_batches import Step
 from app.ledger.provider_inputs import InFlight
@@ -166,8 +167,9 @@ def _create(context: ProviderContext, step: Step) -> Step:
         # It may exist. The next look adopts it, or makes it when it has not shown up for long enough.
         raise Waits(min(1.0, context.settings.openai_adopt_seconds), str(silent)) from None
     except (ProviderBusy, ProviderStopped):
-        # A definite no, and no fault of the work.
-        context.transact(lambda conn: provider_batches.advance(conn, step, State.UPLOADED), "not created")
+        # A definite no, and no fault of the work. It holds for the lane, whoever has the step by now.
+        with contextlib.suppress(LeaseLost):
+            context.transact(lambda conn: provider_batches.advance(conn, step, State.UPLOADED), "not created")
         raise
     except ProviderRefused as refused:
         return _refused(context, step, refused)

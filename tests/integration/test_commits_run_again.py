@@ -1,0 +1,268 @@
+"""A commit whose answer was lost is run again, whatever it does: nothing is counted, charged or written twice.
+
+Each story runs once undisturbed and once for each of its commits: the first two transactions of that name are each
+committed twice. Jobs, vectors, books and charges must come out the same.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.domain.jobs import Job
+from app.embedded import StackStatus
+from app.settings import Settings
+from tests.conftest import fresh_settings
+from tests.corridor_scene import Scene, scene
+from tests.openai_server import OpenAIServer
+from workers.provider.collect import DOWNLOADS
+from workers.provider.context import ProviderContext
+
+ROOT = Path(__file__).parents[2]
+TIMES = 2
+"""Transactions of a name that are run again: a later one must find its way, too."""
+
+
+class Twice:
+    """Runs the first transactions of a name twice, as if the answer to each commit had been lost."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, context: type[Any], name: str | None) -> None:
+        self.times = 0
+        self.seen: set[str] = set()
+        transact = context.transact
+
+        def run(context: Any, work: Callable[[sa.Connection], Any], what: str, **more: Any) -> Any:
+            self.seen.add(str(what))
+            if what == name and self.times < TIMES:
+                self.times += 1
+                transact(context, work, what, **more)
+            return transact(context, work, what, **more)
+
+        patch.setattr(context, "transact", run)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the server does, and the commits that happen in it and in no story before it."""
+
+    commits: tuple[str, ...]
+    prepare: Callable[[OpenAIServer], object] = lambda server: None
+    route: str = "openai"
+    n: int = 10
+    act: Callable[[Scene, list[Job]], object] = lambda stage, jobs: None
+
+
+def cancel_before_it_is_sent(stage: Scene, jobs: list[Job]) -> None:
+    """Their ProviderBatch is gathered and the upload is refused for now, so nothing has been sent."""
+    stage.run_until(lambda: stage.asked("files.create"))
+    for job in jobs:
+        stage.corridor.client.cancel(job.id)
+
+
+def resume(route: str) -> Callable[[Scene, list[Job]], None]:
+    def act(stage: Scene, jobs: list[Job]) -> None:
+        client = stage.corridor.client
+        stage.run_until(lambda: any(lane.is_stopped and lane.route == route for lane in client.lanes()))
+        client.resume_lane(route)
+
+    return act
+
+
+CREATE, UPLOAD = {"endpoint": "batches.create"}, {"endpoint": "files.create"}
+RETRIEVE, EMBED = {"endpoint": "batches.retrieve"}, {"endpoint": "embeddings.create"}
+STORIES = {
+    "batches": Story(
+        ("claim a step", "look at the lane", "gather", "upload", "create", "submitted", "ended", "collect", "account",
+         "close", "look again later"),
+        lambda server: server.control(in_progress_seconds=0.3),
+    ),
+    "a create without an answer": Story(
+        ("create again", "release a step"), lambda server: server.misbehave("cut", where=CREATE)
+    ),
+    "a limit on create": Story(
+        ("not created", "pause the lane"),
+        lambda server: server.misbehave("rate_limited", where=CREATE, retry_after_ms=100),
+    ),
+    "a used-up quota": Story(
+        ("stop the lane",), lambda server: server.misbehave("insufficient_quota", where=CREATE), act=resume("openai")
+    ),
+    "a refused create": Story(("create refused",), lambda server: server.misbehave("input_vanished")),
+    "cancelled before it is sent": Story(
+        ("give back",),
+        lambda server: server.misbehave("http_error", status=503, where=UPLOAD),
+        act=cancel_before_it_is_sent,
+    ),
+    "a model that is not there": Story(
+        ("give up",), lambda server: server.misbehave("fail_validation", code="model_not_found")
+    ),
+    "a batch that is not found for a while": Story(
+        ("not found",), lambda server: server.misbehave("http_error", times=4, status=404, where=RETRIEVE)
+    ),
+    "a batch that vanished": Story(
+        ("vanished",), lambda server: server.misbehave("http_error", times=5, status=404, where=RETRIEVE)
+    ),
+    "a download that ends early": Story(
+        ("release a step",), lambda server: server.misbehave("truncated", times=DOWNLOADS - 1, fraction=0.6)
+    ),
+    "a batch that fails validation": Story(
+        ("send again", "halve", "bury"),
+        lambda server: server.misbehave("fail_validation", times=None, code="who_knows"),
+        n=2,
+    ),
+    "a batch that is too large": Story(("return",), lambda server: server.control(max_inputs_per_batch=6)),
+    "requests that fail": Story(
+        ("collect", "account"),
+        lambda server: [
+            server.misbehave("line_failures", status=500, lines=1),
+            server.misbehave("line_failures", status=400, code="invalid_input", marker="text 3 ", times=None),
+        ],
+    ),
+    "plain requests": Story(
+        ("claim", "read texts", "put in flight", "take turn", "write vectors", "complete"), route="openai-sync"
+    ),
+    "a limit on plain requests": Story(
+        ("release", "pause the lane"),
+        lambda server: server.misbehave("rate_limited", where=EMBED, retry_after_ms=100, after=1),
+        route="openai-sync",
+    ),
+    "a key that is refused": Story(
+        ("stop the lane",),
+        lambda server: server.misbehave("unauthorized", after=1, where=EMBED),
+        route="openai-sync",
+        act=resume("openai-sync"),
+    ),
+    "a vector that is none": Story(
+        ("fail",), lambda server: server.misbehave("not_finite", after=1), route="openai-sync"
+    ),
+}  # fmt: skip
+CASES = [(story, commit) for story in STORIES for commit in STORIES[story].commits]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, dict[str, Any]]:
+    """Story to its end without any lost answer, filled in as the tests need it."""
+    return {}
+
+
+def tell(
+    story: Story, commit: str | None, stack: StackStatus, server: OpenAIServer, request: pytest.FixtureRequest
+) -> tuple[dict[str, Any], Twice]:
+    """Tell a story of two jobs that share texts, in a database of its own: how it ended."""
+    with ExitStack() as exits:
+        settings: Settings = exits.enter_context(fresh_settings(stack))
+        stage = exits.enter_context(scene(settings, server, request))
+        patch = exits.enter_context(pytest.MonkeyPatch.context())
+        stage.name = "again"
+        texts = {f"c{i}": f"again text {i} of {story.n}" for i in range(story.n)}
+        billed = stage.bill(texts)
+        story.prepare(server)
+        twice = Twice(patch, ProviderContext, commit)
+        half = dict(list(texts.items())[story.n // 2 :])
+        jobs = [
+            stage.enqueue(texts, route=story.route),
+            stage.enqueue(half, route=story.route, collection="other"),
+        ]
+        patch.setattr(stage, "hurry", lambda: hurry(stage))
+        story.act(stage, jobs)
+        ended = stage.finish(*jobs)
+        stage.check_books(**unanswered(stage))
+        for collection in ("docs", "other"):
+            vectors = stage.corridor.client.vectors(collection)
+            stage.corridor.check_vectors({name: texts[name] for name in vectors}, collection)
+        return picture(stage, ended) | {
+            "billed": {name: times - billed.get(name, 0) for name, times in stage.bill(texts).items()}
+        }, twice
+
+
+def hurry(stage: Scene) -> None:
+    """As ever, and what lost the answer to its claim need not wait for the end of its lease: nothing runs here now."""
+    Scene.hurry(stage)
+    with stage.corridor.db.begin() as conn:
+        for table in ("provider_batches", "chunk_batches"):
+            conn.execute(sa.text(f"UPDATE {table} SET lease_until = now() - interval '1 s' WHERE lease_until > now()"))
+
+
+def unanswered(stage: Scene) -> dict[str, int]:
+    """What was charged and never answered, by the one story in which that happens."""
+    lost = stage.corridor.rows("SELECT n_contents FROM provider_batches WHERE provider_status = 'vanished'")
+    if not lost:
+        return {}
+    first = stage.charges()[0]
+    stage.server.vanish(stage.batches()[0]["output_file_id"])  # nobody could know of it
+    return {"unanswered_contents": first["inputs"], "unanswered_tokens": first["tokens"]}
+
+
+PICTURES = {
+    "jobs": "SELECT id, state, error FROM jobs ORDER BY id",
+    "chunk batches": "SELECT job_id, route, state, attempt - (max_attempts - :most) AS charged, n_contents, n_cached, "
+    "n_embedded, n_truncated, error_code FROM chunk_batches ORDER BY id",
+    "charges": "SELECT job_id, route, count(*) AS n, sum(contents)::int AS contents, sum(tokens)::int AS tokens, "
+    "sum(usd) AS usd FROM charges GROUP BY 1, 2 ORDER BY 1, 2",
+    "accounts": "SELECT job_id, sum(contents)::int AS contents, sum(recomputed)::int AS recomputed, "
+    "sum(tokens)::int AS tokens, count(*) FILTER (WHERE outcome = 'completed') AS completed, "
+    "count(*) FILTER (WHERE outcome = 'failed') AS failed FROM usage GROUP BY 1 ORDER BY 1",
+    # What comes back is sent again in one ProviderBatch or in two, as it happens to come back.
+    "provider batches": "SELECT sum(resends) AS resends, max(downloads) AS downloads, sum(n_inputs) AS inputs, "
+    "sum(n_contents) AS contents, sum(n_tokens) AS tokens, sum(n_written) AS written, sum(n_dead) AS dead, "
+    "sum(n_returned) AS returned, array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes "
+    "FROM provider_batches",
+    "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
+    "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
+    "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",
+    "lanes": "SELECT route, stop_code, max_inputs FROM provider_lanes ORDER BY 1",
+}
+
+
+def picture(stage: Scene, jobs: list[Job]) -> dict[str, Any]:
+    most = stage.corridor.settings.max_attempts
+    return {
+        "ended": [(job.state, job.error) for job in jobs],
+        "remote": sorted({batch["status"] for batch in stage.batches()}),
+        "vectors": sorted(stage.corridor.client.vectors("docs")) + sorted(stage.corridor.client.vectors("other")),
+    } | {
+        name: stage.corridor.rows(query, **({"most": most} if ":most" in query else {}))
+        for name, query in PICTURES.items()
+    }
+
+
+@pytest.mark.parametrize(("story", "commit"), CASES)
+def test_a_commit_of_a_paid_route_that_is_run_again_changes_nothing(
+    stack: StackStatus,
+    server: OpenAIServer,
+    request: pytest.FixtureRequest,
+    undisturbed: dict[str, dict[str, Any]],
+    story: str,
+    commit: str,
+) -> None:
+    if story not in undisturbed:
+        undisturbed[story], _ = tell(STORIES[story], None, stack, server, request)
+
+    ended, twice = tell(STORIES[story], commit, stack, server, request)
+
+    assert twice.times, f"it happened in the story: {sorted(twice.seen)}"
+    assert ended == undisturbed[story]
+
+
+def test_every_commit_of_the_paid_routes_has_its_story() -> None:
+    """A new commit needs one, too: its name is the second argument of ``transact``."""
+    names = {
+        call.args[1].value
+        for path in sorted((ROOT / "workers" / "provider").glob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "transact"
+        and len(call.args) > 1 and isinstance(call.args[1], ast.Constant)
+    }  # fmt: skip
+    assert names == {commit for _, commit in CASES}
