@@ -12,7 +12,7 @@ from app import Job
 from app.db import spaces
 from app.domain.chunks import content_hash
 from app.domain.states import JobState
-from app.ledger import chunk_batches, dead_chunks, deaths
+from app.ledger import chunk_batches, dead_chunks, deaths, jobs
 from app.ledger.chunk_batches import Lease
 from app.ledger.dead_chunks import DeadContent
 from app.ledger.finish import finish_if_done
@@ -37,6 +37,11 @@ class Hands:
     def of_job(self, job_id: int) -> list[int]:
         """The ids of a job's ChunkBatches."""
         return [i for (i,) in self.rows("SELECT id FROM chunk_batches WHERE job_id = :job ORDER BY id", job=job_id)]
+
+    def vectors_of(self, job_id: int) -> str:
+        """The table of the vectors of a job's space."""
+        with self.db.begin() as conn:
+            return spaces.get(conn, jobs.space_id(conn, job_id)).table_name
 
     def claim(self, chunk_batch_id: int, owner: str = "host:1") -> Lease:
         with self.db.begin() as conn:
@@ -89,8 +94,7 @@ class Hands:
 
     def finish(self, job_id: int) -> JobState | None:
         with self.db.begin() as conn:
-            (space_id,) = conn.execute(sa.text("SELECT space_id FROM jobs WHERE id = :id"), {"id": job_id}).one()
-            return finish_if_done(conn, job_id, spaces.get(conn, space_id))
+            return finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
 
     def die(self, chunk_batch_id: int) -> None:
         self.deaths += 1

@@ -17,6 +17,7 @@ from app.ledger.finish import finish_if_done
 from app.settings import Settings
 from tests.integration.hands import Hands
 from tests.waiting import PATIENCE, until
+from workers.poller import Poller
 
 SAME = "the same text"
 
@@ -93,7 +94,33 @@ def test_a_job_fails_for_its_own_dead_chunks_and_discarded_chunk_batches_alone(c
     assert ["the second reason" in error for error in errors] == [False, False, True]
 
 
-def test_the_counts_of_a_chunk_batch_that_is_opened_again_begin_anew(client: Client, hands: Hands, db: sa.Engine) -> None:
+def test_a_false_promise_of_another_job_does_not_keep_this_one_open(client: Client, hands: Hands) -> None:
+    false = client.enqueue([("a", SAME)], collection="docs")
+    job = client.enqueue([("b", "text b")], collection="docs")
+    hands.complete(hands.claim(*hands.of_job(false.id)), n_embedded=1)
+    hands.embed(hands.claim(*hands.of_job(job.id)), {})
+    assert client.job(job.id).state is JobState.COMPLETED
+    assert hands.due() == []  # the other job's is opened again when that job comes to its end
+    assert hands.finish(false.id) is None
+    assert hands.due() == hands.of_job(false.id)
+
+
+def test_a_poller_ends_a_job_beside_one_that_goes_on(
+    client: Client, hands: Hands, db: sa.Engine, broker: Broker, settings: Settings
+) -> None:
+    """The worker that completed the first job's last ChunkBatch died before it could end the job."""
+    job = client.enqueue([("a", SAME)], collection="docs")
+    other = client.enqueue([("b", "text b")], collection="docs")
+    lease = hands.claim(*hands.of_job(job.id))
+    hands.write(lease.space_id, [SAME])
+    hands.complete(lease, n_embedded=1)
+    assert Poller(db, broker, settings).round().finished == 1
+    assert [client.job(each.id).state for each in (job, other)] == [JobState.COMPLETED, JobState.RUNNING]
+
+
+def test_the_counts_of_a_chunk_batch_that_is_opened_again_begin_anew(
+    client: Client, hands: Hands, db: sa.Engine
+) -> None:
     """Vectors vanish behind a cache hit and behind a content that was embedded: both are still to be embedded."""
     client.enqueue([("a", "known 1"), ("b", "known 2")], collection="docs")
     hands.work()
