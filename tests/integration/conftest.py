@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
 
+from app.broker import PRIORITY_STEPS, QUEUE
 from app.client import Client
 from app.db.connect import create_db
 from app.domain.jobs import Job
+from app.ledger.doorbells import ring_due
 from app.settings import Settings
+from tests.integration.hands import Hands
 from workers.context import WorkerContext
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
@@ -30,24 +36,31 @@ def context(settings: Settings, engines: Engines) -> Iterator[WorkerContext]:
 
 
 class Runner:
-    """Runs what is due in the ledger, as doorbells would, and hands the job back."""
+    """Answers the doorbells that lie in Redis, as a worker would, and hands the job back.
+
+    What is due is what the product rings: a ChunkBatch that no bell is rung for is not embedded here either. Repair is
+    off, so a ChunkBatch that becomes available with the mark of an old bell (``rung_at``) stays where it is.
+    """
 
     def __init__(self, context: WorkerContext, client: Client) -> None:
         self.context = context
         self.client = client
+        self._broker = client._broker
 
     def due(self) -> list[int]:
+        """The ChunkBatches whose bells lie in Redis once a poller has rung for all that is due, in order."""
         with self.context.db.begin() as conn:
-            return list(
-                conn.execute(
-                    sa.text(
-                        "SELECT id FROM chunk_batches WHERE state = 'available' AND not_before <= now() ORDER BY id"
-                    )
-                ).scalars()
-            )
+            queued = self._broker.queued_doorbells()
+            ring_due(conn, self._broker, queued=queued, window=10_000, repair_seconds=24 * 3600)
+        messages = [message for queue in QUEUES for message in self._broker.client.lrange(queue, 0, -1)]
+        return sorted({chunk_batch_of(message) for message in messages})
 
     def run_due(self) -> list[Outcome]:
-        return [run_chunk_batch(self.context, chunk_batch_id) for chunk_batch_id in self.due()]
+        """Answer the bells of all that is due, in order. A bell whose ChunkBatch has ended since is answered too."""
+        self.due()
+        # One at a time: a bell that a producer rings meanwhile must not be taken away unanswered.
+        taken = [message for queue in QUEUES for message in iter(partial(self._broker.client.rpop, queue), None)]
+        return [run_chunk_batch(self.context, bell) for bell in sorted({chunk_batch_of(message) for message in taken})]
 
     def finish(self, job: Job) -> Job:
         for _ in range(20):
@@ -57,9 +70,24 @@ class Runner:
         pytest.fail(f"ChunkBatches become due for ever: {self.client.job(job.id)}")
 
 
+QUEUES = tuple(QUEUE if step == 0 else f"{QUEUE}\x06\x16{step}" for step in PRIORITY_STEPS)
+"""The lists in Redis that hold the bells of local work, the most urgent first."""
+
+
+def chunk_batch_of(message: bytes) -> int:
+    """The ChunkBatch that a bell in Redis is about."""
+    ((chunk_batch_id,), *_) = json.loads(base64.b64decode(json.loads(message)["body"]))
+    return int(chunk_batch_id)
+
+
 @pytest.fixture
 def runner(context: WorkerContext, client: Client) -> Runner:
     return Runner(context, client)
+
+
+@pytest.fixture
+def hands(db: sa.Engine) -> Hands:
+    return Hands(db)
 
 
 def count(db: sa.Engine, table: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ import sqlalchemy as sa
 from app.broker import Broker
 from app.client import Client
 from app.domain.states import JobState
-from app.ledger import cancel, chunk_batches
+from app.ledger import cancel, chunk_batches, rescue
+from app.ledger.jobs import CANCELLED_CHANNEL
 from app.settings import Settings
+from tests.integration.hands import Hands
+from tests.waiting import PATIENCE, until
 from workers.poller import Poller
 
 MANY = 200_000
@@ -51,6 +55,10 @@ class Died(Exception):
     pass
 
 
+def died(*_: Any) -> int:
+    raise Died
+
+
 @pytest.fixture
 def half_done(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> int:
     """A job whose cancel died after its first slice: 10 of 25 ChunkBatches are cancelled beside the two that ran."""
@@ -62,9 +70,6 @@ def half_done(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) ->
 
     def some(conn: sa.Connection, job_id: int) -> int:
         return next(slices, died)(conn, job_id)
-
-    def died(*_: Any) -> int:
-        raise Died
 
     with monkeypatch.context() as patch, pytest.raises(Died):
         patch.setattr(cancel, "cancel_some", some)
@@ -189,3 +194,43 @@ def test_a_cancel_outlives_a_deadlock(client: Client, db: sa.Engine, monkeypatch
     monkeypatch.setattr(cancel, "cancel_some", some)
     assert client.cancel(job.id).state is JobState.CANCELLED
     assert states(db) == {"cancelled": 1}
+
+
+def test_a_claim_that_met_a_cancel_whose_client_died_is_cancelled_by_a_poller_and_hears_of_it(
+    client: Client, db: sa.Engine, broker: Broker, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its claim was committed the job was cancelled already, and whoever was to cancel the rest is dead."""
+    job = client.enqueue([("c", "a text")], collection="docs")
+    client.enqueue([("d", "another text")], collection="docs")
+    with ThreadPoolExecutor(1) as threads, monkeypatch.context() as patch:
+        patch.setattr(cancel, "cancel_some", died)
+        with db.begin() as claiming:
+            assert chunk_batches.claim_if_due(claiming, 1, owner="host:1", lease_seconds=600) is not None
+            cancelling = threads.submit(client.cancel, job.id)
+            until(lambda: client.job(job.id).state is JobState.CANCELLED)
+        with pytest.raises(Died):
+            cancelling.result(PATIENCE)
+    assert states(db) == {"running": 1, "available": 1}
+    with db.connect() as listening:
+        listening.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
+        Poller(db, broker, settings).round()
+        heard = listening.connection.driver_connection.notifies(timeout=PATIENCE, stop_after=1)
+        assert [notice.payload for notice in heard] == [str(job.id)]
+        listening.invalidate()
+    assert states(db) == {"cancelled": 1, "available": 1}
+
+
+def test_a_cancel_of_a_job_that_has_failed_leaves_what_runs(client: Client, db: sa.Engine, hands: Hands) -> None:
+    """It was named abandoned while workers were in it. What they finish is kept, and the job says why it failed."""
+    job = client.enqueue([("c", "a text")], collection="docs")
+    other = client.enqueue([("d", "another text")], collection="docs")
+    leases = [hands.claim(*hands.of_job(each.id)) for each in (job, other)]
+    with db.begin() as conn:  # as while its producer was still at it; by now that is gone
+        conn.execute(sa.text("UPDATE jobs SET state = 'enqueueing', sealed_at = NULL WHERE id = :id"), {"id": job.id})
+        assert rescue.fail_abandoned(conn) == [job.id]
+    cancelled = client.cancel(job.id)
+    assert (cancelled.state, "the producer stopped" in (cancelled.error or "")) == (JobState.FAILED, True)
+    assert states(db) == {"running": 2}
+    for lease in leases:
+        hands.embed(lease, {})
+    assert (client.job(job.id).embedded, client.job(other.id).state) == (1, JobState.COMPLETED)

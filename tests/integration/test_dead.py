@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
@@ -24,101 +23,16 @@ from click.testing import CliRunner, Result
 from app import Chunk, Client, InvalidInput, Job, JobState, NotFound
 from app.cli.__main__ import cli
 from app.client import Client as ClientClass
-from app.db import spaces
 from app.db.spaces import DELETE_LOCK
 from app.domain.chunks import content_hash
 from app.domain.jobs import DeadEntry, RetriedDead, Standing
-from app.ledger import chunk_batches, dead_chunks, deaths, usage
+from app.ledger import chunk_batches, deaths, usage
 from app.ledger.chunk_batches import Lease
-from app.ledger.dead_chunks import DeadContent
-from app.ledger.finish import finish_if_done
 from app.settings import Settings
-from app.vectors.read import read_work
-from app.vectors.write import write_vectors
+from tests.integration.hands import Hands
 
 POISON = "a text that no wörker survives"
 CHECKOUT = Path(__file__).parents[2]
-
-
-class Hands:
-    """Does to the ledger what workers do, without an engine."""
-
-    def __init__(self, db: sa.Engine) -> None:
-        self.db = db
-        self.deaths = 0
-
-    def rows(self, statement: str, **facts: object) -> list[tuple[Any, ...]]:
-        with self.db.begin() as conn:
-            return [tuple(row) for row in conn.execute(sa.text(statement), facts)]
-
-    def due(self) -> list[int]:
-        return [i for (i,) in self.rows("SELECT id FROM chunk_batches WHERE state = 'available' ORDER BY id")]
-
-    def claim(self, chunk_batch_id: int, owner: str = "host:1") -> Lease:
-        with self.db.begin() as conn:
-            conn.execute(sa.text("UPDATE chunk_batches SET not_before = now() WHERE id = :id"), {"id": chunk_batch_id})
-            lease = chunk_batches.claim_if_due(conn, chunk_batch_id, owner=owner, lease_seconds=60)
-        assert lease is not None
-        return lease
-
-    def work(self, *, dead: Mapping[str, str] | None = None) -> None:
-        """Embed all that is due; a text in ``dead`` goes to the dead list with its code."""
-        codes = {content_hash(text): code for text, code in (dead or {}).items()}
-        for chunk_batch_id in self.due():
-            self.embed(self.claim(chunk_batch_id), codes)
-
-    def embed(self, lease: Lease, codes: Mapping[bytes, str]) -> None:
-        with self.db.begin() as conn:
-            space = spaces.get(conn, lease.space_id)
-            work = read_work(conn, space, lease.chunk_batch_id)
-            hashes = [h for h, _ in work.texts if h not in codes]
-            n = len(hashes)
-            vectors = np.ones((n, space.spec.dimensions), np.float32)
-            write_vectors(
-                conn, space, space.spec.fingerprint, hashes, np.ones(n, np.int32), np.zeros(n, np.bool_), vectors
-            )
-            assert chunk_batches.complete_if_held(conn, lease, n_embedded=work.known + n, n_truncated=0)
-            refused = [DeadContent(h, codes[h], f"it is {codes[h]}") for h, _ in work.texts if h in codes]
-            dead_chunks.add_contents(conn, lease, refused)
-        self.finish(lease.job_id)
-
-    def finish(self, job_id: int) -> None:
-        with self.db.begin() as conn:
-            (space_id,) = conn.execute(sa.text("SELECT space_id FROM jobs WHERE id = :id"), {"id": job_id}).one()
-            finish_if_done(conn, job_id, spaces.get(conn, space_id))
-
-    def die(self, chunk_batch_id: int) -> None:
-        self.deaths += 1
-        owner = f"host:{self.deaths}"
-        self.claim(chunk_batch_id, owner)
-        with self.db.begin() as conn:
-            deaths.take_back_from(conn, owner, evidence="ended by SIGSEGV")
-
-    def kill_with(self, text: str, job: Job) -> int:
-        """Every worker dies that takes ``text``, until it is buried; all else is embedded. Returns the deaths."""
-        before = self.deaths
-        while due := self.due():
-            for chunk_batch_id in due:
-                ((deadly,),) = self.rows(
-                    "SELECT :hash = ANY(content_hashes) FROM chunk_batches WHERE id = :id",
-                    hash=content_hash(text), id=chunk_batch_id,
-                )  # fmt: skip
-                if deadly:
-                    self.die(chunk_batch_id)
-                else:
-                    self.embed(self.claim(chunk_batch_id), {})
-        self.finish(job.id)
-        return self.deaths - before
-
-    def ledger(self) -> list[list[tuple[Any, ...]]]:
-        """All that a retry or a drop may change."""
-        tables = ("jobs", "chunk_batches", "dead_chunks", "chunks", "contents")
-        return [self.rows(f"SELECT * FROM {table} ORDER BY 1, 2") for table in tables]
-
-
-@pytest.fixture
-def hands(db: sa.Engine) -> Hands:
-    return Hands(db)
 
 
 def ids(found: list[DeadEntry]) -> list[int]:

@@ -179,6 +179,21 @@ def test_bells_that_nobody_can_answer_leave_room_for_others(
     assert rung(db) == {unserved: 20, other: 3 * WINDOW // 2}
 
 
+def test_bells_that_wait_on_another_route_take_no_room(
+    enqueue: Callable[..., int], poller: Poller, db: sa.Engine, broker: Broker
+) -> None:
+    elsewhere, here = enqueue(10), enqueue(10)
+    broker.client.flushdb()
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL WHERE job_id = :id"), {"id": here})
+        conn.execute(
+            sa.text("UPDATE chunk_batches SET route = 'openai', rung_at = now() - interval '1 h' WHERE job_id = :id"),
+            {"id": elsewhere},
+        )
+    poller.round()
+    assert rung(db)[here] == WINDOW
+
+
 def test_bells_of_a_job_whose_producer_died_are_rung_too(
     enqueue: Callable[..., int], db: sa.Engine, broker: Broker, poller: Poller
 ) -> None:

@@ -19,7 +19,7 @@ from app.broker import Broker
 from app.cli.__main__ import cli
 from app.db.connect import create_db, migrate
 from app.domain.states import JobState, Route
-from app.embedded import Stack
+from app.embedded import Stack, StackStatus
 from app.ledger import deaths, look, provider_lanes, worker_reports
 from app.looking import Looker, lane_states
 from app.observing import Observer, samples
@@ -28,7 +28,9 @@ from app.telemetry import metrics as m
 from app.telemetry.counts import Counts
 from app.telemetry.metrics import Role
 from tests.acceptance.conftest import until
+from tests.conftest import fresh_settings
 from tests.integration.conftest import Runner
+from tests.integration.hands import Hands
 from workers.context import WorkerContext
 from workers.nvml import Gpu, GpuUse
 from workers.poller import Poller
@@ -97,6 +99,29 @@ def test_what_waits_out_a_pause_is_not_the_oldest(client: Client, db: sa.Engine,
     assert seen(db, settings).oldest == {}
     execute(db, "UPDATE chunk_batches SET not_before = now() - interval '1 hour', rung_at = now()")  # rung, unanswered
     assert seen(db, settings).oldest[Route.LOCAL] == pytest.approx(3600, abs=300)
+
+
+def test_pollers_of_another_database_are_not_counted(db: sa.Engine, settings: Settings, stack: StackStatus) -> None:
+    with fresh_settings(stack) as elsewhere:
+        engines = [create_db(each.require_database_url(), role="poller") for each in (settings, elsewhere, elsewhere)]
+        try:
+            with engines[0].connect() as one, engines[1].connect() as two, engines[2].connect() as three:
+                for conn in (one, two, three):
+                    conn.execute(sa.text("SELECT 1"))
+                assert seen(db, settings).pollers == 1
+        finally:
+            for engine in engines:
+                engine.dispose()
+
+
+def test_jobs_that_ended_days_ago_do_not_count_for_the_hit_rate(client: Client, db: sa.Engine, hands: Hands) -> None:
+    old = client.enqueue(chunks(8), collection="docs")
+    hands.work()
+    client.enqueue([*chunks(8), *chunks(2, "more")], collection="docs")
+    hands.work()
+    assert (tallied(db).chunks, tallied(db).asked) == (18, 10)
+    execute(db, "UPDATE jobs SET finished_at = now() - interval '25 hours' WHERE id = :id", id=old.id)
+    assert (tallied(db).chunks, tallied(db).asked, tallied(db).cache_hits) == (10, 2, 0.8)
 
 
 def test_deaths_failures_discards_and_stops_are_told_with_their_reason(

@@ -444,7 +444,7 @@ def test_only_what_is_missing_is_embedded_on_a_later_attempt(
     first = runner.finish(client.enqueue(some(6), collection="docs"))
     with db.begin() as conn:
         conn.execute(sa.text(f"DELETE FROM {_space(context).table_name} WHERE ctid = '(0,1)'"))
-        conn.execute(sa.text("UPDATE chunk_batches SET state = 'available'"))
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'available', rung_at = NULL"))
         conn.execute(sa.text("UPDATE jobs SET state = 'running'"))
     assert runner.finish(first).state is JobState.COMPLETED
     with db.begin() as conn:

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from app.models import resolve_model
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE
 from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -105,9 +107,11 @@ def test_the_poller_rings_while_a_job_is_being_finished(
     execute(db, "UPDATE jobs SET state = 'running', finished_at = NULL")
     client.enqueue([("b", "another")], collection="other")
     execute(db, "UPDATE chunk_batches SET rung_at = NULL WHERE state = 'available'")
-    with db.begin() as closer:
+    with ThreadPoolExecutor(1) as threads, db.begin() as closer:
         closer.execute(sa.text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
-        assert Poller(db, client._broker, settings).round().rung == 1
+        # In a thread: a poller that waits for the closer ends with this block, and the test has failed by then.
+        one_round = threads.submit(Poller(db, client._broker, settings).round)
+        assert one_round.result(PATIENCE).rung == 1
 
 
 def test_one_broken_job_does_not_stop_the_poller(

@@ -27,7 +27,6 @@ from tests.release import read, replay
 from workers.context import WorkerContext
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
-from workers.pipeline import run_chunk_batch
 from workers.poller import Poller
 
 RELEASE = Path(__file__).parents[1] / "fixtures" / "release.json.gz"
@@ -167,8 +166,7 @@ def test_a_migration_under_load_loses_nothing(beside: Runner, old: str) -> None:
 
     def embed(producing: object) -> None:
         while not producing.done() or beside.due():  # type: ignore[attr-defined]
-            for chunk_batch_id in beside.due():
-                run_chunk_batch(context, chunk_batch_id)
+            beside.run_due()
 
     with ThreadPoolExecutor(2) as threads:
         producing = threads.submit(produce)

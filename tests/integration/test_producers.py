@@ -1,0 +1,246 @@
+"""Producers that die, come again, or work beside another: their locks, their keys, and the space of a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from app.broker import Broker
+from app.client import Client
+from app.client import Client as ClientClass
+from app.db.connect import create_db
+from app.domain.chunks import content_hash
+from app.domain.states import JobState
+from app.embedded import StackStatus
+from app.errors import InvalidInput, SpaceMismatch
+from app.ledger import jobs, rescue, usage
+from app.ledger.usage import Outcome, Usage
+from app.settings import Settings
+from tests.conftest import fresh_settings
+from tests.integration.hands import Hands
+from tests.waiting import until
+
+
+class Killed(BaseException):
+    pass
+
+
+def stream(n: int, *, bad: int = 0, dies: bool = False) -> Iterator[tuple[str, str]]:
+    """``n`` chunks, then ``bad`` ones that are refused at the door; after all of them the producer may die."""
+    yield from ((f"id-{i}", f"text {i}") for i in range(n))
+    yield from ((f"bad-{i}", "") for i in range(bad))
+    if dies:
+        raise Killed
+
+
+@pytest.fixture
+def producer(settings: Settings, db: sa.Engine) -> Iterator[Client]:
+    """Its windows are of at most ten chunks, and its ChunkBatches of five."""
+    small = settings.model_copy(update={"enqueue_window": 10, "chunk_batch_size": 5})
+    engine = create_db(settings.require_database_url(), role="client")
+    with ClientClass(engine, Broker.connect(small), small) as made:
+        yield made
+
+
+def die(producer: Client, n: int = 20, *, bad: int = 0, **options: Any) -> int:
+    """Enqueue ``n`` chunks and die before the iterable ends. Returns the job's id."""
+    with pytest.raises(Killed):
+        producer.enqueue(stream(n, bad=bad, dies=True), collection="docs", on_invalid="skip", **options)
+    return producer.jobs(1)[0].id
+
+
+def abandoned(db: sa.Engine) -> list[int]:
+    """The jobs that a poller names abandoned now."""
+    with db.begin() as conn:
+        conn.execute(sa.text("SET LOCAL lock_timeout = '10s'"))
+        return rescue.fail_abandoned(conn)
+
+
+# The producer's lock
+
+
+def test_a_job_that_can_be_seen_has_its_producers_lock(producer: Client, db: sa.Engine) -> None:
+    """A poller looks before each statement of the producer, and finds no job that seems to be abandoned."""
+    found: list[int] = []
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute")
+    def look(*_: object) -> None:
+        found.extend(abandoned(db))
+
+    job = producer.enqueue(stream(15), collection="docs", on_invalid="skip")
+    assert found == []
+    assert job.state is JobState.RUNNING
+
+
+def test_a_producer_alive_in_another_database_keeps_no_job_of_this_one_open(
+    producer: Client, db: sa.Engine, stack: StackStatus
+) -> None:
+    job = die(producer)
+    with fresh_settings(stack) as elsewhere:
+        other = create_db(elsewhere.require_database_url(), role="client")
+        try:
+            with other.connect() as conn, conn.begin():
+                assert jobs.hold_producer_lock(conn, job)
+                assert abandoned(db) == [job]
+        finally:
+            other.dispose()
+
+
+def test_a_lock_for_another_purpose_keeps_no_job_open(producer: Client, db: sa.Engine) -> None:
+    job = die(producer)
+    with db.connect() as conn, conn.begin():
+        conn.execute(sa.text("SELECT pg_advisory_xact_lock(:of_a_gpu, :job)"), {"of_a_gpu": 17, "job": job})
+        conn.execute(sa.text("SELECT pg_advisory_xact_lock(:job)"), {"job": job})
+        assert abandoned(db) == [job]
+
+
+def test_another_live_producer_keeps_no_job_open(producer: Client, db: sa.Engine) -> None:
+    first = die(producer)
+    second = die(producer)
+    with db.connect() as conn, conn.begin():
+        assert jobs.hold_producer_lock(conn, second)
+        assert abandoned(db) == [first]
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**33 + 5])
+def test_a_producer_is_found_alive_whatever_the_number_of_its_job(producer: Client, db: sa.Engine, number: int) -> None:
+    with db.begin() as conn:
+        conn.execute(sa.text(f"ALTER TABLE jobs ALTER COLUMN id RESTART WITH {number}"))
+    found: list[list[int]] = []
+
+    def alive() -> Iterator[tuple[str, str]]:
+        yield from stream(15)
+        found.append(abandoned(db))
+
+    assert producer.enqueue(alive(), collection="docs", on_invalid="skip").id == number
+    assert found == [[]]
+    dead = die(producer)
+    assert (dead, abandoned(db)) == (number + 1, [dead])
+
+
+def test_a_producer_whose_lock_cannot_be_given_back_does_not_keep_it(producer: Client, db: sa.Engine) -> None:
+    """The server refuses the unlock. The lock ends with the connection, which must not go back into the pool."""
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute", retval=True)
+    def refuse(_conn: object, _cursor: object, statement: str, facts: Any, *_: object) -> tuple[str, Any]:
+        return (statement.replace("SELECT", "SELECT 1 / 0,") if "pg_advisory_unlock" in statement else statement), facts
+
+    job = die(producer)
+    found: list[int] = []
+    until(lambda: found.extend(abandoned(db)) or found)  # the server ends the connection a moment later
+    assert found == [job]
+
+
+def test_the_end_of_an_enqueue_seals_its_own_job_alone(producer: Client, db: sa.Engine) -> None:
+    dead = die(producer)
+    assert producer.enqueue(stream(15), collection="docs").state is JobState.RUNNING
+    assert producer.job(dead).state is JobState.ENQUEUEING
+    assert abandoned(db) == [dead]
+
+
+# The key
+
+
+def test_a_cancelled_enqueue_stays_cancelled_under_its_key(producer: Client) -> None:
+    job = die(producer, idempotency_key="k")
+    other = die(producer, idempotency_key="other")
+    assert producer.cancel(job).state is JobState.CANCELLED
+    again = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert (again.id, again.state, again.chunks) == (job, JobState.CANCELLED, 20)
+    again = producer.enqueue(stream(30), collection="docs", idempotency_key="other")
+    assert (again.id, again.state, again.chunks) == (other, JobState.RUNNING, 30)
+
+
+def test_a_key_that_was_used_in_another_space_is_refused(client: Client) -> None:
+    """The collection may change its space once it is empty; the job of the key does not."""
+    job = client.enqueue([("a", "some text")], collection="docs", idempotency_key="k")
+    client.cancel(job.id)
+    client.delete("docs")
+    with pytest.raises(InvalidInput, match=f"belongs to job {job.id}"):
+        client.enqueue([("a", "some text")], collection="docs", idempotency_key="k", on_long="split")
+    assert client.enqueue([("a", "some text")], collection="docs", idempotency_key="k").id == job.id
+
+
+def test_a_second_enqueue_under_a_finished_key_needs_nothing_of_its_stream(client: Client) -> None:
+    job = client.enqueue(stream(3), collection="docs", idempotency_key="k")
+    again = client.enqueue(stream(0, bad=1, dies=True), collection="docs", idempotency_key="k")
+    assert (again.id, again.chunks) == (job.id, 3)
+
+
+def test_an_enqueue_that_starts_over_counts_each_content_and_refusal_once(producer: Client, hands: Hands) -> None:
+    """One of its ChunkBatches has an account of what it cost and stays. One is with a worker, who may finish it."""
+    job = die(producer, 20, bad=10, idempotency_key="k")
+    before = producer.job(job)
+    assert (before.chunks, before.dead) == (20, 10)
+    done, held, *_ = hands.of_job(job)
+    lease = hands.claim(done)
+    with hands.db.begin() as conn:
+        usage.book(conn, lease, Usage("local", "host:1", contents=5), Outcome.COMPLETED)
+    hands.embed(lease, {})
+    lease = hands.claim(held)
+    again = producer.enqueue(stream(25, bad=10), collection="docs", idempotency_key="k", on_invalid="skip")
+    assert (again.id, again.state, again.chunks, again.dead) == (job, JobState.RUNNING, 25, 10)
+    # What is embedded is a cache hit now. What the worker holds is asked for once more. The rest has begun anew.
+    assert (again.contents, again.embedded, again.cached, again.remaining) == (5 + 5 + 25, 5, 5, 5 + 20)
+    hands.embed(lease, {})
+    hands.work()
+    assert producer.job(job).state is JobState.COMPLETED
+    assert producer.audit("docs").complete
+
+
+# Beside others
+
+
+def test_an_empty_collection_keeps_its_space_under_an_open_job(producer: Client, hands: Hands) -> None:
+    """What the job embeds would not be found in the other space."""
+    old = producer.enqueue([("a", "some text")], collection="docs")
+    producer.enqueue([("b", "another text")], collection="other")
+    producer.delete("docs")
+    with pytest.raises(SpaceMismatch, match="another collection"):
+        producer.enqueue([("a", "some text")], collection="docs", on_long="split")
+    hands.embed(hands.claim(*hands.of_job(old.id)), {})
+    moved = producer.enqueue([("a", "some text")], collection="docs", on_long="split")
+    assert moved.space != old.space
+
+
+def test_an_enqueue_that_postgres_undoes_because_of_a_deadlock_is_run_again(producer: Client) -> None:
+    """The fake is the deadlock: the server refuses a window twice, with that code."""
+    refused: list[str] = []
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute", retval=True)
+    def deadlock(_conn: object, _cursor: object, statement: str, facts: Any, *_: object) -> tuple[str, Any]:
+        if "UPDATE jobs SET n_chunks" in statement and len(refused) < 2:
+            refused.append(statement)
+            return "DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40P01'; END $$", None
+        return statement, facts
+
+    job = producer.enqueue(stream(25), collection="docs")
+    assert len(refused) == 2
+    assert (job.state, job.chunks, job.contents) == (JobState.RUNNING, 25, 25)
+
+
+def test_texts_that_another_job_cut_are_counted_as_truncated(producer: Client, hands: Hands) -> None:
+    first = producer.enqueue([("a", "text a"), ("b", "text b"), ("c", "text c")], collection="docs")
+    hands.work()
+    hands.rows(
+        f"UPDATE {hands.vectors_of(first.id)} SET truncated = true WHERE content_hash <> :hash RETURNING 1",
+        hash=content_hash("text a"),
+    )
+    again = producer.enqueue([("a", "text a"), ("b", "text b"), ("new", "a new text")], collection="other")
+    assert (again.cached, again.truncated) == (2, 1)
+
+
+def test_a_producer_that_could_not_ring_does_not_try_for_each_window(
+    settings: Settings, producer: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A try may take seconds to fail; there are six windows."""
+    cut_off = settings.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0"})
+    broker = Broker.connect(cut_off)
+    away = ClientClass(producer._db, broker, producer._settings)
+    job = away.enqueue(stream(60), collection="docs")
+    broker.close()
+    assert job.contents == 60
+    assert [record.message.partition(" (")[0] for record in caplog.records].count("cannot ring") == 1
