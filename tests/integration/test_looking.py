@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import tempfile
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -28,6 +25,7 @@ from app.telemetry import metrics as m
 from app.telemetry.counts import Counts
 from app.telemetry.metrics import Role
 from tests.acceptance.conftest import until
+from tests.embedded_homes import folder_for_homes
 from tests.integration.conftest import Runner
 from workers.context import WorkerContext
 from workers.nvml import Gpu, GpuUse
@@ -256,9 +254,8 @@ def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.Mon
 
 def test_postgres_and_redis_go_and_come_back() -> None:
     """A stack of its own, which is stopped in between."""
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    stack = Stack(home, fsync=False)
-    try:
+    with folder_for_homes("cm-") as home:
+        stack = Stack(home, fsync=False)
         status = stack.up()
         migrate(status.database_url)
         looker = Looker(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url))
@@ -278,9 +275,6 @@ def test_postgres_and_redis_go_and_come_back() -> None:
         assert first.now is not None
         assert back.now.at > first.now.at
         looker.close()
-    finally:
-        stack.destroy()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def test_in_a_pipe_it_wants_json_and_gives_a_document_a_line(
