@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.chunks import MAX_ID_BYTES, Chunk, content_hash, prepare, prepare_or_skip
+from app.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk, content_hash, prepare, prepare_or_skip
 from app.errors import InvalidChunk
 
 REFUSED = [
@@ -65,6 +66,32 @@ def test_skipping_keeps_the_good_and_collects_the_bad() -> None:
     assert isinstance(b, InvalidChunk)
     assert isinstance(d, InvalidChunk)
     assert [(b.position, b.reason), (d.position, d.reason)] == [(1, "empty_id"), (3, "text_not_text")]
+    # Frames of the call would keep the texts in memory as long as the errors are kept.
+    assert (b.__traceback__, d.__traceback__) == (None, None)
+
+
+@pytest.mark.parametrize("character", ["x", "é"])
+def test_the_limits_are_in_bytes_and_what_is_as_long_as_they_allow_is_taken(character: str) -> None:
+    size = len(character.encode())
+    longest_id, longest_text = character * (MAX_ID_BYTES // size), character * (MAX_TEXT_BYTES // size)
+    prepared = prepare((longest_id, longest_text), 0)
+    assert (prepared.id, len(prepared.text)) == (longest_id, MAX_TEXT_BYTES)
+    for item, reason in (((longest_id + "x", "text"), "id_too_long"), (("a", longest_text + "x"), "text_too_long")):
+        with pytest.raises(InvalidChunk) as caught:
+            prepare(item, 0)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("value", ["\\u0000", "\\\\u0000", "C:\\u0000folder", "u0000"])
+def test_metadata_may_hold_what_only_looks_like_a_nul(value: str) -> None:
+    assert json.loads(prepare(("a", "text", {"x": value}), 0).metadata) == {"x": value}
+
+
+@pytest.mark.parametrize("value", ["\x00", "\\\x00", "\\\\\x00", "u0000\x00"])
+def test_metadata_holds_no_nul_whatever_stands_before_it(value: str) -> None:
+    with pytest.raises(InvalidChunk) as caught:
+        prepare(("a", "text", {"x": value}), 0)
+    assert caught.value.reason == "bad_metadata"
 
 
 def test_no_error_shows_the_text() -> None:

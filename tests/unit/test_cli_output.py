@@ -19,6 +19,7 @@ from app.cli.output import beginning, count, duration, masked, shown
         ("postgresql://user:se%40cret@host/db", "postgresql://user:***@host/db"),
         ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u&password=***"),
         ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
+        ("postgresql://host/db?PASSWORD=secret&x=1", "postgresql://host/db?PASSWORD=***&x=1"),
         ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
         (
             "rediss://user:secret@host:6379/0?ssl_cert_reqs=required",
@@ -47,7 +48,16 @@ def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(0.04, "0.0 s"), (9.96, "10.0 s"), (42, "42 s"), (187, "3:07"), (7500.0, "2:05:00"), (5, "5 s")],
+    [
+        (0.04, "0.0 s"),
+        (9.96, "10.0 s"),
+        (42, "42 s"),
+        (187, "3:07"),
+        (7500.0, "2:05:00"),
+        (5, "5 s"),
+        (119.6, "2:00"),
+        (3599.7, "1:00:00"),
+    ],
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
@@ -71,3 +81,11 @@ def test_usage_errors_are_json_too() -> None:
     done = CliRunner().invoke(cli, ["jobs", "--limit", "none", "--json"])
     assert done.exit_code == 2
     assert done.stderr.startswith('{"error": "usage", "message": "Invalid value')
+
+
+def test_after_two_hyphens_an_argument_may_look_like_an_option() -> None:
+    """A text to search for may be ``--json``: the error about it is then for a person."""
+    done = CliRunner().invoke(cli, ["job", "--", "--json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Usage:")
+    assert "'--json' is not a valid integer" in done.stderr
