@@ -50,13 +50,13 @@ def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
     ("seconds", "expected"),
     [
         (0.04, "0.0 s"),
+        (5, "5 s"),
         (9.96, "10.0 s"),
         (42, "42 s"),
-        (187, "3:07"),
-        (7500.0, "2:05:00"),
-        (5, "5 s"),
         (119.6, "2:00"),
+        (187, "3:07"),
         (3599.7, "1:00:00"),
+        (7500.0, "2:05:00"),
     ],
 )
 def test_durations(seconds: float, expected: str) -> None:

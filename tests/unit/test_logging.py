@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import psycopg
@@ -99,7 +100,7 @@ def test_a_level_above_warning_holds_for_other_libraries_too(capfd: pytest.Captu
 def test_what_an_error_was_raised_in_answer_to_is_told_unless_the_code_says_not_to(how: str) -> None:
     def fail() -> None:
         try:
-            open("/nowhere/file")  # noqa: SIM115
+            Path("/nowhere/file").read_text()
         except OSError as error:
             if how == "raised while it was handled":
                 raise RuntimeError("not saved")  # noqa: B904
