@@ -157,6 +157,16 @@ def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     assert worker.output().count("embedding on the CPU") == 1
 
 
+def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: Processes) -> None:
+    """A queue whose tasks wait for the provider leaves the device as many as it needs."""
+    numbers = {"EMBEDDING_PARALLEL_BATCHES": "3", "OPENAI_PARALLEL_REQUESTS": "5", "OPENAI_API_KEY": "sk-none"}
+    for queues, tasks in (("gpu,openai", 8), ("openai", 5)):
+        worker = processes.start("celery", "-A", "workers", "worker", "-Q", queues, **numbers)
+        worker.wait_for("ready.")
+        assert f"concurrency: {tasks} (" in worker.output()
+        assert worker.terminate() == 0
+
+
 def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> None:
     worker = processes.worker(ready=False, EMBEDDING_MODEL="/no/such/folder")
     assert worker.popen.wait(60) == 78

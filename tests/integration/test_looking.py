@@ -189,6 +189,19 @@ def test_a_schema_of_the_release_before_has_no_reports_and_keeps_nobody_up(
     assert seen(db, settings).workers == ()
 
 
+def test_each_time_that_a_worker_cannot_report_it_says_why_once(
+    context: WorkerContext, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread = reporter(context, Counts())
+    for outage in (1, 2):
+        execute(db, "ALTER TABLE worker_reports RENAME TO put_away")
+        thread.report()
+        thread.report()
+        assert caplog.text.count("this worker is not in `status` for now") == outage
+        execute(db, "ALTER TABLE put_away RENAME TO worker_reports")
+        thread.report()
+
+
 class Busy(Gpu):
     def __init__(self) -> None:
         pass

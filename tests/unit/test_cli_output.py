@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 
 import click
+import psycopg
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 
 from app.cli.__main__ import COMMANDS, cli
 from app.cli.output import beginning, count, duration, masked, shown
+from app.cli.quantity import BYTES, DAYS, Quantity
+
+SIZES = BYTES | {"b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -89,3 +94,36 @@ def test_after_two_hyphens_an_argument_may_look_like_an_option() -> None:
     assert done.exit_code == 2
     assert done.stderr.startswith("Usage:")
     assert "'--json' is not a valid integer" in done.stderr
+
+
+def test_what_postgres_quotes_of_a_row_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    quoted = psycopg.errors.CheckViolation("new row violates check\nDETAIL:  Failing row contains (1, ZEBRA).")
+
+    def refuse() -> None:
+        raise sa.exc.IntegrityError("INSERT", {}, quoted, hide_parameters=True)
+
+    monkeypatch.setattr("app.client.Client.from_env", refuse)
+    for arguments in (["jobs"], ["jobs", "--json"]):
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 1
+        assert "Postgres refused (CheckViolation): new row violates check." in done.stderr
+        assert "ZEBRA" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("units", "unit", "given", "expected"),
+    [
+        (DAYS, "d", "30d", 30),
+        (DAYS, "d", "12h", 0.5),
+        (DAYS, "d", "90min", 0.0625),
+        (DAYS, "d", "43200 s", 0.5),
+        (DAYS, "d", "2w", 14),
+        (DAYS, "d", "1y", 365),
+        (SIZES, "b", "50GB", 50_000_000_000),
+        (SIZES, "b", "1.5 GiB", 1_610_612_736),
+        (SIZES, "b", "7b", 7),
+    ],
+)
+def test_ages_are_in_days_and_sizes_in_bytes(units: dict[str, float], unit: str, given: str, expected: float) -> None:
+    """A unit that is mistaken deletes what should have stayed."""
+    assert Quantity("amount", units, unit, "30d").convert(given, None, None) == pytest.approx(expected)
