@@ -6,15 +6,18 @@ import fcntl
 import os
 import queue
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import psycopg
 import pytest
+import redis
 
-from app.embedded import Stack
+from app.embedded import Stack, StackStatus
 from app.embedded.process import command_line
 from app.errors import EmbeddedStackError
 from tests.embedded_homes import folder_for_homes
@@ -134,3 +137,30 @@ def test_nothing_that_a_test_starts_outlives_it() -> None:
     pids = [pid for status in statuses for pid in (status.postgres.pid, status.redis.pid)]
     assert [command_line(pid) for pid in pids if pid is not None] == [""] * 6
     assert not folder.exists()
+
+
+def asked_of(status: StackStatus, *postgres_settings: str) -> dict[str, object]:
+    """Settings of Postgres, and those of Redis that say where it listens and how it keeps what it was told."""
+    with psycopg.connect(status.database_url.replace("+psycopg", "")) as connection:
+        found = {name: connection.execute(f"SHOW {name}".encode()).fetchone()[0] for name in postgres_settings}  # type: ignore[index]
+    with redis.Redis.from_url(status.redis_url, decode_responses=True) as client:
+        return found | {name: client.config_get(name)[name] for name in ("bind", "appendonly", "appendfsync")}
+
+
+def test_a_stack_keeps_its_word_when_the_power_goes_and_opens_its_ports_to_this_machine_alone(home: Path) -> None:
+    """There is no password: whoever reaches a port is in. And a stack for tests is the exception, not the rule."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    status = Stack(home, port=ports[0], redis_port=ports[1]).up()
+    wanted = {
+        "listen_addresses": "127.0.0.1",
+        "fsync": "on",
+        "full_page_writes": "on",
+        "synchronous_commit": "on",
+        "bind": "127.0.0.1",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+    }
+    assert asked_of(status, "listen_addresses", "fsync", "full_page_writes", "synchronous_commit") == wanted
