@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
@@ -23,6 +20,7 @@ from app.client import Client
 from app.db.connect import create_db, migrate
 from app.embedded import Stack, StackStatus
 from app.settings import Settings
+from tests.embedded_homes import folder_for_homes
 from tests.waiting import PATIENCE
 
 # The machine's own settings must not reach a test.
@@ -40,16 +38,11 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def stack() -> Iterator[StackStatus]:
     """Postgres and Redis for this pytest process, in a short path of their own (socket names are limited)."""
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    running = Stack(home, fsync=False)
-    try:
-        status = running.up()
+    with folder_for_homes("cm-") as home:
+        status = Stack(home, fsync=False).up()
         admin(status, f"CREATE DATABASE {TEMPLATE}")
         migrate(url_of(status, TEMPLATE))
         yield status
-    finally:
-        running.down()
-        shutil.rmtree(home)
 
 
 @pytest.fixture

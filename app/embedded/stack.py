@@ -98,8 +98,9 @@ class Stack:
         """Stop both cleanly and keep the data. Does nothing to a stack that is already down."""
         self._check_owner()
         if (self.home / _LOCK_FILE).exists():
-            with self._locked():
-                self._stop()
+            with self._locked() as there:
+                if there:
+                    self._stop()
         return self.status()
 
     def destroy(self) -> None:
@@ -118,9 +119,10 @@ class Stack:
                 f"{self.home} does not look like a home of the embedded stack ({reason}), so it was not "
                 "removed. Look at it and remove it by hand."
             )
-        with self._locked():
-            self._stop()
-            shutil.rmtree(self.home)
+        with self._locked() as there:
+            if there:
+                self._stop()
+                shutil.rmtree(self.home)
 
     def _status(self, postgres_started: bool, redis_started: bool) -> StackStatus:
         return StackStatus(
@@ -149,17 +151,27 @@ class Stack:
             )
 
     @contextmanager
-    def _locked(self, *, create: bool = False) -> Iterator[None]:
-        """Hold the home's lock, which ends with the process that holds it. `create`: make the home first."""
+    def _locked(self, *, create: bool = False) -> Iterator[bool]:
+        """Hold the home's lock, which ends with the process that holds it. `create`: make the home first.
+
+        Yields False, without a lock, if another process destroyed the home meanwhile.
+        """
         lock_file = self.home / _LOCK_FILE
         while True:
             if create:
                 self._make_home()
-            with lock_file.open("a") as file:
+            try:
+                file = lock_file.open("a")
+            except FileNotFoundError:
+                if create:
+                    raise
+                yield False
+                return
+            with file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 # Whoever held it before may have been `destroy`: then this is the lock of a removed folder.
                 if lock_file.exists() and lock_file.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    yield
+                    yield True
                     return
 
     def _make_home(self) -> None:

@@ -53,6 +53,10 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
+def _masked(value: object) -> object:
+    return without_passwords(value) if isinstance(value, str) else value
+
+
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -61,10 +65,10 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": without_passwords(record.getMessage()),
         }
-        line |= _fields_of(record)
+        line |= {name: _masked(value) for name, value in _fields_of(record).items()}
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = told(record.exc_info[1])
-        return json.dumps(line, default=str)
+        return json.dumps(line, default=lambda value: without_passwords(str(value)))
 
 
 class _Text(logging.Formatter):

@@ -61,6 +61,16 @@ def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> st
     return f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
 
 
+def program(processes: Processes, statement: str, **env: str) -> str:
+    """What a producer's own program prints that ends with an error."""
+    code = f"from app import Client\nwith Client.from_env() as client:\n    {statement}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=processes.env | env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stdout + done.stderr
+
+
 def lines(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -85,12 +95,25 @@ def test_texts_and_secrets_are_in_no_output(
             )
         until(lambda: client.job(job.id).state is JobState.COMPLETED, 60, worker.output)
         client.search(f"{WORD} 1", collection="docs", timeout=60)
+        # It goes away under a query, and a program that does not expect it ends with a traceback.
+        with db.begin() as conn:
+            conn.execute(
+                sa.text(
+                    "CREATE FUNCTION go() RETURNS trigger LANGUAGE plpgsql AS "
+                    "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$"
+                )
+            )
+            conn.execute(
+                sa.text("CREATE TRIGGER go BEFORE INSERT ON embed_requests FOR EACH ROW EXECUTE FUNCTION go()")
+            )
+        said = [program(processes, f"client.search('{WORD} 2', collection='docs', timeout=60)", **secret)]
+        assert "INSERT INTO embed_requests" in said[0]
         # And refuses a producer's texts, which it quotes.
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE contents ADD CONSTRAINT forced CHECK (text NOT LIKE '%forbidden%')"))
         record = json.dumps({"id": "doc-9", "text": f"{WORD} forbidden\nDETAIL: {WORD}\nTraceback {WORD}"})
-        said = [cli(processes, "enqueue", "-", "-c", "docs", "--no-wait", text=record, **secret)]
-        assert "Postgres refused (CheckViolation)" in said[0]
+        said += [cli(processes, "enqueue", "-", "-c", "docs", "--no-wait", text=record, **secret)]
+        assert "Postgres refused (CheckViolation)" in said[-1]
     away = secret | {"DATABASE_URL": f"postgresql://marked:{SECRETS['wrong']}@127.0.0.1:1/none"}
     nobody = secret | {
         "DATABASE_URL": sa.make_url(secret["DATABASE_URL"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +19,19 @@ from app.domain.states import JobState
 from app.embedded import Stack
 from app.settings import Settings
 from tests.acceptance.conftest import Processes, until
+from tests.embedded_homes import folder_for_homes
 
 
 @pytest.fixture
 def own(settings: Settings) -> Iterator[tuple[Stack, Settings]]:
     """Servers of its own, with fsync: other tests share theirs, and a crash is to be recovered from."""
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    stack = Stack(home, fsync=True)
-    status = stack.up()
-    migrate(status.database_url)
-    changed = {"database_url": sa.make_url(status.database_url).render_as_string(hide_password=False)}
-    changed["redis_url"] = status.redis_url
-    yield stack, Settings.from_env(**changed, chunk_batch_size=64, lease_seconds=3.0)
-    stack.down()
-    shutil.rmtree(home)
+    with folder_for_homes("cm-") as home:
+        stack = Stack(home, fsync=True)
+        status = stack.up()
+        migrate(status.database_url)
+        changed = {"database_url": sa.make_url(status.database_url).render_as_string(hide_password=False)}
+        changed["redis_url"] = status.redis_url
+        yield stack, Settings.from_env(**changed, chunk_batch_size=64, lease_seconds=3.0)
 
 
 @pytest.mark.slow

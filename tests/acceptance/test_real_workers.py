@@ -6,9 +6,7 @@ import base64
 import json
 import os
 import re
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from app.embedded import Stack
 from app.settings import Settings
 from tests.acceptance.conftest import Processes, until
 from tests.damaged_model import damaged_model
+from tests.embedded_homes import folder_for_homes
 
 SECRET = "ZEBRAFISH"  # in every text; nowhere else
 
@@ -108,29 +107,27 @@ def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
 
 def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.Engine, tmp_path: Path) -> None:
     """Promise 2, the hard way: kill -9, the append-only file gone, and the same address again."""
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    own = Stack(home, fsync=False)
-    status = own.up()
-    apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 64})
-    processes = Processes(apart, tmp_path)
-    try:
-        processes.poller()
-        worker = processes.worker()
-        with Client(db, Broker.connect(apart), apart) as client:
-            job = client.enqueue(documents(1200, words=60), collection="docs")
-            until(lambda: client.job(job.id).embedded > 100, 60, worker.output)
-            assert status.redis.pid is not None
-            os.kill(status.redis.pid, signal.SIGKILL)
-            for leftover in (home / "redis").glob("**/*.aof*"):
-                leftover.unlink()
-            assert own.up().redis.started
-            job = client.wait(job.id, timeout=240)
-            assert (job.state, job.embedded) == (JobState.COMPLETED, 1200)
-            assert client.audit("docs").complete
-    finally:
-        processes.stop_all()
-        own.down()
-        shutil.rmtree(home)
+    with folder_for_homes("cm-") as home:
+        own = Stack(home, fsync=False)
+        status = own.up()
+        apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 64})
+        processes = Processes(apart, tmp_path)
+        try:
+            processes.poller()
+            worker = processes.worker()
+            with Client(db, Broker.connect(apart), apart) as client:
+                job = client.enqueue(documents(1200, words=60), collection="docs")
+                until(lambda: client.job(job.id).embedded > 100, 60, worker.output)
+                assert status.redis.pid is not None
+                os.kill(status.redis.pid, signal.SIGKILL)
+                for leftover in (home / "redis").glob("**/*.aof*"):
+                    leftover.unlink()
+                assert own.up().redis.started
+                job = client.wait(job.id, timeout=240)
+                assert (job.state, job.embedded) == (JobState.COMPLETED, 1200)
+                assert client.audit("docs").complete
+        finally:
+            processes.stop_all()
 
 
 def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Client, db: sa.Engine) -> None:
@@ -158,6 +155,16 @@ def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     assert stats["prefetch_count"] == 2  # what it works on, and nothing more
     assert name.startswith("cpu-")
     assert worker.output().count("embedding on the CPU") == 1
+
+
+def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: Processes) -> None:
+    """A queue whose tasks wait for the provider leaves the device as many as it needs."""
+    numbers = {"EMBEDDING_PARALLEL_BATCHES": "3", "OPENAI_PARALLEL_REQUESTS": "5", "OPENAI_API_KEY": "sk-none"}
+    for queues, tasks in (("gpu,openai", 8), ("openai", 5)):
+        worker = processes.start("celery", "-A", "workers", "worker", "-Q", queues, **numbers)
+        worker.wait_for("ready.")
+        assert f"concurrency: {tasks} (" in worker.output()
+        assert worker.terminate() == 0
 
 
 def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> None:

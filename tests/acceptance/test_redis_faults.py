@@ -6,9 +6,7 @@ Killed and started empty, or emptied, it is in test_real_workers.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from app.domain.states import JobState
 from app.embedded import Stack
 from app.settings import Settings
 from tests.acceptance.conftest import Process, Processes, until
+from tests.embedded_homes import folder_for_homes
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,20 @@ class Place:
 
 @pytest.fixture
 def place(settings: Settings, db: sa.Engine, tmp_path: Path) -> Iterator[Place]:
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    own = Stack(home, fsync=False)
-    status = own.up()
-    apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 32})
-    processes = Processes(apart, tmp_path)
-    try:
-        poller, worker = processes.poller(), processes.worker()
-        with (
-            Client(db, Broker.connect(apart), apart) as client,
-            redis.Redis.from_url(status.redis_url) as connection,
-        ):
-            assert status.redis.pid is not None
-            yield Place(client, worker, poller, connection, status.redis.pid, db)
-    finally:
-        processes.stop_all()
-        own.down()
-        shutil.rmtree(home)
+    with folder_for_homes("cm-") as home:
+        status = Stack(home, fsync=False).up()
+        apart = settings.model_copy(update={"redis_url": status.redis_url, "chunk_batch_size": 32})
+        processes = Processes(apart, tmp_path)
+        try:
+            poller, worker = processes.poller(), processes.worker()
+            with (
+                Client(db, Broker.connect(apart), apart) as client,
+                redis.Redis.from_url(status.redis_url) as connection,
+            ):
+                assert status.redis.pid is not None
+                yield Place(client, worker, poller, connection, status.redis.pid, db)
+        finally:
+            processes.stop_all()
 
 
 @pytest.mark.slow

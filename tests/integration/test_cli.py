@@ -7,11 +7,9 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from click.testing import CliRunner, Result
 from app.cli.__main__ import cli
 from app.embedded import Stack
 from app.embedded.process import command_line
+from tests.embedded_homes import folder_for_homes
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = [
@@ -36,19 +35,14 @@ DOCS = [
 @pytest.fixture(scope="module", autouse=True)
 def home() -> Iterator[Path]:
     """An embedded stack of this module's own, which every command here finds by itself."""
-    folder = Path(tempfile.mkdtemp(prefix="chunkmill-cli-")).resolve()
-    with pytest.MonkeyPatch.context() as patch:
+    with folder_for_homes() as folder, pytest.MonkeyPatch.context() as patch:
         for name in ("DATABASE_URL", "REDIS_URL"):
             patch.delenv(name, raising=False)
         patch.setenv("CHUNKMILL_HOME", str(folder / "home"))
         patch.setenv("PYTHONPATH", str(CHECKOUT))
         Stack(folder / "home", fsync=False).up()  # which `up` finds running, and starts in a third of the time
         assert document("up")["running"]
-        try:
-            yield folder
-        finally:
-            Stack(folder / "home").destroy()
-            shutil.rmtree(folder)
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from app import Client
-from app.broker import PRIORITY_STEPS, Broker, StepBell
+from app.broker import PRIORITY_STEPS, SYNC_BELLS, Broker, Doorbell, StepBell
+from app.domain.states import Priority
 from app.settings import Settings
 from workers.poller import Poller
 
@@ -82,3 +83,16 @@ def test_a_step_says_what_it_is_about(broker: Broker) -> None:
     ((arguments, label, about, _),) = messages(broker, "openai")
     assert (arguments, label) == ([7], "ProviderBatch 7")
     assert about == {"state": "submitted", "space": 2, "model": "text-embedding-3-small"}
+
+
+def test_the_next_step_of_what_is_paid_for_is_served_before_new_requests(broker: Broker) -> None:
+    """Of jobs of every priority, and whichever rang first."""
+    broker.ring([Doorbell(20 + n, priority.rank) for n, priority in enumerate(Priority)], SYNC_BELLS)
+    broker.ring_steps([StepBell(7)])
+    assert [label for _, label, _, _ in messages(broker, "openai")] == [
+        "ProviderBatch 7",
+        "ChunkBatch 20",
+        "ChunkBatch 21",
+        "ChunkBatch 22",
+    ]
+    assert messages(broker, "gpu") == []

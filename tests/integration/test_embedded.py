@@ -9,8 +9,8 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from app.embedded import Stack, StackStatus, default_home
 from app.embedded.paths import postgres_account
 from app.embedded.process import command_line
 from app.errors import EmbeddedStackError
+from tests.embedded_homes import folder_for_homes
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers need Unix sockets")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -30,16 +32,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder for homes; what was started in it is stopped afterwards.
-
-    Not `tmp_path`: every pytest that starts takes the execute bits off root's shared temporary folder, and
-    with them the way of a Postgres that another pytest is just starting.
-    """
-    path = Path(tempfile.mkdtemp(prefix="chunkmill-test-")).resolve()
-    yield path
-    for lock in path.rglob("chunkmill.lock"):
-        Stack(lock.parent).down()
-    shutil.rmtree(path)
+    with folder_for_homes() as path:
+        yield path
 
 
 @pytest.fixture
@@ -50,12 +44,10 @@ def stack(folder: Path) -> Stack:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Stack]:
     """One stack for the tests that only look at it."""
-    path = Path(tempfile.mkdtemp(prefix="chunkmill-test-")).resolve()
-    stack = Stack(path / "home", fsync=False)
-    stack.up()
-    yield stack
-    stack.destroy()
-    path.rmdir()
+    with folder_for_homes() as path:
+        stack = Stack(path / "home", fsync=False)
+        stack.up()
+        yield stack
 
 
 def sql(status: StackStatus, statement: str) -> Any:
@@ -84,6 +76,15 @@ def message(stack: Stack) -> str:
     with pytest.raises(EmbeddedStackError) as caught:
         stack.up()
     return str(caught.value)
+
+
+@contextmanager
+def killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill it on leaving, so that nobody waits for its end, which is far away."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def alive(pid: int | None) -> bool:
@@ -151,7 +152,11 @@ class TestOneStack:
         )
         argv = [sys.executable, "-c", code, str(stack.home)]
         children = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        answers = [child.communicate()[0].split() for child in children]
+        try:
+            answers = [child.communicate(timeout=PATIENCE)[0].split() for child in children]
+        finally:
+            for child in children:
+                child.kill()
         assert len({tuple(answer[:2]) for answer in answers}) == 1
         assert sorted(answer[2:] for answer in answers) == [["False"] * 2, ["False"] * 2, ["True"] * 2]
         assert stack.status().running  # the servers outlive the process that started them
@@ -185,7 +190,7 @@ class TestAfterAKill:
         account = postgres_account()
         as_user = {"user": account.uid, "group": account.gid} if os.geteuid() == 0 else {}
         for pid_of in ("a sleep", "this test"):
-            with subprocess.Popen(["sleep", "60"], **as_user) as sleep:  # type: ignore[call-overload]
+            with subprocess.Popen(["sleep", "60"], **as_user) as sleep, killed(sleep):  # type: ignore[call-overload]
                 pid = sleep.pid if pid_of == "a sleep" else os.getpid()
                 text = f"{pid}\n{stack.home}/postgres/data\n1\n5432\n{stack.home}/postgres\n\n1 1\nready\n"
                 (stack.home / "postgres/data/postmaster.pid").write_text(text)
@@ -201,7 +206,6 @@ class TestAfterAKill:
                 assert "redis.pid" in caplog.text
                 stack.down()
                 assert sleep.poll() is None
-                sleep.kill()
 
     def test_an_initdb_that_was_killed_is_done_again(self, stack: Stack) -> None:
         stack.up()
@@ -215,14 +219,8 @@ class TestAfterAKill:
     def test_servers_of_a_removed_folder_are_named_and_left_alone(self, stack: Stack) -> None:
         lost = stack.up()
         shutil.rmtree(stack.home)
-        try:
-            assert f"kill {lost.redis.pid}" in message(stack)
-            assert alive(lost.redis.pid)
-        finally:
-            for pid in (lost.redis.pid, lost.postgres.pid):
-                assert pid is not None
-                if str(stack.home) in Path(f"/proc/{pid}/cmdline").read_text():
-                    os.kill(pid, signal.SIGKILL)
+        assert f"kill {lost.redis.pid}" in message(stack)
+        assert alive(lost.redis.pid)
 
 
 class TestWhatItRefuses:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import tempfile
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -29,6 +26,7 @@ from app.telemetry.counts import Counts
 from app.telemetry.metrics import Role
 from tests.acceptance.conftest import until
 from tests.conftest import fresh_settings
+from tests.embedded_homes import folder_for_homes
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
 from workers.context import WorkerContext
@@ -216,6 +214,19 @@ def test_a_schema_of_the_release_before_has_no_reports_and_keeps_nobody_up(
     assert seen(db, settings).workers == ()
 
 
+def test_each_time_that_a_worker_cannot_report_it_says_why_once(
+    context: WorkerContext, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread = reporter(context, Counts())
+    for outage in (1, 2):
+        execute(db, "ALTER TABLE worker_reports RENAME TO put_away")
+        thread.report()
+        thread.report()
+        assert caplog.text.count("this worker is not in `status` for now") == outage
+        execute(db, "ALTER TABLE put_away RENAME TO worker_reports")
+        thread.report()
+
+
 class Busy(Gpu):
     def __init__(self) -> None:
         pass
@@ -281,9 +292,8 @@ def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.Mon
 
 def test_postgres_and_redis_go_and_come_back() -> None:
     """A stack of its own, which is stopped in between."""
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
-    stack = Stack(home, fsync=False)
-    try:
+    with folder_for_homes("cm-") as home:
+        stack = Stack(home, fsync=False)
         status = stack.up()
         migrate(status.database_url)
         looker = Looker(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url))
@@ -303,9 +313,6 @@ def test_postgres_and_redis_go_and_come_back() -> None:
         assert first.now is not None
         assert back.now.at > first.now.at
         looker.close()
-    finally:
-        stack.destroy()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def test_in_a_pipe_it_wants_json_and_gives_a_document_a_line(

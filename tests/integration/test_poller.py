@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import redis
@@ -12,11 +14,14 @@ import sqlalchemy as sa
 from app import Client
 from app.broker import Broker
 from app.client import Client as ClientClass
+from app.db.connect import create_db
 from app.domain.doorbells import DoorbellWindow
 from app.domain.states import JobState
 from app.ledger.deaths import TakenBack
 from app.settings import Settings
+from tests.cutting_proxy import Cut, cutting_proxy
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE, until
 from workers.poller import Poller
 
 
@@ -164,3 +169,61 @@ def test_redis_away_is_survived_and_said_once(
     assert [r.message for r in caplog.records if "trying again" in r.message] == [
         "poller: ConnectionError; trying again every 0.01 s"
     ]
+
+
+@contextmanager
+def running(poller: Poller) -> Iterator[None]:
+    """The poller's own loop, in a thread."""
+    stop = threading.Event()
+    thread = threading.Thread(target=poller.run, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+
+
+def lease_runs_out(db: sa.Engine) -> None:
+    with db.begin() as conn:
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'running', attempt = attempt + 1, lease_owner = 'gone', "
+                "lease_until = now() - interval '1 s'"
+            )
+        )
+
+
+def state(db: sa.Engine) -> str:
+    with db.begin() as conn:
+        return str(conn.execute(sa.text("SELECT state FROM chunk_batches")).scalar_one())
+
+
+def test_while_redis_is_away_what_dead_workers_held_is_taken_back(
+    settings: Settings, db: sa.Engine, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their leases are in Postgres, so that an outage of Redis excuses no worker that is silent."""
+    cut_off = settings.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "lease_seconds": 3000.0})
+    client.enqueue([("a", "text")], collection="docs")
+    with running(Poller(db, Broker.connect(cut_off), cut_off)):
+        until(lambda: "trying again" in caplog.text)
+        lease_runs_out(db)
+        until(lambda: state(db) == "available")
+
+
+def test_after_an_outage_of_postgres_live_workers_may_renew_their_leases_first(
+    settings: Settings, db: sa.Engine, broker: Broker, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody could renew a lease meanwhile, so that one that ran out says nothing about its worker."""
+    caplog.set_level("INFO", "workers.poller")
+    patient = settings.model_copy(update={"lease_seconds": 3000.0})
+    client.enqueue([("a", "text")], collection="docs")
+    lease_runs_out(db)
+    with cutting_proxy(settings.require_database_url()) as proxy:
+        proxy.cut = Cut(b"chunk_batches", answer_lost=False)
+        behind = create_db(proxy.url, role="poller")
+        with running(Poller(behind, broker, patient)):
+            until(lambda: "poller: back after" in caplog.text)
+        behind.dispose()
+    assert proxy.cut.struck == 1
+    assert state(db) == "running"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,20 @@ def test_skipping_keeps_the_good_and_collects_the_bad() -> None:
     assert isinstance(b, InvalidChunk)
     assert isinstance(d, InvalidChunk)
     assert [(b.position, b.reason), (d.position, d.reason)] == [(1, "empty_id"), (3, "text_not_text")]
+    # Frames of the call would keep the texts in memory as long as the errors are kept.
+    assert (b.__traceback__, d.__traceback__) == (None, None)
+
+
+@pytest.mark.parametrize("value", ["\\u0000", "\\\\u0000", "C:\\u0000folder", "u0000"])
+def test_metadata_may_hold_what_only_looks_like_a_nul(value: str) -> None:
+    assert json.loads(prepare(("a", "text", {"x": value}), 0).metadata) == {"x": value}
+
+
+@pytest.mark.parametrize("value", ["\x00", "\\\x00", "\\\\\x00", "u0000\x00"])
+def test_metadata_holds_no_nul_whatever_stands_before_it(value: str) -> None:
+    with pytest.raises(InvalidChunk) as caught:
+        prepare(("a", "text", {"x": value}), 0)
+    assert caught.value.reason == "bad_metadata"
 
 
 def test_no_error_shows_the_text() -> None:

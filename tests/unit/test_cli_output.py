@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 
 import click
+import psycopg
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 
 from app.cli.__main__ import COMMANDS, cli
 from app.cli.output import beginning, count, duration, masked, shown
+from app.cli.quantity import BYTES, DAYS, Quantity
+
+SIZES = BYTES | {"b": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +24,7 @@ from app.cli.output import beginning, count, duration, masked, shown
         ("postgresql://user:se%40cret@host/db", "postgresql://user:***@host/db"),
         ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u&password=***"),
         ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
+        ("postgresql://host/db?PASSWORD=secret&x=1", "postgresql://host/db?PASSWORD=***&x=1"),
         ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
         (
             "rediss://user:secret@host:6379/0?ssl_cert_reqs=required",
@@ -47,7 +53,16 @@ def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(0.04, "0.0 s"), (9.96, "10.0 s"), (42, "42 s"), (187, "3:07"), (7500.0, "2:05:00"), (5, "5 s")],
+    [
+        (0.04, "0.0 s"),
+        (5, "5 s"),
+        (9.96, "10.0 s"),
+        (42, "42 s"),
+        (119.6, "2:00"),
+        (187, "3:07"),
+        (3599.7, "1:00:00"),
+        (7500.0, "2:05:00"),
+    ],
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
@@ -71,3 +86,44 @@ def test_usage_errors_are_json_too() -> None:
     done = CliRunner().invoke(cli, ["jobs", "--limit", "none", "--json"])
     assert done.exit_code == 2
     assert done.stderr.startswith('{"error": "usage", "message": "Invalid value')
+
+
+def test_after_two_hyphens_an_argument_may_look_like_an_option() -> None:
+    """A text to search for may be ``--json``: the error about it is then for a person."""
+    done = CliRunner().invoke(cli, ["job", "--", "--json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Usage:")
+    assert "'--json' is not a valid integer" in done.stderr
+
+
+def test_what_postgres_quotes_of_a_row_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    quoted = psycopg.errors.CheckViolation("new row violates check\nDETAIL:  Failing row contains (1, ZEBRA).")
+
+    def refuse() -> None:
+        raise sa.exc.IntegrityError("INSERT", {}, quoted, hide_parameters=True)
+
+    monkeypatch.setattr("app.client.Client.from_env", refuse)
+    for arguments in (["jobs"], ["jobs", "--json"]):
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 1
+        assert "Postgres refused (CheckViolation): new row violates check." in done.stderr
+        assert "ZEBRA" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("units", "unit", "given", "expected"),
+    [
+        (DAYS, "d", "30d", 30),
+        (DAYS, "d", "12h", 0.5),
+        (DAYS, "d", "90min", 0.0625),
+        (DAYS, "d", "43200 s", 0.5),
+        (DAYS, "d", "2w", 14),
+        (DAYS, "d", "1y", 365),
+        (SIZES, "b", "50GB", 50_000_000_000),
+        (SIZES, "b", "1.5 GiB", 1_610_612_736),
+        (SIZES, "b", "7b", 7),
+    ],
+)
+def test_ages_are_in_days_and_sizes_in_bytes(units: dict[str, float], unit: str, given: str, expected: float) -> None:
+    """A unit that is mistaken deletes what should have stayed."""
+    assert Quantity("amount", units, unit, "30d").convert(given, None, None) == pytest.approx(expected)

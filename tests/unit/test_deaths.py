@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,13 @@ def contents(n: int) -> list[bytes]:
 def test_one_death_says_nothing() -> None:
     assert after_death(1, contents(512)) == Again()
     assert after_death(1, contents(1)) == Again()
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(2, {1}), (32, {1}), (33, {6, 3}), (512, {23, 6})])
+def test_few_are_cut_into_single_ones_and_many_into_parts(n: int, sizes: set[int]) -> None:
+    verdict = after_death(SUSPECT_DEATHS, contents(n))
+    assert isinstance(verdict, Split)
+    assert {len(part) for part in verdict.parts} == sizes
 
 
 def test_what_has_all_its_vectors_is_never_cut_or_buried() -> None:

@@ -60,6 +60,12 @@ def test_whatever_changes_a_vector_changes_the_fingerprint(change: dict[str, obj
     assert dataclasses.replace(SPEC, **change).fingerprint != SPEC.fingerprint
 
 
+def test_a_fingerprint_is_the_same_in_every_release() -> None:
+    """Vectors are found by it: if it changed, all of them would be computed and paid for again."""
+    prompted = dataclasses.replace(SPEC, document_prompt="Über: ", query_prompt="質問: ")
+    assert prompted.fingerprint == "fac35db5adaed56e85857124489f61e85f0b9c77cb7acff5b920e5e08e82a2ff"
+
+
 def test_the_label_does_not_change_the_fingerprint() -> None:
     assert dataclasses.replace(SPEC, model="/another/path").fingerprint == SPEC.fingerprint
 
@@ -88,3 +94,28 @@ def test_settings_do_not_print_secrets() -> None:
     settings = Settings.from_env(database_url="postgresql://u:hunter2@h/d", redis_url="redis://:hunter2@h")
     assert "hunter2" not in repr(settings)
     assert "hunter2" not in str(settings)
+
+
+@pytest.mark.parametrize("setting", ["openai_base_url", "budget_webhook_url"])
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("https://api.example.com/v1", True),
+        ("http://127.0.0.1:8080/v1", True),
+        ("http://localhost/v1", True),
+        ("http://[::1]:8080", True),
+        ("http://api.example.com/v1", False),
+        ("http://localhost.example.com/v1", False),
+        ("http://127.0.0.1.example.com/v1", False),
+        ("http://10.0.0.1/v1", False),
+        ("https://key@api.example.com/v1", False),
+        ("https://api.example.com/v1?key=x", False),
+        ("ftp://127.0.0.1/v1", False),
+    ],
+)
+def test_what_is_secret_crosses_no_network_in_the_clear(setting: str, url: str, taken: bool) -> None:
+    if taken:
+        assert getattr(Settings.from_env(**{setting: url}), setting) == url
+    else:
+        with pytest.raises(InvalidSetting, match=setting.upper()):
+            Settings.from_env(**{setting: url})

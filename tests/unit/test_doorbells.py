@@ -26,6 +26,13 @@ def test_who_came_first_and_filled_the_window_waits_until_the_other_has_caught_u
     assert share_out({1: 8, 2: 0}, 12) == {2: 10, 1: 2}
 
 
+def test_of_equals_the_first_named_is_served_first() -> None:
+    """The ledger names first who has waited longest, whatever its number."""
+    assert share_out({7: 0, 3: 0, 5: 0}, 1) == {7: 1}
+    assert share_out({7: 1, 3: 0, 5: 0}, 2) == {3: 1, 5: 1}
+    assert share_out({7: 2, 3: 2, 5: 2}, 5) == {7: 2, 3: 2, 5: 1}
+
+
 def test_nobody_and_nothing_to_share() -> None:
     assert share_out({}, 8) == {}
     assert share_out({1: 0}, 0) == {}

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import psycopg
 import pytest
@@ -57,6 +59,19 @@ def test_for_a_person_fields_stand_behind(capfd: pytest.CaptureFixture[str]) -> 
     assert said[1].endswith("nothing bound")
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_password_stands_in_a_field(form: Literal["text", "json"], capfd: pytest.CaptureFixture[str]) -> None:
+    """A field may be an address, or any object that has one in what it says of itself."""
+    configure(form=form)
+    with bound(job=7, server="redis://me:hunter2@host:6379/0"):
+        logging.warning("it is away", extra={"store": OSError("postgresql://you:hunter2@host/d")})
+    said = capfd.readouterr().err
+    assert "hunter2" not in said
+    assert "redis://me:***@host:6379/0" in said
+    if form == "json":
+        assert json.loads(said)["job"] == 7
+
+
 def test_level_and_format_are_settings(capfd: pytest.CaptureFixture[str]) -> None:
     settings = Settings.from_env(log_level="ERROR", log_format="text")
     configure(settings.log_level, settings.log_format)
@@ -72,6 +87,28 @@ def test_other_libraries_are_quiet_even_at_debug(capfd: pytest.CaptureFixture[st
     for name in ("kombu", "httpx2", "alembic.runtime.migration", "opentelemetry.sdk", "httpcore2.connection"):
         logging.getLogger(name).info("a request with all its headers")
     assert capfd.readouterr().err == ""
+
+
+def test_a_level_above_warning_holds_for_other_libraries_too(capfd: pytest.CaptureFixture[str]) -> None:
+    configure("error", "text")
+    logging.getLogger("kombu").warning("a warning")
+    logging.getLogger("kombu").error("an error")
+    assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ["ERROR"]
+
+
+@pytest.mark.parametrize("how", ["raised from it", "raised while it was handled", "raised from None"])
+def test_what_an_error_was_raised_in_answer_to_is_told_unless_the_code_says_not_to(how: str) -> None:
+    def fail() -> None:
+        try:
+            Path("/nowhere/file").read_text()
+        except OSError as error:
+            if how == "raised while it was handled":
+                raise RuntimeError("not saved")  # noqa: B904
+            raise RuntimeError("not saved") from (error if how == "raised from it" else None)
+
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    assert ("FileNotFoundError: " in told(caught.value)) is (how != "raised from None")
 
 
 def test_what_postgres_quotes_of_rows_is_left_out(db_error: Exception) -> None:
@@ -101,6 +138,7 @@ def db_error(request: pytest.FixtureRequest) -> Exception:
         ("unix://me:hunter2@/run/redis.sock?db=1", "unix://me:***@/run/redis.sock?db=1"),
         ("unix:///run/redis.sock?db=1&password=hunter2&x=1", "unix:///run/redis.sock?db=1&password=***&x=1"),
         ("host=h password=hunter2 dbname=d", "host=h password=*** dbname=d"),
+        ("PGPASSWORD=hunter2 psql", "PGPASSWORD=*** psql"),
         ("https://me@host:8080/path and a: b@c", "https://me@host:8080/path and a: b@c"),
         ("http://127.0.0.1:8080/x", "http://127.0.0.1:8080/x"),
     ],

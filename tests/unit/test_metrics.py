@@ -128,6 +128,14 @@ def test_a_second_process_takes_the_next_port(server: MetricsServer) -> None:
         second.stop()
 
 
+def test_the_last_port_there_is_can_be_had(counts: Counts) -> None:
+    """At an address of the loopback that nobody else uses."""
+    made = MetricsServer.start(Settings(metrics_port=65535, metrics_address="127.77.12.3"), WORKER, counts)
+    assert made is not None
+    made.stop()
+    assert made.port == 65535
+
+
 def test_none_is_served_unless_asked_for(counts: Counts) -> None:
     assert MetricsServer.start(Settings(), WORKER, counts) is None
 

@@ -36,6 +36,14 @@ def test_a_truncated_hit_is_dead_only_under_reject() -> None:
     assert rejected.cached == ()
 
 
+def test_what_fills_a_chunk_batch_exactly_stays_together() -> None:
+    texts = {bytes([n]): b"x" * 10 for n in range(5)}
+    assert [len(batch) for batch in cut(texts, 100, 20)] == [2, 2, 1]
+    assert [len(batch) for batch in cut(texts, 2, 100)] == [2, 2, 1]
+    assert [len(batch) for batch in cut(texts, 5, 50)] == [5]
+    assert [len(batch) for batch in cut({b"long": b"x" * 21} | texts, 100, 20)] == [1, 2, 2, 1]
+
+
 @given(
     st.lists(st.binary(min_size=1, max_size=40), unique=True),
     st.integers(1, 7),

@@ -119,3 +119,20 @@ def test_a_space_that_others_registered_is_found_by_the_local_models_name_only()
     assert asked(settings(), "org/theirs@1") == asked(settings(models=models), "remote") == theirs
     with pytest.raises(UnknownModel, match="EMBEDDING_PROVIDER is openai"):
         asked(settings("openai"), "org/theirs@1")
+
+
+def test_of_a_name_in_two_revisions_none_is_chosen() -> None:
+    """Vectors of two revisions cannot be compared, and nothing says which one is meant."""
+    old, new = (replace(DEFAULT_SPEC, model="org/theirs@main", revision=f"sha256:{n}") for n in (1, 2))
+    other = replace(DEFAULT_SPEC, model="org/other@main", revision="sha256:3")
+
+    def asked(*registered: SpaceSpec, dimensions: int | None = None) -> SpaceSpec:
+        return asked_spec(
+            settings(), "org/theirs@main", on_long=OnLong.TRUNCATE, dimensions=dimensions, precision=None,
+            registered=lambda: registered,
+        )  # fmt: skip
+
+    assert asked(other, new) == new
+    for given in (None, DEFAULT_SPEC.dimensions):
+        with pytest.raises(UnknownModel, match="org/theirs@main"):
+            asked(old, new, other, dimensions=given)

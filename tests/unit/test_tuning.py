@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from app.cli.output import Screen
 from app.cli.tune import _BYTES, _SECONDS, Quantity
-from app.cli.tune_picture import draw
+from app.cli.tune_picture import BOTTOM, LEFT, RIGHT, TOP, WIDTH, draw
 from app.cli.tune_table import show
 from app.domain.tuning import NOISE, Candidate, Constraints, Measured, Setup, choose, pareto, ranked
 from app.machine import Machine, _quota, cores
@@ -110,8 +110,25 @@ def test_the_picture_is_svg_and_names_model_machine_winner_and_limits() -> None:
     assert len(titles) == 3  # what did not run, or has no speed, is in the table alone
 
 
-def test_a_picture_of_one_candidate() -> None:
-    ET.fromstring(draw([FAST], ANY, FAST, model="m", machine=MACHINE, on="2026-01-02"))  # noqa: S314
+def test_a_picture_of_one_candidate_shows_it_within_the_frame_with_its_label() -> None:
+    """Where there is no difference between candidates to make a scale of."""
+    alone = candidate(900.0, latency=7.0, budget=2048)
+    svg = ET.fromstring(draw([alone], ANY, alone, model="m", machine=MACHINE, on="2026-01-02"))  # noqa: S314
+    space = "{http://www.w3.org/2000/svg}"
+    (group,) = svg.findall(f"{space}g")
+    (dot,) = group.findall(f"{space}circle")
+    (ring,) = [each for each in svg.findall(f"{space}circle") if each.get("r") == "11"]
+    at = float(dot.attrib["cx"]), float(dot.attrib["cy"])
+    assert (float(ring.attrib["cx"]), float(ring.attrib["cy"])) == at
+    assert LEFT < at[0] < WIDTH - RIGHT
+    assert TOP < at[1] < BOTTOM
+    assert dot.get("fill") == dot.get("stroke")  # nothing beats it
+    assert group.get("opacity") is None  # it breaks nothing
+    texts = {each.text: each for each in svg.iter(f"{space}text")}
+    label = float(texts["2k"].attrib["x"]), float(texts["2k"].attrib["y"])
+    assert math.dist(label, at) < 40
+    # And it stands over its own number.
+    assert float(texts["7"].attrib["x"]) == pytest.approx(at[0], abs=1)
 
 
 def test_the_table_marks_the_winner_and_says_what_each_of_the_others_lacks(capsys: pytest.CaptureFixture[str]) -> None:
