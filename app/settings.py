@@ -93,11 +93,13 @@ class Settings(ProviderSettings):
     )
     embedding_model: str = Field(
         "all-MiniLM-L6-v2",
-        description="Model of every job that names none, which workers load when they start: the bundled model's "
+        description="Default model, for jobs that name none and for workers when they start: the bundled model's "
         "name, a local folder, or `org/name@revision`.",
     )
     embedding_pooling: Pooling | None = Field(
-        None, description="Pooling method of a plain transformers folder, because such a folder does not state one."
+        None,
+        description="Pooling method of a plain transformers folder, which does not state one: `mean`, `cls`, "
+        "`last_token`, `max` or `mean_sqrt_len`.",
     )
     embedding_dimensions: int | None = Field(
         None,
@@ -165,7 +167,8 @@ class Settings(ProviderSettings):
         2, ge=1, description="Number of models that one worker keeps loaded if jobs name several."
     )
     embedding_share_gpu: bool = Field(
-        False, description="Whether several workers may share one GPU. If `false`, the second worker is refused."
+        False,
+        description="Whether several workers may share one GPU. If `false`, the second worker exits with code 75.",
     )
     vector_storage: str = Field(
         "vector",
@@ -198,7 +201,7 @@ class Settings(ProviderSettings):
         1800.0,
         gt=0,
         description="How many seconds the load of a model that a job names may take, including its download. After "
-        "that the worker exits with code 70.",
+        "that the worker exits with code 70 and the supervisor starts a new one.",
     )
     stall_seconds: float = Field(
         120.0,

@@ -79,7 +79,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }

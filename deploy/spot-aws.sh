@@ -34,7 +34,7 @@
 #       --block-device-mappings 'DeviceName=/dev/sda1,Ebs={VolumeSize=100,VolumeType=gp3}' \
 #       --iam-instance-profile Name=chunkmill-worker --user-data file://user-data
 #
-# For a fleet that is replaced by itself, use a launch template with the same options except the market options, and an
+# For a fleet that replaces lost machines, use a launch template with the same options except the market options, and an
 # Auto Scaling group of spot instances, with several types and zones because one alone may have no capacity:
 #   aws ec2 create-launch-template --launch-template-name chunkmill --launch-template-data file://template.json
 #   aws autoscaling create-auto-scaling-group --auto-scaling-group-name chunkmill --min-size 0 --max-size 8 \
@@ -104,7 +104,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }

@@ -35,7 +35,7 @@
 #       --metadata=install-nvidia-driver=True,chunkmill-wheel=gs://BUCKET/chunkmill-0.1.0-py3-none-any.whl \
 #       --metadata-from-file=startup-script=deploy/spot-gcp.sh
 #
-# For a fleet that is replaced by itself, `gcloud compute instance-templates create chunkmill-l4` takes the same options
+# For a fleet that replaces lost machines, `gcloud compute instance-templates create chunkmill-l4` takes the same options
 # without --zone. A managed instance group replaces every machine that was taken away, in any zone with capacity:
 #   gcloud compute instance-groups managed create chunkmill-l4 --template=chunkmill-l4 --size=4 \
 #       --region=us-central1 --zones=us-central1-a,us-central1-b --target-distribution-shape=any
@@ -100,7 +100,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }
