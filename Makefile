@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both need Python 3.11 or later, and make.
+# A fresh machine needs two commands: `make demo` and `make test`. Both need Python 3.11 or later, and make.
 
 PYTHON ?= python3
 VENV := .venv
-# Where `make gpu` is to use a Python that has torch with CUDA: `make gpu VENV= PYTHON=python3` installs nothing;
-# WHEELS=FOLDER adds the wheels in it, without a network (docs/gpu.md).
+# If a Python already has torch with CUDA, `make gpu VENV= PYTHON=python3` uses it and installs nothing.
+# WHEELS=FOLDER adds the wheels in that folder, without a network (docs/gpu.md).
 ifdef WHEELS
 VENV :=
 endif
@@ -13,15 +13,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: help demo test lint types unit bench chaos mutants aimock gpu audit docs clean
 
 help:
-	@echo "make demo    install, then the whole main job on real documents, in under two minutes"
-	@echo "make test    install, then everything CI runs"
-	@echo "make bench   every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
+	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
+	@echo "make test    install, then run everything that CI runs"
+	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
-	@echo "make aimock  the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
-	@echo "make audit   known vulnerabilities of what is installed; without a network it only says so"
-	@echo "make docs    write docs/api.md and the list of decisions again"
-	@echo "make gpu     on a machine with an NVIDIA GPU: its tests and benchmarks, in under ten minutes; see docs/gpu.md"
+	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
+	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
+	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
+	@echo "make gpu     run the GPU tests and benchmarks on a machine with an NVIDIA GPU, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
 
 demo: $(VENV)/.demo
@@ -50,11 +50,12 @@ docs: $(VENV)/.dev
 audit: $(VENV)/.dev
 	@$(BIN)/python -m tests.audit
 
-# Some peers cannot be installed beside ours: `chunkmill bench --install-peers` makes environments for them (3 GB).
+# Some peers need package versions that conflict with ours: `chunkmill bench --install-peers` makes environments for
+# them (3 GB).
 bench: $(VENV)/.bench
 	@$(BIN)/python -m benchmarks
 
-# The second schedule runs whatever came of the first.
+# The second schedule runs even if the first one fails.
 SEED ?= 1
 chaos: $(VENV)/.dev
 	@echo "== one fault at a time"
@@ -66,11 +67,11 @@ chaos: $(VENV)/.dev
 		echo "== the paid routes, killed at every step, and the provider's bill"; \
 		$(BIN)/python -m tests.openai_chaos --seeds 20 && exit $$((fake | real))
 
-# ONLY="area-or-mutant ..." runs a part of them; see tests/mutants/README.md.
+# ONLY="area-or-mutant ..." runs some of them; see tests/mutants/README.md.
 mutants: $(VENV)/.dev
 	@$(BIN)/python -m tests.mutants $(ONLY)
 
-# Somebody else's idea of the API that tests/openai_server is ours of.
+# A mock of the API that others wrote; tests/openai_server is our own.
 AIMOCK := .aimock
 aimock: $(VENV)/.dev $(AIMOCK)/node_modules
 	@$(BIN)/python -m pytest -q -rs tests/independent
@@ -84,7 +85,7 @@ GPU_SITE := .gpu-site
 GPU_PYTHON = env PYTHONPATH=$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
 GPU_LIMIT = timeout --signal=INT --kill-after=30
 
-# The benchmarks run after failed tests too: a GPU is paid by the hour. Both end in time and keep what they have.
+# The benchmarks run even if tests fail, because a GPU is paid by the hour. Both stop in time and keep their results.
 gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 		f"torch {torch.__version__} sees no CUDA device: nvidia-smi names driver and devices, docs/gpu.md says more")'

@@ -48,63 +48,98 @@ class ProviderSettings(BaseSettings):
 
     embedding_provider: Literal["auto", "local", "openai"] = Field(
         "auto",
-        description="Who serves models: `auto` goes by the name, `local` or `openai` takes all names as its own.",
+        description="Provider that serves models: `auto` decides by the model's name, `local` and `openai` take every "
+        "name as theirs.",
     )
     openai_api_key: SecretStr | None = Field(
-        None, repr=False, description="Key of the paid routes. Only workers on queue `openai` need it."
+        None, repr=False, description="Key for the paid routes. Only workers on queue `openai` need it."
     )
     openai_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
-        None, description="A compatible server. Default: OpenAI's."
+        None, description="Address of a server that speaks OpenAI's API. If unset, it is OpenAI's own."
     )
-    openai_batches: bool = Field(
-        True, description="Whether the server has a Batch API; Azure's has none for embeddings."
-    )
+    openai_batches: bool = Field(True, description="Whether the server has a Batch API. Azure has none for embeddings.")
     openai_models: Annotated[dict[str, ProviderModel] | None, NoDecode, BeforeValidator(_models)] = Field(
-        None, description="JSON of models beside OpenAI's, or of other prices: docs/openai.md."
+        None, description="Models besides OpenAI's, or other prices for OpenAI's, as a JSON object: docs/openai.md."
     )
-    openai_batch_max_inputs: int = Field(50_000, ge=1, le=50_000, description="Most inputs in one ProviderBatch.")
+    openai_batch_max_inputs: int = Field(
+        50_000, ge=1, le=50_000, description="Maximum number of inputs in one ProviderBatch."
+    )
     openai_batch_max_bytes: int = Field(
-        200_000_000, ge=1_000_000, le=200_000_000, description="Largest file of one ProviderBatch."
+        200_000_000, ge=1_000_000, le=200_000_000, description="Maximum size in bytes of the file of one ProviderBatch."
     )
     openai_request_inputs: int = Field(
-        128, ge=1, le=2048, description="Most inputs in one request. One bad input refuses its request."
+        128,
+        ge=1,
+        le=2048,
+        description="Maximum number of inputs in one request. The provider refuses a whole request if one of its "
+        "inputs is bad.",
     )
-    openai_request_tokens: int = Field(300_000, ge=8192, le=300_000, description="Most tokens in one request.")
+    openai_request_tokens: int = Field(
+        300_000, ge=8192, le=300_000, description="Maximum number of tokens in one request."
+    )
     openai_max_enqueued_tokens: int = Field(
-        2_700_000, ge=10_000, description="Most tokens at the provider at a time: 90 % of what your account allows."
+        2_700_000,
+        ge=10_000,
+        description="Maximum number of tokens at the provider at a time. Set it to 90 % of what your account allows.",
     )
     openai_max_enqueued_requests: int = Field(
-        900_000, ge=1, description="Most requests at the provider at a time: 90 % of what your account allows."
+        900_000,
+        ge=1,
+        description="Maximum number of requests at the provider at a time. Set it to 90 % of what your account allows.",
     )
-    openai_max_batches_per_hour: int = Field(1_800, ge=1, description="Most ProviderBatches made in an hour.")
+    openai_max_batches_per_hour: int = Field(
+        1_800, ge=1, description="Maximum number of ProviderBatches that are created in an hour."
+    )
     openai_gather_seconds: float = Field(
-        10.0, ge=0, description="So long work waits for company before a ProviderBatch that is not full is made."
+        10.0,
+        ge=0,
+        description="How many seconds to wait for more work before a partly filled ProviderBatch is submitted.",
     )
-    openai_poll_seconds: float = Field(60.0, gt=0, description="Longest pause between two looks at a ProviderBatch.")
+    openai_poll_seconds: float = Field(
+        60.0, gt=0, description="Maximum number of seconds between two requests for the status of a ProviderBatch."
+    )
     openai_adopt_seconds: float = Field(
         60.0,
         ge=0,
-        description="So long a ProviderBatch whose creation got no answer is looked for before it is made anew.",
+        description="How many seconds to search the provider's list for a ProviderBatch whose creation got no answer, "
+        "before it is created again.",
     )
-    openai_timeout_seconds: float = Field(120.0, gt=0, description="Longest wait for an answer of the provider.")
-    openai_sync_requests_per_minute: int = Field(0, ge=0, description="Pace of plain requests; 0: none of our own.")
+    openai_timeout_seconds: float = Field(
+        120.0, gt=0, description="How many seconds to wait for an answer of the provider."
+    )
+    openai_sync_requests_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of plain requests that all workers together send in a minute. With 0, Chunkmill "
+        "sets no limit of its own.",
+    )
     openai_sync_tokens_per_minute: int = Field(
-        0, ge=0, description="Pace of plain requests' tokens; 0: none of our own."
+        0,
+        ge=0,
+        description="Maximum number of tokens that all workers together send in plain requests in a minute. With 0, "
+        "Chunkmill sets no limit of its own.",
     )
     openai_parallel_requests: int = Field(
-        4, ge=1, le=64, description="Tasks a worker on queue `openai` runs at a time."
+        4, ge=1, le=64, description="Number of tasks that a worker on queue `openai` runs at a time."
     )
     openai_monthly_budget_usd: Decimal | None = Field(
-        None, ge=0, description="Most US dollars a calendar month (UTC) may cost; new paid work is held there."
+        None,
+        ge=0,
+        description="Maximum number of US dollars that a calendar month (UTC) may cost. When it is reached, new paid "
+        "work is held. If unset, there is no limit.",
     )
     openai_budget_warn_percent: int = Field(
-        80, ge=1, le=100, description="Share of the budget at which a warning is given."
+        80, ge=1, le=100, description="Percentage of the budget at which a warning is given."
     )
     budget_webhook_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
-        None, repr=False, description="Gets a POST with the budget's warnings; its address may hold a secret."
+        None,
+        repr=False,
+        description="Address to which the budget's warnings are sent as POST requests. It may contain a secret.",
     )
     gpu_hour_usd: Decimal | None = Field(
-        None, ge=0, description="What an hour of a local worker's machine costs, to compare the routes."
+        None,
+        ge=0,
+        description="Price in US dollars of one hour of a local worker's machine. It is used to compare the routes.",
     )
 
     @property

@@ -70,121 +70,188 @@ ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 
 
 class Settings(ProviderSettings):
-    """Each field's upper-case name is its environment variable; the README's table is made from here."""
+    """Each field's upper-case name is its environment variable; docs/settings.md is made from the fields."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     database_url: Annotated[str, AfterValidator(_psycopg_url)] | None = Field(
-        None, repr=False, description="Postgres with pgvector. Unset, with REDIS_URL: the embedded stack."
+        None,
+        repr=False,
+        description="URL of a Postgres database with pgvector. If this and REDIS_URL are both unset, Chunkmill uses "
+        "the embedded stack.",
     )
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
-        None, repr=False, description="Redis or Valkey 6.2 or later; `rediss://` verifies certificates."
+        None,
+        repr=False,
+        description="URL of Redis or Valkey, version 6.2 or later. With `rediss://` the server's certificate is "
+        "verified.",
     )
     chunkmill_home: Path | None = Field(
-        None, description="Folder of the embedded stack's data and of profiles. Default: the user's data directory."
+        None,
+        description="Folder for the embedded stack's data and for profiles. If unset, it is Chunkmill's folder in the "
+        "user's data directory.",
     )
     embedding_model: str = Field(
-        "all-MiniLM-L6-v2", description="The bundled model's name, a local folder, or `org/name@revision`."
+        "all-MiniLM-L6-v2",
+        description="Default model, for jobs that name none and for workers when they start: the bundled model's "
+        "name, a local folder, or `org/name@revision`.",
     )
     embedding_pooling: Pooling | None = Field(
-        None, description="Pooling of a plain transformers folder, which does not state its own."
+        None,
+        description="Pooling method of a plain transformers folder, which does not state one: `mean`, `cls`, "
+        "`last_token`, `max` or `mean_sqrt_len`.",
     )
     embedding_dimensions: int | None = Field(
-        None, ge=1, description="Cut EMBEDDING_MODEL's vectors to so many dimensions, where it was trained for that."
+        None,
+        ge=1,
+        description="Number of dimensions to which EMBEDDING_MODEL's vectors are cut. The model must have been "
+        "trained for that (Matryoshka). If unset, vectors keep all their dimensions.",
     )
     embedding_precision: Annotated[Precision, BeforeValidator(_precision)] = Field(
-        Precision.FLOAT, description="`float`, or `int8`: faster on a CPU, less exact, and a space of its own."
+        Precision.FLOAT,
+        description="Precision class of the vectors: `float`, or `int8`, which is faster on a CPU and less exact. "
+        "Each class is a space of its own.",
     )
     embedding_matryoshka: ModelNames = Field(
-        None, description="Models that you know were trained to be cut, where neither folder nor name says so."
+        None,
+        description="Names of models, separated by commas, that you know were trained for fewer dimensions although "
+        "neither their files nor their names say so.",
     )
     embedding_trust_pickle: ModelNames = Field(
-        None, description="Models whose weights may be read from a pickle (`pytorch_model.bin`). Names, with commas."
+        None,
+        description="Names of models, separated by commas, whose weights may be read from a pickle "
+        "(`pytorch_model.bin`).",
     )
     embedding_trust_remote_code: ModelNames = Field(
-        None, description="Models whose own Python files may be run. Names, with commas."
+        None, description="Names of models, separated by commas, whose own Python files may be run."
     )
-    embedding_device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+    embedding_device: str = Field(
+        "auto",
+        description="Device that a worker computes on: `auto`, `cpu` or `cuda`. `auto` takes a GPU if there is one.",
+    )
     embedding_dtype: str = Field(
-        "auto", description="`auto`, `fp32`, `bf16` or `fp16`. Auto takes half precision where it is native."
+        "auto",
+        description="Number format of the forward pass: `auto`, `fp32`, `bf16` or `fp16`. `auto` takes half precision "
+        "if the device supports it natively.",
     )
     embedding_backend: Literal["auto", "native", "transformers", "onnx", "openvino"] = Field(
         "auto",
-        description="`native`, `transformers`, `onnx` or `openvino`. Auto: the profile's, else our own forward pass.",
+        description="Library that runs the model: `auto`, `native`, `transformers`, `onnx` or `openvino`. `auto` "
+        "follows the profile; without a profile it is our own forward pass.",
     )
     embedding_batch_tokens: int = Field(
-        0, ge=0, description="Token budget of one forward pass. 0: the profile's, else the device's measured default."
+        0,
+        ge=0,
+        description="Maximum number of tokens in one forward pass. With 0 it is the profile's number; without a "
+        "profile it is the device's measured default.",
     )
     embedding_threads: int = Field(
         0,
         ge=0,
-        description="Threads that compute on a CPU. 0: OMP_NUM_THREADS, else the profile's, else all physical cores.",
+        description="Number of threads that compute on a CPU. With 0 it is OMP_NUM_THREADS, else the profile's "
+        "number, else the number of physical cores.",
     )
     embedding_profile: str = Field(
-        "auto", description="What `chunkmill tune` chose: `auto` for this machine's and model's, `off`, or a file."
+        "auto",
+        description="Profile from `chunkmill tune` that a worker follows: `auto` (the one of this machine and model), "
+        "`off`, or the path of a profile.",
     )
     embedding_parallel_batches: int = Field(
         2,
         ge=1,
         le=64,
-        description="ChunkBatches a worker holds at a time: one computes, one reads or writes. Profiles may raise it.",
+        description="Number of ChunkBatches that a worker holds at a time. With 2, one is computed while the other is "
+        "read or written. A profile may raise it.",
     )
-    embedding_engines: int = Field(2, ge=1, description="Models one worker keeps loaded, when jobs name several.")
+    embedding_engines: int = Field(
+        2, ge=1, description="Number of models that one worker keeps loaded if jobs name several."
+    )
     embedding_share_gpu: bool = Field(
-        False, description="Let several workers share one GPU instead of refusing the second."
+        False,
+        description="Whether several workers may share one GPU. If `false`, the second worker exits with code 75.",
     )
     vector_storage: str = Field(
         "vector",
         pattern="^(vector|halfvec)$",
-        description="Column type of new spaces: `vector` or `halfvec`.",
+        description="Column type of the vectors in new spaces: `vector` (4 bytes for each dimension) or `halfvec` (2 "
+        "bytes).",
     )
     chunk_batch_size: int = Field(
-        512, ge=1, le=16384, description="Most contents in one ChunkBatch, the unit a worker leases."
+        512, ge=1, le=16384, description="Maximum number of contents in one ChunkBatch, the unit that a worker leases."
     )
-    enqueue_window: int = Field(5000, ge=1, le=100_000, description="Chunks that one enqueue transaction commits.")
-    doorbell_window: int = Field(256, ge=1, description="Most doorbells in Redis at a time.")
+    enqueue_window: int = Field(
+        5000, ge=1, le=100_000, description="Number of chunks that one transaction of `enqueue` commits."
+    )
+    doorbell_window: int = Field(
+        256, ge=1, description="Maximum number of doorbells of one priority in Redis at a time."
+    )
     lease_seconds: float = Field(
         30.0,
         gt=0,
-        description="A worker silent for this long loses its ChunkBatch. Renewed three times as often.",
+        description="How many seconds a worker may be silent before it loses its ChunkBatches. A worker renews its "
+        "leases three times in this period.",
     )
     step_deadline_seconds: float = Field(
         120.0,
         gt=0,
-        description="A forward pass or a call of the tokenizer that takes longer hangs: the worker ends (70), for "
-        "another to start.",
+        description="How many seconds a forward pass or a tokenizer call may take. A longer one counts as hung: the "
+        "worker exits with code 70 and the supervisor starts a new one.",
     )
     load_deadline_seconds: float = Field(
-        1800.0, gt=0, description="The same for the load of a model that a job names, its download included."
+        1800.0,
+        gt=0,
+        description="How many seconds the load of a model that a job names may take, including its download. After "
+        "that the worker exits with code 70 and the supervisor starts a new one.",
     )
     stall_seconds: float = Field(
-        120.0, gt=0, description="An idle worker that no doorbell reaches for so long, while some wait, ends (70)."
+        120.0,
+        gt=0,
+        description="How many seconds an idle worker may receive no doorbell while doorbells are queued. After that "
+        "it exits with code 70.",
     )
-    max_attempts: int = Field(5, ge=1, description="Attempts before a ChunkBatch is discarded.")
-    poll_interval: float = Field(0.5, gt=0, description="Seconds between two rounds of the poller.")
+    max_attempts: int = Field(5, ge=1, description="How many attempts a ChunkBatch gets before it is discarded.")
+    poll_interval: float = Field(0.5, gt=0, description="How many seconds pass between two rounds of the poller.")
     doorbell_repair_seconds: float = Field(
-        10.0, gt=0, description="Age at which a doorbell that Redis does not hold counts as lost."
+        10.0,
+        gt=0,
+        description="How many seconds after it was rung a doorbell that is missing from Redis counts as lost. The "
+        "poller then rings again.",
     )
     preemption_notice: Literal["auto", "gcp", "aws", "azure", "off"] = Field(
         "auto",
-        description="Cloud that says when this machine is taken: `auto` (asks all), `gcp`, `aws`, `azure` or `off`.",
+        description="Cloud whose metadata service says that this machine will be taken away: `auto` (all three are "
+        "asked), `gcp`, `aws`, `azure` or `off`.",
     )
     preemption_metadata_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
-        None, description="Address of the metadata service, where it is not http://169.254.169.254."
+        None, description="Address of the metadata service. If unset, it is http://169.254.169.254."
     )
     preemption_drain_on_rebalance: bool = Field(
-        False, description="AWS: drain at a rebalance recommendation already, which often comes to nothing."
+        False,
+        description="Whether a worker on AWS drains at a rebalance recommendation, which often is not followed by an "
+        "interruption.",
     )
     metrics_port: int = Field(
-        0, ge=0, le=65535, description="Workers and pollers serve /metrics here, or at the next free port; 0: none."
+        0,
+        ge=0,
+        le=65535,
+        description="TCP port at which workers and pollers serve /metrics. A process that finds it taken uses the "
+        "next free port. With 0, metrics are off.",
     )
-    metrics_address: str = Field("127.0.0.1", description="Where they serve it. There is no password: no open network.")
+    metrics_address: str = Field(
+        "127.0.0.1",
+        description="IP address at which /metrics is served. It asks for no password, so do not use an address of an "
+        "open network.",
+    )
 
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
-        "info", description="`debug`, `info`, `warning` or `error`. Celery's `--loglevel` goes before it."
+        "info",
+        description="Lowest level that is logged: `debug`, `info`, `warning` or `error`. Celery's option `--loglevel` "
+        "overrides it.",
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="`json`, `text`, or `auto`: text on a terminal, one JSON object a line elsewhere."
+        "auto",
+        description="Format of the log: `json` (one object per line), `text`, or `auto`, which is text on a terminal "
+        "and JSON elsewhere.",
     )
 
     @property
@@ -205,7 +272,7 @@ class Settings(ProviderSettings):
         except ValidationError as error:
             # pydantic's own message would print the value, which may hold a password.
             problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
-            raise InvalidSetting(f"{problems}. Mend the environment; the README lists every setting.") from None
+            raise InvalidSetting(f"{problems}. Fix the environment; docs/settings.md lists every setting.") from None
 
     def require_database_url(self) -> str:
         if self.database_url is None:

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Checks the Dockerfile without Docker: runs the COPY and RUN lines of its stages, read from the file itself, in
-# virtual environments below a temporary folder, then the commands that each image is for.
+# Checks the Dockerfile without Docker. It reads the COPY and RUN lines of the stages from the file and runs them in
+# virtual environments in a temporary folder. Then it runs the commands that each image is for.
 #
-#   deploy/check-images.sh [app] [worker]      default: both. The worker's has torch with CUDA: some 5 GB.
-#   PYTHON=...    the interpreter; default: the Dockerfile's version where there is one, else python3
+#   deploy/check-images.sh [app] [worker]      default: both. The worker's has torch with CUDA (about 5 GB).
+#   PYTHON=...    the interpreter; default: the Dockerfile's version if it is installed, else python3
 #   KEEP=1        keep the virtual environments, and say where they are
 #
-# Not covered: the base image, the user and its rights, and Docker's own reading of the file.
+# It does not check the base image, the user and its rights, and how Docker itself reads the file.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,7 +22,7 @@ work=$(mktemp -d)
 if [ -n "${KEEP:-}" ]; then trap 'echo "kept: $work"' EXIT; else trap 'rm -rf "$work"' EXIT; fi
 trap 'exit 130' INT TERM
 
-# Prints one stage as shell commands. A COPY out of another stage is left out: both see the same folders here.
+# Prints one stage as shell commands. It leaves out a COPY from another stage, because both see the same folders here.
 stage() {
     awk -v wanted="$1" -v root="$root" '
         /^[ \t]*(#|$)/ { next }
@@ -36,7 +36,7 @@ stage() {
     ' "$root/Dockerfile"
 }
 
-# run FOLDER STAGE: runs it in FOLDER, with the image's two absolute paths moved below $box.
+# run FOLDER STAGE: runs the stage in FOLDER, with the image's two absolute paths moved into $box.
 run() {
     stage "$2" > "$box/script"
     [ -s "$box/script" ] || { echo "the Dockerfile has no stage $2 with RUN lines" >&2; exit 2; }
@@ -48,7 +48,7 @@ run() {
     }
 }
 
-# check COMMAND...: as in the image, that is outside the checkout, and with no store to reach.
+# check COMMAND...: runs the command as in the image: outside the checkout, and without a reachable Postgres or Redis.
 check() {
     if (cd "$box/empty" && env -i PATH="$box/venv/bin:/usr/bin:/bin" HOME="$box/empty" \
         DATABASE_URL=postgresql://nobody@127.0.0.1:1/none REDIS_URL=redis://127.0.0.1:1/0 "$@") \

@@ -3,25 +3,25 @@
 #
 #   sudo deploy/plain.sh [--dry-run | --help]
 #
-# Run again, it changes what is no longer as it should be; --dry-run (or DRY_RUN=1) says what it would do and changes
-# nothing. To upgrade, run it with another CHUNKMILL_WHEEL or CHUNKMILL_VERSION: workers drain and come back.
+# If you run it again, it changes only what is not as it should be. --dry-run (or DRY_RUN=1) says what it would do and
+# changes nothing. To upgrade, run it with another CHUNKMILL_WHEEL or CHUNKMILL_VERSION: workers drain and restart.
 #
 # Settings come from the environment (sudo CHUNKMILL_WHEEL=... deploy/plain.sh):
-#   CHUNKMILL_ENV      file with lines as in chunkmill.env.example, with its secrets: readable for root only.
-#                      Default: /etc/chunkmill/chunkmill.env, where it is installed
+#   CHUNKMILL_ENV      file with lines as in chunkmill.env.example, secrets included; only root may read it.
+#                      Default: /etc/chunkmill/chunkmill.env, where the script also installs it
 #   CHUNKMILL_WHEEL    a path (absolute) or https://... Default: from the index
 #   CHUNKMILL_VERSION  version to take from the index. Default: the newest at the first run
 #   CHUNKMILL_DEVICE   cuda (default) or cpu
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
 #   MIN_DRIVER (580), DRIVER_WAIT (0 s), PYTHON, DESTDIR (a folder to write below)
 #
-# A machine that is to go down: `systemctl stop chunkmill-worker`, or just shut it down; workers drain within 5 s.
+# Before you take the machine down, run `systemctl stop chunkmill-worker`, or just shut down: workers drain within 5 s.
 
 set -euo pipefail
 
 DRIVER_WAIT=${DRIVER_WAIT:-0}
 
-# --- The same lines in spot-gcp.sh, spot-aws.sh and plain.sh: each has to be one file. A test compares them. ----------
+# --- The same lines are in spot-gcp.sh, spot-aws.sh and plain.sh, because each must be one file. A test compares them.
 
 VENV=/opt/chunkmill
 ENV_FILE=/etc/chunkmill/chunkmill.env
@@ -36,12 +36,12 @@ die() {
     exit 1
 }
 
-# run COMMAND...: runs it, or with --dry-run says it. No argument may be a secret: others see them in process lists.
+# run COMMAND...: runs it; with --dry-run only prints it. No argument may be a secret: process lists show arguments.
 run() {
     if [[ $DRY_RUN == 1 ]]; then say "would run: $*"; else "$@"; fi
 }
 
-# put MODE PATH: writes standard input there, whole or not at all, and only where it differs.
+# put MODE PATH: writes standard input to the file, whole or not at all, and only if the content differs.
 put() {
     local mode=$1 path=$DESTDIR$2 new
     if [[ $DRY_RUN == 1 ]]; then
@@ -61,7 +61,7 @@ put() {
     fi
 }
 
-# The driver comes with the machine's image. Without it a worker would compute on the CPU, at the price of a GPU.
+# The machine's image contains the driver. Without it a worker would compute on the CPU, at the price of a GPU.
 check_driver() {
     [[ $CHUNKMILL_DEVICE == cuda ]] || return 0
     if [[ $DRY_RUN == 1 ]]; then
@@ -79,7 +79,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }
@@ -95,7 +95,7 @@ find_python() {
     return 1
 }
 
-# Installs anew where the last installation was of something else, or did not come to its end.
+# Installs again if the last installation was of something else, or did not finish.
 install_package() {
     local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
     local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
@@ -128,7 +128,7 @@ install_package() {
     put 0644 "$STAMP" <<< "$source"
 }
 
-# install_environment FILE: settings and secrets, to where only root reads them; systemd gives them to the service.
+# install_environment FILE: puts settings and secrets where only root can read them; systemd gives them to the service.
 install_environment() {
     local name
     if [[ $DRY_RUN == 1 ]]; then
@@ -139,7 +139,7 @@ install_environment() {
         grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
     done
     if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
-        # Not auto: a worker that finds no GPU must say so, and not go on on the CPU. The last line may lack its end.
+        # Not auto: a worker that finds no GPU must say so and not use the CPU. The last line may lack its newline.
         printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
     fi
     put 0600 "$ENV_FILE" < "$1"
@@ -195,7 +195,7 @@ start_worker() {
     fi
     run systemctl daemon-reload
     run systemctl enable chunkmill-worker.service
-    # --no-block: at boot, this script may itself be a job that systemd waits for.
+    # --no-block, because at boot this script may itself be a job that systemd waits for.
     if [[ $CHANGED == 1 ]]; then
         run systemctl --no-block restart chunkmill-worker.service
     else

@@ -1,13 +1,13 @@
--- Two Postgres roles for Chunkmill. Run it as a superuser (or the database's owner with CREATEROLE), in Chunkmill's
--- database, before the first `chunkmill migrate`, and again after it; running it again is always safe:
+-- Two Postgres roles for Chunkmill. Run this file as a superuser (or as the database's owner with CREATEROLE), in
+-- Chunkmill's database, before the first `chunkmill migrate` and again after it. It is always safe to run it again:
 --
 --   psql "$ADMIN_URL" -v ON_ERROR_STOP=1 --single-transaction -f deploy/postgres-role.sql
 --   \password chunkmill_migrator
 --   \password chunkmill_runtime
 --
 -- chunkmill_migrator owns the tables. Only `chunkmill migrate` and `chunkmill index` use it, by hand or in a deployment.
--- chunkmill_runtime is what producers, workers and pollers are. It reads and writes rows and creates nothing: the one
--- thing it needs at run time is the vector table of a new space, which a function of the migrator's makes for it.
+-- chunkmill_runtime is the role of producers, workers and pollers. It reads and writes rows and creates nothing. The only
+-- table that is created at run time is the vector table of a new space, and a function of the migrator's creates it.
 
 DO $$
 BEGIN
@@ -18,7 +18,7 @@ BEGIN
         CREATE ROLE chunkmill_runtime LOGIN;
     END IF;
     EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
-    -- TEMPORARY: an enqueue stages its window in a table of its session.
+    -- TEMPORARY is needed because an enqueue stages its window in a temporary table.
     EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO chunkmill_runtime, chunkmill_migrator', current_database());
 END
 $$;
@@ -29,7 +29,7 @@ REVOKE CREATE ON SCHEMA public FROM PUBLIC, chunkmill_runtime;
 GRANT USAGE ON SCHEMA public TO chunkmill_runtime;
 GRANT USAGE, CREATE ON SCHEMA public TO chunkmill_migrator;
 
--- What there is, and what later migrations make.
+-- These rights cover the existing tables and those that later migrations create.
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO chunkmill_runtime;
 GRANT SELECT, USAGE ON ALL SEQUENCES IN SCHEMA public TO chunkmill_runtime;
 ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA public
@@ -41,7 +41,7 @@ DO $$
 DECLARE
     owned record;
 BEGIN
-    -- A database that was migrated as somebody else: its tables become the migrator's.
+    -- If another role migrated the database, its tables become the migrator's.
     FOR owned IN
         SELECT c.oid::regclass AS name FROM pg_class c
         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r'
@@ -53,7 +53,7 @@ BEGIN
     IF to_regclass('public.deletions') IS NOT NULL THEN
         ALTER SEQUENCE public.deletions OWNER TO chunkmill_migrator;
     END IF;
-    -- What says which code may run is the migrator's alone.
+    -- Only the migrator may write the tables that say which code may run.
     IF to_regclass('public.alembic_version') IS NOT NULL THEN
         REVOKE INSERT, UPDATE, DELETE ON public.alembic_version FROM chunkmill_runtime;
     END IF;
@@ -63,8 +63,8 @@ BEGIN
 END
 $$;
 
--- The vector table of a space that is registered, as app/db/spaces.py makes it where it may. It takes nothing from its
--- caller but the space's number.
+-- Creates the vector table of a registered space, exactly as app/db/spaces.py does if its role may create tables. The
+-- only thing it takes from its caller is the space's number.
 CREATE OR REPLACE FUNCTION public.create_vector_table(space integer) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 AS $$

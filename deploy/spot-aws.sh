@@ -3,13 +3,13 @@
 #
 #   spot-aws.sh [--dry-run | --help]
 #
-# EC2 runs user data as root at an instance's first boot; after a stop, the service it installed starts by itself. Run
-# again, it changes what is no longer as it should be; --dry-run (or DRY_RUN=1) says what it would do and changes
-# nothing. The instance's role reads the secret, which never is in this script or in an argument of a command.
+# EC2 runs user data as root at an instance's first boot; after a stop, the installed service starts by itself. If you
+# run the script again, it changes only what is not as it should be. --dry-run (or DRY_RUN=1) says what it would do and
+# changes nothing. The instance's role reads the secret, which is never in this script or in a command's argument.
 #
-# Settings come from the environment, which lines above the script make:
-#   CHUNKMILL_SECRET   /chunkmill/env (default) and all that begins with /: an SSM parameter (SecureString);
-#                      else the name or ARN of a secret in Secrets Manager. Lines as in chunkmill.env.example
+# Settings come from the environment; set them in lines above the script:
+#   CHUNKMILL_SECRET   /chunkmill/env (default) or another name with a leading /: an SSM parameter (SecureString).
+#                      Otherwise the name or ARN of a secret in Secrets Manager. Lines as in chunkmill.env.example
 #   CHUNKMILL_WHEEL    s3://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path. Default: from the index
 #   CHUNKMILL_VERSION  version to take from the index. Default: the newest at the first boot
 #   CHUNKMILL_DEVICE   cuda (default) or cpu
@@ -17,15 +17,15 @@
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
 #   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
 #
-# Once for the account; the role of the instance profile needs ssm:GetParameter on it, and s3:GetObject on the wheel:
+# Run once for the account. The instance profile's role needs ssm:GetParameter on it and s3:GetObject on the wheel:
 #   aws ssm put-parameter --name /chunkmill/env --type SecureString --value file://chunkmill.env
 #
 #   { echo '#!/bin/bash'
 #     echo 'export CHUNKMILL_WHEEL=s3://BUCKET/chunkmill-0.1.0-py3-none-any.whl'
 #     cat deploy/spot-aws.sh; } > user-data
 #
-# One instance with an L4; with an A10G: g5.xlarge. IMDSv2 only; workers read the notice there. A hop limit of 1 is
-# enough for a service of the machine; workers in containers need 2. Ubuntu 24.04 has Python 3.12.
+# This starts one instance with an L4 (g5.xlarge has an A10G). It allows only IMDSv2, where workers read the notice. A
+# hop limit of 1 is enough for a systemd service; workers in containers need 2. Ubuntu 24.04 has Python 3.12.
 #   aws ec2 run-instances --instance-type g6.xlarge --count 1 \
 #       --image-id resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id \
 #       --instance-market-options \
@@ -34,8 +34,8 @@
 #       --block-device-mappings 'DeviceName=/dev/sda1,Ebs={VolumeSize=100,VolumeType=gp3}' \
 #       --iam-instance-profile Name=chunkmill-worker --user-data file://user-data
 #
-# A fleet that comes back by itself: a launch template with the same facts, less the market options, and an Auto
-# Scaling group of spot instances, of several types and zones because one alone may have no room:
+# For a fleet that replaces lost machines, use a launch template with the same options except the market options, and an
+# Auto Scaling group of spot instances, with several types and zones because one alone may have no capacity:
 #   aws ec2 create-launch-template --launch-template-name chunkmill --launch-template-data file://template.json
 #   aws autoscaling create-auto-scaling-group --auto-scaling-group-name chunkmill --min-size 0 --max-size 8 \
 #       --desired-capacity 4 --vpc-zone-identifier SUBNET-A,SUBNET-B --capacity-rebalance --mixed-instances-policy \
@@ -46,7 +46,7 @@
 
 set -euo pipefail
 
-# --- The same lines in spot-gcp.sh, spot-aws.sh and plain.sh: each has to be one file. A test compares them. ----------
+# --- The same lines are in spot-gcp.sh, spot-aws.sh and plain.sh, because each must be one file. A test compares them.
 
 VENV=/opt/chunkmill
 ENV_FILE=/etc/chunkmill/chunkmill.env
@@ -61,12 +61,12 @@ die() {
     exit 1
 }
 
-# run COMMAND...: runs it, or with --dry-run says it. No argument may be a secret: others see them in process lists.
+# run COMMAND...: runs it; with --dry-run only prints it. No argument may be a secret: process lists show arguments.
 run() {
     if [[ $DRY_RUN == 1 ]]; then say "would run: $*"; else "$@"; fi
 }
 
-# put MODE PATH: writes standard input there, whole or not at all, and only where it differs.
+# put MODE PATH: writes standard input to the file, whole or not at all, and only if the content differs.
 put() {
     local mode=$1 path=$DESTDIR$2 new
     if [[ $DRY_RUN == 1 ]]; then
@@ -86,7 +86,7 @@ put() {
     fi
 }
 
-# The driver comes with the machine's image. Without it a worker would compute on the CPU, at the price of a GPU.
+# The machine's image contains the driver. Without it a worker would compute on the CPU, at the price of a GPU.
 check_driver() {
     [[ $CHUNKMILL_DEVICE == cuda ]] || return 0
     if [[ $DRY_RUN == 1 ]]; then
@@ -104,7 +104,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }
@@ -120,7 +120,7 @@ find_python() {
     return 1
 }
 
-# Installs anew where the last installation was of something else, or did not come to its end.
+# Installs again if the last installation was of something else, or did not finish.
 install_package() {
     local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
     local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
@@ -153,7 +153,7 @@ install_package() {
     put 0644 "$STAMP" <<< "$source"
 }
 
-# install_environment FILE: settings and secrets, to where only root reads them; systemd gives them to the service.
+# install_environment FILE: puts settings and secrets where only root can read them; systemd gives them to the service.
 install_environment() {
     local name
     if [[ $DRY_RUN == 1 ]]; then
@@ -164,7 +164,7 @@ install_environment() {
         grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
     done
     if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
-        # Not auto: a worker that finds no GPU must say so, and not go on on the CPU. The last line may lack its end.
+        # Not auto: a worker that finds no GPU must say so and not use the CPU. The last line may lack its newline.
         printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
     fi
     put 0600 "$ENV_FILE" < "$1"
@@ -220,7 +220,7 @@ start_worker() {
     fi
     run systemctl daemon-reload
     run systemctl enable chunkmill-worker.service
-    # --no-block: at boot, this script may itself be a job that systemd waits for.
+    # --no-block, because at boot this script may itself be a job that systemd waits for.
     if [[ $CHANGED == 1 ]]; then
         run systemctl --no-block restart chunkmill-worker.service
     else

@@ -3,9 +3,9 @@
 #
 #   spot-gcp.sh [--dry-run | --help]
 #
-# GCP runs it as root at each boot. Run again, it changes what is no longer as it should be; --dry-run (or DRY_RUN=1)
-# says what it would do and changes nothing. A service account reads the secret, which never is in this script,
-# in metadata or in an argument of a command.
+# GCP runs it as root at each boot. A further run changes only what is not as it should be. --dry-run (or DRY_RUN=1)
+# says what it would do and changes nothing. A service account reads the secret, which is never in this script, in
+# metadata or in a command's argument.
 #
 # Settings come from the environment, or from instance metadata of the same name (CHUNKMILL_WHEEL: chunkmill-wheel):
 #   CHUNKMILL_SECRET   secret in Secret Manager, lines as in chunkmill.env.example. Default: chunkmill-env
@@ -15,7 +15,7 @@
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
 #   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
 #
-# Once for the project:
+# Run once for the project:
 #   gcloud iam service-accounts create chunkmill-worker
 #   gcloud secrets create chunkmill-env --data-file=chunkmill.env
 #   gcloud secrets add-iam-policy-binding chunkmill-env --role=roles/secretmanager.secretAccessor \
@@ -23,8 +23,8 @@
 #   gcloud storage buckets add-iam-policy-binding gs://BUCKET --role=roles/storage.objectViewer \
 #       --member=serviceAccount:chunkmill-worker@PROJECT.iam.gserviceaccount.com
 #
-# One machine with an L4; with an A100: --machine-type=a2-highgpu-1g. The notice of 120 s needs gcloud 586 or later
-# (`gcloud beta compute` before); without it the notice is the shutdown itself, 30 s at best. Ubuntu 24.04 has
+# This creates one machine with an L4 (an A100 needs --machine-type=a2-highgpu-1g). The notice of 120 s needs gcloud 586
+# or later (`gcloud beta compute` before). Without it the shutdown itself is the notice, 30 s at best. Ubuntu 24.04 has
 # Python 3.12; `gcloud compute images list --project=deeplearning-platform-release` names later images.
 #   gcloud compute instances create chunkmill-1 --zone=us-central1-a \
 #       --machine-type=g2-standard-8 --provisioning-model=SPOT --instance-termination-action=DELETE \
@@ -35,14 +35,14 @@
 #       --metadata=install-nvidia-driver=True,chunkmill-wheel=gs://BUCKET/chunkmill-0.1.0-py3-none-any.whl \
 #       --metadata-from-file=startup-script=deploy/spot-gcp.sh
 #
-# A fleet that comes back by itself: `gcloud compute instance-templates create chunkmill-l4` takes the same options
-# without --zone, and a managed instance group makes every machine that was taken away again, in any zone with room:
+# For a fleet that replaces lost machines, `gcloud compute instance-templates create chunkmill-l4` takes the same options
+# without --zone. A managed instance group replaces every machine that was taken away, in any zone with capacity:
 #   gcloud compute instance-groups managed create chunkmill-l4 --template=chunkmill-l4 --size=4 \
 #       --region=us-central1 --zones=us-central1-a,us-central1-b --target-distribution-shape=any
 
 set -euo pipefail
 
-# --- The same lines in spot-gcp.sh, spot-aws.sh and plain.sh: each has to be one file. A test compares them. ----------
+# --- The same lines are in spot-gcp.sh, spot-aws.sh and plain.sh, because each must be one file. A test compares them.
 
 VENV=/opt/chunkmill
 ENV_FILE=/etc/chunkmill/chunkmill.env
@@ -57,12 +57,12 @@ die() {
     exit 1
 }
 
-# run COMMAND...: runs it, or with --dry-run says it. No argument may be a secret: others see them in process lists.
+# run COMMAND...: runs it; with --dry-run only prints it. No argument may be a secret: process lists show arguments.
 run() {
     if [[ $DRY_RUN == 1 ]]; then say "would run: $*"; else "$@"; fi
 }
 
-# put MODE PATH: writes standard input there, whole or not at all, and only where it differs.
+# put MODE PATH: writes standard input to the file, whole or not at all, and only if the content differs.
 put() {
     local mode=$1 path=$DESTDIR$2 new
     if [[ $DRY_RUN == 1 ]]; then
@@ -82,7 +82,7 @@ put() {
     fi
 }
 
-# The driver comes with the machine's image. Without it a worker would compute on the CPU, at the price of a GPU.
+# The machine's image contains the driver. Without it a worker would compute on the CPU, at the price of a GPU.
 check_driver() {
     [[ $CHUNKMILL_DEVICE == cuda ]] || return 0
     if [[ $DRY_RUN == 1 ]]; then
@@ -100,7 +100,7 @@ check_driver() {
     done
     if (( ${versions%%.*} < MIN_DRIVER )); then
         die "the driver is ${versions%%$'\n'*}, and torch for CUDA 13 needs $MIN_DRIVER or later: take a newer image," \
-            "or set MIN_DRIVER where the index has another torch"
+            "or set MIN_DRIVER if your index has another torch"
     fi
     say "driver ${versions%%$'\n'*}, GPUs: $(wc -l <<< "$versions")"
 }
@@ -116,7 +116,7 @@ find_python() {
     return 1
 }
 
-# Installs anew where the last installation was of something else, or did not come to its end.
+# Installs again if the last installation was of something else, or did not finish.
 install_package() {
     local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
     local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
@@ -149,7 +149,7 @@ install_package() {
     put 0644 "$STAMP" <<< "$source"
 }
 
-# install_environment FILE: settings and secrets, to where only root reads them; systemd gives them to the service.
+# install_environment FILE: puts settings and secrets where only root can read them; systemd gives them to the service.
 install_environment() {
     local name
     if [[ $DRY_RUN == 1 ]]; then
@@ -160,7 +160,7 @@ install_environment() {
         grep -q "^$name=." "$1" || die "the environment has no $name: it takes lines as in chunkmill.env.example"
     done
     if ! grep -q '^EMBEDDING_DEVICE=' "$1"; then
-        # Not auto: a worker that finds no GPU must say so, and not go on on the CPU. The last line may lack its end.
+        # Not auto: a worker that finds no GPU must say so and not use the CPU. The last line may lack its newline.
         printf '\nEMBEDDING_DEVICE=%s\n' "$CHUNKMILL_DEVICE" >> "$1"
     fi
     put 0600 "$ENV_FILE" < "$1"
@@ -216,7 +216,7 @@ start_worker() {
     fi
     run systemctl daemon-reload
     run systemctl enable chunkmill-worker.service
-    # --no-block: at boot, this script may itself be a job that systemd waits for.
+    # --no-block, because at boot this script may itself be a job that systemd waits for.
     if [[ $CHANGED == 1 ]]; then
         run systemctl --no-block restart chunkmill-worker.service
     else
@@ -251,8 +251,8 @@ trap 'rm -rf "$scratch"' EXIT
 
 # --- End of the lines that are the same. -----------------------------------------------------------------------------
 
-# gcp attribute NAME | gcp secret NAME | gcp object gs://BUCKET/OBJECT: prints it. In Python, because so the token of
-# the service account stays inside one process, out of arguments that `ps` shows.
+# gcp attribute NAME | gcp secret NAME | gcp object gs://BUCKET/OBJECT: prints it. It is in Python so that the
+# service account's token stays inside one process and out of arguments that `ps` shows.
 gcp() {
     python3 - "$@" << 'PY'
 import base64, json, os, sys, time, urllib.error, urllib.parse, urllib.request
@@ -299,7 +299,7 @@ PY
 
 fetch_object() { gcp object "$1" > "$2"; }
 
-# setting NAME: from the environment, else from the instance's metadata; left unset where neither has it.
+# setting NAME: reads it from the environment, else from the instance's metadata; leaves it unset if neither has it.
 setting() {
     local attribute=${1,,} value
     [[ $DRY_RUN != 1 && -z ${!1:-} ]] || return 0

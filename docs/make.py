@@ -1,4 +1,8 @@
-"""``make docs``: docs/api.md from the docstrings of the public names, and docs/architecture.md's list of decisions."""
+"""``make docs`` writes the generated pages.
+
+docs/api.md comes from the docstrings of the public names, docs/settings.md from the fields of the settings, and the
+list of decisions in docs/architecture.md from the titles of those pages.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,35 @@ sys.path.insert(0, str(ROOT))
 
 import app  # noqa: E402
 from app import errors  # noqa: E402
+from app.provider_settings import ProviderSettings  # noqa: E402
+from app.settings import Settings  # noqa: E402
 
 API = ROOT / "docs" / "api.md"
+SETTINGS = ROOT / "docs" / "settings.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DECISIONS = re.compile(r"(<!-- decisions: .* -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# API reference
 
-Made from the docstrings by `make docs`; a test holds it to them. Everything here is imported from `app`:
-`from app import Chunk, Client`. [Concepts](concepts.md) has the words, [the quick start](quickstart.md) the steps.
+`make docs` writes this page from the docstrings, and a test checks that it is up to date. The names are imported from
+`app`: `from app import Chunk, Client`. The [glossary](glossary.md) defines the words, and the
+[quick start](quickstart.md) shows the steps.
 """
+SETTINGS_HEAD = """# Settings
+
+Every setting is an environment variable, and none is required. `make docs` writes this page from the code, and a test
+checks that it is up to date. With Docker Compose the settings stand in `.env`
+([deploy/env.example](../deploy/env.example)), with systemd in `/etc/chunkmill/chunkmill.env`
+([deploy/chunkmill.env.example](../deploy/chunkmill.env.example)). The [glossary](glossary.md) defines the words.
+"""
+SETTINGS_GROUPS = {
+    "database_url": "Servers and folders",
+    "embedding_model": "Models and computing",
+    "vector_storage": "Storing, queueing and recovering",
+    "preemption_notice": "Machines that are taken away",
+    "metrics_port": "Metrics and logs",
+    "embedding_provider": "Paid routes and costs",
+}
+"""By the field that begins it. The fields come in the order of the source, those of the paid routes last."""
 SECTIONS = {
     "Client": ["Client"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong"],
@@ -38,7 +62,11 @@ def pages() -> dict[Path, str]:
     """What each page should be."""
     decisions = "".join(f"- {decision(path)}\n" for path in sorted((ROOT / "docs" / "decisions").glob("*.md")))
     architecture = ARCHITECTURE.read_text(encoding="utf-8")
-    return {API: api(), ARCHITECTURE: DECISIONS.sub(lambda found: found[1] + decisions + found[2], architecture)}
+    return {
+        API: api(),
+        SETTINGS: settings(),
+        ARCHITECTURE: DECISIONS.sub(lambda found: found[1] + decisions + found[2], architecture),
+    }
 
 
 def decision(path: Path) -> str:
@@ -56,6 +84,30 @@ def api() -> str:
     parts.append("## Errors\n")
     parts += errors_table()
     return "\n".join(parts).rstrip() + "\n"
+
+
+def settings() -> str:
+    parts = [SETTINGS_HEAD]
+    for name in [*list_own(Settings), *list_own(ProviderSettings)]:
+        if title := SETTINGS_GROUPS.get(name):
+            parts.append(f"\n## {title}\n\n| variable | default | what it is |\n|---|---|---|\n")
+        field = Settings.model_fields[name]
+        parts.append(f"| `{name.upper()}` | {default_of(field.default)} | {field.description} |\n")
+    return "".join(parts)
+
+
+def list_own(what: type) -> list[str]:
+    """The fields that the class itself declares."""
+    return [name for name in inspect.get_annotations(what) if name in Settings.model_fields]
+
+
+def default_of(value: object) -> str:
+    """As it is written in the environment, as code; nothing if there is no default."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def described(what: type) -> Iterator[str]:

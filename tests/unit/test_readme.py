@@ -1,4 +1,4 @@
-"""The README says what the code says."""
+"""The README and the page of the settings say what the code says."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from app.cli.__main__ import COMMANDS
 from app.settings import Settings
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs/settings.md").read_text()
 
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| .* \|$", README, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| .* \|$", SETTINGS, flags=re.MULTILINE))
     expected = {}
     for name, field in Settings.model_fields.items():
         default = field.default
@@ -26,12 +28,26 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
     assert rows == expected
 
 
+def test_every_setting_is_described_in_a_sentence() -> None:
+    for name, field in Settings.model_fields.items():
+        row = f"| `{name.upper()}` | "
+        (line,) = [line for line in SETTINGS.splitlines() if line.startswith(row)]
+        assert field.description is not None
+        assert line.endswith(f" | {field.description} |")
+        assert field.description.endswith("."), name
+        assert field.description[0].isupper(), name
+        assert "|" not in field.description, name
+
+
+def test_the_readme_leads_to_the_settings() -> None:
+    assert "](docs/settings.md)" in README
+
+
 def test_every_command_is_named() -> None:
     table = README[README.index("On the command line") : README.index("## How it works")]
     assert set(re.findall(r"`([a-z]+)`", table)) >= set(COMMANDS)
 
 
 def test_no_link_inside_the_repository_is_broken() -> None:
-    root = Path(__file__).parents[2]
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
