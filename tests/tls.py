@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 SSL_REQUEST = struct.pack(">ii", 8, 80877103)
 
@@ -97,7 +99,7 @@ def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False)
             stop.set()
             socket.create_connection(server.getsockname()).close()
             for thread in threads:
-                thread.join(20)
+                thread.join(PATIENCE)
 
 
 def _connect(backend: Path | int) -> socket.socket:

@@ -18,6 +18,7 @@ from app.vectors.write import write_vectors
 from tests.chaos.proof import prove
 from tests.chaos.work import Work, made_up_texts
 from tests.chaos.worker import vector_of
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 KINDS = (
@@ -34,7 +35,7 @@ def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=PATIENCE)
     finally:
         run.terminate()  # it stops what it has started
         run.wait()

@@ -20,7 +20,8 @@ from app.db.connect import create_db, migrate
 from app.domain.states import JobState
 from app.embedded import Stack
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
 
             def further() -> None:
                 before = embedded()
-                until(lambda: embedded() > before or done(), 60, lambda: worker.output() + poller.output())
+                until(lambda: embedded() > before or done(), lambda: worker.output() + poller.output())
 
             def done() -> bool:
                 return patiently(lambda: client.job(job_id).state.is_final)
@@ -67,11 +68,11 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
                 pid = stack.status().postgres.pid
                 assert pid is not None
                 os.kill(pid, how)
-                until(lambda: not stack.status().postgres.running, 30)
+                until(lambda: not stack.status().postgres.running)
                 time.sleep(1)
                 stack.up()
                 further()
-            job = patiently(lambda: client.wait(job_id, timeout=120))
+            job = patiently(lambda: client.wait(job_id, timeout=PATIENCE))
             assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 900, 0)
             assert client.audit("docs").complete
             with db.begin() as conn:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import sample, stdlib_docstrings
+from tests.waiting import PATIENCE
 from workers.engine import Engine
 from workers.engine.run import TokenBatch
 
@@ -112,7 +113,7 @@ def test_two_engines_share_a_device(load: Callable[..., Engine], exact: Callable
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
 
     assert len(found) == 9
     for (name, _), vectors in found.items():
@@ -134,7 +135,7 @@ def test_callers_at_once_get_their_own_vectors(load: Callable[..., Engine]) -> N
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
 
     for caller, vectors in enumerate(expected):
         assert_equal_in_fp32(found[caller], vectors)

@@ -14,6 +14,7 @@ from app.client import Client
 from app.domain.states import JobState
 from app.ledger import cancel, chunk_batches
 from app.settings import Settings
+from tests.waiting import PATIENCE
 from workers.poller import Poller
 
 MANY = 200_000
@@ -153,7 +154,7 @@ def test_a_slice_and_a_retry_do_not_mix(client: Client, db: sa.Engine, half_done
         while not conn.execute(sa.text(waiting)).all():
             assert retry.is_alive()
             conn.execute(sa.text("SELECT pg_stat_clear_snapshot()"))
-    retry.join(30)
+    retry.join(PATIENCE)
     assert states(db) == {"available": 27}
     with db.begin() as conn:
         assert cancel.cancel_some(conn, half_done) == 0
@@ -171,7 +172,7 @@ def test_a_claim_that_had_begun_when_the_job_was_cancelled_is_cancelled_too(
         cancelling.start()
         while client.job(job.id).state is not JobState.CANCELLED:
             assert cancelling.is_alive()
-    cancelling.join(30)
+    cancelling.join(PATIENCE)
     assert states(db) == {"cancelled": 1}
     with db.begin() as conn:
         assert chunk_batches.renew_if_held(conn, [lease], lease_seconds=600) == set()

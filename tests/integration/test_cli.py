@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 from app.cli.__main__ import cli
 from app.embedded import Stack
 from app.embedded.process import command_line
+from tests.waiting import PATIENCE
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = [
@@ -80,7 +81,7 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
 def end_of(child: subprocess.Popen[bytes]) -> int:
     """The exit code; a process that does not go is killed."""
     try:
-        return child.wait(20)
+        return child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
         return child.wait()
@@ -129,7 +130,7 @@ def refusal(*arguments: str, exit_code: int = 1) -> str:
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell runs it, without a terminal."""
     argv = [sys.executable, "-m", "app.cli", *arguments]
-    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 # Without a worker
@@ -414,7 +415,7 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
             if interrupt_after and interrupt_after.encode() in seen:
                 child.send_signal(signal.SIGINT)
                 interrupt_after = None
-        return child.wait(20), seen.decode(errors="replace")
+        return child.wait(PATIENCE), seen.decode(errors="replace")
     finally:
         os.close(controller)
         if child.poll() is None:

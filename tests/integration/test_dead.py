@@ -35,6 +35,7 @@ from app.ledger.finish import finish_if_done
 from app.settings import Settings
 from app.vectors.read import read_work
 from app.vectors.write import write_vectors
+from tests.waiting import PATIENCE
 
 POISON = "a text that no wörker survives"
 CHECKOUT = Path(__file__).parents[2]
@@ -451,7 +452,7 @@ def waiting(db: sa.Engine, calls: list[Callable[[], object]]) -> Iterator[tuple[
             for n, call in enumerate(calls, start=1):
                 futures.append(threads.submit(outcome, call))
                 until(lambda n=n: _waiters(db) == n)
-        results += [future.result(60) for future in futures]
+        results += [future.result(PATIENCE) for future in futures]
 
 
 def _waiters(db: sa.Engine) -> int:
@@ -711,7 +712,7 @@ def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]
             if answer and b"[y/N]" in seen:
                 os.write(controller, f"{answer}\n".encode())
                 answer = None
-        return child.wait(20), seen.decode()
+        return child.wait(PATIENCE), seen.decode()
     finally:
         os.close(controller)
         if child.poll() is None:

@@ -18,6 +18,7 @@ from app.ledger.chunk_batches import Lease
 from app.ledger.deaths import TakenBack
 from app.ledger.finish import finish_if_done
 from app.vectors.write import write_vectors
+from tests.waiting import PATIENCE
 from workers.poller import Poller
 
 CHUNKS = [(f"id-{i}", f"text number {i}") for i in range(20)]
@@ -247,7 +248,7 @@ def test_a_cancel_that_meets_a_cut_cancels_the_parts_too(client: Client, db: sa.
             db, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         ):
             assert cancel.is_alive()
-    cancel.join(30)
+    cancel.join(PATIENCE)
     assert rows(db, "SELECT DISTINCT state FROM chunk_batches WHERE id > 1") == [("cancelled",)]
 
 
@@ -293,7 +294,7 @@ def test_after_an_outage_live_workers_come_before_the_poller(
     while poller._away is not None:
         assert running.is_alive()
     stop.set()
-    running.join(30)
+    running.join(PATIENCE)
     assert rows(db, "SELECT state, deaths FROM chunk_batches") == [("running", 0)]
 
 

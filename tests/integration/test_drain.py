@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.waiting import PATIENCE
 from workers.context import WorkerContext
 from workers.drain import Drain
 
@@ -31,7 +32,7 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
         for handler in handlers:
             handler.acquire()
         held.set()
-        begun.wait(30)
+        begun.wait(PATIENCE)
         for handler in handlers:
             handler.release()
 
@@ -42,12 +43,12 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
 
     logging_elsewhere = threading.Thread(target=hold_logging, daemon=True)
     logging_elsewhere.start()
-    assert held.wait(30)
+    assert held.wait(PATIENCE)
     main = threading.Thread(target=interrupted, daemon=True)
     main.start()
-    main.join(10)
+    main.join(PATIENCE)
     assert not main.is_alive()
     assert begun.is_set()
-    assert context.stopping.wait(30)  # and the drain goes on in a thread of its own
-    drain_thread.join(30)
+    assert context.stopping.wait(PATIENCE)  # and the drain goes on in a thread of its own
+    drain_thread.join(PATIENCE)
     assert left == [0]

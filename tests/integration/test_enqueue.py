@@ -20,6 +20,7 @@ from app.client import Client as ClientClass
 from app.errors import InvalidInput, SpaceMismatch, UnknownModel, UnknownRoute
 from app.ledger import rescue
 from app.settings import Settings
+from tests.waiting import PATIENCE
 
 Rows = Callable[[str], int]
 
@@ -181,13 +182,13 @@ def test_a_live_producer_is_not_taken_for_dead(settings: Settings, client: Clien
     def slow() -> Iterator[tuple[str, str]]:
         yield from ((str(i), f"text {i}") for i in range(25))
         arrived.set()
-        go_on.wait(30)
+        go_on.wait(PATIENCE)
 
     small = settings.model_copy(update={"enqueue_window": 10})
     producer = ClientClass(db, Broker.connect(small), small)
     thread = threading.Thread(target=lambda: producer.enqueue(slow(), collection="docs", on_invalid="skip"))
     thread.start()
-    arrived.wait(30)
+    arrived.wait(PATIENCE)
     with db.begin() as conn:
         assert rescue.fail_abandoned(conn) == []
     go_on.set()

@@ -19,6 +19,7 @@ from app.settings import Settings
 from tests.corridor import DIMENSIONS, Corridor
 from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer, vector_for
+from tests.waiting import PATIENCE
 from workers.provider.context import ProviderContext
 from workers.provider.plain import request_chunk_batch
 from workers.provider.steps import _STEPS
@@ -494,7 +495,7 @@ def ask(stage: Scene, texts: list[str]) -> tuple[threading.Thread, list[Any]]:
 
     def embed() -> None:
         try:
-            got.append(stage.corridor.client.embed(texts, timeout=20.0))
+            got.append(stage.corridor.client.embed(texts, timeout=PATIENCE))
         except EngineError as error:
             got.append(error)
 

@@ -18,6 +18,7 @@ from app.ledger import chunk_batches, deaths, finish
 from app.settings import Settings
 from app.vectors.write import write_vectors
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE
 from workers import attempt as attempts
 from workers import pipeline
 from workers.context import WorkerContext
@@ -36,7 +37,7 @@ def some(n: int) -> list[Chunk]:
 def test_chunks_in_complete_searchable_vectors_out(runner: Runner, client: Client, context: WorkerContext) -> None:
     job = client.enqueue(some(40), collection="docs")
     assert runner.run_due() == [Outcome.COMPLETED]
-    job = client.wait(job.id, timeout=5)
+    job = client.wait(job.id, timeout=PATIENCE)
     assert (job.state, job.embedded, job.remaining, job.dead) == (JobState.COMPLETED, 40, 0, 0)
     assert job.tokens > 40
     assert job.engine_seconds > 0
@@ -384,10 +385,10 @@ def test_embed_requests_are_answered_between_bulk_work(client: Client, context: 
     lane = EmbedRequestLane(context)
     lane.start()
     try:
-        vectors = client.embed(["one text", "another text"], timeout=20)
+        vectors = client.embed(["one text", "another text"], timeout=PATIENCE)
         expected = context.engines.for_space(_space(context)).embed(["one text", "another text"]).vectors
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
-        assert client.search("a subject", collection="docs", timeout=20) == []
+        assert client.search("a subject", collection="docs", timeout=PATIENCE) == []
         assert client.embed([]).shape == (0, 384)
     finally:
         lane.stop()

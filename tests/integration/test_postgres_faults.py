@@ -17,6 +17,7 @@ from app.db.retry import is_transient, transact
 from app.domain.states import JobState
 from app.settings import Settings
 from tests.cutting_proxy import Cut, CuttingProxy, cutting_proxy
+from tests.waiting import PATIENCE
 from workers import pipeline
 from workers.attempt import Attempt
 from workers.context import WorkerContext
@@ -166,7 +167,7 @@ def test_a_real_deadlock_of_two_transactions_ends_in_both_done(db: sa.Engine, cl
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert sorted(done) == [1, 2]
 
 
@@ -186,7 +187,7 @@ def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -
             watcher.rollback()
         other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'a'"))
         other.commit()
-        enqueue.join(30)
+        enqueue.join(PATIENCE)
     with db.begin() as conn:
         contents = conn.execute(sa.text("SELECT count(*) FROM contents WHERE text LIKE 'second%'")).scalar_one()
     assert contents == 2

@@ -30,6 +30,7 @@ from tests.metadata_servers import (
     sends,
     stub,
 )
+from tests.waiting import PATIENCE
 from workers.preemption import PreemptionWatcher
 
 CLOUDS: list[type[MetadataServer]] = [GcpServer, AwsServer, AzureServer]
@@ -56,7 +57,7 @@ class Watch:
         self.watcher = watcher
 
     def ended(self) -> bool:
-        self.watcher.join(30)
+        self.watcher.join(PATIENCE)
         return not self.watcher.is_alive()
 
     def allow(self, seconds: float) -> None:
@@ -650,7 +651,7 @@ def test_the_aws_server_refuses_a_token_that_is_over() -> None:
 
 
 def _ask(server: MetadataServer, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=PATIENCE)
     try:
         connection.request(method, path, headers=headers)
         with connection.getresponse() as response:

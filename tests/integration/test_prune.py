@@ -28,6 +28,7 @@ from app.ledger import charges
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE
 from workers.context import WorkerContext
 from workers.pipeline import run_chunk_batch
 
@@ -371,11 +372,11 @@ def test_nothing_is_lost_while_producers_and_workers_run(
         background = [threads.submit(embed), threads.submit(embed), threads.submit(prune)]
         try:
             for each in [threads.submit(produce, name) for name in ("x", "y", "z")]:
-                each.result(120)
+                each.result(PATIENCE)
         finally:
             stop.set()
         for each in background:
-            each.result(60)
+            each.result(PATIENCE)
     assert dropped[0] > 10, "the test means nothing where nothing was pruned"
     assert not execute(db, "SELECT what FROM deleted_while_wanted")
     # A text that nobody wanted any more may be wanted again, by another job, while its first job is open still: whoever
@@ -418,7 +419,7 @@ def test_an_enqueue_that_is_about_to_refer_to_a_text_comes_first(
             )
         )
         window.commit()
-        assert gone(pruning.result(30)) == {}
+        assert gone(pruning.result(PATIENCE)) == {}
     assert client.audit("docs").complete
     assert client.audit("docs").chunks == 2
 
@@ -430,6 +431,6 @@ def test_a_delete_beside_a_prune_takes_each_row_once(client: Client, db: sa.Engi
         pruning = threads.submit(client.evict, older_than=timedelta(0))
         with db.begin() as conn:
             delete_some(conn, collection_id=1, chunk_ids=[f"c{i}" for i in range(20, 30)], limit=100)
-        assert gone(pruning.result(30))["contents"] == 20
+        assert gone(pruning.result(PATIENCE))["contents"] == 20
     assert client.audit("docs").complete
     assert client.audit("docs").chunks == 30

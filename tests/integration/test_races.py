@@ -25,6 +25,7 @@ from app.models import resolve_model
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE
 from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -208,7 +209,7 @@ def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
     try:
         for _ in range(2):
             with pytest.raises(EngineError, match="RuntimeError in the engine") as caught:
-                client.embed(["SECRET"], timeout=20)
+                client.embed(["SECRET"], timeout=PATIENCE)
             assert "SECRET" not in str(caught.value)
     finally:
         lane.stop()
@@ -248,7 +249,7 @@ def test_a_discarded_chunk_batch_says_why(client: Client, db: sa.Engine, setting
         chunk_batches.fail_if_held(conn, lease, code="worker_error", error="box:1: no room left", retryable=False)
     assert Poller(db, client._broker, settings).round().finished == 1
     with pytest.raises(JobFailed, match="box:1: no room left"):
-        client.wait(job.id, timeout=5)
+        client.wait(job.id, timeout=PATIENCE)
 
 
 def test_a_collection_cannot_move_under_an_enqueue(client: Client, db: sa.Engine) -> None:

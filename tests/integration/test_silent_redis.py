@@ -10,6 +10,7 @@ import pytest
 
 from app.broker import PUBLISH_ERRORS, Broker, Doorbell
 from app.settings import Settings
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -40,5 +41,5 @@ def test_it_is_given_up(silent: Broker, use: Callable[[Broker], object]) -> None
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert raised

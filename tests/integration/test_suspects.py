@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from app.client import Client
 from app.errors import DeviceFailed
 from app.ledger.chunk_batches import Lease
+from tests.waiting import PATIENCE
 from workers import pipeline
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -41,7 +42,7 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
     def slow(self: Engine, texts: Any, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
         if texts == ["text of job 0"]:
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE)
         elif texts == ["text of job 1"]:
             seen["beside the suspect"] = context.room.inside - 1
         yield from real_stream(self, texts, *args, **kwargs)
@@ -53,14 +54,14 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
         for number in (1, 2)
     ]
     threads[0].start()
-    assert inside.wait(30)
+    assert inside.wait(PATIENCE)
     threads[1].start()
     while not context.room.has_suspect:
         assert threads[1].is_alive()
     assert states(db) == [(1, "running"), (2, "available")]
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert outcomes == {1: Outcome.COMPLETED, 2: Outcome.COMPLETED}
     assert seen == {"beside the suspect": 0}
 

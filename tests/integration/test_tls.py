@@ -19,6 +19,7 @@ from app.db.connect import create_db, require_migrated
 from app.errors import StoreUnavailable
 from app.settings import Settings
 from tests.tls import Authority, make_authority, tls_proxy
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,9 @@ def test_flower_verifies_too(settings: Settings, trusted: Authority) -> None:
                 "DATABASE_URL": settings.require_database_url(),
                 "REDIS_URL": f"rediss://localhost:{port}/0",
             }
-            done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=PATIENCE
+            )
         assert ("connected" in done.stdout) == fine, done.stderr
 
 

@@ -20,10 +20,10 @@ from app.db.connect import alembic_config, create_db, migrate, migration_level, 
 from app.embedded import StackStatus
 from app.errors import StoreUnavailable
 from app.settings import Settings
-from tests.acceptance.conftest import until
 from tests.conftest import admin, url_of
 from tests.integration.conftest import Runner
 from tests.release import read, replay
+from tests.waiting import PATIENCE, until
 from workers.context import WorkerContext
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
@@ -175,13 +175,13 @@ def test_a_migration_under_load_loses_nothing(beside: Runner, old: str) -> None:
         embedding = threads.submit(embed, producing)
         try:
             # Not before some is done and more is open.
-            until(lambda: producing.done() or (beside.due() and client.jobs() and client.vectors("docs")), 60)
+            until(lambda: producing.done() or (beside.due() and client.jobs() and client.vectors("docs")))
             assert not producing.done(), producing.result()
             migrate(old)
         finally:
             migrated.set()
-        turns = producing.result(120)
-        embedding.result(120)
+        turns = producing.result(PATIENCE)
+        embedding.result(PATIENCE)
     with context.db.begin() as conn:
         current, head = migration_level(conn)
     assert current == head
