@@ -15,7 +15,7 @@ import torch
 from app.domain.spaces import LongText, OnLong
 from app.errors import EngineError
 from app.models import resolve_model
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, running, until
 from workers.engine import Engine
 from workers.engine.backends import Hidden
 from workers.engine.windows import Ids
@@ -152,10 +152,15 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
         if len(asked) == 1:
             return False
         assert second_running.wait(PATIENCE)
-        threading.Timer(0.05, go_on.set).start()
         return True
 
-    taken = list(engine.stream(texts, stop=stop))
+    def let_go_once_nothing_waits() -> None:
+        assert second_running.wait(PATIENCE)
+        until(lambda: engine._loop.waiting == 0)
+        go_on.set()
+
+    with running(let_go_once_nothing_waits, release=go_on.set):
+        taken = list(engine.stream(texts, stop=stop))
 
     done = np.concatenate([result.indices for result in taken])
     assert len(passes) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from app.db.connect import create_db
 from app.settings import Settings
 from tests.acceptance.conftest import Processes
 from tests.engine.conftest import stdlib_docstrings
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, running, until
 from workers.engine import Engine
 from workers.gpu import visible_gpus
 
@@ -119,10 +118,8 @@ def test_the_main_job_on_a_worker_that_is_killed_and_one_that_follows(
         until(lambda: written(db) > 0, first.output)
         first.kill()
 
-    killer = threading.Thread(target=kill_at_the_first_vectors)
-    killer.start()
-    job = client.enqueue(chunks, collection="docs")
-    killer.join()
+    with running(kill_at_the_first_vectors):
+        job = client.enqueue(chunks, collection="docs")
     assert 0 < written(db) < len(chunks), "it was not killed in the middle"
 
     second = processes.worker(**start)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -19,6 +19,7 @@ from app.models import resolve_spec
 from app.settings import Settings
 from tests.damaged_model import damaged_model
 from tests.integration.conftest import Runner
+from tests.waiting import together
 from workers.canary import embed_golden
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -44,8 +45,10 @@ def odd(settings: Settings, odd_engines: Engines) -> Iterator[WorkerContext]:
     db = create_db(settings.require_database_url(), role="worker")
     odd_engines._unserved.clear()
     odd_engines.load_default(db)
-    yield WorkerContext(settings, db, odd_engines, LeaseKeeper(db, settings.lease_seconds), name="odd-worker")
-    db.dispose()
+    try:
+        yield WorkerContext(settings, db, odd_engines, LeaseKeeper(db, settings.lease_seconds), name="odd-worker")
+    finally:
+        db.dispose()
 
 
 @pytest.fixture
@@ -86,20 +89,13 @@ def test_of_workers_that_are_first_at_once_one_makes_the_reference(context: Work
         registered = spaces.register(conn, resolve_spec("all-MiniLM-L6-v2"))
     engine = context.engines.for_space(registered)
     mine = embed_golden(engine, registered, "w")
-    stood: list[str] = []
 
-    def keep(name: str) -> None:
+    def keep(name: str) -> str:
         own = canaries.Canary(mine.vectors, mine.n_tokens, canaries.Maker(name, "cpu", "float32", {}))
         with context.db.begin() as conn:
-            stood.append(canaries.find_or_keep(conn, registered.id, VERSION, own).made_by.worker)
+            return canaries.find_or_keep(conn, registered.id, VERSION, own).made_by.worker
 
-    threads = [threading.Thread(target=keep, args=(f"w{i}",)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(stood) == 8
-    assert len(set(stood)) == 1
+    assert len(set(together(*[partial(keep, f"w{i}") for i in range(8)]))) == 1
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16, and emulates it a hundred times slower")

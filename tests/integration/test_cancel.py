@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from app.client import Client
 from app.domain.states import JobState
 from app.ledger import cancel, chunk_batches
 from app.settings import Settings
-from tests.waiting import PATIENCE
+from tests.waiting import Call
 from workers.poller import Poller
 
 MANY = 200_000
@@ -148,13 +147,12 @@ def test_a_slice_and_a_retry_do_not_mix(client: Client, db: sa.Engine, half_done
     """A running job must have nothing that is cancelled: it would complete without it."""
     with db.begin() as conn:
         assert cancel.cancel_some(conn, half_done) == 10
-        retry = threading.Thread(target=client.retry, args=(half_done,))
-        retry.start()
+        retry = Call(lambda: client.retry(half_done))
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         while not conn.execute(sa.text(waiting)).all():
             assert retry.is_alive()
             conn.execute(sa.text("SELECT pg_stat_clear_snapshot()"))
-    retry.join(PATIENCE)
+    retry.result()
     assert states(db) == {"available": 27}
     with db.begin() as conn:
         assert cancel.cancel_some(conn, half_done) == 0
@@ -168,11 +166,10 @@ def test_a_claim_that_had_begun_when_the_job_was_cancelled_is_cancelled_too(
     with db.begin() as claiming:
         lease = chunk_batches.claim_if_due(claiming, 1, owner="host:1", lease_seconds=600)
         assert lease is not None
-        cancelling = threading.Thread(target=client.cancel, args=(job.id,))
-        cancelling.start()
+        cancelling = Call(lambda: client.cancel(job.id))
         while client.job(job.id).state is not JobState.CANCELLED:
             assert cancelling.is_alive()
-    cancelling.join(PATIENCE)
+    cancelling.result()
     assert states(db) == {"cancelled": 1}
     with db.begin() as conn:
         assert chunk_batches.renew_if_held(conn, [lease], lease_seconds=600) == set()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Call, running
 from workers.context import WorkerContext
 from workers.drain import Drain
 
@@ -41,14 +41,10 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
             drain.begin()
         begun.set()
 
-    logging_elsewhere = threading.Thread(target=hold_logging, daemon=True)
-    logging_elsewhere.start()
-    assert held.wait(PATIENCE)
-    main = threading.Thread(target=interrupted, daemon=True)
-    main.start()
-    main.join(PATIENCE)
-    assert not main.is_alive()
-    assert begun.is_set()
+    with running(hold_logging, release=begun.set):
+        assert held.wait(PATIENCE)
+        Call(interrupted).result()
+        assert begun.is_set()
     assert context.stopping.wait(PATIENCE)  # and the drain goes on in a thread of its own
     drain_thread.join(PATIENCE)
     assert left == [0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from app.domain.doorbells import SMALLEST_WINDOW
 from app.ledger import chunk_batches
 from app.ledger.jobs import CANCELLED_CHANNEL
 from app.settings import Settings
+from tests.waiting import until
 from workers import pipeline
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -232,15 +232,10 @@ def test_bells_of_cancelled_chunk_batches_are_answered_with_nothing(
 def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
     running = EmbedRequestLane(context)
     running.start()
-    yield running
-    running.stop()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    try:
+        yield running
+    finally:
+        running.stop()
 
 
 def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_was_written(

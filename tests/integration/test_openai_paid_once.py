@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from app.settings import Settings
 from tests.corridor import DIMENSIONS, Corridor
 from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer, vector_for
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Call, running
 from workers.provider.context import ProviderContext
 from workers.provider.plain import request_chunk_batch
 from workers.provider.steps import _STEPS
@@ -254,29 +255,19 @@ def test_workers_and_pollers_at_once(stage: Scene, server: OpenAIServer) -> None
         for part in (names[:40], names[20:], names[10:50], names[::2])
     ]
     others = [Corridor(stage.corridor.settings, server) for _ in range(2)]
-    done, errors = threading.Event(), []
+    done = threading.Event()
 
     def turn(corridor: Corridor) -> None:
         while not done.is_set():
-            try:
-                corridor.turn()
-            except Exception as error:  # noqa: BLE001 - told to the test
-                errors.append(error)
-                return
+            corridor.turn()
 
-    threads = [threading.Thread(target=turn, args=(corridor,)) for corridor in others]
     try:
-        for thread in threads:
-            thread.start()
-        ended = stage.finish(*jobs)
+        with running(*[partial(turn, corridor) for corridor in others], release=done.set):
+            ended = stage.finish(*jobs)
     finally:
-        done.set()
-        for thread in threads:
-            thread.join()
         for corridor in others:
             corridor.close()
 
-    assert errors == []
     assert [job.state for job in ended] == ["completed"] * 4
     stage.check_done(ended[0], texts)
 
@@ -489,20 +480,11 @@ def test_a_server_without_batches_serves_plain_requests(stage: Scene, server: Op
 # Texts that somebody waits for
 
 
-def ask(stage: Scene, texts: list[str]) -> tuple[threading.Thread, list[Any]]:
-    """``client.embed`` in a thread: its vectors, or its error, come into the list."""
-    got: list[Any] = []
-
-    def embed() -> None:
-        try:
-            got.append(stage.corridor.client.embed(texts, timeout=PATIENCE))
-        except EngineError as error:
-            got.append(error)
-
-    thread = threading.Thread(target=embed)
-    thread.start()
+def ask(stage: Scene, texts: list[str]) -> Call:
+    """``client.embed`` in a thread, whose request waits for an answer."""
+    asked = Call(lambda: stage.corridor.client.embed(texts, timeout=PATIENCE))
     stage.run_until(lambda: stage.corridor.rows("SELECT FROM embed_requests"))
-    return thread, got
+    return asked
 
 
 @pytest.mark.parametrize("usage", [True, False])
@@ -510,12 +492,11 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
     if not usage:
         server.misbehave("missing_usage", times=None)
     texts = list(stage.texts(N).values())
-    thread, got = ask(stage, texts)
+    asked = ask(stage, texts)
 
     assert WaitingLane(stage.corridor.context).answer_next()
-    thread.join()
 
-    for vector, text in zip(got[0], texts, strict=True):
+    for vector, text in zip(asked.result(), texts, strict=True):
         assert np.allclose(vector, vector_for(text, DIMENSIONS), atol=1e-6)
     booked = stage.corridor.rows("SELECT contents, tokens FROM charges")
     assert booked == [{"contents": N, "tokens": sum(each["tokens"] for each in stage.charges())}]
@@ -523,12 +504,12 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
 
 def test_what_was_answered_before_a_failure_is_booked(stage: Scene, server: OpenAIServer) -> None:
     server.misbehave("http_error", after=1, where=EMBED)
-    thread, got = ask(stage, list(stage.texts(N).values()))
+    asked = ask(stage, list(stage.texts(N).values()))
 
     assert WaitingLane(stage.corridor.context).answer_next()
-    thread.join()
 
-    assert isinstance(got[0], EngineError)
+    with pytest.raises(EngineError):
+        asked.result()
     assert stage.corridor.one("SELECT sum(contents)::int FROM charges") == 4
     assert sum(each["inputs"] for each in stage.charges()) == 4
 
@@ -538,20 +519,21 @@ def test_whoever_waits_shares_the_lanes_pause_and_its_stop(stage: Scene, server:
     server.misbehave("unauthorized", after=1)
     client = stage.corridor.client
     lane = WaitingLane(stage.corridor.context)
-    thread, got = ask(stage, [stage.text(0)])
+    asked = ask(stage, [stage.text(0)])
 
     assert lane.answer_next()
-    thread.join()
-    assert isinstance(got[0], EngineError)
+    with pytest.raises(EngineError):
+        asked.result()
     assert client.lanes()[1].paused_until is not None
-    thread, got = ask(stage, [stage.text(1)])
+    asked = ask(stage, [stage.text(1)])
     assert not lane.answer_next(), "the provider is not asked during the pause"
     client.resume_lane("openai-sync")
     assert lane.answer_next()
-    thread.join()
+    with pytest.raises(EngineError):
+        asked.result()
     assert client.lanes()[1].is_stopped
-    thread, got = ask(stage, [stage.text(2)])
+    asked = ask(stage, [stage.text(2)])
     assert lane.answer_next()
-    thread.join()
-    assert isinstance(got[0], EngineError) and "is stopped" in str(got[0])
+    with pytest.raises(EngineError, match="is stopped"):
+        asked.result()
     assert stage.asked("embeddings.create") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from app.ledger import chunk_batches, deaths, finish
 from app.settings import Settings
 from app.vectors.write import write_vectors
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, together
 from workers import attempt as attempts
 from workers import pipeline
 from workers.context import WorkerContext
@@ -230,18 +229,12 @@ def test_a_failing_chunk_batch_backs_off_and_is_discarded(
 
 def test_only_one_of_many_claims_gets_the_lease(client: Client, context: WorkerContext) -> None:
     client.enqueue(some(3), collection="docs")
-    got: list[chunk_batches.Lease | None] = []
 
-    def claim() -> None:
+    def claim() -> chunk_batches.Lease | None:
         with context.db.begin() as conn:
-            got.append(chunk_batches.claim_if_due(conn, 1, owner="w", lease_seconds=60))
+            return chunk_batches.claim_if_due(conn, 1, owner="w", lease_seconds=60)
 
-    threads = [threading.Thread(target=claim) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(lease is None for lease in got) == [False] + [True] * 7
+    assert sorted(lease is None for lease in together(*[claim] * 8)) == [False] + [True] * 7
 
 
 def test_a_zombie_cannot_finish_what_another_has_claimed(
@@ -262,6 +255,7 @@ def test_a_zombie_cannot_finish_what_another_has_claimed(
         yield from real_stream(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "stream", sleeps)
+    monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 1e9)  # it learns of its loss with all its results in hand
     assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
     assert second == [Outcome.COMPLETED]
     job = client.job(job.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from typing import Any
 
 import pytest
 import redis
@@ -17,6 +18,7 @@ from app.domain.states import JobState
 from app.ledger.deaths import TakenBack
 from app.settings import Settings
 from tests.integration.conftest import Runner
+from tests.waiting import running, together, until
 from workers.poller import Poller
 
 
@@ -107,13 +109,7 @@ def test_many_pollers_ring_each_bell_once(narrow: Settings, db: sa.Engine, broke
     pollers = [Poller(db, Broker.connect(wide), wide) for _ in range(4)]
     for poller in pollers:
         poller._window = DoorbellWindow(1000)  # as if they had seen fast workers
-    counts: list[int] = []
-    threads = [threading.Thread(target=lambda p=p: counts.append(p.round().rung)) for p in pollers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(counts) == 21
+    assert sum(ended.rung for ended in together(*[poller.round for poller in pollers])) == 21
     assert sum(broker.queued_doorbells().values()) == 25
 
 
@@ -151,16 +147,21 @@ def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
 
 
 def test_redis_away_is_survived_and_said_once(
-    narrow: Settings, db: sa.Engine, caplog: pytest.LogCaptureFixture
+    narrow: Settings, db: sa.Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_off = narrow.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "poll_interval": 0.01})
     poller = Poller(db, Broker.connect(cut_off), cut_off)
     stop = threading.Event()
-    thread = threading.Thread(target=poller.run, args=(stop,))
-    thread.start()
-    stop.wait(0.5)
-    stop.set()
-    thread.join()
+    rounds: list[None] = []
+    real = poller.round
+
+    def counted() -> Any:
+        rounds.append(None)
+        return real()
+
+    monkeypatch.setattr(poller, "round", counted)
+    with running(lambda: poller.run(stop), release=stop.set):
+        until(lambda: len(rounds) > 3)
     assert [r.message for r in caplog.records if "trying again" in r.message] == [
         "poller: ConnectionError; trying again every 0.01 s"
     ]

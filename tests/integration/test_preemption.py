@@ -6,7 +6,6 @@ import http.client
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +29,7 @@ from tests.metadata_servers import (
     sends,
     stub,
 )
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 from workers.preemption import PreemptionWatcher
 
 CLOUDS: list[type[MetadataServer]] = [GcpServer, AwsServer, AzureServer]
@@ -74,10 +73,12 @@ def watch() -> Iterator[Callable[..., Watch]]:
         started[-1].watcher.start()
         return started[-1]
 
-    yield start
-    for each in started:
-        each.watcher.stop()
-        assert each.ended()
+    try:
+        yield start
+    finally:
+        for each in started:
+            each.watcher.stop()
+        assert all(each.ended() for each in started)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -416,9 +417,7 @@ def test_nobody_there_is_no_notice(watch: Callable[..., Watch], caplog: pytest.L
     with GcpServer() as server:
         pass  # its port is closed again
     watching = watch(server)
-    deadline = time.monotonic() + 30
-    while not warnings(caplog) and time.monotonic() < deadline:
-        watching.watcher.join(0.05)
+    until(lambda: warnings(caplog))
     watching.watcher.join(0.5)  # it asks again, and says nothing more
     assert watching.watcher.is_alive()
     assert watching.notices == []

@@ -28,7 +28,7 @@ from app.ledger import charges
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 from workers.context import WorkerContext
 from workers.pipeline import run_chunk_batch
 
@@ -407,10 +407,7 @@ def test_an_enqueue_that_is_about_to_refer_to_a_text_comes_first(
         window.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": spaces.DELETE_LOCK})
         pruning = threads.submit(client.prune, 0)
         waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        deadline = time.monotonic() + 30
-        while not execute(db, waiting):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: execute(db, waiting))
         window.execute(
             sa.text(
                 "INSERT INTO chunks SELECT collection_id, 'b', content_hash, '{}', job_id FROM ("

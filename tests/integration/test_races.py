@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from app.models import resolve_model
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Call, together, until
 from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -78,25 +79,16 @@ def test_low_priority_cannot_keep_high_priority_waiting(settings: Settings, clie
 def test_many_producers_share_a_small_pool(settings: Settings, client: Client) -> None:
     client._settings = settings.model_copy(update={"enqueue_window": 5})
     client.enqueue([("first", "registers the space")], collection="docs")
-    start = threading.Barrier(10)
-    errors: list[BaseException] = []
+    start = threading.Barrier(10, timeout=PATIENCE)
 
     def stream(i: int) -> Iterator[tuple[str, str]]:
         start.wait()
         yield from ((f"{i}-{j}", f"text {i} {j}") for j in range(12))
 
     def produce(i: int) -> None:
-        try:
-            client.enqueue(stream(i), collection="docs", on_invalid="skip")
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
-            errors.append(error)
+        client.enqueue(stream(i), collection="docs", on_invalid="skip")
 
-    threads = [threading.Thread(target=produce, args=(i,)) for i in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    together(*[partial(produce, i) for i in range(10)])
 
 
 def test_the_poller_rings_while_a_job_is_being_finished(
@@ -108,7 +100,7 @@ def test_the_poller_rings_while_a_job_is_being_finished(
     execute(db, "UPDATE chunk_batches SET rung_at = NULL WHERE state = 'available'")
     with db.begin() as closer:
         closer.execute(sa.text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
-        assert Poller(db, client._broker, settings).round().rung == 1
+        assert Call(Poller(db, client._broker, settings).round).result().rung == 1
 
 
 def test_one_broken_job_does_not_stop_the_poller(
@@ -143,15 +135,12 @@ def test_a_deletion_under_way_while_a_worker_reads_leaves_no_vector(
     client: Client, context: WorkerContext, db: sa.Engine
 ) -> None:
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
-    worker = threading.Thread(target=run_chunk_batch, args=(context, 1))
     with db.begin() as deleting:
         delete_some(deleting, collection_id=1, chunk_ids=["a"], limit=10)
-        worker.start()
-        for _ in range(600):  # until the worker stands before the deletion's lock
-            if execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0]:
-                break
-            worker.join(0.05)
-    worker.join()
+        worker = Call(lambda: run_chunk_batch(context, 1))
+        # The worker stands before the deletion's lock.
+        until(lambda: execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0])
+    assert worker.result() is Outcome.COMPLETED
     assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
     assert client.audit("docs").complete
 

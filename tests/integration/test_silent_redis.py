@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from app.broker import PUBLISH_ERRORS, Broker, Doorbell
 from app.settings import Settings
-from tests.waiting import PATIENCE
+from tests.waiting import Call
 
 
 @pytest.fixture
@@ -21,8 +20,10 @@ def silent(settings: Settings) -> Iterator[Broker]:
         broker = Broker.connect(settings.model_copy(update={"redis_url": url}))
         broker.celery.conf.broker_transport_options["socket_timeout"] /= 100
         broker.client.connection_pool.connection_kwargs["socket_timeout"] /= 10
-        yield broker
-        broker.close()
+        try:
+            yield broker
+        finally:
+            broker.close()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,5 @@ def test_it_is_given_up(silent: Broker, use: Callable[[Broker], object]) -> None
         except PUBLISH_ERRORS as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
+    Call(run).result()
     assert raised
