@@ -97,5 +97,7 @@ def cutting_proxy(database_url: str) -> Iterator[CuttingProxy]:
             behind.render_as_string(hide_password=False),
         )
         threading.Thread(target=proxy.serve, daemon=True).start()
-        yield proxy
-        listener.shutdown(socket.SHUT_RDWR)
+        try:
+            yield proxy
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)

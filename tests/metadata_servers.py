@@ -111,7 +111,7 @@ class MetadataServer:
     def __enter__(self) -> MetadataServer:
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.service = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name=self.cloud)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name=self.cloud, daemon=True)
         self._thread.start()
         return self
 

@@ -87,7 +87,5 @@ class Processes:
 @pytest.fixture
 def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
     started = Processes(settings, tmp_path)
-    try:
-        yield started
-    finally:
-        started.stop_all()
+    yield started
+    started.stop_all()

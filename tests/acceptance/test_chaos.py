@@ -38,7 +38,7 @@ def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
         output, _ = run.communicate(timeout=PATIENCE)
     finally:
         run.terminate()  # it stops what it has started
-        run.wait()
+        run.wait(PATIENCE)
     assert run.returncode == 0, output
     report = json.loads(path.read_text())
     assert (report["faults"], report["survived"], report["problems"]) == (8, 8, [])

@@ -227,7 +227,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
     said = ""
     try:
         while not re.search(r"password (\S+) ", said):
-            assert select.select([terminal], [], [], 60)[0], said
+            assert select.select([terminal], [], [], PATIENCE)[0], said
             said += os.read(terminal, 4096).decode()  # raises when it has ended without
         password = re.search(r"password (\S+) ", said)[1]  # type: ignore[index]
         assert f"http://127.0.0.1:{port}/" in said
@@ -237,8 +237,11 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
         assert password.encode() not in Path(f"/proc/{flower.pid}/cmdline").read_bytes()
     finally:
         flower.send_signal(signal.SIGTERM)
-        code = flower.wait(PATIENCE)
-        os.close(terminal)
+        try:
+            code = flower.wait(PATIENCE)
+        finally:
+            flower.kill()
+            os.close(terminal)
     assert code == 0
 
 

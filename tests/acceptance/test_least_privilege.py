@@ -78,7 +78,10 @@ def guarded() -> Iterator[GuardedRedis]:
     finally:
         server.admin.close()
         server.popen.terminate()
-        server.popen.wait(PATIENCE)
+        try:
+            server.popen.wait(PATIENCE)
+        finally:
+            server.popen.kill()
         shutil.rmtree(folder)
 
 

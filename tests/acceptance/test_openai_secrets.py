@@ -115,7 +115,7 @@ class Listener(threading.Thread):
 
     def stop(self) -> None:
         self._stop_listening.set()
-        self.join(timeout=10)
+        self.join(PATIENCE)
 
 
 def test_key_and_texts_are_nowhere(

@@ -55,9 +55,13 @@ class Shell:
         """Whatever is left of it, also after a block that failed: its jobs, then the servers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._bash.pid, signal.SIGTERM)
-        self._bash.communicate(timeout=PATIENCE)
+        try:
+            self._bash.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._bash.pid, signal.SIGKILL)
+            self._bash.communicate()
         subprocess.run(
-            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=60
+            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=PATIENCE
         )
 
 

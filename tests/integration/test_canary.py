@@ -45,10 +45,8 @@ def odd(settings: Settings, odd_engines: Engines) -> Iterator[WorkerContext]:
     db = create_db(settings.require_database_url(), role="worker")
     odd_engines._unserved.clear()
     odd_engines.load_default(db)
-    try:
-        yield WorkerContext(settings, db, odd_engines, LeaseKeeper(db, settings.lease_seconds), name="odd-worker")
-    finally:
-        db.dispose()
+    yield WorkerContext(settings, db, odd_engines, LeaseKeeper(db, settings.lease_seconds), name="odd-worker")
+    db.dispose()
 
 
 @pytest.fixture

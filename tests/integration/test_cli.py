@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 from app.cli.__main__ import cli
 from app.embedded import Stack
 from app.embedded.process import command_line
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = [
@@ -61,15 +61,14 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             with (home / f"{name}.log").open("wb") as log:
                 argv = [sys.executable, "-m", "app.cli", name, *arguments]
                 started[name] = subprocess.Popen(argv, cwd=CHECKOUT, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while True:
-            database = document("status")["database"]
-            if database["worker_connections"] and database["poller_connections"]:
-                break
+
+        def connected() -> bool:
             for name, child in started.items():
                 assert child.poll() is None, (home / f"{name}.log").read_text()
-            assert time.monotonic() < deadline, (home / "worker.log").read_text()
-            time.sleep(0.2)
+            database = document("status")["database"]
+            return bool(database["worker_connections"] and database["poller_connections"])
+
+        until(connected, (home / "worker.log").read_text, pause=0.2)
         yield started
     finally:
         for child in started.values():
@@ -404,9 +403,9 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
     )  # fmt: skip
     os.close(terminal)
     seen = b""
-    until = time.monotonic() + 90  # a bar never stops writing
+    until = time.monotonic() + PATIENCE  # a bar never stops writing
     try:
-        while select.select([controller], [], [], 60)[0] and time.monotonic() < until:
+        while select.select([controller], [], [], PATIENCE)[0] and time.monotonic() < until:
             try:
                 part = os.read(controller, 65536)
             except OSError:  # the terminal's last user has gone

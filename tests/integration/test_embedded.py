@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from app.embedded import Stack, StackStatus, default_home
 from app.embedded.paths import postgres_account
 from app.embedded.process import command_line
 from app.errors import EmbeddedStackError
+from tests.waiting import PATIENCE, together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers need Unix sockets")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -37,9 +40,20 @@ def folder() -> Iterator[Path]:
     """
     path = Path(tempfile.mkdtemp(prefix="chunkmill-test-")).resolve()
     yield path
-    for lock in path.rglob("chunkmill.lock"):
-        Stack(lock.parent).down()
-    shutil.rmtree(path)
+    try:
+        for lock in path.rglob("chunkmill.lock"):
+            Stack(lock.parent).down()
+    finally:
+        kill_servers_in(path)
+        shutil.rmtree(path)
+
+
+def kill_servers_in(folder: Path) -> None:
+    """End what a failed test left: a stack that is broken may not find its own servers, which run in its folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if (process / "cwd").readlink().is_relative_to(folder):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -78,6 +92,16 @@ def put(status: StackStatus, value: str) -> None:
 def get(status: StackStatus) -> tuple[Any, Any]:
     with client(status) as connection:
         return sql(status, "SELECT value FROM kept"), connection.get("kept")
+
+
+@contextlib.contextmanager
+def sleeping(**as_user: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another program, until the end of the block."""
+    with subprocess.Popen(["sleep", "3600"], **as_user) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def message(stack: Stack) -> str:
@@ -150,8 +174,8 @@ class TestOneStack:
             "print(s.postgres.pid, s.redis.pid, s.postgres.started, s.redis.started)"
         )
         argv = [sys.executable, "-c", code, str(stack.home)]
-        children = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        answers = [child.communicate()[0].split() for child in children]
+        said = partial(subprocess.run, argv, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+        answers = [done.stdout.split() for done in together(said, said, said)]
         assert len({tuple(answer[:2]) for answer in answers}) == 1
         assert sorted(answer[2:] for answer in answers) == [["False"] * 2, ["False"] * 2, ["True"] * 2]
         assert stack.status().running  # the servers outlive the process that started them
@@ -185,7 +209,7 @@ class TestAfterAKill:
         account = postgres_account()
         as_user = {"user": account.uid, "group": account.gid} if os.geteuid() == 0 else {}
         for pid_of in ("a sleep", "this test"):
-            with subprocess.Popen(["sleep", "60"], **as_user) as sleep:  # type: ignore[call-overload]
+            with sleeping(**as_user) as sleep:
                 pid = sleep.pid if pid_of == "a sleep" else os.getpid()
                 text = f"{pid}\n{stack.home}/postgres/data\n1\n5432\n{stack.home}/postgres\n\n1 1\nready\n"
                 (stack.home / "postgres/data/postmaster.pid").write_text(text)
@@ -201,7 +225,6 @@ class TestAfterAKill:
                 assert "redis.pid" in caplog.text
                 stack.down()
                 assert sleep.poll() is None
-                sleep.kill()
 
     def test_an_initdb_that_was_killed_is_done_again(self, stack: Stack) -> None:
         stack.up()

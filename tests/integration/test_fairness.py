@@ -232,10 +232,8 @@ def test_bells_of_cancelled_chunk_batches_are_answered_with_nothing(
 def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
     running = EmbedRequestLane(context)
     running.start()
-    try:
-        yield running
-    finally:
-        running.stop()
+    yield running
+    running.stop()
 
 
 def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_was_written(

@@ -38,10 +38,8 @@ def proxy(settings: Settings) -> Iterator[CuttingProxy]:
 def behind(settings: Settings, engines: Engines, proxy: CuttingProxy) -> Iterator[WorkerContext]:
     """A worker's context whose connections go through the proxy."""
     db = create_db(proxy.url, role="worker")
-    try:
-        yield WorkerContext(settings, db, engines, LeaseKeeper(db, 60), name="behind-the-proxy")
-    finally:
-        db.dispose()
+    yield WorkerContext(settings, db, engines, LeaseKeeper(db, 60), name="behind-the-proxy")
+    db.dispose()
 
 
 def ledger(db: sa.Engine) -> tuple[Any, ...]:

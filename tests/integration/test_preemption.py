@@ -73,12 +73,10 @@ def watch() -> Iterator[Callable[..., Watch]]:
         started[-1].watcher.start()
         return started[-1]
 
-    try:
-        yield start
-    finally:
-        for each in started:
-            each.watcher.stop()
-        assert all(each.ended() for each in started)
+    yield start
+    for each in started:
+        each.watcher.stop()
+    assert all(each.ended() for each in started)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

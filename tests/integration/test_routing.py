@@ -39,11 +39,9 @@ def make(settings: Settings) -> Iterator[Make]:
         made.append(Client(create_db(own.require_database_url(), role="client"), Broker.connect(own), own))
         return made[-1]
 
-    try:
-        yield build
-    finally:
-        for each in made:
-            each.close()
+    yield build
+    for each in made:
+        each.close()
 
 
 @pytest.fixture

@@ -20,10 +20,8 @@ def silent(settings: Settings) -> Iterator[Broker]:
         broker = Broker.connect(settings.model_copy(update={"redis_url": url}))
         broker.celery.conf.broker_transport_options["socket_timeout"] /= 100
         broker.client.connection_pool.connection_kwargs["socket_timeout"] /= 10
-        try:
-            yield broker
-        finally:
-            broker.close()
+        yield broker
+        broker.close()
 
 
 @pytest.mark.parametrize(

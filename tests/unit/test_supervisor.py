@@ -246,16 +246,14 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         started.append(Run(tmp_path, child, *places, kill_seconds=kill_seconds))
         return started[-1]
 
-    try:
-        yield start
-    finally:
-        for run in started:
-            if run.popen.poll() is None:
-                run.popen.kill()
-                run.popen.wait(PATIENCE)
-            for pid in run.living():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+    yield start
+    for run in started:
+        if run.popen.poll() is None:
+            run.popen.kill()
+            run.popen.wait(PATIENCE)
+        for pid in run.living():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
