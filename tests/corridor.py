@@ -19,7 +19,7 @@ from app.domain.jobs import Job
 from app.openai_batch.http import Provider
 from app.settings import Settings
 from tests.openai_server import OpenAIServer, vector_for
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from workers.poller import Poller
 from workers.provider.context import ProviderContext
 from workers.provider.plain import request_chunk_batch
@@ -31,7 +31,8 @@ QUICK = {
     "openai_gather_seconds": 0.0,
     "openai_poll_seconds": 0.1,
     "openai_adopt_seconds": 0.4,
-    "openai_timeout_seconds": 5.0,
+    "openai_timeout_seconds": PATIENCE,
+    "lease_seconds": PATIENCE,
     "embedding_model": MODEL,
     "embedding_dimensions": DIMENSIONS,
 }

@@ -16,7 +16,7 @@ from app.settings import Settings
 from tests.waiting import Call
 from workers.poller import Poller
 
-MANY = 200_000
+MANY = 4 * cancel.SLICE + 2
 
 
 def states(db: sa.Engine) -> dict[str, int]:

@@ -39,7 +39,14 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request, openai_timeout_seconds=0.5) as made:
+    with scene(settings, server, request) as made:
+        yield made
+
+
+@pytest.fixture
+def looking(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """One in which a create without an answer is looked for at the provider for as long as the test wants."""
+    with scene(settings, server, request, openai_adopt_seconds=PATIENCE) as made:
         yield made
 
 
@@ -47,15 +54,35 @@ def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureReque
 
 NO_ANSWER: dict[str, Callable[[OpenAIServer, bool], object]] = {
     "cut": lambda server, applied: server.misbehave("cut", where=CREATE, applied=applied),
-    "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=1.0),
+    "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=2.0),
     "500": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied),
 }
 
 
+def give_up_the_first_create(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a second. All other answers have the time that a stalled machine needs for them."""
+    provider = stage.corridor.context.provider
+    patient, create = provider._client, provider.create
+
+    def hurried(*args: str) -> object:
+        monkeypatch.setattr(provider, "create", create)
+        provider._client = patient.with_options(timeout=0.5)
+        try:
+            return create(*args)
+        finally:
+            provider._client = patient
+
+    monkeypatch.setattr(provider, "create", hurried)
+
+
 @pytest.mark.parametrize("kind", NO_ANSWER)
 @pytest.mark.parametrize("applied", [True, False])
-def test_a_create_without_an_answer(stage: Scene, server: OpenAIServer, kind: str, applied: bool) -> None:
+def test_a_create_without_an_answer(
+    stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, kind: str, applied: bool
+) -> None:
     NO_ANSWER[kind](server, applied)
+    if kind == "hang":
+        give_up_the_first_create(stage, monkeypatch)
     texts = stage.texts(N)
 
     [job] = stage.finish(stage.enqueue(texts))
@@ -79,24 +106,31 @@ def test_an_orphan_is_known_by_its_file(stage: Scene, server: OpenAIServer) -> N
 
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_batch_that_was_made_twice_is_paid_once(stage: Scene, server: OpenAIServer, answered: bool) -> None:
-    server.control(validating_seconds=0.5)
+    server.control(validating_seconds=3600.0)
     server.misbehave("created_twice")
     if not answered:
         server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: "cancelled" in [batch["status"] for batch in stage.batches()])
+    server.control(validating_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert sorted(batch["status"] for batch in stage.batches()) == ["cancelled", "completed"]
 
 
-def test_a_list_that_is_behind_is_waited_for(stage: Scene, server: OpenAIServer) -> None:
-    server.control(list_lag_seconds=0.25)
+def test_a_list_that_is_behind_is_waited_for(looking: Scene, server: OpenAIServer) -> None:
+    stage = looking
+    server.control(list_lag_seconds=3600.0)
     server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: stage.asked("batches.list") >= 2)
+    server.control(list_lag_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert len(stage.batches()) == 1
@@ -104,11 +138,16 @@ def test_a_list_that_is_behind_is_waited_for(stage: Scene, server: OpenAIServer)
 
 def test_what_shows_up_after_all_is_cancelled(stage: Scene, server: OpenAIServer) -> None:
     """The list was behind for longer than anybody waits: the batch was made anew, and the first comes to light."""
-    server.control(list_lag_seconds=0.8, validating_seconds=1.5)
+    server.control(list_lag_seconds=3600.0, validating_seconds=3600.0)
     server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: len(stage.batches()) == 2)
+    server.control(list_lag_seconds=0.0)
+    stage.run_until(lambda: stage.batches()[0]["status"] == "cancelled")
+    server.control(validating_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert [batch["status"] for batch in stage.batches()] == ["cancelled", "completed"]
@@ -280,7 +319,7 @@ def in_flight(stage: Scene) -> Callable[[], bool]:
 
 
 def test_what_another_job_has_in_flight_is_waited_for(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N + 2)
     first = stage.enqueue({name: texts[name] for name in list(texts)[:N]})
     stage.run_until(in_flight(stage))
@@ -299,7 +338,7 @@ def test_what_another_job_has_in_flight_is_waited_for(stage: Scene, server: Open
 
 
 def test_a_cancelled_job_whose_contents_another_waits_for_goes_on(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     first = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
@@ -319,7 +358,7 @@ def test_a_cancelled_job_whose_contents_another_waits_for_goes_on(stage: Scene, 
 
 
 def test_a_collection_that_is_deleted_while_its_contents_are_in_flight(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     job = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
@@ -353,7 +392,7 @@ def test_a_content_that_is_deleted_before_it_is_sent_is_not_sent(stage: Scene, s
 
 
 def test_plain_requests_and_batches_share_what_is_in_flight(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     batch = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
