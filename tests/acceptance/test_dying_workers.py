@@ -47,7 +47,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
             conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() WHERE state = 'running'"))
         assert deaths <= 6, "handed out for ever"
     with pytest.raises(JobFailed, match="killer"):
-        client.wait(job.id, timeout=1)
+        client.wait(job.id, timeout=PATIENCE)
     (dead,) = client.job(job.id).dead_chunks
     assert (dead.chunk_id, dead.code) == ("killer", "kills_workers")
     assert dead.reason.count("silent past its lease") >= 2

@@ -68,8 +68,9 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
                 pid = stack.status().postgres.pid
                 assert pid is not None
                 os.kill(pid, how)
+                said = poller.output().count("trying again")
                 until(lambda: not stack.status().postgres.running)
-                time.sleep(1)
+                until(lambda said=said: poller.output().count("trying again") > said, poller.output)  # type: ignore[misc]
                 stack.up()
                 further()
             job = patiently(lambda: client.wait(job_id, timeout=PATIENCE))
@@ -90,7 +91,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
 
 def patiently(ask: Any) -> Any:
     """A client is told when Postgres is away, and asks again."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return ask()

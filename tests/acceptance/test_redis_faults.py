@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def test_frozen_for_a_while(place: Place) -> None:
     until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
     os.kill(place.redis_pid, signal.SIGSTOP)
     try:
-        time.sleep(8)  # past the socket timeout of the poller's look, and of a producer's
+        place.poller.wait_for("trying again")  # its look is past the socket timeout, as a producer's would be
     finally:
         os.kill(place.redis_pid, signal.SIGCONT)
     place.finishes(job_id)

@@ -61,7 +61,7 @@ def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
     """A lease is longer than this test may take, so only the supervisor can have taken one back."""
     processes.poller()
     own = ("-c", "2", "-n", "own@%h")
-    supervisor = processes.start("app.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="900")
+    supervisor = processes.start("app.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="3600")
     job = client.enqueue(documents(300, words=60), collection="docs")
     deaths = {signal.SIGKILL: "ended by SIGKILL (out of memory?)", signal.SIGSEGV: "ended by SIGSEGV"}
     for number, (death, evidence) in enumerate(deaths.items(), start=1):

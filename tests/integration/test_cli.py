@@ -403,9 +403,9 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
     )  # fmt: skip
     os.close(terminal)
     seen = b""
-    until = time.monotonic() + PATIENCE  # a bar never stops writing
+    deadline = time.monotonic() + PATIENCE  # a bar never stops writing
     try:
-        while select.select([controller], [], [], PATIENCE)[0] and time.monotonic() < until:
+        while select.select([controller], [], [], PATIENCE)[0] and time.monotonic() < deadline:
             try:
                 part = os.read(controller, 65536)
             except OSError:  # the terminal's last user has gone
