@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,11 @@ def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos", "--seed", "4", "--faults", "8", "--chunks", "800"]
     run = subprocess.Popen(
         [*command, "--kinds", KINDS, "--json", str(path)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=os.environ | {"CHAOS_STOP_SECONDS": str(PATIENCE)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = run.communicate(timeout=PATIENCE)
+        output, _ = run.communicate(timeout=3 * PATIENCE)
     finally:
         run.terminate()  # it stops what it has started
         run.wait(PATIENCE)
