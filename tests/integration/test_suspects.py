@@ -71,6 +71,7 @@ def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
         return real(*args)
 
     monkeypatch.setattr(pipeline, "_claim", claim)
+    monkeypatch.setattr(pipeline, "ANOTHER_SUSPECT_SECONDS", PATIENCE)
     assert run_chunk_batch(context, 1) is Outcome.RELEASED
     with db.begin() as conn:
         found = conn.execute(
