@@ -158,7 +158,7 @@ def test_key_and_texts_are_nowhere(
         until(ended, worker.output)
         client.search(f"{WORD} 3", collection="batched", timeout=PATIENCE)
         until(lambda: (hurry(db), not open_batches(db))[1], worker.output)
-        asked = listener.app.control.inspect(destination=[f"openai@{socket.gethostname()}"], timeout=30)
+        asked = listener.app.control.inspect(destination=[f"openai@{socket.gethostname()}"], timeout=PATIENCE)
         shown = [asked.conf(with_defaults=True), asked.stats(), asked.active()]
         store.echo("the end")
         for command in monitor.listen():

@@ -150,7 +150,10 @@ def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Clie
 
 def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     worker = processes.worker()
-    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", "--timeout", "5")
+    (own,) = re.findall(r"([\w.@-]+) ready\.", worker.output())
+    # A named one is waited for until it answers; of any, for as long as that.
+    asked = ("--destination", own, "--timeout", str(PATIENCE))
+    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", *asked)
     assert inspect.popen.wait(PATIENCE) == 0
     lines = [line for line in inspect.output().splitlines() if line.startswith("{") and '"pool"' in line]
     ((name, stats),) = json.loads(lines[0]).items()
