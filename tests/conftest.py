@@ -11,6 +11,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -38,6 +39,12 @@ os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
 TEMPLATE = "template_for_tests"
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """SIGTERM is as Ctrl-C: the servers of this run are stopped, not left."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
