@@ -247,7 +247,7 @@ def test_an_empty_iterable_is_a_completed_job(client: Client) -> None:
 
 
 def test_any_iterable_in_constant_memory(settings: Settings) -> None:
-    """Enqueue 20,000 and 60,000 chunks in fresh processes: the peak may not follow the length."""
+    """Enqueue 25,000 and 65,000 chunks in fresh processes: the peak may not follow the length."""
     script = r"""
 import re, sys
 from pathlib import Path
@@ -258,7 +258,7 @@ from app.settings import Settings
 settings = Settings.from_env()
 client = Client(create_db(settings.database_url, role="client"), Broker.connect(settings), settings)
 n = int(sys.argv[1])
-job = client.enqueue(((f"{n}-{i}", f"text number {i} of {n}" + " and more" * 220) for i in range(n)), collection=str(n))
+job = client.enqueue(((f"{n}-{i}", f"text number {i} of {n}" + " and more" * 120) for i in range(n)), collection=str(n))
 assert job.contents == n
 print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
@@ -269,9 +269,9 @@ print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
                 [sys.executable, "-c", script, str(n)], env=os.environ | env, capture_output=True, text=True, check=True
             ).stdout
         )
-        for n in (20_000, 60_000)
+        for n in (25_000, 65_000)
     ]
-    # 40,000 chunks more are 80 MB of text and 90 MB as Python objects; the spool holds 32 MiB at most, and is full.
+    # 40,000 chunks more are 44 MB of text and 56 MB as Python objects; the spool holds 32 MiB at most, and is full.
     assert peaks[1] - peaks[0] < 40_000, peaks
     assert peaks[1] < 200 * 1024, peaks
 
