@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,8 +36,9 @@ def main() -> int:
 
 
 def run(command: list[str]) -> int:
-    """The command's exit code. At Ctrl-C, which the terminal sends to the command too, wait for its end."""
+    """The command's exit code. SIGTERM is handed on to it; Ctrl-C it gets from the terminal, too. Both wait for its end."""
     with subprocess.Popen(command, cwd=ROOT) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
             try:
                 return process.wait()
