@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> int:
-    """The command's exit code. SIGTERM is handed on to it; Ctrl-C it gets from the terminal, too. Both wait for its end."""
+    """The command's exit code. It is sent SIGTERM, and Ctrl-C by the terminal; both times its end is waited for."""
     with subprocess.Popen(command, cwd=ROOT) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
