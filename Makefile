@@ -10,7 +10,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench chaos mutants aimock gpu audit docs clean
+.PHONY: help demo test lint types unit bench chaos mutants busy aimock gpu audit docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
+	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
@@ -70,6 +71,10 @@ chaos: $(VENV)/.dev
 # ONLY="area-or-mutant ..." runs some of them; see tests/mutants/README.md.
 mutants: $(VENV)/.dev
 	@$(BIN)/python -m tests.mutants $(ONLY)
+
+# ONLY="tests/acceptance/test_logs.py ..." runs a part of them.
+busy: $(VENV)/.dev
+	@$(BIN)/python -m tests.busy $(ONLY)
 
 # A mock of the API that others wrote; tests/openai_server is our own.
 AIMOCK := .aimock

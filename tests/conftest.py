@@ -7,9 +7,13 @@ its own number, emptied before it starts.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import warnings
+from collections.abc import Generator, Iterator
 
 import pytest
 import redis
@@ -33,6 +37,31 @@ os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
 TEMPLATE = "template_for_tests"
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """SIGTERM is as Ctrl-C: the servers of this run are stopped, not left."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """What a failed test left open is closed before the next one starts, which would be blamed for it.
+
+    The variables of a failed test live on in its traceback, connections among them. Nobody closes these, and each
+    says so as it is collected: a ResourceWarning, which is an error here.
+    """
+    failed = item.session.testsfailed
+    handled = yield
+    if item.session.testsfailed > failed:
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            if hasattr(sys, name):
+                delattr(sys, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+    return handled
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Only Celery is left out, which carries nothing but a number; ``tests/acceptance/
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from app.domain.jobs import Job
 from app.openai_batch.http import Provider
 from app.settings import Settings
 from tests.openai_server import OpenAIServer, vector_for
+from tests.waiting import PATIENCE, until
 from workers.poller import Poller
 from workers.provider.context import ProviderContext
 from workers.provider.plain import request_chunk_batch
@@ -31,7 +31,8 @@ QUICK = {
     "openai_gather_seconds": 0.0,
     "openai_poll_seconds": 0.1,
     "openai_adopt_seconds": 0.4,
-    "openai_timeout_seconds": 5.0,
+    "openai_timeout_seconds": PATIENCE,
+    "lease_seconds": PATIENCE,
     "embedding_model": MODEL,
     "embedding_dimensions": DIMENSIONS,
 }
@@ -82,12 +83,13 @@ class Corridor:
             rows = conn.execute(sa.text(f"SELECT id FROM {table} WHERE {which} AND not_before <= now() ORDER BY id"))
             return list(rows.scalars())
 
-    def run_until(self, done: Callable[[], object], *, seconds: float = 60.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < deadline, self.rows("SELECT id, state, failures, error FROM provider_batches")
+    def run_until(self, done: Callable[[], object]) -> None:
+        def done_after_a_turn() -> object:
             self.turn()
-            time.sleep(0.01)
+            return done()
+
+        if not done():
+            until(done_after_a_turn, lambda: self.rows("SELECT id, state, failures, error FROM provider_batches"))
 
     def finish(self, *jobs: Job, closed: bool = True) -> list[Job]:
         """Until the jobs have ended and, if asked, all their remote files are deleted."""

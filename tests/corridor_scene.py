@@ -45,13 +45,13 @@ class Scene:
         given = {"collection": "docs", "route": "openai", **more}
         return self.corridor.client.enqueue(texts.items(), **given)
 
-    def run_until(self, done: Callable[[], object], *, hurry: bool = True, seconds: float = 40.0) -> None:
+    def run_until(self, done: Callable[[], object], *, hurry: bool = True) -> None:
         def looked() -> object:
             if hurry:
                 self.hurry()
             return done()
 
-        self.corridor.run_until(looked, seconds=seconds)
+        self.corridor.run_until(looked)
 
     def hurry(self) -> None:
         with self.corridor.db.begin() as conn:

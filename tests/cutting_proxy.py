@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
+from tests.waiting import PATIENCE
+
 
 @dataclass
 class Cut:
@@ -53,7 +55,7 @@ class CuttingProxy:
                     _shut(client)  # before the server can answer
                     server.sendall(data)
                     server.shutdown(socket.SHUT_WR)
-                    back.join(5)  # the server has done it by the time it hangs up
+                    back.join(PATIENCE)  # the server has done it by the time it hangs up
                 # Closing alone would not do: a thread that waits for the socket keeps it open.
                 _shut(client)
                 _shut(server)
@@ -95,5 +97,7 @@ def cutting_proxy(database_url: str) -> Iterator[CuttingProxy]:
             behind.render_as_string(hide_password=False),
         )
         threading.Thread(target=proxy.serve, daemon=True).start()
-        yield proxy
-        listener.shutdown(socket.SHUT_RDWR)
+        try:
+            yield proxy
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)

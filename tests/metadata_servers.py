@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.waiting import PATIENCE
+
 Trouble = Callable[["Handler"], None]
 """Answers a request the wrong way, with the handler's socket at hand."""
 
@@ -109,7 +111,7 @@ class MetadataServer:
     def __enter__(self) -> MetadataServer:
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.service = self
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name=self.cloud)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name=self.cloud, daemon=True)
         self._thread.start()
         return self
 
@@ -118,7 +120,7 @@ class MetadataServer:
         with self.changed:
             self.changed.notify_all()
         self._server.shutdown()
-        self._thread.join()
+        self._thread.join(PATIENCE)
         self._server.server_close()
 
     @property
@@ -136,10 +138,9 @@ class MetadataServer:
             self.trouble = trouble
             self.changed.notify_all()
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = 30) -> None:
-        """The bound only keeps a broken build from hanging."""
+    def wait_for(self, condition: Callable[[], object]) -> None:
         with self.changed:
-            assert self.changed.wait_for(condition, timeout), [(r.method, r.path) for r in self.requests]
+            assert self.changed.wait_for(condition, PATIENCE), [(r.method, r.path) for r in self.requests]
 
     def asked(self, path: str, *, troubled: bool = False) -> int:
         return sum(r.path == path and r.troubled == troubled for r in self.requests)
@@ -305,7 +306,7 @@ def hangs_up(handler: Handler) -> None:
 
 
 def falls_silent(handler: Handler) -> None:
-    handler.server.service.closing.wait(60)
+    handler.server.service.closing.wait(PATIENCE)
 
 
 def drips(handler: Handler) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 SSL_REQUEST = struct.pack(">ii", 8, 80877103)
 
@@ -75,13 +77,13 @@ def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False)
                 if stop.is_set():
                     client.close()
                     return
-                threads.append(threading.Thread(target=serve, args=(client,)))
+                threads.append(threading.Thread(target=serve, args=(client,), daemon=True))
                 threads[-1].start()
 
         def serve(client: socket.socket) -> None:
             # A client that turns away in mid-handshake is what the tests are about.
             with client, contextlib.suppress(OSError):
-                client.settimeout(10)
+                client.settimeout(PATIENCE)
                 if postgres:
                     if client.recv(8, socket.MSG_WAITALL) != SSL_REQUEST:
                         return  # a client that would speak in the clear
@@ -89,7 +91,7 @@ def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False)
                 with context.wrap_socket(client, server_side=True) as inside, _connect(backend) as behind:
                     _pass_on(inside, behind, stop)
 
-        threads.append(threading.Thread(target=accept))
+        threads.append(threading.Thread(target=accept, daemon=True))
         threads[0].start()
         try:
             yield server.getsockname()[1]
@@ -97,7 +99,7 @@ def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False)
             stop.set()
             socket.create_connection(server.getsockname()).close()
             for thread in threads:
-                thread.join(20)
+                thread.join(PATIENCE)
 
 
 def _connect(backend: Path | int) -> socket.socket:

@@ -8,10 +8,16 @@ it, because there most waits that fail are meant to fail.
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
 
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "300"))
+# For threads of a test that has failed: what it started is told to end, and need not.
+SHORT_PATIENCE = 10.0
 
 
 def until(condition: Callable[[], object], explain: Callable[[], object] = str, *, pause: float = 0.02) -> None:
@@ -21,3 +27,51 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str, 
         if time.monotonic() > deadline:
             raise AssertionError(f"still not true after {PATIENCE:g} s\n{explain()}")
         time.sleep(pause)
+
+
+class Call(threading.Thread):
+    """A call in a thread of its own, which does not keep pytest from ending."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._future: Future[Any] = Future()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._future.set_result(self._function())
+        except BaseException as error:  # noqa: BLE001 - result() raises it
+            self._future.set_exception(error)
+
+    def result(self) -> Any:
+        """Wait for its end: return what it returned, or raise what it raised."""
+        return self._future.result(PATIENCE)
+
+
+@contextmanager
+def running(*functions: Callable[[], Any], release: Callable[[], object] | None = None) -> Iterator[list[Call]]:
+    """Call each function in a thread of its own, and wait for its end at the end of the block.
+
+    ``release`` is called before that wait, also if the block failed: it opens what the functions wait for. What one of
+    them raised is raised by the block.
+    """
+    calls = [Call(function) for function in functions]
+    try:
+        yield calls
+    except BaseException:
+        if release is not None:
+            release()
+        for call in calls:
+            call.join(SHORT_PATIENCE)
+        raise
+    if release is not None:
+        release()
+    for call in calls:
+        call.result()
+
+
+def together(*functions: Callable[[], Any]) -> list[Any]:
+    """Call all functions at once, each in a thread of its own: what each returned."""
+    with running(*functions) as calls:
+        return [call.result() for call in calls]

@@ -36,8 +36,8 @@ from app.settings import Settings
 COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]
 HITS = 5
-READY_SECONDS = 180.0
-"""For a worker that reads torch and the model from a cold disk."""
+READY_SECONDS = 600.0
+"""For a worker that reads torch and the model from a cold disk, on a machine that is busy."""
 
 
 @click.command()

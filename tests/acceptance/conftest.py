@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from app.settings import Settings
+from tests.waiting import PATIENCE, until
 
 
 class Process:
@@ -26,8 +26,8 @@ class Process:
                 [sys.executable, "-m", *arguments], env=env, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
-        until(lambda: text in self.output() or self.popen.poll() is not None, timeout, self.output)
+    def wait_for(self, text: str) -> None:
+        until(lambda: text in self.output() or self.popen.poll() is not None, self.output)
         assert text in self.output(), self.output()
 
     def output(self) -> str:
@@ -35,11 +35,11 @@ class Process:
 
     def kill(self) -> None:
         self.popen.kill()
-        self.popen.wait()
+        self.popen.wait(PATIENCE)
 
-    def terminate(self, timeout: float = 60) -> int:
+    def terminate(self) -> int:
         self.popen.send_signal(signal.SIGTERM)
-        return self.popen.wait(timeout)
+        return self.popen.wait(PATIENCE)
 
 
 class Processes:
@@ -49,7 +49,7 @@ class Processes:
         self.env = os.environ | {
             "DATABASE_URL": settings.require_database_url(),
             "REDIS_URL": settings.require_redis_url(),
-            "LEASE_SECONDS": "3",
+            "LEASE_SECONDS": "10",  # three renewals, of which a stalled machine may miss two
             "POLL_INTERVAL": "0.1",
             "DOORBELL_REPAIR_SECONDS": "1",
             "CHUNK_BATCH_SIZE": "64",
@@ -89,12 +89,3 @@ def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
     started = Processes(settings, tmp_path)
     yield started
     started.stop_all()
-
-
-def until(condition: Callable[[], object], timeout: float, explain: Callable[[], str] = str) -> None:
-    """Wait for a condition. The bound only keeps a broken build from hanging; nothing here measures time."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"still not true after {timeout} s\n{explain()}")
-        time.sleep(0.05)

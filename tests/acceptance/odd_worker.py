@@ -1,6 +1,7 @@
 """A real worker whose engine misbehaves on texts with MARK in them, as ODD says: `-m tests.acceptance.odd_worker`.
 
-It takes Celery's own options. Only the forward pass that holds such a text is tampered with.
+It takes Celery's own options. Only the forward pass that holds such a text is tampered with. When it hangs, it says so.
+ODD_DRAIN_SECONDS replaces the 8 s in which a worker that was told to leave must be done.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from app.errors import DeviceFailed
+from workers import drain
 from workers.engine.engine import Engine
 from workers.engine.results import TokenBatchResult
 from workers.engine.run import Runner
 from workers.engine.tokenizer import TextTokenizer
 
 MARK = "the text that kills"
+HANGS = "the odd worker hangs"
 real_stream = Engine.stream
 
 
@@ -37,6 +40,7 @@ def stream(self: Engine, texts: Sequence[str], *args: Any, **kwargs: Any) -> Ite
 
 
 def _hang(*_: object) -> None:
+    os.write(2, f"{HANGS}\n".encode())
     time.sleep(3600)
 
 
@@ -48,5 +52,6 @@ if __name__ == "__main__":
     Engine.stream = stream  # type: ignore[method-assign]
     from celery.__main__ import main
 
+    drain.LIMIT_S = float(os.environ.get("ODD_DRAIN_SECONDS", drain.LIMIT_S))
     sys.argv = ["celery", "-A", "workers", "worker", "-Q", "gpu", *sys.argv[1:]]
     main()

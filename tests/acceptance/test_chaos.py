@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from app.vectors.write import write_vectors
 from tests.chaos.proof import prove
 from tests.chaos.work import Work, made_up_texts
 from tests.chaos.worker import vector_of
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 KINDS = (
@@ -31,13 +33,14 @@ def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos", "--seed", "4", "--faults", "8", "--chunks", "800"]
     run = subprocess.Popen(
         [*command, "--kinds", KINDS, "--json", str(path)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=os.environ | {"CHAOS_STOP_SECONDS": str(PATIENCE)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=3 * PATIENCE)
     finally:
         run.terminate()  # it stops what it has started
-        run.wait()
+        run.wait(PATIENCE)
     assert run.returncode == 0, output
     report = json.loads(path.read_text())
     assert (report["faults"], report["survived"], report["problems"]) == (8, 8, [])

@@ -12,7 +12,8 @@ from app.broker import Broker
 from app.db.connect import create_db
 from app.domain.doorbells import SMALLEST_WINDOW
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
+from tests.waiting import PATIENCE, until
 
 SIZE = 32
 """Contents of a ChunkBatch: some tenths of a second on a CPU."""
@@ -43,9 +44,9 @@ def test_two_jobs_of_one_priority_progress_together(processes: Processes, client
     processes.poller()
     worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
     first = client.enqueue(texts("first", 60), collection="docs")
-    until(lambda: client.job(first.id).embedded > 0, 60, worker.output)
+    until(lambda: client.job(first.id).embedded > 0, worker.output)
     second = client.enqueue(texts("second", 60), collection="docs")
-    until(lambda: client.job(second.id).embedded >= 10 * SIZE, 120, worker.output)
+    until(lambda: client.job(second.id).embedded >= 10 * SIZE, worker.output)
     order = finished(db)
     together = order[order.index(second.id) :]
     assert 10 - SMALLEST_WINDOW <= together.count(first.id) <= together.count(second.id) + SMALLEST_WINDOW
@@ -60,9 +61,9 @@ def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
     processes.poller()
     worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
     bulk = client.enqueue(texts("bulk", 120), collection="docs")
-    until(lambda: client.job(bulk.id).embedded > 0, 60, worker.output)
+    until(lambda: client.job(bulk.id).embedded > 0, worker.output)
     urgent = client.enqueue(texts("urgent", 1), collection="docs", priority="high")
-    urgent = client.wait(urgent.id, timeout=120)
+    urgent = client.wait(urgent.id, timeout=PATIENCE)
     assert urgent.state is JobState.COMPLETED
     with db.begin() as conn:
         before_it = conn.execute(
@@ -75,15 +76,15 @@ def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
     assert before_it <= SMALLEST_WINDOW // 2  # the one in the worker's hands, and not all that was in Redis
     going_on = client.job(bulk.id)
     assert going_on.state is JobState.RUNNING
-    until(lambda: client.job(bulk.id).embedded > going_on.embedded, 60, worker.output)
+    until(lambda: client.job(bulk.id).embedded > going_on.embedded, worker.output)
 
     # And the bells of a cancelled job, which are still in Redis, are answered with nothing.
     cancelled = client.cancel(bulk.id)
     with db.begin() as conn:
         begun = conn.execute(sa.text("SELECT sum(attempt) FROM chunk_batches")).scalar_one()
-    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=120)
+    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=PATIENCE)
     assert (cancelled.state, after.state) == (JobState.CANCELLED, JobState.COMPLETED)
-    until(lambda: sum(client._broker.queued_doorbells().values()) == 0, 30, worker.output)
+    until(lambda: sum(client._broker.queued_doorbells().values()) == 0, worker.output)
     with db.begin() as conn:
         assert conn.execute(sa.text("SELECT sum(attempt) FROM chunk_batches")).scalar_one() == begun + 1
     assert worker.terminate() == 0
@@ -94,11 +95,11 @@ def test_cancel_stops_what_a_worker_is_in(processes: Processes, client: Client, 
     worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")
     client._settings = client._settings.model_copy(update={"chunk_batch_size": 16384})
     bulk = client.enqueue(texts("bulk", 120), collection="docs")
-    until(lambda: client.job(bulk.id).embedded > 0, 60, worker.output)
+    until(lambda: client.job(bulk.id).embedded > 0, worker.output)
     bulk = client.cancel(bulk.id)
     # It hears of it at a TokenBatch, or in between by a write.
-    until(lambda: "lost its lease" in worker.output() or "superseded" in worker.output(), 60, worker.output)
-    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=120)
+    until(lambda: "lost its lease" in worker.output() or "superseded" in worker.output(), worker.output)
+    after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=PATIENCE)
     with db.begin() as conn:
         vectors = conn.execute(sa.text("SELECT count(*) FROM vectors_1")).scalar_one()
     assert (after.state, after.embedded) == (JobState.COMPLETED, SIZE)

@@ -31,9 +31,10 @@ from app.broker import ADVANCE_TASK, EMBED_TASK, Broker
 from app.db.connect import create_db
 from app.embedded import StackStatus
 from app.settings import Settings
-from tests.acceptance.conftest import Process, Processes, until
+from tests.acceptance.conftest import Process, Processes
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
+from tests.waiting import PATIENCE, until
 
 LOGIN = "operator:not-for-strangers"
 WORD = "zanzibarquokka"
@@ -71,7 +72,7 @@ def ask(port: int, path: str, login: str | None, **post: Any) -> tuple[int, str]
     if login is not None:
         request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -107,14 +108,14 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
             processes.start("app.cli", "poller", **paid)
             host = socket.gethostname()
             workers = {f"cpu-{each.popen.pid}@{host}": each for each in local} | {f"openai@{host}": provider}
-            until(lambda: is_up(port) or flower.popen.poll() is not None, 60, flower.output)
+            until(lambda: is_up(port) or flower.popen.poll() is not None, flower.output)
             for each in workers.values():
                 each.wait_for("ready.")
             scene = Scene(processes, flower, port, workers, server.key)
-            until(lambda: online(scene) == set(workers), 60, lambda: f"{online(scene)}\n{flower.output()}")
+            until(lambda: online(scene) == set(workers), lambda: f"{online(scene)}\n{flower.output()}")
             embed(settings, "handbook", 300, chunk_batch_size=64)
             embed(settings, "archive", 100, embedding_model=MODEL, embedding_dimensions=8, openai_base_url=server.url)
-            until(lambda: all_succeeded(scene), 60, lambda: scene.ask("/api/tasks")[1])
+            until(lambda: all_succeeded(scene), lambda: scene.ask("/api/tasks")[1])
             yield scene
         finally:
             processes.stop_all()
@@ -126,7 +127,7 @@ def embed(settings: Settings, collection: str, n: int, **changes: Any) -> None:
     with Client(create_db(mine.require_database_url(), role="client"), Broker.connect(mine), mine) as client:
         texts = (Chunk(f"{collection}-{i}", f"{WORD} {i} of the {collection}", {"about": WORD}) for i in range(n))
         route = "openai" if "embedding_model" in changes else "local"
-        job = client.wait(client.enqueue(texts, collection=collection, route=route).id, timeout=120)
+        job = client.wait(client.enqueue(texts, collection=collection, route=route).id, timeout=PATIENCE)
         assert job.embedded == n
 
 
@@ -226,25 +227,28 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
     said = ""
     try:
         while not re.search(r"password (\S+) ", said):
-            assert select.select([terminal], [], [], 60)[0], said
+            assert select.select([terminal], [], [], PATIENCE)[0], said
             said += os.read(terminal, 4096).decode()  # raises when it has ended without
         password = re.search(r"password (\S+) ", said)[1]  # type: ignore[index]
         assert f"http://127.0.0.1:{port}/" in said
-        until(lambda: is_up(port) or flower.poll() is not None, 60)
+        until(lambda: is_up(port) or flower.poll() is not None)
         assert ask(port, "/api/task/types", None)[0] == ask(port, "/", None)[0] == ask(port, "/metrics", None)[0] == 401
         assert ask(port, "/api/task/types", f"chunkmill:{password}")[0] == 200
         assert password.encode() not in Path(f"/proc/{flower.pid}/cmdline").read_bytes()
     finally:
         flower.send_signal(signal.SIGTERM)
-        code = flower.wait(60)
-        os.close(terminal)
+        try:
+            code = flower.wait(PATIENCE)
+        finally:
+            flower.kill()
+            os.close(terminal)
     assert code == 0
 
 
 def test_it_does_not_open_to_other_machines_without_a_password(scene: Scene) -> None:
     """How else it may be told to, ``tests/unit/test_cli_flower.py`` knows."""
     refused = scene.processes.start("app.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
-    assert refused.popen.wait(60) == 1
+    assert refused.popen.wait(PATIENCE) == 1
     assert "on ::, which other machines may reach" in refused.output()
     assert "set FLOWER_BASIC_AUTH=user:password" in refused.output()
     assert "Traceback" not in refused.output()
@@ -294,15 +298,15 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
 
     browser.get(f"http://{LOGIN}@127.0.0.1:{scene.port}/workers")  # the browser's own way to answer its question
     browser.get(f"http://127.0.0.1:{scene.port}/workers")
-    until(lambda: all(name in shown() for name in scene.workers), 30, shown)
+    until(lambda: all(name in shown() for name in scene.workers), shown)
     assert len(rows("workers-table")) == len(scene.workers)
-    until(lambda: all("Online" in row for row in rows("workers-table")), 30, lambda: str(rows("workers-table")))
+    until(lambda: all("Online" in row for row in rows("workers-table")), lambda: str(rows("workers-table")))
     pages = [browser.page_source]
     browser.save_screenshot(str(pictures / "flower-workers.png"))
 
     browser.set_window_size(1286, 930)
     browser.get(f"http://127.0.0.1:{scene.port}/tasks")
-    until(lambda: "ChunkBatch" in shown(), 30, shown)
+    until(lambda: "ChunkBatch" in shown(), shown)
     tasks = rows("tasks-table")
     for row in tasks:
         assert re.search(
@@ -316,9 +320,9 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     browser.save_screenshot(str(pictures / "flower-tasks.png"))
 
     browser.find_element(By.CSS_SELECTOR, "#tasks-table a.task-uuid, #tasks-table a[href*='/task/']").click()
-    until(lambda: "Keyword arguments" in shown() or "Arguments" in shown(), 30, shown)
+    until(lambda: "Keyword arguments" in shown() or "Arguments" in shown(), shown)
     pages.append(browser.page_source)
     browser.get(f"http://127.0.0.1:{scene.port}/broker")
-    until(lambda: "gpu" in shown(), 30, shown)
+    until(lambda: "gpu" in shown(), shown)
     pages.append(browser.page_source)
     assert not any(WORD in page for page in pages)

@@ -25,8 +25,9 @@ from app.domain.spaces import Pooling, SpaceSpec
 from app.embedded import StackStatus
 from app.embedded.redis import find_program
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
 from tests.conftest import admin, url_of
+from tests.waiting import PATIENCE, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -47,7 +48,7 @@ class GuardedRedis:
         self.admin = self.client("admin")
 
     def wait(self) -> None:
-        until(self._answers, 20, self._log.read_text)
+        until(self._answers, self._log.read_text)
 
     def url(self, user: str) -> str:
         return f"unix://{user}:{user}-secret@{self.socket}?db=0"
@@ -77,7 +78,10 @@ def guarded() -> Iterator[GuardedRedis]:
     finally:
         server.admin.close()
         server.popen.terminate()
-        server.popen.wait(20)
+        try:
+            server.popen.wait(PATIENCE)
+        finally:
+            server.popen.kill()
         shutil.rmtree(folder)
 
 
@@ -136,13 +140,13 @@ def test_everything_runs_with_no_more_than_it_needs(
             lambda: f"{guarded.denied()}\n{worker.output()}\n{poller.output()}",
         )
         flower = make_celery(settings.model_copy(update={"redis_url": guarded.url("flower")}))
-        until(lambda: flower.control.inspect(timeout=2).ping(), 30)
+        until(lambda: flower.control.inspect(timeout=2).ping())
         flower.close()
         with guarded.client("flower") as client_of_flower, client_of_flower.pubsub() as events:
             events.psubscribe("/0.celeryev/*")
-            until(lambda: (events.get_message(timeout=1) or {}).get("type") == "pmessage", 30)
+            until(lambda: (events.get_message(timeout=1) or {}).get("type") == "pmessage")
         assert client.audit("docs").complete
-        assert client.search("text number 7", collection="docs", k=1, timeout=60)[0].chunk_id == "c7"
+        assert client.search("text number 7", collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == "c7"
         client.enqueue([("c0", "another text")], collection="docs")
         with db.begin() as conn:
             conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))

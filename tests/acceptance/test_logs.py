@@ -18,7 +18,8 @@ from app import Client, JobState
 from app.broker import Broker
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
+from tests.waiting import PATIENCE, until
 
 WORD = "ZEBRAFISH"
 """In every text and in a query."""
@@ -56,7 +57,7 @@ def redis_url(settings: Settings, password: str) -> str:
 def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "app.cli", *arguments],
-        env=processes.env | env, input=text, capture_output=True, text=True, timeout=60,
+        env=processes.env | env, input=text, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     return f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
 
@@ -85,7 +86,7 @@ def test_texts_and_secrets_are_in_no_output(
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE usage ADD CONSTRAINT forced CHECK (contents <> 3)"))
         job = client.enqueue([(f"doc-{i}", f"{WORD} {i} of the house") for i in range(3)], collection="docs")
-        until(lambda: "failed and is" in worker.output(), 60, worker.output)
+        until(lambda: "failed and is" in worker.output(), worker.output)
         # It goes away in the middle of a job.
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE usage DROP CONSTRAINT forced"))
@@ -93,8 +94,8 @@ def test_texts_and_secrets_are_in_no_output(
                 sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = ANY(:names)"),
                 {"names": ["chunkmill-worker", "chunkmill-poller"]},
             )
-        until(lambda: client.job(job.id).state is JobState.COMPLETED, 60, worker.output)
-        client.search(f"{WORD} 1", collection="docs", timeout=60)
+        until(lambda: client.job(job.id).state is JobState.COMPLETED, worker.output)
+        client.search(f"{WORD} 1", collection="docs", timeout=PATIENCE)
         # It goes away under a query, and a program that does not expect it ends with a traceback.
         with db.begin() as conn:
             conn.execute(
@@ -127,9 +128,9 @@ def test_texts_and_secrets_are_in_no_output(
     said += [cli(processes, "job", "1", **secret)]
     for env in (refused, secret | {"EMBEDDING_MODEL": str(tmp_path / "none")}):
         broken = processes.worker(ready=False, **env)
-        until(lambda broken=broken: broken.popen.poll() is not None or "rying" in broken.output(), 60, broken.output)
+        until(lambda broken=broken: broken.popen.poll() is not None or "rying" in broken.output(), broken.output)
         broken.popen.terminate()
-        broken.popen.wait(30)
+        broken.popen.wait(PATIENCE)
         said.append(broken.output())
     assert worker.terminate() == 0
     poller.terminate()

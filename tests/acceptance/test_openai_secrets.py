@@ -17,8 +17,9 @@ from app import Client, JobState
 from app.broker import Broker, make_celery
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
 from tests.openai_server import OpenAIServer
+from tests.waiting import PATIENCE, until
 
 KEY = "sk-proj-QUAGGAKEY-0123456789abcdefghijklmnopqrstuvwxyz"
 WORD = "ZEBRAFISH"
@@ -114,7 +115,7 @@ class Listener(threading.Thread):
 
     def stop(self) -> None:
         self._stop_listening.set()
-        self.join(timeout=10)
+        self.join(PATIENCE)
 
 
 def test_key_and_texts_are_nowhere(
@@ -154,10 +155,10 @@ def test_key_and_texts_are_nowhere(
                     client.resume_lane(lane.route)
             return all(client.job(job.id).state.is_final for job in jobs)
 
-        until(ended, 120, worker.output)
-        client.search(f"{WORD} 3", collection="batched", timeout=60)
-        until(lambda: (hurry(db), not open_batches(db))[1], 60, worker.output)
-        asked = listener.app.control.inspect(destination=[f"openai@{socket.gethostname()}"], timeout=30)
+        until(ended, worker.output)
+        client.search(f"{WORD} 3", collection="batched", timeout=PATIENCE)
+        until(lambda: (hurry(db), not open_batches(db))[1], worker.output)
+        asked = listener.app.control.inspect(destination=[f"openai@{socket.gethostname()}"], timeout=PATIENCE)
         shown = [asked.conf(with_defaults=True), asked.stats(), asked.active()]
         store.echo("the end")
         for command in monitor.listen():

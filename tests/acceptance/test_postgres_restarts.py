@@ -18,8 +18,9 @@ from app.db.connect import create_db, migrate
 from app.domain.states import JobState
 from app.embedded import Stack
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
 from tests.embedded_homes import folder_for_homes
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
 
             def further() -> None:
                 before = embedded()
-                until(lambda: embedded() > before or done(), 60, lambda: worker.output() + poller.output())
+                until(lambda: embedded() > before or done(), lambda: worker.output() + poller.output())
 
             def done() -> bool:
                 return patiently(lambda: client.job(job_id).state.is_final)
@@ -64,11 +65,12 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
                 pid = stack.status().postgres.pid
                 assert pid is not None
                 os.kill(pid, how)
-                until(lambda: not stack.status().postgres.running, 30)
-                time.sleep(1)
+                said = poller.output().count("trying again")
+                until(lambda: not stack.status().postgres.running)
+                until(lambda said=said: poller.output().count("trying again") > said, poller.output)  # type: ignore[misc]
                 stack.up()
                 further()
-            job = patiently(lambda: client.wait(job_id, timeout=120))
+            job = patiently(lambda: client.wait(job_id, timeout=PATIENCE))
             assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 900, 0)
             assert client.audit("docs").complete
             with db.begin() as conn:
@@ -86,7 +88,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
 
 def patiently(ask: Any) -> Any:
     """A client is told when Postgres is away, and asks again."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             return ask()

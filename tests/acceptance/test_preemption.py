@@ -12,8 +12,9 @@ from app import Chunk, Client
 from app.broker import Broker
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Process, Processes, until
+from tests.acceptance.conftest import Process, Processes
 from tests.metadata_servers import AwsServer, GcpServer, MetadataServer
+from tests.waiting import PATIENCE, until
 
 TEXTS = 600
 
@@ -33,7 +34,7 @@ def worker_in_mid_job(
     job = client.enqueue(
         (Chunk(f"doc-{i}", f"{i} " + "about matters of some length " * 40) for i in range(texts)), collection="docs"
     )
-    until(lambda: client.job(job.id).embedded > 0, 60, worker.output)
+    until(lambda: client.job(job.id).embedded > 0, worker.output)
     server.wait_for(lambda: server.asked(server.notice_path) >= 2)
     return worker, job.id
 
@@ -61,7 +62,7 @@ def test_a_notice_drains_the_worker(
         worker, job_id = worker_in_mid_job(processes, client, server, notice)
         done = client.job(job_id).embedded
         server.preempt()
-        assert worker.popen.wait(60) == 0, worker.output()
+        assert worker.popen.wait(PATIENCE) == 0, worker.output()
     assert f"preemption notice from {cloud.cloud}" in worker.output()
     assert_drained(client, db, job_id, at_least=done)
 
@@ -76,7 +77,7 @@ def test_the_systems_own_signal_after_the_notice_cuts_no_drain_short(
         server.preempt()
         worker.wait_for("preemption notice from gcp")
         worker.popen.send_signal(signal.SIGTERM)
-        assert worker.popen.wait(60) == 0, worker.output()
+        assert worker.popen.wait(PATIENCE) == 0, worker.output()
     assert_drained(client, db, job_id, at_least=done)
 
 
@@ -86,7 +87,7 @@ def test_neither_a_hint_nor_nonsense_stops_the_worker(processes: Processes, clie
         server.hint = '{"noticeTime": "2026-11-21T08:00:00Z"}'
         worker, job_id = worker_in_mid_job(processes, client, server, "aws", texts=200)
         server.misbehave(lambda handler: handler.wfile.write(b"TRUE"))
-        assert client.wait(job_id, timeout=120).embedded == 200
+        assert client.wait(job_id, timeout=PATIENCE).embedded == 200
         assert worker.popen.poll() is None
         assert worker.output().count("PREEMPTION_DRAIN_ON_REBALANCE") == 1
         assert worker.terminate() == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import until
+from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quickstart.md").read_text()
@@ -55,9 +55,13 @@ class Shell:
         """Whatever is left of it, also after a block that failed: its jobs, then the servers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._bash.pid, signal.SIGTERM)
-        self._bash.communicate(timeout=60)
+        try:
+            self._bash.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._bash.pid, signal.SIGKILL)
+            self._bash.communicate()
         subprocess.run(
-            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=60
+            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=PATIENCE
         )
 
 
@@ -96,7 +100,7 @@ def workers_seen(port: str) -> bool:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/workers")
     request.add_header("Authorization", "Basic " + b64encode(b"me:a-password-of-mine").decode())
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
             return "cpu-" in answer.read().decode()
     except urllib.error.HTTPError:
         raise
@@ -115,7 +119,7 @@ def test_the_quick_start(shell: Shell, home: Path) -> None:
             said[block] = shell.run(block)
         if "chunkmill flower" in block:
             port = shell.run("echo $FLOWER_PORT").split()[0]
-            until(lambda port=port: workers_seen(port), 60)
+            until(lambda port=port: workers_seen(port))
 
     def output(words: str) -> str:
         (found,) = [text for block, text in said.items() if words in block]

@@ -20,9 +20,10 @@ from app.broker import Broker
 from app.db.connect import create_db
 from app.embedded import Stack
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
 from tests.damaged_model import damaged_model
 from tests.embedded_homes import folder_for_homes
+from tests.waiting import PATIENCE, until
 
 SECRET = "ZEBRAFISH"  # in every text; nowhere else
 
@@ -57,8 +58,8 @@ def test_the_main_job(processes: Processes, client: Client, settings: Settings, 
     seen: list[bytes] = []
     with redis.Redis.from_url(settings.require_redis_url()) as store, store.monitor() as monitor:
         job = client.enqueue(documents(400), collection="docs", idempotency_key="main-job")
-        job = client.wait(job.id, timeout=120)
-        hits = client.search(f"{SECRET} 123 about matters of some length", collection="docs", k=3, timeout=60)
+        job = client.wait(job.id, timeout=PATIENCE)
+        hits = client.search(f"{SECRET} 123 about matters of some length", collection="docs", k=3, timeout=PATIENCE)
         store.echo("the end")
         for command in monitor.listen():
             seen.append(str(command["command"]).encode())
@@ -85,14 +86,14 @@ def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
     processes.poller()
     first = processes.worker(EMBEDDING_PARALLEL_BATCHES="2")
     job = client.enqueue(documents(1500, words=60), collection="docs")
-    until(lambda: client.job(job.id).embedded > 100, 60, first.output)
+    until(lambda: client.job(job.id).embedded > 100, first.output)
     with redis.Redis.from_url(settings.require_redis_url()) as store:
         store.flushdb()
     first.kill()
     before = vectors_written(db)
     assert 0 < before < 1500
     second = processes.worker()
-    job = client.wait(job.id, timeout=240)
+    job = client.wait(job.id, timeout=PATIENCE)
     assert (job.state, job.embedded, vectors_written(db)) == (JobState.COMPLETED, 1500, 1500)
     assert client.audit("docs").complete
     with db.begin() as conn:
@@ -117,13 +118,13 @@ def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.En
             worker = processes.worker()
             with Client(db, Broker.connect(apart), apart) as client:
                 job = client.enqueue(documents(1200, words=60), collection="docs")
-                until(lambda: client.job(job.id).embedded > 100, 60, worker.output)
+                until(lambda: client.job(job.id).embedded > 100, worker.output)
                 assert status.redis.pid is not None
                 os.kill(status.redis.pid, signal.SIGKILL)
                 for leftover in (home / "redis").glob("**/*.aof*"):
                     leftover.unlink()
                 assert own.up().redis.started
-                job = client.wait(job.id, timeout=240)
+                job = client.wait(job.id, timeout=PATIENCE)
                 assert (job.state, job.embedded) == (JobState.COMPLETED, 1200)
                 assert client.audit("docs").complete
         finally:
@@ -133,7 +134,7 @@ def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.En
 def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Client, db: sa.Engine) -> None:
     worker = processes.worker()
     job = client.enqueue(documents(600, words=200), collection="docs")
-    until(lambda: client.job(job.id).embedded > 0, 60, worker.output)
+    until(lambda: client.job(job.id).embedded > 0, worker.output)
     assert worker.terminate() == 0
     with db.begin() as conn:
         running = conn.execute(sa.text("SELECT count(*) FROM chunk_batches WHERE state = 'running'")).scalar_one()
@@ -146,8 +147,11 @@ def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Clie
 
 def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     worker = processes.worker()
-    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", "--timeout", "5")
-    assert inspect.popen.wait(60) == 0
+    (own,) = re.findall(r"([\w.@-]+) ready\.", worker.output())
+    # A named one is waited for until it answers; of any, for as long as that.
+    asked = ("--destination", own, "--timeout", str(PATIENCE))
+    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", *asked)
+    assert inspect.popen.wait(PATIENCE) == 0
     lines = [line for line in inspect.output().splitlines() if line.startswith("{") and '"pool"' in line]
     ((name, stats),) = json.loads(lines[0]).items()
     assert stats["pool"]["implementation"].endswith("thread:TaskPool")
@@ -169,7 +173,7 @@ def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: 
 
 def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> None:
     worker = processes.worker(ready=False, EMBEDDING_MODEL="/no/such/folder")
-    assert worker.popen.wait(60) == 78
+    assert worker.popen.wait(PATIENCE) == 78
     assert "/no/such/folder" in worker.output()
     assert "Traceback" not in worker.output()
 
@@ -181,9 +185,9 @@ def test_a_worker_that_drifts_takes_no_doorbell_says_so_and_ends(
     assert processes.worker().terminate() == 0  # makes the reference
     processes.poller()
     job = client.enqueue(documents(100), collection="docs")
-    until(lambda: sum(client._broker.queued_doorbells().values()) == 2, 30)
+    until(lambda: sum(client._broker.queued_doorbells().values()) == 2)
     drifting = processes.worker(ready=False, EMBEDDING_MODEL=str(damaged_model(tmp_path / "model")))
-    assert drifting.popen.wait(60) == 78
+    assert drifting.popen.wait(PATIENCE) == 78
     said = drifting.output()
     assert re.search(r"drift from space \w{12} .*golden text \d+ has a similarity of 0\.\d+", said)
     assert "chunkmill models canary --reset" in said
@@ -200,7 +204,7 @@ def test_two_workers_share_one_job(processes: Processes, client: Client, db: sa.
     workers = [processes.worker(ready=False) for _ in range(2)]
     for worker in workers:
         worker.wait_for("ready.")
-    job = client.wait(client.enqueue(documents(800), collection="docs").id, timeout=200)
+    job = client.wait(client.enqueue(documents(800), collection="docs").id, timeout=PATIENCE)
     assert job.state is JobState.COMPLETED
     with db.begin() as conn:
         shares = conn.execute(sa.text("SELECT worker, sum(contents) FROM usage GROUP BY worker")).all()
@@ -214,11 +218,11 @@ def test_a_frozen_worker_loses_its_lease_and_does_no_harm_when_it_wakes(
     processes.poller()
     frozen = processes.worker()
     job = client.enqueue(documents(300, words=100), collection="docs")
-    until(lambda: client.job(job.id).embedded > 0, 60, frozen.output)
+    until(lambda: client.job(job.id).embedded > 0, frozen.output)
     os.kill(frozen.popen.pid, signal.SIGSTOP)
     try:
         processes.worker()
-        job = client.wait(job.id, timeout=120)
+        job = client.wait(job.id, timeout=PATIENCE)
     finally:
         os.kill(frozen.popen.pid, signal.SIGCONT)
     assert (job.state, job.embedded) == (JobState.COMPLETED, 300)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from app.client import Client
 from app.domain.states import JobState
 from app.embedded import Stack
 from app.settings import Settings
-from tests.acceptance.conftest import Process, Processes, until
+from tests.acceptance.conftest import Process, Processes
 from tests.embedded_homes import folder_for_homes
+from tests.waiting import PATIENCE, until
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Place:
 
     def finishes(self, job_id: int) -> None:
         """Every text once, though a doorbell may have been answered twice."""
-        job = self.client.wait(job_id, timeout=120)
+        job = self.client.wait(job_id, timeout=PATIENCE)
         assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 300, 0)
         assert self.client.audit("docs").complete
         with self.db.begin() as conn:
@@ -78,17 +78,17 @@ def test_every_connection_cut_in_mid_job(place: Place) -> None:
         before = place.client.job(job_id).embedded
         place.redis.client_kill_filter(_type="normal", skipme=True)
         place.redis.client_kill_filter(_type="pubsub", skipme=True)
-        until(lambda: place.client.job(job_id).embedded > before or place.client.job(job_id).state.is_final, 60)  # noqa: B023
+        until(lambda: place.client.job(job_id).embedded > before or place.client.job(job_id).state.is_final)  # noqa: B023
     place.finishes(job_id)
 
 
 @pytest.mark.slow
 def test_frozen_for_a_while(place: Place) -> None:
     job_id = place.fill()
-    until(lambda: place.client.job(job_id).embedded > 0, 60, place.worker.output)
+    until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
     os.kill(place.redis_pid, signal.SIGSTOP)
     try:
-        time.sleep(8)  # past the socket timeout of the poller's look, and of a producer's
+        place.poller.wait_for("trying again")  # its look is past the socket timeout, as a producer's would be
     finally:
         os.kill(place.redis_pid, signal.SIGCONT)
     place.finishes(job_id)
@@ -98,7 +98,7 @@ def test_full_while_a_producer_enqueues(place: Place) -> None:
     """What is enqueued then is in Postgres, and rung once there is room."""
     place.redis.config_set("maxmemory", 1)
     job_id = place.fill()
-    until(lambda: "trying again" in place.poller.output(), 60, place.poller.output)
+    until(lambda: "trying again" in place.poller.output(), place.poller.output)
     place.redis.config_set("maxmemory", 0)
     place.finishes(job_id)
 
@@ -106,10 +106,10 @@ def test_full_while_a_producer_enqueues(place: Place) -> None:
 def test_full_while_workers_take_doorbells(place: Place) -> None:
     """Celery pops a bell and cannot note it, nor that it is answered: what is in Redis is embedded all the same."""
     job_id = place.fill()
-    until(lambda: place.client.job(job_id).embedded > 0, 60, place.worker.output)
+    until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
     place.redis.config_set("maxmemory", 1)
     before = place.client.job(job_id).embedded
-    until(lambda: place.client.job(job_id).embedded > before + 64, 60, place.worker.output)
+    until(lambda: place.client.job(job_id).embedded > before + 64, place.worker.output)
     place.redis.config_set("maxmemory", 0)
     place.finishes(job_id)
     assert "Couldn't ack" not in place.worker.output()

@@ -15,7 +15,8 @@ from app import Chunk, Client, JobState
 from app.broker import Broker
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Process, Processes, until
+from tests.acceptance.conftest import Process, Processes
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -60,16 +61,16 @@ def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
     """A lease is longer than this test may take, so only the supervisor can have taken one back."""
     processes.poller()
     own = ("-c", "2", "-n", "own@%h")
-    supervisor = processes.start("app.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="900")
+    supervisor = processes.start("app.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="3600")
     job = client.enqueue(documents(300, words=60), collection="docs")
     deaths = {signal.SIGKILL: "ended by SIGKILL (out of memory?)", signal.SIGSEGV: "ended by SIGSEGV"}
     for number, (death, evidence) in enumerate(deaths.items(), start=1):
-        until(lambda n=number: len(workers(supervisor)) == n, 60, supervisor.output)
+        until(lambda n=number: len(workers(supervisor)) == n, supervisor.output)
         pid = workers(supervisor)[-1]
-        until(lambda pid=pid: freeze_at_work(db, pid), 60, supervisor.output)
+        until(lambda pid=pid: freeze_at_work(db, pid), supervisor.output)
         os.kill(pid, death)
         os.kill(pid, signal.SIGCONT)
-        until(lambda pid=pid: not held_by(db, pid), 60, supervisor.output)
+        until(lambda pid=pid: not held_by(db, pid), supervisor.output)
         with db.begin() as conn:
             noted = conn.execute(
                 sa.text("SELECT evidence FROM usage WHERE worker LIKE :owner AND evidence IS NOT NULL"),
@@ -77,7 +78,7 @@ def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
             ).scalars()
             assert set(noted) == {evidence}
         assert f"pid {pid}: {evidence}; starting again in" in supervisor.output()
-    job = client.wait(job.id, timeout=240)
+    job = client.wait(job.id, timeout=PATIENCE)
     assert (job.state, job.embedded) == (JobState.COMPLETED, 300)
     assert client.audit("docs").complete
     assert len(workers(supervisor)) == 3
@@ -91,7 +92,7 @@ def test_sigterm_drains_every_worker_and_leaves_nothing_behind(
 ) -> None:
     supervisor = processes.start("app.cli", "worker", EMBEDDING_DEVICE="cpu")
     job = client.enqueue(documents(600, words=200), collection="docs")
-    until(lambda: client.job(job.id).embedded > 0, 60, supervisor.output)
+    until(lambda: client.job(job.id).embedded > 0, supervisor.output)
     assert supervisor.terminate() == 0
     (pid,) = workers(supervisor)
     assert not Path(f"/proc/{pid}").exists()
@@ -102,7 +103,7 @@ def test_sigterm_drains_every_worker_and_leaves_nothing_behind(
 
 def test_a_wrong_configuration_ends_it(processes: Processes) -> None:
     supervisor = processes.start("app.cli", "worker", EMBEDDING_DEVICE="cpu", EMBEDDING_MODEL="/no/such/folder")
-    assert supervisor.popen.wait(60) == 78
+    assert supervisor.popen.wait(PATIENCE) == 78
     assert len(workers(supervisor)) == 1
     assert "/no/such/folder" in supervisor.output()
     assert "wrong configuration" in supervisor.output()

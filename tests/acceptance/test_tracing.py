@@ -11,6 +11,7 @@ import pytest
 
 from app.settings import Settings
 from tests.acceptance.conftest import Processes
+from tests.waiting import PATIENCE
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 
@@ -22,7 +23,7 @@ chunks = [(f"doc-{{i}}", f"{SECRET} {{i}} of the house") for i in range(70)]
 with Client.from_env() as client, trace.get_tracer("host").start_as_current_span("the producer's own"):
     job = client.enqueue(chunks, collection="the-collection")
 client = Client.from_env()
-client.wait(job.id, timeout=100)
+client.wait(job.id, timeout={PATIENCE})
 client.close()
 """
 
@@ -45,7 +46,7 @@ def test_one_trace_from_the_producer_to_the_last_vector(processes: Processes, se
     processes.poller()
     producer = subprocess.run(
         [sys.executable, "-c", PRODUCER],
-        env=processes.env | traced, capture_output=True, text=True, timeout=120,
+        env=processes.env | traced, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert producer.returncode == 0, producer.stderr
     assert worker.terminate() == 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.metadata_servers import GcpServer
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 CELERY_WORKER = ["celery", "-A", "workers", "worker", "-Q", "gpu"]
@@ -28,8 +29,8 @@ AGAIN = frozenset({70, 75})
 """Exit codes with which a process asks to be started again: its watchdog's, and that of a server that is away."""
 QUICK_SECONDS, PAUSE_SECONDS = 3.0, 1.0
 """What ends this soon is started again after a pause, as every supervisor does it."""
-STOP_SECONDS = 15.0
-"""The shortest grace that a platform leaves between its notice and the end."""
+STOP_SECONDS = float(os.environ.get("CHAOS_STOP_SECONDS", "15"))
+"""The shortest grace that a platform leaves between its notice and the end. More where the machine may be busy."""
 
 
 class Child:
@@ -147,7 +148,7 @@ class Crew:
         """End everything with SIGTERM; returns what was wrong with that."""
         self._stopping.set()
         if self._keeper.is_alive():
-            self._keeper.join()
+            self._keeper.join(PATIENCE)
         problems = []
         running = [child for child in self._children.values() if child.code() is None]
         # What is still starting holds nothing, and may not have come to its signal handlers yet.
@@ -160,7 +161,7 @@ class Crew:
             if code is None:
                 problems.append(f"{child.name} (pid {child.pid}) still ran {STOP_SECONDS:g} s after SIGTERM")
                 child.send(signal.SIGKILL)
-                child.wait(10)
+                child.wait(PATIENCE)
             elif code not in fine[child]:
                 problems.append(f"{child.name} (pid {child.pid}) ended its drain with {code}, not 0")
         self._machines_up.close()

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from tests.chaos.watcher import Look, Watcher
 from tests.chaos.work import Feeder
 from tests.chaos.world import Hit
+from tests.waiting import PATIENCE
 
-RECOVERY_SECONDS = 90.0
+RECOVERY_SECONDS = PATIENCE
 """Only keeps a broken build from hanging."""
 
 

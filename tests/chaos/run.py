@@ -36,11 +36,12 @@ from tests.chaos.watcher import Look, Watcher
 from tests.chaos.work import Feeder, Work, docstrings, made_up_texts
 from tests.chaos.worker import FOLDER, HURRY, PAUSE
 from tests.chaos.world import Hit, World
+from tests.waiting import PATIENCE
 
 LEASE_SECONDS = 3.0
 FEED_SECONDS = 10.0
-STALLED_SECONDS = 90.0
-BEGIN_SECONDS = 180.0
+STALLED_SECONDS = PATIENCE
+BEGIN_SECONDS = PATIENCE
 """These three only keep a broken build from hanging."""
 
 

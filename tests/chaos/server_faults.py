@@ -13,11 +13,12 @@ import sqlalchemy as sa
 from tests.chaos.faults import kind
 from tests.chaos.processes import children_of
 from tests.chaos.world import CannotStrike, Hit, World, kill, wait_gone
+from tests.waiting import PATIENCE
 
 OUTAGE_SECONDS = (0.2, 1.5)
 FROZEN_SECONDS = (2.0, 5.0)
 MID_WRITE_SECONDS = 2.0
-GONE_SECONDS = 60.0
+GONE_SECONDS = PATIENCE
 STATISTICS_SECONDS = 3.0
 """Backends add up their statistics every second or so."""
 

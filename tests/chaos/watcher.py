@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from tests.waiting import PATIENCE
+
 LOOK_SECONDS = 0.1
 
 Held = frozenset[tuple[int, int]]
@@ -50,7 +52,7 @@ class Watcher(threading.Thread):
 
     def end(self) -> None:
         self._ended.set()
-        self.join(10)
+        self.join(PATIENCE)
 
     @property
     def latest(self) -> Look | None:

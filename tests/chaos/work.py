@@ -11,9 +11,10 @@ from random import Random
 from app import Chunk, Client
 from app.cli.corpus import stdlib_docstrings
 from app.errors import ChunkmillError
+from tests.waiting import PATIENCE
 
 COLLECTION = "chaos"
-ENQUEUE_SECONDS = 120.0
+ENQUEUE_SECONDS = PATIENCE
 
 WORDS = ("lease", "ledger", "attempt", "doorbell", "vector", "chunk", "worker", "poller", "commit", "token", "job")
 
@@ -106,7 +107,7 @@ class Feeder(threading.Thread):
     def end(self) -> None:
         self._ended = True
         self.ask()
-        self.join()
+        self.join(PATIENCE)
 
     def run(self) -> None:
         while not self._ended:

@@ -18,13 +18,14 @@ from app.embedded import Stack
 from tests.chaos.executions import Blow
 from tests.chaos.processes import Child, Crew, command_line
 from tests.chaos.watcher import Held, Watcher
+from tests.waiting import PATIENCE
 from workers.lease import owner_name
 
-VICTIM_SECONDS = 90.0
+VICTIM_SECONDS = PATIENCE
 """For a worker to be up at all."""
 BUSY_SECONDS = 2.0
 """For one that holds a lease: to kill an idle worker proves little."""
-LOOK_TIMEOUT = 60.0
+LOOK_TIMEOUT = PATIENCE
 
 
 class CannotStrike(Exception):
@@ -114,7 +115,7 @@ class World:
         hit.held_at = look.asked
 
     def redis(self) -> redis.Redis:
-        return redis.Redis.from_url(self.redis_url, socket_timeout=5)
+        return redis.Redis.from_url(self.redis_url, socket_timeout=PATIENCE)
 
     def redis_pid(self) -> int:
         return _required(self.stack.status().redis.pid, "Redis")

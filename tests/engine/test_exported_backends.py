@@ -24,6 +24,7 @@ from app.cli.__main__ import cli
 from app.domain.trust import Trust
 from app.errors import InvalidSetting, ModelLoadError
 from app.models import ModelFolder, resolve_model
+from tests.waiting import PATIENCE
 from workers.engine import Engine
 from workers.engine.backends import Backend
 from workers.engine.backends.export import export
@@ -376,7 +377,7 @@ def test_neither_library_tells_its_makers(
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
 
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=PATIENCE)
 
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
     assert [file.name for file in cache.iterdir()] == ["chunkmill"]

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,12 @@ import pytest
 import torch
 
 from app.errors import EngineError
+from tests.waiting import PATIENCE, running, together, until
 from workers.engine import Engine, loop
 from workers.engine.budget import Budget
 from workers.engine.loop import DeviceLoop
 from workers.engine.run import Outcome, Pass, TokenBatch
 from workers.engine.windows import Ids
-
-PATIENCE = 30  # seconds until a hanging test fails instead of hanging on
 
 
 @dataclass
@@ -212,25 +212,19 @@ def test_callers_at_once_get_their_own_vectors(toy_path: Callable[[str], Path]) 
         [f"caller {caller} says {number} " + "word " * (number % 7) for number in range(30)] for caller in range(6)
     ]
     expected = [np.vstack([engine.embed([text]).vectors for text in each]) for each in texts]
-    found: dict[int, np.ndarray] = {}
 
-    def call(caller: int) -> None:
-        found[caller] = engine.embed(texts[caller], urgent=caller == 0).vectors
+    def call(caller: int) -> np.ndarray:
+        return engine.embed(texts[caller], urgent=caller == 0).vectors
 
-    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-
-    for caller, vectors in enumerate(expected):
-        np.testing.assert_allclose(found[caller], vectors, atol=1e-5)
+    found = together(*[partial(call, caller) for caller in range(6)])
+    for vectors, own in zip(found, expected, strict=True):
+        np.testing.assert_allclose(vectors, own, atol=1e-5)
 
 
 def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) -> None:
     """Of two calls whose rows are few, one pass serves both: a worker's device does not wait at a task's edge."""
     engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32", batch_tokens=512)
-    backend, running, go_on = engine._runner.backend, threading.Event(), threading.Event()
+    backend, under_way, go_on = engine._runner.backend, threading.Event(), threading.Event()
     passes: list[int] = []
 
     class Held:
@@ -238,25 +232,17 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
 
         def __call__(self, each: Sequence[Ids], **options: object) -> object:
             passes.append(len(each))
-            running.set()
+            under_way.set()
             assert go_on.wait(PATIENCE)
             return backend(each, **options)  # type: ignore[arg-type]
 
     engine._runner.backend = Held()  # type: ignore[assignment]
     engine._loop._most_lanes = 1
-    threads = [threading.Thread(target=engine.embed, args=(["a", "b", "c"],)) for _ in range(3)]
-    threads[0].start()
-    assert running.wait(PATIENCE)
-    for thread in threads[1:]:
-        thread.start()
-    tick = threading.Event()
-    for _ in range(PATIENCE * 100):
-        if engine._loop.waiting == 6:
-            break
-        tick.wait(0.01)
-    go_on.set()
-    for thread in threads:
-        thread.join(PATIENCE)
+    embed = partial(engine.embed, ["a", "b", "c"])
+    with running(embed, release=go_on.set):
+        assert under_way.wait(PATIENCE)
+        with running(embed, embed, release=go_on.set):
+            until(lambda: engine._loop.waiting == 6)
 
     assert passes == [3, 6]
 
@@ -286,10 +272,10 @@ def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(
     engine.embed(["alone"])
     assert [threads for _, threads in seen] == [2]
     seen.clear()
-    together = engine.embed(texts).vectors
+    vectors = engine.embed(texts).vectors
 
     assert [threads for _, threads in seen] == [1, 1]
-    np.testing.assert_allclose(together, np.repeat(engine.embed(texts[:1]).vectors, 20, axis=0), atol=1e-5)
+    np.testing.assert_allclose(vectors, np.repeat(engine.embed(texts[:1]).vectors, 20, axis=0), atol=1e-5)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU has nothing to share out")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.waiting import PATIENCE
 from workers.engine import Engine
 from workers.engine.backends.native import NativeBackend
 from workers.engine.budget import Budget
@@ -22,8 +23,6 @@ from workers.engine.run import Outcome, Pass, TokenBatch
 
 from .conftest import TOYS, sample
 from .stand_in_gpu import CUDA, StandInGpu, Synchronised, stand_in_gpu
-
-PATIENCE = 30
 
 
 @pytest.fixture

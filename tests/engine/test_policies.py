@@ -15,6 +15,7 @@ import torch
 from app.domain.spaces import LongText, OnLong
 from app.errors import EngineError
 from app.models import resolve_model
+from tests.waiting import PATIENCE, running, until
 from workers.engine import Engine
 from workers.engine.backends import Hidden
 from workers.engine.windows import Ids
@@ -138,7 +139,7 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
             passes.append(len(rows))
             if len(passes) == 2:
                 second_running.set()
-                assert go_on.wait(30)
+                assert go_on.wait(PATIENCE)
             return backend(rows, **options)
 
     engine._runner.backend = Held()  # type: ignore[assignment]
@@ -150,11 +151,16 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
         asked.append(True)
         if len(asked) == 1:
             return False
-        assert second_running.wait(30)
-        threading.Timer(0.05, go_on.set).start()
+        assert second_running.wait(PATIENCE)
         return True
 
-    taken = list(engine.stream(texts, stop=stop))
+    def let_go_once_nothing_waits() -> None:
+        assert second_running.wait(PATIENCE)
+        until(lambda: engine._loop.waiting == 0)
+        go_on.set()
+
+    with running(let_go_once_nothing_waits, release=go_on.set):
+        taken = list(engine.stream(texts, stop=stop))
 
     done = np.concatenate([result.indices for result in taken])
     assert len(passes) == 2

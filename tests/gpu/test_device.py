@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import sample, stdlib_docstrings
+from tests.waiting import together
 from workers.engine import Engine
 from workers.engine.run import TokenBatch
 
@@ -103,19 +104,12 @@ def test_two_engines_share_a_device(load: Callable[..., Engine], exact: Callable
     names = ("all-MiniLM-L6-v2", "qwen3-last", "bert-mean")
     engines = {name: load(name) for name in names}
     texts = sample(80)
-    found: dict[tuple[str, int], np.ndarray] = {}
 
-    def call(name: str, number: int) -> None:
-        found[name, number] = engines[name].embed(texts, urgent=number == 0).vectors
+    def call(name: str, number: int) -> np.ndarray:
+        return engines[name].embed(texts, urgent=number == 0).vectors
 
-    threads = [threading.Thread(target=call, args=(name, number)) for name in names for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-
-    assert len(found) == 9
-    for (name, _), vectors in found.items():
+    asked = [(name, number) for name in names for number in range(3)]
+    for (name, _), vectors in zip(asked, together(*[partial(call, *each) for each in asked]), strict=True):
         assert cosines(vectors, exact(name).embed(texts).vectors).min() >= 0.998
 
 
@@ -125,16 +119,7 @@ def test_callers_at_once_get_their_own_vectors(load: Callable[..., Engine]) -> N
         [f"caller {caller} says {number} " + "word " * (number % 7) for number in range(30)] for caller in range(6)
     ]
     expected = [np.vstack([engine.embed([text]).vectors for text in each]) for each in texts]
-    found: dict[int, np.ndarray] = {}
 
-    def call(caller: int) -> None:
-        found[caller] = engine.embed(texts[caller]).vectors
-
-    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-
-    for caller, vectors in enumerate(expected):
-        assert_equal_in_fp32(found[caller], vectors)
+    found = together(*[partial(engine.embed, texts[caller]) for caller in range(6)])
+    for embedded, vectors in zip(found, expected, strict=True):
+        assert_equal_in_fp32(embedded.vectors, vectors)

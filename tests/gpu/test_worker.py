@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ from app import Chunk, Client, JobState
 from app.broker import Broker
 from app.db.connect import create_db
 from app.settings import Settings
-from tests.acceptance.conftest import Processes, until
+from tests.acceptance.conftest import Processes
 from tests.engine.conftest import stdlib_docstrings
+from tests.waiting import PATIENCE, running, until
 from workers.engine import Engine
 from workers.gpu import visible_gpus
 
@@ -80,7 +80,7 @@ def test_a_device_has_one_process_and_is_free_when_that_is_killed(tmp_path: Path
                 assert refused.startswith("refused every NVIDIA device is taken")
                 assert str(last.pid) in refused
             last.kill()
-            last.wait()
+            last.wait(PATIENCE)
             with holder(tmp_path) as (_, again):
                 assert again == said
     finally:
@@ -115,21 +115,19 @@ def test_the_main_job_on_a_worker_that_is_killed_and_one_that_follows(
     first = processes.worker(**start)
 
     def kill_at_the_first_vectors() -> None:
-        until(lambda: written(db) > 0, 120, first.output)
+        until(lambda: written(db) > 0, first.output)
         first.kill()
 
-    killer = threading.Thread(target=kill_at_the_first_vectors)
-    killer.start()
-    job = client.enqueue(chunks, collection="docs")
-    killer.join()
+    with running(kill_at_the_first_vectors):
+        job = client.enqueue(chunks, collection="docs")
     assert 0 < written(db) < len(chunks), "it was not killed in the middle"
 
     second = processes.worker(**start)
-    job = client.wait(job.id, timeout=240)
+    job = client.wait(job.id, timeout=PATIENCE)
 
     assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, len(chunks), 0)
     assert client.audit("docs").complete
-    assert client.search(chunks[123].text, collection="docs", k=1, timeout=60)[0].chunk_id == chunks[123].id
+    assert client.search(chunks[123].text, collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == chunks[123].id
     stored = client.vectors("docs")
     some = chunks[::100]
     expected = minilm.embed([chunk.text for chunk in some]).vectors
@@ -145,7 +143,7 @@ def test_a_worker_too_many_is_refused(processes: Processes, db: sa.Engine, cuda:
 
     one_more = processes.worker(ready=False, EMBEDDING_DEVICE="cuda")
 
-    assert one_more.popen.wait(60) != 0
+    assert one_more.popen.wait(PATIENCE) != 0
     assert "every NVIDIA device is taken" in one_more.output()
     assert "Traceback" not in one_more.output()
     assert all(worker.terminate() == 0 for worker in workers)

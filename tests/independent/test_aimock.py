@@ -26,8 +26,8 @@ from app.domain.states import JobState
 from app.openai_batch.http import Provider
 from app.openai_batch.status import RemoteBatch
 from app.settings import Settings
-from tests.acceptance.conftest import until
 from tests.corridor import QUICK, Corridor
+from tests.waiting import PATIENCE, until
 from workers.provider.context import ProviderContext
 
 AIMOCK = Path(__file__).parents[2] / ".aimock/node_modules/@copilotkit/aimock/dist/cli.js"
@@ -58,14 +58,14 @@ class Aimock:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        until(lambda: "listening on" in log.read_text() or self._process.poll() is not None, 60, log.read_text)
+        until(lambda: "listening on" in log.read_text() or self._process.poll() is not None, log.read_text)
         found = re.search(r"listening on (http://\S+)", log.read_text())
         assert found, log.read_text()
         self.url = f"{found[1]}/v1"
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(PATIENCE)
 
 
 class Mocked(Provider):

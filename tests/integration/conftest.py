@@ -31,8 +31,17 @@ def engines() -> Engines:
 def context(settings: Settings, engines: Engines) -> Iterator[WorkerContext]:
     """What a worker's tasks share, without the worker process around it."""
     db = create_db(settings.require_database_url(), role="worker")
-    yield WorkerContext(settings, db, engines, LeaseKeeper(db, settings.lease_seconds), name="test-worker")
+    made = WorkerContext(settings, db, engines, LeaseKeeper(db, settings.lease_seconds), name="test-worker")
+    yield made
+    # A thread that a failed test left would look for its database for ever.
+    made.stopping.set()
+    made.leases._stop.set()
+    sa.event.listen(db, "do_connect", _the_test_is_over)
     db.dispose()
+
+
+def _the_test_is_over(*_: object) -> None:
+    raise RuntimeError("the test that this connection is for is over")
 
 
 class Runner:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from app.models import resolve_spec
 from app.settings import Settings
 from tests.damaged_model import damaged_model
 from tests.integration.conftest import Runner
+from tests.waiting import together
 from workers.canary import embed_golden
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -87,20 +88,13 @@ def test_of_workers_that_are_first_at_once_one_makes_the_reference(context: Work
         registered = spaces.register(conn, resolve_spec("all-MiniLM-L6-v2"))
     engine = context.engines.for_space(registered)
     mine = embed_golden(engine, registered, "w")
-    stood: list[str] = []
 
-    def keep(name: str) -> None:
+    def keep(name: str) -> str:
         own = canaries.Canary(mine.vectors, mine.n_tokens, canaries.Maker(name, "cpu", "float32", {}))
         with context.db.begin() as conn:
-            stood.append(canaries.find_or_keep(conn, registered.id, VERSION, own).made_by.worker)
+            return canaries.find_or_keep(conn, registered.id, VERSION, own).made_by.worker
 
-    threads = [threading.Thread(target=keep, args=(f"w{i}",)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(stood) == 8
-    assert len(set(stood)) == 1
+    assert len(set(together(*[partial(keep, f"w{i}") for i in range(8)]))) == 1
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16, and emulates it a hundred times slower")

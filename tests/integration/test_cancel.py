@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,10 +16,10 @@ from app.ledger import cancel, chunk_batches, rescue
 from app.ledger.jobs import CANCELLED_CHANNEL
 from app.settings import Settings
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, Call, until
 from workers.poller import Poller
 
-MANY = 200_000
+MANY = 4 * cancel.SLICE + 2
 
 
 def states(db: sa.Engine) -> dict[str, int]:
@@ -152,13 +151,12 @@ def test_a_slice_and_a_retry_do_not_mix(client: Client, db: sa.Engine, half_done
     """A running job must have nothing that is cancelled: it would complete without it."""
     with db.begin() as conn:
         assert cancel.cancel_some(conn, half_done) == 10
-        retry = threading.Thread(target=client.retry, args=(half_done,))
-        retry.start()
+        retry = Call(lambda: client.retry(half_done))
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         while not conn.execute(sa.text(waiting)).all():
             assert retry.is_alive()
             conn.execute(sa.text("SELECT pg_stat_clear_snapshot()"))
-    retry.join(30)
+    retry.result()
     assert states(db) == {"available": 27}
     with db.begin() as conn:
         assert cancel.cancel_some(conn, half_done) == 0
@@ -172,11 +170,10 @@ def test_a_claim_that_had_begun_when_the_job_was_cancelled_is_cancelled_too(
     with db.begin() as claiming:
         lease = chunk_batches.claim_if_due(claiming, 1, owner="host:1", lease_seconds=600)
         assert lease is not None
-        cancelling = threading.Thread(target=client.cancel, args=(job.id,))
-        cancelling.start()
+        cancelling = Call(lambda: client.cancel(job.id))
         while client.job(job.id).state is not JobState.CANCELLED:
             assert cancelling.is_alive()
-    cancelling.join(30)
+    cancelling.result()
     assert states(db) == {"cancelled": 1}
     with db.begin() as conn:
         assert chunk_batches.renew_if_held(conn, [lease], lease_seconds=600) == set()

@@ -23,6 +23,7 @@ from app.cli.__main__ import cli
 from app.embedded import Stack
 from app.embedded.process import command_line
 from tests.embedded_homes import folder_for_homes
+from tests.waiting import PATIENCE, until
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = [
@@ -54,15 +55,14 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
             with (home / f"{name}.log").open("wb") as log:
                 argv = [sys.executable, "-m", "app.cli", name, *arguments]
                 started[name] = subprocess.Popen(argv, cwd=CHECKOUT, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while True:
-            database = document("status")["database"]
-            if database["worker_connections"] and database["poller_connections"]:
-                break
+
+        def connected() -> bool:
             for name, child in started.items():
                 assert child.poll() is None, (home / f"{name}.log").read_text()
-            assert time.monotonic() < deadline, (home / "worker.log").read_text()
-            time.sleep(0.2)
+            database = document("status")["database"]
+            return bool(database["worker_connections"] and database["poller_connections"])
+
+        until(connected, (home / "worker.log").read_text, pause=0.2)
         yield started
     finally:
         for child in started.values():
@@ -74,7 +74,7 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
 def end_of(child: subprocess.Popen[bytes]) -> int:
     """The exit code; a process that does not go is killed."""
     try:
-        return child.wait(20)
+        return child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
         return child.wait()
@@ -123,7 +123,7 @@ def refusal(*arguments: str, exit_code: int = 1) -> str:
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell runs it, without a terminal."""
     argv = [sys.executable, "-m", "app.cli", *arguments]
-    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 # Without a worker
@@ -397,9 +397,9 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
     )  # fmt: skip
     os.close(terminal)
     seen = b""
-    until = time.monotonic() + 90  # a bar never stops writing
+    deadline = time.monotonic() + PATIENCE  # a bar never stops writing
     try:
-        while select.select([controller], [], [], 60)[0] and time.monotonic() < until:
+        while select.select([controller], [], [], PATIENCE)[0] and time.monotonic() < deadline:
             try:
                 part = os.read(controller, 65536)
             except OSError:  # the terminal's last user has gone
@@ -408,7 +408,7 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
             if interrupt_after and interrupt_after.encode() in seen:
                 child.send_signal(signal.SIGINT)
                 interrupt_after = None
-        return child.wait(20), seen.decode(errors="replace")
+        return child.wait(PATIENCE), seen.decode(errors="replace")
     finally:
         os.close(controller)
         if child.poll() is None:

@@ -8,11 +8,9 @@ import pty
 import select
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from app.ledger import chunk_batches, deaths, usage
 from app.ledger.chunk_batches import Lease
 from app.settings import Settings
 from tests.integration.hands import Hands
+from tests.waiting import PATIENCE, Call, running, until
 
 POISON = "a text that no wörker survives"
 CHECKOUT = Path(__file__).parents[2]
@@ -358,14 +357,13 @@ def waiting(db: sa.Engine, calls: list[Callable[[], object]]) -> Iterator[tuple[
         except Exception as error:  # noqa: BLE001 - it is what the test looks at
             return error
 
-    with ThreadPoolExecutor() as threads:
-        with db.begin() as conn:
-            yield conn, results
-            futures = []
-            for n, call in enumerate(calls, start=1):
-                futures.append(threads.submit(outcome, call))
-                until(lambda n=n: _waiters(db) == n)
-        results += [future.result(60) for future in futures]
+    started = []
+    with db.begin() as conn:
+        yield conn, results
+        for n, call in enumerate(calls, start=1):
+            started.append(Call(partial(outcome, call)))
+            until(lambda n=n: _waiters(db) == n)
+    results += [call.result() for call in started]
 
 
 def _waiters(db: sa.Engine) -> int:
@@ -378,13 +376,6 @@ def _waiters(db: sa.Engine) -> int:
                 )
             ).scalar_one()
         )
-
-
-def until(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("calls", [("retry", "retry"), ("retry", "drop"), ("drop", "retry"), ("drop", "drop")])
@@ -566,10 +557,8 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         until(lambda: bool(hands.due()))
         hands.work(dead={"text a": "out_of_memory"})
 
-    worker = threading.Thread(target=work)
-    worker.start()
-    waited = document("dead", "retry", str(again.id), "--wait", exit_code=4)
-    worker.join()
+    with running(work):
+        waited = document("dead", "retry", str(again.id), "--wait", exit_code=4)
     assert (waited["chunks"], waited["contents"], waited["passed_over"]) == (1, 1, {})
     assert [(after["id"], after["state"]) for after in waited["jobs"]] == [(job.id, "failed")]
     assert "no dead chunk" in call("dead", "retry", str(again.id), exit_code=1).stderr
@@ -617,7 +606,7 @@ def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]
     os.close(terminal)
     seen = b""
     try:
-        while select.select([controller], [], [], 60)[0]:
+        while select.select([controller], [], [], PATIENCE)[0]:
             try:
                 seen += os.read(controller, 65536)
             except OSError:  # the terminal's last user has gone
@@ -625,7 +614,7 @@ def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]
             if answer and b"[y/N]" in seen:
                 os.write(controller, f"{answer}\n".encode())
                 answer = None
-        return child.wait(20), seen.decode()
+        return child.wait(PATIENCE), seen.decode()
     finally:
         os.close(controller)
         if child.poll() is None:

@@ -18,6 +18,7 @@ from app.ledger.chunk_batches import Lease
 from app.ledger.deaths import TakenBack
 from app.ledger.finish import finish_if_done
 from app.vectors.write import write_vectors
+from tests.waiting import PATIENCE, Call, running, until
 from workers.poller import Poller
 
 CHUNKS = [(f"id-{i}", f"text number {i}") for i in range(20)]
@@ -241,13 +242,12 @@ def test_a_cancel_that_meets_a_cut_cancels_the_parts_too(client: Client, db: sa.
     claim(db, 1)
     with db.begin() as cutting:
         assert deaths.take_back_from(cutting, "host:1", evidence="x") == TakenBack(split=1)
-        cancel = threading.Thread(target=client.cancel, args=(job.id,))
-        cancel.start()
+        cancel = Call(lambda: client.cancel(job.id))
         while not rows(
             db, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         ):
             assert cancel.is_alive()
-    cancel.join(30)
+    cancel.result()
     assert rows(db, "SELECT DISTINCT state FROM chunk_batches WHERE id > 1") == [("cancelled",)]
 
 
@@ -267,7 +267,7 @@ def test_a_heartbeat_does_not_wait_for_a_row_that_another_has_locked(client: Cli
     with db.begin() as other:
         other.execute(sa.text("SELECT FROM chunk_batches WHERE id = 1 FOR UPDATE"))
         with db.begin() as conn:
-            conn.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
+            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{PATIENCE:g}s'"))
             assert chunk_batches.renew_if_held(conn, leases, lease_seconds=600) == {1, 2}
     after = dict(rows(db, "SELECT id, lease_until FROM chunk_batches"))
     assert after[1] == before[1]
@@ -285,15 +285,10 @@ def test_after_an_outage_live_workers_come_before_the_poller(
     poller = Poller(db, client._broker, client._settings.model_copy(update={"lease_seconds": 600.0}))
     stop, real = threading.Event(), deaths.take_back_expired
     monkeypatch.setattr(deaths, "take_back_expired", lambda conn: _away())
-    running = threading.Thread(target=poller.run, args=(stop,))
-    running.start()
-    while poller._away is None:
-        assert running.is_alive()
-    monkeypatch.setattr(deaths, "take_back_expired", real)
-    while poller._away is not None:
-        assert running.is_alive()
-    stop.set()
-    running.join(30)
+    with running(lambda: poller.run(stop), release=stop.set):
+        until(lambda: poller._away is not None)
+        monkeypatch.setattr(deaths, "take_back_expired", real)
+        until(lambda: poller._away is None)
     assert rows(db, "SELECT state, deaths FROM chunk_batches") == [("running", 0)]
 
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from app.client import Client
 from app.ledger import chunk_batches, provider_batches, usage
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Call, running
 from workers.context import WorkerContext
 from workers.drain import SECOND_TIME, Drain, Leaver, with_last_words
 
@@ -35,7 +35,7 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
         for handler in handlers:
             handler.acquire()
         held.set()
-        begun.wait(30)
+        begun.wait(PATIENCE)
         for handler in handlers:
             handler.release()
 
@@ -44,16 +44,12 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
             drain.begin()
         begun.set()
 
-    logging_elsewhere = threading.Thread(target=hold_logging, daemon=True)
-    logging_elsewhere.start()
-    assert held.wait(30)
-    main = threading.Thread(target=interrupted, daemon=True)
-    main.start()
-    main.join(10)
-    assert not main.is_alive()
-    assert begun.is_set()
-    assert context.stopping.wait(30)  # and the drain goes on in a thread of its own
-    drain_thread.join(30)
+    with running(hold_logging, release=begun.set):
+        assert held.wait(PATIENCE)
+        Call(interrupted).result()
+        assert begun.is_set()
+    assert context.stopping.wait(PATIENCE)  # and the drain goes on in a thread of its own
+    drain_thread.join(PATIENCE)
     assert left == [0]
 
 

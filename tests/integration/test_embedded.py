@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from app.embedded.paths import postgres_account
 from app.embedded.process import command_line
 from app.errors import EmbeddedStackError
 from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers need Unix sockets")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -70,6 +72,16 @@ def put(status: StackStatus, value: str) -> None:
 def get(status: StackStatus) -> tuple[Any, Any]:
     with client(status) as connection:
         return sql(status, "SELECT value FROM kept"), connection.get("kept")
+
+
+@contextlib.contextmanager
+def sleeping(**as_user: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another program, until the end of the block."""
+    with subprocess.Popen(["sleep", "3600"], **as_user) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def message(stack: Stack) -> str:
@@ -151,12 +163,8 @@ class TestOneStack:
             "print(s.postgres.pid, s.redis.pid, s.postgres.started, s.redis.started)"
         )
         argv = [sys.executable, "-c", code, str(stack.home)]
-        children = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        try:
-            answers = [child.communicate(timeout=PATIENCE)[0].split() for child in children]
-        finally:
-            for child in children:
-                child.kill()
+        said = partial(subprocess.run, argv, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+        answers = [done.stdout.split() for done in together(said, said, said)]
         assert len({tuple(answer[:2]) for answer in answers}) == 1
         assert sorted(answer[2:] for answer in answers) == [["False"] * 2, ["False"] * 2, ["True"] * 2]
         assert stack.status().running  # the servers outlive the process that started them
@@ -190,7 +198,7 @@ class TestAfterAKill:
         account = postgres_account()
         as_user = {"user": account.uid, "group": account.gid} if os.geteuid() == 0 else {}
         for pid_of in ("a sleep", "this test"):
-            with subprocess.Popen(["sleep", "60"], **as_user) as sleep, killed(sleep):  # type: ignore[call-overload]
+            with sleeping(**as_user) as sleep:
                 pid = sleep.pid if pid_of == "a sleep" else os.getpid()
                 text = f"{pid}\n{stack.home}/postgres/data\n1\n5432\n{stack.home}/postgres\n\n1 1\nready\n"
                 (stack.home / "postgres/data/postmaster.pid").write_text(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import DeviceUnavailable, InvalidSetting
+from tests.waiting import PATIENCE
 from workers.gpu import claim_device, visible_gpus
 
 TWO = ["GPU-aaaa1111-0", "GPU-bbbb2222-0"]
@@ -66,7 +67,7 @@ def test_two_processes_get_two_devices_and_the_third_is_refused(tmp_path: Path) 
 def test_a_killed_process_frees_its_device(tmp_path: Path) -> None:
     with holder(tmp_path, *TWO) as (first, _), holder(tmp_path, *TWO):
         os.kill(first.pid, signal.SIGKILL)
-        first.wait()
+        first.wait(PATIENCE)
 
         claimed = claim_device("cuda", share=False, lock_dir=tmp_path, devices=TWO)
 

@@ -18,6 +18,7 @@ from app.errors import ModelLoadError, SpaceMismatch, UnknownModel
 from app.models import DEFAULT_MODEL, DEFAULT_SPEC
 from app.settings import Settings
 from tests.integration.conftest import Runner
+from tests.waiting import PATIENCE
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
 from workers.engine.engine import Engine
@@ -81,13 +82,13 @@ def test_cut_vectors_from_enqueue_to_search(
     with pytest.raises(SpaceMismatch, match="384 dimensions, float, long texts: truncate"):
         own.enqueue(CHUNKS, collection="cut")
     # A query is cut in the same way.
-    hits = own.search(CHUNKS[7][1], collection="cut", k=3, timeout=20)
+    hits = own.search(CHUNKS[7][1], collection="cut", k=3, timeout=PATIENCE)
     assert hits[0].chunk_id == "id-7"
     assert hits[0].score == pytest.approx(1.0, abs=1e-3)
     index = own.index("cut")
     assert (index.on, index.valid) == (storage, True)
-    assert own.search(CHUNKS[7][1], collection="cut", k=1, timeout=20)[0].chunk_id == "id-7"
-    answer = own.embed([CHUNKS[7][1]], dimensions=96, timeout=20)
+    assert own.search(CHUNKS[7][1], collection="cut", k=1, timeout=PATIENCE)[0].chunk_id == "id-7"
+    answer = own.embed([CHUNKS[7][1]], dimensions=96, timeout=PATIENCE)
     assert answer.shape == (1, 96)
     np.testing.assert_allclose(answer[0], vectors["id-7"], atol=tolerance)
 

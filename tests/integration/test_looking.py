@@ -24,11 +24,11 @@ from app.settings import Settings
 from app.telemetry import metrics as m
 from app.telemetry.counts import Counts
 from app.telemetry.metrics import Role
-from tests.acceptance.conftest import until
 from tests.conftest import fresh_settings
 from tests.embedded_homes import folder_for_homes
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
+from tests.waiting import PATIENCE, until
 from workers.context import WorkerContext
 from workers.nvml import Gpu, GpuUse
 from workers.poller import Poller
@@ -276,16 +276,16 @@ def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.Mon
     def look_or_break() -> object:
         if next(looks) == 0:
             raise ZeroDivisionError
-        failed.wait(30)
+        failed.wait(PATIENCE)
         return real()
 
     monkeypatch.setattr(observer._looker, "look", look_or_break)
     monkeypatch.setattr("app.observing.LOOK_SECONDS", 0.01)
     poller = frozenset({Role.POLLER})
     observer.start()
-    until(lambda: counts.series(m.BUDGET, poller) == [], 30)
+    until(lambda: counts.series(m.BUDGET, poller) == [])
     failed.set()
-    until(lambda: counts.series(m.STORE_UP, poller), 30)
+    until(lambda: counts.series(m.STORE_UP, poller))
     observer.stop()
     assert not observer.is_alive()
 

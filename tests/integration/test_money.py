@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from decimal import Decimal
@@ -28,6 +27,7 @@ from app.domain.states import Route
 from app.errors import BudgetExceeded, InvalidInput, SpaceMismatch, UnknownRoute
 from app.ledger import budget, charges
 from app.settings import Settings
+from tests.waiting import running, together
 from workers.budget import watch_budget
 
 SMALL = "text-embedding-3-small"
@@ -215,13 +215,11 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]], list[int]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/{SECRET}", received, answers
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        running(lambda: server.serve_forever(0.05), release=server.shutdown),
+    ):
+        yield f"http://127.0.0.1:{server.server_port}/{SECRET}", received, answers
 
 
 def test_each_warning_is_given_once_by_any_number_of_pollers(
@@ -236,12 +234,7 @@ def test_each_warning_is_given_once_by_any_number_of_pollers(
     caplog.set_level(logging.WARNING, "workers.budget")
 
     def all_watch() -> list[int]:
-        given: list[int | None] = []
-        pollers = [threading.Thread(target=lambda: given.append(watch_budget(db, limited))) for _ in range(6)]
-        for each in pollers:
-            each.start()
-        for each in pollers:
-            each.join()
+        given = together(*[lambda: watch_budget(db, limited)] * 6)
         return [percent for percent in given if percent is not None]
 
     charge(db, space, "7.9")

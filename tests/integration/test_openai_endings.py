@@ -179,7 +179,7 @@ def test_cancelled_by_somebody_else(stage: Scene, server: OpenAIServer, fraction
 
 @pytest.mark.parametrize("when", ["validating", "in_progress"])
 def test_cancelled_by_us_and_taken_up_again(stage: Scene, server: OpenAIServer, when: str) -> None:
-    server.control(**{f"{when}_seconds": 60.0}, partial_fraction=0.5)
+    server.control(**{f"{when}_seconds": 3600.0}, partial_fraction=0.5)
     texts = stage.texts(N)
     client = stage.corridor.client
     job = stage.enqueue(texts)
@@ -201,16 +201,17 @@ def test_cancelled_by_us_and_taken_up_again(stage: Scene, server: OpenAIServer, 
 
 
 def test_taken_up_again_while_it_is_being_cancelled(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0, cancelling_seconds=0.5, partial_fraction=0.5)
+    server.control(in_progress_seconds=3600.0, cancelling_seconds=3600.0, partial_fraction=0.5)
     texts = stage.texts(N)
     client = stage.corridor.client
     job = stage.enqueue(texts)
     stage.run_until(lambda: stage.batches() and stage.batches()[0]["status"] == "in_progress")
     client.cancel(job.id)
     stage.run_until(lambda: stage.batches()[0]["status"] == "cancelling")
-    server.control(in_progress_seconds=0.0)
+    job = client.retry(job.id)
+    server.control(in_progress_seconds=0.0, cancelling_seconds=0.0)
 
-    [job] = stage.finish(client.retry(job.id))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert [batch["status"] for batch in stage.batches()] == ["cancelled", "completed"]

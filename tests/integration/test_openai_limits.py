@@ -66,7 +66,7 @@ def test_enqueued_requests_are_never_exceeded(settings: Settings, request: pytes
         OpenAIServer() as own,
         scene(settings, own, request, openai_max_enqueued_requests=2, openai_batch_max_inputs=4) as stage,
     ):
-        own.control(enqueued_requests=2, in_progress_seconds=60.0)
+        own.control(enqueued_requests=2, in_progress_seconds=3600.0)
         texts = stage.texts(20)
         job = stage.enqueue(texts)
         stage.run_until(lambda: own.state()["peak_enqueued_requests"] == 2)  # none ends before the second is there

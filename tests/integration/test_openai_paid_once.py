@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from app.settings import Settings
 from tests.corridor import DIMENSIONS, Corridor
 from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer, vector_for
+from tests.waiting import PATIENCE, Call, running
 from workers.provider.context import ProviderContext
 from workers.provider.plain import request_chunk_batch
 from workers.provider.steps import _STEPS
@@ -37,7 +39,14 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture
 def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request, openai_timeout_seconds=0.5) as made:
+    with scene(settings, server, request) as made:
+        yield made
+
+
+@pytest.fixture
+def looking(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """One in which a create without an answer is looked for at the provider for as long as the test wants."""
+    with scene(settings, server, request, openai_adopt_seconds=PATIENCE) as made:
         yield made
 
 
@@ -45,16 +54,36 @@ def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureReque
 
 NO_ANSWER: dict[str, Callable[[OpenAIServer, bool], object]] = {
     "cut": lambda server, applied: server.misbehave("cut", where=CREATE, applied=applied),
-    "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=1.0),
+    "hang": lambda server, applied: server.misbehave("hang", where=CREATE, applied=applied, seconds=2.0),
     "500": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied),
     "409": lambda server, applied: server.misbehave("http_error", where=CREATE, applied=applied, status=409),
 }
 
 
+def give_up_the_first_create(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a second. All other answers have the time that a stalled machine needs for them."""
+    provider = stage.corridor.context.provider
+    patient, create = provider._client, provider.create
+
+    def hurried(*args: str) -> object:
+        monkeypatch.setattr(provider, "create", create)
+        provider._client = patient.with_options(timeout=0.5)
+        try:
+            return create(*args)
+        finally:
+            provider._client = patient
+
+    monkeypatch.setattr(provider, "create", hurried)
+
+
 @pytest.mark.parametrize("kind", NO_ANSWER)
 @pytest.mark.parametrize("applied", [True, False])
-def test_a_create_without_an_answer(stage: Scene, server: OpenAIServer, kind: str, applied: bool) -> None:
+def test_a_create_without_an_answer(
+    stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, kind: str, applied: bool
+) -> None:
     NO_ANSWER[kind](server, applied)
+    if kind == "hang":
+        give_up_the_first_create(stage, monkeypatch)
     texts = stage.texts(N)
 
     [job] = stage.finish(stage.enqueue(texts))
@@ -78,24 +107,31 @@ def test_an_orphan_is_known_by_its_file(stage: Scene, server: OpenAIServer) -> N
 
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_batch_that_was_made_twice_is_paid_once(stage: Scene, server: OpenAIServer, answered: bool) -> None:
-    server.control(validating_seconds=0.5)
+    server.control(validating_seconds=3600.0)
     server.misbehave("created_twice")
     if not answered:
         server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: "cancelled" in [batch["status"] for batch in stage.batches()])
+    server.control(validating_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert sorted(batch["status"] for batch in stage.batches()) == ["cancelled", "completed"]
 
 
-def test_a_list_that_is_behind_is_waited_for(stage: Scene, server: OpenAIServer) -> None:
-    server.control(list_lag_seconds=0.25)
+def test_a_list_that_is_behind_is_waited_for(looking: Scene, server: OpenAIServer) -> None:
+    stage = looking
+    server.control(list_lag_seconds=3600.0)
     server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: stage.asked("batches.list") >= 2)
+    server.control(list_lag_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert len(stage.batches()) == 1
@@ -103,11 +139,16 @@ def test_a_list_that_is_behind_is_waited_for(stage: Scene, server: OpenAIServer)
 
 def test_what_shows_up_after_all_is_cancelled(stage: Scene, server: OpenAIServer) -> None:
     """The list was behind for longer than anybody waits: the batch was made anew, and the first comes to light."""
-    server.control(list_lag_seconds=0.8, validating_seconds=1.5)
+    server.control(list_lag_seconds=3600.0, validating_seconds=3600.0)
     server.misbehave("cut", where=CREATE, applied=True)
     texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: len(stage.batches()) == 2)
+    server.control(list_lag_seconds=0.0)
+    stage.run_until(lambda: stage.batches()[0]["status"] == "cancelled")
+    server.control(validating_seconds=0.0)
 
-    [job] = stage.finish(stage.enqueue(texts))
+    [job] = stage.finish(job)
 
     stage.check_done(job, texts)
     assert [batch["status"] for batch in stage.batches()] == ["cancelled", "completed"]
@@ -254,29 +295,19 @@ def test_workers_and_pollers_at_once(stage: Scene, server: OpenAIServer) -> None
         for part in (names[:40], names[20:], names[10:50], names[::2])
     ]
     others = [Corridor(stage.corridor.settings, server) for _ in range(2)]
-    done, errors = threading.Event(), []
+    done = threading.Event()
 
     def turn(corridor: Corridor) -> None:
         while not done.is_set():
-            try:
-                corridor.turn()
-            except Exception as error:  # noqa: BLE001 - told to the test
-                errors.append(error)
-                return
+            corridor.turn()
 
-    threads = [threading.Thread(target=turn, args=(corridor,)) for corridor in others]
     try:
-        for thread in threads:
-            thread.start()
-        ended = stage.finish(*jobs)
+        with running(*[partial(turn, corridor) for corridor in others], release=done.set):
+            ended = stage.finish(*jobs)
     finally:
-        done.set()
-        for thread in threads:
-            thread.join()
         for corridor in others:
             corridor.close()
 
-    assert errors == []
     assert [job.state for job in ended] == ["completed"] * 4
     stage.check_done(ended[0], texts)
 
@@ -289,7 +320,7 @@ def in_flight(stage: Scene) -> Callable[[], bool]:
 
 
 def test_what_another_job_has_in_flight_is_waited_for(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N + 2)
     first = stage.enqueue({name: texts[name] for name in list(texts)[:N]})
     stage.run_until(in_flight(stage))
@@ -310,7 +341,7 @@ def test_what_another_job_has_in_flight_is_waited_for(stage: Scene, server: Open
 
 
 def test_a_cancelled_job_whose_contents_another_waits_for_goes_on(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     first = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
@@ -330,7 +361,7 @@ def test_a_cancelled_job_whose_contents_another_waits_for_goes_on(stage: Scene, 
 
 
 def test_a_collection_that_is_deleted_while_its_contents_are_in_flight(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     job = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
@@ -364,7 +395,7 @@ def test_a_content_that_is_deleted_before_it_is_sent_is_not_sent(stage: Scene, s
 
 
 def test_plain_requests_and_batches_share_what_is_in_flight(stage: Scene, server: OpenAIServer) -> None:
-    server.control(in_progress_seconds=60.0)
+    server.control(in_progress_seconds=3600.0)
     texts = stage.texts(N)
     batch = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
@@ -491,20 +522,11 @@ def test_a_server_without_batches_serves_plain_requests(stage: Scene, server: Op
 # Texts that somebody waits for
 
 
-def ask(stage: Scene, texts: list[str]) -> tuple[threading.Thread, list[Any]]:
-    """``client.embed`` in a thread: its vectors, or its error, come into the list."""
-    got: list[Any] = []
-
-    def embed() -> None:
-        try:
-            got.append(stage.corridor.client.embed(texts, timeout=20.0))
-        except EngineError as error:
-            got.append(error)
-
-    thread = threading.Thread(target=embed)
-    thread.start()
+def ask(stage: Scene, texts: list[str]) -> Call:
+    """``client.embed`` in a thread, whose request waits for an answer."""
+    asked = Call(lambda: stage.corridor.client.embed(texts, timeout=PATIENCE))
     stage.run_until(lambda: stage.corridor.rows("SELECT FROM embed_requests"))
-    return thread, got
+    return asked
 
 
 @pytest.mark.parametrize("usage", [True, False])
@@ -512,12 +534,11 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
     if not usage:
         server.misbehave("missing_usage", times=None)
     texts = list(stage.texts(N).values())
-    thread, got = ask(stage, texts)
+    asked = ask(stage, texts)
 
     assert WaitingLane(stage.corridor.context).answer_next()
-    thread.join()
 
-    for vector, text in zip(got[0], texts, strict=True):
+    for vector, text in zip(asked.result(), texts, strict=True):
         assert np.allclose(vector, vector_for(text, DIMENSIONS), atol=1e-6)
     booked = stage.corridor.rows("SELECT contents, tokens FROM charges")
     assert booked == [{"contents": N, "tokens": sum(each["tokens"] for each in stage.charges())}]
@@ -525,12 +546,12 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
 
 def test_what_was_answered_before_a_failure_is_booked(stage: Scene, server: OpenAIServer) -> None:
     server.misbehave("http_error", after=1, where=EMBED)
-    thread, got = ask(stage, list(stage.texts(N).values()))
+    asked = ask(stage, list(stage.texts(N).values()))
 
     assert WaitingLane(stage.corridor.context).answer_next()
-    thread.join()
 
-    assert isinstance(got[0], EngineError)
+    with pytest.raises(EngineError):
+        asked.result()
     assert stage.corridor.one("SELECT sum(contents)::int FROM charges") == 4
     assert sum(each["inputs"] for each in stage.charges()) == 4
 
@@ -540,20 +561,21 @@ def test_whoever_waits_shares_the_lanes_pause_and_its_stop(stage: Scene, server:
     server.misbehave("unauthorized", after=1)
     client = stage.corridor.client
     lane = WaitingLane(stage.corridor.context)
-    thread, got = ask(stage, [stage.text(0)])
+    asked = ask(stage, [stage.text(0)])
 
     assert lane.answer_next()
-    thread.join()
-    assert isinstance(got[0], EngineError)
+    with pytest.raises(EngineError):
+        asked.result()
     assert client.lanes()[1].paused_until is not None
-    thread, got = ask(stage, [stage.text(1)])
+    asked = ask(stage, [stage.text(1)])
     assert not lane.answer_next(), "the provider is not asked during the pause"
     client.resume_lane("openai-sync")
     assert lane.answer_next()
-    thread.join()
+    with pytest.raises(EngineError):
+        asked.result()
     assert client.lanes()[1].is_stopped
-    thread, got = ask(stage, [stage.text(2)])
+    asked = ask(stage, [stage.text(2)])
     assert lane.answer_next()
-    thread.join()
-    assert isinstance(got[0], EngineError) and "is stopped" in str(got[0])
+    with pytest.raises(EngineError, match="is stopped"):
+        asked.result()
     assert stage.asked("embeddings.create") == 2

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import redis
@@ -21,7 +22,7 @@ from app.ledger.deaths import TakenBack
 from app.settings import Settings
 from tests.cutting_proxy import Cut, cutting_proxy
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE, until
+from tests.waiting import running, together, until
 from workers.poller import Poller
 
 
@@ -112,13 +113,7 @@ def test_many_pollers_ring_each_bell_once(narrow: Settings, db: sa.Engine, broke
     pollers = [Poller(db, Broker.connect(wide), wide) for _ in range(4)]
     for poller in pollers:
         poller._window = DoorbellWindow(1000)  # as if they had seen fast workers
-    counts: list[int] = []
-    threads = [threading.Thread(target=lambda p=p: counts.append(p.round().rung)) for p in pollers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(counts) == 21
+    assert sum(ended.rung for ended in together(*[poller.round for poller in pollers])) == 21
     assert sum(broker.queued_doorbells().values()) == 25
 
 
@@ -156,32 +151,32 @@ def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
 
 
 def test_redis_away_is_survived_and_said_once(
-    narrow: Settings, db: sa.Engine, caplog: pytest.LogCaptureFixture
+    narrow: Settings, db: sa.Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_off = narrow.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "poll_interval": 0.01})
     poller = Poller(db, Broker.connect(cut_off), cut_off)
     stop = threading.Event()
-    thread = threading.Thread(target=poller.run, args=(stop,))
-    thread.start()
-    stop.wait(0.5)
-    stop.set()
-    thread.join()
+    rounds: list[None] = []
+    real = poller.round
+
+    def counted() -> Any:
+        rounds.append(None)
+        return real()
+
+    monkeypatch.setattr(poller, "round", counted)
+    with running(lambda: poller.run(stop), release=stop.set):
+        until(lambda: len(rounds) > 3)
     assert [r.message for r in caplog.records if "trying again" in r.message] == [
         "poller: ConnectionError; trying again every 0.01 s"
     ]
 
 
 @contextmanager
-def running(poller: Poller) -> Iterator[None]:
+def polling(poller: Poller) -> Iterator[None]:
     """The poller's own loop, in a thread."""
     stop = threading.Event()
-    thread = threading.Thread(target=poller.run, args=(stop,), daemon=True)
-    thread.start()
-    try:
+    with running(lambda: poller.run(stop), release=stop.set):
         yield
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
 
 
 def lease_runs_out(db: sa.Engine) -> None:
@@ -205,7 +200,7 @@ def test_while_redis_is_away_what_dead_workers_held_is_taken_back(
     """Their leases are in Postgres, so that an outage of Redis excuses no worker that is silent."""
     cut_off = settings.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "lease_seconds": 3000.0})
     client.enqueue([("a", "text")], collection="docs")
-    with running(Poller(db, Broker.connect(cut_off), cut_off)):
+    with polling(Poller(db, Broker.connect(cut_off), cut_off)):
         until(lambda: "trying again" in caplog.text)
         lease_runs_out(db)
         until(lambda: state(db) == "available")
@@ -222,7 +217,7 @@ def test_after_an_outage_of_postgres_live_workers_may_renew_their_leases_first(
     with cutting_proxy(settings.require_database_url()) as proxy:
         proxy.cut = Cut(b"chunk_batches", answer_lost=False)
         behind = create_db(proxy.url, role="poller")
-        with running(Poller(behind, broker, patient)):
+        with polling(Poller(behind, broker, patient)):
             until(lambda: "poller: back after" in caplog.text)
         behind.dispose()
     assert proxy.cut.struck == 1

@@ -17,6 +17,7 @@ from app.db.retry import is_transient, transact
 from app.domain.states import JobState
 from app.settings import Settings
 from tests.cutting_proxy import Cut, CuttingProxy, cutting_proxy
+from tests.waiting import PATIENCE, Call, together, until
 from workers import pipeline
 from workers.attempt import Attempt
 from workers.context import WorkerContext
@@ -153,10 +154,9 @@ def test_a_worker_that_leaves_does_not_wait_for_postgres(settings: Settings, eng
 
 def test_a_real_deadlock_of_two_transactions_ends_in_both_done(db: sa.Engine, client: Client) -> None:
     client.enqueue([("a", "one"), ("b", "two")], collection="docs")
-    met = threading.Barrier(2, timeout=10)
-    done: list[int] = []
+    met = threading.Barrier(2, timeout=PATIENCE)
 
-    def crosswise(first: str, second: str) -> None:
+    def crosswise(first: str, second: str) -> int:
         tries = 0
 
         def work(conn: sa.Connection) -> None:
@@ -169,14 +169,9 @@ def test_a_real_deadlock_of_two_transactions_ends_in_both_done(db: sa.Engine, cl
             conn.execute(update, {"id": second})
 
         transact(db, work, what="crosswise")
-        done.append(tries)
+        return tries
 
-    threads = [threading.Thread(target=crosswise, args=order) for order in (("a", "b"), ("b", "a"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(done) == [1, 2]
+    assert sorted(together(lambda: crosswise("a", "b"), lambda: crosswise("b", "a"))) == [1, 2]
 
 
 def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -> None:
@@ -185,17 +180,13 @@ def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -
     with db.connect() as other, db.connect() as watcher:
         other.execute(sa.text("SET deadlock_timeout = '10min'"))  # so that the enqueue is the victim
         other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'z'"))
-        enqueue = threading.Thread(
-            target=client.enqueue, args=([("a", "second a"), ("z", "second z")],), kwargs={"collection": "docs"}
-        )
-        enqueue.start()
+        enqueue = Call(lambda: client.enqueue([("a", "second a"), ("z", "second z")], collection="docs"))
         waiting = "wait_event_type = 'Lock' AND datname = current_database()"
         waits = f"SELECT EXISTS (SELECT FROM pg_stat_activity WHERE {waiting})"
-        while not watcher.execute(sa.text(waits)).scalar_one():
-            watcher.rollback()
+        until(lambda: (watcher.rollback(), watcher.execute(sa.text(waits)).scalar_one())[1])
         other.execute(sa.text("UPDATE chunks SET metadata = '{}' WHERE chunk_id = 'a'"))
         other.commit()
-        enqueue.join(30)
+        enqueue.result()
     with db.begin() as conn:
         contents = conn.execute(sa.text("SELECT count(*) FROM contents WHERE text LIKE 'second%'")).scalar_one()
     assert contents == 2

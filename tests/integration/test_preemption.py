@@ -6,7 +6,6 @@ import http.client
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +29,7 @@ from tests.metadata_servers import (
     sends,
     stub,
 )
+from tests.waiting import PATIENCE, until
 from workers.preemption import PreemptionWatcher
 
 CLOUDS: list[type[MetadataServer]] = [GcpServer, AwsServer, AzureServer]
@@ -56,7 +56,7 @@ class Watch:
         self.watcher = watcher
 
     def ended(self) -> bool:
-        self.watcher.join(30)
+        self.watcher.join(PATIENCE)
         return not self.watcher.is_alive()
 
     def allow(self, seconds: float) -> None:
@@ -76,7 +76,7 @@ def watch() -> Iterator[Callable[..., Watch]]:
     yield start
     for each in started:
         each.watcher.stop()
-        assert each.ended()
+    assert all(each.ended() for each in started)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -415,9 +415,7 @@ def test_nobody_there_is_no_notice(watch: Callable[..., Watch], caplog: pytest.L
     with GcpServer() as server:
         pass  # its port is closed again
     watching = watch(server)
-    deadline = time.monotonic() + 30
-    while not warnings(caplog) and time.monotonic() < deadline:
-        watching.watcher.join(0.05)
+    until(lambda: warnings(caplog))
     watching.watcher.join(0.5)  # it asks again, and says nothing more
     assert watching.watcher.is_alive()
     assert watching.notices == []
@@ -650,7 +648,7 @@ def test_the_aws_server_refuses_a_token_that_is_over() -> None:
 
 
 def _ask(server: MetadataServer, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=PATIENCE)
     try:
         connection.request(method, path, headers=headers)
         with connection.getresponse() as response:

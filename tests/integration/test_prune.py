@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from app.ledger import charges
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, running, together, until
 from workers.context import WorkerContext
 from workers.pipeline import run_chunk_batch
 
@@ -367,15 +368,8 @@ def test_nothing_is_lost_while_producers_and_workers_run(
             )
             dropped[0] += client.prune(0).amounts["contents"].rows
 
-    with ThreadPoolExecutor(7) as threads:
-        background = [threads.submit(embed), threads.submit(embed), threads.submit(prune)]
-        try:
-            for each in [threads.submit(produce, name) for name in ("x", "y", "z")]:
-                each.result(120)
-        finally:
-            stop.set()
-        for each in background:
-            each.result(60)
+    with running(embed, embed, prune, release=stop.set):
+        together(*[partial(produce, name) for name in ("x", "y", "z")])
     assert dropped[0] > 10, "the test means nothing where nothing was pruned"
     assert not execute(db, "SELECT what FROM deleted_while_wanted")
     # A text that nobody wanted any more may be wanted again, by another job, while its first job is open still: whoever
@@ -438,10 +432,9 @@ def test_an_enqueue_that_is_about_to_refer_to_a_text_comes_first(client: Client,
 def test_a_delete_beside_a_prune_takes_each_row_once(client: Client, db: sa.Engine, runner: Runner) -> None:
     finished(runner, "docs", {f"c{i}": f"text {i}" for i in range(40)})
     finished(runner, "docs", {f"c{i}": f"other {i}" for i in range(20)})
-    with ThreadPoolExecutor(2) as threads:
-        pruning = threads.submit(client.evict, older_than=timedelta(0))
+    with running(lambda: client.evict(older_than=timedelta(0))) as (pruning,):
         with db.begin() as conn:
             delete_some(conn, collection_id=1, chunk_ids=[f"c{i}" for i in range(20, 30)], limit=100)
-        assert gone(pruning.result(30))["contents"] == 20
+        assert gone(pruning.result())["contents"] == 20
     assert client.audit("docs").complete
     assert client.audit("docs").chunks == 30

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from app.models import resolve_model
 from app.settings import Settings
 from app.vectors.delete import delete_some
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Call, together, until
 from workers.attempt import Attempt
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -79,25 +79,16 @@ def test_low_priority_cannot_keep_high_priority_waiting(settings: Settings, clie
 def test_many_producers_share_a_small_pool(settings: Settings, client: Client) -> None:
     client._settings = settings.model_copy(update={"enqueue_window": 5})
     client.enqueue([("first", "registers the space")], collection="docs")
-    start = threading.Barrier(10)
-    errors: list[BaseException] = []
+    start = threading.Barrier(10, timeout=PATIENCE)
 
     def stream(i: int) -> Iterator[tuple[str, str]]:
         start.wait()
         yield from ((f"{i}-{j}", f"text {i} {j}") for j in range(12))
 
     def produce(i: int) -> None:
-        try:
-            client.enqueue(stream(i), collection="docs", on_invalid="skip")
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
-            errors.append(error)
+        client.enqueue(stream(i), collection="docs", on_invalid="skip")
 
-    threads = [threading.Thread(target=produce, args=(i,)) for i in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    together(*[partial(produce, i) for i in range(10)])
 
 
 def test_the_poller_rings_while_a_job_is_being_finished(
@@ -107,11 +98,10 @@ def test_the_poller_rings_while_a_job_is_being_finished(
     execute(db, "UPDATE jobs SET state = 'running', finished_at = NULL")
     client.enqueue([("b", "another")], collection="other")
     execute(db, "UPDATE chunk_batches SET rung_at = NULL WHERE state = 'available'")
-    with ThreadPoolExecutor(1) as threads, db.begin() as closer:
+    with db.begin() as closer:
         closer.execute(sa.text("SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE"), {"id": job.id})
         # In a thread: a poller that waits for the closer ends with this block, and the test has failed by then.
-        one_round = threads.submit(Poller(db, client._broker, settings).round)
-        assert one_round.result(PATIENCE).rung == 1
+        assert Call(Poller(db, client._broker, settings).round).result().rung == 1
 
 
 def test_one_broken_job_does_not_stop_the_poller(
@@ -146,15 +136,12 @@ def test_a_deletion_under_way_while_a_worker_reads_leaves_no_vector(
     client: Client, context: WorkerContext, db: sa.Engine
 ) -> None:
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
-    worker = threading.Thread(target=run_chunk_batch, args=(context, 1))
     with db.begin() as deleting:
         delete_some(deleting, collection_id=1, chunk_ids=["a"], limit=10)
-        worker.start()
-        for _ in range(600):  # until the worker stands before the deletion's lock
-            if execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0]:
-                break
-            worker.join(0.05)
-    worker.join()
+        worker = Call(lambda: run_chunk_batch(context, 1))
+        # The worker stands before the deletion's lock.
+        until(lambda: execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0])
+    assert worker.result() is Outcome.COMPLETED
     assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
     assert client.audit("docs").complete
 
@@ -212,7 +199,7 @@ def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
     try:
         for _ in range(2):
             with pytest.raises(EngineError, match="RuntimeError in the engine") as caught:
-                client.embed(["SECRET"], timeout=20)
+                client.embed(["SECRET"], timeout=PATIENCE)
             assert "SECRET" not in str(caught.value)
     finally:
         lane.stop()
@@ -252,7 +239,7 @@ def test_a_discarded_chunk_batch_says_why(client: Client, db: sa.Engine, setting
         chunk_batches.fail_if_held(conn, lease, code="worker_error", error="box:1: no room left", retryable=False)
     assert Poller(db, client._broker, settings).round().finished == 1
     with pytest.raises(JobFailed, match="box:1: no room left"):
-        client.wait(job.id, timeout=5)
+        client.wait(job.id, timeout=PATIENCE)
 
 
 def test_a_collection_cannot_move_under_an_enqueue(client: Client, db: sa.Engine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +20,7 @@ from app.domain.states import Route
 from app.errors import InvalidInput, NotFound, UnknownRoute
 from app.ledger import provider_lanes, routing
 from app.settings import Settings
+from tests.waiting import together
 
 SMALL = "text-embedding-3-small"
 TWIN = {
@@ -273,17 +273,11 @@ def test_pollers_that_move_at_once_move_each_once_and_say_it_once(
     client = make(chunk_batch_size=2)
     job = client.enqueue(texts(40), collection="docs", model=SMALL)
     stop(db, Route.OPENAI)
-    moved: list[int] = []
 
-    def poll() -> None:
-        moved.extend(reroute(db, settings) for _ in range(8))
+    def poll() -> int:
+        return sum(reroute(db, settings) for _ in range(8))
 
-    pollers = [threading.Thread(target=poll) for _ in range(3)]
-    for each in pollers:
-        each.start()
-    for each in pollers:
-        each.join()
-    assert sum(moved) == 20
+    assert sum(together(poll, poll, poll)) == 20
     assert routes(db, job.id) == {("openai-sync", "available"): 20}
     assert len(client.explain(job.id).routing) == 2
 

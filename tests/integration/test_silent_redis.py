@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from app.broker import PUBLISH_ERRORS, Broker, Doorbell
 from app.settings import Settings
-from tests.waiting import PATIENCE
+from tests.waiting import Call
 
 
 @pytest.fixture
@@ -44,8 +43,5 @@ def test_it_is_given_up(silent: Broker, use: Callable[[Broker], object]) -> None
         except PUBLISH_ERRORS as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive(), "it waits for an answer that will not come"
+    Call(run).result()
     assert raised

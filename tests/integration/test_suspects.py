@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from app.client import Client
 from app.errors import DeviceFailed
 from app.ledger.chunk_batches import Lease
+from tests.waiting import PATIENCE, running, until
 from workers import pipeline
 from workers.context import WorkerContext
 from workers.embed_requests import EmbedRequestLane
@@ -41,27 +42,18 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
     def slow(self: Engine, texts: Any, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
         if texts == ["text of job 0"]:
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE)
         elif texts == ["text of job 1"]:
             seen["beside the suspect"] = context.room.inside - 1
         yield from real_stream(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "stream", slow)
-    outcomes: dict[int, Outcome] = {}
-    threads = [
-        threading.Thread(target=lambda number=number: outcomes.update({number: run_chunk_batch(context, number)}))
-        for number in (1, 2)
-    ]
-    threads[0].start()
-    assert inside.wait(30)
-    threads[1].start()
-    while not context.room.has_suspect:
-        assert threads[1].is_alive()
-    assert states(db) == [(1, "running"), (2, "available")]
-    go_on.set()
-    for thread in threads:
-        thread.join(30)
-    assert outcomes == {1: Outcome.COMPLETED, 2: Outcome.COMPLETED}
+    with running(lambda: run_chunk_batch(context, 1), release=go_on.set) as (first,):
+        assert inside.wait(PATIENCE)
+        with running(lambda: run_chunk_batch(context, 2), release=go_on.set) as (second,):
+            until(lambda: context.room.has_suspect or not second.is_alive())
+            assert states(db) == [(1, "running"), (2, "available")]
+    assert (first.result(), second.result()) == (Outcome.COMPLETED, Outcome.COMPLETED)
     assert seen == {"beside the suspect": 0}
 
 
@@ -79,6 +71,7 @@ def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
         return real(*args)
 
     monkeypatch.setattr(pipeline, "_claim", claim)
+    monkeypatch.setattr(pipeline, "ANOTHER_SUSPECT_SECONDS", PATIENCE)
     assert run_chunk_batch(context, 1) is Outcome.RELEASED
     with db.begin() as conn:
         found = conn.execute(

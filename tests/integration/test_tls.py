@@ -19,6 +19,7 @@ from app.db.connect import create_db, require_migrated
 from app.errors import StoreUnavailable
 from app.settings import Settings
 from tests.tls import Authority, make_authority, tls_proxy
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def connect(settings: Settings) -> None:
     """kombu: what a worker and Flower do at their start."""
     app = make_celery(settings)
     with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0, timeout=5)
+        connection.ensure_connection(max_retries=1, interval_start=0, timeout=PATIENCE)
     app.close()
 
 
@@ -107,7 +108,7 @@ def test_flower_verifies_too(settings: Settings, trusted: Authority) -> None:
     script = (
         "from workers.celery import app\n"
         "with app.connection_for_read() as c:\n"
-        "    c.ensure_connection(max_retries=1, interval_start=0, timeout=5); print('connected')"
+        f"    c.ensure_connection(max_retries=1, interval_start=0, timeout={PATIENCE}); print('connected')"
     )
     for certificate, fine in ((trusted.good, True), (trusted.self_signed, False)):
         with tls_proxy(certificate, redis_socket(settings)) as port:
@@ -115,7 +116,9 @@ def test_flower_verifies_too(settings: Settings, trusted: Authority) -> None:
                 "DATABASE_URL": settings.require_database_url(),
                 "REDIS_URL": f"rediss://localhost:{port}/0",
             }
-            done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=PATIENCE
+            )
         assert ("connected" in done.stdout) == fine, done.stderr
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,10 @@ from app.db.connect import alembic_config, create_db, migrate, migration_level, 
 from app.embedded import StackStatus
 from app.errors import StoreUnavailable
 from app.settings import Settings
-from tests.acceptance.conftest import until
 from tests.conftest import admin, url_of
 from tests.integration.conftest import Runner
 from tests.release import read, replay
+from tests.waiting import Call, running, until
 from workers.context import WorkerContext
 from workers.engines import Engines
 from workers.lease import LeaseKeeper
@@ -164,22 +164,19 @@ def test_a_migration_under_load_loses_nothing(beside: Runner, old: str) -> None:
         client.enqueue([("last", "after it")], collection="docs")
         return turn
 
-    def embed(producing: object) -> None:
-        while not producing.done() or beside.due():  # type: ignore[attr-defined]
+    def embed(producing: Call) -> None:
+        while producing.is_alive() or beside.due():
             beside.run_due()
 
-    with ThreadPoolExecutor(2) as threads:
-        producing = threads.submit(produce)
-        embedding = threads.submit(embed, producing)
+    with running(produce, release=migrated.set) as (producing,), running(partial(embed, producing)):
         try:
             # Not before some is done and more is open.
-            until(lambda: producing.done() or (beside.due() and client.jobs() and client.vectors("docs")), 60)
-            assert not producing.done(), producing.result()
+            until(lambda: not producing.is_alive() or (beside.due() and client.jobs() and client.vectors("docs")))
+            assert producing.is_alive(), producing.result()
             migrate(old)
         finally:
             migrated.set()
-        turns = producing.result(120)
-        embedding.result(120)
+        turns = producing.result()
     with context.db.begin() as conn:
         current, head = migration_level(conn)
     assert current == head

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from app.broker import Broker
 from app.client import Client
 from app.domain.jobs import Job
+from tests.waiting import PATIENCE
 from workers.context import WorkerContext
 from workers.drain import Drain
 from workers.engine.loop import DeviceLoop
@@ -61,7 +62,7 @@ class Gate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.reached.set()
-        assert self.open.wait(60)
+        assert self.open.wait(PATIENCE)
         return self._real(*args, **kwargs)
 
 
@@ -70,7 +71,7 @@ def enqueue(client: Client, name: str = "docs") -> Job:
 
 
 def settled(context: WorkerContext, task: Task, client: Client, job: Job) -> None:
-    task.join(60)
+    task.join(PATIENCE)
     assert not task.is_alive()
     assert client.job(job.id).state == "completed"
 
@@ -84,7 +85,7 @@ def test_a_call_of_the_tokenizer_that_hangs_is_seen_though_others_get_on(
     with monkeypatch.context() as patch:
         patch.setattr(TextTokenizer, "encode", lambda *args: gate(*args))
         task = Task(context)
-        assert gate.reached.wait(60)
+        assert gate.reached.wait(PATIENCE)
     clock.ahead += 119
     assert watchdog.look() is None
     settled(context, Task(context, 2), client, other)
@@ -103,7 +104,7 @@ def test_the_load_of_a_model_has_longer(
     monkeypatch.setattr("workers.engines.load_engine", gate)
     context.engines = Engines(context.settings, "cpu")  # another worker's, which has not loaded it yet
     task = Task(context)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(PATIENCE)
     clock.ahead += 1799
     assert watchdog.look() is None
     clock.ahead += 2
@@ -130,8 +131,8 @@ def test_a_chunk_batch_that_waits_for_nothing_is_seen(
         patch.setattr(DeviceLoop, "add", lose)
         patch.setattr(DeviceLoop, "results", lambda *args: gate(*args))
         task = Task(context)
-        assert gate.reached.wait(60)
-        loop, name, rows, *how = lost.get(timeout=60)
+        assert gate.reached.wait(PATIENCE)
+        loop, name, rows, *how = lost.get(timeout=PATIENCE)
     clock.ahead += 119
     assert watchdog.look() is None
     with context.engines.loads.step():  # the engines get on: it may wait behind others
@@ -155,12 +156,12 @@ def test_waiting_for_postgres_is_no_hang(
 
     def engine_for(space: Any) -> Any:
         claimed.set()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return real(space)
 
     context.engine_for = engine_for  # type: ignore[method-assign]
     task = Task(context)
-    assert claimed.wait(60)
+    assert claimed.wait(PATIENCE)
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with db.begin() as other:
         other.execute(sa.text("SELECT FROM chunk_batches WHERE id = 1 FOR UPDATE"))

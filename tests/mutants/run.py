@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,8 @@ from tests.mutants.catalogue import ROOT, Mutant, NoLongerApplies
 TIMEOUT_SECONDS = 900
 # A wait that a mutant makes endless ends after this; see tests/waiting.py.
 PATIENCE_SECONDS = 60
+# For pytest to stop its servers.
+STOP_SECONDS = 60
 
 
 class Outcome(StrEnum):
@@ -124,6 +126,10 @@ def _pytest(copy: Path, arguments: list[str], *, limit: float) -> tuple[int | No
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            if process.poll() is None:
+                process.terminate()  # pytest then stops the servers that it started
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_SECONDS)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

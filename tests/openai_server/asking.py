@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from openai.types import Batch
 
 from tests.openai_server.config import DEFAULT_MODEL
 from tests.openai_server.helper import OpenAIServer
+from tests.waiting import until
 
 DIMENSIONS = 8
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -47,19 +47,20 @@ class Asking:
         )
 
     def end(self, batch_id: str) -> Batch:
-        patience = time.monotonic() + 60
-        while (batch := self.client.batches.retrieve(batch_id)).status not in ENDED:
-            if time.monotonic() > patience:
-                raise TimeoutError(f"{batch_id} is still {batch.status}")
-            time.sleep(0.005)
-        return batch
+        return self.until(batch_id, *ENDED)
 
-    def until(self, batch_id: str, status: str) -> None:
-        patience = time.monotonic() + 60
-        while (batch := self.client.batches.retrieve(batch_id)).status != status:
-            if time.monotonic() > patience:
-                raise TimeoutError(f"{batch_id} is still {batch.status}")
-            time.sleep(0.005)
+    def until(self, batch_id: str, *statuses: str) -> Batch:
+        """Ask until the batch has one of these statuses."""
+        batch = None
+
+        def reached() -> bool:
+            nonlocal batch
+            batch = self.client.batches.retrieve(batch_id)
+            return batch.status in statuses
+
+        until(reached, lambda: batch, pause=0.005)
+        assert batch is not None
+        return batch
 
     def run(self, content: bytes | None = None) -> Batch:
         return self.end(self.create(jsonl(self.lines()) if content is None else content).id)

@@ -13,6 +13,7 @@ from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.lifecycle import STAMPS, TERMINAL, Life, counts, move, usage
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Batch, Store, StoredFile, enqueued_message
 from tests.openai_server.validation import read_plan
+from tests.waiting import PATIENCE
 
 REQUIRED = ("input_file_id", "endpoint", "completion_window")
 OPTIONAL = ("metadata", "output_expires_after")
@@ -156,7 +157,7 @@ def retrieve(store: Store, request: Request) -> Answer:
         store.changed.notify_all()
         config, steps = store.config, batch.steps
         if config.driver == "gets" and batch.gets >= config.gets_per_step and batch.status not in TERMINAL:
-            store.changed.wait_for(lambda: batch.steps > steps, timeout=120)
+            store.changed.wait_for(lambda: batch.steps > steps, timeout=PATIENCE)
         return Answer(shown(store, batch, request.endpoint))
 
 

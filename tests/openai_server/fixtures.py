@@ -10,6 +10,7 @@ import pytest
 from tests.openai_server.asking import Asking
 from tests.openai_server.config import Config
 from tests.openai_server.helper import OpenAIServer
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def server() -> Iterator[OpenAIServer]:
 
 @pytest.fixture(scope="module")
 def client(server: OpenAIServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url, api_key=server.key, max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=server.url, api_key=server.key, max_retries=0, timeout=PATIENCE) as made:
         yield made
 
 

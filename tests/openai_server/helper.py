@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.openai_server.config import DEFAULT_KEY
 from tests.openai_server.vectors import text_hash
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,7 +164,7 @@ class OpenAIServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data=data, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
                 read: dict[str, Any] = json.load(answer)
                 return read
         except urllib.error.HTTPError as error:

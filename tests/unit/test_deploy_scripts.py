@@ -12,7 +12,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
 import zipfile
 from base64 import b64encode
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+
+from tests.waiting import running
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {name: (ROOT / "deploy" / name).read_text() for name in ("plain.sh", "spot-gcp.sh", "spot-aws.sh")}
@@ -427,9 +428,10 @@ class Google(BaseHTTPRequestHandler):
 @pytest.fixture
 def google(machine: Machine) -> Iterator[type[Google]]:
     handler = type("Handler", (Google,), {"attributes": {}, "secret": ENVIRONMENT})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        running(lambda: server.serve_forever(0.05), release=server.shutdown),
+    ):
         at = f"http://127.0.0.1:{server.server_address[1]}"
         machine.environment |= {
             "METADATA_URL": f"{at}/computeMetadata/v1",
@@ -437,8 +439,6 @@ def google(machine: Machine) -> Iterator[type[Google]]:
             "STORAGE_URL": f"{at}/storage/v1",
         }
         yield handler
-        server.shutdown()
-        thread.join()
 
 
 def test_a_gcp_machine_takes_settings_from_metadata_and_secrets_from_secret_manager(

@@ -17,6 +17,7 @@ from app.errors import InvalidSetting
 from app.settings import Settings
 from app.telemetry import tracing
 from app.telemetry.logging import bound, configure, told, without_passwords
+from tests.waiting import Call
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,7 @@ def test_each_thread_has_its_own_fields(capfd: pytest.CaptureFixture[str]) -> No
     with bound(job=7, attempt=1):
         with bound(attempt=2):
             logging.warning("both", extra={"job": "its own"})
-        other = threading.Thread(target=lambda: logging.warning("another thread"))
-        other.start()
-        other.join()
+        Call(lambda: logging.warning("another thread")).result()
         logging.warning("outer")
     logging.warning("after")
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]

@@ -17,6 +17,7 @@ from app.telemetry import metrics as m
 from app.telemetry.counts import Counts
 from app.telemetry.exposition import MetricsServer, Process
 from app.telemetry.metrics import METRICS, Kind, Role
+from tests.waiting import PATIENCE
 
 WORKER = Process(frozenset({Role.WORKER}), "host:1", "cpu-1@host", "cpu")
 FIRST_PORT = 21464
@@ -36,7 +37,7 @@ def server(counts: Counts) -> Iterator[MetricsServer]:
 
 
 def scraped(port: int) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
         page = answer.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -110,9 +111,9 @@ def test_the_page(server: MetricsServer, counts: Counts) -> None:
 def test_there_is_nothing_but_the_page(server: MetricsServer) -> None:
     for path in ("/", "/metrics/../etc/passwd", "/metricsx"):
         with pytest.raises(urllib.error.HTTPError, match="404") as caught:
-            urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=10)
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=PATIENCE)
         caught.value.close()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request("POST", "/metrics", body=b"x")
     assert connection.getresponse().status == 501
     connection.close()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from app.telemetry.metrics import METRICS
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
@@ -137,7 +138,9 @@ def test_the_dashboard_can_be_imported() -> None:
 
 def promtool(*arguments: str | Path) -> None:
     assert PROMTOOL is not None
-    done = subprocess.run([PROMTOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [PROMTOOL, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -57,7 +57,7 @@ def test_a_429_says_how_long_to_wait_or_does_not(asking: Asking) -> None:
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("kind", ["cut", "hang"])
 def test_no_answer_to_create_with_the_batch_made_or_not(asking: Asking, kind: str, applied: bool) -> None:
-    options: dict[str, Any] = {"seconds": 0.4} if kind == "hang" else {}
+    options: dict[str, Any] = {"seconds": 60.0} if kind == "hang" else {}
     asking.server.misbehave(kind, where={"endpoint": "batches.create"}, applied=applied, **options)
     before = asking.server.state()["batches_created"]
     file_id = asking.upload(jsonl(asking.lines()))
@@ -80,10 +80,10 @@ def test_an_upload_arrives_and_its_answer_does_not(asking: Asking) -> None:
 
 def test_slow_answers(asking: Asking) -> None:
     hurried = asking.client.with_options(timeout=0.1)
-    asking.server.misbehave("slow", seconds=0.4)
+    asking.server.misbehave("slow", seconds=60.0)
     with pytest.raises(openai.APITimeoutError):
         hurried.files.list()
-    asking.server.control(delays={"files.list": 0.4})
+    asking.server.control(delays={"files.list": 60.0})
     with pytest.raises(openai.APITimeoutError):
         hurried.files.list()
     asking.client.files.retrieve(asking.upload(b"{}"))  # others are as quick as ever

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from app.db.connect import create_db
-from tests.acceptance.conftest import until
+from tests.waiting import PATIENCE, until
 from workers import lease
 from workers.gpu import claim_device, short_name, visible_gpus
 from workers.lease import owner_name
@@ -227,7 +228,7 @@ class Run:
         return self._log.read_text()
 
     def wait_for(self, text: str) -> None:
-        until(lambda: text in self.output() or self.popen.poll() is not None, 60, self.output)
+        until(lambda: text in self.output() or self.popen.poll() is not None, self.output)
         assert text in self.output(), self.output()
 
     def children(self) -> list[int]:
@@ -249,9 +250,10 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     for run in started:
         if run.popen.poll() is None:
             run.popen.kill()
-            run.popen.wait()
+            run.popen.wait(PATIENCE)
         for pid in run.living():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def supervise(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 )
 def test_who_is_started_again(code: int, places: list[str], supervise: Callable[..., Run], tmp_path: Path) -> None:
     run = supervise(ENDS, *places)
-    assert run.popen.wait(60) == code
+    assert run.popen.wait(PATIENCE) == code
     for place in places:
         ends = place.split(",")
         assert (tmp_path / place).read_text() == "x" * len(ends), place
@@ -280,21 +282,21 @@ def test_who_is_started_again(code: int, places: list[str], supervise: Callable[
 
 def test_each_signal_reaches_each_worker_once_and_only_through_the_supervisor(supervise: Callable[..., Run]) -> None:
     run = supervise(RUNS, "a", "b", "crashes")
-    until(lambda: run.output().count("ready") == 2, 60, run.output)
+    until(lambda: run.output().count("ready") == 2, run.output)
     run.wait_for("starting again in")
     os.killpg(run.popen.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
-    until(lambda: run.output().count("heard SIGTERM") == 2, 60, run.output)
+    until(lambda: run.output().count("heard SIGTERM") == 2, run.output)
     run.popen.send_signal(signal.SIGTERM)
-    assert run.popen.wait(60) == 0
+    assert run.popen.wait(PATIENCE) == 0
     assert re.findall("heard .*", run.output()) == ["heard SIGTERM"] * 4
     assert not run.living()
 
 
 def test_a_worker_that_does_not_leave_is_killed(supervise: Callable[..., Run]) -> None:
     run = supervise(RUNS, "ignores", "a", kill_seconds=0.5)
-    until(lambda: run.output().count("ready") == 2, 60, run.output)
+    until(lambda: run.output().count("ready") == 2, run.output)
     run.popen.send_signal(signal.SIGTERM)
-    assert run.popen.wait(60) == 0
+    assert run.popen.wait(PATIENCE) == 0
     assert not run.living()
     assert "killed 0.5 s after SIGTERM" in run.output()
     assert re.findall("report: (.*)", run.output()) == ["None"] * 2  # nor does one that was told to go
@@ -305,6 +307,6 @@ def test_a_worker_notices_that_its_supervisor_was_killed(supervise: Callable[...
     run.wait_for("ready")
     assert "alone" not in run.output()
     run.popen.kill()
-    run.popen.wait()
-    until(lambda: "alone" in run.output(), 60, run.output)
-    until(lambda: not run.living(), 60, run.output)
+    run.popen.wait(PATIENCE)
+    until(lambda: "alone" in run.output(), run.output)
+    until(lambda: not run.living(), run.output)
