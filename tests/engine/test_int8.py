@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from app.domain.spaces import Precision
 from app.errors import InvalidSetting
@@ -15,7 +14,7 @@ from workers.engine import Engine, precision
 
 from .conftest import ODD_TEXTS, stdlib_docstrings
 
-pytestmark = pytest.mark.skipif(not precision.cpu_has_int8(), reason="this CPU has no VNNI")
+native = pytest.mark.skipif(not precision.cpu_has_int8(), reason="this processor has no VNNI and no AMX-INT8")
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +22,7 @@ def int8() -> Engine:
     return Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)
 
 
+@native
 def test_vectors_stay_near_fp32(int8: Engine, minilm: Engine) -> None:
     docstrings = list(stdlib_docstrings()[::4])
 
@@ -34,6 +34,7 @@ def test_vectors_stay_near_fp32(int8: Engine, minilm: Engine) -> None:
     assert odd.min() >= 0.98
 
 
+@native
 def test_a_text_alone_is_itself_in_a_batch(int8: Engine) -> None:
     texts = [*stdlib_docstrings()[:40], *ODD_TEXTS]
 
@@ -43,13 +44,14 @@ def test_a_text_alone_is_itself_in_a_batch(int8: Engine) -> None:
     assert (together * alone).sum(1).min() >= 0.9999
 
 
+@native
 def test_its_vectors_are_a_space_of_their_own(int8: Engine, minilm: Engine) -> None:
     assert int8.spec.precision is Precision.INT8
     assert int8.spec.fingerprint != minilm.spec.fingerprint
 
 
 def test_it_is_refused_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("app.machine._cpuinfo", lambda: {"flags": "avx2 avx512f avx512_bf16"})
 
     with pytest.raises(InvalidSetting, match="EMBEDDING_PRECISION=float"):
         Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)
