@@ -161,6 +161,18 @@ def test_a_space_is_heard_once_per_engine_and_again_after_a_refusal(
         restarted.engine_for(space)
 
 
+def test_an_engine_that_is_loaded_again_is_heard_again(
+    space: Space, odd: WorkerContext, restarted: WorkerContext
+) -> None:
+    """Each engine is: what the one before it made says nothing about what this one reads from the disk."""
+    good = restarted.engine_for(space)  # still there, in the thread that uses it
+    restarted.engines = odd.engines
+    for _ in range(2):
+        with pytest.raises(CanaryFailed, match="drift"):
+            restarted.engine_for(space)
+    assert good is not odd.engines.for_space(space)
+
+
 def test_each_space_of_a_model_has_its_own_reference(context: WorkerContext, runner: Runner, client: Client) -> None:
     long = "many words in one long text " * 80
     for on_long in ("truncate", "split"):
