@@ -13,6 +13,7 @@ from app.errors import InvalidSetting
 from workers.engine import Engine, precision
 
 from .conftest import ODD_TEXTS, stdlib_docstrings
+from .faulty import FaultyBackend, has_word
 
 native = pytest.mark.skipif(not precision.cpu_has_int8(), reason="this processor has no VNNI and no AMX-INT8")
 
@@ -60,3 +61,16 @@ def test_it_is_refused_without_the_instructions(monkeypatch: pytest.MonkeyPatch)
 def test_it_is_refused_for_other_backends(toy_path: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidSetting, match="native"):
         Engine.load(str(toy_path("bert-mean")), device="cpu", precision=Precision.INT8, backend="transformers")
+
+
+@native
+def test_a_vector_that_is_not_finite_is_computed_again_in_int8(int8: Engine, minilm: Engine) -> None:
+    """One in fp32 would be no vector of its space."""
+    texts = ["fine", "poison", "good"]
+    expected = int8.embed(texts).vectors
+    assert np.abs(expected - minilm.embed(texts).vectors).max() > 1e-4
+    engine = Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)
+    engine._runner.backend = faulty = FaultyBackend(engine._backend)
+    faulty.spoils = has_word(engine, "poison")
+
+    np.testing.assert_allclose(engine.embed(texts).vectors, expected, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -24,11 +25,15 @@ from workers.pipeline import run_chunk_batch
 from workers.tuned import load_engine
 from workers.watchdog import Watchdog
 
+_starts = itertools.count(1)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands still, but for the seconds that a test adds to ``ahead``."""
-    turned = SimpleNamespace(ahead=0.0, monotonic=lambda: 1e6 + turned.ahead)
+    """Stands still, but for the seconds that a test adds to ``ahead``. It never goes back from one test to the next,
+    which share the engines and what they remember of their last step."""
+    start = 1e6 * next(_starts)
+    turned = SimpleNamespace(ahead=0.0, monotonic=lambda: start + turned.ahead)
     for module in ("workers.lease", "workers.watchdog", "workers.engine.under_way"):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned
