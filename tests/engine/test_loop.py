@@ -152,19 +152,27 @@ def test_a_failure_in_a_shared_pass_is_reported_to_the_stream_that_has_the_row(
     assert failed == {first: {}, second: {0: ("forward_failed", "row 11")}}
 
 
-def test_what_waits_for_a_stream_that_failed_is_not_run(held: tuple[FakeRunner, DeviceLoop]) -> None:
+def test_what_waits_for_a_stream_that_failed_is_not_run(
+    held: tuple[FakeRunner, DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even to fill the passes of another stream, which goes on."""
     runner, device = held
-    first = add(device, rows(1, 2, 3, 4))
-    runner.error = EngineError("the device is gone")
+    first, second = add(device, rows(1, 2, 3, 4)), add(device, rows(11))
+    real = runner.finish
 
+    def finish(started: Pass) -> Outcome:
+        if started.batch.rows[0][0] == 1:
+            raise EngineError("the device is gone")
+        return real(started)
+
+    monkeypatch.setattr(runner, "finish", finish)
     runner.go_on.set()
+
     with pytest.raises(EngineError, match="gone"):
         values(device, first)
+    assert values(device, second) == {0: 11}
+    assert runner.served == [[99], [1, 2], [11]]
     assert device.waiting == 0
-    runner.error = None
-
-    assert values(device, add(device, rows(11, 12))) == {0: 11, 1: 12}
-    assert runner.served == [[99], [1, 2], [11, 12]]
 
 
 def test_rows_of_like_length_share_a_pass_whoever_they_belong_to(held: tuple[FakeRunner, DeviceLoop]) -> None:

@@ -102,7 +102,9 @@ def test_of_workers_that_are_first_at_once_one_makes_the_reference(context: Work
     assert len(set(stood)) == 1
 
 
-@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16, and emulates it a hundred times slower")
+@pytest.mark.skipif(
+    not cpu_has_bf16(), reason="this processor does not multiply bf16, and emulates it a hundred times slower"
+)
 def test_half_and_full_precision_share_a_space(space: Space, context: WorkerContext, settings: Settings) -> None:
     half = Engines(Settings.from_env(embedding_dtype="bf16"), "cpu")
     other = WorkerContext(settings, context.db, half, context.leases, name="half-worker")
