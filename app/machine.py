@@ -17,6 +17,19 @@ from typing import Final
 _FEATURES: Final = (
     "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve",
 )  # fmt: skip
+# What each value of the two libraries' variables hides.
+_HIDDEN_BY_ONEDNN: Final = {
+    "sse41": r"avx|amx",
+    "avx": r"avx2|avx_|avx512|amx",
+    "avx2": r"avx_|avx512|amx",
+    "avx2_vnni": r"avx_(?!vnni$)|avx512|amx",
+    "avx2_vnni_2": r"avx512|amx",
+    "avx512_core": r"avx_|avx512_|amx",
+    "avx512_core_vnni": r"avx_|avx512_(?!vnni$)|amx",
+    "avx512_core_bf16": r"avx_|avx512_fp16|amx",
+    "avx512_core_fp16": r"amx",
+}
+_HIDDEN_BY_TORCH: Final = {"default": r"avx|amx", "avx2": r"avx_|avx512|amx"}
 _PACKAGES: Final = ("chunkmill", "torch", "transformers", "tokenizers", "onnxruntime", "openvino")
 
 
@@ -44,8 +57,24 @@ def this_machine(gpu: str | None = None) -> Machine:
     name = info.get("model name", platform.processor() or platform.machine())
     if "cpu family" in info:  # many clouds hide the model's name, not its family
         name += f" (family {info['cpu family']}, model {info['model']})"
-    flags = set(info.get("flags", info.get("Features", "")).split())
-    return Machine(name, cores(), tuple(each for each in _FEATURES if each in flags), gpu)
+    known = processor_features()
+    return Machine(name, cores(), tuple(each for each in _FEATURES if each in known), gpu)
+
+
+def processor_features() -> frozenset[str]:
+    """The processor's instruction sets, by Linux's names for them: the only place where this code looks for them.
+
+    Without what ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` hide from oneDNN and from torch: what one of the two
+    may not use makes a forward pass slow. So this machine can stand in for one with fewer. Empty where there is no
+    /proc/cpuinfo.
+    """
+    info = _cpuinfo()
+    found = frozenset(info.get("flags", info.get("Features", "")).split())
+    for variable, hidden_by in (("ONEDNN_MAX_CPU_ISA", _HIDDEN_BY_ONEDNN), ("ATEN_CPU_CAPABILITY", _HIDDEN_BY_TORCH)):
+        hidden = hidden_by.get(os.environ.get(variable, "").lower())
+        if hidden is not None:
+            found = frozenset(feature for feature in found if not re.match(hidden, feature))
+    return found
 
 
 def gpu_names() -> list[str]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from workers.engine.precision import cpu_has_bf16, cpu_has_int8
+
 SECONDS = 0.2
 """Of each product in each round; the best of a few products is the machine's rate."""
 CPU_ROWS, GPU_ROWS = 1_024, 32_768
@@ -34,9 +36,9 @@ def text_flops(config: Mapping[str, Any], n_tokens: NDArray[np.int64]) -> float:
 
 def has(precision: str, device: str) -> bool:
     """Whether torch has a product of this precision here that runs at the machine's rate."""
-    if precision == "int8":
-        return device == "cpu" and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    return precision in DTYPES
+    if device != "cpu":
+        return precision in DTYPES
+    return {"fp32": True, "bf16": cpu_has_bf16(), "int8": cpu_has_int8()}.get(precision, False)
 
 
 def gemm_rate(config: Mapping[str, Any], precision: str, device: str) -> float:

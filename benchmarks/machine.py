@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from app.machine import processor_features, this_machine
+
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 PACKAGES = (
     "chunkmill", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "celery", "psycopg",
@@ -20,16 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 def describe() -> dict[str, Any]:
     """CPU, cores this process may use, memory, and the instructions that matter for matrices."""
-    info = _cpuinfo()
-    flags = set(info.get("flags", info.get("Features", "")).split())
-    name = info.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in info:  # many clouds hide the model's name, not its family
-        name += f" (family {info['cpu family']}, model {info['model']})"
+    known = processor_features()
     return {
-        "cpu": name,
+        "cpu": this_machine().cpu,
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "flags": [flag for flag in FLAGS if flag in flags],
+        "flags": [flag for flag in FLAGS if flag in known],
         "gpu": _gpu(),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -76,15 +74,6 @@ def memory_kib(pid: int | str, field: str) -> int | None:
         return None
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _cpuinfo() -> dict[str, str]:
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _gpu() -> str | None:

@@ -21,7 +21,7 @@ from app.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from app.embedded import Stack
 from app.environment import Environment
 from app.errors import ChunkmillError, UnknownModel
-from app.machine import gpu_names, this_machine
+from app.machine import gpu_names, processor_features, this_machine
 from app.models import resolve_spec
 from app.profiles import Found, find_profile, memory_limit
 from app.settings import Settings
@@ -231,11 +231,10 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> str:
     machine = platform.machine()
-    try:
-        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
-    except OSError:
+    known = processor_features()
+    if not known:
         return machine
-    return f"{machine}; {', '.join(f for f in CPU_FEATURES if f in flags) or 'none of ' + ', '.join(CPU_FEATURES)}"
+    return f"{machine}; {', '.join(f for f in CPU_FEATURES if f in known) or 'none of ' + ', '.join(CPU_FEATURES)}"
 
 
 def _gpus() -> str:

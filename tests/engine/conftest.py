@@ -26,6 +26,8 @@ with warnings.catch_warnings():
 
 from workers.engine import Engine
 
+from .faulty import FaultyBackend, Load
+
 MAX_TOKENS = 48
 
 
@@ -250,3 +252,19 @@ def toy_engine(toy_path: Callable[[str], Path]) -> Callable[[str], Engine]:
 @pytest.fixture(scope="session")
 def minilm() -> Iterator[Engine]:
     yield Engine.load("all-MiniLM-L6-v2", device="cpu", dtype="fp32")
+
+
+@pytest.fixture
+def load(toy_path: Callable[[str], Path]) -> Load:
+    def build(
+        dtype: str = "fp32", learned: Path | None = None, name: str = "bert-mean"
+    ) -> tuple[Engine, FaultyBackend]:
+        """An engine whose backend, and whose fp32 twin for second chances, can be told to fail."""
+        engine = Engine.load(
+            str(toy_path(name)), device="cpu", dtype=dtype, batch_tokens=512, learned=learned, threads=1
+        )
+        faulty = FaultyBackend(engine._backend)
+        engine._runner.backend = faulty
+        return engine, faulty
+
+    return build

@@ -179,7 +179,7 @@ def test_the_default_model_gives_the_vectors_of_the_torch_engine(
 
 
 @openvino_alone
-@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16")
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this processor does not multiply bf16")
 def test_openvino_stays_within_its_gate_in_bf16(
     target: Target, minilm_folder: Callable[[Target], ModelFolder], minilm: Engine
 ) -> None:
@@ -197,7 +197,7 @@ def test_openvino_stays_within_its_gate_in_bf16(
 
 
 @openvino_alone
-@pytest.mark.skipif(cpu_has_bf16(), reason="this CPU has bf16")
+@pytest.mark.skipif(cpu_has_bf16(), reason="this processor multiplies bf16")
 def test_openvino_refuses_bf16_where_it_would_be_emulated(
     target: Target, minilm_folder: Callable[[Target], ModelFolder]
 ) -> None:

@@ -4,82 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from app.domain.spaces import OnLong
 from app.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
 from app.models import resolve_model
 from workers.engine import Engine
-from workers.engine.backends import Backend, Hidden
 from workers.engine.tokenizer import TextTokenizer
-from workers.engine.windows import Ids
 
 from .conftest import reference, sample
-
-Load = Callable[..., tuple[Engine, "FaultyBackend"]]
-
-
-class FaultyBackend:
-    """The real model, with faults: told by a predicate over a row's ids."""
-
-    def __init__(self, inner: Backend) -> None:
-        self._inner = inner
-        self.name, self.device, self.dtype = inner.name, inner.device, inner.dtype
-        self.packed, self.embedding_rows, self.concurrent = inner.packed, inner.embedding_rows, inner.concurrent
-        self.raises: Callable[[Ids], bool] = lambda ids: False
-        self.spoils: Callable[[Ids], bool] = lambda ids: False
-        self.most_tokens = 1 << 30
-        self.error: Exception = RuntimeError("the kernel did not like these shapes")
-        self.passes: list[int] = []
-
-    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
-        self.passes.append(sum(len(row) for row in rows))
-        if any(self.raises(row) for row in rows):
-            raise self.error
-        if self.passes[-1] > self.most_tokens:
-            raise torch.OutOfMemoryError("tried to allocate more than there is")
-        hidden = self._inner(rows, only=only)
-        for at, row in enumerate(rows):
-            if self.spoils(row):
-                with torch.inference_mode():
-                    hidden.vectors[at, 0, 0] = float("inf")
-        return hidden
-
-
-@pytest.fixture
-def load(toy_path: Callable[[str], Path]) -> Load:
-    def build(dtype: str = "fp32", learned: Path | None = None) -> tuple[Engine, FaultyBackend]:
-        """An engine whose backend, and whose fp32 twin for second chances, can be told to fail."""
-        engine = Engine.load(
-            str(toy_path("bert-mean")), device="cpu", dtype=dtype, batch_tokens=512, learned=learned, threads=1
-        )
-        faulty = FaultyBackend(engine._backend)
-        engine._runner.backend = faulty
-        return engine, faulty
-
-    return build
-
-
-def has_word(engine: Engine, word: str) -> Callable[[Ids], bool]:
-    """Is the row that of a text which is this one word?"""
-    (ids,) = engine._tokenizer.encode([word])
-    return lambda row: row.tolist() == ids.tolist()
-
-
-def run(engine: Engine, texts: list[str]) -> tuple[dict[int, np.ndarray], dict[int, tuple[str, str]]]:
-    vectors: dict[int, np.ndarray] = {}
-    failures: dict[int, tuple[str, str]] = {}
-    for result in engine.stream(texts):
-        vectors |= dict(zip(result.indices.tolist(), result.vectors, strict=True))
-        failures |= {failure.index: (failure.code, failure.reason) for failure in result.failures}
-    return vectors, failures
+from .faulty import Load, has_word, run
 
 
 def test_a_forward_that_raises_costs_one_text(load: Load, toy_engine: Callable[[str], Engine]) -> None:

@@ -33,6 +33,8 @@ class FakeRunner:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     served: list[list[int]] = field(default_factory=list)
     error: Exception | None = None
+    fails: set[int] = field(default_factory=set)
+    """First ids of rows that get no vector."""
 
     def __post_init__(self) -> None:
         self.backend = self
@@ -47,7 +49,9 @@ class FakeRunner:
     def finish(self, started: Pass) -> Outcome:
         if self.error is not None:
             raise self.error
-        return Outcome(np.array([[row[0]] for row in started.batch.rows], np.float32))
+        marks = [int(row[0]) for row in started.batch.rows]
+        failures = {at: ("forward_failed", f"row {mark}") for at, mark in enumerate(marks) if mark in self.fails}
+        return Outcome(np.array([[mark] for mark in marks], np.float32), failures)
 
 
 def rows(*marks: int, length: int = 10) -> list[Ids]:
@@ -114,6 +118,61 @@ def test_a_flood_of_urgent_streams_starves_nobody(held: tuple[FakeRunner, Device
         values(device, each)
 
     assert runner.served.index([1]) == 1 + loop.URGENT_RUN
+
+
+def test_after_a_flood_let_one_bulk_pass_by_urgent_streams_go_first_again(
+    held: tuple[FakeRunner, DeviceLoop],
+) -> None:
+    runner, device = held
+    bulk = add(device, rows(1, 2, 3, length=20))
+    queries = [add(device, rows(10 + at, length=20), urgent=True) for at in range(2 * loop.URGENT_RUN + 2)]
+
+    runner.go_on.set()
+    for each in [*queries, bulk]:
+        values(device, each)
+
+    places = [runner.served.index([mark]) for mark in (1, 2, 3)]
+    assert places == [1 + loop.URGENT_RUN, 2 + 2 * loop.URGENT_RUN, 5 + 2 * loop.URGENT_RUN]
+
+
+def test_a_failure_in_a_shared_pass_is_reported_to_the_stream_that_has_the_row(
+    held: tuple[FakeRunner, DeviceLoop],
+) -> None:
+    runner, device = held
+    first, second = add(device, rows(1, 2, 3)), add(device, rows(11, 12))
+    runner.fails = {11}
+
+    runner.go_on.set()
+
+    failed = {
+        name: {int(done.at[at]): why for done in device.results(name) for at, why in done.outcome.failures.items()}
+        for name in (first, second)
+    }
+    assert [3, 11] in runner.served, "they shared no pass"
+    assert failed == {first: {}, second: {0: ("forward_failed", "row 11")}}
+
+
+def test_what_waits_for_a_stream_that_failed_is_not_run(
+    held: tuple[FakeRunner, DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even to fill the passes of another stream, which goes on."""
+    runner, device = held
+    first, second = add(device, rows(1, 2, 3, 4)), add(device, rows(11))
+    real = runner.finish
+
+    def finish(started: Pass) -> Outcome:
+        if started.batch.rows[0][0] == 1:
+            raise EngineError("the device is gone")
+        return real(started)
+
+    monkeypatch.setattr(runner, "finish", finish)
+    runner.go_on.set()
+
+    with pytest.raises(EngineError, match="gone"):
+        values(device, first)
+    assert values(device, second) == {0: 11}
+    assert runner.served == [[99], [1, 2], [11]]
+    assert device.waiting == 0
 
 
 def test_rows_of_like_length_share_a_pass_whoever_they_belong_to(held: tuple[FakeRunner, DeviceLoop]) -> None:

@@ -97,7 +97,9 @@ def test_of_workers_that_are_first_at_once_one_makes_the_reference(context: Work
     assert len(set(together(*[partial(keep, f"w{i}") for i in range(8)]))) == 1
 
 
-@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16, and emulates it a hundred times slower")
+@pytest.mark.skipif(
+    not cpu_has_bf16(), reason="this processor does not multiply bf16, and emulates it a hundred times slower"
+)
 def test_half_and_full_precision_share_a_space(space: Space, context: WorkerContext, settings: Settings) -> None:
     half = Engines(Settings.from_env(embedding_dtype="bf16"), "cpu")
     other = WorkerContext(settings, context.db, half, context.leases, name="half-worker")
@@ -154,6 +156,18 @@ def test_a_space_is_heard_once_per_engine_and_again_after_a_refusal(
     context.engine_for(space)  # heard before, and not asked again
     with pytest.raises(CanaryFailed, match=r"Here restarted: .*The reference odd-worker"):
         restarted.engine_for(space)
+
+
+def test_an_engine_that_is_loaded_again_is_heard_again(
+    space: Space, odd: WorkerContext, restarted: WorkerContext
+) -> None:
+    """Each engine is: what the one before it made says nothing about what this one reads from the disk."""
+    good = restarted.engine_for(space)  # still there, in the thread that uses it
+    restarted.engines = odd.engines
+    for _ in range(2):
+        with pytest.raises(CanaryFailed, match="drift"):
+            restarted.engine_for(space)
+    assert good is not odd.engines.for_space(space)
 
 
 def test_each_space_of_a_model_has_its_own_reference(context: WorkerContext, runner: Runner, client: Client) -> None:

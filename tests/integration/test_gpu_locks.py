@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import DeviceUnavailable, InvalidSetting
+from app.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
 from tests.waiting import PATIENCE
 from workers.gpu import claim_device, visible_gpus
 
@@ -82,6 +82,16 @@ def test_sharing_joins_a_taken_device_under_another_name(tmp_path: Path) -> None
 
         assert claimed.gpu == TWO[0]
         assert claimed.worker_name not in printed
+
+
+def test_the_refusal_names_the_process_that_holds_each_device_and_no_earlier_one(tmp_path: Path) -> None:
+    for gpu in TWO:
+        (tmp_path / f"chunkmill-gpu-{gpu}.lock").write_text("47114711471147114711")  # of one that was killed
+    with holder(tmp_path, TWO[0]) as (first, _), holder(tmp_path, TWO[1]) as (second, _):
+        with pytest.raises(DeviceTaken) as refused:
+            claim_device("cuda", share=False, lock_dir=tmp_path, devices=TWO)
+        for gpu, process in zip(TWO, (first, second), strict=True):
+            assert f"{gpu} (process {process.pid})" in str(refused.value)
 
 
 def test_an_index_asks_for_that_device_only(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from app.broker import Broker
 from app.client import Client
 from app.domain.jobs import Job
+from app.ledger import chunk_batches
 from tests.waiting import PATIENCE
 from workers.context import WorkerContext
 from workers.drain import Drain
@@ -24,12 +26,16 @@ from workers.pipeline import run_chunk_batch
 from workers.tuned import load_engine
 from workers.watchdog import Watchdog
 
+_starts = itertools.count(1)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands still, but for the seconds that a test adds to ``ahead``."""
-    turned = SimpleNamespace(ahead=0.0, monotonic=lambda: 1e6 + turned.ahead)
-    for module in ("workers.lease", "workers.engine.under_way"):
+    """Stands still, but for the seconds that a test adds to ``ahead``. It never goes back from one test to the next,
+    which share the engines and what they remember of their last step."""
+    start = 1e6 * next(_starts)
+    turned = SimpleNamespace(ahead=0.0, monotonic=lambda: start + turned.ahead)
+    for module in ("workers.lease", "workers.watchdog", "workers.engine.under_way"):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned
 
@@ -172,3 +178,88 @@ def test_waiting_for_postgres_is_no_hang(
         clock.ahead += 1000
         assert watchdog.look() is None
     settled(context, task, client, job)
+
+
+STALL = 1000.0
+
+
+@pytest.fixture
+def rung(watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace) -> Watchdog:
+    """The watchdog of an idle worker, which has seen that the doorbells of two jobs wait."""
+    context.settings = context.settings.model_copy(update={"stall_seconds": STALL})
+    context.last_doorbell = clock.monotonic()
+    enqueue(client)
+    enqueue(client, "other")
+    assert watchdog.look() is None
+    return watchdog
+
+
+def test_a_worker_that_no_doorbell_reaches_is_seen(rung: Watchdog, clock: SimpleNamespace) -> None:
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+    clock.ahead += STALL
+    assert rung.look() == f"2 doorbells wait in Redis and none has reached this worker for {2 * STALL - 1:.0f} s"
+
+
+def test_doorbells_that_wait_for_a_busy_worker_are_no_evidence(
+    rung: Watchdog, context: WorkerContext, clock: SimpleNamespace
+) -> None:
+    """Nor is the time for which it was busy, once it is idle again."""
+    with context.room.entered():
+        clock.ahead += 2 * STALL
+        assert rung.look() is None
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+    clock.ahead += STALL
+    assert "2 doorbells wait in Redis" in str(rung.look())
+
+
+def test_a_worker_that_a_doorbell_reached_lately_consumes(
+    rung: Watchdog, context: WorkerContext, clock: SimpleNamespace
+) -> None:
+    """More doorbells may always wait, of more work than one worker can do."""
+    clock.ahead += STALL - 1
+    context.last_doorbell = clock.monotonic()
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+    clock.ahead += STALL
+    assert f"none has reached this worker for {2 * STALL - 1:.0f} s" in str(rung.look())
+
+
+def test_after_an_empty_queue_the_wait_begins_anew(
+    rung: Watchdog, client: Client, broker: Broker, clock: SimpleNamespace
+) -> None:
+    clock.ahead += STALL - 1
+    broker.client.flushdb()  # others took them
+    assert rung.look() is None
+    enqueue(client, "a third")
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+    clock.ahead += STALL - 1
+    assert rung.look() is None
+
+
+def test_a_worker_that_leaves_answers_no_doorbells(
+    rung: Watchdog, context: WorkerContext, clock: SimpleNamespace
+) -> None:
+    context.stopping.set()
+    clock.ahead += 2 * STALL
+    assert rung.look() is None
+
+
+def test_of_two_chunk_batches_the_one_that_stands_still_is_named(
+    watchdog: Watchdog, context: WorkerContext, client: Client, clock: SimpleNamespace
+) -> None:
+    enqueue(client)
+    enqueue(client, "other")
+    with context.db.begin() as conn:
+        still, other = (chunk_batches.claim_if_due(conn, number, owner="w", lease_seconds=60) for number in (2, 1))
+    assert still is not None
+    assert other is not None
+    with context.leases.holding(still), context.leases.holding(other) as moves:
+        clock.ahead += 121
+        moves.moved()
+        clock.ahead += 1
+        assert "ChunkBatch 2 has stood still for 122 s" in str(watchdog.look())

@@ -221,5 +221,5 @@ def test_flops_of_a_text() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_gemm_rate_is_a_rate(precision: str) -> None:
     if not flops.has(precision, "cpu"):
-        pytest.skip(f"torch has no {precision} product here")
+        pytest.skip(f"this processor does not multiply {precision}")
     assert flops.gemm_rate({"hidden_size": 64, "intermediate_size": 128}, precision, "cpu") > 0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +22,8 @@ from tests.waiting import PATIENCE, until
 from workers import lease
 from workers.gpu import claim_device, short_name, visible_gpus
 from workers.lease import owner_name
-from workers.supervision import Then, arguments_for, back_off, plan_places, read_ending
-from workers.supervisor import PARENT, TakeBack, supervisor_is_gone
+from workers.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
+from workers.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
 
 CHECKOUT = Path(__file__).parents[2]
 TWO = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
@@ -144,6 +145,25 @@ def test_the_supervisor_stays_small() -> None:
     code = "import sys, workers.supervisor; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
+
+
+def test_after_the_signal_to_stop_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what waits for its next start: nobody would tell it to stop."""
+    started: list[object] = []
+
+    def start(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(pid=1)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    places = [Place("a", {}), Place("b", {})]
+    supervisor = Supervisor(places, ["worker"], lambda pid, evidence: None)
+
+    supervisor._ask_to_stop(signal.SIGTERM)
+    supervisor._start_due()
+
+    assert started == []
+    assert not any(post.process or post.start_at is not None for post in supervisor._posts)
 
 
 def test_postgres_away_is_said_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from app.errors import DeviceUnavailable, InvalidSetting
+from app.machine import processor_features
 
 _WORDS: Final = {
     "float32": torch.float32,
@@ -68,14 +69,12 @@ def resolve_dtype(word: str, device: torch.device, model_type: str) -> torch.dty
 
 def cpu_has_bf16() -> bool:
     """Does this CPU multiply bf16 matrices natively (AVX512_BF16 or AMX)?"""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return bool(processor_features() & {"avx512_bf16", "amx_bf16"})
 
 
 def cpu_has_int8() -> bool:
     """Does this CPU multiply int8 matrices natively, adding up in 32 bits (AVX512-VNNI, AVX-VNNI or AMX-INT8)?"""
-    found = torch.cpu.get_capabilities()
-    native = any(found.get(feature) for feature in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    native = bool(processor_features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
     return native and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 

@@ -161,7 +161,7 @@ class Runner:
         assert started.failed is not None  # noqa: S101
         started.vectors = None
         if started.out_of_memory:
-            outcome.too_big = batch.tokens
+            outcome.too_big = min(batch.tokens, outcome.too_big or batch.tokens)
             if backend.device.type == "cuda":
                 torch.cuda.empty_cache()  # what is cached may lie in pieces that are too small
         if len(at) == 1:
@@ -193,7 +193,7 @@ class Runner:
             ) from error
 
     def _mend(self, batch: TokenBatch, bad: NDArray[np.intp], outcome: Outcome) -> None:
-        for position in bad[[int(each) not in outcome.failures for each in bad]]:
+        for position in bad:  # a row that failed has zeros, which are finite
             try:
                 exact = self._exact()
             except Exception as error:  # noqa: BLE001 - it may not fit beside the model

@@ -1,0 +1,106 @@
+"""The connection that listens: what it hears is for its listener alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import sqlalchemy as sa
+
+from app.db.connect import create_db
+from app.ledger.embed_requests import CHANNEL
+from app.ledger.jobs import CANCELLED_CHANNEL
+from app.settings import Settings
+from tests.waiting import PATIENCE, until
+from workers import listening
+from workers.lease import LeaseKeeper
+from workers.listening import Listener
+
+
+class Worker:
+    """What a listener needs of a worker: a pool of two connections, and leases."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.db = create_db(settings.require_database_url(), role="worker", pool_size=2)
+        self.leases = LeaseKeeper(self.db, 60)
+
+    def channels(self) -> list[str]:
+        """What the connections in the pool listen to."""
+        heard: list[str] = []
+        with ExitStack() as stack:
+            for conn in [stack.enter_context(self.db.connect()) for _ in range(2)]:
+                heard += conn.execute(sa.text("SELECT pg_listening_channels()")).scalars()
+        return heard
+
+
+class Asked(Listener):
+    """Has no requests to answer. It breaks at the first look, if it is told to."""
+
+    def __init__(self, worker: Worker, *, breaks: bool) -> None:
+        super().__init__("asked", worker)
+        self._breaks = breaks
+        self.looked = threading.Event()
+
+    def answer_next(self) -> bool:
+        if self._breaks:
+            self._breaks = False
+            raise RuntimeError("a defect")
+        self.looked.set()
+        return False
+
+
+@pytest.fixture
+def worker(settings: Settings) -> Iterator[Worker]:
+    made = Worker(settings)
+    yield made
+    made.db.dispose()
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["stopped", "broken and stopped"])
+def test_a_connection_that_listened_does_not_go_back_into_the_pool(
+    breaks: bool, worker: Worker, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next user would be sent the notifications, and would keep them until it is closed."""
+    monkeypatch.setattr(listening, "RECONNECT_SECONDS", 0.01)
+    listener = Asked(worker, breaks=breaks)
+    listener.start()
+    try:
+        assert listener.looked.wait(PATIENCE)
+        for channel in (CHANNEL, CANCELLED_CHANNEL):
+            with db.begin() as conn:
+                conn.execute(sa.text(f"NOTIFY {channel}"))
+    finally:
+        listener.stop()
+        listener.join(PATIENCE)
+    assert not listener.is_alive()
+    assert worker.channels() == []
+
+
+def test_a_listener_whose_connection_is_cut_listens_again(
+    worker: Worker, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(listening, "LOOK_SECONDS", PATIENCE)  # only a notification, or the cut, ends its wait
+    listener = Asked(worker, breaks=False)
+    listener.start()
+    try:
+        assert listener.looked.wait(PATIENCE)
+        listener.looked.clear()
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        with db.begin() as conn:
+            assert conn.execute(sa.text(f"{cut} AND datname = current_database()")).scalars().all() == [True]
+        assert listener.looked.wait(PATIENCE)
+    finally:
+        listener._stop_listening.set()
+        with db.begin() as conn:
+            conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
+        until(lambda: _notified(listener, db))
+
+
+def _notified(listener: Listener, db: sa.Engine) -> bool:
+    """Rings until the listener has ended: it may have begun to wait only after the last notification."""
+    with db.begin() as conn:
+        conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
+    return not listener.is_alive()
