@@ -19,7 +19,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 # (gigabytes for the worker) stays the same, in the cache and on every machine that pulls it, when only our code changed.
 FROM base AS stub
 WORKDIR /src
-RUN mkdir app workers alembic && touch README.md app/__init__.py workers/__init__.py
+RUN mkdir app workers alembic && touch README.md app/chunkmill/__init__.py workers/chunkmill_workers/__init__.py
 RUN python -m venv /opt/venv
 COPY pyproject.toml constraints.txt ./
 
@@ -73,4 +73,4 @@ COPY --from=worker-deps /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --no-deps --force-reinstall /dist/*.whl
 USER 10001:10001
-CMD ["celery", "-A", "workers", "worker", "-Q", "gpu", "--loglevel=INFO"]
+CMD ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", "--loglevel=INFO"]

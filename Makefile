@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 
 test: lint types
 	@echo "== pip-audit"
-	@$(BIN)/python -m tests.audit --warn
+	@$(BIN)/python -m tests.support.audit --warn
 	@echo "== pytest, on real Postgres, Redis and Celery workers"
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
 
@@ -49,12 +49,12 @@ docs: $(VENV)/.dev
 	@$(BIN)/python docs/make.py
 
 audit: $(VENV)/.dev
-	@$(BIN)/python -m tests.audit
+	@$(BIN)/python -m tests.support.audit
 
 # Some peers need package versions that conflict with ours: `chunkmill bench --install-peers` makes environments for
 # them (3 GB).
 bench: $(VENV)/.bench
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m chunkmill_workers.benchmarks
 
 # The second schedule runs even if the first one fails.
 SEED ?= 1
@@ -74,7 +74,7 @@ mutants: $(VENV)/.dev
 
 # ONLY="tests/acceptance/test_logs.py ..." runs a part of them.
 busy: $(VENV)/.dev
-	@$(BIN)/python -m tests.busy $(ONLY)
+	@$(BIN)/python -m tests.support.busy $(ONLY)
 
 # A mock of the API that others wrote; tests/openai_server is our own.
 AIMOCK := .aimock
@@ -98,7 +98,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 	@$(GPU_LIMIT) 210 $(GPU_PYTHON) -m pytest tests/gpu -q -rs $(if $(VENV),,-W default); \
 		tests=$$?; \
 		echo "== benchmarks, on the GPU; results in $(RESULTS)"; \
-		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
+		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m chunkmill_workers.benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
 	rm -rf $(VENV) $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -8,8 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context
 
-from app.db.provider_schema import Base
-from app.settings import Settings
+from chunkmill.db.provider_schema import Base
+from chunkmill.settings import Settings
 
 MIGRATION_LOCK = 0x63686D00
 

@@ -75,10 +75,10 @@ for target; do
 
     check pip check
     check python -c 'import app, workers'
-    check python -c 'from pathlib import Path; import app.db as d; (Path(d.__file__).parent / "alembic/env.py").stat()'
+    check python -c 'from pathlib import Path; import chunkmill.db as d; (Path(d.__file__).parent / "alembic/env.py").stat()'
     check chunkmill --help
-    check celery -A workers report
-    check celery -A workers worker --help
+    check celery -A chunkmill_workers report
+    check celery -A chunkmill_workers worker --help
     if [ "$target" = app ]; then
         check chunkmill poller --help
         check celery --app workers flower --help

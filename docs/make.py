@@ -20,10 +20,10 @@ from types import FunctionType
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import app  # noqa: E402
-from app import errors  # noqa: E402
-from app.provider_settings import ProviderSettings  # noqa: E402
-from app.settings import Settings  # noqa: E402
+import chunkmill  # noqa: E402
+from chunkmill import errors  # noqa: E402
+from chunkmill.settings import Settings  # noqa: E402
+from chunkmill.settings.provider import ProviderSettings  # noqa: E402
 
 API = ROOT / "docs" / "api.md"
 SETTINGS = ROOT / "docs" / "settings.md"
@@ -32,7 +32,7 @@ DECISIONS = re.compile(r"(<!-- decisions: .* -->\n).*?(<!-- end -->)", re.DOTALL
 HEAD = """# API reference
 
 `make docs` writes this page from the docstrings, and a test checks that it is up to date. The names are imported from
-`app`: `from app import Chunk, Client`. The [glossary](glossary.md) defines the words, and the
+`app`: `from chunkmill import Chunk, Client`. The [glossary](glossary.md) defines the words, and the
 [quick start](quickstart.md) shows the steps.
 """
 SETTINGS_HEAD = """# Settings
@@ -80,7 +80,7 @@ def api() -> str:
     for title, names in SECTIONS.items():
         parts.append(f"## {title}\n")
         for name in names:
-            parts += described(getattr(app, name))
+            parts += described(getattr(chunkmill, name))
     parts.append("## Errors\n")
     parts += errors_table()
     return "\n".join(parts).rstrip() + "\n"
@@ -134,7 +134,7 @@ def fields(what: type) -> Iterator[str]:
 
 def methods(what: type) -> Iterator[str]:
     """Its own, then those of the classes it is made of, in the order of the source; none without a docstring."""
-    members = [item for each in what.__mro__ if each.__module__.startswith("app.") for item in vars(each).items()]
+    members = [item for each in what.__mro__ if each.__module__.startswith("chunkmill.") for item in vars(each).items()]
     for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):

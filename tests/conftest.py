@@ -19,13 +19,13 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.db.connect import create_db, migrate
-from app.embedded import Stack, StackStatus
-from app.settings import Settings
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.embedded import Stack, StackStatus
+from chunkmill.settings import Settings
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE
 
 # The machine's own settings must not reach a test.
 for name in {name.upper() for name in Settings.model_fields} & os.environ.keys():

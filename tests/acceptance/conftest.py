@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import Settings
-from tests.waiting import PATIENCE, until
+from chunkmill.settings import Settings
+from tests.support.waiting import PATIENCE, until
 
 
 class Process:
@@ -65,13 +65,13 @@ class Processes:
         return process
 
     def worker(self, *arguments: str, ready: bool = True, **env: str) -> Process:
-        process = self.start("celery", "-A", "workers", "worker", "-Q", "gpu", *arguments, **env)
+        process = self.start("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *arguments, **env)
         if ready:
             process.wait_for("ready.")
         return process
 
     def poller(self) -> Process:
-        return self.start("app.cli", "poller")
+        return self.start("chunkmill.cli", "poller")
 
     def stop_all(self) -> None:
         for process in self._started:

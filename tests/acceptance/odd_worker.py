@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from app.errors import DeviceFailed
-from workers import drain
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.engine.run import Runner
-from workers.engine.tokenizer import TextTokenizer
+from chunkmill.errors import DeviceFailed
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.engine.run import Runner
+from chunkmill_workers.engine.tokenizer import TextTokenizer
+from chunkmill_workers.process import drain
 
 MARK = "the text that kills"
 HANGS = "the odd worker hangs"
@@ -53,5 +53,5 @@ if __name__ == "__main__":
     from celery.__main__ import main
 
     drain.LIMIT_S = float(os.environ.get("ODD_DRAIN_SECONDS", drain.LIMIT_S))
-    sys.argv = ["celery", "-A", "workers", "worker", "-Q", "gpu", *sys.argv[1:]]
+    sys.argv = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *sys.argv[1:]]
     main()

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import sqlalchemy as sa
 
-from app.client import Client
-from app.db import spaces
-from app.ledger.finish import finish_if_done
-from app.vectors.write import write_vectors
+from chunkmill.client import Client
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.spaces import registry
+from chunkmill.store.write import write_vectors
 from tests.chaos.proof import prove
 from tests.chaos.work import Work, made_up_texts
 from tests.chaos.worker import vector_of
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 KINDS = (
@@ -63,7 +63,7 @@ def test_the_proof_sees_what_is_wrong(client: Client, db: sa.Engine) -> None:
     texts = sorted(work.contents)
     hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
     with db.begin() as conn:
-        space = spaces.get(conn, 1)
+        space = registry.get(conn, 1)
         n = len(texts)
         vectors = np.stack([vector_of(text, space.spec.dimensions) for text in texts])
         write_vectors(conn, space, space.spec.fingerprint, hashes, np.ones(n, np.int32), np.zeros(n, np.bool_), vectors)

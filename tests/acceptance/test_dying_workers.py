@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.domain.states import JobState
-from app.errors import JobFailed
+from chunkmill.client import Client
+from chunkmill.domain.states import JobState
+from chunkmill.errors import JobFailed
 from tests.acceptance.conftest import Process, Processes
 from tests.acceptance.odd_worker import HANGS, MARK
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 
 def rows(db: sa.Engine, statement: str) -> list[tuple[Any, ...]]:
@@ -87,7 +87,10 @@ def test_the_watchdog_ends_a_worker_whose_device_is_lost(
 
 def test_the_watchdog_ends_a_worker_that_no_longer_consumes(processes: Processes, client: Client) -> None:
     worker = processes.worker(STALL_SECONDS="2")
-    assert processes.start("celery", "-A", "workers", "control", "cancel_consumer", "gpu").popen.wait(PATIENCE) == 0
+    assert (
+        processes.start("celery", "-A", "chunkmill_workers", "control", "cancel_consumer", "gpu").popen.wait(PATIENCE)
+        == 0
+    )
     processes.poller()
     client.enqueue(documents(3), collection="docs")
     until(lambda: worker.popen.poll() is not None, worker.output)

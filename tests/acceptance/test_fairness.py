@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.domain.doorbells import SMALLEST_WINDOW
-from app.settings import Settings
+from chunkmill import Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.domain.doorbells import SMALLEST_WINDOW
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 SIZE = 32
 """Contents of a ChunkBatch: some tenths of a second on a CPU."""

@@ -26,15 +26,15 @@ from urllib.parse import quote
 
 import pytest
 
-from app import Chunk, Client
-from app.broker import ADVANCE_TASK, EMBED_TASK, Broker
-from app.db.connect import create_db
-from app.embedded import StackStatus
-from app.settings import Settings
+from chunkmill import Chunk, Client
+from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, Broker
+from chunkmill.db.connect import create_db
+from chunkmill.embedded import StackStatus
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 LOGIN = "operator:not-for-strangers"
 WORD = "zanzibarquokka"
@@ -100,12 +100,12 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
         processes.env |= {"OPENAI_GATHER_SECONDS": "0", "OPENAI_POLL_SECONDS": "0.2", "EMBEDDING_DEVICE": "cpu"}
         try:
             port = free_port()
-            flower = processes.start("app.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN)
+            flower = processes.start("chunkmill.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN)
             local = [processes.worker(ready=False) for _ in range(CPU_WORKERS)]
             provider = processes.start(
-                "celery", "-A", "workers", "worker", "-Q", "openai", OPENAI_API_KEY=server.key, **paid
+                "celery", "-A", "chunkmill_workers", "worker", "-Q", "openai", OPENAI_API_KEY=server.key, **paid
             )
-            processes.start("app.cli", "poller", **paid)
+            processes.start("chunkmill.cli", "poller", **paid)
             host = socket.gethostname()
             workers = {f"cpu-{each.popen.pid}@{host}": each for each in local} | {f"openai@{host}": provider}
             until(lambda: is_up(port) or flower.popen.poll() is not None, flower.output)
@@ -220,7 +220,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
     port = free_port()
     terminal, inside = pty.openpty()
     flower = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "flower", f"--port={port}"],
+        [sys.executable, "-m", "chunkmill.cli", "flower", f"--port={port}"],
         env=scene.processes.env, stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
     )  # fmt: skip
     os.close(inside)
@@ -246,8 +246,8 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
 
 
 def test_it_does_not_open_to_other_machines_without_a_password(scene: Scene) -> None:
-    """How else it may be told to, ``tests/unit/test_cli_flower.py`` knows."""
-    refused = scene.processes.start("app.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
+    """How else it may be told to, ``tests/unit/chunkmill/cli/test_flower.py`` knows."""
+    refused = scene.processes.start("chunkmill.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
     assert refused.popen.wait(PATIENCE) == 1
     assert "on ::, which other machines may reach" in refused.output()
     assert "set FLOWER_BASIC_AUTH=user:password" in refused.output()

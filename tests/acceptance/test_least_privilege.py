@@ -16,18 +16,18 @@ import redis
 import sqlalchemy as sa
 from click.testing import CliRunner
 
-from app import Client
-from app.broker import Broker, make_celery
-from app.cli.__main__ import cli
-from app.db import spaces
-from app.db.connect import create_db, migrate
-from app.domain.spaces import Pooling, SpaceSpec
-from app.embedded import StackStatus
-from app.embedded.redis import find_program
-from app.settings import Settings
+from chunkmill import Client
+from chunkmill.broker import Broker, make_celery
+from chunkmill.cli.__main__ import cli
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.embedded import StackStatus
+from chunkmill.embedded.redis import find_program
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
 from tests.acceptance.conftest import Processes
 from tests.conftest import admin, url_of
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -219,7 +219,7 @@ def test_the_functions_vector_tables_are_those_of_the_code(
         spec = SpaceSpec("local", "m", revision, dimensions, 256, Pooling.MEAN, normalize=True)
         db = create_db(roles[role], role="test", pool_size=1)
         with db.begin() as conn:
-            space = spaces.register(conn, spec, storage=storage)
+            space = registry.register(conn, spec, storage=storage)
             made.append(conn.execute(sa.text(columns), {"table": space.table_name}).all())
         db.dispose()
     assert made[0] == made[1] != []

@@ -14,12 +14,12 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 WORD = "ZEBRAFISH"
 """In every text and in a query."""
@@ -56,7 +56,7 @@ def redis_url(settings: Settings, password: str) -> str:
 
 def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "app.cli", *arguments],
+        [sys.executable, "-m", "chunkmill.cli", *arguments],
         env=processes.env | env, input=text, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     return f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -64,7 +64,7 @@ def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> st
 
 def program(processes: Processes, statement: str, **env: str) -> str:
     """What a producer's own program prints that ends with an error."""
-    code = f"from app import Client\nwith Client.from_env() as client:\n    {statement}"
+    code = f"from chunkmill import Client\nwith Client.from_env() as client:\n    {statement}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=processes.env | env, capture_output=True, text=True, timeout=60
     )
@@ -79,7 +79,7 @@ def lines(output: str) -> list[dict[str, Any]]:
 def test_texts_and_secrets_are_in_no_output(
     processes: Processes, settings: Settings, db: sa.Engine, secret: dict[str, str], tmp_path: Path
 ) -> None:
-    worker, poller = processes.worker(**secret), processes.start("app.cli", "poller", **secret)
+    worker, poller = processes.worker(**secret), processes.start("chunkmill.cli", "poller", **secret)
     client = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
     with client:
         # Postgres refuses what the worker writes, and says which row: a failure of the work.

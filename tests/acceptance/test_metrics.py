@@ -11,12 +11,12 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import Chunk, Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Chunk, Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 SECRET = "ZEBRAFISH"
 PORT = "22464"
@@ -56,7 +56,7 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     """Each process on its own port; the numbers are those of the ledger; and no text, id or secret is among them."""
     key = "sk-test-not-to-be-seen-anywhere"
     worker = processes.worker(METRICS_PORT=PORT)
-    poller = processes.start("app.cli", "poller", METRICS_PORT=PORT, OPENAI_API_KEY=key)
+    poller = processes.start("chunkmill.cli", "poller", METRICS_PORT=PORT, OPENAI_API_KEY=key)
     job = client.enqueue(
         [Chunk(f"doc-{i}", f"{SECRET} {i} " + "and its matters " * (i % 9)) for i in range(150)], collection="herring"
     )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from app.broker import Broker
-from app.client import Client
-from app.db.connect import create_db
-from app.domain.states import JobState
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db
+from chunkmill.domain.states import JobState
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.corridor import settings_for
 from tests.openai_chaos.run import run
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE
+from tests.support.corridor import settings_for
+from tests.support.waiting import PATIENCE
 
 GONE = """
 import sys
@@ -42,7 +42,7 @@ def test_both_paid_routes_and_a_search_without_torch(processes: Processes, setti
             "OPENAI_POLL_SECONDS": "0.2",
         }
         processes.env |= paid
-        worker = processes.start("celery", "-A", "workers", "worker", "-Q", "openai")
+        worker = processes.start("celery", "-A", "chunkmill_workers", "worker", "-Q", "openai")
         processes.poller()
         worker.wait_for("ready.")
         db = create_db(mine.require_database_url(), role="client")

@@ -13,13 +13,13 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.broker import Broker, make_celery
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Client, JobState
+from chunkmill.broker import Broker, make_celery
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 KEY = "sk-proj-QUAGGAKEY-0123456789abcdefghijklmnopqrstuvwxyz"
 WORD = "ZEBRAFISH"
@@ -137,9 +137,11 @@ def test_key_and_texts_are_nowhere(
         "EMBEDDING_MODEL": "text-embedding-3-small",
         "EMBEDDING_DIMENSIONS": "8",
     }
-    worker = processes.start("celery", "-A", "workers", "worker", "-Q", "openai", "-E", "--loglevel=DEBUG", **env)
+    worker = processes.start(
+        "celery", "-A", "chunkmill_workers", "worker", "-Q", "openai", "-E", "--loglevel=DEBUG", **env
+    )
     without_key = {name: value for name, value in env.items() if name != "OPENAI_API_KEY"}
-    poller = processes.start("app.cli", "poller", **without_key)
+    poller = processes.start("chunkmill.cli", "poller", **without_key)
     worker.wait_for("ready.")
     seen: list[str] = []
     with redis.Redis.from_url(settings.require_redis_url()) as store, store.monitor() as monitor:

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.db.connect import create_db, migrate
-from app.domain.states import JobState
-from app.embedded import Stack
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.domain.states import JobState
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, until
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 
 @pytest.fixture

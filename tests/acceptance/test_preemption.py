@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from app import Chunk, Client
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Chunk, Client
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
-from tests.metadata_servers import AwsServer, GcpServer, MetadataServer
-from tests.waiting import PATIENCE, until
+from tests.support.metadata_servers import AwsServer, GcpServer, MetadataServer
+from tests.support.waiting import PATIENCE, until
 
 TEXTS = 600
 

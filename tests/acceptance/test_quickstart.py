@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quickstart.md").read_text()
@@ -61,7 +61,11 @@ class Shell:
             os.killpg(self._bash.pid, signal.SIGKILL)
             self._bash.communicate()
         subprocess.run(
-            [sys.executable, "-m", "app.cli", "down"], env=self._env, check=True, capture_output=True, timeout=PATIENCE
+            [sys.executable, "-m", "chunkmill.cli", "down"],
+            env=self._env,
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE,
         )
 
 

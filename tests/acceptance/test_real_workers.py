@@ -15,15 +15,15 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app import Chunk, Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.embedded import Stack
-from app.settings import Settings
+from chunkmill import Chunk, Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.damaged_model import damaged_model
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, until
+from tests.support.damaged_model import damaged_model
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 SECRET = "ZEBRAFISH"  # in every text; nowhere else
 
@@ -150,7 +150,7 @@ def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     (own,) = re.findall(r"([\w.@-]+) ready\.", worker.output())
     # A named one is waited for until it answers; of any, for as long as that.
     asked = ("--destination", own, "--timeout", str(PATIENCE))
-    inspect = processes.start("celery", "-A", "workers", "inspect", "stats", "--json", *asked)
+    inspect = processes.start("celery", "-A", "chunkmill_workers", "inspect", "stats", "--json", *asked)
     assert inspect.popen.wait(PATIENCE) == 0
     lines = [line for line in inspect.output().splitlines() if line.startswith("{") and '"pool"' in line]
     ((name, stats),) = json.loads(lines[0]).items()
@@ -165,7 +165,7 @@ def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: 
     """A queue whose tasks wait for the provider leaves the device as many as it needs."""
     numbers = {"EMBEDDING_PARALLEL_BATCHES": "3", "OPENAI_PARALLEL_REQUESTS": "5", "OPENAI_API_KEY": "sk-none"}
     for queues, tasks in (("gpu,openai", 8), ("openai", 5)):
-        worker = processes.start("celery", "-A", "workers", "worker", "-Q", queues, **numbers)
+        worker = processes.start("celery", "-A", "chunkmill_workers", "worker", "-Q", queues, **numbers)
         worker.wait_for("ready.")
         assert f"concurrency: {tasks} (" in worker.output()
         assert worker.terminate() == 0

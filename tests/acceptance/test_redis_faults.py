@@ -15,14 +15,14 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.domain.states import JobState
-from app.embedded import Stack
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.domain.states import JobState
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, until
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from app import Chunk, Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Chunk, Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
     """A lease is longer than this test may take, so only the supervisor can have taken one back."""
     processes.poller()
     own = ("-c", "2", "-n", "own@%h")
-    supervisor = processes.start("app.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="3600")
+    supervisor = processes.start("chunkmill.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="3600")
     job = client.enqueue(documents(300, words=60), collection="docs")
     deaths = {signal.SIGKILL: "ended by SIGKILL (out of memory?)", signal.SIGSEGV: "ended by SIGSEGV"}
     for number, (death, evidence) in enumerate(deaths.items(), start=1):
@@ -90,7 +90,7 @@ def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
 def test_sigterm_drains_every_worker_and_leaves_nothing_behind(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:
-    supervisor = processes.start("app.cli", "worker", EMBEDDING_DEVICE="cpu")
+    supervisor = processes.start("chunkmill.cli", "worker", EMBEDDING_DEVICE="cpu")
     job = client.enqueue(documents(600, words=200), collection="docs")
     until(lambda: client.job(job.id).embedded > 0, supervisor.output)
     assert supervisor.terminate() == 0
@@ -102,7 +102,7 @@ def test_sigterm_drains_every_worker_and_leaves_nothing_behind(
 
 
 def test_a_wrong_configuration_ends_it(processes: Processes) -> None:
-    supervisor = processes.start("app.cli", "worker", EMBEDDING_DEVICE="cpu", EMBEDDING_MODEL="/no/such/folder")
+    supervisor = processes.start("chunkmill.cli", "worker", EMBEDDING_DEVICE="cpu", EMBEDDING_MODEL="/no/such/folder")
     assert supervisor.popen.wait(PATIENCE) == 78
     assert len(workers(supervisor)) == 1
     assert "/no/such/folder" in supervisor.output()

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from app.settings import Settings
+from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 
 SECRET = "ZEBRAFISH"
 PRODUCER = f"""
 from opentelemetry import trace
-from app import Client
+from chunkmill import Client
 chunks = [(f"doc-{{i}}", f"{SECRET} {{i}} of the house") for i in range(70)]
 with Client.from_env() as client, trace.get_tracer("host").start_as_current_span("the producer's own"):
     job = client.enqueue(chunks, collection="the-collection")

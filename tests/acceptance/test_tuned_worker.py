@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from app.domain.tuning import Constraints, Measured, Setup
-from app.machine import this_machine, versions
-from app.models import DEFAULT_MODEL, DEFAULT_SPEC
-from app.profiles import Profile, profile_path, write_profile
-from app.settings import Settings
+from chunkmill.machine import this_machine, versions
+from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC
+from chunkmill.settings import Settings
+from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.profiles import Profile, profile_path, write_profile
 from tests.acceptance.conftest import Processes
 
 

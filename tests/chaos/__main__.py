@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from app.settings import Settings
+from chunkmill.settings import Settings
 from tests.chaos.faults import KINDS
 from tests.chaos.report import Screen
 from tests.chaos.run import Options, Run, usable_kinds

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.metadata_servers import GcpServer
-from tests.waiting import PATIENCE
+from tests.support.metadata_servers import GcpServer
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-CELERY_WORKER = ["celery", "-A", "workers", "worker", "-Q", "gpu"]
+CELERY_WORKER = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"]
 SLOW_WORKER = ["tests.chaos.worker"]
-SUPERVISOR = ["app.cli", "worker"]
-POLLER = ["app.cli", "poller"]
+SUPERVISOR = ["chunkmill.cli", "worker"]
+POLLER = ["chunkmill.cli", "poller"]
 
 AT_ONCE = (0, 128 + signal.SIGTERM)
 """Exit codes after a second SIGTERM: the drain was faster, or the worker left what it had."""

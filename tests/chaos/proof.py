@@ -9,7 +9,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from app import Client, JobState
+from chunkmill import Client, JobState
 from tests.chaos.work import COLLECTION, Work
 from tests.chaos.worker import vector_of
 
@@ -97,7 +97,7 @@ def _without_faults(texts: Sequence[str], dimensions: int, *, real: bool) -> NDA
     """(n, dimensions) float32: what the same engine makes in one process that nothing happens to."""
     if not real:
         return np.stack([vector_of(text, dimensions) for text in texts])
-    from workers.engine.engine import Engine
+    from chunkmill_workers.engine.engine import Engine
 
     return np.asarray(Engine.load("all-MiniLM-L6-v2", device="cpu").embed(texts))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tests.chaos.watcher import Look, Watcher
 from tests.chaos.work import Feeder
 from tests.chaos.world import Hit
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 RECOVERY_SECONDS = PATIENCE
 """Only keeps a broken build from hanging."""

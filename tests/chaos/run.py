@@ -19,11 +19,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from app import Client
-from app.broker import Broker
-from app.db.connect import create_db, migrate
-from app.embedded import Stack
-from app.settings import Settings
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
 from tests.chaos import server_faults  # noqa: F401 - adds its kinds
 from tests.chaos.executions import count, read_passes
 from tests.chaos.faults import KINDS
@@ -36,7 +36,7 @@ from tests.chaos.watcher import Look, Watcher
 from tests.chaos.work import Feeder, Work, docstrings, made_up_texts
 from tests.chaos.worker import FOLDER, HURRY, PAUSE
 from tests.chaos.world import Hit, World
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 LEASE_SECONDS = 3.0
 FEED_SECONDS = 10.0

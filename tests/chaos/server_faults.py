@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tests.chaos.faults import kind
 from tests.chaos.processes import children_of
 from tests.chaos.world import CannotStrike, Hit, World, kill, wait_gone
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 OUTAGE_SECONDS = (0.2, 1.5)
 FROZEN_SECONDS = (2.0, 5.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 LOOK_SECONDS = 0.1
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from random import Random
 
-from app import Chunk, Client
-from app.cli.corpus import stdlib_docstrings
-from app.errors import ChunkmillError
-from tests.waiting import PATIENCE
+from chunkmill import Chunk, Client
+from chunkmill.cli.start.corpus import stdlib_docstrings
+from chunkmill.errors import ChunkmillError
+from tests.support.waiting import PATIENCE
 
 COLLECTION = "chaos"
 ENQUEUE_SECONDS = PATIENCE

@@ -1,4 +1,4 @@
-"""`celery -A workers worker -Q gpu` with an engine that is slow on purpose and writes down what it embeds.
+"""`celery -A chunkmill_workers worker -Q gpu` with an engine that is slow on purpose and writes down what it embeds.
 
 Run as ``python -m tests.chaos.worker``, which takes Celery's options. Everything but the engine is the product's own.
 The vectors are a function of the text alone, so the harness knows every one of them to the bit; and what a kill makes
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.under_way import UnderWay
 
 if TYPE_CHECKING:
-    from app.models import ModelFolder
-    from workers.engine.results import TokenBatchResult
+    from chunkmill.models import ModelFolder
+    from chunkmill_workers.engine.results import TokenBatchResult
 
 FOLDER, PAUSE = "CHAOS_FOLDER", "CHAOS_PAUSE"
 HURRY = "hurry"
@@ -39,7 +39,7 @@ def vector_of(text: str, dimensions: int) -> NDArray[np.float32]:
 
 
 class SlowEngine:
-    """What ``workers.pipeline`` and ``workers.canary`` use of ``workers.engine.engine.Engine``."""
+    """What ``chunkmill_workers.local.pipeline`` and ``chunkmill_workers.local.canary`` use of ``chunkmill_workers.engine.engine.Engine``."""
 
     device, dtype, backend = "cpu", "float32", "slow"
 
@@ -67,7 +67,7 @@ class SlowEngine:
         stop: Callable[[], bool] | None = None,
         urgent: bool = False,
     ) -> Iterator[TokenBatchResult]:
-        from workers.engine.results import TokenBatchResult
+        from chunkmill_workers.engine.results import TokenBatchResult
 
         stream = next(self._streams)
         for first in range(0, len(texts), TEXTS_PER_PASS):
@@ -113,10 +113,10 @@ def load_slow_engine(settings: object, folder: ModelFolder, device: str, machine
 def main() -> None:
     import celery.__main__
 
-    import workers.engines
+    import chunkmill_workers.local.engines
 
-    workers.engines.load_engine = load_slow_engine
-    sys.argv[:1] = ["celery", "-A", "workers", "worker", "-Q", "gpu"]
+    chunkmill_workers.local.engines.load_engine = load_slow_engine
+    sys.argv[:1] = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"]
     celery.__main__.main()
 
 

@@ -14,12 +14,12 @@ from random import Random
 import redis
 import sqlalchemy as sa
 
-from app.embedded import Stack
+from chunkmill.embedded import Stack
+from chunkmill_workers.process.lease import owner_name
 from tests.chaos.executions import Blow
 from tests.chaos.processes import Child, Crew, command_line
 from tests.chaos.watcher import Held, Watcher
-from tests.waiting import PATIENCE
-from workers.lease import owner_name
+from tests.support.waiting import PATIENCE
 
 VICTIM_SECONDS = PATIENCE
 """For a worker to be up at all."""

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from sentence_transformers.sentence_transformer import modules as st_modules
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from workers.engine import Engine
+from chunkmill_workers.engine import Engine
 
 from .faulty import FaultyBackend, Load
 

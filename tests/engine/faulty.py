@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.engine import Engine
-from workers.engine.backends import Backend, Hidden
-from workers.engine.windows import Ids
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import Backend, Hidden
+from chunkmill_workers.engine.windows import Ids
 
 Load = Callable[..., tuple[Engine, "FaultyBackend"]]
 

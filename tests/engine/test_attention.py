@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from workers.engine.encoder.attention import Attention, Pattern
-from workers.engine.encoder.layout import Layout, lay_out
+from chunkmill_workers.engine.encoder.attention import Attention, Pattern
+from chunkmill_workers.engine.encoder.layout import Layout, lay_out
 
 HEADS, SIZE = 3, 8
 CPU = torch.device("cpu")

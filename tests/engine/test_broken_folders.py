@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.domain.trust import Trust
-from app.errors import ChunkmillError, ModelLoadError, UnknownModel
-from app.models import resolve_model
-from workers.engine import Engine
+from chunkmill.domain.trust import Trust
+from chunkmill.errors import ChunkmillError, ModelLoadError, UnknownModel
+from chunkmill.models import resolve_model
+from chunkmill_workers.engine import Engine
 
 from .conftest import sample
 

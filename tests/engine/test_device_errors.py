@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from app.errors import EngineError, ModelLoadError
-from workers.engine import Engine
-from workers.engine.backends import Hidden
-from workers.engine.backends.native import NativeBackend
-from workers.engine.run import Runner, TokenBatch
-from workers.engine.windows import Ids
+from chunkmill.errors import EngineError, ModelLoadError
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends.native import NativeBackend
+from chunkmill_workers.engine.run import Runner, TokenBatch
+from chunkmill_workers.engine.windows import Ids
 
 from .stand_in_gpu import CUDA, Event, stand_in_gpu
 

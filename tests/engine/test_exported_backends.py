@@ -20,22 +20,22 @@ import torch
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from app.cli.__main__ import cli
-from app.domain.trust import Trust
-from app.errors import InvalidSetting, ModelLoadError
-from app.models import ModelFolder, resolve_model
-from tests.waiting import PATIENCE
-from workers.engine import Engine
-from workers.engine.backends import Backend
-from workers.engine.backends.export import export
-from workers.engine.backends.exported import MAKE, RUN, TARGETS, Target, export_folder, exports_folder
-from workers.engine.backends.generic import TransformersBackend
-from workers.engine.backends.loading import load_model
-from workers.engine.backends.onnx import OnnxBackend
-from workers.engine.backends.openvino import OpenVinoBackend
-from workers.engine.pooling import Head
-from workers.engine.precision import cpu_has_bf16
-from workers.engine.windows import Ids
+from chunkmill.cli.__main__ import cli
+from chunkmill.domain.trust import Trust
+from chunkmill.errors import InvalidSetting, ModelLoadError
+from chunkmill.models import ModelFolder, resolve_model
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import Backend
+from chunkmill_workers.engine.backends.export import export
+from chunkmill_workers.engine.backends.exported import MAKE, RUN, TARGETS, Target, export_folder, exports_folder
+from chunkmill_workers.engine.backends.generic import TransformersBackend
+from chunkmill_workers.engine.backends.loading import load_model
+from chunkmill_workers.engine.backends.onnx import OnnxBackend
+from chunkmill_workers.engine.backends.openvino import OpenVinoBackend
+from chunkmill_workers.engine.pooling import Head
+from chunkmill_workers.engine.precision import cpu_has_bf16
+from chunkmill_workers.engine.windows import Ids
+from tests.support.waiting import PATIENCE
 
 from .conftest import FAMILIES, sample, save_transformer
 
@@ -363,8 +363,8 @@ def test_neither_library_tells_its_makers(
     kind = {"onnx": "OnnxBackend", "openvino": "OpenVinoBackend"}[target]
     code = (
         "import sys, torch, numpy as np\n"
-        "from app.models import resolve_model\n"
-        f"from workers.engine.backends.{target} import {kind}\n"
+        "from chunkmill.models import resolve_model\n"
+        f"from chunkmill_workers.engine.backends.{target} import {kind}\n"
         f"backend = {kind}.load(resolve_model({MINILM!r}), dtype=torch.float32, threads=1, pad_id=0)\n"
         "backend([np.array([101, 102], np.int32)])\n"
         "assert sys.modules.get('openvino_telemetry') is None\n"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.domain.spaces import OnLong
-from app.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
-from app.models import resolve_model
-from workers.engine import Engine
-from workers.engine.tokenizer import TextTokenizer
+from chunkmill.domain.spaces import OnLong
+from chunkmill.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
+from chunkmill.models import resolve_model
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.tokenizer import TextTokenizer
 
 from .conftest import reference, sample
 from .faulty import Load, has_word, run

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.domain.spaces import Precision
-from app.errors import InvalidSetting
-from workers.engine import Engine, precision
+from chunkmill.domain.spaces import Precision
+from chunkmill.errors import InvalidSetting
+from chunkmill_workers.engine import Engine, precision
 
 from .conftest import ODD_TEXTS, stdlib_docstrings
 from .faulty import FaultyBackend, has_word
@@ -52,7 +52,7 @@ def test_its_vectors_are_a_space_of_their_own(int8: Engine, minilm: Engine) -> N
 
 
 def test_it_is_refused_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.machine._cpuinfo", lambda: {"flags": "avx2 avx512f avx512_bf16"})
+    monkeypatch.setattr("chunkmill.machine._cpuinfo", lambda: {"flags": "avx2 avx512f avx512_bf16"})
 
     with pytest.raises(InvalidSetting, match="EMBEDDING_PRECISION=float"):
         Engine.load("all-MiniLM-L6-v2", device="cpu", precision=Precision.INT8)

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.errors import EngineError
-from tests.waiting import PATIENCE, running, together, until
-from workers.engine import Engine, loop
-from workers.engine.budget import Budget
-from workers.engine.loop import DeviceLoop
-from workers.engine.run import Outcome, Pass, TokenBatch
-from workers.engine.windows import Ids
+from chunkmill.errors import EngineError
+from chunkmill_workers.engine import Engine, loop
+from chunkmill_workers.engine.budget import Budget
+from chunkmill_workers.engine.loop import DeviceLoop
+from chunkmill_workers.engine.run import Outcome, Pass, TokenBatch
+from chunkmill_workers.engine.windows import Ids
+from tests.support.waiting import PATIENCE, running, together, until
 
 
 @dataclass

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import sentence_transformers
 
-from app.domain.spaces import OnLong
-from app.models import resolve_model
-from workers.engine import Engine
-from workers.engine.matryoshka import shorten
+from chunkmill.domain.spaces import OnLong
+from chunkmill.models import resolve_model
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.matryoshka import shorten
 
 from .conftest import sample
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.waiting import PATIENCE
-from workers.engine import Engine
-from workers.engine.backends.native import NativeBackend
-from workers.engine.budget import Budget
-from workers.engine.loop import DeviceLoop
-from workers.engine.run import Outcome, Pass, TokenBatch
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends.native import NativeBackend
+from chunkmill_workers.engine.budget import Budget
+from chunkmill_workers.engine.loop import DeviceLoop
+from chunkmill_workers.engine.run import Outcome, Pass, TokenBatch
+from tests.support.waiting import PATIENCE
 
 from .conftest import TOYS, sample
 from .stand_in_gpu import CUDA, StandInGpu, Synchronised, stand_in_gpu

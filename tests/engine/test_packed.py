@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.domain.spaces import OnLong, Pooling
-from workers.engine import Engine
-from workers.engine.backends import Hidden
-from workers.engine.backends.native import NativeBackend
-from workers.engine.encoder.architectures import Build, build_encoder
-from workers.engine.encoder.attention import Heads, find_varlen
-from workers.engine.encoder.layout import lay_out
-from workers.engine.pooling import pool
-from workers.engine.windows import Ids
+from chunkmill.domain.spaces import OnLong, Pooling
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.backends.native import NativeBackend
+from chunkmill_workers.engine.encoder.architectures import Build, build_encoder
+from chunkmill_workers.engine.encoder.attention import Heads, find_varlen
+from chunkmill_workers.engine.encoder.layout import lay_out
+from chunkmill_workers.engine.pooling import pool
+from chunkmill_workers.engine.windows import Ids
 
 from .conftest import FAMILIES, TOYS, reference, sample, save_transformer
 from .plain_varlen import plain_varlen
@@ -280,7 +280,8 @@ def test_scores_with_a_bias_run_padded(long_model: Callable[[str], Any], monkeyp
     """MPNet; the kernel has no argument for one."""
     asked: list[Heads] = []
     monkeypatch.setattr(
-        "workers.engine.backends.native.find_varlen", lambda heads, dtype, device: asked.append(heads) or plain_varlen
+        "chunkmill_workers.engine.backends.native.find_varlen",
+        lambda heads, dtype, device: asked.append(heads) or plain_varlen,
     )
     build = Build(torch.float32, CPU, 256, MAX_TOKENS)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.models import resolve_model
-from workers.engine import Engine
+from chunkmill.models import resolve_model
+from chunkmill_workers.engine import Engine
 
 from .conftest import TOYS, reference, sample, save_transformer
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.domain.spaces import LongText, OnLong
-from app.errors import EngineError
-from app.models import resolve_model
-from tests.waiting import PATIENCE, running, until
-from workers.engine import Engine
-from workers.engine.backends import Hidden
-from workers.engine.windows import Ids
+from chunkmill.domain.spaces import LongText, OnLong
+from chunkmill.errors import EngineError
+from chunkmill.models import resolve_model
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends import Hidden
+from chunkmill_workers.engine.windows import Ids
+from tests.support.waiting import PATIENCE, running, until
 
 from .conftest import reference, sample
 

@@ -9,21 +9,21 @@ import sys
 
 import pytest
 
-from app import machine
-from tests.waiting import PATIENCE
-from workers.engine import precision
+from chunkmill import machine
+from chunkmill_workers.engine import precision
+from tests.support.waiting import PATIENCE
 
 MASKS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 LOOKS = """
 import json
 import torch
-from app.domain.spaces import Precision
-from app.errors import InvalidSetting
-from app.machine import processor_features
+from chunkmill.domain.spaces import Precision
+from chunkmill.errors import InvalidSetting
+from chunkmill.machine import processor_features
 from benchmarks import flops
-from workers.engine import Engine
-from workers.engine.encoder.linear import packable
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.encoder.linear import packable
 
 engine = Engine.load("all-MiniLM-L6-v2", device="cpu")
 vectors = engine.embed(["a text", "another text"]).vectors

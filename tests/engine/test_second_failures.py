@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.domain.spaces import OnLong
-from app.errors import EngineError
-from workers.engine import Engine
-from workers.engine import engine as engine_module
-from workers.engine.windows import Ids
+from chunkmill.domain.spaces import OnLong
+from chunkmill.errors import EngineError
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine import engine as engine_module
+from chunkmill_workers.engine.windows import Ids
 
 from .conftest import sample
 from .faulty import FaultyBackend, Load, has_word, run

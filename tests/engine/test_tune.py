@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from app.cli.__main__ import cli
-from app.domain.spaces import Precision
-from app.domain.tuning import Constraints, Measured, Setup
-from app.errors import EngineError
-from app.machine import this_machine, versions
-from app.models import resolve_model
-from app.profiles import Profile, memory_folder, profile_path, read_profile, write_profile
-from app.settings import Settings
+from chunkmill.cli.__main__ import cli
+from chunkmill.domain.spaces import Precision
+from chunkmill.errors import EngineError
+from chunkmill.machine import this_machine, versions
+from chunkmill.models import resolve_model
+from chunkmill.settings import Settings
+from chunkmill.tuning.choose import Constraints, Measured, Setup
+from chunkmill.tuning.profiles import Profile, memory_folder, profile_path, read_profile, write_profile
+from chunkmill_workers.engine.precision import cpu_has_bf16
+from chunkmill_workers.tuning.candidate import Loaded
+from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task
+from chunkmill_workers.tuning.tune import Order, with_stated
+from chunkmill_workers.tuning.tuned import load_engine, process_settings
 from tests.engine.conftest import stdlib_docstrings
-from workers.engine.precision import cpu_has_bf16
-from workers.tune import Order, with_stated
-from workers.tune_candidate import Loaded
-from workers.tune_process import CandidateFailed, CandidateProcess, Task
-from workers.tuned import load_engine, process_settings
 
 SETUP = Setup("native", "float32", 64, 1, 2)
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from chunkmill_workers.engine import Engine
 from tests.acceptance.conftest import Processes, processes
 from tests.engine.conftest import TOYS, minilm, toy_engine, toy_path
-from workers.engine import Engine
 
 __all__ = ["Processes", "minilm", "processes", "toy_engine", "toy_path"]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.run import TokenBatch
 from tests.engine.conftest import sample, stdlib_docstrings
-from tests.waiting import together
-from workers.engine import Engine
-from workers.engine.run import TokenBatch
+from tests.support.waiting import together
 
 from .conftest import DEVICE, MODELS, assert_equal_in_fp32, cosines, forbid_waits
 

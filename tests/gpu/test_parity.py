@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from app.domain.spaces import OnLong
+from chunkmill.domain.spaces import OnLong
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends.native import NativeBackend
+from chunkmill_workers.engine.encoder.architectures import Build
+from chunkmill_workers.engine.encoder.attention import torch_varlen
 from tests.engine.conftest import FAMILIES, TOYS, sample, save_transformer
-from workers.engine import Engine
-from workers.engine.backends.native import NativeBackend
-from workers.engine.encoder.architectures import Build
-from workers.engine.encoder.attention import torch_varlen
 
 from .conftest import DEVICE, MODELS, assert_equal_in_fp32, cosines
 

@@ -14,15 +14,15 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from app import Chunk, Client, JobState
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Chunk, Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
+from chunkmill_workers.engine import Engine
+from chunkmill_workers.host.gpu import visible_gpus
 from tests.acceptance.conftest import Processes
 from tests.engine.conftest import stdlib_docstrings
-from tests.waiting import PATIENCE, running, until
-from workers.engine import Engine
-from workers.gpu import visible_gpus
+from tests.support.waiting import PATIENCE, running, until
 
 from .conftest import DEVICE, cosines
 
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.gpu
 HOLDER = """
 import os, sys
 from pathlib import Path
-from app.errors import DeviceUnavailable
-from workers.gpu import claim_device
+from chunkmill.errors import DeviceUnavailable
+from chunkmill_workers.host.gpu import claim_device
 try:
     claimed = claim_device("cuda", share=False, lock_dir=Path(sys.argv[1]))
 except DeviceUnavailable as error:

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.db.connect import create_db
-from app.domain.jobs import Job
-from app.domain.states import JobState
-from app.openai_batch.http import Provider
-from app.openai_batch.status import RemoteBatch
-from app.settings import Settings
-from tests.corridor import QUICK, Corridor
-from tests.waiting import PATIENCE, until
-from workers.provider.context import ProviderContext
+from chunkmill.db.connect import create_db
+from chunkmill.domain.results import Job
+from chunkmill.domain.states import JobState
+from chunkmill.openai.http import Provider
+from chunkmill.openai.wire.status import RemoteBatch
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.context import ProviderContext
+from tests.support.corridor import QUICK, Corridor
+from tests.support.waiting import PATIENCE, until
 
 AIMOCK = Path(__file__).parents[2] / ".aimock/node_modules/@copilotkit/aimock/dist/cli.js"
 NODE = shutil.which("node")

@@ -8,17 +8,17 @@ from functools import partial
 import pytest
 import sqlalchemy as sa
 
-from app.broker import PRIORITY_STEPS, QUEUE
-from app.client import Client
-from app.db.connect import create_db
-from app.domain.jobs import Job
-from app.ledger.doorbells import ring_due
-from app.settings import Settings
+from chunkmill.broker import PRIORITY_STEPS, QUEUE
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db
+from chunkmill.domain.results import Job
+from chunkmill.ledger.work.doorbells import ring_due
+from chunkmill.settings import Settings
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.hands import Hands
-from workers.context import WorkerContext
-from workers.engines import Engines
-from workers.lease import LeaseKeeper
-from workers.pipeline import Outcome, run_chunk_batch
 
 
 @pytest.fixture(scope="session")

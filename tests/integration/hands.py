@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from app import Job
-from app.db import spaces
-from app.domain.chunks import content_hash
-from app.domain.states import JobState
-from app.ledger import chunk_batches, dead_chunks, deaths, jobs
-from app.ledger.chunk_batches import Lease
-from app.ledger.dead_chunks import DeadContent
-from app.ledger.finish import finish_if_done
-from app.vectors.read import read_work
-from app.vectors.write import write_vectors
+from chunkmill import Job
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.dead import dead_chunks, deaths
+from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.jobs import jobs
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.spaces import registry
+from chunkmill.store.read import read_work
+from chunkmill.store.write import write_vectors
 
 
 class Hands:
@@ -41,7 +43,7 @@ class Hands:
     def vectors_of(self, job_id: int) -> str:
         """The table of the vectors of a job's space."""
         with self.db.begin() as conn:
-            return spaces.get(conn, jobs.space_id(conn, job_id)).table_name
+            return registry.get(conn, jobs.space_id(conn, job_id)).table_name
 
     def claim(self, chunk_batch_id: int, owner: str = "host:1") -> Lease:
         with self.db.begin() as conn:
@@ -59,7 +61,7 @@ class Hands:
     def write(self, space_id: int, texts: Sequence[str]) -> None:
         """Write vectors of texts, as a worker of another job may."""
         with self.db.begin() as conn:
-            space, n = spaces.get(conn, space_id), len(texts)
+            space, n = registry.get(conn, space_id), len(texts)
             vectors = np.ones((n, space.spec.dimensions), np.float32)
             hashes = [content_hash(text) for text in texts]
             write_vectors(
@@ -79,7 +81,7 @@ class Hands:
 
     def embed(self, lease: Lease, codes: Mapping[bytes, str]) -> None:
         with self.db.begin() as conn:
-            space = spaces.get(conn, lease.space_id)
+            space = registry.get(conn, lease.space_id)
             work = read_work(conn, space, lease.chunk_batch_id)
             hashes = [h for h, _ in work.texts if h not in codes]
             n = len(hashes)
@@ -94,7 +96,7 @@ class Hands:
 
     def finish(self, job_id: int) -> JobState | None:
         with self.db.begin() as conn:
-            return finish_if_done(conn, job_id, spaces.get(conn, jobs.space_id(conn, job_id)))
+            return finish_if_done(conn, job_id, registry.get(conn, jobs.space_id(conn, job_id)))
 
     def die(self, chunk_batch_id: int) -> None:
         self.deaths += 1

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.domain.chunks import content_hash
-from app.domain.states import Route
-from app.ledger import chunk_batches, deaths, usage
-from app.ledger.chunk_batches import Lease
-from app.ledger.usage import Outcome, Usage
+from chunkmill.client import Client
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.states import Route
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.work import chunk_batches, usage
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.ledger.work.usage import Outcome, Usage
 from tests.integration.hands import Hands
 
 

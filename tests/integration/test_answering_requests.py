@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.db.spaces import Space
-from app.domain.spaces import OnLong
-from app.ledger import embed_requests
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
+from chunkmill.client import Client
+from chunkmill.domain.spaces import OnLong
+from chunkmill.ledger import embed_requests
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
 
 LONG = "many words in one long text " * 80
 

@@ -10,16 +10,17 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.db import spaces
-from app.ledger import chunk_batches, deaths
-from app.telemetry import metrics as m
-from app.telemetry.counts import COUNTS
+from chunkmill import Client, JobState
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.spaces import registry
+from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry.counts import COUNTS
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
 from tests.integration.conftest import Runner
-from workers.context import WorkerContext
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.pipeline import Outcome, run_chunk_batch
 
 LONG = "many words in one long text " * 80  # past MiniLM's 256 tokens
 
@@ -33,7 +34,7 @@ def execute(db: sa.Engine, statement: str, **facts: object) -> list[tuple[Any, .
 def hear_canary(context: WorkerContext) -> None:
     """As a worker does on its start, so that what a test then does to the engine meets its chunks alone."""
     with context.db.begin() as conn:
-        space = spaces.all_spaces(conn)[0]
+        space = registry.all_spaces(conn)[0]
     context.engine_for(space)
 
 
@@ -125,7 +126,7 @@ def test_an_attempt_that_lost_its_chunk_batch_has_no_end_of_its_own(
         yield from ()
 
     monkeypatch.setattr(Engine, "stream", falls_silent)
-    monkeypatch.setattr("workers.attempt.Attempt.flush", lambda self: None)  # it has nothing to write
+    monkeypatch.setattr("chunkmill_workers.local.attempt.Attempt.flush", lambda self: None)  # it has nothing to write
     run_chunk_batch(context, 1)
     assert execute(db, "SELECT outcome FROM usage WHERE attempt = 1") == [("died",)]
     assert execute(db, "SELECT state, attempt, lease_owner FROM chunk_batches") == [("running", 2, "another")]
@@ -138,7 +139,7 @@ def test_postgres_being_away_in_the_middle_costs_no_attempt(
     job = client.enqueue([("a", "one")], collection="docs")
     real = WorkerContext.engine_for
 
-    def away(self: WorkerContext, space: spaces.Space) -> Any:
+    def away(self: WorkerContext, space: registry.Space) -> Any:
         monkeypatch.setattr(WorkerContext, "engine_for", real)
         raise sa.exc.OperationalError("SELECT", {}, psycopg.OperationalError("the connection is lost"))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.chunks import content_hash
-from app.ledger import chunk_batches, dead_chunks
-from app.ledger.dead_chunks import DeadContent
+from chunkmill import Client
+from chunkmill.domain.chunks import content_hash
+from chunkmill.ledger.dead import dead_chunks
+from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.spaces import registry
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_chunk_whose_dead_text_was_replaced_is_not_dead(two: Client, db: sa.En
 def test_embedded_is_what_its_own_space_has_a_vector_of(two: Client, db: sa.Engine) -> None:
     two.enqueue([("a", "text a"), ("d", "text d")], collection="split", on_long="split")
     with db.begin() as conn:
-        _, space = spaces.all_spaces(conn)
+        _, space = registry.all_spaces(conn)
         conn.execute(
             sa.text(
                 f"INSERT INTO {space.table_name} SELECT content_hash, 3, text = 'text a', "

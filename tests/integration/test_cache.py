@@ -10,12 +10,12 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
-from app import Client, NotFound
-from app.db import spaces
-from app.db.connect import alembic_config
-from app.domain.retention import Amount
-from app.models import DEFAULT_SPEC
-from app.settings import Settings
+from chunkmill import Client, NotFound
+from chunkmill.db.connect import alembic_config
+from chunkmill.domain.retention import Amount
+from chunkmill.models import DEFAULT_SPEC
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
 from tests.integration.conftest import Runner
 
 
@@ -78,7 +78,7 @@ def test_recent_are_the_last_days_that_were_asked_for(both: Client, db: sa.Engin
 def test_a_beginning_that_several_fingerprints_have_is_refused(client: Client, db: sa.Engine) -> None:
     with db.begin() as conn:
         for i in range(17):
-            spaces.register(conn, dataclasses.replace(DEFAULT_SPEC, revision=f"sha256:{i}"))
+            registry.register(conn, dataclasses.replace(DEFAULT_SPEC, revision=f"sha256:{i}"))
     digits = Counter(space.space[0] for space in client.cache())
     shared, times = digits.most_common(1)[0]
     assert times > 1  # because there are only 16 digits

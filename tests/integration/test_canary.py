@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.db import canaries, spaces
-from app.db.connect import create_db
-from app.db.spaces import Space
-from app.errors import CanaryFailed
-from app.ledger import embed_requests
-from app.models import resolve_spec
-from app.settings import Settings
-from tests.damaged_model import damaged_model
+from chunkmill import Client, JobState
+from chunkmill.db.connect import create_db
+from chunkmill.errors import CanaryFailed
+from chunkmill.ledger import embed_requests
+from chunkmill.models import resolve_spec
+from chunkmill.settings import Settings
+from chunkmill.spaces import canaries, registry
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.engine.precision import cpu_has_bf16
+from chunkmill_workers.engine.results import TextFailure, TokenBatchResult
+from chunkmill_workers.local.canary import embed_golden
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.golden import TEXTS, VERSION
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
-from tests.waiting import together
-from workers.canary import embed_golden
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engine.precision import cpu_has_bf16
-from workers.engine.results import TextFailure, TokenBatchResult
-from workers.engines import Engines
-from workers.golden import TEXTS, VERSION
-from workers.lease import LeaseKeeper
-from workers.pipeline import Outcome, run_chunk_batch
+from tests.support.damaged_model import damaged_model
+from tests.support.waiting import together
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def odd(settings: Settings, odd_engines: Engines) -> Iterator[WorkerContext]:
 def space(context: WorkerContext) -> Space:
     """The default model's space, with the reference that a healthy worker made."""
     with context.db.begin() as conn:
-        registered = spaces.register(conn, resolve_spec("all-MiniLM-L6-v2"))
+        registered = registry.register(conn, resolve_spec("all-MiniLM-L6-v2"))
     context.engine_for(registered)
     return registered
 
@@ -85,7 +85,7 @@ def test_the_first_worker_makes_the_reference_and_signs_it(space: Space, context
 
 def test_of_workers_that_are_first_at_once_one_makes_the_reference(context: WorkerContext) -> None:
     with context.db.begin() as conn:
-        registered = spaces.register(conn, resolve_spec("all-MiniLM-L6-v2"))
+        registered = registry.register(conn, resolve_spec("all-MiniLM-L6-v2"))
     engine = context.engines.for_space(registered)
     mine = embed_golden(engine, registered, "w")
 
@@ -193,7 +193,7 @@ def test_a_reference_is_kept_and_forgotten_by_space_and_version(db: sa.Engine) -
 
     with db.begin() as conn:
         spec = resolve_spec("all-MiniLM-L6-v2")
-        one, two = (spaces.register(conn, dataclasses.replace(spec, revision=f"sha256:{i}")).id for i in range(2))
+        one, two = (registry.register(conn, dataclasses.replace(spec, revision=f"sha256:{i}")).id for i in range(2))
         for value, (space_id, version) in enumerate([(one, 7), (one, 8), (two, 7)]):
             canaries.find_or_keep(conn, space_id, version, canary(value))
         assert [kept(conn, *of) for of in ((one, 7), (one, 8), (two, 7))] == [0.0, 1.0, 2.0]
@@ -224,7 +224,7 @@ def test_an_engine_that_fails_on_a_golden_text_makes_no_reference(
 ) -> None:
     """But where a tokenizer finds nothing in a text, that is the model's way, on every machine."""
     with db.begin() as conn:
-        registered = spaces.register(conn, resolve_spec("all-MiniLM-L6-v2"))
+        registered = registry.register(conn, resolve_spec("all-MiniLM-L6-v2"))
     engine = context.engines.for_space(registered)
     real = list(engine.stream(TEXTS))
 

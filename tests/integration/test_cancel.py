@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.domain.states import JobState
-from app.ledger import cancel, chunk_batches, rescue
-from app.ledger.jobs import CANCELLED_CHANNEL
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.jobs import cancel, recover
+from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, Call, until
-from workers.poller import Poller
+from tests.support.waiting import PATIENCE, Call, until
 
 MANY = 4 * cancel.SLICE + 2
 
@@ -224,7 +225,7 @@ def test_a_cancel_of_a_job_that_has_failed_leaves_what_runs(client: Client, db: 
     leases = [hands.claim(*hands.of_job(each.id)) for each in (job, other)]
     with db.begin() as conn:  # as while its producer was still at it; by now that is gone
         conn.execute(sa.text("UPDATE jobs SET state = 'enqueueing', sealed_at = NULL WHERE id = :id"), {"id": job.id})
-        assert rescue.fail_abandoned(conn) == [job.id]
+        assert recover.fail_abandoned(conn) == [job.id]
     cancelled = client.cancel(job.id)
     assert (cancelled.state, "the producer stopped" in (cancelled.error or "")) == (JobState.FAILED, True)
     assert states(db) == {"running": 2}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.domain.states import Route
-from app.ledger import chunk_batches, deaths
-from app.ledger.chunk_batches import Lease
-from app.ledger.deaths import TakenBack
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.domain.states import Route
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
 from tests.integration.hands import Hands
-from workers.poller import Poller
 
 
 @pytest.fixture

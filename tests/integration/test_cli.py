@@ -19,11 +19,11 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from app.cli.__main__ import cli
-from app.embedded import Stack
-from app.embedded.process import command_line
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, until
+from chunkmill.cli.__main__ import cli
+from chunkmill.embedded import Stack
+from chunkmill.embedded.process import command_line
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = [
@@ -53,7 +53,7 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     try:
         for name, arguments in (("worker", ["-c", "1"]), ("poller", [])):
             with (home / f"{name}.log").open("wb") as log:
-                argv = [sys.executable, "-m", "app.cli", name, *arguments]
+                argv = [sys.executable, "-m", "chunkmill.cli", name, *arguments]
                 started[name] = subprocess.Popen(argv, cwd=CHECKOUT, stdout=log, stderr=log)
 
         def connected() -> bool:
@@ -122,7 +122,7 @@ def refusal(*arguments: str, exit_code: int = 1) -> str:
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell runs it, without a terminal."""
-    argv = [sys.executable, "-m", "app.cli", *arguments]
+    argv = [sys.executable, "-m", "chunkmill.cli", *arguments]
     return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
@@ -317,9 +317,9 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
     }.items()  # fmt: skip
     assert "Nothing stands in the way" in screen("doctor")
     # `worker` became the supervisor, so that signals reach it, and hands its arguments on to Celery.
-    assert "workers.supervisor -c 1" in command_line(processes["worker"].pid)
+    assert "chunkmill_workers.supervisor.supervisor -c 1" in command_line(processes["worker"].pid)
     started = re.findall(r"started, pid (\d+)", (home / "worker.log").read_text())
-    assert ["celery -A workers worker -Q gpu -c 1" in command_line(int(pid)) for pid in started] == [True]
+    assert ["celery -A chunkmill_workers worker -Q gpu -c 1" in command_line(int(pid)) for pid in started] == [True]
 
 
 def test_bad_records_are_skipped_into_the_dead_list(processes: object, home: Path) -> None:
@@ -389,7 +389,7 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
     processes are started with SIGINT ignored.
     """
     controller, terminal = pty.openpty()
-    argv = [sys.executable, "-m", "app.cli", *arguments]
+    argv = [sys.executable, "-m", "chunkmill.cli", *arguments]
     child = subprocess.Popen(
         argv, cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.domain.jobs import Job
-from app.embedded import StackStatus
-from app.settings import Settings
+from chunkmill.domain.results import Job
+from chunkmill.embedded import StackStatus
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.collect import DOWNLOADS
+from chunkmill_workers.provider.context import ProviderContext
 from tests.conftest import fresh_settings
-from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer
-from workers.provider.collect import DOWNLOADS
-from workers.provider.context import ProviderContext
+from tests.support.corridor_scene import Scene, scene
 
 ROOT = Path(__file__).parents[2]
 TIMES = 2

@@ -10,28 +10,30 @@ from decimal import Decimal
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.budget import Budget
-from app.domain.costs import CostsBy
-from app.domain.prices import Price
-from app.domain.states import Route
-from app.errors import InvalidInput
-from app.ledger import budget, charges, provider_room, routing
-from app.settings import Settings
-from tests.paid_ledger import LARGE, SMALL, add_charge, add_inputs, add_provider_batch, register, set_time_zone
+from chunkmill import Client
+from chunkmill.domain.budget import Budget
+from chunkmill.domain.costs import CostsBy
+from chunkmill.domain.prices import Price
+from chunkmill.domain.states import Route
+from chunkmill.errors import InvalidInput
+from chunkmill.ledger.jobs import routing
+from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.provider import provider_room
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.paid_ledger import LARGE, SMALL, add_charge, add_inputs, add_provider_batch, register, set_time_zone
 
 EAST, WEST = "Etc/GMT-14", "Etc/GMT+12"
 """UTC+14 and UTC-12: at any moment the date of one of them is not that of UTC."""
 
 
 @pytest.fixture
-def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
 @pytest.fixture
-def large(db: sa.Engine, settings: Settings) -> spaces.Space:
+def large(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings, LARGE, 256)
 
 
@@ -49,7 +51,7 @@ def utc_day(conn: sa.Connection) -> date:
     return datetime.fromtimestamp(epoch, UTC).date()
 
 
-def test_a_charge_is_of_the_day_that_it_is_in_utc(abroad: sa.Connection, small: spaces.Space) -> None:
+def test_a_charge_is_of_the_day_that_it_is_in_utc(abroad: sa.Connection, small: registry.Space) -> None:
     charges.book(
         abroad, route=Route.OPENAI, space_id=small.id, job_id=1, provider_batch_id=2, contents=3, tokens=4,
         usd=Decimal(5),
@@ -66,7 +68,7 @@ def test_a_budget_is_of_the_month_that_it_is_in_utc(abroad: sa.Connection, setti
 
 
 def test_every_look_at_a_price_is_on_the_day_of_utc(
-    abroad: sa.Connection, settings: Settings, small: spaces.Space
+    abroad: sa.Connection, settings: Settings, small: registry.Space
 ) -> None:
     """A price begins today and another tomorrow: neither the day before nor the day after is the right one."""
     today = utc_day(abroad)
@@ -84,7 +86,7 @@ def test_every_look_at_a_price_is_on_the_day_of_utc(
 
 
 def test_local_work_stands_on_the_day_of_utc(
-    db: sa.Engine, client: Client, settings: Settings, small: spaces.Space
+    db: sa.Engine, client: Client, settings: Settings, small: registry.Space
 ) -> None:
     """At noon of the tenth it is the eleventh at UTC+14."""
     set_time_zone(db, EAST)
@@ -110,7 +112,7 @@ def test_local_work_stands_on_the_day_of_utc(
 
 
 def test_a_month_has_its_first_day_and_not_the_last_of_the_month_before(
-    db: sa.Engine, client: Client, small: spaces.Space
+    db: sa.Engine, client: Client, small: registry.Space
 ) -> None:
     month = client.usage().budget.month
     with db.begin() as conn:
@@ -123,7 +125,7 @@ def test_a_month_has_its_first_day_and_not_the_last_of_the_month_before(
     ]  # fmt: skip
 
 
-def test_costs_since_a_day_have_that_day(db: sa.Engine, client: Client, small: spaces.Space) -> None:
+def test_costs_since_a_day_have_that_day(db: sa.Engine, client: Client, small: registry.Space) -> None:
     with db.begin() as conn:
         for day, usd in ((9, "1"), (10, "2"), (11, "4")):
             add_charge(conn, small, usd, on=f"2026-11-{day}")
@@ -137,7 +139,7 @@ def test_costs_since_a_moment_are_refused(client: Client) -> None:
         client.usage(since=datetime(2026, 11, 10, 23, tzinfo=UTC))
 
 
-def test_costs_by_job_come_in_the_order_of_the_jobs(db: sa.Engine, client: Client, small: spaces.Space) -> None:
+def test_costs_by_job_come_in_the_order_of_the_jobs(db: sa.Engine, client: Client, small: registry.Space) -> None:
     with db.begin() as conn:
         for job in (100, 9, 10, 0):
             add_charge(conn, small, "1", on="2026-11-10", job=job)
@@ -170,7 +172,7 @@ def test_each_month_is_warned_of_anew(db: sa.Engine) -> None:
     ],
 )
 def test_money_is_committed_from_the_gathering_until_all_is_charged(
-    db: sa.Engine, settings: Settings, small: spaces.Space, large: spaces.Space, state: str, committed: bool
+    db: sa.Engine, settings: Settings, small: registry.Space, large: registry.Space, state: str, committed: bool
 ) -> None:
     limited = settings.model_copy(update={"openai_monthly_budget_usd": Decimal(1)})
     with db.begin() as conn:
@@ -182,7 +184,7 @@ def test_money_is_committed_from_the_gathering_until_all_is_charged(
 
 
 def test_a_charge_lowers_what_its_own_provider_batch_commits_and_no_other(
-    db: sa.Engine, settings: Settings, small: spaces.Space
+    db: sa.Engine, settings: Settings, small: registry.Space
 ) -> None:
     with db.begin() as conn:
         first, second = (add_provider_batch(conn, small, n_tokens=tokens) for tokens in (1_000_000, 8_000_000))
@@ -196,7 +198,7 @@ def test_a_charge_lowers_what_its_own_provider_batch_commits_and_no_other(
 
 
 def test_a_provider_batch_that_costs_more_than_estimated_frees_no_money_of_another(
-    db: sa.Engine, settings: Settings, small: spaces.Space
+    db: sa.Engine, settings: Settings, small: registry.Space
 ) -> None:
     with db.begin() as conn:
         dear, other = (add_provider_batch(conn, small, n_tokens=tokens) for tokens in (1_000_000, 5_000_000))
@@ -208,7 +210,7 @@ def test_a_provider_batch_that_costs_more_than_estimated_frees_no_money_of_anoth
 @pytest.mark.parametrize("zone", [EAST, "UTC", WEST])
 @pytest.mark.parametrize("created", ["2026-11-10 00:00:00+00", "2026-11-10 12:00+00", "2026-11-10 23:59:59+00"])
 def test_what_was_charged_is_not_committed_as_well(
-    db: sa.Engine, settings: Settings, small: spaces.Space, zone: str, created: str
+    db: sa.Engine, settings: Settings, small: registry.Space, zone: str, created: str
 ) -> None:
     """Charges of a ProviderBatch are of the days from its creation on, and a batch may take more than one."""
     set_time_zone(db, zone)

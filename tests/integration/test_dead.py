@@ -18,17 +18,18 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
-from app import Chunk, Client, InvalidInput, Job, JobState, NotFound
-from app.cli.__main__ import cli
-from app.client import Client as ClientClass
-from app.db.spaces import DELETE_LOCK
-from app.domain.chunks import content_hash
-from app.domain.jobs import DeadEntry, RetriedDead, Standing
-from app.ledger import chunk_batches, deaths, usage
-from app.ledger.chunk_batches import Lease
-from app.settings import Settings
+from chunkmill import Chunk, Client, InvalidInput, Job, JobState, NotFound
+from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client as ClientClass
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.results import DeadEntry, RetriedDead, Standing
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.work import chunk_batches, usage
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.settings import Settings
+from chunkmill.spaces.registry import DELETE_LOCK
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, Call, running, until
+from tests.support.waiting import PATIENCE, Call, running, until
 
 POISON = "a text that no wörker survives"
 CHECKOUT = Path(__file__).parents[2]
@@ -600,7 +601,7 @@ def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]
     """Exit code and screen of a real process on a terminal of 100 columns; ``answer`` is typed at the question."""
     controller, terminal = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", *arguments], cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal,
+        [sys.executable, "-m", "chunkmill.cli", *arguments], cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal,
         start_new_session=True, env=os.environ | {"COLUMNS": "100", "TERM": "xterm", "PYTHONPATH": str(CHECKOUT)},
     )  # fmt: skip
     os.close(terminal)

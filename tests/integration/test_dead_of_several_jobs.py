@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.client import Client as ClientClass
-from app.domain.jobs import Job, Standing
-from app.domain.states import JobState
-from app.ledger import jobs
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.client import Client as ClientClass
+from chunkmill.domain.results import Job, Standing
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.jobs import jobs
+from chunkmill.settings import Settings
 from tests.integration.hands import Hands
 
 DEAD = "a dead text"
@@ -150,7 +150,7 @@ def test_a_text_that_is_tried_again_has_the_priority_of_its_job(
 
 
 def test_ids_that_nobody_knows_do_not_end_a_deletion(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.client.vectors.DELETE_STEP", 2)
+    monkeypatch.setattr("chunkmill.client.vectors.DELETE_STEP", 2)
     for name in ("docs", "other"):
         client.enqueue([(str(i), f"text {i}") for i in range(6)], collection=name)
     assert client.delete("docs", ["0", "unknown", "not there", "nor there", "1", "2", "3"]) == 4

@@ -10,16 +10,17 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.db import spaces
-from app.domain.states import JobState
-from app.ledger import chunk_batches, deaths, usage
-from app.ledger.chunk_batches import Lease
-from app.ledger.deaths import TakenBack
-from app.ledger.finish import finish_if_done
-from app.vectors.write import write_vectors
-from tests.waiting import PATIENCE, Call, running, until
-from workers.poller import Poller
+from chunkmill.client import Client
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.work import chunk_batches, usage
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.poller.poller import Poller
+from chunkmill.spaces import registry
+from chunkmill.store.write import write_vectors
+from tests.support.waiting import PATIENCE, Call, running, until
 
 CHUNKS = [(f"id-{i}", f"text number {i}") for i in range(20)]
 
@@ -44,7 +45,7 @@ def rows(db: sa.Engine, statement: str) -> list[tuple[Any, ...]]:
 def write(db: sa.Engine, hashes: list[bytes], *, truncated: bool = False) -> None:
     """Vectors as an engine would have made them."""
     with db.begin() as conn:
-        (space,) = spaces.all_spaces(conn)
+        (space,) = registry.all_spaces(conn)
         vectors = np.ones((len(hashes), space.spec.dimensions), np.float32)
         ones = np.ones(len(hashes))
         write_vectors(
@@ -137,7 +138,7 @@ def test_what_kills_alone_is_buried_with_the_evidence_and_its_neighbours_finish(
         with db.begin() as conn:
             assert chunk_batches.complete_if_held(conn, lease, n_embedded=1, n_truncated=0)
     with db.begin() as conn:
-        (space,) = spaces.all_spaces(conn)
+        (space,) = registry.all_spaces(conn)
         assert finish_if_done(conn, job.id, space) is JobState.FAILED
     found = client.job(job.id)
     (dead,) = found.dead_chunks

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.db import spaces
-from app.db.spaces import DELETE_LOCK
-from app.settings import Settings
-from app.vectors.delete import delete_some
-from tests.corridor_scene import Scene, scene
+from chunkmill import Client, JobState
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import DELETE_LOCK
+from chunkmill.store.delete import delete_some
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
 from tests.integration.conftest import Runner
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE, until
-from workers.attempt import Attempt
-from workers.context import WorkerContext
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.pipeline import Outcome, run_chunk_batch
+from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import PATIENCE, until
 
 
 def select(db: sa.Engine, statement: str) -> list[Any]:
@@ -201,5 +201,5 @@ def test_a_text_that_went_while_it_was_embedded_leaves_no_vector(
 def hear_canary(context: WorkerContext, db: sa.Engine) -> None:
     """As a worker does on its start, so that what a test then does to the engine meets its chunks alone."""
     with db.begin() as conn:
-        (space,) = spaces.all_spaces(conn)
+        (space,) = registry.all_spaces(conn)
     context.engine_for(space)

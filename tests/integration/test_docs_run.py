@@ -12,22 +12,23 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
-from app.cli.__main__ import cli
-from app.client import Client
-from app.db import spaces
-from app.ledger import chunk_batches, dead_chunks, usage
-from app.ledger.dead_chunks import DeadContent
-from app.ledger.finish import finish_if_done
-from app.settings import Settings
-from app.vectors.read import read_work
-from app.vectors.write import write_vectors
-from tests.unit.test_docs_commands import DOCUMENTS, commands_in
+from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client
+from chunkmill.ledger.dead import dead_chunks
+from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.work import chunk_batches, usage
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.store.read import read_work
+from chunkmill.store.write import write_vectors
+from tests.unit.docs.test_commands import DOCUMENTS, commands_in
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "tests/acceptance/test_quickstart.py"
 ELSEWHERE = {
     "": QUICKSTART,
-    "bench": "tests/unit/test_benchmarks.py",
+    "bench": "tests/unit/chunkmill_workers/benchmarks/test_benchmarks.py",
     "down": QUICKSTART,
     "flower": "tests/acceptance/test_flower.py",
     "models export": "tests/engine/test_exported_backends.py",
@@ -117,7 +118,7 @@ def _job_42(client: Client) -> None:
     with client._db.begin() as conn:
         lease = chunk_batches.claim_if_due(conn, 1, owner="host:1", lease_seconds=60)
         assert lease is not None
-        space = spaces.get(conn, lease.space_id)
+        space = registry.get(conn, lease.space_id)
         work = read_work(conn, space, 1)
         hashes = [content_hash for content_hash, _ in work.texts]
         vectors = np.eye(3, space.spec.dimensions, dtype=np.float32)[:2]

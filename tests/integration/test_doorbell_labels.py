@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.broker import PRIORITY_STEPS, SYNC_BELLS, Broker, Doorbell, StepBell
-from app.domain.states import Priority
-from app.settings import Settings
-from workers.poller import Poller
+from chunkmill import Client
+from chunkmill.broker import PRIORITY_STEPS, SYNC_BELLS, Broker, Doorbell, StepBell
+from chunkmill.domain.states import Priority
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
 
 
 def sent(broker: Broker, queue: str) -> list[bytes]:

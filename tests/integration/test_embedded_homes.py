@@ -17,11 +17,11 @@ import psycopg
 import pytest
 import redis
 
-from app.embedded import Stack, StackStatus
-from app.embedded.process import command_line
-from app.errors import EmbeddedStackError
-from tests.embedded_homes import folder_for_homes
-from tests.waiting import PATIENCE, until
+from chunkmill.embedded import Stack, StackStatus
+from chunkmill.embedded.process import command_line
+from chunkmill.errors import EmbeddedStackError
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
@@ -56,7 +56,7 @@ class Locks:
 @pytest.fixture
 def locks(monkeypatch: pytest.MonkeyPatch) -> Locks:
     made = Locks()
-    monkeypatch.setattr("app.embedded.stack.fcntl.flock", made.flock)
+    monkeypatch.setattr("chunkmill.embedded.stack.fcntl.flock", made.flock)
     return made
 
 

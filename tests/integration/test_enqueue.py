@@ -15,13 +15,13 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app import Chunk, Client, InvalidChunk, JobState, NotFound
-from app.broker import QUEUE, Broker
-from app.client import Client as ClientClass
-from app.errors import InvalidInput, SpaceMismatch, UnknownModel, UnknownRoute
-from app.ledger import rescue
-from app.settings import Settings
-from tests.waiting import PATIENCE, running, together
+from chunkmill import Chunk, Client, InvalidChunk, JobState, NotFound
+from chunkmill.broker import QUEUE, Broker
+from chunkmill.client import Client as ClientClass
+from chunkmill.errors import InvalidInput, SpaceMismatch, UnknownModel, UnknownRoute
+from chunkmill.ledger.jobs import recover
+from chunkmill.settings import Settings
+from tests.support.waiting import PATIENCE, running, together
 
 Rows = Callable[[str], int]
 
@@ -161,7 +161,7 @@ def test_a_producer_that_died_half_way_is_named_and_can_go_on(
         (job,) = producer.jobs()
         assert (job.state, job.chunks) == (JobState.ENQUEUEING, 20)
         with db.begin() as conn:
-            assert rescue.fail_abandoned(conn) == [job.id]
+            assert recover.fail_abandoned(conn) == [job.id]
         failed = producer.job(job.id)
         assert failed.state is JobState.FAILED
         assert "same idempotency_key" in (failed.error or "")
@@ -182,7 +182,7 @@ def test_a_live_producer_is_not_taken_for_dead(settings: Settings, client: Clien
     with running(lambda: producer.enqueue(slow(), collection="docs", on_invalid="skip"), release=go_on.set):
         assert arrived.wait(PATIENCE)
         with db.begin() as conn:
-            assert rescue.fail_abandoned(conn) == []
+            assert recover.fail_abandoned(conn) == []
     assert client.jobs()[0].state is JobState.RUNNING
 
 
@@ -251,10 +251,10 @@ def test_any_iterable_in_constant_memory(settings: Settings) -> None:
     script = r"""
 import re, sys
 from pathlib import Path
-from app import Client
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 settings = Settings.from_env()
 client = Client(create_db(settings.database_url, role="client"), Broker.connect(settings), settings)
 n = int(sys.argv[1])
@@ -279,10 +279,10 @@ print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 def test_the_producer_side_imports_no_torch(settings: Settings) -> None:
     script = """
 import sys
-from app import Client
-from app.broker import Broker
-from app.db.connect import create_db
-from app.settings import Settings
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
 settings = Settings.from_env()
 client = Client(create_db(settings.database_url, role="client"), Broker.connect(settings), settings)
 client.enqueue([("a", "text")], collection="docs")

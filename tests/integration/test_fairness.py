@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client, JobState
-from app.broker import Broker
-from app.client import Client as ClientClass
-from app.db import spaces
-from app.domain.doorbells import SMALLEST_WINDOW
-from app.ledger import chunk_batches
-from app.ledger.jobs import CANCELLED_CHANNEL
-from app.settings import Settings
-from tests.waiting import until
-from workers import pipeline
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.pipeline import Outcome, run_chunk_batch
-from workers.poller import Poller
+from chunkmill import Client, JobState
+from chunkmill.broker import Broker
+from chunkmill.client import Client as ClientClass
+from chunkmill.domain.doorbells import SMALLEST_WINDOW
+from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local import pipeline
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from tests.support.waiting import until
 
 WINDOW = 4
 
@@ -313,6 +313,6 @@ def test_a_cancel_that_is_heard_late_leaves_the_next_attempt_alone(
         held.check()
 
 
-def _space(context: WorkerContext) -> spaces.Space:
+def _space(context: WorkerContext) -> registry.Space:
     with context.db.begin() as conn:
-        return spaces.all_spaces(conn)[0]
+        return registry.all_spaces(conn)[0]

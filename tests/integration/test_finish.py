@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.client import Client as ClientClass
-from app.db import spaces
-from app.domain.states import JobState
-from app.ledger.finish import finish_if_done
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.client import Client as ClientClass
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, until
-from workers.poller import Poller
+from tests.support.waiting import PATIENCE, until
 
 SAME = "the same text"
 
@@ -130,7 +130,7 @@ def test_the_counts_of_a_chunk_batch_that_is_opened_again_begin_anew(
     counted = client.job(job.id)
     assert (counted.contents, counted.cached, counted.embedded, counted.remaining) == (3, 2, 1, 0)
     with db.begin() as conn:
-        space = spaces.get(conn, lease.space_id)
+        space = registry.get(conn, lease.space_id)
         conn.execute(sa.text(f"DELETE FROM {space.table_name}"))
     assert hands.finish(job.id) is None
     counted = client.job(job.id)
@@ -148,7 +148,7 @@ def test_a_job_is_ended_by_one_closer(client: Client, hands: Hands, db: sa.Engin
     hands.complete(lease, n_embedded=1)
     with ThreadPoolExecutor(1) as threads:
         with db.begin() as closing:
-            assert finish_if_done(closing, job.id, spaces.get(closing, lease.space_id)) is JobState.COMPLETED
+            assert finish_if_done(closing, job.id, registry.get(closing, lease.space_id)) is JobState.COMPLETED
             second = threads.submit(hands.finish, job.id)
             until(lambda: second.done() or hands.waiting())
         assert second.result(PATIENCE) is None

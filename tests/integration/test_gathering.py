@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.db.spaces import Space
-from app.domain.states import ProviderBatchState as State
-from app.ledger import provider_batches
-from app.ledger.provider_batches import Step
-from app.ledger.provider_room import Room, room
-from app.settings import Settings
-from tests.corridor import Corridor, corridor
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.ledger.provider import provider_batches
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.provider.provider_room import Room, room
+from chunkmill.settings import Settings
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.provider import gather
+from chunkmill_workers.provider.steps import _STEPS
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE, until
-from workers.provider import gather
-from workers.provider.steps import _STEPS
+from tests.support.corridor import Corridor, corridor
+from tests.support.waiting import PATIENCE, until
 
 LIMITS: dict[str, dict[str, Any]] = {
     "batches": {"openai_max_batches_per_hour": 1},

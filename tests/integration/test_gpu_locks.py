@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
-from tests.waiting import PATIENCE
-from workers.gpu import claim_device, visible_gpus
+from chunkmill.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
+from chunkmill_workers.host.gpu import claim_device, visible_gpus
+from tests.support.waiting import PATIENCE
 
 TWO = ["GPU-aaaa1111-0", "GPU-bbbb2222-0"]
 HOLDER = """
 import os, sys
 from pathlib import Path
-from workers.gpu import claim_device
+from chunkmill_workers.host.gpu import claim_device
 claimed = claim_device("auto", share=False, lock_dir=Path(sys.argv[1]), devices=sys.argv[2:])
 assert "torch" not in sys.modules
 print(claimed.device, claimed.worker_name, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app import Client, InvalidInput, JobState
-from app.db import spaces
-from app.domain.spaces import LongText, OnLong, Precision
-from app.errors import ModelLoadError, SpaceMismatch, UnknownModel
-from app.models import DEFAULT_MODEL, DEFAULT_SPEC
-from app.settings import Settings
+from chunkmill import Client, InvalidInput, JobState
+from chunkmill.domain.spaces import LongText, OnLong, Precision
+from chunkmill.errors import ModelLoadError, SpaceMismatch, UnknownModel
+from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.matryoshka import shorten
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.engines import Engines
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engine.engine import Engine
-from workers.engine.matryoshka import shorten
-from workers.engines import Engines
+from tests.support.waiting import PATIENCE
 
 CHUNKS = [(f"id-{i}", f"a text about subject {i}") for i in range(30)]
 VOUCHED = {"embedding_matryoshka": frozenset({DEFAULT_MODEL})}
@@ -49,9 +49,9 @@ class StandIn(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def registered(db: sa.Engine) -> list[spaces.Space]:
+def registered(db: sa.Engine) -> list[registry.Space]:
     with db.begin() as conn:
-        return spaces.all_spaces(conn)
+        return registry.all_spaces(conn)
 
 
 @pytest.mark.parametrize("storage", ["vector", "halfvec"])
@@ -177,9 +177,9 @@ def test_engines_of_both_precisions_stay_loaded_side_by_side(
 ELSEWHERE = "org/model@v1"
 
 
-def register(db: sa.Engine, **fields: Any) -> spaces.Space:
+def register(db: sa.Engine, **fields: Any) -> registry.Space:
     with db.begin() as conn:
-        return spaces.register(conn, dataclasses.replace(DEFAULT_SPEC, model=ELSEWHERE, **fields))
+        return registry.register(conn, dataclasses.replace(DEFAULT_SPEC, model=ELSEWHERE, **fields))
 
 
 def test_a_producer_without_the_files_gets_every_space_of_a_registered_model(
@@ -216,7 +216,7 @@ def test_a_space_of_the_old_windows_stays_readable_and_gets_no_new_vectors(
     client: Client, db: sa.Engine, context: WorkerContext
 ) -> None:
     with db.begin() as conn:
-        old = spaces.register(conn, dataclasses.replace(DEFAULT_SPEC, long_text=LongText.SPLIT_APART))
+        old = registry.register(conn, dataclasses.replace(DEFAULT_SPEC, long_text=LongText.SPLIT_APART))
     assert registered(db) == [old]
 
     assert client._space(None, OnLong.SPLIT).id != old.id

@@ -9,12 +9,12 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.errors import LeaseLost
-from app.ledger import chunk_batches
-from app.ledger.chunk_batches import Lease
-from workers.context import WorkerContext
-from workers.lease import LeaseKeeper
+from chunkmill.client import Client
+from chunkmill.errors import LeaseLost
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.lease import LeaseKeeper
 
 
 def claim(db: sa.Engine, chunk_batch_id: int) -> Lease:

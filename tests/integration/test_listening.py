@@ -9,14 +9,14 @@ from contextlib import ExitStack
 import pytest
 import sqlalchemy as sa
 
-from app.db.connect import create_db
-from app.ledger.embed_requests import CHANNEL
-from app.ledger.jobs import CANCELLED_CHANNEL
-from app.settings import Settings
-from tests.waiting import PATIENCE, until
-from workers import listening
-from workers.lease import LeaseKeeper
-from workers.listening import Listener
+from chunkmill.db.connect import create_db
+from chunkmill.ledger.embed_requests import CHANNEL
+from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
+from chunkmill.settings import Settings
+from chunkmill_workers.process import listening
+from chunkmill_workers.process.lease import LeaseKeeper
+from chunkmill_workers.process.listening import Listener
+from tests.support.waiting import PATIENCE, until
 
 
 class Worker:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.db.spaces import all_spaces
-from app.errors import EngineError
-from app.ledger.deaths import take_back_expired
+from chunkmill.client import Client
+from chunkmill.errors import EngineError
+from chunkmill.ledger.dead.deaths import take_back_expired
+from chunkmill.spaces.registry import all_spaces
+from chunkmill_workers.local.context import WorkerContext
 from tests.integration.conftest import Runner
-from workers.context import WorkerContext
 
 TEXTS = {f"c{i}": f"text {i} of a commit that is run again" for i in range(6)}
 OTHERS = dict(list(TEXTS.items())[3:]) | {f"c{i}": f"text {i} of another job" for i in range(6, 9)}
@@ -65,7 +65,7 @@ def test_a_commit_of_a_local_worker_that_is_run_again_changes_nothing(
     commit: str,
 ) -> None:
     # Else all vectors are written by the commit that completes.
-    monkeypatch.setattr("workers.pipeline.FLUSH_SECONDS", 0.0 if commit == "write vectors" else 1e9)
+    monkeypatch.setattr("chunkmill_workers.local.pipeline.FLUSH_SECONDS", 0.0 if commit == "write vectors" else 1e9)
     jobs = [client.enqueue(TEXTS.items(), collection="docs"), client.enqueue(OTHERS.items(), collection="other")]
     times = run_twice(monkeypatch, context, commit)
     if commit in PREPARE:

@@ -11,42 +11,44 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
-from app import Chunk, Client
-from app.broker import Broker
-from app.cli.__main__ import cli
-from app.db.connect import create_db, migrate
-from app.domain.states import JobState, Route
-from app.embedded import Stack, StackStatus
-from app.ledger import deaths, look, provider_lanes, worker_reports
-from app.looking import Looker, lane_states
-from app.observing import Observer, samples
-from app.settings import Settings
-from app.telemetry import metrics as m
-from app.telemetry.counts import Counts
-from app.telemetry.metrics import Role
+from chunkmill import Chunk, Client
+from chunkmill.broker import Broker
+from chunkmill.cli.__main__ import cli
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.domain.states import JobState, Route
+from chunkmill.embedded import Stack, StackStatus
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.monitor import reports, snapshot
+from chunkmill.monitor.gauges import Observer, samples
+from chunkmill.monitor.watcher import Looker, lane_states
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry.counts import Counts
+from chunkmill.telemetry.metrics import Role
+from chunkmill_workers.host.nvml import Gpu, GpuUse
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.reporting import Reporter, Worker
 from tests.conftest import fresh_settings
-from tests.embedded_homes import folder_for_homes
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
-from tests.waiting import PATIENCE, until
-from workers.context import WorkerContext
-from workers.nvml import Gpu, GpuUse
-from workers.poller import Poller
-from workers.reporting import Reporter, Worker
+from tests.support.embedded_homes import folder_for_homes
+from tests.support.waiting import PATIENCE, until
 
 
 def chunks(n: int, word: str = "text") -> list[Chunk]:
     return [Chunk(f"{word}-{i}", f"{word} number {i}") for i in range(n)]
 
 
-def tallied(db: sa.Engine) -> look.Tally:
+def tallied(db: sa.Engine) -> snapshot.Tally:
     with db.begin() as conn:
-        return look.tally(conn)
+        return snapshot.tally(conn)
 
 
-def seen(db: sa.Engine, settings: Settings) -> look.Now:
+def seen(db: sa.Engine, settings: Settings) -> snapshot.Now:
     with db.begin() as conn:
-        return look.now(conn, settings)
+        return snapshot.now(conn, settings)
 
 
 def execute(db: sa.Engine, statement: str, **facts: object) -> None:
@@ -280,7 +282,7 @@ def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.Mon
         return real()
 
     monkeypatch.setattr(observer._looker, "look", look_or_break)
-    monkeypatch.setattr("app.observing.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("chunkmill.monitor.gauges.LOOK_SECONDS", 0.01)
     poller = frozenset({Role.POLLER})
     observer.start()
     until(lambda: counts.series(m.BUDGET, poller) == [])
@@ -339,4 +341,4 @@ def test_reports_are_written_by_name(db: sa.Engine, context: WorkerContext) -> N
         context.name = name
         reporter(context, Counts()).report()
     with db.begin() as conn:
-        assert [report.name for report in worker_reports.read(conn)] == ["one", "two"]
+        assert [report.name for report in reports.read(conn)] == ["one", "two"]

@@ -7,12 +7,12 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
-from app.db import canaries, spaces
-from app.db.canaries import Canary, Maker
-from app.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated
-from app.domain.spaces import Pooling, SpaceSpec
-from app.embedded import StackStatus
-from app.errors import StoreUnavailable
+from chunkmill.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated
+from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.embedded import StackStatus
+from chunkmill.errors import StoreUnavailable
+from chunkmill.spaces import canaries, registry
+from chunkmill.spaces.canaries import Canary, Maker
 from tests.conftest import admin, url_of
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
@@ -37,7 +37,7 @@ def test_up_down_up_and_no_drift(empty: str) -> None:
     with db.begin() as conn:
         current, head = migration_level(conn)
         assert current == head
-        space = spaces.register(conn, SPEC)
+        space = registry.register(conn, SPEC)
     command.check(config)  # raises when the models and the migrations say different things
     assert space.table_name in tables(db)
     command.downgrade(config, "base")
@@ -53,7 +53,7 @@ def test_the_canarys_table_joins_a_database_in_use_and_leaves_it(empty: str) -> 
     migrate(empty, "0001")
     db = create_db(empty, role="test")
     with db.begin() as conn:
-        space = spaces.register(conn, SPEC)
+        space = registry.register(conn, SPEC)
     with db.connect() as in_use:
         collection = sa.text("INSERT INTO collections (name, space_id) VALUES ('docs', :space)")
         in_use.execute(collection, {"space": space.id})
@@ -65,7 +65,7 @@ def test_the_canarys_table_joins_a_database_in_use_and_leaves_it(empty: str) -> 
     command.downgrade(alembic_config(empty), "0001")
     with db.begin() as conn:
         assert conn.execute(sa.text("SELECT name FROM collections")).scalars().all() == ["docs"]
-        assert spaces.get(conn, space.id) == space
+        assert registry.get(conn, space.id) == space
     db.dispose()
 
 
@@ -103,9 +103,9 @@ def test_vector_tables_keep_what_fits_a_page_inline(
 ) -> None:
     spec = SpaceSpec("local", "m", f"sha256:{dimensions}", dimensions, 256, Pooling.MEAN, normalize=True)
     with db.begin() as conn:
-        space = spaces.register(conn, spec, storage=storage)
-        assert spaces.register(conn, spec, storage=storage) == space
-        assert spaces.get(conn, space.id) == spaces.find(conn, spec.fingerprint) == space
+        space = registry.register(conn, spec, storage=storage)
+        assert registry.register(conn, spec, storage=storage) == space
+        assert registry.get(conn, space.id) == registry.find(conn, spec.fingerprint) == space
         found = conn.execute(
             sa.text(
                 "SELECT attstorage::text FROM pg_attribute WHERE attrelid = to_regclass(:t) AND attname = 'embedding'"

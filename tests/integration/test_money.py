@@ -15,20 +15,20 @@ import sqlalchemy as sa
 import tiktoken
 from click.testing import CliRunner, Result
 
-from app import Chunk, Client
-from app.broker import Broker
-from app.cli.__main__ import cli
-from app.db import spaces
-from app.db.connect import create_db
-from app.domain.costs import CostsBy
-from app.domain.providers import read_models
-from app.domain.spaces import OnLong
-from app.domain.states import Route
-from app.errors import BudgetExceeded, InvalidInput, SpaceMismatch, UnknownRoute
-from app.ledger import budget, charges
-from app.settings import Settings
-from tests.waiting import running, together
-from workers.budget import watch_budget
+from chunkmill import Chunk, Client
+from chunkmill.broker import Broker
+from chunkmill.cli.__main__ import cli
+from chunkmill.db.connect import create_db
+from chunkmill.domain.costs import CostsBy
+from chunkmill.domain.providers import read_models
+from chunkmill.domain.spaces import OnLong
+from chunkmill.domain.states import Route
+from chunkmill.errors import BudgetExceeded, InvalidInput, SpaceMismatch, UnknownRoute
+from chunkmill.ledger.money import budget, charges
+from chunkmill.poller.budget_alert import watch_budget
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.waiting import running, together
 
 SMALL = "text-embedding-3-small"
 SECRET = "hooks/t0ps3cret"
@@ -51,12 +51,12 @@ def make(settings: Settings) -> Iterator[Make]:
 
 
 @pytest.fixture
-def space(db: sa.Engine, settings: Settings) -> spaces.Space:
+def space(db: sa.Engine, settings: Settings) -> registry.Space:
     with db.begin() as conn:
-        return spaces.register(conn, settings.provider_models[SMALL].space(OnLong.TRUNCATE, None))
+        return registry.register(conn, settings.provider_models[SMALL].space(OnLong.TRUNCATE, None))
 
 
-def charge(db: sa.Engine, space: spaces.Space, usd: str, *, tokens: int = 1000, job: int = 1, **more: Any) -> None:
+def charge(db: sa.Engine, space: registry.Space, usd: str, *, tokens: int = 1000, job: int = 1, **more: Any) -> None:
     with db.begin() as conn:
         charges.book(
             conn,
@@ -70,7 +70,7 @@ def charge(db: sa.Engine, space: spaces.Space, usd: str, *, tokens: int = 1000, 
         )
 
 
-def put_in_flight(db: sa.Engine, space: spaces.Space, *, hashes: Iterable[bytes], tokens: int, batch: bool) -> None:
+def put_in_flight(db: sa.Engine, space: registry.Space, *, hashes: Iterable[bytes], tokens: int, batch: bool) -> None:
     hashes = list(hashes)
     with db.begin() as conn:
         carrier = None
@@ -92,7 +92,7 @@ def put_in_flight(db: sa.Engine, space: spaces.Space, *, hashes: Iterable[bytes]
         )
 
 
-def add_vectors(db: sa.Engine, space: spaces.Space, texts: Iterable[str]) -> None:
+def add_vectors(db: sa.Engine, space: registry.Space, texts: Iterable[str]) -> None:
     with db.begin() as conn:
         conn.execute(
             sa.text(
@@ -111,7 +111,7 @@ def last_month(db: sa.Engine) -> None:
 # Charges
 
 
-def test_charges_of_a_day_add_up_and_each_month_stands_alone(db: sa.Engine, space: spaces.Space) -> None:
+def test_charges_of_a_day_add_up_and_each_month_stands_alone(db: sa.Engine, space: registry.Space) -> None:
     charge(db, space, "0.0000000001")
     charge(db, space, "2")
     with db.begin() as conn:
@@ -125,7 +125,7 @@ def test_charges_of_a_day_add_up_and_each_month_stands_alone(db: sa.Engine, spac
         assert charges.month_spent(conn) == 1
 
 
-def test_a_charge_is_undone_with_the_transaction_it_is_in(db: sa.Engine, space: spaces.Space) -> None:
+def test_a_charge_is_undone_with_the_transaction_it_is_in(db: sa.Engine, space: registry.Space) -> None:
     with pytest.raises(RuntimeError, match="died"), db.begin() as conn:
         charges.book(
             conn, route=Route.OPENAI, space_id=space.id, job_id=1, provider_batch_id=1, contents=1, tokens=1,
@@ -137,7 +137,7 @@ def test_a_charge_is_undone_with_the_transaction_it_is_in(db: sa.Engine, space: 
 
 
 def test_what_is_in_flight_is_committed_at_the_price_of_its_route(
-    db: sa.Engine, space: spaces.Space, settings: Settings
+    db: sa.Engine, space: registry.Space, settings: Settings
 ) -> None:
     put_in_flight(db, space, hashes=[bytes([i]) * 32 for i in range(4)], tokens=500_000, batch=True)
     put_in_flight(db, space, hashes=[bytes([9]) * 32], tokens=1_000_000, batch=False)
@@ -157,7 +157,7 @@ def test_what_is_in_flight_is_committed_at_the_price_of_its_route(
 
 
 def test_new_paid_work_is_refused_at_the_limit_before_anything_is_read(
-    make: Make, db: sa.Engine, space: spaces.Space
+    make: Make, db: sa.Engine, space: registry.Space
 ) -> None:
     client = make(openai_monthly_budget_usd=Decimal(5))
     first = client.enqueue([("a", "text")], collection="docs", model=SMALL, idempotency_key="first")
@@ -174,7 +174,7 @@ def test_new_paid_work_is_refused_at_the_limit_before_anything_is_read(
     assert client.enqueue([("a", "text")], collection="local").contents == 1
 
 
-def test_with_a_used_up_budget_auto_takes_the_local_lane(make: Make, db: sa.Engine, space: spaces.Space) -> None:
+def test_with_a_used_up_budget_auto_takes_the_local_lane(make: Make, db: sa.Engine, space: registry.Space) -> None:
     charge(db, space, "5")
     twin = read_models(
         {
@@ -224,14 +224,14 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]], list[int]]]:
 
 def test_each_warning_is_given_once_by_any_number_of_pollers(
     db: sa.Engine,
-    space: spaces.Space,
+    space: registry.Space,
     settings: Settings,
     webhook: tuple[str, list[dict[str, Any]], list[int]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     url, received, _ = webhook
     limited = settings.model_copy(update={"openai_monthly_budget_usd": Decimal(10), "budget_webhook_url": url})
-    caplog.set_level(logging.WARNING, "workers.budget")
+    caplog.set_level(logging.WARNING, "chunkmill.poller.budget_alert")
 
     def all_watch() -> list[int]:
         given = together(*[lambda: watch_budget(db, limited)] * 6)
@@ -255,7 +255,7 @@ def test_each_warning_is_given_once_by_any_number_of_pollers(
 
 def test_what_a_webhook_did_not_take_is_given_again_and_its_address_is_not_logged(
     db: sa.Engine,
-    space: spaces.Space,
+    space: registry.Space,
     settings: Settings,
     webhook: tuple[str, list[dict[str, Any]], list[int]],
     caplog: pytest.LogCaptureFixture,
@@ -285,7 +285,7 @@ def expected_tokens(texts: Iterable[str]) -> int:
 
 
 def test_an_estimate_counts_what_would_be_sent_and_writes_nothing(
-    make: Make, db: sa.Engine, space: spaces.Space, rows: Callable[[str], int]
+    make: Make, db: sa.Engine, space: registry.Space, rows: Callable[[str], int]
 ) -> None:
     client = make(enqueue_window=50)  # the repeats are windows apart
     texts = [f"text number {i} of an estimate" for i in range(120)] + ["long " * 9000]
@@ -293,7 +293,7 @@ def test_an_estimate_counts_what_would_be_sent_and_writes_nothing(
     flying = [hash_of(text) for text in texts[7:10]]
     put_in_flight(db, space, hashes=flying, tokens=6, batch=True)
     with db.begin() as conn:  # what another space has or waits for is no vector of this one
-        other = spaces.register(conn, client._settings.provider_models[SMALL].space(OnLong.TRUNCATE, 256))
+        other = registry.register(conn, client._settings.provider_models[SMALL].space(OnLong.TRUNCATE, 256))
     add_vectors(db, other, texts[10:12])
     put_in_flight(db, other, hashes=[hash_of(text) for text in texts[12:14]], tokens=6, batch=False)
     tables = ("jobs", "collections", "contents", "chunks", "chunk_batches", "spaces")
@@ -378,7 +378,7 @@ def test_the_local_lane_is_estimated_from_what_was_measured(make: Make, db: sa.E
 # Costs
 
 
-def test_costs_by_group_with_local_work_beside(make: Make, db: sa.Engine, space: spaces.Space) -> None:
+def test_costs_by_group_with_local_work_beside(make: Make, db: sa.Engine, space: registry.Space) -> None:
     client = make(gpu_hour_usd=Decimal(2), openai_monthly_budget_usd=Decimal(10))
     charge(db, space, "1", job=7, tokens=100_000_000)
     last_month(db)
@@ -429,7 +429,7 @@ def call(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 
 
 def test_the_cost_command(
-    call: Callable[..., Result], db: sa.Engine, space: spaces.Space, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Result], db: sa.Engine, space: registry.Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "Nothing was embedded yet." in call("cost").stdout
     charge(db, space, "8.5", tokens=850_000_000)
@@ -446,7 +446,7 @@ def test_the_cost_command(
 
 
 def test_a_dry_run(
-    call: Callable[..., Result], rows: Callable[[str], int], db: sa.Engine, space: spaces.Space,
+    call: Callable[..., Result], rows: Callable[[str], int], db: sa.Engine, space: registry.Space,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     lines = "".join(json.dumps({"id": str(i), "text": f"text {i % 2}"}) + "\n" for i in range(4))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from app.settings import Settings
-from tests.corridor import DIMENSIONS
-from tests.corridor_scene import Scene, scene
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.collect import DOWNLOADS, SILENT_DOWNLOADS
 from tests.openai_server import OpenAIServer, vector_for
-from workers.provider.collect import DOWNLOADS, SILENT_DOWNLOADS
+from tests.support.corridor import DIMENSIONS
+from tests.support.corridor_scene import Scene, scene
 
 N = 10
 """Contents: requests of 4, 4 and 2."""

@@ -11,16 +11,16 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
-from app.cli.__main__ import cli
-from app.domain.states import ProviderBatchState as State
-from app.domain.states import Route
-from app.domain.windows import window_bounds
-from app.ledger import provider_batches, provider_lanes
-from app.settings import Settings
-from tests.corridor import DIMENSIONS, Corridor, settings_for
-from tests.corridor_scene import Scene, scene
+from chunkmill.cli.__main__ import cli
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.domain.states import Route
+from chunkmill.domain.windows import window_bounds
+from chunkmill.ledger.provider import provider_batches, provider_lanes
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.steps import _STEPS, _run, advance_provider_batch
 from tests.openai_server import OpenAIServer, vector_for
-from workers.provider.steps import _STEPS, _run, advance_provider_batch
+from tests.support.corridor import DIMENSIONS, Corridor, settings_for
+from tests.support.corridor_scene import Scene, scene
 
 
 @pytest.fixture(scope="module")

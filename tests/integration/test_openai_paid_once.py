@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app.domain.states import ProviderBatchState as State
-from app.errors import EngineError, LeaseLost
-from app.ledger import provider_batches
-from app.ledger.provider_batches import Step
-from app.settings import Settings
-from tests.corridor import DIMENSIONS, Corridor
-from tests.corridor_scene import Scene, scene
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.errors import EngineError, LeaseLost
+from chunkmill.ledger.provider import provider_batches
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.plain import request_chunk_batch
+from chunkmill_workers.provider.steps import _STEPS
+from chunkmill_workers.provider.waiting import WaitingLane
 from tests.openai_server import OpenAIServer, vector_for
-from tests.waiting import PATIENCE, Call, running
-from workers.provider.context import ProviderContext
-from workers.provider.plain import request_chunk_batch
-from workers.provider.steps import _STEPS
-from workers.provider.waiting import WaitingLane
+from tests.support.corridor import DIMENSIONS, Corridor
+from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import PATIENCE, Call, running
 
 N = 6
 CREATE = {"endpoint": "batches.create"}

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.domain.states import JobState
-from app.settings import Settings
-from tests.corridor import Corridor, corridor
+from chunkmill.domain.states import JobState
+from chunkmill.settings import Settings
 from tests.openai_server import OpenAIServer
+from tests.support.corridor import Corridor, corridor
 
 
 @pytest.fixture

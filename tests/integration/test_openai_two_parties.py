@@ -11,23 +11,24 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.domain.states import Route
-from app.embedded import StackStatus
-from app.errors import ProviderSilent
-from app.ledger import chunk_batches, provider_batches
-from app.ledger.deaths import take_back_expired
-from app.openai_batch.http import Provider
-from app.settings import Settings
-from app.vectors.delete import delete_some
+from chunkmill.domain.states import Route
+from chunkmill.embedded import StackStatus
+from chunkmill.errors import ProviderSilent
+from chunkmill.ledger.dead.deaths import take_back_expired
+from chunkmill.ledger.provider import provider_batches
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.openai.http import Provider
+from chunkmill.settings import Settings
+from chunkmill.store.delete import delete_some
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.keeper import StepKeeper
+from chunkmill_workers.provider.plain import request_chunk_batch
+from chunkmill_workers.provider.plain_attempt import PlainAttempt
+from chunkmill_workers.provider.waiting import WaitingLane
 from tests.conftest import fresh_settings
-from tests.corridor_scene import Scene, scene
 from tests.openai_server import OpenAIServer
-from tests.waiting import PATIENCE, until
-from workers.provider.context import ProviderContext
-from workers.provider.keeper import StepKeeper
-from workers.provider.plain import request_chunk_batch
-from workers.provider.plain_attempt import PlainAttempt
-from workers.provider.waiting import WaitingLane
+from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import PATIENCE, until
 
 N = 6
 CREATE, UPLOAD = {"endpoint": "batches.create"}, {"endpoint": "files.create"}

@@ -8,12 +8,12 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from app.errors import EngineError
-from app.ledger import embed_requests
-from app.settings import Settings
-from tests.corridor import DIMENSIONS, Corridor, corridor
+from chunkmill.errors import EngineError
+from chunkmill.ledger import embed_requests
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.waiting import WaitingLane
 from tests.openai_server import OpenAIServer, vector_for
-from workers.provider.waiting import WaitingLane
+from tests.support.corridor import DIMENSIONS, Corridor, corridor
 
 
 @pytest.fixture(scope="module")

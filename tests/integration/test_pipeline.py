@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app import Chunk, Client, InvalidInput, JobFailed, JobState, WaitTimeout
-from app.db import spaces
-from app.errors import EngineError, SpaceMismatch
-from app.ledger import chunk_batches, deaths, finish
-from app.settings import Settings
-from app.vectors.write import write_vectors
+from chunkmill import Chunk, Client, InvalidInput, JobFailed, JobState, WaitTimeout
+from chunkmill.errors import EngineError, SpaceMismatch
+from chunkmill.ledger.dead import deaths
+from chunkmill.ledger.jobs import finish
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.store.write import write_vectors
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local import attempt as attempts
+from chunkmill_workers.local import pipeline
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE, together
-from workers import attempt as attempts
-from workers import pipeline
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.pipeline import Outcome, run_chunk_batch
+from tests.support.waiting import PATIENCE, together
 
 LONG = "many words in one long text " * 80  # past MiniLM's 256 tokens
 
@@ -76,7 +78,7 @@ def test_completed_means_an_empty_anti_join(
     table = _space(context).table_name
     real_finish = finish.finish_if_done
 
-    def vanish_first(conn: sa.Connection, job_id: int, space: spaces.Space) -> JobState | None:
+    def vanish_first(conn: sa.Connection, job_id: int, space: registry.Space) -> JobState | None:
         if not vanished:
             vanished.append(conn.execute(sa.text(f"DELETE FROM {table}")).rowcount)
         return real_finish(conn, job_id, space)
@@ -122,7 +124,7 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
             {"f": other.fingerprint},
         )
     with context.db.begin() as conn, pytest.raises(SpaceMismatch):
-        context.engines.for_space(spaces.get(conn, space.id))  # nor may it answer queries
+        context.engines.for_space(registry.get(conn, space.id))  # nor may it answer queries
     context.engines._unserved.clear()
     assert runner.run_due() == [Outcome.FAILED]
     context.engines._unserved.clear()
@@ -211,7 +213,7 @@ def test_a_failing_chunk_batch_backs_off_and_is_discarded(
     job = client.enqueue(some(3), collection="docs")
     _hear_canary(runner.context)
     monkeypatch.setattr(Engine, "stream", broken)
-    monkeypatch.setattr("app.domain.retries.BASE_DELAY_S", PATIENCE)
+    monkeypatch.setattr("chunkmill.domain.retries.BASE_DELAY_S", PATIENCE)
     for attempt in range(1, 6):
         assert runner.run_due() == [Outcome.FAILED]
         assert runner.due() == []  # not before its delay is over
@@ -388,7 +390,7 @@ def test_embed_requests_are_answered_between_bulk_work(client: Client, context: 
         assert client.embed([]).shape == (0, 384)
     finally:
         lane.stop()
-    with pytest.raises(WaitTimeout, match="celery -A workers worker -Q gpu"):
+    with pytest.raises(WaitTimeout, match="celery -A chunkmill_workers worker -Q gpu"):
         client.embed(["nobody is there"], timeout=0.1)
     with pytest.raises(InvalidInput, match=r"texts\[1\]"):
         client.embed(["fine", "not\x00fine"])
@@ -448,9 +450,9 @@ def test_only_what_is_missing_is_embedded_on_a_later_attempt(
         assert conn.execute(sa.text("SELECT contents FROM usage ORDER BY attempt")).scalars().all() == [6, 1]
 
 
-def _space(context: WorkerContext) -> spaces.Space:
+def _space(context: WorkerContext) -> registry.Space:
     with context.db.begin() as conn:
-        return spaces.all_spaces(conn)[0]
+        return registry.all_spaces(conn)[0]
 
 
 def _hear_canary(context: WorkerContext) -> None:
@@ -463,7 +465,7 @@ def _fail_on(monkeypatch: pytest.MonkeyPatch, poison: str) -> None:
     real_stream = Engine.stream
 
     def poisoned(self: Engine, texts: Any, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
-        from workers.engine.results import TextFailure
+        from chunkmill_workers.engine.results import TextFailure
 
         bad = texts.index(poison)
         for result in real_stream(self, texts, *args, **kwargs):

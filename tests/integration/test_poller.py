@@ -12,18 +12,18 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from app import Client
-from app.broker import Broker
-from app.client import Client as ClientClass
-from app.db.connect import create_db
-from app.domain.doorbells import DoorbellWindow
-from app.domain.states import JobState
-from app.ledger.deaths import TakenBack
-from app.settings import Settings
-from tests.cutting_proxy import Cut, cutting_proxy
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import create_db
+from chunkmill.domain.doorbells import DoorbellWindow
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
 from tests.integration.conftest import Runner
-from tests.waiting import running, together, until
-from workers.poller import Poller
+from tests.support.cutting_proxy import Cut, cutting_proxy
+from tests.support.waiting import running, together, until
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
 ) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
     with monkeypatch.context() as patch:
-        patch.setattr("workers.pipeline.finish_if_done", lambda *args: None)
+        patch.setattr("chunkmill_workers.local.pipeline.finish_if_done", lambda *args: None)
         runner.run_due()
     assert client.job(job.id).state is JobState.RUNNING
     assert poller.round().finished == 1
@@ -210,7 +210,7 @@ def test_after_an_outage_of_postgres_live_workers_may_renew_their_leases_first(
     settings: Settings, db: sa.Engine, broker: Broker, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody could renew a lease meanwhile, so that one that ran out says nothing about its worker."""
-    caplog.set_level("INFO", "workers.poller")
+    caplog.set_level("INFO", "chunkmill.poller.poller")
     patient = settings.model_copy(update={"lease_seconds": 3000.0})
     client.enqueue([("a", "text")], collection="docs")
     lease_runs_out(db)

@@ -11,19 +11,19 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.db.connect import create_db, raw
-from app.db.retry import is_transient, transact
-from app.domain.states import JobState
-from app.settings import Settings
-from tests.cutting_proxy import Cut, CuttingProxy, cutting_proxy
-from tests.waiting import PATIENCE, Call, together, until
-from workers import pipeline
-from workers.attempt import Attempt
-from workers.context import WorkerContext
-from workers.engines import Engines
-from workers.lease import LeaseKeeper
-from workers.pipeline import Outcome, run_chunk_batch
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, raw
+from chunkmill.db.retry import is_transient, transact
+from chunkmill.domain.states import JobState
+from chunkmill.settings import Settings
+from chunkmill_workers.local import pipeline
+from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.process.lease import LeaseKeeper
+from tests.support.cutting_proxy import Cut, CuttingProxy, cutting_proxy
+from tests.support.waiting import PATIENCE, Call, together, until
 
 CHUNKS = [(f"id-{i}", f"a text about subject {i}") for i in range(40)]
 
@@ -115,7 +115,7 @@ def test_a_refusal_that_passes_is_waited_out(
     with caplog.at_level(logging.INFO):
         assert run_chunk_batch(context, 1) is Outcome.COMPLETED
     assert ledger(db) == ("completed", 1, 0, 40, 0, 40)
-    said = [record.message for record in caplog.records if record.name == "app.db.retry"]
+    said = [record.message for record in caplog.records if record.name == "chunkmill.db.retry"]
     assert len(said) == 2  # once when it begins, once when it is over
     assert what in said[0]
     assert "after 4 tries" in said[1]

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from app.errors import InvalidSetting
-from app.settings import Settings
-from tests.metadata_servers import (
+from chunkmill.errors import InvalidSetting
+from chunkmill.settings import Settings
+from chunkmill_workers.host.preemption import PreemptionWatcher
+from tests.support.metadata_servers import (
     AwsServer,
     AzureServer,
     GcpServer,
@@ -29,8 +30,7 @@ from tests.metadata_servers import (
     sends,
     stub,
 )
-from tests.waiting import PATIENCE, until
-from workers.preemption import PreemptionWatcher
+from tests.support.waiting import PATIENCE, until
 
 CLOUDS: list[type[MetadataServer]] = [GcpServer, AwsServer, AzureServer]
 each_cloud = pytest.mark.parametrize("cloud", CLOUDS, ids=lambda cloud: cloud.cloud)
@@ -39,10 +39,10 @@ each_cloud = pytest.mark.parametrize("cloud", CLOUDS, ids=lambda cloud: cloud.cl
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in the field and would only be waited for here; and patience that no stalled machine ends."""
-    monkeypatch.setattr("workers.preemption.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("workers.preemption.MOST_BACK_OFF_SECONDS", 0.1)
-    monkeypatch.setattr("workers.preemption.PROBE_SECONDS", 60)
-    monkeypatch.setattr("workers.metadata.REQUEST_SECONDS", 60)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.MOST_BACK_OFF_SECONDS", 0.1)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.PROBE_SECONDS", 60)
+    monkeypatch.setattr("chunkmill_workers.host.metadata.REQUEST_SECONDS", 60)
 
 
 class Watch:
@@ -138,7 +138,7 @@ def test_gcp_misses_no_change_between_two_looks(watch: Callable[..., Watch]) -> 
 def test_gcp_asks_again_where_nothing_changes(
     watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("workers.preemption.HANG_SECONDS", 1)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.HANG_SECONDS", 1)
     with GcpServer() as server:
         watching = watch(server)
         server.wait_for(lambda: server.asked(server.notice_path) >= 3)
@@ -161,7 +161,7 @@ def test_aws_tokens_are_renewed_before_they_end(
     watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("workers.preemption.time", clock)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.time", clock)
     with AwsServer() as server:
         server.most_seconds = 3600
         watching = watch(server)
@@ -254,7 +254,7 @@ def test_azure_takes_a_machine_in_two_ways_and_by_name(
 def test_azure_waits_while_the_first_request_switches_events_on(
     watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("workers.metadata.REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr("chunkmill_workers.host.metadata.REQUEST_SECONDS", 0.2)
     with AzureServer() as server:
         server.enabled = False
         watching = watch(server)
@@ -311,7 +311,7 @@ def test_trouble_is_said_once_and_outlived_and_no_notice(
     cloud: type[MetadataServer],
     trouble: Trouble,
 ) -> None:
-    monkeypatch.setattr("workers.preemption.HANG_SECONDS", 1)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.HANG_SECONDS", 1)
     with cloud() as server:
         watching = watch(server)
         server.wait_for(lambda: server.asked(server.notice_path) >= 2)
@@ -462,7 +462,7 @@ def test_auto_ends_where_no_cloud_answers(
 def test_auto_does_not_wait_for_a_service_that_is_silent(
     watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.preemption.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.PROBE_SECONDS", 0.1)
     with stub(falls_silent) as server:
         watching = watch(server, "auto")
         assert watching.ended()
@@ -473,7 +473,7 @@ def test_auto_does_not_wait_for_a_service_that_is_silent(
 def test_auto_finds_a_service_that_is_there_at_the_second_look(
     watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch, cloud: type[MetadataServer]
 ) -> None:
-    monkeypatch.setattr("workers.preemption.PROBE_ROUNDS", 1000)  # so that the test need not be quick
+    monkeypatch.setattr("chunkmill_workers.host.preemption.PROBE_ROUNDS", 1000)  # so that the test need not be quick
     with cloud() as server:
         server.misbehave(hangs_up)
         watching = watch(server, "auto")
@@ -489,9 +489,9 @@ def test_auto_finds_a_service_that_is_there_at_the_second_look(
 
 @pytest.fixture
 def nothing_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.metadata.REQUEST_SECONDS", 3600)
+    monkeypatch.setattr("chunkmill_workers.host.metadata.REQUEST_SECONDS", 3600)
     for name in ("HANG_SECONDS", "ENABLE_SECONDS", "PROBE_SECONDS", "POLL_SECONDS", "MOST_BACK_OFF_SECONDS"):
-        monkeypatch.setattr(f"workers.preemption.{name}", 3600)
+        monkeypatch.setattr(f"chunkmill_workers.host.preemption.{name}", 3600)
 
 
 @each_cloud
@@ -514,7 +514,7 @@ def test_it_ends_when_asked(watch: Callable[..., Watch], cloud: type[MetadataSer
 
 @pytest.mark.usefixtures("nothing_ends_by_itself")
 def test_it_ends_while_gcps_request_hangs(watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.preemption.POLL_SECONDS", 0)
+    monkeypatch.setattr("chunkmill_workers.host.preemption.POLL_SECONDS", 0)
     with GcpServer() as server:
         watching = watch(server)
         server.wait_for(lambda: server.asked(server.notice_path) == 2)

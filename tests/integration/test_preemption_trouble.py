@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.settings import Settings
-from tests.metadata_servers import AwsServer, GcpServer, says, stub
-from workers.metadata import REQUEST_SECONDS, MetadataService, Unusable
-from workers.preemption import MOST_BACK_OFF_SECONDS, POLL_SECONDS, Gcp, PreemptionWatcher
+from chunkmill.settings import Settings
+from chunkmill_workers.host.metadata import REQUEST_SECONDS, MetadataService, Unusable
+from chunkmill_workers.host.preemption import MOST_BACK_OFF_SECONDS, POLL_SECONDS, Gcp, PreemptionWatcher
+from tests.support.metadata_servers import AwsServer, GcpServer, says, stub
 
 
 def watcher_of(url: str, notice: str) -> PreemptionWatcher:
@@ -68,8 +68,10 @@ def test_gcp_is_looked_at_without_waiting_after_trouble() -> None:
 def test_the_patience_of_the_search_for_a_cloud_is_not_that_of_the_watch(
     server: Any, cloud: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.preemption.PROBE_SECONDS", 60.0)  # no loaded machine is to be taken for no cloud
-    monkeypatch.setattr("workers.preemption.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(
+        "chunkmill_workers.host.preemption.PROBE_SECONDS", 60.0
+    )  # no loaded machine is to be taken for no cloud
+    monkeypatch.setattr("chunkmill_workers.host.preemption.POLL_SECONDS", 0.01)
     with server() as running:
         watcher = watcher_of(running.url, "auto")
         provider = watcher._ask_around()

@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.client import Client as ClientClass
-from app.db.connect import create_db
-from app.domain.chunks import content_hash
-from app.domain.states import JobState
-from app.embedded import StackStatus
-from app.errors import InvalidInput, SpaceMismatch
-from app.ledger import jobs, rescue, usage
-from app.ledger.usage import Outcome, Usage
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import create_db
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.states import JobState
+from chunkmill.embedded import StackStatus
+from chunkmill.errors import InvalidInput, SpaceMismatch
+from chunkmill.ledger.jobs import jobs, recover
+from chunkmill.ledger.work import usage
+from chunkmill.ledger.work.usage import Outcome, Usage
+from chunkmill.settings import Settings
 from tests.conftest import fresh_settings
 from tests.integration.hands import Hands
-from tests.waiting import until
+from tests.support.waiting import until
 
 
 class Killed(BaseException):
@@ -56,7 +57,7 @@ def abandoned(db: sa.Engine) -> list[int]:
     """The jobs that a poller names abandoned now."""
     with db.begin() as conn:
         conn.execute(sa.text("SET LOCAL lock_timeout = '10s'"))
-        return rescue.fail_abandoned(conn)
+        return recover.fail_abandoned(conn)
 
 
 # The producer's lock

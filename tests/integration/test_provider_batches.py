@@ -7,25 +7,25 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.states import Route
-from app.errors import LeaseLost
-from app.ledger import provider_batches, provider_inputs, provider_lanes, provider_room
-from app.ledger.provider_batches import Step
-from app.settings import Settings
-from tests.paid_ledger import LARGE, SMALL, add_inputs, add_provider_batch, register
+from chunkmill import Client
+from chunkmill.domain.states import Route
+from chunkmill.errors import LeaseLost
+from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_room
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.paid_ledger import LARGE, SMALL, add_inputs, add_provider_batch, register
 
 HERE, THERE = "https://here.example/v1", "https://there.example/v1"
 
 
 @pytest.fixture
-def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
 @pytest.fixture
-def large(db: sa.Engine, settings: Settings) -> spaces.Space:
+def large(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings, LARGE)
 
 
@@ -53,7 +53,7 @@ def rows_of(conn: sa.Connection, query: str, **facts: Any) -> list[tuple[Any, ..
 # Who takes a step
 
 
-def test_a_worker_of_another_server_leaves_a_batch_alone(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_worker_of_another_server_leaves_a_batch_alone(db: sa.Engine, small: registry.Space) -> None:
     """It would ask its own server, which knows nothing of the batch, and declare it lost: it would be paid again."""
     with db.begin() as conn:
         here = add_provider_batch(conn, small, server=HERE, batch_id="batch_1")
@@ -70,7 +70,7 @@ def test_a_worker_of_another_server_leaves_a_batch_alone(db: sa.Engine, small: s
 
 @pytest.mark.parametrize("state", ["gathered", "submitted"])
 def test_a_paused_or_stopped_lane_of_plain_requests_holds_no_batch_up(
-    db: sa.Engine, small: spaces.Space, state: str
+    db: sa.Engine, small: registry.Space, state: str
 ) -> None:
     with db.begin() as conn:
         batch = add_provider_batch(conn, small, state)
@@ -81,7 +81,7 @@ def test_a_paused_or_stopped_lane_of_plain_requests_holds_no_batch_up(
         assert claimed(conn, batch).id == batch
 
 
-def test_a_stopped_lane_spends_nothing_and_collects_what_is_paid(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_stopped_lane_spends_nothing_and_collects_what_is_paid(db: sa.Engine, small: registry.Space) -> None:
     states = ("gathering", "gathered", "uploaded", "creating", "submitted", "collecting", "cleaning")
     with db.begin() as conn:
         batches = {add_provider_batch(conn, small, state): state for state in states}
@@ -92,7 +92,7 @@ def test_a_stopped_lane_spends_nothing_and_collects_what_is_paid(db: sa.Engine, 
         assert taken == {"submitted", "collecting", "cleaning"}
 
 
-def test_a_paused_lane_asks_for_nothing_until_the_pause_is_over(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_paused_lane_asks_for_nothing_until_the_pause_is_over(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         batch = add_provider_batch(conn, small)
         provider_lanes.pause(conn, Route.OPENAI, seconds=60, reason="a limit")
@@ -102,7 +102,7 @@ def test_a_paused_lane_asks_for_nothing_until_the_pause_is_over(db: sa.Engine, s
         assert claimed(conn, batch).id == batch
 
 
-def test_a_step_that_is_not_due_is_neither_rung_for_nor_taken(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_step_that_is_not_due_is_neither_rung_for_nor_taken(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         later = add_provider_batch(conn, small, not_before=sa.text("now() + interval '1 second'"))
         now = add_provider_batch(conn, small)
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_due_is_neither_rung_for_nor_taken(db: sa.Engine, sma
         assert rung(conn) == set()  # its bell is on its way
 
 
-def test_a_step_is_rung_for_again_if_nobody_came_or_its_worker_died(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_step_is_rung_for_again_if_nobody_came_or_its_worker_died(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         unheard, held, dead = (add_provider_batch(conn, small) for _ in range(3))
         claimed(conn, held)
@@ -124,7 +124,7 @@ def test_a_step_is_rung_for_again_if_nobody_came_or_its_worker_died(db: sa.Engin
         assert rung(conn) == {unheard}
 
 
-def test_the_steps_that_are_due_for_the_longest_are_rung_for_first(db: sa.Engine, small: spaces.Space) -> None:
+def test_the_steps_that_are_due_for_the_longest_are_rung_for_first(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         batches = {
             add_provider_batch(conn, small, not_before=sa.text(f"now() - interval '{n} minutes'")): n for n in (1, 3, 2)
@@ -136,7 +136,7 @@ def test_the_steps_that_are_due_for_the_longest_are_rung_for_first(db: sa.Engine
 # Leases
 
 
-def test_a_worker_renews_the_leases_that_it_still_has_and_no_others(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_worker_renews_the_leases_that_it_still_has_and_no_others(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         lost, kept, given_back = (claimed(conn, add_provider_batch(conn, small)) for _ in range(3))
         conn.execute(
@@ -152,7 +152,7 @@ def test_a_worker_renews_the_leases_that_it_still_has_and_no_others(db: sa.Engin
 
 
 def test_a_worker_that_leaves_gives_back_its_own_steps_and_cannot_change_them(
-    db: sa.Engine, small: spaces.Space
+    db: sa.Engine, small: registry.Space
 ) -> None:
     with db.begin() as conn:
         own, others = (claimed(conn, add_provider_batch(conn, small), owner=owner) for owner in ("w1", "w2"))
@@ -185,7 +185,7 @@ def enqueue(client: Client, n: int, prefix: str, **more: Any) -> int:
 
 
 def test_a_batch_whose_own_chunk_batches_have_ended_is_cancelled(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     """Somebody who waits for another ProviderBatch keeps it no more than a ChunkBatch that is over."""
     waiting, over = (enqueue(client, 2, name) for name in ("waiting", "over"))
@@ -203,7 +203,7 @@ def test_a_batch_whose_own_chunk_batches_have_ended_is_cancelled(
 
 @pytest.mark.parametrize("state", ["gathered", "uploaded", "creating", "submitted"])
 def test_a_batch_that_nobody_wants_is_cancelled_at_once_whatever_it_waits_for(
-    db: sa.Engine, small: spaces.Space, state: str
+    db: sa.Engine, small: registry.Space, state: str
 ) -> None:
     with db.begin() as conn:
         batch = add_provider_batch(
@@ -214,7 +214,7 @@ def test_a_batch_that_nobody_wants_is_cancelled_at_once_whatever_it_waits_for(
         assert rung(conn) == {batch, collecting}
 
 
-def test_a_half_is_waited_for_by_the_same_chunk_batches(db: sa.Engine, small: spaces.Space) -> None:
+def test_a_half_is_waited_for_by_the_same_chunk_batches(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         whole, other = (add_provider_batch(conn, small) for _ in range(2))
         join(conn, whole, 11, 12)
@@ -238,7 +238,7 @@ def test_a_half_is_waited_for_by_the_same_chunk_batches(db: sa.Engine, small: sp
         assert rows_of(conn, places, id=other) == [(0,), (1,), (2,)]
 
 
-def test_oddities_are_counted_for_their_own_batch_and_attempt(db: sa.Engine, small: spaces.Space) -> None:
+def test_oddities_are_counted_for_their_own_batch_and_attempt(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         step, other = (claimed(conn, add_provider_batch(conn, small)) for _ in range(2))
         for kinds in ({"duplicate": 2}, {"duplicate": 3, "not_json": 1}):
@@ -258,7 +258,7 @@ def to_gather(conn: sa.Connection, **more: Any) -> list[int]:
 
 
 def test_each_space_is_gathered_on_its_own(
-    client: Client, db: sa.Engine, small: spaces.Space, large: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space, large: registry.Space
 ) -> None:
     for name, model in (("one", SMALL), ("two", LARGE)):
         client.enqueue([(name, name)], collection=name, model=model, route="openai")
@@ -275,7 +275,7 @@ def test_each_space_is_gathered_on_its_own(
 
 
 def test_a_space_is_gathered_once_its_work_is_enough_or_has_waited_long_enough(
-    client: Client, db: sa.Engine, small: spaces.Space, large: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space, large: registry.Space
 ) -> None:
     for name, model, n in (("one", SMALL, 3), ("two", SMALL, 3), ("three", LARGE, 5)):
         texts = [(f"{name}-{i}", f"{name} {i}") for i in range(n)]
@@ -308,7 +308,7 @@ def test_a_space_is_gathered_once_its_work_is_enough_or_has_waited_long_enough(
     ],
 )
 def test_what_is_at_the_provider_or_about_to_be_counts_for_the_accounts_limits(
-    db: sa.Engine, small: spaces.Space, large: spaces.Space, state: str, enqueued: bool, in_the_hour: bool
+    db: sa.Engine, small: registry.Space, large: registry.Space, state: str, enqueued: bool, in_the_hour: bool
 ) -> None:
     with db.begin() as conn:
         add_provider_batch(conn, small, state, n_tokens=500, n_requests=7)
@@ -319,7 +319,7 @@ def test_what_is_at_the_provider_or_about_to_be_counts_for_the_accounts_limits(
     assert used.made_in_an_hour == 1 + in_the_hour
 
 
-def test_an_hour_of_batches_is_an_hour(db: sa.Engine, small: spaces.Space) -> None:
+def test_an_hour_of_batches_is_an_hour(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         for age in ("59 minutes 59 seconds", "60 minutes"):
             add_provider_batch(conn, small, "closed", creating_since=sa.text(f"now() - interval '{age}'"))

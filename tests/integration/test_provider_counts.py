@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.openai_batch.counted import CountedProvider
-from app.settings import Settings
-from app.telemetry import metrics as m
-from app.telemetry.counts import COUNTS
-from app.telemetry.metrics import Metric, Role
-from tests.corridor import Corridor, corridor
+from chunkmill.openai.counted import CountedProvider
+from chunkmill.settings import Settings
+from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry.counts import COUNTS
+from chunkmill.telemetry.metrics import Metric, Role
 from tests.openai_server import OpenAIServer
+from tests.support.corridor import Corridor, corridor
 
 
 @pytest.fixture(scope="module")

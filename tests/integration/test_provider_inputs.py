@@ -7,29 +7,30 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.states import Route
-from app.ledger import chunk_batches, provider_inputs
-from app.ledger.chunk_batches import Lease
-from app.openai_batch.inputs import ProviderInput, Window
-from app.settings import Settings
-from tests.paid_ledger import LARGE, SMALL, add_inputs, add_provider_batch, register
+from chunkmill import Client
+from chunkmill.domain.states import Route
+from chunkmill.ledger.provider import provider_inputs
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.openai.plan.inputs import ProviderInput, Window
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.paid_ledger import LARGE, SMALL, add_inputs, add_provider_batch, register
 
 A, B, C, D = (bytes([n]) * 32 for n in range(1, 5))
 
 
 @pytest.fixture
-def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
 @pytest.fixture
-def large(db: sa.Engine, settings: Settings) -> spaces.Space:
+def large(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings, LARGE)
 
 
-def carriers(conn: sa.Connection, space: spaces.Space) -> dict[bytes, int | None]:
+def carriers(conn: sa.Connection, space: registry.Space) -> dict[bytes, int | None]:
     return provider_inputs.carriers(conn, space.id, [A, B, C, D])
 
 
@@ -63,7 +64,7 @@ def inputs(*hashes: bytes) -> list[ProviderInput]:
 
 
 def test_an_answer_takes_out_of_flight_only_what_its_own_carrier_has(
-    db: sa.Engine, small: spaces.Space, large: spaces.Space
+    db: sa.Engine, small: registry.Space, large: registry.Space
 ) -> None:
     """An answer may be late: its contents are in another ProviderBatch by now, whose charge is not booked yet."""
     with db.begin() as conn:
@@ -84,7 +85,7 @@ def test_an_answer_takes_out_of_flight_only_what_its_own_carrier_has(
         assert carriers(conn, large) == {A: third, B: third, C: third}
 
 
-def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: spaces.Space) -> None:
+def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         first, second = (add_provider_batch(conn, small) for _ in range(2))
         add_inputs(conn, small, first, [A, B])
@@ -97,7 +98,7 @@ def test_what_is_left_of_a_provider_batch_is_its_own(db: sa.Engine, small: space
 
 
 def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
-    db: sa.Engine, small: spaces.Space, large: spaces.Space
+    db: sa.Engine, small: registry.Space, large: registry.Space
 ) -> None:
     """Another ProviderBatch has requests of the same numbers."""
     with db.begin() as conn:
@@ -115,7 +116,7 @@ def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
         assert {n: [each.content_hash[0] for each in rows] for n, rows in asked.items()} == {0: [10], 4: [14]}
 
 
-def test_texts_that_were_deleted_leave_their_own_provider_batch(db: sa.Engine, small: spaces.Space) -> None:
+def test_texts_that_were_deleted_leave_their_own_provider_batch(db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         first, second = (add_provider_batch(conn, small) for _ in range(2))
         execute(conn, "INSERT INTO contents (content_hash, text) VALUES (:b, 'text b'), (:c, 'text c')", b=B, c=C)
@@ -133,7 +134,7 @@ def test_texts_that_were_deleted_leave_their_own_provider_batch(db: sa.Engine, s
 
 
 def test_contents_are_an_attempts_own_if_they_are_put_in_flight_again(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     """The answer to the commit may be lost, so that it is run again: what it finds then is its own."""
     one, other = (enqueue(client, {name: name}, collection=name) for name in ("one", "other"))
@@ -149,7 +150,7 @@ def test_contents_are_an_attempts_own_if_they_are_put_in_flight_again(
 
 
 def test_what_an_earlier_attempt_left_in_flight_is_taken_over(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     one, other = (enqueue(client, {name: name}, collection=name) for name in ("one", "other"))
     with db.begin() as conn:
@@ -164,7 +165,7 @@ def test_what_an_earlier_attempt_left_in_flight_is_taken_over(
 
 @pytest.mark.parametrize("state", ["cancelled", "discarded"])
 def test_a_provider_batch_keeps_its_contents_although_the_attempt_that_brought_them_is_over(
-    client: Client, db: sa.Engine, small: spaces.Space, state: str
+    client: Client, db: sa.Engine, small: registry.Space, state: str
 ) -> None:
     """It is at the provider and will be paid for: nobody else may send the same."""
     brought, other = (enqueue(client, {name: name}, collection=name) for name in ("brought", "other"))
@@ -186,7 +187,7 @@ def test_a_provider_batch_keeps_its_contents_although_the_attempt_that_brought_t
 
 
 def test_only_what_attempts_left_that_are_over_is_left_behind(
-    client: Client, db: sa.Engine, small: spaces.Space, large: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space, large: registry.Space
 ) -> None:
     one, other = (enqueue(client, {name: name}, collection=name) for name in ("one", "other"))
     with db.begin() as conn:
@@ -204,7 +205,7 @@ def test_only_what_attempts_left_that_are_over_is_left_behind(
 
 
 def test_an_attempt_takes_back_what_it_and_earlier_ones_put_in_flight(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     one, other = (enqueue(client, {name: name}, collection=name) for name in ("one", "other"))
     with db.begin() as conn:
@@ -222,7 +223,7 @@ def test_an_attempt_takes_back_what_it_and_earlier_ones_put_in_flight(
         assert carriers(conn, small) == {C: None}
 
 
-def test_a_suspect_of_one_space_is_none_of_another(db: sa.Engine, small: spaces.Space, large: spaces.Space) -> None:
+def test_a_suspect_of_one_space_is_none_of_another(db: sa.Engine, small: registry.Space, large: registry.Space) -> None:
     with db.begin() as conn:
         for space in (small, large):
             provider_inputs.add_suspects(conn, space.id, [A, B])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.domain.states import Route
-from app.ledger import provider_lanes
+from chunkmill.domain.states import Route
+from chunkmill.ledger.provider import provider_lanes
 
 BATCH, PLAIN = Route.OPENAI, Route.OPENAI_SYNC
 

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.spaces import OnLong
-from app.ledger import provider_batches, provider_inputs, provider_work
-from app.ledger.chunk_batches import Lease
-from app.ledger.provider_work import Waiting
-from app.settings import Settings
-from tests.paid_ledger import SMALL, add_inputs, add_provider_batch, register
+from chunkmill import Client
+from chunkmill.domain.spaces import OnLong
+from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_work
+from chunkmill.ledger.provider.provider_work import Waiting
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.paid_ledger import SMALL, add_inputs, add_provider_batch, register
 
 
 @pytest.fixture
-def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
@@ -87,7 +87,7 @@ def bury(conn: sa.Connection, job: int, text: str) -> None:
 ERRORS = "SELECT id, error_code, error FROM chunk_batches ORDER BY id"
 
 
-def test_a_failure_is_charged_to_the_attempt_that_had_it(client: Client, db: sa.Engine, small: spaces.Space) -> None:
+def test_a_failure_is_charged_to_the_attempt_that_had_it(client: Client, db: sa.Engine, small: registry.Space) -> None:
     """A job may be cancelled and retried while its contents are at the provider: a later attempt is under way when the
     failure of the earlier one comes back."""
     one, other, ended = (enqueue(client, name, collection=name) for name in ("one", "other", "ended"))
@@ -110,7 +110,7 @@ def test_a_failure_is_charged_to_the_attempt_that_had_it(client: Client, db: sa.
 
 
 def test_a_new_attempt_does_not_inherit_the_failure_of_the_one_before(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     one = enqueue(client, "text", collection="docs")
     charged = "SELECT attempt - max_attempts FROM chunk_batches"
@@ -135,7 +135,7 @@ def test_a_new_attempt_does_not_inherit_the_failure_of_the_one_before(
 
 
 def test_what_waits_for_a_provider_batch_is_found_job_by_job(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     """What another lane, a bell or a later moment has is left alone, and so is another space."""
     low, plain, high = (
@@ -163,7 +163,7 @@ def test_what_waits_for_a_provider_batch_is_found_job_by_job(
 
 
 def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     refused, own = (enqueue(client, "shared", name, collection=name) for name in ("refused", "own"))
     with db.begin() as conn:
@@ -175,7 +175,7 @@ def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
 
 
 def test_a_content_that_is_dead_in_another_job_is_not_settled_for_this_one(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     refused, own = (enqueue(client, "shared", collection=name) for name in ("refused", "own"))
     with db.begin() as conn:
@@ -191,7 +191,7 @@ def test_a_content_that_is_dead_in_another_job_is_not_settled_for_this_one(
 
 
 def test_a_chunk_batch_is_settled_once_all_its_own_provider_batches_are_through(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     both, second_only, neither = (enqueue(client, name, collection=name) for name in ("both", "second", "neither"))
     with db.begin() as conn:
@@ -220,7 +220,7 @@ def test_a_chunk_batch_is_settled_once_all_its_own_provider_batches_are_through(
 
 
 def test_a_batch_that_is_given_up_discards_only_what_waits_for_it(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     """A member may be with a worker by now, or over."""
     given_up, other, with_a_worker, over = (
@@ -243,7 +243,7 @@ def test_a_batch_that_is_given_up_discards_only_what_waits_for_it(
         assert rows_of(conn, ended) == [(given_up, "failed")]
 
 
-def test_contents_are_dead_in_the_jobs_that_brought_them(client: Client, db: sa.Engine, small: spaces.Space) -> None:
+def test_contents_are_dead_in_the_jobs_that_brought_them(client: Client, db: sa.Engine, small: registry.Space) -> None:
     one, other = (enqueue(client, "shared", name, collection=name) for name in ("one", "other"))
     with db.begin() as conn:
         batch = add_provider_batch(conn, small)

@@ -16,21 +16,21 @@ import sqlalchemy as sa
 from alembic import command
 from click.testing import CliRunner
 
-from app import Client, InvalidInput, NotFound
-from app.broker import Broker
-from app.cli.__main__ import cli
-from app.client import Client as ClientClass
-from app.db.connect import alembic_config, create_db
-from app.domain.retention import Amount, Pruned
-from app.domain.states import Route
-from app.errors import StoreUnavailable
-from app.ledger import charges
-from app.settings import Settings
-from app.vectors.delete import delete_some
+from chunkmill import Client, InvalidInput, NotFound
+from chunkmill.broker import Broker
+from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import alembic_config, create_db
+from chunkmill.domain.retention import Amount, Pruned
+from chunkmill.domain.states import Route
+from chunkmill.errors import StoreUnavailable
+from chunkmill.ledger.money import charges
+from chunkmill.settings import Settings
+from chunkmill.store.delete import delete_some
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.pipeline import run_chunk_batch
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE, running, together, until
-from workers.context import WorkerContext
-from workers.pipeline import run_chunk_batch
+from tests.support.waiting import PATIENCE, running, together, until
 
 Rows = Callable[[str], int]
 

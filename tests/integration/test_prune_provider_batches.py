@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.domain.retention import Pruned
-from app.ledger import provider_room
-from app.settings import Settings
-from tests.paid_ledger import SMALL, add_inputs, add_provider_batch, register
+from chunkmill import Client
+from chunkmill.domain.retention import Pruned
+from chunkmill.ledger.provider import provider_room
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from tests.support.paid_ledger import SMALL, add_inputs, add_provider_batch, register
 
 
 @pytest.fixture
-def small(db: sa.Engine, settings: Settings) -> spaces.Space:
+def small(db: sa.Engine, settings: Settings) -> registry.Space:
     return register(db, settings)
 
 
@@ -24,7 +24,7 @@ def ago(span: str) -> Any:
     return sa.text(f"now() - interval '{span}'")
 
 
-def closed(conn: sa.Connection, space: spaces.Space, span: str, *, made: str | None = None) -> int:
+def closed(conn: sa.Connection, space: registry.Space, span: str, *, made: str | None = None) -> int:
     """A ProviderBatch that was closed so long ago; ``made``: it was made at the provider that long ago."""
     made_at = None if made is None else ago(made)
     return add_provider_batch(conn, space, "closed", closed_at=ago(span), creating_since=made_at)
@@ -47,7 +47,7 @@ def prune(client: Client, days: float) -> dict[str, int]:
 
 
 def test_what_counts_for_the_hour_stays_however_young_may_be_pruned(
-    client: Client, db: sa.Engine, small: spaces.Space
+    client: Client, db: sa.Engine, small: registry.Space
 ) -> None:
     """Without the last hour's ProviderBatches more would be made than OPENAI_MAX_BATCHES_PER_HOUR allows."""
     with db.begin() as conn:
@@ -64,7 +64,7 @@ def test_what_counts_for_the_hour_stays_however_young_may_be_pruned(
         assert provider_room.enqueued(conn).made_in_an_hour == 2
 
 
-def test_a_closed_batch_goes_by_its_own_age_and_inputs(client: Client, db: sa.Engine, small: spaces.Space) -> None:
+def test_a_closed_batch_goes_by_its_own_age_and_inputs(client: Client, db: sa.Engine, small: registry.Space) -> None:
     with db.begin() as conn:
         young, in_flight = closed(conn, small, "6 days"), closed(conn, small, "40 days")
         old = closed(conn, small, "8 days")
@@ -98,7 +98,7 @@ def join(conn: sa.Connection, batch: int, *chunk_batches: int) -> None:
     "state", ["gathering", "gathered", "uploaded", "creating", "submitted", "collecting", "cleaning"]
 )
 def test_a_job_stays_while_a_batch_of_its_own_is_open(
-    client: Client, db: sa.Engine, small: spaces.Space, state: str
+    client: Client, db: sa.Engine, small: registry.Space, state: str
 ) -> None:
     (kept, at_provider), (_, through), (_, shared) = (finished(client, name) for name in ("kept", "gone", "shared"))
     with db.begin() as conn:
@@ -118,7 +118,7 @@ def test_a_job_stays_while_a_batch_of_its_own_is_open(
 
 @pytest.mark.parametrize("route", ["batch", "plain"])
 def test_a_job_stays_while_contents_of_its_own_are_in_flight(
-    client: Client, db: sa.Engine, small: spaces.Space, route: str
+    client: Client, db: sa.Engine, small: registry.Space, route: str
 ) -> None:
     (kept, chunk_batch), (_, _) = (finished(client, name) for name in ("kept", "gone"))
     with db.begin() as conn:

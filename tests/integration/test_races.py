@@ -13,27 +13,28 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app import Client, InvalidInput, JobFailed, JobState
-from app.broker import Broker, kombu_url, make_celery
-from app.client import Client as ClientClass
-from app.db import spaces
-from app.db.connect import create_db
-from app.domain.spaces import OnLong
-from app.domain.states import Priority, Route
-from app.errors import EngineError, StoreUnavailable, UnknownModel
-from app.ledger import chunk_batches, jobs
-from app.models import resolve_model
-from app.settings import Settings
-from app.vectors.delete import delete_some
+from chunkmill import Client, InvalidInput, JobFailed, JobState
+from chunkmill.broker import Broker, kombu_url, make_celery
+from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import create_db
+from chunkmill.domain.spaces import OnLong
+from chunkmill.domain.states import Priority, Route
+from chunkmill.errors import EngineError, StoreUnavailable, UnknownModel
+from chunkmill.ledger.jobs import jobs
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.models import resolve_model
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.store.delete import delete_some
+from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
-from tests.waiting import PATIENCE, Call, together, until
-from workers.attempt import Attempt
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engines import Engines
-from workers.lease import LeaseKeeper
-from workers.pipeline import Outcome, run_chunk_batch
-from workers.poller import Poller
+from tests.support.waiting import PATIENCE, Call, together, until
 
 LONG = "word " * 600
 
@@ -185,7 +186,7 @@ def test_an_unknown_model_does_not_cost_a_loaded_one(settings: Settings, db: sa.
     known = engines.load_default(db)
     elsewhere = dataclasses.replace(known.spec, model="/no/such/model", revision="sha256:00")
     with pytest.raises(UnknownModel):
-        engines.for_space(spaces.Space(known.id + 1, elsewhere, known.storage))
+        engines.for_space(registry.Space(known.id + 1, elsewhere, known.storage))
     assert list(engines._engines) == [(settings.embedding_model, known.spec.precision)]
 
 

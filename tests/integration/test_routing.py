@@ -11,16 +11,17 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
-from app import Client
-from app.broker import Broker
-from app.cli.__main__ import cli
-from app.db.connect import create_db
-from app.domain.providers import read_models
-from app.domain.states import Route
-from app.errors import InvalidInput, NotFound, UnknownRoute
-from app.ledger import provider_lanes, routing
-from app.settings import Settings
-from tests.waiting import together
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.cli.__main__ import cli
+from chunkmill.db.connect import create_db
+from chunkmill.domain.providers import read_models
+from chunkmill.domain.states import Route
+from chunkmill.errors import InvalidInput, NotFound, UnknownRoute
+from chunkmill.ledger.jobs import routing
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.settings import Settings
+from tests.support.waiting import together
 
 SMALL = "text-embedding-3-small"
 TWIN = {

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.db.connect import create_db, raw
-from app.embedded import StackStatus
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, raw
+from chunkmill.embedded import StackStatus
+from chunkmill.settings import Settings
 from tests.conftest import fresh_settings
-from tests.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```sql\n(.*?)^```$", re.DOTALL | re.MULTILINE)

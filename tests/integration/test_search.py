@@ -9,11 +9,11 @@ import pytest
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from app import Chunk, Client
-from app.db import spaces
-from app.domain.chunks import content_hash
-from app.vectors.search import build_index, find_index
-from app.vectors.write import write_vectors
+from chunkmill import Chunk, Client
+from chunkmill.domain.chunks import content_hash
+from chunkmill.spaces import registry
+from chunkmill.store.search import build_index, find_index
+from chunkmill.store.write import write_vectors
 
 DIMENSIONS = 384
 
@@ -25,10 +25,10 @@ def vector(*first: float) -> NDArray[np.float32]:
     return made
 
 
-def embed(db: sa.Engine, vectors: Mapping[str, Sequence[float]]) -> spaces.Space:
+def embed(db: sa.Engine, vectors: Mapping[str, Sequence[float]]) -> registry.Space:
     """Give each text its vector, by its first numbers, in the place of a worker."""
     with db.begin() as conn:
-        space = spaces.all_spaces(conn)[0]
+        space = registry.all_spaces(conn)[0]
         write_vectors(
             conn,
             space,
@@ -118,7 +118,7 @@ def test_an_index_of_one_space_leaves_that_of_another(client: Client, db: sa.Eng
     client.enqueue([("a", "one")], collection="docs")
     client.enqueue([("a", "one")], collection="others", on_long="split")
     with db.begin() as conn:
-        first, second = spaces.all_spaces(conn)
+        first, second = registry.all_spaces(conn)
         assert find_index(conn, first) is None
     of_first = build_index(db, first)
     with db.begin() as conn:

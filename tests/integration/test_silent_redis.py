@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from app.broker import PUBLISH_ERRORS, Broker, Doorbell
-from app.settings import Settings
-from tests.waiting import Call
+from chunkmill.broker import PUBLISH_ERRORS, Broker, Doorbell
+from chunkmill.settings import Settings
+from tests.support.waiting import Call
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from app.db import spaces
-from app.db.copy import copy_binary, encode_rows, encode_vectors
-from app.domain.spaces import Pooling, SpaceSpec
-from app.errors import InvalidInput
-from app.vectors.search import build_index
-from app.vectors.write import write_vectors
+from chunkmill.db.copy import copy_binary, encode_rows, encode_vectors
+from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.errors import InvalidInput
+from chunkmill.spaces import registry
+from chunkmill.store.search import build_index
+from chunkmill.store.write import write_vectors
 
 
 def spec(dimensions: int) -> SpaceSpec:
@@ -25,7 +25,7 @@ def hashes(n: int) -> list[bytes]:
     return [hashlib.sha256(str(i).encode()).digest() for i in range(n)]
 
 
-def write(conn: sa.Connection, space: spaces.Space, digests: list[bytes], matrix: NDArray[np.float32]) -> int:
+def write(conn: sa.Connection, space: registry.Space, digests: list[bytes], matrix: NDArray[np.float32]) -> int:
     n = len(digests)
     return write_vectors(
         conn,
@@ -43,7 +43,7 @@ def test_what_is_written_is_what_is_read(db: sa.Engine, storage: str, tolerance:
     matrix = np.random.default_rng(7).normal(size=(500, 37)).astype(np.float32)
     digests = hashes(500)
     with db.begin() as conn:
-        space = spaces.register(conn, spec(37), storage=storage)
+        space = registry.register(conn, spec(37), storage=storage)
         assert write(conn, space, digests, matrix) == 500
         rows = conn.execute(
             sa.text(f"SELECT content_hash, n_tokens, truncated, embedding::real[] AS e FROM {space.table_name}")
@@ -58,7 +58,7 @@ def test_what_is_written_is_what_is_read(db: sa.Engine, storage: str, tolerance:
 def test_a_content_keeps_its_first_vector_and_others_still_arrive(db: sa.Engine) -> None:
     matrix = np.ones((4, 8), dtype=np.float32)
     with db.begin() as conn:
-        space = spaces.register(conn, spec(8))
+        space = registry.register(conn, spec(8))
         assert write(conn, space, hashes(2), matrix[:2]) == 2
         assert write(conn, space, hashes(4), matrix * 5) == 2  # in the same transaction, too
     with db.begin() as conn:
@@ -86,21 +86,21 @@ def test_rows_of_any_text_survive_the_copy(db: sa.Engine) -> None:
 @pytest.mark.parametrize(("dimensions", "storage", "on"), [(2001, "vector", "halfvec"), (16, "vector", "vector")])
 def test_an_index_is_on_what_pgvector_takes(db: sa.Engine, dimensions: int, storage: str, on: str) -> None:
     with db.begin() as conn:
-        space = spaces.register(conn, spec(dimensions), storage=storage)
+        space = registry.register(conn, spec(dimensions), storage=storage)
     assert build_index(db, space).on == on
     assert build_index(db, space).valid  # again: nothing to do
 
 
 def test_past_four_thousand_dimensions_there_is_no_index(db: sa.Engine) -> None:
     with db.begin() as conn:
-        space = spaces.register(conn, spec(4001))
+        space = registry.register(conn, spec(4001))
     with pytest.raises(InvalidInput, match="4001 dimensions"):
         build_index(db, space)
 
 
 def test_a_broken_index_is_replaced(db: sa.Engine) -> None:
     with db.begin() as conn:
-        space = spaces.register(conn, spec(16))
+        space = registry.register(conn, spec(16))
     index = build_index(db, space)
     with db.begin() as conn:
         conn.execute(sa.text(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index.name}'::regclass"))

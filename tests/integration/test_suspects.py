@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.client import Client
-from app.errors import DeviceFailed
-from app.ledger.chunk_batches import Lease
-from tests.waiting import PATIENCE, running, until
-from workers import pipeline
-from workers.context import WorkerContext
-from workers.embed_requests import EmbedRequestLane
-from workers.engine.engine import Engine
-from workers.engine.results import TokenBatchResult
-from workers.pipeline import Outcome, run_chunk_batch
+from chunkmill.client import Client
+from chunkmill.errors import DeviceFailed
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.local import pipeline
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from tests.support.waiting import PATIENCE, running, until
 
 
 def states(db: sa.Engine) -> list[tuple[Any, ...]]:

@@ -14,12 +14,12 @@ import redis
 import sqlalchemy as sa
 from kombu.exceptions import OperationalError
 
-from app.broker import Broker, Doorbell, make_celery
-from app.db.connect import create_db, require_migrated
-from app.errors import StoreUnavailable
-from app.settings import Settings
-from tests.tls import Authority, make_authority, tls_proxy
-from tests.waiting import PATIENCE
+from chunkmill.broker import Broker, Doorbell, make_celery
+from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.errors import StoreUnavailable
+from chunkmill.settings import Settings
+from tests.support.tls import Authority, make_authority, tls_proxy
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_private_authority_may_be_named_in_the_url(settings: Settings, authori
 def test_flower_verifies_too(settings: Settings, trusted: Authority) -> None:
     """In a process of its own: it finds the broker by the same app."""
     script = (
-        "from workers.celery import app\n"
+        "from chunkmill_workers.celery import app\n"
         "with app.connection_for_read() as c:\n"
         f"    c.ensure_connection(max_retries=1, interval_start=0, timeout={PATIENCE}); print('connected')"
     )

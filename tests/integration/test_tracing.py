@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.errors import LeaseLost
-from app.ledger import traces
-from app.ledger.provider_batches import Step
-from app.telemetry import tracing
-from workers.observed import step_of
-from workers.provider.send import Waits
+from chunkmill import Client
+from chunkmill.errors import LeaseLost
+from chunkmill.ledger.jobs import traces
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.telemetry import tracing
+from chunkmill_workers.process.work_context import step_of
+from chunkmill_workers.provider.send import Waits
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 

@@ -13,21 +13,21 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
-from app import Client
-from app.broker import Broker
-from app.db.compatibility import OLDEST_SCHEMA
-from app.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated, schema_level
-from app.embedded import StackStatus
-from app.errors import StoreUnavailable
-from app.settings import Settings
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.db.compatibility import OLDEST_SCHEMA
+from chunkmill.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated, schema_level
+from chunkmill.embedded import StackStatus
+from chunkmill.errors import StoreUnavailable
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.process.lease import LeaseKeeper
 from tests.conftest import admin, url_of
 from tests.integration.conftest import Runner
-from tests.release import read, replay
-from tests.waiting import Call, running, until
-from workers.context import WorkerContext
-from workers.engines import Engines
-from workers.lease import LeaseKeeper
-from workers.poller import Poller
+from tests.support.release import read, replay
+from tests.support.waiting import Call, running, until
 
 RELEASE = Path(__file__).parents[1] / "fixtures" / "release.json.gz"
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.domain.jobs import Job
-from app.ledger import chunk_batches
-from tests.waiting import PATIENCE
-from workers.context import WorkerContext
-from workers.drain import Drain
-from workers.engine.loop import DeviceLoop
-from workers.engine.tokenizer import TextTokenizer
-from workers.engines import Engines
-from workers.pipeline import run_chunk_batch
-from workers.tuned import load_engine
-from workers.watchdog import Watchdog
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.domain.results import Job
+from chunkmill.ledger.work import chunk_batches
+from chunkmill_workers.engine.loop import DeviceLoop
+from chunkmill_workers.engine.tokenizer import TextTokenizer
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.pipeline import run_chunk_batch
+from chunkmill_workers.local.watchdog import Watchdog
+from chunkmill_workers.process.drain import Drain
+from chunkmill_workers.tuning.tuned import load_engine
+from tests.support.waiting import PATIENCE
 
 _starts = itertools.count(1)
 
@@ -35,7 +35,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     which share the engines and what they remember of their last step."""
     start = 1e6 * next(_starts)
     turned = SimpleNamespace(ahead=0.0, monotonic=lambda: start + turned.ahead)
-    for module in ("workers.lease", "workers.watchdog", "workers.engine.under_way"):
+    for module in (
+        "chunkmill_workers.process.lease",
+        "chunkmill_workers.local.watchdog",
+        "chunkmill_workers.engine.under_way",
+    ):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned
 
@@ -107,7 +111,7 @@ def test_the_load_of_a_model_has_longer(
 ) -> None:
     job = enqueue(client)
     gate = Gate(load_engine)
-    monkeypatch.setattr("workers.engines.load_engine", gate)
+    monkeypatch.setattr("chunkmill_workers.local.engines.load_engine", gate)
     context.engines = Engines(context.settings, "cpu")  # another worker's, which has not loaded it yet
     task = Task(context)
     assert gate.reached.wait(PATIENCE)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from app import Client
-from app.db import spaces
-from app.db.spaces import Space
-from app.domain.chunks import prepare
-from app.domain.spaces import Pooling, SpaceSpec
-from app.errors import EngineError
-from app.vectors import window
-from app.vectors.write import relax_durability, write_vectors
-from tests.waiting import PATIENCE, until
+from chunkmill import Client
+from chunkmill.domain.chunks import prepare
+from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.errors import EngineError
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill.store import staging
+from chunkmill.store.write import relax_durability, write_vectors
+from tests.support.waiting import PATIENCE, until
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
 GATE = 7
@@ -28,7 +28,7 @@ Write = Callable[[sa.Connection, Sequence[str]], object]
 
 def register(db: sa.Engine, **more: str) -> Space:
     with db.begin() as conn:
-        return spaces.register(conn, SPEC, **more)
+        return registry.register(conn, SPEC, **more)
 
 
 def write(conn: sa.Connection, space: Space, texts: Sequence[str], value: float = 1.0) -> int:
@@ -91,7 +91,7 @@ def test_two_producers_that_share_texts_do_not_deadlock(db: sa.Engine) -> None:
 
     def add(conn: sa.Connection, texts: Sequence[str]) -> None:
         prepared = [prepare((text, text), 0) for text in texts]
-        window.add_contents(conn, {chunk.content_hash: chunk.text for chunk in prepared})
+        staging.add_contents(conn, {chunk.content_hash: chunk.text for chunk in prepared})
 
     meet(db, "contents", add, [f"text {i}" for i in range(4)])
     with db.begin() as conn:
@@ -102,8 +102,8 @@ def test_two_producers_of_one_collection_do_not_deadlock(client: Client, db: sa.
     client.enqueue([("z", "registers the collection")], collection="docs")
 
     def merge(conn: sa.Connection, ids: Sequence[str]) -> None:
-        window.stage(conn, [prepare((name, f"a text of {name}"), 0) for name in ids])
-        window.merge_chunks(conn, collection_id=1, job_id=1)
+        staging.stage(conn, [prepare((name, f"a text of {name}"), 0) for name in ids])
+        staging.merge_chunks(conn, collection_id=1, job_id=1)
 
     meet(db, "chunks", merge, ["a", "b", "c", "d"])
     assert client.audit("docs").chunks == 5
@@ -137,11 +137,11 @@ def test_only_the_transaction_that_asks_for_it_does_not_wait_for_the_disk(db: sa
 def test_two_producers_that_meet_a_new_model_get_one_space(db: sa.Engine) -> None:
     def register_once() -> Space:
         with db.begin() as conn:
-            return spaces.register(conn, SPEC)
+            return registry.register(conn, SPEC)
 
     with ThreadPoolExecutor(1) as threads:
         with db.begin() as conn:
-            mine = spaces.register(conn, SPEC)
+            mine = registry.register(conn, SPEC)
             other = threads.submit(register_once)
             until(lambda: other.done() or waiting(db) == 1)
             assert not other.done()

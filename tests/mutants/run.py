@@ -22,7 +22,7 @@ from tests.mutants.catalogue import ROOT, Mutant, NoLongerApplies
 
 # The tests nearest to a mutant take 5 to 60 seconds on two cores. One that runs for this long hangs.
 TIMEOUT_SECONDS = 900
-# A wait that a mutant makes endless ends after this; see tests/waiting.py.
+# A wait that a mutant makes endless ends after this; see tests/support/waiting.py.
 PATIENCE_SECONDS = 60
 # For pytest to stop its servers.
 STOP_SECONDS = 60

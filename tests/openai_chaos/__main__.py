@@ -18,9 +18,9 @@ import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
-from app.db.connect import migrate
-from app.embedded import Stack
-from app.settings import Settings
+from chunkmill.db.connect import migrate
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
 from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
 from tests.openai_chaos.run import Report, run
 

@@ -45,8 +45,8 @@ def around(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def worker() -> None:
-    from app.openai_batch.http import Provider
-    from workers.provider.context import ProviderContext
+    from chunkmill.openai.http import Provider
+    from chunkmill_workers.provider.context import ProviderContext
 
     for name in CALLS:
         if name != "lines":
@@ -74,7 +74,7 @@ def worker() -> None:
     ProviderContext.transact = transact  # type: ignore[method-assign]
     from celery.__main__ import main
 
-    sys.argv = ["celery", "-A", "workers", "worker", "-Q", "openai", "-c", "3", *sys.argv[2:]]
+    sys.argv = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "openai", "-c", "3", *sys.argv[2:]]
     main()
 
 
@@ -86,13 +86,13 @@ def _counted(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def poller() -> None:
-    from app.broker import Broker
-    from app.ledger import provider_batches, provider_work
+    from chunkmill.broker import Broker
+    from chunkmill.ledger.provider import provider_batches, provider_work
 
     Broker.ring_steps = around("ring_steps", Broker.ring_steps)  # type: ignore[method-assign]
     provider_batches.open_gathering = around("open_gathering", provider_batches.open_gathering)
     provider_work.settle = around("settle", provider_work.settle)
-    from app.cli.__main__ import main
+    from chunkmill.cli.__main__ import main
 
     sys.argv = ["chunkmill", "poller"]
     main()

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from app.broker import Broker
-from app.client import Client
-from app.db.connect import create_db
-from app.domain.states import JobState
-from app.settings import Settings
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db
+from chunkmill.domain.states import JobState
+from chunkmill.settings import Settings
 from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
 from tests.openai_server import OpenAIServer, text_hash, vector_for
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 MODEL, DIMENSIONS = "text-embedding-3-small", 16

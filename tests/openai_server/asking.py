@@ -11,7 +11,7 @@ from openai.types import Batch
 
 from tests.openai_server.config import DEFAULT_MODEL
 from tests.openai_server.helper import OpenAIServer
-from tests.waiting import until
+from tests.support.waiting import until
 
 DIMENSIONS = 8
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -13,7 +13,7 @@ from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.lifecycle import STAMPS, TERMINAL, Life, counts, move, usage
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Batch, Store, StoredFile, enqueued_message
 from tests.openai_server.validation import read_plan
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 REQUIRED = ("input_file_id", "endpoint", "completion_window")
 OPTIONAL = ("metadata", "output_expires_after")

@@ -10,7 +10,7 @@ import pytest
 from tests.openai_server.asking import Asking
 from tests.openai_server.config import Config
 from tests.openai_server.helper import OpenAIServer
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.openai_server.config import DEFAULT_KEY
 from tests.openai_server.vectors import text_hash
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 

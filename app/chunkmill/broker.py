@@ -1,0 +1,259 @@
+"""The broker: names of queues and tasks, Celery's configuration, and the one thing we publish."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import KombuError
+from kombu.transport import TRANSPORT_ALIASES, virtual
+from kombu.transport import redis as redis_transport
+
+from chunkmill.domain.states import Route
+from chunkmill.settings import Settings
+
+QUEUE = "gpu"
+PROVIDER_QUEUE = "openai"
+EMBED_TASK = "workers.embed_chunk_batch"
+REQUEST_TASK = "workers.request_chunk_batch"
+ADVANCE_TASK = "workers.advance_provider_batch"
+PRIORITY_STEPS = [0, 3, 6, 9]
+STEP_PRIORITY = 0
+"""Of a ProviderBatch's steps: before the doorbells beside them, whose priorities are those of jobs."""
+
+REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ExecAbortError,  # what a transaction says of the others
+)
+"""What Redis answers while it is full, or in a failover. For kombu they are a channel's errors, and end a worker."""
+
+
+class _QoS(redis_transport.QoS):  # type: ignore[misc]
+    """kombu's notes in Redis of doorbells that are being answered, without which work goes on all the same.
+
+    The ledger knows what is being worked on. A note that cannot be made is missed by nobody; one that cannot be
+    removed brings its bell again, and the claim answers it.
+    """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except REFUSALS:
+            virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except REFUSALS:
+            virtual.QoS.ack(self, delivery_tag)
+
+
+class _Channel(redis_transport.Channel):  # type: ignore[misc]
+    QoS = _QoS
+
+
+class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
+    """kombu's, to which a Redis that refuses for a while is away for a while, and not broken."""
+
+    Channel = _Channel
+    connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
+
+
+for _scheme in ("redis", "rediss"):
+    TRANSPORT_ALIASES[_scheme] = f"{__name__}:{RedisTransport.__name__}"
+
+PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
+"""What publishing raises while Redis is away. The poller rings again, so a publisher may log and go on."""
+
+
+Shown = Mapping[str, int | str]
+"""What Flower shows of a doorbell beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
+
+A label for people, which no worker reads. Numbers, states, and names of collections and models: never a text.
+"""
+LONGEST_NAME = 60
+"""Of a collection or model in a doorbell; their own limit is 200 characters, and Redis holds many bells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doorbell:
+    """A ChunkBatch id and the priority rank of its job, 0 served first. A label is all else that goes into Redis."""
+
+    chunk_batch_id: int
+    priority: int
+    shown: Shown = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBell:
+    """As a doorbell, for the next step of a ProviderBatch."""
+
+    provider_batch_id: int
+    shown: Shown = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bells:
+    """Where the ChunkBatches of a route have their doorbells, and which task answers them."""
+
+    route: Route
+    queue: str
+    task: str
+
+
+LOCAL_BELLS = Bells(Route.LOCAL, QUEUE, EMBED_TASK)
+SYNC_BELLS = Bells(Route.OPENAI_SYNC, PROVIDER_QUEUE, REQUEST_TASK)
+BELLS = (LOCAL_BELLS, SYNC_BELLS)
+"""Of route ``openai`` there are none: its ChunkBatches are gathered into ProviderBatches."""
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery app, the same for producers, workers, poller and Flower.
+
+    One retry brain: the ledger. Celery neither retries nor keeps results, and acknowledges late, so that a
+    redelivered doorbell is harmless: the claim answers it.
+    """
+    url = settings.require_redis_url()
+    app = Celery("chunkmill", broker=kombu_url(url), set_as_current=False)
+    app.conf.update(
+        task_default_queue=QUEUE,
+        task_queues=[Queue(QUEUE), Queue(PROVIDER_QUEUE)],
+        task_acks_late=True,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        worker_pool="threads",
+        worker_concurrency=settings.embedding_parallel_batches,
+        worker_prefetch_multiplier=1,
+        worker_enable_prefetch_count_reduction=False,
+        worker_soft_shutdown_timeout=0,  # real on prefork only; on threads it ends in a warm shutdown
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_connection_timeout=5,
+        broker_transport_options={
+            # The shortest visibility timeout of all connected apps wins, so it is set here for all. It
+            # only collects garbage: leases in Postgres drive recovery.
+            "visibility_timeout": 1800,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 3,
+            "socket_timeout": 30,  # without it a frozen Redis hangs every synchronous command
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "priority_steps": PRIORITY_STEPS,
+            "queue_order_strategy": "priority",
+            # A publisher gives up soon, for the poller will ring again; kombu's default is to wait for ever.
+            "max_retries": 2,
+            "interval_start": 0.1,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
+    )
+    if url.startswith("rediss://"):
+        # kombu's default for rediss:// is CERT_NONE.
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Both ways to Redis: Celery's, to publish, and a plain client, to look at the queue first.
+
+    The look comes first on purpose: with Redis away it fails within seconds, where kombu would wait.
+    """
+
+    celery: Celery
+    client: redis.Redis
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Broker:
+        """Open nothing yet; the first use connects."""
+        return cls(
+            make_celery(settings),
+            redis.Redis.from_url(
+                settings.require_redis_url(),
+                socket_timeout=5,
+                socket_connect_timeout=2,
+                health_check_interval=25,
+            ),
+        )
+
+    def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
+        """Doorbells waiting in Redis, by priority rank.
+
+        Those delivered and not acknowledged do not count: their ChunkBatches are running, or their worker
+        was killed and nobody will come for them.
+        """
+        with self.client.pipeline(transaction=False) as pipe:
+            for step in PRIORITY_STEPS:
+                pipe.llen(bells.queue if step == 0 else f"{bells.queue}\x06\x16{step}")
+            return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
+
+    def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
+        """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
+        self._send(
+            bells.task,
+            bells.queue,
+            (
+                (bell.chunk_batch_id, bell.priority, f"ChunkBatch {bell.chunk_batch_id}", bell.shown)
+                for bell in doorbells
+            ),
+        )
+
+    def ring_steps(self, bells: Iterable[StepBell]) -> None:
+        """As ``ring``, for the next steps of ProviderBatches."""
+        self._send(
+            ADVANCE_TASK,
+            PROVIDER_QUEUE,
+            (
+                (bell.provider_batch_id, STEP_PRIORITY, f"ProviderBatch {bell.provider_batch_id}", bell.shown)
+                for bell in bells
+            ),
+        )
+
+    def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
+        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
+            for number, priority, name, shown in messages:
+                self.celery.send_task(
+                    task,
+                    args=[number],
+                    # What events carry in place of the arguments, and Flower shows. As a dict's repr, it can be
+                    # searched there: `kwargs:job=3`.
+                    argsrepr=name,
+                    kwargsrepr=repr({key: _short(value) for key, value in shown.items()}),
+                    queue=queue,
+                    priority=priority,
+                    producer=producer,
+                    retry=False,
+                    ignore_result=True,
+                )
+
+    def close(self) -> None:
+        self.client.close()
+        self.celery.close()
+
+
+def _short(value: int | str) -> int | str:
+    return f"{value[: LONGEST_NAME - 1]}…" if isinstance(value, str) and len(value) > LONGEST_NAME else value
+
+
+def kombu_url(url: str) -> str:
+    """kombu writes a Unix socket as ``redis+socket:///path?virtual_host=0``."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return url
+    query: dict[str, Any] = {key: values[0] for key, values in parse_qs(parts.query).items()}
+    login = parts.netloc.rpartition("@")[0]
+    if "password" in query:
+        login = f"{quote(query.get('username', ''), safe='')}:{quote(query['password'], safe='')}"
+    return f"redis+socket://{login + '@' if login else ''}{parts.path}?virtual_host={query.get('db', '0')}"

@@ -1,0 +1,201 @@
+"""`search`, `audit`, `index`, `models` and `delete`: what is in the collections."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.text import Text
+
+from chunkmill.cli.collections.canary import canary
+from chunkmill.cli.collections.export import export
+from chunkmill.cli.output import Screen, beginning, count, duration, json_option, shown
+from chunkmill.client import Client
+from chunkmill.domain.results import Audit, SearchHit
+from chunkmill.domain.states import Route
+from chunkmill.embedded.environment import Environment
+from chunkmill.errors import InvalidInput
+from chunkmill.monitor.servers import look_at_database, look_at_spaces
+
+INCOMPLETE = 3
+"""Exit code of `audit` when a chunk has no vector."""
+
+PREVIEW = 120
+"""Characters of a text that a hit shows where lines are long."""
+
+
+@click.command()
+@click.argument("query")
+@click.option("-c", "--collection", required=True)
+@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="How many chunks.")
+@click.option("--where", metavar="JSON", help="""Only chunks whose metadata contain this, such as '{"source": "x"}'.""")
+@click.option("--exact", is_flag=True, help="Compare with every vector, past an HNSW index.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds for a worker.")
+@json_option
+@click.pass_obj
+def search(screen: Screen, query: str, collection: str, k: int, where: str | None, exact: bool, timeout: float) -> None:
+    """The chunks nearest to QUERY, best first. A worker embeds the query, so one must be running."""
+    metadata = _where(where)
+    with Client.from_env() as client:
+        start = look_at_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
+        if start:
+            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: {start}")
+        hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
+    if screen.json:
+        screen.document([asdict(hit) for hit in hits])
+    elif hits:
+        show_hits(screen, hits)
+    else:
+        screen.say("Nothing found.")
+
+
+@click.command()
+@click.argument("collection", required=False)
+@json_option
+@click.pass_obj
+def audit(screen: Screen, collection: str | None) -> None:
+    """Has every chunk its vector? Of one collection, or of all.
+
+    Compares the chunks with the vectors themselves, not with what jobs say. Exits with 3 when one is missing.
+    """
+    with Client.from_env() as client:
+        names = client.collections() if collection is None else [collection]
+        audits = [client.audit(name) for name in names]
+    if screen.json:
+        documents = [audit_facts(each) for each in audits]
+        screen.document(documents if collection is None else documents[0])
+    elif not audits:
+        screen.say("There are no collections yet.")
+    else:
+        show_audits(screen, audits)
+    if not all(each.complete for each in audits):
+        raise SystemExit(INCOMPLETE)
+
+
+@click.command()
+@click.argument("collection")
+@click.option("--halfvec", is_flag=True, help="Index half precision, at half the size.")
+@json_option
+@click.pass_obj
+def index(screen: Screen, collection: str, halfvec: bool) -> None:
+    """Build an HNSW index over the collection's space. Writers go on; best after a bulk load."""
+    began = time.monotonic()
+    with Client.from_env() as client:
+        built = client.index(collection, halfvec=halfvec)
+    seconds = time.monotonic() - began
+    if screen.json:
+        screen.document(asdict(built) | {"seconds": round(seconds, 3)})
+    else:
+        screen.say(f"{built.name} on {built.on} is ready ({duration(seconds)}).")
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@click.pass_context
+def models(context: click.Context) -> None:
+    """The embedding spaces in the database: a model, its revision and how it is used."""
+    if context.invoked_subcommand is None:
+        _show_models(context.obj)
+
+
+models.add_command(canary)
+models.add_command(export)
+
+
+def _show_models(screen: Screen) -> None:
+    with Client.from_env():  # migrated and reachable
+        spaces = look_at_spaces(Environment.load(start_embedded=False).settings)
+    if screen.json:
+        screen.document(
+            [
+                {"id": s.id, "fingerprint": s.spec.fingerprint, "storage": s.storage, "collections": names}
+                | asdict(s.spec)
+                for s, names in spaces
+            ]
+        )
+    elif not spaces:
+        screen.say("No space is registered yet: the first enqueue or the first worker does it.")
+    else:
+        screen.table(
+            ["space", "model", "dims", "max tokens", "pooling", "long texts", "precision", "column", "collections"],
+            [
+                (s.spec.fingerprint[:12], s.spec.model, s.spec.dimensions, s.spec.max_tokens, s.spec.pooling.value,
+                 s.spec.long_text.value, s.spec.precision.value, s.storage, ", ".join(names) or None)
+                for s, names in spaces
+            ],
+        )  # fmt: skip
+
+
+@click.command()
+@click.argument("collection")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> None:
+    """Delete chunks by id, or without an ID all of the collection's.
+
+    A text that no chunk refers to any more goes with its vectors.
+    """
+    with Client.from_env() as client:
+        if not yes and not _confirmed(screen, client, collection, ids):
+            raise SystemExit(1)
+        deleted = client.delete(collection, ids or None)
+    if screen.json:
+        screen.document({"collection": collection, "deleted": deleted})
+    else:
+        screen.say(f"Deleted {count(deleted, 'chunk')} of {collection!r}.")
+
+
+def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
+    """Two lines a hit, so that neither a long id nor the text costs the other its room."""
+    room = max(20, min(PREVIEW, screen.out.width - 8))
+    for hit in hits:
+        screen.say((f"{hit.score:6.3f}  ", "green"), (shown(hit.chunk_id), "bold"))
+        screen.say(" " * 8, beginning(shown(hit.text), room))
+
+
+def show_audits(screen: Screen, audits: list[Audit]) -> None:
+    screen.table(
+        ["collection", "chunks", "texts", "embedded", "missing", "pending", "dead", "cut", "complete"],
+        [
+            (a.collection, a.chunks, a.contents, a.embedded, a.missing, a.pending, a.dead, a.truncated,
+             Text("yes", style="green") if a.complete else Text("no", style="red"))
+            for a in audits
+        ],
+    )  # fmt: skip
+    for each in audits:
+        if each.missing_ids:
+            screen.say("")
+            screen.say((f"Missing in {shown(each.collection)}:", "red"))
+            for chunk_id in each.missing_ids:
+                screen.say("  ", shown(chunk_id))
+            if more := each.missing - len(each.missing_ids):
+                screen.say(f"  and {more:,} more")
+
+
+def audit_facts(audit: Audit) -> dict[str, object]:
+    return asdict(audit) | {"complete": audit.complete}
+
+
+def _where(given: str | None) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    try:
+        metadata = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"not valid JSON: {error}", param_hint="--where") from None
+    if not isinstance(metadata, dict):
+        raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
+    return metadata
+
+
+def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
+    if screen.json or not sys.stdin.isatty():
+        raise InvalidInput("delete asks before it deletes, and there is nobody to ask: pass --yes.")
+    n_chunks = len(ids) or client.audit(collection).chunks
+    return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

@@ -1,0 +1,211 @@
+"""`dead list`, `dead show`, `dead retry` and `dead drop`: chunks that got no vector."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from chunkmill.cli.jobs.attempts import moment
+from chunkmill.cli.jobs.jobs import JOB_FAILED, job_facts, waited
+from chunkmill.cli.output import Screen, beginning, count, json_option, shown
+from chunkmill.client import Client
+from chunkmill.domain.results import DeadDetails, DeadEntry, Job
+from chunkmill.domain.states import JobState
+from chunkmill.errors import InvalidInput, JobFailed
+
+NARROWEST = 20
+"""Columns that a reason gets even where the others have used up the line."""
+
+ID = click.IntRange(1, 2**63 - 1)
+ids_argument = click.argument("ids", nargs=-1, type=ID, metavar="[ID]...")
+job_option = click.option("--job", "job_id", type=ID, help="Those of one job.")
+code_option = click.option("--code", metavar="CODE", help="Those with one code, such as not_finite.")
+
+
+@click.group()
+@json_option
+def dead() -> None:
+    """Chunks that got no vector, each with its job and the reason."""
+
+
+@dead.command("list")
+@job_option
+@click.option("-c", "--collection", help="Those of one collection.")
+@code_option
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True)
+@json_option
+@click.pass_obj
+def list_(screen: Screen, job_id: int | None, collection: str | None, code: str | None, limit: int) -> None:
+    """The dead chunks, newest first, and how many there are of each code.
+
+    In the column "now": missing, without a vector still; embedded since; replaced by another text since; deleted
+    since; refused, never in the collection.
+    """
+    with Client.from_env() as client:
+        listed = client.dead(job_id, collection, code, limit)
+        codes = client.dead_codes(job_id, collection, code)
+    if screen.json:
+        screen.document({"dead": [entry_facts(entry) for entry in listed], "codes": codes})
+    elif not listed:
+        every = (job_id, collection, code) == (None, None, None)
+        screen.say("No chunk is dead." if every else "No such chunk is dead.")
+    else:
+        _show_list(screen, listed, codes)
+
+
+@dead.command()
+@click.argument("dead_id", metavar="ID", type=ID)
+@click.option("--text", is_flag=True, help="Print the text too.")
+@json_option
+@click.pass_obj
+def show(screen: Screen, dead_id: int, text: bool) -> None:
+    """All that is known of one dead chunk; ID is the first column of `dead list`."""
+    with Client.from_env() as client:
+        details = client.dead_chunk(dead_id, with_text=text)
+    if screen.json:
+        facts = asdict(details)
+        del facts["entry"]
+        screen.document(entry_facts(details.entry) | facts)
+    else:
+        _show_details(screen, details)
+
+
+@dead.command()
+@ids_argument
+@job_option
+@code_option
+@click.option("--wait", is_flag=True, help="Wait for their jobs to end.")
+@json_option
+@click.pass_obj
+def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | None, wait: bool) -> None:
+    """Have the texts of dead chunks embedded after all, each in its job. Nothing else of the job is done again.
+
+    By ID, or all with --job, --code or both. With --wait it exits with 4 when one of the jobs fails.
+    """
+    which = _which(ids, job_id, code)
+    with Client.from_env() as client:
+        retried = client.retry_dead(**which)
+        if not screen.json:
+            jobs = f"job {retried.jobs[0]}" if len(retried.jobs) == 1 else count(len(retried.jobs), "job")
+            screen.say(
+                f"{count(retried.chunks, 'chunk')} of {jobs} came off the dead list; "
+                f"{count(retried.contents, 'text')} to embed."
+            )
+            for why, n in retried.passed_over.items():
+                screen.hint(f"{count(n, 'chunk')} passed over: {why}")
+        after = [client.job(each) for each in retried.jobs]
+        if wait:
+            after = [waited(screen, client, each) for each in after]
+    if screen.json:
+        screen.document(asdict(retried) | {"jobs": [job_facts(each) for each in after]})
+    else:
+        _show_jobs(screen, after)
+    if wait and (failed := [each for each in after if each.state is JobState.FAILED]):
+        for each in failed:
+            screen.error(JobFailed.code, f"job {each.id} failed: {each.error}")
+        raise SystemExit(JOB_FAILED)
+
+
+@dead.command()
+@ids_argument
+@job_option
+@code_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def drop(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | None, yes: bool) -> None:
+    """Take chunks off the dead list and out of their collections; a job that failed for nothing else completes.
+
+    By ID, or all with --job, --code or both. A chunk that was replaced since, or whose text has a vector since, stays
+    in its collection.
+    """
+    which = _which(ids, job_id, code)
+    with Client.from_env() as client:
+        if not yes and not _confirmed(screen, client, which):
+            raise SystemExit(1)
+        dropped = client.drop_dead(**which)
+        after = [client.job(each) for each in dropped.jobs]
+    if screen.json:
+        screen.document(asdict(dropped) | {"jobs": [job_facts(each) for each in after]})
+        return
+    screen.say(
+        f"{count(dropped.entries, 'entry', 'entries')} dropped from the dead list, "
+        f"{count(dropped.chunks, 'chunk')} from their collections."
+    )
+    _show_jobs(screen, after)
+
+
+def entry_facts(entry: DeadEntry) -> dict[str, object]:
+    return asdict(entry) | {"why_not_retried": entry.why_not_retried}
+
+
+def _show_list(screen: Screen, listed: Sequence[DeadEntry], codes: dict[str, int]) -> None:
+    heads = ["id", "job", "collection", "chunk", "code", "now", "when"]
+    rows = [
+        [e.id, e.job_id, e.collection, e.chunk_id, e.code, e.standing.value, f"{e.created_at.astimezone():%m-%d %H:%M}"]
+        for e in listed
+    ]
+    used = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(heads, *rows, strict=True))
+    room = max(NARROWEST, screen.out.width - used)
+    reasons = [beginning(shown(entry.reason), room) for entry in listed]
+    screen.table([*heads, "reason"], [[*row, reason] for row, reason in zip(rows, reasons, strict=True)])
+    total = sum(codes.values())
+    screen.say("")
+    screen.say(", ".join(f"{n:,} {code}" for code, n in codes.items()))
+    if total > len(listed):
+        screen.say(f"These are the newest {len(listed):,} of {total:,}: -n shows more.")
+
+
+def _show_details(screen: Screen, details: DeadDetails) -> None:
+    entry = details.entry
+    stored = details.characters is not None
+    screen.facts(
+        {
+            "dead chunk": str(entry.id),
+            "job": f"{entry.job_id}, {entry.job_state}",
+            "collection": entry.collection,
+            "chunk": entry.chunk_id,
+            "content": entry.content_hash,
+            "code": entry.code,
+            "reason": entry.reason,
+            "now": entry.standing.value,
+            "retry": f"no: {entry.why_not_retried}" if entry.why_not_retried else "possible",
+            "metadata": None if details.metadata is None else json.dumps(details.metadata, ensure_ascii=False),
+            "text": f"{details.characters:,} characters, {details.bytes:,} bytes" if stored else "not stored",
+            "when": f"{entry.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        }
+    )
+    if details.deaths:
+        screen.say("")
+        screen.table(
+            ["died with it", "when", "what was seen"],
+            [(each.worker, moment(each.ended_at), each.evidence) for each in details.deaths],
+        )
+    if details.text is not None:
+        screen.say("")
+        screen.say(shown(details.text))
+    elif stored:
+        screen.hint(f"The text itself: chunkmill dead show {entry.id} --text")
+
+
+def _show_jobs(screen: Screen, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        screen.say(f"Job {job.id} ({job.collection}) is {job.state}: {job.remaining:,} to go, {job.dead:,} dead.")
+
+
+def _which(ids: tuple[int, ...], job_id: int | None, code: str | None) -> dict[str, Any]:
+    if bool(ids) == (job_id is not None or code is not None):
+        raise click.UsageError("Name dead chunks by ID, or choose them with --job, --code or both.")
+    return {"ids": ids} if ids else {"job_id": job_id, "code": code}
+
+
+def _confirmed(screen: Screen, client: Client, which: dict[str, Any]) -> bool:
+    if screen.json or not sys.stdin.isatty():
+        raise InvalidInput("dead drop asks before it deletes, and there is nobody to ask: pass --yes.")
+    number = len(set(which["ids"])) if "ids" in which else sum(client.dead_codes(**which).values())
+    return click.confirm(f"Drop {count(number, 'dead chunk')} from the list and their collections?", err=True)

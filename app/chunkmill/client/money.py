@@ -1,0 +1,87 @@
+"""Money and lanes: what it would cost, what it did cost, and what the paid routes wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, timedelta
+from typing import Literal
+
+from chunkmill.client.base import Connected, store_errors
+from chunkmill.client.estimate import EstimateRequest, Estimating
+from chunkmill.domain.arguments import as_deadline, as_word, require_name
+from chunkmill.domain.chunks import prepare_all, prepare_or_skip
+from chunkmill.domain.costs import Costs, CostsBy, Estimate
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import Route
+from chunkmill.errors import InvalidInput
+from chunkmill.ledger.jobs import explain
+from chunkmill.ledger.jobs.explain import Explanation
+from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.provider_lanes import Lane
+
+
+class Money(Connected):
+    """The part of the client that is about routes and what they cost."""
+
+    def estimate(
+        self,
+        chunks: Iterable[object],
+        *,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        collection: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+    ) -> Estimate:
+        """What :meth:`enqueue` with the same arguments would send, and cost on each lane. Nothing is written.
+
+        Memory stays constant; a temporary table in Postgres holds the hash of each distinct text while this runs.
+        Tokens are counted with the lane's own tokenizer, on this machine. Raises what :meth:`enqueue` does, but for
+        :class:`BudgetExceeded`: the budget is in the answer.
+        """
+        on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
+        if collection is not None:
+            require_name("collection", collection)
+        if on_invalid not in ("raise", "skip"):
+            raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
+        due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
+        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
+        request = EstimateRequest(spec, route, due, on_long, collection)
+        prepared = prepare_all(chunks) if on_invalid == "raise" else prepare_or_skip(chunks)
+        with store_errors(self._db):
+            return Estimating(self._db, self._settings, request).run(prepared)
+
+    def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:
+        """What was embedded and what it cost, by day, month, model, route or job, since a day of UTC.
+
+        Paid routes as the provider counted; the local one beside them by its engine's time and GPU_HOUR_USD.
+        """
+        by = as_word(CostsBy, by, "by")
+        if since is not None and (isinstance(since, datetime) or not isinstance(since, date)):
+            raise InvalidInput(f"since is {since!r}; it must be a date.")
+        settings = self._settings
+        with self._transaction() as conn:
+            rows = charges.report(conn, by, since=since, gpu_hour_usd=settings.gpu_hour_usd)
+            return Costs(by, since, rows, budget.read(conn, settings))
+
+    def explain(self, job_id: int) -> Explanation:
+        """Why a job is embedded where it is, and what it waits for. Raises :class:`NotFound`."""
+        with self._transaction() as conn:
+            return explain.explain(conn, job_id)
+
+    def lanes(self) -> list[Lane]:
+        """The paid lanes: running, paused, stopped or held, and why."""
+        with self._transaction() as conn:
+            return provider_lanes.lanes(conn)
+
+    def resume_lane(self, route: Route | str) -> bool:
+        """Let a paid lane that was stopped or paused take work again. False: it was neither."""
+        route = as_word(Route, route, "route")
+        if not route.is_paid:
+            raise InvalidInput(f"route is {route.value!r}; the lanes that can stop are openai and openai-sync.")
+        with self._transaction() as conn:
+            return provider_lanes.resume(conn, route)

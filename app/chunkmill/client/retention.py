@@ -1,0 +1,84 @@
+"""Retention: what may go, and the cache."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+
+from chunkmill.client.base import Connected, store_errors
+from chunkmill.db.connect import require_at_least
+from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
+from chunkmill.errors import InvalidInput
+from chunkmill.ledger.prune import prune_jobs
+from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced, find_space
+
+
+class Retention(Connected):
+    """The part of the client that is about what is kept, and how long."""
+
+    def prune(
+        self,
+        older_than: timedelta | float = 30,
+        *,
+        dry_run: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Pruned:
+        """Drop jobs that ended more than ``older_than`` (days) ago, and vectors and texts stored before that which no
+        collection refers to. Safe while everything runs.
+
+        With a job go its ChunkBatches, attempts, usage, dead list and idempotency key; charges stay, for they are the
+        bill. A failed or cancelled job stays while a chunk of it has no vector. ``dry_run`` only counts.
+        """
+        before = self._before("older_than", older_than)
+        with store_errors(self._db):
+            jobs_gone, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+            gone = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+        return Pruned(dry_run, before, jobs_gone | gone, kept)
+
+    def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
+        """Each space's vectors, their size, and how often enqueues found what they needed; also in the last ``recent``
+        days."""
+        days = as_age("recent", recent) / timedelta(days=1)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            return cache_spaces(conn, recent_days=days)
+
+    def evict(
+        self,
+        *,
+        older_than: timedelta | float | None = None,
+        max_bytes: int | None = None,
+        space: str | None = None,
+        dry_run: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> Pruned:
+        """Drop vectors that no collection refers to, and their texts, the oldest first: those stored more than
+        ``older_than`` (days) ago, or as many as it takes to leave ``max_bytes`` of them. Safe while everything runs.
+
+        ``space`` is the beginning of a fingerprint; None: all. Raises :class:`InvalidInput`, :class:`NotFound`.
+        """
+        if (older_than is None) == (max_bytes is None):
+            raise InvalidInput("say what to evict: either older_than or max_bytes.")
+        if max_bytes is not None and max_bytes < 0:
+            raise InvalidInput(f"max_bytes is {max_bytes}; it must not be negative.")
+        before = None if older_than is None else self._before("older_than", older_than)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            chosen = None if space is None else find_space(conn, space)
+        with store_errors(self._db):
+            gone = drop_unreferenced(
+                self._db, space=chosen, before=before, max_bytes=max_bytes, dry_run=dry_run, on_progress=on_progress
+            )
+        return Pruned(dry_run, before, gone)
+
+    def _before(self, argument: str, age: timedelta | float) -> datetime:
+        """So long ago by Postgres' clock, once its schema is known to have what a prune needs."""
+        asked = as_age(argument, age)
+        with self._transaction() as conn:
+            require_at_least(conn, AGES_SINCE)
+            now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
+        try:
+            return now - asked
+        except OverflowError:
+            raise InvalidInput(f"{argument} is {asked}, which is before the calendar begins.") from None

@@ -1,0 +1,173 @@
+"""Vectors: search, embed, read, delete, audit, index."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.client.base import Connected
+from chunkmill.domain.chunks import prepare_all
+from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.results import Audit, SearchHit
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.jobs import jobs
+from chunkmill.spaces import registry
+from chunkmill.store import audit as auditing
+from chunkmill.store import read
+from chunkmill.store import search as searching
+from chunkmill.store.delete import delete_some
+
+DELETE_STEP = 5_000
+"""Chunks deleted in one transaction, which holds up enqueues while it runs."""
+EMBED_STEP = 256
+"""Texts of one embed request: bounds the row, and how long a worker holds it."""
+
+
+class Vectors(Connected):
+    """The part of the client that is about collections and their vectors."""
+
+    def search(
+        self,
+        query: str | NDArray[np.float32],
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+    ) -> list[SearchHit]:
+        """The ``k`` chunks nearest to ``query`` by cosine, best first.
+
+        ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
+        ``metadata`` keeps chunks that contain it (jsonb containment). ``exact`` passes over an HNSW index.
+        Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
+        ``timeout`` seconds.
+        """
+        if k < 1:
+            raise InvalidInput(f"k is {k}; it must be at least 1.")
+        with self._transaction() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            space = registry.get(conn, space_id)
+        if isinstance(query, str):
+            vector = self._ask(space, [query], "query", timeout)[0]
+        else:
+            vector = np.asarray(query, dtype=np.float32)
+        if vector.shape != (space.spec.dimensions,) or not np.isfinite(vector).all():
+            raise InvalidInput(
+                f"the query vector has shape {vector.shape}; collection {collection!r} takes a finite vector of shape "
+                f"({space.spec.dimensions},)."
+            )
+        with self._transaction() as conn:
+            return searching.search(
+                conn, space, vector, collection_id=collection_id, k=k, metadata=metadata, exact=exact
+            )
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> NDArray[np.float32]:
+        """``(n, d)`` float32 vectors of ``texts`` in input order, made by a worker now and stored nowhere.
+
+        ``dimensions`` and ``precision`` are those of :meth:`enqueue`.
+        Raises :class:`InvalidChunk` for a text that is not valid, :class:`EngineError` when a worker cannot embed
+        it, and :class:`WaitTimeout`.
+        """
+        if kind not in ("document", "query"):
+            raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
+        if isinstance(texts, str):
+            raise InvalidInput("texts is a str; give a list of texts.")
+        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
+            pass
+        space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
+        if not texts:
+            return np.empty((0, space.spec.dimensions), dtype=np.float32)
+        deadline = time.monotonic() + timeout
+        parts = [
+            self._ask(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
+            for i in range(0, len(texts), EMBED_STEP)
+        ]
+        return np.concatenate(parts)
+
+    def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
+        """``chunk id → (d,) float32`` for ``ids``, or for the whole collection; chunks without one are left out."""
+        with self._transaction() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            return read.read_vectors(conn, registry.get(conn, space_id), collection_id=collection_id, chunk_ids=ids)
+
+    def delete(self, collection: str, ids: Sequence[str] | None = None) -> int:
+        """Delete chunks by id, or all of the collection; returns how many.
+
+        A text that no chunk refers to any more is deleted with its vectors.
+        """
+        if isinstance(ids, str):
+            raise InvalidInput("ids is a str; give a list of chunk ids.")
+        with self._transaction() as conn:
+            collection_id, _ = jobs.find_collection(conn, collection)
+        deleted = 0
+        for step in itertools.count():
+            part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
+            if part is not None and not len(part):
+                break
+            with self._transaction() as conn:
+                gone = delete_some(conn, collection_id=collection_id, chunk_ids=part, limit=DELETE_STEP)
+            deleted += gone
+            if part is None and gone == 0:
+                break
+        return deleted
+
+    def audit(self, collection: str) -> Audit:
+        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` says all are there."""
+        with self._transaction() as conn:
+            collection_id, space_id = jobs.find_collection(conn, collection)
+            return auditing.audit(conn, registry.get(conn, space_id), name=collection, collection_id=collection_id)
+
+    def collections(self) -> list[str]:
+        """The names of all collections, in order."""
+        with self._transaction() as conn:
+            return jobs.collection_names(conn)
+
+    def index(self, collection: str, *, halfvec: bool = False) -> searching.Index:
+        """Build an HNSW index over the collection's space, without blocking writers; best after a bulk load.
+
+        Collections in one space share it. ``halfvec`` indexes half precision, at half the size; past 2,000
+        dimensions it is always so.
+        """
+        with self._transaction() as conn:
+            _, space_id = jobs.find_collection(conn, collection)
+            space = registry.get(conn, space_id)
+        return searching.build_index(self._db, space, halfvec=halfvec)
+
+    def _ask(self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
+        with self._transaction() as conn:
+            request = embed_requests.ask(conn, space_id=space.id, kind=kind, texts=texts)
+        deadline = time.monotonic() + timeout
+        pause = 0.002
+        while True:
+            with self._transaction() as conn:
+                answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
+                if answer is None and time.monotonic() >= deadline:
+                    embed_requests.withdraw(conn, request)
+            if answer is not None:
+                if answer.vectors is None:
+                    raise EngineError(f"the worker could not embed: {answer.error}")
+                return answer.vectors
+            if time.monotonic() >= deadline:
+                queue = "openai" if space.spec.provider == OPENAI else "gpu"
+                raise WaitTimeout(
+                    f"no worker answered in time. Start one: celery -A chunkmill_workers worker -Q {queue}"
+                )
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)

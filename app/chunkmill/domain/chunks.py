@@ -1,0 +1,157 @@
+"""Chunks as producers give them, and the checks they pass before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from chunkmill.errors import InvalidChunk
+
+MAX_ID_BYTES = 1024
+"""A chunk id is part of a B-tree key; Postgres refuses keys past about 2,700 bytes."""
+
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""A chunk is a passage, not a book: past this size something went wrong upstream."""
+
+# json.dumps makes an encoder of its own per call for any option but its defaults.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escaped NUL, not an escaped backslash before "u0000"
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of text under the producer's own ``id``, with JSON ``metadata`` to filter searches by."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChunk:
+    """A valid chunk in the form the store takes. ``content_hash`` is SHA-256 of the exact UTF-8 text."""
+
+    id: str
+    text: bytes
+    metadata: str
+    content_hash: bytes
+
+
+def content_hash(text: str) -> bytes:
+    """32 bytes: SHA-256 of the text's exact UTF-8 bytes. No normalisation: other bytes, other content."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def prepare(item: object, position: int) -> PreparedChunk:
+    """Check one item of an ``enqueue`` iterable and hash its text.
+
+    Takes a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple or a mapping with
+    the keys ``id``, ``text`` and optionally ``metadata``. An :class:`InvalidChunk` in the stream stands for
+    an item that its source could not even read, and is raised as it is. Raises :class:`InvalidChunk`.
+    """
+    if isinstance(item, InvalidChunk):
+        raise item
+    chunk = _as_chunk(item, position)
+
+    def refuse(reason: str, problem: str) -> InvalidChunk:
+        return InvalidChunk(problem, chunk_id=_shown(chunk.id), position=position, reason=reason)
+
+    if not isinstance(chunk.id, str):
+        raise refuse("id_not_text", f"the id is of type {type(chunk.id).__name__}, it must be a str")
+    if not chunk.id:
+        raise refuse("empty_id", "the id is empty; give every chunk an id that is unique in its collection")
+    if "\x00" in chunk.id:
+        raise refuse("nul_in_id", "the id contains a NUL character, which Postgres cannot store")
+    if (id_bytes := _utf8(chunk.id)) is None:
+        raise refuse("surrogate_in_id", "the id contains a lone surrogate, which is not valid Unicode")
+    if len(id_bytes) > MAX_ID_BYTES:
+        raise refuse("id_too_long", f"the id has {len(id_bytes)} bytes, the limit is {MAX_ID_BYTES}")
+    if not isinstance(chunk.text, str):
+        raise refuse("text_not_text", f"the text is of type {type(chunk.text).__name__}, it must be a str")
+    if not chunk.text or chunk.text.isspace():
+        raise refuse("empty_text", "the text is empty or only white space; there is nothing to embed")
+    if "\x00" in chunk.text:
+        raise refuse("nul_in_text", "the text contains a NUL character; remove it: text.replace('\\0', '')")
+    if (text := _utf8(chunk.text)) is None:
+        raise refuse(
+            "surrogate_in_text",
+            "the text contains a lone surrogate, so it was decoded wrongly; "
+            "clean it: text.encode('utf-8', 'replace').decode()",
+        )
+    if len(text) > MAX_TEXT_BYTES:
+        raise refuse("text_too_long", f"the text has {len(text):,} bytes, the limit is {MAX_TEXT_BYTES:,}")
+    try:
+        metadata = _metadata_json(chunk.metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise refuse("bad_metadata", f"the metadata is not a JSON object that jsonb can hold: {error}") from None
+    return PreparedChunk(chunk.id, text, metadata, hashlib.sha256(text).digest())
+
+
+def prepare_all(items: Iterable[object]) -> Iterator[PreparedChunk]:
+    """Prepare a stream. Raises :class:`InvalidChunk` at the first bad chunk."""
+    return (prepare(item, position) for position, item in enumerate(items))
+
+
+def prepare_or_skip(items: Iterable[object]) -> Iterator[PreparedChunk | InvalidChunk]:
+    """Prepare a stream; a bad chunk comes out as its error, and the stream goes on."""
+    for position, item in enumerate(items):
+        try:
+            yield prepare(item, position)
+        except InvalidChunk as error:
+            yield error.with_traceback(None)  # whose frames would hold the text
+
+
+def _as_chunk(item: object, position: int) -> Chunk:
+    if isinstance(item, Chunk):
+        return item
+    if isinstance(item, Mapping):
+        unknown = item.keys() - {"id", "text", "metadata"}
+        if unknown or "id" not in item or "text" not in item:
+            raise InvalidChunk(
+                "a chunk given as a dict needs the keys 'id' and 'text' and may have 'metadata'; "
+                f"this one has {sorted(map(str, item))}",
+                chunk_id=_shown(item.get("id", "")),
+                position=position,
+                reason="bad_shape",
+            )
+        return Chunk(item["id"], item["text"], item.get("metadata") or {})
+    if isinstance(item, tuple | list) and len(item) in (2, 3):
+        return Chunk(*item)
+    raise InvalidChunk(
+        f"a chunk is a Chunk, an (id, text) pair or a dict, not {type(item).__name__}",
+        chunk_id="",
+        position=position,
+        reason="bad_shape",
+    )
+
+
+def _utf8(text: str) -> bytes | None:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
+def _shown(chunk_id: object) -> str:
+    """The id in a form that any message, log or text column can carry."""
+    shown = chunk_id if isinstance(chunk_id, str) else repr(chunk_id)
+    return shown.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:200]
+
+
+def _metadata_json(metadata: object) -> str:
+    if not metadata:
+        if metadata is None or isinstance(metadata, Mapping):
+            return "{}"
+        raise TypeError(f"it is of type {type(metadata).__name__}")
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"it is of type {type(metadata).__name__}")
+    dumped = _encode_json(dict(metadata))
+    if _NUL.search(dumped):
+        raise ValueError("it contains a NUL character")
+    if _utf8(dumped) is None:
+        raise ValueError("it contains a lone surrogate")
+    return dumped

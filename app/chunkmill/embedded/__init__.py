@@ -1,0 +1,17 @@
+"""Real Postgres and Redis from wheels, in one data folder: for development, the demo and tests.
+
+>>> stack = Stack()                     # CHUNKMILL_HOME, or the user's data folder
+>>> status = stack.up()                 # returns when both servers answer; they outlive this process
+>>> status.database_url, status.redis_url
+>>> stack.down()                        # clean stop; the data stays
+
+Nothing here is for production: any process of the same system user gets in without a password.
+"""
+
+from __future__ import annotations
+
+from chunkmill.embedded.paths import default_home
+from chunkmill.embedded.process import ServerStatus
+from chunkmill.embedded.stack import Stack, StackStatus
+
+__all__ = ["ServerStatus", "Stack", "StackStatus", "default_home"]

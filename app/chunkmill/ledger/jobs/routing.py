@@ -1,0 +1,163 @@
+"""A job's lane: chosen when it is opened, and changed while its work has not begun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+
+from chunkmill.domain.prices import MILLION, price_on
+from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
+from chunkmill.domain.spaces import SpaceSpec
+from chunkmill.domain.states import Route
+from chunkmill.ledger.money import budget
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.openai.catalogue import model_for
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+
+SLICE = 5_000
+"""ChunkBatches of a job that one call moves."""
+MEASURED_ATTEMPTS = 10_000
+"""The latest attempts, from which the speed of local workers is known: ``usage`` has no index by space."""
+
+
+def lanes_of(settings: Settings, spec: SpaceSpec) -> tuple[Route, ...]:
+    """The lanes that serve a space under these settings."""
+    model = None if settings.embedding_provider == "local" else model_for(settings, spec)
+    return serving(spec, model, batches=settings.openai_batches)
+
+
+def decide(
+    conn: sa.Connection, settings: Settings, spec: SpaceSpec, asked: Route, deadline: datetime | None = None
+) -> Choice:
+    """The lane of a new job. Raises :class:`UnknownRoute`. Whether the budget allows it is for the caller to ask."""
+    require_served(asked, lanes_of(settings, spec), spec)
+    now = conn.execute(sa.text("SELECT now()")).scalar_one()
+    return choose(asked, offers(conn, settings, spec), now=now, deadline=deadline)
+
+
+def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Offer]:
+    """The lanes that serve a space, each with its price and its health now."""
+    lanes = lanes_of(settings, spec)
+    if len(lanes) == 1:
+        return [Offer(lanes[0])]
+    paid = {lane.route: lane for lane in provider_lanes.lanes(conn)}
+    today = conn.execute(sa.text("SELECT (now() AT TIME ZONE 'UTC')::date")).scalar_one()
+    model = model_for(settings, spec)
+    price = price_on(model.prices, today) if model else None
+    used_up = settings.openai_monthly_budget_usd is not None and budget.read(conn, settings).is_used_up
+    found = []
+    for route in lanes:
+        if route is Route.LOCAL:
+            usd = local_usd(settings, seconds_per_token(conn, spec))
+            found.append(Offer(route, usd, idle=not _has_workers(conn)))
+            continue
+        stopped = "the month's budget is used up" if used_up else None
+        if paid[route].is_stopped:
+            stopped = f"stopped ({paid[route].stop_code}) until `chunkmill lanes resume {route}`"
+        found.append(Offer(route, price.of(int(MILLION), batch=route is Route.OPENAI) if price else None, stopped))
+    return found
+
+
+def seconds_per_token(conn: sa.Connection, spec: SpaceSpec) -> float | None:
+    """Engine seconds that local workers took for a token of the space lately; None: they have embedded none."""
+    row = conn.execute(
+        sa.text(
+            "SELECT sum(u.engine_seconds) / sum(u.tokens) FROM (SELECT * FROM usage ORDER BY chunk_batch_id DESC "
+            "LIMIT :attempts) u JOIN spaces s ON s.id = u.space_id "
+            "WHERE s.fingerprint = :fingerprint AND u.engine_seconds > 0 AND u.tokens > 0 AND u.provider <> 'openai'"
+        ),
+        {"attempts": MEASURED_ATTEMPTS, "fingerprint": spec.fingerprint},
+    ).scalar_one()
+    return None if row is None else float(row)
+
+
+def local_usd(settings: Settings, seconds: float | None) -> Decimal | None:
+    """US dollars of a million tokens on local workers. None: no GPU_HOUR_USD, or nothing measured."""
+    if settings.gpu_hour_usd is None or seconds is None:
+        return None
+    return settings.gpu_hour_usd * Decimal(seconds) * MILLION / 3600
+
+
+def _has_workers(conn: sa.Connection) -> bool:
+    connected = sa.text(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() "
+        "AND application_name = 'chunkmill-worker')"
+    )
+    return bool(conn.execute(connected).scalar_one())
+
+
+def entry(choice: Choice, at: datetime) -> dict[str, str]:
+    """A choice as ``jobs.routing`` keeps it."""
+    return {"at": at.isoformat(), "route": choice.route.value, "because": choice.because}
+
+
+def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:
+    """The lane of a job's ChunkBatches: the latest choice, or what was asked for. Local in a job of an old version."""
+    if asked != Route.AUTO:
+        return Route(asked)
+    return Route(routing[-1]["route"]) if routing else Route.LOCAL
+
+
+def reroute(conn: sa.Connection, settings: Settings) -> int:
+    """Move what has not begun of jobs with route ``auto`` to another lane that serves their space; returns how many.
+
+    Away from a lane that stopped, and from the Batch API when the deadline comes near. It moves nothing where no
+    better lane is left. A slice of each job at a time: call it again.
+    """
+    stopped = [lane.route.value for lane in provider_lanes.lanes(conn) if lane.is_stopped]
+    if not settings.openai_batches:
+        stopped.append(Route.OPENAI.value)
+    jobs = conn.execute(
+        sa.text(
+            "SELECT id, space_id, deadline, routing, now() AS now FROM jobs j WHERE route = 'auto' "
+            "AND state IN ('enqueueing', 'running') "
+            # Nothing is looked at while no lane is stopped and no deadline near.
+            "AND (cardinality(CAST(:stopped AS text[])) > 0 OR deadline < now() + CAST(:takes AS interval)) "
+            "AND EXISTS (SELECT FROM chunk_batches b WHERE b.job_id = j.id AND b.state = 'available' "
+            "  AND (b.route = ANY(CAST(:stopped AS text[])) "
+            "       OR (b.route = 'openai' AND j.deadline < now() + CAST(:takes AS interval)))) "
+            "ORDER BY id FOR NO KEY UPDATE OF j SKIP LOCKED"
+        ),
+        {"stopped": stopped, "takes": BATCH_TAKES},
+    ).all()
+    return sum(_reroute(conn, settings, job, stopped) for job in jobs)
+
+
+def _reroute(conn: sa.Connection, settings: Settings, job: sa.Row[Any], stopped: Sequence[str]) -> int:
+    left = {*stopped, *((Route.OPENAI.value,) if is_late(job.deadline, job.now) else ())}
+    spec = registry.get(conn, job.space_id).spec
+    open_offers = [each for each in offers(conn, settings, spec) if each.route.value not in left and not each.stopped]
+    if not open_offers:
+        return 0
+    current = lane_of(Route.AUTO, job.routing)
+    if any(each.route is current for each in open_offers):
+        to = current  # it was moved before; this is what its producer has added since, or the next slice
+    else:
+        choice = choose(Route.AUTO, open_offers, now=job.now, deadline=job.deadline)
+        to = choice.route
+        late = is_late(job.deadline, job.now) and current is Route.OPENAI and current.value not in stopped
+        why = f"the deadline {job.deadline:%Y-%m-%d %H:%M %Z} is near" if late else "it stopped"
+        moved = Choice(to, f"moved from {current}, for {why}; {choice.because}")
+        conn.execute(
+            sa.text("UPDATE jobs SET routing = routing || CAST(:entry AS jsonb) WHERE id = :id"),
+            {"id": job.id, "entry": json.dumps(entry(moved, job.now))},
+        )
+    result = conn.execute(
+        sa.text(
+            "UPDATE chunk_batches b SET route = :to, rung_at = NULL FROM ("
+            "  SELECT id FROM chunk_batches c WHERE job_id = :id AND state = 'available' "
+            "  AND route = ANY(CAST(:left AS text[])) "
+            # What is at a provider is paid for there.
+            "  AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.chunk_batch_id = c.id) "
+            "  LIMIT :slice FOR NO KEY UPDATE SKIP LOCKED) m "
+            "WHERE b.id = m.id AND b.state = 'available'"
+        ),
+        {"id": job.id, "to": to, "left": sorted(left), "slice": SLICE},
+    )
+    return int(result.rowcount)

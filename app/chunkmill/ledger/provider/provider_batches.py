@@ -1,0 +1,292 @@
+"""ProviderBatches: which are due, who takes the next step, and each step's one guarded UPDATE.
+
+``attempt`` is the fencing number of the lease on a step, as with ChunkBatches. A worker that lost it changes nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from chunkmill.broker import StepBell
+from chunkmill.db.provider_schema import ProviderBatchRow
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.errors import LeaseLost
+
+SPENDING = (State.GATHERING, State.GATHERED, State.UPLOADED, State.CREATING)
+"""Steps that lead to a charge; a lane that is stopped still polls and collects what it has paid."""
+_SPENDING = "('gathering', 'gathered', 'uploaded', 'creating')"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A ProviderBatch as it was when its lease was taken or last changed, and the right to change it."""
+
+    id: int
+    attempt: int
+    state: State
+    space_id: int
+    token: str
+    failures: int
+    uploads: int
+    creates: int
+    resends: int
+    downloads: int
+    n_requests: int
+    n_inputs: int
+    input_file_id: str | None
+    batch_id: str | None
+    provider_status: str | None
+    n_done: int
+    output_file_id: str | None
+    error_file_id: str | None
+    cancel_requested: bool
+    error_code: str | None
+    error: str | None
+    creating_for_s: float
+    """Seconds since the latest create was about to be sent, by Postgres' clock."""
+    submitted_for_s: float
+
+    @property
+    def name(self) -> str:
+        return f"ProviderBatch {self.id}"
+
+
+_COLUMNS = (
+    "id, attempt, state, space_id, token, failures, uploads, creates, resends, downloads, n_requests, n_inputs, "
+    "input_file_id, batch_id, provider_status, n_done, output_file_id, error_file_id, "
+    "cancel_requested_at IS NOT NULL AS cancel_requested, error_code, error, "
+    "coalesce(extract(epoch FROM clock_timestamp() - creating_since), 0)::float AS creating_for_s, "
+    "coalesce(extract(epoch FROM clock_timestamp() - submitted_at), 0)::float AS submitted_for_s"
+)
+
+
+def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> list[int]:
+    """Spaces whose work has waited ``wait_seconds``, or is enough for a ``full`` ProviderBatch, and has none open.
+
+    None while the lane is stopped or paused.
+    """
+    rows = conn.execute(
+        sa.text(
+            # A few probes of ix_chunk_batches_unrung_by_route for each open job, however much of it waits.
+            "WITH waiting AS (SELECT j.space_id FROM jobs j CROSS JOIN LATERAL ("
+            "    SELECT b.created_at, b.n_contents FROM chunk_batches b WHERE b.state = 'available' "
+            "    AND b.rung_at IS NULL AND b.route = 'openai' AND b.priority = j.priority "
+            "    AND b.job_id BETWEEN j.id AND j.id AND b.not_before <= now() ORDER BY b.job_id, b.id LIMIT 200) b "
+            "  WHERE j.state IN ('enqueueing', 'running') AND j.route IN ('openai', 'auto') GROUP BY j.space_id "
+            "  HAVING min(b.created_at) <= now() - make_interval(secs => :wait) OR sum(b.n_contents) >= :full) "
+            "SELECT space_id FROM waiting w WHERE NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' "
+            "  AND (l.stopped_at IS NOT NULL OR l.paused_until > now())) "
+            "AND NOT EXISTS (SELECT FROM provider_batches p WHERE p.space_id = w.space_id AND p.state = 'gathering') "
+            "ORDER BY space_id"
+        ),
+        {"wait": wait_seconds, "full": full},
+    )
+    return list(rows.scalars())
+
+
+def open_gathering(conn: sa.Connection, space_id: int) -> None:
+    """Open a ProviderBatch to be filled. One of a space at a time: the index keeps a second poller from another."""
+    conn.execute(
+        sa.text(
+            "INSERT INTO provider_batches (space_id, state, token) VALUES (:space, 'gathering', :token) "
+            "ON CONFLICT (space_id) WHERE state = 'gathering' DO NOTHING"
+        ),
+        {"space": space_id, "token": secrets.token_hex(8)},
+    )
+
+
+def any_open(conn: sa.Connection) -> bool:
+    """Most deployments have none, and their pollers need not ask Redis."""
+    return bool(
+        conn.execute(sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state <> 'closed')")).scalar_one()
+    )
+
+
+def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[StepBell]:
+    """Mark ProviderBatches with a step that is due as rung, and return their bells. Again when nobody came."""
+    rows = conn.execute(
+        sa.text(
+            "WITH due AS (SELECT id FROM provider_batches p WHERE state <> 'closed' AND not_before <= now() "
+            "  AND (lease_until IS NULL OR lease_until < now()) "
+            "  AND (rung_at IS NULL OR rung_at < now() - make_interval(secs => :age)) "
+            "  AND NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' AND (l.paused_until > now() "
+            f"      OR (l.stopped_at IS NOT NULL AND p.state IN {_SPENDING}))) "
+            "  ORDER BY not_before LIMIT :limit FOR UPDATE SKIP LOCKED) "
+            "UPDATE provider_batches p SET rung_at = now() FROM due WHERE p.id = due.id "
+            "RETURNING p.id, p.state, p.space_id, (SELECT s.model FROM spaces s WHERE s.id = p.space_id) AS model"
+        ),
+        {"age": repair_seconds, "limit": limit},
+    )
+    return [
+        StepBell(row.id, {"state": row.state, "space": row.space_id, "model": row.model})
+        for row in sorted(rows, key=lambda row: row.id)
+    ]
+
+
+def claim_if_due(
+    conn: sa.Connection, provider_batch_id: int, *, owner: str, lease_seconds: float, server: str
+) -> Step | None:
+    """The lease on the next step, or None: another worker has it, it is not due, or another server has the batch.
+
+    A lease that ran out is claimed over: each step goes on from what its row says.
+    """
+    row = conn.execute(
+        sa.text(
+            "UPDATE provider_batches p SET attempt = attempt + 1, lease_owner = :owner, rung_at = NULL, "
+            "lease_until = now() + make_interval(secs => :lease) WHERE id = :id AND state <> 'closed' "
+            "AND not_before <= now() AND (lease_until IS NULL OR lease_until < now()) "
+            "AND (server IS NULL OR server = :server) "
+            "AND NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' AND (l.paused_until > now() "
+            f"    OR (l.stopped_at IS NOT NULL AND p.state IN {_SPENDING}))) RETURNING {_COLUMNS}"
+        ),
+        {"id": provider_batch_id, "owner": owner, "lease": lease_seconds, "server": server},
+    ).one_or_none()
+    return None if row is None else _step(row)
+
+
+def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: float) -> set[int]:
+    """Renew all leases of a process; returns the ids that are still held."""
+    rows = conn.execute(
+        sa.text(
+            "UPDATE provider_batches p SET lease_until = now() + make_interval(secs => :lease) "
+            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) "
+            "WHERE p.id = l.id AND p.attempt = l.attempt AND p.lease_owner IS NOT NULL RETURNING p.id"
+        ),
+        {
+            "ids": [step.id for step in steps],
+            "attempts": [step.attempt for step in steps],
+            "lease": lease_seconds,
+        },
+    )
+    return set(rows.scalars())
+
+
+def advance(conn: sa.Connection, step: Step, state: State, **facts: Any) -> Step:
+    """Take the step: the ProviderBatch is in ``state`` now, with ``facts`` in its columns. Raises LeaseLost."""
+    return _change(conn, step, {"failures": 0, "state": state, **facts})
+
+
+def note(conn: sa.Connection, step: Step, **facts: Any) -> Step:
+    """Change columns and nothing else. Raises LeaseLost."""
+    return _change(conn, step, facts)
+
+
+def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | None = None, **facts: Any) -> None:
+    """Give the lease back; the step is due again after ``delay_s``. ``failed``: what went wrong. Raises LeaseLost."""
+    if failed is not None:
+        facts |= {"failures": step.failures + 1, "error": failed[:2000]}
+    due = sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, delay_s)
+    # Whatever step it came to: the attempt is its owner's.
+    _change(
+        conn,
+        step,
+        {**facts, "lease_owner": None, "lease_until": None, "rung_at": None, "not_before": due},
+        any_state=True,
+    )
+
+
+def release_all(conn: sa.Connection, owner: str) -> None:
+    """Give back every step that a worker holds; the next goes on from where it came to."""
+    conn.execute(
+        sa.text(
+            "UPDATE provider_batches SET lease_owner = NULL, lease_until = NULL, rung_at = NULL, attempt = attempt + 1 "
+            "WHERE lease_owner = :owner AND state <> 'closed'"
+        ),
+        {"owner": owner},
+    )
+
+
+def close(conn: sa.Connection, step: Step) -> None:
+    """Nothing is left to do. Raises LeaseLost."""
+    _change(conn, step, {"state": State.CLOSED, "lease_owner": None, "lease_until": None, "closed_at": sa.func.now()})
+
+
+def open_half(conn: sa.Connection, step: Step, **facts: Any) -> Step:
+    """A ProviderBatch beside this one, for a part of its contents: gathered, with the same ChunkBatches waiting."""
+    values = {"space_id": step.space_id, "state": State.GATHERED, "token": secrets.token_hex(8), **facts}
+    half = _step(conn.execute(sa.insert(ProviderBatchRow).values(values).returning(sa.text(_COLUMNS))).one())
+    conn.execute(
+        sa.text(
+            "INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id) "
+            "SELECT :half, chunk_batch_id FROM provider_batch_members WHERE provider_batch_id = :id"
+        ),
+        {"half": half.id, "id": step.id},
+    )
+    return half
+
+
+def count_inputs(conn: sa.Connection, provider_batch_id: int) -> None:
+    """Note what it holds, after a part of it was moved to another."""
+    conn.execute(
+        sa.text(
+            "UPDATE provider_batches p SET n_requests = i.requests, n_inputs = i.inputs, n_contents = i.contents, "
+            "n_tokens = i.tokens FROM (SELECT max(request_no) + 1 AS requests, count(*) AS contents, "
+            "  sum(coalesce(cardinality(weights), 1)) AS inputs, sum(sent_tokens) AS tokens "
+            "  FROM provider_inputs WHERE provider_batch_id = :id) i WHERE p.id = :id"
+        ),
+        {"id": provider_batch_id},
+    )
+
+
+def plus(column: str, n: int) -> sa.ColumnElement[int]:
+    """``column + n``, for ``advance`` and ``note``."""
+    grown: sa.ColumnElement[int] = ProviderBatchRow.__table__.c[column] + n
+    return grown
+
+
+def count_oddities(conn: sa.Connection, step: Step, kinds: dict[str, int]) -> None:
+    """Add to the counts of what should not be in a result file."""
+    for kind, n in kinds.items():
+        conn.execute(
+            sa.text(
+                "UPDATE provider_batches SET oddities = jsonb_set(oddities, ARRAY[CAST(:kind AS text)], "
+                "to_jsonb(coalesce((oddities ->> :kind)::int, 0) + :n)) WHERE id = :id AND attempt = :attempt"
+            ),
+            {"id": step.id, "attempt": step.attempt, "kind": kind, "n": n},
+        )
+
+
+def abandon_unwanted(conn: sa.Connection) -> list[int]:
+    """Ask for the cancellation of ProviderBatches that nobody waits for any more: their jobs were cancelled."""
+    rows = conn.execute(
+        sa.text(
+            "UPDATE provider_batches p SET cancel_requested_at = now(), not_before = now(), rung_at = NULL "
+            "WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted') AND cancel_requested_at IS NULL "
+            "AND NOT EXISTS (SELECT FROM provider_batch_members m JOIN chunk_batches b ON b.id = m.chunk_batch_id "
+            "                WHERE m.provider_batch_id = p.id AND b.state = 'running') RETURNING id"
+        )
+    )
+    return list(rows.scalars())
+
+
+def _change(
+    conn: sa.Connection,
+    step: Step,
+    facts: dict[str, Any],
+    *,
+    any_state: bool = False,
+) -> Step:
+    table = ProviderBatchRow.__table__
+    held = sa.and_(table.c.id == step.id, table.c.attempt == step.attempt)
+    row = conn.execute(
+        sa.update(ProviderBatchRow)
+        .where(held if any_state else sa.and_(held, table.c.state == step.state))
+        .values(facts)
+        .returning(sa.text(_COLUMNS))
+    ).one_or_none()
+    if row is None:
+        raise LeaseLost(
+            f"{step.name}: attempt {step.attempt} lost its lease at step {step.state}. Another worker goes on from it."
+        )
+    return _step(row)
+
+
+def _step(row: sa.Row[Any]) -> Step:
+    facts = dict(row._mapping)
+    facts["state"] = State(facts["state"])
+    return Step(**facts)

@@ -1,0 +1,100 @@
+"""Models: from a name to a folder, and from the folder's files to the embedding space of its vectors.
+
+Standard library only: a producer reads the space of a model here without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import replace
+from typing import Final
+
+from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
+from chunkmill.domain.trust import Trust
+from chunkmill.models.folder import PROVIDER, Asked, DenseLayer, ModelFolder, check_pooling, read_folder
+from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, locate_folder
+from chunkmill.models.matryoshka import check_dimensions, known_sizes
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_SPEC",
+    "DenseLayer",
+    "ModelFolder",
+    "cut_space",
+    "resolve_model",
+    "resolve_spec",
+]
+
+# What reading the package's folder gives (tests/unit/chunkmill/models/test_models.py holds the two equal), so that a
+# producer without the worker's packages knows the default space too.
+DEFAULT_SPEC: Final = SpaceSpec(
+    provider=PROVIDER,
+    model=DEFAULT_MODEL,
+    revision="sha256:508661683600909917412bc80bd55be3",
+    dimensions=384,
+    max_tokens=256,
+    pooling=Pooling.MEAN,
+    normalize=True,
+)
+_NO_TRUST: Final = Trust()
+
+
+def resolve_model(
+    name: str,
+    *,
+    pooling: str | None = None,
+    on_long: OnLong = OnLong.TRUNCATE,
+    precision: Precision = Precision.FLOAT,
+    trust: Trust = _NO_TRUST,
+    download: bool = False,
+) -> ModelFolder:
+    """Find a model and read it. ``name`` is ``all-MiniLM-L6-v2``, a folder, or ``org/name@revision``.
+
+    ``pooling`` is for a plain transformers folder, which does not state its own. ``download=True`` fetches
+    a Hugging Face model that is not on this machine yet; without it nothing here uses the network.
+    Raises UnknownModel, saying what to do.
+    """
+    label = _label(name)
+    pickle, code = _is_in(label, trust.pickle), _is_in(label, trust.remote_code)
+    folder = locate_folder(name, pickle=pickle, remote_code=code, download=download)
+    asked = Asked(pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka))
+    return read_folder(label, folder, asked)
+
+
+def resolve_spec(
+    name: str,
+    *,
+    pooling: str | None = None,
+    on_long: OnLong = OnLong.TRUNCATE,
+    dimensions: int | None = None,
+    precision: Precision = Precision.FLOAT,
+    trust: Trust = _NO_TRUST,
+) -> SpaceSpec:
+    """The space of a model; of the default one also where the worker's packages are not installed.
+
+    ``dimensions`` are fewer than the model gives, where it was trained for that: InvalidInput where it was not.
+    """
+    if name in DEFAULT_NAMES and bundled_folder() is None:
+        check_pooling(name, DEFAULT_SPEC.pooling, pooling)
+        spec = replace(DEFAULT_SPEC, long_text=long_text_for(on_long), precision=precision)
+        return spec if dimensions is None else cut_space(spec, dimensions, trust=trust)
+    folder = resolve_model(name, pooling=pooling, on_long=on_long, precision=precision, trust=trust)
+    return folder.space(dimensions)
+
+
+def cut_space(full: SpaceSpec, dimensions: int, *, trust: Trust = _NO_TRUST) -> SpaceSpec:
+    """The space of ``full``'s vectors cut to ``dimensions``, known without the model's files.
+
+    Raises InvalidInput unless its name or the operator says that they may be cut.
+    """
+    sizes = known_sizes(full.model, full.dimensions)
+    trusted = _is_in(full.model, trust.matryoshka)
+    return replace(full, dimensions=check_dimensions(full.model, full.dimensions, dimensions, sizes, trusted=trusted))
+
+
+def _label(name: str) -> str:
+    return DEFAULT_MODEL if name in DEFAULT_NAMES else name
+
+
+def _is_in(label: str, names: Set[str]) -> bool:
+    return label in {_label(name) for name in names}

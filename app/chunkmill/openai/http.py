@@ -1,0 +1,254 @@
+"""The provider over HTTP, by the official client. Each call is sent once: whether to send it again, the ledger decides.
+
+(The client's own retries would send ``POST /batches`` three times on a timeout, without an idempotency key.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from chunkmill.errors import (
+    InvalidSetting,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
+from chunkmill.openai.wire.jsonl import URL, split_lines
+from chunkmill.openai.wire.redaction import redact
+from chunkmill.openai.wire.status import RemoteBatch, remote_batch
+from chunkmill.settings import Settings
+from chunkmill.settings.provider import DEFAULT_BASE_URL
+
+if TYPE_CHECKING:
+    import openai
+
+T = TypeVar("T")
+
+TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
+LISTED_PAGES = 20
+"""Of 100 batches: as many as two hours of making as many as OpenAI allows."""
+FILE_EXPIRES_S = 30 * 24 * 3600
+STOP_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
+
+
+class Provider:
+    """One server and key, thread-safe. Calls raise the kinds of ``ProviderError``, whose messages are safe to show."""
+
+    def __init__(self, settings: Settings) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise InvalidSetting(
+                "the paid routes need the package openai. Run: pip install 'chunkmill[openai]'"
+            ) from None
+        if settings.openai_api_key is None:
+            raise InvalidSetting(
+                "OPENAI_API_KEY is not set; a worker on queue `openai` needs it. Set it and start again."
+            )
+        self.server = settings.openai_base_url or DEFAULT_BASE_URL
+        key = settings.openai_api_key.get_secret_value()
+        self.secrets = (key,)
+        self._openai = openai
+        self._client = openai.OpenAI(
+            api_key=key, base_url=self.server, max_retries=0, timeout=settings.openai_timeout_seconds
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def upload(self, name: str, file: IO[bytes]) -> str:
+        """The id of a new file for a batch. It expires by itself, should nobody delete it."""
+        made = self._call(
+            lambda: self._client.files.create(
+                file=(name, file, "application/jsonl"),
+                purpose="batch",
+                expires_after={"anchor": "created_at", "seconds": FILE_EXPIRES_S},
+            )
+        )
+        if not getattr(made, "id", None):
+            raise ProviderSilent(f"{self.server} took a file and did not say its id.")
+        return str(made.id)
+
+    def create(self, input_file_id: str, token: str) -> RemoteBatch:
+        """Ask for a batch. After :class:`ProviderSilent` it may exist: ``find`` says."""
+        return self._batch(
+            lambda: self._client.batches.create(
+                input_file_id=input_file_id,
+                endpoint=URL,
+                completion_window="24h",
+                metadata={TOKEN_KEY: token},
+            )
+        )
+
+    def retrieve(self, batch_id: str) -> RemoteBatch:
+        return self._batch(lambda: self._client.batches.retrieve(batch_id))
+
+    def cancel(self, batch_id: str) -> RemoteBatch:
+        return self._batch(lambda: self._client.batches.cancel(batch_id))
+
+    def find(self, input_file_id: str, token: str, *, since: datetime) -> list[RemoteBatch]:
+        """All batches of a file, or with our token, the oldest first.
+
+        The list cannot be filtered, so it is read, up to a page of batches that are all older than ``since``.
+        """
+
+        def look() -> list[RemoteBatch]:
+            found: dict[str, RemoteBatch] = {}
+            page = self._client.batches.list(limit=100)
+            for _ in range(LISTED_PAGES):
+                batches = []
+                for each in page.data:
+                    with contextlib.suppress(ValueError):
+                        batches.append(remote_batch(each, self.secrets))
+                for batch in batches:
+                    if batch.input_file_id == input_file_id or batch.metadata.get(TOKEN_KEY) == token:
+                        found[batch.id] = batch
+                old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
+                if len(old) == len(batches) or not page.has_next_page():
+                    break
+                page = page.get_next_page()
+            return list(found.values())
+
+        batches = self._call(look)
+        return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
+
+    @contextlib.contextmanager
+    def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
+        """The lines of a file, as they come. A download that ends early raises :class:`ProviderSilent` in mid-file."""
+        with contextlib.ExitStack() as stack:
+            with self._errors():
+                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
+            yield self._guarded(split_lines(response.iter_bytes(1 << 20)))
+
+    def _guarded(self, lines: Iterator[bytes]) -> Iterator[bytes]:
+        with self._errors():
+            yield from lines
+
+    def delete_file(self, file_id: str) -> None:
+        """Gone is gone: a file that is not there any more is no error."""
+        try:
+            self._call(lambda: self._client.files.delete(file_id))
+        except ProviderRefused as refused:
+            if refused.status != 404:
+                raise
+
+    def files_named(self, prefix: str, *, limit: int = 1000) -> list[str]:
+        """Ids of uploaded files whose names begin so, among the newest ``limit``."""
+
+        def look() -> list[str]:
+            found = []
+            for n, file in enumerate(self._client.files.list(purpose="batch", order="desc")):
+                if n == limit:
+                    break
+                if str(getattr(file, "filename", "")).startswith(prefix):
+                    found.append(str(file.id))
+            return found
+
+        return self._call(look)
+
+    def embed(
+        self, model: str, inputs: Sequence[str], *, dimensions: int | None, idempotency_key: str
+    ) -> dict[str, Any]:
+        """The body of a plain request's answer. ``idempotency_key`` is for servers that know one; OpenAI's does not."""
+
+        def ask() -> bytes:
+            extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
+            answer = self._client.embeddings.with_raw_response.create(
+                model=model,
+                input=list(inputs),
+                encoding_format="base64",
+                extra_headers={"Idempotency-Key": idempotency_key},
+                **extra,
+            )
+            return bytes(answer.content)
+
+        body = self._call(ask)
+        try:
+            parsed = json.loads(body)
+        except ValueError:
+            raise ProviderSilent(
+                f"{self.server} answered an embeddings request with something that is no JSON."
+            ) from None
+        if not isinstance(parsed, dict):
+            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is no object.")
+        return parsed
+
+    def _batch(self, ask: Callable[[], object]) -> RemoteBatch:
+        given = self._call(ask)
+        try:
+            return remote_batch(given, self.secrets)
+        except ValueError as error:
+            raise ProviderSilent(f"{self.server} answered with something that is no batch: {error}") from None
+
+    def _call(self, ask: Callable[[], T]) -> T:
+        with self._errors():
+            try:
+                return ask()
+            except (AttributeError, TypeError, ValueError) as error:
+                # The client checks no answer, and trips over one that is no object, or no JSON.
+                raise ProviderSilent(
+                    f"{self.server} gave an answer of another kind", words=self._redact(error)
+                ) from None
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """The client's errors in our words. None is raised ``from`` them: their texts may hold the key."""
+        openai = self._openai
+        try:
+            yield
+        except ProviderError:
+            raise
+        except openai.APIStatusError as error:
+            raise self._refusal(error) from None
+        except openai.APITimeoutError:
+            raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
+        except openai.APIConnectionError as error:
+            raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
+        except openai.OpenAIError as error:
+            raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
+        except _transport_errors() as error:
+            raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
+
+    def _refusal(self, error: openai.APIStatusError) -> ProviderError:
+        status, code = error.status_code, str(error.code or f"http_{error.status_code}")
+        said, words = f"{self.server} answered {status} {code[:60]}", self._redact(error.message)
+        if code in STOP_CODES or str(error.type) in STOP_CODES:
+            advice = "Pay or raise the limit, then: chunkmill lanes resume"
+            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
+        if status in (401, 403):
+            advice = "Mend OPENAI_API_KEY, then: chunkmill lanes resume"
+            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
+        if status == 429 or code == "token_limit_exceeded":
+            return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
+        if status >= 500 or status in (408, 409):
+            return ProviderSilent(said, words=words)
+        return ProviderRefused(said, words=words, status=status, provider_code=code)
+
+    def _redact(self, message: object) -> str:
+        return redact(message, self.secrets)
+
+    def _why(self, error: BaseException) -> str:
+        return type(error.__cause__ or error).__name__
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library below the client raises in mid-body, where the client does not look."""
+    import httpx2
+
+    return (httpx2.HTTPError, httpx2.StreamError, OSError)
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds, of ``retry-after-ms`` or ``retry-after``; None for a date, which we do not read, or nonsense."""
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with contextlib.suppress(TypeError, ValueError):
+            seconds = float(headers.get(name)) * scale
+            if 0 <= seconds < 24 * 3600:
+                return seconds
+    return None

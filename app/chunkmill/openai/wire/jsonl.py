@@ -1,0 +1,229 @@
+"""Lines of a batch's files: requests out, answers in. Pure.
+
+Answers come in any order, and those of failed requests have two shapes (an HTTP error, or never executed);
+`decode_line` takes them all, from either file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.openai.wire.redaction import redact
+from chunkmill.openai.wire.vectors import read_embeddings
+
+EncodingFormat = Literal["base64", "float"]
+URL: Final = "/v1/embeddings"
+
+_HTTP_ERROR: Final = 400
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_CODE = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_CUSTOM_ID = re.compile(r"pb([1-9][0-9]{0,18})-(0|[1-9][0-9]{0,9})", re.ASCII)
+# JSON leaves them as they are, and readers that split lines as Python's splitlines does would cut a request there.
+_LINE_BREAKS: Final = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestForm:
+    """What all requests of a ProviderBatch have in common; ``dimensions`` None: the model's own."""
+
+    model: str
+    dimensions: int | None = None
+    encoding_format: EncodingFormat = "base64"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """A request that was answered, and so is paid."""
+
+    request_no: int
+    vectors: NDArray[np.float32]
+    """(inputs, dimensions) float32 in input order; a row of zeros where ``problems`` has the position."""
+    problems: Mapping[int, str]
+    """position → what is wrong with its vector; without a vector's numbers."""
+    prompt_tokens: int | None
+    """As billed; None if the provider does not say."""
+    model: str | None
+    """The model that answered, in the provider's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that failed at the provider. ``message`` is redacted and short."""
+
+    request_no: int
+    status: int | None
+    """The HTTP status; None if it was never executed."""
+    code: str
+    """The provider's word, ``http_400`` and the like where it gives none."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A line that answers nothing. ``code``: ``not_json``, ``no_custom_id``, ``unknown_custom_id`` or ``no_answer``."""
+
+    code: str
+    reason: str
+    request_no: int | None = None
+    """Known for ``no_answer`` alone: the request is ours, and what is said of it makes no sense."""
+
+
+def custom_id(batch_id: int, request_no: int) -> str:
+    return f"pb{batch_id}-{request_no}"
+
+
+def parse_custom_id(given: object) -> tuple[int, int] | None:
+    """``(batch_id, request_no)``; None for anything that `custom_id` does not write."""
+    match = _CUSTOM_ID.fullmatch(given) if isinstance(given, str) else None
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def encode_request(line_id: str, form: RequestForm, inputs: Sequence[str]) -> bytes:
+    """One line of the input file, newline included; ``line_id`` is a `custom_id`."""
+    body: dict[str, Any] = {"model": form.model, "encoding_format": form.encoding_format}
+    if form.dimensions is not None:
+        body["dimensions"] = form.dimensions
+    head = json.dumps({"custom_id": line_id, "method": "POST", "url": URL, "body": body}, separators=(",", ":"))
+    texts = ",".join(map(_encode_text, inputs))
+    return f'{head[:-2]},"input":[{texts}]}}}}\n'.encode()
+
+
+def text_bytes(text: str) -> int:
+    """How many bytes `encode_request` writes for one input, its quotes included and the comma between inputs not."""
+    return len(_encode_text(text).encode())
+
+
+def _encode_text(text: str) -> str:
+    """As ``json.dumps(text, ensure_ascii=False)``, on one line for everybody."""
+    encoded = encode_basestring(text)
+    if not encoded.isascii():
+        for character, escape in _LINE_BREAKS.items():
+            encoded = encoded.replace(character, escape)
+    return encoded
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of a streamed file, without their newline; blank ones and a byte order mark left out.
+
+    Only ``\\n`` ends a line (an HTTP client's own line reader may cut at others). The last line may be a part of one,
+    when a download ends early. Holds one line and one chunk at a time.
+    """
+    parts: list[bytes] = []
+    begun = False
+    for chunk in chunks:
+        start = 0
+        while (end := chunk.find(b"\n", start)) >= 0:
+            parts.append(chunk[start:end])
+            start = end + 1
+            line = _whole(parts, first=not begun)
+            begun = True
+            parts.clear()
+            if line:
+                yield line
+        if start < len(chunk):
+            parts.append(chunk[start:])
+    if line := _whole(parts, first=not begun):
+        yield line
+
+
+def _whole(parts: Sequence[bytes], *, first: bool) -> bytes:
+    line = b"".join(parts).strip()
+    return line.removeprefix(_BYTE_ORDER_MARK) if first else line
+
+
+def decode_line(
+    line: bytes,
+    *,
+    batch_id: int,
+    inputs: Callable[[int], int | None],
+    dimensions: int,
+    normalize: bool,
+    secrets: Sequence[str] = (),
+) -> Embedded | Refused | Unreadable:
+    """What one line of an output or error file says.
+
+    ``inputs(request_no)`` is the number of inputs that the request was sent with, None if there was no such request.
+    ``dimensions`` is the space's. ``secrets`` are cut from messages. Raises nothing, whatever the bytes are.
+    """
+    answer = _json(line)
+    if not isinstance(answer, dict):
+        return Unreadable("not_json", f"a line of {len(line)} bytes is no JSON object")
+    given = answer.get("custom_id")
+    if given is None or given == "":
+        return Unreadable("no_custom_id", "a line has no custom_id")
+    ids = parse_custom_id(given)
+    count = inputs(ids[1]) if ids and ids[0] == batch_id else None
+    if ids is None or count is None:
+        return Unreadable("unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent")
+    response = answer.get("response")
+    status = _status(response)
+    body = _body(response)
+    if isinstance(body, dict) and isinstance(body.get("data"), list) and (status is None or status < _HTTP_ERROR):
+        vectors, problems = read_embeddings(body["data"], count, dimensions, normalize=normalize)
+        model = body.get("model")
+        return Embedded(
+            ids[1], vectors, problems, _prompt_tokens(body), model[:200] if isinstance(model, str) else None
+        )
+    error = answer.get("error") or _error_in(body, status)
+    if not error and (status is None or status < _HTTP_ERROR):
+        return Unreadable("no_answer", "a line has neither vectors nor an error", ids[1])
+    return _refused(ids[1], status, error, secrets)
+
+
+def _json(data: bytes | str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):  # ValueError: wrong Unicode and endless digits, too
+        return None
+
+
+def _status(response: object) -> int | None:
+    status = response.get("status_code") if isinstance(response, dict) else None
+    if isinstance(status, str) and re.fullmatch("[0-9]{3}", status, re.ASCII):
+        return int(status)
+    return status if type(status) is int and status > 0 else None
+
+
+def _body(response: object) -> Any:
+    """Some servers send the body as a text that is JSON, once more encoded."""
+    body = response.get("body") if isinstance(response, dict) else None
+    if isinstance(body, str):
+        decoded = _json(body)
+        return body if decoded is None else decoded
+    return body
+
+
+def _error_in(body: object, status: int | None) -> object:
+    """The error that a body describes; servers differ in where it stands."""
+    if isinstance(body, dict) and body.get("error"):
+        return body["error"]
+    return body if status is not None and status >= _HTTP_ERROR else None
+
+
+def _refused(request_no: int, status: int | None, error: object, secrets: Sequence[str]) -> Refused:
+    words: list[object] = []
+    message = error
+    if isinstance(error, dict):
+        words = [error.get("code"), error.get("type")]
+        message = next((error[key] for key in ("message", "detail", "error") if error.get(key)), "no message")
+    named = (redact(word, secrets) for word in words if isinstance(word, str))
+    fallback = f"http_{status}" if status is not None else "unknown_error"
+    code = next((word for word in named if _CODE.fullmatch(word)), fallback)
+    return Refused(request_no, status, code, redact(message, secrets) or "no message")
+
+
+def _prompt_tokens(body: Mapping[str, Any]) -> int | None:
+    usage = body.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    counts = (usage.get(key) for key in ("prompt_tokens", "total_tokens"))
+    return next((count for count in counts if type(count) is int and count >= 0), None)

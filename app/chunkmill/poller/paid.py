@@ -1,0 +1,107 @@
+"""The poller's part in the paid routes: which steps are due, what is to be gathered, what to settle."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+
+import sqlalchemy as sa
+
+from chunkmill.broker import STEP_PRIORITY, SYNC_BELLS, Broker
+from chunkmill.domain.doorbells import SMALLEST_WINDOW
+from chunkmill.domain.states import Route
+from chunkmill.ledger.jobs.routing import reroute
+from chunkmill.ledger.provider import provider_batches, provider_lanes, provider_work
+from chunkmill.ledger.provider.provider_room import room
+from chunkmill.ledger.work.doorbells import ring_due
+from chunkmill.poller.budget_alert import watch_budget
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+
+logger = logging.getLogger(__name__)
+
+STEPS_IN_REDIS = 64
+"""More would only wait there; the next rounds ring for the rest."""
+SETTLED_AT_A_TIME = 100
+SELDOM_SECONDS = 5.0
+"""Between two looks at routes and settled ChunkBatches: the steps themselves settle theirs."""
+BUDGET_SECONDS = 60.0
+
+
+class ProviderRounds:
+    """One per poller. Any number may run: rows are taken with SKIP LOCKED, and each row has one gathering."""
+
+    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+        self._db = db
+        self._broker = broker
+        self._settings = settings
+        self._seldom_at = -math.inf
+        self._budget_at = -math.inf
+
+    def round(self) -> int:
+        """Rings for steps and plain requests that are due; returns how many."""
+        now = time.monotonic()
+        if now >= self._seldom_at:
+            self._settle()
+            with self._db.begin() as conn:
+                reroute(conn, self._settings)
+                provider_batches.abandon_unwanted(conn)
+            self._seldom_at = now + SELDOM_SECONDS
+        if now >= self._budget_at:
+            watch_budget(self._db, self._settings)
+            self._budget_at = now + BUDGET_SECONDS
+        self._open_gatherings()
+        return self._ring_steps() + self._ring_requests()
+
+    def _open_gatherings(self) -> None:
+        settings = self._settings
+        with self._db.begin() as conn:
+            waiting = provider_batches.spaces_to_gather(
+                conn, wait_seconds=settings.openai_gather_seconds, full=settings.openai_batch_max_inputs
+            )
+            for space_id in waiting:
+                reason = room(conn, settings, registry.get(conn, space_id)).reason
+                if provider_lanes.hold(conn, Route.OPENAI, reason) and reason:
+                    logger.info("lane openai waits: %s", reason)
+                if reason is None:
+                    provider_batches.open_gathering(conn, space_id)
+
+    def _ring_steps(self) -> int:
+        with self._db.begin() as conn:
+            if not provider_batches.any_open(conn):
+                return 0
+        room_left = STEPS_IN_REDIS - self._broker.queued_doorbells(SYNC_BELLS)[STEP_PRIORITY]
+        if room_left <= 0:
+            return 0
+        with self._db.begin() as conn:
+            due = provider_batches.take_due(
+                conn, repair_seconds=self._settings.doorbell_repair_seconds, limit=room_left
+            )
+            self._broker.ring_steps(due)  # before the marks are committed: rung twice is better than never
+        return len(due)
+
+    def _ring_requests(self) -> int:
+        with self._db.begin() as conn:
+            if not provider_work.any_plain(conn) or not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
+                return 0
+            return ring_due(
+                conn,
+                self._broker,
+                queued=self._broker.queued_doorbells(SYNC_BELLS),
+                window=max(SMALLEST_WINDOW, 2 * self._settings.openai_parallel_requests),
+                repair_seconds=self._settings.doorbell_repair_seconds,
+                bells=SYNC_BELLS,
+            )
+
+    def _settle(self) -> None:
+        """What a step could not settle: it was killed in between, or the last one that shared the contents was."""
+        with self._db.begin() as conn:
+            ready = provider_work.ready_to_settle(conn, limit=SETTLED_AT_A_TIME)
+        by_space: dict[int, list[int]] = defaultdict(list)
+        for space_id, chunk_batch_id in ready:
+            by_space[space_id].append(chunk_batch_id)
+        for space_id, chunk_batch_ids in by_space.items():
+            with self._db.begin() as conn:
+                provider_work.settle(conn, registry.get(conn, space_id), chunk_batch_ids)

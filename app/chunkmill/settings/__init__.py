@@ -1,0 +1,285 @@
+"""Settings from the environment, frozen; built at the roots (CLI, worker, ``Client.from_env``) only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from chunkmill.domain.spaces import Pooling, Precision
+from chunkmill.domain.trust import Trust
+from chunkmill.errors import InvalidSetting
+from chunkmill.settings.provider import ProviderSettings
+
+
+def _psycopg_url(url: str) -> str:
+    """SQLAlchemy's form: any ``postgres://`` or ``postgresql://`` URL is driven by psycopg 3."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
+        raise ValueError("it must be a URL such as postgresql://user@host:5432/chunkmill")
+    return f"postgresql+psycopg://{rest}"
+
+
+def _redis_url(url: str) -> str:
+    if url.partition("://")[0] not in ("redis", "rediss", "unix"):
+        raise ValueError("it must be a URL such as redis://host:6379/0, rediss://… or unix:///path?db=0")
+    return url
+
+
+def _http_url(url: str) -> str:
+    problem = "it must be a URL such as http://127.0.0.1:8080, of no more than host, port and path"
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is none
+    except ValueError:
+        raise ValueError(problem) from None
+    if parts.scheme != "http" or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(problem)
+    return url.rstrip("/")
+
+
+def _precision(given: object) -> object:
+    """The user's words; pydantic would list the values, which name a recipe."""
+    try:
+        return Precision(given)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"it must be one of: {', '.join(map(str, Precision))}") from None
+
+
+def _lower(given: object) -> object:
+    return given.lower() if isinstance(given, str) else given
+
+
+_EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
+
+
+def _names(given: object) -> object:
+    """Model names between commas. A word that means "all of them" is refused: trust is given by name."""
+    if not isinstance(given, str):
+        return given
+    names = frozenset(name.strip() for name in given.split(",")) - {""}
+    if blanket := sorted(name for name in names if "*" in name or name.lower() in _EVERYTHING):
+        raise ValueError(f"{blanket[0]!r} names no model: write each model's own name, with commas between")
+    return names
+
+
+ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
+
+
+class Settings(ProviderSettings):
+    """Each field's upper-case name is its environment variable; docs/settings.md is made from the fields."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    database_url: Annotated[str, AfterValidator(_psycopg_url)] | None = Field(
+        None,
+        repr=False,
+        description="URL of a Postgres database with pgvector. If this and REDIS_URL are both unset, Chunkmill uses "
+        "the embedded stack.",
+    )
+    redis_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
+        None,
+        repr=False,
+        description="URL of Redis or Valkey, version 6.2 or later. With `rediss://` the server's certificate is "
+        "verified.",
+    )
+    chunkmill_home: Path | None = Field(
+        None,
+        description="Folder for the embedded stack's data and for profiles. If unset, it is Chunkmill's folder in the "
+        "user's data directory.",
+    )
+    embedding_model: str = Field(
+        "all-MiniLM-L6-v2",
+        description="Default model, for jobs that name none and for workers when they start: the bundled model's "
+        "name, a local folder, or `org/name@revision`.",
+    )
+    embedding_pooling: Pooling | None = Field(
+        None,
+        description="Pooling method of a plain transformers folder, which does not state one: `mean`, `cls`, "
+        "`last_token`, `max` or `mean_sqrt_len`.",
+    )
+    embedding_dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="Number of dimensions to which EMBEDDING_MODEL's vectors are cut. The model must have been "
+        "trained for that (Matryoshka). If unset, vectors keep all their dimensions.",
+    )
+    embedding_precision: Annotated[Precision, BeforeValidator(_precision)] = Field(
+        Precision.FLOAT,
+        description="Precision class of the vectors: `float`, or `int8`, which is faster on a CPU and less exact. "
+        "Each class is a space of its own.",
+    )
+    embedding_matryoshka: ModelNames = Field(
+        None,
+        description="Names of models, separated by commas, that you know were trained for fewer dimensions although "
+        "neither their files nor their names say so.",
+    )
+    embedding_trust_pickle: ModelNames = Field(
+        None,
+        description="Names of models, separated by commas, whose weights may be read from a pickle "
+        "(`pytorch_model.bin`).",
+    )
+    embedding_trust_remote_code: ModelNames = Field(
+        None, description="Names of models, separated by commas, whose own Python files may be run."
+    )
+    embedding_device: str = Field(
+        "auto",
+        description="Device that a worker computes on: `auto`, `cpu` or `cuda`. `auto` takes a GPU if there is one.",
+    )
+    embedding_dtype: str = Field(
+        "auto",
+        description="Number format of the forward pass: `auto`, `fp32`, `bf16` or `fp16`. `auto` takes half precision "
+        "if the device supports it natively.",
+    )
+    embedding_backend: Literal["auto", "native", "transformers", "onnx", "openvino"] = Field(
+        "auto",
+        description="Library that runs the model: `auto`, `native`, `transformers`, `onnx` or `openvino`. `auto` "
+        "follows the profile; without a profile it is our own forward pass.",
+    )
+    embedding_batch_tokens: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of tokens in one forward pass. With 0 it is the profile's number; without a "
+        "profile it is the device's measured default.",
+    )
+    embedding_threads: int = Field(
+        0,
+        ge=0,
+        description="Number of threads that compute on a CPU. With 0 it is OMP_NUM_THREADS, else the profile's "
+        "number, else the number of physical cores.",
+    )
+    embedding_profile: str = Field(
+        "auto",
+        description="Profile from `chunkmill tune` that a worker follows: `auto` (the one of this machine and model), "
+        "`off`, or the path of a profile.",
+    )
+    embedding_parallel_batches: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Number of ChunkBatches that a worker holds at a time. With 2, one is computed while the other is "
+        "read or written. A profile may raise it.",
+    )
+    embedding_engines: int = Field(
+        2, ge=1, description="Number of models that one worker keeps loaded if jobs name several."
+    )
+    embedding_share_gpu: bool = Field(
+        False,
+        description="Whether several workers may share one GPU. If `false`, the second worker exits with code 75.",
+    )
+    vector_storage: str = Field(
+        "vector",
+        pattern="^(vector|halfvec)$",
+        description="Column type of the vectors in new spaces: `vector` (4 bytes for each dimension) or `halfvec` (2 "
+        "bytes).",
+    )
+    chunk_batch_size: int = Field(
+        512, ge=1, le=16384, description="Maximum number of contents in one ChunkBatch, the unit that a worker leases."
+    )
+    enqueue_window: int = Field(
+        5000, ge=1, le=100_000, description="Number of chunks that one transaction of `enqueue` commits."
+    )
+    doorbell_window: int = Field(
+        256, ge=1, description="Maximum number of doorbells of one priority in Redis at a time."
+    )
+    lease_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="How many seconds a worker may be silent before it loses its ChunkBatches. A worker renews its "
+        "leases three times in this period.",
+    )
+    step_deadline_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="How many seconds a forward pass or a tokenizer call may take. A longer one counts as hung: the "
+        "worker exits with code 70 and the supervisor starts a new one.",
+    )
+    load_deadline_seconds: float = Field(
+        1800.0,
+        gt=0,
+        description="How many seconds the load of a model that a job names may take, including its download. After "
+        "that the worker exits with code 70 and the supervisor starts a new one.",
+    )
+    stall_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="How many seconds an idle worker may receive no doorbell while doorbells are queued. After that "
+        "it exits with code 70.",
+    )
+    max_attempts: int = Field(5, ge=1, description="How many attempts a ChunkBatch gets before it is discarded.")
+    poll_interval: float = Field(0.5, gt=0, description="How many seconds pass between two rounds of the poller.")
+    doorbell_repair_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="How many seconds after it was rung a doorbell that is missing from Redis counts as lost. The "
+        "poller then rings again.",
+    )
+    preemption_notice: Literal["auto", "gcp", "aws", "azure", "off"] = Field(
+        "auto",
+        description="Cloud whose metadata service says that this machine will be taken away: `auto` (all three are "
+        "asked), `gcp`, `aws`, `azure` or `off`.",
+    )
+    preemption_metadata_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        None, description="Address of the metadata service. If unset, it is http://169.254.169.254."
+    )
+    preemption_drain_on_rebalance: bool = Field(
+        False,
+        description="Whether a worker on AWS drains at a rebalance recommendation, which often is not followed by an "
+        "interruption.",
+    )
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="TCP port at which workers and pollers serve /metrics. A process that finds it taken uses the "
+        "next free port. With 0, metrics are off.",
+    )
+    metrics_address: str = Field(
+        "127.0.0.1",
+        description="IP address at which /metrics is served. It asks for no password, so do not use an address of an "
+        "open network.",
+    )
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        "info",
+        description="Lowest level that is logged: `debug`, `info`, `warning` or `error`. Celery's option `--loglevel` "
+        "overrides it.",
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="Format of the log: `json` (one object per line), `text`, or `auto`, which is text on a terminal "
+        "and JSON elsewhere.",
+    )
+
+    @property
+    def trust(self) -> Trust:
+        """What the operator vouches for, by model name."""
+        nothing = frozenset[str]()
+        return Trust(
+            pickle=self.embedding_trust_pickle or nothing,
+            remote_code=self.embedding_trust_remote_code or nothing,
+            matryoshka=self.embedding_matryoshka or nothing,
+        )
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Settings:
+        """Read the environment. Raises :class:`InvalidSetting` that names each wrong variable."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            # pydantic's own message would print the value, which may hold a password.
+            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            raise InvalidSetting(f"{problems}. Fix the environment; docs/settings.md lists every setting.") from None
+
+    def require_database_url(self) -> str:
+        if self.database_url is None:
+            raise InvalidSetting("DATABASE_URL is not set. Set it, or run `chunkmill up` for the embedded stack.")
+        return self.database_url
+
+    def require_redis_url(self) -> str:
+        if self.redis_url is None:
+            raise InvalidSetting("REDIS_URL is not set. Set it, or run `chunkmill up` for the embedded stack.")
+        return self.redis_url

@@ -1,0 +1,80 @@
+"""The one door through which vectors enter a space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import psycopg
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from chunkmill.db.copy import copy_binary, encode_vectors
+from chunkmill.errors import EngineError
+from chunkmill.spaces.registry import Space
+
+
+def write_vectors(
+    conn: sa.Connection,
+    space: Space,
+    fingerprint: str,
+    hashes: Sequence[bytes],
+    n_tokens: NDArray[np.int32],
+    truncated: NDArray[np.bool_],
+    vectors: NDArray[np.float32],
+) -> int:
+    """Write ``(n, d)`` vectors under their content hashes; returns how many were new.
+
+    A hash that has a vector keeps it: the content is the same, so the vector is too. Raises
+    :class:`SpaceMismatch` unless ``fingerprint``, that of the engine that made them, is the space's own,
+    and :class:`EngineError` for another shape or a vector that is not finite. Nothing is written then.
+    """
+    space.require_fingerprint(fingerprint)
+    if vectors.shape != (len(hashes), space.spec.dimensions):
+        raise EngineError(
+            f"the engine returned vectors of shape {vectors.shape}, space {space.id} takes "
+            f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
+        )
+    half = space.storage == "halfvec"
+    with np.errstate(over="ignore"):  # what is too large for half precision becomes infinite, and is refused
+        stored = vectors.astype(np.float16) if half else vectors
+    if not np.isfinite(stored).all():
+        raise EngineError("a vector is not finite; nothing of this write was kept.")
+    if not len(hashes):
+        return 0
+    # Sorted, so that two writers that share contents take their index entries in one order.
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    payload = encode_vectors([hashes[i] for i in order], n_tokens[order], truncated[order], vectors[order], half=half)
+    try:
+        # Nearly always all are new, because `read_work` left out what was known: COPY without a detour
+        # writes 1.5 times as fast as through a staging table.
+        with conn.begin_nested():
+            copy_binary(conn, space.table_name, payload)
+    except psycopg.errors.UniqueViolation:
+        return _write_staged(conn, space, payload)
+    return len(hashes)
+
+
+def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int:
+    """Another job wrote some of these contents first; add the rest."""
+    staging = f"staged_{space.table_name}"
+    conn.execute(
+        sa.text(
+            f"CREATE TEMP TABLE IF NOT EXISTS {staging} (content_hash bytea, n_tokens int, truncated bool, "
+            f"embedding {space.storage}({space.spec.dimensions}) STORAGE PLAIN) ON COMMIT DELETE ROWS"
+        )
+    )
+    # Two writes in one transaction would otherwise insert the first one's rows again.
+    conn.execute(sa.text(f"DELETE FROM {staging}"))
+    copy_binary(conn, staging, payload)
+    result = conn.execute(sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING"))
+    return int(result.rowcount)
+
+
+def relax_durability(conn: sa.Connection) -> None:
+    """Do not wait for the disk at this transaction's commit.
+
+    If Postgres crashes, the last fraction of a second is lost as a whole, vectors and the state in Postgres that counts
+    on them, because a later commit never survives an earlier one. What counts on them in a process must look.
+    """
+    conn.execute(sa.text("SET LOCAL synchronous_commit = off"))

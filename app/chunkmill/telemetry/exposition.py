@@ -1,0 +1,159 @@
+"""``/metrics`` of one process, in the text format of Prometheus. Each process is a target of its own."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from chunkmill.errors import InvalidSetting
+from chunkmill.settings import Settings
+from chunkmill.telemetry import metrics
+from chunkmill.telemetry.counts import COUNTS, Counts
+from chunkmill.telemetry.metrics import METRICS, Kind, Role
+
+logger = logging.getLogger(__name__)
+
+PORTS = 32
+"""Processes of one machine that find a port from METRICS_PORT on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What ``chunkmill_process_info`` says of this one."""
+
+    roles: frozenset[Role]
+    name: str
+    label: str = ""
+    device: str = ""
+
+
+class MetricsServer:
+    """Serves in threads of its own; a scrape reads what was counted and asks no other server."""
+
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self._server = server
+        self.port = int(server.server_address[1])
+        self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, settings: Settings, process: Process, counts: Counts = COUNTS) -> MetricsServer | None:
+        """None where METRICS_PORT is 0. The first free port from there on is taken, and logged: a machine may run
+        several processes. Raises :class:`InvalidSetting`."""
+        if not settings.metrics_port:
+            return None
+        page = _page(process, counts)
+        server = _bind(settings.metrics_address, settings.metrics_port, _handler(page))
+        made = cls(server)
+        logger.info("metrics: http://%s/metrics", _address(settings.metrics_address, made.port))
+        return made
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Else two processes may get one port, and each scrape one of them.
+    allow_reuse_port = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that hung up is no event."""
+        logger.debug("metrics: a request ended early", exc_info=True)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+def _bind(address: str, first: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    kind = _Server6 if ":" in address else _Server
+    for port in range(first, min(first + PORTS, 65536)):
+        try:
+            return kind((address, port), handler)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise InvalidSetting(
+                    f"metrics cannot be served at {_address(address, port)}: {error.strerror or error}. Mend "
+                    "METRICS_ADDRESS or METRICS_PORT; 0 serves none."
+                ) from None
+    raise InvalidSetting(
+        f"metrics cannot be served: the {PORTS} ports from METRICS_PORT={first} on are all in use. Choose another."
+    )
+
+
+def _address(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _page(process: Process, counts: Counts) -> Any:
+    """A function that returns the page and its content type."""
+    try:
+        import prometheus_client
+        from prometheus_client import core, exposition
+    except ImportError:
+        raise InvalidSetting(
+            "METRICS_PORT is set, and metrics need a package. Run: pip install 'chunkmill[metrics]', or unset it."
+        ) from None
+    families = {Kind.COUNTER: core.CounterMetricFamily, Kind.GAUGE: core.GaugeMetricFamily}
+    counts.set(
+        metrics.INFO,
+        1,
+        "+".join(sorted(process.roles)),
+        process.name,
+        process.label,
+        process.device,
+        importlib.metadata.version("chunkmill"),
+    )
+
+    class Collector:
+        def collect(self) -> Iterator[Any]:
+            for metric in METRICS:
+                series = counts.series(metric, process.roles)
+                if series:
+                    names = [label.name for label in metric.labels]
+                    family = families[metric.kind](metric.name, metric.help, labels=names)
+                    for labels, value in series:
+                        family.add_metric(labels, value)
+                    yield family
+
+    registry = prometheus_client.CollectorRegistry(auto_describe=False)
+    registry.register(Collector())
+    prometheus_client.ProcessCollector(registry=registry)  # CPU time, memory and open files of the process
+
+    def page() -> tuple[bytes, str]:
+        return prometheus_client.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
+
+    return page
+
+
+def _handler(page: Any) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10.0  # a client that says nothing keeps no thread
+        server_version = "chunkmill"
+        sys_version = ""
+
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(HTTPStatus.NOT_FOUND, "only /metrics is here")
+                return
+            body, content_type = page()
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in http.server
+            """A scrape every few seconds is no event."""
+
+    return Handler

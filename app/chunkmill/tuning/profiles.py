@@ -1,0 +1,217 @@
+"""Profiles: what ``chunkmill tune`` measured for one model on one machine, kept for the workers there.
+
+``<home>/tuning/profiles`` holds them, a file for each machine and model; ``<home>/tuning/memory`` what engines
+learned when a device's memory said no (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's data folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from chunkmill.domain.spaces import SpaceSpec
+from chunkmill.embedded.paths import default_home
+from chunkmill.errors import ChunkmillError, InvalidSetting
+from chunkmill.machine import Machine, versions
+from chunkmill.settings import Settings
+from chunkmill.tuning.choose import SHORT, Constraints, Measured, Setup
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = 1
+AGAIN: Final = "run `chunkmill tune` again"
+_RUNTIMES: Final = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The winner of one tuning, and all it rests on."""
+
+    model: str
+    fingerprint: str
+    """Of the model's full vectors, precision included."""
+    setup: Setup
+    measured: Measured
+    constraints: Constraints
+    machine: Machine
+    versions: dict[str, str]
+    made_at: str
+    format: int = FORMAT
+
+    def __str__(self) -> str:
+        setup, speed = self.setup, self.measured.tokens_per_second or 0
+        return f"{setup.kind}, {setup.batch_tokens:,} tokens a pass, {speed:,.0f} tokens/s, of {self.made_at[:10]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What there is for a model on a machine."""
+
+    path: Path | None
+    """Where it is or would be; None: EMBEDDING_PROFILE is off."""
+    profile: Profile | None = None
+    """The one to use."""
+    problem: str | None = None
+    """Why the one in ``path`` is not used."""
+    overridden: bool = False
+    """It is whole and right, but the settings ask for something else."""
+
+
+def tuning_folder(settings: Settings) -> Path:
+    return (settings.chunkmill_home or default_home()).expanduser() / "tuning"
+
+
+def memory_folder(settings: Settings) -> Path:
+    """Where engines keep how many tokens did not fit: see ``Engine.load(learned=...)``."""
+    return tuning_folder(settings) / "memory"
+
+
+def memory_limit(settings: Settings, fingerprint: str, setup: Setup) -> tuple[Path, int] | None:
+    """What an engine learned that keeps passes below the setup's budget: the file, and the tokens that fit."""
+    for file in sorted(memory_folder(settings).glob(f"*-{fingerprint[:16]}-{setup.backend}-{setup.dtype}.json")):
+        try:
+            tokens = int(json.loads(file.read_text(encoding="utf-8"))["batch_tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the engine says so, and leaves it out
+        if tokens < setup.batch_tokens:
+            return file, tokens
+    return None
+
+
+def profile_path(settings: Settings, fingerprint: str, machine: Machine) -> Path:
+    return tuning_folder(settings) / "profiles" / f"{machine.slug}-{fingerprint[:16]}.json"
+
+
+def find_profile(settings: Settings, spec: SpaceSpec, machine: Machine) -> Found:
+    """What EMBEDDING_PROFILE gives for the model of ``spec`` on ``machine``.
+
+    Raises InvalidSetting where it names a file that is not there or no profile.
+    """
+    word = settings.embedding_profile
+    if word == "off":
+        return Found(None)
+    named = word != "auto"
+    path = Path(word).expanduser() if named else profile_path(settings, spec.fingerprint, machine)
+    try:
+        profile = read_profile(path)
+    except FileNotFoundError:
+        if named:
+            raise InvalidSetting(
+                f"EMBEDDING_PROFILE is {word}, and there is no such file: auto, off or a path"
+            ) from None
+        return Found(path)
+    except (OSError, ValueError) as error:
+        if named:
+            raise InvalidSetting(f"EMBEDDING_PROFILE is {word}: {error}. Give auto, off or another path") from None
+        return Found(path, problem=f"{error}: {AGAIN}")
+    if problem := refusal(profile, spec.fingerprint, machine, versions()):
+        return Found(path, problem=problem)
+    if problem := _overridden(profile.setup, settings):
+        return Found(path, problem=problem, overridden=True)
+    return Found(path, profile)
+
+
+def refusal(profile: Profile, fingerprint: str, machine: Machine, installed: Mapping[str, str]) -> str | None:
+    """Why a profile says nothing about this model, machine and versions; None where it holds. Pure."""
+    if profile.fingerprint != fingerprint:
+        return f"it was made for the model {profile.model!r} with fingerprint {profile.fingerprint[:12]}: {AGAIN}"
+    if profile.machine != machine:
+        return f"it was made on another machine ({_facts(profile.machine)}), and this is {_facts(machine)}: {AGAIN}"
+    wanted = ["chunkmill", "torch", *([_RUNTIMES[profile.setup.backend]] if profile.setup.backend in _RUNTIMES else [])]
+    for package in wanted:
+        then, now = profile.versions.get(package), installed.get(package)
+        if _release(package, then) != _release(package, now):
+            return f"it was made with {package} {then or 'absent'}, and here is {now or 'none'}: {AGAIN}"
+    return None
+
+
+def with_profile(settings: Settings, profile: Profile | None) -> Settings:
+    """The settings with a profile's values where they leave the choice to us; what they state explicitly stays."""
+    if profile is None:
+        return settings
+    setup = profile.setup
+    changes: dict[str, object] = {"embedding_backend": setup.backend, "embedding_dtype": setup.dtype}
+    if settings.embedding_batch_tokens == 0:
+        changes["embedding_batch_tokens"] = setup.batch_tokens
+    if settings.embedding_threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        changes["embedding_threads"] = setup.threads
+    if "embedding_parallel_batches" not in settings.model_fields_set:
+        changes["embedding_parallel_batches"] = setup.parallel_batches
+    return settings.model_copy(update=changes)
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises OSError, or ValueError where the file is no profile of this format."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        profile = TypeAdapter(Profile).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path} is no profile ({where}: {first['msg']})") from None
+    if profile.format != FORMAT:
+        raise ValueError(f"{path} is a profile of another format ({profile.format}, not {FORMAT})")
+    setup = profile.setup
+    if min(setup.batch_tokens, setup.threads, setup.parallel_batches) < 1:
+        raise ValueError(f"{path} is no profile (its setup holds a number below 1)")
+    return profile
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Whole or not at all. Raises :class:`ProfileNotWritten`."""
+    write_whole(path, json.dumps(asdict(profile), indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file of the tuning folder appears whole or not at all. Raises :class:`ProfileNotWritten`."""
+    try:
+        path.parents[2].mkdir(mode=0o700, parents=True, exist_ok=True)  # the home, as the embedded stack makes it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a worker that runs as another user out
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ProfileNotWritten(
+            f"{path} cannot be written ({error.strerror}): make the folder writable, or set CHUNKMILL_HOME to another, "
+            "for the worker too"
+        ) from error
+
+
+class ProfileNotWritten(ChunkmillError):
+    code = "profile_not_written"
+
+
+def _overridden(setup: Setup, settings: Settings) -> str | None:
+    """A budget measured for one backend and number format says little about another."""
+    if settings.embedding_backend not in ("auto", setup.backend):
+        return f"EMBEDDING_BACKEND is {settings.embedding_backend} and it was measured with {setup.backend}"
+    asked = SHORT.get(settings.embedding_dtype, settings.embedding_dtype)
+    if asked not in ("auto", SHORT.get(setup.dtype, setup.dtype)):
+        return f"EMBEDDING_DTYPE is {settings.embedding_dtype} and it was measured in {setup.dtype}"
+    return None
+
+
+def _release(package: str, version: str | None) -> str | None:
+    """Kernels change with a library's minor release, ours with each."""
+    if version is None or package == "chunkmill":
+        return version
+    return ".".join(version.split(".")[:2])
+
+
+def _facts(machine: Machine) -> str:
+    where = f"{machine.gpu}, " if machine.gpu else ""
+    return f"{where}{machine.cpu}, {machine.cores} cores, {' '.join(machine.features) or 'no known features'}"

@@ -1,1 +1,0 @@
-"""What Chunkmill costs and gives, measured beside its peers: ``python -m benchmarks``."""

@@ -1,0 +1,142 @@
+"""The Batch corridor in one process: a client, the poller's rounds and the steps, against the test server.
+
+Only Celery is left out, which carries nothing but a number; ``tests/acceptance/test_openai.py`` runs it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db
+from chunkmill.domain.results import Job
+from chunkmill.openai.http import Provider
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.plain import request_chunk_batch
+from chunkmill_workers.provider.steps import advance_provider_batch
+from tests.openai_server import OpenAIServer, vector_for
+from tests.support.waiting import PATIENCE, until
+
+MODEL = "text-embedding-3-small"
+DIMENSIONS = 8
+QUICK = {
+    "openai_gather_seconds": 0.0,
+    "openai_poll_seconds": 0.1,
+    "openai_adopt_seconds": 0.4,
+    "openai_timeout_seconds": PATIENCE,
+    "lease_seconds": PATIENCE,
+    "embedding_model": MODEL,
+    "embedding_dimensions": DIMENSIONS,
+}
+
+
+def settings_for(settings: Settings, server: OpenAIServer, **changes: Any) -> Settings:
+    """``settings`` with the test server as the provider, and nothing that waits for long."""
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return Settings.from_env(
+        **{**given, **QUICK, "openai_api_key": server.key, "openai_base_url": server.url, **changes}
+    )
+
+
+class Corridor:
+    def __init__(self, settings: Settings, server: OpenAIServer) -> None:
+        self.settings = settings
+        self.server = server
+        url = settings.require_database_url()
+        self.db = create_db(url, role="test")
+        self.broker = Broker.connect(settings)
+        self.client = Client(create_db(url, role="client"), self.broker, settings)
+        self.context = self.worker()
+        self.poller = Poller(self.db, self.broker, settings)
+
+    def worker(self) -> ProviderContext:
+        """Another worker on the queue, in this process."""
+        context = ProviderContext(
+            self.settings, create_db(self.settings.require_database_url(), role="w"), Provider(self.settings)
+        )
+        context.leases.start()
+        context.steps.start()
+        return context
+
+    def enqueue(self, n: int, *, text: str = "text {}", **more: Any) -> Job:
+        chunks = ((f"chunk-{i}", text.format(i)) for i in range(n))
+        return self.client.enqueue(chunks, **{"collection": "docs", "route": "openai", **more})
+
+    def turn(self) -> None:
+        """A round of the poller, and each step that is due now."""
+        self.poller.round()
+        for provider_batch_id in self.due("provider_batches", "state <> 'closed'"):
+            advance_provider_batch(self.context, provider_batch_id)
+        for chunk_batch_id in self.due("chunk_batches", "state = 'available' AND route = 'openai-sync'"):
+            request_chunk_batch(self.context, chunk_batch_id)
+
+    def due(self, table: str, which: str) -> list[int]:
+        with self.db.begin() as conn:
+            rows = conn.execute(sa.text(f"SELECT id FROM {table} WHERE {which} AND not_before <= now() ORDER BY id"))
+            return list(rows.scalars())
+
+    def run_until(self, done: Callable[[], object]) -> None:
+        def done_after_a_turn() -> object:
+            self.turn()
+            return done()
+
+        if not done():
+            until(done_after_a_turn, lambda: self.rows("SELECT id, state, failures, error FROM provider_batches"))
+
+    def finish(self, *jobs: Job, closed: bool = True) -> list[Job]:
+        """Until the jobs have ended and, if asked, all their remote files are deleted."""
+        self.run_until(lambda: all(self.client.job(job.id).state.is_final for job in jobs))
+        if closed:
+            self.run_until(lambda: not self.rows("SELECT FROM provider_batches WHERE state <> 'closed'"))
+        return [self.client.job(job.id) for job in jobs]
+
+    def rows(self, query: str, **facts: Any) -> list[dict[str, Any]]:
+        with self.db.begin() as conn:
+            return [dict(row._mapping) for row in conn.execute(sa.text(query), facts)]
+
+    def one(self, query: str, **facts: Any) -> Any:
+        with self.db.begin() as conn:
+            return conn.execute(sa.text(query), facts).scalar_one()
+
+    def batches(self) -> list[dict[str, Any]]:
+        return self.rows("SELECT * FROM provider_batches ORDER BY id")
+
+    def check_vectors(self, texts: dict[str, str], collection: str = "docs") -> None:
+        """Every chunk has exactly the vector that the server makes of its text."""
+        vectors = self.client.vectors(collection)
+        assert vectors.keys() == texts.keys()
+        for chunk_id, text in texts.items():
+            np.testing.assert_allclose(
+                vectors[chunk_id], vector_for(text, self.settings.embedding_dimensions or DIMENSIONS), atol=1e-6
+            )
+
+    def check_paid_once(self, texts: set[str] | None = None) -> None:
+        bill = self.server.bill()
+        assert set(bill.values()) <= {1}, {times: list(bill.values()).count(times) for times in set(bill.values())}
+        if texts is not None:
+            from tests.openai_server import text_hash
+
+            assert bill.keys() == {text_hash(text) for text in texts}
+
+    def close(self) -> None:
+        self.client.close()
+        self.context.close()
+        self.broker.close()
+        self.db.dispose()
+
+
+@contextmanager
+def corridor(settings: Settings, server: OpenAIServer, **changes: Any) -> Iterator[Corridor]:
+    made = Corridor(settings_for(settings, server, **changes), server)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,147 @@
+"""One test's texts in the corridor, and what must be true of them when it is over.
+
+A module's tests share one server, whose books only grow: what is compared here is what was added since the scene began.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from chunkmill.domain.results import Job
+from chunkmill.ledger.provider import provider_work
+from chunkmill.poller import paid
+from chunkmill.settings import Settings
+from tests.openai_server import OpenAIServer, text_hash
+from tests.openai_server.config import Config
+from tests.support.corridor import Corridor, corridor
+
+
+class Scene:
+    """``hurry`` skips what the ledger waits for: whatever is to happen later is due at once."""
+
+    def __init__(self, corridor: Corridor, name: str) -> None:
+        self.corridor = corridor
+        self.server = corridor.server
+        self.name = name
+        state = self.server.state()
+        self._files = {file["id"] for file in state["files"]}
+        self._batches = len(state["batches"])
+        self._charges = len(self.server.charges())
+        self._asked = Counter({each: sum(n.values()) for each, n in state["requests"].items()})
+
+    def text(self, i: int) -> str:
+        return f"{self.name} text {i}"
+
+    def texts(self, n: int, *, first: int = 0) -> dict[str, str]:
+        return {f"c{i}": self.text(i) for i in range(first, first + n)}
+
+    def enqueue(self, texts: dict[str, str], **more: Any) -> Job:
+        given = {"collection": "docs", "route": "openai", **more}
+        return self.corridor.client.enqueue(texts.items(), **given)
+
+    def run_until(self, done: Callable[[], object], *, hurry: bool = True) -> None:
+        def looked() -> object:
+            if hurry:
+                self.hurry()
+            return done()
+
+        self.corridor.run_until(looked)
+
+    def hurry(self) -> None:
+        with self.corridor.db.begin() as conn:
+            for table in ("provider_batches", "chunk_batches"):
+                conn.execute(sa.text(f"UPDATE {table} SET not_before = now() WHERE not_before > now()"))
+
+    def finish(self, *jobs: Job, hurry: bool = True) -> list[Job]:
+        def ended() -> bool:
+            open_left = self.corridor.rows("SELECT FROM provider_batches WHERE state <> 'closed' LIMIT 1")
+            return not open_left and all(self.corridor.client.job(job.id).state.is_final for job in jobs)
+
+        self.run_until(ended, hurry=hurry)
+        return [self.corridor.client.job(job.id) for job in jobs]
+
+    # The server's books since the scene began
+
+    def batches(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.server.state()["batches"][self._batches :]
+        return found
+
+    def charges(self) -> list[dict[str, Any]]:
+        return self.server.charges()[self._charges :]
+
+    def asked(self, endpoint: str) -> int:
+        """Requests to it, answered or not."""
+        return sum(self.server.state()["requests"].get(endpoint, {}).values()) - self._asked[endpoint]
+
+    def bill(self, texts: dict[str, str]) -> dict[str, int]:
+        """Chunk id to how often its text was charged; those never charged are left out."""
+        bill = self.server.bill()
+        return {name: bill[text_hash(text)] for name, text in texts.items() if text_hash(text) in bill}
+
+    def check_books(self, *, unanswered_contents: int = 0, unanswered_tokens: int = 0) -> None:
+        """What we booked is what was charged, but for answers that never came; and nothing is left behind."""
+        booked = self.corridor.rows(
+            "SELECT coalesce(sum(contents), 0)::int AS contents, coalesce(sum(tokens), 0)::int AS tokens FROM charges"
+        )[0]
+        charged = self.charges()
+        assert booked == {
+            "contents": sum(each["inputs"] for each in charged) - unanswered_contents,
+            "tokens": sum(each["tokens"] for each in charged) - unanswered_tokens,
+        }
+        used = self.corridor.one("SELECT coalesce(sum(tokens), 0)::int FROM usage")
+        assert used == booked["tokens"]
+        assert self.corridor.rows("SELECT * FROM provider_inputs") == []
+        left = [file for file in self.server.state()["files"] if file["id"] not in self._files]
+        assert left == []
+
+    def check_done(self, job: Job, texts: dict[str, str], **books: int) -> None:
+        """Complete, each content charged once, and the books agree."""
+        assert (job.state, job.error, job.dead) == ("completed", None, 0)
+        audit = self.corridor.client.audit("docs")
+        assert (audit.missing, audit.pending, audit.dead) == (0, 0, 0)
+        self.corridor.check_vectors(texts)
+        if not books:
+            assert self.bill(texts) == dict.fromkeys(texts, 1)
+        self.check_books(**books)
+
+    def attempts(self) -> list[tuple[int, str | None]]:
+        """Of all ChunkBatches: how many attempts were charged, and the outcome of each."""
+        return [(row["charged"], row["state"]) for row in self.corridor.rows(_CHARGED, most=self._most)]
+
+    @property
+    def _most(self) -> int:
+        return self.corridor.settings.max_attempts
+
+    def charged_attempts(self) -> int:
+        """The most that any ChunkBatch was charged. One released at no cost has its limit moved up instead."""
+        return max(charged for charged, _ in self.attempts())
+
+    def oddities(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for batch in self.corridor.batches():
+            found.update(batch["oddities"])
+        return found
+
+
+_CHARGED = "SELECT state, attempt - (max_attempts - :most) AS charged FROM chunk_batches ORDER BY id"
+
+
+@contextmanager
+def scene(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest, **changes: Any) -> Iterator[Scene]:
+    """The server as new, but for its books; requests of four inputs, so that a small job has several."""
+    server.calm()
+    server.control(**Config().as_json())
+    patch = pytest.MonkeyPatch()
+    patch.setattr(paid, "SELDOM_SECONDS", 0.0)
+    patch.setattr(provider_work, "AGAIN_SECONDS", 0.1)
+    try:
+        with corridor(settings, server, **{"openai_request_inputs": 4, **changes}) as made:
+            yield Scene(made, request.node.name)
+    finally:
+        patch.undo()

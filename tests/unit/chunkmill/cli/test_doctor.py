@@ -1,0 +1,72 @@
+"""The doctor's judgement, on facts made up for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks
+from chunkmill.monitor.servers import Database, RedisFacts
+
+WELL = Database(
+    version="16.4",
+    pgvector="0.8.0",
+    pgvector_available="0.8.0",
+    migration="0002",
+    head="0002",
+    worker_connections=4,
+    provider_connections=0,
+    poller_connections=1,
+    open_jobs=0,
+    clock_ahead=0.01,
+)
+
+
+def states(database: Database) -> dict[str, str]:
+    return {check.name: check.state for check in database_checks(database)}
+
+
+def test_a_database_in_order() -> None:
+    assert set(states(WELL).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "state"),
+    [
+        ({"version": "14.11"}, "Postgres", "fail"),
+        ({"pgvector": "0.7.4"}, "pgvector", "fail"),
+        ({"pgvector": "0.10.0"}, "pgvector", "ok"),
+        ({"pgvector": None}, "pgvector", "warn"),
+        ({"pgvector": None, "pgvector_available": None}, "pgvector", "fail"),
+        ({"migration": "0001"}, "migration", "fail"),
+        ({"migration": None}, "migration", "fail"),
+        ({"worker_connections": 0}, "worker", "warn"),
+        ({"poller_connections": 0}, "poller", "warn"),
+        ({"clock_ahead": -5.0}, "Postgres clock", "warn"),
+    ],
+)
+def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, state: str) -> None:
+    found = list(database_checks(replace(WELL, **change)))  # type: ignore[arg-type]
+    assert [(c.name, c.state) for c in found if c.state != "ok" or c.name == name] == [(name, state)]
+    assert all(bool(c.advice) == (c.state != "ok") for c in found)
+
+
+@pytest.mark.parametrize(
+    ("facts", "wrong"),
+    [
+        (RedisFacts("7.2.4", "noeviction", "yes", 0.0), {}),
+        (RedisFacts("6.0.16", "noeviction", "yes", 0.0), {"Redis": "fail"}),
+        (RedisFacts("8.0.0", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
+        (RedisFacts("7.2.4", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
+    ],
+)
+def test_redis(facts: RedisFacts, wrong: dict[str, str]) -> None:
+    assert {check.name: check.state for check in redis_checks(facts) if check.state != "ok"} == wrong
+
+
+def test_clocks_are_judged_in_both_directions() -> None:
+    assert clock_check("clock", -SKEW_WARN).state == "ok"
+    assert clock_check("clock", -SKEW_WARN - 0.1).state == "warn"
+    assert clock_check("clock", SKEW_FAIL + 1).state == "fail"
+    assert "behind" in clock_check("clock", -1.0).found

@@ -1,0 +1,129 @@
+"""What the command prints: no password, nothing that steers a terminal, and one form for each number."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+import psycopg
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+
+from chunkmill.cli.__main__ import COMMANDS, cli
+from chunkmill.cli.arguments import BYTES, DAYS, Quantity
+from chunkmill.cli.output import beginning, count, duration, masked, shown
+
+SIZES = BYTES | {"b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql+psycopg://user:secret@host:5432/db", "postgresql+psycopg://user:***@host:5432/db"),
+        ("postgresql://user:se%40cret@host/db", "postgresql://user:***@host/db"),
+        ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u&password=***"),
+        ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
+        ("postgresql://host/db?PASSWORD=secret&x=1", "postgresql://host/db?PASSWORD=***&x=1"),
+        ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
+        (
+            "rediss://user:secret@host:6379/0?ssl_cert_reqs=required",
+            "rediss://user:***@host:6379/0?ssl_cert_reqs=required",
+        ),
+        ("unix://:secret@/run/redis.sock?db=0", "unix://:***@/run/redis.sock?db=0"),
+        ("unix:///run/redis.sock?db=0&password=secret", "unix:///run/redis.sock?db=0&password=***"),
+        ("unix:///run/redis.sock?db=0", "unix:///run/redis.sock?db=0"),
+        ("postgresql://postgres@/db?host=/run/pg&port=5432", "postgresql://postgres@/db?host=/run/pg&port=5432"),
+    ],
+)
+def test_no_password_is_shown(url: str, expected: str) -> None:
+    assert masked(url) == expected
+
+
+def test_what_could_steer_a_terminal_is_replaced() -> None:
+    assert shown("a\x1b[2Jb\u202ec\x07") == "a\ufffd[2Jb\ufffdc\ufffd"
+    assert shown("naïve 文字 [bold]x[/bold]") == "naïve 文字 [bold]x[/bold]"
+
+
+def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
+    assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
+    assert beginning("word " * 100, 20) == "word word word word…"
+    assert beginning("字" * 50, 10) == "字字字字 …"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.04, "0.0 s"),
+        (5, "5 s"),
+        (9.96, "10.0 s"),
+        (42, "42 s"),
+        (119.6, "2:00"),
+        (187, "3:07"),
+        (3599.7, "1:00:00"),
+        (7500.0, "2:05:00"),
+    ],
+)
+def test_durations(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+def test_counts() -> None:
+    assert count(1, "chunk") == "1 chunk"
+    assert count(2000, "chunk") == "2,000 chunks"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_is_in_the_help_and_takes_json(name: str) -> None:
+    command = getattr(importlib.import_module(f"chunkmill.cli.{COMMANDS[name][0]}"), name)
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert any("--json" in parameter.opts for parameter in command.params)
+    assert COMMANDS[name][1] in CliRunner().invoke(cli, ["--help"]).output
+
+
+def test_usage_errors_are_json_too() -> None:
+    done = CliRunner().invoke(cli, ["jobs", "--limit", "none", "--json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith('{"error": "usage", "message": "Invalid value')
+
+
+def test_after_two_hyphens_an_argument_may_look_like_an_option() -> None:
+    """A text to search for may be ``--json``: the error about it is then for a person."""
+    done = CliRunner().invoke(cli, ["job", "--", "--json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Usage:")
+    assert "'--json' is not a valid integer" in done.stderr
+
+
+def test_what_postgres_quotes_of_a_row_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    quoted = psycopg.errors.CheckViolation("new row violates check\nDETAIL:  Failing row contains (1, ZEBRA).")
+
+    def refuse() -> None:
+        raise sa.exc.IntegrityError("INSERT", {}, quoted, hide_parameters=True)
+
+    monkeypatch.setattr("chunkmill.client.Client.from_env", refuse)
+    for arguments in (["jobs"], ["jobs", "--json"]):
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 1
+        assert "Postgres refused (CheckViolation): new row violates check." in done.stderr
+        assert "ZEBRA" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("units", "unit", "given", "expected"),
+    [
+        (DAYS, "d", "30d", 30),
+        (DAYS, "d", "12h", 0.5),
+        (DAYS, "d", "90min", 0.0625),
+        (DAYS, "d", "43200 s", 0.5),
+        (DAYS, "d", "2w", 14),
+        (DAYS, "d", "1y", 365),
+        (SIZES, "b", "50GB", 50_000_000_000),
+        (SIZES, "b", "1.5 GiB", 1_610_612_736),
+        (SIZES, "b", "7b", 7),
+    ],
+)
+def test_ages_are_in_days_and_sizes_in_bytes(units: dict[str, float], unit: str, given: str, expected: float) -> None:
+    """A unit that is mistaken deletes what should have stayed."""
+    assert Quantity("amount", units, unit, "30d").convert(given, None, None) == pytest.approx(expected)

@@ -1,0 +1,192 @@
+"""Files as chunks: each kind, and what becomes of a record that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from chunkmill.cli.jobs import sources
+from chunkmill.cli.jobs.sources import Fields, Reader
+from chunkmill.cli.start.corpus import stdlib_docstrings
+from chunkmill.domain.chunks import Chunk, prepare
+from chunkmill.errors import InvalidChunk, InvalidInput
+
+
+def read(*names: Path | str, skip: bool = False, fields: Fields | None = None, stdin: bytes = b"") -> list[object]:
+    return list(Reader([str(n) for n in names], fields or Fields(), skip=skip, stdin=io.BytesIO(stdin)))
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text(
+        '\ufeff{"id": "a", "text": "one", "source": "x", "metadata": {"page": 3}}\n\n{"id": 7, "text": "two"}', "utf-8"
+    )
+    assert read(path) == [Chunk("a", "one", {"source": "x", "page": 3}), Chunk("7", "two", {})]
+
+
+def test_stdin_and_several_sources(tmp_path: Path) -> None:
+    path = tmp_path / "docs.ndjson"
+    path.write_text('{"id": "b", "text": "two"}\n')
+    assert read("-", path, stdin=b'{"id": "a", "text": "one"}\n') == [Chunk("a", "one", {}), Chunk("b", "two", {})]
+    with pytest.raises(InvalidInput, match="twice"):
+        read("-", "-")
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["key", "body", "metadata"])
+        writer.writerow(["a", 'a "text",\nof two lines', "m"])
+    assert read(path, fields=Fields("key", "body")) == [Chunk("a", 'a "text",\nof two lines', {"metadata": "m"})]
+
+
+def test_parquet_with_values_that_json_lacks(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "docs.parquet"
+    columns = {"id": [1, 2], "text": ["one", "two"], "day": [date(2024, 2, 29)] * 2, "price": [Decimal("1.50")] * 2}
+    parquet.write_table(pa.table(columns), path)
+    metadata = {"day": "2024-02-29", "price": "1.50"}
+    assert read(path) == [Chunk("1", "one", metadata), Chunk("2", "two", metadata)]
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "docs.parquet"
+    path.touch()
+
+    def absent(name: str) -> object:
+        raise ImportError(name)
+
+    monkeypatch.setattr(sources.importlib, "import_module", absent)
+    with pytest.raises(InvalidInput, match=r"pip install 'chunkmill\[parquet\]'"):
+        read(path)
+
+
+def test_a_folder_is_one_chunk_per_text_file(tmp_path: Path) -> None:
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    for name in ("b.md", "sub/a.txt", "sub/c.RST", "sub/.git/no.txt", "no.png", ".no.md"):
+        (tmp_path / name).write_text(f"text of {name}")
+    assert read(tmp_path) == [
+        Chunk(name, f"text of {name}", {"path": name}) for name in ("b.md", "sub/a.txt", "sub/c.RST")
+    ]
+
+
+def bad_jsonl(path: Path) -> Path:
+    path.write_bytes(
+        b'{"id": "a", "text": "one"}\nsecret words\n["secret words"]\n{"id": "b"}\n'
+        b'{"id": "c", "text": "\xff"}\n' + b"[" * 100_000 + b'\n{"id": "z", "text": "last"}\n'
+    )
+    return path
+
+
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path) -> None:
+    path = bad_jsonl(tmp_path / "bad.jsonl")
+    with pytest.raises(InvalidInput, match=r"bad\.jsonl:2: not valid JSON.*--on-invalid skip") as caught:
+        read(path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_skipped_line_is_refused_by_the_client_under_its_place(tmp_path: Path) -> None:
+    items = read(bad_jsonl(tmp_path / "bad.jsonl"), skip=True)
+    assert items[0] == Chunk("a", "one", {})
+    assert items[-1] == Chunk("z", "last", {})
+    refusals = []
+    for position, item in enumerate(items[1:-1]):
+        with pytest.raises(InvalidChunk) as caught:
+            prepare(item, position)
+        refusals.append(caught.value)
+    assert [Path(r.chunk_id).name for r in refusals] == [f"bad.jsonl:{n}" for n in range(2, 7)]
+    problems = [r.problem for r in refusals]
+    for problem, words in zip(problems, ["JSON", "not a JSON object", "'text'", "UTF-8", "too deep"], strict=True):
+        assert words in problem
+        assert "secret" not in problem
+
+
+def test_a_line_without_end_is_skipped_in_constant_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 100)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": "a", "text": "x" * 1000}) + '\n{"id": "b", "text": "short"}\n')
+    with pytest.raises(InvalidInput, match=r"long\.jsonl:1: the line is longer than 100 bytes"):
+        read(path)
+    assert read(path, skip=True)[1:] == [Chunk("b", "short", {})]
+
+
+def test_bad_csv_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text('id,text\na,"two\nlines"\nb\nc,three\n')
+    with pytest.raises(InvalidInput, match=r"bad\.csv:4: it has 1 columns, the header has 2"):
+        read(path)
+    assert read(path, skip=True)[::2] == [Chunk("a", "two\nlines", {}), Chunk("c", "three", {})]
+
+
+def test_a_csv_in_another_encoding_is_refused_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes("id,text\na,café\nb,plain\n".encode("latin-1"))
+    first, second = read(path)
+    with pytest.raises(InvalidChunk, match="decoded wrongly"):
+        prepare(first, 0)
+    assert second == Chunk("b", "plain", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "there is no file or folder"),
+        ("page.html", "<p>", "cannot be told from its name"),
+        ("heads.csv", "key,text\n", r"heads\.csv:1: there is no column 'id'; it has 'key', 'text'.*--id-field"),
+        ("broken.parquet", "no parquet", "not a Parquet file"),
+    ],
+)
+def test_a_source_that_cannot_be_used_says_why(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidInput, match=message):
+        read(tmp_path / name)
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"the folder .* holds no "):
+        read(tmp_path)
+
+
+def test_a_missing_source_is_found_before_the_first_one_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="there is no file"):
+        Reader(["-", str(tmp_path / f"{uuid.uuid4()}.jsonl")], Fields(), skip=False, stdin=io.BytesIO())
+
+
+def test_records_are_read_one_by_one() -> None:
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            line = b'{"id": "a", "text": "x"}\n'
+            buffer[: len(line)] = line
+            return len(line)
+
+    reader: Iterator[object] = iter(Reader(["-"], Fields(), skip=False, stdin=io.BufferedReader(Endless(), 64)))
+    assert [next(reader) for _ in range(1000)] == [Chunk("a", "x", {})] * 1000
+
+
+def test_the_standard_library_as_a_corpus() -> None:
+    found = {}
+    for chunk in stdlib_docstrings():
+        assert chunk.id not in found
+        found[chunk.id] = chunk
+        if chunk.metadata["module"] > "argparse":
+            break
+    assert found["abc"].metadata == {"module": "abc", "kind": "module"}
+    assert found["abc:ABC"].metadata == {"module": "abc", "kind": "class"}
+    assert found["abc:ABCMeta.register"].text.startswith("Register a virtual subclass")
+    assert not any(id_.startswith(("test.", "idlelib.idle_test", "site-packages")) for id_ in found)

@@ -1,0 +1,53 @@
+"""A stream comes back from the spool as it went in, however little of it fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkmill.client import spool
+from chunkmill.client.spool import Spool
+from chunkmill.domain.chunks import PreparedChunk, prepare
+from chunkmill.errors import InvalidChunk
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
+CHUNKS = st.tuples(WORDS, WORDS.filter(lambda text: not text.isspace()), st.dictionaries(WORDS, WORDS, max_size=2))
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 1 << 20], ids=["all in the file", "some in the file", "all in memory"])
+@given(stream=st.lists(CHUNKS, max_size=12))
+def test_a_stream_comes_back_as_it_was(memory: int, stream: list[tuple[str, str, dict[str, str]]]) -> None:
+    """Ids, texts and metadata of any letters, of one byte and of four."""
+    prepared = [prepare(chunk, i) for i, chunk in enumerate(stream)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "MEMORY_BYTES", memory)
+        with Spool(iter(prepared)) as kept:
+            assert list(kept) == prepared
+
+
+def test_what_does_not_fit_into_memory_is_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = [PreparedChunk(str(i), b"x" * 100, "{}", bytes(32)) for i in range(100)]
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 10 * (100 + 2 + spool.OBJECT_BYTES))
+    with Spool(iter(chunks)) as kept:
+        assert len(kept._kept) == 10
+
+
+def test_a_refused_stream_leaves_no_open_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unnamed file takes its room on the disk until it is closed."""
+    files: list[IO[bytes]] = []
+    make = spool.tempfile.TemporaryFile
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **how: files.append(make(**how)) or files[-1])
+
+    def stream() -> Iterator[PreparedChunk]:
+        yield prepare(("a", "one"), 0)
+        yield prepare(("b", "two"), 1)
+        yield prepare(("c", ""), 2)
+
+    with pytest.raises(InvalidChunk):
+        Spool(stream())
+    assert [file.closed for file in files] == [True]

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+
+from chunkmill.domain.arguments import as_deadline
+from chunkmill.domain.providers import OPENAI_MODELS, ProviderModel
+from chunkmill.domain.routing import Offer, choose, require_served, serving
+from chunkmill.domain.spaces import OnLong, SpaceSpec
+from chunkmill.domain.states import Route
+from chunkmill.errors import InvalidInput, UnknownRoute
+from chunkmill.models import DEFAULT_SPEC
+
+NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+SMALL = OPENAI_MODELS["text-embedding-3-small"]
+REMOTE: SpaceSpec = SMALL.space(OnLong.TRUNCATE, None)
+LOCAL, BATCH, SYNC, AUTO = Route.LOCAL, Route.OPENAI, Route.OPENAI_SYNC, Route.AUTO
+
+batch = Offer(BATCH, Decimal("0.01"))
+sync = Offer(SYNC, Decimal("0.02"))
+local = Offer(LOCAL, None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "batches", "lanes"),
+    [
+        (DEFAULT_SPEC, None, True, (LOCAL,)),
+        (REMOTE, SMALL, True, (BATCH, SYNC)),
+        (REMOTE, SMALL, False, (SYNC,)),
+        (REMOTE, None, True, ()),
+        (DEFAULT_SPEC, ProviderModel("m", 384, same_as="all-MiniLM-L6-v2"), True, (LOCAL, BATCH, SYNC)),
+    ],
+)
+def test_which_lanes_serve_a_space(
+    spec: SpaceSpec, model: ProviderModel | None, batches: bool, lanes: tuple[Route, ...]
+) -> None:
+    assert serving(spec, model, batches=batches) == lanes
+
+
+@pytest.mark.parametrize(
+    ("asked", "lanes", "spec", "said"),
+    [
+        (LOCAL, (BATCH, SYNC), REMOTE, "'text-embedding-3-small' is served by the provider alone. Take 'openai'"),
+        (
+            BATCH,
+            (LOCAL,),
+            DEFAULT_SPEC,
+            "served by local workers alone. Take 'local', 'auto'.*same_as in OPENAI_MODELS",
+        ),
+        (SYNC, (LOCAL,), DEFAULT_SPEC, "served by local workers alone"),
+        (BATCH, (SYNC,), REMOTE, "no Batch API .OPENAI_BATCHES is false.. Take 'openai-sync'"),
+        (AUTO, (), REMOTE, "no lane serves model 'text-embedding-3-small' here: describe it in OPENAI_MODELS"),
+    ],
+)
+def test_a_lane_that_does_not_serve_the_space_is_refused(
+    asked: Route, lanes: tuple[Route, ...], spec: SpaceSpec, said: str
+) -> None:
+    with pytest.raises(UnknownRoute, match=said):
+        require_served(asked, lanes, spec)
+
+
+@pytest.mark.parametrize("asked", [LOCAL, BATCH, AUTO])
+def test_a_lane_that_serves_it_is_not(asked: Route) -> None:
+    require_served(asked, (LOCAL, BATCH, SYNC), DEFAULT_SPEC)
+
+
+def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
+    dear = Offer(SYNC, Decimal(9), stopped="stopped")
+    assert choose(SYNC, [batch, dear], now=NOW, deadline=NOW).route is SYNC
+
+
+@pytest.mark.parametrize(
+    ("offers", "hours", "route", "said"),
+    [
+        ([local], None, LOCAL, "the only lane that serves the space"),
+        ([batch, sync], None, BATCH, "openai at 0.010 USD per million tokens, openai-sync at 0.020"),
+        ([batch, sync], 25, BATCH, "the cheapest"),
+        ([batch, sync], 24, BATCH, "the cheapest"),  # it takes 24 hours at most
+        ([batch, sync], 23.999, SYNC, "the only one left.*openai is out: it takes up to 24 h"),
+        ([batch, sync], 23, SYNC, "the only one left.*openai is out: it takes up to 24 h, and the deadline is in 23 h"),
+        ([replace(batch, stopped="stopped (insufficient_quota)"), sync], None, SYNC, "openai is out: stopped .insuff"),
+        ([local, batch, sync], None, LOCAL, "local without a known price"),
+        ([Offer(LOCAL, Decimal("0.5")), batch, sync], None, BATCH, "local at 0.50 USD"),
+        ([Offer(LOCAL, Decimal("0.001")), batch, sync], None, LOCAL, "the cheapest .local at 0.0010 USD"),
+        # Workers come and go: only a deadline makes their absence count.
+        ([Offer(LOCAL, None, idle=True), batch, sync], None, LOCAL, "the cheapest"),
+        ([Offer(LOCAL, None, idle=True), batch, sync], 30, BATCH, "local is out: no worker of it is connected"),
+        # Nothing is left: a late lane is better than one that nobody serves, and that better than a stopped one.
+        ([batch, replace(sync, stopped="stopped")], 1, BATCH, "it may be late, and no better lane is left"),
+        ([replace(local, idle=True), replace(batch, stopped="x"), replace(sync, stopped="x")], 1, LOCAL, "waits for"),
+        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, "every lane is stopped.*: x;.*: y"),
+    ],
+)
+def test_what_auto_chooses_and_says(offers: list[Offer], hours: float | None, route: Route, said: str) -> None:
+    deadline = None if hours is None else NOW + timedelta(hours=hours)
+    chosen = choose(AUTO, offers, now=NOW, deadline=deadline)
+    assert chosen.route is route
+    assert re.search(said, chosen.because), chosen.because
+
+
+@pytest.mark.parametrize(
+    ("given", "deadline"),
+    [
+        (60, NOW + timedelta(seconds=60)),
+        (0.5, NOW + timedelta(seconds=0.5)),
+        (timedelta(hours=2), NOW + timedelta(hours=2)),
+        (datetime(2026, 11, 22, tzinfo=UTC), datetime(2026, 11, 22, tzinfo=UTC)),
+    ],
+)
+def test_deadlines(given: object, deadline: datetime) -> None:
+    assert as_deadline(given, NOW) == deadline
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (datetime(2026, 11, 22), "without a time zone"),
+        (datetime(2026, 11, 20, tzinfo=UTC), "is past"),
+        (timedelta(0), "is past"),
+        (-5, "is past"),
+        (float("nan"), "must be a moment that the calendar has"),
+        (1e300, "must be a moment that the calendar has"),
+        ("tomorrow", "must be a datetime with a time zone, a timedelta, or a number of seconds"),
+        (True, "must be a datetime"),
+    ],
+)
+def test_deadlines_that_are_refused(given: object, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        as_deadline(given, NOW)

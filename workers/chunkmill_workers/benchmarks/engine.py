@@ -1,0 +1,161 @@
+"""Text to NumPy: our engine beside its peers on the same texts, all against the machine's own limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.models import DEFAULT_MODEL
+from chunkmill.models.files import read_json
+from chunkmill_workers.benchmarks import contest, flops, stats
+from chunkmill_workers.benchmarks.contest import Contender, Field, Ground
+from chunkmill_workers.benchmarks.names import LATENCY, LIMIT, MEMORY, OUR, REFERENCE, START
+from chunkmill_workers.benchmarks.peers.process import PeerError
+from chunkmill_workers.benchmarks.report import Say, document
+from chunkmill_workers.benchmarks.stats import Measurement, Target, add_ratios, in_turns
+from chunkmill_workers.benchmarks.texts import docstrings, of_length
+
+DOCSTRINGS = "docstrings"
+CALLS = 20
+"""Of a single text per round; the round's figure is their median."""
+
+
+def run(
+    *, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, only: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Everyone's best setting, the cosine gate, the race. ``texts`` take the place of ours, ``only`` that of all."""
+    with contest.ground(model, quick=quick) as on:
+        workloads = {"own texts": list(texts)} if texts else _workloads(on)
+        sample = next(iter(workloads.values()))[: 30 if quick else contest.SAMPLE]
+        with contest.enter(contest.select(on.peers(), only), on, sample, say) as field:
+            found: list[Measurement] = []
+            for group, chosen in workloads.items():
+                found += _measure(group, chosen, on, field, rounds, say)
+            say(LATENCY)
+            found += _latency(field, rounds, on.device)
+            found += _costs(field)
+        settings = {
+            "model": on.folder.name,
+            "device": on.device,
+            "threads": on.threads,
+            "tokens": "those that the model sees: special tokens in, padding and what is cut off not",
+            "flops": "2 x weights of the layers + 4 x layers x length x hidden per token, held against the GEMM rate "
+            "of the contender's own precision, measured in the same rounds",
+            "start": "from the start of a process to its first vector; files in the page cache, exported and compiled "
+            "forms of the model made before",
+            "sweep": f"{len(sample)} texts, a process per setting, a pass to warm up, the better of two",
+        }
+    return document("engine", found, settings=settings, extra=field.as_json())
+
+
+def _workloads(on: Ground) -> dict[str, list[str]]:
+    whole = docstrings(100 if on.quick else 2_000)
+    per_word = float(on.token_counts(whole[:100]).sum()) / sum(len(text.split()) for text in whole[:100])
+    return {DOCSTRINGS: whole} | {
+        f"{size} texts": of_length(tokens, count // 20 if on.quick else count, tokens_per_word=per_word)
+        for size, tokens, count in (("short", 10, 1_500), ("medium", 140, 250), ("long", 300, 150))
+    }
+
+
+def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds: int, say: Say) -> list[Measurement]:
+    """Gate everyone, then race those that passed, and measure the machine's limit in the same rounds."""
+    say(f"{group}: cosine gate")
+    lengths = on.token_counts(texts)
+    tokens = int(lengths.sum())
+    path = on.file("texts", texts)
+    for contender in field.alive():
+        contender.running.ask("texts", name="texts", path=path)
+    reference, _ = field[REFERENCE].vectors("texts", on.path)
+    found = []
+    for contender in field.contenders:
+        facts: dict[str, Any] = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
+        facts["precision"] = contender.peer.precision
+        try:
+            vectors, facts["first_pass_seconds"] = contender.vectors("texts", on.path)
+            refused, cosines = gated(contender, vectors, reference)
+            facts |= cosines
+        except PeerError as error:
+            if contender.peer.ours:
+                raise
+            refused = f"it broke: {error}"
+        found.append(Measurement(group, contender.peer.name, "tokens/s", [], refused=refused, facts=facts))
+    racing = {each.name: (lambda name=each.name: field[name].embed("texts")) for each in found if not each.refused}
+    limit = Limit(on, sorted({each.facts["precision"] for each in found}))
+    seconds = in_turns(
+        racing, rounds, lambda now: say(f"{group}, {now}"),
+        before=lambda name: limit.measure() if name == REFERENCE else None,
+    )  # fmt: skip
+    for each in found:
+        each.rounds = [tokens / taken for taken in seconds.get(each.name, [])]
+    add_ratios(found, REFERENCE, targets=_targets(on) if group == DOCSTRINGS else {})
+    for half in (f"sentence-transformers {on.half}", "OpenVINO bf16"):
+        add_ratios(found, half, only=OUR)
+    for ceiling in limit.measurements(group, lengths):
+        precision = ceiling.facts["precision"]
+        own = [each for each in found if each.facts["precision"] == precision]
+        promised = Target(0.75) if (on.device, precision, group) == ("cpu", on.half, DOCSTRINGS) else None
+        add_ratios([*own, ceiling], ceiling.name, targets={f"{OUR} {precision}": promised} if promised else {})
+        found.append(ceiling)
+    return found
+
+
+def gated(contender: Contender, vectors: NDArray[Any], reference: NDArray[Any]) -> tuple[str | None, dict[str, Any]]:
+    """Why a contender's vectors do not count, if so, and its cosines to the reference as facts."""
+    each = stats.cosines(vectors, reference)
+    facts = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+    return contender.peer.gate.refusal(**facts), facts
+
+
+class Limit:
+    """The rate of the machine's matrix products, in every precision that takes part, measured once a round."""
+
+    def __init__(self, on: Ground, precisions: Sequence[str]) -> None:
+        self._device = on.device
+        self._config = read_json(on.folder.transformer / "config.json")
+        known = flops.counts(self._config)
+        self._rates: dict[str, list[float]] = {each: [] for each in precisions if known and flops.has(each, on.device)}
+
+    def measure(self) -> None:
+        for precision, rates in self._rates.items():
+            rates.append(flops.gemm_rate(self._config, precision, self._device))
+
+    def measurements(self, group: str, lengths: NDArray[np.int64]) -> list[Measurement]:
+        """Tokens/s that texts of these lengths would reach if they were nothing but products."""
+        return [
+            Measurement(
+                group, f"{LIMIT}, {precision}", "tokens/s",
+                [rate * int(lengths.sum()) / flops.text_flops(self._config, lengths) for rate in rates],
+                facts={"precision": precision, "limit": True, "flop_per_second": float(np.median(rates))},
+            )
+            for precision, rates in self._rates.items()
+            if rates
+        ]  # fmt: skip
+
+
+def _targets(on: Ground) -> Mapping[str, Target]:
+    """To the reference. On a GPU the design promises a ratio to sentence-transformers in fp16, not to this one."""
+    return {f"{OUR} int8": Target(5)} if on.device == "cpu" else {}
+
+
+def _latency(field: Field, rounds: int, device: str) -> list[Measurement]:
+    names = [each.peer.name for each in field.alive()]
+    taken = in_turns(
+        {name: lambda name=name: float(field[name].running.ask("short", calls=CALLS)["ms"]) for name in names},  # type: ignore[misc]
+        rounds, lambda now: None,
+    )  # fmt: skip
+    promised = {names[0]: Target(10, at_most=True)} if names[0].startswith(OUR) and device == "cpu" else {}
+    return [Measurement(LATENCY, name, "ms", taken[name], target=promised.get(name)) for name in names]
+
+
+def _costs(field: Field) -> list[Measurement]:
+    """What a process of each takes to start, and at its peak after everything it did here."""
+    found = [Measurement(START, each.peer.name, "s", each.starts) for each in field.contenders]
+    for each in field.alive():
+        peak = each.running.ask("memory")["peak_kib"]
+        if peak:
+            found.append(Measurement(MEMORY, each.peer.name, "MiB", [peak / 1024]))
+    return found

@@ -1,0 +1,106 @@
+"""The machine and the versions that a result was measured with. No host name, no user name, no path."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from chunkmill.machine import processor_features, this_machine
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+PACKAGES = (
+    "chunkmill", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "celery", "psycopg",
+    "sqlalchemy", "redis",
+)  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+
+def describe() -> dict[str, Any]:
+    """CPU, cores this process may use, memory, and the instructions that matter for matrices."""
+    known = processor_features()
+    return {
+        "cpu": this_machine().cpu,
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "flags": [flag for flag in FLAGS if flag in known],
+        "gpu": _gpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A file name's part: ``amd-epyc-family-25-model-17-2-cores``, with the GPU's name before it if there is one."""
+    words = f"{machine['gpu'] or ''} {machine['cpu']} {machine['cores']} cores"
+    words = re.sub(r"\((R|TM)\)|@.*?GHz|\bCPU\b|\bProcessor\b", " ", words)
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages and Chunkmill with its git revision, ``+changes`` when the code differs from it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    # Only in a checkout of ours: an installed package may lie in the folder of somebody else's.
+    revision = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
+    if revision:
+        changed = _git(
+            "status",
+            "--porcelain",
+            "--",
+            "app",
+            "workers",
+            "benchmarks/*.py",
+            "workers/chunkmill_workers/benchmarks/peers",
+        )
+        found["chunkmill"] = revision + ("+changes" if changed else "")
+    return found
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_kib(pid: int | str, field: str) -> int | None:
+    """``VmRSS`` or ``VmHWM`` of a process; None where there is no /proc, or no such process any more.
+
+    Not ``ru_maxrss``: that of a child begins with its parent's, from before the exec.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _gpu() -> str | None:
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],  # noqa: S607 - where the driver puts it
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else None
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments],  # noqa: S607 - any git will do
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,118 @@
+"""Results: a JSON file per benchmark, a table for a person, lines for a program, and progress meanwhile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chunkmill_workers.benchmarks import machine
+from chunkmill_workers.benchmarks.stats import Measurement
+
+Say = Callable[[str], None]
+
+
+def document(
+    name: str, found: Sequence[Measurement], *, settings: Mapping[str, Any], versions: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole of one result, as it is written."""
+    return {
+        "benchmark": name,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "versions": machine.versions() | dict(versions or {}),
+        "settings": dict(settings),
+        "measurements": [each.as_json() for each in found],
+        **(extra or {}),
+    }
+
+
+def write(result: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``<name>-<machine>.json`` over what an earlier run left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['benchmark']}-{machine.slug(result['machine'])}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """A table of one benchmark."""
+    table = Table(title=f"{result['benchmark']}: {result['machine']['cpu']}, {result['machine']['cores']} cores")
+    for head in ("", "median", "min to max", "unit", "ratio", "target"):
+        table.add_column(head, justify="left" if head in ("", "unit", "target") else "right")
+    group = None
+    for each in result["measurements"]:
+        if each["group"] != group:
+            group = each["group"]
+            table.add_section()
+            table.add_row(f"[bold]{group}[/bold]")
+        ratios = "\n".join(
+            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{promised(ratio)}" for to, ratio in each["ratios"].items()
+        )
+        if each["refused"]:
+            table.add_row(f"  {each['name']}", "none", "", each["unit"], f"[yellow]{each['refused']}[/yellow]")
+            continue
+        spread = f"{number(each['min'])} to {number(each['max'])}" if len(each["rounds"]) > 1 else ""
+        table.add_row(f"  {each['name']}", number(each["median"]), spread, each["unit"], ratios, promised(each))
+    Console().print(table)
+
+
+def number(value: float) -> str:
+    """Three digits or more, with thousands separated."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def promised(each: Mapping[str, Any], form: str | None = None) -> str:
+    """The target of a measurement or a ratio, if it has one, green when it is met."""
+    if "target" not in each:
+        return ""
+    sign = "≤" if each["target_is"] == "at most" else "≥"
+    colour = "green" if each["met"] else "red"
+    value = form.format(each["target"]) if form else number(each["target"])
+    return f" [{colour}]{sign} {value}[/{colour}]"
+
+
+class Doing:
+    """What is being measured now: a spinner on a terminal, short lines on stderr otherwise."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._began = time.monotonic()
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Doing:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def within(self, what: str) -> Say:
+        """A function that says what happens, with ``what`` before it."""
+
+        def say(now: str) -> None:
+            if self._progress:
+                self._progress.update(self._task, description=f"{what}: {now}")
+            else:
+                self._console.print(
+                    f"{time.monotonic() - self._began:6.0f} s  {what}: {now}", highlight=False, soft_wrap=True
+                )
+
+        return say

@@ -1,0 +1,75 @@
+"""Postgres and Redis of a benchmark's own, in a temporary folder that goes with it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+import sqlalchemy as sa
+
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.db.connect import create_db, migrate
+from chunkmill.embedded import Stack
+from chunkmill.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """A running, migrated stack; ``folder`` is for logs."""
+
+    settings: Settings
+    folder: Path
+    versions: dict[str, str]
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a child process needs to find them."""
+        return {
+            "DATABASE_URL": self.settings.require_database_url(),
+            "REDIS_URL": self.settings.require_redis_url(),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Client]:
+        db = create_db(self.settings.require_database_url(), role="client")
+        with Client(db, Broker.connect(self.settings), self.settings) as client:
+            yield client
+
+    @contextlib.contextmanager
+    def db(self) -> Iterator[sa.Engine]:
+        db = create_db(self.settings.require_database_url(), role="client")
+        yield db
+        db.dispose()
+
+    def redis_memory(self) -> dict[str, Any]:
+        """``used_memory`` and ``used_memory_peak``, in bytes."""
+        with redis.Redis.from_url(self.settings.require_redis_url()) as client:
+            info = client.info("memory")
+        return {name: info[name] for name in ("used_memory", "used_memory_peak")}
+
+
+@contextlib.contextmanager
+def temporary_stack() -> Iterator[Servers]:
+    """fsync is on, as it is for users. The folder's name is short, for sockets' names are limited."""
+    folder = Path(tempfile.mkdtemp(prefix="cm-bench-"))
+    stack = Stack(folder / "stack", fsync=True)
+    try:
+        status = stack.up()
+        migrate(status.database_url)
+        settings = Settings.from_env(database_url=status.database_url, redis_url=status.redis_url)
+        yield Servers(
+            settings,
+            folder,
+            {"postgres": str(status.postgres.version), "redis-server": str(status.redis.version)},
+        )
+    finally:
+        stack.destroy()
+        shutil.rmtree(folder)

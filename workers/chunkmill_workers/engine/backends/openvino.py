@@ -1,0 +1,82 @@
+"""OpenVINO on the CPU, in fp32, or in bf16 where the processor has it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chunkmill.errors import InvalidSetting, ModelLoadError
+from chunkmill.models import ModelFolder
+from chunkmill_workers.engine.backends import Hidden, pick
+from chunkmill_workers.engine.backends.exported import INPUTS, OUTPUT, find, pad, unreadable
+from chunkmill_workers.engine.windows import Ids
+
+_PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def library() -> Any:
+    """The openvino module, silent: as it comes, importing it sends an event to its makers over the network.
+
+    It does without the package that sends where that is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+class OpenVinoBackend:
+    """See :class:`chunkmill_workers.engine.backends.Backend`."""
+
+    name = "openvino"
+    device = torch.device("cpu")
+    packed = False
+    concurrent = False
+
+    def __init__(
+        self, graph: Path, *, embedding_rows: int, dtype: torch.dtype, threads: int | None, pad_id: int
+    ) -> None:
+        """Raises ModelLoadError. ``threads`` None: OpenVINO's choice for one pass at a time."""
+        self._openvino = library()
+        asked = getattr(self._openvino.Type, _PRECISIONS[dtype])
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": asked}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = self._openvino.Core().compile_model(graph, "CPU", options)
+        except Exception as error:
+            raise unreadable(graph, error) from error
+        if compiled.get_property("INFERENCE_PRECISION_HINT") != asked:
+            raise ModelLoadError("backend openvino: this CPU does not multiply bf16; set EMBEDDING_DTYPE=fp32")
+        self._request = compiled.create_infer_request()
+        self._hidden = compiled.output(OUTPUT).partial_shape[2].get_length()
+        self._pad_id = pad_id
+        self.dtype = dtype
+        self.embedding_rows = embedding_rows
+
+    @classmethod
+    def load(cls, folder: ModelFolder, *, dtype: torch.dtype, threads: int | None, pad_id: int) -> Self:
+        """The export of ``folder``. Raises ModelLoadError where there is none, InvalidSetting for fp16."""
+        if dtype not in _PRECISIONS:
+            word = str(dtype).removeprefix("torch.")
+            raise InvalidSetting(
+                f"backend openvino runs in fp32 or bf16, and {word} was asked for: set EMBEDDING_DTYPE to one of them"
+            )
+        export = find(folder, "openvino")
+        rows = export.statement.embedding_rows
+        return cls(export.graph, embedding_rows=rows, dtype=dtype, threads=threads, pad_id=pad_id)
+
+    def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
+        ids, mask, lengths = pad(rows, self._pad_id)
+        # Memory of this pass's own, which OpenVINO writes to: the request's would be overwritten by the next.
+        vectors = np.empty((*ids.shape, self._hidden), np.float32)
+        for name, values in zip((*INPUTS, OUTPUT), (ids, mask, vectors), strict=True):
+            self._request.set_tensor(name, self._openvino.Tensor(values, shared_memory=True))
+        self._request.infer()
+        return pick(Hidden(torch.from_numpy(vectors), torch.from_numpy(lengths)), only)

@@ -1,0 +1,167 @@
+"""A transformer's forward pass over one TokenBatch, for every architecture that `architectures` can describe.
+
+Half precision here means: products and attention in bf16 or fp16. In bf16 the residual stream, norms and
+embeddings stay in fp32 (docs/decisions/0007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from chunkmill_workers.engine.encoder.attention import Attention, Heads, Pattern, Varlen
+from chunkmill_workers.engine.encoder.layout import Layout
+from chunkmill_workers.engine.encoder.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm, or RMSNorm where there is no mean to take away. Computed in fp32 whatever comes in."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    rms: bool = False
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rms:
+            return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One transformer layer; before ``norms_first`` a norm follows each addition, with it one precedes each."""
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    """The first product of the MLP, activation included; of a gated MLP, gate and value side by side."""
+    down: Linear
+    attention_norm: Norm | None
+    mlp_norm: Norm
+    pattern: Pattern
+    gate: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """The activation of a gated MLP."""
+    rotary: int | None = None
+    """Which of the encoder's rotary tables turns queries and keys."""
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """(max_tokens, size) fp32 tables, both halves written out."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A whole model, weights included. Frozen; its tensors are on one device."""
+
+    words: torch.Tensor
+    """(vocabulary, hidden)."""
+    positions: torch.Tensor | None
+    """(max positions, hidden), the embedding of segment 0 added in; for models without positions (1, hidden)."""
+    pad_position: int | None
+    """RoBERTa's way of counting: positions from ``pad_position + 1``, and that one for the token of that id."""
+    embedding_norm: Norm | None
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    heads: Heads
+    norms_first: bool
+    dtype: torch.dtype
+    """Of the products."""
+    residual: torch.dtype
+    rotaries: tuple[Rotary, ...] = ()
+    bias: Callable[[int], torch.Tensor] | None = None
+    """MPNet's: (1, heads, longest, longest) to add to all scores."""
+
+    def __call__(
+        self, layout: Layout, *, varlen: Varlen | None, careful: bool = False, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(slots, hidden) token vectors; with ``keep``, (n,) int64 slots, only theirs.
+
+        A model that pools one token needs no other after its last attention: ``keep`` saves two thirds of the
+        last layer.
+        """
+        attention = Attention(
+            layout,
+            scale=self.heads.size**-0.5,
+            bias=self.bias(layout.longest) if self.bias is not None else None,
+            varlen=varlen,
+            careful=careful,
+        )
+        at = layout.at
+        turns = [(each.cos[at, None].to(self.dtype), each.sin[at, None].to(self.dtype)) for each in self.rotaries]
+        x = self._embed(layout)
+        for number, layer in enumerate(self.layers):
+            last = number == len(self.layers) - 1
+            x = self._layer(layer, x, attention, turns, keep if last else None)
+        return self.final_norm(x) if self.final_norm is not None else x
+
+    def _embed(self, layout: Layout) -> torch.Tensor:
+        x = functional.embedding(layout.ids, self.words)
+        if self.positions is not None:
+            x = x + (self._positions(layout) if self.pad_position is not None else self.positions[layout.at])
+        return (self.embedding_norm(x) if self.embedding_norm is not None else x).to(self.residual)
+
+    def _positions(self, layout: Layout) -> torch.Tensor:
+        """As transformers' ``create_position_ids_from_input_ids``; a text may spell out the padding token."""
+        assert self.positions is not None and self.pad_position is not None  # noqa: S101
+        real = (layout.ids != self.pad_position).long()
+        counted = torch.cumsum(real, 0)
+        before = (counted - real)[layout.slots(torch.zeros_like(layout.lengths))]
+        sizes = layout.lengths if layout.packed else torch.full_like(layout.lengths, layout.longest)
+        before = torch.repeat_interleave(before, sizes, output_size=len(real))
+        return self.positions[(counted - before) * real + self.pad_position]
+
+    def _layer(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        attention: Attention,
+        turns: list[tuple[torch.Tensor, torch.Tensor]],
+        keep: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inner = layer.attention_norm(x) if self.norms_first and layer.attention_norm is not None else x
+        mixed = attention(*self._query_key_value(layer, inner, turns), layer.pattern)
+        if keep is not None:
+            mixed, x = mixed[keep], x[keep]
+        x = x + layer.out(mixed)
+        if not self.norms_first and layer.attention_norm is not None:
+            x = layer.attention_norm(x)
+        x = x + self._mlp(layer, layer.mlp_norm(x) if self.norms_first else x)
+        return x if self.norms_first else layer.mlp_norm(x)
+
+    def _query_key_value(
+        self, layer: Layer, x: torch.Tensor, turns: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(slots, heads, size), (slots, key heads, size) twice."""
+        queries, keys, size = self.heads.queries, self.heads.keys, self.heads.size
+        qkv = layer.qkv(x).view(len(x), queries + 2 * keys, size)
+        q, k, v = torch.split(qkv, [queries, keys, keys], dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            q, k = layer.query_norm(q.float()).to(self.dtype), layer.key_norm(k.float()).to(self.dtype)
+        if layer.rotary is not None:
+            cos, sin = turns[layer.rotary]
+            q, k = _turn(q, cos, sin), _turn(k, cos, sin)
+        return q, k, v
+
+    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        up = layer.up(x)
+        if layer.gate is not None:
+            gate, value = up.chunk(2, dim=-1)
+            up = layer.gate(gate) * value
+        return layer.down(up)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al., 2021), halves paired: x of (slots, heads, size), tables (slots, 1, size)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

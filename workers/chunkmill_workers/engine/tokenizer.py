@@ -1,0 +1,158 @@
+"""Texts to token ids, with the Rust tokenizer and nothing around it.
+
+Padding and truncation are off: the engine wants the true count of every text and pads each TokenBatch to
+its own longest row. Safe to call from several threads; the Rust side releases the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, normalizers
+
+from chunkmill.errors import ModelLoadError, TokenizerMismatch
+from chunkmill.models.files import read_json
+from chunkmill_workers.engine.results import TextFailure
+from chunkmill_workers.engine.windows import Frame, Ids
+
+# Rows of an embedding table that no token uses: tables are padded to round numbers (Qwen3 267, Qwen2 290,
+# DeBERTa 99, Nomic 6), while the cased and the uncased BERT differ by 1,526.
+_UNUSED_ROWS = 1_024
+
+# Encoders, whose config.json states the pad id that its tokenizer must have. Decoders often state another.
+_ENCODERS = frozenset(
+    {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert"}
+    | {"roberta", "xlm-roberta"}
+)
+
+
+class TextTokenizer:
+    """The tokenizer of one model folder."""
+
+    def __init__(self, tokenizer: Any, *, pad_id: int | None, cut_left: bool = False) -> None:
+        tokenizer.no_padding()  # the default model's tokenizer.json pads and truncates to 128
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.pad_id = pad_id
+        self._cut_left = cut_left
+        probe = tokenizer.encode("a")
+        if any(probe.type_ids):
+            raise ModelLoadError("the tokenizer gives a single text other segment ids than 0: not supported")
+        mask = np.array(probe.special_tokens_mask, np.bool_)
+        ids = np.array(probe.ids, np.int32)
+        own = np.flatnonzero(~mask)
+        first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (len(ids), len(ids))
+        self._prefix, self._suffix = ids[:first], ids[last:]
+        self.probe = ids
+        """(length,) int32: a text that any model of this tokenizer can read."""
+        self.max_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @classmethod
+    def load(cls, folder: Path, *, lowercase: bool = False) -> TextTokenizer:
+        """tokenizer.json as it is; without one, what transformers builds from the folder's other files."""
+        try:
+            if (folder / "tokenizer.json").is_file():
+                tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            else:
+                tokenizer = _convert(folder)
+        except Exception as error:
+            raise ModelLoadError(
+                f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): save it once "
+                "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            ) from error
+        if lowercase:
+            # As sentence-transformers does: first lower-case, then the tokenizer's own normaliser.
+            own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        settings = _optional(folder / "tokenizer_config.json")
+        pad = settings.get("pad_token") or _optional(folder / "special_tokens_map.json").get("pad_token")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        pad_id = tokenizer.token_to_id(pad) if pad else (tokenizer.padding or {}).get("pad_id")
+        return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
+
+    def encode(self, texts: Sequence[str], prompt: str = "", *, first: int = 0) -> list[Ids | TextFailure]:
+        """(length,) int32 ids per text, special tokens and prompt included, or why there are none.
+
+        A text that the tokenizer cannot take (a lone surrogate, say) fails alone. ``first`` is the index of
+        ``texts[0]``, for the failures.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+        except BaseException as error:
+            # A panic of the Rust tokenizer is no Exception, and still only one text's fault.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            if len(texts) == 1:
+                return [TextFailure(first, "tokenize_failed", _reason(error))]
+        else:
+            return [
+                np.array(encoding.ids, np.int32)
+                if len(encoding)
+                else TextFailure(first + at, "tokenize_failed", "the tokenizer finds no token in the text")
+                for at, encoding in enumerate(encodings)
+            ]
+        half = len(texts) // 2
+        return [
+            *self.encode(texts[:half], prompt, first=first),
+            *self.encode(texts[half:], prompt, first=first + half),
+        ]
+
+    def frame(self, prompt: str) -> Frame:
+        """Special tokens and prompt of every row.
+
+        The prompt's tokens are counted as sentence-transformers' ``_get_prompt_length`` does: the prompt
+        tokenized alone, less a special token at its end.
+        """
+        length = 0
+        if prompt:
+            ids = self._tokenizer.encode(prompt).ids
+            added = self._tokenizer.get_added_tokens_decoder()
+            ends_special = bool(ids) and ids[-1] in added and added[ids[-1]].special
+            length = len(ids) - len(self._prefix) - (1 if ends_special else 0)
+        return Frame(self._prefix, self._suffix, max(length, 0), self._cut_left)
+
+    def check(self, config: Mapping[str, Any], rows: int) -> None:
+        """TokenizerMismatch unless this tokenizer can have been made for a model with this config.json.
+
+        ``rows`` is the number of rows of the model's token embedding.
+        """
+        if self.max_id >= rows:
+            raise _mismatch(f"its largest token id is {self.max_id} and the model knows {rows} tokens")
+        if rows - self.max_id - 1 > _UNUSED_ROWS:
+            raise _mismatch(f"it has {self.max_id + 1} tokens and the model knows {rows}")
+        expected = [
+            ("pad_token_id", self.pad_id if config.get("model_type") in _ENCODERS else None),
+            ("cls_token_id", int(self._prefix[0]) if len(self._prefix) else None),
+            ("sep_token_id", int(self._suffix[-1]) if len(self._suffix) else None),
+        ]
+        for key, own in expected:
+            stated = config.get(key)
+            # An id past the vocabulary is an architecture's default that nobody changed: it says nothing.
+            if own is not None and stated is not None and stated < rows and stated != own:
+                raise _mismatch(f"its {key} is {own} and the model's config.json says {stated}")
+
+
+def _convert(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return loaded.backend_tokenizer
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return settings
+
+
+def _reason(error: BaseException) -> str:
+    # The message may quote the text (a UnicodeEncodeError does), and a reason never holds text.
+    return f"the tokenizer cannot read the text ({type(error).__name__})"
+
+
+def _mismatch(problem: str) -> TokenizerMismatch:
+    return TokenizerMismatch(
+        f"the tokenizer was not made for this model: {problem}. Copy both from the same model again"
+    )

@@ -1,0 +1,182 @@
+"""One GPU per worker process, without a coordinator: a file lock per device.
+
+A claim is made before torch is imported, because CUDA reads CUDA_VISIBLE_DEVICES once. The lock is the
+kernel's and dies with its process, however that ends, so a device is never lost to a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from chunkmill.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedDevice:
+    """``device`` is what torch is given. Keep this object: the claim ends when ``lock`` is closed."""
+
+    device: str
+    """``cuda:0`` (the only device this process sees from now on) or ``cpu``."""
+    gpu: str | None = None
+    """The claimed GPU as CUDA_VISIBLE_DEVICES names it: a UUID or an index."""
+    lock: IO[str] | None = None
+
+    @property
+    def worker_name(self) -> str:
+        """A name no other worker process of this machine has: ``gpu-1b2f43ad``, ``cpu-4711``."""
+        if self.gpu is None:
+            return f"cpu-{os.getpid()}"
+        short = short_name(self.gpu)
+        return short if self.lock is not None else f"{short}-{os.getpid()}"
+
+    def release(self) -> None:
+        """Give the device back before the process ends."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def short_name(gpu: str) -> str:
+    """Of a GPU as CUDA_VISIBLE_DEVICES names it: ``gpu-1b2f43ad``, ``gpu-0``, and of a MIG slice ``mig-41b35357``."""
+    name = gpu.lower()
+    if name.startswith("mig-gpu-"):  # as drivers before 470 say it: MIG-GPU-<UUID>/1/0
+        uuid, *slice_of_it = name.removeprefix("mig-gpu-").split("/")
+        return "-".join(["mig", uuid.partition("-")[0], *slice_of_it])
+    kind, _, uuid = name.partition("-") if name.startswith(("gpu-", "mig-")) else ("gpu", "", name)
+    return f"{kind}-{uuid.partition('-')[0]}"
+
+
+def claim_device(
+    requested: str, *, share: bool, lock_dir: Path | None = None, devices: Sequence[str] | None = None
+) -> ClaimedDevice:
+    """Claim a free GPU for this process and set CUDA_VISIBLE_DEVICES to it.
+
+    ``requested`` is EMBEDDING_DEVICE: ``auto`` (a GPU where there is one, else the CPU), ``cuda``,
+    ``cuda:<n>`` (the n-th GPU that this process sees, and no other) or ``cpu``. ``share`` is
+    EMBEDDING_SHARE_GPU: several processes may hold one device. ``devices`` are UUIDs or indices as
+    CUDA_VISIBLE_DEVICES takes them; unset, they are looked up. Raises DeviceUnavailable or InvalidSetting.
+    """
+    kind, _, index = requested.partition(":")
+    if kind not in ("auto", "cuda", "cpu") or (index and not (kind == "cuda" and index.isdigit())):
+        raise InvalidSetting(f"EMBEDDING_DEVICE is {requested!r}: it is auto, cpu, cuda or cuda:<index>")
+    if kind == "cpu":
+        return ClaimedDevice("cpu")
+    found = list(visible_gpus() if devices is None else devices)
+    if not found and kind == "auto":
+        return ClaimedDevice("cpu")
+    if not found or int(index or 0) >= len(found):
+        raise DeviceUnavailable(
+            f"EMBEDDING_DEVICE is {requested} and this process sees {len(found)} NVIDIA devices: check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES, or set EMBEDDING_DEVICE=auto"
+        )
+    if index:
+        found = [found[int(index)]]
+    folder = lock_dir or _lock_dir()
+    lock, gpu = _first_free(found, folder)
+    if gpu is None:
+        if not share:
+            holders = ", ".join(f"{gpu} (process {_holder(folder, gpu)})" for gpu in found)
+            raise DeviceTaken(
+                f"every NVIDIA device is taken: {holders}. One worker process per GPU is the fastest; stop "
+                "one, or set EMBEDDING_SHARE_GPU=1 to let this one join"
+            )
+        gpu = found[os.getpid() % len(found)]  # spreads processes that are started one after the other
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    return ClaimedDevice("cuda:0", gpu, lock)
+
+
+def visible_gpus() -> list[str]:
+    """UUIDs of this machine's NVIDIA devices, less those that CUDA_VISIBLE_DEVICES hides.
+
+    From nvidia-smi, because asking torch would start CUDA with every device. Without nvidia-smi, what
+    CUDA_VISIBLE_DEVICES lists is believed. MIG slices are not listed by index; name them there.
+    """
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = _nvidia_smi()
+    if allowed is None:
+        return list(listed.values())
+    # An index or a UUID (CUDA also takes a unique beginning of one); CUDA stops at the first invalid entry.
+    visible = []
+    for entry in allowed.split(","):
+        name = entry.strip()
+        uuid = listed.get(name) or next((each for each in listed.values() if name and each.startswith(name)), None)
+        if uuid is None:
+            if listed and not name.startswith("MIG-"):
+                break
+            uuid = name
+        if not uuid or uuid == "-1":
+            break
+        visible.append(uuid)
+    return visible
+
+
+def _nvidia_smi() -> dict[str, str]:
+    """{index: UUID}; empty where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    try:
+        answer = subprocess.run(
+            [program, "--query-gpu=index,uuid", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,  # a wedged driver makes nvidia-smi hang
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    pairs = (line.split(",") for line in answer.stdout.splitlines() if line.count(",") == 1)
+    return {index.strip(): uuid.strip() for index, uuid in pairs}
+
+
+def _lock_dir() -> Path:
+    """/run/lock is emptied at boot and shared by all users; elsewhere the folder for temporary files."""
+    shared = Path("/run/lock")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _first_free(gpus: Sequence[str], folder: Path) -> tuple[IO[str] | None, str | None]:
+    for gpu in gpus:
+        lock = _open(_lock_path(folder, gpu))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock, gpu
+    return None, None
+
+
+def _open(path: Path) -> IO[str]:
+    """Open for reading and writing; made for every user, so that two users can share a machine."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        # First without O_CREAT: with it, Linux refuses another user's file in a sticky folder such as /tmp
+        # (fs.protected_regular).
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o666)  # past the umask
+    return os.fdopen(descriptor, "r+", encoding="ascii")
+
+
+def _holder(folder: Path, gpu: str) -> str:
+    try:
+        return _lock_path(folder, gpu).read_text(encoding="ascii").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _lock_path(folder: Path, gpu: str) -> Path:
+    return folder / f"chunkmill-gpu-{gpu.replace('/', '_')}.lock"

@@ -1,0 +1,64 @@
+"""Answers texts that someone waits for, between the TokenBatches of bulk work; hears of cancelled jobs, too."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from chunkmill.errors import ChunkmillError, DeviceFailed
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.embed_requests import EmbedRequest
+from chunkmill.spaces import registry
+from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry.counts import COUNTS
+from chunkmill_workers.engine.matryoshka import shorten
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.listening import Listener
+
+
+class EmbedRequestLane(Listener):
+    """Claims embed requests one by one, of spaces whose models run here."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        super().__init__("embed-requests", context)
+        self._context = context
+
+    def answer_next(self) -> bool:
+        """Answer one request; False when there is none, or when this worker leaves or is broken."""
+        if self._context.stopping.is_set() or self._context.broken:
+            return False
+        with self._context.db.begin() as conn:
+            request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
+            if request is None:
+                return False
+            space = registry.get(conn, request.space_id)
+        self._answer(request, space)
+        return True
+
+    def _answer(self, request: EmbedRequest, space: registry.Space) -> None:
+        kind: Literal["document", "query"] = "query" if request.kind == "query" else "document"
+        spec = space.spec
+        try:
+            engine = self._context.engine_for(space)
+            result = engine.embed(request.texts, kind=kind, on_long=spec.long_text.policy, urgent=True)
+        except DeviceFailed as broken:
+            # No fault of the request: its lease runs out, and another worker answers. The watchdog ends this one.
+            self._context.broken = str(broken)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
+            with self._context.db.begin() as conn:
+                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+            return
+        COUNTS.add_all(
+            (
+                (m.URGENT_TEXTS, len(request.texts)),
+                (m.TOKEN_BATCHES, result.timings.token_batches),
+                (m.TOKENS, result.timings.tokens),
+                (m.PADDED_TOKENS, result.timings.padded_tokens),
+                (m.ENGINE_SECONDS, result.timings.forward),
+                (m.TOKENIZE_SECONDS, result.timings.tokenize),
+            )
+        )
+        with self._context.db.begin() as conn:
+            vectors = shorten(result.vectors, spec.dimensions, normalize=spec.normalize)
+            embed_requests.answer(conn, request.id, vectors)

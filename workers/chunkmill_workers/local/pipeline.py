@@ -1,0 +1,199 @@
+"""One ChunkBatch's life, read top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from enum import StrEnum
+
+import psycopg
+import sqlalchemy as sa
+
+from chunkmill.db.connect import refusal
+from chunkmill.db.retry import is_transient
+from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill.store.read import Work, read_work
+from chunkmill.store.write import relax_durability
+from chunkmill.telemetry import metrics, tracing
+from chunkmill.telemetry.counts import COUNTS
+from chunkmill_workers.local.attempt import Attempt, VectorsLost
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.lease import HeldLease
+from chunkmill_workers.process.work_context import attempt_at
+
+logger = logging.getLogger(__name__)
+
+FLUSH_ROWS = 4096
+FLUSH_SECONDS = 0.25
+"""A write costs about 3 ms of the machine. What a kill can cost: the TokenBatches since the last write and those on the
+device (docs/decisions/0019)."""
+ANOTHER_SUSPECT_SECONDS = 2.0
+
+
+class Outcome(StrEnum):
+    NOT_OURS = "not_ours"
+    COMPLETED = "completed"
+    RELEASED = "released"
+    LEASE_LOST = "lease_lost"
+    FAILED = "failed"
+
+
+class Stopping(Exception):
+    """The worker was told to go."""
+
+
+def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
+    """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake.
+
+    Postgres being away is waited for: it is no fault of the work, and costs no attempt.
+    """
+    context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
+    with context.room.entered():
+        lease = _claim(context, chunk_batch_id)
+        if lease is None:
+            return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
+        if not lease.suspect:
+            with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
+                return _counted(_run(context, held))
+        # Not held while others are still at work here, whose death would be its own.
+        _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
+        with context.room.alone() as alone:
+            lease = _claim(context, chunk_batch_id) if alone else None
+            if lease is None:
+                return Outcome.RELEASED
+            with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
+                return _counted(_run(context, held))
+
+
+def _counted(outcome: Outcome) -> Outcome:
+    COUNTS.add(metrics.ATTEMPTS, 1, outcome)
+    return outcome
+
+
+def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
+    """None as well for a worker that leaves, or whose device is broken: the doorbell is rung again."""
+    if context.stopping.is_set() or context.broken:
+        return None
+
+    def claim(conn: sa.Connection) -> Lease | None:
+        return chunk_batches.claim_if_due(
+            conn,
+            chunk_batch_id,
+            owner=context.name,
+            lease_seconds=context.settings.lease_seconds,
+            not_spaces=context.engines.unserved(),
+        )
+
+    try:
+        lease = context.transact(claim, "claim", give_up=True)
+    except (sa.exc.SQLAlchemyError, psycopg.Error):
+        if context.stopping.is_set():
+            return None  # Postgres is away
+        raise
+    COUNTS.add(metrics.CLAIMS, 1, "claimed" if lease else "nothing")
+    return lease
+
+
+def _give_back(context: WorkerContext, lease: Lease, *, delay_s: float) -> None:
+    context.transact(lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=delay_s), "release")
+
+
+def _run(context: WorkerContext, held: HeldLease) -> Outcome:
+    lease = held.lease
+    attempt = Attempt(context, lease)
+    try:
+        _embed(context, held, attempt)
+    except Stopping:
+        attempt.release()
+        return Outcome.RELEASED
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+        return Outcome.LEASE_LOST
+    except VectorsLost:
+        logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
+        attempt.release()
+        return Outcome.RELEASED
+    except CanaryFailed as drift:
+        # Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it.
+        attempt.release(because=drift)
+        logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)  # noqa: TRY400
+        return Outcome.RELEASED
+    except DeviceFailed as broken:
+        # The lease is kept: the watchdog takes it back as from a dead worker, for the work may be the cause.
+        context.broken = str(broken)
+        return Outcome.FAILED
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
+        if is_transient(error):  # as when the canary's reference could not be read
+            attempt.release()
+            return Outcome.RELEASED
+        _record_failure(context, attempt, error)
+        return Outcome.FAILED
+    _finish(context, lease)
+    return Outcome.COMPLETED
+
+
+def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
+    lease = held.lease
+
+    def read(conn: sa.Connection) -> tuple[Space, Work]:
+        relax_durability(conn)  # an account that a crash forgets is opened by the first write
+        space = registry.get(conn, lease.space_id)
+        attempt.open(conn, space)
+        return space, read_work(conn, space, lease.chunk_batch_id)
+
+    space, work = context.transact(read, "read texts")
+    engine = context.engine_for(space)
+    attempt.begin(space, engine, work)
+    texts = [text for _, text in work.texts]
+    flushed_at = time.monotonic()
+    with tracing.span("embed", {"contents": len(texts)}):
+        for result in engine.stream(texts, on_long=lease.on_long, stop=context.stopping.is_set):
+            held.moved()
+            attempt.take(result)
+            held.check()
+            if attempt.pending_rows >= FLUSH_ROWS or time.monotonic() - flushed_at >= FLUSH_SECONDS:
+                attempt.flush()
+                flushed_at = time.monotonic()
+    if attempt.left:
+        # The engine stopped early because the worker is going; keep what is done.
+        attempt.flush()
+        raise Stopping
+    attempt.complete()
+
+
+def _finish(context: WorkerContext, lease: Lease) -> None:
+    """Once: the poller ends jobs too, and the anti-join of a large one may be more than Postgres allows a worker."""
+    try:
+        with tracing.span("finish job"), context.begin() as conn:
+            finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        logger.warning("job %s is left to the poller to end: %s", lease.job_id, refusal(error))
+
+
+def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:
+    lease = attempt.lease
+    code = error.code if isinstance(error, ChunkmillError) else "worker_error"
+    # Another machine may have the model or the memory that this one lacks, so only a final error is final.
+    retryable = not isinstance(error, ChunkmillError) or error.retryable or error.http_status < 500
+    message = _without_parameters(error)
+    tracing.fail(code)
+    state = attempt.fail(code=code, error=f"{context.name}: {message}", retryable=retryable)
+    logger.error(
+        "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
+        lease.chunk_batch_id, lease.attempt, lease.max_attempts, state or "another worker's", message,
+    )  # fmt: skip
+    _finish(context, lease)
+
+
+def _without_parameters(error: Exception) -> str:
+    """An error's message without SQL parameters, which may hold texts."""
+    if isinstance(error, sa.exc.DBAPIError | psycopg.Error):
+        return f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
+    return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,105 @@
+"""Ends a worker that hangs: a step past its deadline, a ChunkBatch that stands still, a broken device, or doorbells
+that it does not answer.
+
+What it held is taken back as from a dead worker, for the work may be what killed it, and a supervisor starts another
+process (exit code 70).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.ledger.dead import deaths
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.drain import Drain, leave, with_last_words
+from chunkmill_workers.supervisor.supervisor import supervisor_is_gone
+
+logger = logging.getLogger(__name__)
+
+EX_SOFTWARE = 70
+LOOK_S = 1.0
+LOOK_AT_QUEUE_S = 10.0
+
+
+class Watchdog(threading.Thread):
+    """Looks every second; at the queue, with a connection of its own, every ten or so."""
+
+    def __init__(self, context: WorkerContext, broker: Broker, drain: Drain) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._drain = drain
+        self._context = context
+        self._broker = broker
+        self._ended = threading.Event()
+        self._looked_at = 0.0
+        self._waiting_since: float | None = None
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def run(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            if supervisor_is_gone() and not self._context.stopping.is_set():
+                logger.warning("the supervisor of this worker is gone: leaving too")
+                self._drain.tell_itself()
+                continue
+            if evidence := self.look():
+                self._end(evidence)
+
+    def look(self) -> str | None:
+        """What is wrong with this worker, if anything."""
+        return self._context.broken or self._long_step() or self._still_lease() or self._unanswered_doorbells()
+
+    def _long_step(self) -> str | None:
+        """Of the engine's own steps, each is a matter of seconds but the load of a model, which may come over a slow
+        line."""
+        engines, settings = self._context.engines, self._context.settings
+        seconds, what = engines.longest_step()
+        if seconds > settings.step_deadline_seconds:
+            return f"{what} takes {seconds:.0f} s, more than STEP_DEADLINE_SECONDS"
+        seconds = engines.loads.longest()
+        if seconds > settings.load_deadline_seconds:
+            return f"the load of a model takes {seconds:.0f} s, more than LOAD_DEADLINE_SECONDS"
+        return None
+
+    def _still_lease(self) -> str | None:
+        """A thread that waits for what nobody is doing. One that waits for Postgres, or behind others while the engines
+        get on, is none."""
+        seconds, chunk_batch_id = self._context.leases.stillest()
+        seconds = min(seconds, self._context.engines.quiet())
+        if seconds <= self._context.settings.step_deadline_seconds:
+            return None
+        return (
+            f"ChunkBatch {chunk_batch_id} has stood still for {seconds:.0f} s with nothing under way in the engine, "
+            "more than STEP_DEADLINE_SECONDS"
+        )
+
+    def _unanswered_doorbells(self) -> str | None:
+        """Doorbells wait, this worker is idle, and none has reached it for long: it no longer consumes."""
+        now, context = time.monotonic(), self._context
+        pause = min(LOOK_AT_QUEUE_S, context.settings.stall_seconds / 4)
+        if context.stopping.is_set() or now - self._looked_at < pause:
+            return None
+        self._looked_at = now
+        try:
+            waiting = sum(self._broker.queued_doorbells().values())
+        except PUBLISH_ERRORS:
+            waiting = 0  # with Redis away nobody can consume
+        if not waiting or context.room.inside:
+            self._waiting_since = None
+            return None
+        since = self._waiting_since = max(self._waiting_since or now, context.last_doorbell)
+        if now - since < context.settings.stall_seconds:
+            return None
+        return f"{waiting} doorbells wait in Redis and none has reached this worker for {now - since:.0f} s"
+
+    def _end(self, evidence: str) -> None:
+        logger.error("the watchdog ends this worker (exit code %s): %s", EX_SOFTWARE, evidence)
+        with_last_words(lambda: self._take_back(evidence))
+        leave(EX_SOFTWARE)
+
+    def _take_back(self, evidence: str) -> None:
+        with self._context.db.begin() as conn:
+            deaths.take_back_from(conn, self._context.name, evidence=evidence)

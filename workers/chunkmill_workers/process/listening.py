@@ -1,0 +1,70 @@
+"""The one connection with which each worker listens: for texts that someone waits for, and for cancelled jobs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import abstractmethod
+from typing import Protocol
+
+import sqlalchemy as sa
+
+from chunkmill.db.connect import raw
+from chunkmill.ledger.embed_requests import CHANNEL
+from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
+from chunkmill_workers.process.lease import LeaseKeeper
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Without a notification, look this often: NOTIFY does not cross every connection pooler."""
+RECONNECT_SECONDS = 2.0
+
+
+class Holder(Protocol):
+    """A worker's context, on either queue."""
+
+    db: sa.Engine
+    leases: LeaseKeeper
+
+
+class Listener(threading.Thread):
+    """Calls ``answer_next`` until it says False, whenever a request may have come."""
+
+    def __init__(self, name: str, holder: Holder) -> None:
+        super().__init__(name=name, daemon=True)
+        self._holder = holder
+        self._stop_listening = threading.Event()
+
+    @abstractmethod
+    def answer_next(self) -> bool:
+        """Answer one request; False when there is none for this worker now."""
+
+    def stop(self) -> None:
+        self._stop_listening.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        while not self._stop_listening.is_set():
+            try:
+                self._listen()
+            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
+                logger.warning("%s: %s; listening again", self.name, type(error).__name__)
+                self._stop_listening.wait(RECONNECT_SECONDS)
+
+    def _listen(self) -> None:
+        with self._holder.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
+            try:
+                while not self._stop_listening.is_set():
+                    while self.answer_next():
+                        pass
+                    heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
+                    if CANCELLED_CHANNEL in heard:
+                        # The ledger says which leases are gone. The notice may be late: its job may have been tried
+                        # again since, and the lease that is held now may be good.
+                        self._holder.leases.renew()
+            finally:
+                # A listening connection must not go back into the pool.
+                conn.invalidate()

@@ -1,0 +1,124 @@
+"""What the task threads of a worker on queue ``openai`` share. No model, no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeVar
+
+import sqlalchemy as sa
+
+from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.db.retry import transact
+from chunkmill.domain.providers import CL100K, ProviderModel
+from chunkmill.errors import UnknownModel
+from chunkmill.openai.catalogue import model_for
+from chunkmill.openai.counted import CountedProvider
+from chunkmill.openai.http import Provider
+from chunkmill.openai.plan.limits import BatchLimits
+from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
+from chunkmill.openai.wire.jsonl import RequestForm
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill.telemetry import tracing
+from chunkmill_workers.process.lease import LeaseKeeper, owner_name
+from chunkmill_workers.provider.keeper import StepKeeper
+
+T = TypeVar("T")
+
+
+class ProviderContext:
+    """Built once per process by ``chunkmill_workers.celery`` before the first task."""
+
+    _current: ClassVar[ProviderContext | None] = None
+
+    def __init__(self, settings: Settings, db: sa.Engine, provider: Provider) -> None:
+        self.settings = settings
+        self.db = db
+        self.provider = provider
+        self.name = owner_name(os.getpid())
+        self.leases = LeaseKeeper(db, settings.lease_seconds)
+        self.steps = StepKeeper(db, settings.lease_seconds)
+        self.stopping = threading.Event()
+        """Set when the worker is told to go: steps end where their row says how far they are."""
+        self.last_doorbell = time.monotonic()
+
+    @classmethod
+    def start(cls, settings: Settings) -> ProviderContext:
+        """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
+        provider = CountedProvider(settings)
+        cl100k()  # its packages are asked for now, not in the middle of a job
+        db = create_db(
+            settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
+        )
+        require_migrated(db)
+        context = cls(settings, db, provider)
+        context.leases.start()
+        context.steps.start()
+        cls._current = context
+        return context
+
+    @classmethod
+    def current(cls) -> ProviderContext:
+        if cls._current is None:
+            raise RuntimeError(
+                "no provider context: start the worker with `celery -A chunkmill_workers worker -Q openai`"
+            )
+        return cls._current
+
+    def transact(self, work: Callable[[sa.Connection], T], what: str, *, give_up: bool = False) -> T:
+        """Run ``work`` in a transaction, again and again while Postgres is away; see ``chunkmill.db.retry``."""
+        with tracing.span(what):
+            return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        with self.db.begin() as conn:
+            yield conn
+
+    def model(self, space: Space) -> ProviderModel:
+        """The provider's model that serves a space. Raises :class:`UnknownModel`."""
+        model = model_for(self.settings, space.spec)
+        if model is None:
+            raise UnknownModel(
+                f"no model of the provider serves space {space.id} ({space.spec.model!r}). Describe it in "
+                "OPENAI_MODELS on this worker, as the producer did, or cancel the job."
+            )
+        return model
+
+    def serves(self, space: Space) -> bool:
+        return model_for(self.settings, space.spec) is not None
+
+    def unserved(self) -> list[int]:
+        """Ids of spaces that are left to other workers."""
+        with self.db.begin() as conn:
+            return [space.id for space in registry.all_spaces(conn) if not self.serves(space)]
+
+    def counter(self, model: ProviderModel) -> TokenCounter:
+        return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
+
+    def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
+        """A text is cut where its space cuts it: a model that is ``same_as`` a local one may take more."""
+        settings = self.settings
+        return BatchLimits(
+            inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
+            bytes=settings.openai_batch_max_bytes,
+            inputs_per_request=settings.openai_request_inputs,
+            tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
+            tokens_per_input=min(model.max_tokens, space.spec.max_tokens),
+        )
+
+    @staticmethod
+    def form(model: ProviderModel, space: Space) -> RequestForm:
+        """``dimensions`` is sent only where it says something: older models refuse it."""
+        return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
+
+    def close(self) -> None:
+        self.leases.stop()
+        self.steps.stop()
+        self.provider.close()
+        self.db.dispose()

@@ -1,0 +1,170 @@
+"""Fill a ProviderBatch with what waits for its space: one transaction, after which all of it is in flight or none."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import psycopg
+import sqlalchemy as sa
+
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.domain.states import Route
+from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.provider.provider_inputs import InFlight
+from chunkmill.ledger.provider.provider_room import Room, room
+from chunkmill.ledger.provider.provider_work import Waiting
+from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
+from chunkmill.openai.plan.limits import BatchBudget
+from chunkmill.openai.plan.packing import Packer
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.provider.context import ProviderContext
+
+logger = logging.getLogger(__name__)
+
+AT_A_TIME = 8
+"""ChunkBatches read at once: at most 32 MiB of text."""
+LATER_SECONDS = 30.0
+TRIES = 5
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What went into a ProviderBatch from one ChunkBatch. ``shared`` are the ProviderBatches that have some of it."""
+
+    dead: list[DeadContent] = field(default_factory=list)
+    shared: set[int] = field(default_factory=set)
+    kept: int = 0
+    """Content hashes looked at: what follows did not fit any more."""
+
+
+def gather(context: ProviderContext, step: Step) -> Step | None:
+    """``gathering`` → ``gathered``; None where nothing was left to gather, or the budgets leave no room.
+
+    A content that a plain request took meanwhile undoes the whole, which is tried again and finds it taken.
+    """
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return context.transact(lambda conn: _gather(context, conn, step), "gather")
+        except psycopg.errors.UniqueViolation:
+            if not tries_left:
+                raise
+    raise AssertionError("the last try returned or raised")
+
+
+def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step | None:
+    provider_work.serialize_gathers(conn)
+    space = registry.get(conn, step.space_id)
+    left = room(conn, context.settings, space)
+    if left.reason is not None:
+        provider_lanes.hold(conn, Route.OPENAI, left.reason)
+        provider_work.drop_gathering(conn, step)
+        return None
+    filling = _Filling(context, conn, step, space, left)
+    for waiting in _waiting(conn, space):
+        if not filling.take(waiting):
+            break
+    if not filling.packer.inputs:
+        provider_work.drop_gathering(conn, step)
+        provider_lanes.hold(conn, Route.OPENAI, filling.too_little)
+        return None
+    packer = filling.packer
+    provider_lanes.hold(conn, Route.OPENAI, None)
+    logger.info(
+        "%s: gathered %s contents of space %s in %s requests, %s tokens, %.1f MB",
+        step.name, len(packer.rows), space.id, packer.requests, packer.tokens, packer.bytes / 1e6,
+    )  # fmt: skip
+    return provider_batches.advance(
+        conn,
+        step,
+        State.GATHERED,
+        n_requests=packer.requests,
+        n_inputs=packer.inputs,
+        n_contents=len(packer.rows),
+        n_tokens=packer.tokens,
+        n_bytes=packer.bytes,
+    )
+
+
+def _waiting(conn: sa.Connection, space: Space) -> Iterator[Waiting]:
+    """High priority first; jobs of one priority take turns, for a small one may share its batch with a large one."""
+    for _, jobs in groupby(provider_work.open_jobs(conn, space), key=lambda job: job.priority):
+        line = deque(jobs)
+        while line:
+            job = line.popleft()
+            found = provider_work.take_waiting(conn, space, job, limit=AT_A_TIME)
+            yield from found
+            if found:
+                line.append(job)
+
+
+class _Filling:
+    """One ProviderBatch being filled. Each ChunkBatch is settled in the ledger before the next is looked at."""
+
+    def __init__(self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: Room) -> None:
+        model = context.model(space)
+        self._conn, self._step, self._space = conn, step, space
+        self._counter = context.counter(model)
+        max_inputs = provider_lanes.lane(conn, Route.OPENAI).max_inputs
+        self._limits = context.limits(model, space, max_inputs=max_inputs)
+        self._form = context.form(model, space)
+        budget = BatchBudget(tokens=left.affordable_tokens, requests=left.requests)
+        self.packer = Packer(step.id, self._form, self._limits, budget)
+        self._left = left
+        self.too_little: str | None = None
+        """Why not even the first content fits."""
+
+    def take(self, waiting: Waiting) -> bool:
+        """Pack what the ChunkBatch still lacks; False when the ProviderBatch is full."""
+        first_row = len(self.packer.rows)
+        gathered = self._pack(waiting)
+        full = gathered.kept < len(waiting.hashes)
+        if full and not gathered.kept:
+            if not self.packer.inputs:
+                provider_work.postpone(self._conn, waiting, delay_s=LATER_SECONDS)
+                self.too_little = (
+                    f"a content waits that has more tokens than the budgets leave ({self._left.affordable_tokens})"
+                )
+            return False
+        if full:
+            provider_work.cut(self._conn, waiting, gathered.kept)
+        lease = provider_work.begin(self._conn, waiting, self._step)
+        rows = self.packer.rows[first_row:]
+        provider_inputs.add(
+            self._conn,
+            space_id=self._space.id,
+            provider_batch_id=self._step.id,
+            inputs=(InFlight(row, lease.chunk_batch_id, lease.attempt, lease.job_id) for row in rows),
+        )
+        provider_work.bury(self._conn, lease, gathered.dead)
+        carriers = gathered.shared | ({self._step.id} if rows else set())
+        provider_work.join(self._conn, lease, carriers)
+        if not carriers:
+            # Nothing of it is to be sent: all known by now, dead, or in a plain request that ends soon.
+            provider_work.settle(self._conn, self._space, [lease.chunk_batch_id])
+        return not full
+
+    def _pack(self, waiting: Waiting) -> Gathered:
+        texts = provider_work.missing_texts(self._conn, self._space, waiting)
+        provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
+        taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
+        suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
+        wanted = [(each, texts[each]) for each in waiting.hashes if each in texts and each not in taken]
+        prepared = {each.content_hash: each for each in prepare(wanted, self._counter, self._limits, waiting.on_long)}
+        gathered = Gathered()
+        for content_hash in waiting.hashes:
+            item = prepared.get(content_hash)
+            if content_hash in texts and taken.get(content_hash) is not None:
+                gathered.shared.add(int(taken[content_hash] or 0))
+            elif isinstance(item, RefusedInput):
+                gathered.dead.append(DeadContent(content_hash, item.code, item.reason))
+            elif isinstance(item, ProviderInput) and not self.packer.add(item, alone=content_hash in suspects):
+                return gathered
+            gathered.kept += 1
+        return gathered

@@ -1,0 +1,232 @@
+"""Plain embeddings requests: a ChunkBatch of route ``openai-sync``, in one go, for twice the price of the Batch API.
+
+It is claimed, written and completed as a local one is. Each request's contents are in flight before it is sent, and
+paid when its vectors are committed. A worker that is killed in between has paid for one request whose answer is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from chunkmill.db.retry import is_transient
+from chunkmill.domain.states import Route
+from chunkmill.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.money import budget
+from chunkmill.ledger.provider import provider_inputs, provider_lanes
+from chunkmill.ledger.work import chunk_batches
+from chunkmill.ledger.work.chunk_batches import Lease
+from chunkmill.openai.plan.endings import Alone, Dead, after_line_error, backoff
+from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
+from chunkmill.openai.plan.packing import PackedInput, Packer
+from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.vectors import read_embeddings
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.process.lease import HeldLease
+from chunkmill_workers.process.work_context import attempt_at
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.plain_attempt import Answer, PlainAttempt
+from chunkmill_workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
+
+logger = logging.getLogger(__name__)
+
+HELD_SECONDS = 60.0
+"""A ChunkBatch that the month's budget does not reach for looks again after so long."""
+SILENT_TRIES = 20
+"""Attempts that end without an answer are the provider's fault, up to so many."""
+
+
+class _Stopping(Exception):
+    """The worker was told to go, or its lane to wait."""
+
+
+def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
+    """Claim, read, send, write, complete. Every way out leaves the ledger true; none raises for the work's sake."""
+    context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
+    if context.stopping.is_set():
+        return
+
+    def claim(conn: sa.Connection) -> Lease | None:
+        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
+            return None  # rung again when it is
+        return chunk_batches.claim_if_due(
+            conn,
+            chunk_batch_id,
+            owner=context.name,
+            lease_seconds=context.settings.lease_seconds,
+            route=Route.OPENAI_SYNC,
+            not_spaces=context.unserved(),
+        )
+
+    lease = context.transact(claim, "claim", give_up=True)
+    if lease is None:
+        return
+    with attempt_at(context, lease, rung_ns=rung_ns):
+        with context.leases.holding(lease) as held:
+            _run(context, held)
+        with context.begin() as conn:
+            finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
+
+
+def _run(context: ProviderContext, held: HeldLease) -> None:
+    lease = held.lease
+    attempt = PlainAttempt.open(context, lease)
+    try:
+        _embed(context, held, attempt)
+    except _Stopping:
+        attempt.release()
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+    except ProviderBusy as busy:
+        delay = max(LEAST_PAUSE_S, backoff(attempt.tries, busy.retry_after_s))
+        pause_lane(context, Route.OPENAI_SYNC, busy, delay)
+        attempt.release(because=busy, delay_s=delay)
+    except ProviderStopped as stopped:
+        stop_lane(context, Route.OPENAI_SYNC, stopped)
+        attempt.release(because=stopped)
+    except ProviderSilent as silent:
+        if attempt.done or lease.attempt <= SILENT_TRIES:
+            attempt.release(because=silent, delay_s=backoff(attempt.tries))
+        else:
+            attempt.fail(silent)
+    except Exception as error:
+        if is_transient(error):
+            raise  # the lease runs out
+        attempt.fail(error)
+
+
+def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> None:
+    space, lease = attempt.space, attempt.lease
+    model = context.model(space)
+    limits = replace(context.limits(model, space), inputs=len(attempt.work.texts) * 2048 + 1)
+    items: list[ProviderInput] = []
+    for item in prepare(attempt.work.texts, context.counter(model), limits, lease.on_long):
+        if isinstance(item, RefusedInput):
+            attempt.dead.append(DeadContent(item.content_hash, item.code, item.reason))
+        else:
+            items.append(item)
+    mine = context.transact(lambda conn: _put_in_flight(context, conn, lease, items), "put in flight")
+    if mine is None:
+        attempt.release(delay_s=HELD_SECONDS)
+        return
+    attempt.elsewhere = len(items) - len(mine)
+    packer = Packer(1, context.form(model, space), limits)
+    for item in items:
+        if item.content_hash in mine:
+            packer.add(item)
+    texts = {item.content_hash: [window.text for window in item.windows] for item in items}
+    requests: dict[int, list[PackedInput]] = {}
+    for row in packer.rows:
+        requests.setdefault(row.request_no, []).append(row)
+    for rows in requests.values():
+        _send(context, held, attempt, rows, texts)
+    attempt.complete()
+
+
+def _put_in_flight(
+    context: ProviderContext, conn: sa.Connection, lease: Lease, items: list[ProviderInput]
+) -> set[bytes] | None:
+    """What nobody else has in flight; None where the month's budget does not reach for it."""
+    mine = provider_inputs.add_own(conn, lease, items)
+    now = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
+    held = now is not None and mine and now.is_exceeded
+    provider_lanes.hold(conn, Route.OPENAI_SYNC, now.refusal() if now and held else None)
+    if held:
+        provider_inputs.remove_own(conn, lease)
+        return None
+    return mine
+
+
+def _send(
+    context: ProviderContext,
+    held: HeldLease,
+    attempt: PlainAttempt,
+    rows: Sequence[PackedInput],
+    texts: dict[bytes, list[str]],
+) -> None:
+    """One request. A refused one, which costs nothing, is halved until the content at fault stands alone."""
+    try:
+        answer = _ask(context, held, attempt, rows, texts)
+    except ProviderRefused as refused:
+        verdict = after_line_error(refused.status, refused.provider_code, str(refused), n_inputs_in_request=len(rows))
+        if isinstance(verdict, Alone):
+            middle = len(rows) // 2
+            for half in (rows[:middle], rows[middle:]):
+                _send(context, held, attempt, half, texts)
+            return
+        if not isinstance(verdict, Dead):
+            raise
+        attempt.dead += [DeadContent(row.content_hash, verdict.code, verdict.reason) for row in rows]
+        return
+    attempt.commit(answer)
+
+
+def _ask(
+    context: ProviderContext,
+    held: HeldLease,
+    attempt: PlainAttempt,
+    rows: Sequence[PackedInput],
+    texts: dict[bytes, list[str]],
+) -> Answer:
+    settings = context.settings
+    inputs = [text for row in rows for text in texts[row.content_hash]]
+    tokens = sum(row.sent_tokens for row in rows)
+
+    def take_turn(conn: sa.Connection) -> float | None:
+        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
+            return None  # another worker was told so
+        return provider_lanes.take_turn(
+            conn,
+            Route.OPENAI_SYNC,
+            tokens=tokens,
+            requests_per_minute=settings.openai_sync_requests_per_minute,
+            tokens_per_minute=settings.openai_sync_tokens_per_minute,
+        )
+
+    wait = context.transact(take_turn, "take turn")
+    if wait is None or context.stopping.wait(wait):
+        raise _Stopping
+    held.check()
+    held.moved()
+    form = context.form(context.model(attempt.space), attempt.space)
+    body = context.provider.embed(
+        form.model, inputs, dimensions=form.dimensions, idempotency_key=_key(attempt.space, rows)
+    )
+    embedded = read_answer(body, len(inputs), attempt.space)
+    if embedded.prompt_tokens is None:
+        embedded = replace(embedded, prompt_tokens=tokens)
+    at = 0
+    placed = []
+    for row in rows:  # a half has its own places
+        placed.append(row._replace(position=at))
+        at += row.windows
+    return Answer(embedded, placed)
+
+
+def read_answer(body: dict[str, Any], n_inputs: int, space: Space) -> Embedded:
+    """The body of a plain answer; ``prompt_tokens`` None where it does not say."""
+    spec = space.spec
+    data = body.get("data")
+    if not isinstance(data, list):
+        raise ProviderSilent("the provider answered an embeddings request without data")
+    vectors, problems = read_embeddings(data, n_inputs, spec.dimensions, normalize=spec.normalize)
+    charged = body.get("usage")
+    tokens = charged.get("prompt_tokens") if isinstance(charged, dict) else None
+    return Embedded(0, vectors, problems, tokens if type(tokens) is int else None, None)
+
+
+def _key(space: Space, rows: Sequence[PackedInput]) -> str:
+    """The same request has the same key, for servers that know one: what was lost on the way is not charged again."""
+    digest = hashlib.sha256(space.spec.fingerprint.encode())
+    for row in rows:
+        digest.update(row.content_hash)
+    return digest.hexdigest()

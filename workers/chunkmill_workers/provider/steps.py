@@ -1,0 +1,151 @@
+"""One ProviderBatch, step after step, as far as it goes now. Every way out leaves its row true."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from chunkmill.db.retry import is_transient
+from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.domain.states import Route
+from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderStopped
+from chunkmill.ledger.provider import provider_batches, provider_lanes
+from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.openai.plan.endings import backoff
+from chunkmill.telemetry.logging import bound
+from chunkmill_workers.process.work_context import ids, step_of
+from chunkmill_workers.provider.collect import collect
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.follow import poll
+from chunkmill_workers.provider.gather import gather
+from chunkmill_workers.provider.send import Released, Waits, adopt, create, file_name, upload
+
+logger = logging.getLogger(__name__)
+
+CLEAN_TRIES = 5
+LEAST_PAUSE_S = 1.0
+"""Of a lane, whatever the provider says: with ``Retry-After: 0`` it would be asked without a pause."""
+
+
+def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> None:
+    """Claim it and take one step after the other, until it has to wait for something."""
+    context.last_doorbell = time.monotonic()
+    if context.stopping.is_set():
+        return
+    step = context.transact(
+        lambda conn: provider_batches.claim_if_due(
+            conn,
+            provider_batch_id,
+            owner=context.name,
+            lease_seconds=context.settings.lease_seconds,
+            server=context.provider.server,
+        ),
+        "claim a step",
+        give_up=True,
+    )
+    if step is None:
+        return
+    with context.steps.holding(step), bound(**ids(step), worker=context.name):
+        _run(context, step)
+
+
+def _run(context: ProviderContext, step: Step) -> None:
+    following: Step | None = step
+    try:
+        while following is not None and following.state is not State.CLOSED:
+            step = following
+            following = _take(context, step)
+    except Released:
+        return
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+    except Waits as waits:
+        _release(context, step, waits.delay_s, waits.failed, **waits.facts)
+    except ProviderBusy as busy:
+        delay = max(LEAST_PAUSE_S, backoff(step.failures + 1, busy.retry_after_s))
+        logger.warning("%s: a limit, all of this lane wait %.0f s: %s", step.name, delay, busy.brief)
+        pause_lane(context, Route.OPENAI, busy, delay)
+        # Its count of failures is the measure of the next pause, and charges nothing.
+        _release(context, step, delay, str(busy))
+    except ProviderStopped as stopped:
+        stop_lane(context, Route.OPENAI, stopped)
+        _release(context, step, context.settings.openai_poll_seconds, str(stopped))
+    except Exception as error:
+        if is_transient(error):
+            raise  # Postgres went away where nothing could wait for it: the lease runs out, and the step goes on
+        _fail(context, step, error)
+
+
+def _take(context: ProviderContext, step: Step) -> Step | None:
+    if context.stopping.is_set():
+        raise Waits(0.0)
+    # What another worker heard of the provider since the claim holds for this one, too.
+    lane = context.transact(lambda conn: provider_lanes.lane(conn, Route.OPENAI), "look at the lane")
+    if lane.paused_until is not None or (lane.is_stopped and step.state in provider_batches.SPENDING):
+        raise Waits(0.0)
+    with step_of(context, step, expected=(Waits, Released)):
+        return _STEPS[step.state](context, step)
+
+
+def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
+    delay = backoff(step.failures + 1)
+    if isinstance(error, ChunkmillError):
+        said = error.brief if isinstance(error, ProviderError) else error
+        logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
+    else:
+        logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
+    said = str(error) if isinstance(error, ChunkmillError) else type(error).__name__
+    _release(context, step, delay, said)
+
+
+def pause_lane(context: ProviderContext, route: Route, busy: ProviderBusy, seconds: float) -> None:
+    context.transact(
+        lambda conn: provider_lanes.pause(conn, route, seconds=seconds, reason=str(busy)), "pause the lane"
+    )
+
+
+def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) -> None:
+    first = context.transact(
+        lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
+    )
+    if first:
+        logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)
+
+
+def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **facts: object) -> None:
+    try:
+        context.transact(
+            lambda conn: provider_batches.release(conn, step, delay_s=delay_s, failed=failed, **facts), "release a step"
+        )
+    except LeaseLost as lost:
+        logger.warning("%s", lost)
+
+
+def _clean(context: ProviderContext, step: Step) -> Step | None:
+    """``cleaning`` → ``closed``: delete its files at the provider. They hold texts, and expire only in a month."""
+    files = {step.input_file_id, step.output_file_id, step.error_file_id} - {None}
+    try:
+        if step.uploads > 1 or (step.uploads and step.input_file_id is None):
+            files |= set(context.provider.files_named(file_name(step)))
+        for file_id in sorted(each for each in files if each):
+            context.provider.delete_file(file_id)
+    except (ProviderBusy, ProviderStopped):
+        raise
+    except ProviderError as error:
+        if not isinstance(error, ProviderRefused) and step.failures < CLEAN_TRIES:
+            raise
+        logger.warning("%s: files are left at the provider until they expire: %s", step.name, error.brief)
+    context.transact(lambda conn: provider_batches.close(conn, step), "close")
+    return None
+
+
+_STEPS: dict[State, Callable[[ProviderContext, Step], Step | None]] = {
+    State.GATHERING: gather,
+    State.GATHERED: upload,
+    State.UPLOADED: create,
+    State.CREATING: adopt,
+    State.SUBMITTED: poll,
+    State.COLLECTING: collect,
+    State.CLEANING: _clean,
+}

@@ -1,0 +1,145 @@
+"""Answers texts that someone waits for, of spaces that only a provider serves: a search's query, ``client.embed``."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from decimal import Decimal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.domain.prices import price_on
+from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.spaces import LongText, OnLong
+from chunkmill.domain.states import Route
+from chunkmill.errors import (
+    ChunkmillError,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.embed_requests import EmbedRequest
+from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.openai.plan.assemble import assemble
+from chunkmill.openai.plan.endings import backoff
+from chunkmill.openai.plan.inputs import RefusedInput, prepare
+from chunkmill.openai.plan.packing import Packer
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill.telemetry import metrics
+from chunkmill.telemetry.counts import COUNTS
+from chunkmill_workers.process.listening import Listener
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.plain import read_answer
+from chunkmill_workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
+
+logger = logging.getLogger(__name__)
+
+LOCAL_FIRST_SECONDS = 2.0
+"""A space that local workers serve too is theirs for so long."""
+
+
+class WaitingLane(Listener):
+    """As ``chunkmill_workers.local.embed_requests.EmbedRequestLane``, by plain requests."""
+
+    def __init__(self, context: ProviderContext) -> None:
+        super().__init__("embed-requests-openai", context)
+        self._context = context
+
+    def answer_next(self) -> bool:
+        """Answer one request; False when there is none, or when this worker leaves."""
+        if self._context.stopping.is_set():
+            return False
+        with self._context.begin() as conn:
+            if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
+                return False  # whoever waits says how long
+            served = [space for space in registry.all_spaces(conn) if self._context.serves(space)]
+            own = [space.id for space in served if space.spec.provider == OPENAI]
+            shared = [space.id for space in served if space.spec.provider != OPENAI]
+            request = embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
+                conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
+            )
+            if request is None:
+                return False
+            space = registry.get(conn, request.space_id)
+        self._answer(request, space)
+        return True
+
+    def _answer(self, request: EmbedRequest, space: Space) -> None:
+        try:
+            vectors = self._embed(request, space)
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+            if isinstance(error, ProviderBusy):
+                delay = max(LEAST_PAUSE_S, backoff(1, error.retry_after_s))
+                pause_lane(self._context, Route.OPENAI_SYNC, error, delay)
+            elif isinstance(error, ProviderStopped):
+                stop_lane(self._context, Route.OPENAI_SYNC, error)
+            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
+            with self._context.begin() as conn:
+                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+            return
+        with self._context.begin() as conn:
+            embed_requests.answer(conn, request.id, vectors)
+
+    def _book(self, space: Space, contents: int, tokens: int) -> None:
+        """As soon as it is answered: should the next request of the same question fail, this one was charged."""
+        with self._context.begin() as conn:
+            price = price_on(self._context.model(space).prices, charges.today(conn))
+            charges.book(
+                conn,
+                route=Route.OPENAI_SYNC,
+                space_id=space.id,
+                job_id=0,
+                provider_batch_id=0,
+                contents=contents,
+                tokens=tokens,
+                usd=price.of(tokens, batch=False) if price else Decimal(0),
+            )
+        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
+
+    def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
+        """One vector a text; one that is too long is treated as the space treats documents."""
+        context, spec = self._context, space.spec
+        model = context.model(space)
+        with context.begin() as conn:
+            budget.require_budget(conn, context.settings)
+            lane = provider_lanes.lane(conn, Route.OPENAI_SYNC)
+            if lane.is_stopped:
+                raise ProviderError(f"lane {Route.OPENAI_SYNC} is stopped: {lane.stop_reason}")
+        prompt = spec.query_prompt if request.kind == "query" else spec.document_prompt
+        texts = [(str(i).encode(), prompt + text) for i, text in enumerate(request.texts)]
+        limits = context.limits(model, space)
+        items = []
+        for item in prepare(texts, context.counter(model), limits, _POLICIES[spec.long_text]):
+            if isinstance(item, RefusedInput):
+                raise ProviderRefused(item.reason, status=400, provider_code=item.code)
+            items.append(item)
+        vectors = []
+        packer = Packer(1, context.form(model, space), limits)
+        for item in items:
+            packer.add(item)
+        for number in range(packer.requests):
+            rows = [row for row in packer.rows if row.request_no == number]
+            sent = [window.text for row in rows for window in items[int(row.content_hash)].windows]
+            body = context.provider.embed(
+                model.name,
+                sent,
+                dimensions=context.form(model, space).dimensions,
+                idempotency_key=f"embed-request-{request.id}-{number}-{secrets.token_hex(4)}",
+            )
+            embedded = read_answer(body, len(sent), space)
+            counted = sum(row.sent_tokens for row in rows)
+            self._book(space, len(rows), counted if embedded.prompt_tokens is None else embedded.prompt_tokens)
+            made = assemble(embedded, rows, normalize=spec.normalize)
+            if made.problems:
+                raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
+            vectors.append(made.vectors)
+        return np.concatenate(vectors)
+
+
+_POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

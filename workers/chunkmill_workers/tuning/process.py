@@ -1,0 +1,156 @@
+"""This side of a candidate's process: start it, ask it, and make a row of whatever becomes of it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.tuning.choose import Setup
+from chunkmill_workers.tuning.tuned import thread_variables
+
+ANSWER_SECONDS = 900.0
+"""A candidate that is silent for so long hangs: a pass is cut to some seconds of fp32's speed."""
+_STOP_SECONDS = 60.0
+
+
+def private_stdout() -> TextIO:
+    """The real stdout; what libraries print goes to stderr from now on."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return own
+
+
+class CandidateFailed(Exception):
+    """Why a setup has no numbers; a row's reason, not an error of the tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What all candidates of a tuning are told."""
+
+    model: str
+    precision: str
+    device: str
+    texts: Sequence[str]
+    """Of one pass."""
+    chunk_batch: int
+    """Texts per call, as in a ChunkBatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One pass over the texts."""
+
+    tokens: int
+    seconds: float
+    latency_ms: float
+    peak_mib: float
+    memory_mib: float
+    """All that the device has."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    vectors: NDArray[np.float32]
+    """(n, dimensions)."""
+    n_tokens: list[int]
+    """Of each text, before anything is cut off."""
+    tokens: int
+    seconds: float
+
+
+class CandidateProcess:
+    """A setup loaded in its own process, as a context manager. Every method raises CandidateFailed."""
+
+    def __init__(self, task: Task, setup: Setup, *, backend: str | None = None) -> None:
+        """``backend`` in the place of the setup's, for ``auto``."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "chunkmill_workers.tuning.candidate"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | thread_variables(setup.threads, task.device),
+        )
+        try:
+            order = {**asdict(task), "texts": list(task.texts), "setup": asdict(setup)}
+            if backend is not None:
+                order["setup"]["backend"] = backend
+            self.facts = self._ask(order)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def vectors(self, texts: Sequence[str]) -> Vectors:
+        found = self._ask({"do": "vectors", "texts": list(texts)})
+        flat = np.frombuffer(base64.b64decode(found["vectors"]), "<f4")
+        return Vectors(flat.reshape(len(texts), -1), found["n_tokens"], found["tokens"], found["seconds"])
+
+    def turn(self) -> Turn:
+        return Turn(**self._ask({"do": "turn"}))
+
+    def stop(self) -> None:
+        """End it. It writes nothing, so a kill costs nothing."""
+        process = self._process
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        process.kill()
+        process.wait(_STOP_SECONDS)
+
+    def _ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None  # noqa: S101 - both are pipes, see __init__
+        assert self._process.stdout is not None  # noqa: S101
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], ANSWER_SECONDS)[0]:
+                raise CandidateFailed(f"no answer in {ANSWER_SECONDS:.0f} s")
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise CandidateFailed(_end(self._process.wait(_STOP_SECONDS)))
+        answer: dict[str, Any] = json.loads(line)
+        if "problem" in answer:
+            raise CandidateFailed(answer["problem"])
+        return answer
+
+
+def _end(code: int) -> str:
+    """What a process's exit code says to a person."""
+    if code >= 0:
+        return f"its process ended with exit code {code}; its last words are above"
+    name = signal.Signals(-code).name
+    killed = ": out of memory, most likely" if -code == signal.SIGKILL else ""
+    return f"its process was ended by {name}{killed}"

@@ -1,0 +1,186 @@
+"""Which setups are tried, in what order: successive halving, so that the clock is spent on those that may win.
+
+First every backend and number format at the default budget, then the other budgets of the better half, then fewer
+threads, or more ChunkBatches at a time, for the best two; at the end the best four side by side, and the best two of
+them once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from chunkmill.tuning.choose import Backend, Candidate, Constraints, Dtype, Measured, Setup, ranked
+from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task, Turn, Vectors
+
+FINALISTS, WINNERS, ROUNDS = 4, 2, 3
+SHARE = 0.6
+"""Of the device's memory for all finalists' peaks."""
+_WARM_UP = 32
+"""Texts that a finalist embeds before its first round."""
+
+Tell = Callable[[Setup], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is tried. The first of threads and parallel_batches is the default."""
+
+    kinds: Sequence[tuple[Backend, Dtype]]
+    budgets: Sequence[int]
+    default_budget: int
+    threads: Sequence[int]
+    parallel_batches: Sequence[int]
+
+    @property
+    def steps(self) -> int:
+        """How many measurements there will be at most."""
+        screened = len(self.kinds) + _half(len(self.kinds)) * (len(self.budgets) - 1)
+        screened += WINNERS * (len(self.threads) - 1 + len(self.parallel_batches) - 1)
+        return screened + ROUNDS * (min(FINALISTS, screened) + min(WINNERS, screened))
+
+
+class Search:
+    """One tuning. ``exact`` are the fp32 vectors of ``gate``; ``tell`` hears of each step."""
+
+    def __init__(
+        self, grid: Grid, constraints: Constraints, task: Task, gate: Sequence[str], exact: Vectors, tell: Tell
+    ) -> None:
+        self._grid = grid
+        self._constraints = constraints
+        self._task = task
+        self._gate = gate
+        self._exact = exact
+        self._tell = tell
+        self._memory_mib = 0.0
+        self.found: dict[Setup, Candidate] = {}
+
+    def run(self) -> list[Candidate]:
+        """Every candidate, in the order of trying."""
+        grid = self._grid
+        first = [
+            Setup(backend, dtype, grid.default_budget, grid.threads[0], grid.parallel_batches[0])
+            for backend, dtype in grid.kinds
+        ]
+        self._screen(first)
+        kept = self._best(_half(len(first)))
+        self._screen(replace(setup, batch_tokens=budget) for setup in kept for budget in grid.budgets)
+        self._screen(replace(each, threads=count) for each in self._best(WINNERS) for count in grid.threads)
+        self._screen(
+            replace(each, parallel_batches=count) for each in self._best(WINNERS) for count in grid.parallel_batches
+        )
+        self._race()
+        return list(self.found.values())
+
+    def _best(self, count: int, of: Iterable[Setup] | None = None) -> list[Setup]:
+        candidates = self.found.values() if of is None else [self.found[setup] for setup in of]
+        return [each.setup for each in ranked(list(candidates), self._constraints)[:count]]
+
+    def _screen(self, setups: Iterable[Setup]) -> None:
+        """Gate, speed, latency and memory of each that is new, one after the other."""
+        for setup in dict.fromkeys(setups):
+            if setup not in self.found:
+                self._tell(setup)
+                self.found[setup] = self._measure(setup)
+
+    def _measure(self, setup: Setup) -> Candidate:
+        try:
+            with CandidateProcess(self._task, setup) as process:
+                minimum, mean = cosines(process.vectors(self._gate), self._exact)
+                if not self._constraints.passes_gate(minimum, mean):
+                    return Candidate(setup, Measured(minimum, mean))
+                turn = process.turn()
+                self._memory_mib = turn.memory_mib
+        except CandidateFailed as reason:
+            return Candidate(setup, problem=str(reason))
+        return Candidate(
+            setup, Measured(minimum, mean, turn.tokens_per_second, turn.latency_ms, turn.peak_mib, rounds=1)
+        )
+
+    def _race(self) -> None:
+        """The best side by side, in turns: what disturbs the machine disturbs them all."""
+        turns: dict[Setup, list[Turn]] = {setup: [] for setup in self._together()}
+        with ExitStack() as stack:
+            running: dict[Setup, CandidateProcess] = {}
+            for setup in turns:
+                try:
+                    running[setup] = stack.enter_context(CandidateProcess(self._task, setup))
+                    running[setup].vectors(self._gate[:_WARM_UP])
+                except CandidateFailed as reason:
+                    self._fail(setup, reason, running)
+            self._rounds(running, turns)
+            for setup in running.keys() - self._best(WINNERS, of=running):
+                running.pop(setup).stop()
+            self._rounds(running, turns)
+
+    def _together(self) -> list[Setup]:
+        """As many of the best as the device's memory holds at a time; one at least."""
+        found: list[Setup] = []
+        held = 0.0
+        for setup in self._best(FINALISTS):
+            measured = self.found[setup].measured
+            held += measured.peak_mib or 0.0 if measured is not None else 0.0
+            if not found or held <= SHARE * self._memory_mib:
+                found.append(setup)
+        return found
+
+    def _rounds(self, running: dict[Setup, CandidateProcess], turns: dict[Setup, list[Turn]]) -> None:
+        for number in range(ROUNDS):
+            # Each round begins with another, so that what the first of a round pays does not fall on one.
+            order = list(running)
+            first = number % max(len(order), 1)
+            for setup in order[first:] + order[:first]:
+                self._tell(setup)
+                try:
+                    turns[setup].append(running[setup].turn())
+                except CandidateFailed as reason:
+                    self._fail(setup, reason, running)
+        for setup in running:
+            self.found[setup] = _median(self.found[setup], turns[setup])
+
+    def _fail(self, setup: Setup, reason: CandidateFailed, running: dict[Setup, CandidateProcess]) -> None:
+        if setup in running:
+            running.pop(setup).stop()
+        self.found[setup] = Candidate(setup, problem=f"in the last rounds: {reason}")
+
+
+def cosines(found: Vectors, exact: Vectors) -> tuple[float, float]:
+    """Lowest and mean cosine of the texts' vectors, in fp64. Zeros on both sides are equal."""
+    a, b = found.vectors.astype(np.float64), exact.vectors.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    both = np.where((a == 0).all(axis=1) & (b == 0).all(axis=1), 1.0, np.nan)
+    each = np.where(norms == 0, both, np.einsum("nd,nd->n", a, b) / np.where(norms == 0, 1.0, norms))
+    return float(each.min()), float(each.mean())
+
+
+def take(texts: Sequence[str], weights: Sequence[float], wanted: float) -> list[str]:
+    """Texts in their order until their weights reach ``wanted``, from the start again if they do not."""
+    found: list[str] = []
+    total = 0.0
+    for text, weight in itertools.cycle(zip(texts, weights, strict=True)):
+        if total >= wanted and found:
+            return found
+        found.append(text)
+        total += max(weight, 1.0)
+    raise ValueError("no texts")
+
+
+def _half(count: int) -> int:
+    return max(min(count, 2), math.ceil(count / 2))
+
+
+def _median(before: Candidate, turns: Sequence[Turn]) -> Candidate:
+    """The medians of all interleaved rounds; the screening's pass counts for the peak of memory alone."""
+    old = before.measured
+    assert old is not None  # noqa: S101 - only what was measured gets into a race
+    speed = statistics.median(turn.tokens_per_second for turn in turns)
+    latency = statistics.median(turn.latency_ms for turn in turns)
+    peak = max(old.peak_mib or 0.0, *(turn.peak_mib for turn in turns))
+    measured = replace(old, tokens_per_second=speed, latency_ms=latency, peak_mib=peak, rounds=1 + len(turns))
+    return replace(before, measured=measured)

@@ -1,0 +1,228 @@
+"""Measures a model on this machine: ``chunkmill tune`` runs ``python -m chunkmill_workers.tuning.tune``.
+
+One JSON document comes in on stdin, the order; events go out on stdout, a JSON object a line: ``progress`` after
+each step, at the end ``result`` or ``error``. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any, Final, cast
+
+from chunkmill.domain.spaces import Precision
+from chunkmill.errors import ChunkmillError, EngineError, InvalidInput
+from chunkmill.machine import Machine, versions
+from chunkmill.models import resolve_model
+from chunkmill.settings import Settings
+from chunkmill.tuning.choose import Backend, Constraints, Dtype, Setup
+from chunkmill_workers.host.gpu import claim_device
+from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task, Vectors, private_stdout
+from chunkmill_workers.tuning.search import Grid, Search, take
+from chunkmill_workers.tuning.tuned import machine_for, stated_threads
+
+CPU_BUDGETS: Final = (256, 512, 1024, 2048, 4096)
+CUDA_BUDGETS: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
+CUDA_PARALLEL: Final = (4, 8, 16)
+"""ChunkBatches at a time beside the settings' own number: one of 512 short texts does not fill a large budget."""
+
+# A pass over the texts fills every budget some times.
+PASS_FILLS: Final = 3
+PASS_TOKENS: Final = {"cpu": 4_096, "cuda": 400_000}
+"""At least, so that a slow model is measured on more than one TokenBatch."""
+
+# Texts of the cosine gate: about ten thousand tokens, so that fp32 on a slow CPU takes seconds.
+GATE_TEXTS, GATE_LEAST, GATE_CHARACTERS = 128, 8, 40_000
+
+_LONG: Final[Mapping[str, Dtype]] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What stdin says. Empty lists: what suits the device."""
+
+    model: str
+    precision: Precision
+    constraints: Constraints
+    texts: Sequence[str]
+    backends: Sequence[Backend] = ()
+    dtypes: Sequence[Dtype] = ()
+    budgets: Sequence[int] = ()
+    threads: Sequence[int] = ()
+    seconds: float = 2.0
+    """Of a pass over the texts, at fp32's speed."""
+
+
+def run(order: Order, emit: Emit) -> None:
+    """Measure. Raises ChunkmillError."""
+    settings = Settings.from_env()
+    order = with_stated(order, settings)
+    folder = resolve_model(
+        order.model,
+        pooling=settings.embedding_pooling,
+        precision=order.precision,
+        trust=settings.trust,
+        download=True,
+    )
+    # Before torch is imported; and no worker computes on a GPU that is measured.
+    claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
+    machine = machine_for(claimed.device)
+    on = _kind_of(machine)
+    gate = _gate(order.texts)
+    emit({"event": "progress", "done": 0, "total": None, "what": "fp32, the reference"})
+    task = Task(order.model, str(order.precision), claimed.device, gate, settings.chunk_batch_size)
+    threads = order.threads or _threads(settings, machine)
+    exact, own = _reference(task, gate, Setup("native", "float32", 0, threads[0], 1))
+    grid = _grid(order, settings, machine, own, threads, exact.tokens / exact.seconds)
+    per_character = sum(exact.n_tokens) / sum(map(len, gate))
+    weights = [min(len(text) * per_character, folder.spec.max_tokens) for text in order.texts]
+    wanted = max(PASS_TOKENS[on], max(grid.budgets), order.seconds * exact.tokens / exact.seconds)
+    task = replace(task, texts=take(order.texts, weights, wanted))
+    done = 0
+
+    def tell(setup: Setup) -> None:
+        nonlocal done
+        emit({"event": "progress", "done": done, "total": max(grid.steps, done), "what": _words(setup)})
+        done += 1
+
+    found = Search(grid, order.constraints, task, gate, exact, tell).run()
+    result = {
+        "candidates": [asdict(each) for each in found],
+        "fingerprint": folder.spec.fingerprint,
+        "model": folder.name,
+        "machine": asdict(machine),
+        "versions": versions(),
+        "texts": {"pass": len(task.texts), "gate": len(gate)},
+    }
+    emit({"event": "result", **result})
+
+
+def with_stated(order: Order, settings: Settings) -> Order:
+    """What the environment states wins over a profile, so nothing else is tried unless the command asks for it."""
+    backend, dtype = settings.embedding_backend, settings.embedding_dtype
+    return replace(
+        order,
+        backends=order.backends or ([] if backend == "auto" else [backend]),
+        dtypes=order.dtypes or ([] if dtype == "auto" else [_LONG.get(dtype) or cast("Dtype", dtype)]),
+        budgets=order.budgets or ([settings.embedding_batch_tokens] if settings.embedding_batch_tokens else []),
+    )
+
+
+def _gate(texts: Sequence[str]) -> list[str]:
+    """The first texts and, among them, the longest of the rest: rounding adds up over positions."""
+    found: list[str] = []
+    for text in [*texts[: GATE_TEXTS - GATE_LEAST], *sorted(texts[GATE_TEXTS - GATE_LEAST :], key=len)[-GATE_LEAST:]]:
+        if len(found) >= GATE_LEAST and sum(map(len, found)) + len(text) > GATE_CHARACTERS:
+            continue
+        found.append(text)
+    if not found:
+        raise InvalidInput("there is no text to measure with")
+    return found
+
+
+def _reference(task: Task, gate: Sequence[str], setup: Setup) -> tuple[Vectors, Backend]:
+    """fp32 vectors of the gate's texts, and the backend that ``auto`` means for this model.
+
+    On the CPU where they do not fit the GPU. Raises EngineError where the model does not run at all.
+    """
+    exact = replace(task, precision=str(Precision.FLOAT))
+    problem = ""
+    for device in dict.fromkeys((task.device, "cpu")):
+        try:
+            with CandidateProcess(replace(exact, device=device), setup, backend="auto") as process:
+                # The faster of two: how long the passes are, and which budgets they fill, hangs on it.
+                found = min((process.vectors(gate) for _ in range(2)), key=lambda each: each.seconds)
+                return found, process.facts["backend"]
+        except CandidateFailed as reason:
+            problem = str(reason)
+    raise EngineError(f"model {task.model!r} cannot be measured, because it does not run in fp32: {problem}")
+
+
+def _grid(
+    order: Order, settings: Settings, machine: Machine, own: Backend, threads: Sequence[int], exact_speed: float
+) -> Grid:
+    """What is worth trying here."""
+    on = _kind_of(machine)
+    kinds = [
+        (backend, dtype)
+        for backend in order.backends or (own, "onnx", "openvino")
+        for dtype in _formats(backend, machine, order.precision)
+        if dtype in (order.dtypes or (dtype,))
+    ]
+    if not kinds:
+        raise InvalidInput("none of the backends and dtypes asked for suits this device and model")
+    standard = CPU_BUDGETS if on == "cpu" else CUDA_BUDGETS
+    # A budget that a slow model fills once in a pass is not measured, and gains nothing either.
+    filled = max(PASS_TOKENS[on], order.seconds * exact_speed) / PASS_FILLS
+    budgets = sorted(order.budgets) or [each for each in standard if each <= max(filled, standard[0])]
+    middle = min(budgets, key=lambda each: abs(each - (1024 if on == "cpu" else 32_768)))
+    parallel = [settings.embedding_parallel_batches]
+    if on == "cuda" and "embedding_parallel_batches" not in settings.model_fields_set:
+        parallel += [each for each in CUDA_PARALLEL if each not in parallel]
+    return Grid(kinds, budgets, middle, threads, parallel)
+
+
+def _formats(backend: Backend, machine: Machine, precision: Precision) -> list[Dtype]:
+    """What a backend computes in natively here: emulated, a format is a hundred times slower.
+
+    As ``chunkmill_workers.engine.precision`` sees it, but without torch.
+    """
+    exported = backend in ("onnx", "openvino")
+    if machine.gpu is not None:
+        return [] if exported else ["float16", "bfloat16", "float32"]
+    if exported and precision is Precision.INT8:
+        return []  # exports are of the weights as they are
+    half: list[Dtype] = ["bfloat16"] if {"avx512_bf16", "amx_bf16"} & set(machine.features) else []
+    return ["float32"] if backend == "onnx" else [*half, "float32"]
+
+
+def _kind_of(machine: Machine) -> str:
+    return "cpu" if machine.gpu is None else "cuda"
+
+
+def _threads(settings: Settings, machine: Machine) -> list[int]:
+    """All cores, then half as many and so on; only the one number that the environment states, if it does.
+
+    A GPU's host is given all: there they only tokenize.
+    """
+    if stated := settings.embedding_threads or stated_threads():
+        return [stated]
+    most = machine.cores
+    return [most, *(most >> halved for halved in (1, 2) if most > 2 and machine.gpu is None)]
+
+
+def _words(setup: Setup) -> str:
+    threads = f", {setup.threads} threads" if setup.threads > 1 else ""
+    return f"{setup.kind}, {setup.batch_tokens:,} tokens{threads}"
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End through ``finally``, where processes are stopped."""
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    out = private_stdout()
+    signal.signal(signal.SIGTERM, _leave)
+
+    def emit(event: dict[str, Any]) -> None:
+        out.write(json.dumps(event) + "\n")
+        out.flush()
+
+    try:
+        asked = json.load(sys.stdin)
+        asked |= {"constraints": Constraints(**asked["constraints"]), "precision": Precision(asked["precision"])}
+        run(Order(**asked), emit)
+    except ChunkmillError as error:
+        emit({"event": "error", "code": error.code, "message": str(error)})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
