@@ -19,7 +19,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 # (gigabytes for the worker) stays the same, in the cache and on every machine that pulls it, when only our code changed.
 FROM base AS stub
 WORKDIR /src
-RUN mkdir app workers alembic && touch README.md app/chunkmill/__init__.py workers/chunkmill_workers/__init__.py
+RUN mkdir -p app/chunkmill workers/chunkmill_workers alembic && \
+    touch README.md app/chunkmill/__init__.py workers/chunkmill_workers/__init__.py
 RUN python -m venv /opt/venv
 COPY pyproject.toml constraints.txt ./
 

@@ -87,7 +87,7 @@ $(AIMOCK)/node_modules:
 
 RESULTS ?= benchmarks/results
 GPU_SITE := .gpu-site
-GPU_PYTHON = env PYTHONPATH=$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
+GPU_PYTHON = env PYTHONPATH=$(CURDIR)/app:$(CURDIR)/workers:$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
 GPU_LIMIT = timeout --signal=INT --kill-after=30
 
 # The benchmarks run even if tests fail, because a GPU is paid by the hour. Both stop in time and keep their results.

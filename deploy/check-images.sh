@@ -74,14 +74,14 @@ for target; do
     du -sm "$box/venv" | sed 's/\t.*/ MB in the virtual environment/'
 
     check pip check
-    check python -c 'import app, workers'
+    check python -c 'import chunkmill, chunkmill_workers'
     check python -c 'from pathlib import Path; import chunkmill.db as d; (Path(d.__file__).parent / "alembic/env.py").stat()'
     check chunkmill --help
     check celery -A chunkmill_workers report
     check celery -A chunkmill_workers worker --help
     if [ "$target" = app ]; then
         check chunkmill poller --help
-        check celery --app workers flower --help
+        check celery --app chunkmill_workers flower --help
         check chunkmill flower --help
         check python -c 'from importlib.util import find_spec as f; assert not (f("torch") or f("transformers"))'
     else

@@ -32,7 +32,7 @@ DECISIONS = re.compile(r"(<!-- decisions: .* -->\n).*?(<!-- end -->)", re.DOTALL
 HEAD = """# API reference
 
 `make docs` writes this page from the docstrings, and a test checks that it is up to date. The names are imported from
-`app`: `from chunkmill import Chunk, Client`. The [glossary](glossary.md) defines the words, and the
+`chunkmill`: `from chunkmill import Chunk, Client`. The [glossary](glossary.md) defines the words, and the
 [quick start](quickstart.md) shows the steps.
 """
 SETTINGS_HEAD = """# Settings
@@ -53,9 +53,16 @@ SETTINGS_GROUPS = {
 """By the field that begins it. The fields come in the order of the source, those of the paid routes last."""
 SECTIONS = {
     "Client": ["Client"],
-    "What goes in": ["Chunk", "Route", "Priority", "OnLong"],
-    "What comes back": ["Job", "JobState", "SearchHit", "Audit", "DeadChunk"],
-}
+    "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
+    "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
+    "What comes back: collections": ["SearchHit", "Audit", "Index"],
+    "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
+    "What comes back: routes and money": [
+        "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Lane", "Explanation", "RoutingStep",
+        "OpenWork", "JobProviderBatch", "ProviderBatchState",
+    ],
+    "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
+}  # fmt: skip
 
 
 def pages() -> dict[Path, str]:

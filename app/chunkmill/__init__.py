@@ -1,56 +1,125 @@
 """Chunkmill: text chunks in, complete searchable vectors in Postgres.
 
-``Client`` is the way in; the README has the example. This package never imports torch.
+``Client`` is the way in; the README has an example. This package never imports torch.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from chunkmill.domain.budget import Budget
+from chunkmill.domain.chunks import Chunk
+from chunkmill.domain.costs import Cost, Costs, CostsBy, Estimate, LaneEstimate
+from chunkmill.domain.lanes import Lane
+from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.results import (
+    Attempt,
+    Audit,
+    DeadDetails,
+    DeadEntry,
+    DroppedDead,
+    Explanation,
+    FailingChunkBatch,
+    Index,
+    Job,
+    JobProviderBatch,
+    OpenWork,
+    RetriedDead,
+    RoutingStep,
+    SearchHit,
+    Standing,
+)
+from chunkmill.domain.retention import Amount, CacheSpace, Pruned
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+from chunkmill.errors import (
+    BudgetExceeded,
+    ChunkmillError,
+    EmbeddedStackError,
+    EngineError,
+    InvalidChunk,
+    InvalidInput,
+    InvalidSetting,
+    JobFailed,
+    NotFound,
+    ProviderError,
+    SpaceMismatch,
+    StoreUnavailable,
+    UnknownModel,
+    UnknownRoute,
+    WaitTimeout,
+)
 
 if TYPE_CHECKING:
     from chunkmill.client import Client
-    from chunkmill.domain.chunks import Chunk
-    from chunkmill.domain.planning import DeadChunk
-    from chunkmill.domain.results import Audit, Job, SearchHit
-    from chunkmill.domain.spaces import OnLong
-    from chunkmill.domain.states import JobState, Priority, Route
-    from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, JobFailed, NotFound, WaitTimeout
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import the client when it is first asked for.
+
+        It brings SQLAlchemy, Celery and Alembic along: a second of start-up that ``chunkmill --help`` and the engine do
+        not need.
+        """
+        if name != "Client":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from chunkmill.client import Client
+
+        return Client
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
+    "Amount",
+    "Attempt",
     "Audit",
+    "Budget",
+    "BudgetExceeded",
+    "CacheSpace",
     "Chunk",
+    "ChunkBatchState",
     "ChunkmillError",
     "Client",
+    "Cost",
+    "Costs",
+    "CostsBy",
     "DeadChunk",
+    "DeadDetails",
+    "DeadEntry",
+    "DroppedDead",
+    "EmbeddedStackError",
+    "EngineError",
+    "Estimate",
+    "Explanation",
+    "FailingChunkBatch",
+    "Index",
     "InvalidChunk",
     "InvalidInput",
+    "InvalidSetting",
     "Job",
     "JobFailed",
+    "JobProviderBatch",
     "JobState",
+    "Lane",
+    "LaneEstimate",
     "NotFound",
     "OnLong",
+    "OpenWork",
+    "Precision",
     "Priority",
+    "ProviderBatchState",
+    "ProviderError",
+    "Pruned",
+    "RetriedDead",
     "Route",
+    "RoutingStep",
     "SearchHit",
+    "SpaceMismatch",
+    "Standing",
+    "StoreUnavailable",
+    "UnknownModel",
+    "UnknownRoute",
     "WaitTimeout",
 ]
-
-_HOMES = {
-    "chunkmill.client": ("Client",),
-    "chunkmill.domain.chunks": ("Chunk",),
-    "chunkmill.domain.results": ("Audit", "Job", "SearchHit"),
-    "chunkmill.domain.planning": ("DeadChunk",),
-    "chunkmill.domain.spaces": ("OnLong",),
-    "chunkmill.domain.states": ("JobState", "Priority", "Route"),
-    "chunkmill.errors": ("ChunkmillError", "InvalidChunk", "InvalidInput", "JobFailed", "NotFound", "WaitTimeout"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: the client brings SQLAlchemy, Celery and Alembic along,
-    a second of start-up that ``chunkmill --help`` and the engine have no use for."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'app' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)

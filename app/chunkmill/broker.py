@@ -23,6 +23,16 @@ PROVIDER_QUEUE = "openai"
 EMBED_TASK = "workers.embed_chunk_batch"
 REQUEST_TASK = "workers.request_chunk_batch"
 ADVANCE_TASK = "workers.advance_provider_batch"
+NEXT_NAMES = {
+    EMBED_TASK: "chunkmill_workers.embed_chunk_batch",
+    REQUEST_TASK: "chunkmill_workers.request_chunk_batch",
+    ADVANCE_TASK: "chunkmill_workers.advance_provider_batch",
+}
+"""What the next release calls these tasks.
+
+During an upgrade, workers of two releases stand beside each other. Workers of this release answer both names, and this
+release rings under the old ones, which workers of the last release know. The next release may ring under the new ones.
+"""
 PRIORITY_STEPS = [0, 3, 6, 9]
 STEP_PRIORITY = 0
 """Of a ProviderBatch's steps: before the doorbells beside them, whose priorities are those of jobs."""

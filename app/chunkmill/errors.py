@@ -29,9 +29,9 @@
         ├── TokenizerMismatch   the tokenizer was not made for this model
         └── CanaryFailed        the engine's golden vectors are not the space's: it drifts, and takes no work of it
 
-Each class carries ``code`` (stable, for logs, metrics and the ledger), ``retryable`` (would the same
-call succeed later, unchanged?) and ``http_status``. Each message says what was wrong, where, and what
-to do next. No message contains a chunk's text.
+Each class carries ``code`` (a stable word for logs, metrics and the ledger), ``retryable`` (would the same call succeed
+later, unchanged?), ``elsewhere`` (may another worker succeed?) and ``http_status``. Each message says what was wrong,
+where, and what to do next. No message contains a chunk's text.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ class ChunkmillError(Exception):
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
     http_status: ClassVar[int] = 500
+    elsewhere: ClassVar[bool] = False
+    """Whether another worker may be able to do what this one cannot: it has another model, device or setting."""
 
 
 class InvalidInput(ChunkmillError):
     code = "invalid_input"
     http_status = 400
+    elsewhere = True
 
 
 class InvalidChunk(InvalidInput):
@@ -84,10 +87,11 @@ class InvalidSetting(InvalidInput):
 class NotFound(ChunkmillError):
     code = "not_found"
     http_status = 404
+    elsewhere = True
 
 
 class JobFailed(ChunkmillError):
-    """``job_id`` names the job; ``client.job(job_id).dead`` lists its dead chunks with their reasons."""
+    """``job_id`` names the job; ``client.job(job_id).dead_chunks`` holds its first dead chunks with their reasons."""
 
     code = "job_failed"
 
@@ -105,6 +109,7 @@ class WaitTimeout(ChunkmillError):
 class SpaceMismatch(ChunkmillError):
     code = "space_mismatch"
     http_status = 409
+    elsewhere = True
 
 
 class BudgetExceeded(ChunkmillError):
@@ -112,6 +117,7 @@ class BudgetExceeded(ChunkmillError):
 
     code = "budget_exceeded"
     http_status = 402
+    elsewhere = True
 
 
 class LeaseLost(ChunkmillError):

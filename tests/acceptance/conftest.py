@@ -19,11 +19,11 @@ from tests.support.waiting import PATIENCE, until
 class Process:
     """A child process whose output goes to a file."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
+    def __init__(self, arguments: list[str], env: dict[str, str], log: Path, cwd: Path | None = None) -> None:
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=env, stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, "-m", *arguments], env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT
             )
 
     def wait_for(self, text: str) -> None:
@@ -58,9 +58,9 @@ class Processes:
         self._folder = folder
         self._started: list[Process] = []
 
-    def start(self, *arguments: str, **env: str) -> Process:
+    def start(self, *arguments: str, cwd: Path | None = None, **env: str) -> Process:
         log = self._folder / f"{len(self._started)}.log"
-        process = Process(list(arguments), self.env | env, log)
+        process = Process(list(arguments), self.env | env, log, cwd)
         self._started.append(process)
         return process
 

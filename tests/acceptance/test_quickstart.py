@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checkout import PYTHONPATH
 from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def shell(home: Path) -> Iterator[Shell]:
     (home / "docs").symlink_to(ROOT / "docs")
     env = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "CHUNKMILL_HOME": str(home / "data"),
         "FLOWER_PORT": str(free_port()),
         "EMBEDDING_DEVICE": "cpu",  # slow enough for a kill in the middle

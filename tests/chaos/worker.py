@@ -39,7 +39,7 @@ def vector_of(text: str, dimensions: int) -> NDArray[np.float32]:
 
 
 class SlowEngine:
-    """What ``chunkmill_workers.local.pipeline`` and ``chunkmill_workers.local.canary`` use of ``chunkmill_workers.engine.engine.Engine``."""
+    """What the pipeline and the canary in ``chunkmill_workers.local`` use of the engine's ``Engine``."""
 
     device, dtype, backend = "cpu", "float32", "slow"
 

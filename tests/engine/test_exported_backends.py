@@ -290,6 +290,7 @@ def test_a_damaged_export_is_told(
 OWN_CODE = """
 import torch
 from transformers import BertConfig, BertModel
+from tests.support.checkout import PYTHONPATH
 class OwnConfig(BertConfig):
     model_type = "own"
 class OwnModel(BertModel):
@@ -375,7 +376,7 @@ def test_neither_library_tells_its_makers(
     (cache / "chunkmill").symlink_to(exports)
     unset = {"ORT_DISABLE_TELEMETRY", "CI", "HOME", "XDG_CACHE_HOME"}
     env = {name: value for name, value in os.environ.items() if name not in unset}
-    env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
+    env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": PYTHONPATH}
 
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=PATIENCE)
 

@@ -28,6 +28,7 @@ from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, 
 from chunkmill_workers.tuning.tune import Order, with_stated
 from chunkmill_workers.tuning.tuned import load_engine, process_settings
 from tests.engine.conftest import stdlib_docstrings
+from tests.support.checkout import PYTHONPATH
 
 SETUP = Setup("native", "float32", 64, 1, 2)
 
@@ -40,7 +41,7 @@ def toy(toy_path: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("EMBEDDING_DEVICE", "cpu")
     monkeypatch.setenv("EMBEDDING_PROFILE", "auto")
     monkeypatch.setenv("CHUNKMILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return model
 

@@ -39,6 +39,7 @@ except DeviceUnavailable as error:
     print("refused", error, flush=True)
     sys.exit()
 import torch
+from tests.support.checkout import PYTHONPATH
 torch.ones(1, device=claimed.device).item()
 print(torch.cuda.device_count(), claimed.device, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()
@@ -51,7 +52,7 @@ def holder(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     with process:
         assert process.stdout is not None

@@ -22,10 +22,10 @@ from click.testing import CliRunner, Result
 from chunkmill.cli.__main__ import cli
 from chunkmill.embedded import Stack
 from chunkmill.embedded.process import command_line
+from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE, until
 
-CHECKOUT = Path(__file__).parents[2]
 DOCS = [
     {"id": "tls", "text": "How to rotate a TLS certificate before it expires.", "source": "ops"},
     {"id": "bread", "text": "Knead the dough, let it rise, and bake the bread.", "source": "kitchen"},
@@ -40,7 +40,7 @@ def home() -> Iterator[Path]:
         for name in ("DATABASE_URL", "REDIS_URL"):
             patch.delenv(name, raising=False)
         patch.setenv("CHUNKMILL_HOME", str(folder / "home"))
-        patch.setenv("PYTHONPATH", str(CHECKOUT))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         Stack(folder / "home", fsync=False).up()  # which `up` finds running, and starts in a third of the time
         assert document("up")["running"]
         yield folder

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,10 +28,10 @@ from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import DELETE_LOCK
 from tests.integration.hands import Hands
+from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, Call, running, until
 
 POISON = "a text that no wörker survives"
-CHECKOUT = Path(__file__).parents[2]
 
 
 def ids(found: list[DeadEntry]) -> list[int]:
@@ -601,8 +600,9 @@ def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]
     """Exit code and screen of a real process on a terminal of 100 columns; ``answer`` is typed at the question."""
     controller, terminal = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-m", "chunkmill.cli", *arguments], cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, env=os.environ | {"COLUMNS": "100", "TERM": "xterm", "PYTHONPATH": str(CHECKOUT)},
+        [sys.executable, "-m", "chunkmill.cli", *arguments],
+        cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True, env=os.environ | {"COLUMNS": "100", "TERM": "xterm", "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     os.close(terminal)
     seen = b""

@@ -24,6 +24,7 @@ from chunkmill.embedded import Stack, StackStatus, default_home
 from chunkmill.embedded.paths import postgres_account
 from chunkmill.embedded.process import command_line
 from chunkmill.errors import EmbeddedStackError
+from tests.support.checkout import PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE, together
 
@@ -432,8 +433,7 @@ class TestHowItRuns:
             "s = Stack(Path(sys.argv[1]), fsync=False); print(s.up().running); s.destroy()"
         )
         as_nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
-        python_path = str(Path(__file__).resolve().parents[2])
-        as_nobody["env"] = {**os.environ, "PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1"}
+        as_nobody["env"] = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [sys.executable, "-c", "import chunkmill.embedded"]
         try:
             subprocess.run(argv, check=True, capture_output=True, **as_nobody)

@@ -454,7 +454,7 @@ def test_auto_ends_where_no_cloud_answers(
         watching = watch(server, "auto")
         assert watching.ended()
         assert watching.notices == []
-        (said,) = [r for r in caplog.records if r.name.startswith("workers")]
+        (said,) = [r for r in caplog.records if r.name.startswith("chunkmill_workers")]
         assert said.levelno == logging.INFO
         assert "no cloud's metadata service answers" in said.getMessage()
 

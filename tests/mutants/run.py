@@ -111,7 +111,8 @@ def _try(mutant: Mutant, free: SimpleQueue[Path]) -> Result:
 def _pytest(copy: Path, arguments: list[str], *, limit: float) -> tuple[int | None, str]:
     """Run pytest in ``copy``: its exit code, None if it had to be killed, and what it printed."""
     env = os.environ | {
-        "PYTHONPATH": str(copy),  # before the editable install, whose code is not the mutant's
+        # Before the editable install, whose code is not the mutant's.
+        "PYTHONPATH": f"{copy}/app:{copy}/workers:{copy}",
         "PYTHONDONTWRITEBYTECODE": "1",  # a cached module is known by second and size: a mutant may share both
         "TEST_PATIENCE": str(PATIENCE_SECONDS),
     }

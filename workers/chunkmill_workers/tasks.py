@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from celery import Celery
 
-from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, REQUEST_TASK
+from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, NEXT_NAMES, REQUEST_TASK
 
 
 def register(app: Celery) -> None:
-    """Register few tasks: whoever can write to Redis can call each of them."""
+    """Register few tasks, because whoever can write to Redis can call each of them."""
+    for name, task in (
+        (EMBED_TASK, embed_chunk_batch),
+        (REQUEST_TASK, request_chunk_batch),
+        (ADVANCE_TASK, advance_provider_batch),
+    ):
+        app.task(name=name)(task)
+        app.task(name=NEXT_NAMES[name])(task)
 
-    @app.task(name=EMBED_TASK)  # type: ignore[untyped-decorator]
-    def embed_chunk_batch(chunk_batch_id: int) -> None:
-        # Imported here because Flower and the poller load this module on machines without torch.
-        from chunkmill_workers.local.context import WorkerContext
-        from chunkmill_workers.local.pipeline import run_chunk_batch
 
-        run_chunk_batch(WorkerContext.current(), int(chunk_batch_id))
+def embed_chunk_batch(chunk_batch_id: int) -> None:
+    # Imported here because Flower and the poller load this module on machines without torch.
+    from chunkmill_workers.local.context import WorkerContext
+    from chunkmill_workers.local.pipeline import run_chunk_batch
 
-    @app.task(name=REQUEST_TASK)  # type: ignore[untyped-decorator]
-    def request_chunk_batch(chunk_batch_id: int) -> None:
-        from chunkmill_workers.provider.context import ProviderContext
-        from chunkmill_workers.provider.plain import request_chunk_batch
+    run_chunk_batch(WorkerContext.current(), int(chunk_batch_id))
 
-        request_chunk_batch(ProviderContext.current(), int(chunk_batch_id))
 
-    @app.task(name=ADVANCE_TASK)  # type: ignore[untyped-decorator]
-    def advance_provider_batch(provider_batch_id: int) -> None:
-        from chunkmill_workers.provider.context import ProviderContext
-        from chunkmill_workers.provider.steps import advance_provider_batch
+def request_chunk_batch(chunk_batch_id: int) -> None:
+    from chunkmill_workers.provider.context import ProviderContext
+    from chunkmill_workers.provider.plain import request_chunk_batch
 
-        advance_provider_batch(ProviderContext.current(), int(provider_batch_id))
+    request_chunk_batch(ProviderContext.current(), int(chunk_batch_id))
+
+
+def advance_provider_batch(provider_batch_id: int) -> None:
+    from chunkmill_workers.provider.context import ProviderContext
+    from chunkmill_workers.provider.steps import advance_provider_batch
+
+    advance_provider_batch(ProviderContext.current(), int(provider_batch_id))

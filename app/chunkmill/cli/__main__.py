@@ -13,10 +13,10 @@ from chunkmill.errors import ChunkmillError
 
 SECTIONS = {
     "Begin": {
-        "demo": ("demo", "See it work: a real model on Python's own documentation."),
-        "doctor": ("doctor", "Check this machine and its servers; say what to mend."),
-        "bench": ("bench", "Measure this machine, beside other libraries."),
-        "tune": ("tune", "Find this machine's best settings for a model."),
+        "demo": ("start.demo", "See it work: a real model on Python's own documentation."),
+        "doctor": ("start.doctor", "Check this machine and its servers; say what to mend."),
+        "bench": ("start.bench", "Measure this machine, beside other libraries."),
+        "tune": ("tune.command", "Find this machine's best settings for a model."),
     },
     "Embedded stack": {
         "up": ("stack", "Start Postgres and Redis in a data folder, and migrate."),
@@ -25,32 +25,32 @@ SECTIONS = {
         "migrate": ("stack", "Bring the database's tables up to this version."),
     },
     "Jobs": {
-        "enqueue": ("jobs", "Read chunks from files and have them embedded."),
-        "jobs": ("jobs", "The latest jobs."),
-        "job": ("jobs", "One job, and why chunks of it are dead."),
-        "cancel": ("jobs", "Stop a job; vectors already written stay."),
-        "retry": ("jobs", "Try again what a job left without a vector."),
-        "dead": ("dead", "Chunks without a vector: list, show, retry or drop."),
+        "enqueue": ("jobs.jobs", "Read chunks from files and have them embedded."),
+        "jobs": ("jobs.jobs", "The latest jobs."),
+        "job": ("jobs.jobs", "One job, and why chunks of it are dead."),
+        "cancel": ("jobs.jobs", "Stop a job; vectors already written stay."),
+        "retry": ("jobs.jobs", "Try again what a job left without a vector."),
+        "dead": ("jobs.dead", "Chunks without a vector: list, show, retry or drop."),
     },
     "Paid routes": {
-        "cost": ("costs", "What was embedded and what it cost, beside local work."),
-        "lanes": ("lanes", "What paid lanes do or wait for; resume one."),
+        "cost": ("paid.costs", "What was embedded and what it cost, beside local work."),
+        "lanes": ("paid.lanes", "What paid lanes do or wait for; resume one."),
     },
     "Collections": {
-        "search": ("search", "The chunks nearest to a query."),
-        "audit": ("search", "Has every chunk of a collection its vector?"),
-        "index": ("search", "Build the HNSW index of a collection's space."),
-        "models": ("search", "The embedding spaces in the database."),
-        "delete": ("search", "Delete chunks, or all of a collection's."),
+        "search": ("collections.search", "The chunks nearest to a query."),
+        "audit": ("collections.search", "Has every chunk of a collection its vector?"),
+        "index": ("collections.search", "Build the HNSW index of a collection's space."),
+        "models": ("collections.search", "The embedding spaces in the database."),
+        "delete": ("collections.search", "Delete chunks, or all of a collection's."),
     },
     "Retention": {
-        "prune": ("prune", "Drop old jobs, and what no collection refers to."),
-        "cache": ("prune", "Vectors by space: size, hits; evict what is old."),
+        "prune": ("collections.prune", "Drop old jobs, and what no collection refers to."),
+        "cache": ("collections.prune", "Vectors by space: size, hits; evict what is old."),
     },
     "Processes": {
-        "worker": ("processes", "Run a worker per GPU; start it again when it dies."),
-        "poller": ("processes", "Run the loop that rings for what is due."),
-        "flower": ("flower", "Run Flower on 127.0.0.1, read-only, with a password."),
+        "worker": ("processes.processes", "Run a worker per GPU; start it again when it dies."),
+        "poller": ("processes.processes", "Run the loop that rings for what is due."),
+        "flower": ("processes.flower", "Run Flower on 127.0.0.1, read-only, with a password."),
     },
 }
 """Section → command → (module, one line). A command's module is imported when it is called."""
@@ -69,7 +69,7 @@ class Cli(click.Group):
             return None
         command = getattr(importlib.import_module(f"chunkmill.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         if not isinstance(command, click.Command):
-            raise TypeError(f"chunkmill.cli.{COMMANDS[cmd_name][0]}.{cmd_name} is no command")
+            raise TypeError(f"chunkmill.cli.{COMMANDS[cmd_name][0]}.{cmd_name} is not a command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -10,7 +10,6 @@ from datetime import date
 from decimal import Decimal
 from pathlib import PurePath
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import click
 from rich.console import Console
@@ -125,24 +124,6 @@ def duration(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
-
-
-def masked(url: str) -> str:
-    """The URL with every password in it replaced by `***`."""
-    parts = urlsplit(url)
-    location = parts.netloc
-    credentials, at, host = location.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    if at and colon:
-        location = f"{user}:***@{host}"
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    query = parts.query
-    if any("password" in name.lower() for name, _ in pairs):
-        hidden = [(name, "***" if "password" in name.lower() else value) for name, value in pairs]
-        query = urlencode(hidden, safe="*/", quote_via=quote)
-    # Not through urlunsplit alone: it drops the empty host of unix:///path.
-    rest = urlunsplit(("", "", parts.path, query, ""))
-    return f"{parts.scheme}://{location}{rest}"
 
 
 def prepare_streams() -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 from alembic.util import CommandError
 
-from chunkmill.cli.output import Screen, beginning, count, json_option, masked
+from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.paid.lanes import lane_facts, lane_lines
 from chunkmill.db.connect import migrate as run_migrations
 from chunkmill.embedded import Stack, StackStatus
@@ -15,6 +15,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, InvalidSetting
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Live, look, look_at_database
 from chunkmill.settings import Settings
+from chunkmill.telemetry.logging import without_passwords
 
 SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 
@@ -89,7 +90,10 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
         _show_stack(screen, stack, look(_addressed(stack)))
         return
     live = look(settings)
-    urls = {"database_url": masked(settings.require_database_url()), "redis_url": masked(settings.require_redis_url())}
+    urls = {
+        "database_url": without_passwords(settings.require_database_url()),
+        "redis_url": without_passwords(settings.require_redis_url()),
+    }
     if screen.json:
         screen.document({"embedded": False, **urls, **_live_facts(live)})
         return
@@ -124,7 +128,13 @@ def _addressed(status: StackStatus) -> Settings:
 
 def _stack_facts(status: StackStatus) -> dict[str, object]:
     servers = {
-        s.name: {"running": s.running, "pid": s.pid, "version": s.version, "url": masked(s.url), "log": s.log}
+        s.name: {
+            "running": s.running,
+            "pid": s.pid,
+            "version": s.version,
+            "url": without_passwords(s.url),
+            "log": s.log,
+        }
         for s in (status.postgres, status.redis)
     }
     return {"embedded": True, "home": status.home, "running": status.running, **servers}
@@ -142,8 +152,8 @@ def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -
     screen.say("")
     screen.facts(
         {
-            "DATABASE_URL": masked(status.database_url),
-            "REDIS_URL": masked(status.redis_url),
+            "DATABASE_URL": without_passwords(status.database_url),
+            "REDIS_URL": without_passwords(status.redis_url),
             "logs": status.postgres.log,
             "": status.redis.log,
         }

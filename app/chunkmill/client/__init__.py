@@ -13,6 +13,7 @@ from chunkmill.client.vectors import Vectors
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
+from chunkmill.telemetry.logging import without_passwords
 
 
 class Client(Jobs, Money, DeadList, Vectors, Retention):
@@ -40,6 +41,11 @@ class Client(Jobs, Money, DeadList, Vectors, Retention):
             db.dispose()
             raise
         return cls(db, Broker.connect(settings), settings)
+
+    def __repr__(self) -> str:
+        """One line with the servers, without their passwords."""
+        database, broker = self._settings.require_database_url(), self._settings.require_redis_url()
+        return without_passwords(f"Client(database={database!r}, redis={broker!r})")
 
     def __enter__(self) -> Client:
         return self

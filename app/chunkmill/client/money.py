@@ -11,14 +11,14 @@ from chunkmill.client.estimate import EstimateRequest, Estimating
 from chunkmill.domain.arguments import as_deadline, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Costs, CostsBy, Estimate
+from chunkmill.domain.lanes import Lane
+from chunkmill.domain.results import Explanation
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.jobs import explain
-from chunkmill.ledger.jobs.explain import Explanation
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.ledger.provider.provider_lanes import Lane
 
 
 class Money(Connected):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from chunkmill.client.base import Connected
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.providers import OPENAI
-from chunkmill.domain.results import Audit, SearchHit
+from chunkmill.domain.results import Audit, Index, SearchHit
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
@@ -139,7 +139,7 @@ class Vectors(Connected):
         with self._transaction() as conn:
             return jobs.collection_names(conn)
 
-    def index(self, collection: str, *, halfvec: bool = False) -> searching.Index:
+    def index(self, collection: str, *, halfvec: bool = False) -> Index:
         """Build an HNSW index over the collection's space, without blocking writers; best after a bulk load.
 
         Collections in one space share it. ``halfvec`` indexes half precision, at half the size; past 2,000

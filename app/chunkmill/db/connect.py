@@ -54,9 +54,9 @@ def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
 
 
 def alembic_config(url: str) -> Config:
-    """Alembic's configuration. The scripts stand beside a checkout's ``app`` or inside an installed one."""
+    """Alembic's configuration. The scripts stand in the checkout, or inside the installed package."""
     packaged = Path(__file__).parent / "alembic"
-    checkout = Path(__file__).parents[2] / "alembic"
+    checkout = Path(__file__).parents[3] / "alembic"
     config = Config()
     config.set_main_option("script_location", str(packaged if packaged.is_dir() else checkout))
     config.attributes["url"] = url

@@ -62,7 +62,10 @@ class SpaceRow(Base):
 
 
 class SpaceCanaryRow(Base):
-    """What a space's first worker made of the golden texts (``chunkmill_workers.local.golden``), for all others to compare with."""
+    """What a space's first worker made of the golden texts (``chunkmill_workers.local.golden``).
+
+    All other workers compare theirs with it.
+    """
 
     __tablename__ = "space_canaries"
 
@@ -261,7 +264,10 @@ class UsageRow(Base):
 
 
 class WorkerReportRow(Base):
-    """What a worker last said of its last minute (``chunkmill_workers.process.reporting``). Unlogged: it says it again soon."""
+    """What a worker last reported about its last minute (``chunkmill_workers.process.reporting``).
+
+    The table is unlogged, because the worker reports again soon.
+    """
 
     __tablename__ = "worker_reports"
 

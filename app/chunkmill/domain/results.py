@@ -8,11 +8,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
-from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
+from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Job:
     """What one ``enqueue`` asked for and how far it is.
 
@@ -44,6 +45,13 @@ class Job:
     finished_at: datetime | None
     error: str | None
     dead_chunks: tuple[DeadChunk, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line with what a person looks for first."""
+        return (
+            f"Job(id={self.id}, state={self.state.value!r}, collection={self.collection!r}, chunks={self.chunks}, "
+            f"remaining={self.remaining}, dead={self.dead})"
+        )
 
     @property
     def progress(self) -> float:
@@ -224,3 +232,67 @@ class FailingChunkBatch:
     deaths: int
     code: str
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStep:
+    """A choice of a lane: when, which and why."""
+
+    at: datetime
+    route: Route
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """Open ChunkBatches of one lane and state. ``at_provider``: ProviderBatches have their contents."""
+
+    route: Route
+    state: ChunkBatchState
+    at_provider: bool
+    chunk_batches: int
+    contents: int
+    due_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class JobProviderBatch:
+    """A ProviderBatch that has contents of the job, or had.
+
+    ``done`` of its ``requests`` are through, by the provider's word; ``next_look`` is None once it is closed.
+    """
+
+    id: int
+    state: ProviderBatchState
+    provider_status: str | None
+    requests: int
+    done: int
+    contents: int
+    next_look: datetime | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``route`` was asked for, ``routing`` are the choices since, the latest last; ``waits`` says in sentences what
+    the open work waits for. ``lanes`` are the paid ones, ``provider_batches`` the newest of the job.
+    """
+
+    job_id: int
+    state: JobState
+    route: Route
+    deadline: datetime | None
+    routing: tuple[RoutingStep, ...]
+    open: tuple[OpenWork, ...]
+    waits: tuple[str, ...]
+    lanes: tuple[Lane, ...]
+    provider_batches: tuple[JobProviderBatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An HNSW index. ``on``: the type it holds, ``vector`` or ``halfvec``; ``valid`` once it is built."""
+
+    name: str
+    on: str
+    valid: bool

@@ -24,8 +24,9 @@ class Precision(StrEnum):
     """Precision class. fp32, fp16 and bf16 agree to a cosine of 0.9999 and share one class.
 
     The value is part of the fingerprint. What int8 vectors are depends on how they are rounded, so theirs names the
-    recipe: the texts of ``chunkmill_workers.engine.encoder.calibration`` and the rules of ``int8`` beside it. Another recipe is
-    another value; the old one then stays here so that its spaces stay readable. Users say and see ``int8``.
+    recipe: the texts of ``chunkmill_workers.engine.encoder.calibration`` and the rules of ``int8`` beside it.
+    Another recipe is another value; the old one then stays here so that its spaces stay readable. Users say and
+    see ``int8``.
     """
 
     FLOAT = "float"

@@ -9,17 +9,17 @@ import redis
 import sqlalchemy as sa
 
 from chunkmill.broker import Broker
-from chunkmill.cli.output import masked
 from chunkmill.db.connect import create_db, migration_level, unreachable_message
+from chunkmill.domain.lanes import Lane
 from chunkmill.domain.states import Route
 from chunkmill.errors import StoreUnavailable
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.ledger.provider.provider_lanes import Lane
 from chunkmill.monitor import snapshot as ledger_look
 from chunkmill.monitor.snapshot import Fault
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
+from chunkmill.telemetry.logging import without_passwords
 
 LOOKED_FOR = ("chunkmill-worker", "chunkmill-worker-openai", "chunkmill-poller")
 START_WORKER = "chunkmill worker"
@@ -99,7 +99,7 @@ def look(settings: Settings) -> Live:
         version = look_at_redis(settings).version
         doorbells = queued_doorbells(settings)
     except (redis.RedisError, OSError) as error:
-        redis_error = f"cannot use Redis at {masked(settings.require_redis_url())}: {error}"
+        redis_error = f"cannot use Redis at {without_passwords(settings.require_redis_url())}: {error}"
     return Live(database, database_error, doorbells, version, redis_error)
 
 

@@ -14,15 +14,15 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
+from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.ledger.provider.provider_lanes import Lane
 from chunkmill.monitor import reports
 from chunkmill.monitor.reports import Report
 from chunkmill.settings import Settings
 
-LANES = (Route.LOCAL, *provider_lanes.PAID_ROUTES)
+LANES = (Route.LOCAL, *PAID_ROUTES)
 RECENT_SECONDS = 600
 """What counts as a recent fault."""
 SHOWN_FAULTS = 8

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.domain.results import SearchHit
+from chunkmill.domain.results import Index, SearchHit
 from chunkmill.errors import InvalidInput
 from chunkmill.spaces.registry import Space
 
 MAX_INDEXED_VECTOR = 2000
 """pgvector's limit for an HNSW index on ``vector``; past it the index is built on halfvec."""
 MAX_INDEXED_HALFVEC = 4000
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """An HNSW index. ``on``: the type it holds, ``vector`` or ``halfvec``; ``valid`` once it is built."""
-
-    name: str
-    on: str
-    valid: bool
 
 
 def search(

@@ -1,4 +1,4 @@
-"""Every metric of Chunkmill, in one table. What counts is in ``chunkmill.telemetry.counts``, what serves in ``exposition``.
+"""Every metric of Chunkmill, in one table. ``counts`` beside it counts, and ``exposition`` serves.
 
 A label has few values, which are written here: no job, chunk or collection, and never a text.
 """

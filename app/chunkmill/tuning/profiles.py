@@ -1,7 +1,8 @@
 """Profiles: what ``chunkmill tune`` measured for one model on one machine, kept for the workers there.
 
 ``<home>/tuning/profiles`` holds them, a file for each machine and model; ``<home>/tuning/memory`` what engines
-learned when a device's memory said no (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's data folder.
+learned when a device's memory said no (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's
+data folder.
 """
 
 from __future__ import annotations

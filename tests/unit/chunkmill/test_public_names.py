@@ -1,24 +1,80 @@
+"""What users import from `chunkmill`: all that the client's methods take, return and raise, and nothing else."""
+
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 
 import pytest
 
 import chunkmill
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.db.connect import create_db
+from chunkmill.settings import Settings
+
+METHODS = [
+    member
+    for name in dir(Client)
+    if not name.startswith("_")
+    and callable(member := inspect.getattr_static(Client, name, None) or getattr(Client, name))
+]
 
 
 def test_every_public_name_is_there_and_no_other() -> None:
-    assert sorted(chunkmill.__all__) == chunkmill.__all__
+    assert sorted(chunkmill.__all__) == chunkmill.__all__ == dir(chunkmill)
     for name in chunkmill.__all__:
         assert getattr(chunkmill, name).__name__ == name
-    assert set(chunkmill._HOME_OF) == set(chunkmill.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'Klient'"):
-        chunkmill.Klient  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'chunkmill' has no attribute 'Klient'"):
+        chunkmill.Klient  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_every_type_that_a_method_takes_or_returns_is_public(method: typing.Any) -> None:
+    names = {kind.__name__ for kind in types_of(typing.get_type_hints(method).values(), set())}
+    assert names <= set(chunkmill.__all__)
+
+
+@pytest.mark.parametrize("method", [*METHODS, Client], ids=lambda method: method.__name__)
+def test_every_error_that_a_docstring_names_is_public(method: typing.Any) -> None:
+    named = set(re.findall(r":class:`(\w+)`", inspect.getdoc(method) or ""))
+    assert named <= set(chunkmill.__all__)
+
+
+def types_of(hints: typing.Iterable[object], seen: set[type]) -> Iterator[type]:
+    """Our own classes in type hints, those of their fields included."""
+    for hint in hints:
+        yield from types_of(typing.get_args(hint), seen)
+        if isinstance(hint, type) and hint.__module__.startswith("chunkmill.") and hint not in seen:
+            seen.add(hint)
+            yield hint
+            if dataclasses.is_dataclass(hint):
+                yield from types_of(typing.get_type_hints(hint).values(), seen)
+
+
+def test_a_client_and_a_job_are_shown_on_one_line_without_passwords() -> None:
+    settings = Settings.from_env(
+        database_url="postgresql://me:SECRET@db/chunks", redis_url="redis://:SECRET@redis:6379/0"
+    )
+    with Client(
+        create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings
+    ) as client:
+        assert (
+            repr(client)
+            == "Client(database='postgresql+psycopg://me:***@db/chunks', redis='redis://:***@redis:6379/0')"
+        )
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(chunkmill.Job)), 0)
+    job = chunkmill.Job(**nothing | {"id": 7, "state": chunkmill.JobState.RUNNING, "collection": "docs", "chunks": 12})
+    assert repr(job) == "Job(id=7, state='running', collection='docs', chunks=12, remaining=0, dead=0)"
 
 
 def test_importing_the_package_alone_brings_nothing_along() -> None:
-    script = "import sys, app; assert not {'sqlalchemy', 'celery', 'torch'} & sys.modules.keys()"
+    script = "import sys, chunkmill; assert not {'sqlalchemy', 'celery', 'numpy', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

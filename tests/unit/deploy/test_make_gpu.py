@@ -38,7 +38,7 @@ def test_wheels_are_unpacked_beside_it_without_a_network(tmp_path: Path) -> None
     installing = next(line for line in planned.stdout.splitlines() if "-m pip" in line)
     for word in ("/opt/python3", "--no-index", "--no-deps", "--target .gpu-site", f"{tmp_path}/*.whl"):
         assert word in installing
-    assert f"PYTHONPATH={ROOT}:{ROOT}/.gpu-site /opt/python3 -m pytest" in planned.stdout
+    assert f"PYTHONPATH={ROOT}/app:{ROOT}/workers:{ROOT}:{ROOT}/.gpu-site /opt/python3 -m pytest" in planned.stdout
 
 
 def test_a_clean_checkout_gets_an_environment_and_both_parts_a_limit() -> None:

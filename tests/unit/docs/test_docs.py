@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import chunkmill
 from chunkmill import Client, Job, SearchHit
 
 ROOT = Path(__file__).parents[3]
@@ -51,8 +52,8 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
     used = 0
     for node in ast.walk(ast.parse(example)):
         if isinstance(node, ast.ImportFrom):
-            assert node.module == "app"
-            assert {name.name for name in node.names} <= set(app.__all__)
+            assert node.module == "chunkmill"
+            assert {name.name for name in node.names} <= set(chunkmill.__all__)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF:
             kind = OF[node.value.id]
             assert node.attr in dir(kind), f"{kind.__name__} has no {node.attr}"

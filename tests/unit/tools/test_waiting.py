@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.busy import ROOT
 from tests.support.waiting import PATIENCE, Call, running, together
 
 TWO_TESTS = """
 import warnings
+from tests.support.checkout import PYTHONPATH
 
 class Connection:
     def __del__(self):
@@ -49,6 +49,6 @@ def test_a_failed_test_is_not_blamed_on_the_next(tmp_path: Path) -> None:
     (tmp_path / "test_two.py").write_text(TWO_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-W", "error", "test_two.py"]
     done = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE
+        command, cwd=tmp_path, env={"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, timeout=PATIENCE
     )
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr

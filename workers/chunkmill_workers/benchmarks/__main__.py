@@ -1,4 +1,7 @@
-"""``python -m chunkmill_workers.benchmarks [NAME...]``: measure, write JSON, draw. ``chunkmill bench`` runs ``engine pipeline``."""
+"""``python -m chunkmill_workers.benchmarks [NAME...]`` measures, writes JSON and draws plots.
+
+``chunkmill bench`` runs ``engine pipeline``.
+"""
 
 from __future__ import annotations
 

@@ -140,8 +140,8 @@ def _require_gpu(on: Ground) -> str:
     if on.quick:
         return "cpu"
     raise DeviceUnavailable(
-        "torch sees no CUDA device here: `python -m chunkmill_workers.benchmarks engine pipeline` measures a CPU, and --quick rehearses "
-        "this benchmark on one"
+        "torch sees no CUDA device here: `python -m chunkmill_workers.benchmarks engine pipeline` measures a CPU, "
+        "and --quick rehearses this benchmark on one"
     )
 
 

@@ -1,5 +1,6 @@
-"""A worker whose engine takes no time, ``python -m chunkmill_workers.benchmarks.instant_worker``: everything but the model is measured.
+"""A worker whose engine takes no time, so that everything but the model is measured.
 
+``python -m chunkmill_workers.benchmarks.instant_worker`` starts it.
 Vectors are the bits of a text's hash as signs. It takes the options of ``celery worker``.
 """
 

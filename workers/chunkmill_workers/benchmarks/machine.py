@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import chunkmill
+import chunkmill_workers
 from chunkmill.machine import processor_features, this_machine
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
@@ -17,7 +19,9 @@ PACKAGES = (
     "chunkmill", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "celery", "psycopg",
     "sqlalchemy", "redis",
 )  # fmt: skip
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
+CODE = (ROOT, *sorted({Path(package.__file__).parents[1] for package in (chunkmill, chunkmill_workers)}))
+"""What a child process needs on its path to import what this one imports."""
 
 
 def describe() -> dict[str, Any]:

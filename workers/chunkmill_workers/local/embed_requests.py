@@ -15,12 +15,11 @@ from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.listening import Listener
 
 
-class EmbedRequestLane(Listener):
+class EmbedRequestLane(Listener[WorkerContext]):
     """Claims embed requests one by one, of spaces whose models run here."""
 
     def __init__(self, context: WorkerContext) -> None:
         super().__init__("embed-requests", context)
-        self._context = context
 
     def answer_next(self) -> bool:
         """Answer one request; False when there is none, or when this worker leaves or is broken."""

@@ -180,8 +180,7 @@ def _finish(context: WorkerContext, lease: Lease) -> None:
 def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:
     lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
-    # Another machine may have the model or the memory that this one lacks, so only a final error is final.
-    retryable = not isinstance(error, ChunkmillError) or error.retryable or error.http_status < 500
+    retryable = not isinstance(error, ChunkmillError) or error.retryable or error.elsewhere
     message = _without_parameters(error)
     tracing.fail(code)
     state = attempt.fail(code=code, error=f"{context.name}: {message}", retryable=retryable)

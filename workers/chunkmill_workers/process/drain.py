@@ -8,13 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
-
-import sqlalchemy as sa
+from typing import NoReturn
 
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.usage import book_released
+from chunkmill_workers.process.context import QueueContext
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +25,10 @@ SECOND_TIME = 128 + 15
 """Exit code of a process ended by SIGTERM."""
 
 
-class Leaver(Protocol):
-    """What a worker on either queue has."""
-
-    db: sa.Engine
-    name: str
-    stopping: threading.Event
-
-
 class Drain:
     """Tasks stop at their next TokenBatch, commit what they have and give their ChunkBatches back, uncharged."""
 
-    def __init__(self, contexts: Sequence[Leaver]) -> None:
+    def __init__(self, contexts: Sequence[QueueContext]) -> None:
         self._contexts = contexts
         self._begun = self._told_itself = False
         self._reader, self._writer = os.pipe()

@@ -1,4 +1,7 @@
-"""One thread renews all leases of a process, and says which are lost; the watchdog sees here which stand still."""
+"""Threads that renew the leases of a process: one for ChunkBatches, one for the steps of ProviderBatches.
+
+The watchdog sees here which ChunkBatches stand still.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import socket
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,8 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal
 from chunkmill.errors import LeaseLost
+from chunkmill.ledger.provider import provider_batches
+from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 
@@ -57,27 +63,55 @@ class HeldLease:
             )
 
 
-class LeaseKeeper:
-    """Renews every third of a lease, in one statement for the whole process."""
+class Keeper:
+    """A thread that renews what a process holds every third of a lease, in one statement for all of it.
 
-    def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
+    ``renew`` says what is held and how it is renewed.
+    """
+
+    def __init__(self, db: sa.Engine, lease_seconds: float, *, name: str) -> None:
         self._db = db
         self._lease_seconds = lease_seconds
-        self._held: dict[int, HeldLease] = {}
         self._mutex = threading.Lock()
-        self._mine = threading.local()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Renew all that is held, once. Raises what Postgres raises."""
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        pause = self._lease_seconds / 3
+        while not self._stop.wait(pause):
+            try:
+                self.renew()
+                pause = self._lease_seconds / 3
+            except Exception as error:  # noqa: BLE001 - a worker whose heartbeat ended would lose all it holds
+                # Postgres may be back before the lease is over; if not, the guarded writes will tell.
+                if pause > self._lease_seconds / 30:
+                    logger.warning("leases could not be renewed, trying again: %s", refusal(error))
+                pause = self._lease_seconds / 30
+
+
+class LeaseKeeper(Keeper):
+    """Renews the leases of ChunkBatches, and says which of them are lost."""
+
+    def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
+        super().__init__(db, lease_seconds, name="lease-keeper")
+        self._held: dict[int, HeldLease] = {}
+        self._mine = threading.local()
 
     @contextlib.contextmanager
     def holding(self, lease: Lease) -> Iterator[HeldLease]:
+        """Renew ``lease`` until the block ends."""
         held = HeldLease(lease)
         with self._mutex:
             self._held[lease.chunk_batch_id] = held
@@ -92,7 +126,7 @@ class LeaseKeeper:
 
     @contextlib.contextmanager
     def at_postgres(self) -> Iterator[None]:
-        """What this thread holds, if anything, does not stand still meanwhile: Postgres is waited for."""
+        """What this thread holds does not count as standing still meanwhile, because Postgres is waited for."""
         held: HeldLease | None = getattr(self._mine, "held", None)
         if held is None:
             yield
@@ -115,18 +149,6 @@ class LeaseKeeper:
         now = time.monotonic()
         return max(((now - at, chunk_batch_id) for at, chunk_batch_id in held if at is not None), default=(0.0, 0))
 
-    def _run(self) -> None:
-        pause = self._lease_seconds / 3
-        while not self._stop.wait(pause):
-            try:
-                self.renew()
-                pause = self._lease_seconds / 3
-            except Exception as error:  # noqa: BLE001 - a worker whose heartbeat ended would lose all it holds
-                # Postgres may be back before the lease is over; if not, the guarded writes will tell.
-                if pause > self._lease_seconds / 30:
-                    logger.warning("leases could not be renewed, trying again: %s", refusal(error))
-                pause = self._lease_seconds / 30
-
     def renew(self) -> None:
         """Renew once. A lease that is no longer ours is marked lost."""
         with self._mutex:
@@ -140,3 +162,29 @@ class LeaseKeeper:
         for chunk_batch_id, lease in held.items():
             if chunk_batch_id not in still_ours:
                 lease.lost.set()
+
+
+class StepKeeper(Keeper):
+    """Renews the leases of ProviderBatch steps. A step that lost its lease learns it from its next guarded UPDATE."""
+
+    def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
+        super().__init__(db, lease_seconds, name="step-keeper")
+        self._held: dict[int, Step] = {}
+
+    @contextlib.contextmanager
+    def holding(self, step: Step) -> Iterator[None]:
+        """Renew the step's lease until the block ends."""
+        with self._mutex:
+            self._held[step.id] = step
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._held.pop(step.id, None)
+
+    def renew(self) -> None:
+        with self._mutex:
+            held = list(self._held.values())
+        if held:
+            with self._db.begin() as conn:
+                provider_batches.renew_if_held(conn, held, lease_seconds=self._lease_seconds)

@@ -5,35 +5,30 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
-from typing import Protocol
+from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 
 from chunkmill.db.connect import raw
 from chunkmill.ledger.embed_requests import CHANNEL
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
-from chunkmill_workers.process.lease import LeaseKeeper
+from chunkmill_workers.process.context import QueueContext
 
 logger = logging.getLogger(__name__)
+
+Context = TypeVar("Context", bound=QueueContext)
 
 LOOK_SECONDS = 1.0
 """Without a notification, look this often: NOTIFY does not cross every connection pooler."""
 RECONNECT_SECONDS = 2.0
 
 
-class Holder(Protocol):
-    """A worker's context, on either queue."""
-
-    db: sa.Engine
-    leases: LeaseKeeper
-
-
-class Listener(threading.Thread):
+class Listener(threading.Thread, Generic[Context]):
     """Calls ``answer_next`` until it says False, whenever a request may have come."""
 
-    def __init__(self, name: str, holder: Holder) -> None:
+    def __init__(self, name: str, context: Context) -> None:
         super().__init__(name=name, daemon=True)
-        self._holder = holder
+        self._context = context
         self._stop_listening = threading.Event()
 
     @abstractmethod
@@ -53,7 +48,7 @@ class Listener(threading.Thread):
                 self._stop_listening.wait(RECONNECT_SECONDS)
 
     def _listen(self) -> None:
-        with self._holder.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(sa.text(f"LISTEN {CHANNEL}"))
             conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
             try:
@@ -64,7 +59,7 @@ class Listener(threading.Thread):
                     if CANCELLED_CHANNEL in heard:
                         # The ledger says which leases are gone. The notice may be late: its job may have been tried
                         # again since, and the lease that is held now may be good.
-                        self._holder.leases.renew()
+                        self._context.leases.renew()
             finally:
                 # A listening connection must not go back into the pool.
                 conn.invalidate()

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
 
 import psycopg
 import sqlalchemy as sa
@@ -25,6 +24,7 @@ from chunkmill.telemetry.exposition import Process
 from chunkmill.telemetry.metrics import Role
 from chunkmill_workers.host.gpu import ClaimedDevice
 from chunkmill_workers.host.nvml import Gpu, GpuUse
+from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import owner_name
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,6 @@ logger = logging.getLogger(__name__)
 WINDOW_SECONDS = 60.0
 COUNTED = (m.CONTENTS, m.TOKENS, m.PADDED_TOKENS, m.ENGINE_SECONDS)
 NO_GPU = GpuUse(None, None, None)
-
-
-class Reporting(Protocol):
-    """What a worker on either queue has."""
-
-    db: sa.Engine
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +80,7 @@ class Window:
 class Reporter(threading.Thread):
     """Reports until it is stopped, then says good-bye. Postgres away, or older than the reports, keeps nothing up."""
 
-    def __init__(self, context: Reporting, worker: Worker, gpu: Gpu | None = None, counts: Counts = COUNTS) -> None:
+    def __init__(self, context: QueueContext, worker: Worker, gpu: Gpu | None = None, counts: Counts = COUNTS) -> None:
         super().__init__(name="reporter", daemon=True)
         self._context = context
         self._worker = worker
@@ -99,7 +92,7 @@ class Reporter(threading.Thread):
         self._said_why = False
 
     @classmethod
-    def of(cls, contexts: Sequence[Any], label: str, claimed: ClaimedDevice | None) -> Reporter:
+    def of(cls, contexts: Sequence[QueueContext], label: str, claimed: ClaimedDevice | None) -> Reporter:
         """Of a process on one queue or on both, which then is one local worker."""
         gpu = Gpu.open(claimed.gpu) if claimed and claimed.gpu else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import sqlalchemy as sa
 
@@ -13,18 +12,11 @@ from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import bound
-
-
-class Context(Protocol):
-    """What the workers of both queues have."""
-
-    name: str
-
-    def transact(self, work: Callable[[sa.Connection], Sequence[str]], what: str) -> Sequence[str]: ...
+from chunkmill_workers.process.context import QueueContext
 
 
 @contextmanager
-def attempt_at(context: Context, lease: Lease, *, rung_ns: int) -> Iterator[None]:
+def attempt_at(context: QueueContext, lease: Lease, *, rung_ns: int) -> Iterator[None]:
     """Lines carry job, ChunkBatch and attempt; the span stands under the job's enqueue, from when the bell came."""
     facts = {
         "job": lease.job_id,
@@ -42,7 +34,7 @@ def attempt_at(context: Context, lease: Lease, *, rung_ns: int) -> Iterator[None
 
 
 @contextmanager
-def step_of(context: Context, step: Step, *, expected: tuple[type[Exception], ...]) -> Iterator[None]:
+def step_of(context: QueueContext, step: Step, *, expected: tuple[type[Exception], ...]) -> Iterator[None]:
     """One step of a ProviderBatch: its span stands under its one job, or is linked to each of several."""
     parents = _parents(context, lambda conn: traces.of_provider_batch(conn, step.id))
     name = f"chunkmill.provider_batch.{step.state}"
@@ -54,5 +46,5 @@ def ids(step: Step) -> dict[str, int]:
     return {"provider_batch": step.id, "attempt": step.attempt, "space": step.space_id}
 
 
-def _parents(context: Context, read: Callable[[sa.Connection], Sequence[str]]) -> Sequence[str]:
+def _parents(context: QueueContext, read: Callable[[sa.Connection], Sequence[str]]) -> Sequence[str]:
     return context.transact(read, "read the trace") if tracing.is_on() else ()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import sqlalchemy as sa
 
+from chunkmill.broker import PROVIDER_QUEUE
 from chunkmill.db.connect import create_db, require_migrated
-from chunkmill.db.retry import transact
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
 from chunkmill.openai.catalogue import model_for
@@ -24,28 +20,19 @@ from chunkmill.openai.wire.jsonl import RequestForm
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.telemetry import tracing
-from chunkmill_workers.process.lease import LeaseKeeper, owner_name
-from chunkmill_workers.provider.keeper import StepKeeper
-
-T = TypeVar("T")
+from chunkmill_workers.process.context import QueueContext
+from chunkmill_workers.process.lease import LeaseKeeper, StepKeeper, owner_name
 
 
-class ProviderContext:
-    """Built once per process by ``chunkmill_workers.celery`` before the first task."""
+class ProviderContext(QueueContext):
+    """A worker of the paid routes, on queue ``openai``."""
 
-    _current: ClassVar[ProviderContext | None] = None
+    queue: ClassVar[str] = PROVIDER_QUEUE
 
     def __init__(self, settings: Settings, db: sa.Engine, provider: Provider) -> None:
-        self.settings = settings
-        self.db = db
+        super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
-        self.name = owner_name(os.getpid())
-        self.leases = LeaseKeeper(db, settings.lease_seconds)
         self.steps = StepKeeper(db, settings.lease_seconds)
-        self.stopping = threading.Event()
-        """Set when the worker is told to go: steps end where their row says how far they are."""
-        self.last_doorbell = time.monotonic()
 
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
@@ -57,28 +44,8 @@ class ProviderContext:
         )
         require_migrated(db)
         context = cls(settings, db, provider)
-        context.leases.start()
-        context.steps.start()
-        cls._current = context
+        context.become_current()
         return context
-
-    @classmethod
-    def current(cls) -> ProviderContext:
-        if cls._current is None:
-            raise RuntimeError(
-                "no provider context: start the worker with `celery -A chunkmill_workers worker -Q openai`"
-            )
-        return cls._current
-
-    def transact(self, work: Callable[[sa.Connection], T], what: str, *, give_up: bool = False) -> T:
-        """Run ``work`` in a transaction, again and again while Postgres is away; see ``chunkmill.db.retry``."""
-        with tracing.span(what):
-            return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
-
-    @contextlib.contextmanager
-    def begin(self) -> Iterator[sa.Connection]:
-        with self.db.begin() as conn:
-            yield conn
 
     def model(self, space: Space) -> ProviderModel:
         """The provider's model that serves a space. Raises :class:`UnknownModel`."""
@@ -117,8 +84,11 @@ class ProviderContext:
         """``dimensions`` is sent only where it says something: older models refuse it."""
         return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
 
+    def become_current(self) -> None:
+        self.steps.start()
+        super().become_current()
+
     def close(self) -> None:
-        self.leases.stop()
         self.steps.stop()
         self.provider.close()
-        self.db.dispose()
+        super().close()

@@ -44,12 +44,11 @@ LOCAL_FIRST_SECONDS = 2.0
 """A space that local workers serve too is theirs for so long."""
 
 
-class WaitingLane(Listener):
+class WaitingLane(Listener[ProviderContext]):
     """As ``chunkmill_workers.local.embed_requests.EmbedRequestLane``, by plain requests."""
 
     def __init__(self, context: ProviderContext) -> None:
         super().__init__("embed-requests-openai", context)
-        self._context = context
 
     def answer_next(self) -> bool:
         """Answer one request; False when there is none, or when this worker leaves."""

@@ -1,7 +1,8 @@
 """One setup of the engine in a process of its own, so that its peak memory and its crashes are its own.
 
-``python -m chunkmill_workers.tuning.candidate`` reads JSON lines from stdin and answers each with one on stdout: first what to
-load, then commands. It ends when stdin does. Threads are set in its environment: ``chunkmill_workers.tuning.process``.
+``python -m chunkmill_workers.tuning.candidate`` reads JSON lines from stdin and answers each with one on stdout: first
+what to load, then commands. It ends when stdin does. ``chunkmill_workers.tuning.process``
+sets the number of threads in its environment.
 """
 
 from __future__ import annotations

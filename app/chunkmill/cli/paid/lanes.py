@@ -10,9 +10,9 @@ from rich.text import Text
 
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.client import Client
+from chunkmill.domain.lanes import PAID_ROUTES, Lane
+from chunkmill.domain.results import Explanation
 from chunkmill.domain.states import Route
-from chunkmill.ledger.jobs.explain import Explanation
-from chunkmill.ledger.provider.provider_lanes import PAID_ROUTES, Lane
 
 
 @click.group(invoke_without_command=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import signal
@@ -22,6 +21,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
 from chunkmill.monitor.gauges import Observer
 from chunkmill.monitor.servers import look_at_database
+from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
@@ -64,12 +64,10 @@ def poller(screen: Screen, check: bool) -> None:
     configure(settings.log_level, settings.log_format)
     db = create_db(settings.require_database_url(), role="poller")
     broker = Broker.connect(settings)
-    # By name and only here: `app` never imports `workers`, so that a producer can be installed without them.
-    module = importlib.import_module("chunkmill.poller.poller")
     try:
         require_migrated(db)
         with _observed(settings):
-            module.Poller(db, broker, settings).run(stop)
+            Poller(db, broker, settings).run(stop)
     finally:
         broker.close()
         db.dispose()

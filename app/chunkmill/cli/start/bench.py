@@ -51,6 +51,6 @@ def bench(
     sys.stdout.flush()
     sys.stderr.flush()
     # This process becomes that one: here nothing imports torch, and there a Ctrl-C has servers to stop.
-    os.execv(
+    os.execv(  # noqa: S606
         sys.executable, [sys.executable, "-P", "-m", "chunkmill_workers.benchmarks", *arguments, *(scopes or SCOPES)]
     )

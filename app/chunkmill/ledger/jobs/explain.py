@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.domain.lanes import Lane
+from chunkmill.domain.results import Explanation, JobProviderBatch, OpenWork, RoutingStep
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
 from chunkmill.errors import NotFound
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.ledger.provider.provider_lanes import Lane
 
 SHOWN_PROVIDER_BATCHES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingStep:
-    """A choice of a lane: when, which and why."""
-
-    at: datetime
-    route: Route
-    because: str
-
-
-@dataclass(frozen=True, slots=True)
-class OpenWork:
-    """Open ChunkBatches of one lane and state. ``at_provider``: ProviderBatches have their contents."""
-
-    route: Route
-    state: ChunkBatchState
-    at_provider: bool
-    chunk_batches: int
-    contents: int
-    due_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class JobProviderBatch:
-    """A ProviderBatch that has contents of the job, or had.
-
-    ``done`` of its ``requests`` are through, by the provider's word; ``next_look`` is None once it is closed.
-    """
-
-    id: int
-    state: ProviderBatchState
-    provider_status: str | None
-    requests: int
-    done: int
-    contents: int
-    next_look: datetime | None
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """``route`` was asked for, ``routing`` are the choices since, the latest last; ``waits`` says in sentences what
-    the open work waits for. ``lanes`` are the paid ones, ``provider_batches`` the newest of the job.
-    """
-
-    job_id: int
-    state: JobState
-    route: Route
-    deadline: datetime | None
-    routing: tuple[RoutingStep, ...]
-    open: tuple[OpenWork, ...]
-    waits: tuple[str, ...]
-    lanes: tuple[Lane, ...]
-    provider_batches: tuple[JobProviderBatch, ...]
 
 
 def explain(conn: sa.Connection, job_id: int) -> Explanation:

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from chunkmill.cli.watch.view import draw, facts, rates
+from chunkmill.domain.lanes import Lane
 from chunkmill.domain.states import JobState, Route
-from chunkmill.ledger.provider.provider_lanes import Lane
 from chunkmill.monitor.reports import Report
 from chunkmill.monitor.snapshot import Fault, Money, Now, OpenJob, Tally
 from chunkmill.monitor.watcher import Eta, Pace, View, lane_states

@@ -208,3 +208,26 @@ def test_settings_show_no_secret() -> None:
     }
     settings = Settings.from_env(**secrets)
     assert "QUAGGA" not in f"{settings!r} {settings}"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql+psycopg://user:secret@host:5432/db", "postgresql+psycopg://user:***@host:5432/db"),
+        ("postgresql://user:se%40cret@host/db", "postgresql://user:***@host/db"),
+        ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u&password=***"),
+        ("postgresql://host/db?sslpassword=secret", "postgresql://host/db?sslpassword=***"),
+        ("postgresql://host/db?PASSWORD=secret&x=1", "postgresql://host/db?PASSWORD=***&x=1"),
+        ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
+        (
+            "rediss://user:secret@host:6379/0?ssl_cert_reqs=required",
+            "rediss://user:***@host:6379/0?ssl_cert_reqs=required",
+        ),
+        ("unix://:secret@/run/redis.sock?db=0", "unix://:***@/run/redis.sock?db=0"),
+        ("unix:///run/redis.sock?db=0&password=secret", "unix:///run/redis.sock?db=0&password=***"),
+        ("unix:///run/redis.sock?db=0", "unix:///run/redis.sock?db=0"),
+        ("postgresql://postgres@/db?host=/run/pg&port=5432", "postgresql://postgres@/db?host=/run/pg&port=5432"),
+    ],
+)
+def test_no_password_is_shown(url: str, expected: str) -> None:
+    assert without_passwords(url) == expected

@@ -199,7 +199,7 @@ def test_another_environment_does_not_see_ours(monkeypatch: pytest.MonkeyPatch) 
 
     ours, own = environments.variables(3, own=False), environments.variables(3, own=True)
 
-    assert ours["PYTHONPATH"].split(":") == [str(machine.ROOT), "somewhere"]
+    assert ours["PYTHONPATH"].split(":") == [*map(str, machine.CODE), "somewhere"]
     assert not {"PYTHONPATH", "VIRTUAL_ENV"} & own.keys()
     assert {own[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")} == {"3"}
 

@@ -25,7 +25,7 @@ REFUSED = "CTranslate2 int8"
 
 @pytest.fixture(scope="module")
 def engine() -> dict[str, Any]:
-    """Made-up rounds of every peer in the shape that ``chunkmill_workers.benchmarks.engine`` gives them; one fails its gate."""
+    """Made-up rounds of every peer in the shape that the benchmark ``engine`` gives them; one fails its gate."""
     found: list[Measurement] = []
     chosen = peers("bf16", "cpu")
     for group in ("docstrings", "short texts"):

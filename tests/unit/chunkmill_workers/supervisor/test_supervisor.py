@@ -25,7 +25,6 @@ from chunkmill_workers.supervisor.supervision import Place, Then, arguments_for,
 from chunkmill_workers.supervisor.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
 from tests.support.waiting import PATIENCE, until
 
-CHECKOUT = Path(__file__).parents[4]
 TWO = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
 
 
@@ -142,7 +141,10 @@ def test_workers_of_two_containers_on_one_host_have_two_names(monkeypatch: pytes
 
 
 def test_the_supervisor_stays_small() -> None:
-    code = "import sys, chunkmill_workers.supervisor.supervisor; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
+    code = (
+        "import sys, chunkmill_workers.supervisor.supervisor as _"
+        "; print({'torch', 'transformers', 'celery'} & sys.modules.keys())"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
 
@@ -182,7 +184,7 @@ def test_postgres_away_is_said_once_and_survived(caplog: pytest.LogCaptureFixtur
 SUPERVISOR = """
 import json, os, sys
 from chunkmill.telemetry.logging import configure
-from workers import supervisor
+from chunkmill_workers.supervisor import supervisor
 from chunkmill_workers.supervisor.supervision import Place
 
 configure()
@@ -225,6 +227,7 @@ while True:
 NOTICES = """
 import os, time
 from chunkmill_workers.supervisor.supervisor import supervisor_is_gone
+from tests.support.checkout import CHECKOUT, PYTHONPATH
 print("ready", os.getpid(), flush=True)
 while not supervisor_is_gone():
     time.sleep(0.02)
@@ -240,7 +243,7 @@ class Run:
         with self._log.open("wb") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-c", SUPERVISOR, child, json.dumps(places), str(kill_seconds)],
-                cwd=folder, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, stdout=log, stderr=log,
+                cwd=folder, env=os.environ | {"PYTHONPATH": PYTHONPATH}, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 

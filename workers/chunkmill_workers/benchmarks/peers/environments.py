@@ -78,7 +78,7 @@ def variables(threads: int, *, own: bool) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         "INFINITY_ANONYMOUS_USAGE_STATS": "0",
-        "PYTHONPATH": os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*map(str, machine.CODE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if own:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):

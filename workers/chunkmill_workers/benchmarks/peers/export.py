@@ -1,7 +1,7 @@
 """What peers need made of a model, kept in the user's cache: ONNX graphs, a folder around one, CTranslate2's form.
 
-``python -m chunkmill_workers.benchmarks.peers.export KIND``, with the model as JSON on stdin, in a process of its own, because tracing
-leaves much behind. A folder is renamed into its place when it is whole.
+``python -m chunkmill_workers.benchmarks.peers.export KIND``, with the model as JSON on stdin, in a process of its own,
+because tracing leaves much behind. A folder is renamed into its place when it is whole.
 """
 
 from __future__ import annotations

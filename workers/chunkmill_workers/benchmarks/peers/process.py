@@ -24,15 +24,15 @@ ANSWER_SECONDS = 1_800
 STOP_SECONDS = 10
 TAIL_LINES = 15
 
-# Runs chunkmill_workers.benchmarks.peers.serve from this package's folder alone: with its parent on the path, an installed package would
-# lend its site-packages to an environment that has its own.
+# Runs chunkmill_workers.benchmarks.peers.serve from this package's folder alone: with its parent on the path, an
+# installed package would lend its site-packages to an environment that has its own.
 _BOOTSTRAP = """
 import importlib.util, runpy, sys
 folder = sys.argv.pop(1)
 file = folder + "/__init__.py"
-spec = importlib.util.spec_from_file_location("benchmarks", file, submodule_search_locations=[folder])
-sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["benchmarks"])
+spec = importlib.util.spec_from_file_location("chunkmill_workers", file, submodule_search_locations=[folder])
+sys.modules["chunkmill_workers"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["chunkmill_workers"])
 runpy.run_module("chunkmill_workers.benchmarks.peers.serve", run_name="__main__", alter_sys=True)
 """
 
@@ -63,7 +63,7 @@ class Running:
         began = time.perf_counter()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [python, "-P", "-c", _BOOTSTRAP, str(Path(__file__).parents[1])],
+                [python, "-P", "-c", _BOOTSTRAP, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
                 env=variables(threads, own=peer.environment is not None), start_new_session=True,
             )  # fmt: skip

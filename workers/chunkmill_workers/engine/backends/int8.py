@@ -64,7 +64,7 @@ def require_int8(device: torch.device, backend: str, dtype: torch.dtype) -> None
 
 
 class Int8Backend(NativeBackend):
-    """See :class:`chunkmill_workers.engine.backends.Backend`. ``dtype`` is of attention; products are int8 whatever it is."""
+    """See :class:`~chunkmill_workers.engine.backends.Backend`. ``dtype`` is attention's; products are always int8."""
 
     def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
         """In fp32, rows of one length at a time.

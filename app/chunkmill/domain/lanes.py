@@ -1,0 +1,48 @@
+"""Lanes: the paid routes, each with its health, which all workers of a route share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from chunkmill.domain.states import Route
+
+PAID_ROUTES = (Route.OPENAI, Route.OPENAI_SYNC)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A paid route as it is now.
+
+    ``paused`` passes by itself, at ``paused_until``; ``stopped`` lasts until somebody resumes the lane. ``held_reason``
+    says why work waits that nothing stops: a budget. ``open`` counts its ProviderBatches by state.
+    """
+
+    route: Route
+    paused_until: datetime | None = None
+    pause_reason: str | None = None
+    stopped_at: datetime | None = None
+    stop_code: str | None = None
+    stop_reason: str | None = None
+    held_reason: str | None = None
+    max_inputs: int | None = None
+    open: Mapping[str, int] | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_at is not None
+
+    @property
+    def state(self) -> str:
+        """``stopped``, ``paused``, ``held`` or ``running``."""
+        if self.stopped_at:
+            return "stopped"
+        if self.paused_until:
+            return "paused"
+        return "held" if self.held_reason else "running"
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it takes work now."""
+        return self.stopped_at is None and self.paused_until is None

@@ -1,0 +1,48 @@
+"""A project that has packages named `app` and `workers` of its own, which is FastAPI's usual layout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chunkmill.client import Client
+from chunkmill.domain.states import JobState
+from tests.acceptance.conftest import Processes
+from tests.support.waiting import PATIENCE
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder whose `app`, `workers` and `benchmarks` end whoever imports them."""
+    folder = tmp_path / "project"
+    for name in ("app", "workers", "benchmarks"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(
+            f"raise SystemExit('somebody imported the foreign package {name}')\n"
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"), ("chunkmill.cli", "worker")],
+    ids=["celery", "chunkmill worker"],
+)
+def test_a_worker_and_a_poller_work_in_a_folder_with_foreign_packages(
+    processes: Processes, client: Client, project: Path, command: tuple[str, ...]
+) -> None:
+    poller = processes.start("chunkmill.cli", "poller", cwd=project)
+    worker = processes.start(*command, cwd=project)
+    worker.wait_for("ready.")
+    job = client.enqueue([("a", "a text")], collection="docs")
+    assert client.wait(job.id, timeout=PATIENCE).state is JobState.COMPLETED
+    script = "from chunkmill import Client; print(Client.from_env().audit('docs').missing)"
+    producer = subprocess.run(
+        [sys.executable, "-c", script], cwd=project, env=processes.env, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (producer.stdout, producer.stderr) == ("0\n", "")
+    for process in (poller, worker):
+        assert "foreign" not in process.output()

@@ -1,0 +1,64 @@
+"""What a user installs: the wheel's names cannot collide with theirs, and its types are seen by their type checker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of the files in the wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_only_two_names_of_ours_stand_at_the_top_of_site_packages(names: list[str]) -> None:
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"chunkmill", "chunkmill_workers"}
+
+
+def test_the_wheel_has_the_types_and_the_migrations(names: list[str]) -> None:
+    assert {"chunkmill/py.typed", "chunkmill_workers/py.typed", "chunkmill/db/alembic/env.py"} <= set(names)
+    versions = {path.name for path in (ROOT / "alembic/versions").glob("0*.py")}
+    assert {f"chunkmill/db/alembic/versions/{name}" for name in versions} <= set(names)
+
+
+def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
+    consumer = tmp_path / "consumer.py"
+    consumer.write_text(
+        "import chunkmill\n"
+        "from chunkmill import Chunk, Client, Job, SearchHit\n"
+        "def use(client: Client) -> None:\n"
+        "    job = client.enqueue([Chunk(id='1', text='a text')], collection='docs')\n"
+        "    reveal_type(job)\n"
+        "    reveal_type(client.search('a query', collection='docs'))\n"
+        "    chunkmill.Nothing\n"
+    )
+    options = ["--strict", "--config-file", "", "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, consumer],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert 'Revealed type is "chunkmill.domain.results.Job"' in done.stdout
+    assert "list[chunkmill.domain.results.SearchHit]" in done.stdout
+    assert 'Module has no attribute "Nothing"' in done.stdout, "an unknown name is an error, and not Any"
+    assert "Found 1 error in 1 file" in done.stdout, done.stdout
