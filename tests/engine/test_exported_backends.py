@@ -35,6 +35,7 @@ from chunkmill_workers.engine.backends.openvino import OpenVinoBackend
 from chunkmill_workers.engine.pooling import Head
 from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.windows import Ids
+from tests.support.checkout import PYTHONPATH
 from tests.support.waiting import PATIENCE
 
 from .conftest import FAMILIES, sample, save_transformer
@@ -290,7 +291,6 @@ def test_a_damaged_export_is_told(
 OWN_CODE = """
 import torch
 from transformers import BertConfig, BertModel
-from tests.support.checkout import PYTHONPATH
 class OwnConfig(BertConfig):
     model_type = "own"
 class OwnModel(BertModel):

@@ -22,6 +22,7 @@ from chunkmill_workers.engine import Engine
 from chunkmill_workers.host.gpu import visible_gpus
 from tests.acceptance.conftest import Processes
 from tests.engine.conftest import stdlib_docstrings
+from tests.support.checkout import PYTHONPATH
 from tests.support.waiting import PATIENCE, running, until
 
 from .conftest import DEVICE, cosines
@@ -39,7 +40,6 @@ except DeviceUnavailable as error:
     print("refused", error, flush=True)
     sys.exit()
 import torch
-from tests.support.checkout import PYTHONPATH
 torch.ones(1, device=claimed.device).item()
 print(torch.cuda.device_count(), claimed.device, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()

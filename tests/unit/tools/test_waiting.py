@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checkout import PYTHONPATH
 from tests.support.waiting import PATIENCE, Call, running, together
 
 TWO_TESTS = """
 import warnings
-from tests.support.checkout import PYTHONPATH
 
 class Connection:
     def __del__(self):

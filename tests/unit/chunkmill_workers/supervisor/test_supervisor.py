@@ -23,6 +23,7 @@ from chunkmill_workers.process import lease
 from chunkmill_workers.process.lease import owner_name
 from chunkmill_workers.supervisor.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
 from chunkmill_workers.supervisor.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
+from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, until
 
 TWO = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
@@ -227,7 +228,6 @@ while True:
 NOTICES = """
 import os, time
 from chunkmill_workers.supervisor.supervisor import supervisor_is_gone
-from tests.support.checkout import CHECKOUT, PYTHONPATH
 print("ready", os.getpid(), flush=True)
 while not supervisor_is_gone():
     time.sleep(0.02)
