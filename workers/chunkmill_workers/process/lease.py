@@ -1,4 +1,4 @@
-"""Threads that renew the leases of a process: one for ChunkBatches, one for the steps of ProviderBatches.
+"""The thread that renews all leases of a process, and says which are lost.
 
 The watchdog sees here which ChunkBatches stand still.
 """
@@ -18,8 +18,6 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal
 from chunkmill.errors import LeaseLost
-from chunkmill.ledger.provider import provider_batches
-from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 
@@ -162,29 +160,3 @@ class LeaseKeeper(Keeper):
         for chunk_batch_id, lease in held.items():
             if chunk_batch_id not in still_ours:
                 lease.lost.set()
-
-
-class StepKeeper(Keeper):
-    """Renews the leases of ProviderBatch steps. A step that lost its lease learns it from its next guarded UPDATE."""
-
-    def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
-        super().__init__(db, lease_seconds, name="step-keeper")
-        self._held: dict[int, Step] = {}
-
-    @contextlib.contextmanager
-    def holding(self, step: Step) -> Iterator[None]:
-        """Renew the step's lease until the block ends."""
-        with self._mutex:
-            self._held[step.id] = step
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._held.pop(step.id, None)
-
-    def renew(self) -> None:
-        with self._mutex:
-            held = list(self._held.values())
-        if held:
-            with self._db.begin() as conn:
-                provider_batches.renew_if_held(conn, held, lease_seconds=self._lease_seconds)

@@ -21,7 +21,8 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
-from chunkmill_workers.process.lease import LeaseKeeper, StepKeeper, owner_name
+from chunkmill_workers.process.lease import LeaseKeeper, owner_name
+from chunkmill_workers.provider.keeper import StepKeeper
 
 
 class ProviderContext(QueueContext):
