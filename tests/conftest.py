@@ -36,6 +36,12 @@ os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tes
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
 TEMPLATE = "template_for_tests"
+FIRST_IDS = {"collections": 201, "jobs": 301, "provider_batches": 401, "dead_chunks": 501, "embed_requests": 601}
+"""The first id of each table in a test's database.
+
+They differ, so that a query that takes the id of one thing for that of another finds nothing and a test fails. Spaces and
+ChunkBatches begin with 1.
+"""
 _numbers = itertools.count()
 
 
@@ -71,6 +77,7 @@ def stack() -> Iterator[StackStatus]:
         status = Stack(home, fsync=False).up()
         admin(status, f"CREATE DATABASE {TEMPLATE}")
         migrate(url_of(status, TEMPLATE))
+        keep_ids_apart(url_of(status, TEMPLATE))
         yield status
 
 
@@ -120,6 +127,15 @@ def client(settings: Settings) -> Iterator[Client]:
     made = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
     yield made
     made.close()
+
+
+def keep_ids_apart(url: str) -> None:
+    """Let the ids of each table begin as in ``FIRST_IDS``."""
+    engine = sa.create_engine(url)
+    with engine.begin() as conn:
+        for table, first in FIRST_IDS.items():
+            conn.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))
+    engine.dispose()
 
 
 def url_of(stack: StackStatus, name: str) -> str:
