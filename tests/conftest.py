@@ -39,8 +39,8 @@ TEMPLATE = "template_for_tests"
 FIRST_IDS = {"collections": 201, "jobs": 301, "provider_batches": 401, "dead_chunks": 501, "embed_requests": 601}
 """The first id of each table in a test's database.
 
-They differ, so that a query that takes the id of one thing for that of another finds nothing and a test fails. Spaces and
-ChunkBatches begin with 1.
+They differ, so that a query that takes the id of one thing for that of another finds nothing, and a test fails. Spaces
+and ChunkBatches begin with 1.
 """
 _numbers = itertools.count()
 
