@@ -136,7 +136,6 @@ def test_everything_runs_with_no_more_than_it_needs(
         job = client.enqueue([(f"c{i}", f"text number {i}") for i in range(100)], collection="docs")
         until(
             lambda: client.job(job.id).state == "completed",
-            45,
             lambda: f"{guarded.denied()}\n{worker.output()}\n{poller.output()}",
         )
         flower = make_celery(settings.model_copy(update={"redis_url": guarded.url("flower")}))

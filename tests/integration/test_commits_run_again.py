@@ -214,11 +214,12 @@ PICTURES = {
     "accounts": "SELECT job_id, sum(contents)::int AS contents, sum(recomputed)::int AS recomputed, "
     "sum(tokens)::int AS tokens, count(*) FILTER (WHERE outcome = 'completed') AS completed, "
     "count(*) FILTER (WHERE outcome = 'failed') AS failed FROM usage GROUP BY 1 ORDER BY 1",
-    # What comes back is sent again in one ProviderBatch or in two, as it happens to come back.
-    "provider batches": "SELECT sum(resends) AS resends, max(downloads) AS downloads, sum(n_inputs) AS inputs, "
-    "sum(n_contents) AS contents, sum(n_tokens) AS tokens, sum(n_written) AS written, sum(n_dead) AS dead, "
-    "sum(n_returned) AS returned, array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes "
-    "FROM provider_batches",
+    # What comes back is sent again in one ProviderBatch or in two, as it happens to come back; and how much comes back
+    # depends on which line fails. What was sent less what came back is the same every time.
+    "provider batches": "SELECT sum(resends) AS resends, max(downloads) AS downloads, "
+    "sum(n_inputs) - sum(n_returned) AS inputs, sum(n_contents) - sum(n_returned) AS contents, "
+    "sum(n_written) AS written, sum(n_dead) AS dead, "
+    "array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes FROM provider_batches",
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",

@@ -15,6 +15,7 @@ from chunkmill.errors import InvalidSetting, ModelLoadError
 from chunkmill.models import ModelFolder
 from chunkmill_workers.engine.backends import Hidden, pick
 from chunkmill_workers.engine.backends.exported import INPUTS, OUTPUT, find, pad, unreadable
+from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.windows import Ids
 
 _PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -52,7 +53,10 @@ class OpenVinoBackend:
             compiled = self._openvino.Core().compile_model(graph, "CPU", options)
         except Exception as error:
             raise unreadable(graph, error) from error
-        if compiled.get_property("INFERENCE_PRECISION_HINT") != asked:
+        # OpenVINO itself accepts bf16 on some processors that do not have it, and emulates it (AVX-512 without BF16).
+        if compiled.get_property("INFERENCE_PRECISION_HINT") != asked or (
+            dtype is torch.bfloat16 and not cpu_has_bf16()
+        ):
             raise ModelLoadError("backend openvino: this CPU does not multiply bf16; set EMBEDDING_DTYPE=fp32")
         self._request = compiled.create_infer_request()
         self._hidden = compiled.output(OUTPUT).partial_shape[2].get_length()
