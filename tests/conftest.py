@@ -35,6 +35,14 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(4 * PATIENCE))  # for pytest-timeout
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
 
+with contextlib.suppress(ImportError):  # where only the GPU's tests are to run, it is not installed
+    from hypothesis import HealthCheck
+    from hypothesis import settings as hypothesis_settings
+
+    # A busy machine makes examples slowly, which says nothing about the code.
+    hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    hypothesis_settings.load_profile("patient")
+
 TEMPLATE = "template_for_tests"
 FIRST_IDS = {"collections": 201, "jobs": 301, "provider_batches": 401, "dead_chunks": 501, "embed_requests": 601}
 """The first id of each table in a test's database.

@@ -66,6 +66,12 @@ def cancel_before_it_is_sent(stage: Scene, jobs: list[Job]) -> None:
         stage.corridor.client.cancel(job.id)
 
 
+def look_before_it_ends(stage: Scene, jobs: list[Job]) -> None:
+    """Each batch is looked at while it is in progress, and again when it has ended."""
+    stage.run_until(lambda: stage.asked("batches.retrieve") >= 2)
+    stage.server.control(in_progress_seconds=0.0)
+
+
 def resume(route: str) -> Callable[[Scene, list[Job]], None]:
     def act(stage: Scene, jobs: list[Job]) -> None:
         client = stage.corridor.client
@@ -81,7 +87,8 @@ STORIES = {
     "batches": Story(
         ("claim a step", "look at the lane", "gather", "upload", "create", "submitted", "ended", "collect", "account",
          "close", "look again later"),
-        lambda server: server.control(in_progress_seconds=0.3),
+        lambda server: server.control(in_progress_seconds=3600.0),
+        act=look_before_it_ends,
     ),
     "a create without an answer": Story(
         ("create again", "release a step"), lambda server: server.misbehave("cut", where=CREATE)

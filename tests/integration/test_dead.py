@@ -77,7 +77,11 @@ def test_the_list_is_newest_first_and_chosen_by_job_collection_and_code(client: 
     assert sorted(ids(client.dead()), reverse=True) == ids(client.dead())
     assert [e.job_id for e in client.dead()] == [second.id, first.id, first.id]
     assert ids(client.dead(limit=1)) == [client.dead()[0].id]
-    assert {e.job_id for e in client.dead(job_id=first.id)} == {e.job_id for e in client.dead(code="not_finite")} == {1}
+    assert (
+        {e.job_id for e in client.dead(job_id=first.id)}
+        == {e.job_id for e in client.dead(code="not_finite")}
+        == {first.id}
+    )
     assert [e.job_id for e in client.dead(collection="other")] == [second.id]
     assert client.dead(job_id=first.id, code="out_of_memory") == []
     assert client.dead_codes() == {"not_finite": 2, "out_of_memory": 1}
@@ -513,8 +517,8 @@ def test_dead_list_and_dead_show(client: Client, hands: Hands) -> None:
     listed = call("dead", "list", "--job", str(job.id), "-c", "docs")
     assert bad.reason in listed.stdout
     assert [line.split()[:6] for line in listed.stdout.splitlines()[1:3]] == [
-        [str(bad.id), "1", "docs", "bad", "kills_workers", "missing"],
-        [str(empty.id), "1", "docs", "empty", "empty_text", "refused"],
+        [str(bad.id), "301", "docs", "bad", "kills_workers", "missing"],
+        [str(empty.id), "301", "docs", "empty", "empty_text", "refused"],
     ]
     assert listed.stdout.endswith("\n\n1 empty_text, 1 kills_workers\n")
     assert call("dead", "list", "-n", "1").stdout.endswith("These are the newest 1 of 2: -n shows more.\n")
@@ -546,8 +550,8 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         assert "by ID, or choose" in call("dead", "retry", *wrong, exit_code=2).stderr
     done = call("dead", "retry", "--job", str(job.id))
     assert done.stdout.splitlines() == [
-        "1 chunk of job 1 came off the dead list; 1 text to embed.",
-        "Job 1 (docs) is running: 1 to go, 1 dead.",
+        "1 chunk of job 301 came off the dead list; 1 text to embed.",
+        "Job 301 (docs) is running: 1 to go, 1 dead.",
     ]
     assert "1 chunk passed over: refused at the door" in done.stderr
     hands.work(dead={"text a": "not_finite"})
@@ -572,7 +576,7 @@ def test_dead_drop_needs_a_yes(client: Client, hands: Hands) -> None:
     assert len(client.dead()) == 2
     assert call("dead", "drop", str(first), "--yes").stdout.splitlines() == [
         "1 entry dropped from the dead list, 1 chunk from their collections.",
-        "Job 1 (docs) is failed: 0 to go, 1 dead.",
+        "Job 301 (docs) is failed: 0 to go, 1 dead.",
     ]
     assert "no dead chunk" in call("dead", "drop", str(first), "--yes", exit_code=1).stderr
     dropped = document("dead", "drop", "--code", "not_finite", "--yes")

@@ -25,6 +25,7 @@ from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.local.attempt import Attempt
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
@@ -49,7 +50,7 @@ def waits_for_a_deletion(db: sa.Engine) -> bool:
 def deletion_under_way(db: sa.Engine, chunk_id: str) -> Iterator[sa.Connection]:
     """A chunk of the first collection is deleted, with its text, and the transaction is not committed yet."""
     with db.begin() as deleting:
-        assert delete_some(deleting, collection_id=1, chunk_ids=[chunk_id], limit=10) == 1
+        assert delete_some(deleting, collection_id=FIRST_IDS["collections"], chunk_ids=[chunk_id], limit=10) == 1
         yield deleting
 
 

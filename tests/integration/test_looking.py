@@ -147,7 +147,7 @@ def test_deaths_failures_discards_and_stops_are_told_with_their_reason(
     now, tally = seen(db, settings), tallied(db)
     assert [(fault.what, fault.line) for fault in now.faults] == [
         ("stopped", "lane openai: insufficient_quota: no money left"),
-        ("discarded", "ChunkBatch 1 of job 1 after 5 attempts: the model is broken"),
+        ("discarded", "ChunkBatch 1 of job 301 after 5 attempts: the model is broken"),
         ("died", "h:9: ChunkBatch 1 of job 1: ended by SIGSEGV"),
     ]
     assert now.recent == {"died": 1, "discarded": 1}

@@ -319,7 +319,7 @@ def test_the_lease_keeper_renews_and_notices_a_loss(client: Client, context: Wor
             renewed = conn.execute(sa.text("SELECT lease_until FROM chunk_batches")).scalar_one()
         assert renewed > until
         held.check()
-        client.cancel(1)
+        client.cancel(client.jobs()[0].id)
         context.leases.renew()
         with pytest.raises(Exception, match="lost its lease"):
             held.check()

@@ -29,6 +29,7 @@ from chunkmill.settings import Settings
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.pipeline import run_chunk_batch
+from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, running, together, until
 
@@ -434,7 +435,9 @@ def test_a_delete_beside_a_prune_takes_each_row_once(client: Client, db: sa.Engi
     finished(runner, "docs", {f"c{i}": f"other {i}" for i in range(20)})
     with running(lambda: client.evict(older_than=timedelta(0))) as (pruning,):
         with db.begin() as conn:
-            delete_some(conn, collection_id=1, chunk_ids=[f"c{i}" for i in range(20, 30)], limit=100)
+            delete_some(
+                conn, collection_id=FIRST_IDS["collections"], chunk_ids=[f"c{i}" for i in range(20, 30)], limit=100
+            )
         assert gone(pruning.result())["contents"] == 20
     assert client.audit("docs").complete
     assert client.audit("docs").chunks == 30

@@ -33,6 +33,7 @@ from chunkmill_workers.local.embed_requests import EmbedRequestLane
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
 from chunkmill_workers.process.lease import LeaseKeeper
+from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, Call, together, until
 
@@ -138,7 +139,7 @@ def test_a_deletion_under_way_while_a_worker_reads_leaves_no_vector(
 ) -> None:
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
     with db.begin() as deleting:
-        delete_some(deleting, collection_id=1, chunk_ids=["a"], limit=10)
+        delete_some(deleting, collection_id=FIRST_IDS["collections"], chunk_ids=["a"], limit=10)
         worker = Call(lambda: run_chunk_batch(context, 1))
         # The worker stands before the deletion's lock.
         until(lambda: execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0])

@@ -17,6 +17,7 @@ from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import staging
 from chunkmill.store.write import relax_durability, write_vectors
+from tests.conftest import FIRST_IDS
 from tests.support.waiting import PATIENCE, until
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
@@ -103,7 +104,7 @@ def test_two_producers_of_one_collection_do_not_deadlock(client: Client, db: sa.
 
     def merge(conn: sa.Connection, ids: Sequence[str]) -> None:
         staging.stage(conn, [prepare((name, f"a text of {name}"), 0) for name in ids])
-        staging.merge_chunks(conn, collection_id=1, job_id=1)
+        staging.merge_chunks(conn, collection_id=FIRST_IDS["collections"], job_id=FIRST_IDS["jobs"])
 
     meet(db, "chunks", merge, ["a", "b", "c", "d"])
     assert client.audit("docs").chunks == 5
