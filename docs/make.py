@@ -50,7 +50,7 @@ SETTINGS_GROUPS = {
     "metrics_port": "Metrics and logs",
     "embedding_provider": "Paid routes and costs",
 }
-"""The heading of each group, by its first field. Fields keep the order of the source; those of the paid routes are last."""
+"""The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
     "Client": ["Client"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],

@@ -73,9 +73,8 @@ def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
             ),
             {"urgent": urgent.id, "bulk": bulk.id},
         ).scalar_one()
-    assert (
-        before_it <= SMALLEST_WINDOW // 2
-    )  # it waited for the ChunkBatch in the worker's hands, and not for everything in Redis
+    # It waited for the ChunkBatch in the worker's hands, and not for everything in Redis.
+    assert before_it <= SMALLEST_WINDOW // 2
     going_on = client.job(bulk.id)
     assert going_on.state is JobState.RUNNING
     until(lambda: client.job(bulk.id).embedded > going_on.embedded, worker.output)

@@ -296,9 +296,8 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     browser.get(f"http://127.0.0.1:{scene.port}/workers")
     assert not any(name in browser.page_source for name in scene.workers)
 
-    browser.get(
-        f"http://{LOGIN}@127.0.0.1:{scene.port}/workers"
-    )  # the browser answers the question for the password with this
+    # The browser answers Flower's question for the password with what is in the address.
+    browser.get(f"http://{LOGIN}@127.0.0.1:{scene.port}/workers")
     browser.get(f"http://127.0.0.1:{scene.port}/workers")
     until(lambda: all(name in shown() for name in scene.workers), shown)
     assert len(rows("workers-table")) == len(scene.workers)

@@ -34,7 +34,7 @@ SECRETS = {
 
 @pytest.fixture
 def secret(settings: Settings, db: sa.Engine) -> Iterator[dict[str, str]]:
-    """Return an environment whose addresses hold passwords. Redis asks for its password, Postgres on its socket does not."""
+    """Yield an environment whose addresses hold passwords. Redis asks for its password; Postgres' socket does not."""
     with redis.Redis.from_url(settings.require_redis_url()) as store:
         store.acl_setuser("marked", enabled=True, passwords=[f"+{SECRETS['Redis']}"], categories=["+@all"], keys=["*"],
                           channels=["*"])  # fmt: skip

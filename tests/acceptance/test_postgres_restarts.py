@@ -25,7 +25,7 @@ from tests.support.waiting import PATIENCE, until
 
 @pytest.fixture
 def own(settings: Settings) -> Iterator[tuple[Stack, Settings]]:
-    """Yield servers for this test alone, because other tests share theirs. With fsync, Postgres recovers from a crash."""
+    """Yield servers of its own, because other tests share theirs. With fsync, Postgres recovers from a crash."""
     with folder_for_homes("cm-") as home:
         stack = Stack(home, fsync=True)
         status = stack.up()
@@ -61,10 +61,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
                 cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = :name"
                 assert conn.execute(sa.text(cut), {"name": "chunkmill-worker"}).scalar_one() > 0
             further()
-            for how in (
-                signal.SIGINT,
-                signal.SIGQUIT,
-            ):  # these are Postgres' fast shutdown and an immediate one, which is like a crash
+            for how in (signal.SIGINT, signal.SIGQUIT):  # a fast shutdown, and one that is like a crash
                 pid = stack.status().postgres.pid
                 assert pid is not None
                 os.kill(pid, how)
