@@ -63,8 +63,8 @@ BEGIN
 END
 $$;
 
--- Creates the vector table of a registered space, exactly as app/chunkmill/spaces/registry.py does if its role may create tables. The
--- only thing it takes from its caller is the space's number.
+-- Creates the vector table of a registered space, exactly as app/chunkmill/spaces/registry.py does if its role may
+-- create tables. The only thing it takes from its caller is the space's number.
 CREATE OR REPLACE FUNCTION public.create_vector_table(space integer) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 AS $$

@@ -50,7 +50,7 @@ SETTINGS_GROUPS = {
     "metrics_port": "Metrics and logs",
     "embedding_provider": "Paid routes and costs",
 }
-"""By the field that begins it. The fields come in the order of the source, those of the paid routes last."""
+"""The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
     "Client": ["Client"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
@@ -66,7 +66,7 @@ SECTIONS = {
 
 
 def pages() -> dict[Path, str]:
-    """What each page should be."""
+    """Return the text that each generated page should have."""
     decisions = "".join(f"- {decision(path)}\n" for path in sorted((ROOT / "docs" / "decisions").glob("*.md")))
     architecture = ARCHITECTURE.read_text(encoding="utf-8")
     return {
@@ -104,12 +104,12 @@ def settings() -> str:
 
 
 def list_own(what: type) -> list[str]:
-    """The fields that the class itself declares."""
+    """Return the names of the fields that the class itself declares."""
     return [name for name in inspect.get_annotations(what) if name in Settings.model_fields]
 
 
 def default_of(value: object) -> str:
-    """As it is written in the environment, as code; nothing if there is no default."""
+    """Return the value as the environment would have it, as code; nothing if there is no default."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -140,7 +140,7 @@ def fields(what: type) -> Iterator[str]:
 
 
 def methods(what: type) -> Iterator[str]:
-    """Its own, then those of the classes it is made of, in the order of the source; none without a docstring."""
+    """Yield the methods that have a docstring: its own, then those of its base classes, in the order of the source."""
     members = [item for each in what.__mro__ if each.__module__.startswith("chunkmill.") for item in vars(each).items()]
     for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
@@ -153,7 +153,7 @@ def methods(what: type) -> Iterator[str]:
 
 
 def signature(name: str, function: FunctionType) -> str:
-    """As it is written in the source, without ``self``; on one line, or an argument a line."""
+    """Return the signature as the source has it, without ``self``: on one line, or with a line for each argument."""
     node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(node, ast.FunctionDef)
     given = node.args
@@ -173,7 +173,7 @@ def argument(given: ast.arg, default: ast.expr | None) -> str:
 
 
 def attribute_notes(what: type) -> dict[str, str]:
-    """The strings below fields and members, which Python itself throws away."""
+    """Return the strings below fields and members, which Python itself does not keep."""
     node = ast.parse(textwrap.dedent(inspect.getsource(what))).body[0]
     assert isinstance(node, ast.ClassDef)
     notes: dict[str, str] = {}
@@ -207,7 +207,7 @@ def says(note: str | None) -> str:
 
 
 def prose(text: str | None) -> str:
-    """Markdown of a docstring: roles and double backticks become code."""
+    """Return a docstring as Markdown: roles and double backticks become code."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text or "")
     return re.sub(r"``([^`]+)``", r"`\1`", text)
 

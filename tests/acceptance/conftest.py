@@ -49,7 +49,7 @@ class Processes:
         self.env = os.environ | {
             "DATABASE_URL": settings.require_database_url(),
             "REDIS_URL": settings.require_redis_url(),
-            "LEASE_SECONDS": "10",  # three renewals, of which a stalled machine may miss two
+            "LEASE_SECONDS": "10",  # a lease has three renewals, of which a stalled machine may miss two
             "POLL_INTERVAL": "0.1",
             "DOORBELL_REPAIR_SECONDS": "1",
             "CHUNK_BATCH_SIZE": "64",

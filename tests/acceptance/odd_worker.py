@@ -1,7 +1,7 @@
 """A real worker whose engine misbehaves on texts with MARK in them, as ODD says: `-m tests.acceptance.odd_worker`.
 
-It takes Celery's own options. Only the forward pass that holds such a text is tampered with. When it hangs, it says so.
-ODD_DRAIN_SECONDS replaces the 8 s in which a worker that was told to leave must be done.
+It takes Celery's own options. Only the forward pass that holds such a text is changed. Before it hangs, it says so.
+ODD_DRAIN_SECONDS replaces the 8 s within which a worker that was told to leave must have ended.
 """
 
 from __future__ import annotations

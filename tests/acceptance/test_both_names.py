@@ -22,7 +22,7 @@ def test_the_names_are_those_of_the_last_release_and_of_the_next() -> None:
 def test_a_worker_answers_doorbells_under_both_names(processes: Processes, client: Client, broker: Broker) -> None:
     jobs = [client.enqueue([(name, f"the text of {name}")], collection=name) for name in ("last", "next")]
     assert sum(broker.queued_doorbells().values()) == 2
-    broker.client.flushdb()  # what the client rang; there is no poller that would ring again
+    broker.client.flushdb()  # deletes what the client rang, and no poller runs that would ring again
     for chunk_batch_id, name in ((1, EMBED_TASK), (2, NEXT_NAMES[EMBED_TASK])):
         broker.celery.send_task(name, args=[chunk_batch_id], queue=QUEUE)
     worker = processes.worker()

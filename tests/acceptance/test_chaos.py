@@ -1,4 +1,4 @@
-"""`make chaos` in short: the same processes, faults and proof. And does the proof see what is wrong?"""
+"""A short `make chaos`, with the same processes, faults and proof, and tests that the proof sees what is wrong."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
     try:
         output, _ = run.communicate(timeout=3 * PATIENCE)
     finally:
-        run.terminate()  # it stops what it has started
+        run.terminate()  # on SIGTERM it stops what it has started
         run.wait(PATIENCE)
     assert run.returncode == 0, output
     report = json.loads(path.read_text())
     assert (report["faults"], report["survived"], report["problems"]) == (8, 8, [])
     assert report["chunks"] >= 800
-    # Counted outside of the product: every content went through an engine, and nothing else did.
+    # This is counted outside the product: every content went through an engine, and nothing else did.
     assert report["texts_executed"] - report["texts_recomputed"] == report["contents"]
 
 

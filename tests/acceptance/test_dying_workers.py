@@ -1,4 +1,4 @@
-"""Workers that die of their work, hang in it or leave in the middle of it: real processes, real engine."""
+"""Real workers with the real engine that die because of their work, hang in it or leave in the middle of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
         worker = odd(processes, "segfault")
         until(lambda: worker.popen.poll() is not None or client.job(job.id).state.is_final, worker.output)  # noqa: B023
         deaths += worker.popen.poll() == -signal.SIGSEGV
-        with db.begin() as conn:  # the end of its lease, which lasts for longer than a slow machine stands still
+        with db.begin() as conn:  # ends its lease, which lasts longer than a slow machine stands still
             conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() WHERE state = 'running'"))
         assert deaths <= 6, "handed out for ever"
     with pytest.raises(JobFailed, match="killer"):
@@ -54,7 +54,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
     assert MARK not in dead.reason
     audit = client.audit("docs")
     assert (audit.missing_ids, audit.embedded, audit.pending) == (("killer",), 4, 0)
-    # Twice whole, then alone: its neighbours were not made to die with it.
+    # The text died twice with its ChunkBatch and then alone, so its neighbours did not die with it again.
     assert deaths == 4
     assert rows(db, "SELECT max(deaths) FROM chunk_batches") == [(4,)]
 
@@ -70,7 +70,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
 def test_the_watchdog_ends_a_worker_whose_device_is_lost(
     how: str, env: dict[str, str], evidence: str, processes: Processes, client: Client, db: sa.Engine
 ) -> None:
-    """Its leases come back at once, with what was seen, though they would have lasted for minutes."""
+    """Its leases come back at once, with the evidence, although they would have lasted for minutes."""
     job = client.enqueue([*documents(3), ("k", MARK)], collection="docs")
     worker = odd(processes, how, **env)
     until(lambda: worker.popen.poll() is not None, worker.output)

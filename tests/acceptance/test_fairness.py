@@ -1,4 +1,4 @@
-"""Several jobs on one real worker: none waits for all of another, and a cancelled one leaves at once."""
+"""Several jobs on one real worker: no job waits for all of another one, and a cancelled job stops at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def texts(name: str, chunk_batches: int) -> list[tuple[str, str]]:
 
 
 def finished(db: sa.Engine) -> list[int]:
-    """The job of every completed ChunkBatch, in the order in which they were completed."""
+    """Return the job of every completed ChunkBatch, in the order in which they were completed."""
     with db.begin() as conn:
         return list(
             conn.execute(
@@ -73,12 +73,13 @@ def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
             ),
             {"urgent": urgent.id, "bulk": bulk.id},
         ).scalar_one()
-    assert before_it <= SMALLEST_WINDOW // 2  # the one in the worker's hands, and not all that was in Redis
+    # It waited for the ChunkBatch in the worker's hands, and not for everything in Redis.
+    assert before_it <= SMALLEST_WINDOW // 2
     going_on = client.job(bulk.id)
     assert going_on.state is JobState.RUNNING
     until(lambda: client.job(bulk.id).embedded > going_on.embedded, worker.output)
 
-    # And the bells of a cancelled job, which are still in Redis, are answered with nothing.
+    # The bells of a cancelled job, which are still in Redis, are answered without any work.
     cancelled = client.cancel(bulk.id)
     with db.begin() as conn:
         begun = conn.execute(sa.text("SELECT sum(attempt) FROM chunk_batches")).scalar_one()
@@ -97,7 +98,7 @@ def test_cancel_stops_what_a_worker_is_in(processes: Processes, client: Client, 
     bulk = client.enqueue(texts("bulk", 120), collection="docs")
     until(lambda: client.job(bulk.id).embedded > 0, worker.output)
     bulk = client.cancel(bulk.id)
-    # It hears of it at a TokenBatch, or in between by a write.
+    # The worker hears of it at the end of a TokenBatch, or earlier if it writes.
     until(lambda: "lost its lease" in worker.output() or "superseded" in worker.output(), worker.output)
     after = client.wait(client.enqueue(texts("after", 1), collection="docs").id, timeout=PATIENCE)
     with db.begin() as conn:

@@ -1,4 +1,4 @@
-"""Flower beside real workers and real jobs: closed to strangers, and what it shows to those it lets in.
+"""Flower beside real workers and real jobs: who may see it, and what it shows them.
 
 ``SCREENSHOTS=docs/images pytest tests/acceptance/test_flower.py`` takes the pictures of docs/flower.md again.
 """
@@ -49,7 +49,7 @@ DATATABLE = "/tasks/datatable?draw=1&start=0&length=100&order[0][column]=0&colum
 
 @dataclass
 class Scene:
-    """Workers on the CPU and one of the paid routes, a job on each, both done, and a Flower that saw it all."""
+    """A worker on the CPU and one of the paid routes, a completed job on each, and a Flower that saw all of it."""
 
     processes: Processes
     flower: Process
@@ -67,7 +67,7 @@ class Scene:
 
 
 def ask(port: int, path: str, login: str | None, **post: Any) -> tuple[int, str]:
-    """Status and body."""
+    """Return the status and the body of an answer."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=json.dumps(post).encode() if post else None)
     if login is not None:
         request.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
@@ -137,7 +137,7 @@ def online(scene: Scene) -> set[str]:
 
 
 def all_succeeded(scene: Scene) -> bool:
-    """Both kinds of task were seen, and Flower has heard the end of each."""
+    """Return whether Flower has seen both kinds of task and heard the end of each task."""
     tasks = scene.tasks(EMBED_TASK), scene.tasks(ADVANCE_TASK)
     return all(tasks) and all(task["state"] == "SUCCESS" for kind in tasks for task in kind)
 
@@ -177,7 +177,7 @@ def test_each_worker_has_its_row(scene: Scene) -> None:
 
 
 def test_a_task_says_what_it_is_about(scene: Scene) -> None:
-    """Flower's own search finds those of a job."""
+    """Flower's own search finds the tasks of a job."""
     local, steps = scene.tasks(EMBED_TASK), scene.tasks(ADVANCE_TASK)
     numbers = sorted(int(re.fullmatch(r"ChunkBatch (\d+)", task["args"])[1]) for task in local)  # type: ignore[index]
     assert len(set(numbers)) == 5
@@ -213,7 +213,7 @@ def test_no_text_and_no_key_is_on_any_page(scene: Scene) -> None:
     for path, (_, page) in pages.items():
         for secret in (WORD, scene.key, LOGIN.partition(":")[2]):
             assert secret not in page, path
-    assert "handbook" in pages[DATATABLE][1]  # and it is there that a text would be
+    assert "handbook" in pages[DATATABLE][1]  # a text would be in the same place
 
 
 def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Scene) -> None:
@@ -228,7 +228,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
     try:
         while not re.search(r"password (\S+) ", said):
             assert select.select([terminal], [], [], PATIENCE)[0], said
-            said += os.read(terminal, 4096).decode()  # raises when it has ended without
+            said += os.read(terminal, 4096).decode()  # raises if Flower has ended without printing it
         password = re.search(r"password (\S+) ", said)[1]  # type: ignore[index]
         assert f"http://127.0.0.1:{port}/" in said
         until(lambda: is_up(port) or flower.poll() is not None)
@@ -246,7 +246,7 @@ def test_without_a_password_one_is_made_and_shown_on_the_terminal_once(scene: Sc
 
 
 def test_it_does_not_open_to_other_machines_without_a_password(scene: Scene) -> None:
-    """How else it may be told to, ``tests/unit/chunkmill/cli/test_flower.py`` knows."""
+    """``tests/unit/chunkmill/cli/test_flower.py`` tests the other ways to name an address."""
     refused = scene.processes.start("chunkmill.cli", "flower", "--no-auth", FLOWER_ADDRESS="::")
     assert refused.popen.wait(PATIENCE) == 1
     assert "on ::, which other machines may reach" in refused.output()
@@ -268,7 +268,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     options.binary_location = chromium
     for argument in (
         "--headless=new",
-        "--no-sandbox",  # root has none, and the only pages are Flower's
+        "--no-sandbox",  # Chromium has no sandbox for root, and the only pages are Flower's
         "--disable-dev-shm-usage",
         "--disable-background-networking",
         "--no-first-run",
@@ -296,7 +296,8 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     browser.get(f"http://127.0.0.1:{scene.port}/workers")
     assert not any(name in browser.page_source for name in scene.workers)
 
-    browser.get(f"http://{LOGIN}@127.0.0.1:{scene.port}/workers")  # the browser's own way to answer its question
+    # The browser answers Flower's question for the password with what is in the address.
+    browser.get(f"http://{LOGIN}@127.0.0.1:{scene.port}/workers")
     browser.get(f"http://127.0.0.1:{scene.port}/workers")
     until(lambda: all(name in shown() for name in scene.workers), shown)
     assert len(rows("workers-table")) == len(scene.workers)

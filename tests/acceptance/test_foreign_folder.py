@@ -16,7 +16,7 @@ from tests.support.waiting import PATIENCE
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder whose `app`, `workers` and `benchmarks` end whoever imports them."""
+    """Return a folder with packages `app`, `workers` and `benchmarks` that end every program that imports them."""
     folder = tmp_path / "project"
     for name in ("app", "workers", "benchmarks"):
         (folder / name).mkdir(parents=True)

@@ -1,5 +1,5 @@
-"""The whole flow as the users of ``deploy/redis-acl.conf`` and the roles of ``deploy/postgres-role.sql``, and what they
-may not do."""
+"""The whole flow with the users of ``deploy/redis-acl.conf`` and the roles of ``deploy/postgres-role.sql``, and what
+these may not do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 class GuardedRedis:
-    """A Redis of this test's own that starts with the users of the file."""
+    """A Redis for this test alone that starts with the users of the file."""
 
     def __init__(self, folder: Path) -> None:
         text = (DEPLOY / "redis-acl.conf").read_text()
@@ -64,7 +64,7 @@ class GuardedRedis:
             return False
 
     def denied(self) -> set[tuple[str, str]]:
-        """``(user, what)`` of each refusal since the start."""
+        """Return the user and the command of each refusal since the start."""
         return {(entry["username"], entry["object"]) for entry in self.admin.acl_log()}
 
 
@@ -87,7 +87,7 @@ def guarded() -> Iterator[GuardedRedis]:
 
 @pytest.fixture
 def roles(stack: StackStatus) -> Iterator[dict[str, str]]:
-    """``role → URL`` in a database that was set up as the file says."""
+    """Return the URL of each role in a database that was set up as the file says."""
     admin(stack, "CREATE DATABASE least_privilege")
     superuser = url_of(stack, "least_privilege")
     urls = {"superuser": superuser}
@@ -157,7 +157,7 @@ def test_everything_runs_with_no_more_than_it_needs(
     assert (refused.exit_code, "as the role that owns the tables" in refused.output) == (1, True), refused.output
     index["DATABASE_URL"] = roles["chunkmill_migrator"]
     assert CliRunner().invoke(cli, ["index", "docs"], env=index).exit_code == 0
-    # redis-py tells the server its own name; no harm that it may not.
+    # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for statement in (
         "DROP TABLE contents",

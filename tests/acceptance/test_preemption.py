@@ -1,4 +1,4 @@
-"""A real worker on a machine whose cloud says that it is about to be taken."""
+"""A real worker on a machine whose cloud announces that the machine is about to be taken away."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def client(settings: Settings) -> Iterator[Client]:
 def worker_in_mid_job(
     processes: Processes, client: Client, server: MetadataServer, notice: str, *, texts: int = TEXTS
 ) -> tuple[Process, int]:
-    """A worker that watches ``server`` and is at work, and the id of its job."""
+    """Return a worker that watches ``server`` and is at work, and the id of its job."""
     worker = processes.worker(PREEMPTION_NOTICE=notice, PREEMPTION_METADATA_URL=server.url)
     job = client.enqueue(
         (Chunk(f"doc-{i}", f"{i} " + "about matters of some length " * 40) for i in range(texts)), collection="docs"
@@ -40,7 +40,7 @@ def worker_in_mid_job(
 
 
 def assert_drained(client: Client, db: sa.Engine, job_id: int, *, at_least: int) -> None:
-    """No ChunkBatch is held, none was charged, and what was embedded is kept."""
+    """Assert that no ChunkBatch is held, none was charged, and what was embedded is kept."""
     with db.begin() as conn:
         running = conn.execute(sa.text("SELECT count(*) FROM chunk_batches WHERE state = 'running'")).scalar_one()
         charged = conn.execute(
@@ -70,7 +70,7 @@ def test_a_notice_drains_the_worker(
 def test_the_systems_own_signal_after_the_notice_cuts_no_drain_short(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:
-    """On GCP the machine begins to shut down, with a SIGTERM to everybody, within moments of its notice."""
+    """On GCP the machine starts to shut down right after the notice, and sends SIGTERM to all processes."""
     with GcpServer() as server:
         worker, job_id = worker_in_mid_job(processes, client, server, "gcp")
         done = client.job(job_id).embedded

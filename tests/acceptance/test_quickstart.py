@@ -1,4 +1,4 @@
-"""docs/quickstart.md, block by block, in one shell, as a newcomer types it."""
+"""docs/quickstart.md, run block by block in one shell, as a newcomer would type it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Shell:
         )  # fmt: skip
 
     def run(self, block: str) -> str:
-        """What the block printed. A command that fails ends the test."""
+        """Run the block and return what it printed. A command that fails ends the test."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         self._bash.stdin.write(f"set -e\n{block}\nset +e\necho; echo '== end of the block =='\n")
@@ -53,7 +53,7 @@ class Shell:
         raise AssertionError(f"a command failed in:\n{block}\n{''.join(said)}")
 
     def end(self) -> None:
-        """Whatever is left of it, also after a block that failed: its jobs, then the servers."""
+        """Stop what is left, also after a block that failed: first the shell's jobs, then the servers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._bash.pid, signal.SIGTERM)
         try:
@@ -78,7 +78,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """Short, for the names of sockets are limited."""
+    """Yield a folder with a short path, because the length of a socket's name is limited."""
     folder = Path(tempfile.mkdtemp(prefix="cq-"))
     yield folder
     shutil.rmtree(folder)
@@ -92,7 +92,7 @@ def shell(home: Path) -> Iterator[Shell]:
         "PYTHONPATH": PYTHONPATH,
         "CHUNKMILL_HOME": str(home / "data"),
         "FLOWER_PORT": str(free_port()),
-        "EMBEDDING_DEVICE": "cpu",  # slow enough for a kill in the middle
+        "EMBEDDING_DEVICE": "cpu",  # so that the job is slow enough to kill its worker
         "OMP_NUM_THREADS": "1",
     }
     running = Shell(env, home)
@@ -101,7 +101,7 @@ def shell(home: Path) -> Iterator[Shell]:
 
 
 def workers_seen(port: str) -> bool:
-    """Whether Flower, asked with the password, has seen the worker yet."""
+    """Return whether Flower, asked with the password, has seen the worker."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}/workers")
     request.add_header("Authorization", "Basic " + b64encode(b"me:a-password-of-mine").decode())
     try:
@@ -110,7 +110,7 @@ def workers_seen(port: str) -> bool:
     except urllib.error.HTTPError:
         raise
     except OSError:
-        return False  # not up yet
+        return False  # Flower is not up yet
 
 
 def test_the_quick_start(shell: Shell, home: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_quick_start(shell: Shell, home: Path) -> None:
     assert "0018-deaths-are-not-attempts" in searched
     assert re.search(r"^decisions .* yes$", searched, re.MULTILINE)
     assert "note-2 Green tea" in output("Client.from_env()")
-    # The kill is seen, explained, and cost nothing but time.
+    # The ledger has the kill and its evidence, and it cost only time.
     watched = output("status --watch --times 1 --json")
     (seen,) = [json.loads(line) for line in watched.splitlines() if line.startswith("{")]
     assert any("ended by SIGKILL" in fault["line"] for fault in seen["faults"])

@@ -1,4 +1,4 @@
-"""The whole system as processes: enqueue here, embed there, and kill things in between."""
+"""The whole system with real processes: enqueue here, embed there, and kill processes and servers meanwhile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.damaged_model import damaged_model
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE, until
 
-SECRET = "ZEBRAFISH"  # in every text; nowhere else
+SECRET = "ZEBRAFISH"  # this word is in every text and nowhere else
 
 
 def documents(n: int, words: int = 12) -> list[Chunk]:
@@ -35,7 +35,7 @@ def documents(n: int, words: int = 12) -> list[Chunk]:
 
 
 def readable(traffic: bytes) -> bytes:
-    """Redis traffic, with every message body decoded beside it: kombu writes bodies in base64."""
+    """Return Redis' traffic followed by every message body, decoded, because kombu writes bodies in base64."""
     bodies = re.findall(rb"[A-Za-z0-9+/]{16,}={0,2}", traffic)
     return traffic + b"\n".join(base64.b64decode(body[: len(body) // 4 * 4]) for body in bodies)
 
@@ -53,7 +53,7 @@ def vectors_written(db: sa.Engine) -> int:
 
 
 def test_the_main_job(processes: Processes, client: Client, settings: Settings, db: sa.Engine) -> None:
-    """Enqueue, embed, search; and at no time a text in Redis, in an event or in a log."""
+    """Enqueue, embed and search. At no time is a text in Redis, in an event or in a log."""
     worker, poller = processes.worker("-E"), processes.poller()
     seen: list[bytes] = []
     with redis.Redis.from_url(settings.require_redis_url()) as store, store.monitor() as monitor:
@@ -70,7 +70,7 @@ def test_the_main_job(processes: Processes, client: Client, settings: Settings, 
     assert client.audit("docs").complete
     assert hits[0].chunk_id == "doc-123"
     everything = readable(b"\n".join(seen))
-    assert b"task-received" in everything  # events were on, and we looked at them
+    assert b"task-received" in everything  # so events were on, and we looked at them
     assert b"workers.embed_chunk_batch" in everything
     for log in (worker, poller):
         everything += log.output().encode()
@@ -82,7 +82,7 @@ def test_the_main_job(processes: Processes, client: Client, settings: Settings, 
 def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
     processes: Processes, client: Client, settings: Settings, db: sa.Engine
 ) -> None:
-    """Promises 2 and 3: the second worker finishes, every content has one vector, none was computed for nothing."""
+    """Promises 2 and 3: the second worker finishes, every content has one vector, and none was computed in vain."""
     processes.poller()
     first = processes.worker(EMBEDDING_PARALLEL_BATCHES="2")
     job = client.enqueue(documents(1500, words=60), collection="docs")
@@ -101,13 +101,13 @@ def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
             sa.text("SELECT sum(contents) FROM usage WHERE worker LIKE :pid"), {"pid": f"%:{second.popen.pid}"}
         ).scalar_one()
         attempts = conn.execute(sa.text("SELECT max(attempt) FROM chunk_batches")).scalar_one()
-    assert embedded_by_second == 1500 - before  # what the first had written was not embedded again
+    assert embedded_by_second == 1500 - before  # what the first worker had written was not embedded again
     assert attempts == 2
     assert second.terminate() == 0
 
 
 def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.Engine, tmp_path: Path) -> None:
-    """Promise 2, the hard way: kill -9, the append-only file gone, and the same address again."""
+    """Promise 2 in its hardest form: kill -9, and a new Redis without the append-only file at the same address."""
     with folder_for_homes("cm-") as home:
         own = Stack(home, fsync=False)
         status = own.up()
@@ -148,7 +148,7 @@ def test_sigterm_drains_at_once_and_uncharged(processes: Processes, client: Clie
 def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     worker = processes.worker()
     (own,) = re.findall(r"([\w.@-]+) ready\.", worker.output())
-    # A named one is waited for until it answers; of any, for as long as that.
+    # With a destination, `inspect` returns when that worker answers; without one, it waits for its whole timeout.
     asked = ("--destination", own, "--timeout", str(PATIENCE))
     inspect = processes.start("celery", "-A", "chunkmill_workers", "inspect", "stats", "--json", *asked)
     assert inspect.popen.wait(PATIENCE) == 0
@@ -156,13 +156,13 @@ def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     ((name, stats),) = json.loads(lines[0]).items()
     assert stats["pool"]["implementation"].endswith("thread:TaskPool")
     assert stats["pool"]["max-concurrency"] == 2
-    assert stats["prefetch_count"] == 2  # what it works on, and nothing more
+    assert stats["prefetch_count"] == 2  # the worker takes only what it works on
     assert name.startswith("cpu-")
     assert worker.output().count("embedding on the CPU") == 1
 
 
 def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: Processes) -> None:
-    """A queue whose tasks wait for the provider leaves the device as many as it needs."""
+    """Tasks that wait for the provider do not reduce the number of tasks for the device."""
     numbers = {"EMBEDDING_PARALLEL_BATCHES": "3", "OPENAI_PARALLEL_REQUESTS": "5", "OPENAI_API_KEY": "sk-none"}
     for queues, tasks in (("gpu,openai", 8), ("openai", 5)):
         worker = processes.start("celery", "-A", "chunkmill_workers", "worker", "-Q", queues, **numbers)
@@ -181,7 +181,7 @@ def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> No
 def test_a_worker_that_drifts_takes_no_doorbell_says_so_and_ends(
     processes: Processes, client: Client, db: sa.Engine, tmp_path: Path
 ) -> None:
-    """Part of its weights is lost, under the fingerprint of the whole: only its vectors tell."""
+    """A part of its weights is lost, which its fingerprint does not show. Only its vectors do."""
     assert processes.worker().terminate() == 0  # makes the reference
     processes.poller()
     job = client.enqueue(documents(100), collection="docs")

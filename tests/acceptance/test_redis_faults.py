@@ -1,6 +1,6 @@
-"""Redis freezes, fills up, or cuts every connection under real processes: they go on by themselves, and jobs finish.
+"""Redis freezes, fills up, or cuts every connection of real processes: they continue by themselves, and jobs finish.
 
-Killed and started empty, or emptied, it is in test_real_workers.
+test_real_workers has the tests in which Redis is emptied, or killed and started empty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.waiting import PATIENCE, until
 
 @dataclass(frozen=True)
 class Place:
-    """A Redis of its own, since other tests share theirs, with a worker and a poller."""
+    """A Redis for one test alone, because other tests share theirs, with a worker and a poller."""
 
     client: Client
     worker: Process
@@ -41,7 +41,7 @@ class Place:
         return self.client.enqueue(documents, collection="docs").id
 
     def finishes(self, job_id: int) -> None:
-        """Every text once, though a doorbell may have been answered twice."""
+        """Assert that every text was embedded once, although a doorbell may have been answered twice."""
         job = self.client.wait(job_id, timeout=PATIENCE)
         assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 300, 0)
         assert self.client.audit("docs").complete
@@ -72,7 +72,7 @@ def place(settings: Settings, db: sa.Engine, tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.slow
 def test_every_connection_cut_in_mid_job(place: Place) -> None:
-    """Celery then gives running doorbells back, and they are answered again: the claim knows that they are held."""
+    """Celery then gives running doorbells back, and they are answered again: the claim finds that the work is held."""
     job_id = place.fill()
     for _ in range(3):
         before = place.client.job(job_id).embedded
@@ -88,14 +88,14 @@ def test_frozen_for_a_while(place: Place) -> None:
     until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
     os.kill(place.redis_pid, signal.SIGSTOP)
     try:
-        place.poller.wait_for("trying again")  # its look is past the socket timeout, as a producer's would be
+        place.poller.wait_for("trying again")  # its look at Redis has timed out, as a producer's would
     finally:
         os.kill(place.redis_pid, signal.SIGCONT)
     place.finishes(job_id)
 
 
 def test_full_while_a_producer_enqueues(place: Place) -> None:
-    """What is enqueued then is in Postgres, and rung once there is room."""
+    """What is enqueued meanwhile is in Postgres, and its doorbells are sent when there is room."""
     place.redis.config_set("maxmemory", 1)
     job_id = place.fill()
     until(lambda: "trying again" in place.poller.output(), place.poller.output)
@@ -104,7 +104,7 @@ def test_full_while_a_producer_enqueues(place: Place) -> None:
 
 
 def test_full_while_workers_take_doorbells(place: Place) -> None:
-    """Celery pops a bell and cannot note it, nor that it is answered: what is in Redis is embedded all the same."""
+    """Celery takes a bell and can record neither this nor its answer. The work is embedded all the same."""
     job_id = place.fill()
     until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
     place.redis.config_set("maxmemory", 1)

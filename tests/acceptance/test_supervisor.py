@@ -1,4 +1,4 @@
-"""`chunkmill worker` with real workers: who dies is replaced, and what it held is free at once."""
+"""`chunkmill worker` with real workers: a worker that dies is replaced, and what it held is free at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def documents(n: int, words: int) -> list[Chunk]:
 
 
 def workers(supervisor: Process) -> list[int]:
-    """The pids of all workers so far."""
+    """Return the pids of all workers so far."""
     return [int(pid) for pid in re.findall(r"started, pid (\d+)", supervisor.output())]
 
 
@@ -58,7 +58,7 @@ def freeze_at_work(db: sa.Engine, pid: int) -> bool:
 def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:
-    """A lease is longer than this test may take, so only the supervisor can have taken one back."""
+    """A lease is longer than this test may take, so only the supervisor can have taken it back."""
     processes.poller()
     own = ("-c", "2", "-n", "own@%h")
     supervisor = processes.start("chunkmill.cli", "worker", *own, EMBEDDING_DEVICE="cpu", LEASE_SECONDS="3600")

@@ -1,4 +1,4 @@
-"""One trace from a producer's own span to the vectors that a worker process wrote; ids and counts, never a text."""
+"""One trace leads from a producer's span to the vectors that a worker wrote. It has ids and counts, never a text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ client.close()
 
 
 def spans_in(output: str) -> list[dict[str, Any]]:
-    """What the console exporter printed between other lines: objects over several lines, from ``{`` to ``}``."""
+    """Return what the console exporter printed between other lines: objects over several lines, from ``{`` to ``}``."""
     found, lines = [], []
     for line in output.splitlines():
         if line == "{":
@@ -53,7 +53,7 @@ def test_one_trace_from_the_producer_to_the_last_vector(processes: Processes, se
     mine, theirs = spans_in(producer.stdout), spans_in(worker.output())
     spans = {span["context"]["span_id"]: span for span in [*mine, *theirs]}
     parents = {span["name"]: spans[span["parent_id"]]["name"] for span in spans.values() if span["parent_id"]}
-    assert parents.pop("write vectors", "embed") == "embed"  # none where "complete" writes them all
+    assert parents.pop("write vectors", "embed") == "embed"  # there is no such span if "complete" writes all vectors
     assert parents == {
         "ring": "chunkmill.enqueue",
         "chunkmill.enqueue": "the producer's own",

@@ -1,4 +1,4 @@
-"""A worker as it is started follows the profile of this machine, from its first line in the log."""
+"""A worker follows the profile of this machine, and the first lines of its log say so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_worker_follows_its_machines_profile(processes: Processes, settings: S
     assert "native in float32, 384 tokens per forward pass" in output
     assert "concurrency: 3 (" in output
     assert worker.terminate() == 0
-    # -c is said on the command line, and a budget in the environment: both win.
+    # -c on the command line and EMBEDDING_BATCH_TOKENS in the environment both override the profile.
     stated = processes.worker("-c", "1", EMBEDDING_PROFILE="auto", EMBEDDING_DEVICE="cpu", CHUNKMILL_HOME=str(home),
                               EMBEDDING_BATCH_TOKENS="512")  # fmt: skip
     assert "native in float32, 512 tokens per forward pass" in stated.output()

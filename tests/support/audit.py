@@ -1,4 +1,7 @@
-"""`make audit`: known vulnerabilities of what is installed, by pip-audit. Not knowing is a warning, not a failure."""
+"""`make audit`: lists the known vulnerabilities of the installed packages, with pip-audit.
+
+If it cannot find out, it warns and does not fail.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from typing import Any
 
 LIMIT_S = 120
 WARN_LIMIT_S = 30
-"""Beside other checks, which need no network."""
+"""How long `make test` waits, whose other checks need no network."""
 COMMAND = [sys.executable, "-m", "pip_audit", "--format=json", "--progress-spinner=off", "--skip-editable"]
 
 
 def ask(command: Sequence[str], limit_s: float) -> tuple[list[dict[str, Any]], str]:
-    """The audited packages, and why there are none: its exit code is 1 for a finding and for a failure alike."""
+    """Return the audited packages, and the reason if there are none.
+
+    pip-audit exits with code 1 both if it finds a vulnerability and if it fails, so its output is read instead.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -28,11 +34,11 @@ def ask(command: Sequence[str], limit_s: float) -> tuple[list[dict[str, Any]], s
 
 
 def judge(packages: Sequence[dict[str, Any]], problem: str) -> tuple[list[str], bool]:
-    """What to say, and whether a vulnerability is known."""
+    """Return the lines to print, and whether a vulnerability is known."""
     found = [(package, each) for package in packages for each in package.get("vulns", ())]
     said = [
         f"{package['name']} {package['version']}: {each['id']}, "
-        f"mended in {', '.join(each['fix_versions']) or 'no release yet'}"
+        f"fixed in {', '.join(each['fix_versions']) or 'no release yet'}"
         for package, each in found
     ]
     unknown = sum("skip_reason" in package for package in packages)
@@ -46,7 +52,7 @@ def judge(packages: Sequence[dict[str, Any]], problem: str) -> tuple[list[str], 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``--warn``: exit with 0 whatever was found."""
+    """Print what the audit says. With ``--warn`` the exit code is always 0."""
     warn = "--warn" in arguments
     said, vulnerable = judge(*ask(COMMAND, WARN_LIMIT_S if warn else LIMIT_S))
     print("\n".join(said))

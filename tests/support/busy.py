@@ -1,7 +1,7 @@
-"""`make busy`: do the tests hold on a machine that is busy with other things?
+"""`make busy`: runs the tests on a machine that is busy with other things.
 
-Runs pytest beside busy processes of its own, fifteen unless told otherwise, and stops these whatever happens. What
-fails here and passes alone waits for a time, or not for long enough; see tests/support/waiting.py.
+It starts busy processes beside pytest, fifteen by default, and stops them whatever happens. A test that fails here and
+passes alone waits for a time instead of an event, or not long enough; see tests/support/waiting.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Each ends by itself as soon as the process that started it is gone, even if that was killed.
+# Each process ends by itself as soon as the process that started it has ended, even if that one was killed.
 BUSY = """
 import os, sys
 parent = int(sys.argv[1])
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> int:
-    """The command's exit code. It is sent SIGTERM, and Ctrl-C by the terminal; both times its end is waited for."""
+    """Run the command and return its exit code. On SIGTERM, which is passed on, and on Ctrl-C, wait for its end."""
     with subprocess.Popen(command, cwd=ROOT) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
@@ -48,11 +48,11 @@ def run(command: list[str]) -> int:
 
 @contextmanager
 def busy(processes: int) -> Iterator[list[int]]:
-    """That many processes that do nothing but keep processors busy; their process ids."""
+    """Start this many processes that only keep processors busy, and yield their process ids."""
     started: list[subprocess.Popen[bytes]] = []
     try:
         command = [sys.executable, "-c", BUSY, str(os.getpid())]
-        # In sessions of their own, because Ctrl-C is for pytest: they stop after it.
+        # They get sessions of their own, so that Ctrl-C reaches only pytest; they are stopped after it.
         started.extend(subprocess.Popen(command, start_new_session=True) for _ in range(processes))
         yield [process.pid for process in started]
     finally:

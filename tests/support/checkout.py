@@ -1,4 +1,4 @@
-"""Where this checkout is, for tests that start processes in other folders."""
+"""The paths of this checkout, for tests that start processes in other folders."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(str(CHECKOUT / folder) for folder in ("app", "workers", ""))
-"""What makes a child import this checkout's code and tests, wherever it runs and whatever is installed."""
+"""With this PYTHONPATH a child imports this checkout's code and tests, wherever it runs and whatever is installed."""

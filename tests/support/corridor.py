@@ -1,6 +1,6 @@
-"""The Batch corridor in one process: a client, the poller's rounds and the steps, against the test server.
+"""The paid routes in one process: a client, the poller's rounds and the steps, against the test server.
 
-Only Celery is left out, which carries nothing but a number; ``tests/acceptance/test_openai.py`` runs it all.
+Only Celery is missing, which carries nothing but a number; ``tests/acceptance/test_openai.py`` runs everything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUICK = {
 
 
 def settings_for(settings: Settings, server: OpenAIServer, **changes: Any) -> Settings:
-    """``settings`` with the test server as the provider, and nothing that waits for long."""
+    """Return ``settings`` with the test server as the provider and with short waits."""
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     return Settings.from_env(
         **{**given, **QUICK, "openai_api_key": server.key, "openai_base_url": server.url, **changes}
@@ -58,7 +58,7 @@ class Corridor:
         self.poller = Poller(self.db, self.broker, settings)
 
     def worker(self) -> ProviderContext:
-        """Another worker on the queue, in this process."""
+        """Return the context of one more worker of the queue, in this process."""
         context = ProviderContext(
             self.settings, create_db(self.settings.require_database_url(), role="w"), Provider(self.settings)
         )
@@ -71,7 +71,7 @@ class Corridor:
         return self.client.enqueue(chunks, **{"collection": "docs", "route": "openai", **more})
 
     def turn(self) -> None:
-        """A round of the poller, and each step that is due now."""
+        """Run one round of the poller and each step that is due now."""
         self.poller.round()
         for provider_batch_id in self.due("provider_batches", "state <> 'closed'"):
             advance_provider_batch(self.context, provider_batch_id)
@@ -92,7 +92,7 @@ class Corridor:
             until(done_after_a_turn, lambda: self.rows("SELECT id, state, failures, error FROM provider_batches"))
 
     def finish(self, *jobs: Job, closed: bool = True) -> list[Job]:
-        """Until the jobs have ended and, if asked, all their remote files are deleted."""
+        """Run turns until the jobs have ended and, with ``closed``, their remote files are deleted. Return the jobs."""
         self.run_until(lambda: all(self.client.job(job.id).state.is_final for job in jobs))
         if closed:
             self.run_until(lambda: not self.rows("SELECT FROM provider_batches WHERE state <> 'closed'"))
@@ -110,7 +110,7 @@ class Corridor:
         return self.rows("SELECT * FROM provider_batches ORDER BY id")
 
     def check_vectors(self, texts: dict[str, str], collection: str = "docs") -> None:
-        """Every chunk has exactly the vector that the server makes of its text."""
+        """Assert that every chunk has the vector that the server makes of its text."""
         vectors = self.client.vectors(collection)
         assert vectors.keys() == texts.keys()
         for chunk_id, text in texts.items():

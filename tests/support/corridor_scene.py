@@ -1,6 +1,6 @@
-"""One test's texts in the corridor, and what must be true of them when it is over.
+"""One test's texts on the paid routes, and what must be true when the test is over.
 
-A module's tests share one server, whose books only grow: what is compared here is what was added since the scene began.
+The tests of a module share one server, whose books only grow. A scene therefore compares what was added since it began.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.corridor import Corridor, corridor
 
 
 class Scene:
-    """``hurry`` skips what the ledger waits for: whatever is to happen later is due at once."""
+    """What one test did on the server. ``hurry`` makes everything that the ledger waits for due at once."""
 
     def __init__(self, corridor: Corridor, name: str) -> None:
         self.corridor = corridor
@@ -76,16 +76,16 @@ class Scene:
         return self.server.charges()[self._charges :]
 
     def asked(self, endpoint: str) -> int:
-        """Requests to it, answered or not."""
+        """Return how many requests reached the endpoint, answered or not."""
         return sum(self.server.state()["requests"].get(endpoint, {}).values()) - self._asked[endpoint]
 
     def bill(self, texts: dict[str, str]) -> dict[str, int]:
-        """Chunk id to how often its text was charged; those never charged are left out."""
+        """Return how often the text of each chunk id was charged, without those that were never charged."""
         bill = self.server.bill()
         return {name: bill[text_hash(text)] for name, text in texts.items() if text_hash(text) in bill}
 
     def check_books(self, *, unanswered_contents: int = 0, unanswered_tokens: int = 0) -> None:
-        """What we booked is what was charged, but for answers that never came; and nothing is left behind."""
+        """Assert that we booked what was charged, except for lost answers, and that nothing is left behind."""
         booked = self.corridor.rows(
             "SELECT coalesce(sum(contents), 0)::int AS contents, coalesce(sum(tokens), 0)::int AS tokens FROM charges"
         )[0]
@@ -101,7 +101,7 @@ class Scene:
         assert left == []
 
     def check_done(self, job: Job, texts: dict[str, str], **books: int) -> None:
-        """Complete, each content charged once, and the books agree."""
+        """Assert that the job is complete, each content was charged once, and the books agree."""
         assert (job.state, job.error, job.dead) == ("completed", None, 0)
         audit = self.corridor.client.audit("docs")
         assert (audit.missing, audit.pending, audit.dead) == (0, 0, 0)
@@ -111,7 +111,7 @@ class Scene:
         self.check_books(**books)
 
     def attempts(self) -> list[tuple[int, str | None]]:
-        """Of all ChunkBatches: how many attempts were charged, and the outcome of each."""
+        """Return how many attempts at all ChunkBatches were charged, and the outcome of each attempt."""
         return [(row["charged"], row["state"]) for row in self.corridor.rows(_CHARGED, most=self._most)]
 
     @property
@@ -119,7 +119,10 @@ class Scene:
         return self.corridor.settings.max_attempts
 
     def charged_attempts(self) -> int:
-        """The most that any ChunkBatch was charged. One released at no cost has its limit moved up instead."""
+        """Return the largest number of attempts that one ChunkBatch was charged.
+
+        A release that costs nothing raises the limit of attempts instead of lowering their number.
+        """
         return max(charged for charged, _ in self.attempts())
 
     def oddities(self) -> Counter[str]:
@@ -134,7 +137,7 @@ _CHARGED = "SELECT state, attempt - (max_attempts - :most) AS charged FROM chunk
 
 @contextmanager
 def scene(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest, **changes: Any) -> Iterator[Scene]:
-    """The server as new, but for its books; requests of four inputs, so that a small job has several."""
+    """Yield a scene on a server that is as new, except for its books. A request has four inputs at most."""
     server.calm()
     server.control(**Config().as_json())
     patch = pytest.MonkeyPatch()

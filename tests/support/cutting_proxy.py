@@ -15,7 +15,7 @@ from tests.support.waiting import PATIENCE
 
 @dataclass
 class Cut:
-    """When ``words`` are in what a client sends. ``answer_lost``: the server gets the message, the client no answer."""
+    """Cut when a client sends ``words``. With ``answer_lost`` the server gets them, but the client gets no answer."""
 
     words: bytes
     answer_lost: bool
@@ -25,7 +25,7 @@ class Cut:
 
 @dataclass
 class CuttingProxy:
-    """Listens on a free port of the loopback; ``url`` is that of the database behind, by way of here."""
+    """A proxy on a free port of the loopback. ``url`` leads through it to the database."""
 
     server: str
     listener: socket.socket
@@ -55,8 +55,8 @@ class CuttingProxy:
                     _shut(client)  # before the server can answer
                     server.sendall(data)
                     server.shutdown(socket.SHUT_WR)
-                    back.join(PATIENCE)  # the server has done it by the time it hangs up
-                # Closing alone would not do: a thread that waits for the socket keeps it open.
+                    back.join(PATIENCE)  # when the server hangs up, it has executed the message
+                # close() alone is not enough, because a thread that waits for the socket keeps it open.
                 _shut(client)
                 _shut(server)
                 return
@@ -74,7 +74,7 @@ class CuttingProxy:
 def _copy(source: socket.socket, target: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65_536):
-            with contextlib.suppress(OSError):  # the client is cut off; the server goes on to its end
+            with contextlib.suppress(OSError):  # the client is cut off, and the server continues to its end
                 target.sendall(data)
         _shut(target)
 

@@ -1,4 +1,4 @@
-"""A model whose files lie."""
+"""A model whose files are damaged, which its fingerprint does not show."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MATRIX = "encoder.layer.3.intermediate.dense.weight"
 
 
 def damaged_model(folder: Path) -> Path:
-    """A copy of the bundled model with a stretch of one weight matrix zeroed, as a bad disk leaves it.
+    """Return a copy of the bundled model in which a part of one weight matrix is zero, as a bad disk may leave it.
 
-    The stretch lies between two of the samples that a revision is made of: the fingerprint is the model's own.
+    The part lies between two of the samples that a revision is made of, so the fingerprint is that of the good model.
     """
     bundled = bundled_folder()
     assert bundled is not None

@@ -1,4 +1,4 @@
-"""Folders for embedded stacks of tests. Nothing that was started in one outlives it, whatever became of the test."""
+"""Folders for embedded stacks of tests. No server that was started in one outlives it, however the test ended."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.support.waiting import until
 
 @contextmanager
 def folder_for_homes(prefix: str = "chunkmill-test-") -> Iterator[Path]:
-    """A new folder. On leaving, its stacks go down, servers that did not are killed, and the folder is removed.
+    """Yield a new folder. At the end its stacks are stopped, servers that still run are killed, and it is removed.
 
-    Not `tmp_path`: every pytest that starts takes the execute bits off root's shared temporary folder, and with them
-    the way of a Postgres that another pytest is just starting.
+    `tmp_path` does not work here: every pytest that starts takes the execute bits off root's shared temporary folder,
+    and a Postgres that another pytest is starting could not reach its files.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
     try:
@@ -34,10 +34,10 @@ def folder_for_homes(prefix: str = "chunkmill-test-") -> Iterator[Path]:
 
 
 def kill_servers_of(folder: Path) -> None:
-    """Kill whatever still writes its log into `folder` (Linux only), and return when it is gone.
+    """Kill whatever still writes its log into `folder` (Linux only), and return when it has ended.
 
-    `down` knows a server by its pid file, its command line and the owner of its home. Where a test, or a wrong change
-    to the code, took one of these away, the server would run on for ever.
+    `down` recognizes a server by its pid file, its command line and the owner of its home. If a test, or a wrong
+    change to the code, removed one of these, the server would run for ever.
     """
     for pid in servers_of(folder):
         with suppress(ProcessLookupError):
@@ -46,10 +46,10 @@ def kill_servers_of(folder: Path) -> None:
 
 
 def servers_of(folder: Path) -> list[int]:
-    """The processes whose output goes into a file of `folder`, even if that file has been removed since."""
+    """Return the processes whose output goes into a file of `folder`, even if that file has been removed since."""
     found = []
     for output in Path("/proc").glob("[0-9]*/fd/1"):
-        with suppress(OSError):  # it has just ended, or belongs to another user
+        with suppress(OSError):  # the process has just ended, or belongs to another user
             if str(output.readlink()).startswith(f"{folder}/"):
                 found.append(int(output.parts[2]))
     return found

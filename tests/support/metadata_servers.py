@@ -1,7 +1,7 @@
 """GCP's, AWS's and Azure's metadata services on the loopback. Each is as strict as the real one, and can misbehave.
 
-What they refuse, and how, is what the clouds document: a wrong or missing header, a token that is missing, unknown or
-over, an unknown version, and any request that a proxy passed on (``X-Forwarded-For``).
+They refuse what the clouds document that they refuse: a wrong or missing header, a token that is missing, unknown or
+expired, an unknown version, and any request that a proxy passed on (``X-Forwarded-For``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 from tests.support.waiting import PATIENCE
 
 Trouble = Callable[["Handler"], None]
-"""Answers a request the wrong way, with the handler's socket at hand."""
+"""A function that answers a request wrongly, with the handler's socket."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    """Names in lower case."""
+    """The names of the headers are in lower case."""
     troubled: bool = False
     status: int = 0
 
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def handle_one_request(self) -> None:
-        # A client that went away in mid-request is what several tests are about.
+        # Several tests are about a client that ends the connection during its request.
         try:
             super().handle_one_request()
         except ConnectionError:
@@ -63,9 +63,9 @@ class Handler(BaseHTTPRequestHandler):
         )
         with service.changed:
             service.requests.append(request)
-            service.changed.notify_all()  # an answer may hang
+            service.changed.notify_all()  # because an answer may wait for it
             answer = None if service.trouble else service.answer(request)
-            # A request that hung when the trouble began is in trouble too.
+            # A request that was waiting when the trouble began is affected too.
             trouble = service.trouble
             request.troubled, request.status = trouble is not None, answer.status if answer else 0
             service.changed.notify_all()
@@ -133,7 +133,7 @@ class MetadataServer:
             self.changed.notify_all()
 
     def misbehave(self, trouble: Trouble | None) -> None:
-        """From now on, requests that hang included; None ends it."""
+        """Answer with ``trouble`` from now on, also requests that are waiting. None ends the trouble."""
         with self.changed:
             self.trouble = trouble
             self.changed.notify_all()
@@ -146,7 +146,7 @@ class MetadataServer:
         return sum(r.path == path and r.troubled == troubled for r in self.requests)
 
     def answer(self, request: Request) -> Answer | None:
-        """Called with ``changed`` held, which an answer that hangs gives up while it waits."""
+        """Return the answer. The caller holds ``changed``, and an answer that waits releases it meanwhile."""
         raise NotImplementedError
 
 
@@ -199,7 +199,7 @@ class AwsServer(MetadataServer):
         self.action = '{"action": "terminate", "time": "2026-11-21T08:22:00Z"}'
         self.hint = ""
         self.tokens: dict[str, float] = {}
-        """Each token's end, on the monotonic clock."""
+        """When each token expires, on the monotonic clock."""
 
     def answer(self, request: Request) -> Answer | None:
         if request.path == self.token_path:
@@ -207,7 +207,7 @@ class AwsServer(MetadataServer):
         if request.method != "GET":
             return Answer(405)
         if self.tokens.get(request.headers.get("x-aws-ec2-metadata-token", ""), 0) < time.monotonic():
-            return Answer(401, "<html>Unauthorized</html>")  # also what IMDSv1 gets
+            return Answer(401, "<html>Unauthorized</html>")  # IMDSv1 gets this too
         if request.path == self.notice_path and self.notice:
             return Answer(200, self.action, {"Content-Type": "application/json"})
         if request.path == self.hint_path and self.hint:
@@ -241,7 +241,7 @@ class AzureServer(MetadataServer):
         super().__init__()
         self.machine = "spot_3"
         self.enabled = True
-        """False: the first request for events hangs until :meth:`enable`."""
+        """If it is False, the first request for events waits until :meth:`enable` is called."""
         self.events: list[Any] = []
 
     def preempt(self) -> None:
@@ -297,12 +297,12 @@ def says(status: int, body: str = "", **headers: str) -> Trouble:
 
 
 def sends(raw: bytes) -> Trouble:
-    """These bytes, and then the end of the connection."""
+    """Send these bytes and end the connection."""
     return lambda handler: _write(handler, raw)
 
 
 def hangs_up(handler: Handler) -> None:
-    """Nothing at all: the connection ends."""
+    """End the connection without an answer."""
 
 
 def falls_silent(handler: Handler) -> None:
@@ -310,7 +310,7 @@ def falls_silent(handler: Handler) -> None:
 
 
 def drips(handler: Handler) -> None:
-    """A header of one byte at a time: no read is ever slow, and the answer never ends."""
+    """Send a header byte by byte for ever: no single read is slow, and the answer never ends."""
     _write(handler, b"HTTP/1.1 200 OK\r\nX-Slow: ")
     while not handler.server.service.closing.wait(0.02):
         _write(handler, b"x")
@@ -329,7 +329,7 @@ def _write(handler: Handler, raw: bytes) -> None:
 
 @contextlib.contextmanager
 def stub(answer: Trouble) -> Iterator[MetadataServer]:
-    """A server that does nothing but this, as a captive portal or a proxy would."""
+    """A server that answers every request in this way, as a captive portal or a proxy would."""
     server = MetadataServer()
     server.cloud = "stub"
     server.misbehave(answer)

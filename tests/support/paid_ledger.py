@@ -1,4 +1,4 @@
-"""Rows of the paid routes' tables, for tests of single queries: what a scene would take several jobs to bring about."""
+"""Rows of the paid routes' tables, for tests of single queries. A scene would need several jobs to make them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SMALL, LARGE = "text-embedding-3-small", "text-embedding-3-large"
 
 
 def register(db: sa.Engine, settings: Settings, model: str = SMALL, dimensions: int | None = None) -> registry.Space:
-    """The space of a provider's model."""
+    """Register the space of a provider's model and return it."""
     with db.begin() as conn:
         return registry.register(conn, settings.provider_models[model].space(OnLong.TRUNCATE, dimensions))
 
 
 def add_provider_batch(conn: sa.Connection, space: registry.Space, state: str = "submitted", **facts: Any) -> int:
-    """Its id. ``facts`` are columns."""
+    """Add a ProviderBatch and return its id. ``facts`` are columns."""
     values = {"space_id": space.id, "state": state, "token": "token", **facts}
     made: int = conn.execute(sa.insert(ProviderBatchRow).values(values).returning(ProviderBatchRow.id)).scalar_one()
     return made
@@ -33,7 +33,7 @@ def add_provider_batch(conn: sa.Connection, space: registry.Space, state: str = 
 def add_inputs(
     conn: sa.Connection, space: registry.Space, provider_batch_id: int | None, hashes: Iterable[bytes], **facts: Any
 ) -> None:
-    """Contents in flight, each in a request of its own; in plain requests if ``provider_batch_id`` is None."""
+    """Add contents in flight, each in its own request. The requests are plain if ``provider_batch_id`` is None."""
     for number, content_hash in enumerate(hashes):
         values = {
             "space_id": space.id, "content_hash": content_hash, "provider_batch_id": provider_batch_id,
@@ -46,7 +46,7 @@ def add_inputs(
 def add_charge(
     conn: sa.Connection, space: registry.Space, usd: str, *, on: str, tokens: int = 1000, job: int = 7, batch: int = 0
 ) -> None:
-    """A charge of a certain day, which ``charges.book`` has none of."""
+    """Add a charge of the day ``on``; ``charges.book`` always books on the present day."""
     conn.execute(
         sa.text(
             "INSERT INTO charges (day, route, space_id, job_id, provider_batch_id, contents, tokens, usd) "
@@ -60,7 +60,7 @@ def add_charge(
 
 
 def set_time_zone(db: sa.Engine, zone: str) -> None:
-    """The time zone of all sessions of this test's database that begin from now on."""
+    """Set the time zone of all sessions of this test's database that begin from now on."""
     with db.begin() as conn:
         name = conn.execute(sa.text("SELECT current_database()")).scalar_one()
         conn.execute(sa.text(f"ALTER DATABASE {name} SET timezone = '{zone}'"))

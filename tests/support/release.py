@@ -1,8 +1,8 @@
-"""One release's conversation with Postgres: recorded once, and held against every schema until the next release.
+"""What one release sends to Postgres: recorded once, and replayed on every schema until the next release.
 
-Old workers and producers run beside a new schema for one release. CI has no old code (its checkout may be shallow), so
-what the old code said to Postgres is kept: each statement with its parameters, each COPY with its bytes, each COMMIT,
-and how many rows each of them met. To record the next release, in a checkout of it:
+Old workers and producers run on a new schema for one release. CI has no old code (its checkout may be shallow).
+Therefore the fixture keeps what the old code sent to Postgres: each statement with its parameters, each COPY with its
+bytes, each COMMIT, and how many rows each of them returned. To record the next release, run this in a checkout of it:
 
     python -m tests.support.release tests/fixtures/release.json.gz
 """
@@ -25,12 +25,12 @@ from psycopg.types.json import Json, Jsonb
 
 Event = dict[str, Any]
 OWN = ("pg_catalog", "pg_type", "SHOW ", "SET client_min_messages")
-"""What drivers ask for themselves when they connect."""
+"""Words in the statements that the drivers send by themselves when they connect."""
 
 
 @contextmanager
 def recording() -> Iterator[list[Event]]:
-    """All that psycopg is asked to send while this lasts."""
+    """Yield a list that gets everything that psycopg is asked to send within the block."""
     events: list[Event] = []
     numbers: dict[int, int] = {}
     execute, copy = psycopg.Cursor.execute, psycopg.Cursor.copy
@@ -42,7 +42,7 @@ def recording() -> Iterator[list[Event]]:
     def _execute(self: Any, query: Any, params: Any = None, **more: Any) -> Any:
         result = execute(self, query, params, **more)
         text = query.decode() if isinstance(query, bytes) else query
-        # What is no text are psycopg's own questions about types.
+        # A query that is not text is one of psycopg's own about types.
         if isinstance(text, str) and not any(each in text for each in OWN):
             events.append({"on": number(self.connection), "sql": text, "params": encode(params), "rows": self.rowcount})
         return result
@@ -75,7 +75,7 @@ def recording() -> Iterator[list[Event]]:
 
 
 def replay(events: list[Event], url: str) -> list[str]:
-    """Say all of it again; returns what met another number of rows than it did then. Raises what Postgres refuses."""
+    """Send everything again and return what gave another number of rows than then. Raises what Postgres refuses."""
     connections: dict[int, psycopg.Connection[Any]] = {}
     different = []
     try:
@@ -108,7 +108,7 @@ def _say(connection: psycopg.Connection[Any], event: Event) -> tuple[int, str]:
 
 
 def encode(value: Any) -> Any:
-    """As JSON, with a tag on what JSON has no form for."""
+    """Return the value as JSON. A value that JSON cannot hold gets a tag."""
     match value:
         case dict():
             return {key: encode(each) for key, each in value.items()}
@@ -164,7 +164,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def main(target: Path) -> None:
-    """Everything that a producer, a worker and a poller do, one after the other."""
+    """Do everything that a producer, a worker and a poller do, one after the other."""
     import tempfile
 
     from chunkmill import Client
@@ -207,7 +207,7 @@ def main(target: Path) -> None:
             first = client.enqueue([(f"c{i}", f"text {i}") for i in range(4)], collection="docs", route="local")
             poller.round()
             run(1, 2)
-            # One cached, one replaced, one long, two new; in two windows, so ChunkBatches 3, 4 and 6 wait.
+            # One text is cached, one replaced, one long and two are new, in two windows: ChunkBatches 3, 4 and 6 wait.
             second = client.enqueue(
                 [("c0", "text 0"), ("c1", "another text"), ("long", "word " * 400), ("d0", "new 0"), ("d1", "new 1")],
                 collection="docs", idempotency_key="key", deadline=86_400, priority="high",
@@ -217,7 +217,7 @@ def main(target: Path) -> None:
             with db.begin() as conn:
                 chunk_batches.release_all(conn, "other")
             claim(3, 0.0)
-            poller.round()  # takes it back
+            poller.round()  # takes the lease back
             lease = claim(4)
             with db.begin() as conn:
                 chunk_batches.fail_if_held(conn, lease, code="no", error="it failed", retryable=False)

@@ -1,7 +1,7 @@
-"""TLS in front of a real server that has none built in: a throw-away CA, and a proxy that speaks TLS to clients.
+"""TLS in front of a real server that was built without it: a throw-away CA, and a proxy that speaks TLS to clients.
 
-What a client makes of a certificate does not depend on who ends the TLS connection. A Postgres client first asks in
-plain bytes whether there is TLS, and the proxy answers as Postgres does.
+A client checks a certificate in the same way, whoever ends the TLS connection. A Postgres client first asks in plain
+text whether the server offers TLS, and the proxy answers as Postgres does.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SSL_REQUEST = struct.pack(">ii", 8, 80877103)
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """A CA of this test run, and the certificates it signed: ``good`` is for ``localhost``, ``elsewhere`` is not."""
+    """The CA of this test run and the certificates it signed. ``good`` is for ``localhost``, ``elsewhere`` is not."""
 
     ca: Path
     good: Path
     elsewhere: Path
     self_signed: Path
-    """Each file but ``ca`` holds the certificate and its key."""
+    """Each file except ``ca`` holds a certificate and its key."""
 
 
 def make_authority(folder: Path) -> Authority:
@@ -64,7 +64,7 @@ def _openssl(folder: Path, *arguments: str) -> None:
 
 @contextlib.contextmanager
 def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False) -> Iterator[int]:
-    """A port on loopback that ends TLS and passes bytes on to ``backend``: a Unix socket, or a port."""
+    """A port on loopback that ends TLS and passes the bytes on to ``backend``, a Unix socket or a port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -81,12 +81,12 @@ def tls_proxy(certificate: Path, backend: Path | int, *, postgres: bool = False)
                 threads[-1].start()
 
         def serve(client: socket.socket) -> None:
-            # A client that turns away in mid-handshake is what the tests are about.
+            # The tests are about clients that end the handshake.
             with client, contextlib.suppress(OSError):
                 client.settimeout(PATIENCE)
                 if postgres:
                     if client.recv(8, socket.MSG_WAITALL) != SSL_REQUEST:
-                        return  # a client that would speak in the clear
+                        return  # a client that would continue in plain text
                     client.sendall(b"S")
                 with context.wrap_socket(client, server_side=True) as inside, _connect(backend) as behind:
                     _pass_on(inside, behind, stop)
@@ -119,7 +119,7 @@ def _pass_on(inside: ssl.SSLSocket, behind: socket.socket, stop: threading.Event
                 source, target = key.fileobj, key.data
                 data = source.recv(65536)  # type: ignore[union-attr]
                 if isinstance(source, ssl.SSLSocket):
-                    while source.pending():  # decrypted already, so no selector will tell of it
+                    while source.pending():  # these bytes are already decrypted, so no selector reports them
                         data += source.recv(65536)
                 if not data:
                     return

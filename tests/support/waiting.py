@@ -2,7 +2,7 @@
 
 The bound on each wait only keeps a broken build from hanging, so it is minutes long: a machine that runs fifteen other
 programs needs more than a minute to start one worker. ``TEST_PATIENCE`` changes it, in seconds; `make mutants` lowers
-it, because there most waits that fail are meant to fail.
+it, because most waits that fail there are meant to fail.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "300"))
-# For threads of a test that has failed: what it started is told to end, and need not.
+# For the threads of a test that has failed: they are told to end, but may not be able to.
 SHORT_PATIENCE = 10.0
 
 
@@ -30,7 +30,7 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str, 
 
 
 class Call(threading.Thread):
-    """A call in a thread of its own, which does not keep pytest from ending."""
+    """A call in its own thread, which does not keep pytest from ending."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
@@ -45,16 +45,16 @@ class Call(threading.Thread):
             self._future.set_exception(error)
 
     def result(self) -> Any:
-        """Wait for its end: return what it returned, or raise what it raised."""
+        """Wait for the end of the call. Return what it returned, or raise what it raised."""
         return self._future.result(PATIENCE)
 
 
 @contextmanager
 def running(*functions: Callable[[], Any], release: Callable[[], object] | None = None) -> Iterator[list[Call]]:
-    """Call each function in a thread of its own, and wait for its end at the end of the block.
+    """Call each function in its own thread, and wait for all of them at the end of the block.
 
-    ``release`` is called before that wait, also if the block failed: it opens what the functions wait for. What one of
-    them raised is raised by the block.
+    ``release`` is called before that wait, also if the block failed: it releases what the functions wait for. If a
+    function raised an exception, the block raises it.
     """
     calls = [Call(function) for function in functions]
     try:
@@ -72,6 +72,6 @@ def running(*functions: Callable[[], Any], release: Callable[[], object] | None 
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:
-    """Call all functions at once, each in a thread of its own: what each returned."""
+    """Call all functions at once, each in its own thread, and return what each returned."""
     with running(*functions) as calls:
         return [call.result() for call in calls]

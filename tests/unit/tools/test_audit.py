@@ -13,10 +13,10 @@ BROKEN = {"name": "old", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_vers
 UNMENDED = {"name": "odd", "version": "2", "vulns": [{"id": "PYSEC-2", "fix_versions": []}]}
 
 
-def test_a_vulnerability_is_named_with_its_mended_release() -> None:
+def test_a_vulnerability_is_named_with_its_fixed_release() -> None:
     said, vulnerable = judge([CLEAN, BROKEN, UNMENDED], "")
     assert vulnerable
-    assert said == ["old 1.0: PYSEC-1, mended in 1.1", "odd 2: PYSEC-2, mended in no release yet"]
+    assert said == ["old 1.0: PYSEC-1, fixed in 1.1", "odd 2: PYSEC-2, fixed in no release yet"]
 
 
 def test_what_could_not_be_audited_is_said_and_fails_nothing() -> None:

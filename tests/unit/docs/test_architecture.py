@@ -1,0 +1,97 @@
+"""docs/architecture.md leads to every room of the tree, and no page names a path that does not exist."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from chunkmill.broker import NEXT_NAMES
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/architecture.md").read_text()
+PACKAGES = {"chunkmill": ROOT / "app/chunkmill", "chunkmill_workers": ROOT / "workers/chunkmill_workers"}
+FOLDERS = ("app", "workers", "alembic", "tests", "docs", "deploy", "benchmarks")
+PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./@-]*)`")
+MODULE = re.compile(r"`((?:chunkmill|chunkmill_workers)(?:\.\w+)+)`")
+PAGES = [
+    ROOT / "docs/architecture.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs/upgrades.md",
+    *sorted((ROOT / "docs/decisions").glob("*.md")),
+]
+
+
+def section(heading: str) -> str:
+    """The text from a heading to the next one."""
+    return re.split(r"^#+ ", PAGE.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a section's table, without its head."""
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[1:]]
+
+
+def rooms(package: str) -> list[str]:
+    folder = PACKAGES[package].relative_to(ROOT)
+    return [row[0].strip("` ") for row in rows(section(f"### `{folder}`"))]
+
+
+def is_there(module: str) -> bool:
+    """Whether a dotted name leads to a module, or to a name that a module defines."""
+    package, *parts = module.split(".")
+    path = PACKAGES[package].joinpath(*parts)
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    return path.parent.with_suffix(".py").is_file() and defines(path.parent.with_suffix(".py"), parts[-1])
+
+
+def defines(file: Path, name: str) -> bool:
+    return re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.* = ", file.read_text(), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    roots = [ROOT, *PACKAGES.values()] if page.name == "architecture.md" else [ROOT]  # its rooms are named from there
+    assert [path for path in PATH.findall(text) if not any((root / path).exists() for root in roots)] == []
+    modules = set(MODULE.findall(text)) - set(NEXT_NAMES.values())  # these are task names
+    assert [module for module in sorted(modules) if not is_there(module)] == []
+
+
+def test_the_pages_name_paths() -> None:
+    assert len(PATH.findall(PAGE)) > 50
+    assert len(PATH.findall((ROOT / "CONTRIBUTING.md").read_text())) > 10
+    assert not is_there("chunkmill.broker.NOTHING")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_room_has_a_line_and_only_rooms_have_one(package: str) -> None:
+    root = PACKAGES[package]
+    folders = {str(path.parent.relative_to(root)) for path in root.rglob("__init__.py")} - {"."}
+    modules = {path.stem for path in root.glob("*.py")} - {"__init__"}
+    assert sorted(rooms(package)) == sorted(folders | modules)
+
+
+def test_the_rooms_stand_in_the_order_of_the_layers() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (each["layers"] for each in contracts if each["name"] == "chunkmill runs one way")
+    named = [[name.strip().removeprefix("chunkmill.") for name in layer.split("|")] for layer in layers]
+    shown = [name for name in rooms("chunkmill") if "/" not in name]
+    assert shown == list(itertools.chain.from_iterable(named))
+    intro = section("### `app/chunkmill`")
+    assert all(f"`{layer[0]}` and" in intro for layer in named if len(layer) > 1)
+
+
+def test_every_name_is_in_the_file_that_the_page_sends_to() -> None:
+    places = rows(section("## Where to find it"))
+    assert len(places) >= 20
+    for what, files, names in places:
+        texts = [ROOT / path for path in PATH.findall(files)]
+        assert texts, what
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert any(name.split(".")[-1] in file.read_text() for file in texts), f"{what}: {name}"
