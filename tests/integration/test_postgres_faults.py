@@ -80,7 +80,7 @@ def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(
     armed: list[Cut] = []
 
     def arm(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "SET state = 'completed'" in statement and not armed:
+        if "SET state = %(completed)s" in statement and not armed:
             armed.append(Cut(b"COMMIT", answer_lost=True))
             proxy.cut = armed[0]
 
