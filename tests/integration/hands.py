@@ -73,7 +73,7 @@ class Hands:
         with self.db.begin() as conn:
             assert chunk_batches.complete_if_held(conn, lease, n_embedded=n_embedded, n_truncated=0)
             refused = [DeadContent(content_hash(text), code, f"it is {code}") for text, code in (dead or {}).items()]
-            dead_chunks.add_contents(conn, lease, refused)
+            dead_chunks.add_contents(conn, refused, job_id=lease.job_id, collection_id=lease.collection_id)
 
     def fail(self, lease: Lease, *, error: str = "why not", retryable: bool = True) -> None:
         with self.db.begin() as conn:
@@ -91,7 +91,7 @@ class Hands:
             )
             assert chunk_batches.complete_if_held(conn, lease, n_embedded=work.known + n, n_truncated=0)
             refused = [DeadContent(h, codes[h], f"it is {codes[h]}") for h, _ in work.texts if h in codes]
-            dead_chunks.add_contents(conn, lease, refused)
+            dead_chunks.add_contents(conn, refused, job_id=lease.job_id, collection_id=lease.collection_id)
         self.finish(lease.job_id)
 
     def finish(self, job_id: int) -> JobState | None:

@@ -28,7 +28,7 @@ def complete(db: sa.Engine, chunk_batch_id: int, *dead: str) -> None:
         assert lease is not None
         assert chunk_batches.complete_if_held(conn, lease, n_embedded=3 - len(dead), n_truncated=0)
         contents = [DeadContent(content_hash(text), "not_finite", "why") for text in dead]
-        dead_chunks.add_contents(conn, lease, contents)
+        dead_chunks.add_contents(conn, contents, job_id=lease.job_id, collection_id=lease.collection_id)
 
 
 def numbers(client: Client, collection: str) -> tuple[int, int, int]:

@@ -107,7 +107,7 @@ def test_after_two_deaths_it_is_cut_into_suspects_of_what_is_missing(client: Cli
         db, "SELECT state, content_hashes, n_contents, n_embedded, error FROM chunk_batches WHERE id = 1"
     )[0]
     assert (state, list(kept), n, embedded) == ("completed", done, 4, 4)
-    assert "cut into 16 ChunkBatches after 2 deaths" in error
+    assert "split into 16 ChunkBatches after 2 deaths" in error
     parts = rows(db, "SELECT state, n_contents, deaths, attempt, max_attempts FROM chunk_batches WHERE id > 1")
     assert parts == [("available", 1, 2, 0, 5)] * 16
     assert claim(db, 2).suspect

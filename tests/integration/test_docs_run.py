@@ -125,7 +125,8 @@ def _job_42(client: Client) -> None:
         write_vectors(
             conn, space, space.spec.fingerprint, hashes[:2], np.ones(2, np.int32), np.zeros(2, np.bool_), vectors
         )
-        dead_chunks.add_contents(conn, lease, [DeadContent(hashes[2], "kills_workers", "4 workers died with it")])
+        dead = DeadContent(hashes[2], "kills_workers", "4 workers died with it")
+        dead_chunks.add_contents(conn, [dead], job_id=lease.job_id, collection_id=lease.collection_id)
         usage.book(conn, lease, usage.Usage("local", "host:1", 2, 2, 0.1), usage.Outcome.COMPLETED)
         chunk_batches.complete_if_held(conn, lease, n_embedded=2, n_truncated=0)
         finish_if_done(conn, job.id, space)

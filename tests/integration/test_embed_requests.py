@@ -81,7 +81,7 @@ def test_requests_that_nobody_fetches_are_deleted_after_ten_minutes(
             age=minutes, id=request,
         )  # fmt: skip
     with db.begin() as conn:
-        recover.drop_old_requests(conn)
+        recover.delete_old_requests(conn)
     assert hands.rows("SELECT id FROM embed_requests") == [(young,)]
 
 

@@ -57,7 +57,7 @@ def ledger(db: sa.Engine) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("answer_lost", [False, True], ids=["before", "answer lost"])
 @pytest.mark.parametrize(
-    "words", [b"COPY vectors_", b"SET state = 'completed'", b"INSERT INTO usage", b"SELECT c.content_hash, c.text"]
+    "words", [b"COPY vectors_", b"SET state = $1, n_embedded", b"INSERT INTO usage", b"SELECT c.content_hash, c.text"]
 )
 def test_a_connection_cut_anywhere_is_made_again_and_the_transaction_run_again(
     words: bytes, answer_lost: bool, behind: WorkerContext, proxy: CuttingProxy, client: Client, db: sa.Engine
@@ -80,7 +80,7 @@ def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(
     armed: list[Cut] = []
 
     def arm(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "SET state = 'completed'" in statement and not armed:
+        if "SET state = %(completed)s" in statement and not armed:
             armed.append(Cut(b"COMMIT", answer_lost=True))
             proxy.cut = armed[0]
 

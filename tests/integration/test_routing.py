@@ -225,7 +225,7 @@ def test_what_waits_leaves_a_lane_that_stopped_and_what_has_begun_stays(
     assert routes(db, local.id) == {("local", "available"): 1}
     steps = client.explain(job.id).routing
     assert [step.route.value for step in steps] == ["openai", "openai-sync"]
-    assert "moved from openai, for it stopped" in steps[1].because
+    assert "moved from openai because it stopped" in steps[1].because
 
 
 def test_what_waits_leaves_the_batch_api_when_the_deadline_comes_near(

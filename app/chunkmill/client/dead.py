@@ -11,7 +11,7 @@ from chunkmill.client.enqueue import MAX_BATCH_BYTES
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.dead import dead_chunks, dead_retry
-from chunkmill.ledger.dead.dead_chunks import Which
+from chunkmill.ledger.dead.dead_chunks import DeadFilter
 from chunkmill.ledger.jobs import jobs
 from chunkmill.store.delete import delete_some
 
@@ -56,11 +56,11 @@ class DeadList(Connected):
         raises :class:`InvalidInput`, found by job or code it is passed over, and raises only where nothing else is
         found. Raises :class:`NotFound` for an id that is not on the list. Nothing is changed by a call that raises.
         """
-        which = self._meant(ids, job_id, code)
+        dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:
             retried = dead_retry.retry(
                 conn,
-                which,
+                dead_filter,
                 max_contents=self._settings.chunk_batch_size,
                 max_bytes=MAX_BATCH_BYTES,
                 max_attempts=self._settings.max_attempts,
@@ -78,9 +78,9 @@ class DeadList(Connected):
         goes. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for an id that is not on the
         list; nothing is changed then.
         """
-        which = self._meant(ids, job_id, code)
+        dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:
-            dropped, leaving = dead_retry.take_off(conn, which)
+            dropped, leaving = dead_retry.take_off(conn, dead_filter)
             for collection, chunk_ids in leaving.items():
                 collection_id, _ = jobs.find_collection(conn, collection)
                 delete_some(conn, collection_id=collection_id, chunk_ids=chunk_ids, limit=len(chunk_ids))
@@ -88,20 +88,20 @@ class DeadList(Connected):
         return dropped
 
     @staticmethod
-    def _listed(conn: sa.Connection, job_id: int | None, collection: str | None, code: str | None) -> Which:
+    def _listed(conn: sa.Connection, job_id: int | None, collection: str | None, code: str | None) -> DeadFilter:
         if job_id is not None:
             jobs.get(conn, job_id)
         if collection is not None:
             jobs.find_collection(conn, collection)
-        return Which(job_id=job_id, collection=collection, code=code)
+        return DeadFilter(job_id=job_id, collection=collection, code=code)
 
     @staticmethod
-    def _meant(ids: Iterable[int] | None, job_id: int | None, code: str | None) -> Which:
+    def _meant(ids: Iterable[int] | None, job_id: int | None, code: str | None) -> DeadFilter:
         if (ids is None) == (job_id is None and code is None):
             raise InvalidInput("say which dead chunks: either ids, or job_id or code or both.")
         if ids is None:
-            return Which(job_id=job_id, code=code)
+            return DeadFilter(job_id=job_id, code=code)
         chosen = tuple(ids)
         if not all(isinstance(each, int) for each in chosen):
             raise InvalidInput("ids must be whole numbers, as `dead` and `chunkmill dead list` give them.")
-        return Which(ids=chosen)
+        return DeadFilter(ids=chosen)

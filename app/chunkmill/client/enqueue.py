@@ -173,11 +173,11 @@ class Enqueueing:
         staging.drop_rejected(conn, plan.rejected)
         staging.add_contents(conn, plan.missing)
         staging.merge_chunks(conn, collection_id=collection_id, job_id=job_id)
-        common = chunk_batches.Common(
+        shared = chunk_batches.SharedFields(
             job_id, request.space.id, opened.lane, request.priority.rank, settings.max_attempts
         )
-        chunk_batches.add(conn, common, planning.cut(plan.missing, settings.chunk_batch_size, MAX_BATCH_BYTES))
-        chunk_batches.add_cached(conn, common, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
+        chunk_batches.add(conn, shared, planning.cut(plan.missing, settings.chunk_batch_size, MAX_BATCH_BYTES))
+        chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 
 

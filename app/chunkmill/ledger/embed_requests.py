@@ -1,7 +1,7 @@
-"""Texts that someone waits for: a search's query, or ``client.embed``. Answered by any worker, in Postgres.
+"""Texts that someone waits for: a search's query, or ``client.embed``. Any worker answers them, in Postgres.
 
-They do not pass through Redis: a query must not wait behind a window of doorbells, search must work while
-Redis is down, and texts stay out of it. ``NOTIFY`` wakes the workers at the commit.
+They do not pass through Redis: a query must not wait behind a window of doorbells, search must work while Redis is
+down, and texts stay out of it. ``NOTIFY`` wakes the workers when the transaction commits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from chunkmill.db.schema import EmbedRequestRow
 
 CHANNEL = "chunkmill_embed_requests"
 LEASE_SECONDS = 30
+MAX_ATTEMPTS = 2
+"""A request that takes its worker down must not take down all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,14 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``vectors``: ``(n, d)`` float32 in input order; None with an ``error``."""
+    """``vectors`` is ``(n, d)`` float32 in input order, or None if there is an ``error``."""
 
     vectors: NDArray[np.float32] | None
     error: str | None
 
 
 def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) -> int:
-    """Leave a request; workers hear of it when the transaction commits."""
+    """Insert a request and return its id. Workers hear of it when the transaction commits."""
     request_id = conn.execute(
         sa.insert(EmbedRequestRow).values(space_id=space_id, kind=kind, texts=list(texts)).returning(EmbedRequestRow.id)
     ).scalar_one()
@@ -44,32 +46,43 @@ def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) 
     return int(request_id)
 
 
+# Without :spaces, those that only a provider serves are left to workers on its queue. The age is taken from
+# clock_timestamp(), because now() is when the transaction began.
+_CLAIM_NEXT = sa.text("""
+UPDATE embed_requests
+SET attempts = attempts + 1, lease_until = now() + make_interval(secs => :lease)
+WHERE id = (
+    SELECT id
+    FROM embed_requests
+    WHERE vectors IS NULL AND error IS NULL
+      AND (lease_until IS NULL OR lease_until < now())
+      AND attempts < :max_attempts
+      AND space_id <> ALL(CAST(:not_spaces AS int[]))
+      AND CASE WHEN CAST(:spaces AS int[]) IS NULL
+               THEN (SELECT s.spec ->> 'provider' FROM spaces s WHERE s.id = space_id) <> 'openai'
+               ELSE space_id = ANY(CAST(:spaces AS int[])) END
+      AND created_at <= clock_timestamp() - make_interval(secs => :age)
+    ORDER BY id
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED)
+RETURNING id, space_id, kind, texts
+""")
+
+
 def claim_next(
     conn: sa.Connection, *, not_spaces: Sequence[int] = (), spaces: Sequence[int] | None = None, min_age_s: float = 0.0
 ) -> EmbedRequest | None:
-    """Lease the oldest open request. SKIP LOCKED: of many workers each takes another.
+    """Lease the oldest open request and return it. Each of several workers gets another one (SKIP LOCKED).
 
-    Without ``spaces`` those that only a provider serves are left to workers on its queue; with it only those are
-    taken, once they are ``min_age_s`` old.
-
-    A request is tried twice at most: one that takes its worker down must not take down all of them.
+    Without ``spaces``, requests that only a provider can answer are left to workers on its queue. With ``spaces``, only
+    requests of these are taken, and only once they are ``min_age_s`` seconds old. A request is tried
+    ``MAX_ATTEMPTS`` times.
     """
     row = conn.execute(
-        sa.text(
-            "UPDATE embed_requests SET attempts = attempts + 1, "
-            "lease_until = now() + make_interval(secs => :lease) WHERE id = ("
-            "SELECT id FROM embed_requests WHERE vectors IS NULL AND error IS NULL "
-            "AND (lease_until IS NULL OR lease_until < now()) AND attempts < 2 "
-            "AND space_id <> ALL(CAST(:not_spaces AS int[])) "
-            "AND CASE WHEN CAST(:spaces AS int[]) IS NULL "
-            "    THEN (SELECT s.spec ->> 'provider' FROM spaces s WHERE s.id = space_id) <> 'openai' "
-            "    ELSE space_id = ANY(CAST(:spaces AS int[])) END "
-            "AND created_at <= clock_timestamp() - make_interval(secs => :age) "
-            "ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) "
-            "RETURNING id, space_id, kind, texts"
-        ),
+        _CLAIM_NEXT,
         {
             "lease": LEASE_SECONDS,
+            "max_attempts": MAX_ATTEMPTS,
             "not_spaces": list(not_spaces),
             "spaces": None if spaces is None else list(spaces),
             "age": min_age_s,
@@ -79,6 +92,7 @@ def claim_next(
 
 
 def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -> None:
+    """Store the vectors of a request, for its caller to take."""
     payload = np.ascontiguousarray(vectors, dtype="<f4").tobytes()
     conn.execute(
         sa.text("UPDATE embed_requests SET vectors = :vectors WHERE id = :id"),
@@ -87,18 +101,20 @@ def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -
 
 
 def refuse(conn: sa.Connection, request_id: int, error: str) -> None:
+    """Store why a request has no vectors, for its caller to take."""
     conn.execute(sa.text("UPDATE embed_requests SET error = :error WHERE id = :id"), {"id": request_id, "error": error})
 
 
+_TAKE_ANSWER = sa.text("""
+DELETE FROM embed_requests
+WHERE id = :id AND (vectors IS NOT NULL OR error IS NOT NULL)
+RETURNING vectors, error
+""")
+
+
 def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Answer | None:
-    """Fetch and forget the answer; None while there is none."""
-    row = conn.execute(
-        sa.text(
-            "DELETE FROM embed_requests WHERE id = :id AND (vectors IS NOT NULL OR error IS NOT NULL) "
-            "RETURNING vectors, error"
-        ),
-        {"id": request_id},
-    ).one_or_none()
+    """Delete an answered request and return its answer; None while there is no answer."""
+    row = conn.execute(_TAKE_ANSWER, {"id": request_id}).one_or_none()
     if row is None:
         return None
     if row.error is not None:
@@ -107,5 +123,5 @@ def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Ans
 
 
 def withdraw(conn: sa.Connection, request_id: int) -> None:
-    """Nobody waits any more."""
+    """Delete a request that nobody waits for any more."""
     conn.execute(sa.text("DELETE FROM embed_requests WHERE id = :id"), {"id": request_id})

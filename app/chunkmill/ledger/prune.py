@@ -1,59 +1,65 @@
-"""Finished jobs that are old leave the ledger, slice by slice, with all that hangs on them but their charges.
+"""Deletes old finished jobs from the ledger, slice by slice, with everything that belongs to them but their charges.
 
-Charges are the bill and stay. What a failed or cancelled job left without a vector is its only record of it, so such a
-job stays while a chunk still waits for it.
+Charges are the bill and stay. The record of what a failed or cancelled job left without a vector is nowhere else, so
+such a job stays while a chunk still waits for a vector.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
 from chunkmill.domain.retention import Amount, OnProgress
+from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState
 from chunkmill.spaces.registry import all_spaces
 
 SLICE = 5_000
 """Rows of one transaction, which holds its job's row; 5,000 ChunkBatches of 512 hashes take 0.15 s."""
 
-_GRACE = "interval '1 hour'"
-"""A worker that lost its lease may still account for its attempt, and an hour's batches are counted."""
+_GRACE = timedelta(hours=1)
+"""How long after its end a job stays in any case: a worker that lost its lease may still account for its attempt, and
+the ProviderBatches of the last hour are counted."""
 
-_FINISHED = (
-    "j.state IN ('completed', 'failed', 'cancelled') AND j.finished_at < :before "
-    f"AND j.finished_at < now() - {_GRACE} "
-    "AND NOT EXISTS (SELECT FROM chunk_batches b WHERE b.job_id = j.id AND b.state IN ('available', 'running'))"
-)
-_AT_A_PROVIDER = (
-    "(EXISTS (SELECT FROM provider_inputs i WHERE i.job_id = j.id) OR EXISTS (SELECT FROM provider_batches p "
-    "JOIN provider_batch_members m ON m.provider_batch_id = p.id JOIN chunk_batches b ON b.id = m.chunk_batch_id "
-    "WHERE p.state <> 'closed' AND b.job_id = j.id))"
-)
-_CLOSED = (
-    f"p.state = 'closed' AND p.closed_at < :before AND greatest(p.closed_at, p.creating_since) < now() - {_GRACE} "
-    "AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.provider_batch_id = p.id)"
-)
-
-# Bytes of a row, about: what is variable in it, and the usual size of the rest. A ChunkBatch's hashes lie out of line,
-# and counting them must not read them in.
-_SIZES = {
-    "chunk_batches": "200 + pg_column_size(t.content_hashes)",
-    "usage": "150",
-    "provider_batch_members": "40",
-    "dead_chunks": "100 + octet_length(t.chunk_id) + octet_length(t.reason)",
-    "jobs": "200 + pg_column_size(t.routing)",
-    "provider_batches": "400",
+_STATES = {
+    "completed": JobState.COMPLETED,
+    "failed": JobState.FAILED,
+    "cancelled": JobState.CANCELLED,
+    "available": ChunkBatchState.AVAILABLE,
+    "running": ChunkBatchState.RUNNING,
+    "discarded": ChunkBatchState.DISCARDED,
+    "closed": ProviderBatchState.CLOSED,
 }
-# In the order in which the rows must go. Each is found by the ids of what it hangs on.
-_OF_CHUNK_BATCHES = {"usage": "chunk_batch_id", "provider_batch_members": "chunk_batch_id", "chunk_batches": "id"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table from which rows are deleted."""
+
+    name: str
+    row_bytes: str
+    """The approximate bytes of a row ``t`` in SQL: its variable part, and the usual size of the rest."""
+
+
+# The hashes of a ChunkBatch lie out of line, and counting their bytes must not read them in.
+_CHUNK_BATCHES = _Table("chunk_batches", "200 + pg_column_size(t.content_hashes)")
+_USAGE = _Table("usage", "150")
+_MEMBERS = _Table("provider_batch_members", "40")
+_DEAD_CHUNKS = _Table("dead_chunks", "100 + octet_length(t.chunk_id) + octet_length(t.reason)")
+_JOBS = _Table("jobs", "200 + pg_column_size(t.routing)")
+_PROVIDER_BATCHES = _Table("provider_batches", "400")
+_TABLES = (_CHUNK_BATCHES, _USAGE, _MEMBERS, _DEAD_CHUNKS, _JOBS, _PROVIDER_BATCHES)
 
 
 def prune_jobs(
     db: sa.Engine, *, before: datetime, dry_run: bool, on_progress: OnProgress | None = None
 ) -> tuple[dict[str, Amount], int]:
-    """What went by table (or would go), and how many jobs stayed because chunks of theirs have no vector."""
-    amounts = dict.fromkeys(_SIZES, Amount())
+    """Delete jobs that ended before a time, or count them.
+
+    Returns the amounts by table, and how many jobs stayed because chunks of theirs have no vector.
+    """
+    amounts = {table.name: Amount() for table in _TABLES}
     with db.connect() as conn:
         with conn.begin():
             kept = _mark(conn, before)
@@ -62,50 +68,72 @@ def prune_jobs(
             with conn.begin():
                 return _count(conn, before), kept
         for done, job_id in enumerate(job_ids, start=1):
-            while gone := _drop_some_of(conn, job_id, before):
-                for table, amount in gone.items():
-                    amounts[table] += amount
+            while deleted := _delete_some_of(conn, job_id, before):
+                for name, amount in deleted.items():
+                    amounts[name] += amount
             if on_progress:
                 on_progress("jobs", done, len(job_ids))
         while True:
             with conn.begin():
-                gone_batches = _delete(conn, "provider_batches", f"id IN ({_ORPHANED})", before=before, limit=SLICE)
-            amounts["provider_batches"] += gone_batches
-            if gone_batches.rows < SLICE:
+                orphaned = _orphaned_provider_batches(conn, before)
+                amounts["provider_batches"] += _delete(conn, _PROVIDER_BATCHES, "id", orphaned)
+            if len(orphaned) < SLICE:
                 return amounts, kept
 
 
+# A job stays while something of it is at a provider: inputs in flight, or a ProviderBatch that is not closed.
+_MARK_FINISHED = sa.text("""
+INSERT INTO doomed_jobs
+SELECT j.id
+FROM jobs j
+WHERE j.state IN (:completed, :failed, :cancelled)
+  AND j.finished_at < :before
+  AND j.finished_at < now() - CAST(:grace AS interval)
+  AND NOT EXISTS (
+      SELECT FROM chunk_batches b
+      WHERE b.job_id = j.id AND b.state IN (:available, :running))
+  AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.job_id = j.id)
+  AND NOT EXISTS (
+      SELECT FROM provider_batches p
+      JOIN provider_batch_members m ON m.provider_batch_id = p.id
+      JOIN chunk_batches b ON b.id = m.chunk_batch_id
+      WHERE p.state <> :closed AND b.job_id = j.id)
+""")
+
+
 def _mark(conn: sa.Connection, before: datetime) -> int:
-    """Put the jobs that may go into a table of this session; returns how many of that age may not yet."""
+    """Put the jobs to delete into a table of this session; returns how many of that age must stay."""
     conn.execute(sa.text("CREATE TEMP TABLE IF NOT EXISTS doomed_jobs (id bigint PRIMARY KEY)"))
     conn.execute(sa.text("TRUNCATE doomed_jobs"))
-    old = f"FROM jobs j WHERE {_FINISHED} AND NOT {_AT_A_PROVIDER}"
-    conn.execute(
-        sa.text(f"INSERT INTO doomed_jobs SELECT j.id {old} AND j.state = 'completed'"),
-        {"before": before},
-    )
-    kept = 0
-    for space in all_spaces(conn):
-        ended = f"{old} AND j.state <> 'completed' AND j.space_id = :space"
-        missing = _still_missing(space.table_name)
-        facts = {"before": before, "space": space.id}
-        found = conn.execute(sa.text(f"SELECT count(*) {ended}"), facts).scalar_one()
-        if found:
-            went = conn.execute(sa.text(f"INSERT INTO doomed_jobs SELECT j.id {ended} AND NOT {missing}"), facts)
-            kept += found - went.rowcount
-    return int(kept)
+    conn.execute(_MARK_FINISHED, {"before": before, "grace": _GRACE, **_STATES})
+    return sum(_keep_jobs_with_missing_vectors(conn, space.id, space.table_name) for space in all_spaces(conn))
 
 
-def _still_missing(table: str) -> str:
-    """A chunk that the job left without a vector is in the collection with the same text, and has none still."""
-    embedded = f"EXISTS (SELECT FROM {table} v WHERE v.content_hash = c.content_hash)"
-    return (
-        "(EXISTS (SELECT FROM dead_chunks d JOIN chunks c ON c.collection_id = j.collection_id "
-        f"  AND c.chunk_id = d.chunk_id AND c.content_hash = d.content_hash WHERE d.job_id = j.id AND NOT {embedded}) "
-        "OR EXISTS (SELECT FROM chunk_batches b CROSS JOIN unnest(b.content_hashes) AS h(content_hash) "
-        "  JOIN chunks c ON c.content_hash = h.content_hash AND c.collection_id = j.collection_id "
-        f"  WHERE b.job_id = j.id AND b.state IN ('discarded', 'cancelled') AND NOT {embedded}))"
-    )
+def _keep_jobs_with_missing_vectors(conn: sa.Connection, space_id: int, table: str) -> int:
+    """Unmark the jobs of a space that left a chunk without a vector; returns how many.
+
+    Such a chunk is still in the collection with the same text, and still has no vector.
+    """
+    statement = f"""
+        DELETE FROM doomed_jobs
+        USING jobs j
+        WHERE j.id = doomed_jobs.id AND j.space_id = :space AND j.state <> :completed
+          AND (
+              EXISTS (
+                  SELECT FROM dead_chunks d
+                  JOIN chunks c ON c.collection_id = j.collection_id
+                               AND c.chunk_id = d.chunk_id
+                               AND c.content_hash = d.content_hash
+                  WHERE d.job_id = j.id
+                    AND NOT EXISTS (SELECT FROM {table} v WHERE v.content_hash = c.content_hash))
+              OR EXISTS (
+                  SELECT FROM chunk_batches b
+                  CROSS JOIN unnest(b.content_hashes) AS h(content_hash)
+                  JOIN chunks c ON c.content_hash = h.content_hash AND c.collection_id = j.collection_id
+                  WHERE b.job_id = j.id AND b.state IN (:discarded, :cancelled)
+                    AND NOT EXISTS (SELECT FROM {table} v WHERE v.content_hash = c.content_hash)))
+    """
+    return conn.execute(sa.text(statement), {"space": space_id, **_STATES}).rowcount
 
 
 def _marked(conn: sa.Connection) -> list[int]:
@@ -113,74 +141,126 @@ def _marked(conn: sa.Connection) -> list[int]:
         return list(conn.execute(sa.text("SELECT id FROM doomed_jobs ORDER BY id")).scalars())
 
 
-def _drop_some_of(conn: sa.Connection, job_id: int, before: datetime) -> dict[str, Amount]:
-    """The next slice of a job, and at last the job; nothing where it is gone, or runs again."""
+# A retry of the job waits for this transaction; if the retry was first, the job is skipped.
+_LOCK_FINISHED_JOB = sa.text("""
+SELECT j.id
+FROM jobs j
+WHERE j.id = :id
+  AND j.state IN (:completed, :failed, :cancelled)
+  AND j.finished_at < :before
+  AND j.finished_at < now() - CAST(:grace AS interval)
+  AND NOT EXISTS (
+      SELECT FROM chunk_batches b
+      WHERE b.job_id = j.id AND b.state IN (:available, :running))
+FOR UPDATE SKIP LOCKED
+""")
+
+
+def _delete_some_of(conn: sa.Connection, job_id: int, before: datetime) -> dict[str, Amount]:
+    """Delete the next slice of a job, and at last the job. Returns nothing if the job is gone or runs again."""
     with conn.begin():
-        # Whoever retries the job waits for this transaction, or it passes over the job.
-        locked = conn.execute(
-            sa.text(f"SELECT FROM jobs j WHERE j.id = :id AND {_FINISHED} FOR UPDATE SKIP LOCKED"),
-            {"id": job_id, "before": before},
-        ).one_or_none()
-        if locked is None:
+        parameters = {"id": job_id, "before": before, "grace": _GRACE, **_STATES}
+        if conn.execute(_LOCK_FINISHED_JOB, parameters).one_or_none() is None:
             return {}
-        ids = _ids(conn, "chunk_batches", job_id)
-        if ids:
+        chunk_batch_ids = _ids(conn, _CHUNK_BATCHES, job_id)
+        if chunk_batch_ids:
             return {
-                table: _delete(conn, table, f"{key} = ANY(CAST(:ids AS bigint[]))", ids=ids)
-                for table, key in _OF_CHUNK_BATCHES.items()
+                _USAGE.name: _delete(conn, _USAGE, "chunk_batch_id", chunk_batch_ids),
+                _MEMBERS.name: _delete(conn, _MEMBERS, "chunk_batch_id", chunk_batch_ids),
+                _CHUNK_BATCHES.name: _delete(conn, _CHUNK_BATCHES, "id", chunk_batch_ids),
             }
-        ids = _ids(conn, "dead_chunks", job_id)
-        if ids:
-            return {"dead_chunks": _delete(conn, "dead_chunks", "id = ANY(CAST(:ids AS bigint[]))", ids=ids)}
-        return {"jobs": _delete(conn, "jobs", "id = :id", id=job_id)}
+        dead_chunk_ids = _ids(conn, _DEAD_CHUNKS, job_id)
+        if dead_chunk_ids:
+            return {_DEAD_CHUNKS.name: _delete(conn, _DEAD_CHUNKS, "id", dead_chunk_ids)}
+        return {_JOBS.name: _delete(conn, _JOBS, "id", [job_id])}
 
 
-def _ids(conn: sa.Connection, table: str, job_id: int) -> list[int]:
-    rows = conn.execute(
-        sa.text(f"SELECT id FROM {table} WHERE job_id = :job LIMIT :limit"), {"job": job_id, "limit": SLICE}
-    )
-    return list(rows.scalars())
+def _ids(conn: sa.Connection, table: _Table, job_id: int) -> list[int]:
+    """The ids of a slice of a job's rows."""
+    statement = sa.text(f"SELECT id FROM {table.name} WHERE job_id = :job LIMIT :limit")
+    return list(conn.execute(statement, {"job": job_id, "limit": SLICE}).scalars())
 
 
-def _delete(conn: sa.Connection, table: str, which: str, **facts: Any) -> Amount:
-    row = conn.execute(
-        sa.text(
-            f"WITH gone AS (DELETE FROM {table} t WHERE {which} RETURNING {_SIZES[table]} AS bytes) "
-            "SELECT count(*) AS rows, coalesce(sum(bytes), 0)::bigint AS bytes FROM gone"
-        ),
-        facts,
-    ).one()
+_ORPHANED_PROVIDER_BATCHES = sa.text("""
+SELECT p.id
+FROM provider_batches p
+WHERE p.state = :closed
+  AND p.closed_at < :before
+  AND greatest(p.closed_at, p.creating_since) < now() - CAST(:grace AS interval)
+  AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.provider_batch_id = p.id)
+  AND NOT EXISTS (SELECT FROM provider_batch_members m WHERE m.provider_batch_id = p.id)
+LIMIT :limit
+""")
+
+
+def _orphaned_provider_batches(conn: sa.Connection, before: datetime) -> list[int]:
+    """The ids of a slice of old ProviderBatches that no ChunkBatch waits for any more."""
+    parameters = {"before": before, "grace": _GRACE, "closed": ProviderBatchState.CLOSED, "limit": SLICE}
+    return list(conn.execute(_ORPHANED_PROVIDER_BATCHES, parameters).scalars())
+
+
+def _delete(conn: sa.Connection, table: _Table, key: str, ids: list[int]) -> Amount:
+    """Delete the rows whose ``key`` is one of ``ids``; returns how much that was."""
+    statement = f"""
+        WITH gone AS (
+            DELETE FROM {table.name} t
+            WHERE t.{key} = ANY(CAST(:ids AS bigint[]))
+            RETURNING {table.row_bytes} AS bytes)
+        SELECT count(*) AS rows, coalesce(sum(bytes), 0)::bigint AS bytes
+        FROM gone
+    """
+    row = conn.execute(sa.text(statement), {"ids": ids}).one()
     return Amount(row.rows, row.bytes)
 
 
-# ProviderBatches that nobody has a part in any more.
-_ORPHANED = (
-    f"SELECT p.id FROM provider_batches p WHERE {_CLOSED} "
-    "AND NOT EXISTS (SELECT FROM provider_batch_members m WHERE m.provider_batch_id = p.id) LIMIT :limit"
-)
-
-
 def _count(conn: sa.Connection, before: datetime) -> dict[str, Amount]:
-    """The same, left where it is."""
-    doomed = "SELECT b.id FROM chunk_batches b WHERE b.job_id IN (SELECT id FROM doomed_jobs)"
-    which = {
-        "usage": f"t.chunk_batch_id IN ({doomed})",
-        "provider_batch_members": f"t.chunk_batch_id IN ({doomed})",
-        "chunk_batches": "t.job_id IN (SELECT id FROM doomed_jobs)",
-        "dead_chunks": "t.job_id IN (SELECT id FROM doomed_jobs)",
-        "jobs": "t.id IN (SELECT id FROM doomed_jobs)",
-        "provider_batches": f"t.id IN (SELECT p.id FROM provider_batches p WHERE {_CLOSED} "
-        "AND NOT EXISTS (SELECT FROM provider_batch_members m WHERE m.provider_batch_id = p.id "
-        f"AND m.chunk_batch_id NOT IN ({doomed})))",
+    """How much a prune of the marked jobs would delete, by table."""
+    return {
+        _CHUNK_BATCHES.name: _count_of_jobs(conn, _CHUNK_BATCHES, "job_id"),
+        _USAGE.name: _count_of_chunk_batches(conn, _USAGE),
+        _MEMBERS.name: _count_of_chunk_batches(conn, _MEMBERS),
+        _DEAD_CHUNKS.name: _count_of_jobs(conn, _DEAD_CHUNKS, "job_id"),
+        _JOBS.name: _count_of_jobs(conn, _JOBS, "id"),
+        _PROVIDER_BATCHES.name: _count_provider_batches(conn, before),
     }
-    counted = {}
-    for table, size in _SIZES.items():
-        row = conn.execute(
-            sa.text(
-                f"SELECT count(*) AS rows, coalesce(sum({size}), 0)::bigint AS bytes FROM {table} t "
-                f"WHERE {which[table]}"
-            ),
-            {"before": before} if ":before" in which[table] else {},
-        ).one()
-        counted[table] = Amount(row.rows, row.bytes)
-    return counted
+
+
+def _count_of_jobs(conn: sa.Connection, table: _Table, key: str) -> Amount:
+    statement = f"""
+        SELECT count(*) AS rows, coalesce(sum({table.row_bytes}), 0)::bigint AS bytes
+        FROM {table.name} t
+        JOIN doomed_jobs d ON d.id = t.{key}
+    """
+    row = conn.execute(sa.text(statement)).one()
+    return Amount(row.rows, row.bytes)
+
+
+def _count_of_chunk_batches(conn: sa.Connection, table: _Table) -> Amount:
+    statement = f"""
+        SELECT count(*) AS rows, coalesce(sum({table.row_bytes}), 0)::bigint AS bytes
+        FROM {table.name} t
+        JOIN chunk_batches b ON b.id = t.chunk_batch_id
+        JOIN doomed_jobs d ON d.id = b.job_id
+    """
+    row = conn.execute(sa.text(statement)).one()
+    return Amount(row.rows, row.bytes)
+
+
+def _count_provider_batches(conn: sa.Connection, before: datetime) -> Amount:
+    """The old ProviderBatches that only ChunkBatches of marked jobs wait for."""
+    statement = f"""
+        SELECT count(*) AS rows, coalesce(sum({_PROVIDER_BATCHES.row_bytes}), 0)::bigint AS bytes
+        FROM provider_batches t
+        WHERE t.state = :closed
+          AND t.closed_at < :before
+          AND greatest(t.closed_at, t.creating_since) < now() - CAST(:grace AS interval)
+          AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.provider_batch_id = t.id)
+          AND NOT EXISTS (
+              SELECT FROM provider_batch_members m
+              WHERE m.provider_batch_id = t.id
+                AND m.chunk_batch_id NOT IN (
+                    SELECT b.id FROM chunk_batches b JOIN doomed_jobs d ON d.id = b.job_id))
+    """
+    parameters = {"before": before, "grace": _GRACE, "closed": ProviderBatchState.CLOSED}
+    row = conn.execute(sa.text(statement), parameters).one()
+    return Amount(row.rows, row.bytes)

@@ -92,7 +92,7 @@ class Poller:
         with self._db.begin() as conn:
             taken = TakenBack() if patient else deaths.take_back_expired(conn)
             abandoned = recover.fail_abandoned(conn)
-            recover.drop_old_requests(conn)
+            recover.delete_old_requests(conn)
         self._go_on_cancelling()
         rung = self._ring() + self._provider.round()
         # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
@@ -127,7 +127,7 @@ class Poller:
 
     def _finish_jobs(self) -> int:
         with self._db.begin() as conn:
-            waiting = recover.jobs_without_open_batches(conn)
+            waiting = recover.jobs_without_open_chunk_batches(conn)
         finished = 0
         for job_id, space_id in waiting:
             try:

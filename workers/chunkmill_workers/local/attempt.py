@@ -147,7 +147,8 @@ class Attempt:
             embedded = self._embedded + len(written.hashes)
             done = chunk_batches.complete_if_held(conn, self.lease, n_embedded=embedded, n_truncated=n_truncated)
             if done:
-                dead_chunks.add_contents(conn, self.lease, [*self._dead, *self._refused])
+                dead = [*self._dead, *self._refused]
+                dead_chunks.add_contents(conn, dead, job_id=self.lease.job_id, collection_id=self.lease.collection_id)
             return done
 
         if not self._commit(end, "complete", usage.Outcome.COMPLETED):

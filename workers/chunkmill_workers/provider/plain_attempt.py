@@ -131,7 +131,9 @@ class PlainAttempt:
         def end(conn: sa.Connection) -> bool:
             done = chunk_batches.complete_if_held(conn, self.lease, n_embedded=self._embedded, n_truncated=n_truncated)
             if done:
-                dead_chunks.add_contents(conn, self.lease, self.dead)
+                dead_chunks.add_contents(
+                    conn, self.dead, job_id=self.lease.job_id, collection_id=self.lease.collection_id
+                )
                 usage.book(conn, self.lease, self.account, usage.Outcome.COMPLETED)
                 provider_inputs.remove_own(conn, self.lease)
             return done

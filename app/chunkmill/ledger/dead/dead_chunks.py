@@ -1,10 +1,10 @@
-"""The dead list: chunks of a job that got no vector, each with its reason."""
+"""The dead list: chunks of a job that have no vector, with the reason."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +15,6 @@ from chunkmill.domain.results import DeadDetails, DeadEntry, Standing
 from chunkmill.domain.states import JobState
 from chunkmill.errors import NotFound
 from chunkmill.ledger.work import attempts
-from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.spaces import registry
 
 KILLS_WORKERS = "kills_workers"
@@ -31,53 +30,54 @@ class DeadContent:
 
 
 def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> None:
-    """Chunks refused at the door, which were never stored."""
+    """Add chunks that were refused by ``enqueue`` and so never stored."""
     if dead:
         conn.execute(
             sa.insert(DeadChunkRow),
-            [{"job_id": job_id, "chunk_id": d.chunk_id, "code": d.code, "reason": d.reason} for d in dead],
+            [
+                {"job_id": job_id, "chunk_id": chunk.chunk_id, "code": chunk.code, "reason": chunk.reason}
+                for chunk in dead
+            ],
         )
 
 
-def add_contents(conn: sa.Connection, lease: Lease, dead: Sequence[DeadContent]) -> None:
-    """Name the chunks of every dead content, in the transaction that completes its ChunkBatch.
+_ADD_CONTENTS = sa.text("""
+INSERT INTO dead_chunks (job_id, chunk_id, content_hash, code, reason)
+SELECT :job, c.chunk_id, c.content_hash, d.code, d.reason
+FROM unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[]), CAST(:reasons AS text[])) AS d(content_hash, code, reason)
+JOIN chunks c ON c.content_hash = d.content_hash AND c.collection_id = :collection
+ON CONFLICT DO NOTHING
+""")
+_DELETE_TOO_LONG = sa.text("""
+DELETE FROM chunks c
+USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) AS d(content_hash, code)
+WHERE d.code = 'too_long' AND c.content_hash = d.content_hash
+  AND c.collection_id = :collection AND c.job_id = :job
+""")
 
-    A chunk that is too long under the ``reject`` policy leaves the collection again, as if it had been
-    refused at the door. Any other keeps its place, shows as missing in the audit and fails the job.
+
+def add_contents(conn: sa.Connection, dead: Sequence[DeadContent], *, job_id: int, collection_id: int) -> None:
+    """Add the chunks of each dead content of a job, in the transaction that completes its ChunkBatch.
+
+    A chunk that is too long under the ``reject`` policy is deleted from the collection, as if ``enqueue`` had refused
+    it. Any other chunk stays, shows as missing in the audit and fails the job.
     """
     if not dead:
         return
-    facts = {
-        "job": lease.job_id,
-        "collection": lease.collection_id,
-        "hashes": [d.content_hash for d in dead],
-        "codes": [d.code for d in dead],
-        "reasons": [d.reason for d in dead],
+    parameters = {
+        "job": job_id,
+        "collection": collection_id,
+        "hashes": [content.content_hash for content in dead],
+        "codes": [content.code for content in dead],
+        "reasons": [content.reason for content in dead],
     }
-    conn.execute(
-        sa.text(
-            "INSERT INTO dead_chunks (job_id, chunk_id, content_hash, code, reason) "
-            "SELECT :job, c.chunk_id, c.content_hash, d.code, d.reason "
-            "FROM unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[]), CAST(:reasons AS text[])) "
-            "     AS d(content_hash, code, reason) "
-            "JOIN chunks c ON c.content_hash = d.content_hash AND c.collection_id = :collection "
-            "ON CONFLICT DO NOTHING"
-        ),
-        facts,
-    )
-    conn.execute(
-        sa.text(
-            "DELETE FROM chunks c USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) "
-            "AS d(content_hash, code) WHERE d.code = 'too_long' AND c.content_hash = d.content_hash "
-            "AND c.collection_id = :collection AND c.job_id = :job"
-        ),
-        facts,
-    )
+    conn.execute(_ADD_CONTENTS, parameters)
+    conn.execute(_DELETE_TOO_LONG, parameters)
 
 
 @dataclass(frozen=True, slots=True)
-class Which:
-    """Entries of the dead list: those to which all that is given applies."""
+class DeadFilter:
+    """Selects the entries of the dead list to which every given condition applies."""
 
     ids: tuple[int, ...] | None = None
     job_id: int | None = None
@@ -85,73 +85,98 @@ class Which:
     code: str | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if name == "ids" else value for name, value in given.items() if value is not None}
-
-    @property
-    def sql(self) -> str:
-        return " AND ".join(_WHICH[name] for name in self.facts) or "true"
+    def parameters(self) -> dict[str, object]:
+        ids = None if self.ids is None else list(self.ids)
+        return {"ids": ids, "job_id": self.job_id, "collection": self.collection, "code": self.code}
 
 
-_WHICH = {
-    "ids": "d.id = ANY(CAST(:ids AS bigint[]))",
-    "job_id": "d.job_id = :job_id",
-    "collection": "k.name = :collection",
-    "code": "d.code = :code",
-}
-LISTED = "dead_chunks d JOIN jobs j ON j.id = d.job_id JOIN collections k ON k.id = j.collection_id"
+_COUNT_CODES = sa.text("""
+SELECT d.code, count(*) AS n
+FROM dead_chunks d
+JOIN jobs j ON j.id = d.job_id
+JOIN collections k ON k.id = j.collection_id
+WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+  AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
+  AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
+  AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))
+GROUP BY d.code
+ORDER BY 2 DESC, 1
+""")
 
 
-def count_codes(conn: sa.Connection, which: Which) -> dict[str, int]:
+def count_codes(conn: sa.Connection, dead_filter: DeadFilter) -> dict[str, int]:
     """How many entries have each code, the most frequent first."""
-    rows = conn.execute(
-        sa.text(f"SELECT d.code, count(*) AS n FROM {LISTED} WHERE {which.sql} GROUP BY d.code ORDER BY 2 DESC, 1"),
-        which.facts,
-    )
-    return {row.code: row.n for row in rows}
+    return {row.code: row.n for row in conn.execute(_COUNT_CODES, dead_filter.parameters)}
 
 
-def entries(conn: sa.Connection, which: Which, *, limit: int | None = None) -> list[DeadEntry]:
-    """Newest first."""
-    rows = conn.execute(
-        sa.text(
-            "SELECT d.*, j.state AS job_state, j.sealed_at IS NOT NULL AS sealed, j.space_id, k.name AS collection, "
-            f"c.content_hash AS hash_now FROM {LISTED} "
-            "LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id "
-            f"WHERE {which.sql} ORDER BY d.id DESC LIMIT :limit"
-        ),
-        {**which.facts, "limit": limit},
-    ).all()
-    asked = defaultdict(list)
+_IDS = sa.text("""
+SELECT d.id
+FROM dead_chunks d
+JOIN jobs j ON j.id = d.job_id
+JOIN collections k ON k.id = j.collection_id
+WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+  AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
+  AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
+  AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))
+""")
+
+
+def entry_ids(conn: sa.Connection, dead_filter: DeadFilter) -> list[int]:
+    """The ids of the entries that a filter selects."""
+    return list(conn.execute(_IDS, dead_filter.parameters).scalars())
+
+
+_ENTRIES = sa.text("""
+SELECT d.*, j.state AS job_state, j.sealed_at IS NOT NULL AS sealed, j.space_id, k.name AS collection,
+       c.content_hash AS hash_now
+FROM dead_chunks d
+JOIN jobs j ON j.id = d.job_id
+JOIN collections k ON k.id = j.collection_id
+LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id
+WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+  AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
+  AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
+  AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))
+ORDER BY d.id DESC
+LIMIT :limit
+""")
+
+
+def entries(conn: sa.Connection, dead_filter: DeadFilter, *, limit: int | None = None) -> list[DeadEntry]:
+    """The entries that a filter selects, the newest first."""
+    rows = conn.execute(_ENTRIES, {**dead_filter.parameters, "limit": limit}).all()
+    by_space = defaultdict(list)
     for row in rows:
         if row.content_hash is not None:
-            asked[row.space_id].append(row.content_hash)
-    embedded = {(space_id, h) for space_id, hashes in asked.items() for h in _embedded(conn, space_id, hashes)}
+            by_space[row.space_id].append(row.content_hash)
+    embedded = {(space_id, h) for space_id, hashes in by_space.items() for h in _embedded(conn, space_id, hashes)}
     return [_entry(row, embedded=(row.space_id, row.content_hash) in embedded) for row in rows]
+
+
+_METADATA = sa.text("""
+SELECT c.metadata
+FROM chunks c
+JOIN collections k ON k.id = c.collection_id
+WHERE k.name = :collection AND c.chunk_id = :chunk AND c.content_hash = :hash
+""")
+_TEXT = sa.text("""
+SELECT length(text) AS characters, octet_length(text) AS bytes, CASE WHEN :with_text THEN text END AS text
+FROM contents
+WHERE content_hash = :hash
+""")
 
 
 def details(conn: sa.Connection, dead_id: int, *, with_text: bool) -> DeadDetails:
     """All that is known of one entry. Raises :class:`NotFound`."""
-    found = entries(conn, Which(ids=(dead_id,)))
-    if not found:
-        raise NotFound(f"there is no dead chunk {dead_id}; `chunkmill dead list` shows those there are.")
-    (entry,) = found
+    listed = entries(conn, DeadFilter(ids=(dead_id,)))
+    if not listed:
+        raise NotFound(f"there is no dead chunk {dead_id}; `chunkmill dead list` shows those that exist.")
+    (entry,) = listed
     content_hash = bytes.fromhex(entry.content_hash or "")
     metadata = conn.execute(
-        sa.text(
-            "SELECT c.metadata FROM chunks c JOIN collections k ON k.id = c.collection_id "
-            "WHERE k.name = :collection AND c.chunk_id = :chunk AND c.content_hash = :hash"
-        ),
-        {"collection": entry.collection, "chunk": entry.chunk_id, "hash": content_hash},
+        _METADATA, {"collection": entry.collection, "chunk": entry.chunk_id, "hash": content_hash}
     ).scalar_one_or_none()
-    stored = conn.execute(
-        sa.text(
-            "SELECT length(text) AS characters, octet_length(text) AS bytes, CASE WHEN :wanted THEN text END AS text "
-            "FROM contents WHERE content_hash = :hash"
-        ),
-        {"hash": content_hash, "wanted": with_text},
-    ).one_or_none()
+    stored = conn.execute(_TEXT, {"hash": content_hash, "with_text": with_text}).one_or_none()
     died = attempts.died_with(conn, entry.job_id, content_hash) if content_hash and entry.code == KILLS_WORKERS else ()
     if stored is None:
         return DeadDetails(entry, metadata, None, None, tuple(died))

@@ -1,4 +1,4 @@
-"""How chunks come off the dead list: tried again, or dropped."""
+"""Takes chunks off the dead list: to try them again, or to drop them."""
 
 from __future__ import annotations
 
@@ -10,120 +10,145 @@ import sqlalchemy as sa
 from chunkmill.domain import planning
 from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.results import DeadEntry, DroppedDead, RetriedDead, Standing
+from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.errors import InvalidInput, NotFound
-from chunkmill.ledger.dead.dead_chunks import KILLS_WORKERS, LISTED, Which, entries
+from chunkmill.ledger.dead.dead_chunks import KILLS_WORKERS, DeadFilter, entries, entry_ids
 from chunkmill.ledger.jobs.routing import lane_of
 from chunkmill.ledger.work import chunk_batches
-from chunkmill.ledger.work.chunk_batches import Common
+from chunkmill.ledger.work.chunk_batches import SharedFields
 from chunkmill.spaces.registry import DELETE_LOCK
 
+_DELETE_ENTRIES_OF_CONTENTS = sa.text("""
+DELETE FROM dead_chunks
+WHERE job_id = :job AND content_hash = ANY(:hashes)
+""")
 
-def retry(conn: sa.Connection, which: Which, *, max_contents: int, max_bytes: int, max_attempts: int) -> RetriedDead:
-    """Move the contents of dead chunks into new ChunkBatches of their jobs, and their entries off the list.
 
-    All entries about such a content in its job go: they are one text. Raises :class:`NotFound`, and
-    :class:`InvalidInput` where an entry named by its id, or every one, cannot be retried. Nothing is changed then.
+def retry(
+    conn: sa.Connection, dead_filter: DeadFilter, *, max_contents: int, max_bytes: int, max_attempts: int
+) -> RetriedDead:
+    """Move the contents of dead chunks into new ChunkBatches of their jobs, and delete their entries from the list.
+
+    All entries of its job about such a content are deleted, because they are about one text. Raises :class:`NotFound`,
+    and :class:`InvalidInput` if an entry named by its id, or every selected entry, cannot be retried. Nothing is
+    changed then.
     """
-    found = _locked(conn, which)
-    refused = [(entry, why) for entry in found if (why := entry.why_not_retried)]
-    if refused and (which.ids is not None or len(refused) == len(found)):
+    selected = _locked(conn, dead_filter)
+    refused = [(entry, why) for entry in selected if (why := entry.why_not_retried)]
+    if refused and (dead_filter.ids is not None or len(refused) == len(selected)):
         shown = "; ".join(f"{entry.id} (chunk {entry.chunk_id!r}): {why}" for entry, why in refused[:3])
         more = f"; and {len(refused) - 3:,} more" if len(refused) > 3 else ""
         raise InvalidInput(f"dead chunks that cannot be retried: {shown}{more}. Nothing was changed.")
-    again = _by_job(entry for entry in found if entry.why_not_retried is None)
+    retried = _by_job(entry for entry in selected if entry.why_not_retried is None)
     chunks = contents = 0
-    for job_id, listed in again.items():
+    for job_id, listed in retried.items():
         waiting = {_hash(entry): entry.code for entry in listed if entry.standing is Standing.MISSING}
         deleted = conn.execute(
-            sa.text("DELETE FROM dead_chunks WHERE job_id = :job AND content_hash = ANY(:hashes)"),
-            {"job": job_id, "hashes": list({_hash(entry) for entry in listed})},
+            _DELETE_ENTRIES_OF_CONTENTS, {"job": job_id, "hashes": list({_hash(entry) for entry in listed})}
         )
         _take_out(conn, job_id, list(waiting))
         _add_again(conn, job_id, waiting, max_contents=max_contents, max_bytes=max_bytes, max_attempts=max_attempts)
         _reopen_if_ended(conn, job_id, even_completed=bool(waiting))
         chunks += deleted.rowcount
         contents += len(waiting)
-    return RetriedDead(tuple(again), chunks, contents, Counter(why for _, why in refused))
+    return RetriedDead(tuple(retried), chunks, contents, Counter(why for _, why in refused))
 
 
-def take_off(conn: sa.Connection, which: Which) -> tuple[DroppedDead, dict[str, list[str]]]:
-    """Take entries off the list; also returns the chunks to delete from each collection in the same transaction.
+_STILL_LISTED = sa.text("""
+SELECT content_hash
+FROM dead_chunks
+WHERE job_id = :job AND content_hash = ANY(:hashes)
+""")
 
-    Those are the chunks that have this text still, and no vector. What other jobs' entries say about the same chunk and
-    text goes with it. Raises :class:`NotFound`, and nothing is changed then.
+
+def take_off(conn: sa.Connection, dead_filter: DeadFilter) -> tuple[DroppedDead, dict[str, list[str]]]:
+    """Delete entries from the list; also returns the chunks to delete from each collection in the same transaction.
+
+    Those are the chunks that still have this text and no vector. Entries of other jobs about the same chunk and text
+    are deleted too. Raises :class:`NotFound`; nothing is changed then.
     """
     # No enqueue may replace a chunk between the look at it and its deletion.
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": DELETE_LOCK})
-    found = _locked(conn, which, with_twins=True)
+    selected = _locked(conn, dead_filter, with_twins=True)
     conn.execute(
-        sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"), {"ids": [e.id for e in found]}
+        sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"),
+        {"ids": [entry.id for entry in selected]},
     )
     judged = []
-    for job_id, listed in _by_job(found).items():
-        hashes = {_hash(e) for e in listed if e.content_hash and e.standing is not Standing.EMBEDDED}
-        still_listed = conn.execute(
-            sa.text("SELECT content_hash FROM dead_chunks WHERE job_id = :job AND content_hash = ANY(:hashes)"),
-            {"job": job_id, "hashes": list(hashes)},
-        ).scalars()
+    for job_id, listed in _by_job(selected).items():
+        hashes = {_hash(entry) for entry in listed if entry.content_hash and entry.standing is not Standing.EMBEDDED}
+        still_listed = conn.execute(_STILL_LISTED, {"job": job_id, "hashes": list(hashes)}).scalars()
         _take_out(conn, job_id, list(hashes.difference(still_listed)))
         if _reopen_if_ended(conn, job_id, even_completed=False):
             judged.append(job_id)
     leaving: dict[str, set[str]] = defaultdict(set)
-    for entry in found:
+    for entry in selected:
         if entry.standing is Standing.MISSING:
             leaving[entry.collection].add(entry.chunk_id)
     chunks = {collection: sorted(chunk_ids) for collection, chunk_ids in leaving.items()}
-    return DroppedDead(tuple(judged), len(found), sum(map(len, chunks.values()))), chunks
+    return DroppedDead(tuple(judged), len(selected), sum(map(len, chunks.values()))), chunks
 
 
-def _locked(conn: sa.Connection, which: Which, *, with_twins: bool = False) -> list[DeadEntry]:
-    """The entries, with their jobs locked: nobody ends, cancels or retries these until this transaction is over.
+# A twin is another job's entry about the same chunk with the same text. An entry is a twin of itself.
+_TWINS = sa.text("""
+SELECT DISTINCT twin.id
+FROM dead_chunks d
+JOIN jobs j ON j.id = d.job_id
+JOIN jobs i ON i.collection_id = j.collection_id
+JOIN dead_chunks twin ON twin.job_id = i.id AND twin.chunk_id = d.chunk_id AND twin.content_hash = d.content_hash
+WHERE d.id = ANY(CAST(:ids AS bigint[]))
+""")
+_LOCK_JOBS = sa.text("""
+SELECT id
+FROM jobs
+WHERE id IN (SELECT job_id FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[])))
+ORDER BY id
+FOR NO KEY UPDATE
+""")
 
-    A twin is another job's entry about the same chunk with the same text. Raises :class:`NotFound` for an id that is
-    not there, or where there is nothing at all.
+
+def _locked(conn: sa.Connection, dead_filter: DeadFilter, *, with_twins: bool = False) -> list[DeadEntry]:
+    """The selected entries, with their jobs locked: nobody ends, cancels or retries these during this transaction.
+
+    Raises :class:`NotFound` for an id that does not exist, or if nothing is selected at all.
     """
-    chosen = f"SELECT d.id FROM {LISTED} WHERE {which.sql}"
+    ids = entry_ids(conn, dead_filter)
     if with_twins:
-        chosen += (
-            f" UNION SELECT o.id FROM {LISTED} JOIN jobs i ON i.collection_id = k.id JOIN dead_chunks o "
-            f"ON o.job_id = i.id AND o.chunk_id = d.chunk_id AND o.content_hash = d.content_hash WHERE {which.sql}"
-        )
-    ids = tuple(conn.execute(sa.text(chosen), which.facts).scalars())
-    conn.execute(
-        sa.text(
-            "SELECT id FROM jobs WHERE id IN (SELECT job_id FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))) "
-            "ORDER BY id FOR NO KEY UPDATE"
-        ),
-        {"ids": list(ids)},
-    )
-    # Read behind the locks: another may have retried or dropped some while this one waited.
-    found = entries(conn, Which(ids=ids))
-    gone = sorted(set(which.ids or ()) - {entry.id for entry in found})
-    if gone or not found:
+        ids = list({*ids, *conn.execute(_TWINS, {"ids": ids}).scalars()})
+    conn.execute(_LOCK_JOBS, {"ids": ids})
+    # Read under the locks: another transaction may have retried or dropped some while this one waited.
+    selected = entries(conn, DeadFilter(ids=tuple(ids)))
+    gone = sorted(set(dead_filter.ids or ()) - {entry.id for entry in selected})
+    if gone or not selected:
         what = f"no dead chunk {', '.join(map(str, gone[:10]))}" if gone else "no such dead chunk"
         raise NotFound(
             f"there is {what}; somebody may have retried or dropped it meanwhile. Nothing was changed: "
-            "`chunkmill dead list` shows those there are."
+            "`chunkmill dead list` shows those that exist."
         )
-    return found
+    return selected
+
+
+_TAKE_OUT = sa.text("""
+WITH parted AS (
+    SELECT b.id, array_agg(h.content_hash ORDER BY h.at) FILTER (WHERE x.content_hash IS NULL) AS kept
+    FROM chunk_batches b
+    CROSS JOIN unnest(b.content_hashes) WITH ORDINALITY AS h(content_hash, at)
+    LEFT JOIN unnest(CAST(:hashes AS bytea[])) AS x(content_hash) ON x.content_hash = h.content_hash
+    WHERE b.job_id = :job AND b.state = :completed
+    GROUP BY b.id
+    HAVING count(x.content_hash) > 0)
+UPDATE chunk_batches b
+SET content_hashes = coalesce(p.kept, '{}'), n_contents = coalesce(cardinality(p.kept), 0)
+FROM parted p
+WHERE b.id = p.id AND b.state = :completed
+""")
 
 
 def _take_out(conn: sa.Connection, job_id: int, hashes: Sequence[bytes]) -> None:
-    """Take contents out of a job's completed ChunkBatches, so that these do not answer for them when the job ends."""
+    """Take contents out of a job's completed ChunkBatches, which then no longer stand for them when the job ends."""
     if not hashes:
         return
-    conn.execute(
-        sa.text(
-            "WITH parted AS ("
-            "  SELECT b.id, array_agg(h.content_hash ORDER BY h.at) FILTER (WHERE x.content_hash IS NULL) AS kept "
-            "  FROM chunk_batches b CROSS JOIN unnest(b.content_hashes) WITH ORDINALITY AS h(content_hash, at) "
-            "  LEFT JOIN unnest(CAST(:hashes AS bytea[])) AS x(content_hash) ON x.content_hash = h.content_hash "
-            "  WHERE b.job_id = :job AND b.state = 'completed' GROUP BY b.id HAVING count(x.content_hash) > 0) "
-            "UPDATE chunk_batches b SET content_hashes = coalesce(p.kept, '{}'), "
-            "n_contents = coalesce(cardinality(p.kept), 0) FROM parted p WHERE b.id = p.id AND b.state = 'completed'"
-        ),
-        {"job": job_id, "hashes": list(hashes)},
-    )
+    conn.execute(_TAKE_OUT, {"job": job_id, "hashes": list(hashes), "completed": ChunkBatchState.COMPLETED})
 
 
 def _add_again(
@@ -135,31 +160,42 @@ def _add_again(
     max_bytes: int,
     max_attempts: int,
 ) -> None:
-    """New ChunkBatches of a job for contents that died, given with their codes."""
+    """Add new ChunkBatches of a job for contents that died, given with their codes."""
     job = conn.execute(
         sa.text("SELECT space_id, route, routing, priority FROM jobs WHERE id = :id"), {"id": job_id}
     ).one()
-    common = Common(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, max_attempts)
-    # What killed workers stood alone when it was buried, and stands alone again: a suspect until it is embedded.
+    shared = SharedFields(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, max_attempts)
+    # A content that killed workers was alone when it was buried. It is alone again, as a suspect, until it is embedded.
     suspects = [content_hash for content_hash, code in waiting.items() if code == KILLS_WORKERS]
-    chunk_batches.add(conn, common, [[content_hash] for content_hash in suspects], deaths=SUSPECT_DEATHS)
+    chunk_batches.add(conn, shared, [[content_hash] for content_hash in suspects], deaths=SUSPECT_DEATHS)
     lengths = conn.execute(
         sa.text("SELECT content_hash, octet_length(text) FROM contents WHERE content_hash = ANY(:hashes)"),
         {"hashes": list(waiting.keys() - set(suspects))},
     )
-    # A range stands for the text: `cut` asks for nothing but its length.
+    # A range stands in for the text, because `cut` only asks for its length.
     others = {content_hash: range(length) for content_hash, length in lengths}
-    chunk_batches.add(conn, common, planning.cut(others, max_contents, max_bytes))
+    chunk_batches.add(conn, shared, planning.cut(others, max_contents, max_bytes))
+
+
+_REOPEN = sa.text("""
+UPDATE jobs
+SET state = :running, error = NULL, finished_at = NULL
+WHERE id = :id AND sealed_at IS NOT NULL
+  AND (state = :failed OR (state = :completed AND :even_completed))
+""")
 
 
 def _reopen_if_ended(conn: sa.Connection, job_id: int, *, even_completed: bool) -> bool:
-    """Let a job that came to its end be judged again. An open one will be, and a cancelled one stays so."""
+    """Make a job that ended run again, so that it is judged again. An open or a cancelled job stays as it is."""
     result = conn.execute(
-        sa.text(
-            "UPDATE jobs SET state = 'running', error = NULL, finished_at = NULL WHERE id = :id "
-            "AND sealed_at IS NOT NULL AND (state = 'failed' OR (state = 'completed' AND :even_completed))"
-        ),
-        {"id": job_id, "even_completed": even_completed},
+        _REOPEN,
+        {
+            "id": job_id,
+            "even_completed": even_completed,
+            "running": JobState.RUNNING,
+            "failed": JobState.FAILED,
+            "completed": JobState.COMPLETED,
+        },
     )
     return result.rowcount == 1
 

@@ -1,65 +1,118 @@
-"""Cancel: what a job's workers are in stops in one short transaction; what nobody has begun follows in slices.
+"""Cancels jobs: running ChunkBatches stop in one short transaction, and open ones follow in slices.
 
-From the first commit on nothing of the job is claimed (``chunk_batches.claim_if_due``), so the slices have time, and
-whoever was to commit them may die: the poller goes on.
+From the first commit on nothing of the job is claimed (``chunk_batches.claim_if_due``), so the slices have time. If the
+process that was to commit them dies, the poller goes on.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
+from chunkmill.db.statements import with_constants
+from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 
 SLICE = 5000
-"""ChunkBatches of one transaction. 500,000 take 3 s, 30 ms a slice, and twice that beside an old snapshot, which keeps
-the index from forgetting what is cancelled; in one transaction all their rows were held for 2.7 s."""
+"""ChunkBatches of one transaction.
 
-_CANCELLED = "state = 'cancelled', lease_owner = NULL, lease_until = NULL, finished_at = now()"
+500,000 take 3 s, 30 ms a slice, and twice that beside an old snapshot, which keeps the index from forgetting what is
+cancelled. In one transaction all their rows were held for 2.7 s.
+"""
+_STATES = {
+    "available": ChunkBatchState.AVAILABLE,
+    "running": ChunkBatchState.RUNNING,
+    "cancelled": ChunkBatchState.CANCELLED,
+}
+
+_CANCEL_JOB = sa.text("""
+UPDATE jobs
+SET state = :cancelled, finished_at = now()
+WHERE id = :id AND state IN (:enqueueing, :running)
+""")
+_CANCEL_RUNNING = sa.text("""
+UPDATE chunk_batches
+SET state = :cancelled, lease_owner = NULL, lease_until = NULL, finished_at = now()
+WHERE job_id = :id AND state = :running
+  AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = :job_cancelled)
+""")
 
 
 def cancel_if_open(conn: sa.Connection, job_id: int) -> None:
-    """Cancel a job and what of it is running. A worker inside hears of it at the commit, looks, and finds its lease
-    gone; one that does not hear finds out when it writes.
+    """Cancel a job and its running ChunkBatches.
 
-    It waits for whoever is cutting a ChunkBatch up; the parts are left to :func:`cancel_some`, which sees them.
+    A worker in one of these hears of it at the commit, looks, and sees that its lease is gone. One that does not hear
+    of it sees so when it writes. The statement waits for a transaction that is splitting a ChunkBatch; the parts are
+    left to :func:`cancel_some`, which sees them.
     """
     conn.execute(
-        sa.text(
-            "UPDATE jobs SET state = 'cancelled', finished_at = now() "
-            "WHERE id = :id AND state IN ('enqueueing', 'running')"
-        ),
-        {"id": job_id},
+        _CANCEL_JOB,
+        {
+            "id": job_id,
+            "enqueueing": JobState.ENQUEUEING,
+            "running": JobState.RUNNING,
+            "cancelled": JobState.CANCELLED,
+        },
     )
-    conn.execute(
-        sa.text(
-            f"UPDATE chunk_batches SET {_CANCELLED} WHERE job_id = :id AND state = 'running' "
-            "AND EXISTS (SELECT FROM jobs j WHERE j.id = :id AND j.state = 'cancelled')"
-        ),
-        {"id": job_id},
-    )
+    conn.execute(_CANCEL_RUNNING, {"id": job_id, "job_cancelled": JobState.CANCELLED, **_STATES})
     _tell(conn, job_id)
+
+
+# The lock keeps a retry from making the job run again while some ChunkBatches are about to be cancelled.
+_LOCK_CANCELLED_JOB = sa.text("""
+SELECT id
+FROM jobs
+WHERE id = :id AND state = :cancelled
+FOR NO KEY UPDATE
+""")
 
 
 def cancel_some(conn: sa.Connection, job_id: int) -> int:
     """Cancel the next open ChunkBatches of a cancelled job; returns how many, 0 at the end."""
-    # The lock keeps a retry from making the job run again while some of it are on their way to be cancelled.
-    locked = "SELECT id FROM jobs WHERE id = :id AND state = 'cancelled' FOR NO KEY UPDATE"
-    if conn.execute(sa.text(locked), {"id": job_id}).one_or_none() is None:
-        return 0
-    return _cancel_some(conn, job_id)
+    locked = conn.execute(_LOCK_CANCELLED_JOB, {"id": job_id, "cancelled": JobState.CANCELLED})
+    return 0 if locked.one_or_none() is None else _cancel_some(conn, job_id)
+
+
+# A client that is cancelling a job holds the job's row, but only for moments.
+_LOCK_JOB_LEFT_BEHIND = sa.text("""
+SELECT j.id
+FROM jobs j
+CROSS JOIN LATERAL (
+    SELECT FROM chunk_batches b
+    WHERE b.job_id = j.id AND b.state IN (:available, :running)
+    LIMIT 1) b
+WHERE j.state = :job_cancelled
+ORDER BY j.id
+LIMIT 1
+FOR NO KEY UPDATE OF j SKIP LOCKED
+""")
 
 
 def cancel_some_left_behind(conn: sa.Connection) -> int:
-    """The same for one job whose cancel ended before its end; 0 where nobody left one."""
-    job_id = conn.execute(
-        sa.text(
-            "SELECT j.id FROM jobs j CROSS JOIN LATERAL (SELECT FROM chunk_batches b WHERE b.job_id = j.id "
-            "AND b.state IN ('available', 'running') LIMIT 1) b "
-            # A client that is at it holds the job's row, but for moments.
-            "WHERE j.state = 'cancelled' ORDER BY j.id LIMIT 1 FOR NO KEY UPDATE OF j SKIP LOCKED"
-        )
-    ).scalar_one_or_none()
+    """Do the same for one job whose cancel ended too early; returns 0 if there is no such job."""
+    job_id = conn.execute(_LOCK_JOB_LEFT_BEHIND, {"job_cancelled": JobState.CANCELLED, **_STATES}).scalar_one_or_none()
     return 0 if job_id is None else _cancel_some(conn, job_id)
+
+
+# Running ChunkBatches too: their claim had begun when the job was cancelled.
+_CANCEL_OPEN = with_constants(
+    """
+WITH open AS (
+    SELECT id, state
+    FROM chunk_batches
+    WHERE job_id = :id AND state IN (:available, :running)
+    LIMIT :limit
+    FOR UPDATE),
+cancelled AS (
+    UPDATE chunk_batches
+    SET state = :cancelled, lease_owner = NULL, lease_until = NULL, finished_at = now()
+    WHERE id = ANY(ARRAY(SELECT id FROM open)))
+SELECT count(*) AS n, count(*) FILTER (WHERE state = :running) AS running
+FROM open
+""",
+    available=ChunkBatchState.AVAILABLE,
+    running=ChunkBatchState.RUNNING,
+    cancelled=ChunkBatchState.CANCELLED,
+)
 
 
 def _cancel_some(conn: sa.Connection, job_id: int) -> int:
@@ -68,19 +121,10 @@ def _cancel_some(conn: sa.Connection, job_id: int) -> int:
     conn.execute(
         sa.text("SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true)")
     )
-    found = conn.execute(
-        sa.text(
-            # Running ones too: their claim had begun when the job was cancelled.
-            "WITH open AS (SELECT id, state FROM chunk_batches WHERE job_id = :id "
-            "              AND state IN ('available', 'running') LIMIT :limit FOR UPDATE), "
-            f"gone AS (UPDATE chunk_batches SET {_CANCELLED} WHERE id = ANY(ARRAY(SELECT id FROM open))) "
-            "SELECT count(*) AS n, count(*) FILTER (WHERE state = 'running') AS running FROM open"
-        ),
-        {"id": job_id, "limit": SLICE},
-    ).one()
-    if found.running:
+    counts = conn.execute(_CANCEL_OPEN, {"id": job_id, "limit": SLICE}).one()
+    if counts.running:
         _tell(conn, job_id)
-    return int(found.n)
+    return int(counts.n)
 
 
 def _tell(conn: sa.Connection, job_id: int) -> None:

@@ -17,24 +17,24 @@ SHOWN_PROVIDER_BATCHES = 100
 
 
 def explain(conn: sa.Connection, job_id: int) -> Explanation:
-    """Raises :class:`NotFound`."""
+    """Explain where a job is embedded and what it waits for. Raises :class:`NotFound`."""
     job = conn.execute(
         sa.text("SELECT state, route, deadline, routing FROM jobs WHERE id = :id"), {"id": job_id}
     ).one_or_none()
     if job is None:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
     lanes = {lane.route: lane for lane in provider_lanes.lanes(conn)}
-    work, batches = _open_work(conn, job_id), _provider_batches(conn, job_id)
+    work, provider_batches = _open_work(conn, job_id), _provider_batches(conn, job_id)
     return Explanation(
         job_id,
         JobState(job.state),
         Route(job.route),
         job.deadline,
-        tuple(_step(each) for each in job.routing),
+        tuple(_step(entry) for entry in job.routing),
         work,
-        tuple(_wait(each, lanes, batches) for each in work),
+        tuple(_wait(part, lanes, provider_batches) for part in work),
         tuple(lanes.values()),
-        batches,
+        provider_batches,
     )
 
 
@@ -42,30 +42,40 @@ def _step(entry: dict[str, Any]) -> RoutingStep:
     return RoutingStep(datetime.fromisoformat(entry["at"]), Route(entry["route"]), entry["because"])
 
 
+_OPEN_WORK = sa.text("""
+SELECT route, state, state = :running AND lease_until IS NULL AS at_provider,
+       count(*) AS n, sum(n_contents - n_cached - n_embedded)::bigint AS contents, min(not_before) AS due_at
+FROM chunk_batches
+WHERE job_id = :id AND state IN (:available, :running)
+GROUP BY 1, 2, 3
+ORDER BY 1, 2, 3
+""")
+
+
 def _open_work(conn: sa.Connection, job_id: int) -> tuple[OpenWork, ...]:
-    rows = conn.execute(
-        sa.text(
-            "SELECT route, state, state = 'running' AND lease_until IS NULL AS at_provider, count(*) AS n, "
-            "sum(n_contents - n_cached - n_embedded)::bigint AS contents, min(not_before) AS due_at FROM chunk_batches "
-            "WHERE job_id = :id AND state IN ('available', 'running') GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
-        ),
-        {"id": job_id},
-    )
+    states = {"available": ChunkBatchState.AVAILABLE, "running": ChunkBatchState.RUNNING}
+    rows = conn.execute(_OPEN_WORK, {"id": job_id, **states})
     return tuple(
         OpenWork(Route(row.route), ChunkBatchState(row.state), row.at_provider, row.n, row.contents, row.due_at)
         for row in rows
     )
 
 
+_PROVIDER_BATCHES = sa.text("""
+SELECT p.*
+FROM provider_batches p
+WHERE p.id IN (
+    SELECT m.provider_batch_id
+    FROM provider_batch_members m
+    JOIN chunk_batches b ON b.id = m.chunk_batch_id
+    WHERE b.job_id = :id)
+ORDER BY p.id DESC
+LIMIT :limit
+""")
+
+
 def _provider_batches(conn: sa.Connection, job_id: int) -> tuple[JobProviderBatch, ...]:
-    rows = conn.execute(
-        sa.text(
-            "SELECT p.* FROM provider_batches p WHERE p.id IN ("
-            "  SELECT m.provider_batch_id FROM provider_batch_members m "
-            "  JOIN chunk_batches b ON b.id = m.chunk_batch_id WHERE b.job_id = :id) ORDER BY p.id DESC LIMIT :limit"
-        ),
-        {"id": job_id, "limit": SHOWN_PROVIDER_BATCHES},
-    )
+    rows = conn.execute(_PROVIDER_BATCHES, {"id": job_id, "limit": SHOWN_PROVIDER_BATCHES})
     return tuple(
         JobProviderBatch(
             row.id,
@@ -81,12 +91,14 @@ def _provider_batches(conn: sa.Connection, job_id: int) -> tuple[JobProviderBatc
     )
 
 
-def _wait(work: OpenWork, lanes: dict[Route, Lane], batches: tuple[JobProviderBatch, ...]) -> str:
+def _wait(work: OpenWork, lanes: dict[Route, Lane], provider_batches: tuple[JobProviderBatch, ...]) -> str:
     one = work.chunk_batches == 1
     who = f"{work.chunk_batches:,} ChunkBatch{'' if one else 'es'} ({work.contents:,} contents)"
     waits = f"{who} {'waits' if one else 'wait'}"
     if work.at_provider:
-        open_ids = [str(each.id) for each in batches if each.next_look is not None]
+        open_ids = [
+            str(provider_batch.id) for provider_batch in provider_batches if provider_batch.next_look is not None
+        ]
         return f"{waits} for ProviderBatch {', '.join(open_ids) or 'results being collected'}"
     if work.state is ChunkBatchState.RUNNING:
         return f"{who} {'is' if one else 'are'} with a worker of {work.route}"

@@ -4,84 +4,115 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from chunkmill.domain.states import JobState
+from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.spaces.registry import Space
+
+_LOCK_RUNNING_JOB = sa.text("""
+SELECT collection_id
+FROM jobs
+WHERE id = :id AND state = :running
+FOR NO KEY UPDATE
+""")
+_LOCK_RUNNING_JOB_OR_SKIP = sa.text("""
+SELECT collection_id
+FROM jobs
+WHERE id = :id AND state = :running
+FOR NO KEY UPDATE SKIP LOCKED
+""")
+_HAS_OPEN_CHUNK_BATCHES = sa.text("""
+SELECT EXISTS (
+    SELECT FROM chunk_batches
+    WHERE job_id = :id AND state IN (:available, :running))
+""")
+# Its attempts bound how often: a vector that never stays must fail the job, not circle for ever.
+_REOPEN = sa.text("""
+UPDATE chunk_batches
+SET state = CASE WHEN attempt < max_attempts THEN :available ELSE :discarded END,
+    not_before = now(), rung_at = NULL, n_cached = 0, n_embedded = 0,
+    error_code = 'vectors_missing', error = 'completed, but vectors were missing from the space'
+WHERE id = ANY(:ids) AND state = :completed
+""")
+_DISCARDED = sa.text("""
+SELECT count(*) AS n, (
+    SELECT error FROM chunk_batches WHERE job_id = :id AND state = :discarded ORDER BY id LIMIT 1) AS first_error
+FROM chunk_batches
+WHERE job_id = :id AND state = :discarded
+""")
+_END = sa.text("""
+UPDATE jobs
+SET state = :state, error = :error, finished_at = now()
+WHERE id = :id
+""")
 
 
 def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool = True) -> JobState | None:
-    """End a sealed job without open ChunkBatches; returns its new state, or None if it goes on.
+    """End a sealed job that has no open ChunkBatches; returns its new state, or None if it goes on.
 
-    The anti-join decides. Where a vector is missing that no dead chunk explains (someone deleted it, or a
-    worker's promise was false) its ChunkBatch becomes available again instead, while it has attempts. One
-    closer works at a time; without ``wait`` a job that someone else is closing is passed over.
+    The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
+    was false), its ChunkBatch becomes available again instead, while it has attempts. One transaction at a time ends a
+    job. Without ``wait``, a job that another transaction is ending is skipped.
     """
-    skip = "" if wait else "SKIP LOCKED"
-    row = conn.execute(
-        sa.text(f"SELECT collection_id FROM jobs WHERE id = :id AND state = 'running' FOR NO KEY UPDATE {skip}"),
-        {"id": job_id},
-    ).one_or_none()
-    if row is None:
+    lock = _LOCK_RUNNING_JOB if wait else _LOCK_RUNNING_JOB_OR_SKIP
+    collection_id = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).scalar_one_or_none()
+    if collection_id is None:
         return None
-    open_left = conn.execute(
-        sa.text("SELECT EXISTS (SELECT FROM chunk_batches WHERE job_id = :id AND state IN ('available', 'running'))"),
-        {"id": job_id},
-    ).scalar_one()
-    if open_left:
+    states = {
+        "available": ChunkBatchState.AVAILABLE,
+        "running": ChunkBatchState.RUNNING,
+        "completed": ChunkBatchState.COMPLETED,
+        "discarded": ChunkBatchState.DISCARDED,
+    }
+    if conn.execute(_HAS_OPEN_CHUNK_BATCHES, {"id": job_id, **states}).scalar_one():
         return None
-    unexplained = _batches_with_missing(conn, job_id, row.collection_id, space)
-    if unexplained:
-        conn.execute(
-            sa.text(
-                "UPDATE chunk_batches SET "
-                # Bounded by its attempts: a vector that never stays must fail the job, not circle for ever.
-                "state = CASE WHEN attempt < max_attempts THEN 'available' ELSE 'discarded' END, "
-                "not_before = now(), rung_at = NULL, n_cached = 0, n_embedded = 0, "
-                "error_code = 'vectors_missing', error = 'completed, but vectors were missing from the space' "
-                "WHERE id = ANY(:ids) AND state = 'completed'"
-            ),
-            {"ids": unexplained},
-        )
+    with_missing = _completed_with_missing_vectors(conn, job_id, collection_id, space)
+    if with_missing:
+        conn.execute(_REOPEN, {"ids": with_missing, **states})
         return None
-    incomplete = conn.execute(
-        sa.text(
-            "SELECT (SELECT count(*) FROM chunk_batches WHERE job_id = :id AND state = 'discarded') AS discarded, "
-            "(SELECT error FROM chunk_batches WHERE job_id = :id AND state = 'discarded' ORDER BY id LIMIT 1) AS why, "
-            "(SELECT count(*) FROM dead_chunks d JOIN chunks c ON (c.collection_id, c.chunk_id, c.content_hash) "
-            "  = (:collection, d.chunk_id, d.content_hash) WHERE d.job_id = :id "
-            f" AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)) AS dead"
-        ),
-        {"id": job_id, "collection": row.collection_id},
-    ).one()
-    state = JobState.FAILED if incomplete.discarded or incomplete.dead else JobState.COMPLETED
+    discarded = conn.execute(_DISCARDED, {"id": job_id, **states}).one()
+    dead = _count_dead_chunks(conn, job_id, collection_id, space)
     problems = []
-    if incomplete.discarded:
+    if discarded.n:
         problems.append(
-            f"{incomplete.discarded} ChunkBatches were discarded after their last attempt, the first because: "
-            f"{incomplete.why}."
+            f"{discarded.n} ChunkBatches were discarded after their last attempt, the first because: "
+            f"{discarded.first_error}."
         )
-    if incomplete.dead:
-        problems.append(f"{incomplete.dead} chunks cannot be embedded; the dead list says why.")
+    if dead:
+        problems.append(f"{dead} chunks cannot be embedded; the dead list says why.")
+    state = JobState.FAILED if problems else JobState.COMPLETED
     error = " ".join([*problems, "`retry` tries them again."]) if problems else None
-    conn.execute(
-        sa.text("UPDATE jobs SET state = :state, error = :error, finished_at = now() WHERE id = :id"),
-        {"id": job_id, "state": state, "error": error},
-    )
+    conn.execute(_END, {"id": job_id, "state": state, "error": error})
     return state
 
 
-def _batches_with_missing(conn: sa.Connection, job_id: int, collection: int, space: Space) -> list[int]:
+def _completed_with_missing_vectors(conn: sa.Connection, job_id: int, collection_id: int, space: Space) -> list[int]:
     """Completed ChunkBatches with a content that a chunk still refers to and that has no vector or dead chunk."""
-    return list(
-        conn.execute(
-            sa.text(
-                "SELECT DISTINCT b.id FROM chunk_batches b CROSS JOIN unnest(b.content_hashes) AS h(content_hash) "
-                f"LEFT JOIN {space.table_name} v ON v.content_hash = h.content_hash "
-                "WHERE b.job_id = :id AND b.state = 'completed' AND v.content_hash IS NULL "
-                "AND EXISTS (SELECT FROM chunks c WHERE c.content_hash = h.content_hash "
-                "            AND c.collection_id = :collection) "
-                "AND NOT EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = :id "
-                "                AND d.content_hash = h.content_hash)"
-            ),
-            {"id": job_id, "collection": collection},
-        ).scalars()
-    )
+    statement = f"""
+        SELECT DISTINCT b.id
+        FROM chunk_batches b
+        CROSS JOIN unnest(b.content_hashes) AS h(content_hash)
+        LEFT JOIN {space.table_name} v ON v.content_hash = h.content_hash
+        WHERE b.job_id = :id AND b.state = :completed
+          AND v.content_hash IS NULL
+          AND EXISTS (
+              SELECT FROM chunks c
+              WHERE c.content_hash = h.content_hash AND c.collection_id = :collection)
+          AND NOT EXISTS (
+              SELECT FROM dead_chunks d
+              WHERE d.job_id = :id AND d.content_hash = h.content_hash)
+    """
+    parameters = {"id": job_id, "collection": collection_id, "completed": ChunkBatchState.COMPLETED}
+    return list(conn.execute(sa.text(statement), parameters).scalars())
+
+
+def _count_dead_chunks(conn: sa.Connection, job_id: int, collection_id: int, space: Space) -> int:
+    """The dead chunks of a job that still have the same text and no vector."""
+    statement = f"""
+        SELECT count(*)
+        FROM dead_chunks d
+        JOIN chunks c ON c.collection_id = :collection
+                     AND c.chunk_id = d.chunk_id
+                     AND c.content_hash = d.content_hash
+        WHERE d.job_id = :id
+          AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)
+    """
+    return int(conn.execute(sa.text(statement), {"id": job_id, "collection": collection_id}).scalar_one())

@@ -1,4 +1,4 @@
-"""A job's trace context, kept while its producer traces. One query where that is so, none where it is not."""
+"""A job's trace context, kept while its producer traces. Reading it costs one query more if the table is there."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 MOST_LINKS = 32
-"""Of a ProviderBatch, which may carry contents of many jobs."""
+"""Links to jobs in the span of one ProviderBatch, which may carry contents of many jobs."""
 
 
 def keep(conn: sa.Connection, job_id: int, traceparent: str | None) -> None:
-    """The first one stays: a producer that comes again under its idempotency key goes on with the same job."""
+    """Store a job's trace context.
+
+    The first one stays, because a producer that comes again under its idempotency key goes on with the same job.
+    """
     if traceparent is not None and _is_there(conn):
         conn.execute(
             sa.text("INSERT INTO job_traces VALUES (:job_id, :traceparent) ON CONFLICT DO NOTHING"),
@@ -20,24 +23,29 @@ def keep(conn: sa.Connection, job_id: int, traceparent: str | None) -> None:
 
 
 def of_job(conn: sa.Connection, job_id: int) -> Sequence[str]:
-    """One or none."""
-    return _read(conn, "SELECT traceparent FROM job_traces WHERE job_id = :id", job_id)
+    """The trace context of a job, or an empty sequence."""
+    if not _is_there(conn):
+        return ()
+    statement = sa.text("SELECT traceparent FROM job_traces WHERE job_id = :id")
+    return conn.execute(statement, {"id": job_id}).scalars().all()
+
+
+_OF_PROVIDER_BATCH = sa.text("""
+SELECT traceparent
+FROM job_traces
+WHERE job_id IN (SELECT job_id FROM provider_inputs WHERE provider_batch_id = :id)
+ORDER BY job_id
+LIMIT :limit
+""")
 
 
 def of_provider_batch(conn: sa.Connection, provider_batch_id: int) -> Sequence[str]:
-    """Of the jobs whose contents it carries, at most ``MOST_LINKS``."""
-    return _read(
-        conn,
-        "SELECT traceparent FROM job_traces WHERE job_id IN "
-        f"(SELECT job_id FROM provider_inputs WHERE provider_batch_id = :id) ORDER BY job_id LIMIT {MOST_LINKS}",
-        provider_batch_id,
-    )
-
-
-def _read(conn: sa.Connection, query: str, number: int) -> Sequence[str]:
-    return conn.execute(sa.text(query), {"id": number}).scalars().all() if _is_there(conn) else ()
+    """The trace contexts of the jobs whose contents a ProviderBatch carries, at most ``MOST_LINKS``."""
+    if not _is_there(conn):
+        return ()
+    return conn.execute(_OF_PROVIDER_BATCH, {"id": provider_batch_id, "limit": MOST_LINKS}).scalars().all()
 
 
 def _is_there(conn: sa.Connection) -> bool:
-    """Not in the schema of the last release, on which this code runs too, for the time of an upgrade."""
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
     return bool(conn.execute(sa.text("SELECT to_regclass('job_traces') IS NOT NULL")).scalar_one())

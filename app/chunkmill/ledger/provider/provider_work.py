@@ -21,7 +21,7 @@ from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import chunk_batches, usage
-from chunkmill.ledger.work.chunk_batches import Common, Lease
+from chunkmill.ledger.work.chunk_batches import Lease, SharedFields
 from chunkmill.ledger.work.usage import Outcome, Usage
 from chunkmill.spaces.registry import DELETE_LOCK, Space
 
@@ -126,8 +126,8 @@ def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:
     """Leave the first ``kept`` contents in a ChunkBatch and put the others into one of their own, which waits."""
     rest = waiting.hashes[kept:]
     attempts_left = max(1, waiting.max_attempts - waiting.attempt)
-    common = Common(waiting.job_id, waiting.space_id, Route.OPENAI, waiting.priority, attempts_left)
-    chunk_batches.add(conn, common, [rest])
+    shared = SharedFields(waiting.job_id, waiting.space_id, Route.OPENAI, waiting.priority, attempts_left)
+    chunk_batches.add(conn, shared, [rest])
     conn.execute(
         sa.text("UPDATE chunk_batches SET content_hashes = :hashes, n_contents = :n WHERE id = :id"),
         {"id": waiting.id, "hashes": list(waiting.hashes[:kept]), "n": kept},
@@ -165,7 +165,7 @@ def begin(conn: sa.Connection, waiting: Waiting, step: Step) -> Lease:
 
 
 def bury(conn: sa.Connection, lease: Lease, dead: Sequence[DeadContent]) -> None:
-    dead_chunks.add_contents(conn, lease, dead)
+    dead_chunks.add_contents(conn, dead, job_id=lease.job_id, collection_id=lease.collection_id)
 
 
 def bury_in_flight(conn: sa.Connection, dead: Sequence[tuple[InFlight, str, str]]) -> None:
@@ -174,15 +174,11 @@ def bury_in_flight(conn: sa.Connection, dead: Sequence[tuple[InFlight, str, str]
     for each in dead:
         by_job.setdefault(each[0].job_id, []).append(each)
     for job_id, buried in by_job.items():
-        row = conn.execute(
-            sa.text("SELECT collection_id, space_id, on_long FROM jobs WHERE id = :id"), {"id": job_id}
-        ).one()
-        first = buried[0][0]
-        lease = Lease(
-            first.chunk_batch_id, first.attempt, 0, job_id, row.space_id, row.collection_id, OnLong(row.on_long)
-        )
+        collection_id = conn.execute(
+            sa.text("SELECT collection_id FROM jobs WHERE id = :id"), {"id": job_id}
+        ).scalar_one()
         contents = [DeadContent(each.content_hash, code, reason) for each, code, reason in buried]
-        dead_chunks.add_contents(conn, lease, contents)
+        dead_chunks.add_contents(conn, contents, job_id=job_id, collection_id=collection_id)
 
 
 def join(conn: sa.Connection, lease: Lease, carriers: Collection[int]) -> None:
@@ -306,7 +302,7 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
             usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.FAILED, row.error)
             return
         reason = f"no vector after {row.attempt} attempts: {row.error}"
-        dead_chunks.add_contents(conn, lease, [DeadContent(each, row.error_code, reason) for each in missing])
+        bury(conn, lease, [DeadContent(each, row.error_code, reason) for each in missing])
     elif missing:
         # Uncharged: it expired, was cancelled at the provider, or somebody else had it and lost it.
         chunk_batches.record_progress_if_held(conn, lease, n_embedded)
@@ -327,7 +323,7 @@ def _refuse_long(conn: sa.Connection, lease: Lease, space: Space) -> None:
         {"id": lease.chunk_batch_id},
     )
     dead = [DeadContent(row.content_hash, "too_long", too_long_reason(row.n_tokens)) for row in rows]
-    dead_chunks.add_contents(conn, lease, dead)
+    bury(conn, lease, dead)
 
 
 _CARRIED = (

@@ -1,7 +1,7 @@
 """ChunkBatches: each transition is one UPDATE that names its guard.
 
-``attempt`` is the fencing number. A worker whose lease was taken back holds an old one, and none of its
-updates finds a row any more.
+``attempt`` is the fencing number. A worker whose lease was taken back holds an old number, and its updates match no
+row any more.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from chunkmill.db.copy import copy_binary, encode_hash_array, encode_rows
+from chunkmill.db.statements import with_constants
 from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.retries import Discard, decide
 from chunkmill.domain.spaces import OnLong
-from chunkmill.domain.states import ChunkBatchState, Route
+from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.errors import ChunkmillError
 
 
@@ -31,12 +32,12 @@ class Lease:
     collection_id: int
     on_long: OnLong
     suspect: bool = False
-    """Workers died with it: it is embedded with nothing beside it."""
+    """Workers died while they embedded it, so it is embedded alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
-    """What all ChunkBatches of one enqueue share."""
+class SharedFields:
+    """The columns that all ChunkBatches of one enqueue share."""
 
     job_id: int
     space_id: int
@@ -45,59 +46,75 @@ class Common:
     max_attempts: int
 
 
-def add(conn: sa.Connection, common: Common, batches: Sequence[Sequence[bytes]], *, deaths: int = 0) -> None:
+def add(conn: sa.Connection, shared: SharedFields, hash_lists: Sequence[Sequence[bytes]], *, deaths: int = 0) -> None:
     """Add one available ChunkBatch for each sequence of content hashes."""
-    _copy(conn, common, ChunkBatchState.AVAILABLE, [(hashes, 0, 0) for hashes in batches], deaths=deaths)
+    _copy(conn, shared, ChunkBatchState.AVAILABLE, [(hashes, 0, 0) for hashes in hash_lists], deaths=deaths)
 
 
-def add_cached(conn: sa.Connection, common: Common, hashes: Sequence[bytes], *, n_truncated: int) -> None:
-    """Record contents that have a vector already as a ChunkBatch born completed.
+def add_cached(conn: sa.Connection, shared: SharedFields, hashes: Sequence[bytes], *, n_truncated: int) -> None:
+    """Add one completed ChunkBatch for contents that already have a vector.
 
-    So the anti-join that ends the job covers every content of the job, and a vector that vanished since
-    is embedded again.
+    With it the anti-join that ends the job covers every content of the job, and a vector that has vanished by then is
+    embedded again.
     """
     if hashes:
-        _copy(conn, common, ChunkBatchState.COMPLETED, [(hashes, len(hashes), n_truncated)])
+        _copy(conn, shared, ChunkBatchState.COMPLETED, [(hashes, len(hashes), n_truncated)])
+
+
+_COPIED = """
+chunk_batches (
+    job_id, space_id, route, priority, max_attempts, state, deaths, content_hashes, n_contents, n_cached, n_truncated
+)"""
 
 
 def _copy(
     conn: sa.Connection,
-    common: Common,
+    shared: SharedFields,
     state: ChunkBatchState,
-    batches: Sequence[tuple[Sequence[bytes], int, int]],
+    rows: Sequence[tuple[Sequence[bytes], int, int]],
     *,
     deaths: int = 0,
 ) -> None:
     """COPY rows of ``(hashes, n_cached, n_truncated)``.
 
-    As bind parameters the arrays took a tenth of an enqueue: psycopg writes each hash as escaped text.
+    Sent as parameters, the arrays took a tenth of an enqueue, because psycopg writes each hash as escaped text.
     """
-    if not batches:
+    if not rows:
         return
-    shared = (
-        common.job_id.to_bytes(8, "big"),
-        common.space_id.to_bytes(4, "big"),
-        common.route.encode(),
-        common.priority.to_bytes(2, "big"),
-        common.max_attempts.to_bytes(4, "big"),
+    fields = (
+        shared.job_id.to_bytes(8, "big"),
+        shared.space_id.to_bytes(4, "big"),
+        shared.route.encode(),
+        shared.priority.to_bytes(2, "big"),
+        shared.max_attempts.to_bytes(4, "big"),
         state.encode(),
         deaths.to_bytes(2, "big"),
     )
-    rows = (
+    encoded = (
         (
-            *shared,
+            *fields,
             encode_hash_array(hashes),
             len(hashes).to_bytes(4, "big"),
             n_cached.to_bytes(4, "big"),
             n_truncated.to_bytes(4, "big"),
         )
-        for hashes, n_cached, n_truncated in batches
+        for hashes, n_cached, n_truncated in rows
     )
-    columns = (
-        "job_id, space_id, route, priority, max_attempts, state, deaths, content_hashes, n_contents, n_cached, "
-        "n_truncated"
-    )
-    copy_binary(conn, f"chunk_batches ({columns})", encode_rows(rows))
+    copy_binary(conn, _COPIED, encode_rows(encoded))
+
+
+_CLAIM = sa.text("""
+UPDATE chunk_batches b
+SET state = :running, attempt = attempt + 1, lease_owner = :owner,
+    lease_until = now() + make_interval(secs => :lease)
+FROM jobs j
+WHERE b.id = :id AND j.id = b.job_id
+  AND b.state = :available AND b.route = :route AND b.not_before <= now()
+  AND b.attempt < b.max_attempts
+  AND b.space_id <> ALL(CAST(:not_spaces AS int[]))
+  AND j.state <> :cancelled
+RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long
+""")
 
 
 def claim_if_due(
@@ -109,28 +126,23 @@ def claim_if_due(
     route: Route = Route.LOCAL,
     not_spaces: Sequence[int] = (),
 ) -> Lease | None:
-    """Lease a ChunkBatch, or None: it is done, leased by another, not due yet, out of attempts, or on another route
-    since its doorbell was rung.
+    """Lease a ChunkBatch and return the lease.
 
-    A ChunkBatch of one of ``not_spaces`` is left for another worker. A lease that ran out is not claimed over: the
-    poller takes it back, and counts the death.
+    None if it is done, leased by another worker, not due yet, out of attempts, or on another route since its doorbell
+    was rung. A ChunkBatch of one of ``not_spaces`` is left to another worker. A lease that has expired is not claimed:
+    the poller takes the ChunkBatch back and counts the death.
     """
     row = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches b SET state = 'running', attempt = attempt + 1, lease_owner = :owner, "
-            "lease_until = now() + make_interval(secs => :lease) FROM jobs j "
-            "WHERE b.id = :id AND j.id = b.job_id AND b.attempt < b.max_attempts AND b.not_before <= now() "
-            "AND b.route = :route "
-            "AND b.space_id <> ALL(CAST(:not_spaces AS int[])) "
-            "AND b.state = 'available' AND j.state <> 'cancelled' "
-            "RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long"
-        ),
+        _CLAIM,
         {
             "id": chunk_batch_id,
             "owner": owner,
             "lease": lease_seconds,
             "route": route,
             "not_spaces": list(not_spaces),
+            "available": ChunkBatchState.AVAILABLE,
+            "running": ChunkBatchState.RUNNING,
+            "cancelled": JobState.CANCELLED,
         },
     ).one_or_none()
     if row is None:
@@ -147,121 +159,162 @@ def claim_if_due(
     )
 
 
+# Rows that another transaction has locked, for example to cancel a large job, must not keep the other leases waiting:
+# they are skipped here and counted as held by _STILL_HELD.
+_RENEW = sa.text("""
+UPDATE chunk_batches
+SET lease_until = now() + make_interval(secs => :lease)
+WHERE id = ANY(ARRAY(
+    SELECT b.id
+    FROM chunk_batches b
+    JOIN unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) USING (id, attempt)
+    WHERE b.state = :running
+    ORDER BY b.id
+    FOR NO KEY UPDATE OF b SKIP LOCKED))
+""")
+_STILL_HELD = sa.text("""
+SELECT b.id
+FROM chunk_batches b
+JOIN unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) USING (id, attempt)
+WHERE b.state = :running
+""")
+
+
 def renew_if_held(conn: sa.Connection, leases: Sequence[Lease], *, lease_seconds: float) -> set[int]:
-    """Renew all leases of a process in one statement; returns the ids that are still held."""
-    held = (
-        "SELECT b.id FROM chunk_batches b "
-        "JOIN unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) USING (id, attempt) "
-        "WHERE b.state = 'running'"
-    )
-    facts = {"ids": [lease.chunk_batch_id for lease in leases], "attempts": [lease.attempt for lease in leases]}
-    conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET lease_until = now() + make_interval(secs => :lease) WHERE id = ANY(ARRAY("
-            # What another transaction has locked, such as a cancel of a large job, must not keep the others waiting.
-            f"{held} ORDER BY b.id FOR NO KEY UPDATE OF b SKIP LOCKED))"
-        ),
-        {**facts, "lease": lease_seconds},
-    )
-    return set(conn.execute(sa.text(held), facts).scalars())
+    """Renew all leases of a process in one statement; returns the ids of the ChunkBatches that are still held."""
+    held = {
+        "ids": [lease.chunk_batch_id for lease in leases],
+        "attempts": [lease.attempt for lease in leases],
+        "running": ChunkBatchState.RUNNING,
+    }
+    conn.execute(_RENEW, {**held, "lease": lease_seconds})
+    return set(conn.execute(_STILL_HELD, held).scalars())
+
+
+# The guard of every statement below is the same: this ChunkBatch, this attempt, and running.
+_RECORD_PROGRESS = sa.text("""
+UPDATE chunk_batches
+SET n_embedded = :n
+WHERE id = :id AND attempt = :attempt AND state = :running
+""")
 
 
 def record_progress_if_held(conn: sa.Connection, lease: Lease, n_embedded: int) -> bool:
-    """Note how many contents have a vector by now. False: the lease is lost."""
-    result = conn.execute(
-        sa.text(f"UPDATE chunk_batches SET n_embedded = :n {_HELD}"), {"n": n_embedded, **_held(lease)}
-    )
-    return result.rowcount == 1
+    """Set how many contents have a vector by now. False if the lease is lost."""
+    return conn.execute(_RECORD_PROGRESS, {"n": n_embedded, **_guard(lease)}).rowcount == 1
+
+
+_COMPLETE = sa.text("""
+UPDATE chunk_batches
+SET state = :completed, n_embedded = :n, n_truncated = :truncated, finished_at = now(),
+    lease_owner = NULL, lease_until = NULL, error_code = NULL, error = NULL
+WHERE id = :id AND attempt = :attempt AND state = :running
+""")
+# With an error, the ChunkBatch was split or its last content buried, after this attempt had been counted as dead.
+_COMPLETED_BEFORE = sa.text("""
+SELECT EXISTS (
+    SELECT FROM chunk_batches
+    WHERE id = :id AND attempt = :attempt AND state = :completed AND error_code IS NULL)
+""")
 
 
 def complete_if_held(conn: sa.Connection, lease: Lease, *, n_embedded: int, n_truncated: int) -> bool:
-    """End an attempt that left nothing to do. False: the lease is lost, and nothing was changed.
+    """End an attempt that left nothing to do. False if the lease is lost; nothing is changed then.
 
-    True as well where this attempt has completed it before: the answer to its commit was lost, and it is run again.
+    Also True if this very attempt has completed the ChunkBatch before: the answer to its commit was lost, and the
+    transaction runs again.
     """
-    result = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'completed', n_embedded = :n, n_truncated = :truncated, "
-            "lease_owner = NULL, lease_until = NULL, finished_at = now(), error_code = NULL, error = NULL "
-            f"{_HELD}"
-        ),
-        {"n": n_embedded, "truncated": n_truncated, **_held(lease)},
-    )
-    if result.rowcount == 1:
+    completed = {"completed": ChunkBatchState.COMPLETED}
+    counts = {"n": n_embedded, "truncated": n_truncated}
+    if conn.execute(_COMPLETE, {**completed, **counts, **_guard(lease)}).rowcount == 1:
         return True
-    # With an error it was cut up or buried, after this attempt had been counted as dead.
-    before = (
-        "SELECT EXISTS (SELECT FROM chunk_batches WHERE id = :id AND attempt = :attempt AND state = 'completed' "
-        "AND error_code IS NULL)"
-    )
-    return bool(conn.execute(sa.text(before), _held(lease)).scalar_one())
+    attempt = {"id": lease.chunk_batch_id, "attempt": lease.attempt}
+    return bool(conn.execute(_COMPLETED_BEFORE, {**completed, **attempt}).scalar_one())
+
+
+_DISCARD = sa.text("""
+UPDATE chunk_batches
+SET state = :discarded, finished_at = now(),
+    lease_owner = NULL, lease_until = NULL, error_code = :code, error = :error
+WHERE id = :id AND attempt = :attempt AND state = :running
+""")
+_RETRY_LATER = sa.text("""
+UPDATE chunk_batches
+SET state = :available, rung_at = NULL, not_before = now() + make_interval(secs => :delay),
+    lease_owner = NULL, lease_until = NULL, error_code = :code, error = :error
+WHERE id = :id AND attempt = :attempt AND state = :running
+""")
 
 
 def fail_if_held(
     conn: sa.Connection, lease: Lease, *, code: str, error: str, retryable: bool
 ) -> ChunkBatchState | None:
-    """End an attempt that raised: available again after a delay, or discarded. None: the lease is lost."""
+    """End an attempt that raised; returns the new state: available again after a delay, or discarded.
+
+    None if the lease is lost.
+    """
     decision = decide(lease.attempt, lease.max_attempts, retryable=retryable)
-    facts = {"code": code, "error": error[:2000], **_held(lease)}
+    parameters = {"code": code, "error": error[:2000], **_guard(lease)}
     if isinstance(decision, Discard):
         state = ChunkBatchState.DISCARDED
-        change = "state = 'discarded', finished_at = now()"
+        result = conn.execute(_DISCARD, {**parameters, "discarded": state})
     else:
         state = ChunkBatchState.AVAILABLE
-        change = "state = 'available', rung_at = NULL, not_before = now() + make_interval(secs => :delay)"
-        facts["delay"] = decision.delay_s
-    result = conn.execute(
-        sa.text(
-            f"UPDATE chunk_batches SET {change}, lease_owner = NULL, lease_until = NULL, error_code = :code, "
-            f"error = :error {_HELD}"
-        ),
-        facts,
-    )
+        result = conn.execute(_RETRY_LATER, {**parameters, "available": state, "delay": decision.delay_s})
     return state if result.rowcount else None
+
+
+# Without a delay, not_before stays: the ChunkBatch is due since the same time as before, and so goes before work that
+# nobody has begun. The attempt number is the fencing number and cannot go back, so the limit moves up instead.
+_RELEASE = sa.text("""
+UPDATE chunk_batches
+SET state = :available, rung_at = NULL, max_attempts = max_attempts + 1,
+    not_before = CASE WHEN :delay > 0 THEN now() + make_interval(secs => :delay) ELSE not_before END,
+    error_code = coalesce(:code, error_code), error = coalesce(:error, error),
+    lease_owner = NULL, lease_until = NULL
+WHERE id = :id AND attempt = :attempt AND state = :running
+""")
 
 
 def release_if_held(
     conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None, delay_s: float = 0.0
 ) -> bool:
-    """Give a ChunkBatch back at once and uncharged: the worker is leaving or unfit, the work is not at fault.
+    """Make a ChunkBatch available again at once and uncharged, because the worker is leaving or unfit.
 
-    ``because`` is noted on it until somebody completes it; ``delay_s`` keeps it from others so long. False: the lease
-    is lost.
-
-    The attempt number stays, for it is the fencing number; the limit moves up by one instead.
+    ``because`` stays on the ChunkBatch until somebody completes it. Nobody can claim it for ``delay_s`` seconds. False
+    if the lease is lost.
     """
     result = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
-            "error_code = coalesce(:code, error_code), error = coalesce(:error, error), "
-            # Without a delay it stays due since when it was, before what nobody has begun.
-            "not_before = CASE WHEN :delay > 0 THEN now() + make_interval(secs => :delay) ELSE not_before END, "
-            f"max_attempts = max_attempts + 1 {_HELD}"
-        ),
+        _RELEASE,
         {
             "code": because and because.code,
             "error": because and str(because)[:2000],
             "delay": delay_s,
-            **_held(lease),
+            "available": ChunkBatchState.AVAILABLE,
+            **_guard(lease),
         },
     )
     return result.rowcount == 1
 
 
+_RELEASE_ALL = with_constants(
+    """
+UPDATE chunk_batches
+SET state = :available, rung_at = NULL, max_attempts = max_attempts + 1, lease_owner = NULL, lease_until = NULL
+WHERE lease_owner = :owner AND state = :running
+""",
+    available=ChunkBatchState.AVAILABLE,
+    running=ChunkBatchState.RUNNING,
+)
+
+
 def release_all(conn: sa.Connection, owner: str) -> int:
-    """Give back, uncharged, everything a worker holds whose tasks do not come to it themselves; returns how many."""
-    result = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'available', lease_owner = NULL, lease_until = NULL, rung_at = NULL, "
-            "max_attempts = max_attempts + 1 WHERE lease_owner = :owner AND state = 'running'"
-        ),
-        {"owner": owner},
-    )
-    return int(result.rowcount)
+    """Make everything that a worker still holds available again, uncharged; returns the number of ChunkBatches.
+
+    It is for ChunkBatches whose tasks do not release them themselves.
+    """
+    return int(conn.execute(_RELEASE_ALL, {"owner": owner}).rowcount)
 
 
-_HELD = "WHERE id = :id AND attempt = :attempt AND state = 'running'"
-
-
-def _held(lease: Lease) -> dict[str, int]:
-    return {"id": lease.chunk_batch_id, "attempt": lease.attempt}
+def _guard(lease: Lease) -> dict[str, object]:
+    return {"id": lease.chunk_batch_id, "attempt": lease.attempt, "running": ChunkBatchState.RUNNING}

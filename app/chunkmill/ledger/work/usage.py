@@ -1,4 +1,4 @@
-"""Attempts: what each one cost, and how it ended."""
+"""Writes the account of each attempt: what it cost and how it ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from enum import StrEnum
 
 import sqlalchemy as sa
 
+from chunkmill.db.statements import with_constants
+from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 
 
 class Outcome(StrEnum):
-    """How an attempt ended; one that lost its lease has none."""
+    """How an attempt ended. An attempt that lost its lease has no outcome."""
 
     COMPLETED = "completed"
     RELEASED = "released"
@@ -24,8 +26,9 @@ class Outcome(StrEnum):
 class Usage:
     """What one attempt has done so far.
 
-    ``contents`` and ``tokens`` it embedded, ``engine_seconds`` for them, ``recomputed`` of the contents that had a
-    vector when it came to write theirs; ``at_risk`` is the most it ever had embedded or on the device and not written.
+    ``contents`` and ``tokens`` were embedded in ``engine_seconds``. ``recomputed`` counts the contents that already had
+    a vector when the attempt wrote its own. ``at_risk`` is the most that it ever had embedded or on the device without
+    having written it.
     """
 
     provider: str
@@ -37,28 +40,44 @@ class Usage:
     at_risk: int = 0
 
 
+# If the sums of contents and recomputed are equal, nothing was written since, or this very transaction runs again and
+# met its own vectors: then the booked split between the two stays.
+_BOOK = sa.text("""
+INSERT INTO usage (
+    chunk_batch_id, attempt, job_id, space_id, provider, worker,
+    contents, tokens, engine_seconds, recomputed, at_risk, outcome, evidence, ended_at)
+VALUES (
+    :chunk_batch, :attempt, :job, :space, :provider, :worker,
+    :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), :evidence,
+    CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END)
+ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET
+    contents = CASE
+        WHEN usage.contents + usage.recomputed = excluded.contents + excluded.recomputed THEN usage.contents
+        ELSE excluded.contents END,
+    recomputed = CASE
+        WHEN usage.contents + usage.recomputed = excluded.contents + excluded.recomputed THEN usage.recomputed
+        ELSE excluded.recomputed END,
+    tokens = excluded.tokens,
+    engine_seconds = excluded.engine_seconds,
+    at_risk = excluded.at_risk,
+    outcome = coalesce(excluded.outcome, usage.outcome),
+    evidence = coalesce(excluded.evidence, usage.evidence),
+    ended_at = coalesce(excluded.ended_at, usage.ended_at)
+RETURNING contents, recomputed
+""")
+
+
 def book(
     conn: sa.Connection, lease: Lease, usage: Usage, outcome: Outcome | None = None, evidence: str | None = None
 ) -> Usage:
-    """Bring an attempt's account up to date; ``outcome`` closes it, with what was seen if it failed.
+    """Bring an attempt's account up to date and return it as booked.
 
-    The counts are totals under the key (ChunkBatch, attempt), so a transaction that is run again books nothing twice.
-    It also finds its own vectors there, and what it had booked as ``contents`` stays so: go on from what is returned.
+    ``outcome`` closes the account; ``evidence`` says what was seen if the attempt failed. The counts are totals under
+    the key (ChunkBatch, attempt), so a transaction that runs again books nothing twice. Such a transaction also meets
+    its own vectors, and what it had booked as ``contents`` stays booked so: go on from the usage that is returned.
     """
     row = conn.execute(
-        sa.text(
-            "INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens, "
-            "engine_seconds, recomputed, at_risk, outcome, evidence, ended_at) VALUES (:chunk_batch, :attempt, :job, "
-            ":space, :provider, :worker, :contents, :tokens, :seconds, :recomputed, :at_risk, CAST(:outcome AS text), "
-            ":evidence, CASE WHEN CAST(:outcome AS text) IS NOT NULL THEN now() END) "
-            "ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET "
-            f"contents = CASE WHEN {_RUN_AGAIN} THEN usage.contents ELSE excluded.contents END, "
-            f"recomputed = CASE WHEN {_RUN_AGAIN} THEN usage.recomputed ELSE excluded.recomputed END, "
-            "tokens = excluded.tokens, engine_seconds = excluded.engine_seconds, "
-            "at_risk = excluded.at_risk, outcome = coalesce(excluded.outcome, usage.outcome), "
-            "evidence = coalesce(excluded.evidence, usage.evidence), "
-            "ended_at = coalesce(excluded.ended_at, usage.ended_at) RETURNING contents, recomputed"
-        ),
+        _BOOK,
         {
             "chunk_batch": lease.chunk_batch_id,
             "attempt": lease.attempt,
@@ -78,22 +97,23 @@ def book(
     return replace(usage, contents=row.contents, recomputed=row.recomputed)
 
 
-_RUN_AGAIN = "usage.contents + usage.recomputed = excluded.contents + excluded.recomputed"
-"""Nothing was written since, or by this very transaction."""
+_ADD = sa.text("""
+UPDATE usage u
+SET contents = u.contents + d.contents, tokens = u.tokens + d.tokens
+FROM unnest(
+    CAST(:ids AS bigint[]), CAST(:attempts AS int[]), CAST(:contents AS int[]), CAST(:tokens AS bigint[])
+) AS d(id, attempt, contents, tokens)
+WHERE u.chunk_batch_id = d.id AND u.attempt = d.attempt
+""")
 
 
 def add(conn: sa.Connection, done: Mapping[tuple[int, int], tuple[int, int]]) -> None:
-    """Add to the accounts of attempts that others carry out: ``(ChunkBatch id, attempt) → (contents, tokens)``.
+    """Add to the accounts of attempts at a provider: ``(ChunkBatch id, attempt) → (contents, tokens)``.
 
-    In the transaction that writes the vectors: both are there, or neither.
+    Call it in the transaction that writes the vectors, so that both are there or neither.
     """
     conn.execute(
-        sa.text(
-            "UPDATE usage u SET contents = u.contents + d.contents, tokens = u.tokens + d.tokens "
-            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[]), CAST(:contents AS int[]), "
-            "CAST(:tokens AS bigint[])) AS d(id, attempt, contents, tokens) "
-            "WHERE u.chunk_batch_id = d.id AND u.attempt = d.attempt"
-        ),
+        _ADD,
         {
             "ids": [chunk_batch for chunk_batch, _ in done],
             "attempts": [attempt for _, attempt in done],
@@ -103,28 +123,40 @@ def add(conn: sa.Connection, done: Mapping[tuple[int, int], tuple[int, int]]) ->
     )
 
 
+_CLOSE = sa.text("""
+UPDATE usage
+SET outcome = :outcome, evidence = :evidence, ended_at = now()
+WHERE chunk_batch_id = :id AND attempt = :attempt
+""")
+
+
 def close_attempt(
     conn: sa.Connection, chunk_batch_id: int, attempt: int, outcome: Outcome, evidence: str | None = None
 ) -> None:
-    """Close an account whose counts stay."""
-    conn.execute(
-        sa.text(
-            "UPDATE usage SET outcome = :outcome, evidence = :evidence, ended_at = now() "
-            "WHERE chunk_batch_id = :id AND attempt = :attempt"
-        ),
-        {"id": chunk_batch_id, "attempt": attempt, "outcome": outcome, "evidence": evidence and evidence[:1000]},
-    )
+    """Close an account without changing its counts."""
+    evidence = evidence and evidence[:1000]
+    conn.execute(_CLOSE, {"id": chunk_batch_id, "attempt": attempt, "outcome": outcome, "evidence": evidence})
+
+
+_CLOSE_RELEASED = with_constants(
+    """
+WITH held AS (
+    SELECT id, attempt
+    FROM chunk_batches
+    WHERE lease_owner = :owner AND state = :running
+    FOR UPDATE)
+UPDATE usage u
+SET outcome = :outcome, ended_at = now()
+FROM held
+WHERE u.chunk_batch_id = held.id AND u.attempt = held.attempt
+""",
+    running=ChunkBatchState.RUNNING,
+)
 
 
 def book_released(conn: sa.Connection, owner: str) -> None:
-    """Close the accounts of all that a worker holds: what ``chunk_batches.release_all`` gives back next, in the same
-    transaction, which has the rows locked by then."""
-    conn.execute(
-        sa.text(
-            "WITH held AS (SELECT id, attempt FROM chunk_batches WHERE lease_owner = :owner AND state = 'running' "
-            "              FOR UPDATE) "
-            "UPDATE usage u SET outcome = :outcome, ended_at = now() FROM held "
-            "WHERE (u.chunk_batch_id, u.attempt) = (held.id, held.attempt)"
-        ),
-        {"owner": owner, "outcome": Outcome.RELEASED},
-    )
+    """Close the accounts of all ChunkBatches that a worker holds, and lock these.
+
+    Call it before ``chunk_batches.release_all``, in the same transaction.
+    """
+    conn.execute(_CLOSE_RELEASED, {"owner": owner, "outcome": Outcome.RELEASED})
