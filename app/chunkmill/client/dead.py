@@ -13,6 +13,7 @@ from chunkmill.errors import InvalidInput
 from chunkmill.ledger.dead import dead_chunks, dead_retry
 from chunkmill.ledger.dead.dead_chunks import Which
 from chunkmill.ledger.jobs import jobs
+from chunkmill.spaces import collections
 from chunkmill.store.delete import delete_some
 
 
@@ -82,8 +83,8 @@ class DeadList(Connected):
         with self._transaction() as conn:
             dropped, leaving = dead_retry.take_off(conn, which)
             for collection, chunk_ids in leaving.items():
-                collection_id, _ = jobs.find_collection(conn, collection)
-                delete_some(conn, collection_id=collection_id, chunk_ids=chunk_ids, limit=len(chunk_ids))
+                found = collections.find(conn, collection)
+                delete_some(conn, collection_id=found.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
         self._take_up(dropped.jobs)
         return dropped
 
@@ -92,7 +93,7 @@ class DeadList(Connected):
         if job_id is not None:
             jobs.get(conn, job_id)
         if collection is not None:
-            jobs.find_collection(conn, collection)
+            collections.find(conn, collection)
         return Which(job_id=job_id, collection=collection, code=code)
 
     @staticmethod

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from chunkmill.client.base import Connected, store_errors
-from chunkmill.client.enqueue import Enqueueing, EnqueueRequest
+from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import as_deadline, as_word, require_name
 from chunkmill.domain.planning import DeadChunk
@@ -93,7 +93,7 @@ class Jobs(Connected):
             skip_invalid=on_invalid == "skip",
         )
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {"space": space.id}, kind="PRODUCER") as span:
-            job = self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
+            job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring))
             span.set({"job": job.id, "chunks": job.chunks, "contents": job.contents})
             return job
 

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Literal
 
 from chunkmill.client.base import Connected, store_errors
-from chunkmill.client.estimate import EstimateRequest, Estimating
+from chunkmill.client.estimate import EstimateRequest, estimate
 from chunkmill.domain.arguments import as_deadline, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Costs, CostsBy, Estimate
@@ -53,7 +53,7 @@ class Money(Connected):
         request = EstimateRequest(spec, route, due, on_long, collection)
         prepared = prepare_all(chunks) if on_invalid == "raise" else prepare_or_skip(chunks)
         with store_errors(self._db):
-            return Estimating(self._db, self._settings, request).run(prepared)
+            return estimate(self._db, self._settings, request, prepared)
 
     def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:
         """What was embedded and what it cost, by day, month, model, route or job, since a day of UTC.

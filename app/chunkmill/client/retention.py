@@ -11,7 +11,8 @@ from chunkmill.db.connect import require_at_least
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.prune import prune_jobs
-from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced, find_space
+from chunkmill.spaces import registry
+from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced
 
 
 class Retention(Connected):
@@ -65,7 +66,7 @@ class Retention(Connected):
         before = None if older_than is None else self._before("older_than", older_than)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
-            chosen = None if space is None else find_space(conn, space)
+            chosen = None if space is None else registry.find_by_prefix(conn, space)
         with store_errors(self._db):
             gone = drop_unreferenced(
                 self._db, space=chosen, before=before, max_bytes=max_bytes, dry_run=dry_run, on_progress=on_progress

@@ -17,8 +17,7 @@ from chunkmill.domain.results import Audit, Index, SearchHit
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
-from chunkmill.ledger.jobs import jobs
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
 from chunkmill.store import read
 from chunkmill.store import search as searching
@@ -53,8 +52,8 @@ class Vectors(Connected):
         if k < 1:
             raise InvalidInput(f"k is {k}; it must be at least 1.")
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            space = registry.get(conn, space_id)
+            found = collections.find(conn, collection)
+            space = registry.get(conn, found.space_id)
         if isinstance(query, str):
             vector = self._ask(space, [query], "query", timeout)[0]
         else:
@@ -65,9 +64,7 @@ class Vectors(Connected):
                 f"({space.spec.dimensions},)."
             )
         with self._transaction() as conn:
-            return searching.search(
-                conn, space, vector, collection_id=collection_id, k=k, metadata=metadata, exact=exact
-            )
+            return searching.search(conn, space, vector, collection_id=found.id, k=k, metadata=metadata, exact=exact)
 
     def embed(
         self,
@@ -104,8 +101,9 @@ class Vectors(Connected):
     def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` for ``ids``, or for the whole collection; chunks without one are left out."""
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            return read.read_vectors(conn, registry.get(conn, space_id), collection_id=collection_id, chunk_ids=ids)
+            found = collections.find(conn, collection)
+            space = registry.get(conn, found.space_id)
+            return read.read_vectors(conn, space, collection_id=found.id, chunk_ids=ids)
 
     def delete(self, collection: str, ids: Sequence[str] | None = None) -> int:
         """Delete chunks by id, or all of the collection; returns how many.
@@ -115,14 +113,14 @@ class Vectors(Connected):
         if isinstance(ids, str):
             raise InvalidInput("ids is a str; give a list of chunk ids.")
         with self._transaction() as conn:
-            collection_id, _ = jobs.find_collection(conn, collection)
+            found = collections.find(conn, collection)
         deleted = 0
         for step in itertools.count():
             part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
             if part is not None and not len(part):
                 break
             with self._transaction() as conn:
-                gone = delete_some(conn, collection_id=collection_id, chunk_ids=part, limit=DELETE_STEP)
+                gone = delete_some(conn, collection_id=found.id, chunk_ids=part, limit=DELETE_STEP)
             deleted += gone
             if part is None and gone == 0:
                 break
@@ -131,13 +129,13 @@ class Vectors(Connected):
     def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` says all are there."""
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            return auditing.audit(conn, registry.get(conn, space_id), name=collection, collection_id=collection_id)
+            found = collections.find(conn, collection)
+            return auditing.audit(conn, registry.get(conn, found.space_id), found)
 
     def collections(self) -> list[str]:
         """The names of all collections, in order."""
         with self._transaction() as conn:
-            return jobs.collection_names(conn)
+            return [found.name for found in collections.all_collections(conn)]
 
     def index(self, collection: str, *, halfvec: bool = False) -> Index:
         """Build an HNSW index over the collection's space, without blocking writers; best after a bulk load.
@@ -146,8 +144,7 @@ class Vectors(Connected):
         dimensions it is always so.
         """
         with self._transaction() as conn:
-            _, space_id = jobs.find_collection(conn, collection)
-            space = registry.get(conn, space_id)
+            space = registry.get(conn, collections.find(conn, collection).space_id)
         return searching.build_index(self._db, space, halfvec=halfvec)
 
     def _ask(self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.domain import planning
 from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.results import DeadEntry, DroppedDead, RetriedDead, Standing
@@ -15,7 +16,6 @@ from chunkmill.ledger.dead.dead_chunks import KILLS_WORKERS, LISTED, Which, entr
 from chunkmill.ledger.jobs.routing import lane_of
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Common
-from chunkmill.spaces.registry import DELETE_LOCK
 
 
 def retry(conn: sa.Connection, which: Which, *, max_contents: int, max_bytes: int, max_attempts: int) -> RetriedDead:

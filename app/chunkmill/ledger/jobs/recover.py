@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from chunkmill.ledger.jobs.jobs import PRODUCER_LOCK
+from chunkmill.db.locks import PRODUCER_LOCK
 
 
 def jobs_without_open_batches(conn: sa.Connection, *, limit: int = 100) -> list[tuple[int, int]]:
