@@ -40,7 +40,7 @@ class Space:
 
 
 def register(conn: sa.Connection, spec: SpaceSpec, *, storage: str = "vector") -> Space:
-    """Return the space of ``spec``. If it is new, create it with its vector table; ``storage`` is the type of a vector."""
+    """Return the space of ``spec``. If it is new, create it, with a table for vectors of type ``storage``."""
     registered = find(conn, spec.fingerprint)
     if registered:
         return registered
