@@ -27,10 +27,10 @@ class DeadList(ClientPart):
         code: str | None = None,
         limit: int = 1000,
     ) -> list[DeadEntry]:
-        """The newest ``limit`` entries of the dead list. Arguments that are given select those of a job, of a
-        collection, or with a code.
+        """The newest ``limit`` entries of the dead list.
 
-        Raises :class:`NotFound` for a job or a collection that does not exist.
+        ``job_id``, ``collection`` and ``code`` keep only the entries of a job, of a collection, or with a code. Raises
+        :class:`NotFound` for a job or a collection that does not exist.
         """
         with self._transaction() as conn:
             return dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
@@ -43,16 +43,16 @@ class DeadList(ClientPart):
             return dead_chunks.count_codes(conn, self._listed(conn, job_id, collection, code))
 
     def dead_chunk(self, dead_id: int, *, with_text: bool = False) -> DeadDetails:
-        """All that is known of one entry of the dead list; its text only ``with_text``. Raises :class:`NotFound`."""
+        """All that is known of one entry of the dead list, with its text if ``with_text``. Raises :class:`NotFound`."""
         with self._transaction() as conn:
             return dead_chunks.details(conn, dead_id, with_text=with_text)
 
     def retry_dead(
         self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
     ) -> RetriedDead:
-        """Embed the texts of dead chunks after all, in the jobs that they belong to. Chosen are the chunks of ``ids``,
-        or all of a job, or all with a code, or all of a job with a code.
+        """Embed the texts of dead chunks after all, in the jobs that they belong to.
 
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         A text that killed workers stays a suspect, which workers embed alone. A chunk cannot be retried if enqueue
         refused it, if it was refused as too long, if it was replaced or deleted since, or if its job was cancelled.
         Such a chunk raises :class:`InvalidInput` if ``ids`` names it. It is ignored if the job or the code chooses it,
@@ -74,9 +74,9 @@ class DeadList(ClientPart):
     def drop_dead(
         self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
     ) -> DroppedDead:
-        """Take chunks off the dead list and out of their collections. Chosen are the chunks of ``ids``, or all of a
-        job, or all with a code, or all of a job with a code. A job that failed for nothing else completes.
+        """Take chunks off the dead list and out of their collections. A job that failed for nothing else completes.
 
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
         chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
         an id that is not on the list; nothing is changed then.

@@ -39,8 +39,8 @@ class Retention(ClientPart):
         return Pruned(dry_run, before, jobs | vectors, kept)
 
     def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
-        """For each space its vectors, their size, and how often enqueues found a vector that they needed: ever, and in
-        the last ``recent`` days.
+        """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the
+        last ``recent`` days.
         """
         days = as_age("recent", recent) / timedelta(days=1)
         with self._transaction() as conn:

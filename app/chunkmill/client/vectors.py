@@ -126,7 +126,7 @@ class Vectors(ClientPart):
         return deleted
 
     def audit(self, collection: str) -> Audit:
-        """Anti-join a collection's chunks with its space's vectors. ``audit.complete``: every chunk has one."""
+        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
@@ -137,7 +137,7 @@ class Vectors(ClientPart):
             return [row.name for row in collections.all_collections(conn)]
 
     def index(self, collection: str, *, halfvec: bool = False) -> Index:
-        """Build an HNSW index over the collection's space without blocking writers. Do it after a bulk load.
+        """Build an HNSW index over the collection's space without blocking writers. It is best built after a bulk load.
 
         Collections in one space share the index. ``halfvec`` indexes half precision, at half the size; an index of
         more than 2,000 dimensions always does.
