@@ -82,10 +82,7 @@ def find_by_prefix(conn: sa.Connection, prefix: str) -> Space:
     spaces = [space for space in all_spaces(conn) if prefix and space.spec.fingerprint.startswith(prefix)]
     if len(spaces) != 1:
         problem = "several spaces have" if spaces else "no space has"
-        raise NotFound(
-            f"{problem} a fingerprint that begins with {prefix!r}. `chunkmill models` lists the spaces; give more of "
-            "the fingerprint."
-        )
+        raise NotFound(f"{problem} a fingerprint that begins with {prefix!r}; `chunkmill models` lists the spaces.")
     return spaces[0]
 
 
