@@ -42,6 +42,6 @@ def why_not(level: SchemaLevel, *, oldest_schema: str = OLDEST_SCHEMA) -> str | 
         return None
     needed = f"{level.oldest_code} or later" if level.oldest_code else "a later one"
     return (
-        f"the database is at migration {level.current}, which a newer release made. It allows code of "
+        f"the database is at migration {level.current}, made by a newer release. It allows code of "
         f"{needed} beside it, and this code is of {level.head}. Upgrade this process; do not downgrade the schema."
     )
