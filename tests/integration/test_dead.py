@@ -20,13 +20,13 @@ from click.testing import CliRunner, Result
 from chunkmill import Chunk, Client, InvalidInput, Job, JobState, NotFound
 from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client as ClientClass
+from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.results import DeadEntry, RetriedDead, Standing
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.settings import Settings
-from chunkmill.spaces.registry import DELETE_LOCK
 from tests.integration.hands import Hands
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, Call, running, until

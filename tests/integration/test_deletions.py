@@ -16,9 +16,9 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Client, JobState
+from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
-from chunkmill.spaces.registry import DELETE_LOCK
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult

@@ -269,7 +269,7 @@ def test_wrong_arguments_are_refused(client: Client) -> None:
         client.evict()
     with pytest.raises(InvalidInput, match="negative"):
         client.evict(max_bytes=-1)
-    with pytest.raises(NotFound, match="chunkmill cache"):
+    with pytest.raises(NotFound, match="chunkmill models"):
         client.evict(max_bytes=0, space="beef")
 
 

@@ -25,7 +25,7 @@ from chunkmill.ledger.work import chunk_batches
 from chunkmill.models import resolve_model
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.local.attempt import Attempt
 from chunkmill_workers.local.context import WorkerContext
@@ -248,17 +248,17 @@ def test_a_collection_cannot_move_under_an_enqueue(client: Client, db: sa.Engine
     here, there = client._space(None, OnLong.TRUNCATE), client._space(None, OnLong.SPLIT)
     client.delete("docs") if client.collections() else None
     with db.begin() as producer:
-        collection = jobs.collection_id(producer, "docs", here)
+        collection = collections.lock_for_enqueue(producer, "docs", here)
         producer.commit()
     with db.connect() as producer, producer.begin():
-        assert jobs.collection_id(producer, "docs", here) == collection
+        assert collections.lock_for_enqueue(producer, "docs", here) == collection
         jobs.open_job(
-            producer, collection=collection, space=here, route=Route.LOCAL, priority=Priority.NORMAL,
+            producer, collection=collection, route=Route.LOCAL, priority=Priority.NORMAL,
             on_long=OnLong.TRUNCATE, idempotency_key=None,
         )  # fmt: skip
         with pytest.raises(sa.exc.OperationalError), db.begin() as mover:
             mover.execute(sa.text("SET LOCAL lock_timeout = '300ms'"))
-            jobs.collection_id(mover, "docs", there)
+            collections.lock_for_enqueue(mover, "docs", there)
 
 
 def test_no_error_shows_a_query(client: Client, db: sa.Engine) -> None:

@@ -121,7 +121,9 @@ def test_an_older_schema_and_a_newer_one_are_told_apart(old: str) -> None:
     at("9000", head)
     require_migrated(db)
     at("9001", "9000")
-    with pytest.raises(StoreUnavailable, match=rf"of 9000 or later; this code is of {head}. Upgrade this process"):
+    with pytest.raises(
+        StoreUnavailable, match=rf"of 9000 or later beside it, and this code is of {head}. Upgrade this process"
+    ):
         require_migrated(db)
     db.dispose()
 

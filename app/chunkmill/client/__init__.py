@@ -1,4 +1,4 @@
-"""The producer's API. Everything here begins its own transactions; nothing here imports torch."""
+"""The producer's API. Each method begins its own transactions, and nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from chunkmill.telemetry.logging import without_passwords
 
 
 class Client(Jobs, Money, DeadList, Vectors, Retention):
-    """Enqueue chunks, follow jobs, search. Thread-safe; make one per process.
+    """Enqueues chunks, follows jobs and searches. It is thread-safe; make one per process.
 
-    Errors are those of ``chunkmill.errors``; a wrong argument is refused before anything is written.
+    It raises the errors of ``chunkmill.errors``. A wrong argument is refused before anything is written.
     """
 
     @classmethod
     def from_env(cls) -> Client:
-        """A client for ``DATABASE_URL`` and ``REDIS_URL``; both unset, for the embedded stack, started if down.
+        """A client for ``DATABASE_URL`` and ``REDIS_URL``. If both are unset it is a client for the embedded stack,
+        which is started if it is down and migrated if its schema is older.
 
-        Raises :class:`InvalidSetting` for a wrong setting and :class:`StoreUnavailable` when Postgres cannot be
-        reached or needs ``chunkmill migrate``. The embedded database is migrated here.
+        Raises :class:`InvalidSetting` if a setting is wrong, and :class:`StoreUnavailable` if Postgres cannot be
+        reached or needs ``chunkmill migrate``.
         """
         environment = Environment.load(start_embedded=True)
         settings = environment.settings
@@ -56,6 +57,6 @@ class Client(Jobs, Money, DeadList, Vectors, Retention):
         self.close()
 
     def close(self) -> None:
-        """Close the connections. The embedded stack stays up for the next caller: ``chunkmill down`` stops it."""
+        """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
         self._db.dispose()
         self._broker.close()

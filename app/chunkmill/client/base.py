@@ -1,4 +1,4 @@
-"""What the parts of the client share."""
+"""What the parts of the client share: connections, transactions, doorbells."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
-from chunkmill.spaces.asked import asked_spec
+from chunkmill.spaces.requested import requested_spec
 from chunkmill.telemetry import tracing
 
 logger = logging.getLogger(__name__)
 
 QUIET_SECONDS = 10.0
-"""After a doorbell that failed, ring no more for so long: each try may take seconds to fail."""
+"""How long the client stays quiet after it could not ring, because each try may take seconds to fail."""
 
 
-class Connected:
-    """What every part of the client has: its connections, its transactions, and its doorbells."""
+class ClientPart:
+    """The base of the client's parts: its connections, its transactions and its doorbells."""
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
         self._db = db
@@ -50,7 +50,7 @@ class Connected:
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> registry.Space:
-        """The space that is meant, registered."""
+        """The space that the arguments describe. It is registered if it is new."""
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         with self._transaction() as conn:
             return registry.register(conn, spec, storage=self._settings.vector_storage)
@@ -62,12 +62,12 @@ class Connected:
             with self._transaction() as conn:
                 return [space.spec for space in registry.all_spaces(conn)]
 
-        return asked_spec(
+        return requested_spec(
             self._settings, model, on_long=on_long, dimensions=dimensions, precision=precision, registered=registered
         )
 
     def _take_up(self, job_ids: Iterable[int]) -> None:
-        """End the jobs among these that have nothing left to do, and ring for the others."""
+        """Finish those of the jobs that have nothing left to do, and ring for the others."""
         for job_id in job_ids:
             with self._transaction() as conn:
                 finish_if_done(conn, job_id, registry.get(conn, jobs.space_id(conn, job_id)))
@@ -83,7 +83,7 @@ class Connected:
                     conn,
                     self._broker,
                     queued=self._broker.queued_doorbells(),
-                    window=min(SMALLEST_WINDOW, self._settings.doorbell_window),  # the rest is the poller's
+                    window=min(SMALLEST_WINDOW, self._settings.doorbell_window),  # the poller rings for the rest
                     repair_seconds=self._settings.doorbell_repair_seconds,
                 )
                 span.set({"doorbells": rung})
@@ -94,10 +94,10 @@ class Connected:
 
 @contextlib.contextmanager
 def store_errors(db: sa.Engine) -> Iterator[None]:
-    """Say in our own words that Postgres went away."""
+    """Raise :class:`StoreUnavailable` instead of SQLAlchemy's errors about a Postgres that cannot be used."""
     try:
         yield
     except sa.exc.OperationalError as error:
         raise store_error(str(db.url), error) from error
     except sa.exc.TimeoutError as error:
-        raise StoreUnavailable("all connections of this client are in use; make one client per few threads.") from error
+        raise StoreUnavailable("all connections of this client are in use; use one client per few threads.") from error

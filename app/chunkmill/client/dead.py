@@ -1,4 +1,4 @@
-"""The dead list: chunks that got no vector, and what to do with them."""
+"""The client's methods for the dead list: show chunks that have no vector, retry them, take them off."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from chunkmill.client.base import Connected
+from chunkmill.client.base import ClientPart
 from chunkmill.client.enqueue import MAX_BATCH_BYTES
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.dead import dead_chunks, dead_retry
 from chunkmill.ledger.dead.dead_chunks import DeadFilter
 from chunkmill.ledger.jobs import jobs
+from chunkmill.spaces import collections
 from chunkmill.store.delete import delete_some
 
 
-class DeadList(Connected):
+class DeadList(ClientPart):
     """The part of the client that is about dead chunks."""
 
     def dead(
@@ -26,9 +27,10 @@ class DeadList(Connected):
         code: str | None = None,
         limit: int = 1000,
     ) -> list[DeadEntry]:
-        """The newest ``limit`` entries of the dead list: of a job, of a collection, with a code, or all.
+        """The newest ``limit`` entries of the dead list.
 
-        Raises :class:`NotFound` for a job or a collection that does not exist.
+        ``job_id``, ``collection`` and ``code`` keep only the entries of a job, of a collection, or with a code. Raises
+        :class:`NotFound` for a job or a collection that does not exist.
         """
         with self._transaction() as conn:
             return dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
@@ -41,20 +43,21 @@ class DeadList(Connected):
             return dead_chunks.count_codes(conn, self._listed(conn, job_id, collection, code))
 
     def dead_chunk(self, dead_id: int, *, with_text: bool = False) -> DeadDetails:
-        """All that is known of one entry of the dead list, its text only if asked for. Raises :class:`NotFound`."""
+        """All that is known of one entry of the dead list, with its text if ``with_text``. Raises :class:`NotFound`."""
         with self._transaction() as conn:
             return dead_chunks.details(conn, dead_id, with_text=with_text)
 
     def retry_dead(
         self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
     ) -> RetriedDead:
-        """Have the texts of dead chunks embedded after all, each in its job: those of ``ids``, or all of a job, with a
-        code, or both.
+        """Embed the texts of dead chunks after all, in the jobs that they belong to.
 
-        What killed workers stays a suspect, which workers embed alone. A chunk refused at the door or as too long, one
-        that was replaced or deleted since, and one whose job was cancelled cannot be retried: named in ``ids`` it
-        raises :class:`InvalidInput`, found by job or code it is passed over, and raises only where nothing else is
-        found. Raises :class:`NotFound` for an id that is not on the list. Nothing is changed by a call that raises.
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
+        A text that killed workers stays a suspect, which workers embed alone. A chunk cannot be retried if enqueue
+        refused it, if it was refused as too long, if it was replaced or deleted since, or if its job was cancelled.
+        Such a chunk raises :class:`InvalidInput` if ``ids`` names it. It is ignored if the job or the code chooses it,
+        unless they choose no other. Raises :class:`NotFound` for an id that is not on the list. A call that raises
+        changes nothing.
         """
         dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:
@@ -71,19 +74,19 @@ class DeadList(Connected):
     def drop_dead(
         self, ids: Iterable[int] | None = None, *, job_id: int | None = None, code: str | None = None
     ) -> DroppedDead:
-        """Take chunks off the dead list and out of their collections: those of ``ids``, or all of a job, with a code,
-        or both. A job that failed for nothing else completes.
+        """Take chunks off the dead list and out of their collections. A job that failed for nothing else completes.
 
-        A chunk that carries another text since, or whose text has a vector since, stays where it is; only its entry
-        goes. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for an id that is not on the
-        list; nothing is changed then.
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
+        If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
+        chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
+        an id that is not on the list; nothing is changed then.
         """
         dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:
             dropped, leaving = dead_retry.take_off(conn, dead_filter)
             for collection, chunk_ids in leaving.items():
-                collection_id, _ = jobs.find_collection(conn, collection)
-                delete_some(conn, collection_id=collection_id, chunk_ids=chunk_ids, limit=len(chunk_ids))
+                row = collections.find(conn, collection)
+                delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
         self._take_up(dropped.jobs)
         return dropped
 
@@ -92,16 +95,16 @@ class DeadList(Connected):
         if job_id is not None:
             jobs.get(conn, job_id)
         if collection is not None:
-            jobs.find_collection(conn, collection)
+            collections.find(conn, collection)
         return DeadFilter(job_id=job_id, collection=collection, code=code)
 
     @staticmethod
     def _meant(ids: Iterable[int] | None, job_id: int | None, code: str | None) -> DeadFilter:
         if (ids is None) == (job_id is None and code is None):
-            raise InvalidInput("say which dead chunks: either ids, or job_id or code or both.")
+            raise InvalidInput("give either ids, or job_id or code or both, to say which dead chunks are meant.")
         if ids is None:
             return DeadFilter(job_id=job_id, code=code)
         chosen = tuple(ids)
-        if not all(isinstance(each, int) for each in chosen):
-            raise InvalidInput("ids must be whole numbers, as `dead` and `chunkmill dead list` give them.")
+        if not all(isinstance(dead_id, int) for dead_id in chosen):
+            raise InvalidInput("ids must be whole numbers, as `dead` and `chunkmill dead list` show them.")
         return DeadFilter(ids=chosen)

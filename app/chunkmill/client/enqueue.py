@@ -1,4 +1,4 @@
-"""One enqueue: check the stream, then commit it window by window into a job."""
+"""One enqueue: it checks the stream, then commits it to a job, window by window."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from chunkmill.ledger.jobs import jobs, traces
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
+from chunkmill.spaces import collections
+from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import staging
 from chunkmill.telemetry import tracing
@@ -32,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 DEADLOCK_TRIES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Text of one ChunkBatch: bounds a worker's memory when chunks are large."""
+"""The most text of one ChunkBatch. It bounds a worker's memory when chunks are large."""
 MAX_WINDOW_BYTES = 32 * 1024 * 1024
-"""Text of one window: bounds the producer's."""
+"""The most text of one window. It bounds the producer's memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnqueueRequest:
-    """What the caller asked for, checked. ``choice`` is the lane, should the job be a new one."""
+    """What the caller asked for, checked. ``choice`` is the lane if the job is a new one."""
 
     collection: str
     space: Space
@@ -52,131 +54,125 @@ class EnqueueRequest:
     skip_invalid: bool
 
 
-class Enqueueing:
-    """``run`` it once. ``ring`` is called after each commit, with the connection between two transactions."""
+def enqueue(
+    db: sa.Engine,
+    settings: Settings,
+    request: EnqueueRequest,
+    chunks: Iterable[object],
+    *,
+    ring: Callable[[sa.Connection], None],
+) -> int:
+    """Commit the chunks to a job, window by window, and return the job's id.
 
-    def __init__(
-        self, db: sa.Engine, settings: Settings, request: EnqueueRequest, *, ring: Callable[[sa.Connection], None]
-    ) -> None:
-        self._db = db
-        self._settings = settings
-        self._request = request
-        self._ring = ring
+    ``ring`` is called after each commit, with the connection between two transactions. Raises :class:`InvalidChunk`
+    with nothing written, unless bad chunks are skipped.
+    """
+    with contextlib.ExitStack() as stack:
+        prepared: Iterable[PreparedChunk | InvalidChunk]
+        if request.skip_invalid:
+            prepared = prepare_or_skip(chunks)
+        elif _is_sealed(db, request):
+            prepared = ()  # the job is complete, so nothing of this stream is needed
+        else:
+            prepared = stack.enter_context(Spool(prepare_all(chunks)))
+        conn = stack.enter_context(db.connect())
+        collection, job, is_producer = _open(conn, request)
+        if is_producer:
+            try:
+                if job.is_new or _reopen(conn, job.id):
+                    _Producer(conn, settings, request, collection, job, ring).fill(prepared)
+            finally:
+                _drop_producer_lock(conn, job.id)
+        return job.id
 
-    def run(self, chunks: Iterable[object]) -> int:
-        """Returns the job's id. Raises :class:`InvalidChunk` with nothing written, unless bad chunks are skipped."""
-        with contextlib.ExitStack() as stack:
-            prepared: Iterable[PreparedChunk | InvalidChunk]
-            if self._request.skip_invalid:
-                prepared = prepare_or_skip(chunks)
-            elif self._is_sealed():
-                prepared = ()  # the job is there; nothing of this stream is needed
-            else:
-                prepared = stack.enter_context(Spool(prepare_all(chunks)))
-            conn = stack.enter_context(self._db.connect())
-            collection_id, opened, mine = self._open(conn)
-            if mine:
-                try:
-                    if opened.is_new or self._reopen(conn, opened.id):
-                        self._fill(conn, opened, collection_id, prepared)
-                finally:
-                    _drop_producer_lock(conn, opened.id)
-            return opened.id
 
-    def _is_sealed(self) -> bool:
-        key = self._request.idempotency_key
-        if key is None:
-            return False
-        with self._db.begin() as conn:
-            return jobs.is_sealed(conn, key)
+def _is_sealed(db: sa.Engine, request: EnqueueRequest) -> bool:
+    if request.idempotency_key is None:
+        return False
+    with db.begin() as conn:
+        return jobs.is_sealed(conn, request.idempotency_key)
 
-    def _open(self, conn: sa.Connection) -> tuple[int, jobs.Opened, bool]:
-        """The collection, the job, and whether this call is the job's producer."""
-        request = self._request
-        with conn.begin():
-            collection_id = jobs.collection_id(conn, request.collection, request.space)
-            opened = jobs.open_job(
-                conn,
-                collection=collection_id,
-                space=request.space,
-                route=request.route,
-                priority=request.priority,
-                on_long=request.on_long,
-                idempotency_key=request.idempotency_key,
-                choice=request.choice,
-                deadline=request.deadline,
-            )
-            traces.keep(conn, opened.id, tracing.traceparent())
-            # In the job's own transaction: a job that can be seen has its producer's lock.
-            return collection_id, opened, jobs.hold_producer_lock(conn, opened.id)
 
-    def _reopen(self, conn: sa.Connection, job_id: int) -> bool:
-        with conn.begin():
-            return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
+def _open(conn: sa.Connection, request: EnqueueRequest) -> tuple[Collection, jobs.OpenedJob, bool]:
+    """The collection, the job, and whether this call is the job's producer."""
+    with conn.begin():
+        collection = collections.lock_for_enqueue(conn, request.collection, request.space)
+        job = jobs.open_job(
+            conn,
+            collection=collection,
+            route=request.route,
+            priority=request.priority,
+            on_long=request.on_long,
+            idempotency_key=request.idempotency_key,
+            choice=request.choice,
+            deadline=request.deadline,
+        )
+        traces.keep(conn, job.id, tracing.traceparent())
+        # In the job's own transaction, so that a job that can be seen has its producer's lock.
+        return collection, job, jobs.hold_producer_lock(conn, job.id)
 
-    def _fill(
-        self,
-        conn: sa.Connection,
-        opened: jobs.Opened,
-        collection_id: int,
-        prepared: Iterable[PreparedChunk | InvalidChunk],
-    ) -> None:
-        for chunks, refused in windows(prepared, 2 * self._settings.chunk_batch_size, self._settings.enqueue_window):
-            if not self._commit(conn, opened, collection_id, chunks, refused):
-                return  # cancelled meanwhile
-            self._ring(conn)
-        with conn.begin():
-            jobs.seal_if_enqueueing(conn, opened.id)
-        with conn.begin():
-            finish_if_done(conn, opened.id, self._request.space)
 
-    def _commit(
-        self,
-        conn: sa.Connection,
-        opened: jobs.Opened,
-        collection_id: int,
-        chunks: Sequence[PreparedChunk],
-        refused: Sequence[DeadChunk],
-    ) -> bool:
-        """One window in a transaction of its own; False: the job is not being enqueued any more.
+def _reopen(conn: sa.Connection, job_id: int) -> bool:
+    with conn.begin():
+        return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
 
-        Two enqueues that share texts may deadlock; Postgres undoes one, which runs again. On a connection that broke
-        it cannot: the producer's lock went with it.
+
+@dataclass(frozen=True, slots=True)
+class _Producer:
+    """The producer of one job: ``conn`` holds the job's lock."""
+
+    conn: sa.Connection
+    settings: Settings
+    request: EnqueueRequest
+    collection: Collection
+    job: jobs.OpenedJob
+    ring: Callable[[sa.Connection], None]
+
+    def fill(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
+        """Commit the whole stream and seal the job, unless it is cancelled meanwhile."""
+        first, most = 2 * self.settings.chunk_batch_size, self.settings.enqueue_window
+        for chunks, refused in windows(prepared, first, most):
+            if not self._commit(chunks, refused):
+                return
+            self.ring(self.conn)
+        with self.conn.begin():
+            jobs.seal_if_enqueueing(self.conn, self.job.id)
+        with self.conn.begin():
+            finish_if_done(self.conn, self.job.id, self.request.space)
+
+    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+        """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
+
+        Two enqueues that share texts may deadlock. Postgres then rolls one back, which runs again. After a broken
+        connection it cannot run again, because the producer's lock ended with the connection.
         """
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
-                with conn.begin():
-                    return self._commit_window(conn, opened, collection_id, chunks, refused)
+                with self.conn.begin():
+                    return self._write(chunks, refused)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
-                logger.info("an enqueue met another one over the same texts (%s); again", refusal(error))
+                logger.info("an enqueue collided with another one over the same texts (%s); again", refusal(error))
         raise AssertionError("the last try returned or raised")
 
-    def _commit_window(
-        self,
-        conn: sa.Connection,
-        opened: jobs.Opened,
-        collection_id: int,
-        batch: Sequence[PreparedChunk],
-        refused: Sequence[DeadChunk],
-    ) -> bool:
-        """Write one window in the transaction of ``conn``. False: the job is not being enqueued any more."""
-        request, settings, job_id = self._request, self._settings, opened.id
-        chunks = planning.distinct(batch)
+    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+        """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued."""
+        conn, request, job = self.conn, self.request, self.job
+        chunks = planning.distinct(window)
         staging.stage(conn, chunks.values())
         known = staging.known_vectors(conn, request.space)
         plan = planning.plan_window(chunks, known, request.on_long)
-        if not jobs.add_chunks(conn, job_id, len(plan.references)):
+        if not jobs.add_chunks(conn, job.id, len(plan.references)):
             return False
-        dead_chunks.add_refused(conn, job_id, [*refused, *plan.rejected])
+        dead_chunks.add_refused(conn, job.id, [*refused, *plan.rejected])
         staging.drop_rejected(conn, plan.rejected)
         staging.add_contents(conn, plan.missing)
-        staging.merge_chunks(conn, collection_id=collection_id, job_id=job_id)
+        staging.merge_chunks(conn, collection_id=self.collection.id, job_id=job.id)
         shared = chunk_batches.SharedFields(
-            job_id, request.space.id, opened.lane, request.priority.rank, settings.max_attempts
+            job.id, request.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )
-        chunk_batches.add(conn, shared, planning.cut(plan.missing, settings.chunk_batch_size, MAX_BATCH_BYTES))
+        chunk_batches.add(conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 
@@ -184,8 +180,10 @@ class Enqueueing:
 def windows(
     items: Iterable[PreparedChunk | InvalidChunk], first: int, most: int
 ) -> Iterator[tuple[list[PreparedChunk], list[DeadChunk]]]:
-    """The chunks, and the skipped ones: ``first`` items, so that workers begin at once, then four times as many each
-    time, at most ``most``, and about ``MAX_WINDOW_BYTES`` of text.
+    """The windows of a stream: the chunks of each, and the chunks that were skipped.
+
+    The first window has ``first`` items, so that workers begin at once. Each further one has four times as many as the
+    one before, but at most ``most``, and about ``MAX_WINDOW_BYTES`` of text.
     """
     size = min(first, most)
     chunks: list[PreparedChunk] = []

@@ -1,13 +1,12 @@
-"""What an enqueue would cost, before it is made."""
+"""What an enqueue would cost, said before it is made."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Protocol
 
 import sqlalchemy as sa
 
@@ -20,7 +19,7 @@ from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.domain.windows import window_bounds
-from chunkmill.errors import InvalidChunk, InvalidSetting, SpaceMismatch, UnknownModel
+from chunkmill.errors import InvalidChunk, InvalidSetting, UnknownModel
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget, charges
 from chunkmill.models import resolve_model
@@ -28,12 +27,12 @@ from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.plan import inputs, tokens
 from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 
 
 @dataclass(frozen=True, slots=True)
 class EstimateRequest:
-    """What would be enqueued. ``route`` is as asked."""
+    """What would be enqueued. ``route`` is the one that the caller named."""
 
     spec: SpaceSpec
     route: Route
@@ -42,106 +41,105 @@ class EstimateRequest:
     collection: str | None = None
 
 
-class Estimating:
-    """``run`` it once.
+def estimate(
+    db: sa.Engine, settings: Settings, request: EstimateRequest, prepared: Iterable[PreparedChunk | InvalidChunk]
+) -> Estimate:
+    """What an enqueue of ``prepared`` would send and cost.
 
-    Memory is that of one window. Which texts the stream has held is kept in a temporary table of Postgres, 32 bytes
-    and an index entry for each distinct one, dropped at the end: nothing else is written.
+    Memory is that of one window. A temporary table of Postgres remembers which texts the stream has held: 32 bytes and
+    an index entry for each distinct one. It is dropped at the end, and nothing else is written. Raises
+    :class:`UnknownRoute`, :class:`SpaceMismatch`, and what ``prepared`` raises.
     """
-
-    def __init__(self, db: sa.Engine, settings: Settings, request: EstimateRequest) -> None:
-        self._db = db
-        self._settings = settings
-        self._request = request
-        self._chunks = self._contents = self._cached = self._in_flight = 0
-
-    def run(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> Estimate:
-        """Raises :class:`UnknownRoute`, :class:`SpaceMismatch`, and what ``prepared`` raises."""
-        request, settings = self._request, self._settings
-        spec = request.spec
-        with self._db.connect() as conn:
-            with conn.begin():
-                choice = routing.decide(conn, settings, spec, request.route, request.deadline)
-                space = registry.find(conn, spec.fingerprint)
-                self._require_collection(conn)
-            counters = [_Counter(route, settings, request) for route in routing.lanes_of(settings, spec)]
-            with _seen_table(conn):
-                for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
-                    fresh = self._look(conn, space, chunks)
-                    counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
-                    for counter in counters:
-                        counter.add(fresh, counted)
-            with conn.begin():
-                today = conn.execute(sa.text(f"SELECT {charges.TODAY}")).scalar_one()
-                model = model_for(settings, spec)
-                price = price_on(model.prices, today) if model else None
-                rate = routing.seconds_per_token(conn, spec)
-                return Estimate(
-                    spec.model,
-                    spec.fingerprint,
-                    self._chunks,
-                    self._contents,
-                    self._cached,
-                    self._in_flight,
-                    self._contents - self._cached - self._in_flight,
-                    choice.route,
-                    choice.because,
-                    tuple(counter.estimate(price, rate) for counter in counters),
-                    budget.read(conn, settings),
-                )
-
-    def _require_collection(self, conn: sa.Connection) -> None:
-        """Say now what ``enqueue`` would say: a collection with chunks stays in its space."""
-        row = conn.execute(
-            sa.text(
-                "SELECT s.model, s.fingerprint FROM collections c JOIN spaces s ON s.id = c.space_id "
-                "WHERE c.name = :name AND EXISTS (SELECT FROM chunks k WHERE k.collection_id = c.id)"
-            ),
-            {"name": self._request.collection},
-        ).one_or_none()
-        if row is not None and row.fingerprint != self._request.spec.fingerprint:
-            raise SpaceMismatch(
-                f"collection {self._request.collection!r} holds vectors of another space (of model {row.model!r}). "
-                "Enqueue into another collection, or with the model, on_long, dimensions and precision of the first."
-            )
-
-    def _look(
-        self, conn: sa.Connection, space: registry.Space | None, chunks: Sequence[PreparedChunk]
-    ) -> list[tuple[bytes, str]]:
-        """Count a window; returns the contents ``(hash, text)`` that are met for the first time and have to be sent."""
-        texts = {chunk.content_hash: chunk.text for chunk in chunks}
-        cached = in_flight = "false"
-        joins = ""
-        if space is not None:
-            cached, in_flight = "v.content_hash IS NOT NULL", "i.content_hash IS NOT NULL"
-            joins = (
-                f"LEFT JOIN {space.table_name} v USING (content_hash) LEFT JOIN provider_inputs i "
-                f"ON i.space_id = {space.id} AND i.content_hash = fresh.content_hash"
-            )
+    spec = request.spec
+    totals = _Totals()
+    with db.connect() as conn:
         with conn.begin():
-            copy_binary(conn, "estimated_window (content_hash)", encode_rows((each,) for each in texts))
-            rows = conn.execute(
-                sa.text(
-                    "WITH fresh AS (INSERT INTO estimated_contents SELECT content_hash FROM estimated_window "
-                    "ON CONFLICT DO NOTHING RETURNING content_hash) "
-                    f"SELECT fresh.content_hash, {cached} AS cached, {in_flight} AS in_flight FROM fresh {joins}"
-                )
-            ).fetchall()
-        self._chunks += len(chunks)
-        self._contents += len(rows)
-        self._cached += sum(row.cached for row in rows)
-        self._in_flight += sum(row.in_flight and not row.cached for row in rows)
-        return [(r.content_hash, texts[r.content_hash].decode()) for r in rows if not (r.cached or r.in_flight)]
+            choice = routing.decide(conn, settings, spec, request.route, request.deadline)
+            space = registry.find(conn, spec.fingerprint)
+            if request.collection is not None:
+                collections.require_space(conn, request.collection, spec)
+        counters = [_Counter(route, settings, request) for route in routing.lanes_of(settings, spec)]
+        with _temporary_tables(conn):
+            for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
+                to_send = _count_window(conn, space, chunks, totals)
+                counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
+                for counter in counters:
+                    counter.add(to_send, counted)
+        with conn.begin():
+            model = model_for(settings, spec)
+            price = price_on(model.prices, charges.today(conn)) if model else None
+            rate = routing.seconds_per_token(conn, spec)
+            return Estimate(
+                spec.model,
+                spec.fingerprint,
+                totals.chunks,
+                totals.contents,
+                totals.cached,
+                totals.in_flight,
+                totals.contents - totals.cached - totals.in_flight,
+                choice.route,
+                choice.because,
+                tuple(counter.estimate(price, rate) for counter in counters),
+                budget.read(conn, settings),
+            )
 
 
-class _Rule(Protocol):
-    def __call__(self, contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
-        """Tokens that would be sent of the contents, and how many of them would be refused."""
-        ...
+@dataclass(slots=True)
+class _Totals:
+    """What the stream has held so far."""
+
+    chunks: int = 0
+    contents: int = 0
+    """Distinct ones."""
+    cached: int = 0
+    in_flight: int = 0
+    """Without those that are also cached."""
+
+
+def _count_window(
+    conn: sa.Connection, space: registry.Space | None, chunks: Sequence[PreparedChunk], totals: _Totals
+) -> list[tuple[bytes, str]]:
+    """Add a window to ``totals``. Returns ``(hash, text)`` of the contents that are new in the stream and must be sent.
+
+    ``space`` is None if it is not registered; it then has no vectors.
+    """
+    texts = {chunk.content_hash: chunk.text for chunk in chunks}
+    if space is None:
+        query = """
+            INSERT INTO estimated_contents
+            SELECT content_hash FROM estimated_window
+            ON CONFLICT DO NOTHING
+            RETURNING content_hash, false AS cached, false AS in_flight
+        """
+    else:
+        query = f"""
+            WITH new AS (
+                INSERT INTO estimated_contents
+                SELECT content_hash FROM estimated_window
+                ON CONFLICT DO NOTHING
+                RETURNING content_hash
+            )
+            SELECT new.content_hash, v.content_hash IS NOT NULL AS cached, i.content_hash IS NOT NULL AS in_flight
+            FROM new
+            LEFT JOIN {space.table_name} v ON v.content_hash = new.content_hash
+            LEFT JOIN provider_inputs i ON i.space_id = :space AND i.content_hash = new.content_hash
+        """
+    with conn.begin():
+        copy_binary(conn, "estimated_window (content_hash)", encode_rows((content_hash,) for content_hash in texts))
+        rows = conn.execute(sa.text(query), {"space": space.id} if space else {}).fetchall()
+    totals.chunks += len(chunks)
+    totals.contents += len(rows)
+    totals.cached += sum(row.cached for row in rows)
+    totals.in_flight += sum(row.in_flight and not row.cached for row in rows)
+    return [(r.content_hash, texts[r.content_hash].decode()) for r in rows if not (r.cached or r.in_flight)]
+
+
+Rule = Callable[[Sequence[tuple[bytes, str]]], tuple[int, int]]
+"""From contents ``(hash, text)``: how many tokens would be sent of them, and how many of them would be refused."""
 
 
 class _Counter:
-    """One lane's tokens. Without its tokenizer it says why, and counts nothing."""
+    """Counts the tokens of one lane. Without the lane's tokenizer it counts nothing and says why."""
 
     def __init__(self, route: Route, settings: Settings, request: EstimateRequest) -> None:
         self._route = route
@@ -149,14 +147,14 @@ class _Counter:
         self._kind = "local" if route is Route.LOCAL else "provider"
         self._tokens = self._refused = 0
         self._unknown: str | None = None
-        self._rule: _Rule | None = None
+        self._rule: Rule | None = None
         try:
             self._rule = (_local_rule if route is Route.LOCAL else _provider_rule)(settings, request)
         except (UnknownModel, InvalidSetting) as error:
             self._unknown = f"tokens cannot be counted here: {error}"
 
     def add(self, contents: Sequence[tuple[bytes, str]], counted: dict[object, tuple[int, int]]) -> None:
-        """``counted`` has what another lane of the same kind has found of these contents."""
+        """Add the tokens of ``contents``. ``counted`` holds what another lane of the same kind has counted of them."""
         if self._rule is None or not contents:
             return
         if self._kind not in counted:
@@ -182,8 +180,8 @@ class _Counter:
         return LaneEstimate(self._route, self._tokens, self._refused, cost, seconds, unknown)
 
 
-def _provider_rule(settings: Settings, request: EstimateRequest) -> _Rule:
-    """The very code that prepares what is sent."""
+def _provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
+    """Counts with the code that also prepares what is sent."""
     model = model_for(settings, request.spec)
     assert model is not None  # noqa: S101 - a paid lane serves the space
     counter = tokens.cl100k() if model.tokenizer == CL100K else tokens.from_tokenizer_file(model.tokenizer)
@@ -195,14 +193,14 @@ def _provider_rule(settings: Settings, request: EstimateRequest) -> _Rule:
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
         prepared = inputs.prepare(contents, counter, limits, request.on_long)
-        sent = [each for each in prepared if isinstance(each, inputs.ProviderInput)]
-        return sum(each.sent_tokens for each in sent), len(prepared) - len(sent)
+        sent = [content for content in prepared if isinstance(content, inputs.ProviderInput)]
+        return sum(content.sent_tokens for content in sent), len(prepared) - len(sent)
 
     return count
 
 
-def _local_rule(settings: Settings, request: EstimateRequest) -> _Rule:
-    """The model's own tokenizer, and the limit and windows of the engine."""
+def _local_rule(settings: Settings, request: EstimateRequest) -> Rule:
+    """Counts with the model's own tokenizer, and with the limit and the windows of the engine."""
     spec = request.spec
     folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
     file = folder.transformer / "tokenizer.json"
@@ -216,8 +214,8 @@ def _local_rule(settings: Settings, request: EstimateRequest) -> _Rule:
             return n_tokens
         if request.on_long is OnLong.TRUNCATE:
             return spec.max_tokens
-        bounds = window_bounds(n_tokens - counter.overhead, room)
-        return sum(each.end - each.start + counter.overhead for each in bounds)
+        windows_of_text = window_bounds(n_tokens - counter.overhead, room)
+        return sum(window.end - window.start + counter.overhead for window in windows_of_text)
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
         counts = counter.counts([text for _, text in contents])
@@ -228,8 +226,11 @@ def _local_rule(settings: Settings, request: EstimateRequest) -> _Rule:
 
 
 @contextlib.contextmanager
-def _seen_table(conn: sa.Connection) -> Iterator[None]:
-    """The session's table of texts met, in transactions of their own: one long transaction would hold up vacuum."""
+def _temporary_tables(conn: sa.Connection) -> Iterator[None]:
+    """Create the tables of this session and drop them afterwards, each in a transaction of its own.
+
+    One long transaction would hold up vacuum.
+    """
     with conn.begin():
         conn.execute(sa.text("CREATE TEMP TABLE estimated_contents (content_hash bytea PRIMARY KEY)"))
         conn.execute(sa.text("CREATE TEMP TABLE estimated_window (content_hash bytea) ON COMMIT DELETE ROWS"))
@@ -241,4 +242,4 @@ def _seen_table(conn: sa.Connection) -> Iterator[None]:
             with conn.begin():
                 conn.execute(sa.text("DROP TABLE estimated_contents, estimated_window"))
         except sa.exc.SQLAlchemyError:
-            conn.invalidate()  # the tables end with their connection, so the pool must not keep it
+            conn.invalidate()  # the tables last as long as their connection, so the pool must not keep it

@@ -1,4 +1,4 @@
-"""Jobs: enqueue, follow, stop, try again."""
+"""The client's methods for jobs: enqueue, follow, cancel, retry."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from chunkmill.client.base import Connected, store_errors
-from chunkmill.client.enqueue import Enqueueing, EnqueueRequest
+from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import as_deadline, as_word, require_name
 from chunkmill.domain.planning import DeadChunk
@@ -22,10 +22,10 @@ from chunkmill.ledger.work import attempts
 from chunkmill.telemetry import tracing
 
 CANCEL_TRIES = 5
-"""Of each of its transactions, which a deadlock or a failover may end; three seconds in all."""
+"""How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
 
 
-class Jobs(Connected):
+class Jobs(ClientPart):
     """The part of the client that is about jobs."""
 
     def enqueue(
@@ -43,29 +43,31 @@ class Jobs(Connected):
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
     ) -> Job:
-        """Ask for vectors of ``chunks``: any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
+        """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
 
-        Memory stays constant whatever the iterable's length. A chunk id that is in the collection already
-        is replaced when its text or metadata differ, and left alone when they do not. Contents that have a
-        vector in the model's space are not embedded again.
+        Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
+        old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
+        space are not embedded again.
 
-        ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first
-        bad chunk, with nothing written. ``"skip"`` commits window by window, so that workers start at once,
-        and puts bad chunks into the job's dead list. ``idempotency_key``: a second enqueue under the same key
-        returns the first one's job, and finishes it if its producer died half-way.
+        ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first bad chunk,
+        with nothing written. ``"skip"`` commits window by window, so that workers start at once, and puts bad chunks on
+        the job's dead list. A second enqueue with the same ``idempotency_key`` returns the job of the first one, and
+        completes that enqueue if its producer died halfway.
 
-        ``dimensions`` cuts the vectors of a model that was trained for it and brings them back to length 1;
-        ``precision`` is ``float`` or ``int8``. Both make a space of their own. None: ``EMBEDDING_PRECISION``, and of
-        ``EMBEDDING_MODEL`` ``EMBEDDING_DIMENSIONS``, of another model what it gives.
+        ``dimensions`` shortens the vectors of a model that was trained for it, and normalizes them again. ``precision``
+        is ``float`` or ``int8``. Each value of either makes a space of its own. If ``precision`` is None it is
+        ``EMBEDDING_PRECISION``. If ``dimensions`` is None it is ``EMBEDDING_DIMENSIONS`` for ``EMBEDDING_MODEL``, and
+        the model's own number for another model.
 
-        ``route``: ``local`` workers, ``openai`` (the Batch API: half price, up to 24 h), ``openai-sync`` (plain
-        requests), or ``auto``: the cheapest lane that serves the model's space, is not stopped, and can keep the
-        ``deadline``. That is a datetime with a time zone, a timedelta, or seconds from now; what has not begun when
-        it comes near may move to a dearer lane. :meth:`explain` says what was chosen, and why.
+        ``route`` is ``local``, ``openai`` (the Batch API, which costs half and takes up to 24 hours), ``openai-sync``
+        (plain requests), or ``auto``, which chooses the cheapest route that serves the model's space, is not stopped
+        and can meet the ``deadline``. The deadline is a datetime with a time zone, a timedelta, or a number of seconds
+        from now. Work that has not begun when the deadline comes near may move to a more expensive route.
+        :meth:`explain` says what was chosen, and why.
 
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
-        :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is no error: the poller rings when it
-        is back.
+        :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is not an error: the poller rings when
+        Redis is back.
         """
         require_name("collection", collection)
         route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
@@ -93,7 +95,7 @@ class Jobs(Connected):
             skip_invalid=on_invalid == "skip",
         )
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {"space": space.id}, kind="PRODUCER") as span:
-            job = self.job(Enqueueing(self._db, self._settings, request, ring=self._ring).run(chunks))
+            job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring))
             span.set({"job": job.id, "chunks": job.chunks, "contents": job.contents})
             return job
 
@@ -108,7 +110,7 @@ class Jobs(Connected):
             return jobs.latest(conn, limit)
 
     def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
-        """The first ``limit`` chunks of a job that got no vector, each with its reason. Raises :class:`NotFound`."""
+        """The first ``limit`` chunks of a job that got no vector, with the reasons. Raises :class:`NotFound`."""
         with self._transaction() as conn:
             jobs.get(conn, job_id)
             return list(jobs.dead_chunks(conn, job_id, limit=limit))
@@ -116,10 +118,10 @@ class Jobs(Connected):
     def wait(
         self, job_id: int, *, timeout: float | None = None, on_progress: Callable[[Job], None] | None = None
     ) -> Job:
-        """Wait until a job has ended and return it; ``timeout`` in seconds, None for ever.
+        """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
-        ``on_progress`` gets the job after every look. Raises :class:`JobFailed` when chunks are left without a
-        vector, :class:`WaitTimeout`, :class:`NotFound`. A cancelled job is returned as it is.
+        ``on_progress`` is called with the job each time it was read. Raises :class:`JobFailed` if chunks are left
+        without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -136,17 +138,18 @@ class Jobs(Connected):
             if deadline is not None and looked >= deadline:
                 raise WaitTimeout(
                     f"job {job_id} is {job.state} after {timeout:g} s with {job.remaining:,} of {job.contents:,} "
-                    "contents to go. It goes on; wait again, or see that a worker and a poller run: "
-                    "chunkmill status."
+                    "contents to go. It goes on: wait again, or check with `chunkmill status` that a worker and a "
+                    "poller run."
                 )
-            # A look at a job of a million ChunkBatches takes its time; never spend more than a tenth on looking.
+            # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
             time.sleep(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
 
     def cancel(self, job_id: int) -> Job:
-        """Stop a job: nothing of it starts any more, and workers leave what they are in. Vectors written stay.
+        """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.
 
-        A large job takes seconds, but stops in the first moment; a poller does the rest if this process dies.
+        The job stops at once. Its ChunkBatches follow, which takes seconds for a large job; a poller completes this if
+        the process dies.
         """
         with store_errors(self._db):
             with self._db.begin() as conn:
@@ -157,30 +160,30 @@ class Jobs(Connected):
         return self.job(job_id)
 
     def retry(self, job_id: int) -> Job:
-        """Try again what a failed or cancelled job left without a vector. Another job is returned as it is."""
+        """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
         with self._transaction() as conn:
             job = jobs.get(conn, job_id)
             again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
             if not again and job.state in (JobState.FAILED, JobState.CANCELLED):
                 raise InvalidInput(
-                    f"job {job_id} was never enqueued to its end, so it cannot be retried. Enqueue again: what is "
-                    "embedded is not embedded twice."
+                    f"job {job_id} was never enqueued to its end, so it cannot be retried. Enqueue its chunks again: "
+                    "what is embedded is not embedded twice."
                 )
         if again:
             self._take_up([job_id])
         return self.job(job_id)
 
     def attempts(self, job_id: int) -> list[Attempt]:
-        """All attempts at a job's ChunkBatches, the oldest first: who, how it ended, what it cost. Raises
-        :class:`NotFound`.
+        """All attempts at a job's ChunkBatches, the oldest first: which worker, how it ended, what it cost.
 
-        Of a worker that died: what was seen of its death, and how many contents it could have cost (``at_risk``).
+        For a worker that died it also says what was seen of the death, and how many contents it could have cost
+        (``at_risk``). Raises :class:`NotFound`.
         """
         with self._transaction() as conn:
             jobs.get(conn, job_id)
             return attempts.of_job(conn, job_id)
 
     def failing(self, job_id: int) -> FailingChunkBatch | None:
-        """The first ChunkBatch of a job that was discarded or, without one, that failed and is tried again."""
+        """The first ChunkBatch of a job that was discarded; without one, the first that failed and is tried again."""
         with self._transaction() as conn:
             return attempts.first_failing(conn, job_id)

@@ -1,4 +1,4 @@
-"""Money and lanes: what it would cost, what it did cost, and what the paid routes wait for."""
+"""The client's methods for money and lanes: estimates, costs, and what the paid routes wait for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import Literal
 
-from chunkmill.client.base import Connected, store_errors
-from chunkmill.client.estimate import EstimateRequest, Estimating
+from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.estimate import EstimateRequest, estimate
 from chunkmill.domain.arguments import as_deadline, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Costs, CostsBy, Estimate
@@ -21,7 +21,7 @@ from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
 
 
-class Money(Connected):
+class Money(ClientPart):
     """The part of the client that is about routes and what they cost."""
 
     def estimate(
@@ -37,11 +37,11 @@ class Money(Connected):
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
     ) -> Estimate:
-        """What :meth:`enqueue` with the same arguments would send, and cost on each lane. Nothing is written.
+        """What :meth:`enqueue` with the same arguments would send, and what it would cost on each route.
 
-        Memory stays constant; a temporary table in Postgres holds the hash of each distinct text while this runs.
-        Tokens are counted with the lane's own tokenizer, on this machine. Raises what :meth:`enqueue` does, but for
-        :class:`BudgetExceeded`: the budget is in the answer.
+        Nothing is written. Memory stays constant; a temporary table in Postgres holds the hash of each distinct text
+        while this runs. Tokens are counted on this machine, with the tokenizer of each route. Raises what
+        :meth:`enqueue` raises except :class:`BudgetExceeded`, because the answer contains the budget.
         """
         on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
         if collection is not None:
@@ -53,12 +53,13 @@ class Money(Connected):
         request = EstimateRequest(spec, route, due, on_long, collection)
         prepared = prepare_all(chunks) if on_invalid == "raise" else prepare_or_skip(chunks)
         with store_errors(self._db):
-            return Estimating(self._db, self._settings, request).run(prepared)
+            return estimate(self._db, self._settings, request, prepared)
 
     def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:
-        """What was embedded and what it cost, by day, month, model, route or job, since a day of UTC.
+        """What was embedded and what it cost, by day, month, model, route or job, since a day in UTC.
 
-        Paid routes as the provider counted; the local one beside them by its engine's time and GPU_HOUR_USD.
+        The provider counted what the paid routes cost. What the local route costs is its engine's time multiplied by
+        GPU_HOUR_USD.
         """
         by = as_word(CostsBy, by, "by")
         if since is not None and (isinstance(since, datetime) or not isinstance(since, date)):
@@ -79,7 +80,7 @@ class Money(Connected):
             return provider_lanes.lanes(conn)
 
     def resume_lane(self, route: Route | str) -> bool:
-        """Let a paid lane that was stopped or paused take work again. False: it was neither."""
+        """Let a stopped or paused lane take work again. Returns False if it was neither."""
         route = as_word(Route, route, "route")
         if not route.is_paid:
             raise InvalidInput(f"route is {route.value!r}; the lanes that can stop are openai and openai-sync.")

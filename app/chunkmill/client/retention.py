@@ -1,4 +1,4 @@
-"""Retention: what may go, and the cache."""
+"""The client's methods for retention: delete old jobs, and look at and empty the cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from chunkmill.client.base import Connected, store_errors
+from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.prune import prune_jobs
-from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced, find_space
+from chunkmill.spaces import registry
+from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced
 
 
-class Retention(Connected):
+class Retention(ClientPart):
     """The part of the client that is about what is kept, and how long."""
 
     def prune(
@@ -24,21 +25,23 @@ class Retention(Connected):
         dry_run: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Pruned:
-        """Drop jobs that ended more than ``older_than`` (days) ago, and vectors and texts stored before that which no
-        collection refers to. Safe while everything runs.
+        """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
+        then and that no collection refers to. This is safe while everything runs.
 
-        With a job go its ChunkBatches, attempts, usage, dead list and idempotency key; charges stay, for they are the
-        bill. A failed or cancelled job stays while a chunk of it has no vector. ``dry_run`` only counts.
+        Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
+        only counts.
         """
         before = self._before("older_than", older_than)
         with store_errors(self._db):
-            jobs_gone, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
-            gone = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
-        return Pruned(dry_run, before, jobs_gone | gone, kept)
+            jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+            vectors = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+        return Pruned(dry_run, before, jobs | vectors, kept)
 
     def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
-        """Each space's vectors, their size, and how often enqueues found what they needed; also in the last ``recent``
-        days."""
+        """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the
+        last ``recent`` days.
+        """
         days = as_age("recent", recent) / timedelta(days=1)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
@@ -53,32 +56,33 @@ class Retention(Connected):
         dry_run: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Pruned:
-        """Drop vectors that no collection refers to, and their texts, the oldest first: those stored more than
-        ``older_than`` (days) ago, or as many as it takes to leave ``max_bytes`` of them. Safe while everything runs.
+        """Delete vectors that no collection refers to, and their texts: those stored more than ``older_than`` (days)
+        ago, or the oldest, until ``max_bytes`` of them are left. This is safe while everything runs.
 
-        ``space`` is the beginning of a fingerprint; None: all. Raises :class:`InvalidInput`, :class:`NotFound`.
+        ``space`` is the beginning of a fingerprint; None means all spaces. Raises :class:`InvalidInput` and
+        :class:`NotFound`.
         """
         if (older_than is None) == (max_bytes is None):
-            raise InvalidInput("say what to evict: either older_than or max_bytes.")
+            raise InvalidInput("give either older_than or max_bytes, to say what to evict.")
         if max_bytes is not None and max_bytes < 0:
             raise InvalidInput(f"max_bytes is {max_bytes}; it must not be negative.")
         before = None if older_than is None else self._before("older_than", older_than)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
-            chosen = None if space is None else find_space(conn, space)
+            chosen = None if space is None else registry.find_by_prefix(conn, space)
         with store_errors(self._db):
-            gone = drop_unreferenced(
+            deleted = drop_unreferenced(
                 self._db, space=chosen, before=before, max_bytes=max_bytes, dry_run=dry_run, on_progress=on_progress
             )
-        return Pruned(dry_run, before, gone)
+        return Pruned(dry_run, before, deleted)
 
     def _before(self, argument: str, age: timedelta | float) -> datetime:
-        """So long ago by Postgres' clock, once its schema is known to have what a prune needs."""
-        asked = as_age(argument, age)
+        """The time ``age`` ago by Postgres' clock. Raises :class:`StoreUnavailable` if the schema has no ages yet."""
+        duration = as_age(argument, age)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
             now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
         try:
-            return now - asked
+            return now - duration
         except OverflowError:
-            raise InvalidInput(f"{argument} is {asked}, which is before the calendar begins.") from None
+            raise InvalidInput(f"{argument} is {duration}, which is before the calendar begins.") from None

@@ -1,4 +1,4 @@
-"""A producer's stream, kept aside until all of it has been checked."""
+"""Keeps a producer's stream until all of it has been checked."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import IO
 from chunkmill.domain.chunks import PreparedChunk
 
 MEMORY_BYTES = 32 * 1024 * 1024
-"""Up to here a stream stays in memory; the rest goes into an unnamed file in the temporary directory."""
+"""How much of a stream stays in memory. The rest is written to an unnamed file in the temporary directory."""
 OBJECT_BYTES = 280
-"""What a PreparedChunk costs beside its text and metadata, by tracemalloc."""
+"""How many bytes a PreparedChunk takes besides its text and metadata, measured with tracemalloc."""
 
 _FRAME = struct.Struct("<III32s")
 
 
 class Spool:
-    """Takes a stream once, to the end, and gives it back. Memory stays constant, disk takes the rest.
+    """Reads a stream to its end and gives it back once. Memory stays constant, because a file takes the rest.
 
-    ``enqueue`` promises to refuse a bad chunk before anything is written, and to take any iterable; a
-    generator can be read only once, so what was read must wait somewhere.
+    ``enqueue`` promises to refuse a bad chunk before anything is written, and to take any iterable. A generator can be
+    read only once, so the spool keeps what was read.
     """
 
     def __init__(self, chunks: Iterable[PreparedChunk]) -> None:
@@ -49,7 +49,7 @@ class Spool:
 
     def __iter__(self) -> Iterator[PreparedChunk]:
         yield from self._kept
-        self._kept = []  # read once: what is committed need not stay
+        self._kept = []  # it is read only once, so memory can be freed
         if self._file is None:
             return
         self._file.seek(0)

@@ -10,27 +10,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.client.base import Connected
+from chunkmill.client.base import ClientPart
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.results import Audit, Index, SearchHit
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
-from chunkmill.ledger.jobs import jobs
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
 from chunkmill.store import read
 from chunkmill.store import search as searching
 from chunkmill.store.delete import delete_some
 
 DELETE_STEP = 5_000
-"""Chunks deleted in one transaction, which holds up enqueues while it runs."""
+"""How many chunks one transaction deletes. Enqueues wait while it runs."""
 EMBED_STEP = 256
-"""Texts of one embed request: bounds the row, and how long a worker holds it."""
+"""How many texts one embed request has. This bounds the size of its row, and how long a worker holds it."""
 
 
-class Vectors(Connected):
+class Vectors(ClientPart):
     """The part of the client that is about collections and their vectors."""
 
     def search(
@@ -46,15 +45,15 @@ class Vectors(Connected):
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
         ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
-        ``metadata`` keeps chunks that contain it (jsonb containment). ``exact`` passes over an HNSW index.
-        Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
+        Only chunks whose metadata contain ``metadata`` are returned (jsonb containment). ``exact`` ignores an HNSW
+        index. Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
         ``timeout`` seconds.
         """
         if k < 1:
             raise InvalidInput(f"k is {k}; it must be at least 1.")
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            space = registry.get(conn, space_id)
+            row = collections.find(conn, collection)
+            space = registry.get(conn, row.space_id)
         if isinstance(query, str):
             vector = self._ask(space, [query], "query", timeout)[0]
         else:
@@ -65,9 +64,7 @@ class Vectors(Connected):
                 f"({space.spec.dimensions},)."
             )
         with self._transaction() as conn:
-            return searching.search(
-                conn, space, vector, collection_id=collection_id, k=k, metadata=metadata, exact=exact
-            )
+            return searching.search(conn, space, vector, collection_id=row.id, k=k, metadata=metadata, exact=exact)
 
     def embed(
         self,
@@ -79,11 +76,10 @@ class Vectors(Connected):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> NDArray[np.float32]:
-        """``(n, d)`` float32 vectors of ``texts`` in input order, made by a worker now and stored nowhere.
+        """``(n, d)`` float32 vectors of ``texts`` in input order, which a worker makes now and nobody stores.
 
-        ``dimensions`` and ``precision`` are those of :meth:`enqueue`.
-        Raises :class:`InvalidChunk` for a text that is not valid, :class:`EngineError` when a worker cannot embed
-        it, and :class:`WaitTimeout`.
+        ``dimensions`` and ``precision`` are those of :meth:`enqueue`. Raises :class:`InvalidChunk` if a text is not
+        valid, :class:`EngineError` if a worker cannot embed it, and :class:`WaitTimeout`.
         """
         if kind not in ("document", "query"):
             raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
@@ -102,52 +98,52 @@ class Vectors(Connected):
         return np.concatenate(parts)
 
     def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
-        """``chunk id → (d,) float32`` for ``ids``, or for the whole collection; chunks without one are left out."""
+        """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            return read.read_vectors(conn, registry.get(conn, space_id), collection_id=collection_id, chunk_ids=ids)
+            row = collections.find(conn, collection)
+            space = registry.get(conn, row.space_id)
+            return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=ids)
 
     def delete(self, collection: str, ids: Sequence[str] | None = None) -> int:
-        """Delete chunks by id, or all of the collection; returns how many.
+        """Delete chunks by id, or all chunks of the collection. Returns how many were deleted.
 
         A text that no chunk refers to any more is deleted with its vectors.
         """
         if isinstance(ids, str):
             raise InvalidInput("ids is a str; give a list of chunk ids.")
         with self._transaction() as conn:
-            collection_id, _ = jobs.find_collection(conn, collection)
+            row = collections.find(conn, collection)
         deleted = 0
         for step in itertools.count():
             part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
             if part is not None and not len(part):
                 break
             with self._transaction() as conn:
-                gone = delete_some(conn, collection_id=collection_id, chunk_ids=part, limit=DELETE_STEP)
+                gone = delete_some(conn, collection_id=row.id, chunk_ids=part, limit=DELETE_STEP)
             deleted += gone
             if part is None and gone == 0:
                 break
         return deleted
 
     def audit(self, collection: str) -> Audit:
-        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` says all are there."""
+        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         with self._transaction() as conn:
-            collection_id, space_id = jobs.find_collection(conn, collection)
-            return auditing.audit(conn, registry.get(conn, space_id), name=collection, collection_id=collection_id)
+            row = collections.find(conn, collection)
+            return auditing.audit(conn, registry.get(conn, row.space_id), row)
 
     def collections(self) -> list[str]:
         """The names of all collections, in order."""
         with self._transaction() as conn:
-            return jobs.collection_names(conn)
+            return [row.name for row in collections.all_collections(conn)]
 
     def index(self, collection: str, *, halfvec: bool = False) -> Index:
-        """Build an HNSW index over the collection's space, without blocking writers; best after a bulk load.
+        """Build an HNSW index over the collection's space without blocking writers. It is best built after a bulk load.
 
-        Collections in one space share it. ``halfvec`` indexes half precision, at half the size; past 2,000
-        dimensions it is always so.
+        Collections in one space share the index. ``halfvec`` indexes half precision, at half the size; an index of
+        more than 2,000 dimensions always does.
         """
         with self._transaction() as conn:
-            _, space_id = jobs.find_collection(conn, collection)
-            space = registry.get(conn, space_id)
+            space = registry.get(conn, collections.find(conn, collection).space_id)
         return searching.build_index(self._db, space, halfvec=halfvec)
 
     def _ask(self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
@@ -167,7 +163,7 @@ class Vectors(Connected):
             if time.monotonic() >= deadline:
                 queue = "openai" if space.spec.provider == OPENAI else "gpu"
                 raise WaitTimeout(
-                    f"no worker answered in time. Start one: celery -A chunkmill_workers worker -Q {queue}"
+                    f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"
                 )
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)

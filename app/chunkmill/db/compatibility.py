@@ -1,4 +1,4 @@
-"""Which code runs on which schema: the code's own migrations, one release older, or newer ones that say it may."""
+"""Which code may run on which schema: that of its own release, that of the last one, or a newer one that allows it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 OLDEST_SCHEMA = "0005"
-"""The oldest migration whose tables this code can work on: the last release's. Raise it with the release, and with a
-statement that every process needs and that an older schema does not know."""
+"""The oldest migration on whose tables this code can work, which is the last release's. Raise it with each release, and
+when a statement that every process runs needs a newer schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaLevel:
-    """``current`` is the database's migration, None where it is empty; ``known`` are this code's, the oldest first;
-    ``oldest_code`` is what the database says may run on it, None where it says nothing."""
+    """The migration of a database beside those of this code.
+
+    ``current`` is the database's migration, None if it is empty; ``known`` are this code's, the oldest first;
+    ``oldest_code`` is the newest migration of the oldest code that may run on the database, None if it does not say.
+    """
 
     current: str | None
     known: Sequence[str]
@@ -25,20 +28,20 @@ class SchemaLevel:
 
 
 def why_not(level: SchemaLevel, *, oldest_schema: str = OLDEST_SCHEMA) -> str | None:
-    """Why this code may not run on that schema, and what to do; None where it may."""
+    """Why this code may not run on that schema, and what to do; None if it may."""
     if level.current is None:
         return f"the database is empty, this version needs {level.head}. Run: chunkmill migrate"
     if level.current in level.known:
         if level.known.index(level.current) >= level.known.index(oldest_schema):
             return None
         return (
-            f"the database is at migration {level.current}, this version needs {level.head} (or {oldest_schema}, for "
-            "the time of an upgrade). Run: chunkmill migrate"
+            f"the database is at migration {level.current}, this version needs {level.head} (or {oldest_schema}, "
+            "during an upgrade). Run: chunkmill migrate"
         )
     if level.oldest_code in level.known:
         return None
     needed = f"{level.oldest_code} or later" if level.oldest_code else "a later one"
     return (
-        f"the database is at migration {level.current}, made by a newer release that runs beside code of {needed}; "
-        f"this code is of {level.head}. Upgrade this process: a schema is not taken back for it."
+        f"the database is at migration {level.current}, made by a newer release. It allows code of "
+        f"{needed} beside it, and this code is of {level.head}. Upgrade this process; do not downgrade the schema."
     )

@@ -1,4 +1,4 @@
-"""Connections to Postgres, and what must be true of it before anything is read or written."""
+"""Connections to Postgres, its migrations, and the check that its schema is one that this code can use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from chunkmill.errors import StoreUnavailable
 
 
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
-    """A pool of connections. ``role`` (``client``, ``worker``, ``poller``) shows in ``pg_stat_activity``."""
+    """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``."""
     db = sa.create_engine(
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
-        hide_parameters=True,  # they hold texts, and an error's message goes into logs
+        hide_parameters=True,  # they hold texts, and error messages are logged
         connect_args={
             "application_name": f"chunkmill-{role}",
             "connect_timeout": 10,
-            # A worker that loses its network must notice before its lease is over, not after two hours.
+            # A worker that loses its network must notice it before its lease is over, not after two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -37,8 +37,8 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
 
     @sa.event.listens_for(db, "connect")
     def _quiet(connection: psycopg.Connection[Any], _record: object) -> None:
-        # Staging tables are made with IF NOT EXISTS, whose notices would fill the log. Not as a start-up
-        # option, which would replace those in the URL.
+        # Staging tables are created with IF NOT EXISTS, whose notices would fill the log. This is not a start-up
+        # option, because that would replace the options in the URL.
         connection.execute("SET client_min_messages = warning")
         connection.commit()
 
@@ -46,7 +46,7 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
 
 
 def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
-    """The psycopg connection below, inside the same transaction: for COPY and LISTEN."""
+    """The psycopg connection under ``conn``, in the same transaction. COPY and LISTEN need it."""
     driver = conn.connection.driver_connection
     if not isinstance(driver, psycopg.Connection):
         raise TypeError(f"expected a psycopg connection, got {type(driver).__name__}")
@@ -54,7 +54,7 @@ def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
 
 
 def alembic_config(url: str) -> Config:
-    """Alembic's configuration. The scripts stand in the checkout, or inside the installed package."""
+    """Alembic's configuration. Its scripts are in the checkout or in the installed package."""
     packaged = Path(__file__).parent / "alembic"
     checkout = Path(__file__).parents[3] / "alembic"
     config = Config()
@@ -64,7 +64,7 @@ def alembic_config(url: str) -> Config:
 
 
 def migrate(url: str, revision: str = "head") -> None:
-    """Upgrade the schema. Safe to run from several machines at once: Alembic's run holds a lock."""
+    """Upgrade the schema. Several machines may do it at once, because ``alembic/env.py`` takes a lock."""
     try:
         command.upgrade(alembic_config(url), revision)
     except sa.exc.OperationalError as error:
@@ -77,27 +77,27 @@ def migrate(url: str, revision: str = "head") -> None:
 
 
 def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
-    """``(current, head)`` revisions."""
+    """The migration of the database and the newest one of this code: ``(current, head)``."""
     scripts = ScriptDirectory.from_config(alembic_config(""))
     return MigrationContext.configure(conn).get_current_revision(), scripts.get_current_head()
 
 
 def schema_level(conn: sa.Connection) -> SchemaLevel:
-    """What :func:`why_not` judges."""
+    """The migration of the database beside those of this code, for :func:`why_not`."""
     scripts = ScriptDirectory.from_config(alembic_config(""))
     known = [script.revision for script in reversed(list(scripts.walk_revisions()))]
     current = MigrationContext.configure(conn).get_current_revision()
     oldest = None
     if current is not None and current not in known:
-        # Newer than this code. It has had the table since 0006, and a downgrade to before that is known to all.
+        # The schema is newer than this code, so it is newer than 0006, which created this table.
         oldest = conn.execute(sa.text("SELECT min(oldest_code) FROM schema_compatibility")).scalar_one()
     return SchemaLevel(current, known, oldest)
 
 
 def require_migrated(db: sa.Engine) -> None:
-    """Raise :class:`StoreUnavailable` when Postgres cannot be reached, or its schema is not one that this code runs on.
+    """Raise :class:`StoreUnavailable` if Postgres cannot be reached, or if this code may not run on its schema.
 
-    For one release old code runs beside a new schema and new code beside the old one: ``chunkmill.db.compatibility``.
+    ``chunkmill.db.compatibility`` decides that: code and schema may be one release apart.
     """
     try:
         with db.connect() as conn:
@@ -109,7 +109,7 @@ def require_migrated(db: sa.Engine) -> None:
 
 
 def require_at_least(conn: sa.Connection, revision: str) -> None:
-    """Raise :class:`StoreUnavailable` where the schema is older than ``revision``: for what came with it."""
+    """Raise :class:`StoreUnavailable` if the schema is older than ``revision``, which the caller needs."""
     level = schema_level(conn)
     if level.current in level.known and level.known.index(level.current) < level.known.index(revision):
         raise StoreUnavailable(
@@ -118,13 +118,13 @@ def require_at_least(conn: sa.Connection, revision: str) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """The first line of what Postgres said."""
+    """The first line of Postgres' message."""
     lines = str(getattr(error, "orig", error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def store_error(url: str, error: sa.exc.OperationalError) -> StoreUnavailable:
-    """Postgres away, or Postgres refusing: a deadlock, a statement timeout, a full disk."""
+    """The error for a Postgres that cannot be reached, or that refused: a deadlock, a timeout, a full disk."""
     sqlstate = getattr(error.orig, "sqlstate", None)
     if sqlstate is None or sqlstate.startswith(("08", "57P")):
         return StoreUnavailable(unreachable_message(url, error))
@@ -132,9 +132,10 @@ def store_error(url: str, error: sa.exc.OperationalError) -> StoreUnavailable:
 
 
 def unreachable_message(url: str, error: Exception) -> str:
+    """What to say if Postgres at ``url`` cannot be reached. It does not contain the password."""
     target = sa.make_url(url)
-    where = target.query.get("host") or f"{target.host}:{target.port or 5432}"
+    address = target.query.get("host") or f"{target.host}:{target.port or 5432}"
     return (
-        f"cannot connect to Postgres at {where}, database {target.database!r}: {refusal(error)}. "
-        "Check DATABASE_URL and that the server is up; `chunkmill doctor` shows more."
+        f"cannot connect to Postgres at {address}, database {target.database!r}: {refusal(error)}. "
+        "Check DATABASE_URL, and that the server is up. `chunkmill doctor` shows more."
     )

@@ -1,4 +1,4 @@
-"""Binary COPY: rows go to Postgres in its own wire format, built without a Python loop where width is fixed."""
+"""Binary COPY: rows in Postgres' own wire format. Rows of a fixed width are encoded without a Python loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTEA_OID = 17
 
 
 def copy_binary(conn: sa.Connection, target: str, payload: bytes | memoryview) -> None:
-    """``COPY target FROM STDIN`` in the transaction of ``conn``. ``target`` is a table with its columns."""
+    """Run ``COPY target FROM STDIN`` in the transaction of ``conn``. ``target`` is a table, also with its columns."""
     with raw(conn).cursor() as cursor, cursor.copy(f"COPY {target} FROM STDIN (FORMAT BINARY)") as copy:
         copy.write(HEADER)
         copy.write(payload)
@@ -26,7 +26,7 @@ def copy_binary(conn: sa.Connection, target: str, payload: bytes | memoryview) -
 
 
 def encode_rows(rows: Iterable[Sequence[bytes]]) -> bytes:
-    """Rows of variable width; each field is given in Postgres' binary form (jsonb: ``b"\\x01" + text``)."""
+    """Encode rows of variable width. Each field is in Postgres' binary form (jsonb is ``b"\\x01" + text``)."""
     parts: list[bytes] = []
     append = parts.append
     for row in rows:
@@ -38,7 +38,7 @@ def encode_rows(rows: Iterable[Sequence[bytes]]) -> bytes:
 
 
 def encode_hash_array(hashes: Sequence[bytes]) -> bytes:
-    """``bytea[]`` of 32-byte digests as one field: dimensions, flags, element type, length, lower bound, elements."""
+    """Encode digests of 32 bytes as one ``bytea[]``: dimensions, flags, element type, length, lower bound, elements."""
     elements = np.zeros(len(hashes), dtype=[("len", ">i4"), ("hash", f"V{HASH_BYTES}")])
     elements["len"] = HASH_BYTES
     elements["hash"] = np.frombuffer(b"".join(hashes), dtype=f"V{HASH_BYTES}")
@@ -53,7 +53,7 @@ def encode_vectors(
     *,
     half: bool,
 ) -> memoryview:
-    """Rows ``(content_hash bytea, n_tokens int4, truncated bool, embedding vector|halfvec)``.
+    """Encode rows ``(content_hash bytea, n_tokens int4, truncated bool, embedding vector|halfvec)``.
 
     ``hashes``: n digests of 32 bytes; ``n_tokens``: ``(n,)``; ``truncated``: ``(n,)``; ``vectors``:
     ``(n, d)``. Every row has the same width, so the whole payload is one structured array.

@@ -1,4 +1,7 @@
-"""The tables of the paid routes: ProviderBatches, what is in flight, the lanes' limits, and what was charged."""
+"""The tables of the paid routes as SQLAlchemy classes: ProviderBatches, what is in flight, lanes, and charges.
+
+They exist for the same check as those of ``chunkmill.db.schema``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ MONEY = sa.Numeric(18, 10)
 
 
 class ProviderLaneRow(Base):
-    """What all workers of a paid route share: its pauses, why it stopped, and its pace."""
+    """What all workers of a paid lane share: its pauses, why it stopped, and its pace."""
 
     __tablename__ = "provider_lanes"
 
@@ -25,36 +28,38 @@ class ProviderLaneRow(Base):
     paused_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     pause_reason: Mapped[str | None] = mapped_column(sa.Text)
     stopped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """Until somebody resumes it: what stopped it does not pass by itself."""
+    """Since when it is stopped. Somebody must resume it, because what stopped it does not pass by itself."""
     stop_code: Mapped[str | None] = mapped_column(sa.Text)
     stop_reason: Mapped[str | None] = mapped_column(sa.Text)
     held_reason: Mapped[str | None] = mapped_column(sa.Text)
-    """Why the latest look gathered nothing though something waits: a budget; NULL when it did."""
+    """Why nothing was gathered the last time although something waits, for example a budget; NULL otherwise."""
     max_inputs: Mapped[int | None] = mapped_column(sa.Integer)
-    """Learned from a provider that takes fewer inputs in one batch than it documents."""
+    """The most inputs of a ProviderBatch, if the provider takes fewer than it documents."""
     next_request_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     next_token_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """When the bucket is full again, of requests and of tokens: the generic cell rate algorithm."""
+    """When the buckets of requests and of tokens are full again, by the generic cell rate algorithm."""
 
 
 class ProviderBatchRow(Base):
+    """A batch object at the provider. ``ledger/provider/provider_batches.py`` builds statements from this class."""
+
     __tablename__ = "provider_batches"
 
     id: Mapped[int] = identity()
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     state: Mapped[str] = mapped_column(sa.Text)
     token: Mapped[str] = mapped_column(sa.Text)
-    """Random: the name of its file and a word in its metadata, by which an orphan is known as ours."""
+    """A random word. It is in the name of its file and in its metadata, so that we recognize an orphan as ours."""
     server: Mapped[str | None] = mapped_column(sa.Text)
-    """The base URL that took its file; another server knows nothing of it."""
+    """The base URL of the server that took its file. Other servers do not know it."""
     attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Fencing number of the lease on its next step."""
+    """The fencing number of the lease on its next step."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     rung_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     failures: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Of the step it is at, since something last went right."""
+    """How often its present step failed since something last succeeded."""
     n_requests: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_inputs: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_contents: Mapped[int] = mapped_column(sa.Integer, server_default="0")
@@ -64,29 +69,29 @@ class ProviderBatchRow(Base):
     uploads: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     creates: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     resends: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """How often the provider found its file bad and it was made and sent again."""
+    """How often its file was made and sent again because the provider refused it."""
     creating_since: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """When the latest create was about to be sent."""
+    """When the latest request to create it was about to be sent."""
     batch_id: Mapped[str | None] = mapped_column(sa.Text)
     provider_status: Mapped[str | None] = mapped_column(sa.Text)
     n_done: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Requests that the provider says it is through with."""
+    """How many requests the provider says it has processed."""
     output_file_id: Mapped[str | None] = mapped_column(sa.Text)
     error_file_id: Mapped[str | None] = mapped_column(sa.Text)
     downloads: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_written: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_dead: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_returned: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Contents that came back without a vector, to be sent again."""
+    """How many contents came back without a vector and are sent again."""
     oddities: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sa.text("'{}'"))
-    """``kind → count`` of what should not be in a result file: duplicate, unknown and missing ids and the like."""
+    """``kind → count`` of errors in a result file, such as duplicate, unknown and missing ids."""
     cancel_requested_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     error_code: Mapped[str | None] = mapped_column(sa.Text)
     error: Mapped[str | None] = mapped_column(sa.Text)
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     submitted_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     ended_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """When we saw that the provider was through with it."""
+    """When we saw that the provider had ended it."""
     closed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (
@@ -101,26 +106,26 @@ class ProviderBatchRow(Base):
 
 
 class ProviderInputRow(Base):
-    """A content that is at a provider now, or about to be. The key is the promise: in a space it is there once."""
+    """A content that is at a provider or about to be sent. By the key, a space sends it only once at a time."""
 
     __tablename__ = "provider_inputs"
 
     space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary, primary_key=True)
     provider_batch_id: Mapped[int | None] = mapped_column(sa.BigInteger)
-    """NULL: in a plain request of the attempt at its ChunkBatch."""
+    """NULL if it is in a plain request, which belongs to the attempt at its ChunkBatch."""
     chunk_batch_id: Mapped[int] = mapped_column(sa.BigInteger)
     attempt: Mapped[int] = mapped_column(sa.Integer)
     job_id: Mapped[int] = mapped_column(sa.BigInteger)
     request_no: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     position: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_tokens: Mapped[int] = mapped_column(sa.Integer)
-    """Of the whole text."""
+    """How many tokens the whole text has."""
     sent_tokens: Mapped[int] = mapped_column(sa.Integer)
-    """Of what is sent of it, and is paid for."""
+    """How many tokens of it are sent and paid for."""
     truncated: Mapped[bool] = mapped_column(sa.Boolean)
     weights: Mapped[list[int] | None] = mapped_column(ARRAY(sa.Integer))
-    """Of a split text: what each window's vector counts for; its windows are as many inputs of its request."""
+    """For a split text the weight of each part's vector. Each part is one input of the request."""
 
     __table_args__ = (
         sa.Index(None, "provider_batch_id", "request_no", "position"),
@@ -129,7 +134,7 @@ class ProviderInputRow(Base):
 
 
 class ProviderBatchMemberRow(Base):
-    """Which ChunkBatches wait for a ProviderBatch: those it was gathered from, and those that share a content."""
+    """A ChunkBatch that waits for a ProviderBatch, because it was gathered from it or shares a content with it."""
 
     __tablename__ = "provider_batch_members"
 
@@ -140,7 +145,7 @@ class ProviderBatchMemberRow(Base):
 
 
 class ProviderSuspectRow(Base):
-    """A content that was in a refused request of several inputs: it is sent in a request of its own from now on."""
+    """A content that was in a refused request of several inputs. From then on it is sent in a request of its own."""
 
     __tablename__ = "provider_suspects"
 
@@ -151,7 +156,8 @@ class ProviderSuspectRow(Base):
 class ChargeRow(Base):
     """What a provider charged, by day, route, space, job and ProviderBatch.
 
-    ``job_id`` 0: somebody who waited, as for a search. ``provider_batch_id`` 0: plain requests.
+    ``job_id`` is 0 if somebody waited for the vectors, for example in a search. ``provider_batch_id`` is 0 for plain
+    requests.
     """
 
     __tablename__ = "charges"
@@ -169,7 +175,7 @@ class ChargeRow(Base):
 
 
 class BudgetNoticeRow(Base):
-    """A month's budget warning that was given. One row, one warning, whatever the number of pollers."""
+    """A budget warning of a month that was given. One row is one warning, however many pollers there are."""
 
     __tablename__ = "budget_notices"
 

@@ -1,4 +1,9 @@
-"""All tables but the vector tables, of which each space has its own (``chunkmill.spaces.registry``)."""
+"""The tables as SQLAlchemy classes, except the vector tables: each space has its own (``chunkmill.spaces.registry``).
+
+They exist for one check, which compares them with what the migrations create
+(``tests/integration/test_migrations.py``), and for readers, who find the meaning of the columns here. The code reads
+and writes the tables with SQL text. The few classes from which a statement is built say so.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+import pgvector.sqlalchemy  # noqa: F401 - the check reads vector tables too, and this teaches SQLAlchemy their types
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -44,10 +50,12 @@ class SchemaCompatibilityRow(Base):
     __tablename__ = "schema_compatibility"
 
     oldest_code: Mapped[str] = mapped_column(sa.Text, primary_key=True)
-    """The newest migration that the oldest code knows which may run on this schema."""
+    """Code may run on this schema if it knows at least this migration."""
 
 
 class SpaceRow(Base):
+    """An embedding space. ``spec`` is what the fingerprint is computed from; ``storage`` is the type of its vectors."""
+
     __tablename__ = "spaces"
 
     id: Mapped[int] = mapped_column(sa.Integer, sa.Identity(always=True), primary_key=True)
@@ -62,9 +70,9 @@ class SpaceRow(Base):
 
 
 class SpaceCanaryRow(Base):
-    """What a space's first worker made of the golden texts (``chunkmill_workers.local.golden``).
+    """The vectors that a space's first worker made of the golden texts (``chunkmill_workers.local.golden``).
 
-    All other workers compare theirs with it.
+    Every other worker compares its own vectors with these.
     """
 
     __tablename__ = "space_canaries"
@@ -79,6 +87,8 @@ class SpaceCanaryRow(Base):
 
 
 class CollectionRow(Base):
+    """A named set of chunks, and its active space."""
+
     __tablename__ = "collections"
 
     id: Mapped[int] = mapped_column(sa.Integer, sa.Identity(always=True), primary_key=True)
@@ -88,8 +98,9 @@ class CollectionRow(Base):
 
 
 class ContentRow(Base):
-    """One distinct text. Chunks point here by hash, without a foreign key: a key would lock and check
-    every row of a bulk load, and ``chunkmill.store.delete`` takes a lock of its own instead."""
+    """One distinct text. Chunks refer to it by hash, without a foreign key, because a key would lock and check every
+    row of a bulk load. ``chunkmill.store.delete`` takes an advisory lock instead.
+    """
 
     __tablename__ = "contents"
 
@@ -99,6 +110,8 @@ class ContentRow(Base):
 
 
 class ChunkRow(Base):
+    """A chunk of a collection. ``job_id`` is the job that added or last replaced it."""
+
     __tablename__ = "chunks"
 
     collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"), primary_key=True)
@@ -107,11 +120,13 @@ class ChunkRow(Base):
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSONB)
     job_id: Mapped[int] = mapped_column(sa.BigInteger)
 
-    # Search and the dead list go from a content to the chunks that carry it.
+    # Search and the dead list look up the chunks of a content.
     __table_args__ = (sa.Index(None, "content_hash", "collection_id"),)
 
 
 class JobRow(Base):
+    """What one call of ``enqueue`` asked for."""
+
     __tablename__ = "jobs"
 
     id: Mapped[int] = identity()
@@ -125,12 +140,12 @@ class JobRow(Base):
     n_chunks: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     error: Mapped[str | None] = mapped_column(sa.Text)
     deadline: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """When the producer wants it; where the route is ``auto``, it may cost more by then."""
+    """When the producer wants the vectors. A job of route ``auto`` may move to a more expensive route to meet it."""
     routing: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=sa.text("'[]'"))
-    """Each choice of a lane: ``{"at": ISO 8601, "route": ..., "because": ...}``, the latest last."""
+    """Every choice of a route, the latest last: ``{"at": an ISO 8601 time, "route": a word, "because": a reason}``."""
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     sealed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """When the producer's iterable ended; until then the job cannot complete."""
+    """When the producer's iterable ended. Until then the job cannot complete."""
     finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (
@@ -142,7 +157,7 @@ class JobRow(Base):
 
 
 class JobTraceRow(Base):
-    """The trace context of a job whose producer traced; see ``chunkmill.telemetry.tracing``."""
+    """The trace context of a job whose producer sent traces; see ``chunkmill.telemetry.tracing``."""
 
     __tablename__ = "job_traces"
 
@@ -153,6 +168,8 @@ class JobTraceRow(Base):
 
 
 class ChunkBatchRow(Base):
+    """The contents that one worker leases and embeds together."""
+
     __tablename__ = "chunk_batches"
 
     id: Mapped[int] = identity()
@@ -169,10 +186,10 @@ class ChunkBatchRow(Base):
     attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     max_attempts: Mapped[int] = mapped_column(sa.Integer)
     deaths: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
-    """Workers that ended or fell silent while they held it: ``chunkmill.domain.deaths`` says what follows."""
+    """How many workers ended or fell silent while they held it. ``chunkmill.domain.deaths`` says what follows."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
-    """NULL while ProviderBatches have its contents: those may take a day."""
+    """NULL while ProviderBatches have its contents, which may take a day."""
     not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     rung_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     error_code: Mapped[str | None] = mapped_column(sa.Text)
@@ -206,13 +223,15 @@ class ChunkBatchRow(Base):
 
 
 class DeadChunkRow(Base):
+    """An entry of a dead list. ``chunkmill.ledger.dead.dead_chunks`` builds a statement from this class."""
+
     __tablename__ = "dead_chunks"
 
     id: Mapped[int] = identity()
     job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
     chunk_id: Mapped[str] = mapped_column(sa.Text)
     content_hash: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
-    """NULL for a chunk refused at the door, which was never stored."""
+    """NULL for a chunk that enqueue refused, because its text was never stored."""
     code: Mapped[str] = mapped_column(sa.Text)
     reason: Mapped[str] = mapped_column(sa.Text)
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
@@ -231,8 +250,9 @@ class DeadChunkRow(Base):
 
 
 class UsageRow(Base):
-    """One attempt at a ChunkBatch: what it cost so far and how it ended. Every write of vectors brings it up to date,
-    so an attempt whose worker was killed is booked too."""
+    """One attempt at a ChunkBatch: what it has cost so far and how it ended. Every write of vectors updates the row, so
+    an attempt whose worker was killed is counted too.
+    """
 
     __tablename__ = "usage"
 
@@ -246,19 +266,19 @@ class UsageRow(Base):
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     engine_seconds: Mapped[float] = mapped_column(sa.Double)
     recomputed: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Contents it embedded that had a vector by the time it wrote them."""
+    """How many contents it embedded that had a vector by the time it wrote them."""
     at_risk: Mapped[int] = mapped_column(sa.Integer, server_default="0")
-    """Most contents it ever had embedded or on the device and not yet written: what a kill could cost."""
+    """The most contents it ever had embedded or on the device but not yet written, which a kill could cost."""
     outcome: Mapped[str | None] = mapped_column(sa.Text)
-    """``completed``, ``released``, ``failed`` or ``died``; NULL while it runs, or where its lease was lost."""
+    """``completed``, ``released``, ``failed`` or ``died``; NULL while it runs, or if its lease was lost."""
     evidence: Mapped[str | None] = mapped_column(sa.Text)
-    """Of a death: what was seen of it."""
+    """If its worker died: what was seen of the death."""
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     ended_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
 
     __table_args__ = (
         sa.Index(None, "job_id"),
-        # Few: what went wrong is found by time without passing over what went well.
+        # Small, so that failures are found by time without reading the many attempts that succeeded.
         sa.Index("ix_usage_faults", "ended_at", postgresql_where=sa.text("outcome IN ('died', 'failed')")),
     )
 
@@ -272,7 +292,7 @@ class WorkerReportRow(Base):
     __tablename__ = "worker_reports"
 
     name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
-    """As in its leases."""
+    """The name in its leases."""
     kind: Mapped[str] = mapped_column(sa.Text)
     label: Mapped[str] = mapped_column(sa.Text)
     """Its name in Celery and Flower."""
@@ -280,15 +300,15 @@ class WorkerReportRow(Base):
     started_at: Mapped[datetime] = mapped_column(TIMESTAMP)
     seen_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     window_seconds: Mapped[float] = mapped_column(sa.Double)
-    """So long are the counts below; a minute, or since it started."""
+    """The seconds that the counts below cover: a minute, or the time since it started."""
     contents: Mapped[int] = mapped_column(sa.BigInteger)
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     padded_tokens: Mapped[int] = mapped_column(sa.BigInteger)
     engine_seconds: Mapped[float] = mapped_column(sa.Double)
     held: Mapped[int] = mapped_column(sa.Integer)
-    """ChunkBatches it holds now."""
+    """How many ChunkBatches it holds now."""
     gpu_busy: Mapped[float | None] = mapped_column(sa.Double)
-    """From 0 to 1, by the driver, over its last second or so."""
+    """The share of the last second, from 0 to 1, during which the GPU was busy, as the driver reports it."""
     gpu_memory_used: Mapped[int | None] = mapped_column(sa.BigInteger)
     gpu_memory_total: Mapped[int | None] = mapped_column(sa.BigInteger)
 
@@ -299,7 +319,11 @@ class WorkerReportRow(Base):
 
 
 class EmbedRequestRow(Base):
-    """A question to the workers: embed these texts now. Unlogged: an answer nobody waits for is worth nothing."""
+    """A request to the workers to embed these texts now.
+
+    The table is unlogged, because nobody waits for the answer after a crash. ``chunkmill.ledger.embed_requests`` builds
+    a statement from this class.
+    """
 
     __tablename__ = "embed_requests"
 

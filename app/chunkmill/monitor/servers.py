@@ -17,7 +17,7 @@ from chunkmill.ledger.provider import provider_lanes
 from chunkmill.monitor import snapshot as ledger_look
 from chunkmill.monitor.snapshot import Fault
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry.logging import without_passwords
 
@@ -108,8 +108,8 @@ def look_at_spaces(settings: Settings) -> list[tuple[Space, list[str]]]:
     db = create_db(settings.require_database_url(), role="cli", pool_size=1)
     try:
         with db.connect() as conn:
-            rows = conn.execute(sa.text("SELECT space_id, name FROM collections ORDER BY name")).all()
-            return [(s, [row.name for row in rows if row.space_id == s.id]) for s in registry.all_spaces(conn)]
+            all_collections = collections.all_collections(conn)
+            return [(s, [c.name for c in all_collections if c.space_id == s.id]) for s in registry.all_spaces(conn)]
     finally:
         db.dispose()
 

@@ -1,7 +1,8 @@
-"""References kept with a space: what its first worker made of the golden texts (``chunkmill_workers.local.golden``)."""
+"""The references of the spaces: what a first worker made of the golden texts (``chunkmill_workers.local.golden``)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -10,22 +11,19 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
-from sqlalchemy.dialects.postgresql import insert
-
-from chunkmill.db.schema import SpaceCanaryRow
 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Who embedded the golden texts, and with what."""
+    """The worker that embedded the golden texts, and its software."""
 
     worker: str
     """``host:pid``."""
     device: str
     dtype: str
-    """``float32``, ``bfloat16`` …: what the model ran in."""
+    """The type in which the model ran, for example ``bfloat16``."""
     versions: Mapping[str, str]
-    """Package → version, of those that reach a vector."""
+    """Package → version, of the packages that can change a vector."""
 
     def __str__(self) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in sorted(self.versions.items()))
@@ -34,18 +32,18 @@ class Maker:
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """What one maker made of the golden texts, in their order."""
+    """The vectors that one maker made of the golden texts, in their order."""
 
     vectors: NDArray[np.float32]
-    """(n, dimensions) float32, C order; a row of zeros where ``n_tokens`` is 0."""
+    """(n, dimensions) float32, C order; a row is zeros if its ``n_tokens`` is 0."""
     n_tokens: NDArray[np.int32]
-    """(n,) int32, before any truncation; 0 for a text in which the tokenizer finds nothing to embed."""
+    """(n,) int32, before any truncation; 0 for a text in which the tokenizer finds no token."""
     made_by: Maker
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One reference in the database, for an operator to look at."""
+class KeptCanary:
+    """One reference in the database, as an operator sees it."""
 
     space_id: int
     version: int
@@ -54,48 +52,45 @@ class Kept:
 
 
 def find_or_keep(conn: sa.Connection, space_id: int, version: int, canary: Canary) -> Canary:
-    """The space's reference of ``version``; ``canary`` where there was none. Of several first ones, one stands.
+    """Return the space's reference of ``version``. If there is none, keep ``canary`` as the reference.
 
-    Raises ``ValueError`` when what is kept cannot be a reference.
+    If several workers are the first at once, one of theirs is kept. Raises ``ValueError`` if the row in the database
+    cannot be a reference.
     """
-    found = _find(conn, space_id, version)
-    if found is None:
-        conn.execute(
-            insert(SpaceCanaryRow)
-            .values(
-                space_id=space_id,
-                version=version,
-                vectors=np.ascontiguousarray(canary.vectors, dtype="<f4").tobytes(),
-                n_tokens=canary.n_tokens.tolist(),
-                made_by=asdict(canary.made_by),
-            )
-            .on_conflict_do_nothing()
-        )
-        found = _find(conn, space_id, version)
-    return found or canary  # forgotten again in between
+    kept = _find(conn, space_id, version)
+    if kept is None:
+        insert = """
+            INSERT INTO space_canaries (space_id, version, vectors, n_tokens, made_by)
+            VALUES (:space, :version, :vectors, :n_tokens, CAST(:made_by AS jsonb))
+            ON CONFLICT DO NOTHING
+        """
+        parameters = {
+            "space": space_id,
+            "version": version,
+            "vectors": np.ascontiguousarray(canary.vectors, dtype="<f4").tobytes(),
+            "n_tokens": canary.n_tokens.tolist(),
+            "made_by": json.dumps(asdict(canary.made_by)),
+        }
+        conn.execute(sa.text(insert), parameters)
+        kept = _find(conn, space_id, version)
+    return kept or canary  # None if an operator made the space forget it in between
 
 
-def all_kept(conn: sa.Connection) -> list[Kept]:
-    table = SpaceCanaryRow
-    rows = conn.execute(
-        sa.select(table.space_id, table.version, table.made_by, table.created_at).order_by(
-            table.space_id, table.version
-        )
-    )
-    return [Kept(row.space_id, row.version, _maker(row.made_by), row.created_at) for row in rows]
+def all_kept(conn: sa.Connection) -> list[KeptCanary]:
+    """The references of all spaces, without their vectors."""
+    query = "SELECT space_id, version, made_by, created_at FROM space_canaries ORDER BY space_id, version"
+    rows = conn.execute(sa.text(query))
+    return [KeptCanary(row.space_id, row.version, _maker(row.made_by), row.created_at) for row in rows]
 
 
 def forget(conn: sa.Connection, space_id: int) -> int:
-    """Delete a space's references; the next worker that starts makes a new one. Returns how many there were."""
-    return conn.execute(sa.delete(SpaceCanaryRow).where(SpaceCanaryRow.space_id == space_id)).rowcount
+    """Delete a space's references; the next worker that starts makes a new one. Returns how many were deleted."""
+    return conn.execute(sa.text("DELETE FROM space_canaries WHERE space_id = :space"), {"space": space_id}).rowcount
 
 
 def _find(conn: sa.Connection, space_id: int, version: int) -> Canary | None:
-    row = conn.execute(
-        sa.select(SpaceCanaryRow.__table__).where(
-            SpaceCanaryRow.space_id == space_id, SpaceCanaryRow.version == version
-        )
-    ).one_or_none()
+    query = "SELECT vectors, n_tokens, made_by FROM space_canaries WHERE space_id = :space AND version = :version"
+    row = conn.execute(sa.text(query), {"space": space_id, "version": version}).one_or_none()
     if row is None:
         return None
     n_tokens = np.array(row.n_tokens, np.int32)
@@ -103,5 +98,5 @@ def _find(conn: sa.Connection, space_id: int, version: int) -> Canary | None:
 
 
 def _maker(fields: Mapping[str, Any]) -> Maker:
-    # By name, so that what a later version adds does not stop this one.
+    # By name, so that a field which a later version adds does not stop this one.
     return Maker(fields["worker"], fields["device"], fields["dtype"], fields["versions"])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
-from pgvector.sqlalchemy import HALFVEC, VECTOR
 
-from chunkmill.db.schema import SpaceRow
+from chunkmill.db.locks import REGISTER_LOCK, lock
 from chunkmill.domain.spaces import LongText, Pooling, Precision, SpaceSpec
-from chunkmill.errors import SpaceMismatch
-
-REGISTER_LOCK = 0x63686D01  # an advisory lock key of our own: "chm" and a number
-DELETE_LOCK = 0x63686D03
-"""Shared by everyone who adds references to contents or vectors of them, exclusive for ``chunkmill.store.delete``."""
+from chunkmill.errors import NotFound, SpaceMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +25,9 @@ class Space:
         return f"vectors_{self.id}"
 
     @property
-    def table(self) -> sa.TableClause:
-        """``content_hash bytea, n_tokens int, truncated bool, embedding vector|halfvec(d)``."""
-        return sa.table(
-            self.table_name,
-            sa.column("content_hash", sa.LargeBinary),
-            sa.column("n_tokens", sa.Integer),
-            sa.column("truncated", sa.Boolean),
-            sa.column("embedding", self.vector_type),
-        )
-
-    @property
-    def vector_type(self) -> HALFVEC | VECTOR:
-        return HALFVEC(self.spec.dimensions) if self.storage == "halfvec" else VECTOR(self.spec.dimensions)
+    def vector_type(self) -> str:
+        """The type of ``embedding`` in Postgres, such as ``vector(384)``."""
+        return f"{self.storage}({self.spec.dimensions})"
 
     def require_fingerprint(self, fingerprint: str) -> None:
         """Raise :class:`SpaceMismatch` unless vectors of ``fingerprint`` belong here."""
@@ -54,46 +40,61 @@ class Space:
 
 
 def register(conn: sa.Connection, spec: SpaceSpec, *, storage: str = "vector") -> Space:
-    """The space of ``spec``, made with its vector table if it is new. ``storage`` holds for a new one."""
-    found = find(conn, spec.fingerprint)
-    if found:
-        return found
-    # Two producers may meet a new model at once; CREATE TABLE IF NOT EXISTS alone can still collide.
-    conn.execute(sa.select(sa.func.pg_advisory_xact_lock(REGISTER_LOCK)))
-    found = find(conn, spec.fingerprint)
-    if found:
-        return found
-    space_id = conn.execute(
-        sa.insert(SpaceRow)
-        .values(
-            fingerprint=spec.fingerprint,
-            model=spec.model,
-            dimensions=spec.dimensions,
-            spec=asdict(spec),
-            storage=storage,
-        )
-        .returning(SpaceRow.id)
-    ).scalar_one()
-    space = Space(space_id, spec, storage)
+    """Return the space of ``spec``. If it is new, create it, with a table for vectors of type ``storage``."""
+    registered = find(conn, spec.fingerprint)
+    if registered:
+        return registered
+    # Two producers may register a new model at once, and CREATE TABLE IF NOT EXISTS alone can still collide.
+    lock(conn, REGISTER_LOCK)
+    registered = find(conn, spec.fingerprint)
+    if registered:
+        return registered
+    insert = """
+        INSERT INTO spaces (fingerprint, model, dimensions, spec, storage)
+        VALUES (:fingerprint, :model, :dimensions, CAST(:spec AS jsonb), :storage)
+        RETURNING id
+    """
+    parameters = {
+        "fingerprint": spec.fingerprint,
+        "model": spec.model,
+        "dimensions": spec.dimensions,
+        "spec": json.dumps(asdict(spec)),
+        "storage": storage,
+    }
+    space = Space(conn.execute(sa.text(insert), parameters).scalar_one(), spec, storage)
     if conn.execute(sa.text("SELECT has_schema_privilege(current_schema(), 'CREATE')")).scalar_one():
         conn.execute(sa.text(_create_vector_table(space)))
     else:
-        # A role that may create nothing has this function, of the tables' owner: deploy/postgres-role.sql.
+        # A role that may not create tables calls this function of the tables' owner: deploy/postgres-role.sql.
         conn.execute(sa.text("SELECT create_vector_table(:space)"), {"space": space.id})
     return space
 
 
 def find(conn: sa.Connection, fingerprint: str) -> Space | None:
-    row = conn.execute(sa.select(SpaceRow.__table__).where(SpaceRow.fingerprint == fingerprint)).one_or_none()
+    """The space of this fingerprint, or None."""
+    query = "SELECT id, spec, storage FROM spaces WHERE fingerprint = :fingerprint"
+    row = conn.execute(sa.text(query), {"fingerprint": fingerprint}).one_or_none()
     return _space(row) if row else None
 
 
+def find_by_prefix(conn: sa.Connection, prefix: str) -> Space:
+    """The space whose fingerprint begins with ``prefix``. Raises :class:`NotFound` if there is none or several."""
+    spaces = [space for space in all_spaces(conn) if prefix and space.spec.fingerprint.startswith(prefix)]
+    if len(spaces) != 1:
+        problem = "several spaces have" if spaces else "no space has"
+        raise NotFound(f"{problem} a fingerprint that begins with {prefix!r}; `chunkmill models` lists the spaces.")
+    return spaces[0]
+
+
 def get(conn: sa.Connection, space_id: int) -> Space:
-    return _space(conn.execute(sa.select(SpaceRow.__table__).where(SpaceRow.id == space_id)).one())
+    """The space with this id, which must exist."""
+    query = "SELECT id, spec, storage FROM spaces WHERE id = :id"
+    return _space(conn.execute(sa.text(query), {"id": space_id}).one())
 
 
 def all_spaces(conn: sa.Connection) -> list[Space]:
-    return [_space(row) for row in conn.execute(sa.select(SpaceRow.__table__).order_by(SpaceRow.id))]
+    """All spaces, by id."""
+    return [_space(row) for row in conn.execute(sa.text("SELECT id, spec, storage FROM spaces ORDER BY id"))]
 
 
 def _space(row: sa.Row[tuple[object, ...]]) -> Space:
@@ -105,19 +106,21 @@ def _space(row: sa.Row[tuple[object, ...]]) -> Space:
 
 
 def _create_vector_table(space: Space) -> str:
-    column = f"{space.storage}({space.spec.dimensions})"
-    return (
-        f"CREATE TABLE {space.table_name} (content_hash bytea PRIMARY KEY, n_tokens integer NOT NULL, "
-        f"truncated boolean NOT NULL, "
-        f"embedding {column} STORAGE {_storage_strategy(space.spec.dimensions, space.storage)} NOT NULL)"
-    )
+    return f"""
+        CREATE TABLE {space.table_name} (
+            content_hash bytea PRIMARY KEY,
+            n_tokens integer NOT NULL,
+            truncated boolean NOT NULL,
+            embedding {space.vector_type} STORAGE {_storage_strategy(space.spec.dimensions, space.storage)} NOT NULL
+        )
+    """
 
 
 def _storage_strategy(dimensions: int, storage: str) -> str:
-    """Keep a vector in its row while at least two rows fit a page of 8 kB, else move it out of line.
+    """``PLAIN``, which keeps a vector in its row, if at least two rows fit a page of 8 kB; ``EXTERNAL`` otherwise.
 
-    Postgres' default would cut a row of over 2 kB into TOAST chunks: three or four heap tuples and as many
-    index entries for a 768-d vector. Past half a page an inline vector would waste what is left of the page.
+    Postgres' default would split a row of more than 2 kB into TOAST chunks: three or four heap tuples and as many
+    index entries for a vector of 768 dimensions. A larger inline vector would waste the rest of its page.
     """
     row_bytes = dimensions * (2 if storage == "halfvec" else 4) + 90
     return "PLAIN" if row_bytes <= 4000 else "EXTERNAL"

@@ -1,4 +1,4 @@
-"""Delete chunks, and with the last reference to a text the text itself and its vectors."""
+"""Delete chunks, and with the last reference to a content its text and its vectors."""
 
 from __future__ import annotations
 
@@ -6,33 +6,55 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from chunkmill.spaces.registry import DELETE_LOCK, all_spaces
+from chunkmill.db.locks import DELETE_LOCK, lock
+from chunkmill.spaces.registry import all_spaces
 
 
 def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[str] | None, limit: int) -> int:
-    """Delete up to ``limit`` chunks (of ``chunk_ids``, or of all) and what nothing refers to any more.
+    """Delete up to ``limit`` chunks (of ``chunk_ids``, or of all) and the contents that no chunk refers to any more.
 
-    Returns how many chunks went. The exclusive lock keeps an enqueue from pointing at a content in the
-    moment of its deletion; it is held for this one transaction.
+    Returns how many chunks were deleted. The exclusive lock keeps an enqueue from referring to a content in the moment
+    of its deletion; it is held for this one transaction.
     """
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": DELETE_LOCK})
-    # Tells the workers that texts they have read may be gone by the time their vectors are there.
-    conn.execute(sa.text("SELECT nextval('deletions')"))
-    chosen = "" if chunk_ids is None else "AND chunk_id = ANY(:ids)"
-    hashes = list(
-        conn.execute(
-            sa.text(
-                "DELETE FROM chunks WHERE (collection_id, chunk_id) IN (SELECT collection_id, chunk_id FROM chunks "
-                f"WHERE collection_id = :collection {chosen} LIMIT :limit) RETURNING content_hash"
-            ),
-            {"collection": collection_id, "ids": list(chunk_ids or ()), "limit": limit},
-        ).scalars()
-    )
-    unreferenced = (
-        "WHERE t.content_hash = ANY(:hashes) "
-        "AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)"
-    )
-    for space in all_spaces(conn):
-        conn.execute(sa.text(f"DELETE FROM {space.table_name} t {unreferenced}"), {"hashes": hashes})
-    conn.execute(sa.text(f"DELETE FROM contents t {unreferenced}"), {"hashes": hashes})
+    begin_deletion(conn)
+    if chunk_ids is None:
+        delete = """
+            DELETE FROM chunks
+            WHERE (collection_id, chunk_id) IN (
+                SELECT collection_id, chunk_id
+                FROM chunks
+                WHERE collection_id = :collection
+                LIMIT :limit
+            )
+            RETURNING content_hash
+        """
+    else:
+        delete = """
+            DELETE FROM chunks
+            WHERE (collection_id, chunk_id) IN (
+                SELECT collection_id, chunk_id
+                FROM chunks
+                WHERE collection_id = :collection AND chunk_id = ANY(:ids)
+                LIMIT :limit
+            )
+            RETURNING content_hash
+        """
+    parameters = {"collection": collection_id, "ids": list(chunk_ids or ()), "limit": limit}
+    hashes = conn.execute(sa.text(delete), parameters).scalars().all()
+    for table in [*(space.table_name for space in all_spaces(conn)), "contents"]:
+        delete_unreferenced = f"""
+            DELETE FROM {table} t
+            WHERE t.content_hash = ANY(:hashes)
+              AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)
+        """
+        conn.execute(sa.text(delete_unreferenced), {"hashes": list(hashes)})
     return len(hashes)
+
+
+def begin_deletion(conn: sa.Connection) -> None:
+    """Keep everyone who adds chunks, contents or vectors out until the end of this transaction, and count a deletion.
+
+    The count tells the workers that texts which they have read may be deleted by the time their vectors are ready.
+    """
+    lock(conn, DELETE_LOCK)
+    conn.execute(sa.text("SELECT nextval('deletions')"))

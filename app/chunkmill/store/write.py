@@ -1,4 +1,4 @@
-"""The one door through which vectors enter a space."""
+"""The one place where vectors enter a space."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def write_vectors(
     truncated: NDArray[np.bool_],
     vectors: NDArray[np.float32],
 ) -> int:
-    """Write ``(n, d)`` vectors under their content hashes; returns how many were new.
+    """Write ``(n, d)`` vectors under their content hashes. Returns how many were new.
 
-    A hash that has a vector keeps it: the content is the same, so the vector is too. Raises
-    :class:`SpaceMismatch` unless ``fingerprint``, that of the engine that made them, is the space's own,
-    and :class:`EngineError` for another shape or a vector that is not finite. Nothing is written then.
+    A hash that has a vector keeps it: the content is the same, so the vector is too. Raises :class:`SpaceMismatch`
+    unless ``fingerprint``, which is that of the engine that made the vectors, is the space's own, and
+    :class:`EngineError` if the shape is wrong or a vector is not finite. Nothing is written then.
     """
     space.require_fingerprint(fingerprint)
     if vectors.shape != (len(hashes), space.spec.dimensions):
         raise EngineError(
-            f"the engine returned vectors of shape {vectors.shape}, space {space.id} takes "
+            f"the engine returned vectors of shape {vectors.shape}, and space {space.id} takes "
             f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
         )
     half = space.storage == "halfvec"
-    with np.errstate(over="ignore"):  # what is too large for half precision becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # a number too large for half precision becomes infinite and is refused
         stored = vectors.astype(np.float16) if half else vectors
     if not np.isfinite(stored).all():
-        raise EngineError("a vector is not finite; nothing of this write was kept.")
+        raise EngineError("a vector is not finite, so none of these vectors was written.")
     if not len(hashes):
         return 0
-    # Sorted, so that two writers that share contents take their index entries in one order.
+    # Sorted, so that two writers that share contents take their index entries in the same order.
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     payload = encode_vectors([hashes[i] for i in order], n_tokens[order], truncated[order], vectors[order], half=half)
     try:
-        # Nearly always all are new, because `read_work` left out what was known: COPY without a detour
-        # writes 1.5 times as fast as through a staging table.
+        # Nearly always all are new, because `read_work` left out what was known, and COPY into the table itself is
+        # 1.5 times as fast as through a staging table.
         with conn.begin_nested():
             copy_binary(conn, space.table_name, payload)
     except psycopg.errors.UniqueViolation:
@@ -56,25 +56,26 @@ def write_vectors(
 
 
 def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int:
-    """Another job wrote some of these contents first; add the rest."""
+    """Write those vectors that are new, after another job wrote some of the contents first. Returns how many."""
     staging = f"staged_{space.table_name}"
-    conn.execute(
-        sa.text(
-            f"CREATE TEMP TABLE IF NOT EXISTS {staging} (content_hash bytea, n_tokens int, truncated bool, "
-            f"embedding {space.storage}({space.spec.dimensions}) STORAGE PLAIN) ON COMMIT DELETE ROWS"
-        )
-    )
-    # Two writes in one transaction would otherwise insert the first one's rows again.
+    create = f"""
+        CREATE TEMP TABLE IF NOT EXISTS {staging} (
+            content_hash bytea, n_tokens int, truncated bool, embedding {space.vector_type} STORAGE PLAIN
+        ) ON COMMIT DELETE ROWS
+    """
+    conn.execute(sa.text(create))
+    # An earlier write in this transaction may have left its rows.
     conn.execute(sa.text(f"DELETE FROM {staging}"))
     copy_binary(conn, staging, payload)
-    result = conn.execute(sa.text(f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING"))
-    return int(result.rowcount)
+    insert = f"INSERT INTO {space.table_name} SELECT * FROM {staging} ON CONFLICT DO NOTHING"
+    return int(conn.execute(sa.text(insert)).rowcount)
 
 
 def relax_durability(conn: sa.Connection) -> None:
-    """Do not wait for the disk at this transaction's commit.
+    """Let this transaction commit without waiting for the disk.
 
-    If Postgres crashes, the last fraction of a second is lost as a whole, vectors and the state in Postgres that counts
-    on them, because a later commit never survives an earlier one. What counts on them in a process must look.
+    If Postgres crashes, the last fraction of a second is lost as a whole: the vectors, and the state in Postgres that
+    counts on them, because a later commit never survives if an earlier one is lost. A process that counts on the
+    vectors must look whether they are there.
     """
     conn.execute(sa.text("SET LOCAL synchronous_commit = off"))

@@ -10,7 +10,6 @@ from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput
 from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.registry import Space
 
@@ -32,7 +31,8 @@ def canary(screen: Screen, reset: str | None) -> None:
         with db.begin() as conn:
             registered = registry.all_spaces(conn)
             if reset is not None:
-                chosen = _chosen(registered, reset)
+                of_model = [space for space in registered if space.spec.model == reset]
+                chosen = of_model or [registry.find_by_prefix(conn, reset)]
                 forgotten = [space for space in chosen if canaries.forget(conn, space.id)]
             else:
                 kept = canaries.all_kept(conn)
@@ -44,19 +44,7 @@ def canary(screen: Screen, reset: str | None) -> None:
         _show(screen, {space.id: space for space in registered}, kept)
 
 
-def _chosen(registered: list[Space], named: str) -> list[Space]:
-    """The spaces of a model's name, or the one whose fingerprint begins so."""
-    of_model = [space for space in registered if space.spec.model == named]
-    found = of_model or [space for space in registered if named and space.spec.fingerprint.startswith(named)]
-    if not found or (not of_model and len(found) > 1):
-        how_many = "several spaces have" if found else "no space has"
-        raise InvalidInput(
-            f"{how_many} the model or the fingerprint {named!r}: give one as `chunkmill models` shows it."
-        )
-    return found
-
-
-def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.Kept]) -> None:
+def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.KeptCanary]) -> None:
     if screen.json:
         screen.document(
             [

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.domain import planning
 from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.results import DeadEntry, DroppedDead, RetriedDead, Standing
@@ -16,7 +17,6 @@ from chunkmill.ledger.dead.dead_chunks import KILLS_WORKERS, DeadFilter, entries
 from chunkmill.ledger.jobs.routing import lane_of
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import SharedFields
-from chunkmill.spaces.registry import DELETE_LOCK
 
 _DELETE_ENTRIES_OF_CONTENTS = sa.text("""
 DELETE FROM dead_chunks

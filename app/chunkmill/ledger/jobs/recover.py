@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.states import ChunkBatchState, JobState
-from chunkmill.ledger.jobs.jobs import PRODUCER_LOCK
 
 _JOBS_THAT_MAY_END = with_constants(
     """

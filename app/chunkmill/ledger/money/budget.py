@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import NOTICE_LOCK
 from chunkmill.domain.budget import Budget, due_percents
 from chunkmill.domain.prices import price_on
 from chunkmill.errors import BudgetExceeded
@@ -13,9 +14,6 @@ from chunkmill.ledger.money import charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
-
-NOTICE_LOCK = 0x63686D04
-"""Held by whoever gives the warnings."""
 
 
 def read(conn: sa.Connection, settings: Settings) -> Budget:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK
 from chunkmill.domain.planning import too_long_reason
 from chunkmill.domain.retries import Discard, decide
 from chunkmill.domain.spaces import OnLong
@@ -23,10 +24,8 @@ from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill.ledger.work.chunk_batches import Lease, SharedFields
 from chunkmill.ledger.work.usage import Outcome, Usage
-from chunkmill.spaces.registry import DELETE_LOCK, Space
+from chunkmill.spaces.registry import Space
 
-GATHER_LOCK = 0x63686D05
-"""One gathering at a time, so that the budgets are counted exactly."""
 AGAIN_SECONDS = 5.0
 """A ChunkBatch whose contents others have in plain requests looks again after so long."""
 

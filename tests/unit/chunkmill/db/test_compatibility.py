@@ -16,8 +16,8 @@ KNOWN = ("0004", "0005", "0006")
         (None, None, "the database is empty, this version needs 0006"),
         ("0007", "0006", None),  # old code beside the next release's schema
         ("0009", "0005", None),
-        ("0009", "0007", "runs beside code of 0007 or later; this code is of 0006. Upgrade this process"),
-        ("0009", None, "runs beside code of a later one; this code is of 0006. Upgrade this process"),
+        ("0009", "0007", "allows code of 0007 or later beside it, and this code is of 0006. Upgrade this process"),
+        ("0009", None, "allows code of a later one beside it, and this code is of 0006. Upgrade this process"),
     ],
 )
 def test_which_code_runs_on_which_schema(current: str | None, oldest_code: str | None, problem: str | None) -> None:

@@ -13,7 +13,7 @@ from chunkmill.models import DEFAULT_SPEC
 from chunkmill.models.locate import bundled_folder
 from chunkmill.openai.catalogue import model_for, resolve_space, why_unfit
 from chunkmill.settings import Settings
-from chunkmill.spaces.asked import asked_spec
+from chunkmill.spaces.requested import requested_spec
 
 TWIN = {
     "minilm-remote": {
@@ -112,7 +112,7 @@ def test_a_space_that_others_registered_is_found_by_the_local_models_name_only()
     models = {"remote": {"dimensions": 384, "same_as": "org/theirs@1", "tokenizer": "cl100k"}}
 
     def asked(given: Settings, name: str) -> SpaceSpec:
-        return asked_spec(
+        return requested_spec(
             given, name, on_long=OnLong.TRUNCATE, dimensions=None, precision=None, registered=lambda: [theirs]
         )
 
@@ -127,7 +127,7 @@ def test_of_a_name_in_two_revisions_none_is_chosen() -> None:
     other = replace(DEFAULT_SPEC, model="org/other@main", revision="sha256:3")
 
     def asked(*registered: SpaceSpec, dimensions: int | None = None) -> SpaceSpec:
-        return asked_spec(
+        return requested_spec(
             settings(), "org/theirs@main", on_long=OnLong.TRUNCATE, dimensions=dimensions, precision=None,
             registered=lambda: registered,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The space that a call means: by the caller's words, the settings, and what others have registered."""
+"""Finds the space that a call asks for, from its arguments, the settings, and the spaces that others registered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkmill.openai.catalogue import local_name, resolve_space
 from chunkmill.settings import Settings
 
 
-def asked_spec(
+def requested_spec(
     settings: Settings,
     model: str | None,
     *,
@@ -23,9 +23,10 @@ def asked_spec(
     precision: Precision | str | None,
     registered: Callable[[], Iterable[SpaceSpec]],
 ) -> SpaceSpec:
-    """The space of a provider's model, of one that can be read here, or that a worker has ``registered`` one of.
+    """The space of a model, and of the caller's ``on_long``, ``dimensions`` and ``precision``.
 
-    Raises :class:`UnknownModel` and :class:`InvalidInput`.
+    The model is a provider's, or its files can be read here, or a worker has ``registered`` a space of it. Raises
+    :class:`UnknownModel` and :class:`InvalidInput`.
     """
     name = settings.embedding_model if model is None else model
     if dimensions is None and name == settings.embedding_model:
@@ -37,23 +38,23 @@ def asked_spec(
     try:
         return resolve_space(settings, name, on_long=on_long, dimensions=dimensions, precision=precise)
     except UnknownModel:
-        named = [spec for spec in registered() if local is not None and spec.model == local]
-        wanted = {replace(spec, long_text=long_text_for(on_long), precision=precise) for spec in named}
-        found = _choose(wanted, dimensions, settings.trust)
-        if found is None:
+        of_model = [spec for spec in registered() if local is not None and spec.model == local]
+        candidates = {replace(spec, long_text=long_text_for(on_long), precision=precise) for spec in of_model}
+        chosen = _choose(candidates, dimensions, settings.trust)
+        if chosen is None:
             raise
-        return found
+        return chosen
 
 
 def _choose(registered: Set[SpaceSpec], dimensions: int | None, trust: Trust) -> SpaceSpec | None:
-    """The space to use of a model whose files are not here, among those that others have registered under its name.
+    """The space to use of a model whose files are not here, among those that others registered under its name.
 
-    Without ``dimensions`` that of the longest vectors. None where there is none, or where two revisions are meant.
-    Raises InvalidInput where vectors may not be cut to ``dimensions``.
+    If ``dimensions`` is None it is the one with the longest vectors. Returns None if there is none, or if two revisions
+    match. Raises :class:`InvalidInput` if vectors may not be shortened to ``dimensions``.
     """
     longest = max((spec.dimensions for spec in registered), default=0)
-    asked = longest if dimensions is None else dimensions
-    meant = [spec for spec in registered if spec.dimensions == asked]
-    if not meant and dimensions is not None:
-        meant = [cut_space(spec, dimensions, trust=trust) for spec in registered if spec.dimensions == longest]
-    return meant[0] if len(meant) == 1 else None
+    wanted = longest if dimensions is None else dimensions
+    matching = [spec for spec in registered if spec.dimensions == wanted]
+    if not matching and dimensions is not None:
+        matching = [cut_space(spec, dimensions, trust=trust) for spec in registered if spec.dimensions == longest]
+    return matching[0] if len(matching) == 1 else None

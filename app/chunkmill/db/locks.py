@@ -1,0 +1,29 @@
+"""The keys of Chunkmill's advisory locks. Each begins with the letters "chm", so that no other program takes it.
+
+``alembic/env.py`` holds one more, 0x63686D00, while it migrates.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+REGISTER_LOCK = 0x63686D01
+"""One transaction at a time registers a new space."""
+PRODUCER_LOCK = 0x63686D02
+"""The first of two keys; the second is the job. The connection that enqueues a job holds it for the whole time."""
+DELETE_LOCK = 0x63686D03
+"""Shared by transactions that add chunks, contents or vectors; exclusive for one that deletes contents."""
+NOTICE_LOCK = 0x63686D04
+"""One poller at a time writes the budget's warnings."""
+GATHER_LOCK = 0x63686D05
+"""One transaction at a time fills a ProviderBatch, so that the budgets are counted exactly."""
+
+
+def lock(conn: sa.Connection, key: int) -> None:
+    """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def lock_shared(conn: sa.Connection, key: int) -> None:
+    """Take the shared lock of ``key`` until the end of this transaction; wait while another one holds it alone."""
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})
