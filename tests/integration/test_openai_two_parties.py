@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from chunkmill_workers.provider.keeper import StepKeeper
 
 from chunkmill.domain.states import Route
 from chunkmill.embedded import StackStatus
@@ -22,6 +21,7 @@ from chunkmill.openai.http import Provider
 from chunkmill.settings import Settings
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.keeper import StepKeeper
 from chunkmill_workers.provider.plain import request_chunk_batch
 from chunkmill_workers.provider.plain_attempt import PlainAttempt
 from chunkmill_workers.provider.waiting import WaitingLane
