@@ -30,7 +30,7 @@ _EMPTY_REASON = "the text is empty, and this provider takes no empty texts; add 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One input as it is sent. ``weight`` is the weight of its vector in the content's mean; 1 if it is the only one."""
+    """One input as it is sent. ``weight`` is that of its vector in the content's mean; 1 if it is the only one."""
 
     text: str
     n_tokens: int

@@ -64,8 +64,8 @@ class BatchLimits:
             )
         if not _LEAST_TOKENS_PER_INPUT <= self.tokens_per_input <= self.tokens_per_request:
             raise InvalidSetting(
-                f"the limit on tokens per input is {self.tokens_per_input}; it must be from {_LEAST_TOKENS_PER_INPUT} to "
-                f"the limit on tokens per request, {self.tokens_per_request}."
+                f"the limit on tokens per input is {self.tokens_per_input}; it must be from "
+                f"{_LEAST_TOKENS_PER_INPUT} to the limit on tokens per request, {self.tokens_per_request}."
             )
 
 
