@@ -93,7 +93,7 @@ def set_deadline(db: sa.Engine, job_id: int, hours: float) -> None:
         ({}, {"model": SMALL}, "openai", "the cheapest"),
         ({}, {"model": SMALL, "deadline": timedelta(hours=5)}, "openai-sync", "openai is out: it takes up to 24 h"),
         ({}, {"model": SMALL, "route": "openai", "deadline": timedelta(hours=5)}, "openai", "asked for by name"),
-        ({"openai_batches": False}, {"model": SMALL}, "openai-sync", "the only lane"),
+        ({"openai_batches": False}, {"model": SMALL}, "openai-sync", "the only route"),
         ({"openai_models": read_models(TWIN)}, {}, "local", "local without a known price"),
         ({"openai_models": read_models(TWIN)}, {"deadline": LONG}, "openai", "local is out: none of its workers is"),
         ({"openai_models": read_models(TWIN), "embedding_provider": "local"}, {"deadline": LONG}, "local", "the only"),
@@ -115,7 +115,7 @@ def test_the_choice_is_made_once_and_kept(
     ("asked", "kind", "said"),
     [
         ({"route": "openai"}, UnknownRoute, "only local workers serve this space"),
-        ({"route": "local", "model": SMALL}, UnknownRoute, "served by the provider alone"),
+        ({"route": "local", "model": SMALL}, UnknownRoute, "only the provider serves model"),
         ({"deadline": datetime(2999, 1, 1)}, InvalidInput, "without a time zone"),
         ({"deadline": datetime(2020, 1, 1, tzinfo=UTC)}, InvalidInput, "is past"),
         ({"precision": "int8", "model": SMALL}, InvalidInput, "Pass precision='float'"),

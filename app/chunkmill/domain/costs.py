@@ -92,7 +92,7 @@ class Cost:
 
     @property
     def usd_per_million(self) -> Decimal | None:
-        """US dollars per million tokens that were really paid; None if the cost is not known or there are no tokens."""
+        """The actual US dollars per million tokens; None if the cost is not known or there are no tokens."""
         return None if self.usd is None or not self.tokens else self.usd * MILLION / self.tokens
 
 

@@ -87,7 +87,7 @@ class Poller:
             stop.wait(pause)
 
     def round(self) -> Round:
-        """Run one round. If a server is away, raises a transient error (`is_transient`) or one of ``PUBLISH_ERRORS``."""
+        """Run one round. If a server is away, raises a transient error (`is_transient`) or a publishing error."""
         patient = time.monotonic() < self._patient_until
         with self._db.begin() as conn:
             taken = TakenBack() if patient else deaths.take_back_expired(conn)
