@@ -334,7 +334,7 @@ def test_what_an_estimate_refuses(make: Make) -> None:
     client.enqueue([("a", "text")], collection="local")
     with pytest.raises(SpaceMismatch, match="'local' holds vectors of another space"):
         client.estimate([("a", "text")], model=SMALL, collection="local")
-    with pytest.raises(UnknownRoute, match="served by local workers alone"):
+    with pytest.raises(UnknownRoute, match="only local workers serve this space"):
         client.estimate([("a", "text")], route="openai")
     with pytest.raises(InvalidInput, match="chunk 'a' at position 0"):
         client.estimate([("a", "\x00")])

@@ -315,7 +315,7 @@ def test_what_is_at_the_provider_or_about_to_be_counts_for_the_accounts_limits(
         add_provider_batch(conn, large, n_tokens=30, n_requests=2, creating_since=sa.text("now()"))
         used = provider_room.enqueued(conn)
 
-    assert (used.tokens, used.requests, used.batches) == ((530, 9, 2) if enqueued else (30, 2, 1))
+    assert (used.tokens, used.requests, used.provider_batches) == ((530, 9, 2) if enqueued else (30, 2, 1))
     assert used.made_in_an_hour == 1 + in_the_hour
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from chunkmill.openai.counted import CountedProvider
 from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
@@ -25,8 +24,6 @@ def server() -> Iterator[OpenAIServer]:
 def paid(settings: Settings, server: OpenAIServer) -> Iterator[Corridor]:
     server.calm()
     with corridor(settings, server) as made:
-        made.context.provider.close()
-        made.context.provider = CountedProvider(made.settings)
         yield made
 
 

@@ -88,14 +88,14 @@ def set_deadline(db: sa.Engine, job_id: int, hours: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "asked", "lane", "because"),
     [
-        ({}, {}, "local", "the only lane that serves the space"),
+        ({}, {}, "local", "the only route that serves the space"),
         ({}, {"route": "local"}, "local", "asked for by name"),
         ({}, {"model": SMALL}, "openai", "the cheapest"),
         ({}, {"model": SMALL, "deadline": timedelta(hours=5)}, "openai-sync", "openai is out: it takes up to 24 h"),
         ({}, {"model": SMALL, "route": "openai", "deadline": timedelta(hours=5)}, "openai", "asked for by name"),
-        ({"openai_batches": False}, {"model": SMALL}, "openai-sync", "the only lane"),
+        ({"openai_batches": False}, {"model": SMALL}, "openai-sync", "the only route"),
         ({"openai_models": read_models(TWIN)}, {}, "local", "local without a known price"),
-        ({"openai_models": read_models(TWIN)}, {"deadline": LONG}, "openai", "local is out: no worker of it is conn"),
+        ({"openai_models": read_models(TWIN)}, {"deadline": LONG}, "openai", "local is out: none of its workers is"),
         ({"openai_models": read_models(TWIN), "embedding_provider": "local"}, {"deadline": LONG}, "local", "the only"),
     ],
 )
@@ -114,8 +114,8 @@ def test_the_choice_is_made_once_and_kept(
 @pytest.mark.parametrize(
     ("asked", "kind", "said"),
     [
-        ({"route": "openai"}, UnknownRoute, "served by local workers alone"),
-        ({"route": "local", "model": SMALL}, UnknownRoute, "served by the provider alone"),
+        ({"route": "openai"}, UnknownRoute, "only local workers serve this space"),
+        ({"route": "local", "model": SMALL}, UnknownRoute, "only the provider serves model"),
         ({"deadline": datetime(2999, 1, 1)}, InvalidInput, "without a time zone"),
         ({"deadline": datetime(2020, 1, 1, tzinfo=UTC)}, InvalidInput, "is past"),
         ({"precision": "int8", "model": SMALL}, InvalidInput, "Pass precision='float'"),

@@ -6,15 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
 
 import sqlalchemy as sa
 
 from chunkmill.client.enqueue import windows
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.costs import Estimate, LaneEstimate
-from chunkmill.domain.prices import Price, price_on
+from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
+from chunkmill.domain.prices import Price
 from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Route
@@ -66,8 +65,7 @@ def estimate(
                 for counter in counters:
                     counter.add(to_send, counted)
         with conn.begin():
-            model = model_for(settings, spec)
-            price = price_on(model.prices, charges.today(conn)) if model else None
+            price = charges.price_today(conn, model_for(settings, spec))
             rate = routing.seconds_per_token(conn, spec)
             return Estimate(
                 spec.model,
@@ -167,16 +165,15 @@ class _Counter:
         if self._rule is None:
             return LaneEstimate(self._route, None, None, None, unknown=self._unknown)
         if self._route is not Route.LOCAL:
-            usd = price.of(self._tokens, batch=self._route is Route.OPENAI) if price else None
+            usd = price.of(self._tokens, self._route) if price else None
             unknown = None if price else "the model has no price: give it one in OPENAI_MODELS"
             return LaneEstimate(self._route, self._tokens, self._refused, usd, unknown=unknown)
         if seconds_per_token is None:
             unknown = "nothing was embedded in this space by local workers yet, so their speed is not known"
             return LaneEstimate(self._route, self._tokens, self._refused, None, unknown=unknown)
         seconds = self._tokens * seconds_per_token
-        hour = self._settings.gpu_hour_usd
-        cost = None if hour is None else hour * Decimal(seconds) / 3600
-        unknown = "GPU_HOUR_USD is not set" if hour is None else None
+        cost = machine_usd(seconds, self._settings.gpu_hour_usd)
+        unknown = "GPU_HOUR_USD is not set" if cost is None else None
         return LaneEstimate(self._route, self._tokens, self._refused, cost, seconds, unknown)
 
 

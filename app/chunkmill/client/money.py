@@ -19,6 +19,7 @@ from chunkmill.errors import InvalidInput
 from chunkmill.ledger.jobs import explain
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.openai.catalogue import read_twins
 
 
 class Money(ClientPart):
@@ -65,6 +66,7 @@ class Money(ClientPart):
         if since is not None and (isinstance(since, datetime) or not isinstance(since, date)):
             raise InvalidInput(f"since is {since!r}; it must be a date.")
         settings = self._settings
+        read_twins(settings)
         with self._transaction() as conn:
             rows = charges.report(conn, by, since=since, gpu_hour_usd=settings.gpu_hour_usd)
             return Costs(by, since, rows, budget.read(conn, settings))

@@ -1,4 +1,4 @@
-"""The month's budget of the paid routes: what is left, what to warn of, what to say at its end. Pure."""
+"""The month's budget of the paid routes: what is left, what to warn of, and what to say when it is used up. Pure."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from decimal import Decimal
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """One calendar month of UTC, in US dollars.
+    """The money of one calendar month (UTC), in US dollars.
 
-    ``spent`` is what providers charged, ``committed`` the estimate for what is at a provider and not charged yet.
-    ``limit`` None: there is none.
+    ``spent`` is what providers charged, and ``committed`` is the estimate for what is at a provider and not charged
+    yet. ``limit`` is None if there is no limit.
     """
 
     month: date
-    """Its first day."""
+    """The first day of the month."""
     spent: Decimal
     committed: Decimal
     limit: Decimal | None = None
 
     @property
     def headroom(self) -> Decimal | None:
-        """What new work may cost; None without a limit."""
+        """How much new work may cost; None if there is no limit."""
         if self.limit is None:
             return None
         return max(Decimal(0), self.limit - self.spent - self.committed)
@@ -38,18 +38,18 @@ class Budget:
 
     @property
     def percent(self) -> int | None:
-        """The share that is spent or committed, rounded down; 100 of a budget of nothing."""
+        """The share that is spent or committed, rounded down. It is 100 if the limit is 0."""
         if self.limit is None:
             return None
         return int(100 * (self.spent + self.committed) / self.limit) if self.limit else 100
 
     @property
     def ends(self) -> date:
-        """The first day of the next month, on which it begins anew at 00:00 UTC."""
+        """The first day of the next month, whose budget begins at 00:00 UTC."""
         return date(self.month.year + self.month.month // 12, self.month.month % 12 + 1, 1)
 
     def sentence(self) -> str:
-        """What is spent, what is committed, and the limit."""
+        """One sentence with what is spent, what is committed, and the limit."""
         limit = "" if self.limit is None else f" of {self.limit:f} USD (OPENAI_MONTHLY_BUDGET_USD)"
         return (
             f"{self.month:%Y-%m} (UTC): {dollars(self.spent)} USD spent and about {dollars(self.committed)} USD "
@@ -57,21 +57,21 @@ class Budget:
         )
 
     def refusal(self) -> str:
-        """Why new paid work is not taken, and what to do."""
+        """Why new paid work is refused, and what to do."""
         return (
             f"the budget for paid routes is used up: {self.sentence()}. Raise the limit, wait until {self.ends} "
-            "00:00 UTC, or take route='local' where local workers serve the model."
+            "00:00 UTC, or use route='local' if local workers serve the model."
         )
 
 
 def due_percents(budget: Budget, warn_percent: int) -> tuple[int, ...]:
-    """The thresholds that are reached, the highest last: the warning's, and the limit itself."""
+    """The thresholds that are reached, the highest last. They are ``warn_percent`` and the limit itself."""
     percent = budget.percent
-    return () if percent is None else tuple(sorted(each for each in {warn_percent, 100} if each <= percent))
+    return () if percent is None else tuple(sorted(due for due in {warn_percent, 100} if due <= percent))
 
 
 def dollars(usd: Decimal) -> str:
-    """With cents, and as many more places as a small amount needs to be told from nothing."""
+    """An amount with cents; a small amount has more places, so that it does not look like 0."""
     if not usd:
         return "0.00"
     places = max(2, min(8, 1 - usd.adjusted()))

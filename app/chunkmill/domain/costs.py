@@ -1,4 +1,4 @@
-"""What the client says of money: frozen pictures of what something would cost, and of what it did."""
+"""What the client returns about money: what something would cost, and what it did cost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from chunkmill.domain.states import Route
 
 @dataclass(frozen=True, slots=True)
 class LaneEstimate:
-    """What one lane would take for the contents to embed.
+    """What one route would take to embed the contents.
 
-    ``tokens`` are those it would be sent, long texts treated by their policy; ``refused`` contents it would not take.
-    ``usd`` and ``seconds`` of engine time, where they can be known. ``unknown`` says why something is None.
+    ``tokens`` is how many tokens would be sent, after long texts are treated by their policy; ``refused`` is how many
+    contents the route would not take. ``usd`` and ``seconds`` (of engine time) are None if they cannot be known;
+    ``unknown`` then says why.
     """
 
     route: Route
@@ -32,9 +33,10 @@ class LaneEstimate:
 class Estimate:
     """What an enqueue would do, before it does anything.
 
-    Of ``chunks`` there are ``contents`` distinct texts: ``cached`` have a vector in the space, ``in_flight`` are at a
-    provider for another job, and ``to_embed`` are left. ``route`` is the lane the job would get, ``because`` why;
-    ``tokens`` and ``usd`` are that lane's. ``lanes`` has all that serve the space.
+    The ``chunks`` have ``contents`` distinct texts: ``cached`` of them have a vector in the space, ``in_flight`` are
+    at a provider for another job, and ``to_embed`` are left. ``route`` is the route that the job would get, and
+    ``because`` says why; ``tokens`` and ``usd`` are those of this route. ``lanes`` has every route that serves the
+    space.
     """
 
     model: str
@@ -63,7 +65,7 @@ class Estimate:
 
 
 class CostsBy(StrEnum):
-    """What costs are summed by. Days and months are those of UTC."""
+    """What costs are summed by. Days and months are in UTC."""
 
     DAY = "day"
     MONTH = "month"
@@ -74,11 +76,11 @@ class CostsBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One group's cost on one route.
+    """The cost of one group on one route.
 
-    ``key`` is a day, a month, a model, a route or a job's id; job 0 is whoever waited for an answer, as a search
-    does. ``usd`` of a paid route is what was charged; of the local one its ``engine_seconds`` by GPU_HOUR_USD, None
-    without it.
+    ``key`` is a day, a month, a model, a route or a job's id. Job 0 stands for calls that waited for their answer, such
+    as searches. On a paid route, ``usd`` is what was charged; on the local one, it is ``engine_seconds`` at
+    GPU_HOUR_USD, and None if that is not set.
     """
 
     key: str
@@ -90,15 +92,20 @@ class Cost:
 
     @property
     def usd_per_million(self) -> Decimal | None:
-        """US dollars per million tokens, as it came out."""
+        """The actual US dollars per million tokens; None if the cost is not known or there are no tokens."""
         return None if self.usd is None or not self.tokens else self.usd * MILLION / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What was embedded since a day (None: ever), and what it cost; and the month's budget."""
+    """What was embedded since a day (None: since the beginning), what it cost, and the budget of this month."""
 
     by: CostsBy
     since: date | None
     rows: tuple[Cost, ...]
     budget: Budget
+
+
+def machine_usd(engine_seconds: float, gpu_hour_usd: Decimal | None) -> Decimal | None:
+    """US dollars for ``engine_seconds`` of a local worker; None if GPU_HOUR_USD is not set."""
+    return None if gpu_hour_usd is None else gpu_hour_usd * Decimal(engine_seconds) / 3600

@@ -1,4 +1,4 @@
-"""Lanes: the paid routes, each with its health, which all workers of a route share."""
+"""The paid lanes. All workers of a paid route share the state of its lane."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ PAID_ROUTES = (Route.OPENAI, Route.OPENAI_SYNC)
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A paid route as it is now.
+    """A paid route with its present state.
 
-    ``paused`` passes by itself, at ``paused_until``; ``stopped`` lasts until somebody resumes the lane. ``held_reason``
-    says why work waits that nothing stops: a budget. ``open`` counts its ProviderBatches by state.
+    A pause ends by itself, at ``paused_until``; a stop lasts until somebody resumes the lane. ``held_reason`` says why
+    work waits although the lane is not stopped, for example because the budget is used up. ``open`` counts its open
+    ProviderBatches by state.
     """
 
     route: Route

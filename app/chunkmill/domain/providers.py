@@ -1,7 +1,7 @@
-"""What a provider of embeddings serves, and how much it takes at a time. Pure.
+"""What models a provider of embeddings serves. Pure.
 
-OpenAI's own models are known here. ``OPENAI_MODELS`` adds those of a compatible server, and says of one that gives
-the vectors of a local model (``same_as``) that both are one space.
+OpenAI's own models are known here. ``OPENAI_MODELS`` adds those of a compatible server. If one of them gives the same
+vectors as a local model (``same_as``), both have one space.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_
 from chunkmill.errors import InvalidInput
 
 OPENAI: Final = "openai"
-"""``SpaceSpec.provider`` of a space that only a provider serves."""
+"""The value of ``SpaceSpec.provider`` if only a provider serves the space."""
 CL100K: Final = "cl100k"
 """The tokenizer of OpenAI's embedding models."""
 
@@ -26,8 +26,8 @@ CL100K: Final = "cl100k"
 class ProviderModel:
     """A model that ``OPENAI_BASE_URL`` serves.
 
-    ``dimensions`` are those of its vectors as they come; ``can_cut`` says that it takes ``dimensions=``. ``tokenizer``
-    is ``cl100k`` or the path of a ``tokenizer.json``. ``same_as`` names the local model whose space it shares.
+    ``dimensions`` are those of its full vectors; ``can_cut`` says whether it takes ``dimensions=``. ``tokenizer`` is
+    ``cl100k`` or the path of a ``tokenizer.json``. ``same_as`` names the local model whose space it shares.
     """
 
     name: str
@@ -39,21 +39,21 @@ class ProviderModel:
     same_as: str | None = None
 
     def space(self, on_long: OnLong, dimensions: int | None) -> SpaceSpec:
-        """The space of its vectors, cut to ``dimensions`` by the provider. Raises :class:`InvalidInput`.
+        """The space of its vectors, which the provider cuts to ``dimensions``. Raises :class:`InvalidInput`.
 
-        Of a model with ``same_as`` it is the local model's, which ``chunkmill.models`` reads.
+        A model with ``same_as`` has the local model's space instead, which ``chunkmill.models`` reads.
         """
         if dimensions is not None and dimensions != self.dimensions and not self.can_cut:
             raise InvalidInput(
                 f"model {self.name!r} gives {self.dimensions} dimensions and cannot be cut to {dimensions}; leave "
-                "dimensions (EMBEDDING_DIMENSIONS) out, or take a text-embedding-3 model."
+                "dimensions (EMBEDDING_DIMENSIONS) out, or use a text-embedding-3 model."
             )
         if dimensions is not None and not 1 <= dimensions <= self.dimensions:
             raise InvalidInput(f"dimensions is {dimensions}; model {self.name!r} gives 1 to {self.dimensions}.")
         return SpaceSpec(
             provider=OPENAI,
             model=self.name,
-            revision=self.name,  # all that a provider says of it
+            revision=self.name,  # a provider says nothing else about the weights
             dimensions=dimensions or self.dimensions,
             max_tokens=self.max_tokens,
             pooling=Pooling.PROVIDER,
@@ -78,8 +78,8 @@ _FIELDS: Final = frozenset({"dimensions", "max_tokens", "can_cut", "tokenizer", 
 def read_models(given: Mapping[str, Any]) -> dict[str, ProviderModel]:
     """The models of ``OPENAI_MODELS``: ``{"name": {"dimensions": 384, "max_tokens": 512, "usd": 0.02, ...}}``.
 
-    ``usd`` and ``batch_usd`` are US dollars per million tokens; the second is half of the first where it is left out.
-    Raises ValueError that names the model and the field.
+    ``usd`` and ``batch_usd`` are US dollars per million tokens; if the second is left out, it is half of the first.
+    Raises a ValueError that names the model and the field.
     """
     models = {}
     for name, fields in given.items():
@@ -87,13 +87,13 @@ def read_models(given: Mapping[str, Any]) -> dict[str, ProviderModel]:
         if not isinstance(fields, Mapping):
             raise ValueError(f"{name!r} must be an object with at least dimensions")  # noqa: TRY004 - pydantic's kind
         if unknown := sorted(set(fields) - _FIELDS):
-            raise ValueError(f"{name!r}: {unknown[0]!r} is no field of it; there are {', '.join(sorted(_FIELDS))}")
+            raise ValueError(f"{name!r}: there is no field {unknown[0]!r}; the fields are {', '.join(sorted(_FIELDS))}")
         if known is None and "dimensions" not in fields:
             raise ValueError(f"{name!r} must say its dimensions")
         if fields.get("same_as") is not None and "tokenizer" not in fields:
             raise ValueError(
                 f"{name!r} is same_as a local model and must say its tokenizer, the path of that model's "
-                "tokenizer.json: texts must be counted and cut as local workers do"
+                "tokenizer.json, because texts must be counted and truncated as local workers do it"
             )
         dimensions = _whole(name, "dimensions", fields.get("dimensions", known.dimensions if known else 0))
         models[name] = ProviderModel(

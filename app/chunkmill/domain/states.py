@@ -70,6 +70,23 @@ class ProviderBatchState(StrEnum):
     """Every input is accounted for; the provider's files are left to delete."""
     CLOSED = "closed"
 
+    @property
+    def spends(self) -> bool:
+        """Whether its next steps lead to a charge. A stopped lane takes none of them, but collects what it paid."""
+        state = ProviderBatchState
+        return self in (state.GATHERING, state.GATHERED, state.UPLOADED, state.CREATING)
+
+    @property
+    def is_enqueued(self) -> bool:
+        """Whether it counts against the account's limits: its inputs are queued at the provider, or about to be."""
+        state = ProviderBatchState
+        return self in (state.GATHERED, state.UPLOADED, state.CREATING, state.SUBMITTED)
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether it has costs that are not all charged yet."""
+        return self.is_enqueued or self is ProviderBatchState.COLLECTING
+
 
 class Priority(StrEnum):
     HIGH = "high"

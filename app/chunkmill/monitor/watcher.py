@@ -18,6 +18,7 @@ from chunkmill.domain.states import Route
 from chunkmill.monitor import snapshot
 from chunkmill.monitor.reports import Kind
 from chunkmill.monitor.snapshot import LANES, Now, OpenJob, Tally
+from chunkmill.openai.catalogue import read_twins
 from chunkmill.settings import Settings
 
 TALLY_SHARE = 20
@@ -82,6 +83,7 @@ class Looker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        read_twins(settings)
         self._url = settings.require_database_url()
         self._db = create_db(self._url, role="look", pool_size=1)
         self._broker = Broker.connect(settings)

@@ -1,5 +1,7 @@
-"""OpenAI's Batch API and the servers that speak it: what can be decided without HTTP and without a database.
+"""OpenAI's API and the servers that speak it. Only ``http`` sends requests; nothing here knows a database.
 
-``inputs`` (a content as the provider may take it) → ``packing`` (requests and ProviderBatches under every limit) →
-``jsonl`` (lines out, lines back in) · ``status`` (what the provider says of a batch) · ``endings`` (what to do next).
+``plan`` decides what to send and what to do next: ``inputs`` (a content as the provider may take it), ``packing``
+(requests and ProviderBatches under every limit), ``assemble`` (from answers to vectors) and ``endings`` (what to do
+after a failure). ``wire`` reads and writes what is sent: ``jsonl`` (the lines of files), ``vectors``, ``status`` (what
+the provider says about a batch) and ``redaction``. ``catalogue`` says which models the provider serves.
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
+from chunkmill.domain.trust import Trust
 from chunkmill.errors import InvalidInput, UnknownModel
 from chunkmill.models import resolve_spec
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES
@@ -11,13 +14,13 @@ from chunkmill.settings import Settings
 
 
 def provider_model(settings: Settings, name: str) -> ProviderModel | None:
-    """The provider's model that ``name`` means; None: a local model. Raises :class:`UnknownModel`."""
+    """The provider's model of this name; None if it is a local model. Raises :class:`UnknownModel`."""
     if settings.embedding_provider == "local":
         return None
     model = settings.provider_models.get(name)
     if model is None and settings.embedding_provider == "openai":
         raise UnknownModel(
-            f"EMBEDDING_PROVIDER is openai, and model {name!r} is none that the provider is known to serve: "
+            f"EMBEDDING_PROVIDER is openai, and the provider is not known to serve model {name!r}. It serves "
             f"{', '.join(settings.provider_models)}. Name one of them (model, EMBEDDING_MODEL), describe yours in "
             "OPENAI_MODELS, or set EMBEDDING_PROVIDER to auto."
         )
@@ -25,7 +28,7 @@ def provider_model(settings: Settings, name: str) -> ProviderModel | None:
 
 
 def local_name(settings: Settings, name: str) -> str | None:
-    """The local model of the space that ``name`` means; None where only the provider serves it."""
+    """The local model of the space that ``name`` means; None if only the provider serves it."""
     model = provider_model(settings, name)
     return name if model is None else model.same_as
 
@@ -33,10 +36,11 @@ def local_name(settings: Settings, name: str) -> str | None:
 def resolve_space(
     settings: Settings, name: str, *, on_long: OnLong, dimensions: int | None, precision: Precision
 ) -> SpaceSpec:
-    """The space of a model: the provider's, or, of a local one and of one that is ``same_as`` it, the local model's.
+    """The space of a model. A provider's model that is ``same_as`` a local one has the local model's space.
 
-    Raises :class:`UnknownModel` and :class:`InvalidInput`.
+    Reads model files, so do not call it inside a transaction. Raises :class:`UnknownModel` and :class:`InvalidInput`.
     """
+    read_twins(settings)
     model = provider_model(settings, name)
     if model is not None and precision is not Precision.FLOAT:
         raise InvalidInput(
@@ -55,51 +59,77 @@ def resolve_space(
     )
     if model is not None and (problem := why_unfit(model, spec)):
         raise InvalidInput(
-            f"model {name!r} cannot serve the space of {spec.model!r}: {problem}. Mend its entry in OPENAI_MODELS, "
+            f"model {name!r} cannot serve the space of {spec.model!r}: {problem}. Fix its entry in OPENAI_MODELS, "
             "leave dimensions out of the call, or name the local model."
         )
     return spec
 
 
 def model_for(settings: Settings, spec: SpaceSpec) -> ProviderModel | None:
-    """The provider's model that gives vectors of a space; None: only local workers do."""
+    """The provider's model that gives vectors of a space; None if only local workers give them.
+
+    Once `read_twins` has run in this process, it reads no files, and so may be called inside a transaction.
+    """
     models = settings.provider_models
     if spec.provider == OPENAI:
-        found = models.get(spec.model)
-        return found if found is not None and found.same_as is None else None
+        model = models.get(spec.model)
+        return model if model is not None and model.same_as is None else None
     twins = [model for model in models.values() if model.same_as is not None and why_unfit(model, spec) is None]
     return next((twin for twin in twins if _label(twin.same_as) == spec.model or _is_of(settings, twin, spec)), None)
 
 
+def read_twins(settings: Settings) -> None:
+    """Read the local models that provider models are ``same_as``, so that `model_for` need not.
+
+    A model that was read is not read again in this process; one whose files are missing is looked for in each call.
+    """
+    for model in settings.provider_models.values():
+        if model.same_as is not None and _twin_specs.get(key := _twin_key(settings, model)) is None:
+            _twin_specs[key] = _read_twin(settings, model)
+
+
+_TwinKey = tuple[str | None, str | None, Trust]
+_twin_specs: dict[_TwinKey, SpaceSpec | None] = {}
+"""What `read_twins` has read. None: the model's files are not on this machine."""
+
+
+def _twin_key(settings: Settings, model: ProviderModel) -> _TwinKey:
+    return model.same_as, settings.embedding_pooling, settings.trust
+
+
+def _read_twin(settings: Settings, model: ProviderModel) -> SpaceSpec | None:
+    try:
+        return resolve_spec(model.same_as or "", pooling=settings.embedding_pooling, trust=settings.trust)
+    except InvalidInput:
+        return None
+
+
 def why_unfit(model: ProviderModel, spec: SpaceSpec) -> str | None:
-    """Why its vectors cannot be those of the space; None: they can."""
+    """Why a model's vectors cannot be those of the space; None if they can."""
     if spec.precision is not Precision.FLOAT:
-        return "the space is int8, which is how a local worker computes"
+        return "the space is int8, and only local workers compute in int8"
     if spec.dimensions != model.dimensions and not (model.can_cut and spec.dimensions < model.dimensions):
         cut = "" if model.can_cut else " and cannot be cut"
         return f"it gives {model.dimensions} dimensions{cut}, and the space has {spec.dimensions}"
     if spec.long_text is LongText.SPLIT_APART:
-        return "the space's long texts were cut by a rule of an earlier version"
+        return "the space's long texts were split by a rule of an earlier version"
     if spec.document_prompt:
-        return "the space has a document prompt, which is not sent to a provider"
+        return "the space has a document prompt, and prompts are not sent to a provider"
     return None
 
 
 def _is_of(settings: Settings, model: ProviderModel, spec: SpaceSpec) -> bool:
-    """Whether the space is that of ``same_as``, registered under another name of the same files."""
-    try:
-        own = resolve_spec(
-            model.same_as or "",
-            pooling=settings.embedding_pooling,
-            on_long=spec.long_text.policy,
-            dimensions=None if spec.dimensions == model.dimensions else spec.dimensions,
-            trust=settings.trust,
-        )
-    except InvalidInput:  # its files are not here, or cannot be cut
+    """Whether the space is that of ``same_as``, registered under another name of the same files.
+
+    Its vectors may be cut and its long texts be treated in another way.
+    """
+    key = _twin_key(settings, model)
+    own = _twin_specs[key] if key in _twin_specs else _read_twin(settings, model)
+    if own is None:
         return False
-    return own.fingerprint == spec.fingerprint
+    return replace(own, dimensions=spec.dimensions, long_text=spec.long_text).fingerprint == spec.fingerprint
 
 
 def _label(name: str | None) -> str | None:
-    """How a local model's space calls it."""
+    """The name of a local model in its space."""
     return DEFAULT_MODEL if name in DEFAULT_NAMES else name

@@ -1,4 +1,4 @@
-"""The provider over HTTP, by the official client. Each call is sent once: whether to send it again, the ledger decides.
+"""The provider over HTTP, through the official client. Each call is sent once; the ledger decides whether to retry.
 
 (The client's own retries would send ``POST /batches`` three times on a timeout, without an idempotency key.)
 """
@@ -19,6 +19,7 @@ from chunkmill.errors import (
     ProviderSilent,
     ProviderStopped,
 )
+from chunkmill.openai.counted import counted
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.status import RemoteBatch, remote_batch
@@ -32,13 +33,17 @@ T = TypeVar("T")
 
 TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
 LISTED_PAGES = 20
-"""Of 100 batches: as many as two hours of making as many as OpenAI allows."""
+"""Pages of 100 batches that `find` reads at most: two hours of batches at the rate that OpenAI allows."""
 FILE_EXPIRES_S = 30 * 24 * 3600
 STOP_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
 
 
 class Provider:
-    """One server and key, thread-safe. Calls raise the kinds of ``ProviderError``, whose messages are safe to show."""
+    """One server and one key. Safe to use from several threads.
+
+    Calls raise the kinds of ``ProviderError``, whose messages are safe to show, and are counted in the metrics. A list
+    of several pages counts as one request, and a download lasts until its lines are read.
+    """
 
     def __init__(self, settings: Settings) -> None:
         try:
@@ -49,7 +54,7 @@ class Provider:
             ) from None
         if settings.openai_api_key is None:
             raise InvalidSetting(
-                "OPENAI_API_KEY is not set; a worker on queue `openai` needs it. Set it and start again."
+                "OPENAI_API_KEY is not set, and a worker on queue `openai` needs it. Set it and start the worker again."
             )
         self.server = settings.openai_base_url or DEFAULT_BASE_URL
         key = settings.openai_api_key.get_secret_value()
@@ -62,8 +67,9 @@ class Provider:
     def close(self) -> None:
         self._client.close()
 
+    @counted("upload")
     def upload(self, name: str, file: IO[bytes]) -> str:
-        """The id of a new file for a batch. It expires by itself, should nobody delete it."""
+        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it."""
         made = self._call(
             lambda: self._client.files.create(
                 file=(name, file, "application/jsonl"),
@@ -72,11 +78,12 @@ class Provider:
             )
         )
         if not getattr(made, "id", None):
-            raise ProviderSilent(f"{self.server} took a file and did not say its id.")
+            raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
         return str(made.id)
 
+    @counted("create")
     def create(self, input_file_id: str, token: str) -> RemoteBatch:
-        """Ask for a batch. After :class:`ProviderSilent` it may exist: ``find`` says."""
+        """Create a batch. After :class:`ProviderSilent` it may exist, which ``find`` tells."""
         return self._batch(
             lambda: self._client.batches.create(
                 input_file_id=input_file_id,
@@ -86,42 +93,45 @@ class Provider:
             )
         )
 
+    @counted("retrieve")
     def retrieve(self, batch_id: str) -> RemoteBatch:
         return self._batch(lambda: self._client.batches.retrieve(batch_id))
 
+    @counted("cancel")
     def cancel(self, batch_id: str) -> RemoteBatch:
         return self._batch(lambda: self._client.batches.cancel(batch_id))
 
+    @counted("list")
     def find(self, input_file_id: str, token: str, *, since: datetime) -> list[RemoteBatch]:
-        """All batches of a file, or with our token, the oldest first.
+        """All batches of an input file or with our token, the oldest first.
 
-        The list cannot be filtered, so it is read, up to a page of batches that are all older than ``since``.
+        The provider's list cannot be filtered, so its pages are read until all batches of one are older than ``since``.
         """
 
-        def look() -> list[RemoteBatch]:
-            found: dict[str, RemoteBatch] = {}
+        def read_pages() -> list[RemoteBatch]:
+            ours: dict[str, RemoteBatch] = {}
             page = self._client.batches.list(limit=100)
             for _ in range(LISTED_PAGES):
                 batches = []
-                for each in page.data:
+                for item in page.data:
                     with contextlib.suppress(ValueError):
-                        batches.append(remote_batch(each, self.secrets))
+                        batches.append(remote_batch(item, self.secrets))
                 for batch in batches:
                     if batch.input_file_id == input_file_id or batch.metadata.get(TOKEN_KEY) == token:
-                        found[batch.id] = batch
+                        ours[batch.id] = batch
                 old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
                 if len(old) == len(batches) or not page.has_next_page():
                     break
                 page = page.get_next_page()
-            return list(found.values())
+            return list(ours.values())
 
-        batches = self._call(look)
+        batches = self._call(read_pages)
         return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
 
     @contextlib.contextmanager
     def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
-        """The lines of a file, as they come. A download that ends early raises :class:`ProviderSilent` in mid-file."""
-        with contextlib.ExitStack() as stack:
+        """The lines of a file as they arrive. A download that ends early raises :class:`ProviderSilent` in mid-file."""
+        with counted("download"), contextlib.ExitStack() as stack:
             with self._errors():
                 response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
             yield self._guarded(split_lines(response.iter_bytes(1 << 20)))
@@ -130,32 +140,35 @@ class Provider:
         with self._errors():
             yield from lines
 
+    @counted("delete")
     def delete_file(self, file_id: str) -> None:
-        """Gone is gone: a file that is not there any more is no error."""
+        """Delete a file. It is not an error if the file does not exist any more."""
         try:
             self._call(lambda: self._client.files.delete(file_id))
         except ProviderRefused as refused:
             if refused.status != 404:
                 raise
 
+    @counted("list")
     def files_named(self, prefix: str, *, limit: int = 1000) -> list[str]:
-        """Ids of uploaded files whose names begin so, among the newest ``limit``."""
+        """Ids of those of the newest ``limit`` uploaded files whose names begin with ``prefix``."""
 
-        def look() -> list[str]:
-            found = []
+        def read_list() -> list[str]:
+            ids = []
             for n, file in enumerate(self._client.files.list(purpose="batch", order="desc")):
                 if n == limit:
                     break
                 if str(getattr(file, "filename", "")).startswith(prefix):
-                    found.append(str(file.id))
-            return found
+                    ids.append(str(file.id))
+            return ids
 
-        return self._call(look)
+        return self._call(read_list)
 
+    @counted("embed")
     def embed(
         self, model: str, inputs: Sequence[str], *, dimensions: int | None, idempotency_key: str
     ) -> dict[str, Any]:
-        """The body of a plain request's answer. ``idempotency_key`` is for servers that know one; OpenAI's does not."""
+        """The body of the answer to a plain request. OpenAI ignores ``idempotency_key``; some other servers know it."""
 
         def ask() -> bytes:
             extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
@@ -173,10 +186,10 @@ class Provider:
             parsed = json.loads(body)
         except ValueError:
             raise ProviderSilent(
-                f"{self.server} answered an embeddings request with something that is no JSON."
+                f"{self.server} answered an embeddings request with something that is not JSON."
             ) from None
         if not isinstance(parsed, dict):
-            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is no object.")
+            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is not an object.")
         return parsed
 
     def _batch(self, ask: Callable[[], object]) -> RemoteBatch:
@@ -184,21 +197,21 @@ class Provider:
         try:
             return remote_batch(given, self.secrets)
         except ValueError as error:
-            raise ProviderSilent(f"{self.server} answered with something that is no batch: {error}") from None
+            raise ProviderSilent(f"{self.server} answered with something that is not a batch: {error}") from None
 
     def _call(self, ask: Callable[[], T]) -> T:
         with self._errors():
             try:
                 return ask()
             except (AttributeError, TypeError, ValueError) as error:
-                # The client checks no answer, and trips over one that is no object, or no JSON.
+                # The client does not check answers, and fails on one that is not JSON or not an object.
                 raise ProviderSilent(
-                    f"{self.server} gave an answer of another kind", words=self._redact(error)
+                    f"{self.server} gave an answer of an unexpected kind", words=self._redact(error)
                 ) from None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """The client's errors in our words. None is raised ``from`` them: their texts may hold the key."""
+        """Raises the client's errors as our own, and not ``from`` them, because their texts may hold the key."""
         openai = self._openai
         try:
             yield
@@ -222,7 +235,7 @@ class Provider:
             advice = "Pay or raise the limit, then: chunkmill lanes resume"
             return ProviderStopped(said, words=words, advice=advice, provider_code=code)
         if status in (401, 403):
-            advice = "Mend OPENAI_API_KEY, then: chunkmill lanes resume"
+            advice = "Fix OPENAI_API_KEY, then: chunkmill lanes resume"
             return ProviderStopped(said, words=words, advice=advice, provider_code=code)
         if status == 429 or code == "token_limit_exceeded":
             return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
@@ -238,14 +251,14 @@ class Provider:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in mid-body, where the client does not look."""
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
     import httpx2
 
     return (httpx2.HTTPError, httpx2.StreamError, OSError)
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds, of ``retry-after-ms`` or ``retry-after``; None for a date, which we do not read, or nonsense."""
+    """Seconds from ``retry-after-ms`` or ``retry-after``; None if it is a date, which we do not read, or nonsense."""
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(TypeError, ValueError):
             seconds = float(headers.get(name)) * scale

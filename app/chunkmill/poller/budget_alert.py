@@ -1,4 +1,4 @@
-"""The budget's warnings: in the log, and to a webhook."""
+"""Gives the budget's warnings, in the log and to a webhook."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WEBHOOK_SECONDS = 5.0
 
 
 def watch_budget(db: sa.Engine, settings: Settings) -> int | None:
-    """Give the warning that is due, once for all pollers; returns its percent. Call it about once a minute.
+    """Give the warning that is due, once for all pollers, and return its percentage. Call it about once a minute.
 
-    Of two thresholds reached at once the higher is told. What the webhook did not take is not marked as given, so the
-    next call tries again. Never raises for a webhook.
+    If two thresholds are reached at once, the warning is about the higher one. A warning that the webhook did not
+    accept is not marked as given, so the next call tries again. A webhook never raises an error here.
     """
     if settings.openai_monthly_budget_usd is None:
         return None
@@ -37,7 +37,7 @@ def watch_budget(db: sa.Engine, settings: Settings) -> int | None:
         if url and (problem := _post(url, budget, due[-1])):
             transaction.rollback()
             logger.warning(
-                "the budget's webhook at %s cannot be used (%s), so this is tried again: %s",
+                "the budget's webhook at %s failed (%s), and the warning will be sent again: %s",
                 urlsplit(url).hostname, problem, _warning(budget),
             )  # fmt: skip
             return None
@@ -51,7 +51,7 @@ def _warning(budget: Budget) -> str:
 
 
 def _post(url: str, budget: Budget, percent: int) -> str | None:
-    """Why the webhook did not take it; None: it did. Without the address, whose path may be a secret."""
+    """Why the webhook failed, without its address, whose path may be a secret; None if it accepted the warning."""
     body = {
         "event": "budget",
         "percent": percent,
@@ -61,7 +61,7 @@ def _post(url: str, budget: Budget, percent: int) -> str | None:
         "month": f"{budget.month:%Y-%m}",
     }
     headers = {"Content-Type": "application/json"}
-    # The settings take https only, or http on loopback.
+    # The settings accept only https, and http on loopback.
     request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):  # noqa: S310

@@ -1,4 +1,4 @@
-"""The poller's part in the paid routes: which steps are due, what is to be gathered, what to settle."""
+"""The poller's part in the paid routes: it rings for steps that are due, opens ProviderBatches, and settles."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from chunkmill.ledger.jobs.routing import reroute
 from chunkmill.ledger.provider import provider_batches, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_room import room
 from chunkmill.ledger.work.doorbells import ring_due
+from chunkmill.openai.catalogue import read_twins
 from chunkmill.poller.budget_alert import watch_budget
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -23,15 +24,16 @@ from chunkmill.spaces import registry
 logger = logging.getLogger(__name__)
 
 STEPS_IN_REDIS = 64
-"""More would only wait there; the next rounds ring for the rest."""
+"""The most doorbells of steps in Redis. More would only wait there; the next rounds ring for the rest."""
 SETTLED_AT_A_TIME = 100
 SELDOM_SECONDS = 5.0
-"""Between two looks at routes and settled ChunkBatches: the steps themselves settle theirs."""
+"""Time between two checks of routes and of ChunkBatches to settle. The steps themselves settle most of them."""
 BUDGET_SECONDS = 60.0
+"""Time between two checks of the budget."""
 
 
 class ProviderRounds:
-    """One per poller. Any number may run: rows are taken with SKIP LOCKED, and each row has one gathering."""
+    """One for each poller. Any number may run: rows are taken with SKIP LOCKED, and a space has one open gathering."""
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
         self._db = db
@@ -41,9 +43,10 @@ class ProviderRounds:
         self._budget_at = -math.inf
 
     def round(self) -> int:
-        """Rings for steps and plain requests that are due; returns how many."""
+        """Ring for steps and plain requests that are due; returns how many doorbells were rung."""
         now = time.monotonic()
         if now >= self._seldom_at:
+            read_twins(self._settings)
             self._settle()
             with self._db.begin() as conn:
                 reroute(conn, self._settings)
@@ -79,7 +82,7 @@ class ProviderRounds:
             due = provider_batches.take_due(
                 conn, repair_seconds=self._settings.doorbell_repair_seconds, limit=room_left
             )
-            self._broker.ring_steps(due)  # before the marks are committed: rung twice is better than never
+            self._broker.ring_steps(due)  # before the marks are committed, because ringing twice is better than never
         return len(due)
 
     def _ring_requests(self) -> int:
@@ -96,7 +99,7 @@ class ProviderRounds:
             )
 
     def _settle(self) -> None:
-        """What a step could not settle: it was killed in between, or the last one that shared the contents was."""
+        """Settle what a step could not settle, because it or the last one that shared the contents was killed."""
         with self._db.begin() as conn:
             ready = provider_work.ready_to_settle(conn, limit=SETTLED_AT_A_TIME)
         by_space: dict[int, list[int]] = defaultdict(list)

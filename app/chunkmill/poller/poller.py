@@ -1,4 +1,4 @@
-"""The loop that rings doorbells for whatever is due and mends what was left behind. Any number may run."""
+"""The loop that rings doorbells for work that is due, and recovers what others left behind. Any number may run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from chunkmill.telemetry.counts import COUNTS
 logger = logging.getLogger(__name__)
 
 CANCELS_SECONDS = 10.0
-"""Between two looks for cancels that were left behind. Each passes over all jobs that were ever cancelled."""
+"""Time between two searches for unfinished cancels. Each search reads all jobs that were ever cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Round:
 
 
 class Poller:
-    """Postgres says what is due; the poller only repeats it to Redis. Losing one, or all for a while, loses nothing.
+    """Postgres says what is due, and the poller repeats it to Redis. If pollers are lost for a while, no work is lost.
 
-    All it remembers is how fast workers answered its bells. Each poller learns that for itself, and a new one anew.
+    It remembers only how fast workers answer its doorbells, which each poller learns for itself.
     """
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
@@ -53,15 +53,15 @@ class Poller:
         self._settings = settings
         self._away: str | None = None
         self._patient_until = -math.inf
-        """After an outage of Postgres live workers come first, to renew what ran out while nobody could."""
+        """After an outage of Postgres, live workers first get time to renew leases that ran out meanwhile."""
         self._window = DoorbellWindow.smallest(settings.doorbell_window)
         self._looked_at = -math.inf
         self._cancels_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings)
 
     def run(self, stop: threading.Event) -> None:
-        """Rounds until ``stop``. Postgres or Redis being away is logged once, and the next round tries again."""
-        logger.info("poller: a window of %s doorbells at most", self._settings.doorbell_window)
+        """Run rounds until ``stop``. An outage of Postgres or Redis is logged once, and the next round tries again."""
+        logger.info("poller: keeps at most %s doorbells in Redis", self._settings.doorbell_window)
         while not stop.is_set():
             pause = self._settings.poll_interval
             try:
@@ -80,14 +80,14 @@ class Poller:
                 taken = done.taken_back
                 if taken.total or done.abandoned:
                     logger.info(
-                        "took back %s ChunkBatches of silent workers, cut up %s of them, closed %s with a content that "
-                        "kills; named %s abandoned jobs",
+                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content; "
+                        "failed %s abandoned jobs",
                         taken.total, taken.split, taken.buried, done.abandoned,
                     )  # fmt: skip
             stop.wait(pause)
 
     def round(self) -> Round:
-        """One round. Raises what :func:`is_transient` knows, or one of ``PUBLISH_ERRORS``, when a server is away."""
+        """Run one round. If a server is away, raises a transient error (`is_transient`) or a publishing error."""
         patient = time.monotonic() < self._patient_until
         with self._db.begin() as conn:
             taken = TakenBack() if patient else deaths.take_back_expired(conn)
@@ -95,12 +95,12 @@ class Poller:
             recover.delete_old_requests(conn)
         self._go_on_cancelling()
         rung = self._ring() + self._provider.round()
-        # Last, because the anti-join of a large job takes its time and doorbells should not wait for it.
+        # This comes last, because the anti-join of a large job takes time and doorbells should not wait for it.
         finished = self._finish_jobs()
         return Round(taken, finished, len(abandoned), rung)
 
     def _go_on_cancelling(self) -> None:
-        """A slice a round, while there is one."""
+        """Cancel one more slice of what a client left behind, in each round until nothing is left."""
         if time.monotonic() >= self._cancels_at:
             with self._db.begin() as conn:
                 left = cancel.cancel_some_left_behind(conn)
@@ -109,11 +109,11 @@ class Poller:
 
     def _ring(self) -> int:
         settings = self._settings
-        # The look comes before the transaction: with Redis away it fails at once, and nothing is held meanwhile.
+        # Redis is read before the transaction: if Redis is away, this fails at once and no transaction waits for it.
         queued = self._broker.queued_doorbells()
-        found, looked_at = sum(queued.values()), time.monotonic()
+        n_queued, looked_at = sum(queued.values()), time.monotonic()
         part = min(1.0, max(HURRY, (looked_at - self._looked_at) / settings.poll_interval))
-        window = self._window.adapted(found, part=part, most=settings.doorbell_window)
+        window = self._window.adapted(n_queued, part=part, most=settings.doorbell_window)
         with self._db.begin() as conn:
             rung = ring_due(
                 conn,
@@ -122,7 +122,7 @@ class Poller:
                 window=window.size,
                 repair_seconds=settings.doorbell_repair_seconds,
             )
-        self._window, self._looked_at = window.filled(found + rung), looked_at
+        self._window, self._looked_at = window.filled(n_queued + rung), looked_at
         return rung
 
     def _finish_jobs(self) -> int:
@@ -136,7 +136,7 @@ class Poller:
             except sa.exc.DBAPIError as error:
                 if is_transient(error):
                     raise
-                logger.exception("job %s cannot be finished; the others go on", job_id)
+                logger.exception("job %s cannot be finished; the other jobs are not affected", job_id)
         return finished
 
     def _say_away(self, what: str) -> None:

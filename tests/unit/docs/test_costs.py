@@ -56,7 +56,7 @@ def test_own_machines(row: dict[str, str]) -> None:
 @pytest.mark.parametrize("row", OPENAI, ids=lambda row: row["model"])
 def test_openai(row: dict[str, str]) -> None:
     price = OPENAI_PRICES[row["model"]][-1]
-    plain, batch = float(price.standard), float(price.batch)
+    plain, batch = float(price.plain), float(price.batch_api)
     assert number(row["USD a million tokens, plain"]) == plain
     assert number(row["USD a million tokens, Batch"]) == batch
     assert number(row["USD, 1 M chunks, Batch"]) == pytest.approx(batch * TOKENS, rel=SHOWN)

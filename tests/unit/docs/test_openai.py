@@ -38,7 +38,7 @@ def test_prices_are_those_that_are_charged() -> None:
         name: (int(dimensions), Decimal(usd), Decimal(batch), since) for name, dimensions, usd, batch, since in rows
     }
     charged = {
-        name: (OPENAI_MODELS[name].dimensions, prices[-1].standard, prices[-1].batch, str(prices[-1].since))
+        name: (OPENAI_MODELS[name].dimensions, prices[-1].plain, prices[-1].batch_api, str(prices[-1].since))
         for name, prices in OPENAI_PRICES.items()
     }
     assert told == charged

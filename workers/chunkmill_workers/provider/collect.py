@@ -10,13 +10,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import TypeVar
 
 import numpy as np
 import sqlalchemy as sa
 
-from chunkmill.domain.prices import Price, price_on
+from chunkmill.domain.providers import ProviderModel
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
@@ -67,7 +66,7 @@ class Collecting:
         with context.begin() as conn:
             self._space = registry.get(conn, step.space_id)
             self._widths = provider_inputs.widths(conn, step.id)
-        self._prices = context.model(self._space).prices
+        self._model = context.model(self._space)
         self._pending = _Pending()
         self._answered: set[int] = set()
         self._known = False
@@ -149,7 +148,7 @@ class Collecting:
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         fates.record(conn, step)
-        booked.book(conn, step, self._prices)
+        booked.book(conn, step, self._model)
         usage.add(conn, booked.by_attempt)
         noted = provider_batches.note(
             conn,
@@ -225,18 +224,18 @@ class _Booking:
             _add(self.by_job, row.job_id, share)
             _add(self.by_attempt, (row.chunk_batch_id, row.attempt), share)
 
-    def book(self, conn: sa.Connection, step: Step, prices: tuple[Price, ...]) -> None:
-        price = price_on(prices, charges.today(conn))
+    def book(self, conn: sa.Connection, step: Step, model: ProviderModel) -> None:
+        price = charges.price_today(conn, model)
         for job_id, (contents, tokens) in sorted(self.by_job.items()):
-            charges.book(
+            charges.book_tokens(
                 conn,
+                price,
                 route=Route.OPENAI,
                 space_id=step.space_id,
                 job_id=job_id,
                 provider_batch_id=step.id,
                 contents=contents,
                 tokens=tokens,
-                usd=price.of(tokens, batch=True) if price else Decimal(0),
             )
 
 

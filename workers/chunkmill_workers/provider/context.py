@@ -11,8 +11,7 @@ from chunkmill.broker import PROVIDER_QUEUE
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
-from chunkmill.openai.catalogue import model_for
-from chunkmill.openai.counted import CountedProvider
+from chunkmill.openai.catalogue import model_for, read_twins
 from chunkmill.openai.http import Provider
 from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
@@ -38,12 +37,13 @@ class ProviderContext(QueueContext):
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
-        provider = CountedProvider(settings)
+        provider = Provider(settings)
         cl100k()  # its packages are asked for now, not in the middle of a job
         db = create_db(
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
         require_migrated(db)
+        read_twins(settings)
         context = cls(settings, db, provider)
         context.become_current()
         return context
@@ -63,6 +63,7 @@ class ProviderContext(QueueContext):
 
     def unserved(self) -> list[int]:
         """Ids of spaces that are left to other workers."""
+        read_twins(self.settings)
         with self.db.begin() as conn:
             return [space.id for space in registry.all_spaces(conn) if not self.serves(space)]
 

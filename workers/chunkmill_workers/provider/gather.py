@@ -20,7 +20,7 @@ from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.provider.provider_room import Room, room
 from chunkmill.ledger.provider.provider_work import Waiting
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
-from chunkmill.openai.plan.limits import BatchBudget
+from chunkmill.openai.plan.limits import Headroom
 from chunkmill.openai.plan.packing import Packer
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
@@ -114,8 +114,8 @@ class _Filling:
         max_inputs = provider_lanes.lane(conn, Route.OPENAI).max_inputs
         self._limits = context.limits(model, space, max_inputs=max_inputs)
         self._form = context.form(model, space)
-        budget = BatchBudget(tokens=left.affordable_tokens, requests=left.requests)
-        self.packer = Packer(step.id, self._form, self._limits, budget)
+        headroom = Headroom(tokens=left.affordable_tokens, requests=left.requests)
+        self.packer = Packer(step.id, self._form, self._limits, headroom)
         self._left = left
         self.too_little: str | None = None
         """Why not even the first content fits."""

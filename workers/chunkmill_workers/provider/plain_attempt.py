@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 
 import sqlalchemy as sa
 
 from chunkmill.domain.planning import too_long_reason
-from chunkmill.domain.prices import price_on
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, LeaseLost, ProviderError
@@ -169,16 +167,15 @@ class PlainAttempt:
         self.context.transact(end, "fail")
 
     def _charge(self, conn: sa.Connection, contents: int, tokens: int) -> None:
-        price = price_on(self.context.model(self.space).prices, charges.today(conn))
-        charges.book(
+        charges.book_tokens(
             conn,
+            charges.price_today(conn, self.context.model(self.space)),
             route=Route.OPENAI_SYNC,
             space_id=self.space.id,
             job_id=self.lease.job_id,
             provider_batch_id=0,
             contents=contents,
             tokens=tokens,
-            usd=price.of(tokens, batch=False) if price else Decimal(0),
         )
 
     @property

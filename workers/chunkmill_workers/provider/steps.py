@@ -82,7 +82,7 @@ def _take(context: ProviderContext, step: Step) -> Step | None:
         raise Waits(0.0)
     # What another worker heard of the provider since the claim holds for this one, too.
     lane = context.transact(lambda conn: provider_lanes.lane(conn, Route.OPENAI), "look at the lane")
-    if lane.paused_until is not None or (lane.is_stopped and step.state in provider_batches.SPENDING):
+    if lane.paused_until is not None or (lane.is_stopped and step.state.spends):
         raise Waits(0.0)
     with step_of(context, step, expected=(Waits, Released)):
         return _STEPS[step.state](context, step)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.prices import price_on
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.domain.states import Route
@@ -88,16 +86,15 @@ class WaitingLane(Listener[ProviderContext]):
     def _book(self, space: Space, contents: int, tokens: int) -> None:
         """As soon as it is answered: should the next request of the same question fail, this one was charged."""
         with self._context.begin() as conn:
-            price = price_on(self._context.model(space).prices, charges.today(conn))
-            charges.book(
+            charges.book_tokens(
                 conn,
+                charges.price_today(conn, self._context.model(space)),
                 route=Route.OPENAI_SYNC,
                 space_id=space.id,
                 job_id=0,
                 provider_batch_id=0,
                 contents=contents,
                 tokens=tokens,
-                usd=price.of(tokens, batch=False) if price else Decimal(0),
             )
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 

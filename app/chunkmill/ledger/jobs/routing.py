@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
 
 from chunkmill.db.statements import with_constants
-from chunkmill.domain.prices import MILLION, price_on
+from chunkmill.domain.costs import machine_usd
+from chunkmill.domain.prices import MILLION
 from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
-from chunkmill.ledger.money import budget
+from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
@@ -48,20 +48,19 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
     if len(lanes) == 1:
         return [Offer(lanes[0])]
     paid = {lane.route: lane for lane in provider_lanes.lanes(conn)}
-    today = conn.execute(sa.text("SELECT (now() AT TIME ZONE 'UTC')::date")).scalar_one()
-    model = model_for(settings, spec)
-    price = price_on(model.prices, today) if model else None
+    price = charges.price_today(conn, model_for(settings, spec))
     used_up = settings.openai_monthly_budget_usd is not None and budget.read(conn, settings).is_used_up
     found = []
     for route in lanes:
         if route is Route.LOCAL:
-            usd = local_usd(settings, seconds_per_token(conn, spec))
+            seconds = seconds_per_token(conn, spec)
+            usd = None if seconds is None else machine_usd(seconds * int(MILLION), settings.gpu_hour_usd)
             found.append(Offer(route, usd, idle=not _has_workers(conn)))
             continue
         stopped = "the month's budget is used up" if used_up else None
         if paid[route].is_stopped:
             stopped = f"stopped ({paid[route].stop_code}) until `chunkmill lanes resume {route}`"
-        found.append(Offer(route, price.of(int(MILLION), batch=route is Route.OPENAI) if price else None, stopped))
+        found.append(Offer(route, price.of(int(MILLION), route) if price else None, stopped))
     return found
 
 
@@ -80,13 +79,6 @@ def seconds_per_token(conn: sa.Connection, spec: SpaceSpec) -> float | None:
         _SECONDS_PER_TOKEN, {"attempts": MEASURED_ATTEMPTS, "fingerprint": spec.fingerprint}
     ).scalar_one()
     return None if seconds is None else float(seconds)
-
-
-def local_usd(settings: Settings, seconds: float | None) -> Decimal | None:
-    """US dollars of a million tokens on local workers. None: no GPU_HOUR_USD, or nothing measured."""
-    if settings.gpu_hour_usd is None or seconds is None:
-        return None
-    return settings.gpu_hour_usd * Decimal(seconds) * MILLION / 3600
 
 
 _HAS_WORKERS = sa.text("""

@@ -1,4 +1,4 @@
-"""The budget as the ledger has it: spent and committed, and which warnings were given."""
+"""The month's budget as the ledger has it: what is spent and committed, and which warnings were given."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import NOTICE_LOCK
 from chunkmill.domain.budget import Budget, due_percents
-from chunkmill.domain.prices import price_on
+from chunkmill.domain.states import ProviderBatchState, Route
 from chunkmill.errors import BudgetExceeded
 from chunkmill.ledger.money import charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 
+_COMMITTED = [state for state in ProviderBatchState if state.is_committed]
+
 
 def read(conn: sa.Connection, settings: Settings) -> Budget:
-    """This month's, with or without a limit."""
+    """The budget of this month, with or without a limit."""
     month = conn.execute(sa.text(f"SELECT {charges.MONTH}")).scalar_one()
     return Budget(month, charges.month_spent(conn), committed(conn, settings), settings.openai_monthly_budget_usd)
 
 
 def headroom(conn: sa.Connection, settings: Settings) -> Decimal | None:
-    """US dollars that new work may cost this month; None: there is no limit."""
+    """How many US dollars new work may cost this month; None if there is no limit."""
     return None if settings.openai_monthly_budget_usd is None else read(conn, settings).headroom
 
 
 def require_budget(conn: sa.Connection, settings: Settings) -> None:
-    """Raise :class:`BudgetExceeded` where what is spent and committed has reached the limit."""
+    """Raise :class:`BudgetExceeded` if what is spent and committed has reached the limit."""
     if settings.openai_monthly_budget_usd is None:
         return
     budget = read(conn, settings)
@@ -37,36 +39,41 @@ def require_budget(conn: sa.Connection, settings: Settings) -> None:
 
 
 def committed(conn: sa.Connection, settings: Settings) -> Decimal:
-    """Estimated US dollars of what is at a provider now, or about to be, and not charged yet.
+    """The estimated cost, in US dollars, of what is at a provider or about to be sent there, and not charged yet.
 
-    A model without a price (``OPENAI_MODELS``) counts for nothing.
+    A model without a price (``OPENAI_MODELS``) counts as 0.
     """
+    # It sums up the few open ProviderBatches, because their inputs in flight may be millions.
     rows = conn.execute(
-        sa.text(
-            # From the few open ProviderBatches: their inputs in flight may be millions.
-            "SELECT space_id, true AS batch, sum(greatest(0, n_tokens - coalesce((SELECT sum(c.tokens) FROM charges c "
-            "  WHERE c.provider_batch_id = p.id AND c.day >= p.created_at::date - 1), 0))) AS tokens "
-            "FROM provider_batches p WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted', 'collecting') "
-            "GROUP BY space_id UNION ALL "
-            "SELECT space_id, false, sum(sent_tokens) FROM provider_inputs WHERE provider_batch_id IS NULL GROUP BY 1"
-        )
+        sa.text("""
+            SELECT p.space_id, CAST(:batch_api AS text) AS route,
+                   sum(greatest(0, p.n_tokens - coalesce((
+                       SELECT sum(c.tokens) FROM charges c
+                       WHERE c.provider_batch_id = p.id AND c.day >= p.created_at::date - 1
+                   ), 0))) AS tokens
+            FROM provider_batches p
+            WHERE p.state = ANY(:committed)
+            GROUP BY p.space_id
+            UNION ALL
+            SELECT space_id, :plain, sum(sent_tokens)
+            FROM provider_inputs
+            WHERE provider_batch_id IS NULL
+            GROUP BY space_id
+        """),
+        {"batch_api": Route.OPENAI, "plain": Route.OPENAI_SYNC, "committed": _COMMITTED},
     ).all()
-    if not rows:
-        return Decimal(0)
-    today = charges.today(conn)
     total = Decimal(0)
     for row in rows:
-        model = model_for(settings, registry.get(conn, row.space_id).spec)
-        price = price_on(model.prices, today) if model else None
+        price = charges.price_today(conn, model_for(settings, registry.get(conn, row.space_id).spec))
         if price:
-            total += price.of(int(row.tokens), batch=row.batch)
+            total += price.of(int(row.tokens), Route(row.route))
     return total
 
 
 def due_notices(conn: sa.Connection, budget: Budget, *, warn_percent: int) -> tuple[int, ...]:
-    """Mark the thresholds that were reached and not warned of yet as given; returns them, the highest last.
+    """Mark the thresholds that are reached and not warned of yet as warned of; returns them, the highest last.
 
-    Give the warning before the commit: rolled back, it is due again. None where another poller is at it.
+    Give the warning before the commit: after a rollback it is due again. Nothing is due while another poller gives it.
     """
     reached = due_percents(budget, warn_percent)
     if not reached or not conn.execute(
@@ -74,10 +81,12 @@ def due_notices(conn: sa.Connection, budget: Budget, *, warn_percent: int) -> tu
     ).scalar_one():  # fmt: skip
         return ()
     rows = conn.execute(
-        sa.text(
-            "INSERT INTO budget_notices (month, percent) SELECT :month, unnest(CAST(:percents AS smallint[])) "
-            "ON CONFLICT DO NOTHING RETURNING percent"
-        ),
+        sa.text("""
+            INSERT INTO budget_notices (month, percent)
+            SELECT :month, unnest(CAST(:percents AS smallint[]))
+            ON CONFLICT DO NOTHING
+            RETURNING percent
+        """),
         {"month": budget.month, "percents": list(reached)},
     )
     return tuple(sorted(rows.scalars()))

@@ -1,6 +1,7 @@
 """ProviderBatches: which are due, who takes the next step, and each step's one guarded UPDATE.
 
-``attempt`` is the fencing number of the lease on a step, as with ChunkBatches. A worker that lost it changes nothing.
+``attempt`` is the fencing number of the lease on a step, as with ChunkBatches. A worker that lost its lease changes
+nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import sqlalchemy as sa
 
 from chunkmill.broker import StepBell
 from chunkmill.db.provider_schema import ProviderBatchRow
+from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.errors import LeaseLost
 
-SPENDING = (State.GATHERING, State.GATHERED, State.UPLOADED, State.CREATING)
-"""Steps that lead to a charge; a lane that is stopped still polls and collects what it has paid."""
-_SPENDING = "('gathering', 'gathered', 'uploaded', 'creating')"
+_SPENDING = [state for state in State if state.spends]
+_ENQUEUED = [state for state in State if state.is_enqueued]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,79 +49,128 @@ class Step:
     error_code: str | None
     error: str | None
     creating_for_s: float
-    """Seconds since the latest create was about to be sent, by Postgres' clock."""
+    """Seconds since the latest request to create it was about to be sent, by Postgres' clock."""
     submitted_for_s: float
+    """Seconds since the provider confirmed it, by Postgres' clock."""
 
     @property
     def name(self) -> str:
         return f"ProviderBatch {self.id}"
 
 
-_COLUMNS = (
-    "id, attempt, state, space_id, token, failures, uploads, creates, resends, downloads, n_requests, n_inputs, "
-    "input_file_id, batch_id, provider_status, n_done, output_file_id, error_file_id, "
-    "cancel_requested_at IS NOT NULL AS cancel_requested, error_code, error, "
-    "coalesce(extract(epoch FROM clock_timestamp() - creating_since), 0)::float AS creating_for_s, "
-    "coalesce(extract(epoch FROM clock_timestamp() - submitted_at), 0)::float AS submitted_for_s"
-)
+_COLUMNS = """
+    id, attempt, state, space_id, token, failures, uploads, creates, resends, downloads, n_requests, n_inputs,
+    input_file_id, batch_id, provider_status, n_done, output_file_id, error_file_id,
+    cancel_requested_at IS NOT NULL AS cancel_requested, error_code, error,
+    coalesce(extract(epoch FROM clock_timestamp() - creating_since), 0)::float AS creating_for_s,
+    coalesce(extract(epoch FROM clock_timestamp() - submitted_at), 0)::float AS submitted_for_s
+"""
+"""The columns of a `Step`."""
 
 
 def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> list[int]:
-    """Spaces whose work has waited ``wait_seconds``, or is enough for a ``full`` ProviderBatch, and has none open.
+    """Ids of spaces that need a ProviderBatch and have none that is being filled.
 
-    None while the lane is stopped or paused.
+    A space needs one if its work has waited for ``wait_seconds``, or if ``full`` contents wait. No space needs one
+    while the lane is stopped or paused.
     """
+    # For each open job, it probes ix_chunk_batches_unrung_by_route a few times, however much work of the job waits.
     rows = conn.execute(
-        sa.text(
-            # A few probes of ix_chunk_batches_unrung_by_route for each open job, however much of it waits.
-            "WITH waiting AS (SELECT j.space_id FROM jobs j CROSS JOIN LATERAL ("
-            "    SELECT b.created_at, b.n_contents FROM chunk_batches b WHERE b.state = 'available' "
-            "    AND b.rung_at IS NULL AND b.route = 'openai' AND b.priority = j.priority "
-            "    AND b.job_id BETWEEN j.id AND j.id AND b.not_before <= now() ORDER BY b.job_id, b.id LIMIT 200) b "
-            "  WHERE j.state IN ('enqueueing', 'running') AND j.route IN ('openai', 'auto') GROUP BY j.space_id "
-            "  HAVING min(b.created_at) <= now() - make_interval(secs => :wait) OR sum(b.n_contents) >= :full) "
-            "SELECT space_id FROM waiting w WHERE NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' "
-            "  AND (l.stopped_at IS NOT NULL OR l.paused_until > now())) "
-            "AND NOT EXISTS (SELECT FROM provider_batches p WHERE p.space_id = w.space_id AND p.state = 'gathering') "
-            "ORDER BY space_id"
-        ),
-        {"wait": wait_seconds, "full": full},
+        sa.text("""
+            WITH waiting AS (
+                SELECT j.space_id
+                FROM jobs j
+                CROSS JOIN LATERAL (
+                    SELECT b.created_at, b.n_contents
+                    FROM chunk_batches b
+                    WHERE b.state = :available AND b.rung_at IS NULL AND b.route = :openai
+                      AND b.priority = j.priority AND b.job_id BETWEEN j.id AND j.id AND b.not_before <= now()
+                    ORDER BY b.job_id, b.id
+                    LIMIT 200
+                ) b
+                WHERE j.state IN (:enqueueing, :running) AND j.route IN (:openai, :auto)
+                GROUP BY j.space_id
+                HAVING min(b.created_at) <= now() - make_interval(secs => :wait) OR sum(b.n_contents) >= :full
+            )
+            SELECT space_id
+            FROM waiting w
+            WHERE NOT EXISTS (
+                SELECT FROM provider_lanes l
+                WHERE l.route = :openai AND (l.stopped_at IS NOT NULL OR l.paused_until > now())
+            )
+            AND NOT EXISTS (
+                SELECT FROM provider_batches p WHERE p.space_id = w.space_id AND p.state = :gathering
+            )
+            ORDER BY space_id
+        """),
+        {
+            "available": ChunkBatchState.AVAILABLE,
+            "enqueueing": JobState.ENQUEUEING,
+            "running": JobState.RUNNING,
+            "gathering": State.GATHERING,
+            "openai": Route.OPENAI,
+            "auto": Route.AUTO,
+            "wait": wait_seconds,
+            "full": full,
+        },
     )
     return list(rows.scalars())
 
 
 def open_gathering(conn: sa.Connection, space_id: int) -> None:
-    """Open a ProviderBatch to be filled. One of a space at a time: the index keeps a second poller from another."""
+    """Open a ProviderBatch to be filled, unless the space has one: an index keeps two pollers from opening two."""
+    # The condition of ON CONFLICT names the partial index, which it cannot do with a parameter.
     conn.execute(
-        sa.text(
-            "INSERT INTO provider_batches (space_id, state, token) VALUES (:space, 'gathering', :token) "
-            "ON CONFLICT (space_id) WHERE state = 'gathering' DO NOTHING"
-        ),
-        {"space": space_id, "token": secrets.token_hex(8)},
+        sa.text("""
+            INSERT INTO provider_batches (space_id, state, token)
+            VALUES (:space, :gathering, :token)
+            ON CONFLICT (space_id) WHERE state = 'gathering' DO NOTHING
+        """),
+        {"space": space_id, "gathering": State.GATHERING, "token": secrets.token_hex(8)},
     )
 
 
 def any_open(conn: sa.Connection) -> bool:
-    """Most deployments have none, and their pollers need not ask Redis."""
-    return bool(
-        conn.execute(sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state <> 'closed')")).scalar_one()
-    )
+    """Whether any ProviderBatch is open. Most deployments have none, and their pollers need not ask Redis."""
+    query = sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state <> :closed)")
+    return bool(conn.execute(query, {"closed": State.CLOSED}).scalar_one())
 
 
 def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[StepBell]:
-    """Mark ProviderBatches with a step that is due as rung, and return their bells. Again when nobody came."""
+    """Mark ProviderBatches with a step that is due as rung, and return their bells.
+
+    A step for which no worker came is due again after ``repair_seconds``.
+    """
     rows = conn.execute(
-        sa.text(
-            "WITH due AS (SELECT id FROM provider_batches p WHERE state <> 'closed' AND not_before <= now() "
-            "  AND (lease_until IS NULL OR lease_until < now()) "
-            "  AND (rung_at IS NULL OR rung_at < now() - make_interval(secs => :age)) "
-            "  AND NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' AND (l.paused_until > now() "
-            f"      OR (l.stopped_at IS NOT NULL AND p.state IN {_SPENDING}))) "
-            "  ORDER BY not_before LIMIT :limit FOR UPDATE SKIP LOCKED) "
-            "UPDATE provider_batches p SET rung_at = now() FROM due WHERE p.id = due.id "
-            "RETURNING p.id, p.state, p.space_id, (SELECT s.model FROM spaces s WHERE s.id = p.space_id) AS model"
-        ),
-        {"age": repair_seconds, "limit": limit},
+        sa.text("""
+            WITH due AS (
+                SELECT id
+                FROM provider_batches p
+                WHERE state <> :closed AND not_before <= now()
+                  AND (lease_until IS NULL OR lease_until < now())
+                  AND (rung_at IS NULL OR rung_at < now() - make_interval(secs => :age))
+                  AND NOT EXISTS (
+                      SELECT FROM provider_lanes l
+                      WHERE l.route = :openai
+                        AND (l.paused_until > now() OR (l.stopped_at IS NOT NULL AND p.state = ANY(:spending)))
+                  )
+                ORDER BY not_before
+                LIMIT :limit
+                FOR UPDATE SKIP LOCKED
+            )
+            UPDATE provider_batches p
+            SET rung_at = now()
+            FROM due
+            WHERE p.id = due.id
+            RETURNING p.id, p.state, p.space_id, (SELECT s.model FROM spaces s WHERE s.id = p.space_id) AS model
+        """),
+        {
+            "closed": State.CLOSED,
+            "openai": Route.OPENAI,
+            "spending": _SPENDING,
+            "age": repair_seconds,
+            "limit": limit,
+        },
     )
     return [
         StepBell(row.id, {"state": row.state, "space": row.space_id, "model": row.model})
@@ -131,32 +181,49 @@ def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[
 def claim_if_due(
     conn: sa.Connection, provider_batch_id: int, *, owner: str, lease_seconds: float, server: str
 ) -> Step | None:
-    """The lease on the next step, or None: another worker has it, it is not due, or another server has the batch.
+    """Take the lease on the next step; returns None if another worker has it, if it is not due, or if the batch is at
+    another server.
 
-    A lease that ran out is claimed over: each step goes on from what its row says.
+    A lease that ran out can be claimed, because each step continues from what its row says.
     """
     row = conn.execute(
-        sa.text(
-            "UPDATE provider_batches p SET attempt = attempt + 1, lease_owner = :owner, rung_at = NULL, "
-            "lease_until = now() + make_interval(secs => :lease) WHERE id = :id AND state <> 'closed' "
-            "AND not_before <= now() AND (lease_until IS NULL OR lease_until < now()) "
-            "AND (server IS NULL OR server = :server) "
-            "AND NOT EXISTS (SELECT FROM provider_lanes l WHERE l.route = 'openai' AND (l.paused_until > now() "
-            f"    OR (l.stopped_at IS NOT NULL AND p.state IN {_SPENDING}))) RETURNING {_COLUMNS}"
-        ),
-        {"id": provider_batch_id, "owner": owner, "lease": lease_seconds, "server": server},
+        sa.text(f"""
+            UPDATE provider_batches p
+            SET attempt = attempt + 1, lease_owner = :owner, rung_at = NULL,
+                lease_until = now() + make_interval(secs => :lease)
+            WHERE id = :id AND state <> :closed AND not_before <= now()
+              AND (lease_until IS NULL OR lease_until < now())
+              AND (server IS NULL OR server = :server)
+              AND NOT EXISTS (
+                  SELECT FROM provider_lanes l
+                  WHERE l.route = :openai
+                    AND (l.paused_until > now() OR (l.stopped_at IS NOT NULL AND p.state = ANY(:spending)))
+              )
+            RETURNING {_COLUMNS}
+        """),
+        {
+            "id": provider_batch_id,
+            "owner": owner,
+            "lease": lease_seconds,
+            "server": server,
+            "closed": State.CLOSED,
+            "openai": Route.OPENAI,
+            "spending": _SPENDING,
+        },
     ).one_or_none()
     return None if row is None else _step(row)
 
 
 def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: float) -> set[int]:
-    """Renew all leases of a process; returns the ids that are still held."""
+    """Renew all leases of a process; returns the ids of the ProviderBatches that it still holds."""
     rows = conn.execute(
-        sa.text(
-            "UPDATE provider_batches p SET lease_until = now() + make_interval(secs => :lease) "
-            "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt) "
-            "WHERE p.id = l.id AND p.attempt = l.attempt AND p.lease_owner IS NOT NULL RETURNING p.id"
-        ),
+        sa.text("""
+            UPDATE provider_batches p
+            SET lease_until = now() + make_interval(secs => :lease)
+            FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[])) AS l(id, attempt)
+            WHERE p.id = l.id AND p.attempt = l.attempt AND p.lease_owner IS NOT NULL
+            RETURNING p.id
+        """),
         {
             "ids": [step.id for step in steps],
             "attempts": [step.attempt for step in steps],
@@ -166,75 +233,84 @@ def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: 
     return set(rows.scalars())
 
 
-def advance(conn: sa.Connection, step: Step, state: State, **facts: Any) -> Step:
-    """Take the step: the ProviderBatch is in ``state`` now, with ``facts`` in its columns. Raises LeaseLost."""
-    return _change(conn, step, {"failures": 0, "state": state, **facts})
+def advance(conn: sa.Connection, step: Step, state: State, **columns: Any) -> Step:
+    """Complete the step: the ProviderBatch is in ``state`` now and has the new ``columns``. Raises LeaseLost."""
+    return _change(conn, step, {"failures": 0, "state": state, **columns})
 
 
-def note(conn: sa.Connection, step: Step, **facts: Any) -> Step:
-    """Change columns and nothing else. Raises LeaseLost."""
-    return _change(conn, step, facts)
+def note(conn: sa.Connection, step: Step, **columns: Any) -> Step:
+    """Change columns of the ProviderBatch and stay at the step. Raises LeaseLost."""
+    return _change(conn, step, columns)
 
 
-def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | None = None, **facts: Any) -> None:
-    """Give the lease back; the step is due again after ``delay_s``. ``failed``: what went wrong. Raises LeaseLost."""
+def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | None = None, **columns: Any) -> None:
+    """Give the lease back, so that the step is due again after ``delay_s`` seconds. Raises LeaseLost.
+
+    ``failed`` says what went wrong, if anything did, and adds one to the failures in a row.
+    """
     if failed is not None:
-        facts |= {"failures": step.failures + 1, "error": failed[:2000]}
+        columns |= {"failures": step.failures + 1, "error": failed[:2000]}
     due = sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, delay_s)
-    # Whatever step it came to: the attempt is its owner's.
+    # The owner of the attempt may give it back at whatever step it has come to.
     _change(
         conn,
         step,
-        {**facts, "lease_owner": None, "lease_until": None, "rung_at": None, "not_before": due},
+        {**columns, "lease_owner": None, "lease_until": None, "rung_at": None, "not_before": due},
         any_state=True,
     )
 
 
 def release_all(conn: sa.Connection, owner: str) -> None:
-    """Give back every step that a worker holds; the next goes on from where it came to."""
+    """Give back every step that a worker holds; the next worker continues from where it stopped."""
     conn.execute(
-        sa.text(
-            "UPDATE provider_batches SET lease_owner = NULL, lease_until = NULL, rung_at = NULL, attempt = attempt + 1 "
-            "WHERE lease_owner = :owner AND state <> 'closed'"
-        ),
-        {"owner": owner},
+        sa.text("""
+            UPDATE provider_batches
+            SET lease_owner = NULL, lease_until = NULL, rung_at = NULL, attempt = attempt + 1
+            WHERE lease_owner = :owner AND state <> :closed
+        """),
+        {"owner": owner, "closed": State.CLOSED},
     )
 
 
 def close(conn: sa.Connection, step: Step) -> None:
-    """Nothing is left to do. Raises LeaseLost."""
+    """Close a ProviderBatch for which nothing is left to do. Raises LeaseLost."""
     _change(conn, step, {"state": State.CLOSED, "lease_owner": None, "lease_until": None, "closed_at": sa.func.now()})
 
 
-def open_half(conn: sa.Connection, step: Step, **facts: Any) -> Step:
-    """A ProviderBatch beside this one, for a part of its contents: gathered, with the same ChunkBatches waiting."""
-    values = {"space_id": step.space_id, "state": State.GATHERED, "token": secrets.token_hex(8), **facts}
+def open_half(conn: sa.Connection, step: Step, **columns: Any) -> Step:
+    """Open a gathered ProviderBatch for a part of this one's contents; the same ChunkBatches wait for it."""
+    values = {"space_id": step.space_id, "state": State.GATHERED, "token": secrets.token_hex(8), **columns}
     half = _step(conn.execute(sa.insert(ProviderBatchRow).values(values).returning(sa.text(_COLUMNS))).one())
     conn.execute(
-        sa.text(
-            "INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id) "
-            "SELECT :half, chunk_batch_id FROM provider_batch_members WHERE provider_batch_id = :id"
-        ),
+        sa.text("""
+            INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id)
+            SELECT :half, chunk_batch_id FROM provider_batch_members WHERE provider_batch_id = :id
+        """),
         {"half": half.id, "id": step.id},
     )
     return half
 
 
 def count_inputs(conn: sa.Connection, provider_batch_id: int) -> None:
-    """Note what it holds, after a part of it was moved to another."""
+    """Count again what a ProviderBatch holds, after a part of it was moved to another."""
     conn.execute(
-        sa.text(
-            "UPDATE provider_batches p SET n_requests = i.requests, n_inputs = i.inputs, n_contents = i.contents, "
-            "n_tokens = i.tokens FROM (SELECT max(request_no) + 1 AS requests, count(*) AS contents, "
-            "  sum(coalesce(cardinality(weights), 1)) AS inputs, sum(sent_tokens) AS tokens "
-            "  FROM provider_inputs WHERE provider_batch_id = :id) i WHERE p.id = :id"
-        ),
+        sa.text("""
+            UPDATE provider_batches p
+            SET n_requests = i.requests, n_inputs = i.inputs, n_contents = i.contents, n_tokens = i.tokens
+            FROM (
+                SELECT max(request_no) + 1 AS requests, count(*) AS contents,
+                       sum(coalesce(cardinality(weights), 1)) AS inputs, sum(sent_tokens) AS tokens
+                FROM provider_inputs
+                WHERE provider_batch_id = :id
+            ) i
+            WHERE p.id = :id
+        """),
         {"id": provider_batch_id},
     )
 
 
 def plus(column: str, n: int) -> sa.ColumnElement[int]:
-    """``column + n``, for ``advance`` and ``note``."""
+    """The new value ``column + n``, for ``advance`` and ``note``."""
     grown: sa.ColumnElement[int] = ProviderBatchRow.__table__.c[column] + n
     return grown
 
@@ -243,23 +319,35 @@ def count_oddities(conn: sa.Connection, step: Step, kinds: dict[str, int]) -> No
     """Add to the counts of what should not be in a result file."""
     for kind, n in kinds.items():
         conn.execute(
-            sa.text(
-                "UPDATE provider_batches SET oddities = jsonb_set(oddities, ARRAY[CAST(:kind AS text)], "
-                "to_jsonb(coalesce((oddities ->> :kind)::int, 0) + :n)) WHERE id = :id AND attempt = :attempt"
-            ),
+            sa.text("""
+                UPDATE provider_batches
+                SET oddities = jsonb_set(
+                    oddities, ARRAY[CAST(:kind AS text)], to_jsonb(coalesce((oddities ->> :kind)::int, 0) + :n)
+                )
+                WHERE id = :id AND attempt = :attempt
+            """),
             {"id": step.id, "attempt": step.attempt, "kind": kind, "n": n},
         )
 
 
 def abandon_unwanted(conn: sa.Connection) -> list[int]:
-    """Ask for the cancellation of ProviderBatches that nobody waits for any more: their jobs were cancelled."""
+    """Request the cancellation of ProviderBatches for which no ChunkBatch waits any more; returns their ids.
+
+    Their jobs were cancelled.
+    """
     rows = conn.execute(
-        sa.text(
-            "UPDATE provider_batches p SET cancel_requested_at = now(), not_before = now(), rung_at = NULL "
-            "WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted') AND cancel_requested_at IS NULL "
-            "AND NOT EXISTS (SELECT FROM provider_batch_members m JOIN chunk_batches b ON b.id = m.chunk_batch_id "
-            "                WHERE m.provider_batch_id = p.id AND b.state = 'running') RETURNING id"
-        )
+        sa.text("""
+            UPDATE provider_batches p
+            SET cancel_requested_at = now(), not_before = now(), rung_at = NULL
+            WHERE state = ANY(:enqueued) AND cancel_requested_at IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM provider_batch_members m
+                  JOIN chunk_batches b ON b.id = m.chunk_batch_id
+                  WHERE m.provider_batch_id = p.id AND b.state = :running
+              )
+            RETURNING id
+        """),
+        {"enqueued": _ENQUEUED, "running": ChunkBatchState.RUNNING},
     )
     return list(rows.scalars())
 
@@ -267,7 +355,7 @@ def abandon_unwanted(conn: sa.Connection) -> list[int]:
 def _change(
     conn: sa.Connection,
     step: Step,
-    facts: dict[str, Any],
+    columns: dict[str, Any],
     *,
     any_state: bool = False,
 ) -> Step:
@@ -276,17 +364,18 @@ def _change(
     row = conn.execute(
         sa.update(ProviderBatchRow)
         .where(held if any_state else sa.and_(held, table.c.state == step.state))
-        .values(facts)
+        .values(columns)
         .returning(sa.text(_COLUMNS))
     ).one_or_none()
     if row is None:
         raise LeaseLost(
-            f"{step.name}: attempt {step.attempt} lost its lease at step {step.state}. Another worker goes on from it."
+            f"{step.name}: attempt {step.attempt} lost its lease at step {step.state}. Another worker continues from "
+            "there."
         )
     return _step(row)
 
 
 def _step(row: sa.Row[Any]) -> Step:
-    facts = dict(row._mapping)
-    facts["state"] = State(facts["state"])
-    return Step(**facts)
+    columns = dict(row._mapping)
+    columns["state"] = State(columns["state"])
+    return Step(**columns)

@@ -1,7 +1,8 @@
-"""Contents in flight: at a provider now, or about to be. The table's key lets none of them be there twice.
+"""Contents in flight: at a provider now, or about to be sent. The table's key keeps each from being in flight twice.
 
-A row is made before its content leaves the house and removed in the transaction that writes its vector, books its
-charge, or gives up on it. So what is left after a crash is exactly what may have been sent and is not accounted for.
+A row is added before its content is sent, and removed in the transaction that writes its vector, books its charge, or
+gives up on it. So the rows that are left after a crash are exactly the contents that may have been sent and are not
+accounted for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from chunkmill.db.connect import raw
+from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.packing import PackedInput
@@ -31,27 +33,28 @@ class InFlight(NamedTuple):
         return self.packed.content_hash
 
 
-_COLUMNS = (
-    "content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens, truncated, weights"
-)
+_COLUMNS = """
+    content_hash, chunk_batch_id, attempt, job_id, request_no, position, n_tokens, sent_tokens, truncated, weights
+"""
+"""The columns of an `InFlight`."""
 _TYPES = ("bytea", "int8", "int4", "int8", "int4", "int4", "int4", "int4", "bool", "int4[]")
 
 
 def add(conn: sa.Connection, *, space_id: int, provider_batch_id: int, inputs: Iterable[InFlight]) -> None:
-    """Put contents in flight in a ProviderBatch. Raises psycopg's UniqueViolation where one is in flight already."""
+    """Put contents in flight in a ProviderBatch. Raises psycopg's UniqueViolation if one is in flight already."""
     target = f"COPY provider_inputs (space_id, provider_batch_id, {_COLUMNS}) FROM STDIN (FORMAT BINARY)"
     with raw(conn).cursor() as cursor, cursor.copy(target) as copy:
         copy.set_types(["int4", "int8", *_TYPES])
-        for each in inputs:
-            row = each.packed
+        for content in inputs:
+            row = content.packed
             copy.write_row(
                 (
                     space_id,
                     provider_batch_id,
                     row.content_hash,
-                    each.chunk_batch_id,
-                    each.attempt,
-                    each.job_id,
+                    content.chunk_batch_id,
+                    content.attempt,
+                    content.job_id,
                     row.request_no,
                     row.position,
                     row.n_tokens,
@@ -63,117 +66,144 @@ def add(conn: sa.Connection, *, space_id: int, provider_batch_id: int, inputs: I
 
 
 def add_own(conn: sa.Connection, lease: Lease, inputs: Sequence[ProviderInput]) -> set[bytes]:
-    """Put contents in flight in plain requests of one attempt; returns those that nobody else has in flight.
+    """Put contents in flight in plain requests of one attempt; returns the hashes that no one else has in flight.
 
-    What an attempt left behind that is over, because its worker was killed, is taken over: its answer is lost.
+    Contents that a killed worker left in flight are taken over, because the answer to its request is lost.
     """
     if not inputs:
         return set()
     rows = conn.execute(
-        sa.text(
-            "INSERT INTO provider_inputs AS i (space_id, content_hash, chunk_batch_id, attempt, job_id, n_tokens, "
-            "sent_tokens, truncated) SELECT :space, h.content_hash, :id, :attempt, :job, h.n, h.sent, h.truncated "
-            "FROM unnest(CAST(:hashes AS bytea[]), CAST(:tokens AS int[]), CAST(:sent AS int[]), "
-            "     CAST(:cut AS bool[])) AS h(content_hash, n, sent, truncated) ORDER BY h.content_hash "
-            "ON CONFLICT (space_id, content_hash) DO UPDATE SET chunk_batch_id = excluded.chunk_batch_id, "
-            "attempt = excluded.attempt, job_id = excluded.job_id WHERE i.provider_batch_id IS NULL "
-            "AND NOT EXISTS (SELECT FROM chunk_batches b WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt "
-            "                AND b.state = 'running' AND (b.id, b.attempt) <> (:id, :attempt)) "
-            "RETURNING i.content_hash"
-        ),
+        sa.text("""
+            INSERT INTO provider_inputs AS i (
+                space_id, content_hash, chunk_batch_id, attempt, job_id, n_tokens, sent_tokens, truncated
+            )
+            SELECT :space, h.content_hash, :id, :attempt, :job, h.n_tokens, h.sent_tokens, h.truncated
+            FROM unnest(
+                CAST(:hashes AS bytea[]), CAST(:tokens AS int[]), CAST(:sent AS int[]), CAST(:truncated AS bool[])
+            ) AS h(content_hash, n_tokens, sent_tokens, truncated)
+            ORDER BY h.content_hash
+            ON CONFLICT (space_id, content_hash) DO UPDATE
+            SET chunk_batch_id = excluded.chunk_batch_id, attempt = excluded.attempt, job_id = excluded.job_id
+            WHERE i.provider_batch_id IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM chunk_batches b
+                  WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = :running
+                    AND (b.id, b.attempt) <> (:id, :attempt)
+              )
+            RETURNING i.content_hash
+        """),
         {
             "space": lease.space_id,
             "id": lease.chunk_batch_id,
             "attempt": lease.attempt,
             "job": lease.job_id,
-            "hashes": [each.content_hash for each in inputs],
-            "tokens": [each.n_tokens for each in inputs],
-            "sent": [each.sent_tokens for each in inputs],
-            "cut": [each.truncated for each in inputs],
+            "hashes": [item.content_hash for item in inputs],
+            "tokens": [item.n_tokens for item in inputs],
+            "sent": [item.sent_tokens for item in inputs],
+            "truncated": [item.truncated for item in inputs],
+            "running": ChunkBatchState.RUNNING,
         },
     )
     return set(rows.scalars())
 
 
 def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> None:
-    """What plain requests left in flight whose attempt is over, because its worker was killed: the answer is lost."""
+    """Take contents out of flight that plain requests of a killed worker left there: the answers are lost."""
     conn.execute(
-        sa.text(
-            "DELETE FROM provider_inputs i WHERE space_id = :space AND content_hash = ANY(:hashes) "
-            "AND provider_batch_id IS NULL AND NOT EXISTS (SELECT FROM chunk_batches b "
-            "WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = 'running')"
-        ),
-        {"space": space_id, "hashes": list(hashes)},
+        sa.text("""
+            DELETE FROM provider_inputs i
+            WHERE space_id = :space AND content_hash = ANY(:hashes)
+              AND provider_batch_id IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM chunk_batches b
+                  WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = :running
+              )
+        """),
+        {"space": space_id, "hashes": list(hashes), "running": ChunkBatchState.RUNNING},
     )
 
 
 def carriers(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> dict[bytes, int | None]:
-    """``content_hash → id`` of the ProviderBatch that has it in flight, None for a plain request; others left out."""
+    """``content_hash → id`` of the ProviderBatch that has it in flight, or None if a plain request has.
+
+    A content that is not in flight is left out.
+    """
     rows = conn.execute(
-        sa.text(
-            "SELECT content_hash, provider_batch_id FROM provider_inputs "
-            "WHERE space_id = :space AND content_hash = ANY(:hashes)"
-        ),
+        sa.text("""
+            SELECT content_hash, provider_batch_id
+            FROM provider_inputs
+            WHERE space_id = :space AND content_hash = ANY(:hashes)
+        """),
         {"space": space_id, "hashes": list(hashes)},
     )
     return {row.content_hash: row.provider_batch_id for row in rows}
 
 
 def of_requests(conn: sa.Connection, provider_batch_id: int, request_nos: Sequence[int]) -> dict[int, list[InFlight]]:
-    """What is in flight in each of these requests, in the order of its inputs; a request with nothing is left out."""
+    """``request_no → contents`` in flight, in the order of the request's inputs; an empty request is left out."""
     rows = conn.execute(
-        sa.text(
-            f"SELECT {_COLUMNS} FROM provider_inputs WHERE provider_batch_id = :id "
-            "AND request_no = ANY(:requests) ORDER BY request_no, position"
-        ),
+        sa.text(f"""
+            SELECT {_COLUMNS}
+            FROM provider_inputs
+            WHERE provider_batch_id = :id AND request_no = ANY(:requests)
+            ORDER BY request_no, position
+        """),
         {"id": provider_batch_id, "requests": list(request_nos)},
     )
-    found: dict[int, list[InFlight]] = defaultdict(list)
+    by_request: dict[int, list[InFlight]] = defaultdict(list)
     for row in rows:
-        found[row.request_no].append(_in_flight(row))
-    return dict(found)
+        by_request[row.request_no].append(_in_flight(row))
+    return dict(by_request)
 
 
 def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: int) -> list[InFlight]:
-    """The next contents in flight, of whole requests after request ``after``: ``limit`` requests at most."""
+    """The contents in flight in the next requests, at most ``limit`` of them, after request ``after``."""
     rows = conn.execute(
-        sa.text(
-            f"SELECT {_COLUMNS} FROM provider_inputs WHERE provider_batch_id = :id "
-            "AND request_no > :after AND request_no <= :after + :limit ORDER BY request_no, position"
-        ),
+        sa.text(f"""
+            SELECT {_COLUMNS}
+            FROM provider_inputs
+            WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :after + :limit
+            ORDER BY request_no, position
+        """),
         {"id": provider_batch_id, "after": after, "limit": limit},
     )
     return [_in_flight(row) for row in rows]
 
 
 def widths(conn: sa.Connection, provider_batch_id: int) -> dict[int, int]:
-    """``request_no → inputs`` of the requests that have something in flight: windows, as they were sent."""
+    """``request_no → number of inputs``, of the requests that have something in flight. Each window is one input."""
     rows = conn.execute(
-        sa.text(
-            "SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n FROM provider_inputs "
-            "WHERE provider_batch_id = :id GROUP BY request_no"
-        ),
+        sa.text("""
+            SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n_inputs
+            FROM provider_inputs
+            WHERE provider_batch_id = :id
+            GROUP BY request_no
+        """),
         {"id": provider_batch_id},
     )
-    return {row.request_no: int(row.n) for row in rows}
+    return {row.request_no: int(row.n_inputs) for row in rows}
 
 
 def remove(conn: sa.Connection, *, space_id: int, hashes: Sequence[bytes], provider_batch_id: int | None) -> int:
-    """They are accounted for; returns how many were in flight there."""
+    """Take contents out of flight that are accounted for; returns how many this carrier had in flight.
+
+    ``provider_batch_id`` is None for plain requests.
+    """
     if not hashes:
         return 0
     result = conn.execute(
-        sa.text(
-            "DELETE FROM provider_inputs WHERE space_id = :space AND content_hash = ANY(:hashes) "
-            "AND provider_batch_id IS NOT DISTINCT FROM :id"
-        ),
+        sa.text("""
+            DELETE FROM provider_inputs
+            WHERE space_id = :space AND content_hash = ANY(:hashes)
+              AND provider_batch_id IS NOT DISTINCT FROM :id
+        """),
         {"space": space_id, "hashes": list(hashes), "id": provider_batch_id},
     )
     return int(result.rowcount)
 
 
 def remove_all(conn: sa.Connection, provider_batch_id: int) -> list[InFlight]:
-    """Nothing of a ProviderBatch is in flight any more; returns what was."""
+    """Take everything of a ProviderBatch out of flight; returns what was in flight."""
     rows = conn.execute(
         sa.text(f"DELETE FROM provider_inputs WHERE provider_batch_id = :id RETURNING {_COLUMNS}"),
         {"id": provider_batch_id},
@@ -190,23 +220,27 @@ def texts(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
 
 
 def remove_own(conn: sa.Connection, lease: Lease) -> None:
-    """What an attempt with plain requests has in flight and did not send, or got no answer for."""
+    """Take out of flight what an attempt with plain requests did not send, or got no answer for."""
     conn.execute(
-        sa.text(
-            "DELETE FROM provider_inputs WHERE chunk_batch_id = :id AND attempt <= :attempt "
-            "AND provider_batch_id IS NULL"
-        ),
+        sa.text("""
+            DELETE FROM provider_inputs
+            WHERE chunk_batch_id = :id AND attempt <= :attempt AND provider_batch_id IS NULL
+        """),
         {"id": lease.chunk_batch_id, "attempt": lease.attempt},
     )
 
 
 def remove_deleted(conn: sa.Connection, provider_batch_id: int) -> int:
-    """Contents that were deleted before they were sent; those after them in their requests move up."""
+    """Take out of flight what was deleted before it was sent; returns how many contents that were.
+
+    The contents after them in their requests move up.
+    """
     result = conn.execute(
-        sa.text(
-            "DELETE FROM provider_inputs i WHERE provider_batch_id = :id "
-            "AND NOT EXISTS (SELECT FROM contents c WHERE c.content_hash = i.content_hash)"
-        ),
+        sa.text("""
+            DELETE FROM provider_inputs i
+            WHERE provider_batch_id = :id
+              AND NOT EXISTS (SELECT FROM contents c WHERE c.content_hash = i.content_hash)
+        """),
         {"id": provider_batch_id},
     )
     if result.rowcount:
@@ -220,37 +254,53 @@ def count(conn: sa.Connection, provider_batch_id: int) -> int:
 
 
 def move_half(conn: sa.Connection, provider_batch_id: int, to: int) -> None:
-    """Move the latter half of its contents to another ProviderBatch."""
+    """Move the latter half of a ProviderBatch's contents to the ProviderBatch ``to``, whose requests count from 0."""
     conn.execute(
-        sa.text(
-            "UPDATE provider_inputs i SET provider_batch_id = :to, request_no = n.request_no FROM ("
-            "  SELECT space_id, content_hash, request_no - min(request_no) OVER () AS request_no FROM ("
-            "    SELECT space_id, content_hash, request_no, "
-            "    row_number() OVER (ORDER BY request_no, position) AS at, count(*) OVER () AS n "
-            "    FROM provider_inputs WHERE provider_batch_id = :id) o WHERE 2 * at > n + 1) n "
-            "WHERE (i.space_id, i.content_hash) = (n.space_id, n.content_hash)"
-        ),
+        sa.text("""
+            WITH numbered AS (
+                SELECT space_id, content_hash, request_no,
+                       row_number() OVER (ORDER BY request_no, position) AS number,
+                       count(*) OVER () AS n_contents
+                FROM provider_inputs
+                WHERE provider_batch_id = :id
+            ),
+            latter_half AS (
+                SELECT space_id, content_hash, request_no - min(request_no) OVER () AS request_no
+                FROM numbered
+                WHERE 2 * number > n_contents + 1
+            )
+            UPDATE provider_inputs i
+            SET provider_batch_id = :to, request_no = h.request_no
+            FROM latter_half h
+            WHERE (i.space_id, i.content_hash) = (h.space_id, h.content_hash)
+        """),
         {"id": provider_batch_id, "to": to},
     )
     _move_up(conn, to)
 
 
 def _move_up(conn: sa.Connection, provider_batch_id: int) -> None:
-    """Close the gaps in its requests."""
+    """Close the gaps in the requests of a ProviderBatch: a content's position is the number of inputs before it."""
     conn.execute(
-        sa.text(
-            "UPDATE provider_inputs i SET position = n.position FROM (SELECT space_id, content_hash, "
-            "  sum(coalesce(cardinality(weights), 1)) OVER (PARTITION BY request_no ORDER BY position) "
-            "  - coalesce(cardinality(weights), 1) AS position "
-            "  FROM provider_inputs WHERE provider_batch_id = :id) n "
-            "WHERE (i.space_id, i.content_hash) = (n.space_id, n.content_hash) AND i.position <> n.position"
-        ),
+        sa.text("""
+            WITH moved AS (
+                SELECT space_id, content_hash,
+                       sum(coalesce(cardinality(weights), 1)) OVER (PARTITION BY request_no ORDER BY position)
+                           - coalesce(cardinality(weights), 1) AS position
+                FROM provider_inputs
+                WHERE provider_batch_id = :id
+            )
+            UPDATE provider_inputs i
+            SET position = m.position
+            FROM moved m
+            WHERE (i.space_id, i.content_hash) = (m.space_id, m.content_hash) AND i.position <> m.position
+        """),
         {"id": provider_batch_id},
     )
 
 
 def suspects(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> set[bytes]:
-    """Which of these go in a request of their own."""
+    """Which of these contents go into a request of their own."""
     rows = conn.execute(
         sa.text("SELECT content_hash FROM provider_suspects WHERE space_id = :space AND content_hash = ANY(:hashes)"),
         {"space": space_id, "hashes": list(hashes)},
@@ -260,10 +310,11 @@ def suspects(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> set
 
 def add_suspects(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> None:
     conn.execute(
-        sa.text(
-            "INSERT INTO provider_suspects (space_id, content_hash) "
-            "SELECT :space, unnest(CAST(:hashes AS bytea[])) ON CONFLICT DO NOTHING"
-        ),
+        sa.text("""
+            INSERT INTO provider_suspects (space_id, content_hash)
+            SELECT :space, unnest(CAST(:hashes AS bytea[]))
+            ON CONFLICT DO NOTHING
+        """),
         {"space": space_id, "hashes": list(hashes)},
     )
 

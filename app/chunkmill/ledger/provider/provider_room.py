@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 import sqlalchemy as sa
 
-from chunkmill.domain.prices import MILLION, price_on
+from chunkmill.domain.prices import MILLION
+from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.ledger.money import budget, charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 
 LEAST_SHARE = 20
-"""A twentieth of the account's tokens must be free: a small ProviderBatch may take a day as a full one does."""
+"""A twentieth of the account's tokens must be free: a small ProviderBatch may take a day, as a full one does."""
+
+_ENQUEUED = [state for state in State if state.is_enqueued]
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """``usd`` None: no monthly budget. ``reason``: why there is none at all now; None where there is some."""
+    """What one more ProviderBatch of a space may hold.
+
+    ``usd`` is None if there is no monthly budget. ``reason`` says why there is no room at all now; None if there is.
+    """
 
     tokens: int
     requests: int
@@ -36,49 +42,60 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Enqueued:
-    """What of ours is at the provider, or about to be, and how many batches were made in the last hour or will be."""
+class EnqueuedTotals:
+    """What we have at the provider or are about to send, and how many ProviderBatches were made in the last hour.
+
+    ``made_in_an_hour`` includes those that are about to be made.
+    """
 
     tokens: int
     requests: int
-    batches: int
+    provider_batches: int
     made_in_an_hour: int
 
 
-def enqueued(conn: sa.Connection) -> Enqueued:
+def enqueued(conn: sa.Connection) -> EnqueuedTotals:
     row = conn.execute(
-        sa.text(
-            "SELECT coalesce(sum(n_tokens), 0)::bigint AS tokens, coalesce(sum(n_requests), 0)::bigint AS requests, "
-            "count(*) AS batches, (SELECT count(*) FROM provider_batches "
-            "                      WHERE creating_since > now() - interval '1 hour' "
-            "                      OR (creating_since IS NULL AND state IN ('gathered', 'uploaded'))) AS made "
-            "FROM provider_batches WHERE state IN ('gathered', 'uploaded', 'creating', 'submitted')"
-        )
+        sa.text("""
+            SELECT coalesce(sum(n_tokens), 0)::bigint AS tokens,
+                   coalesce(sum(n_requests), 0)::bigint AS requests,
+                   count(*) AS provider_batches,
+                   (
+                       SELECT count(*) FROM provider_batches
+                       WHERE creating_since > now() - interval '1 hour'
+                          OR (creating_since IS NULL AND state IN (:gathered, :uploaded))
+                   ) AS made
+            FROM provider_batches
+            WHERE state = ANY(:enqueued)
+        """),
+        {"enqueued": _ENQUEUED, "gathered": State.GATHERED, "uploaded": State.UPLOADED},
     ).one()
-    return Enqueued(row.tokens, row.requests, row.batches, row.made)
+    return EnqueuedTotals(row.tokens, row.requests, row.provider_batches, row.made)
 
 
 def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
-    """For one more ProviderBatch of a space."""
+    """The room for one more ProviderBatch of a space."""
     used = enqueued(conn)
-    model = model_for(settings, space.spec)
-    price = price_on(model.prices, conn.execute(sa.text(f"SELECT {charges.TODAY}")).scalar_one()) if model else None
+    price = charges.price_today(conn, model_for(settings, space.spec))
     left = Room(
         settings.openai_max_enqueued_tokens - used.tokens,
         settings.openai_max_enqueued_requests - used.requests,
         budget.headroom(conn, settings),
-        price.batch if price else None,
+        price.batch_api if price else None,
     )
-    return Room(left.tokens, left.requests, left.usd, left.usd_per_million, _reason(conn, settings, left, used))
+    return replace(left, reason=_reason(conn, settings, left, used))
 
 
-def _reason(conn: sa.Connection, settings: Settings, left: Room, used: Enqueued) -> str | None:
+def _reason(conn: sa.Connection, settings: Settings, left: Room, used: EnqueuedTotals) -> str | None:
     if left.usd is not None and left.usd_per_million and left.usd <= 0:
         return budget.read(conn, settings).refusal()
     if used.made_in_an_hour >= settings.openai_max_batches_per_hour:
         return f"{used.made_in_an_hour} ProviderBatches in the last hour (OPENAI_MAX_BATCHES_PER_HOUR)"
-    if used.batches and left.tokens < settings.openai_max_enqueued_tokens / LEAST_SHARE:
-        return f"{used.tokens:,} tokens are at the provider (OPENAI_MAX_ENQUEUED_TOKENS); it goes on as batches end"
+    if used.provider_batches and left.tokens < settings.openai_max_enqueued_tokens / LEAST_SHARE:
+        return (
+            f"{used.tokens:,} tokens are at the provider (OPENAI_MAX_ENQUEUED_TOKENS); work continues as "
+            "ProviderBatches end"
+        )
     if left.requests <= 0:
         return f"{used.requests:,} requests are at the provider (OPENAI_MAX_ENQUEUED_REQUESTS)"
     return None

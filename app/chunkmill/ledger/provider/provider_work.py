@@ -1,7 +1,7 @@
-"""ChunkBatches of route ``openai``: taken by ProviderBatches, and settled when those are through.
+"""ChunkBatches of route ``openai``: taken by ProviderBatches, and settled when those have ended.
 
-While ProviderBatches have its contents a ChunkBatch is ``running`` under a lease without an end, and its attempt
-number fences it as ever. What became of each content is read from what is there: a vector, a dead chunk, or neither.
+While ProviderBatches have its contents, a ChunkBatch is ``running`` under a lease without an end, and its attempt
+number fences it as usual. What became of a content is read from what is there: a vector, a dead chunk, or neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK
 from chunkmill.domain.planning import too_long_reason
 from chunkmill.domain.retries import Discard, decide
 from chunkmill.domain.spaces import OnLong
-from chunkmill.domain.states import Route
+from chunkmill.domain.states import ChunkBatchState, JobState, Route
+from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.provider.provider_batches import Step
@@ -27,7 +28,7 @@ from chunkmill.ledger.work.usage import Outcome, Usage
 from chunkmill.spaces.registry import Space
 
 AGAIN_SECONDS = 5.0
-"""A ChunkBatch whose contents others have in plain requests looks again after so long."""
+"""How long a ChunkBatch waits before it is tried again, if others have its contents in plain requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,16 @@ class Waiting:
 
 
 def serialize_gathers(conn: sa.Connection) -> None:
-    """Until the end of this transaction no other fills a ProviderBatch."""
+    """Keep others from filling a ProviderBatch, or deleting texts, until the end of this transaction."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": GATHER_LOCK})
     conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
 
 
 def drop_gathering(conn: sa.Connection, step: Step) -> None:
-    """Nothing went into it."""
+    """Delete a ProviderBatch into which nothing went."""
     conn.execute(
-        sa.text("DELETE FROM provider_batches WHERE id = :id AND attempt = :attempt AND state = 'gathering'"),
-        {"id": step.id, "attempt": step.attempt},
+        sa.text("DELETE FROM provider_batches WHERE id = :id AND attempt = :attempt AND state = :gathering"),
+        {"id": step.id, "attempt": step.attempt, "gathering": State.GATHERING},
     )
 
 
@@ -70,26 +71,44 @@ class OpenJob:
 
 
 def open_jobs(conn: sa.Connection, space: Space) -> list[OpenJob]:
-    """Jobs of a space that go through the Batch API, high priority first."""
+    """The open jobs of a space that may use the Batch API, those of high priority first."""
     rows = conn.execute(
-        sa.text(
-            "SELECT id, priority, on_long, collection_id FROM jobs WHERE state IN ('enqueueing', 'running') "
-            "AND route IN ('openai', 'auto') AND space_id = :space ORDER BY priority, id"
-        ),
-        {"space": space.id},
+        sa.text("""
+            SELECT id, priority, on_long, collection_id
+            FROM jobs
+            WHERE state IN (:enqueueing, :running) AND route IN (:openai, :auto) AND space_id = :space
+            ORDER BY priority, id
+        """),
+        {
+            "space": space.id,
+            "enqueueing": JobState.ENQUEUEING,
+            "running": JobState.RUNNING,
+            "openai": Route.OPENAI,
+            "auto": Route.AUTO,
+        },
     )
     return [OpenJob(row.id, row.priority, OnLong(row.on_long), row.collection_id) for row in rows]
 
 
 def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int) -> list[Waiting]:
-    """The next available ChunkBatches of a job, locked; those that are being changed are passed over."""
+    """The next available ChunkBatches of a job, locked. Those that others are changing are skipped."""
     rows = conn.execute(
-        sa.text(
-            "SELECT id, attempt, max_attempts, content_hashes FROM chunk_batches WHERE state = 'available' "
-            "AND rung_at IS NULL AND route = 'openai' AND priority = :priority AND job_id BETWEEN :job AND :job "
-            "AND not_before <= now() ORDER BY job_id, id LIMIT :limit FOR UPDATE SKIP LOCKED"
-        ),
-        {"priority": job.priority, "job": job.id, "limit": limit},
+        sa.text("""
+            SELECT id, attempt, max_attempts, content_hashes
+            FROM chunk_batches
+            WHERE state = :available AND rung_at IS NULL AND route = :openai AND priority = :priority
+              AND job_id BETWEEN :job AND :job AND not_before <= now()
+            ORDER BY job_id, id
+            LIMIT :limit
+            FOR UPDATE SKIP LOCKED
+        """),
+        {
+            "available": ChunkBatchState.AVAILABLE,
+            "openai": Route.OPENAI,
+            "priority": job.priority,
+            "job": job.id,
+            "limit": limit,
+        },
     )
     return [
         Waiting(
@@ -109,20 +128,24 @@ def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int)
 
 def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> dict[bytes, str]:
     """``content_hash → text`` of its contents that are still there, have no vector, and are not dead in its job."""
+    # A dead content is left out, because one that was refused alone would be sent again with the others for ever.
     rows = conn.execute(
-        sa.text(
-            "SELECT c.content_hash, c.text FROM contents c WHERE c.content_hash = ANY(:hashes) "
-            f"AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash) "
-            # Else what was refused alone would go out again with the others of its ChunkBatch, without end.
-            "AND NOT EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = :job AND d.content_hash = c.content_hash)"
-        ),
+        sa.text(f"""
+            SELECT c.content_hash, c.text
+            FROM contents c
+            WHERE c.content_hash = ANY(:hashes)
+              AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = c.content_hash)
+              AND NOT EXISTS (
+                  SELECT FROM dead_chunks d WHERE d.job_id = :job AND d.content_hash = c.content_hash
+              )
+        """),
         {"hashes": list(waiting.hashes), "job": waiting.job_id},
     )
     return {row.content_hash: row.text for row in rows}
 
 
 def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:
-    """Leave the first ``kept`` contents in a ChunkBatch and put the others into one of their own, which waits."""
+    """Leave the first ``kept`` contents in a ChunkBatch and move the others into a new one, which waits."""
     rest = waiting.hashes[kept:]
     attempts_left = max(1, waiting.max_attempts - waiting.attempt)
     shared = SharedFields(waiting.job_id, waiting.space_id, Route.OPENAI, waiting.priority, attempts_left)
@@ -134,7 +157,7 @@ def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:
 
 
 def postpone(conn: sa.Connection, waiting: Waiting, *, delay_s: float) -> None:
-    """It does not fit what the budgets leave now."""
+    """Let a ChunkBatch that has no room in a ProviderBatch now wait for ``delay_s`` seconds."""
     conn.execute(
         sa.text("UPDATE chunk_batches SET not_before = now() + make_interval(secs => :delay) WHERE id = :id"),
         {"id": waiting.id, "delay": delay_s},
@@ -142,13 +165,16 @@ def postpone(conn: sa.Connection, waiting: Waiting, *, delay_s: float) -> None:
 
 
 def begin(conn: sa.Connection, waiting: Waiting, step: Step) -> Lease:
-    """Lease it to the ProviderBatches that have its contents, and open the account of the attempt."""
+    """Lease a ChunkBatch to the ProviderBatches that have its contents, and open the account of the attempt."""
     attempt = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'running', attempt = attempt + 1, lease_owner = :owner, "
-            "lease_until = NULL, error_code = NULL, error = NULL WHERE id = :id RETURNING attempt"
-        ),
-        {"id": waiting.id, "owner": step.name},
+        sa.text("""
+            UPDATE chunk_batches
+            SET state = :running, attempt = attempt + 1, lease_owner = :owner, lease_until = NULL,
+                error_code = NULL, error = NULL
+            WHERE id = :id
+            RETURNING attempt
+        """),
+        {"id": waiting.id, "owner": step.name, "running": ChunkBatchState.RUNNING},
     ).scalar_one()
     lease = Lease(
         waiting.id,
@@ -168,25 +194,26 @@ def bury(conn: sa.Connection, lease: Lease, dead: Sequence[DeadContent]) -> None
 
 
 def bury_in_flight(conn: sa.Connection, dead: Sequence[tuple[InFlight, str, str]]) -> None:
-    """Contents that the provider will not take, ``(content, code, reason)``: dead in the jobs that brought them."""
+    """Put contents ``(content, code, reason)`` that the provider refuses on the dead lists of their jobs."""
     by_job: dict[int, list[tuple[InFlight, str, str]]] = {}
-    for each in dead:
-        by_job.setdefault(each[0].job_id, []).append(each)
+    for refused in dead:
+        by_job.setdefault(refused[0].job_id, []).append(refused)
     for job_id, buried in by_job.items():
         collection_id = conn.execute(
             sa.text("SELECT collection_id FROM jobs WHERE id = :id"), {"id": job_id}
         ).scalar_one()
-        contents = [DeadContent(each.content_hash, code, reason) for each, code, reason in buried]
+        contents = [DeadContent(content.content_hash, code, reason) for content, code, reason in buried]
         dead_chunks.add_contents(conn, contents, job_id=job_id, collection_id=collection_id)
 
 
 def join(conn: sa.Connection, lease: Lease, carriers: Collection[int]) -> None:
-    """The ChunkBatch waits for these ProviderBatches."""
+    """Let the ChunkBatch wait for these ProviderBatches."""
     conn.execute(
-        sa.text(
-            "INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id) "
-            "SELECT unnest(CAST(:carriers AS bigint[])), :id ON CONFLICT DO NOTHING"
-        ),
+        sa.text("""
+            INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id)
+            SELECT unnest(CAST(:carriers AS bigint[])), :id
+            ON CONFLICT DO NOTHING
+        """),
         {"carriers": sorted(carriers), "id": lease.chunk_batch_id},
     )
 
@@ -195,54 +222,74 @@ def charge_failure(conn: sa.Connection, failures: Mapping[tuple[int, int], tuple
     """Note on ChunkBatches why contents came back, ``(id, attempt) → (code, reason)``: their attempts are charged."""
     for (chunk_batch_id, attempt), (code, reason) in failures.items():
         conn.execute(
-            sa.text(
-                "UPDATE chunk_batches SET error_code = :code, error = :error "
-                "WHERE id = :id AND attempt = :attempt AND state = 'running'"
-            ),
-            {"id": chunk_batch_id, "attempt": attempt, "code": code, "error": reason[:2000]},
+            sa.text("""
+                UPDATE chunk_batches
+                SET error_code = :code, error = :error
+                WHERE id = :id AND attempt = :attempt AND state = :running
+            """),
+            {
+                "id": chunk_batch_id,
+                "attempt": attempt,
+                "code": code,
+                "error": reason[:2000],
+                "running": ChunkBatchState.RUNNING,
+            },
         )
 
 
 def discard(conn: sa.Connection, chunk_batch_ids: Sequence[int], *, code: str, reason: str) -> None:
-    """End attempts for good, whatever is left of them: ``retry`` takes them up again."""
+    """Discard ChunkBatches, however many attempts they have left; ``retry`` makes them available again."""
     rows = conn.execute(
-        sa.text(
-            "UPDATE chunk_batches SET state = 'discarded', lease_owner = NULL, finished_at = now(), "
-            "error_code = :code, error = :reason WHERE id = ANY(:ids) AND state = 'running' AND lease_until IS NULL "
-            "RETURNING id, attempt"
-        ),
-        {"ids": list(chunk_batch_ids), "code": code, "reason": reason[:2000]},
+        sa.text("""
+            UPDATE chunk_batches
+            SET state = :discarded, lease_owner = NULL, finished_at = now(), error_code = :code, error = :reason
+            WHERE id = ANY(:ids) AND state = :running AND lease_until IS NULL
+            RETURNING id, attempt
+        """),
+        {
+            "ids": list(chunk_batch_ids),
+            "code": code,
+            "reason": reason[:2000],
+            "discarded": ChunkBatchState.DISCARDED,
+            "running": ChunkBatchState.RUNNING,
+        },
     )
     for row in rows.all():
         usage.close_attempt(conn, row.id, row.attempt, Outcome.FAILED, reason)
 
 
 def any_plain(conn: sa.Connection) -> bool:
-    """Whether a ChunkBatch waits for plain requests."""
-    return bool(
-        conn.execute(
-            sa.text(
-                "SELECT EXISTS (SELECT FROM chunk_batches WHERE state = 'available' AND route = 'openai-sync' "
-                "AND rung_at IS NULL) OR EXISTS (SELECT FROM chunk_batches WHERE state = 'available' "
-                "AND route = 'openai-sync' AND rung_at IS NOT NULL)"
-            )
-        ).scalar_one()
-    )
+    """Whether any ChunkBatch waits for plain requests."""
+    # There are two conditions because there are two partial indexes, one for each.
+    query = sa.text("""
+        SELECT EXISTS (SELECT FROM chunk_batches WHERE state = :available AND route = :plain AND rung_at IS NULL)
+            OR EXISTS (SELECT FROM chunk_batches WHERE state = :available AND route = :plain AND rung_at IS NOT NULL)
+    """)
+    return bool(conn.execute(query, {"available": ChunkBatchState.AVAILABLE, "plain": Route.OPENAI_SYNC}).scalar_one())
 
 
 def ready_to_settle(conn: sa.Connection, *, limit: int) -> list[tuple[int, int]]:
-    """``(space id, ChunkBatch id)`` of those whose ProviderBatches are all through."""
+    """``(space id, ChunkBatch id)`` of ChunkBatches whose ProviderBatches have all ended."""
     rows = conn.execute(
-        sa.text(
-            f"SELECT b.space_id, b.id FROM chunk_batches b WHERE b.state = 'running' AND b.lease_until IS NULL "
-            f"AND NOT {_CARRIED} ORDER BY b.id LIMIT :limit"
-        ),
-        {"limit": limit},
+        sa.text("""
+            SELECT b.space_id, b.id
+            FROM chunk_batches b
+            WHERE b.state = :running AND b.lease_until IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM provider_batch_members m
+                  JOIN provider_batches p ON p.id = m.provider_batch_id
+                  WHERE m.chunk_batch_id = b.id AND p.state NOT IN (:cleaning, :closed)
+              )
+            ORDER BY b.id
+            LIMIT :limit
+        """),
+        {"limit": limit, "running": ChunkBatchState.RUNNING, "cleaning": State.CLEANING, "closed": State.CLOSED},
     )
     return [(row.space_id, row.id) for row in rows]
 
 
 def members(conn: sa.Connection, provider_batch_id: int) -> list[int]:
+    """Ids of the ChunkBatches that wait for a ProviderBatch."""
     rows = conn.execute(
         sa.text("SELECT chunk_batch_id FROM provider_batch_members WHERE provider_batch_id = :id ORDER BY 1"),
         {"id": provider_batch_id},
@@ -251,19 +298,32 @@ def members(conn: sa.Connection, provider_batch_id: int) -> list[int]:
 
 
 def settle(conn: sa.Connection, space: Space, chunk_batch_ids: Sequence[int]) -> set[int]:
-    """End the attempts of those among these that wait for no ProviderBatch any more; returns their jobs' ids.
+    """End the attempts of these ChunkBatches that wait for no ProviderBatch any more; returns the ids of their jobs.
 
-    Of two ProviderBatches that end at once, both lock the row first; the later sees what the earlier did.
+    If two ProviderBatches end at once, both lock the ChunkBatch first, and the later sees what the earlier did.
     """
     conn.execute(
         sa.text("SELECT FROM chunk_batches WHERE id = ANY(:ids) ORDER BY id FOR UPDATE"), {"ids": list(chunk_batch_ids)}
     )
     rows = conn.execute(
-        sa.text(
-            "SELECT b.*, j.on_long, j.collection_id FROM chunk_batches b JOIN jobs j ON j.id = b.job_id "
-            f"WHERE b.id = ANY(:ids) AND b.state = 'running' AND b.lease_until IS NULL AND NOT {_CARRIED} ORDER BY b.id"
-        ),
-        {"ids": list(chunk_batch_ids)},
+        sa.text("""
+            SELECT b.*, j.on_long, j.collection_id
+            FROM chunk_batches b
+            JOIN jobs j ON j.id = b.job_id
+            WHERE b.id = ANY(:ids) AND b.state = :running AND b.lease_until IS NULL
+              AND NOT EXISTS (
+                  SELECT FROM provider_batch_members m
+                  JOIN provider_batches p ON p.id = m.provider_batch_id
+                  WHERE m.chunk_batch_id = b.id AND p.state NOT IN (:cleaning, :closed)
+              )
+            ORDER BY b.id
+        """),
+        {
+            "ids": list(chunk_batch_ids),
+            "running": ChunkBatchState.RUNNING,
+            "cleaning": State.CLEANING,
+            "closed": State.CLOSED,
+        },
     ).all()
     for row in rows:
         _settle(conn, space, row)
@@ -276,23 +336,26 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
     )
     if lease.on_long is OnLong.REJECT:
         _refuse_long(conn, lease, space)
-    state = conn.execute(
-        sa.text(
-            "SELECT count(*) FILTER (WHERE v.content_hash IS NOT NULL) AS embedded, "
-            "count(*) FILTER (WHERE v.truncated) AS truncated, "
-            "array_agg(h.content_hash) FILTER (WHERE v.content_hash IS NULL AND c.content_hash IS NOT NULL "
-            "  AND d.content_hash IS NULL) AS missing FROM chunk_batches b "
-            "CROSS JOIN unnest(b.content_hashes) AS h(content_hash) "
-            f"LEFT JOIN {space.table_name} v ON v.content_hash = h.content_hash "
-            "LEFT JOIN contents c ON c.content_hash = h.content_hash "
-            "LEFT JOIN (SELECT DISTINCT content_hash FROM dead_chunks WHERE job_id = :job) d "
-            "       ON d.content_hash = h.content_hash WHERE b.id = :id"
-        ),
+    contents = conn.execute(
+        sa.text(f"""
+            SELECT count(*) FILTER (WHERE v.content_hash IS NOT NULL) AS embedded,
+                   count(*) FILTER (WHERE v.truncated) AS truncated,
+                   array_agg(h.content_hash) FILTER (
+                       WHERE v.content_hash IS NULL AND c.content_hash IS NOT NULL AND d.content_hash IS NULL
+                   ) AS missing
+            FROM chunk_batches b
+            CROSS JOIN unnest(b.content_hashes) AS h(content_hash)
+            LEFT JOIN {space.table_name} v ON v.content_hash = h.content_hash
+            LEFT JOIN contents c ON c.content_hash = h.content_hash
+            LEFT JOIN (SELECT DISTINCT content_hash FROM dead_chunks WHERE job_id = :job) d
+                   ON d.content_hash = h.content_hash
+            WHERE b.id = :id
+        """),
         {"id": row.id, "job": row.job_id},
     ).one()
-    missing: list[bytes] = state.missing or []
-    refused = state.truncated if lease.on_long is OnLong.REJECT else 0
-    n_embedded = state.embedded - refused - row.n_cached
+    missing: list[bytes] = contents.missing or []
+    refused = contents.truncated if lease.on_long is OnLong.REJECT else 0
+    n_embedded = contents.embedded - refused - row.n_cached
     if missing and row.error_code is not None:
         decision = decide(row.attempt, row.max_attempts, retryable=True)
         if not isinstance(decision, Discard):
@@ -301,31 +364,26 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
             usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.FAILED, row.error)
             return
         reason = f"no vector after {row.attempt} attempts: {row.error}"
-        bury(conn, lease, [DeadContent(each, row.error_code, reason) for each in missing])
+        bury(conn, lease, [DeadContent(hash_, row.error_code, reason) for hash_ in missing])
     elif missing:
-        # Uncharged: it expired, was cancelled at the provider, or somebody else had it and lost it.
+        # This is not charged: it expired, was cancelled at the provider, or somebody else had it and lost it.
         chunk_batches.record_progress_if_held(conn, lease, n_embedded)
         chunk_batches.release_if_held(conn, lease, delay_s=AGAIN_SECONDS)
         usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.RELEASED)
         return
-    chunk_batches.complete_if_held(conn, lease, n_embedded=n_embedded, n_truncated=state.truncated - refused)
+    chunk_batches.complete_if_held(conn, lease, n_embedded=n_embedded, n_truncated=contents.truncated - refused)
     usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.COMPLETED)
 
 
 def _refuse_long(conn: sa.Connection, lease: Lease, space: Space) -> None:
-    """Another job, which cuts long texts, had them embedded; this one refuses them all the same."""
+    """Put long texts on the dead list that this job refuses, although another job had them truncated and embedded."""
     rows = conn.execute(
-        sa.text(
-            f"SELECT v.content_hash, v.n_tokens FROM {space.table_name} v WHERE v.truncated AND v.content_hash IN "
-            "(SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)"
-        ),
+        sa.text(f"""
+            SELECT v.content_hash, v.n_tokens
+            FROM {space.table_name} v
+            WHERE v.truncated AND v.content_hash IN (SELECT unnest(content_hashes) FROM chunk_batches WHERE id = :id)
+        """),
         {"id": lease.chunk_batch_id},
     )
     dead = [DeadContent(row.content_hash, "too_long", too_long_reason(row.n_tokens)) for row in rows]
     bury(conn, lease, dead)
-
-
-_CARRIED = (
-    "EXISTS (SELECT FROM provider_batch_members m JOIN provider_batches p ON p.id = m.provider_batch_id "
-    "WHERE m.chunk_batch_id = b.id AND p.state NOT IN ('cleaning', 'closed'))"
-)

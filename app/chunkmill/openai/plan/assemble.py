@@ -1,4 +1,4 @@
-"""From the vectors of one request's inputs to those of its contents. Pure."""
+"""Turns the vectors of one request's inputs into the vectors of its contents. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from chunkmill.openai.wire.vectors import pool
 
 
 class Assembled(NamedTuple):
-    """What one request gave its contents."""
+    """The vectors that one request gave its contents."""
 
     rows: list[PackedInput]
     """Contents that have a vector."""
     vectors: NDArray[np.float32]
     """(rows, dimensions) float32, in the order of ``rows``."""
     problems: list[tuple[PackedInput, str]]
-    """Contents that have none, with the reason."""
+    """Contents that have no vector, with the reason."""
 
 
 def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool) -> Assembled:
-    """``rows`` are the request's contents. A content needs all its windows."""
+    """The vectors of a request's contents ``rows``. A content has a vector only if all its windows have one."""
     done: list[PackedInput] = []
     vectors: list[NDArray[np.float32]] = []
     problems: list[tuple[PackedInput, str]] = []

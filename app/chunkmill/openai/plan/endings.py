@@ -1,4 +1,4 @@
-"""What to do after a ProviderBatch, or one of its requests, ended badly; and when to ask again. Pure."""
+"""What to do after a ProviderBatch, or one of its requests, failed; and when to ask the provider again. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _QUOTA: Final = frozenset(
     {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
 )
 _KEY: Final = frozenset({"invalid_api_key", "invalid_authentication", "invalid_organization", "permission_denied"})
-# A limit of what may be queued or sent now: room comes by itself.
+# A limit on what may be queued or sent now, which passes by itself.
 _LIMITS: Final = frozenset({"token_limit_exceeded", "request_limit_exceeded", "rate_limit_exceeded"})
-# Every content of the batch would end the same: the model or the address is wrong.
+# Every content of the batch would fail in the same way, because the model or the address is wrong.
 _FOR_ALL: Final = frozenset({"model_not_found", "model_mismatch", "url_mismatch", "invalid_endpoint"})
-# Our files have none of these, so this one was damaged on its way.
+# Our files have none of these faults, so this one was damaged on its way.
 _DAMAGED: Final = frozenset({"empty_file", "duplicate_custom_id", "file_not_found", "invalid_file"})
 # The provider never ran these requests, or stopped.
 _NOT_RUN: Final = frozenset({"batch_expired", "batch_cancelled", "batch_canceled", "cancelled", "canceled"})
@@ -27,21 +27,21 @@ _TOO_LONG_WAIT_S: Final = 3_600.0
 
 @dataclass(frozen=True, slots=True)
 class Resend:
-    """The same contents again, in a new batch from a new file. Charged."""
+    """Send the same contents again, in a new batch from a new file. It counts as an attempt."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reupload:
-    """As `Resend`: the file was the trouble, not what is in it. Charged."""
+    """As `Resend`, because the file was at fault and not what is in it. It counts as an attempt."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The same contents in new batches of at most ``inputs`` inputs each. It ends by itself: each is smaller."""
+    """Send the same contents in new batches of at most ``inputs`` inputs. This ends, because each is smaller."""
 
     inputs: int
     reason: str
@@ -49,8 +49,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Isolate:
-    """The contents of ``requests`` (request numbers) each in a request of its own, the rest as before. A content that
-    was alone in such a request is dead, with ``code`` and ``reason``."""
+    """Send each content of ``requests`` (request numbers) in a request of its own, and the rest as before.
+
+    A content that was alone in such a request is dead, with ``code`` and ``reason``.
+    """
 
     requests: tuple[int, ...]
     code: str
@@ -59,14 +61,14 @@ class Isolate:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """The same contents later, uncharged: a limit is no failure."""
+    """Send the same contents later. It does not count as an attempt, because a limit is not a failure."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """All contents of the batch are dead."""
+    """Put all contents of the batch on the dead list."""
 
     code: str
     reason: str
@@ -74,7 +76,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class StopLane:
-    """Nothing can be sent before the operator has done something; the contents wait, uncharged."""
+    """Stop the lane until the operator has done something. The contents wait, and this counts as no attempt."""
 
     code: str
     reason: str
@@ -82,24 +84,28 @@ class StopLane:
 
 @dataclass(frozen=True, slots=True)
 class RetryUncharged:
+    """Send the request's contents again. It does not count as an attempt."""
+
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RetryCharged:
+    """Send the request's contents again. It counts as an attempt."""
+
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """Each content of the request in a request of its own: one of them is at fault, or all together. Charged."""
+    """Send each content in a request of its own: one of them is at fault, or all together. Counts as an attempt."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The request's one content is dead."""
+    """Put the one content of the request on the dead list."""
 
     code: str
     reason: str
@@ -112,11 +118,11 @@ AfterLine = RetryUncharged | RetryCharged | Alone | Dead | StopLane
 def after_validation_failure(
     errors: Sequence[BatchError], *, attempts: int, n_inputs: int, n_requests: int, max_attempts: int = 5
 ) -> AfterValidation:
-    """After a batch that `failed` before any request ran: nothing was billed.
+    """What to do after a batch that `failed` before any request ran. Nothing was billed.
 
-    ``attempts`` counts the charged attempts of these contents, this one included. Of several errors the one that
-    concerns the most decides: the account, then the limits, then the batch, then lines of it. What nothing explains
-    is sent up to ``max_attempts`` times as it is, and then in halves, down to the content that is at fault.
+    ``attempts`` is how many attempts of these contents count, including this one. If there are several errors, the
+    one that concerns most decides: first the account, then the limits, then the batch, then its lines. A batch whose
+    failure nothing explains is sent ``max_attempts`` times as it is, and then in halves, down to the content at fault.
     """
     by_code = {error.code.lower(): error for error in reversed(errors)}
 
@@ -151,26 +157,26 @@ def _say(error: BatchError) -> str:
 
 
 def _names_a_limit(error: BatchError) -> bool:
-    """The text "Enqueued token limit reached for …" comes under several codes."""
+    """Whether it says "Enqueued token limit reached for …", a message that comes with several codes."""
     message = error.message.lower()
     return "enqueued" in message and "limit" in message
 
 
 def _lost_a_file(error: BatchError) -> bool:
-    """An incident of OpenAI's: files it could read were reported as not there."""
+    """Whether it says that the file is not there. OpenAI once said so of files that it had."""
     message = error.message.lower()
     return "cannot find file" in message or ("file" in message and "does not have access" in message)
 
 
 def _named_requests(errors: Sequence[BatchError], n_requests: int) -> tuple[int, ...]:
-    """Request numbers of the lines that errors name. Lines count from 1, unless one is called 0."""
+    """The numbers of the requests whose lines the errors name. Lines count from 1, unless one of them is line 0."""
     lines = {error.line for error in errors if error.line is not None}
     first = 0 if 0 in lines else 1
     return tuple(sorted(line - first for line in lines if 0 <= line - first < n_requests))
 
 
 def after_line_error(status: int | None, code: str, message: str, *, n_inputs_in_request: int) -> AfterLine:
-    """After one request of a batch that ran. ``n_inputs_in_request`` counts contents: windows of one are one."""
+    """What to do after a request failed in a batch that ran. The windows of one content count as one input."""
     reason = f"the provider refused the request: {code}: {message}" + (f" (HTTP {status})" if status else "")
     word = code.lower()
     if word in _QUOTA | _KEY or status in (401, 402, 403) or "exceeded your current quota" in message.lower():
@@ -183,14 +189,19 @@ def after_line_error(status: int | None, code: str, message: str, *, n_inputs_in
 
 
 def poll_pause(age_s: float, *, longest_s: float) -> float:
-    """Seconds to the next poll of a batch created ``age_s`` ago: a sixth of its age, within a sixth of ``longest_s``
-    and ``longest_s``. Small batches are often done in a minute, and most of the others take hours."""
+    """Seconds until the next poll of a batch that was created ``age_s`` seconds ago.
+
+    It is a sixth of its age, but at least a sixth of ``longest_s`` and at most ``longest_s``. Small batches are often
+    done in a minute, and most of the others take hours.
+    """
     return min(longest_s, max(longest_s, age_s) / 6)
 
 
 def backoff(failures: int, retry_after_s: float | None = None) -> float:
-    """Seconds to wait after ``failures`` in a row, at least one: what the provider's Retry-After says (an hour at
-    most), else 2 s, 4 s … 300 s."""
+    """Seconds to wait after ``failures`` in a row, which are at least one.
+
+    This is what the provider's Retry-After says, but an hour at most; without it, 2 s, 4 s, and so on up to 300 s.
+    """
     if retry_after_s is not None and retry_after_s >= 0:
         return min(retry_after_s, _TOO_LONG_WAIT_S)
     return min(MAX_DELAY_S, BASE_DELAY_S * 2.0 ** min(max(failures, 1) - 1, 16))

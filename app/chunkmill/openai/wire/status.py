@@ -1,6 +1,6 @@
-"""What the provider says of a batch, whatever its dialect. Pure.
+"""Reads what a provider says about a batch, in whatever form. Pure.
 
-The SDK checks nothing: servers send ISO dates, null counts, empty file ids and capital letters.
+The official client does not check it, and servers send ISO dates, null counts, empty file ids and capital letters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RemoteStatus(StrEnum):
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
-    """A word we do not know: still running, as far as we can tell."""
+    """A status that we do not know; the batch may still be running."""
 
 
 _TERMINAL: Final = {RemoteStatus.COMPLETED, RemoteStatus.FAILED, RemoteStatus.EXPIRED, RemoteStatus.CANCELLED}
@@ -37,7 +37,7 @@ _BY_LETTERS: Final = {status.replace("_", ""): status for status in RemoteStatus
 
 @dataclass(frozen=True, slots=True)
 class BatchError:
-    """One of ``batch.errors``: why a file failed validation. ``message`` is redacted."""
+    """One of ``batch.errors``, which say why a file failed validation. ``message`` is redacted."""
 
     code: str
     message: str
@@ -54,23 +54,23 @@ class RemoteBatch:
     created_at: datetime | None
     expires_at: datetime | None
     ended_at: datetime | None
-    """When it reached its terminal status; None while it runs, or where the provider does not say."""
+    """When it reached its terminal status; None while it runs, or if the provider does not say."""
     total: int | None
     completed: int | None
     failed: int | None
     errors: tuple[BatchError, ...]
     used_tokens: int | None
-    """``usage.total_tokens``: zero while it runs, whatever it will be."""
+    """``usage.total_tokens``, which is zero while the batch runs."""
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_terminal(self) -> bool:
-        """Terminal says little: either file may be there with any of these, and the counts may not add up."""
+        """Whether it has ended. With any of these statuses either file may be there, and the counts may not add up."""
         return self.status in _TERMINAL
 
 
 def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
-    """From the SDK's object or a mapping. Raises ValueError for what has no id. ``secrets`` are cut from messages."""
+    """Read a batch from the client's object or a mapping, without ``secrets``. Raises ValueError if it has no id."""
     batch_id = _text(_get(given, "id"))
     if batch_id is None:
         raise ValueError("a batch without an id")
@@ -95,13 +95,13 @@ def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
 
 
 def read_status(given: object) -> RemoteStatus:
-    """``Validating``, ``in-progress`` and ``canceled`` are known, too."""
+    """The status that is meant; ``Validating``, ``in-progress`` and ``canceled`` are understood too."""
     letters = re.sub("[^a-z]", "", str(getattr(given, "value", given)).lower())
     return _BY_LETTERS.get(letters, RemoteStatus.UNKNOWN)
 
 
 def read_time(given: object) -> datetime | None:
-    """Of Unix seconds or an ISO date, in UTC. None for nothing, zero and what is neither."""
+    """The time in UTC, from Unix seconds or an ISO date. None for zero and for anything else."""
     try:
         if isinstance(given, str) and not re.fullmatch(r"[0-9]+(\.[0-9]*)?", given, re.ASCII):
             at = datetime.fromisoformat(given)
@@ -125,7 +125,7 @@ def _count(given: object) -> int | None:
 
 
 def _errors(given: object, secrets: Sequence[str]) -> tuple[BatchError, ...]:
-    """Of a list object with ``data``, or of a list. An error without a code is ``unknown_error``."""
+    """The errors in a list, or in an object with the list ``data``. One without a code is ``unknown_error``."""
     data = given if isinstance(given, list | tuple) else _get(given, "data")
     return tuple(
         BatchError(

@@ -1,4 +1,4 @@
-"""From the ``data`` of an answer to checked float32 vectors, and from windows' vectors to a content's. Pure."""
+"""Reads and checks the vectors of an answer, and pools the vectors of windows into a content's. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_NUMBERS = "fiu"  # NumPy's kinds: a list of texts or of booleans is not a vector
+_NUMBERS = "fiu"  # kinds of NumPy arrays that are vectors; those of texts and booleans are not
 
 
 def read_embeddings(
     data: Sequence[object], count: int, dimensions: int, *, normalize: bool
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """``(vectors, problems)`` of the ``data`` of a response body to ``count`` inputs, base64 or float.
+    """``(vectors, problems)`` in the ``data`` of an answer to ``count`` inputs, whether base64 or float.
 
-    ``vectors`` is (count, dimensions) float32 in input order, by each item's ``index``; its rows with a problem are
-    zero. Two items with one index are a problem of that position, as nothing says which is right.
+    ``vectors`` is (count, dimensions) float32, ordered by the ``index`` of the items; the rows with a problem are zero.
+    Two items with the same index are a problem of that position, because nothing says which is right.
     """
     vectors = np.zeros((count, dimensions), np.float32)
     problems = dict.fromkeys(range(count), "the answer has no vector for this input")
@@ -27,7 +27,7 @@ def read_embeddings(
             continue
         index = item.get("index")
         if type(index) is not int or not 0 <= index < count:
-            continue  # whose it should have been stays without a vector
+            continue  # the input that it was meant for stays without a vector
         if index in seen:
             problems[index] = "the answer has several vectors for this input"
             continue
@@ -38,7 +38,7 @@ def read_embeddings(
         else:
             vectors[index] = vector
             del problems[index]
-    # float64: squares of float32 numbers fit, and a sum of 3,072 of them keeps its digits.
+    # In float64 the squares of float32 numbers do not overflow, and a sum of 3,072 of them keeps its digits.
     squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
     for index in np.flatnonzero(~(np.isfinite(squares) & (squares > 0))).tolist():
         word = "is zero" if squares[index] == 0 else "holds numbers that are not finite"
@@ -52,23 +52,23 @@ def read_embeddings(
 
 
 def _read(embedding: object, dimensions: int) -> NDArray[np.float32] | str:
-    """(dimensions,) float32, or what is wrong."""
+    """(dimensions,) float32, or a text that says what is wrong."""
     if isinstance(embedding, str):
         try:
             raw = binascii.a2b_base64(embedding, strict_mode=True)
-        except ValueError:  # binascii.Error among them, and characters that are not ASCII
+        except ValueError:  # also binascii.Error, and characters that are not ASCII
             return "the vector is not valid base64"
         if len(raw) % 4:
-            return f"the vector has {len(raw)} bytes, which are no float32 numbers"
+            return f"the vector has {len(raw)} bytes, which is not a whole number of float32 numbers"
         vector = np.frombuffer(raw, "<f4")
     elif isinstance(embedding, list):
         try:
             numbers = np.asarray(embedding)
         except ValueError:  # lists of different lengths within it
-            return "the vector is no list of numbers"
+            return "the vector is not a list of numbers"
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in _NUMBERS):
-            return "the vector is no list of numbers"
-        with np.errstate(over="ignore"):  # becomes infinite, which is found
+            return "the vector is not a list of numbers"
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is found
             vector = numbers.astype(np.float32)
     else:
         return "the answer has no vector for this input"
@@ -78,7 +78,7 @@ def _read(embedding: object, dimensions: int) -> NDArray[np.float32] | str:
 
 
 def pool(vectors: NDArray[np.float32], weights: Sequence[int], *, normalize: bool) -> NDArray[np.float32] | None:
-    """(dimensions,) float32: the weighted mean of a content's (windows, dimensions) float32. None if it is zero."""
+    """(dimensions,) float32: the weighted mean of (windows, dimensions) float32; None if it is zero."""
     share = np.asarray(weights, np.float64) / sum(weights)
     mean = share @ vectors.astype(np.float64)
     length = float(np.sqrt(mean @ mean))

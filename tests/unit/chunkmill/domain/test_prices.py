@@ -8,6 +8,7 @@ from decimal import Decimal
 import pytest
 
 from chunkmill.domain.prices import Price, price_on
+from chunkmill.domain.states import Route
 
 FIRST = Price(date(2026, 3, 1), Decimal("0.02"), Decimal("0.01"))
 SECOND = Price(date(2026, 7, 1), Decimal("0.04"), Decimal("0.03"))
@@ -39,6 +40,6 @@ def test_a_model_without_prices_has_none() -> None:
 
 
 def test_a_price_is_for_a_million_tokens_of_its_endpoint() -> None:
-    assert SECOND.of(1_000_000, batch=True) == Decimal("0.03")
-    assert SECOND.of(1_000_000, batch=False) == Decimal("0.04")
-    assert SECOND.of(1, batch=True) == Decimal("0.00000003")
+    assert SECOND.of(1_000_000, Route.OPENAI) == Decimal("0.03")
+    assert SECOND.of(1_000_000, Route.OPENAI_SYNC) == Decimal("0.04")
+    assert SECOND.of(1, Route.OPENAI) == Decimal("0.00000003")

@@ -44,16 +44,16 @@ def test_which_lanes_serve_a_space(
 @pytest.mark.parametrize(
     ("asked", "lanes", "spec", "said"),
     [
-        (LOCAL, (BATCH, SYNC), REMOTE, "'text-embedding-3-small' is served by the provider alone. Take 'openai'"),
+        (LOCAL, (BATCH, SYNC), REMOTE, "only the provider serves model 'text-embedding-3-small'. Use 'openai'"),
         (
             BATCH,
             (LOCAL,),
             DEFAULT_SPEC,
-            "served by local workers alone. Take 'local', 'auto'.*same_as in OPENAI_MODELS",
+            "only local workers serve this space of model.*Use 'local', 'auto'.*same_as in OPENAI_MODELS",
         ),
-        (SYNC, (LOCAL,), DEFAULT_SPEC, "served by local workers alone"),
-        (BATCH, (SYNC,), REMOTE, "no Batch API .OPENAI_BATCHES is false.. Take 'openai-sync'"),
-        (AUTO, (), REMOTE, "no lane serves model 'text-embedding-3-small' here: describe it in OPENAI_MODELS"),
+        (SYNC, (LOCAL,), DEFAULT_SPEC, "only local workers serve this space"),
+        (BATCH, (SYNC,), REMOTE, "no Batch API .OPENAI_BATCHES is false.. Use 'openai-sync'"),
+        (AUTO, (), REMOTE, "no route serves model 'text-embedding-3-small' here. Describe it in OPENAI_MODELS"),
     ],
 )
 def test_a_lane_that_does_not_serve_the_space_is_refused(
@@ -76,7 +76,7 @@ def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
 @pytest.mark.parametrize(
     ("offers", "hours", "route", "said"),
     [
-        ([local], None, LOCAL, "the only lane that serves the space"),
+        ([local], None, LOCAL, "the only route that serves the space"),
         ([batch, sync], None, BATCH, "openai at 0.010 USD per million tokens, openai-sync at 0.020"),
         ([batch, sync], 25, BATCH, "the cheapest"),
         ([batch, sync], 24, BATCH, "the cheapest"),  # it takes 24 hours at most
@@ -88,11 +88,11 @@ def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
         ([Offer(LOCAL, Decimal("0.001")), batch, sync], None, LOCAL, "the cheapest .local at 0.0010 USD"),
         # Workers come and go: only a deadline makes their absence count.
         ([Offer(LOCAL, None, idle=True), batch, sync], None, LOCAL, "the cheapest"),
-        ([Offer(LOCAL, None, idle=True), batch, sync], 30, BATCH, "local is out: no worker of it is connected"),
+        ([Offer(LOCAL, None, idle=True), batch, sync], 30, BATCH, "local is out: none of its workers is connected"),
         # Nothing is left: a late lane is better than one that nobody serves, and that better than a stopped one.
-        ([batch, replace(sync, stopped="stopped")], 1, BATCH, "it may be late, and no better lane is left"),
+        ([batch, replace(sync, stopped="stopped")], 1, BATCH, "it may be late, and no better route is left"),
         ([replace(local, idle=True), replace(batch, stopped="x"), replace(sync, stopped="x")], 1, LOCAL, "waits for"),
-        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, "every lane is stopped.*: x;.*: y"),
+        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, "every route is stopped.*: x;.*: y"),
     ],
 )
 def test_what_auto_chooses_and_says(offers: list[Offer], hours: float | None, route: Route, said: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkmill.openai.plan.inputs import ProviderInput, Window
-from chunkmill.openai.plan.limits import BatchBudget, BatchLimits
+from chunkmill.openai.plan.limits import BatchLimits, Headroom
 from chunkmill.openai.plan.packing import PackedInput, Packer
 from chunkmill.openai.wire.jsonl import RequestForm, custom_id, encode_request
 
@@ -25,13 +25,13 @@ def item(number: int, *windows: tuple[str, int]) -> ProviderInput:
 
 
 def pack_all(
-    items: Sequence[tuple[ProviderInput, bool]], form: RequestForm, limits: BatchLimits, budget: BatchBudget
+    items: Sequence[tuple[ProviderInput, bool]], form: RequestForm, limits: BatchLimits, headroom: Headroom
 ) -> list[Packer]:
     """As many batches as it takes, as the caller of a packer does."""
     packers: list[Packer] = []
     for one, alone in items:
         if not packers or not packers[-1].add(one, alone=alone):
-            packers.append(Packer(len(packers) + 9, form, limits, budget))
+            packers.append(Packer(len(packers) + 9, form, limits, headroom))
             assert packers[-1].add(one, alone=alone)
     return packers
 
@@ -57,8 +57,8 @@ WINDOWS = st.lists(st.tuples(TEXT, st.integers(1, 30)), min_size=1, max_size=3)
     requests=st.integers(1, 20),
     per_request=st.integers(3, 9),
     tokens=st.integers(90, 200),
-    budget_tokens=st.none() | st.integers(90, 500),
-    budget_requests=st.none() | st.integers(1, 9),
+    headroom_tokens=st.none() | st.integers(90, 500),
+    headroom_requests=st.none() | st.integers(1, 9),
     dimensions=st.none() | st.integers(1, 4096),
 )
 def test_no_limit_is_passed_and_every_content_is_sent_once(
@@ -67,8 +67,8 @@ def test_no_limit_is_passed_and_every_content_is_sent_once(
     requests: int,
     per_request: int,
     tokens: int,
-    budget_tokens: int | None,
-    budget_requests: int | None,
+    headroom_tokens: int | None,
+    headroom_requests: int | None,
     dimensions: int | None,
 ) -> None:
     limits = BatchLimits(
@@ -79,13 +79,13 @@ def test_no_limit_is_passed_and_every_content_is_sent_once(
         tokens_per_request=tokens,
         tokens_per_input=30,
     )
-    budget = BatchBudget(budget_tokens, budget_requests)
+    headroom = Headroom(headroom_tokens, headroom_requests)
     form = RequestForm("m", dimensions, "float")
     items = [(item(number, *windows), alone) for number, (windows, alone) in enumerate(contents)]
     by_hash = {one.content_hash: one for one, _ in items}
     alone = {one.content_hash for one, is_alone in items if is_alone}
 
-    packers = pack_all(items, form, limits, budget)
+    packers = pack_all(items, form, limits, headroom)
 
     packed = [row.content_hash for packer in packers for row in packer.rows]
     assert packed == [one.content_hash for one, _ in items]
@@ -93,20 +93,19 @@ def test_no_limit_is_passed_and_every_content_is_sent_once(
         lines = encode(packer, number + 9, form, by_hash)
         sent = [json.loads(line)["body"]["input"] for line in lines]
         assert packer.bytes == sum(map(len, lines)) <= limits.bytes
-        assert packer.requests == len(lines) <= min(requests, budget_requests or requests)
+        assert packer.requests == len(lines) <= min(requests, headroom_requests or requests)
         assert packer.inputs == sum(map(len, sent)) <= inputs
-        assert packer.tokens == sum(row.sent_tokens for row in packer.rows) <= (budget_tokens or packer.tokens)
+        assert packer.tokens == sum(row.sent_tokens for row in packer.rows) <= (headroom_tokens or packer.tokens)
         for request, texts in enumerate(sent):
             rows = [row for row in packer.rows if row.request_no == request]
-            assert packer.inputs_of(request) == len(texts) <= per_request
+            assert sum(row.windows for row in rows) == len(texts) <= per_request
             assert sum(row.sent_tokens for row in rows) <= tokens
             assert len(rows) == 1 or not alone & {row.content_hash for row in rows}
             for row in rows:
                 own = by_hash[row.content_hash].windows
                 assert texts[row.position : row.position + row.windows] == [window.text for window in own]
                 assert row.weights == (tuple(w.weight for w in own) if len(own) > 1 else ())
-        assert packer.inputs_of(len(lines)) is None
-        assert packer.inputs_of(-1) is None
+        assert {row.request_no for row in packer.rows} == set(range(len(lines)))
 
 
 def test_requests_are_filled_to_the_limit() -> None:
@@ -169,10 +168,10 @@ def test_windows_of_a_content_stay_in_one_request() -> None:
     assert [row.request_no for row in packer.rows] == [0, 1, 2]
 
 
-def test_an_empty_batch_refuses_what_the_budget_does_not_leave() -> None:
-    assert not Packer(7, FORM, BatchLimits(), BatchBudget(tokens=4)).add(item(1, ("text", 5)))
-    assert not Packer(7, FORM, BatchLimits(), BatchBudget(requests=0)).add(item(1, ("text", 5)))
-    assert Packer(7, FORM, BatchLimits(), BatchBudget(tokens=5, requests=1)).add(item(1, ("text", 5)))
+def test_an_empty_batch_refuses_what_the_headroom_does_not_leave() -> None:
+    assert not Packer(7, FORM, BatchLimits(), Headroom(tokens=4)).add(item(1, ("text", 5)))
+    assert not Packer(7, FORM, BatchLimits(), Headroom(requests=0)).add(item(1, ("text", 5)))
+    assert Packer(7, FORM, BatchLimits(), Headroom(tokens=5, requests=1)).add(item(1, ("text", 5)))
 
 
 def test_a_content_prepared_under_other_limits_is_a_mistake_and_not_a_full_batch() -> None:

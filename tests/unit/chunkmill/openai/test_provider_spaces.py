@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from chunkmill.errors import InvalidInput, UnknownModel
-from chunkmill.models import DEFAULT_SPEC
+from chunkmill.models import DEFAULT_SPEC, resolve_spec
 from chunkmill.models.locate import bundled_folder
-from chunkmill.openai.catalogue import model_for, resolve_space, why_unfit
+from chunkmill.openai import catalogue
+from chunkmill.openai.catalogue import model_for, read_twins, resolve_space, why_unfit
 from chunkmill.settings import Settings
 from chunkmill.spaces.requested import requested_spec
 
@@ -62,6 +64,29 @@ def test_the_space_is_known_under_any_name_of_its_files() -> None:
     assert model_for(given, replace(DEFAULT_SPEC, revision="sha256:other")) is None
     gone = settings(models={"remote": TWIN["minilm-remote"] | {"same_as": "/nowhere/at/all"}})
     assert model_for(gone, DEFAULT_SPEC) is None
+
+
+def test_models_that_were_read_are_not_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model is looked up inside transactions, where no file may be read. A missing one is looked for again."""
+    folder = bundled_folder()
+    assert folder is not None
+    here = TWIN["minilm-remote"] | {"same_as": str(folder)}
+    later = TWIN["minilm-remote"] | {"same_as": str(tmp_path / "later")}
+    given = settings(models={"here": here, "later": later})
+    read_twins(given)
+    (tmp_path / "later").symlink_to(folder)
+    read: list[str] = []
+
+    def note(name: str, **asked: object) -> SpaceSpec:
+        read.append(name)
+        return resolve_spec(name, **asked)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(catalogue, "resolve_spec", note)
+    assert model_for(given, replace(DEFAULT_SPEC, long_text=LongText.SPLIT)) == given.provider_models["here"]
+    assert model_for(given, replace(DEFAULT_SPEC, revision="sha256:other")) is None
+    assert read == []
+    read_twins(given)
+    assert read == [str(tmp_path / "later")]
 
 
 def test_a_provider_serves_no_int8_space_and_none_it_cannot_cut_to() -> None:
