@@ -76,6 +76,8 @@ def test_a_commit_of_a_local_worker_that_is_run_again_changes_nothing(
         runner.run_due()
         with context.db.begin() as conn:
             conn.execute(sa.text("UPDATE chunk_batches SET not_before = now() WHERE not_before > now()"))
+            # A bell that a leaving worker took is rung again only after a day.
+            conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL WHERE state = 'available'"))
             # What lost the answer to its claim is held by nobody, and need not wait for the end of its lease.
             over = "UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE lease_until > now()"
             conn.execute(sa.text(over))

@@ -17,11 +17,11 @@ from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.store.read import Work, read_work
+from chunkmill.store.read import Work
 from chunkmill.store.write import relax_durability
 from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
-from chunkmill_workers.local.attempt import Attempt, VectorsLost
+from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
@@ -35,7 +35,7 @@ device (docs/decisions/0019)."""
 ANOTHER_SUSPECT_SECONDS = 2.0
 
 
-class Outcome(StrEnum):
+class TaskResult(StrEnum):
     NOT_OURS = "not_ours"
     COMPLETED = "completed"
     RELEASED = "released"
@@ -47,7 +47,7 @@ class Stopping(Exception):
     """The worker was told to go."""
 
 
-def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
+def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
     """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake.
 
     Postgres being away is waited for: it is no fault of the work, and costs no attempt.
@@ -56,7 +56,7 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
     with context.room.entered():
         lease = _claim(context, chunk_batch_id)
         if lease is None:
-            return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
+            return TaskResult.NOT_OURS  # done, held by another, not due, or of a model that others have
         if not lease.suspect:
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
                 return _counted(_run(context, held))
@@ -65,12 +65,12 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
         with context.room.alone() as alone:
             lease = _claim(context, chunk_batch_id) if alone else None
             if lease is None:
-                return Outcome.RELEASED
+                return TaskResult.RELEASED
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
                 return _counted(_run(context, held))
 
 
-def _counted(outcome: Outcome) -> Outcome:
+def _counted(outcome: TaskResult) -> TaskResult:
     COUNTS.add(metrics.ATTEMPTS, 1, outcome)
     return outcome
 
@@ -103,52 +103,51 @@ def _give_back(context: WorkerContext, lease: Lease, *, delay_s: float) -> None:
     context.transact(lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=delay_s), "release")
 
 
-def _run(context: WorkerContext, held: HeldLease) -> Outcome:
+def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
     lease = held.lease
-    attempt = Attempt(context, lease)
+    attempt = LocalAttempt(context, lease)
     try:
         _embed(context, held, attempt)
     except Stopping:
         attempt.release()
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except LeaseLost as lost:
         logger.warning("%s", lost)
-        return Outcome.LEASE_LOST
+        return TaskResult.LEASE_LOST
     except VectorsLost:
         logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
         attempt.release()
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except CanaryFailed as drift:
         # Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it.
         attempt.release(because=drift)
         logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)  # noqa: TRY400
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except DeviceFailed as broken:
         # The lease is kept: the watchdog takes it back as from a dead worker, for the work may be the cause.
         context.broken = str(broken)
-        return Outcome.FAILED
+        return TaskResult.FAILED
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
         if is_transient(error):  # as when the canary's reference could not be read
             attempt.release()
-            return Outcome.RELEASED
+            return TaskResult.RELEASED
         _record_failure(context, attempt, error)
-        return Outcome.FAILED
+        return TaskResult.FAILED
     _finish(context, lease)
-    return Outcome.COMPLETED
+    return TaskResult.COMPLETED
 
 
-def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
+def _embed(context: WorkerContext, held: HeldLease, attempt: LocalAttempt) -> None:
     lease = held.lease
 
     def read(conn: sa.Connection) -> tuple[Space, Work]:
-        relax_durability(conn)  # an account that a crash forgets is opened by the first write
-        space = registry.get(conn, lease.space_id)
-        attempt.open(conn, space)
-        return space, read_work(conn, space, lease.chunk_batch_id)
+        relax_durability(conn)  # if a crash loses the account, the first write opens it
+        return attempt.open(conn)
 
     space, work = context.transact(read, "read texts")
+    attempt.begin(space, work)
     engine = context.engine_for(space)
-    attempt.begin(space, engine, work)
+    attempt.use(engine)
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
     with tracing.span("embed", {"contents": len(texts)}):
@@ -177,7 +176,7 @@ def _finish(context: WorkerContext, lease: Lease) -> None:
         logger.warning("job %s is left to the poller to end: %s", lease.job_id, refusal(error))
 
 
-def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:
+def _record_failure(context: WorkerContext, attempt: LocalAttempt, error: Exception) -> None:
     lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
     retryable = not isinstance(error, ChunkmillError) or error.retryable or error.elsewhere

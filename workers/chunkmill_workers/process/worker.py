@@ -100,22 +100,22 @@ class WorkerProcess:
 
     def _start_local(self) -> None:
         from chunkmill_workers.local.context import WorkerContext
-        from chunkmill_workers.local.embed_requests import EmbedRequestLane
+        from chunkmill_workers.local.responder import EmbedResponder
 
         if self._claimed.device == "cpu":
             logger.info("no GPU in use: embedding on the CPU")
         self._local = WorkerContext.start(self.settings, self._claimed.device)
         self._contexts.append(self._local)
-        self._responders.append(EmbedRequestLane(self._local))
+        self._responders.append(EmbedResponder(self._local))
 
     def _start_provider(self) -> None:
         from chunkmill_workers.provider.context import ProviderContext
-        from chunkmill_workers.provider.waiting import WaitingLane
+        from chunkmill_workers.provider.responder import ProviderResponder
 
         context = ProviderContext.start(self.settings)
         logger.info("paid routes: %s", context.provider.server)
         self._contexts.append(context)
-        self._responders.append(WaitingLane(context))
+        self._responders.append(ProviderResponder(context))
 
     def watch(self) -> None:
         """Start the watchdog and the watch for preemption.

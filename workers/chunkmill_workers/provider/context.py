@@ -1,16 +1,20 @@
-"""What the task threads of a worker on queue ``openai`` share. No model, no GPU."""
+"""What the task threads of a worker on queue ``openai`` share. It loads no model and needs no GPU."""
 
 from __future__ import annotations
 
 import os
+from decimal import Decimal
 from typing import ClassVar
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
 from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.domain.prices import price_on
 from chunkmill.domain.providers import CL100K, ProviderModel
+from chunkmill.domain.states import Route
 from chunkmill.errors import UnknownModel
+from chunkmill.ledger.money import charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.counted import CountedProvider
 from chunkmill.openai.http import Provider
@@ -39,7 +43,7 @@ class ProviderContext(QueueContext):
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
         provider = CountedProvider(settings)
-        cl100k()  # its packages are asked for now, not in the middle of a job
+        cl100k()  # a missing package is reported now and not in the middle of a job
         db = create_db(
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
@@ -49,7 +53,7 @@ class ProviderContext(QueueContext):
         return context
 
     def model(self, space: Space) -> ProviderModel:
-        """The provider's model that serves a space. Raises :class:`UnknownModel`."""
+        """The provider's model that serves a space. Raises :class:`UnknownModel` if there is none."""
         model = model_for(self.settings, space.spec)
         if model is None:
             raise UnknownModel(
@@ -62,7 +66,7 @@ class ProviderContext(QueueContext):
         return model_for(self.settings, space.spec) is not None
 
     def unserved(self) -> list[int]:
-        """Ids of spaces that are left to other workers."""
+        """The ids of the spaces that this worker leaves to other workers."""
         with self.db.begin() as conn:
             return [space.id for space in registry.all_spaces(conn) if not self.serves(space)]
 
@@ -70,7 +74,7 @@ class ProviderContext(QueueContext):
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
     def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
-        """A text is cut where its space cuts it: a model that is ``same_as`` a local one may take more."""
+        """The limits of requests. A text is cut where its space cuts it, even if the model takes longer ones."""
         settings = self.settings
         return BatchLimits(
             inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
@@ -82,8 +86,32 @@ class ProviderContext(QueueContext):
 
     @staticmethod
     def form(model: ProviderModel, space: Space) -> RequestForm:
-        """``dimensions`` is sent only where it says something: older models refuse it."""
+        """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
         return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
+
+    def charge(
+        self,
+        conn: sa.Connection,
+        space: Space,
+        route: Route,
+        *,
+        contents: int,
+        tokens: int,
+        job_id: int = 0,
+        provider_batch_id: int = 0,
+    ) -> None:
+        """Book what the provider charged, at today's price of ``route``. ``charges.book`` says what an id of 0 is."""
+        price = price_on(self.model(space).prices, charges.today(conn))
+        charges.book(
+            conn,
+            route=route,
+            space_id=space.id,
+            job_id=job_id,
+            provider_batch_id=provider_batch_id,
+            contents=contents,
+            tokens=tokens,
+            usd=price.of(tokens, batch=route is Route.OPENAI) if price else Decimal(0),
+        )
 
     def become_current(self) -> None:
         self.steps.start()

@@ -72,19 +72,20 @@ def arguments_for(place: Place, arguments: Sequence[str], *, alone: bool) -> lis
     return made
 
 
-class Then(Enum):
+class AfterExit(Enum):
     """What follows the end of a worker that nobody asked to stop."""
 
-    AGAIN = auto()
-    DONE = auto()
-    WRONG = auto()
-    """Another start would meet the same wrong configuration."""
+    RESTART = auto()
+    DRAINED = auto()
+    """It left because its machine is being taken, and is not started again."""
+    MISCONFIGURED = auto()
+    """It is not started again, because it would meet the same wrong configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
     evidence: str
-    then: Then
+    then: AfterExit
 
 
 def read_ending(returncode: int) -> Ending:
@@ -95,8 +96,9 @@ def read_ending(returncode: int) -> Ending:
     """
     if returncode < 0:
         name = SIGNAL_NAMES.get(-returncode, f"signal {-returncode}")
-        return Ending(f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), Then.AGAIN)
-    then = {0: Then.DONE, os.EX_CONFIG: Then.WRONG, USAGE_ERROR: Then.WRONG}.get(returncode, Then.AGAIN)
+        return Ending(f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), AfterExit.RESTART)
+    wrong = AfterExit.MISCONFIGURED
+    then = {0: AfterExit.DRAINED, os.EX_CONFIG: wrong, USAGE_ERROR: wrong}.get(returncode, AfterExit.RESTART)
     return Ending(f"exit code {returncode}", then)
 
 

@@ -32,7 +32,7 @@ from chunkmill.ledger.work.usage import book_released
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers.host.gpu import visible_gpus
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
+from chunkmill_workers.supervisor.supervision import AfterExit, Place, arguments_for, back_off, plan_places, read_ending
 
 logger = logging.getLogger("chunkmill_workers.supervisor.supervisor")  # also where this file is `__main__`
 
@@ -145,13 +145,13 @@ class Supervisor:
             ending = read_ending(returncode)
             who = f"worker on {post.place.name}, pid {pid}"
             evidence = f"killed {KILL_SECONDS:g} s after SIGTERM" if self._killed else ending.evidence
-            innocent = self._stop_at is not None or ending.then is Then.DONE
+            innocent = self._stop_at is not None or ending.then is AfterExit.DRAINED
             self._on_end(pid, None if innocent else evidence)
             if self._stop_at is not None:
                 logger.info("%s: %s", who, evidence)
-            elif ending.then is Then.AGAIN:
+            elif ending.then is AfterExit.RESTART:
                 self._start_later(post, f"{who}: {evidence}")
-            elif ending.then is Then.WRONG:
+            elif ending.then is AfterExit.MISCONFIGURED:
                 self._code = os.EX_CONFIG
                 logger.error("%s: %s, wrong configuration: its message above says what to mend", who, evidence)
             else:

@@ -12,10 +12,10 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.matryoshka import shorten
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.process.listening import Listener
+from chunkmill_workers.process.responder import Responder
 
 
-class EmbedRequestLane(Listener[WorkerContext]):
+class EmbedResponder(Responder[WorkerContext]):
     """Claims embed requests one by one, of spaces whose models run here."""
 
     def __init__(self, context: WorkerContext) -> None:

@@ -23,7 +23,7 @@ LOOK_SECONDS = 1.0
 RECONNECT_SECONDS = 2.0
 
 
-class Listener(threading.Thread, Generic[Context]):
+class Responder(threading.Thread, Generic[Context]):
     """Calls ``answer_next`` until it says False, whenever a request may have come."""
 
     def __init__(self, name: str, context: Context) -> None:
@@ -43,7 +43,7 @@ class Listener(threading.Thread, Generic[Context]):
         while not self._stop_listening.is_set():
             try:
                 self._listen()
-            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
+            except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
                 logger.warning("%s: %s; listening again", self.name, type(error).__name__)
                 self._stop_listening.wait(RECONNECT_SECONDS)
 
