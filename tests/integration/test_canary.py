@@ -154,7 +154,7 @@ def test_a_space_is_heard_once_per_engine_and_again_after_a_refusal(
         assert canaries.forget(conn, space.id) == 1
     odd.engine_for(space)  # nothing to compare with: this one makes the reference
     context.engine_for(space)  # heard before, and not asked again
-    with pytest.raises(CanaryFailed, match=r"Here restarted: .*The reference odd-worker"):
+    with pytest.raises(CanaryFailed, match=r"This worker is restarted: .*The reference was made by odd-worker"):
         restarted.engine_for(space)
 
 

@@ -12,7 +12,8 @@ from chunkmill.client import Client
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.process.drain import SECOND_TIME, Drain, Leaver, with_last_words
+from chunkmill_workers.process.context import QueueContext
+from chunkmill_workers.process.drain import SECOND_TIME, Drain, with_last_words
 from tests.support.waiting import PATIENCE, Call, running
 
 
@@ -103,7 +104,7 @@ def test_a_worker_on_both_queues_stops_its_tasks_on_both(
     assert Paid.stopping.is_set()
 
 
-def drain_to_the_end(contexts: list[Leaver], monkeypatch: pytest.MonkeyPatch) -> None:
+def drain_to_the_end(contexts: list[QueueContext], monkeypatch: pytest.MonkeyPatch) -> None:
     """Drain in this process, which stays, without the pause for tasks to end by themselves."""
     monkeypatch.setattr("chunkmill_workers.process.drain.leave", lambda code: None)
     monkeypatch.setattr("chunkmill_workers.process.drain.LIMIT_S", 0)
