@@ -126,8 +126,8 @@ class CanaryCheck:
             raise CanaryFailed(
                 f"this worker's vectors drift from {name}: {verdict.problem}. This worker is {mine.made_by}. The "
                 f"reference was made by {reference.made_by}. The worker takes no work of this space. Give it the "
-                "reference's library versions, EMBEDDING_DTYPE and model files, or check its device. If the reference is "
-                f"wrong, {again} and embed again what the worker that made it embedded."
+                "reference's library versions, EMBEDDING_DTYPE and model files, or check its device. If the "
+                f"reference is wrong, {again} and embed again what the worker that made it embedded."
             )
         logger.info("%s: the canary passes, similarity %.7f, gate %.7f", name, verdict.similarity, verdict.gate)
         with self._mutex:

@@ -15,7 +15,7 @@ from chunkmill.store.write import write_vectors
 
 
 def write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vectors: NDArray[np.float32]) -> int:
-    """Write what was not deleted meanwhile; returns how many vectors are new."""
+    """Write the vectors of the contents that were not deleted meanwhile. Returns how many vectors are new."""
     if not rows:
         return 0
     keep_deletions_out(conn)
