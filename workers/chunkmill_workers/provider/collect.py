@@ -31,7 +31,7 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import settle
 from chunkmill_workers.provider.flow import StepDelayed
-from chunkmill_workers.provider.writing import write
+from chunkmill_workers.provider.writing import charge, write
 
 K = TypeVar("K")
 
@@ -64,6 +64,7 @@ class ResultReader:
         with context.begin() as conn:
             self._space = registry.get(conn, step.space_id)
             self._widths = provider_inputs.widths(conn, step.id)
+        self._model = context.model(self._space)
         self._pending = _Pending()
         self._answered: set[int] = set()
         self.oddities: Counter[str] = Counter()
@@ -145,8 +146,9 @@ class ResultReader:
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         returned.record(conn, step)
         for job_id, (contents, tokens) in sorted(answered.by_job.items()):
-            self._context.charge(
+            charge(
                 conn,
+                self._model,
                 space,
                 Route.OPENAI,
                 job_id=job_id,

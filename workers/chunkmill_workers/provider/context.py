@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from decimal import Decimal
 from typing import ClassVar
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
 from chunkmill.db.connect import create_db, require_migrated
-from chunkmill.domain.prices import price_on
 from chunkmill.domain.providers import CL100K, ProviderModel
-from chunkmill.domain.states import Route
 from chunkmill.errors import UnknownModel
-from chunkmill.ledger.money import charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.counted import CountedProvider
 from chunkmill.openai.http import Provider
@@ -88,30 +84,6 @@ class ProviderContext(QueueContext):
     def form(model: ProviderModel, space: Space) -> RequestForm:
         """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
         return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
-
-    def charge(
-        self,
-        conn: sa.Connection,
-        space: Space,
-        route: Route,
-        *,
-        contents: int,
-        tokens: int,
-        job_id: int = 0,
-        provider_batch_id: int = 0,
-    ) -> None:
-        """Book what the provider charged, at today's price of ``route``. ``charges.book`` says what an id of 0 is."""
-        price = price_on(self.model(space).prices, charges.today(conn))
-        charges.book(
-            conn,
-            route=route,
-            space_id=space.id,
-            job_id=job_id,
-            provider_batch_id=provider_batch_id,
-            contents=contents,
-            tokens=tokens,
-            usd=price.of(tokens, batch=route is Route.OPENAI) if price else Decimal(0),
-        )
 
     def become_current(self) -> None:
         self.steps.start()

@@ -23,7 +23,7 @@ from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.attempt import Attempt
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.writing import write
+from chunkmill_workers.provider.writing import charge, write
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +76,15 @@ class PlainAttempt(Attempt[ProviderContext]):
         tokens = answer.embedded.prompt_tokens or 0
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
+        model = self._context.model(self.space)
 
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
             removed = provider_inputs.remove(conn, space_id=self.space.id, hashes=sent, provider_batch_id=None)
             new = write(conn, self.space, made.rows, made.vectors)
             if removed:  # else this is the second run of a commit whose answer was lost
-                self._context.charge(
+                charge(
                     conn,
+                    model,
                     self.space,
                     Route.OPENAI_SYNC,
                     job_id=self.lease.job_id,

@@ -34,6 +34,7 @@ from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain import read_answer
+from chunkmill_workers.provider.writing import charge
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ class ProviderResponder(Responder[ProviderContext]):
 
     def _book(self, space: Space, contents: int, tokens: int) -> None:
         """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
+        model = self._context.model(space)
         with self._context.begin() as conn:
-            self._context.charge(conn, space, Route.OPENAI_SYNC, contents=contents, tokens=tokens)
+            charge(conn, model, space, Route.OPENAI_SYNC, contents=contents, tokens=tokens)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:

@@ -1,13 +1,18 @@
-"""The one door for vectors that a provider made."""
+"""Writes the vectors that a provider made, and books what it charged for them. Nothing else does either."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.prices import price_on
+from chunkmill.domain.providers import ProviderModel
+from chunkmill.domain.states import Route
+from chunkmill.ledger.money import charges
 from chunkmill.openai.plan.packing import PackedInput
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import keep_deletions_out, wanted
@@ -29,4 +34,29 @@ def write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vector
         np.array([rows[i].n_tokens for i in kept], np.int32),
         np.array([rows[i].truncated for i in kept], np.bool_),
         vectors[kept],
+    )
+
+
+def charge(
+    conn: sa.Connection,
+    model: ProviderModel,
+    space: Space,
+    route: Route,
+    *,
+    contents: int,
+    tokens: int,
+    job_id: int = 0,
+    provider_batch_id: int = 0,
+) -> None:
+    """Book what the provider charged, at today's price of ``route``. ``charges.book`` says what an id of 0 means."""
+    price = price_on(model.prices, charges.today(conn))
+    charges.book(
+        conn,
+        route=route,
+        space_id=space.id,
+        job_id=job_id,
+        provider_batch_id=provider_batch_id,
+        contents=contents,
+        tokens=tokens,
+        usd=price.of(tokens, batch=route is Route.OPENAI) if price else Decimal(0),
     )
