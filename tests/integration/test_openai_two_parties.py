@@ -194,7 +194,7 @@ def test_a_text_that_is_being_deleted_while_its_vector_is_written_leaves_none(st
 
     def finish() -> None:
         try:
-            stage.run_until(arrived.is_set, seconds=PATIENCE)
+            stage.run_until(arrived.is_set)
         finally:
             done.set()
 
