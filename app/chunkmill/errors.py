@@ -18,6 +18,7 @@
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the GPU asked for does not exist, or nothing can compute here
     │   └── DeviceTaken         every GPU has a worker, which may be about to leave
+    ├── ProviderAnswerBad     a provider answered a text without a usable vector
     ├── ProviderError         a provider of embeddings did not do what it was asked
     │   ├── ProviderBusy        a limit, which passes by itself
     │   ├── ProviderSilent      no answer, or a broken one: it may have done it
@@ -141,6 +142,12 @@ class DeviceUnavailable(ChunkmillError):
 class DeviceTaken(DeviceUnavailable):
     code = "device_taken"
     retryable = True
+
+
+class ProviderAnswerBad(ChunkmillError):
+    code = "bad_vector"
+    retryable = True
+    http_status = 502
 
 
 class ProviderError(ChunkmillError):

@@ -23,7 +23,7 @@ from chunkmill.settings import Settings
 from chunkmill.tuning.choose import Constraints, Measured, Setup
 from chunkmill.tuning.profiles import Profile, memory_folder, profile_path, read_profile, write_profile
 from chunkmill_workers.engine.precision import cpu_has_bf16
-from chunkmill_workers.tuning.candidate import Loaded
+from chunkmill_workers.tuning.candidate import LoadedEngine
 from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task
 from chunkmill_workers.tuning.tune import Order, with_stated
 from chunkmill_workers.tuning.tuned import load_engine, process_settings
@@ -132,7 +132,7 @@ def test_a_candidate_that_dies_has_a_reason(toy: Path) -> None:
 def test_a_budget_that_does_not_fit_the_memory_is_no_candidate(toy: Path) -> None:
     """The engine goes on in smaller passes; what is measured then is another setup."""
     task = Task(str(toy), "float", "cpu", ["a text"], 512)
-    loaded = Loaded({**asdict(task), "setup": asdict(SETUP)})
+    loaded = LoadedEngine({**asdict(task), "setup": asdict(SETUP)})
     assert loaded.turn()["tokens"] > 0
     loaded._engine._budget.shrink(100)  # as after a pass of 100 tokens that did not fit
     with pytest.raises(EngineError, match="a pass of 64 tokens does not fit the device's memory; 50 do"):

@@ -16,7 +16,7 @@ from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.hands import Hands
 
@@ -64,7 +64,7 @@ class Runner:
         messages = [message for queue in QUEUES for message in self._broker.client.lrange(queue, 0, -1)]
         return sorted({chunk_batch_of(message) for message in messages})
 
-    def run_due(self) -> list[Outcome]:
+    def run_due(self) -> list[TaskResult]:
         """Answer the bells of all that is due, in order. A bell whose ChunkBatch has ended since is answered too."""
         self.due()
         # One at a time: a bell that a producer rings meanwhile must not be taken away unanswered.

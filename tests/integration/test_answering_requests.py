@@ -11,7 +11,7 @@ from chunkmill.domain.spaces import OnLong
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
+from chunkmill_workers.local.responder import EmbedResponder
 
 LONG = "many words in one long text " * 80
 
@@ -36,8 +36,8 @@ def test_a_query_is_embedded_under_the_policy_of_its_space(
     """One engine serves the spaces of both policies."""
     cut, split = (client._space(None, on_long) for on_long in (OnLong.TRUNCATE, OnLong.SPLIT))
     requests = [ask(db, space, kind, "short", LONG) for space in (cut, split)]
-    lane = EmbedRequestLane(context)
-    assert [lane.answer_next() for _ in range(3)] == [True, True, False]
+    responder = EmbedResponder(context)
+    assert [responder.answer_next() for _ in range(3)] == [True, True, False]
 
     first, second = (answered(db, request) for request in requests)
 
@@ -51,7 +51,7 @@ def test_a_query_is_embedded_under_the_policy_of_its_space(
 def test_a_worker_that_leaves_takes_no_request(client: Client, context: WorkerContext, db: sa.Engine) -> None:
     request = ask(db, client._space(None, OnLong.TRUNCATE), "query", "a text")
     context.stopping.set()
-    assert not EmbedRequestLane(context).answer_next()
+    assert not EmbedResponder(context).answer_next()
     with db.begin() as conn:
         assert (
             conn.execute(sa.text("SELECT attempts FROM embed_requests WHERE id = :id"), {"id": request}).scalar() == 0

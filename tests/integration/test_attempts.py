@@ -19,7 +19,7 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from tests.integration.conftest import Runner
 
 LONG = "many words in one long text " * 80  # past MiniLM's 256 tokens
@@ -42,7 +42,7 @@ def test_what_another_job_truncated_meanwhile_is_counted(client: Client, runner:
     """Both are enqueued before either is embedded, so the second finds two of its texts embedded, one of them cut."""
     first = client.enqueue([("a", LONG), ("b", "short")], collection="first")
     second = client.enqueue([("c", LONG), ("d", "short"), ("e", "another")], collection="second")
-    assert runner.run_due() == [Outcome.COMPLETED, Outcome.COMPLETED]
+    assert runner.run_due() == [TaskResult.COMPLETED, TaskResult.COMPLETED]
     assert [client.job(job.id).truncated for job in (first, second)] == [1, 1]
     assert [client.job(job.id).embedded for job in (first, second)] == [2, 3]
 
@@ -58,12 +58,12 @@ def test_what_was_embedded_twice_is_counted(
 
     def overtaken(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
         monkeypatch.setattr(Engine, "stream", real_stream)
-        assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+        assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
         yield from real_stream(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "stream", overtaken)
     contents, recomputed = COUNTS.total(m.CONTENTS), COUNTS.total(m.RECOMPUTED)
-    assert run_chunk_batch(context, 2) is Outcome.COMPLETED
+    assert run_chunk_batch(context, 2) is TaskResult.COMPLETED
     assert COUNTS.total(m.CONTENTS) - contents == 3
     assert COUNTS.total(m.RECOMPUTED) - recomputed == 2
     booked = execute(db, "SELECT contents, recomputed FROM usage ORDER BY chunk_batch_id")
@@ -82,7 +82,7 @@ def test_what_a_kill_could_cost_counts_what_is_on_the_device(
             yield dataclasses.replace(result, under_way=5)
 
     monkeypatch.setattr(Engine, "stream", more_under_way)
-    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
     assert execute(db, "SELECT contents, at_risk FROM usage") == [(3, 3 + 5)]
 
 
@@ -104,7 +104,7 @@ def test_an_error_in_the_ledger_is_one_line_of_what_postgres_said(
     client.enqueue([("a", "one")], collection="docs")
     hear_canary(context)
     execute(db, fault)
-    assert run_chunk_batch(context, 1) is Outcome.FAILED
+    assert run_chunk_batch(context, 1) is TaskResult.FAILED
     assert execute(db, "SELECT error FROM chunk_batches") == [(f"test-worker: {noted}",)]
 
 
@@ -126,7 +126,9 @@ def test_an_attempt_that_lost_its_chunk_batch_has_no_end_of_its_own(
         yield from ()
 
     monkeypatch.setattr(Engine, "stream", falls_silent)
-    monkeypatch.setattr("chunkmill_workers.local.attempt.Attempt.flush", lambda self: None)  # it has nothing to write
+    monkeypatch.setattr(
+        "chunkmill_workers.local.attempt.LocalAttempt.flush", lambda self: None
+    )  # it has nothing to write
     run_chunk_batch(context, 1)
     assert execute(db, "SELECT outcome FROM usage WHERE attempt = 1") == [("died",)]
     assert execute(db, "SELECT state, attempt, lease_owner FROM chunk_batches") == [("running", 2, "another")]
@@ -144,9 +146,9 @@ def test_postgres_being_away_in_the_middle_costs_no_attempt(
         raise sa.exc.OperationalError("SELECT", {}, psycopg.OperationalError("the connection is lost"))
 
     monkeypatch.setattr(WorkerContext, "engine_for", away)
-    assert run_chunk_batch(context, 1) is Outcome.RELEASED
+    assert run_chunk_batch(context, 1) is TaskResult.RELEASED
     assert execute(db, "SELECT state, max_attempts - attempt, error FROM chunk_batches") == [("available", 5, None)]
-    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
     assert client.job(job.id).state is JobState.COMPLETED
 
 

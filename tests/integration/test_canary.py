@@ -22,10 +22,10 @@ from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.results import TextFailure, TokenBatchResult
 from chunkmill_workers.local.canary import embed_golden
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.golden import TEXTS, VERSION
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
+from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
 from tests.support.damaged_model import damaged_model
@@ -110,7 +110,7 @@ def test_a_drifting_worker_leaves_its_chunk_batch_uncharged_to_a_healthy_one(
     space: Space, odd: WorkerContext, runner: Runner, client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = client.enqueue([(str(i), f"text {i}") for i in range(5)], collection="docs")
-    assert run_chunk_batch(odd, 1) is Outcome.RELEASED
+    assert run_chunk_batch(odd, 1) is TaskResult.RELEASED
     with db.begin() as conn:
         row = conn.execute(sa.text("SELECT * FROM chunk_batches")).one()
         assert (row.state, row.lease_owner, row.rung_at, row.max_attempts - row.attempt) == ("available", None, None, 5)
@@ -123,7 +123,7 @@ def test_a_drifting_worker_leaves_its_chunk_batch_uncharged_to_a_healthy_one(
         assert "test-worker" in told
         assert f"chunkmill models canary --reset {space.spec.fingerprint[:12]}" in told
     assert odd.engines.unserved() == [space.id]
-    assert run_chunk_batch(odd, 1) is Outcome.NOT_OURS  # nor does it try again at once
+    assert run_chunk_batch(odd, 1) is TaskResult.NOT_OURS  # nor does it try again at once
     job = runner.finish(job)
     assert (job.state, job.embedded) == (JobState.COMPLETED, 5)
     with db.begin() as conn:
@@ -133,16 +133,16 @@ def test_a_drifting_worker_leaves_its_chunk_batch_uncharged_to_a_healthy_one(
 def test_a_drifting_worker_answers_no_query(space: Space, odd: WorkerContext, context: WorkerContext) -> None:
     with odd.db.begin() as conn:
         request = embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a query"])
-    lane = EmbedRequestLane(odd)
-    assert lane.answer_next()
+    responder = EmbedResponder(odd)
+    assert responder.answer_next()
     with odd.db.begin() as conn:
         answer = embed_requests.take_answer(conn, request, dimensions=384)
         assert answer is not None
         assert answer.vectors is None
         assert "drift" in (answer.error or "")
         embed_requests.ask(conn, space_id=space.id, kind="query", texts=["the next one"])
-    assert not lane.answer_next()  # left to other workers
-    assert EmbedRequestLane(context).answer_next()
+    assert not responder.answer_next()  # left to other workers
+    assert EmbedResponder(context).answer_next()
 
 
 def test_a_space_is_heard_once_per_engine_and_again_after_a_refusal(
@@ -154,7 +154,7 @@ def test_a_space_is_heard_once_per_engine_and_again_after_a_refusal(
         assert canaries.forget(conn, space.id) == 1
     odd.engine_for(space)  # nothing to compare with: this one makes the reference
     context.engine_for(space)  # heard before, and not asked again
-    with pytest.raises(CanaryFailed, match=r"Here restarted: .*The reference odd-worker"):
+    with pytest.raises(CanaryFailed, match=r"This worker is restarted: .*The reference was made by odd-worker"):
         restarted.engine_for(space)
 
 

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.results import Job
 from chunkmill.embedded import StackStatus
+from chunkmill.ledger.work.usage import Outcome
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.collect import DOWNLOADS
 from chunkmill_workers.provider.context import ProviderContext
@@ -135,7 +136,7 @@ STORIES = {
         ("claim", "read texts", "put in flight", "take turn", "write vectors", "complete"), route="openai-sync"
     ),
     "a limit on plain requests": Story(
-        ("release", "pause the lane"),
+        ("released", "pause the lane"),
         lambda server: server.misbehave("rate_limited", where=EMBED, retry_after_ms=100, after=1),
         route="openai-sync",
     ),
@@ -146,7 +147,7 @@ STORIES = {
         act=resume("openai-sync"),
     ),
     "a vector that is none": Story(
-        ("fail",), lambda server: server.misbehave("not_finite", after=1), route="openai-sync"
+        ("failed",), lambda server: server.misbehave("not_finite", after=1), route="openai-sync"
     ),
 }  # fmt: skip
 CASES = [(story, commit) for story in STORIES for commit in STORIES[story].commits]
@@ -268,9 +269,10 @@ def test_every_commit_of_the_paid_routes_has_its_story() -> None:
     """A new commit needs one, too: its name is the second argument of ``transact``."""
     names = {
         call.args[1].value
-        for path in sorted((ROOT / "workers" / "provider").glob("*.py"))
+        for path in sorted((ROOT / "workers" / "chunkmill_workers" / "provider").glob("*.py"))
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "transact"
         and len(call.args) > 1 and isinstance(call.args[1], ast.Constant)
     }  # fmt: skip
-    assert names == {commit for _, commit in CASES}
+    ends = {Outcome.RELEASED, Outcome.FAILED}  # as `chunkmill_workers.process.attempt` names the ends of an attempt
+    assert names | ends == {commit for _, commit in CASES}

@@ -22,9 +22,9 @@ from chunkmill.spaces import registry
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
-from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.attempt import LocalAttempt
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.openai_server import OpenAIServer
@@ -110,7 +110,7 @@ def test_a_worker_does_not_read_a_text_that_is_being_deleted(
     monkeypatch.setattr(Engine, "stream", listens)
     with waiting_for_a_deletion(db, "a", lambda: run_chunk_batch(context, 1)) as returned:
         assert embedded == []
-    assert returned == [Outcome.COMPLETED]
+    assert returned == [TaskResult.COMPLETED]
     assert embedded == ["stays"]
     assert select(db, "SELECT count(*) FROM vectors_1") == [1]
 
@@ -138,7 +138,7 @@ def test_a_worker_does_not_write_a_vector_of_a_text_that_is_being_deleted(
                 go_on.set()
                 until(lambda: running.done() or waits_for_a_deletion(db))
                 assert not running.done(), "it did not wait for the deletion"
-            assert running.result(PATIENCE) is Outcome.COMPLETED
+            assert running.result(PATIENCE) is TaskResult.COMPLETED
         finally:
             go_on.set()
     assert select(db, "SELECT count(*) FROM vectors_1") == [1]
@@ -181,9 +181,9 @@ def test_a_text_that_went_while_it_was_embedded_leaves_no_vector(
 ) -> None:
     """The deletion begins and ends between a worker's look and its write, so that no lock shows it."""
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
-    complete = Attempt.complete
+    complete = LocalAttempt.complete
 
-    def too_late(self: Attempt) -> None:
+    def too_late(self: LocalAttempt) -> None:
         if way == "delete":
             client.delete("docs", ["a"])
         else:
@@ -193,8 +193,8 @@ def test_a_text_that_went_while_it_was_embedded_leaves_no_vector(
         complete(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Attempt, "complete", too_late)
-        assert run_chunk_batch(runner.context, 1) is Outcome.COMPLETED
+        patch.setattr(LocalAttempt, "complete", too_late)
+        assert run_chunk_batch(runner.context, 1) is TaskResult.COMPLETED
     assert select(db, "SELECT count(*) FROM vectors_1") == [1]
     assert select(db, "SELECT contents FROM usage WHERE chunk_batch_id = 1") == [1]
 

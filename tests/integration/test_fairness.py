@@ -24,8 +24,8 @@ from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
+from chunkmill_workers.local.responder import EmbedResponder
 from tests.support.waiting import until
 
 WINDOW = 4
@@ -233,7 +233,7 @@ def test_bells_of_cancelled_chunk_batches_are_answered_with_nothing(
     client.cancel(cancelled)
     with db.begin() as conn:
         ids = conn.execute(sa.text("SELECT id FROM chunk_batches WHERE job_id = :id"), {"id": cancelled}).scalars()
-    assert {run_chunk_batch(context, chunk_batch_id) for chunk_batch_id in ids} == {Outcome.NOT_OURS}
+    assert {run_chunk_batch(context, chunk_batch_id) for chunk_batch_id in ids} == {TaskResult.NOT_OURS}
     broker.client.flushdb()  # a worker took those messages
     assert poller.round().rung == 2
     assert rung(db) == {other: 2}
@@ -244,15 +244,15 @@ def test_bells_of_cancelled_chunk_batches_are_answered_with_nothing(
 
 
 @pytest.fixture
-def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
-    running = EmbedRequestLane(context)
+def responder(context: WorkerContext) -> Iterator[EmbedResponder]:
+    running = EmbedResponder(context)
     running.start()
     yield running
     running.stop()
 
 
 def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_was_written(
-    client: Client, context: WorkerContext, db: sa.Engine, lane: EmbedRequestLane, monkeypatch: pytest.MonkeyPatch
+    client: Client, context: WorkerContext, db: sa.Engine, responder: EmbedResponder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the notice can stop it: nothing is written after the cancel, and no lease is renewed."""
     text = "with many words to fill several forward passes " * 5
@@ -276,7 +276,7 @@ def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_wa
     context.engine_for(_space(context))
     monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 0)
     monkeypatch.setattr(Engine, "stream", cancelled_after_two)
-    assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
+    assert run_chunk_batch(context, 1) is TaskResult.LEASE_LOST
     assert after == 1
     with db.begin() as conn:
         assert sorted(conn.execute(sa.text("SELECT content_hash FROM vectors_1")).scalars()) == sorted(written)
@@ -285,14 +285,14 @@ def test_a_cancelled_chunk_batch_stops_at_its_next_token_batch_and_keeps_what_wa
     done = client.job(job.id)
     assert (done.state, done.embedded) == (JobState.CANCELLED, len(written))
     client.retry(job.id)
-    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
     with db.begin() as conn:
         contents = conn.execute(sa.text("SELECT contents FROM usage ORDER BY attempt DESC LIMIT 1")).scalar_one()
     assert contents == 100 - len(written)  # nothing that was written is embedded again
 
 
 def test_a_cancel_that_is_heard_late_leaves_the_next_attempt_alone(
-    client: Client, context: WorkerContext, db: sa.Engine, lane: EmbedRequestLane
+    client: Client, context: WorkerContext, db: sa.Engine, responder: EmbedResponder
 ) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
     client.cancel(job.id)

@@ -20,8 +20,8 @@ from chunkmill.spaces import registry
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.matryoshka import shorten
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
 from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE
 
@@ -36,8 +36,8 @@ def vouching(client: Client, settings: Settings) -> Client:
 
 
 @pytest.fixture
-def lane(context: WorkerContext) -> Iterator[EmbedRequestLane]:
-    running = EmbedRequestLane(context)
+def responder(context: WorkerContext) -> Iterator[EmbedResponder]:
+    running = EmbedResponder(context)
     running.start()
     yield running
     running.stop()
@@ -61,7 +61,7 @@ def test_cut_vectors_from_enqueue_to_search(
     context: WorkerContext,
     settings: Settings,
     db: sa.Engine,
-    lane: EmbedRequestLane,
+    responder: EmbedResponder,
     storage: str,
 ) -> None:
     own = Client(vouching._db, vouching._broker, vouching._settings.model_copy(update={"vector_storage": storage}))

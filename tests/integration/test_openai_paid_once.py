@@ -19,8 +19,8 @@ from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.plain import request_chunk_batch
+from chunkmill_workers.provider.responder import ProviderResponder
 from chunkmill_workers.provider.steps import _STEPS
-from chunkmill_workers.provider.waiting import WaitingLane
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS, Corridor
 from tests.support.corridor_scene import Scene, scene
@@ -536,7 +536,7 @@ def test_what_somebody_waits_for_is_booked_request_by_request(stage: Scene, serv
     texts = list(stage.texts(N).values())
     asked = ask(stage, texts)
 
-    assert WaitingLane(stage.corridor.context).answer_next()
+    assert ProviderResponder(stage.corridor.context).answer_next()
 
     for vector, text in zip(asked.result(), texts, strict=True):
         assert np.allclose(vector, vector_for(text, DIMENSIONS), atol=1e-6)
@@ -548,7 +548,7 @@ def test_what_was_answered_before_a_failure_is_booked(stage: Scene, server: Open
     server.misbehave("http_error", after=1, where=EMBED)
     asked = ask(stage, list(stage.texts(N).values()))
 
-    assert WaitingLane(stage.corridor.context).answer_next()
+    assert ProviderResponder(stage.corridor.context).answer_next()
 
     with pytest.raises(EngineError):
         asked.result()
@@ -560,22 +560,22 @@ def test_whoever_waits_shares_the_lanes_pause_and_its_stop(stage: Scene, server:
     server.misbehave("rate_limited", retry_after=60, where=EMBED)
     server.misbehave("unauthorized", after=1)
     client = stage.corridor.client
-    lane = WaitingLane(stage.corridor.context)
+    responder = ProviderResponder(stage.corridor.context)
     asked = ask(stage, [stage.text(0)])
 
-    assert lane.answer_next()
+    assert responder.answer_next()
     with pytest.raises(EngineError):
         asked.result()
     assert client.lanes()[1].paused_until is not None
     asked = ask(stage, [stage.text(1)])
-    assert not lane.answer_next(), "the provider is not asked during the pause"
+    assert not responder.answer_next(), "the provider is not asked during the pause"
     client.resume_lane("openai-sync")
-    assert lane.answer_next()
+    assert responder.answer_next()
     with pytest.raises(EngineError):
         asked.result()
     assert client.lanes()[1].is_stopped
     asked = ask(stage, [stage.text(2)])
-    assert lane.answer_next()
+    assert responder.answer_next()
     with pytest.raises(EngineError, match="is stopped"):
         asked.result()
     assert stage.asked("embeddings.create") == 2

@@ -24,7 +24,7 @@ from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.keeper import StepKeeper
 from chunkmill_workers.provider.plain import request_chunk_batch
 from chunkmill_workers.provider.plain_attempt import PlainAttempt
-from chunkmill_workers.provider.waiting import WaitingLane
+from chunkmill_workers.provider.responder import ProviderResponder
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
@@ -194,7 +194,7 @@ def test_a_text_that_is_being_deleted_while_its_vector_is_written_leaves_none(st
 
     def finish() -> None:
         try:
-            stage.run_until(arrived.is_set, seconds=PATIENCE)
+            stage.run_until(arrived.is_set)
         finally:
             done.set()
 
@@ -332,7 +332,7 @@ def test_a_question_has_a_key_that_no_other_database_has(stage: Scene, elsewhere
     for place in (stage, elsewhere):
         asking = threading.Thread(target=place.corridor.client.embed, args=([place.text(0)],), daemon=True)
         asking.start()
-        until(WaitingLane(place.corridor.context).answer_next)
+        until(ProviderResponder(place.corridor.context).answer_next)
         asking.join(PATIENCE)
         assert not asking.is_alive()
 
@@ -420,7 +420,7 @@ def test_an_attempt_that_was_taken_back_keeps_its_end_on_record(stage: Scene) ->
             )
             assert lease is not None
             attempts.append(lease)
-    first, second = (PlainAttempt.open(context, lease) for lease in attempts)
+    first, second = (PlainAttempt.start(context, lease) for lease in attempts)
     with stage.corridor.db.begin() as conn:
         over = "UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE id = :id"
         conn.execute(sa.text(over), {"id": first.lease.chunk_batch_id})

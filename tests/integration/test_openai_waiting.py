@@ -11,7 +11,7 @@ import pytest
 from chunkmill.errors import EngineError
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
-from chunkmill_workers.provider.waiting import WaitingLane
+from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS, Corridor, corridor
 
@@ -26,7 +26,7 @@ def server() -> Iterator[OpenAIServer]:
 def lane(settings: Settings, server: OpenAIServer) -> Iterator[Corridor]:
     server.calm()
     with corridor(settings, server) as made:
-        answering = WaitingLane(made.context)
+        answering = ProviderResponder(made.context)
         answering.start()
         yield made
         answering.stop()
@@ -57,7 +57,7 @@ def test_whoever_waits_gets_the_reason_at_once(lane: Corridor, server: OpenAISer
 
 def test_a_budget_that_is_used_up_answers_nothing(settings: Settings, server: OpenAIServer) -> None:
     with corridor(settings, server, openai_monthly_budget_usd=Decimal(0)) as made:
-        answering = WaitingLane(made.context)
+        answering = ProviderResponder(made.context)
         answering.start()
         with pytest.raises(EngineError, match=r"OPENAI_MONTHLY_BUDGET_USD"):
             made.client.embed(["a text"])

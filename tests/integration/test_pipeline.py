@@ -23,8 +23,8 @@ from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.local import attempt as attempts
 from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
+from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, together
 
@@ -37,7 +37,7 @@ def some(n: int) -> list[Chunk]:
 
 def test_chunks_in_complete_searchable_vectors_out(runner: Runner, client: Client, context: WorkerContext) -> None:
     job = client.enqueue(some(40), collection="docs")
-    assert runner.run_due() == [Outcome.COMPLETED]
+    assert runner.run_due() == [TaskResult.COMPLETED]
     job = client.wait(job.id, timeout=PATIENCE)
     assert (job.state, job.embedded, job.remaining, job.dead) == (JobState.COMPLETED, 40, 0, 0)
     assert job.tokens > 40
@@ -126,7 +126,7 @@ def test_a_vector_of_another_space_cannot_be_written(runner: Runner, client: Cli
     with context.db.begin() as conn, pytest.raises(SpaceMismatch):
         context.engines.for_space(registry.get(conn, space.id))  # nor may it answer queries
     context.engines._unserved.clear()
-    assert runner.run_due() == [Outcome.FAILED]
+    assert runner.run_due() == [TaskResult.FAILED]
     context.engines._unserved.clear()
     with context.db.begin() as conn:
         row = conn.execute(sa.text("SELECT state, error_code, attempt FROM chunk_batches")).one()
@@ -215,7 +215,7 @@ def test_a_failing_chunk_batch_backs_off_and_is_discarded(
     monkeypatch.setattr(Engine, "stream", broken)
     monkeypatch.setattr("chunkmill.domain.retries.BASE_DELAY_S", PATIENCE)
     for attempt in range(1, 6):
-        assert runner.run_due() == [Outcome.FAILED]
+        assert runner.run_due() == [TaskResult.FAILED]
         assert runner.due() == []  # not before its delay is over
         with db.begin() as conn:
             row = conn.execute(sa.text("SELECT state, attempt, error_code, error FROM chunk_batches")).one()
@@ -247,7 +247,7 @@ def test_a_zombie_cannot_finish_what_another_has_claimed(
     job = client.enqueue(some(8), collection="docs")
     _hear_canary(context)
     real_stream = Engine.stream
-    second: list[Outcome] = []
+    second: list[TaskResult] = []
 
     def sleeps(self: Engine, *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
         monkeypatch.setattr(Engine, "stream", real_stream)
@@ -259,8 +259,8 @@ def test_a_zombie_cannot_finish_what_another_has_claimed(
 
     monkeypatch.setattr(Engine, "stream", sleeps)
     monkeypatch.setattr(pipeline, "FLUSH_SECONDS", 1e9)  # it learns of its loss with all its results in hand
-    assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
-    assert second == [Outcome.COMPLETED]
+    assert run_chunk_batch(context, 1) is TaskResult.LEASE_LOST
+    assert second == [TaskResult.COMPLETED]
     job = client.job(job.id)
     assert (job.state, job.embedded) == (JobState.COMPLETED, 8)
     with db.begin() as conn:
@@ -284,7 +284,7 @@ def test_a_zombie_changes_nothing_while_another_attempt_runs(
         yield from real_stream(self, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "stream", sleeps)
-    assert run_chunk_batch(context, 1) is Outcome.LEASE_LOST
+    assert run_chunk_batch(context, 1) is TaskResult.LEASE_LOST
     with db.begin() as conn:
         row = conn.execute(sa.text("SELECT state, attempt, lease_owner, n_embedded FROM chunk_batches")).one()
         assert tuple(row) == ("running", 2, "another", 0)
@@ -341,7 +341,7 @@ def test_a_stopping_worker_keeps_what_it_did_and_gives_the_rest_back(
     job = client.enqueue(chunks, collection="docs")
     _hear_canary(context)
     monkeypatch.setattr(Engine, "stream", stops_after_one)
-    assert runner.run_due() == [Outcome.RELEASED]
+    assert runner.run_due() == [TaskResult.RELEASED]
     done = client.job(job.id)
     assert 0 < done.embedded < 300
     with db.begin() as conn:
@@ -380,8 +380,8 @@ def test_delete_takes_texts_and_vectors_with_the_last_reference(
 
 def test_embed_requests_are_answered_between_bulk_work(client: Client, context: WorkerContext) -> None:
     client.enqueue(some(3), collection="docs")
-    lane = EmbedRequestLane(context)
-    lane.start()
+    responder = EmbedResponder(context)
+    responder.start()
     try:
         vectors = client.embed(["one text", "another text"], timeout=PATIENCE)
         expected = context.engines.for_space(_space(context)).embed(["one text", "another text"]).vectors
@@ -389,7 +389,7 @@ def test_embed_requests_are_answered_between_bulk_work(client: Client, context: 
         assert client.search("a subject", collection="docs", timeout=PATIENCE) == []
         assert client.embed([]).shape == (0, 384)
     finally:
-        lane.stop()
+        responder.stop()
     with pytest.raises(WaitTimeout, match="celery -A chunkmill_workers worker -Q gpu"):
         client.embed(["nobody is there"], timeout=0.1)
     with pytest.raises(InvalidInput, match=r"texts\[1\]"):

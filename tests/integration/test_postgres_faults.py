@@ -17,10 +17,10 @@ from chunkmill.db.retry import is_transient, transact
 from chunkmill.domain.states import JobState
 from chunkmill.settings import Settings
 from chunkmill_workers.local import pipeline
-from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.attempt import LocalAttempt
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.support.cutting_proxy import Cut, CuttingProxy, cutting_proxy
 from tests.support.waiting import PATIENCE, Call, together, until
@@ -64,7 +64,7 @@ def test_a_connection_cut_anywhere_is_made_again_and_the_transaction_run_again(
 ) -> None:
     job = client.enqueue(CHUNKS, collection="docs")
     proxy.cut = Cut(words, answer_lost)
-    assert run_chunk_batch(behind, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(behind, 1) is TaskResult.COMPLETED
     assert proxy.cut.struck == 1
     assert ledger(db) == ("completed", 1, 0, 40, 0, 40)
     assert client.job(job.id).state is JobState.COMPLETED
@@ -85,7 +85,7 @@ def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(
             proxy.cut = armed[0]
 
     sa.event.listen(behind.db, "after_cursor_execute", arm)
-    assert run_chunk_batch(behind, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(behind, 1) is TaskResult.COMPLETED
     assert armed[0].struck == 1
     state, charged, deaths, contents, again, rows = ledger(db)
     assert (state, charged, deaths, rows) == ("completed", 1, 0, 40)
@@ -113,7 +113,7 @@ def test_a_refusal_that_passes_is_waited_out(
             sa.text(f"CREATE TRIGGER refuse BEFORE INSERT ON {space} FOR EACH STATEMENT EXECUTE FUNCTION refuse()")
         )
     with caplog.at_level(logging.INFO):
-        assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+        assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
     assert ledger(db) == ("completed", 1, 0, 40, 0, 40)
     said = [record.message for record in caplog.records if record.name == "chunkmill.db.retry"]
     assert len(said) == 2  # once when it begins, once when it is over
@@ -126,7 +126,7 @@ def test_what_does_not_pass_is_charged_and_said(context: WorkerContext, client: 
     with db.begin() as conn:
         space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
         conn.execute(sa.text(f"ALTER TABLE {space} ADD CONSTRAINT never CHECK (false) NOT VALID"))
-    assert run_chunk_batch(context, 1) is Outcome.FAILED
+    assert run_chunk_batch(context, 1) is TaskResult.FAILED
     with db.begin() as conn:
         state, attempt, most, error = conn.execute(
             sa.text("SELECT state, attempt, max_attempts, error FROM chunk_batches")
@@ -149,7 +149,7 @@ def test_a_worker_that_leaves_does_not_wait_for_postgres(settings: Settings, eng
     db = create_db("postgresql+psycopg://nobody@127.0.0.1:1/nothing", role="worker")
     context = WorkerContext(settings, db, engines, LeaseKeeper(db, 60), name="w")
     threading.Timer(0.5, context.stopping.set).start()
-    assert run_chunk_batch(context, 1) is Outcome.NOT_OURS
+    assert run_chunk_batch(context, 1) is TaskResult.NOT_OURS
 
 
 def test_a_real_deadlock_of_two_transactions_ends_in_both_done(db: sa.Engine, client: Client) -> None:
@@ -224,19 +224,19 @@ def test_vectors_that_a_crash_took_back_are_embedded_again_uncharged(
     monkeypatch.setattr(pipeline, "FLUSH_ROWS", 8)
     many = [(f"id-{i}", f"a text about subject {i} " + "with many words " * 30) for i in range(40)]
     job = client.enqueue(many, collection="docs")
-    flush, lost = Attempt.flush, []
+    flush, lost = LocalAttempt.flush, []
 
-    def crashes_after(self: Attempt) -> None:
+    def crashes_after(self: LocalAttempt) -> None:
         flush(self)
         if not lost:
             with db.begin() as conn:
                 space = conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one()
                 lost.append(conn.execute(sa.text(f"DELETE FROM {space}")).rowcount)
 
-    monkeypatch.setattr(Attempt, "flush", crashes_after)
-    assert run_chunk_batch(context, 1) is Outcome.RELEASED
+    monkeypatch.setattr(LocalAttempt, "flush", crashes_after)
+    assert run_chunk_batch(context, 1) is TaskResult.RELEASED
     assert lost[0] > 0
-    assert run_chunk_batch(context, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
     state, charged, deaths, _, _, rows = ledger(db)
     assert (state, charged, deaths, rows) == ("completed", 1, 0, 40)
     assert client.job(job.id).state is JobState.COMPLETED

@@ -27,11 +27,11 @@ from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.store.delete import delete_some
-from chunkmill_workers.local.attempt import Attempt
+from chunkmill_workers.local.attempt import LocalAttempt
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
 from chunkmill_workers.local.engines import Engines
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
+from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
@@ -119,15 +119,15 @@ def test_a_text_deleted_while_it_was_embedded_leaves_no_vector(
     client: Client, runner: Runner, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.enqueue([("a", "soon gone"), ("b", "stays")], collection="docs")
-    complete = Attempt.complete
+    complete = LocalAttempt.complete
 
-    def too_late(self: Attempt) -> None:
+    def too_late(self: LocalAttempt) -> None:
         client.delete("docs", ["a"])
         complete(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Attempt, "complete", too_late)
-        assert runner.run_due() == [Outcome.COMPLETED]
+        patch.setattr(LocalAttempt, "complete", too_late)
+        assert runner.run_due() == [TaskResult.COMPLETED]
     assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
     runner.finish(client.enqueue([("a", "soon gone")], collection="docs"))
     vector = client.vectors("docs")["a"]
@@ -143,7 +143,7 @@ def test_a_deletion_under_way_while_a_worker_reads_leaves_no_vector(
         worker = Call(lambda: run_chunk_batch(context, 1))
         # The worker stands before the deletion's lock.
         until(lambda: execute(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [0])
-    assert worker.result() is Outcome.COMPLETED
+    assert worker.result() is TaskResult.COMPLETED
     assert execute(db, "SELECT count(*) FROM vectors_1") == [1]
     assert client.audit("docs").complete
 
@@ -161,7 +161,7 @@ def test_the_same_files_under_two_paths_are_one_space(
     engines = Engines(own, "cpu")
     engines.load_default(db)
     worker = WorkerContext(own, db, engines, LeaseKeeper(db, 3), name="w")
-    assert run_chunk_batch(worker, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(worker, 1) is TaskResult.COMPLETED
 
 
 def test_a_worker_without_the_model_does_not_use_up_the_attempts(
@@ -196,22 +196,22 @@ def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
 ) -> None:
     client.enqueue([("a", "text")], collection="docs")
     context.engines = Unable(RuntimeError("CUDA error while embedding SECRET"))  # type: ignore[assignment]
-    lane = EmbedRequestLane(context)
-    lane.start()
+    responder = EmbedResponder(context)
+    responder.start()
     try:
         for _ in range(2):
             with pytest.raises(EngineError, match="RuntimeError in the engine") as caught:
                 client.embed(["SECRET"], timeout=PATIENCE)
             assert "SECRET" not in str(caught.value)
     finally:
-        lane.stop()
+        responder.stop()
 
 
 def test_reject_refuses_what_another_job_truncated_first(client: Client, runner: Runner) -> None:
     strict = client.enqueue([("r", LONG)], collection="strict", on_long="reject")
     client.enqueue([("t", LONG)], collection="loose")
-    assert run_chunk_batch(runner.context, 2) is Outcome.COMPLETED
-    assert run_chunk_batch(runner.context, 1) is Outcome.COMPLETED
+    assert run_chunk_batch(runner.context, 2) is TaskResult.COMPLETED
+    assert run_chunk_batch(runner.context, 1) is TaskResult.COMPLETED
     job = client.job(strict.id)
     assert (job.state, job.dead, job.truncated, job.embedded) == (JobState.COMPLETED, 1, 0, 0)
     assert client.vectors("strict") == {}

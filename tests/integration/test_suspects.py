@@ -16,8 +16,8 @@ from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
 from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.local.embed_requests import EmbedRequestLane
-from chunkmill_workers.local.pipeline import Outcome, run_chunk_batch
+from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
+from chunkmill_workers.local.responder import EmbedResponder
 from tests.support.waiting import PATIENCE, running, until
 
 
@@ -53,7 +53,7 @@ def test_a_suspect_waits_unheld_until_its_neighbours_are_done(
         with running(lambda: run_chunk_batch(context, 2), release=go_on.set) as (second,):
             until(lambda: context.room.has_suspect or not second.is_alive())
             assert states(db) == [(1, "running"), (2, "available")]
-    assert (first.result(), second.result()) == (Outcome.COMPLETED, Outcome.COMPLETED)
+    assert (first.result(), second.result()) == (TaskResult.COMPLETED, TaskResult.COMPLETED)
     assert seen == {"beside the suspect": 0}
 
 
@@ -72,7 +72,7 @@ def test_a_suspect_that_meets_another_is_kept_from_coming_back_at_once(
 
     monkeypatch.setattr(pipeline, "_claim", claim)
     monkeypatch.setattr(pipeline, "ANOTHER_SUSPECT_SECONDS", PATIENCE)
-    assert run_chunk_batch(context, 1) is Outcome.RELEASED
+    assert run_chunk_batch(context, 1) is TaskResult.RELEASED
     with db.begin() as conn:
         found = conn.execute(
             sa.text("SELECT state, max_attempts - attempt AS attempts, not_before > now() AS later FROM chunk_batches")
@@ -91,11 +91,11 @@ def test_a_worker_with_a_broken_device_takes_nothing_more(
         raise DeviceFailed("the model no longer runs on cuda:0")
 
     monkeypatch.setattr(context, "engine_for", gone)
-    assert run_chunk_batch(context, 1) is Outcome.FAILED
+    assert run_chunk_batch(context, 1) is TaskResult.FAILED
     assert context.broken == "the model no longer runs on cuda:0"
-    assert run_chunk_batch(context, 2) is Outcome.NOT_OURS
+    assert run_chunk_batch(context, 2) is TaskResult.NOT_OURS
     assert states(db) == [(1, "running"), (2, "available")]  # the first is the watchdog's to take back
-    assert not EmbedRequestLane(context).answer_next()
+    assert not EmbedResponder(context).answer_next()
 
 
 def test_a_query_that_meets_a_broken_device_is_left_to_another_worker(
@@ -110,7 +110,7 @@ def test_a_query_that_meets_a_broken_device_is_left_to_another_worker(
         raise DeviceFailed("the model no longer runs on cuda:0")
 
     monkeypatch.setattr(context, "engine_for", gone)
-    EmbedRequestLane(context).answer_next()
+    EmbedResponder(context).answer_next()
     assert context.broken
     with db.begin() as conn:
         assert conn.execute(sa.text("SELECT error, vectors FROM embed_requests")).one() == (None, None)

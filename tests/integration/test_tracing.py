@@ -16,7 +16,7 @@ from chunkmill.ledger.jobs import traces
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.telemetry import tracing
 from chunkmill_workers.process.work_context import step_of
-from chunkmill_workers.provider.send import Waits
+from chunkmill_workers.provider.flow import StepDelayed
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 
@@ -72,7 +72,7 @@ def test_a_step_stands_under_its_one_job_and_is_linked_to_each_of_several(
     contexts = {span.context.span_id: span.context for span in spans() if span.name == "chunkmill.enqueue"}
     assert len({context.trace_id for context in contexts.values()}) == 2
     for step in (in_flight(db, 1, jobs[0]), in_flight(db, 2, *jobs), in_flight(db, 3)):
-        with step_of(Worker(db), step, expected=(Waits,)):
+        with step_of(Worker(db), step, expected=(StepDelayed,)):
             pass
     one, several, none = [span for span in spans() if span.name == "chunkmill.provider_batch.uploaded"]
     assert one.parent is not None
@@ -86,8 +86,8 @@ def test_a_step_stands_under_its_one_job_and_is_linked_to_each_of_several(
 
 def test_what_only_waits_did_not_fail(db: sa.Engine, spans: Callable[[], list[ReadableSpan]]) -> None:
     step = in_flight(db, 1)
-    for error in (Waits(1.0), LeaseLost("ChunkBatch 1: ZEBRAFISH")):
-        with pytest.raises(type(error)), step_of(Worker(db), step, expected=(Waits,)):
+    for error in (StepDelayed(1.0), LeaseLost("ChunkBatch 1: ZEBRAFISH")):
+        with pytest.raises(type(error)), step_of(Worker(db), step, expected=(StepDelayed,)):
             raise error
     waited, lost = [span for span in spans() if span.name.startswith("chunkmill.provider_batch")]
     assert waited.status.is_unset

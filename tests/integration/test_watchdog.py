@@ -151,7 +151,7 @@ def test_a_chunk_batch_that_waits_for_nothing_is_seen(
     clock.ahead += 119
     assert watchdog.look() is None
     clock.ahead += 2
-    assert "ChunkBatch 1 has stood still for 121 s with nothing under way" in str(watchdog.look())
+    assert "ChunkBatch 1 has made no progress for 121 s with nothing running" in str(watchdog.look())
     loop._sources[name].stream.added -= len(rows)
     loop.add(name, rows, *how)
     settled(context, task, client, job)
@@ -266,4 +266,4 @@ def test_of_two_chunk_batches_the_one_that_stands_still_is_named(
         clock.ahead += 121
         moves.moved()
         clock.ahead += 1
-        assert "ChunkBatch 2 has stood still for 122 s" in str(watchdog.look())
+        assert "ChunkBatch 2 has made no progress for 122 s" in str(watchdog.look())

@@ -1,4 +1,4 @@
-"""``celery -A chunkmill_workers`` finds ``app`` here. Importing this file loads no model; starting a worker does."""
+"""The Celery application that ``celery -A chunkmill_workers`` finds. Only a worker that starts loads a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ worker = WorkerProcess(environment.settings, {QUEUE})
 
 
 def _is_typed(option: str) -> bool:
-    """Whether Celery's command line gives ``option``."""
+    """Whether ``option`` was given on Celery's command line."""
     command = click.get_current_context(silent=True)
     return command is not None and command.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
@@ -32,14 +32,14 @@ def _is_typed(option: str) -> bool:
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
     settings = environment.settings
-    # Celery's own default is WARNING, which would hide that the worker is ready: only what was typed counts.
+    # Only a typed level counts: Celery's own default, WARNING, would hide the line that says that the worker is ready.
     typed = loglevel if _is_typed("loglevel") else None
     configure(settings.log_level if typed is None else typed, settings.log_format)
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any) -> None:
-    """What the worker is for follows from its queues, and its name from what it works with."""
+    """Take the worker's queues and name: the queues say what it does, and the name says which device it uses."""
     chosen = (options or {}).get("queues") or [QUEUE]
     worker.queues = set(chosen.split(",") if isinstance(chosen, str) else chosen)
     configure(environment.settings.log_level, environment.settings.log_format)
@@ -53,7 +53,7 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
-    # Celery has put the configuration's number here by now, or that of -c, which stays.
+    # Celery has set the number from its configuration or from -c by now. The number from -c stays.
     if click.get_current_context(silent=True) is not None and not _is_typed("concurrency"):
         sender.concurrency = worker.concurrency
     with fatal_errors():

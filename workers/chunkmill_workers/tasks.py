@@ -8,7 +8,7 @@ from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, NEXT_NAMES, REQUEST_TASK
 
 
 def register(app: Celery) -> None:
-    """Register few tasks, because whoever can write to Redis can call each of them."""
+    """Register the tasks. They are few, because whoever can write to Redis can call each of them."""
     for name, task in (
         (EMBED_TASK, embed_chunk_batch),
         (REQUEST_TASK, request_chunk_batch),

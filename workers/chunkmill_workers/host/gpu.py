@@ -1,7 +1,7 @@
-"""One GPU per worker process, without a coordinator: a file lock per device.
+"""Gives each worker process one GPU without a coordinator, by a file lock per device.
 
-A claim is made before torch is imported, because CUDA reads CUDA_VISIBLE_DEVICES once. The lock is the
-kernel's and dies with its process, however that ends, so a device is never lost to a crash.
+A device is claimed before torch is imported, because CUDA reads CUDA_VISIBLE_DEVICES only once. The kernel releases the
+lock when its process ends, however that ends, so no crash can keep a device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chunkmill.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
 
 @dataclass(frozen=True, slots=True)
 class ClaimedDevice:
-    """``device`` is what torch is given. Keep this object: the claim ends when ``lock`` is closed."""
+    """A device for torch. Keep this object, because the claim ends when ``lock`` is closed."""
 
     device: str
     """``cuda:0`` (the only device this process sees from now on) or ``cpu``."""
@@ -31,7 +31,7 @@ class ClaimedDevice:
 
     @property
     def worker_name(self) -> str:
-        """A name no other worker process of this machine has: ``gpu-1b2f43ad``, ``cpu-4711``."""
+        """A name that no other worker process of this machine has: ``gpu-1b2f43ad``, ``cpu-4711``."""
         if self.gpu is None:
             return f"cpu-{os.getpid()}"
         short = short_name(self.gpu)
@@ -44,9 +44,9 @@ class ClaimedDevice:
 
 
 def short_name(gpu: str) -> str:
-    """Of a GPU as CUDA_VISIBLE_DEVICES names it: ``gpu-1b2f43ad``, ``gpu-0``, and of a MIG slice ``mig-41b35357``."""
+    """A short name for a GPU that CUDA_VISIBLE_DEVICES names: ``gpu-1b2f43ad``, ``gpu-0``; ``mig-41b35357``."""
     name = gpu.lower()
-    if name.startswith("mig-gpu-"):  # as drivers before 470 say it: MIG-GPU-<UUID>/1/0
+    if name.startswith("mig-gpu-"):  # drivers before 470 name it so: MIG-GPU-<UUID>/1/0
         uuid, *slice_of_it = name.removeprefix("mig-gpu-").split("/")
         return "-".join(["mig", uuid.partition("-")[0], *slice_of_it])
     kind, _, uuid = name.partition("-") if name.startswith(("gpu-", "mig-")) else ("gpu", "", name)
@@ -58,14 +58,14 @@ def claim_device(
 ) -> ClaimedDevice:
     """Claim a free GPU for this process and set CUDA_VISIBLE_DEVICES to it.
 
-    ``requested`` is EMBEDDING_DEVICE: ``auto`` (a GPU where there is one, else the CPU), ``cuda``,
+    ``requested`` is EMBEDDING_DEVICE: ``auto`` (a GPU if there is one, else the CPU), ``cuda``,
     ``cuda:<n>`` (the n-th GPU that this process sees, and no other) or ``cpu``. ``share`` is
     EMBEDDING_SHARE_GPU: several processes may hold one device. ``devices`` are UUIDs or indices as
-    CUDA_VISIBLE_DEVICES takes them; unset, they are looked up. Raises DeviceUnavailable or InvalidSetting.
+    CUDA_VISIBLE_DEVICES takes them; if omitted, they are looked up. Raises DeviceUnavailable or InvalidSetting.
     """
     kind, _, index = requested.partition(":")
     if kind not in ("auto", "cuda", "cpu") or (index and not (kind == "cuda" and index.isdigit())):
-        raise InvalidSetting(f"EMBEDDING_DEVICE is {requested!r}: it is auto, cpu, cuda or cuda:<index>")
+        raise InvalidSetting(f"EMBEDDING_DEVICE is {requested!r}: it must be auto, cpu, cuda or cuda:<index>")
     if kind == "cpu":
         return ClaimedDevice("cpu")
     found = list(visible_gpus() if devices is None else devices)
@@ -93,10 +93,10 @@ def claim_device(
 
 
 def visible_gpus() -> list[str]:
-    """UUIDs of this machine's NVIDIA devices, less those that CUDA_VISIBLE_DEVICES hides.
+    """The UUIDs of this machine's NVIDIA devices, without those that CUDA_VISIBLE_DEVICES hides.
 
-    From nvidia-smi, because asking torch would start CUDA with every device. Without nvidia-smi, what
-    CUDA_VISIBLE_DEVICES lists is believed. MIG slices are not listed by index; name them there.
+    nvidia-smi lists them, because asking torch would start CUDA with every device. Without nvidia-smi, what
+    CUDA_VISIBLE_DEVICES lists is believed. nvidia-smi does not list MIG slices, so name them there.
     """
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     listed = _nvidia_smi()
@@ -106,7 +106,7 @@ def visible_gpus() -> list[str]:
     visible = []
     for entry in allowed.split(","):
         name = entry.strip()
-        uuid = listed.get(name) or next((each for each in listed.values() if name and each.startswith(name)), None)
+        uuid = listed.get(name) or next((gpu for gpu in listed.values() if name and gpu.startswith(name)), None)
         if uuid is None:
             if listed and not name.startswith("MIG-"):
                 break
@@ -118,7 +118,7 @@ def visible_gpus() -> list[str]:
 
 
 def _nvidia_smi() -> dict[str, str]:
-    """{index: UUID}; empty where there is no driver."""
+    """``index → UUID`` of all devices; empty if there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -137,7 +137,7 @@ def _nvidia_smi() -> dict[str, str]:
 
 
 def _lock_dir() -> Path:
-    """/run/lock is emptied at boot and shared by all users; elsewhere the folder for temporary files."""
+    """/run/lock, which all users share and a boot empties; else the folder for temporary files."""
     shared = Path("/run/lock")
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
@@ -158,7 +158,7 @@ def _first_free(gpus: Sequence[str], folder: Path) -> tuple[IO[str] | None, str 
 
 
 def _open(path: Path) -> IO[str]:
-    """Open for reading and writing; made for every user, so that two users can share a machine."""
+    """Open a lock file, which is created writable for every user so that two users can share a machine."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         # First without O_CREAT: with it, Linux refuses another user's file in a sticky folder such as /tmp

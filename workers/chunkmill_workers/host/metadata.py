@@ -1,4 +1,4 @@
-"""A cloud's metadata service over plain HTTP. No answer can hang, grow, redirect or come from a proxy."""
+"""Asks a cloud's metadata service over plain HTTP. No answer can hang, grow, redirect or come from a proxy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LINK_LOCAL = "http://169.254.169.254"
-"""The same in every cloud. A number, because looking a name up has no timeout."""
+"""The address in every cloud. It is a number, because looking up a name has no timeout."""
 REQUEST_SECONDS = 5.0
 MOST_BYTES = 1 << 20
 """A real answer has a few hundred bytes; Azure lists every machine of a scale set."""
@@ -56,7 +56,7 @@ class MetadataService:
         self._aborted = threading.Event()
 
     def request(self, method: str, path: str, headers: Mapping[str, str], *, seconds: float | None = None) -> Reply:
-        """Raises :class:`Unusable` where no whole answer came in time, whatever its status; :class:`Aborted`."""
+        """Raises :class:`Unusable` if no complete answer came in time, whatever its status, and :class:`Aborted`."""
         source = f"{method} {self.url}{path.partition('?')[0]}"
         deadline = time.monotonic() + (self.patience if seconds is None else seconds)
         connection = http.client.HTTPConnection(self._host, self._port)
@@ -72,11 +72,11 @@ class MetadataService:
             raise Unusable(f"{source} failed: {because}") from error
         finally:
             connection.close()
-        self.pause(0)  # an answer without a length ends where abort() cut it
+        self.pause(0)  # abort() may have cut an answer without a length
         return reply
 
     def pause(self, seconds: float) -> None:
-        """Sleep. Raises :class:`Aborted` as soon as that is so."""
+        """Sleep. Raises :class:`Aborted` as soon as ``abort`` is called."""
         if self._aborted.wait(seconds):
             raise Aborted
 
@@ -89,13 +89,13 @@ class MetadataService:
                 opened.shutdown(socket.SHUT_RDWR)
 
     def _connect(self, connection: http.client.HTTPConnection, deadline: float) -> None:
-        """Connect by ourselves: http.client keeps no deadline, and shows its socket only once it is connected."""
+        """Connect without http.client, which keeps no deadline and shows its socket only when it is connected."""
         failure = OSError("no address")
         for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
             connection.close()
             opened = _DeadlineSocket(family, kind, protocol)
             opened.deadline = deadline
-            # abort() sets its flag and then looks for a socket. This is the other way round, so one sees the other.
+            # abort() sets its flag and then looks for a socket. The order here is the reverse, so one sees the other.
             connection.sock = self._socket = opened
             if self._aborted.is_set():
                 raise Aborted
@@ -119,7 +119,7 @@ def _read(source: str, response: http.client.HTTPResponse) -> Reply:
 
 
 class _DeadlineSocket(socket.socket):
-    """A socket's own timeout is for each read: an answer of one byte a second would never end."""
+    """A socket with a deadline. A timeout is for each read only: an answer of one byte a second would never end."""
 
     deadline = 0.0
 

@@ -1,4 +1,4 @@
-"""How busy a GPU is and how full, by its driver's own library: microseconds, where nvidia-smi takes a second."""
+"""Says how busy and how full a GPU is. The driver's library takes microseconds for it, and nvidia-smi a second."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
-"""Comes with the driver."""
+"""A part of the driver."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuUse:
-    """``busy`` from 0 to 1: the share of the driver's last sample, up to a second, in which a kernel ran. None where
-    the device does not say, as a MIG slice. Memory in bytes, of all processes on it."""
+    """``busy`` is the share, from 0 to 1, of the driver's last sample of up to a second in which a kernel ran. It is
+    None if the device does not say, like a MIG slice. The memory is that of all processes on the device, in bytes."""
 
     busy: float | None
     memory_used: int | None
@@ -29,7 +29,7 @@ class _Memory(ctypes.Structure):
 
 
 class Gpu:
-    """One device. It is only asked, never set."""
+    """One device. It is only read and never changed."""
 
     def __init__(self, library: Any, handle: ctypes.c_void_p) -> None:
         self._library = library
@@ -37,7 +37,7 @@ class Gpu:
 
     @classmethod
     def open(cls, name: str, library: Any = None) -> Gpu | None:
-        """``name`` as CUDA_VISIBLE_DEVICES has it, a UUID or an index. None where there is no driver or no such GPU."""
+        """The GPU that CUDA_VISIBLE_DEVICES calls ``name``, by UUID or index. None without a driver or such a GPU."""
         try:
             library = library or ctypes.CDLL(LIBRARY)
             if library.nvmlInit_v2() != 0:
@@ -52,6 +52,7 @@ class Gpu:
         return cls(library, handle) if code == 0 else None
 
     def use(self) -> GpuUse:
+        """Read how busy and how full the device is now."""
         utilization, memory = _Utilization(), _Memory()
         knows_busy = self._library.nvmlDeviceGetUtilizationRates(self._handle, ctypes.byref(utilization)) == 0
         knows_memory = self._library.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(memory)) == 0

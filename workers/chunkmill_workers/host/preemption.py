@@ -1,4 +1,4 @@
-"""Notice from the cloud that this machine is about to be taken: GCP, AWS and Azure say so in their metadata service."""
+"""Watches for the cloud's notice that this machine will be taken. GCP, AWS and Azure give it in a metadata service."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from chunkmill_workers.host.metadata import LINK_LOCAL, Aborted, MetadataService
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Between two looks, as Azure asks for. AWS would allow 5, but the drain too should end within 5 s of the notice."""
+"""How long to wait between two looks, as Azure demands. AWS would allow 5 s, but the drain should end by then."""
 HANG_SECONDS = 20
-"""How long GCP may hold a request. A change is answered at once: this bounds how long a dead connection is trusted."""
+"""How long GCP may hold a request. It answers a change at once; this limits the trust in a dead connection."""
 ENABLE_SECONDS = 150.0
-"""Azure switches scheduled events on at the first request for them, which takes up to two minutes."""
+"""How long Azure's first answer may take: the first request switches scheduled events on, in up to two minutes."""
 MOST_BACK_OFF_SECONDS = 5.0
 PROBE_SECONDS = 1.0
 PROBE_ROUNDS = 3
-"""Some services answer only some seconds after the machine's start."""
+"""How often all clouds are tried, because some services answer only some seconds after the machine's start."""
 
 
 class Provider(Protocol):
-    """One cloud's service. Both methods raise :class:`Unusable` and :class:`Aborted`."""
+    """The metadata service of one cloud. Both methods raise :class:`Unusable` and :class:`Aborted`."""
 
     name: str
 
     def identify(self) -> None:
-        """Return where the service at this address is this cloud's."""
+        """Return if the service at this address belongs to this cloud, and raise if not."""
 
     def look(self) -> str | None:
         """The notice in words, or None while there is none."""
 
 
 class PreemptionWatcher(threading.Thread):
-    """Calls ``on_notice(reason)`` once, from its own thread, when the machine is about to be taken; then it ends.
+    """Calls ``on_notice(reason)`` once, from its own thread, when the machine is about to be taken, and then ends.
 
-    A service in trouble is asked again, for ever, and is never a notice.
+    A service that fails is asked again for ever. A failure is never a notice.
     """
 
     def __init__(self, settings: Settings, on_notice: Callable[[str], None]) -> None:
@@ -62,11 +62,11 @@ class PreemptionWatcher(threading.Thread):
 
     @classmethod
     def from_settings(cls, settings: Settings, on_notice: Callable[[str], None]) -> PreemptionWatcher | None:
-        """A watcher to be started, or None where notices are switched off. Asks nobody anything yet."""
+        """A watcher to be started, or None if notices are switched off. It sends no request yet."""
         return None if settings.preemption_notice == "off" else cls(settings, on_notice)
 
     def stop(self) -> None:
-        """End the thread soon, from any thread, at any time. There is no notice after this."""
+        """End the thread soon. Any thread may call it at any time, and no notice comes after it."""
         self._service.abort()
 
     def run(self) -> None:
@@ -132,8 +132,10 @@ class Gcp:
         self._get(self.path)
 
     def look(self) -> str | None:
-        """The first look, and the one after trouble, does not wait: the machine may be preempted by then. The next hang
-        until the value differs from the one that the etag names, so that no change falls between two looks."""
+        """The first look and a look after trouble return at once, because the machine may be preempted already.
+
+        The others wait until the value differs from the one that the etag names, so that no change is missed.
+        """
         etag, self._etag = self._etag, None
         if etag is None:
             reply = self._get(self.path)
@@ -155,7 +157,7 @@ class Gcp:
 
 
 class Aws:
-    """IMDSv2: every request carries a token, which a PUT gives."""
+    """IMDSv2: every request carries a token, which a PUT request returns."""
 
     name = "aws"
     token_seconds = 21600
@@ -182,7 +184,7 @@ class Aws:
         return f"spot instance-action is {what['action']}, at {_when(what.get('time'))}"
 
     def _look_at_hint(self) -> str | None:
-        """The rebalance recommendation. Trouble with it must not slow down the look at the notice itself."""
+        """Look at the rebalance recommendation. Trouble with it must not slow down the look at the notice itself."""
         try:
             hint = self._document("/latest/meta-data/events/recommendations/rebalance")
             if hint is not None and not isinstance(hint[1].get("noticeTime"), str):
@@ -205,14 +207,14 @@ class Aws:
         return None
 
     def _document(self, path: str) -> tuple[Reply, dict[str, Any]] | None:
-        """The JSON object at ``path``, or None: AWS has no such page while there is nothing to say."""
+        """The JSON object at ``path``, or None because AWS has no such page while there is nothing to say."""
         reply = self._get(path)
         return None if reply.status == 404 else (reply, _json_object(reply))
 
     def _get(self, path: str) -> Reply:
         reply = self._service.request("GET", path, {"X-aws-ec2-metadata-token": self._valid_token()})
         if reply.status == 401:
-            # It ended early, as when the machine was hibernated. A fresh one must do.
+            # The token ended early, for example because the machine was hibernated. A new one must work.
             self._token = None
             reply = self._service.request("GET", path, {"X-aws-ec2-metadata-token": self._valid_token()})
         return reply
@@ -262,7 +264,7 @@ class Azure:
         understood = True
         for event in events:
             match event:
-                # An event is shown to its whole scale set, under the names of those it takes.
+                # The whole scale set sees an event, which names the machines that it takes.
                 case {"EventType": str(kind), "Resources": [*names]}:
                     if kind in self.types and self._machine.lower() in {str(name).lower() for name in names}:
                         return f"scheduled event {kind}, not before {_when(event.get('NotBefore'))}"

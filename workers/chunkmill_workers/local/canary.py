@@ -1,8 +1,8 @@
-"""The canary: a worker embeds the golden texts before it serves a space, and refuses where they come out otherwise.
+"""The canary: a worker embeds the golden texts before it serves a space, and refuses if the vectors differ too much.
 
-The files of a model are in the space's fingerprint; what reads them is not. Another release of a library, a
-driver, a processor's instructions or a bad memory chip changes vectors without changing a file, and nothing
-later would notice: a search only gets worse.
+The space's fingerprint covers the files of a model, but not what reads them. Another release of a library, a driver, a
+processor's instructions or a bad memory chip changes vectors without changing a file, and nothing later would notice:
+a search only gets worse.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PACKAGES: Final = ("chunkmill", "torch", "transformers", "tokenizers", "onnxrun
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a comparison found. ``problem`` is None where the two agree."""
+    """The result of a comparison. ``problem`` is None if the two agree."""
 
     problem: str | None
     similarity: float
@@ -54,22 +54,22 @@ class Verdict:
 
 
 def compare(mine: Canary, reference: Canary) -> Verdict:
-    """Is ``mine`` what the space was made with? Pure.
+    """Compare this worker's golden vectors with the space's reference. Pure.
 
-    The similarity of two vectors is 2ab / (aa + bb): the cosine of unit vectors; of others it falls with a
-    difference in length, too.
+    The similarity of two vectors is 2ab / (aa + bb). For unit vectors it is the cosine; for others it also falls if the
+    lengths differ.
     """
     gate = _gate(mine.made_by.dtype, reference.made_by.dtype)
     if mine.vectors.shape != reference.vectors.shape or mine.n_tokens.shape != reference.n_tokens.shape:
         shapes = f"{mine.vectors.shape} here, {reference.vectors.shape} in the reference"
         return Verdict(f"the golden vectors have another shape: {shapes}", 0.0, gate)
-    if len(other := np.flatnonzero(mine.n_tokens != reference.n_tokens)):
-        text = int(other[0])
+    if len(different := np.flatnonzero(mine.n_tokens != reference.n_tokens)):
+        text = int(different[0])
         counts = f"{mine.n_tokens[text]} tokens here, {reference.n_tokens[text]} in the reference"
         return Verdict(f"golden text {text} has {counts}: the tokenizer differs", 0.0, gate)
     a, b = mine.vectors.astype(np.float64), reference.vectors.astype(np.float64)
     both = (a * a).sum(axis=1) + (b * b).sum(axis=1)
-    # Where a tokenizer finds nothing to embed, both sides have zeros.
+    # If a tokenizer finds nothing to embed, both sides have zeros.
     similarity = np.where(both == 0, 1.0, 2 * (a * b).sum(axis=1) / np.where(both == 0, 1.0, both))
     text = int(np.argmin(np.where(np.isfinite(similarity), similarity, -np.inf)))
     lowest = float(similarity[text])
@@ -94,7 +94,7 @@ def _gate(mine: str, reference: str) -> float:
 
 
 class CanaryCheck:
-    """Compares each engine with each space it is to serve, once, for one worker process."""
+    """Compares each engine of a worker process once with each space that it is to serve."""
 
     def __init__(self, begin: Callable[[], AbstractContextManager[sa.Connection]], worker: str) -> None:
         self._begin = begin
@@ -105,7 +105,7 @@ class CanaryCheck:
     def require(self, engine: Engine, space: Space) -> None:
         """Raise :class:`CanaryFailed` unless ``engine`` makes the vectors that ``space`` was made with.
 
-        The first worker of a space makes the reference. Two threads that meet a new space at once both look.
+        The first worker of a space makes the reference. Two threads that meet a new space at once both check it.
         """
         with self._mutex:
             if space.id in self._passed.get(engine, ()):
@@ -119,15 +119,15 @@ class CanaryCheck:
         except ValueError:
             raise CanaryFailed(
                 f"{name}: the reference of its golden texts is damaged, so no worker can be compared with it. "
-                f"If Postgres is sound otherwise, {again} and start the worker you trust most first."
+                f"If the rest of Postgres is sound, {again} and start the worker that you trust most first."
             ) from None
         verdict = compare(mine, reference)
         if verdict.problem is not None:
             raise CanaryFailed(
-                f"this worker's vectors drift from {name}: {verdict.problem}. Here {mine.made_by}. The reference "
-                f"{reference.made_by}. It takes no work of this space. Give it the reference's library versions, "
-                f"EMBEDDING_DTYPE and model files, or check its device; if the reference is what is wrong, {again}, "
-                "and embed again what its maker embedded."
+                f"this worker's vectors drift from {name}: {verdict.problem}. This worker is {mine.made_by}. The "
+                f"reference was made by {reference.made_by}. The worker takes no work of this space. Give it the "
+                "reference's library versions, EMBEDDING_DTYPE and model files, or check its device. If the "
+                f"reference is wrong, {again} and embed again what the worker that made it embedded."
             )
         logger.info("%s: the canary passes, similarity %.7f, gate %.7f", name, verdict.similarity, verdict.gate)
         with self._mutex:
@@ -135,13 +135,13 @@ class CanaryCheck:
 
 
 def embed_golden(engine: Engine, space: Space, worker: str) -> Canary:
-    """The golden vectors as ``space`` would store them. Raises :class:`CanaryFailed` where the engine makes none."""
+    """The golden vectors as ``space`` would store them. Raises :class:`CanaryFailed` if it has none."""
     vectors = np.zeros((len(TEXTS), space.spec.dimensions), np.float32)
     n_tokens = np.zeros(len(TEXTS), np.int32)
-    # Urgent: a query may be waiting for it, and it is short.
+    # Urgent, because a query may be waiting for the check and the texts are short.
     for result in engine.stream(TEXTS, on_long=space.spec.long_text.policy, urgent=True):
         for failure in result.failures:
-            # Some tokenizers find nothing in an empty text, on every machine alike.
+            # Some tokenizers find nothing in an empty text, and do so on every machine.
             if failure.code != "tokenize_failed":
                 raise CanaryFailed(
                     f"golden text {failure.index} got no vector from {space.spec.model!r} on {engine.device}: "

@@ -30,12 +30,12 @@ class WorkerContext(QueueContext):
         self.engines = engines
         self.room = Room()
         self.broken: str | None = None
-        """What was seen of a device that runs nothing any more; the watchdog ends the worker."""
+        """Why the device runs nothing any more, if that is so. The watchdog then ends the worker."""
         self._canary = CanaryCheck(self.begin, self.name)
 
     @classmethod
     def start(cls, settings: Settings, device: str) -> WorkerContext:
-        """Connect, load the default model, hear its canary and start the lease keeper."""
+        """Connect, load the default model, check its canary and start the lease keeper."""
         db = create_db(
             settings.require_database_url(), role="worker", pool_size=settings.embedding_parallel_batches + 2
         )
@@ -52,10 +52,10 @@ class WorkerContext(QueueContext):
         return context
 
     def engine_for(self, space: Space) -> Engine:
-        """The engine whose vectors belong into ``space``, in files and in numbers.
+        """The engine whose vectors belong into ``space``: it has the space's files and passes its canary.
 
-        Raises what :meth:`Engines.for_space` does, and :class:`CanaryFailed` where its golden vectors are not the
-        space's; ``engines.unserved`` names the space then.
+        Raises what :meth:`Engines.for_space` raises, and :class:`CanaryFailed` if the golden vectors differ too much
+        from the space's. Then ``engines.unserved`` lists the space.
         """
         engine = self.engines.for_space(space)
         try:

@@ -1,4 +1,4 @@
-"""The engines a worker has loaded: the default model's, and those that jobs name beside it."""
+"""The engines that a worker has loaded: the default model's, and those of other models that jobs name."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from chunkmill_workers.tuning.tuned import load_engine, machine_for
 logger = logging.getLogger(__name__)
 
 UNSERVED_SECONDS = 60.0
-"""So long a worker leaves alone a space whose model it could not load, for others to take."""
+"""How long a worker leaves a space to other workers after it could not load its model."""
 
 
 class Engines:
-    """One engine per model and precision, shared by all task threads; the least recently used makes room.
+    """One engine per model and precision, shared by all task threads. The least recently used one is dropped first.
 
-    An engine makes full vectors and serves the spaces of all their cuts: ``chunkmill_workers.engine.matryoshka``.
+    An engine makes full vectors and serves all spaces that cut them (see ``chunkmill_workers.engine.matryoshka``).
     """
 
     def __init__(self, settings: Settings, device: str) -> None:
@@ -39,18 +39,18 @@ class Engines:
         self._machine = machine_for(device)
         self._engines: OrderedDict[tuple[str, Precision], Engine] = OrderedDict()
         self._living: weakref.WeakSet[Engine] = weakref.WeakSet()
-        """Those that made room as well, while somebody is still in them."""
+        """All engines that exist, including dropped ones that a thread still uses."""
         self.loads = UnderWay()
-        """Models that are fetched and read."""
+        """Models that are being downloaded or loaded."""
         self._unserved: dict[int, float] = {}
         self._mutex = threading.Lock()
         self._loading = threading.Lock()
 
     def load_default(self, db: sa.Engine) -> Space:
-        """Load the worker's own model and register its space, so that producers without its files find it."""
+        """Load the worker's own model and register its space, so that producers that lack its files find it."""
         settings = self._settings
         folder = self._read(settings.embedding_model, settings.embedding_precision)
-        spec = folder.space(settings.embedding_dimensions)  # refused before the weights are loaded
+        spec = folder.space(settings.embedding_dimensions)  # a wrong number is refused before the weights are loaded
         self._load(settings.embedding_model, folder)
         with db.begin() as conn:
             return registry.register(conn, spec, storage=settings.vector_storage)
@@ -58,14 +58,14 @@ class Engines:
     def for_space(self, space: Space) -> Engine:
         """The engine whose vectors belong into ``space``, whatever path its files were found under.
 
-        Raises :class:`UnknownModel`, :class:`ModelLoadError` or :class:`InvalidSetting` where this machine lacks the
-        model, the operator's trust in it or the kernels of its precision, and
-        :class:`SpaceMismatch` where it has other files under the same name; ``unserved`` names the space then.
+        Raises :class:`UnknownModel`, :class:`ModelLoadError` or :class:`InvalidSetting` if this machine lacks the
+        model, the operator's trust in it or the kernels of its precision, and :class:`SpaceMismatch` if it has other
+        files under the same name. Then ``unserved`` lists the space.
         """
         try:
             engine = self._find(space)
             if engine is None:
-                with self._loading:  # loading takes seconds; engines that are there go on meanwhile
+                with self._loading:  # loading takes seconds, during which the other engines go on
                     engine = self._find(space)
                     if engine is None:
                         with self.loads.step():
@@ -82,22 +82,24 @@ class Engines:
             self._unserved[space.id] = time.monotonic() + UNSERVED_SECONDS
 
     def unserved(self) -> list[int]:
-        """Ids of spaces to leave to other workers for now.
+        """The ids of the spaces that are left to other workers for now.
 
-        A worker that lacks a model fails fast, so it would take most of that model's ChunkBatches and use
-        up their attempts, while others could do the work.
+        A worker that lacks a model fails fast. So it would take most of that model's ChunkBatches and use up their
+        attempts, although others could do the work.
         """
         now = time.monotonic()
         with self._mutex:
             return [space_id for space_id, until in self._unserved.items() if until > now]
 
     def longest_step(self) -> tuple[float, str]:
-        """Seconds since the start of the forward pass or call of a tokenizer that has been under way longest, and which
-        it is; 0.0 for none."""
+        """How many seconds the longest forward pass or tokenizer call has been running, and which of the two it is.
+
+        (0.0, "") if none is running.
+        """
         return max(((step.longest(), what) for what, step in self._steps()), default=(0.0, ""))
 
     def quiet(self) -> float:
-        """Seconds since anything of any engine ended, a load too; 0.0 while something is under way."""
+        """Seconds since the last step or load of any engine ended; 0.0 while one is running."""
         return min(step.quiet() for step in [self.loads, *(step for _, step in self._steps())])
 
     def _steps(self) -> list[tuple[str, UnderWay]]:
@@ -144,5 +146,5 @@ def fingerprint(engine: Engine, on_long: OnLong, dimensions: int) -> str:
 
 
 def _made_for(engine: Engine, space: Space) -> str:
-    """The fingerprint of what ``engine`` makes for ``space``: its full vectors where they are too short for it."""
+    """The fingerprint of what ``engine`` makes for ``space``. Vectors too short for it stay full."""
     return fingerprint(engine, space.spec.long_text.policy, min(space.spec.dimensions, engine.dimensions))

@@ -1,6 +1,6 @@
-"""The golden texts: what every worker embeds on its start, to be compared with what the space was made with.
+"""The golden texts, which every worker embeds at its start and compares with the space's reference.
 
-Ours, not a user's, so they may be named in a message and lie in the code. Pure.
+They are ours and not a user's, so they may stand in the code and in messages. Pure.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 VERSION: Final = 1
-"""References are kept by version, so a change of TEXTS is a new version and disturbs no worker of the old one."""
+"""Increase it if TEXTS change. References are stored by version, so workers of the old version are not disturbed."""
 
 TEXTS: Final[tuple[str, ...]] = (
     "",

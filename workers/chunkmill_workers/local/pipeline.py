@@ -1,4 +1,4 @@
-"""One ChunkBatch's life, read top to bottom."""
+"""What a local worker does with one ChunkBatch, from top to bottom."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.store.read import Work, read_work
+from chunkmill.store.read import Work
 from chunkmill.store.write import relax_durability
 from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
-from chunkmill_workers.local.attempt import Attempt, VectorsLost
+from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
@@ -30,12 +30,15 @@ logger = logging.getLogger(__name__)
 
 FLUSH_ROWS = 4096
 FLUSH_SECONDS = 0.25
-"""A write costs about 3 ms of the machine. What a kill can cost: the TokenBatches since the last write and those on the
-device (docs/decisions/0019)."""
+"""Vectors are written after this many rows or seconds. A write takes about 3 ms of the machine. A kill costs the
+TokenBatches since the last write and those on the device (docs/decisions/0019)."""
 ANOTHER_SUSPECT_SECONDS = 2.0
+"""How long a suspect waits for its next try if another one is alone in the worker."""
 
 
-class Outcome(StrEnum):
+class TaskResult(StrEnum):
+    """What a task did with the ChunkBatch of its doorbell."""
+
     NOT_OURS = "not_ours"
     COMPLETED = "completed"
     RELEASED = "released"
@@ -43,40 +46,40 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-class Stopping(Exception):
-    """The worker was told to go."""
+class Interrupted(Exception):
+    """The engine stopped early because the worker was told to leave."""
 
 
-def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> Outcome:
-    """Claim, read, embed, write, complete. Every way out leaves the ledger true; none raises for the work's sake.
+def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
+    """Claim, read, embed, write, complete. However this ends, the ledger is true. No fault of the texts raises.
 
-    Postgres being away is waited for: it is no fault of the work, and costs no attempt.
+    If Postgres is away, the task waits for it. That costs no attempt.
     """
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
     with context.room.entered():
         lease = _claim(context, chunk_batch_id)
         if lease is None:
-            return Outcome.NOT_OURS  # done, held by another, not due, or of a model that others have
+            return TaskResult.NOT_OURS  # done, held, not due, or left to others
         if not lease.suspect:
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
                 return _counted(_run(context, held))
-        # Not held while others are still at work here, whose death would be its own.
+        # A suspect is not held while others are embedded here: if they killed the worker, it would be blamed.
         _give_back(context, lease, delay_s=ANOTHER_SUSPECT_SECONDS if context.room.has_suspect else 0.0)
         with context.room.alone() as alone:
             lease = _claim(context, chunk_batch_id) if alone else None
             if lease is None:
-                return Outcome.RELEASED
+                return TaskResult.RELEASED
             with context.leases.holding(lease) as held, attempt_at(context, lease, rung_ns=rung_ns):
                 return _counted(_run(context, held))
 
 
-def _counted(outcome: Outcome) -> Outcome:
+def _counted(outcome: TaskResult) -> TaskResult:
     COUNTS.add(metrics.ATTEMPTS, 1, outcome)
     return outcome
 
 
 def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
-    """None as well for a worker that leaves, or whose device is broken: the doorbell is rung again."""
+    """Claim the ChunkBatch if it is due. A worker that leaves or whose device is broken claims nothing."""
     if context.stopping.is_set() or context.broken:
         return None
 
@@ -93,7 +96,7 @@ def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
         lease = context.transact(claim, "claim", give_up=True)
     except (sa.exc.SQLAlchemyError, psycopg.Error):
         if context.stopping.is_set():
-            return None  # Postgres is away
+            return None  # Postgres is away, and the worker leaves
         raise
     COUNTS.add(metrics.CLAIMS, 1, "claimed" if lease else "nothing")
     return lease
@@ -103,52 +106,51 @@ def _give_back(context: WorkerContext, lease: Lease, *, delay_s: float) -> None:
     context.transact(lambda conn: chunk_batches.release_if_held(conn, lease, delay_s=delay_s), "release")
 
 
-def _run(context: WorkerContext, held: HeldLease) -> Outcome:
+def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
     lease = held.lease
-    attempt = Attempt(context, lease)
+    attempt = LocalAttempt(context, lease)
     try:
         _embed(context, held, attempt)
-    except Stopping:
+    except Interrupted:
         attempt.release()
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except LeaseLost as lost:
         logger.warning("%s", lost)
-        return Outcome.LEASE_LOST
+        return TaskResult.LEASE_LOST
     except VectorsLost:
         logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
         attempt.release()
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except CanaryFailed as drift:
-        # Uncharged: it is this worker that is at fault. The reason stays with the ChunkBatch while no other takes it.
+        # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.
         attempt.release(because=drift)
         logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)  # noqa: TRY400
-        return Outcome.RELEASED
+        return TaskResult.RELEASED
     except DeviceFailed as broken:
-        # The lease is kept: the watchdog takes it back as from a dead worker, for the work may be the cause.
+        # The lease is kept. The watchdog takes it back as from a dead worker, because the work may be the cause.
         context.broken = str(broken)
-        return Outcome.FAILED
+        return TaskResult.FAILED
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
         if is_transient(error):  # as when the canary's reference could not be read
             attempt.release()
-            return Outcome.RELEASED
+            return TaskResult.RELEASED
         _record_failure(context, attempt, error)
-        return Outcome.FAILED
+        return TaskResult.FAILED
     _finish(context, lease)
-    return Outcome.COMPLETED
+    return TaskResult.COMPLETED
 
 
-def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
+def _embed(context: WorkerContext, held: HeldLease, attempt: LocalAttempt) -> None:
     lease = held.lease
 
     def read(conn: sa.Connection) -> tuple[Space, Work]:
-        relax_durability(conn)  # an account that a crash forgets is opened by the first write
-        space = registry.get(conn, lease.space_id)
-        attempt.open(conn, space)
-        return space, read_work(conn, space, lease.chunk_batch_id)
+        relax_durability(conn)  # if a crash loses the account, the first write opens it
+        return attempt.open(conn)
 
     space, work = context.transact(read, "read texts")
+    attempt.begin(space, work)
     engine = context.engine_for(space)
-    attempt.begin(space, engine, work)
+    attempt.use(engine)
     texts = [text for _, text in work.texts]
     flushed_at = time.monotonic()
     with tracing.span("embed", {"contents": len(texts)}):
@@ -160,24 +162,27 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: Attempt) -> None:
                 attempt.flush()
                 flushed_at = time.monotonic()
     if attempt.left:
-        # The engine stopped early because the worker is going; keep what is done.
+        # Keep what is done.
         attempt.flush()
-        raise Stopping
+        raise Interrupted
     attempt.complete()
 
 
 def _finish(context: WorkerContext, lease: Lease) -> None:
-    """Once: the poller ends jobs too, and the anti-join of a large one may be more than Postgres allows a worker."""
+    """End the job if this was its last ChunkBatch. It is tried once, because the poller ends jobs too.
+
+    The anti-join of a large job may take longer than Postgres allows a worker.
+    """
     try:
         with tracing.span("finish job"), context.begin() as conn:
             finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
     except Exception as error:
         if not is_transient(error):
             raise
-        logger.warning("job %s is left to the poller to end: %s", lease.job_id, refusal(error))
+        logger.warning("the poller will end job %s, because this worker could not: %s", lease.job_id, refusal(error))
 
 
-def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) -> None:
+def _record_failure(context: WorkerContext, attempt: LocalAttempt, error: Exception) -> None:
     lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
     retryable = not isinstance(error, ChunkmillError) or error.retryable or error.elsewhere
@@ -192,7 +197,7 @@ def _record_failure(context: WorkerContext, attempt: Attempt, error: Exception) 
 
 
 def _without_parameters(error: Exception) -> str:
-    """An error's message without SQL parameters, which may hold texts."""
+    """The message of an error, without SQL parameters because they may hold texts."""
     if isinstance(error, sa.exc.DBAPIError | psycopg.Error):
         return f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
     return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Suspects are embedded alone: when a worker dies with one, nothing else can have been the cause."""
+"""Makes sure that a suspect is embedded alone. If the worker dies then, nothing else can be the cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class Room:
-    """Many ChunkBatches at a time, or one suspect by itself."""
+    """Admits many ChunkBatches at a time, or one suspect by itself."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -17,20 +17,22 @@ class Room:
 
     @property
     def inside(self) -> int:
-        """Threads at work, or waiting for their turn alone."""
+        """How many threads are at work or wait to be alone."""
         with self._changed:
             return self._inside
 
     @property
     def has_suspect(self) -> bool:
-        """Whether one is alone here, or waits to be."""
+        """Whether a suspect is alone in the room or waits to be."""
         with self._changed:
             return self._suspect
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Wait until no suspect wants the room or has it. Claim inside: a lease that waits could die for another's
-        fault."""
+        """Enter when no suspect is alone in the room or waits to be.
+
+        Claim inside: a lease that waited outside could be lost through the fault of another ChunkBatch.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._suspect)
             self._inside += 1
@@ -43,7 +45,7 @@ class Room:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """From inside :meth:`entered`: wait until all others have left. False: another suspect was first."""
+        """From inside :meth:`entered`, wait until all others have left. Yields False if another suspect was first."""
         with self._changed:
             mine = not self._suspect
             if mine:

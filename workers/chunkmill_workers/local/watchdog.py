@@ -1,8 +1,8 @@
-"""Ends a worker that hangs: a step past its deadline, a ChunkBatch that stands still, a broken device, or doorbells
-that it does not answer.
+"""Ends a worker that hangs: a step takes too long, a ChunkBatch makes no progress, the device is broken, or doorbells
+stay unanswered.
 
-What it held is taken back as from a dead worker, for the work may be what killed it, and a supervisor starts another
-process (exit code 70).
+What the worker held is taken back as from a dead worker, because the work may be the cause. The process exits with
+code 70, and a supervisor starts another one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOOK_AT_QUEUE_S = 10.0
 
 
 class Watchdog(threading.Thread):
-    """Looks every second; at the queue, with a connection of its own, every ten or so."""
+    """Checks the worker every second, and the queue in Redis about every ten seconds, with a connection of its own."""
 
     def __init__(self, context: WorkerContext, broker: Broker, drain: Drain) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -42,19 +42,18 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(LOOK_S):
             if supervisor_is_gone() and not self._context.stopping.is_set():
-                logger.warning("the supervisor of this worker is gone: leaving too")
+                logger.warning("the supervisor of this worker is gone, so the worker leaves too")
                 self._drain.tell_itself()
                 continue
             if evidence := self.look():
                 self._end(evidence)
 
     def look(self) -> str | None:
-        """What is wrong with this worker, if anything."""
+        """What is wrong with this worker; None if nothing is."""
         return self._context.broken or self._long_step() or self._still_lease() or self._unanswered_doorbells()
 
     def _long_step(self) -> str | None:
-        """Of the engine's own steps, each is a matter of seconds but the load of a model, which may come over a slow
-        line."""
+        """Whether a step of the engine is past its deadline. A load has a longer one, because it may be a download."""
         engines, settings = self._context.engines, self._context.settings
         seconds, what = engines.longest_step()
         if seconds > settings.step_deadline_seconds:
@@ -65,19 +64,21 @@ class Watchdog(threading.Thread):
         return None
 
     def _still_lease(self) -> str | None:
-        """A thread that waits for what nobody is doing. One that waits for Postgres, or behind others while the engines
-        get on, is none."""
+        """Whether a thread waits for something that nobody does.
+
+        A thread may wait for Postgres, and for other threads while the engines make progress.
+        """
         seconds, chunk_batch_id = self._context.leases.stillest()
         seconds = min(seconds, self._context.engines.quiet())
         if seconds <= self._context.settings.step_deadline_seconds:
             return None
         return (
-            f"ChunkBatch {chunk_batch_id} has stood still for {seconds:.0f} s with nothing under way in the engine, "
+            f"ChunkBatch {chunk_batch_id} has made no progress for {seconds:.0f} s with nothing running in the engine, "
             "more than STEP_DEADLINE_SECONDS"
         )
 
     def _unanswered_doorbells(self) -> str | None:
-        """Doorbells wait, this worker is idle, and none has reached it for long: it no longer consumes."""
+        """Whether this worker consumes no longer: doorbells wait, it is idle, and none has reached it for too long."""
         now, context = time.monotonic(), self._context
         pause = min(LOOK_AT_QUEUE_S, context.settings.stall_seconds / 4)
         if context.stopping.is_set() or now - self._looked_at < pause:
@@ -86,7 +87,7 @@ class Watchdog(threading.Thread):
         try:
             waiting = sum(self._broker.queued_doorbells().values())
         except PUBLISH_ERRORS:
-            waiting = 0  # with Redis away nobody can consume
+            waiting = 0  # Redis is away, so no worker can consume
         if not waiting or context.room.inside:
             self._waiting_since = None
             return None

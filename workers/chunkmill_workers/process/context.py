@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class QueueContext:
-    """The base of ``WorkerContext`` and ``ProviderContext``. Built once per process, before the first task.
+    """The base of ``WorkerContext`` and ``ProviderContext``. It is built once per process, before the first task.
 
-    ``name`` is what the worker signs its leases with.
+    ``name`` is the owner in the worker's leases.
     """
 
     queue: ClassVar[str]
@@ -33,9 +33,9 @@ class QueueContext:
         self.leases = leases
         self.name = name
         self.stopping = threading.Event()
-        """Set when the worker is told to leave: tasks release what they hold at their next step."""
+        """Set when the worker is told to leave. Tasks then release what they hold at their next step."""
         self.last_doorbell = time.monotonic()
-        """When a doorbell last reached this worker, on its own clock."""
+        """When a doorbell last reached this worker, by ``time.monotonic``."""
 
     @classmethod
     def current(cls) -> Self:
@@ -52,20 +52,20 @@ class QueueContext:
         type(self)._current = self
 
     def transact(self, work: Callable[[sa.Connection], T], what: str, *, give_up: bool = False) -> T:
-        """Run ``work`` in a transaction, again and again while Postgres is away or refuses for a while.
+        """Run ``work`` in a transaction, and run it again for as long as Postgres is away or refuses.
 
-        With ``give_up``, no longer than until the worker is told to leave.
+        With ``give_up`` it stops trying when the worker is told to leave.
         """
         with tracing.span(what), self.leases.at_postgres():
             return transact(self.db, work, what=what, give_up=self.stopping if give_up else None)
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[sa.Connection]:
-        """A transaction that is run once."""
+        """Begin a transaction that is not run again."""
         with self.leases.at_postgres(), self.db.begin() as conn:
             yield conn
 
     def close(self) -> None:
-        """Stop renewing leases and close the connections. What is still held is taken back when its lease ends."""
+        """Stop renewing leases and close the connections. What is still held waits until its lease ends."""
         self.leases.stop()
         self.db.dispose()

@@ -1,4 +1,4 @@
-"""Leaving: what a worker does between "you will be stopped" and the end, and how it ends when it cannot go on."""
+"""How a worker leaves: what it does between the signal and its end, and how it ends if it cannot go on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from chunkmill_workers.process.context import QueueContext
 
 logger = logging.getLogger(__name__)
 
-# Some platforms leave 15 s between the notice and the end. A TokenBatch takes well under a second; what is still
-# under way by now hangs, in the device or in Postgres.
 LIMIT_S = 8.0
+"""How long a drain may take, in seconds. Some platforms leave 15 s between the notice and the end. A TokenBatch takes
+well under a second, so what is not done by then hangs in the device or in Postgres."""
 LAST_WORDS_S = 3.0
+"""How long a worker that must leave waits for Postgres to take its leases back, in seconds."""
 SECOND_TIME = 128 + 15
-"""Exit code of a process ended by SIGTERM."""
+"""The exit code of a process that SIGTERM ended, for a worker that gets it twice."""
 
 
 class Drain:
-    """Tasks stop at their next TokenBatch, commit what they have and give their ChunkBatches back, uncharged."""
+    """Drains the worker: tasks stop after their TokenBatch, commit, and give their ChunkBatches back uncharged."""
 
     def __init__(self, contexts: Sequence[QueueContext]) -> None:
         self._contexts = contexts
@@ -35,16 +36,16 @@ class Drain:
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def tell_itself(self) -> None:
-        """Start to leave as if SIGTERM had come. Once: the platform's own signal, which follows a notice or comes with
-        it, is then no second one."""
+        """Start to leave as if SIGTERM had come. The platform's own signal, which comes with the notice or after it,
+        does not count as the second one then."""
         if not self._begun:
             self._told_itself = True
             os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self) -> None:
-        """Start to leave; a second call leaves at once, with whatever is held.
+        """Start to leave. A second call ends the process at once, whatever it still holds.
 
-        For a signal handler, which may interrupt anything: no lock is taken here and nothing is logged.
+        It is called by a signal handler, which may interrupt anything, so it takes no lock and logs nothing.
         """
         if not self._begun:
             self._begun = True
@@ -59,13 +60,13 @@ class Drain:
         for context in self._contexts:
             context.stopping.set()
         logger.info("draining: tasks stop after their TokenBatch and release their leases")
-        time.sleep(LIMIT_S)  # a worker that is done sooner ends without this thread
-        logger.warning("not done %g s after the notice: giving back what is held, and leaving", LIMIT_S)
+        time.sleep(LIMIT_S)  # a worker that is done earlier ends the process, and this thread with it
+        logger.warning("not done %g s after the notice: the worker gives back what it holds, and leaves", LIMIT_S)
         with_last_words(self._give_back)
         leave(0)
 
     def _give_back(self) -> None:
-        context = self._contexts[0]  # all of a process have one name
+        context = self._contexts[0]  # all contexts of a process have the same name
         with context.db.begin() as conn:
             book_released(conn, context.name)
             given = chunk_batches.release_all(conn, context.name)
@@ -74,13 +75,13 @@ class Drain:
 
 
 def with_last_words(act: Callable[[], None]) -> None:
-    """Run ``act``, but wait no longer than a moment for it: Postgres may be what is broken."""
+    """Run ``act``, but wait for it for ``LAST_WORDS_S`` at most, because Postgres may be what is broken."""
 
     def run() -> None:
         try:
             act()
         except Exception:
-            logger.exception("the leases could not be given back; they run out by themselves")
+            logger.exception("the leases could not be given back; they end by themselves")
 
     thread = threading.Thread(target=run, name="last-words", daemon=True)
     thread.start()
@@ -88,5 +89,5 @@ def with_last_words(act: Callable[[], None]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process here: Python's own end waits for threads, and one of them may hang."""
+    """End the process at once. Python's own exit waits for threads, and one of them may hang."""
     os._exit(code)

@@ -1,6 +1,6 @@
-"""The thread that renews all leases of a process, and says which are lost.
+"""Renews the leases of a process from a thread of its own, and marks those that are lost.
 
-The watchdog sees here which ChunkBatches stand still.
+The watchdog learns here which ChunkBatches make no progress.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from chunkmill.ledger.work.chunk_batches import Lease
 logger = logging.getLogger(__name__)
 
 FIRST_PID_NAMESPACE = 0xEFFFFFFC
-"""Linux gives it this number at every boot; it is a machine's own."""
+"""The number that Linux gives to the machine's own namespace at every boot."""
 
 
 def owner_name(pid: int) -> str:
-    """What a process of ours signs its leases with, in itself and in its supervisor: ``host:pid``.
+    """The owner that a process writes into its leases: ``host:pid``. Its supervisor computes the same name.
 
-    In a container ``host/namespace:pid``: those that share the host's name each count their processes from 1.
+    In a container it is ``host/namespace:pid``, because containers may share the host's name and each counts its
+    processes from 1.
     """
     host = socket.gethostname()
     with contextlib.suppress(FileNotFoundError):  # not Linux
@@ -47,24 +48,25 @@ class HeldLease:
         self.lease = lease
         self.lost = threading.Event()
         self.moved_at: float | None = time.monotonic()
-        """When its thread last got a step further, on the process's own clock; None while it waits for Postgres."""
+        """When its thread last made progress, by ``time.monotonic``. None while it waits for Postgres."""
 
     def moved(self) -> None:
+        """Note that the work has made progress."""
         self.moved_at = time.monotonic()
 
     def check(self) -> None:
-        """Raise :class:`LeaseLost` at a stage boundary when another worker has the ChunkBatch now."""
+        """Raise :class:`LeaseLost` if another worker has the ChunkBatch now. Call it between two stages of the work."""
         if self.lost.is_set():
             raise LeaseLost(
-                f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} lost its lease. Vectors written "
-                "so far stay; the attempt that follows goes on from them."
+                f"ChunkBatch {self.lease.chunk_batch_id}: attempt {self.lease.attempt} lost its lease. The vectors "
+                "that it has written stay, and the next attempt goes on from them."
             )
 
 
 class Keeper:
-    """A thread that renews what a process holds every third of a lease, in one statement for all of it.
+    """A thread that renews the leases of a process three times in each ``LEASE_SECONDS``, all in one statement.
 
-    ``renew`` says what is held and how it is renewed.
+    A subclass says in ``renew`` what is held and how it is renewed.
     """
 
     def __init__(self, db: sa.Engine, lease_seconds: float, *, name: str) -> None:
@@ -76,7 +78,7 @@ class Keeper:
 
     @abstractmethod
     def renew(self) -> None:
-        """Renew all that is held, once. Raises what Postgres raises."""
+        """Renew everything that is held, once. Raises what Postgres raises."""
 
     def start(self) -> None:
         self._thread.start()
@@ -92,15 +94,15 @@ class Keeper:
             try:
                 self.renew()
                 pause = self._lease_seconds / 3
-            except Exception as error:  # noqa: BLE001 - a worker whose heartbeat ended would lose all it holds
-                # Postgres may be back before the lease is over; if not, the guarded writes will tell.
+            except Exception as error:  # noqa: BLE001 - a worker whose keeper ended would lose everything that it holds
+                # Postgres may be back before the lease ends. If not, the guarded writes notice it.
                 if pause > self._lease_seconds / 30:
                     logger.warning("leases could not be renewed, trying again: %s", refusal(error))
                 pause = self._lease_seconds / 30
 
 
 class LeaseKeeper(Keeper):
-    """Renews the leases of ChunkBatches, and says which of them are lost."""
+    """Renews the leases of ChunkBatches, and marks those that are lost."""
 
     def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
         super().__init__(db, lease_seconds, name="lease-keeper")
@@ -124,7 +126,7 @@ class LeaseKeeper(Keeper):
 
     @contextlib.contextmanager
     def at_postgres(self) -> Iterator[None]:
-        """What this thread holds does not count as standing still meanwhile, because Postgres is waited for."""
+        """While the block waits for Postgres, what this thread holds does not count as standing still."""
         held: HeldLease | None = getattr(self._mine, "held", None)
         if held is None:
             yield
@@ -137,25 +139,26 @@ class LeaseKeeper(Keeper):
 
     @property
     def n_held(self) -> int:
+        """How many ChunkBatches are held now."""
         with self._mutex:
             return len(self._held)
 
     def stillest(self) -> tuple[float, int]:
-        """Seconds since the last step of the ChunkBatch that has stood still longest, and its id; 0.0 for none."""
+        """How many seconds the stillest ChunkBatch has made no progress, and its id; (0.0, 0) if none is held."""
         with self._mutex:
-            held = [(each.moved_at, chunk_batch_id) for chunk_batch_id, each in self._held.items()]
+            held = [(lease.moved_at, chunk_batch_id) for chunk_batch_id, lease in self._held.items()]
         now = time.monotonic()
         return max(((now - at, chunk_batch_id) for at, chunk_batch_id in held if at is not None), default=(0.0, 0))
 
     def renew(self) -> None:
-        """Renew once. A lease that is no longer ours is marked lost."""
+        """Renew all leases once. A lease that another worker has by now is marked lost."""
         with self._mutex:
             held = dict(self._held)
         if not held:
             return
         with self._db.begin() as conn:
             still_ours = chunk_batches.renew_if_held(
-                conn, [h.lease for h in held.values()], lease_seconds=self._lease_seconds
+                conn, [lease.lease for lease in held.values()], lease_seconds=self._lease_seconds
             )
         for chunk_batch_id, lease in held.items():
             if chunk_batch_id not in still_ours:

@@ -1,4 +1,4 @@
-"""A worker's thread that says every few seconds how it is: in the ledger for `status`, and as gauges for /metrics."""
+"""A worker's thread that reports its state every few seconds: to the ledger for `status`, and to /metrics."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from chunkmill_workers.process.lease import owner_name
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
+"""The time over which a report counts what was done."""
 COUNTED = (m.CONTENTS, m.TOKENS, m.PADDED_TOKENS, m.ENGINE_SECONDS)
 NO_GPU = GpuUse(None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """``label`` is its name in Celery. ``held``: how many ChunkBatches it holds now."""
+    """What a worker says of itself. ``label`` is its name in Celery; ``held()`` says how many ChunkBatches it holds."""
 
     kind: Kind
     label: str
@@ -45,29 +46,29 @@ class Worker:
 
 
 def this_process(queues: Collection[str], label: str, claimed: ClaimedDevice | None) -> Process:
-    """What a worker's metrics say that it is."""
+    """What a worker's metrics say about its process."""
     roles = {QUEUE: Role.WORKER, PROVIDER_QUEUE: Role.PROVIDER}
     served = frozenset(role for queue, role in roles.items() if queue in queues)
     return Process(served, owner_name(os.getpid()), label, _device(claimed) or "")
 
 
 def _device(claimed: ClaimedDevice | None) -> str | None:
-    """``cpu``, or the GPU's UUID or index; None of a worker that computes nothing."""
+    """``cpu``, or the GPU's UUID or index; None if the worker has no device."""
     return (claimed.gpu or claimed.device) if claimed else None
 
 
 class Window:
-    """What was counted in the last minute."""
+    """Counts what was done in the last minute."""
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
         self._looks: deque[tuple[float, tuple[float, ...]]] = deque([(time.monotonic(), self._totals())])
 
     def take(self) -> tuple[float, list[float]]:
-        """Seconds, and what was counted in them, in the order of ``COUNTED``."""
+        """The seconds that passed, and what was counted in them in the order of ``COUNTED``."""
         now = time.monotonic()
         self._looks.append((now, self._totals()))
-        # The latest look that is a window old stays, so that the window is full.
+        # Keep the newest look that is at least a window old, so that the window is full.
         while len(self._looks) > 2 and now - self._looks[1][0] >= WINDOW_SECONDS:
             self._looks.popleft()
         then, before = self._looks[0]
@@ -78,7 +79,7 @@ class Window:
 
 
 class Reporter(threading.Thread):
-    """Reports until it is stopped, then says good-bye. Postgres away, or older than the reports, keeps nothing up."""
+    """Reports until it is stopped, and deletes its report then. Without Postgres the worker goes on."""
 
     def __init__(self, context: QueueContext, worker: Worker, gpu: Gpu | None = None, counts: Counts = COUNTS) -> None:
         super().__init__(name="reporter", daemon=True)
@@ -93,7 +94,7 @@ class Reporter(threading.Thread):
 
     @classmethod
     def of(cls, contexts: Sequence[QueueContext], label: str, claimed: ClaimedDevice | None) -> Reporter:
-        """Of a process on one queue or on both, which then is one local worker."""
+        """The reporter of a process on one queue or on both. A process on both is one worker of kind ``both``."""
         gpu = Gpu.open(claimed.gpu) if claimed and claimed.gpu else None
 
         def held() -> int:
@@ -110,10 +111,11 @@ class Reporter(threading.Thread):
 
     def stop(self) -> None:
         self._stop_reporting.set()
-        # A worker that leaves has seconds, and Postgres may be away: its report is forgotten in any case.
+        # A worker that leaves has only seconds, and Postgres may be away. Its report is forgotten in any case.
         self.join(timeout=1)
 
     def report(self) -> None:
+        """Report once."""
         use = self._gpu.use() if self._gpu else NO_GPU
         held = self._worker.held()
         self._set_gauges(use, held)
@@ -139,7 +141,7 @@ class Reporter(threading.Thread):
     def _set_gauges(self, use: GpuUse, held: int) -> None:
         self._counts.set(m.HELD, held)
         if self._worker.kind != "provider" and not held:
-            self._counts.touch(m.LAST_PROGRESS)  # nothing to do is no standstill
+            self._counts.touch(m.LAST_PROGRESS)  # an idle worker does not stand still
         gauges = ((m.GPU_BUSY, use.busy), (m.GPU_MEMORY_USED, use.memory_used), (m.GPU_MEMORY_SIZE, use.memory_total))
         for metric, value in gauges:
             if value is not None:

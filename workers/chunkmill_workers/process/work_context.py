@@ -1,4 +1,4 @@
-"""Under whose name a task thread works: in its log lines, and in the job's trace."""
+"""Says in log lines and in the job's trace what a task thread is working on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from chunkmill_workers.process.context import QueueContext
 
 @contextmanager
 def attempt_at(context: QueueContext, lease: Lease, *, rung_ns: int) -> Iterator[None]:
-    """Lines carry job, ChunkBatch and attempt; the span stands under the job's enqueue, from when the bell came."""
-    facts = {
+    """Log lines carry job, ChunkBatch and attempt; the span is under the job's enqueue and begins with the bell."""
+    fields = {
         "job": lease.job_id,
         "chunk_batch": lease.chunk_batch_id,
         "attempt": lease.attempt,
         "space": lease.space_id,
     }
-    with bound(**facts, worker=context.name):
+    with bound(**fields, worker=context.name):
         parents = _parents(context, lambda conn: traces.of_job(conn, lease.job_id))
-        with tracing.root("chunkmill.chunk_batch", facts, kind="CONSUMER", parents=parents, began_ns=rung_ns):
-            # Whose work it is was known only when it was claimed.
+        with tracing.root("chunkmill.chunk_batch", fields, kind="CONSUMER", parents=parents, began_ns=rung_ns):
+            # Only the claim told which job's work this is, so its span is added afterwards.
             with tracing.span("claim", began_ns=rung_ns):
                 pass
             yield
@@ -35,7 +35,7 @@ def attempt_at(context: QueueContext, lease: Lease, *, rung_ns: int) -> Iterator
 
 @contextmanager
 def step_of(context: QueueContext, step: Step, *, expected: tuple[type[Exception], ...]) -> Iterator[None]:
-    """One step of a ProviderBatch: its span stands under its one job, or is linked to each of several."""
+    """The span of a ProviderBatch's step. It belongs to its job, or is linked to each job if there are several."""
     parents = _parents(context, lambda conn: traces.of_provider_batch(conn, step.id))
     name = f"chunkmill.provider_batch.{step.state}"
     with tracing.root(name, ids(step), kind="CLIENT", parents=parents, expected=expected):
@@ -43,6 +43,7 @@ def step_of(context: QueueContext, step: Step, *, expected: tuple[type[Exception
 
 
 def ids(step: Step) -> dict[str, int]:
+    """The fields that name a step in log lines and spans."""
     return {"provider_batch": step.id, "attempt": step.attempt, "space": step.space_id}
 
 

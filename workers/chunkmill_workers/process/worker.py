@@ -1,4 +1,4 @@
-"""One worker process, from the command line to its end. ``chunkmill_workers.celery`` hands Celery's signals to it."""
+"""One worker process, from its start to its end. ``chunkmill_workers.celery`` passes Celery's signals on to it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from chunkmill_workers.process.drain import Drain, leave
 
 logger = logging.getLogger(__name__)
 
-# sysexits.h: a supervisor may restart after the first, and would only meet the second again.
+# From sysexits.h. A restart may help after the first; after the second it would meet the same error.
 EX_TEMPFAIL, EX_CONFIG = 75, 78
 
 
 @contextlib.contextmanager
 def fatal_errors() -> Iterator[None]:
-    """End the process with the error's message alone: it is meant for a person, and a traceback hides it.
+    """End the process and log only the error's message: it is meant for a person, and a traceback would hide it.
 
     Celery logs and swallows what a signal handler raises, except SystemExit.
     """
@@ -35,21 +35,21 @@ def fatal_errors() -> Iterator[None]:
         logger.error("%s", error)  # noqa: TRY400
         raise SystemExit(EX_TEMPFAIL if error.retryable else EX_CONFIG) from None
     except Exception:
-        # A worker that went on without its engine would take doorbells from those that can answer them.
+        # A worker that went on without its engine would take doorbells from workers that can answer them.
         logger.exception("the worker cannot start")
         raise SystemExit(EX_TEMPFAIL) from None
 
 
 class WorkerProcess:
-    """What one process serves, and the threads that run beside its tasks.
+    """The queues that one process serves, and the threads that run beside its tasks.
 
-    The modules of each queue are imported when that queue is served, so that a worker of the paid routes has no torch.
+    The modules of a queue are imported only if it is served, so that a worker of the paid routes needs no torch.
     """
 
     def __init__(self, settings: Settings, queues: set[str]) -> None:
         self.settings = settings
         self.queues = queues
-        self._claimed: Any = None  # a ClaimedDevice; its module is imported by a worker with a device only
+        self._claimed: Any = None  # a ClaimedDevice, whose module only a worker with a device imports
         self._contexts: list[QueueContext] = []
         self._responders: list[Any] = []  # threads that are started and stopped with the worker
         self._watchers: list[Any] = []
@@ -58,7 +58,7 @@ class WorkerProcess:
         self._metrics: MetricsServer | None = None
 
     def claim_device(self) -> None:
-        """Take a GPU and set threads before torch is imported."""
+        """Claim a GPU and set the number of threads. Call it before torch is imported."""
         from chunkmill_workers.host.gpu import claim_device
         from chunkmill_workers.tuning.tuned import process_settings, use_threads
 
@@ -68,12 +68,12 @@ class WorkerProcess:
 
     @property
     def name(self) -> str:
-        """What distinguishes this worker from others on its host: its device, or the queue."""
+        """What distinguishes this worker from others on its host: its device, or its queue if it has none."""
         return self._claimed.worker_name if self._claimed else PROVIDER_QUEUE
 
     @property
     def concurrency(self) -> int:
-        """How many tasks run at a time, on all queues together."""
+        """How many tasks run at a time on all queues together."""
         tasks_at_a_time = {
             QUEUE: self.settings.embedding_parallel_batches,
             PROVIDER_QUEUE: self.settings.openai_parallel_requests,
@@ -87,7 +87,7 @@ class WorkerProcess:
         """
         from chunkmill_workers.process.reporting import Reporter, this_process
 
-        # Before the model is loaded: that takes time, and a port that cannot be had is reported at once.
+        # Before the model is loaded, because that takes time and a port in use should be reported at once.
         self._metrics = MetricsServer.start(self.settings, this_process(self.queues, label, self._claimed))
         if QUEUE in self.queues:
             self._start_local()
@@ -100,27 +100,27 @@ class WorkerProcess:
 
     def _start_local(self) -> None:
         from chunkmill_workers.local.context import WorkerContext
-        from chunkmill_workers.local.embed_requests import EmbedRequestLane
+        from chunkmill_workers.local.responder import EmbedResponder
 
         if self._claimed.device == "cpu":
             logger.info("no GPU in use: embedding on the CPU")
         self._local = WorkerContext.start(self.settings, self._claimed.device)
         self._contexts.append(self._local)
-        self._responders.append(EmbedRequestLane(self._local))
+        self._responders.append(EmbedResponder(self._local))
 
     def _start_provider(self) -> None:
         from chunkmill_workers.provider.context import ProviderContext
-        from chunkmill_workers.provider.waiting import WaitingLane
+        from chunkmill_workers.provider.responder import ProviderResponder
 
         context = ProviderContext.start(self.settings)
         logger.info("paid routes: %s", context.provider.server)
         self._contexts.append(context)
-        self._responders.append(WaitingLane(context))
+        self._responders.append(ProviderResponder(context))
 
     def watch(self) -> None:
         """Start the watchdog and the watch for preemption.
 
-        Not before the worker takes work: until then a hang is the start's, and a notice finds nothing to save.
+        They start only when the worker takes work: before that there is nothing to save, and the start may take long.
         """
         from chunkmill_workers.host.preemption import PreemptionWatcher
 
@@ -137,26 +137,26 @@ class WorkerProcess:
             thread.start()
 
     def drain(self) -> None:
-        """Start to leave, or leave at once if that has begun; see ``Drain.begin``."""
+        """Start to leave, or leave at once if the worker is leaving already; see ``Drain.begin``."""
         if self._drain is not None:
             self._drain.begin()
 
     def close(self) -> None:
         """Stop all threads and close all connections. A process that drained ends here."""
         if self._drain is None:
-            return  # the start failed, and the process ends with its error
+            return  # the start failed, and the process ends with that error
         for thread in self._watchers + self._responders:
             thread.stop()
         for context in self._contexts:
             context.close()
         if any(context.stopping.is_set() for context in self._contexts):
-            # Nothing is held any more. Python's own end takes seconds with a model in memory, which a machine that is
-            # being taken does not have, and Redis may be away when Celery says good-bye.
+            # Nothing is held any more. Python's own exit takes seconds with a model in memory, and a machine that is
+            # being taken may not have them. Celery's exit needs Redis, which may be away.
             tracing.flush()
             leave(os.EX_OK)
 
 
 def host_name(celery_name: str, worker_name: str) -> str:
-    """The worker's name in Celery: Celery's default is replaced, because two workers on a host need two names."""
+    """The worker's name in Celery. Celery's default is replaced, because two workers on a host need two names."""
     host = socket.gethostname()
     return f"{worker_name}@{host}" if celery_name == f"celery@{host}" else celery_name

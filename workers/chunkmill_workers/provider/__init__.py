@@ -1,1 +1,1 @@
-"""The paid routes: one ProviderBatch's life, step by step, and plain requests for what cannot wait. No torch here."""
+"""The paid routes: ProviderBatches, step by step, and plain requests for what cannot wait. It never imports torch."""

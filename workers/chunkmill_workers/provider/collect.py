@@ -1,7 +1,7 @@
-"""What came back: read both files as they come, write the vectors, and account for every input.
+"""Collects a ProviderBatch's results: reads both files, writes the vectors, and accounts for every content.
 
-A request's rows go out of flight in the transaction that writes its vectors and books its charge. So reading a file
-twice changes nothing, and what is left in flight at the end is what no line has answered.
+A request's contents leave flight in the transaction that writes its vectors and books its charge. So reading a file
+twice changes nothing, and what is in flight at the end is what no line has answered.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import TypeVar
 import numpy as np
 import sqlalchemy as sa
 
-from chunkmill.domain.providers import ProviderModel
-from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
-from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
@@ -32,33 +29,34 @@ from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.send import Waits
-from chunkmill_workers.provider.writing import write
+from chunkmill_workers.provider.endings import settle
+from chunkmill_workers.provider.flow import StepDelayed
+from chunkmill_workers.provider.writing import charge, write
 
 K = TypeVar("K")
 
 logger = logging.getLogger(__name__)
 
 FLUSH_BYTES = 8 * 1024 * 1024
-"""Of result lines: what is held at a time, whatever the dimensions."""
+"""How many bytes of result lines are read before their vectors are committed."""
 DOWNLOADS = 6
-"""Tries to read a file whole, within some minutes. After that, what is still unanswered was paid and lost, and is sent
-again."""
+"""How often a file is read until it is whole, which takes some minutes. What is still unanswered then was paid for and
+lost, and is sent again."""
 SILENT_DOWNLOADS = 30
-"""Tries where the provider does not answer, or breaks off: some hours, for an outage must not be paid for."""
+"""The same if the provider does not answer or breaks off. It takes some hours, so that no outage is paid for."""
 
 
 @dataclass(slots=True)
 class _Pending:
-    """Lines read and not yet committed, at most one for each request."""
+    """The answers that are read and not yet committed, at most one for each request."""
 
     embedded: dict[int, Embedded] = field(default_factory=dict)
     refused: dict[int, Refused] = field(default_factory=dict)
     bytes: int = 0
 
 
-class Collecting:
-    """One reading of a ProviderBatch's files."""
+class ResultReader:
+    """Reads a ProviderBatch's files once and commits their answers."""
 
     def __init__(self, context: ProviderContext, step: Step) -> None:
         self._context = context
@@ -69,12 +67,11 @@ class Collecting:
         self._model = context.model(self._space)
         self._pending = _Pending()
         self._answered: set[int] = set()
-        self._known = False
-        """The line's request was answered in an earlier reading, and so is not among the widths any more."""
         self.oddities: Counter[str] = Counter()
+        """How many lines should not be there, by kind."""
 
     def read(self, file_id: str) -> None:
-        """Read a file to its end. Raises ProviderError kinds; what was read before is committed."""
+        """Read a file to its end. Raises ProviderError; what was read before stays committed."""
         with self._context.provider.lines(file_id) as lines:
             for line in lines:
                 self._take(line)
@@ -82,43 +79,43 @@ class Collecting:
                     self.flush()
                 if self._context.stopping.is_set():
                     self.flush()
-                    raise Waits(0.0)
+                    raise StepDelayed(0.0)
         self.flush()
 
     @property
     def unanswered(self) -> int:
+        """How many requests no line has answered."""
         return len(self._widths.keys() - self._answered)
-
-    def _width(self, request_no: int) -> int | None:
-        width = self._widths.get(request_no)
-        self._known = width is None and request_no < self._step.n_requests
-        return width
 
     def _take(self, line: bytes) -> None:
         spec = self._space.spec
-        self._known = False
         answer = decode_line(
             line,
             batch_id=self._step.id,
-            inputs=self._width,
+            inputs=self._widths.get,
             dimensions=spec.dimensions,
             normalize=spec.normalize,
             secrets=self._context.provider.secrets,
         )
         if isinstance(answer, Unreadable):
-            if not self._known:
+            if not self._was_answered_before(answer.request_no):
                 self.oddities[answer.code] += 1
         elif answer.request_no in self._answered:
             self.oddities["duplicate"] += 1
         else:
             self._answered.add(answer.request_no)
-            (self._pending.embedded if isinstance(answer, Embedded) else self._pending.refused)[answer.request_no] = (
-                answer  # type: ignore[assignment]
-            )
+            if isinstance(answer, Embedded):
+                self._pending.embedded[answer.request_no] = answer
+            else:
+                self._pending.refused[answer.request_no] = answer
             self._pending.bytes += len(line)
 
+    def _was_answered_before(self, request_no: int | None) -> bool:
+        """Whether an earlier reading has committed this request: its contents are not in flight any more."""
+        return request_no is not None and request_no < self._step.n_requests and request_no not in self._widths
+
     def flush(self) -> None:
-        """Commit what was read."""
+        """Commit the answers that were read since the last commit."""
         pending, self._pending = self._pending, _Pending()
         if not pending.embedded and not pending.refused:
             return
@@ -126,39 +123,49 @@ class Collecting:
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
 
     def _commit(self, conn: sa.Connection, pending: _Pending) -> tuple[Step, int, int]:
-        """The step as it is now, the vectors that were new, and the tokens that were charged."""
+        """Returns the step as it is now, how many vectors are new, and how many tokens were charged."""
         step, space = self._step, self._space
-        found = provider_inputs.of_requests(conn, step.id, [*pending.embedded, *pending.refused])
+        sent = provider_inputs.of_requests(conn, step.id, [*pending.embedded, *pending.refused])
         written: list[InFlight] = []
         vectors: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
-        fates = _Fates()
-        booked = _Booking()
+        returned = _Returned()
+        answered = _Answered()
         for number, answer in pending.embedded.items():
-            rows = found.get(number, [])
+            rows = sent.get(number, [])
             by_place = {row.packed.position: row for row in rows}
             made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize)
             written += [by_place[row.position] for row in made.rows]
             vectors.append(made.vectors)
-            fates.failed += [(by_place[row.position], "bad_vector", why) for row, why in made.problems]
-            booked.add(rows, answer.prompt_tokens)
+            returned.failed += [(by_place[row.position], "bad_vector", why) for row, why in made.problems]
+            answered.add(rows, answer.prompt_tokens)
         for number, refusal in pending.refused.items():
-            fates.sort(found.get(number, []), refusal)
+            returned.add(sent.get(number, []), refusal)
         n_written = write(conn, space, [row.packed for row in written], np.concatenate(vectors)) if written else 0
-        gone = [row.content_hash for row in (*written, *fates.all)]
+        gone = [row.content_hash for row in (*written, *returned.all)]
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
-        fates.record(conn, step)
-        booked.book(conn, step, self._model)
-        usage.add(conn, booked.by_attempt)
+        returned.record(conn, step)
+        for job_id, (contents, tokens) in sorted(answered.by_job.items()):
+            charge(
+                conn,
+                self._model,
+                space,
+                Route.OPENAI,
+                job_id=job_id,
+                provider_batch_id=step.id,
+                contents=contents,
+                tokens=tokens,
+            )
+        usage.add(conn, answered.by_attempt)
         noted = provider_batches.note(
             conn,
             step,
             failures=0,
             n_written=provider_batches.plus("n_written", n_written),
-            n_dead=provider_batches.plus("n_dead", len(fates.dead)),
-            n_returned=provider_batches.plus("n_returned", len(fates.all) - len(fates.dead)),
+            n_dead=provider_batches.plus("n_dead", len(returned.dead)),
+            n_returned=provider_batches.plus("n_returned", len(returned.all) - len(returned.dead)),
         )
-        return noted, n_written, sum(tokens for _, tokens in booked.by_job.values())
+        return noted, n_written, sum(tokens for _, tokens in answered.by_job.values())
 
     @property
     def step(self) -> Step:
@@ -166,8 +173,8 @@ class Collecting:
 
 
 @dataclass(slots=True)
-class _Fates:
-    """Contents that came back without a vector: dead, to be sent alone, or to be sent again, charged or not."""
+class _Returned:
+    """Contents that came back without a vector, by what follows: a dead chunk, a request alone, or another attempt."""
 
     dead: list[tuple[InFlight, str, str]] = field(default_factory=list)
     alone: list[tuple[InFlight, str]] = field(default_factory=list)
@@ -175,7 +182,7 @@ class _Fates:
     uncharged: list[InFlight] = field(default_factory=list)
     stop: StopLane | None = None
 
-    def sort(self, rows: Sequence[InFlight], refusal: Refused) -> None:
+    def add(self, rows: Sequence[InFlight], refusal: Refused) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
         if isinstance(verdict, Dead):
             self.dead += [(row, verdict.code, verdict.reason) for row in rows]
@@ -197,7 +204,7 @@ class _Fates:
         provider_work.bury_in_flight(conn, self.dead)
         provider_inputs.drop_suspects(conn, step.space_id, [row.content_hash for row, _, _ in self.dead])
         if self.alone:
-            # Uncharged: it is not known which of them is at fault.
+            # No attempt is charged, because it is not known which of them is at fault.
             provider_inputs.add_suspects(conn, step.space_id, [row.content_hash for row, _ in self.alone])
         provider_work.charge_failure(
             conn, {(row.chunk_batch_id, row.attempt): (code, reason) for row, code, reason in self.failed}
@@ -207,14 +214,14 @@ class _Fates:
 
 
 @dataclass(slots=True)
-class _Booking:
-    """What was answered, and so is paid: per job for the bill, per attempt for its account."""
+class _Answered:
+    """How many contents and tokens were answered, and so are paid for: by job for the bill, and by attempt."""
 
     by_job: dict[int, tuple[int, int]] = field(default_factory=dict)
     by_attempt: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def add(self, rows: Sequence[InFlight], prompt_tokens: int | None) -> None:
-        """``prompt_tokens`` of a request are shared out over its contents as we counted them."""
+        """Share the ``prompt_tokens`` of a request among its contents, in proportion to our own counts."""
         counted = sum(row.packed.sent_tokens for row in rows)
         left, total = counted, counted if prompt_tokens is None else prompt_tokens
         for row in rows:
@@ -224,20 +231,6 @@ class _Booking:
             _add(self.by_job, row.job_id, share)
             _add(self.by_attempt, (row.chunk_batch_id, row.attempt), share)
 
-    def book(self, conn: sa.Connection, step: Step, model: ProviderModel) -> None:
-        price = charges.price_today(conn, model)
-        for job_id, (contents, tokens) in sorted(self.by_job.items()):
-            charges.book_tokens(
-                conn,
-                price,
-                route=Route.OPENAI,
-                space_id=step.space_id,
-                job_id=job_id,
-                provider_batch_id=step.id,
-                contents=contents,
-                tokens=tokens,
-            )
-
 
 def _add(sums: dict[K, tuple[int, int]], key: K, tokens: int) -> None:
     contents, before = sums.get(key, (0, 0))
@@ -245,14 +238,14 @@ def _add(sums: dict[K, tuple[int, int]], key: K, tokens: int) -> None:
 
 
 def collect(context: ProviderContext, step: Step) -> Step:
-    """``collecting`` → ``cleaning``: both files, whatever the status said, and then the rest."""
-    reading = Collecting(context, step)
+    """``collecting`` → ``cleaning``: read both files, whatever the status is, and return what they do not answer."""
+    reader = ResultReader(context, step)
     problem: str | None = None
     tries = DOWNLOADS
     for file_id in (step.output_file_id, step.error_file_id):
         if file_id:
             try:
-                reading.read(file_id)
+                reader.read(file_id)
             except ProviderSilent as silent:
                 problem, tries = silent.brief, SILENT_DOWNLOADS
             except ProviderRefused as refused:
@@ -260,33 +253,29 @@ def collect(context: ProviderContext, step: Step) -> Step:
                     raise
                 problem = f"file {file_id} is gone: {refused.brief}"
             finally:
-                reading.flush()
-    step = reading.step
+                reader.flush()
+    step = reader.step
     completed = step.provider_status == RemoteStatus.COMPLETED
-    # A line that is torn is the end of a download that went wrong, whatever the status was.
-    if reading.unanswered and not problem and (completed or reading.oddities["not_json"]):
-        problem = f"{reading.unanswered} requests have no answer in its files"
-    if reading.unanswered and problem and step.downloads + 1 < tries:
-        raise Waits(min(300.0, 2.0 * 4**step.downloads), problem, downloads=step.downloads + 1)
-    if reading.oddities or problem:
-        logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reading.oddities))
-    return context.transact(lambda conn: _end(conn, step, reading.oddities, problem), "account")
+    # A torn line means that the download broke off, whatever the status is.
+    if reader.unanswered and not problem and (completed or reader.oddities["not_json"]):
+        problem = f"{reader.unanswered} requests have no answer in its files"
+    if reader.unanswered and problem and step.downloads + 1 < tries:
+        raise StepDelayed(min(300.0, 2.0 * 4**step.downloads), problem, downloads=step.downloads + 1)
+    if reader.oddities or problem:
+        logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reader.oddities))
+    return context.transact(lambda conn: _end(conn, step, reader.oddities, problem), "account")
 
 
 def _end(conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None) -> Step:
-    """What no line has answered goes back: at no cost where it never ran, charged where nobody knows."""
+    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt."""
     left = provider_inputs.remove_all(conn, step.id)
     if left:
         oddities = oddities + Counter({"unanswered": len(left)})
-        # What we cancelled is charged to nobody either: the attempts that brought it had ended before we did.
+        # What we cancelled is not charged either: the attempts that brought it had ended before.
         if problem or step.provider_status != RemoteStatus.EXPIRED:
             reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
             provider_work.charge_failure(
                 conn, {(row.chunk_batch_id, row.attempt): ("no_answer", reason) for row in left}
             )
     provider_batches.count_oddities(conn, step, dict(oddities))
-    cleaning = provider_batches.advance(
-        conn, step, State.CLEANING, n_returned=provider_batches.plus("n_returned", len(left))
-    )
-    provider_work.settle(conn, registry.get(conn, step.space_id), provider_work.members(conn, step.id))
-    return cleaning
+    return settle(conn, step, n_returned=provider_batches.plus("n_returned", len(left)))

@@ -1,4 +1,4 @@
-"""What the task threads of a worker on queue ``openai`` share. No model, no GPU."""
+"""What the task threads of a worker on queue ``openai`` share. It loads no model and needs no GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProviderContext(QueueContext):
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
         provider = Provider(settings)
-        cl100k()  # its packages are asked for now, not in the middle of a job
+        cl100k()  # a missing package is reported now and not in the middle of a job
         db = create_db(
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
@@ -49,7 +49,7 @@ class ProviderContext(QueueContext):
         return context
 
     def model(self, space: Space) -> ProviderModel:
-        """The provider's model that serves a space. Raises :class:`UnknownModel`."""
+        """The provider's model that serves a space. Raises :class:`UnknownModel` if there is none."""
         model = model_for(self.settings, space.spec)
         if model is None:
             raise UnknownModel(
@@ -62,7 +62,7 @@ class ProviderContext(QueueContext):
         return model_for(self.settings, space.spec) is not None
 
     def unserved(self) -> list[int]:
-        """Ids of spaces that are left to other workers."""
+        """The ids of the spaces that this worker leaves to other workers."""
         read_twins(self.settings)
         with self.db.begin() as conn:
             return [space.id for space in registry.all_spaces(conn) if not self.serves(space)]
@@ -71,7 +71,7 @@ class ProviderContext(QueueContext):
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
     def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
-        """A text is cut where its space cuts it: a model that is ``same_as`` a local one may take more."""
+        """The limits of requests. A text is cut where its space cuts it, even if the model takes longer ones."""
         settings = self.settings
         return BatchLimits(
             inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
@@ -83,7 +83,7 @@ class ProviderContext(QueueContext):
 
     @staticmethod
     def form(model: ProviderModel, space: Space) -> RequestForm:
-        """``dimensions`` is sent only where it says something: older models refuse it."""
+        """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
         return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
 
     def become_current(self) -> None:

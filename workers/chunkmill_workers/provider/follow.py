@@ -1,4 +1,4 @@
-"""A ProviderBatch at the provider: look at it now and then, and cancel it when nobody wants it any more."""
+"""A ProviderBatch while it is at the provider: it is polled, and cancelled when no job waits for it any more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused
-from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
+from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.endings import (
     GiveUp,
@@ -24,21 +24,22 @@ from chunkmill.openai.plan.endings import (
     poll_pause,
 )
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
-from chunkmill.spaces import registry
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.send import Released, cancel_doubled, give_up
+from chunkmill_workers.provider.endings import bury, give_up, repack
+from chunkmill_workers.provider.flow import StepReleased
+from chunkmill_workers.provider.send import cancel_doubled
 
 logger = logging.getLogger(__name__)
 
 LOST_AFTER = 5
-"""Looks at a batch that the provider does not know any more, before it is given up for lost, and paid again."""
+"""How many polls must find that the provider does not know a batch before it counts as lost and is paid for again."""
 VANISHED = "vanished"
 TOO_MANY = "too_many_tasks"
-"""Alone of the codes it says something of the provider: how much a batch may hold."""
+"""The only code that says something about the provider: how much a batch may hold."""
 
 
 def poll(context: ProviderContext, step: Step) -> Step:
-    """``submitted`` → ``collecting`` once the provider is through with it."""
+    """``submitted`` → ``collecting`` once the provider has ended the batch; until then the step is released."""
     assert step.batch_id is not None  # noqa: S101 - a state of the row
     cancel_doubled(context, step)
     try:
@@ -50,13 +51,14 @@ def poll(context: ProviderContext, step: Step) -> Step:
         if refused.status != 404:
             raise
         return _vanished(context, step, refused)
-    facts: dict[str, Any] = {"provider_status": remote.status, "n_done": (remote.completed or 0) + (remote.failed or 0)}
+    n_done = (remote.completed or 0) + (remote.failed or 0)
+    progress: dict[str, Any] = {"provider_status": remote.status, "n_done": n_done}
     if not remote.is_terminal:
         pause = poll_pause(step.submitted_for_s, longest_s=context.settings.openai_poll_seconds)
         context.transact(
-            lambda conn: provider_batches.release(conn, step, delay_s=pause, failures=0, **facts), "look again later"
+            lambda conn: provider_batches.release(conn, step, delay_s=pause, failures=0, **progress), "look again later"
         )
-        raise Released
+        raise StepReleased
     logger.info(
         "%s: %s is %s: %s of %s requests", step.name, step.batch_id, remote.status, remote.completed, remote.total
     )
@@ -70,21 +72,22 @@ def poll(context: ProviderContext, step: Step) -> Step:
             output_file_id=remote.output_file_id,
             error_file_id=remote.error_file_id,
             ended_at=sa.func.now(),
-            error="; ".join(f"{each.code}: {each.message}" for each in remote.errors)[:2000] or None,
-            **facts,
+            error="; ".join(f"{error.code}: {error.message}" for error in remote.errors)[:2000] or None,
+            **progress,
         ),
         "ended",
     )
 
 
 def _vanished(context: ProviderContext, step: Step, refused: ProviderRefused) -> Step:
-    # Failures of another kind before the first of these looks do not count.
+    """Look again later, or collect without a result after the provider has not known the batch often enough."""
+    # Failures of another kind do not count: `failures` is theirs until the first poll that did not find the batch.
     looks = 1 + (step.failures if step.provider_status == VANISHED else 0)
     if looks < LOST_AFTER:
         missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": str(refused)[:2000]}
         pause = context.settings.openai_poll_seconds
         context.transact(lambda conn: provider_batches.release(conn, step, delay_s=pause, **missing), "not found")
-        raise Released
+        raise StepReleased
     logger.error("%s: the provider does not know %s any more", step.name, step.batch_id)
     return context.transact(
         lambda conn: provider_batches.advance(
@@ -95,7 +98,7 @@ def _vanished(context: ProviderContext, step: Step, refused: ProviderRefused) ->
 
 
 def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch) -> Step:
-    """It failed as a whole, before any request of it ran, so nothing was charged: decide what helps."""
+    """Decide what helps a batch that failed as a whole, before any of its requests ran: nothing was charged for it."""
     verdict = after_validation_failure(
         remote.errors,
         attempts=step.resends + 1,
@@ -105,90 +108,55 @@ def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch
     )
     if isinstance(verdict, GiveUp):
         if step.n_inputs == 1:
-            return context.transact(lambda conn: _bury(conn, step, verdict.code, verdict.reason), "bury")
+            return context.transact(lambda conn: bury(conn, step, verdict.code, verdict.reason), "bury")
         return give_up(context, step, code=verdict.code, reason=verdict.reason)
-    codes = ", ".join(sorted({each.code for each in remote.errors})) or "no code"
+    codes = ", ".join(sorted({error.code for error in remote.errors})) or "no code"
     logger.warning("%s: the provider refused it (%s): %s", step.name, codes, type(verdict).__name__)
     if isinstance(verdict, Split) and all(error.code.lower() != TOO_MANY for error in remote.errors):
         return _halve(context, step, verdict, remote)
     if isinstance(verdict, Split | Isolate):
-        return context.transact(lambda conn: _return_all(conn, step, verdict), "return")
+        return context.transact(lambda conn: repack(conn, step, verdict), "return")
     context.transact(lambda conn: _send_again(conn, context, step, verdict), "send again")
-    raise Released
-
-
-def _return_all(conn: sa.Connection, step: Step, verdict: Split | Isolate) -> Step:
-    """Its contents wait again, to be packed otherwise."""
-    returned = provider_inputs.remove_all(conn, step.id)
-    if isinstance(verdict, Split):
-        provider_lanes.learn_max_inputs(conn, Route.OPENAI, verdict.inputs)
-    else:
-        named = set(verdict.requests)
-        accused = [each for each in returned if each.packed.request_no in named]
-        provider_inputs.add_suspects(conn, step.space_id, [each.content_hash for each in accused])
-        alone = _alone(accused)
-        provider_work.bury_in_flight(conn, [(each, verdict.code, verdict.reason) for each in alone])
-    cleaning = provider_batches.advance(
-        conn, step, State.CLEANING, n_returned=len(returned), error=verdict.reason[:2000], provider_status="failed"
-    )
-    provider_work.settle(conn, registry.get(conn, step.space_id), provider_work.members(conn, step.id))
-    return cleaning
+    raise StepReleased
 
 
 def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteBatch) -> Step:
-    """Nothing says what is at fault, so the latter half goes on in a ProviderBatch of its own. Each half is tried once
-    before it is halved in turn, after longer and longer: an outage must not take it all to pieces."""
+    """Move the second half of the contents into a ProviderBatch of its own, because nothing says which are at fault.
+
+    Each half is tried once before it is halved in turn, and waits longer each time: an outage must not cut a
+    ProviderBatch into single contents.
+    """
 
     def halve(conn: sa.Connection) -> Step | None:
         if provider_inputs.count(conn, step.id) < 2:  # one content in several windows
             code = remote.errors[0].code if remote.errors else "unknown_error"
-            return _bury(conn, step, code, verdict.reason)
-        facts: dict[str, Any] = {"resends": step.resends + 1, "error": verdict.reason[:2000]}
-        half = provider_batches.open_half(conn, step, **facts)
-        provider_inputs.move_half(conn, step.id, half.id)
-        again = provider_batches.advance(conn, step, State.GATHERED, batch_id=None, submitted_at=None, **facts)
-        for each in (half, again):
-            provider_batches.count_inputs(conn, each.id)
-            provider_batches.release(conn, each, delay_s=min(300.0, 2.0**step.resends))
+            return bury(conn, step, code, verdict.reason)
+        columns: dict[str, Any] = {"resends": step.resends + 1, "error": verdict.reason[:2000]}
+        second = provider_batches.open_half(conn, step, **columns)
+        provider_inputs.move_half(conn, step.id, second.id)
+        first = provider_batches.advance(conn, step, State.GATHERED, batch_id=None, submitted_at=None, **columns)
+        for half in (second, first):
+            provider_batches.count_inputs(conn, half.id)
+            provider_batches.release(conn, half, delay_s=min(300.0, 2.0**step.resends))
         return None
 
     following = context.transact(halve, "halve")
     if following is None:
-        raise Released
+        raise StepReleased
     return following
-
-
-def _bury(conn: sa.Connection, step: Step, code: str, reason: str) -> Step:
-    """The one content of a ProviderBatch is at fault, for there is no other."""
-    returned = provider_inputs.remove_all(conn, step.id)
-    provider_work.bury_in_flight(conn, [(each, code, reason) for each in returned])
-    provider_inputs.drop_suspects(conn, step.space_id, [each.content_hash for each in returned])
-    cleaning = provider_batches.advance(
-        conn, step, State.CLEANING, n_dead=len(returned), error_code=code, error=reason[:2000], provider_status="failed"
-    )
-    provider_work.settle(conn, registry.get(conn, step.space_id), provider_work.members(conn, step.id))
-    return cleaning
-
-
-def _alone(accused: list[provider_inputs.InFlight]) -> list[provider_inputs.InFlight]:
-    """Those that had their request to themselves: nobody else can be at fault."""
-    together: dict[int, int] = {}
-    for each in accused:
-        together[each.packed.request_no] = together.get(each.packed.request_no, 0) + 1
-    return [each for each in accused if together[each.packed.request_no] == 1]
 
 
 def _send_again(
     conn: sa.Connection, context: ProviderContext, step: Step, verdict: Resend | Reupload | Wait | StopLane
 ) -> None:
-    """The same contents in a new batch: from the file that is there, or from a new one."""
-    facts: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason[:2000]}
+    """Release the step to send the same contents in a new batch: from the file that is there, or from a new one."""
+    columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason[:2000]}
     if isinstance(verdict, Wait | StopLane):
-        # A limit, or the account: no fault of the work, which stays as it is.
+        # A limit or the account is the reason and not the contents, so the file stays as it is.
         if isinstance(verdict, StopLane):
             provider_lanes.stop(conn, Route.OPENAI, code=verdict.code, reason=verdict.reason)
-        again = provider_batches.advance(conn, step, State.UPLOADED, **facts)
+        again = provider_batches.advance(conn, step, State.UPLOADED, **columns)
         provider_batches.release(conn, again, delay_s=context.settings.openai_poll_seconds)
         return
-    again = provider_batches.advance(conn, step, State.GATHERED, resends=step.resends + 1, **facts)
+    again = provider_batches.advance(conn, step, State.GATHERED, resends=step.resends + 1, **columns)
     provider_batches.release(conn, again, delay_s=min(60.0, 2.0**step.resends))

@@ -1,4 +1,4 @@
-"""Fill a ProviderBatch with what waits for its space: one transaction, after which all of it is in flight or none."""
+"""Fills a ProviderBatch with contents that wait for its space, in one transaction: all are in flight, or none."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from chunkmill_workers.provider.context import ProviderContext
 logger = logging.getLogger(__name__)
 
 AT_A_TIME = 8
-"""ChunkBatches read at once: at most 32 MiB of text."""
+"""How many ChunkBatches are read at once, which is at most 32 MiB of text."""
 LATER_SECONDS = 30.0
+"""How long a ChunkBatch waits whose first content has more tokens than the budgets leave."""
 TRIES = 5
 
 
 @dataclass(slots=True)
-class Gathered:
-    """What went into a ProviderBatch from one ChunkBatch. ``shared`` are the ProviderBatches that have some of it."""
+class Contribution:
+    """What a ChunkBatch adds to a ProviderBatch. ``shared``: other ProviderBatches that have some of it."""
 
     dead: list[DeadContent] = field(default_factory=list)
     shared: set[int] = field(default_factory=set)
     kept: int = 0
-    """Content hashes looked at: what follows did not fit any more."""
+    """How many of its contents were handled. The others did not fit."""
 
 
 def gather(context: ProviderContext, step: Step) -> Step | None:
-    """``gathering`` → ``gathered``; None where nothing was left to gather, or the budgets leave no room.
+    """``gathering`` → ``gathered``, or None if there was nothing to gather or the budgets leave no room.
 
-    A content that a plain request took meanwhile undoes the whole, which is tried again and finds it taken.
+    If a plain request takes one of the contents meanwhile, the transaction fails. It is run again and leaves that out.
     """
     for tries_left in reversed(range(TRIES)):
         try:
@@ -66,15 +67,15 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
         provider_lanes.hold(conn, Route.OPENAI, left.reason)
         provider_work.drop_gathering(conn, step)
         return None
-    filling = _Filling(context, conn, step, space, left)
+    filler = _BatchFiller(context, conn, step, space, left)
     for waiting in _waiting(conn, space):
-        if not filling.take(waiting):
+        if not filler.take(waiting):
             break
-    if not filling.packer.inputs:
+    if not filler.packer.inputs:
         provider_work.drop_gathering(conn, step)
-        provider_lanes.hold(conn, Route.OPENAI, filling.too_little)
+        provider_lanes.hold(conn, Route.OPENAI, filler.too_little)
         return None
-    packer = filling.packer
+    packer = filler.packer
     provider_lanes.hold(conn, Route.OPENAI, None)
     logger.info(
         "%s: gathered %s contents of space %s in %s requests, %s tokens, %.1f MB",
@@ -93,19 +94,19 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
 
 
 def _waiting(conn: sa.Connection, space: Space) -> Iterator[Waiting]:
-    """High priority first; jobs of one priority take turns, for a small one may share its batch with a large one."""
+    """High priority first. Jobs of one priority take turns, so that a small job need not wait for a large one."""
     for _, jobs in groupby(provider_work.open_jobs(conn, space), key=lambda job: job.priority):
         line = deque(jobs)
         while line:
             job = line.popleft()
-            found = provider_work.take_waiting(conn, space, job, limit=AT_A_TIME)
-            yield from found
-            if found:
+            taken = provider_work.take_waiting(conn, space, job, limit=AT_A_TIME)
+            yield from taken
+            if taken:
                 line.append(job)
 
 
-class _Filling:
-    """One ProviderBatch being filled. Each ChunkBatch is settled in the ledger before the next is looked at."""
+class _BatchFiller:
+    """Fills one ProviderBatch. Each ChunkBatch is recorded in the ledger before the next one is looked at."""
 
     def __init__(self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: Room) -> None:
         model = context.model(space)
@@ -118,14 +119,14 @@ class _Filling:
         self.packer = Packer(step.id, self._form, self._limits, headroom)
         self._left = left
         self.too_little: str | None = None
-        """Why not even the first content fits."""
+        """Why not even the first content fits; None if it does."""
 
     def take(self, waiting: Waiting) -> bool:
-        """Pack what the ChunkBatch still lacks; False when the ProviderBatch is full."""
+        """Pack the contents that still have no vector. Returns False when the ProviderBatch is full."""
         first_row = len(self.packer.rows)
-        gathered = self._pack(waiting)
-        full = gathered.kept < len(waiting.hashes)
-        if full and not gathered.kept:
+        contribution = self._pack(waiting)
+        full = contribution.kept < len(waiting.hashes)
+        if full and not contribution.kept:
             if not self.packer.inputs:
                 provider_work.postpone(self._conn, waiting, delay_s=LATER_SECONDS)
                 self.too_little = (
@@ -133,7 +134,7 @@ class _Filling:
                 )
             return False
         if full:
-            provider_work.cut(self._conn, waiting, gathered.kept)
+            provider_work.cut(self._conn, waiting, contribution.kept)
         lease = provider_work.begin(self._conn, waiting, self._step)
         rows = self.packer.rows[first_row:]
         provider_inputs.add(
@@ -142,29 +143,29 @@ class _Filling:
             provider_batch_id=self._step.id,
             inputs=(InFlight(row, lease.chunk_batch_id, lease.attempt, lease.job_id) for row in rows),
         )
-        provider_work.bury(self._conn, lease, gathered.dead)
-        carriers = gathered.shared | ({self._step.id} if rows else set())
+        provider_work.bury(self._conn, lease, contribution.dead)
+        carriers = contribution.shared | ({self._step.id} if rows else set())
         provider_work.join(self._conn, lease, carriers)
         if not carriers:
-            # Nothing of it is to be sent: all known by now, dead, or in a plain request that ends soon.
+            # Nothing of it is to be sent: all contents have vectors, are dead, or are in plain requests that end soon.
             provider_work.settle(self._conn, self._space, [lease.chunk_batch_id])
         return not full
 
-    def _pack(self, waiting: Waiting) -> Gathered:
+    def _pack(self, waiting: Waiting) -> Contribution:
         texts = provider_work.missing_texts(self._conn, self._space, waiting)
         provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
         taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
         suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
-        wanted = [(each, texts[each]) for each in waiting.hashes if each in texts and each not in taken]
-        prepared = {each.content_hash: each for each in prepare(wanted, self._counter, self._limits, waiting.on_long)}
-        gathered = Gathered()
+        wanted = [(hash_, texts[hash_]) for hash_ in waiting.hashes if hash_ in texts and hash_ not in taken]
+        prepared = {item.content_hash: item for item in prepare(wanted, self._counter, self._limits, waiting.on_long)}
+        contribution = Contribution()
         for content_hash in waiting.hashes:
             item = prepared.get(content_hash)
             if content_hash in texts and taken.get(content_hash) is not None:
-                gathered.shared.add(int(taken[content_hash] or 0))
+                contribution.shared.add(int(taken[content_hash] or 0))
             elif isinstance(item, RefusedInput):
-                gathered.dead.append(DeadContent(content_hash, item.code, item.reason))
+                contribution.dead.append(DeadContent(content_hash, item.code, item.reason))
             elif isinstance(item, ProviderInput) and not self.packer.add(item, alone=content_hash in suspects):
-                return gathered
-            gathered.kept += 1
-        return gathered
+                return contribution
+            contribution.kept += 1
+        return contribution

@@ -1,4 +1,4 @@
-"""The thread that renews the leases of all steps of a process."""
+"""Renews the leases of all ProviderBatch steps of a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkmill_workers.process.lease import Keeper
 
 
 class StepKeeper(Keeper):
-    """Renews the leases of ProviderBatch steps. A step that lost its lease learns it from its next guarded UPDATE."""
+    """Renews the leases of ProviderBatch steps. A step learns from its next guarded UPDATE that it lost its lease."""
 
     def __init__(self, db: sa.Engine, lease_seconds: float) -> None:
         super().__init__(db, lease_seconds, name="step-keeper")

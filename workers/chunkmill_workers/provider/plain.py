@@ -1,7 +1,8 @@
-"""Plain embeddings requests: a ChunkBatch of route ``openai-sync``, in one go, for twice the price of the Batch API.
+"""Embeds a ChunkBatch of route ``openai-sync`` by plain requests, at once and for twice the price of the Batch API.
 
-It is claimed, written and completed as a local one is. Each request's contents are in flight before it is sent, and
-paid when its vectors are committed. A worker that is killed in between has paid for one request whose answer is lost.
+The ChunkBatch is claimed, written and completed like a local one. The contents of a request are in flight before it is
+sent, and are charged when its vectors are committed. If a worker is killed in between, the answer to one request is
+paid for and lost.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain_attempt import Answer, PlainAttempt
-from chunkmill_workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
 
 logger = logging.getLogger(__name__)
 
 HELD_SECONDS = 60.0
-"""A ChunkBatch that the month's budget does not reach for looks again after so long."""
+"""How long a ChunkBatch waits for its next attempt if the month's budget is used up."""
 SILENT_TRIES = 20
-"""Attempts that end without an answer are the provider's fault, up to so many."""
+"""Up to this attempt, one that gets no answer is not charged, because it is the provider's fault."""
 
 
-class _Stopping(Exception):
-    """The worker was told to go, or its lane to wait."""
+class _Interrupted(Exception):
+    """The worker was told to leave, or its lane was paused or stopped."""
 
 
 def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
-    """Claim, read, send, write, complete. Every way out leaves the ledger true; none raises for the work's sake."""
+    """Claim, read, send, write, complete. However this ends, the ledger is true. No fault of the texts raises."""
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
     if context.stopping.is_set():
         return
 
     def claim(conn: sa.Connection) -> Lease | None:
         if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
-            return None  # rung again when it is
+            return None  # the poller rings again when the lane is healthy
         return chunk_batches.claim_if_due(
             conn,
             chunk_batch_id,
@@ -79,29 +80,28 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
 
 def _run(context: ProviderContext, held: HeldLease) -> None:
     lease = held.lease
-    attempt = PlainAttempt.open(context, lease)
+    attempt = PlainAttempt.start(context, lease)
     try:
         _embed(context, held, attempt)
-    except _Stopping:
+    except _Interrupted:
         attempt.release()
     except LeaseLost as lost:
         logger.warning("%s", lost)
     except ProviderBusy as busy:
-        delay = max(LEAST_PAUSE_S, backoff(attempt.tries, busy.retry_after_s))
-        pause_lane(context, Route.OPENAI_SYNC, busy, delay)
+        delay = pause_lane(context, Route.OPENAI_SYNC, busy, tries=attempt.tries)
         attempt.release(because=busy, delay_s=delay)
     except ProviderStopped as stopped:
         stop_lane(context, Route.OPENAI_SYNC, stopped)
         attempt.release(because=stopped)
     except ProviderSilent as silent:
-        if attempt.done or lease.attempt <= SILENT_TRIES:
+        if attempt.has_written or lease.attempt <= SILENT_TRIES:
             attempt.release(because=silent, delay_s=backoff(attempt.tries))
         else:
-            attempt.fail(silent)
+            attempt.fail_with(silent)
     except Exception as error:
         if is_transient(error):
-            raise  # the lease runs out
-        attempt.fail(error)
+            raise  # another worker goes on when the lease runs out
+        attempt.fail_with(error)
 
 
 def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> None:
@@ -118,7 +118,7 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> 
     if mine is None:
         attempt.release(delay_s=HELD_SECONDS)
         return
-    attempt.elsewhere = len(items) - len(mine)
+    attempt.n_elsewhere = len(items) - len(mine)
     packer = Packer(1, context.form(model, space), limits)
     for item in items:
         if item.content_hash in mine:
@@ -135,11 +135,11 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> 
 def _put_in_flight(
     context: ProviderContext, conn: sa.Connection, lease: Lease, items: list[ProviderInput]
 ) -> set[bytes] | None:
-    """What nobody else has in flight; None where the month's budget does not reach for it."""
+    """The contents that nobody else has in flight, or None if the month's budget is used up."""
     mine = provider_inputs.add_own(conn, lease, items)
-    now = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
-    held = now is not None and mine and now.is_exceeded
-    provider_lanes.hold(conn, Route.OPENAI_SYNC, now.refusal() if now and held else None)
+    month = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
+    held = month is not None and mine and month.is_exceeded
+    provider_lanes.hold(conn, Route.OPENAI_SYNC, month.refusal() if month and held else None)
     if held:
         provider_inputs.remove_own(conn, lease)
         return None
@@ -153,7 +153,7 @@ def _send(
     rows: Sequence[PackedInput],
     texts: dict[bytes, list[str]],
 ) -> None:
-    """One request. A refused one, which costs nothing, is halved until the content at fault stands alone."""
+    """Send one request and commit its answer. A refused one costs nothing and is halved until one content is left."""
     try:
         answer = _ask(context, held, attempt, rows, texts)
     except ProviderRefused as refused:
@@ -183,7 +183,7 @@ def _ask(
 
     def take_turn(conn: sa.Connection) -> float | None:
         if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
-            return None  # another worker was told so
+            return None  # another worker has paused or stopped the lane
         return provider_lanes.take_turn(
             conn,
             Route.OPENAI_SYNC,
@@ -194,7 +194,7 @@ def _ask(
 
     wait = context.transact(take_turn, "take turn")
     if wait is None or context.stopping.wait(wait):
-        raise _Stopping
+        raise _Interrupted
     held.check()
     held.moved()
     form = context.form(context.model(attempt.space), attempt.space)
@@ -204,16 +204,16 @@ def _ask(
     embedded = read_answer(body, len(inputs), attempt.space)
     if embedded.prompt_tokens is None:
         embedded = replace(embedded, prompt_tokens=tokens)
-    at = 0
+    position = 0
     placed = []
-    for row in rows:  # a half has its own places
-        placed.append(row._replace(position=at))
-        at += row.windows
+    for row in rows:  # in a halved request the positions start at 0 again
+        placed.append(row._replace(position=position))
+        position += row.windows
     return Answer(embedded, placed)
 
 
 def read_answer(body: dict[str, Any], n_inputs: int, space: Space) -> Embedded:
-    """The body of a plain answer; ``prompt_tokens`` None where it does not say."""
+    """Read the body of a plain answer. ``prompt_tokens`` is None if the body does not say how many were charged."""
     spec = space.spec
     data = body.get("data")
     if not isinstance(data, list):
@@ -225,7 +225,7 @@ def read_answer(body: dict[str, Any], n_inputs: int, space: Space) -> Embedded:
 
 
 def _key(space: Space, rows: Sequence[PackedInput]) -> str:
-    """The same request has the same key, for servers that know one: what was lost on the way is not charged again."""
+    """The idempotency key of a request. A server that knows such keys does not charge the same request twice."""
     digest = hashlib.sha256(space.spec.fingerprint.encode())
     for row in rows:
         digest.update(row.content_hash)

@@ -1,4 +1,4 @@
-"""One ProviderBatch, step after step, as far as it goes now. Every way out leaves its row true."""
+"""Takes a ProviderBatch step by step as far as it can go now. However this ends, the row in the ledger is true."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from chunkmill.telemetry.logging import bound
 from chunkmill_workers.process.work_context import ids, step_of
 from chunkmill_workers.provider.collect import collect
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased, pause_lane, stop_lane
 from chunkmill_workers.provider.follow import poll
 from chunkmill_workers.provider.gather import gather
-from chunkmill_workers.provider.send import Released, Waits, adopt, create, file_name, upload
+from chunkmill_workers.provider.send import adopt, create, file_name, upload
 
 logger = logging.getLogger(__name__)
 
 CLEAN_TRIES = 5
-LEAST_PAUSE_S = 1.0
-"""Of a lane, whatever the provider says: with ``Retry-After: 0`` it would be asked without a pause."""
+"""How often deleting a ProviderBatch's files may fail before they are left to the provider, which expires them."""
 
 
 def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> None:
-    """Claim it and take one step after the other, until it has to wait for something."""
+    """Claim a ProviderBatch and take one step after the other until it must wait, or another worker has it."""
     context.last_doorbell = time.monotonic()
     if context.stopping.is_set():
         return
@@ -56,35 +56,34 @@ def _run(context: ProviderContext, step: Step) -> None:
         while following is not None and following.state is not State.CLOSED:
             step = following
             following = _take(context, step)
-    except Released:
+    except StepReleased:
         return
     except LeaseLost as lost:
         logger.warning("%s", lost)
-    except Waits as waits:
-        _release(context, step, waits.delay_s, waits.failed, **waits.facts)
+    except StepDelayed as delayed:
+        _release(context, step, delayed.delay_s, delayed.failed, **delayed.columns)
     except ProviderBusy as busy:
-        delay = max(LEAST_PAUSE_S, backoff(step.failures + 1, busy.retry_after_s))
-        logger.warning("%s: a limit, all of this lane wait %.0f s: %s", step.name, delay, busy.brief)
-        pause_lane(context, Route.OPENAI, busy, delay)
-        # Its count of failures is the measure of the next pause, and charges nothing.
+        delay = pause_lane(context, Route.OPENAI, busy, tries=step.failures + 1)
+        logger.warning("%s: the provider's limit is reached; its lane pauses %.0f s: %s", step.name, delay, busy.brief)
+        # The failure is counted to make the next pause longer. No attempt is charged.
         _release(context, step, delay, str(busy))
     except ProviderStopped as stopped:
         stop_lane(context, Route.OPENAI, stopped)
         _release(context, step, context.settings.openai_poll_seconds, str(stopped))
     except Exception as error:
         if is_transient(error):
-            raise  # Postgres went away where nothing could wait for it: the lease runs out, and the step goes on
+            raise  # Postgres went away where nothing could wait for it. Another worker goes on when the lease runs out.
         _fail(context, step, error)
 
 
 def _take(context: ProviderContext, step: Step) -> Step | None:
     if context.stopping.is_set():
-        raise Waits(0.0)
-    # What another worker heard of the provider since the claim holds for this one, too.
+        raise StepDelayed(0.0)
+    # Another worker may have paused or stopped the lane since this one claimed the step.
     lane = context.transact(lambda conn: provider_lanes.lane(conn, Route.OPENAI), "look at the lane")
     if lane.paused_until is not None or (lane.is_stopped and step.state.spends):
-        raise Waits(0.0)
-    with step_of(context, step, expected=(Waits, Released)):
+        raise StepDelayed(0.0)
+    with step_of(context, step, expected=(StepDelayed, StepReleased)):
         return _STEPS[step.state](context, step)
 
 
@@ -99,36 +98,23 @@ def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
     _release(context, step, delay, said)
 
 
-def pause_lane(context: ProviderContext, route: Route, busy: ProviderBusy, seconds: float) -> None:
-    context.transact(
-        lambda conn: provider_lanes.pause(conn, route, seconds=seconds, reason=str(busy)), "pause the lane"
-    )
-
-
-def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) -> None:
-    first = context.transact(
-        lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
-    )
-    if first:
-        logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)
-
-
-def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **facts: object) -> None:
+def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **columns: object) -> None:
     try:
         context.transact(
-            lambda conn: provider_batches.release(conn, step, delay_s=delay_s, failed=failed, **facts), "release a step"
+            lambda conn: provider_batches.release(conn, step, delay_s=delay_s, failed=failed, **columns),
+            "release a step",
         )
     except LeaseLost as lost:
         logger.warning("%s", lost)
 
 
 def _clean(context: ProviderContext, step: Step) -> Step | None:
-    """``cleaning`` → ``closed``: delete its files at the provider. They hold texts, and expire only in a month."""
+    """``cleaning`` → ``closed``: delete the files at the provider. They hold texts and expire only after a month."""
     files = {step.input_file_id, step.output_file_id, step.error_file_id} - {None}
     try:
         if step.uploads > 1 or (step.uploads and step.input_file_id is None):
             files |= set(context.provider.files_named(file_name(step)))
-        for file_id in sorted(each for each in files if each):
+        for file_id in sorted(file_id for file_id in files if file_id):
             context.provider.delete_file(file_id)
     except (ProviderBusy, ProviderStopped):
         raise

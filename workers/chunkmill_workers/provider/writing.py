@@ -1,4 +1,4 @@
-"""The one door for vectors that a provider made."""
+"""Writes the vectors that a provider made, and books what it charged for them. Nothing else does either."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.providers import ProviderModel
+from chunkmill.domain.states import Route
+from chunkmill.ledger.money import charges
 from chunkmill.openai.plan.packing import PackedInput
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import keep_deletions_out, wanted
@@ -15,7 +18,7 @@ from chunkmill.store.write import write_vectors
 
 
 def write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vectors: NDArray[np.float32]) -> int:
-    """Write what was not deleted meanwhile; returns how many vectors are new."""
+    """Write the vectors of the contents that were not deleted meanwhile. Returns how many vectors are new."""
     if not rows:
         return 0
     keep_deletions_out(conn)
@@ -29,4 +32,28 @@ def write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vector
         np.array([rows[i].n_tokens for i in kept], np.int32),
         np.array([rows[i].truncated for i in kept], np.bool_),
         vectors[kept],
+    )
+
+
+def charge(
+    conn: sa.Connection,
+    model: ProviderModel,
+    space: Space,
+    route: Route,
+    *,
+    contents: int,
+    tokens: int,
+    job_id: int = 0,
+    provider_batch_id: int = 0,
+) -> None:
+    """Book what the provider charged, at today's price of ``route``. ``charges.book`` says what an id of 0 means."""
+    charges.book_tokens(
+        conn,
+        charges.price_today(conn, model),
+        route=route,
+        space_id=space.id,
+        job_id=job_id,
+        provider_batch_id=provider_batch_id,
+        contents=contents,
+        tokens=tokens,
     )

@@ -1,4 +1,4 @@
-"""What the supervisor decides: where workers run, and what follows the end of one. Pure."""
+"""What the supervisor decides: where workers run, and what happens after one ends. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkmill_workers.host.gpu import short_name
 RAN_WELL_SECONDS = 60.0
 MAX_DELAY_SECONDS = 60.0
 USAGE_ERROR = 2
-"""Click's, for an option that Celery does not know."""
+"""Click's exit code for an option that Celery does not know."""
 NAME_OPTION = re.compile(r"(-n|--hostname=)(.+)", re.DOTALL)
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 
@@ -25,15 +25,15 @@ class Place:
 
     name: str
     environment: Mapping[str, str]
-    """What its environment differs in from the supervisor's."""
+    """The variables that differ from the supervisor's environment."""
     device: str = ""
-    """In the names of workers: ``gpu-1b2f43ad``."""
+    """The device as workers' names contain it: ``gpu-1b2f43ad``."""
 
 
 def plan_places(requested: str, gpus: Sequence[str]) -> list[Place]:
-    """A place for each of ``gpus`` that ``requested``, EMBEDDING_DEVICE, allows; one without a GPU where there is none.
+    """A place for each of ``gpus`` that ``requested``, EMBEDDING_DEVICE, allows, or one without a GPU if none does.
 
-    A device that does not exist gets one place too: the worker that goes there ends with the message about it.
+    A device that does not exist gets a place too: the worker there exits with a message about it.
     """
     kind, _, index = requested.partition(":")
     if kind == "cuda" and index.isdigit():
@@ -46,17 +46,17 @@ def plan_places(requested: str, gpus: Sequence[str]) -> list[Place]:
 
 
 def _place_on(gpu: str) -> Place:
-    # Not `auto`: a worker whose GPU has vanished must say so, and not use the CPU beside the others. And not `cuda:1`,
-    # which would be the second of the one that it sees.
+    # Not `auto`: a worker whose GPU has vanished must say so instead of using the CPU beside the others. Not `cuda:1`
+    # either: the worker sees only one device, so that would name a second one that it does not have.
     environment = {"CUDA_VISIBLE_DEVICES": gpu, "EMBEDDING_DEVICE": "cuda"}
     return Place(f"GPU {gpu}" if gpu.isdigit() else gpu, environment, short_name(gpu))
 
 
 def arguments_for(place: Place, arguments: Sequence[str], *, alone: bool) -> list[str]:
-    """Celery's arguments for the worker in ``place``: unless it is ``alone``, with its device in the name of ``-n``.
+    """Celery's arguments for the worker in ``place``. Unless it is ``alone``, ``-n`` gets its device in the name.
 
-    ``-n spot@%h`` would be one name for all GPUs of the machine, and Celery and Flower take workers of one name for
-    one worker. Without ``-n`` a worker names itself after its device.
+    ``-n spot@%h`` would give the same name to all GPUs of the machine, and Celery and Flower take workers of the same
+    name for one worker. Without ``-n`` a worker names itself after its device.
     """
     made: list[str] = []
     follows = False
@@ -72,35 +72,37 @@ def arguments_for(place: Place, arguments: Sequence[str], *, alone: bool) -> lis
     return made
 
 
-class Then(Enum):
-    """What follows the end of a worker that nobody asked to stop."""
+class AfterExit(Enum):
+    """What happens after a worker ended that nobody asked to stop."""
 
-    AGAIN = auto()
-    DONE = auto()
-    WRONG = auto()
-    """Another start would meet the same wrong configuration."""
+    RESTART = auto()
+    DRAINED = auto()
+    """It left because its machine is being taken, and is not started again."""
+    MISCONFIGURED = auto()
+    """It is not started again, because it would meet the same wrong configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
     evidence: str
-    then: Then
+    then: AfterExit
 
 
 def read_ending(returncode: int) -> Ending:
-    """``returncode`` as subprocess gives it: negative for a signal.
+    """How a worker ended, by ``returncode`` as subprocess gives it: it is negative for a signal.
 
-    0 is a worker that has drained because its machine is going. 70 (the watchdog) and 75 (a server was away) ask for
-    another start, and so does everything unknown.
+    With 0 a worker has drained because its machine is being taken. After 70 (the watchdog), 75 (a server was away) and
+    any other code it is started again.
     """
     if returncode < 0:
         name = SIGNAL_NAMES.get(-returncode, f"signal {-returncode}")
-        return Ending(f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), Then.AGAIN)
-    then = {0: Then.DONE, os.EX_CONFIG: Then.WRONG, USAGE_ERROR: Then.WRONG}.get(returncode, Then.AGAIN)
+        return Ending(f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), AfterExit.RESTART)
+    wrong = AfterExit.MISCONFIGURED
+    then = {0: AfterExit.DRAINED, os.EX_CONFIG: wrong, USAGE_ERROR: wrong}.get(returncode, AfterExit.RESTART)
     return Ending(f"exit code {returncode}", then)
 
 
 def back_off(failures: int, ran_seconds: float) -> tuple[int, float]:
-    """Failures in a row, the one after ``ran_seconds`` counted, and the seconds to wait: 1, 2, 4 … 60."""
+    """The failures in a row, including the one after ``ran_seconds``, and the seconds to wait: 1, 2, 4 … 60."""
     failures = 1 if ran_seconds >= RAN_WELL_SECONDS else failures + 1
     return failures, min(MAX_DELAY_SECONDS, 2.0 ** min(failures - 1, 10))

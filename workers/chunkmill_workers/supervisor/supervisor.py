@@ -1,8 +1,8 @@
-"""``chunkmill worker``: one Celery worker per GPU, started again when it dies.
+"""``chunkmill worker``: runs one Celery worker per GPU, and starts it again when it dies.
 
-It loads no model and holds no work, so what kills a worker (a text, a driver, the kernel short of memory) leaves it
-alone. It is the first to know that a worker is dead, and how it died: it takes the leases back at once with that as
-evidence, where the poller would wait until they run out.
+The supervisor loads no model and holds no work, so what kills a worker (a text, a driver, the kernel when memory is
+short) does not kill it. It is the first to know that a worker is dead and how it died. So it takes the leases back at
+once and keeps that as evidence; the poller would wait until the leases end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from chunkmill.ledger.work.usage import book_released
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers.host.gpu import visible_gpus
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
+from chunkmill_workers.supervisor.supervision import AfterExit, Place, arguments_for, back_off, plan_places, read_ending
 
 logger = logging.getLogger("chunkmill_workers.supervisor.supervisor")  # also where this file is `__main__`
 
@@ -41,15 +41,15 @@ PARENT = "CHUNKMILL_SUPERVISOR_PID"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 KILL_SECONDS = 12.0
-"""From the first signal on. A worker drains in 5 s and some platforms leave 15: what is there at 12 hangs."""
+"""How long after the first signal workers are killed. A worker drains in 5 s, and some platforms leave 15 s."""
 LEAVE_SECONDS = 13.0
-"""From the first signal on: the end, even where a process cannot be killed because its driver does not answer."""
+"""How long after the first signal the supervisor exits, even if a driver that hangs keeps a process from ending."""
 REPORT_SECONDS = 1.0
-"""What the last reports to the ledger get then; past that, the poller does the same when the leases run out."""
+"""How long the last reports to the ledger may take then. The poller does what they miss when the leases end."""
 
 
 def supervisor_is_gone() -> bool:
-    """In a worker: the supervisor that started this process is dead, and nobody would stop or restart the worker.
+    """Whether the supervisor that started this worker is dead, so that nobody would stop or restart the worker.
 
     False in a worker that no supervisor started. The kernel gives an orphan another parent at once.
     """
@@ -70,10 +70,10 @@ class _Post:
 
 
 class Supervisor:
-    """Keeps a process in each place until it is told to stop. It runs in the main thread, whose signals it takes.
+    """Keeps a process in each place until it is told to stop. It runs in the main thread and handles the signals.
 
-    ``on_end`` is called with the pid of each process that ended and the evidence, or None where it was told to stop:
-    what it still held says nothing about the work. It must not wait.
+    ``on_end`` is called with the pid of each process that ended and how it ended, or None if it was told to stop, as
+    its end says nothing about the work then. ``on_end`` must not wait.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Supervisor:
         self._code = os.EX_OK
 
     def run(self) -> int:
-        """Until no process is left, or none may be waited for any more. Returns the exit code."""
+        """Run until no process is left, or ``LEAVE_SECONDS`` are over. Returns the exit code."""
         with _signals() as wait:
             while True:
                 self._start_due()
@@ -106,28 +106,28 @@ class Supervisor:
                 continue
             post.start_at, post.started_at = None, time.monotonic()
             try:
-                # A session of its own: a terminal's Ctrl-C would reach it beside the signal from here, and a worker
-                # that is told twice drops what it holds.
+                # In a session of its own: else a terminal's Ctrl-C would reach the worker beside the signal from here,
+                # and a worker that is told twice to stop exits with what it holds.
                 post.process = subprocess.Popen(
                     post.command,
                     env=os.environ | post.place.environment | {PARENT: str(os.getpid())},
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            except OSError as error:  # no memory, or no process left
+            except OSError as error:  # too little memory, or too many processes
                 self._start_later(post, f"worker on {post.place.name}: could not be started: {error}")
             else:
                 logger.info("worker on %s: started, pid %s", post.place.name, post.process.pid)
 
     def _pause(self) -> float | None:
-        """Seconds until something is due by the clock; None: nothing is."""
+        """How many seconds until something is due; None if nothing is."""
         due = [post.start_at for post in self._posts if post.start_at is not None]
         if self._stop_at is not None:
             due.append(self._stop_at + (LEAVE_SECONDS if self._killed else KILL_SECONDS))
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _ask_to_stop(self, asked_by: signal.Signals) -> None:
-        """SIGTERM to every process for each signal that came: a worker drains at the first and ends at the second."""
+        """Send SIGTERM to every process. A worker drains at the first signal and exits at the second."""
         running = [post.process for post in self._posts if post.process is not None]
         if self._stop_at is None:
             self._stop_at, self._code = time.monotonic(), os.EX_OK
@@ -145,15 +145,15 @@ class Supervisor:
             ending = read_ending(returncode)
             who = f"worker on {post.place.name}, pid {pid}"
             evidence = f"killed {KILL_SECONDS:g} s after SIGTERM" if self._killed else ending.evidence
-            innocent = self._stop_at is not None or ending.then is Then.DONE
+            innocent = self._stop_at is not None or ending.then is AfterExit.DRAINED
             self._on_end(pid, None if innocent else evidence)
             if self._stop_at is not None:
                 logger.info("%s: %s", who, evidence)
-            elif ending.then is Then.AGAIN:
+            elif ending.then is AfterExit.RESTART:
                 self._start_later(post, f"{who}: {evidence}")
-            elif ending.then is Then.WRONG:
+            elif ending.then is AfterExit.MISCONFIGURED:
                 self._code = os.EX_CONFIG
-                logger.error("%s: %s, wrong configuration: its message above says what to mend", who, evidence)
+                logger.error("%s: %s, wrong configuration: its message above says what to fix", who, evidence)
             else:
                 logger.info("%s: %s, it has drained and is not started again", who, evidence)
 
@@ -182,10 +182,10 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[float | None], bytes]]:
-    """A function that waits, at most so many seconds, and returns the numbers of the signals that came.
+    """A function that waits for signals, for at most the given seconds, and returns the numbers of those that came.
 
-    Handlers that do nothing, and a socket that keeps the numbers: a signal interrupts no step of the loop, and one that
-    comes just before the wait ends it.
+    The handlers do nothing, and a socket keeps the numbers. So no signal interrupts a step of the loop, and a signal
+    that comes just before the wait ends it.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
@@ -209,7 +209,7 @@ def _signals() -> Iterator[Callable[[float | None], bytes]]:
 
 
 class TakeBack:
-    """Takes the leases of dead workers back, in a thread of its own: Postgres may need long to say that it is away."""
+    """Takes back the leases of dead workers, in a thread of its own because Postgres may take long to answer."""
 
     def __init__(self, db: sa.Engine) -> None:
         self._db = db
@@ -219,7 +219,7 @@ class TakeBack:
         self._thread.start()
 
     def report(self, pid: int, evidence: str | None) -> None:
-        """A worker has ended, however it did: one that drained has nothing left. Without evidence it was told to go."""
+        """Report a worker that has ended. ``evidence`` says how, and is None if it was told to stop."""
         self._reports.put((pid, evidence))
 
     def close(self, timeout: float) -> None:
@@ -239,10 +239,10 @@ class TakeBack:
                     taken = TakenBack(available=release_all(conn, owner))
                 else:
                     taken = take_back_from(conn, owner, evidence=evidence)
-        except Exception as error:  # noqa: BLE001 - the next report must be heard
+        except Exception as error:  # noqa: BLE001 - the next report must be handled
             if not self._is_away:
                 logger.warning(
-                    "leases of dead workers cannot be taken back at once; the poller does it when they run out: %s",
+                    "leases of dead workers cannot be taken back at once; the poller does it when they end: %s",
                     refusal(error),
                 )
             self._is_away = True

@@ -1,4 +1,4 @@
-"""One setup of the engine in a process of its own, so that its peak memory and its crashes are its own.
+"""Runs one setup of the engine in a process of its own, so that its peak memory and its crashes are its own.
 
 ``python -m chunkmill_workers.tuning.candidate`` reads JSON lines from stdin and answers each with one on stdout: first
 what to load, then commands. It ends when stdin does. ``chunkmill_workers.tuning.process``
@@ -33,8 +33,8 @@ SHORT_TEXT = "How do I rotate a TLS certificate?"
 _LATENCY_CALLS = 15
 
 
-class Loaded:
-    """An engine as its setup says."""
+class LoadedEngine:
+    """An engine that is loaded as its setup says."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         """Raises ChunkmillError."""
@@ -66,7 +66,7 @@ class Loaded:
         }
 
     def vectors(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Of ``texts``: float32 in base64, with the tokens and seconds of a second pass over them."""
+        """The vectors of ``texts`` as float32 in base64, with the tokens and seconds of a second pass over them."""
         self._engine.embed(texts)
         started = time.perf_counter()
         found = self._engine.embed(texts)
@@ -80,7 +80,7 @@ class Loaded:
         }
 
     def turn(self) -> dict[str, Any]:
-        """One pass over all texts, in ChunkBatches as a worker takes them; then one short text, several times."""
+        """Measure one pass over all texts in ChunkBatches, as in a worker, and then one short text several times."""
         size = self._chunk_batch
         parts = [self._texts[first : first + size] for first in range(0, len(self._texts), size)]
         started = time.perf_counter()
@@ -103,7 +103,7 @@ class Loaded:
             )
 
     def _peak_mib(self) -> float:
-        """On a GPU what torch held at most there; on a CPU the process."""
+        """The most memory, in MiB, that torch held on the GPU, or that the process held on a CPU."""
         if self._engine.device != "cpu":
             import torch
 
@@ -114,7 +114,7 @@ class Loaded:
         return peak_rss_mib()
 
     def _memory_mib(self) -> float:
-        """All that the device has."""
+        """The memory of the device, in MiB."""
         if self._engine.device != "cpu":
             import torch
 
@@ -123,7 +123,7 @@ class Loaded:
 
 
 def peak_rss_mib() -> float:
-    """Most memory that this process held: VmHWM, because ``ru_maxrss`` begins with the parent's before the exec."""
+    """The most memory that this process held. It is VmHWM, because ``ru_maxrss`` starts with the parent's value."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -139,12 +139,12 @@ def main() -> None:
         out.write(json.dumps(data) + "\n")
         out.flush()
 
-    loaded: Loaded | None = None
+    loaded: LoadedEngine | None = None
     for line in sys.stdin:
         order = json.loads(line)
         try:
             if loaded is None:
-                loaded = Loaded(order)
+                loaded = LoadedEngine(order)
                 answer(loaded.facts)
             else:
                 answer(loaded.vectors(order["texts"]) if order["do"] == "vectors" else loaded.turn())

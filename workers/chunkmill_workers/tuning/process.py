@@ -1,4 +1,4 @@
-"""This side of a candidate's process: start it, ask it, and make a row of whatever becomes of it."""
+"""Our side of a candidate's process: starts it, asks it, and turns its failures into reasons."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from chunkmill.tuning.choose import Setup
 from chunkmill_workers.tuning.tuned import thread_variables
 
 ANSWER_SECONDS = 900.0
-"""A candidate that is silent for so long hangs: a pass is cut to some seconds of fp32's speed."""
+"""How long a candidate may be silent before it counts as hung. At fp32's speed a pass takes some seconds."""
 _STOP_SECONDS = 60.0
 
 
 def private_stdout() -> TextIO:
-    """The real stdout; what libraries print goes to stderr from now on."""
+    """Take the real stdout. What libraries print goes to stderr from now on."""
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own
 
 
 class CandidateFailed(Exception):
-    """Why a setup has no numbers; a row's reason, not an error of the tuning."""
+    """Why a setup has no numbers. The reason goes into its row, and the tuning continues."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What all candidates of a tuning are told."""
+    """What all candidates of a tuning have in common."""
 
     model: str
     precision: str
     device: str
     texts: Sequence[str]
-    """Of one pass."""
+    """The texts of one pass."""
     chunk_batch: int
     """Texts per call, as in a ChunkBatch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One pass over the texts."""
+    """The measurements of one pass over the texts."""
 
     tokens: int
     seconds: float
     latency_ms: float
     peak_mib: float
     memory_mib: float
-    """All that the device has."""
+    """The memory of the device."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,7 +71,7 @@ class Vectors:
     vectors: NDArray[np.float32]
     """(n, dimensions)."""
     n_tokens: list[int]
-    """Of each text, before anything is cut off."""
+    """The tokens of each text, before it is cut."""
     tokens: int
     seconds: float
 
@@ -80,7 +80,7 @@ class CandidateProcess:
     """A setup loaded in its own process, as a context manager. Every method raises CandidateFailed."""
 
     def __init__(self, task: Task, setup: Setup, *, backend: str | None = None) -> None:
-        """``backend`` in the place of the setup's, for ``auto``."""
+        """``backend``, such as ``auto``, replaces the setup's."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chunkmill_workers.tuning.candidate"],
             stdin=subprocess.PIPE,
@@ -119,7 +119,7 @@ class CandidateProcess:
         return Turn(**self._ask({"do": "turn"}))
 
     def stop(self) -> None:
-        """End it. It writes nothing, so a kill costs nothing."""
+        """Kill the process. It writes nothing, so a kill costs nothing."""
         process = self._process
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -148,7 +148,7 @@ class CandidateProcess:
 
 
 def _end(code: int) -> str:
-    """What a process's exit code says to a person."""
+    """An exit code in words."""
     if code >= 0:
         return f"its process ended with exit code {code}; its last words are above"
     name = signal.Signals(-code).name

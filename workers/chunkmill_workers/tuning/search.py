@@ -1,8 +1,8 @@
-"""Which setups are tried, in what order: successive halving, so that the clock is spent on those that may win.
+"""Decides which setups are tried and in what order. Successive halving spends the time on those that may win.
 
-First every backend and number format at the default budget, then the other budgets of the better half, then fewer
-threads, or more ChunkBatches at a time, for the best two; at the end the best four side by side, and the best two of
-them once more.
+First come all backends and number formats at the default token limit, then the other token limits of the better half,
+then fewer threads or more ChunkBatches at a time for the best two. At the end the best four run side by side, and then
+the best two of them once more.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, 
 
 FINALISTS, WINNERS, ROUNDS = 4, 2, 3
 SHARE = 0.6
-"""Of the device's memory for all finalists' peaks."""
+"""The share of the device's memory that the peaks of all finalists may take together."""
 _WARM_UP = 32
-"""Texts that a finalist embeds before its first round."""
+"""How many texts a finalist embeds before its first round."""
 
 Tell = Callable[[Setup], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is tried. The first of threads and parallel_batches is the default."""
+    """The values that are tried. The first of ``threads`` and of ``parallel_batches`` is the default."""
 
     kinds: Sequence[tuple[Backend, Dtype]]
     budgets: Sequence[int]
@@ -47,7 +47,7 @@ class Grid:
 
 
 class Search:
-    """One tuning. ``exact`` are the fp32 vectors of ``gate``; ``tell`` hears of each step."""
+    """One tuning. ``exact`` are the fp32 vectors of ``gate``, and ``tell`` is called at each step."""
 
     def __init__(
         self, grid: Grid, constraints: Constraints, task: Task, gate: Sequence[str], exact: Vectors, tell: Tell
@@ -62,7 +62,7 @@ class Search:
         self.found: dict[Setup, Candidate] = {}
 
     def run(self) -> list[Candidate]:
-        """Every candidate, in the order of trying."""
+        """Try the setups. Returns all candidates in the order in which they were tried."""
         grid = self._grid
         first = [
             Setup(backend, dtype, grid.default_budget, grid.threads[0], grid.parallel_batches[0])
@@ -71,19 +71,19 @@ class Search:
         self._screen(first)
         kept = self._best(_half(len(first)))
         self._screen(replace(setup, batch_tokens=budget) for setup in kept for budget in grid.budgets)
-        self._screen(replace(each, threads=count) for each in self._best(WINNERS) for count in grid.threads)
+        self._screen(replace(setup, threads=count) for setup in self._best(WINNERS) for count in grid.threads)
         self._screen(
-            replace(each, parallel_batches=count) for each in self._best(WINNERS) for count in grid.parallel_batches
+            replace(setup, parallel_batches=count) for setup in self._best(WINNERS) for count in grid.parallel_batches
         )
         self._race()
         return list(self.found.values())
 
     def _best(self, count: int, of: Iterable[Setup] | None = None) -> list[Setup]:
         candidates = self.found.values() if of is None else [self.found[setup] for setup in of]
-        return [each.setup for each in ranked(list(candidates), self._constraints)[:count]]
+        return [candidate.setup for candidate in ranked(list(candidates), self._constraints)[:count]]
 
     def _screen(self, setups: Iterable[Setup]) -> None:
-        """Gate, speed, latency and memory of each that is new, one after the other."""
+        """Measure the setups that are new, one after the other: accuracy, speed, latency and memory."""
         for setup in dict.fromkeys(setups):
             if setup not in self.found:
                 self._tell(setup)
@@ -104,7 +104,7 @@ class Search:
         )
 
     def _race(self) -> None:
-        """The best side by side, in turns: what disturbs the machine disturbs them all."""
+        """Measure the best side by side and in turns, so that what disturbs the machine disturbs all of them."""
         turns: dict[Setup, list[Turn]] = {setup: [] for setup in self._together()}
         with ExitStack() as stack:
             running: dict[Setup, CandidateProcess] = {}
@@ -120,7 +120,7 @@ class Search:
             self._rounds(running, turns)
 
     def _together(self) -> list[Setup]:
-        """As many of the best as the device's memory holds at a time; one at least."""
+        """As many of the best as the device's memory holds at a time, and at least one."""
         found: list[Setup] = []
         held = 0.0
         for setup in self._best(FINALISTS):
@@ -132,7 +132,7 @@ class Search:
 
     def _rounds(self, running: dict[Setup, CandidateProcess], turns: dict[Setup, list[Turn]]) -> None:
         for number in range(ROUNDS):
-            # Each round begins with another, so that what the first of a round pays does not fall on one.
+            # Each round begins with another setup, because the first one of a round may be slower.
             order = list(running)
             first = number % max(len(order), 1)
             for setup in order[first:] + order[:first]:
@@ -151,16 +151,16 @@ class Search:
 
 
 def cosines(found: Vectors, exact: Vectors) -> tuple[float, float]:
-    """Lowest and mean cosine of the texts' vectors, in fp64. Zeros on both sides are equal."""
+    """The lowest and the mean cosine of the texts' vectors, in fp64. Zeros on both sides count as equal."""
     a, b = found.vectors.astype(np.float64), exact.vectors.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both = np.where((a == 0).all(axis=1) & (b == 0).all(axis=1), 1.0, np.nan)
-    each = np.where(norms == 0, both, np.einsum("nd,nd->n", a, b) / np.where(norms == 0, 1.0, norms))
-    return float(each.min()), float(each.mean())
+    cosine = np.where(norms == 0, both, np.einsum("nd,nd->n", a, b) / np.where(norms == 0, 1.0, norms))
+    return float(cosine.min()), float(cosine.mean())
 
 
 def take(texts: Sequence[str], weights: Sequence[float], wanted: float) -> list[str]:
-    """Texts in their order until their weights reach ``wanted``, from the start again if they do not."""
+    """The texts in their order until their weights reach ``wanted``. They are repeated if they are too few."""
     found: list[str] = []
     total = 0.0
     for text, weight in itertools.cycle(zip(texts, weights, strict=True)):
@@ -176,7 +176,7 @@ def _half(count: int) -> int:
 
 
 def _median(before: Candidate, turns: Sequence[Turn]) -> Candidate:
-    """The medians of all interleaved rounds; the screening's pass counts for the peak of memory alone."""
+    """The medians of all rounds side by side. The pass of the screening counts only for the peak of memory."""
     old = before.measured
     assert old is not None  # noqa: S101 - only what was measured gets into a race
     speed = statistics.median(turn.tokens_per_second for turn in turns)

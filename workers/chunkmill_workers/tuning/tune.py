@@ -1,7 +1,7 @@
 """Measures a model on this machine: ``chunkmill tune`` runs ``python -m chunkmill_workers.tuning.tune``.
 
-One JSON document comes in on stdin, the order; events go out on stdout, a JSON object a line: ``progress`` after
-each step, at the end ``result`` or ``error``. It writes nothing.
+stdin brings the order, which is one JSON document. Events go to stdout as one JSON object per line: ``progress`` at
+each step, and ``result`` or ``error`` at the end. It writes no file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from chunkmill_workers.tuning.tuned import machine_for, stated_threads
 CPU_BUDGETS: Final = (256, 512, 1024, 2048, 4096)
 CUDA_BUDGETS: Final = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 CUDA_PARALLEL: Final = (4, 8, 16)
-"""ChunkBatches at a time beside the settings' own number: one of 512 short texts does not fill a large budget."""
+"""Numbers of parallel ChunkBatches that are tried too: one of 512 short texts does not fill a large TokenBatch."""
 
-# A pass over the texts fills every budget some times.
+# How many TokenBatches of the largest size a pass fills.
 PASS_FILLS: Final = 3
 PASS_TOKENS: Final = {"cpu": 4_096, "cuda": 400_000}
-"""At least, so that a slow model is measured on more than one TokenBatch."""
+"""The fewest tokens of a pass, so that a slow model is measured on more than one TokenBatch."""
 
-# Texts of the cosine gate: about ten thousand tokens, so that fp32 on a slow CPU takes seconds.
+# The texts of the cosine gate are about ten thousand tokens, so that fp32 on a slow CPU takes seconds.
 GATE_TEXTS, GATE_LEAST, GATE_CHARACTERS = 128, 8, 40_000
 
 _LONG: Final[Mapping[str, Dtype]] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -45,7 +45,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What stdin says. Empty lists: what suits the device."""
+    """What stdin asks for. An empty list stands for what suits the device."""
 
     model: str
     precision: Precision
@@ -56,11 +56,11 @@ class Order:
     budgets: Sequence[int] = ()
     threads: Sequence[int] = ()
     seconds: float = 2.0
-    """Of a pass over the texts, at fp32's speed."""
+    """How long a pass over the texts takes at fp32's speed."""
 
 
 def run(order: Order, emit: Emit) -> None:
-    """Measure. Raises ChunkmillError."""
+    """Measure, and emit the progress and the result. Raises ChunkmillError."""
     settings = Settings.from_env()
     order = with_stated(order, settings)
     folder = resolve_model(
@@ -70,7 +70,7 @@ def run(order: Order, emit: Emit) -> None:
         trust=settings.trust,
         download=True,
     )
-    # Before torch is imported; and no worker computes on a GPU that is measured.
+    # Claim before torch is imported. The claim also keeps workers away from a GPU that is measured.
     claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
     machine = machine_for(claimed.device)
     on = _kind_of(machine)
@@ -91,9 +91,9 @@ def run(order: Order, emit: Emit) -> None:
         emit({"event": "progress", "done": done, "total": max(grid.steps, done), "what": _words(setup)})
         done += 1
 
-    found = Search(grid, order.constraints, task, gate, exact, tell).run()
+    candidates = Search(grid, order.constraints, task, gate, exact, tell).run()
     result = {
-        "candidates": [asdict(each) for each in found],
+        "candidates": [asdict(candidate) for candidate in candidates],
         "fingerprint": folder.spec.fingerprint,
         "model": folder.name,
         "machine": asdict(machine),
@@ -104,7 +104,7 @@ def run(order: Order, emit: Emit) -> None:
 
 
 def with_stated(order: Order, settings: Settings) -> Order:
-    """What the environment states wins over a profile, so nothing else is tried unless the command asks for it."""
+    """Add what the environment states. It wins over a profile, so only the command can ask for something else."""
     backend, dtype = settings.embedding_backend, settings.embedding_dtype
     return replace(
         order,
@@ -115,7 +115,7 @@ def with_stated(order: Order, settings: Settings) -> Order:
 
 
 def _gate(texts: Sequence[str]) -> list[str]:
-    """The first texts and, among them, the longest of the rest: rounding adds up over positions."""
+    """The texts of the cosine gate: the first ones, and the longest others, because rounding adds up over positions."""
     found: list[str] = []
     for text in [*texts[: GATE_TEXTS - GATE_LEAST], *sorted(texts[GATE_TEXTS - GATE_LEAST :], key=len)[-GATE_LEAST:]]:
         if len(found) >= GATE_LEAST and sum(map(len, found)) + len(text) > GATE_CHARACTERS:
@@ -129,14 +129,14 @@ def _gate(texts: Sequence[str]) -> list[str]:
 def _reference(task: Task, gate: Sequence[str], setup: Setup) -> tuple[Vectors, Backend]:
     """fp32 vectors of the gate's texts, and the backend that ``auto`` means for this model.
 
-    On the CPU where they do not fit the GPU. Raises EngineError where the model does not run at all.
+    They are computed on the CPU if they do not fit the GPU. Raises EngineError if the model does not run at all.
     """
     exact = replace(task, precision=str(Precision.FLOAT))
     problem = ""
     for device in dict.fromkeys((task.device, "cpu")):
         try:
             with CandidateProcess(replace(exact, device=device), setup, backend="auto") as process:
-                # The faster of two: how long the passes are, and which budgets they fill, hangs on it.
+                # Take the faster of two, because the length of all passes depends on it.
                 found = min((process.vectors(gate) for _ in range(2)), key=lambda each: each.seconds)
                 return found, process.facts["backend"]
         except CandidateFailed as reason:
@@ -147,7 +147,7 @@ def _reference(task: Task, gate: Sequence[str], setup: Setup) -> tuple[Vectors, 
 def _grid(
     order: Order, settings: Settings, machine: Machine, own: Backend, threads: Sequence[int], exact_speed: float
 ) -> Grid:
-    """What is worth trying here."""
+    """The setups that are worth trying here."""
     on = _kind_of(machine)
     kinds = [
         (backend, dtype)
@@ -158,7 +158,7 @@ def _grid(
     if not kinds:
         raise InvalidInput("none of the backends and dtypes asked for suits this device and model")
     standard = CPU_BUDGETS if on == "cpu" else CUDA_BUDGETS
-    # A budget that a slow model fills once in a pass is not measured, and gains nothing either.
+    # A size that a slow model fills only once in a pass cannot be measured, and gains nothing either.
     filled = max(PASS_TOKENS[on], order.seconds * exact_speed) / PASS_FILLS
     budgets = sorted(order.budgets) or [each for each in standard if each <= max(filled, standard[0])]
     middle = min(budgets, key=lambda each: abs(each - (1024 if on == "cpu" else 32_768)))
@@ -169,15 +169,15 @@ def _grid(
 
 
 def _formats(backend: Backend, machine: Machine, precision: Precision) -> list[Dtype]:
-    """What a backend computes in natively here: emulated, a format is a hundred times slower.
+    """The number formats in which a backend computes natively here. An emulated one is a hundred times slower.
 
-    As ``chunkmill_workers.engine.precision`` sees it, but without torch.
+    ``chunkmill_workers.engine.precision`` decides the same with torch.
     """
     exported = backend in ("onnx", "openvino")
     if machine.gpu is not None:
         return [] if exported else ["float16", "bfloat16", "float32"]
     if exported and precision is Precision.INT8:
-        return []  # exports are of the weights as they are
+        return []  # exports contain the weights as they are
     half: list[Dtype] = ["bfloat16"] if {"avx512_bf16", "amx_bf16"} & set(machine.features) else []
     return ["float32"] if backend == "onnx" else [*half, "float32"]
 
@@ -187,9 +187,9 @@ def _kind_of(machine: Machine) -> str:
 
 
 def _threads(settings: Settings, machine: Machine) -> list[int]:
-    """All cores, then half as many and so on; only the one number that the environment states, if it does.
+    """All cores, half of them and a quarter of them; or the one number that the environment states.
 
-    A GPU's host is given all: there they only tokenize.
+    Beside a GPU only all cores are tried, because there they only tokenize.
     """
     if stated := settings.embedding_threads or stated_threads():
         return [stated]
@@ -203,7 +203,7 @@ def _words(setup: Setup) -> str:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End through ``finally``, where processes are stopped."""
+    """Exit through the ``finally`` blocks, which stop the processes."""
     sys.exit(128 + number)
 
 

@@ -1,5 +1,5 @@
-"""What a profile of ``chunkmill tune`` changes in a worker: threads and ChunkBatches at a time of the process, and
-backend, number format and token budget of each engine."""
+"""Applies a profile of ``chunkmill tune`` to a worker: the process's threads and number of parallel ChunkBatches, and
+each engine's backend, number format and TokenBatch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.settings import Settings
 from chunkmill.tuning.profiles import AGAIN, Found, find_profile, memory_folder, with_profile
 
-if TYPE_CHECKING:  # torch comes with it, and `use_threads` before torch
+if TYPE_CHECKING:  # it imports torch, and `use_threads` comes before torch
     from chunkmill_workers.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,16 @@ def machine_for(device: str) -> Machine:
     """This machine, as a worker on ``device`` (``cpu`` or ``cuda:<index>``, after the claim) uses it."""
     if device == "cpu":
         return this_machine()
-    import torch  # the claim is made; a CPU worker sets its threads before it gets here
+    import torch  # the device is claimed by now; a CPU worker does not get here
 
     return this_machine(torch.cuda.get_device_name(device))
 
 
 def process_settings(settings: Settings, device: str) -> Settings:
-    """``settings`` with what holds for the whole process: threads, and ChunkBatches at a time.
+    """``settings`` with the values of the whole process: threads, and ChunkBatches at a time.
 
-    Both are the default model's profile's where the settings leave them open. A model that cannot be read has no
-    profile here, and an error of its own when it is loaded.
+    The default model's profile gives both if the settings leave them open. A model that cannot be read has no profile
+    here; its error is raised when it is loaded.
     """
     try:
         folder = resolve_model(
@@ -56,23 +56,22 @@ def process_settings(settings: Settings, device: str) -> Settings:
 
 
 def stated_threads() -> int:
-    """OMP_NUM_THREADS, for all of OpenMP; 0 where it is not set."""
+    """OMP_NUM_THREADS, the number for all of OpenMP; 0 if it is not set."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(first) if first.isdigit() else 0
 
 
 def thread_variables(count: int, device: str) -> dict[str, str]:
-    """The environment of a process whose torch uses ``count`` threads, and on a CPU the tokenizer as many.
+    """The environment of a process whose torch uses ``count`` threads. On a CPU its tokenizer uses as many.
 
-    Beside a GPU the tokenizer keeps its own choice, all logical CPUs. Threads are not pinned with OMP_PROC_BIND:
-    it binds the process's first thread to one core, which every thread that is started later inherits
-    (docs/decisions/0012).
+    Beside a GPU the tokenizer makes its own choice, which is all logical CPUs. OMP_PROC_BIND is not used: it would bind
+    the process's first thread to one core, and every later thread would inherit that (docs/decisions/0012).
     """
     return {"OMP_NUM_THREADS": str(count)} | ({"RAYON_NUM_THREADS": str(count)} if device == "cpu" else {})
 
 
 def use_threads(count: int, device: str) -> None:
-    """For this process, what it does not state itself. Best before torch is imported: OpenMP looks once."""
+    """Set the threads of this process, unless its environment does. Call it before torch: OpenMP reads them once."""
     for name, value in thread_variables(count, device).items():
         os.environ.setdefault(name, value)
     if "torch" in sys.modules:
@@ -82,7 +81,7 @@ def use_threads(count: int, device: str) -> None:
 
 
 def load_engine(settings: Settings, folder: ModelFolder, device: str, machine: Machine) -> Engine:
-    """An engine as the model's profile says, if it has one that fits, and as the settings say otherwise.
+    """Load an engine as the model's profile says, if it has one that fits, and as the settings say otherwise.
 
     Raises what ``Engine.load`` raises.
     """
@@ -96,7 +95,7 @@ def load_engine(settings: Settings, folder: ModelFolder, device: str, machine: M
     try:
         return _load(with_profile(settings, found.profile), folder, device)
     except (InvalidSetting, ModelLoadError) as error:
-        # An export that is gone, say. The settings alone may do; if not, their error is the one to mend.
+        # An export may be missing, for example. If the settings alone fail too, their error is the one to fix.
         logger.warning("the profile %s cannot be followed: %s. Going on without it; %s", found.path, error, AGAIN)
         return _load(settings, folder, device)
 

@@ -10,8 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.db.schema import DeadChunkRow
-from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.planning import DeadChunk, too_long_reason
 from chunkmill.domain.results import DeadDetails, DeadEntry, Standing
+from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import JobState
 from chunkmill.errors import NotFound
 from chunkmill.ledger.work import attempts
@@ -27,6 +28,16 @@ class DeadContent:
     content_hash: bytes
     code: str
     reason: str
+
+
+def refused_contents(on_long: OnLong, truncated: Iterable[tuple[bytes, int]]) -> list[DeadContent]:
+    """The contents that a job refuses, although another job had them cut and embedded.
+
+    ``truncated`` are the ``(content_hash, n_tokens)`` of cut texts. Only the policy ``reject`` refuses them.
+    """
+    if on_long is not OnLong.REJECT:
+        return []
+    return [DeadContent(content_hash, "too_long", too_long_reason(n_tokens)) for content_hash, n_tokens in truncated]
 
 
 def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK
-from chunkmill.domain.planning import too_long_reason
 from chunkmill.domain.retries import Discard, decide
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
@@ -385,5 +384,5 @@ def _refuse_long(conn: sa.Connection, lease: Lease, space: Space) -> None:
         """),
         {"id": lease.chunk_batch_id},
     )
-    dead = [DeadContent(row.content_hash, "too_long", too_long_reason(row.n_tokens)) for row in rows]
-    bury(conn, lease, dead)
+    truncated = [(row.content_hash, row.n_tokens) for row in rows]
+    bury(conn, lease, dead_chunks.refused_contents(lease.on_long, truncated))

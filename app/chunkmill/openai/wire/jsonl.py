@@ -73,7 +73,7 @@ class Unreadable:
     code: str
     reason: str
     request_no: int | None = None
-    """Known only with ``no_answer``: the request is ours, but the line says nothing about it that makes sense."""
+    """The number of the request, if the ``custom_id`` is one of this ProviderBatch."""
 
 
 def custom_id(batch_id: int, request_no: int) -> str:
@@ -162,7 +162,8 @@ def decode_line(
     ids = parse_custom_id(given)
     count = inputs(ids[1]) if ids and ids[0] == batch_id else None
     if ids is None or count is None:
-        return Unreadable("unknown_custom_id", f"a line answers request {redact(given, secrets)!r}, which was not sent")
+        ours = ids[1] if ids and ids[0] == batch_id else None
+        return Unreadable("unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent", ours)
     response = answer.get("response")
     status = _status(response)
     body = _body(response)

@@ -200,7 +200,7 @@ UNREADABLE: list[tuple[str, bytes, str, int | None]] = [
     ("custom_id null", answer(None, custom_id=None), "no_custom_id", None),
     ("somebody else's custom_id", line_of(data(), custom_id="request-1"), "unknown_custom_id", None),
     ("another batch's custom_id", line_of(data(), custom_id="pb6-2"), "unknown_custom_id", None),
-    ("a request that was not sent", line_of(data(), custom_id="pb5-3"), "unknown_custom_id", None),
+    ("a request that was not sent", line_of(data(), custom_id="pb5-3"), "unknown_custom_id", 3),
     ("a custom_id that is no text", line_of(data(), custom_id={"a": 1}), "unknown_custom_id", None),
     ("no answer at all", answer(None), "no_answer", 2),
     ("a success without vectors", answer({"status_code": 200, "body": {"object": "list"}}), "no_answer", 2),

@@ -21,7 +21,7 @@ from chunkmill.db.connect import create_db
 from chunkmill_workers.host.gpu import claim_device, short_name, visible_gpus
 from chunkmill_workers.process import lease
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervision import Place, Then, arguments_for, back_off, plan_places, read_ending
+from chunkmill_workers.supervisor.supervision import AfterExit, Place, arguments_for, back_off, plan_places, read_ending
 from chunkmill_workers.supervisor.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, until
@@ -99,18 +99,18 @@ def test_a_worker_claims_the_gpu_of_its_place(requested: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("returncode", "evidence", "then"),
     [
-        (-signal.SIGSEGV, "ended by SIGSEGV", Then.AGAIN),
-        (-signal.SIGKILL, "ended by SIGKILL (out of memory?)", Then.AGAIN),
-        (-(signal.SIGRTMIN + 1), f"ended by signal {signal.SIGRTMIN + 1}", Then.AGAIN),
-        (1, "exit code 1", Then.AGAIN),
-        (70, "exit code 70", Then.AGAIN),
-        (75, "exit code 75", Then.AGAIN),
-        (0, "exit code 0", Then.DONE),
-        (78, "exit code 78", Then.WRONG),
-        (2, "exit code 2", Then.WRONG),
+        (-signal.SIGSEGV, "ended by SIGSEGV", AfterExit.RESTART),
+        (-signal.SIGKILL, "ended by SIGKILL (out of memory?)", AfterExit.RESTART),
+        (-(signal.SIGRTMIN + 1), f"ended by signal {signal.SIGRTMIN + 1}", AfterExit.RESTART),
+        (1, "exit code 1", AfterExit.RESTART),
+        (70, "exit code 70", AfterExit.RESTART),
+        (75, "exit code 75", AfterExit.RESTART),
+        (0, "exit code 0", AfterExit.DRAINED),
+        (78, "exit code 78", AfterExit.MISCONFIGURED),
+        (2, "exit code 2", AfterExit.MISCONFIGURED),
     ],
 )
-def test_what_an_end_says_and_what_follows(returncode: int, evidence: str, then: Then) -> None:
+def test_what_an_end_says_and_what_follows(returncode: int, evidence: str, then: AfterExit) -> None:
     ending = read_ending(returncode)
     assert (ending.evidence, ending.then) == (evidence, then)
 

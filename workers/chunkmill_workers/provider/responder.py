@@ -1,4 +1,4 @@
-"""Answers texts that someone waits for, of spaces that only a provider serves: a search's query, ``client.embed``."""
+"""Embeds the texts that somebody waits for (searches and ``client.embed``) in spaces that a provider serves."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from chunkmill.errors import (
 )
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
-from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import backoff
 from chunkmill.openai.plan.inputs import RefusedInput, prepare
 from chunkmill.openai.plan.packing import Packer
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
-from chunkmill_workers.process.listening import Listener
+from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain import read_answer
-from chunkmill_workers.provider.steps import LEAST_PAUSE_S, pause_lane, stop_lane
+from chunkmill_workers.provider.writing import charge
 
 logger = logging.getLogger(__name__)
 
 LOCAL_FIRST_SECONDS = 2.0
-"""A space that local workers serve too is theirs for so long."""
+"""How long local workers may take a request of a space that they serve too, before this worker does."""
 
 
-class WaitingLane(Listener[ProviderContext]):
-    """As ``chunkmill_workers.local.embed_requests.EmbedRequestLane``, by plain requests."""
+class ProviderResponder(Responder[ProviderContext]):
+    """Does by plain requests what ``chunkmill_workers.local.responder.EmbedResponder`` does with an engine."""
 
     def __init__(self, context: ProviderContext) -> None:
         super().__init__("embed-requests-openai", context)
 
     def answer_next(self) -> bool:
-        """Answer one request; False when there is none, or when this worker leaves."""
+        """Answer one request. Returns False if there is none, the lane is paused, or this worker leaves."""
         if self._context.stopping.is_set():
             return False
         with self._context.begin() as conn:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
-                return False  # whoever waits says how long
+                return False  # whoever asked decides how long to wait
             served = [space for space in registry.all_spaces(conn) if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
@@ -70,10 +70,9 @@ class WaitingLane(Listener[ProviderContext]):
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         try:
             vectors = self._embed(request, space)
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
             if isinstance(error, ProviderBusy):
-                delay = max(LEAST_PAUSE_S, backoff(1, error.retry_after_s))
-                pause_lane(self._context, Route.OPENAI_SYNC, error, delay)
+                pause_lane(self._context, Route.OPENAI_SYNC, error, tries=1)
             elif isinstance(error, ProviderStopped):
                 stop_lane(self._context, Route.OPENAI_SYNC, error)
             reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
@@ -84,22 +83,14 @@ class WaitingLane(Listener[ProviderContext]):
             embed_requests.answer(conn, request.id, vectors)
 
     def _book(self, space: Space, contents: int, tokens: int) -> None:
-        """As soon as it is answered: should the next request of the same question fail, this one was charged."""
+        """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
+        model = self._context.model(space)
         with self._context.begin() as conn:
-            charges.book_tokens(
-                conn,
-                charges.price_today(conn, self._context.model(space)),
-                route=Route.OPENAI_SYNC,
-                space_id=space.id,
-                job_id=0,
-                provider_batch_id=0,
-                contents=contents,
-                tokens=tokens,
-            )
+            charge(conn, model, space, Route.OPENAI_SYNC, contents=contents, tokens=tokens)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
-        """One vector a text; one that is too long is treated as the space treats documents."""
+        """One vector per text. A text that is too long is treated as the space treats long documents."""
         context, spec = self._context, space.spec
         model = context.model(space)
         with context.begin() as conn:

@@ -1,4 +1,4 @@
-"""Answers texts that someone waits for, between the TokenBatches of bulk work; hears of cancelled jobs, too."""
+"""Embeds the texts that somebody waits for, between the TokenBatches of bulk work."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.matryoshka import shorten
 from chunkmill_workers.local.context import WorkerContext
-from chunkmill_workers.process.listening import Listener
+from chunkmill_workers.process.responder import Responder
 
 
-class EmbedRequestLane(Listener[WorkerContext]):
-    """Claims embed requests one by one, of spaces whose models run here."""
+class EmbedResponder(Responder[WorkerContext]):
+    """Answers embed requests one by one, in the spaces that this worker serves."""
 
     def __init__(self, context: WorkerContext) -> None:
         super().__init__("embed-requests", context)
 
     def answer_next(self) -> bool:
-        """Answer one request; False when there is none, or when this worker leaves or is broken."""
+        """Answer one request. Returns False if there is none, or if this worker leaves or is broken."""
         if self._context.stopping.is_set() or self._context.broken:
             return False
         with self._context.db.begin() as conn:
@@ -40,10 +40,10 @@ class EmbedRequestLane(Listener[WorkerContext]):
             engine = self._context.engine_for(space)
             result = engine.embed(request.texts, kind=kind, on_long=spec.long_text.policy, urgent=True)
         except DeviceFailed as broken:
-            # No fault of the request: its lease runs out, and another worker answers. The watchdog ends this one.
+            # The request is not the reason: its lease ends, and another worker answers. The watchdog ends this worker.
             self._context.broken = str(broken)
             return
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits gets a reason at once
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
             reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
             with self._context.db.begin() as conn:
                 embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")

@@ -1,4 +1,4 @@
-"""The connection that listens: what it hears is for its listener alone."""
+"""The connection that listens: what it hears is for its responder alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from chunkmill.db.connect import create_db
 from chunkmill.ledger.embed_requests import CHANNEL
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 from chunkmill.settings import Settings
-from chunkmill_workers.process import listening
+from chunkmill_workers.process import responder
 from chunkmill_workers.process.lease import LeaseKeeper
-from chunkmill_workers.process.listening import Listener
+from chunkmill_workers.process.responder import Responder
 from tests.support.waiting import PATIENCE, until
 
 
 class Worker:
-    """What a listener needs of a worker: a pool of two connections, and leases."""
+    """What a responder needs of a worker: a pool of two connections, and leases."""
 
     def __init__(self, settings: Settings) -> None:
         self.db = create_db(settings.require_database_url(), role="worker", pool_size=2)
@@ -35,7 +35,7 @@ class Worker:
         return heard
 
 
-class Asked(Listener):
+class Asked(Responder):
     """Has no requests to answer. It breaks at the first look, if it is told to."""
 
     def __init__(self, worker: Worker, *, breaks: bool) -> None:
@@ -63,44 +63,44 @@ def test_a_connection_that_listened_does_not_go_back_into_the_pool(
     breaks: bool, worker: Worker, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its next user would be sent the notifications, and would keep them until it is closed."""
-    monkeypatch.setattr(listening, "RECONNECT_SECONDS", 0.01)
-    listener = Asked(worker, breaks=breaks)
-    listener.start()
+    monkeypatch.setattr(responder, "RECONNECT_SECONDS", 0.01)
+    answering = Asked(worker, breaks=breaks)
+    answering.start()
     try:
-        assert listener.looked.wait(PATIENCE)
+        assert answering.looked.wait(PATIENCE)
         for channel in (CHANNEL, CANCELLED_CHANNEL):
             with db.begin() as conn:
                 conn.execute(sa.text(f"NOTIFY {channel}"))
     finally:
-        listener.stop()
-        listener.join(PATIENCE)
-    assert not listener.is_alive()
+        answering.stop()
+        answering.join(PATIENCE)
+    assert not answering.is_alive()
     assert worker.channels() == []
 
 
-def test_a_listener_whose_connection_is_cut_listens_again(
+def test_a_responder_whose_connection_is_cut_listens_again(
     worker: Worker, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "RECONNECT_SECONDS", 0.01)
-    monkeypatch.setattr(listening, "LOOK_SECONDS", PATIENCE)  # only a notification, or the cut, ends its wait
-    listener = Asked(worker, breaks=False)
-    listener.start()
+    monkeypatch.setattr(responder, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(responder, "LOOK_SECONDS", PATIENCE)  # only a notification, or the cut, ends its wait
+    answering = Asked(worker, breaks=False)
+    answering.start()
     try:
-        assert listener.looked.wait(PATIENCE)
-        listener.looked.clear()
+        assert answering.looked.wait(PATIENCE)
+        answering.looked.clear()
         cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
         with db.begin() as conn:
             assert conn.execute(sa.text(f"{cut} AND datname = current_database()")).scalars().all() == [True]
-        assert listener.looked.wait(PATIENCE)
+        assert answering.looked.wait(PATIENCE)
     finally:
-        listener._stop_listening.set()
+        answering._stop_listening.set()
         with db.begin() as conn:
             conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
-        until(lambda: _notified(listener, db))
+        until(lambda: _notified(answering, db))
 
 
-def _notified(listener: Listener, db: sa.Engine) -> bool:
-    """Rings until the listener has ended: it may have begun to wait only after the last notification."""
+def _notified(answering: Responder, db: sa.Engine) -> bool:
+    """Rings until the responder has ended: it may have begun to wait only after the last notification."""
     with db.begin() as conn:
         conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
-    return not listener.is_alive()
+    return not answering.is_alive()

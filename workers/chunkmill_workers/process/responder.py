@@ -1,4 +1,4 @@
-"""The one connection with which each worker listens: for texts that someone waits for, and for cancelled jobs."""
+"""A thread that listens on a connection of its own: for texts that somebody waits for, and for cancelled jobs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 Context = TypeVar("Context", bound=QueueContext)
 
 LOOK_SECONDS = 1.0
-"""Without a notification, look this often: NOTIFY does not cross every connection pooler."""
+"""How long to wait for a notification before looking anyway, because not every connection pooler passes them on."""
 RECONNECT_SECONDS = 2.0
+"""How long to wait before listening again after an error."""
 
 
-class Listener(threading.Thread, Generic[Context]):
-    """Calls ``answer_next`` until it says False, whenever a request may have come."""
+class Responder(threading.Thread, Generic[Context]):
+    """Answers requests: calls ``answer_next`` until it returns False, whenever a request may have come."""
 
     def __init__(self, name: str, context: Context) -> None:
         super().__init__(name=name, daemon=True)
@@ -33,7 +34,7 @@ class Listener(threading.Thread, Generic[Context]):
 
     @abstractmethod
     def answer_next(self) -> bool:
-        """Answer one request; False when there is none for this worker now."""
+        """Answer one request. Returns False if there is none for this worker now."""
 
     def stop(self) -> None:
         self._stop_listening.set()
@@ -43,7 +44,7 @@ class Listener(threading.Thread, Generic[Context]):
         while not self._stop_listening.is_set():
             try:
                 self._listen()
-            except Exception as error:  # noqa: BLE001 - a worker whose lane ended would never answer again
+            except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
                 logger.warning("%s: %s; listening again", self.name, type(error).__name__)
                 self._stop_listening.wait(RECONNECT_SECONDS)
 
@@ -57,8 +58,8 @@ class Listener(threading.Thread, Generic[Context]):
                         pass
                     heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
                     if CANCELLED_CHANNEL in heard:
-                        # The ledger says which leases are gone. The notice may be late: its job may have been tried
-                        # again since, and the lease that is held now may be good.
+                        # The ledger knows which leases are lost. The notification alone does not say so: it may be
+                        # late, and its job may have been retried since, so that the lease that is held now is valid.
                         self._context.leases.renew()
             finally:
                 # A listening connection must not go back into the pool.

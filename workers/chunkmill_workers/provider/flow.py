@@ -1,0 +1,52 @@
+"""What every step and request of the paid routes may meet: a delay, a released lease, a lane that pauses or stops."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from chunkmill.domain.states import Route
+from chunkmill.errors import ProviderBusy, ProviderStopped
+from chunkmill.ledger.provider import provider_lanes
+from chunkmill.openai.plan.endings import backoff
+from chunkmill_workers.provider.context import ProviderContext
+
+logger = logging.getLogger(__name__)
+
+LEAST_PAUSE_S = 1.0
+"""A lane pauses for at least this long. Otherwise ``Retry-After: 0`` would send requests without any pause."""
+
+
+class StepDelayed(Exception):
+    """The step cannot go on now and is due again after ``delay_s``.
+
+    ``failed`` says what went wrong, and is None if nothing did. ``columns`` are noted in the ProviderBatch's row.
+    """
+
+    def __init__(self, delay_s: float, failed: str | None = None, **columns: Any) -> None:
+        self.delay_s = delay_s
+        self.failed = failed
+        self.columns = columns
+        super().__init__(failed or f"due again in {delay_s:g} s")
+
+
+class StepReleased(Exception):
+    """The step's lease was given back in the same transaction that changed its ProviderBatch."""
+
+
+def pause_lane(context: ProviderContext, route: Route, busy: ProviderBusy, *, tries: int) -> float:
+    """Pause a lane for all workers after a limit was met ``tries`` times in a row. Returns the seconds of the pause."""
+    delay_s = max(LEAST_PAUSE_S, backoff(tries, busy.retry_after_s))
+    context.transact(
+        lambda conn: provider_lanes.pause(conn, route, seconds=delay_s, reason=str(busy)), "pause the lane"
+    )
+    return delay_s
+
+
+def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) -> None:
+    """Stop a lane for all workers until somebody resumes it. The first worker that does so logs the reason."""
+    first = context.transact(
+        lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
+    )
+    if first:
+        logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)
