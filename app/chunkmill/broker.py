@@ -209,6 +209,10 @@ class Broker:
                 pipe.llen(bells.queue if step == 0 else f"{bells.queue}\x06\x16{step}")
             return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
 
+    def doorbells_by_queue(self) -> dict[str, int]:
+        """How many doorbells of ChunkBatches wait in Redis, by queue."""
+        return {bells.queue: sum(self.queued_doorbells(bells).values()) for bells in BELLS}
+
     def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
         """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
         self._send(

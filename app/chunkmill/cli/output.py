@@ -81,10 +81,10 @@ class Screen:
             table.add_row(*row)
         self._print(table)
 
-    def facts(self, facts: Mapping[str, object]) -> None:
-        """Print names and values below each other. The terminal breaks long lines, so a URL can be copied whole."""
-        width = max(map(len, facts))
-        for name, value in facts.items():
+    def fields(self, fields: Mapping[str, object]) -> None:
+        """Print one name and value per line. The terminal breaks long lines, so a URL can be copied whole."""
+        width = max(map(len, fields))
+        for name, value in fields.items():
             cell = _cell(value)
             self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
 

@@ -19,7 +19,7 @@ from chunkmill.domain.results import Audit, SearchHit
 from chunkmill.domain.states import Route
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
-from chunkmill.monitor.servers import look_at_database, look_at_spaces
+from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
 """Exit code of `audit` when a chunk has no vector."""
@@ -41,7 +41,7 @@ def search(screen: Screen, query: str, collection: str, k: int, where: str | Non
     """The chunks nearest to QUERY, best first. A worker embeds the query, so one must be running."""
     metadata = _where(where)
     with Client.from_env() as client:
-        start = look_at_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
+        start = read_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
         if start:
             screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: {start}")
         hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
@@ -66,7 +66,7 @@ def audit(screen: Screen, collection: str | None) -> None:
         names = client.collections() if collection is None else [collection]
         audits = [client.audit(name) for name in names]
     if screen.json:
-        documents = [audit_facts(each) for each in audits]
+        documents = [audit_fields(each) for each in audits]
         screen.document(documents if collection is None else documents[0])
     elif not audits:
         screen.say("There are no collections yet.")
@@ -108,7 +108,7 @@ models.add_command(export)
 
 def _show_models(screen: Screen) -> None:
     with Client.from_env():  # migrated and reachable
-        spaces = look_at_spaces(Environment.load(start_embedded=False).settings)
+        spaces = read_spaces(Environment.load(start_embedded=False).settings)
     if screen.json:
         screen.document(
             [
@@ -178,7 +178,7 @@ def show_audits(screen: Screen, audits: list[Audit]) -> None:
                 screen.say(f"  and {more:,} more")
 
 
-def audit_facts(audit: Audit) -> dict[str, object]:
+def audit_fields(audit: Audit) -> dict[str, object]:
     return asdict(audit) | {"complete": audit.complete}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from chunkmill.cli.jobs.attempts import moment
-from chunkmill.cli.jobs.jobs import JOB_FAILED, job_facts, waited
+from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
 from chunkmill.cli.output import Screen, beginning, count, json_option, shown
 from chunkmill.client import Client
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
@@ -50,7 +50,7 @@ def list_(screen: Screen, job_id: int | None, collection: str | None, code: str 
         listed = client.dead(job_id, collection, code, limit)
         codes = client.dead_codes(job_id, collection, code)
     if screen.json:
-        screen.document({"dead": [entry_facts(entry) for entry in listed], "codes": codes})
+        screen.document({"dead": [entry_fields(entry) for entry in listed], "codes": codes})
     elif not listed:
         every = (job_id, collection, code) == (None, None, None)
         screen.say("No chunk is dead." if every else "No such chunk is dead.")
@@ -70,7 +70,7 @@ def show(screen: Screen, dead_id: int, text: bool) -> None:
     if screen.json:
         facts = asdict(details)
         del facts["entry"]
-        screen.document(entry_facts(details.entry) | facts)
+        screen.document(entry_fields(details.entry) | facts)
     else:
         _show_details(screen, details)
 
@@ -102,7 +102,7 @@ def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | 
         if wait:
             after = [waited(screen, client, each) for each in after]
     if screen.json:
-        screen.document(asdict(retried) | {"jobs": [job_facts(each) for each in after]})
+        screen.document(asdict(retried) | {"jobs": [job_fields(each) for each in after]})
     else:
         _show_jobs(screen, after)
     if wait and (failed := [each for each in after if each.state is JobState.FAILED]):
@@ -131,7 +131,7 @@ def drop(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | N
         dropped = client.drop_dead(**which)
         after = [client.job(each) for each in dropped.jobs]
     if screen.json:
-        screen.document(asdict(dropped) | {"jobs": [job_facts(each) for each in after]})
+        screen.document(asdict(dropped) | {"jobs": [job_fields(each) for each in after]})
         return
     screen.say(
         f"{count(dropped.entries, 'entry', 'entries')} dropped from the dead list, "
@@ -140,7 +140,7 @@ def drop(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | N
     _show_jobs(screen, after)
 
 
-def entry_facts(entry: DeadEntry) -> dict[str, object]:
+def entry_fields(entry: DeadEntry) -> dict[str, object]:
     return asdict(entry) | {"why_not_retried": entry.why_not_retried}
 
 
@@ -164,7 +164,7 @@ def _show_list(screen: Screen, listed: Sequence[DeadEntry], codes: dict[str, int
 def _show_details(screen: Screen, details: DeadDetails) -> None:
     entry = details.entry
     stored = details.characters is not None
-    screen.facts(
+    screen.fields(
         {
             "dead chunk": str(entry.id),
             "job": f"{entry.job_id}, {entry.job_state}",

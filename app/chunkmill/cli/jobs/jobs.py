@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -15,15 +16,16 @@ from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
-from chunkmill.cli.paid.lanes import lane_facts, show_explanation
-from chunkmill.cli.progress import Bar, Pace
+from chunkmill.cli.paid.lanes import lane_fields, show_explanation
+from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
 from chunkmill.client import Client
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed
-from chunkmill.monitor.servers import look_at_database
+from chunkmill.monitor.servers import read_database
+from chunkmill.telemetry.pace import Pace
 
 JOB_FAILED = 4
 """Exit code: the job ended with chunks that have no vector."""
@@ -142,7 +144,7 @@ def jobs(screen: Screen, limit: int) -> None:
     with Client.from_env() as client:
         latest = client.jobs(limit)
     if screen.json:
-        screen.document([job_facts(job) for job in latest])
+        screen.document([job_fields(job) for job in latest])
     elif not latest:
         screen.say("No jobs yet. Begin with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
     else:
@@ -224,19 +226,19 @@ def waited(screen: Screen, client: Client, job: Job) -> Job:
 
 def follow(screen: Screen, client: Client, job_id: int, *, on_look: Callable[[], None] | None = None) -> Job:
     """Wait for a job's end behind a bar. ``on_look`` is called at every look. Raises :class:`JobFailed`."""
-    pace = Pace()
+    pace = Pace(PACE_SECONDS)
     with Bar(screen, f"job {job_id}") as bar:
 
         def look(job: Job) -> None:
             if on_look:
                 on_look()
             done = job.contents - job.remaining
-            bar.update(done, job.contents, "texts", pace.facts(job.embedded, job.remaining, job.tokens))
+            bar.update(done, job.contents, "texts", rates(pace, job.embedded, job.remaining, job.tokens))
 
         return client.wait(job_id, on_progress=look)
 
 
-def job_facts(job: Job) -> dict[str, object]:
+def job_fields(job: Job) -> dict[str, object]:
     return asdict(job) | {"progress": round(job.progress, 4)}
 
 
@@ -246,12 +248,12 @@ def show_job(
     failing = client.failing(job.id)
     booked = client.attempts(job.id) if attempts else []
     if screen.json:
-        document = job_facts(job) | {"failing": failing and asdict(failing)}
+        document = job_fields(job) | {"failing": failing and asdict(failing)}
         if attempts:
             document |= {"attempts": [asdict(each) for each in booked], "attempt_totals": attempt_totals(booked)}
         if explain:
             told = client.explain(job.id)
-            document |= {"explanation": asdict(told) | {"lanes": [lane_facts(lane) for lane in told.lanes]}}
+            document |= {"explanation": asdict(told) | {"lanes": [lane_fields(lane) for lane in told.lanes]}}
         screen.document(document)
         return
     facts: dict[str, object] = {
@@ -274,7 +276,7 @@ def show_job(
         and f"ChunkBatch {failing.id}, {failing.state}, attempt {failing.attempt} of {failing.max_attempts}: "
         f"{failing.error}",
     }
-    screen.facts({name: value for name, value in facts.items() if value is not None})
+    screen.fields({name: value for name, value in facts.items() if value is not None})
     if dead and job.dead_chunks:
         screen.say("")
         screen.table(["dead chunk", "code", "reason"], [(d.chunk_id, d.code, d.reason) for d in job.dead_chunks])
@@ -306,13 +308,13 @@ def _row(job: Job) -> list[object]:
 
 
 def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
-    pace = Pace()
+    pace = Pace(PACE_SECONDS)
     number = 0
     for number, chunk in enumerate(reader, 1):
         yield chunk
         if number % 64 == 0:
-            rate = {name: value for name, value in pace.facts(number, 0, 0).items() if name == "per_s"}
-            bar.update(number, None, "chunks", rate)
+            (per_s,) = pace.add(time.monotonic(), number)
+            bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
 
 
@@ -323,8 +325,8 @@ def _tokens(job: Job) -> str:
 
 def _hint_absent(screen: Screen, job: Job) -> None:
     """Whoever waits should know when nobody works."""
-    database = look_at_database(Environment.load(start_embedded=False).settings)
+    database = read_database(Environment.load(start_embedded=False).settings)
     if start := database.start_for(job.route):
         screen.hint(f"No worker is connected, so nothing will move. Start one: {start}")
-    elif not database.poller_connections:
+    elif not database.connections.pollers:
         screen.hint("No poller is connected: lost doorbells will not be rung again. Start one: chunkmill poller")

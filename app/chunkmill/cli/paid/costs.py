@@ -28,7 +28,7 @@ def cost(screen: Screen, by: str, since: datetime | None) -> None:
     with Client.from_env() as client:
         costs = client.usage(by, since=since.date() if since else None)
     if screen.json:
-        screen.document(cost_facts(costs))
+        screen.document(cost_fields(costs))
         return
     if costs.rows:
         screen.table([by, "route", "texts", "tokens", "engine time", "USD", "USD per million"], map(_row, costs.rows))
@@ -46,22 +46,22 @@ def show_budget(screen: Screen, budget: Budget) -> None:
         screen.say(budget.sentence(), share)
 
 
-def cost_facts(costs: Costs) -> dict[str, object]:
+def cost_fields(costs: Costs) -> dict[str, object]:
     rows = [asdict(row) | {"usd_per_million": row.usd_per_million} for row in costs.rows]
-    return {"by": costs.by, "since": costs.since, "rows": rows, "budget": budget_facts(costs.budget)}
+    return {"by": costs.by, "since": costs.since, "rows": rows, "budget": budget_fields(costs.budget)}
 
 
-def budget_facts(budget: Budget) -> dict[str, object]:
+def budget_fields(budget: Budget) -> dict[str, object]:
     return asdict(budget) | {"month": f"{budget.month:%Y-%m}", "percent": budget.percent, "headroom": budget.headroom}
 
 
 def show_estimate(screen: Screen, estimate: Estimate) -> None:
     if screen.json:
         chosen = {"tokens": estimate.tokens, "usd": estimate.usd}
-        screen.document(asdict(estimate) | chosen | {"budget": budget_facts(estimate.budget)})
+        screen.document(asdict(estimate) | chosen | {"budget": budget_fields(estimate.budget)})
         return
     in_flight = f", {estimate.in_flight:,} at a provider for another job" if estimate.in_flight else ""
-    screen.facts(
+    screen.fields(
         {
             "model": estimate.model,
             "space": estimate.space[:12],

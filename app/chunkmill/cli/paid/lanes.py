@@ -39,7 +39,7 @@ def resume(screen: Screen, lane: str) -> None:
         screen.say(f"{lane} takes work again." if resumed else f"{lane} was neither stopped nor paused.")
 
 
-def lane_facts(lane: Lane) -> dict[str, object]:
+def lane_fields(lane: Lane) -> dict[str, object]:
     return asdict(lane) | {"state": lane.state, "why": why(lane)}
 
 
@@ -62,7 +62,7 @@ def lane_lines(found: Iterable[Lane]) -> dict[str, str]:
 
 def show_lanes(screen: Screen, found: list[Lane]) -> None:
     if screen.json:
-        screen.document([lane_facts(lane) for lane in found])
+        screen.document([lane_fields(lane) for lane in found])
         return
     screen.table(
         ["lane", "state", "open ProviderBatches", "why"],
@@ -78,7 +78,7 @@ def show_explanation(screen: Screen, told: Explanation) -> None:
     asked = told.route.value if told.route is Route.AUTO else f"{told.route}, asked for by name"
     deadline = f"{told.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if told.deadline else "none"
     screen.say("")
-    screen.facts({"route": asked, "deadline": deadline})
+    screen.fields({"route": asked, "deadline": deadline})
     if told.routing:
         screen.say("")
         screen.table(

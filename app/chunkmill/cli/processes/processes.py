@@ -19,8 +19,8 @@ from chunkmill.cli.output import Screen, json_option
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
-from chunkmill.monitor.gauges import Observer
-from chunkmill.monitor.servers import look_at_database
+from chunkmill.monitor.gauges import Gauges
+from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
@@ -52,7 +52,7 @@ def poller(screen: Screen, check: bool) -> None:
     """Ring doorbells for whatever is due, and take back what dead workers left. One is enough; more do no harm."""
     settings = Environment.load(start_embedded=False).settings
     if check:
-        connections = look_at_database(settings).poller_connections
+        connections = read_database(settings).connections.pollers
         if screen.json:
             screen.document({"connected": connections > 0, "connections": connections})
         else:
@@ -66,7 +66,7 @@ def poller(screen: Screen, check: bool) -> None:
     broker = Broker.connect(settings)
     try:
         require_migrated(db)
-        with _observed(settings):
+        with _with_metrics(settings):
             Poller(db, broker, settings).run(stop)
     finally:
         broker.close()
@@ -74,19 +74,19 @@ def poller(screen: Screen, check: bool) -> None:
 
 
 @contextlib.contextmanager
-def _observed(settings: Settings) -> Iterator[None]:
+def _with_metrics(settings: Settings) -> Iterator[None]:
     """With metrics of this poller and of the ledger, where METRICS_PORT asks for them."""
     process = Process(frozenset({Role.POLLER}), f"{socket.gethostname()}:{os.getpid()}", "poller")
     server = MetricsServer.start(settings, process)
     if server is None:
         yield
         return
-    observer = Observer(settings)
-    observer.start()
+    gauges = Gauges(settings)
+    gauges.start()
     try:
         yield
     finally:
-        observer.stop()
+        gauges.stop()
         server.stop()
 
 

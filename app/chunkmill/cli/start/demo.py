@@ -19,8 +19,8 @@ import click
 from rich.cells import cell_len
 
 from chunkmill.broker import Broker
-from chunkmill.cli.collections.search import audit_facts, show_hits
-from chunkmill.cli.jobs.jobs import follow, job_facts
+from chunkmill.cli.collections.search import audit_fields, show_hits
+from chunkmill.cli.jobs.jobs import follow, job_fields
 from chunkmill.cli.output import Screen, count, duration, json_option, shown
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
@@ -143,14 +143,14 @@ class _Run:
                 f"{count(job.embedded, 'text')} embedded, {job.tokens:,} tokens: "
                 f"{job.embedded / seconds:,.0f} texts/s, {job.tokens / seconds:,.0f} tokens/s"
             )
-        self.facts["job"] = job_facts(job) | {"seconds": round(seconds, 3)}
+        self.facts["job"] = job_fields(job) | {"seconds": round(seconds, 3)}
 
     def _enqueue_again(self, client: Client, chunks: list[Chunk]) -> None:
         began = time.monotonic()
         with self._step("enqueueing again") as said:
             job: Job = client.wait(client.enqueue(chunks, collection=COLLECTION).id)
             said.append(f"the same again: {job.cached:,} texts from the cache, {job.embedded:,} embedded")
-        self.facts["again"] = job_facts(job) | {"seconds": round(time.monotonic() - began, 3)}
+        self.facts["again"] = job_fields(job) | {"seconds": round(time.monotonic() - began, 3)}
 
     def _audit(self, client: Client) -> None:
         with self._step("auditing") as said:
@@ -158,7 +158,7 @@ class _Run:
             said.append(
                 f"audit: {audit.embedded:,} of {count(audit.chunks, 'chunk')} have a vector, {audit.missing:,} missing"
             )
-        self.facts["audit"] = audit_facts(audit)
+        self.facts["audit"] = audit_fields(audit)
 
     def _search(self, client: Client) -> None:
         searches = self.facts["searches"] = []

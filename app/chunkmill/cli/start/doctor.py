@@ -22,7 +22,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, UnknownModel
 from chunkmill.machine import gpu_names, processor_features, this_machine
 from chunkmill.models import resolve_spec
-from chunkmill.monitor.servers import Database, RedisFacts, look_at_database, look_at_redis
+from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis
 from chunkmill.settings import Settings
 from chunkmill.tuning.profiles import Found, find_profile, memory_limit
 
@@ -132,7 +132,7 @@ def server_checks() -> Iterator[Check]:
     if environment.is_embedded:
         yield disk_check(Stack(settings.chunkmill_home).home)
     try:
-        yield from database_checks(look_at_database(settings))
+        yield from database_checks(read_database(settings))
     except ChunkmillError as error:
         yield Check("Postgres", "fail", "cannot be reached", str(error))
     except sa.exc.DBAPIError as error:
@@ -150,14 +150,14 @@ def database_checks(database: Database) -> Iterator[Check]:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)
     for name, connections, command in (
-        ("worker", database.worker_connections, "Start one where the GPUs are: chunkmill worker"),
-        ("poller", database.poller_connections, "Without one, lost doorbells are not rung again: chunkmill poller"),
+        ("worker", database.connections.workers, "Start one where the GPUs are: chunkmill worker"),
+        ("poller", database.connections.pollers, "Without one, lost doorbells are not rung again: chunkmill poller"),
     ):
         found = f"connected, {count(connections, 'connection')}" if connections else "none connected"
         yield Check(name, "ok" if connections else "warn", found, "" if connections else command)
 
 
-def redis_checks(facts: RedisFacts) -> Iterator[Check]:
+def redis_checks(facts: RedisServer) -> Iterator[Check]:
     old = _numbers(facts.version) < (6, 2)
     yield Check("Redis", "fail" if old else "ok", facts.version, "Chunkmill needs 6.2 or later." if old else "")
     if facts.eviction is None:
@@ -193,7 +193,7 @@ def disk_check(home: Path) -> Check:
 
 def _redis_checks_of(settings: Settings) -> Iterator[Check]:
     try:
-        facts = look_at_redis(settings)
+        facts = read_redis(settings)
     except (redis.RedisError, OSError) as error:
         yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL and that the server is up.")
     else:

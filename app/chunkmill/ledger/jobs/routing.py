@@ -10,6 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.connect import connections
 from chunkmill.domain.prices import MILLION, price_on
 from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
 from chunkmill.domain.spaces import SpaceSpec
@@ -55,7 +56,7 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
     for route in lanes:
         if route is Route.LOCAL:
             usd = local_usd(settings, seconds_per_token(conn, spec))
-            found.append(Offer(route, usd, idle=not _has_workers(conn)))
+            found.append(Offer(route, usd, idle=not connections(conn).workers))
             continue
         stopped = "the month's budget is used up" if used_up else None
         if paid[route].is_stopped:
@@ -82,14 +83,6 @@ def local_usd(settings: Settings, seconds: float | None) -> Decimal | None:
     if settings.gpu_hour_usd is None or seconds is None:
         return None
     return settings.gpu_hour_usd * Decimal(seconds) * MILLION / 3600
-
-
-def _has_workers(conn: sa.Connection) -> bool:
-    connected = sa.text(
-        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() "
-        "AND application_name = 'chunkmill-worker')"
-    )
-    return bool(conn.execute(connected).scalar_one())
 
 
 def entry(choice: Choice, at: datetime) -> dict[str, str]:
