@@ -78,13 +78,22 @@ def processor_features() -> frozenset[str]:
 
 
 def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of this machine, by nvidia-smi; empty where there is no driver, or it does not answer."""
+    """The names of this machine's NVIDIA GPUs; empty if there is no driver or it does not answer."""
+    return nvidia_smi("name") or []
+
+
+def nvidia_smi(*fields: str) -> list[str] | None:
+    """One line for each GPU, with ``fields`` between commas.
+
+    It is None if nvidia-smi is not installed, and empty if nvidia-smi finds no GPU or does not answer.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
-        return []
-    query = [program, "--query-gpu=name", "--format=csv,noheader"]
+        return None
+    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        # A wedged driver makes nvidia-smi hang.
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
     except (subprocess.SubprocessError, OSError):
         return []
     return done.stdout.strip().splitlines()

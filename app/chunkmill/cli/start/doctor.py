@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, UnknownModel
-from chunkmill.machine import gpu_names, processor_features, this_machine
+from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis
 from chunkmill.settings import Settings
@@ -84,7 +83,7 @@ def machine_checks() -> Iterator[Check]:
     torch = _version("torch")
     yield Check("torch", "ok", torch or "not installed: this machine enqueues and searches, and does not embed")
     yield Check("CPU", "ok", _cpu())
-    yield Check("GPU", "ok", _gpus() or "none: embedding runs on the CPU")
+    yield Check("GPU", "ok", _gpus())
 
 
 def profile_checks() -> Iterator[Check]:
@@ -238,15 +237,10 @@ def _cpu() -> str:
 
 
 def _gpus() -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return "nvidia-smi is there and finds no GPU it can use"
-    return "; ".join(done.stdout.strip().splitlines())
+    found = nvidia_smi("name", "memory.total")
+    if found is None:
+        return "none: embedding runs on the CPU"
+    return "; ".join(found) or "nvidia-smi is installed but finds no usable GPU"
 
 
 def _show(screen: Screen, checks: list[Check]) -> None:
