@@ -521,7 +521,7 @@ def test_dead_list_and_dead_show(client: Client, hands: Hands) -> None:
     facts = document("dead", "list", "--code", "empty_text")
     assert [entry["chunk_id"] for entry in facts["dead"]] == ["empty"]
     assert "never stored" in facts["dead"][0]["why_not_retried"]
-    assert call("dead", "list", "--code", "none").stdout == "No such chunk is dead.\n"
+    assert call("dead", "list", "--code", "none").stdout == "No dead chunk matches.\n"
 
     shown = call("dead", "show", str(bad.id))
     assert all(word in shown.stdout for word in ("host:4", "ended by SIGSEGV", '{"lang": "en"}', "31 bytes"))
@@ -546,10 +546,10 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         assert "by ID, or choose" in call("dead", "retry", *wrong, exit_code=2).stderr
     done = call("dead", "retry", "--job", str(job.id))
     assert done.stdout.splitlines() == [
-        "1 chunk of job 1 came off the dead list; 1 text to embed.",
+        "1 chunk of job 1 removed from the dead list; 1 text to embed.",
         "Job 1 (docs) is running: 1 to go, 1 dead.",
     ]
-    assert "1 chunk passed over: refused at the door" in done.stderr
+    assert "1 chunk skipped: refused at the door" in done.stderr
     hands.work(dead={"text a": "not_finite"})
     (again,) = client.dead(code="not_finite")
 
@@ -571,7 +571,7 @@ def test_dead_drop_needs_a_yes(client: Client, hands: Hands) -> None:
     assert "pass --yes" in call("dead", "drop", str(first), exit_code=1).stderr
     assert len(client.dead()) == 2
     assert call("dead", "drop", str(first), "--yes").stdout.splitlines() == [
-        "1 entry dropped from the dead list, 1 chunk from their collections.",
+        "1 entry deleted from the dead list, 1 chunk from their collections.",
         "Job 1 (docs) is failed: 0 to go, 1 dead.",
     ]
     assert "no dead chunk" in call("dead", "drop", str(first), "--yes", exit_code=1).stderr

@@ -431,7 +431,7 @@ def call(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 def test_the_cost_command(
     call: Callable[..., Result], db: sa.Engine, space: registry.Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "Nothing was embedded yet." in call("cost").stdout
+    assert "Nothing has been embedded yet." in call("cost").stdout
     charge(db, space, "8.5", tokens=850_000_000)
     monkeypatch.setenv("OPENAI_MONTHLY_BUDGET_USD", "10")
     shown = call("cost", "--by", "model").stdout

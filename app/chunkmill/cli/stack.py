@@ -1,4 +1,4 @@
-"""`up`, `down`, `status` and `migrate`: the servers."""
+"""`up`, `down`, `status` and `migrate`."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(1, 65535), help="Let Postgres listen on 127.0.0.1 at this port too.")
-@click.option("--redis-port", type=click.IntRange(1, 65535), help="Let Redis listen on 127.0.0.1 at this port too.")
+@click.option("--port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Postgres listens too.")
+@click.option("--redis-port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Redis listens too.")
 @json_option
 @click.pass_obj
 def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
-    """Start the embedded Postgres and Redis, and bring the tables up to date.
+    """Start the embedded Postgres and Redis, and create or update the tables.
 
-    They outlive this command; `chunkmill down` stops them. The data folder is CHUNKMILL_HOME, or the user's data
-    folder. Running servers are left as they are.
+    The servers keep running after this command; `chunkmill down` stops them. Servers that already run are left as
+    they are. The data is kept in CHUNKMILL_HOME or, if that is not set, in the user's data folder.
     """
     settings = Settings.from_env()
     status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
     run_migrations(_addressed(status).require_database_url())
     _show_stack(screen, status)
     if settings.database_url or settings.redis_url:
-        screen.hint("DATABASE_URL and REDIS_URL are set, so the other commands use those servers and not this stack.")
+        screen.hint("DATABASE_URL or REDIS_URL is set, so the other commands do not use this stack.")
     elif not screen.json:
         screen.say("")
-        screen.say("Every command finds them by itself. Next: ", ("chunkmill worker", "bold"), " and, beside it, ",
+        screen.say("Every command finds these servers by itself.")
+        screen.say("Next, start ", ("chunkmill worker", "bold"), " and, in another terminal, ",
                    ("chunkmill poller", "bold"))  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
 @json_option
 @click.pass_obj
 def down(screen: Screen) -> None:
-    """Stop the embedded Postgres and Redis. The data stays for the next `up`."""
+    """Stop the embedded Postgres and Redis. The data is kept for the next `up`."""
     stack = Stack(Settings.from_env().chunkmill_home)
     was_up = stack.status()
     status = stack.down()
@@ -61,22 +62,32 @@ def down(screen: Screen) -> None:
     for before in (was_up.postgres, was_up.redis):
         pid = f" (pid {before.pid})" if before.pid else ""
         screen.say(f"{before.name:<8}  ", "stopped" if before.pid else "was not running", pid)
-    screen.say(("data      ", "dim"), f"stays in {status.home}")
+    screen.say(("data      ", "dim"), f"kept in {status.home}")
 
 
 @click.command()
-@click.option("--watch", "watching", is_flag=True, help="Look again and again: lanes, rates, jobs, money, faults.")
 @click.option(
-    "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between looks."
+    "--watch", "watching", is_flag=True, help="Show lanes, rates, jobs, money and faults, and keep them up to date."
 )
-@click.option("--times", type=click.IntRange(1), help="So many looks; without it, until Ctrl-C.")
+@click.option(
+    "--every",
+    type=click.FloatRange(0.2, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two updates of --watch.",
+)
+@click.option(
+    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
+)
 @json_option
 @click.pass_obj
 def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
-    """Servers, migration level, workers, doorbells and open jobs. Starts nothing."""
+    """Show the servers, the migration, workers, doorbells and open jobs. This starts nothing."""
     settings = Settings.from_env()
     if bool(settings.database_url) != bool(settings.redis_url):
-        raise InvalidSetting("Of DATABASE_URL and REDIS_URL one is set. Set both, or neither for the embedded stack.")
+        raise InvalidSetting(
+            "Only one of DATABASE_URL and REDIS_URL is set. Set both, or neither to use the embedded stack."
+        )
     if watching:
         from chunkmill.cli.watch.watch import watch
 
@@ -89,7 +100,7 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
             _show_stack(screen, stack)
             if not screen.json:
                 screen.say("")
-                screen.say("Start it: ", ("chunkmill up", "bold"))
+                screen.say("To start it: ", ("chunkmill up", "bold"))
             return
         _show_stack(screen, stack, read_status(_addressed(stack)))
         return
@@ -106,22 +117,28 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
 
 
 @click.command()
-@click.option("--revision", default="head", show_default=True, help="The migration to go up to.")
+@click.option("--revision", default="head", show_default=True, help="Name of the migration to upgrade to.")
 @json_option
 @click.pass_obj
 def migrate(screen: Screen, revision: str) -> None:
-    """Bring the database's tables up to this version. Safe under load and from several machines at once."""
+    """Update the database's tables to this version.
+
+    This is safe while workers run, and from several machines at once.
+    """
     settings = Environment.load(start_embedded=False).settings
     before = read_database(settings).migration
     try:
         run_migrations(settings.require_database_url(), revision)
     except CommandError as error:
-        raise InvalidInput(f"the migration to {revision!r} cannot be found or reached: {error}") from None
+        raise InvalidInput(
+            f"the database cannot be migrated to {revision!r}: {error}. Name an existing later migration, or leave "
+            "--revision out."
+        ) from None
     after = read_database(settings).migration
     if screen.json:
         screen.document({"before": before, "after": after})
     elif before == after:
-        screen.say(f"The database is at migration {after} already.")
+        screen.say(f"The database is already at migration {after}.")
     else:
         screen.say(f"Migrated from {before or 'an empty database'} to {after}.")
 
@@ -220,7 +237,7 @@ def _show_status(screen: Screen, status: Status) -> None:
     if faults:
         screen.say("")
         screen.table(
-            ["when", "fault", "of what, and why"],
+            ["when", "fault", "where and why"],
             [
                 (f"{fault.at.astimezone():%m-%d %H:%M:%S}", fault.what, beginning(fault.line, FAULT_COLUMNS))
                 for fault in faults[:SHOWN_FAULTS]
@@ -233,4 +250,6 @@ def _lanes_and_faults(status: Status) -> tuple[Sequence[Lane], Sequence[Fault]]:
 
 
 def _connected(connections: int, command: str) -> str:
-    return f"connected, {count(connections, 'connection')}" if connections else f"none connected; start one: {command}"
+    return (
+        f"connected, {count(connections, 'connection')}" if connections else f"none connected; to start one: {command}"
+    )

@@ -1,4 +1,4 @@
-"""`models canary`: the reference that every worker's golden texts are compared with, and who made it."""
+"""`models canary`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from chunkmill.spaces.registry import Space
 
 
 @click.command()
-@click.option("--reset", metavar="SPACE", help="Forget the reference of a space, or of all spaces of a model.")
+@click.option("--reset", metavar="SPACE", help="Delete the reference of this space, or of all spaces of this model.")
 @json_option
 @click.pass_obj
 def canary(screen: Screen, reset: str | None) -> None:
-    """Who made the reference of each space, on what and with which versions.
+    """Show which worker made the reference of each space, on which device and with which versions.
 
-    A worker embeds the golden texts before it serves a space, and refuses where they differ from the reference. The
-    first worker made it. If that one was the odd one out: --reset, start a worker you trust, then the others.
+    A worker embeds the golden texts before it serves a space, and refuses to serve it if its vectors differ too much
+    from the reference, which the first worker made. If that first worker was the faulty one, delete its reference
+    with --reset, start a worker that you trust, and then start the others.
     """
-    with Client.from_env():  # migrated and reachable
+    with Client.from_env():  # checks that the database is migrated and reachable
         settings = Environment.load(start_embedded=False).settings
     db = create_db(settings.require_database_url(), role="cli", pool_size=1)
     try:
@@ -33,27 +34,27 @@ def canary(screen: Screen, reset: str | None) -> None:
             registered = registry.all_spaces(conn)
             if reset is not None:
                 chosen = _chosen(registered, reset)
-                forgotten = [space for space in chosen if canaries.forget(conn, space.id)]
+                deleted = [space for space in chosen if canaries.forget(conn, space.id)]
             else:
                 kept = canaries.all_kept(conn)
     finally:
         db.dispose()
     if reset is not None:
-        _show_reset(screen, chosen, forgotten)
+        _show_reset(screen, chosen, deleted)
     else:
         _show(screen, {space.id: space for space in registered}, kept)
 
 
 def _chosen(registered: list[Space], named: str) -> list[Space]:
-    """The spaces of a model's name, or the one whose fingerprint begins so."""
+    """The spaces of the model ``named``, or the one space whose fingerprint starts with ``named``."""
     of_model = [space for space in registered if space.spec.model == named]
-    found = of_model or [space for space in registered if named and space.spec.fingerprint.startswith(named)]
-    if not found or (not of_model and len(found) > 1):
-        how_many = "several spaces have" if found else "no space has"
+    matching = of_model or [space for space in registered if named and space.spec.fingerprint.startswith(named)]
+    if not matching or (not of_model and len(matching) > 1):
+        how_many = "several spaces have" if matching else "no space has"
         raise InvalidInput(
-            f"{how_many} the model or the fingerprint {named!r}: give one as `chunkmill models` shows it."
+            f"{how_many} the model or the fingerprint {named!r}. Give one that `chunkmill models` shows."
         )
-    return found
+    return matching
 
 
 def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.Kept]) -> None:
@@ -65,7 +66,7 @@ def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.Kept]) ->
             ]
         )
     elif not kept:
-        screen.say("No reference is kept yet: the first worker that serves a space makes it.")
+        screen.say("There is no reference yet. The first worker that serves a space makes it.")
     else:
         screen.table(
             ["space", "model", "golden texts", "made", "by", "on", "dtype", "with"],
@@ -78,13 +79,14 @@ def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.Kept]) ->
         )  # fmt: skip
 
 
-def _show_reset(screen: Screen, chosen: list[Space], forgotten: list[Space]) -> None:
+def _show_reset(screen: Screen, chosen: list[Space], deleted: list[Space]) -> None:
     if screen.json:
-        screen.document({"forgotten": [space.spec.fingerprint for space in forgotten]})
-    elif not forgotten:
+        screen.document({"forgotten": [space.spec.fingerprint for space in deleted]})
+    elif not deleted:
         screen.say(f"{count(len(chosen), 'space')} had no reference; nothing was changed.")
     else:
-        named = ", ".join(space.spec.fingerprint[:12] for space in forgotten)
+        named = ", ".join(space.spec.fingerprint[:12] for space in deleted)
         screen.say(
-            f"Forgot the reference of {named}. The next worker that serves it makes it anew: start one you trust."
+            f"Deleted the reference of {named}. The next worker that serves the space makes a new one: start one that "
+            "you trust."
         )

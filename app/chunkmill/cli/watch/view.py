@@ -1,4 +1,4 @@
-"""What a view of the ledger looks like: as facts for JSON, and drawn for a terminal. Pure."""
+"""Turns a view of the ledger into JSON, or into tables for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chunkmill.monitor.snapshot import LANES, Money, Snapshot, Totals, lane_stat
 from chunkmill.monitor.watcher import View
 
 STALE_SECONDS = 3.0
-"""A look that is older is said to be."""
+"""If a view is older than this many seconds, its age is shown in red."""
 SHOWN_JOBS = 10
 STYLES = {"running": "green", "idle": "yellow", "paused": "yellow", "held": "yellow", "stopped": "red"}
 GIB = 1024**3
@@ -25,7 +25,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of all workers that report, over their last minutes. ``padding`` is the wasted share of what was computed."""
+    """The rates of all workers over their last minute. ``padding`` is the share of computed tokens that was padding."""
 
     contents_per_s: float
     tokens_per_s: float
@@ -42,8 +42,8 @@ def rates(workers: Iterable[Report]) -> Rates:
     )
 
 
-def facts(view: View, at: float) -> dict[str, object]:
-    """One JSON document. What is not known is null; ``age_s`` says how old the rest is."""
+def fields(view: View, at: float) -> dict[str, object]:
+    """The JSON document of a view. What is not known is null, and ``age_s`` says how old the rest is."""
     snapshot, totals = view.snapshot, view.totals
     return {
         "at": snapshot.at.isoformat() if snapshot else None,
@@ -55,7 +55,7 @@ def facts(view: View, at: float) -> dict[str, object]:
         "doorbells": view.doorbells,
         "lanes": _lane_fields(snapshot, totals) if snapshot else None,
         "rates": asdict(rates(snapshot.workers)) if snapshot else None,
-        "workers": [_worker_facts(worker) for worker in snapshot.workers] if snapshot else None,
+        "workers": [_worker_fields(worker) for worker in snapshot.workers] if snapshot else None,
         "pollers": snapshot.connections.pollers if snapshot else None,
         "cache_hit_rate": totals.cache_hits if totals else None,
         "jobs": totals.jobs if totals else None,
@@ -83,7 +83,7 @@ def draw(view: View | None, at: float, looking_since: float) -> RenderableType:
 
 
 def _head(view: View, at: float, looking_since: float) -> Text:
-    head = Text.assemble(("Chunkmill", "bold"), "  Ctrl-C ends this")
+    head = Text.assemble(("Chunkmill", "bold"), "  end with Ctrl-C")
     age = _age(view.snapshot_at, at)
     if age is not None and view.snapshot:
         head.append(
@@ -120,15 +120,15 @@ def _lanes(snapshot: Snapshot, view: View) -> Table:
 
 
 def _totals(snapshot: Snapshot, totals: Totals | None) -> Table:
-    found = rates(snapshot.workers)
+    current = rates(snapshot.workers)
     table = Table.grid(padding=(0, 2, 0, 0))
     pairs = [
-        ("contents/s", f"{found.contents_per_s:,.0f}"),
-        ("tokens/s", f"{found.tokens_per_s:,.0f}"),
-        ("padding", _percent(found.padding)),
+        ("contents/s", f"{current.contents_per_s:,.0f}"),
+        ("tokens/s", f"{current.tokens_per_s:,.0f}"),
+        ("padding", _percent(current.padding)),
         ("cache hits", _percent(totals.cache_hits if totals else None)),
         ("dead chunks", f"{totals.dead_chunks:,}" if totals else NOTHING),
-        ("pollers", "connected" if snapshot.connections.pollers else "none: chunkmill poller"),
+        ("pollers", "connected" if snapshot.connections.pollers else "none, start one: chunkmill poller"),
     ]
     line = Text()
     for name, value in pairs:
@@ -225,7 +225,7 @@ def _lane_fields(snapshot: Snapshot, totals: Totals | None) -> list[dict[str, ob
     ]
 
 
-def _worker_facts(worker: Report) -> dict[str, object]:
+def _worker_fields(worker: Report) -> dict[str, object]:
     return {
         "name": worker.name,
         "label": worker.label,
@@ -255,7 +255,7 @@ def _waste(tokens: int, padded: int) -> float | None:
 
 
 def _busy(worker: Report) -> float | None:
-    """The share of its time in which a TokenBatch was on the device; a provider's worker has no device."""
+    """The share of time in which a TokenBatch was on the device; None for a worker of paid routes."""
     return None if worker.kind == "provider" else min(1.0, worker.rate(worker.engine_seconds))
 
 

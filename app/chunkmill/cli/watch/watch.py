@@ -8,7 +8,7 @@ import time
 from rich.live import Live
 
 from chunkmill.cli.output import Screen
-from chunkmill.cli.watch.view import draw, facts
+from chunkmill.cli.watch.view import draw, fields
 from chunkmill.errors import InvalidInput
 from chunkmill.monitor.watcher import View, Watcher
 from chunkmill.settings import Settings
@@ -84,7 +84,7 @@ def _print(screen: Screen, refresher: Refresher, every: float, times: int | None
         # One line for each new view. While a server hangs, the old view is printed with its age.
         view = refresher.latest(max(PATIENCE_SECONDS, 3 * every))
         if view is not None:
-            screen.line(facts(view, time.monotonic()))
+            screen.line(fields(view, time.monotonic()))
             left = None if left is None else left - 1
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from chunkmill.cli.watch.view import draw, facts, rates
+from chunkmill.cli.watch.view import draw, fields, rates
 from chunkmill.db.connect import Connections
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.states import JobState, Route
@@ -60,7 +60,7 @@ def drawn(view: View | None, at: float = 100.5, looking_since: float = 100.4) ->
 
 
 def document(view: View, at: float = 100.5) -> dict[str, Any]:
-    return json.loads(json.dumps(facts(view, at), default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(fields(view, at), default=str))  # type: ignore[no-any-return]
 
 
 def test_a_terminal_shows_every_number() -> None:
