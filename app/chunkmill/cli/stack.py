@@ -82,7 +82,7 @@ def down(screen: Screen) -> None:
 @json_option
 @click.pass_obj
 def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
-    """Show the servers, the migration, workers, doorbells and open jobs. This starts nothing."""
+    """Show the servers, the migration, workers, doorbells and open jobs. Nothing is started."""
     settings = Settings.from_env()
     if bool(settings.database_url) != bool(settings.redis_url):
         raise InvalidSetting(
@@ -131,7 +131,7 @@ def migrate(screen: Screen, revision: str) -> None:
         run_migrations(settings.require_database_url(), revision)
     except CommandError as error:
         raise InvalidInput(
-            f"the database cannot be migrated to {revision!r}: {error}. Name an existing later migration, or leave "
+            f"the migration {revision!r} cannot be found or reached: {error}. Name an existing later one, or leave "
             "--revision out."
         ) from None
     after = read_database(settings).migration

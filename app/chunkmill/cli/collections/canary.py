@@ -20,11 +20,12 @@ from chunkmill.spaces.registry import Space
 @json_option
 @click.pass_obj
 def canary(screen: Screen, reset: str | None) -> None:
-    """Show which worker made the reference of each space, on which device and with which versions.
+    """Show which worker made each space's reference vectors.
 
-    A worker embeds the golden texts before it serves a space, and refuses to serve it if its vectors differ too much
-    from the reference, which the first worker made. If that first worker was the faulty one, delete its reference
-    with --reset, start a worker that you trust, and then start the others.
+    It also shows the worker's device and its versions. A worker embeds the golden texts before it serves a space, and
+    refuses to serve it if its vectors differ too much from the reference, which the first worker made. If that first
+    worker was the faulty one, delete its reference with --reset, start a worker that you trust, and then start the
+    others.
     """
     with Client.from_env():  # checks that the database is migrated and reachable
         settings = Environment.load(start_embedded=False).settings

@@ -25,7 +25,7 @@ _TAIL_LINES = 15
 @json_option
 @click.pass_obj
 def export(screen: Screen, model: str, backend: str, force: bool) -> None:
-    """Export MODEL so that workers on this machine can run it with ONNX Runtime or OpenVINO.
+    """Export MODEL for ONNX Runtime or OpenVINO, so that workers on this machine can use them.
 
     MODEL is the bundled model's name, a folder or org/name@revision, and must be on this machine already. An export
     is needed once for each machine and user. It is kept only if its vectors agree with the model's own, and it

@@ -67,7 +67,7 @@ def cache(ctx: click.Context, recent: float) -> None:
     if screen.json:
         screen.document({"spaces": [_fields(space) for space in spaces]})
     elif not spaces:
-        screen.say("There are no spaces yet. The first enqueue or the first worker registers one.")
+        screen.say("No space is registered yet. The first enqueue or the first worker registers one.")
     else:
         heads = ["space", "model", "vectors", "table", "index", "unreferenced", "size", "oldest", "hits", "rate",
                  f"last {recent:g} days"]  # fmt: skip
@@ -89,10 +89,10 @@ def cache(ctx: click.Context, recent: float) -> None:
 def evict(
     screen: Screen, older_than: float | None, max_size: float | None, space: str | None, dry_run: bool, yes: bool
 ) -> None:
-    """Delete vectors that no collection refers to, and their texts, oldest first.
+    """Delete vectors and texts that no collection refers to.
 
-    It first counts, and asks before it deletes. It is safe while workers run. The age of a text counts from when it
-    was first stored.
+    It deletes the oldest until the age or the size is reached. It first counts, and asks before it deletes. It is safe
+    while workers run. The age of a text counts from when it was first stored.
     """
     if (older_than is None) == (max_size is None):
         raise click.UsageError("Say what to evict: either --older-than or --max-size.")
@@ -115,7 +115,7 @@ def _run(screen: Screen, act: Callable[[bool, OnProgress | None], Pruned], *, dr
     if not yes:
         if screen.json or not sys.stdin.isatty():
             raise InvalidInput(
-                "this command asks before it deletes, and stdin is not a terminal. Pass --yes to delete at once, or "
+                "this command asks before it deletes, and stdin is not a terminal: pass --yes to delete at once, or "
                 "--dry-run."
             )
         planned = act(True, None)

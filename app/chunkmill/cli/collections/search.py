@@ -127,7 +127,7 @@ def _show_models(screen: Screen) -> None:
             ]
         )
     elif not spaces:
-        screen.say("There are no spaces yet. The first enqueue or the first worker registers one.")
+        screen.say("No space is registered yet. The first enqueue or the first worker registers one.")
     else:
         screen.table(
             ["space", "model", "dims", "max tokens", "pooling", "long texts", "precision", "column", "collections"],
@@ -206,7 +206,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
 def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
     if screen.json or not sys.stdin.isatty():
         raise InvalidInput(
-            "delete asks before it deletes, and stdin is not a terminal. Pass --yes to delete without asking."
+            "delete asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
         )
     n_chunks = len(ids) or client.audit(collection).chunks
     return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

@@ -41,10 +41,10 @@ def dead() -> None:
 @json_option
 @click.pass_obj
 def list_(screen: Screen, job_id: int | None, collection: str | None, code: str | None, limit: int) -> None:
-    """List the dead chunks, newest first, and how many there are of each code.
+    """List the dead chunks, newest first.
 
-    The column "now" says what became of the chunk: missing (it still has no vector), embedded, replaced (by another
-    text), deleted, or refused (it was never in the collection).
+    The last line says how many there are of each code. The column "now" says what became of the chunk: missing (it
+    still has no vector), embedded, replaced (by another text), deleted, or refused (it was never in the collection).
     """
     with Client.from_env() as client:
         listed = client.dead(job_id, collection, code, limit)
@@ -208,7 +208,7 @@ def _which(ids: tuple[int, ...], job_id: int | None, code: str | None) -> dict[s
 def _confirmed(screen: Screen, client: Client, which: dict[str, Any]) -> bool:
     if screen.json or not sys.stdin.isatty():
         raise InvalidInput(
-            "dead drop asks before it deletes, and stdin is not a terminal. Pass --yes to delete without asking."
+            "dead drop asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
         )
     number = len(set(which["ids"])) if "ids" in which else sum(client.dead_codes(**which).values())
     return click.confirm(

@@ -160,7 +160,7 @@ def jobs(screen: Screen, limit: int) -> None:
     if screen.json:
         screen.document([job_fields(job) for job in latest])
     elif not latest:
-        screen.say("There are no jobs yet. Start with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
+        screen.say("No jobs yet. Start with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
     else:
         screen.table(
             ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],

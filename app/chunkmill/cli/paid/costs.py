@@ -20,7 +20,7 @@ from chunkmill.domain.costs import Cost, Costs, CostsBy, Estimate, LaneEstimate
     type=click.Choice([by.value for by in CostsBy]),
     default="month",
     show_default=True,
-    help="One row for each.",
+    help="What each row stands for.",
 )
 @click.option(
     "--since", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="First day (UTC) that is counted."

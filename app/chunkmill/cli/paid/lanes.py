@@ -30,7 +30,10 @@ def lanes(context: click.Context) -> None:
 @json_option
 @click.pass_obj
 def resume(screen: Screen, lane: str) -> None:
-    """Let a stopped or paused LANE take work again, after its problem is fixed."""
+    """Let a stopped or paused LANE take work again.
+
+    Fix the problem that stopped it first; `chunkmill lanes` shows it.
+    """
     with Client.from_env() as client:
         resumed = client.resume_lane(lane)
     if screen.json:

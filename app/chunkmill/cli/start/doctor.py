@@ -260,4 +260,4 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     if failed:
         screen.say((f"{failed} of {len(checks)} checks failed.", "bold red"))
     else:
-        screen.say(("All checks passed.", "green"))
+        screen.say(("No check failed.", "green"))
