@@ -442,7 +442,7 @@ def test_the_cost_command(
     document = json.loads(call("cost", "--json").stdout)
     assert [(row["route"], row["usd"], row["usd_per_million"]) for row in document["rows"]] == [("openai", 8.5, 0.01)]
     assert (document["budget"]["percent"], document["budget"]["headroom"]) == (85, 1.5)
-    assert "Nothing was embedded since then." in call("cost", "--since", "2999-01-01").stdout
+    assert "Nothing has been embedded since then." in call("cost", "--since", "2999-01-01").stdout
 
 
 def test_a_dry_run(
