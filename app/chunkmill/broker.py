@@ -1,4 +1,4 @@
-"""The broker: names of queues and tasks, Celery's configuration, and the one thing we publish."""
+"""The broker: names of queues and tasks, Celery's configuration, and the publishing of doorbells."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ NEXT_NAMES = {
     REQUEST_TASK: "chunkmill_workers.request_chunk_batch",
     ADVANCE_TASK: "chunkmill_workers.advance_provider_batch",
 }
-"""What the next release calls these tasks.
+"""The names of these tasks in the next release.
 
-During an upgrade, workers of two releases stand beside each other. Workers of this release answer both names, and this
-release rings under the old ones, which workers of the last release know. The next release may ring under the new ones.
+During an upgrade, workers of two releases run side by side. Workers of this release answer both names, and this release
+rings under the old ones, which workers of the last release know. The next release may ring under the new ones.
 """
 PRIORITY_STEPS = [0, 3, 6, 9]
 STEP_PRIORITY = 0
-"""Of a ProviderBatch's steps: before the doorbells beside them, whose priorities are those of jobs."""
+"""The priority of a ProviderBatch's steps. They come before doorbells, whose priorities are those of jobs."""
 
 REFUSALS = (
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ReadOnlyError,
     redis.exceptions.MasterDownError,
-    redis.exceptions.ExecAbortError,  # what a transaction says of the others
+    redis.exceptions.ExecAbortError,  # a transaction reports the others in this form
 )
-"""What Redis answers while it is full, or in a failover. For kombu they are a channel's errors, and end a worker."""
+"""What Redis answers while it is full or fails over. kombu takes them for errors of a channel, which end a worker."""
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]
-    """kombu's notes in Redis of doorbells that are being answered, without which work goes on all the same.
+    """kombu's record in Redis of unacknowledged messages. Work continues if it cannot be written.
 
-    The ledger knows what is being worked on. A note that cannot be made is missed by nobody; one that cannot be
-    removed brings its bell again, and the claim answers it.
+    The ledger knows which ChunkBatches are in work. If an entry cannot be written, nothing is missing. If it cannot be
+    removed, its doorbell comes again, and the claim finds nothing to do.
     """
 
     def append(self, message: Any, delivery_tag: str) -> None:
@@ -71,7 +71,7 @@ class _Channel(redis_transport.Channel):  # type: ignore[misc]
 
 
 class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
-    """kombu's, to which a Redis that refuses for a while is away for a while, and not broken."""
+    """kombu's transport, except that it treats a Redis that refuses like one that is away for a while."""
 
     Channel = _Channel
     connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
@@ -81,21 +81,24 @@ for _scheme in ("redis", "rediss"):
     TRANSPORT_ALIASES[_scheme] = f"{__name__}:{RedisTransport.__name__}"
 
 PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
-"""What publishing raises while Redis is away. The poller rings again, so a publisher may log and go on."""
+"""What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again."""
 
 
 Shown = Mapping[str, int | str]
-"""What Flower shows of a doorbell beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
+"""A doorbell's label, which Flower shows beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
 
-A label for people, which no worker reads. Numbers, states, and names of collections and models: never a text.
+The label is for people, and no worker reads it. It has numbers, states, and names of collections and models, never a
+text.
 """
 LONGEST_NAME = 60
-"""Of a collection or model in a doorbell; their own limit is 200 characters, and Redis holds many bells."""
+"""The longest name of a collection or model in a label. Names may have 200 characters, but Redis holds many doorbells.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """A ChunkBatch id and the priority rank of its job, 0 served first. A label is all else that goes into Redis."""
+    """The id of a ChunkBatch, the priority rank of its job (0 is served first), and a label. Nothing else goes into
+    Redis."""
 
     chunk_batch_id: int
     priority: int
@@ -104,7 +107,7 @@ class Doorbell:
 
 @dataclass(frozen=True, slots=True)
 class StepBell:
-    """As a doorbell, for the next step of a ProviderBatch."""
+    """Like a doorbell, but for the next step of a ProviderBatch."""
 
     provider_batch_id: int
     shown: Shown = field(default_factory=dict)
@@ -112,7 +115,7 @@ class StepBell:
 
 @dataclass(frozen=True, slots=True)
 class Bells:
-    """Where the ChunkBatches of a route have their doorbells, and which task answers them."""
+    """The queue with the doorbells of a route's ChunkBatches, and the task that answers them."""
 
     route: Route
     queue: str
@@ -122,14 +125,14 @@ class Bells:
 LOCAL_BELLS = Bells(Route.LOCAL, QUEUE, EMBED_TASK)
 SYNC_BELLS = Bells(Route.OPENAI_SYNC, PROVIDER_QUEUE, REQUEST_TASK)
 BELLS = (LOCAL_BELLS, SYNC_BELLS)
-"""Of route ``openai`` there are none: its ChunkBatches are gathered into ProviderBatches."""
+"""Route ``openai`` has no doorbells, because its ChunkBatches are gathered into ProviderBatches."""
 
 
 def make_celery(settings: Settings) -> Celery:
-    """The Celery app, the same for producers, workers, poller and Flower.
+    """The Celery app, which is the same for producers, workers, pollers and Flower.
 
-    One retry brain: the ledger. Celery neither retries nor keeps results, and acknowledges late, so that a
-    redelivered doorbell is harmless: the claim answers it.
+    Only the ledger decides about retries. Celery neither retries nor keeps results. It acknowledges late, so a doorbell
+    may be delivered twice; that is harmless, because the second claim finds nothing to do.
     """
     url = settings.require_redis_url()
     app = Celery("chunkmill", broker=kombu_url(url), set_as_current=False)
@@ -144,15 +147,15 @@ def make_celery(settings: Settings) -> Celery:
         worker_concurrency=settings.embedding_parallel_batches,
         worker_prefetch_multiplier=1,
         worker_enable_prefetch_count_reduction=False,
-        worker_soft_shutdown_timeout=0,  # real on prefork only; on threads it ends in a warm shutdown
+        worker_soft_shutdown_timeout=0,  # works only with prefork; with threads it leads to a warm shutdown
         worker_send_task_events=True,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=5,
         broker_transport_options={
-            # The shortest visibility timeout of all connected apps wins, so it is set here for all. It
-            # only collects garbage: leases in Postgres drive recovery.
+            # The shortest visibility timeout of all connected apps applies, so it is set here for all of them. It
+            # only collects garbage, because recovery depends on the leases in Postgres.
             "visibility_timeout": 1800,
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 3,
@@ -162,7 +165,7 @@ def make_celery(settings: Settings) -> Celery:
             "health_check_interval": 25,
             "priority_steps": PRIORITY_STEPS,
             "queue_order_strategy": "priority",
-            # A publisher gives up soon, for the poller will ring again; kombu's default is to wait for ever.
+            # A publisher gives up soon, because the poller rings again. By default kombu waits for ever.
             "max_retries": 2,
             "interval_start": 0.1,
             "interval_step": 0.2,
@@ -177,9 +180,9 @@ def make_celery(settings: Settings) -> Celery:
 
 @dataclass(frozen=True, slots=True)
 class Broker:
-    """Both ways to Redis: Celery's, to publish, and a plain client, to look at the queue first.
+    """Two connections to Redis: Celery's publishes, and a plain client reads the queues first.
 
-    The look comes first on purpose: with Redis away it fails within seconds, where kombu would wait.
+    The client comes first on purpose: if Redis is away, it fails within seconds, while kombu would wait.
     """
 
     celery: Celery
@@ -187,7 +190,7 @@ class Broker:
 
     @classmethod
     def connect(cls, settings: Settings) -> Broker:
-        """Open nothing yet; the first use connects."""
+        """Make both clients. Neither connects before its first use."""
         return cls(
             make_celery(settings),
             redis.Redis.from_url(
@@ -199,18 +202,22 @@ class Broker:
         )
 
     def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
-        """Doorbells waiting in Redis, by priority rank.
+        """How many doorbells wait in Redis, by priority rank.
 
-        Those delivered and not acknowledged do not count: their ChunkBatches are running, or their worker
-        was killed and nobody will come for them.
+        Doorbells that were delivered and not acknowledged do not count: their ChunkBatches are running, or their
+        worker was killed and nobody will answer them.
         """
         with self.client.pipeline(transaction=False) as pipe:
             for step in PRIORITY_STEPS:
                 pipe.llen(bells.queue if step == 0 else f"{bells.queue}\x06\x16{step}")
             return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
 
+    def doorbells_by_queue(self) -> dict[str, int]:
+        """How many doorbells of ChunkBatches wait in Redis, by queue."""
+        return {bells.queue: sum(self.queued_doorbells(bells).values()) for bells in BELLS}
+
     def ring(self, doorbells: Iterable[Doorbell], bells: Bells = LOCAL_BELLS) -> None:
-        """Publish in one pipeline. Raises one of ``PUBLISH_ERRORS``; some may have been sent by then."""
+        """Publish doorbells in one pipeline. Raises one of ``PUBLISH_ERRORS``, and some may have been sent by then."""
         self._send(
             bells.task,
             bells.queue,
@@ -221,7 +228,7 @@ class Broker:
         )
 
     def ring_steps(self, bells: Iterable[StepBell]) -> None:
-        """As ``ring``, for the next steps of ProviderBatches."""
+        """Publish the next steps of ProviderBatches, as ``ring`` does with doorbells."""
         self._send(
             ADVANCE_TASK,
             PROVIDER_QUEUE,
@@ -237,8 +244,8 @@ class Broker:
                 self.celery.send_task(
                     task,
                     args=[number],
-                    # What events carry in place of the arguments, and Flower shows. As a dict's repr, it can be
-                    # searched there: `kwargs:job=3`.
+                    # Events carry these two in place of the arguments, and Flower shows them. As the repr of a dict,
+                    # the label can be searched there: `kwargs:job=3`.
                     argsrepr=name,
                     kwargsrepr=repr({key: _short(value) for key, value in shown.items()}),
                     queue=queue,
@@ -258,7 +265,7 @@ def _short(value: int | str) -> int | str:
 
 
 def kombu_url(url: str) -> str:
-    """kombu writes a Unix socket as ``redis+socket:///path?virtual_host=0``."""
+    """The URL as kombu writes it: a Unix socket is ``redis+socket:///path?virtual_host=0``."""
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return url

@@ -1,37 +1,37 @@
-"""Every error Chunkmill raises on purpose.
+"""Every error that Chunkmill raises on purpose.
 
 ::
 
     ChunkmillError
     ├── InvalidInput          the caller's argument is wrong; nothing was written
-    │   ├── InvalidChunk        one chunk, named by its id and position
+    │   ├── InvalidChunk        one chunk cannot be stored; it is named by its id and position
     │   ├── UnknownModel        the model cannot be found or read
     │   ├── UnknownRoute        the route does not exist
-    │   └── InvalidSetting      an environment variable or argument of the set-up
-    ├── NotFound              a job or collection that does not exist
-    ├── JobFailed             a job ended with chunks that have no vector
+    │   └── InvalidSetting      an environment variable or a setting is wrong
+    ├── NotFound              the job or collection does not exist
+    ├── JobFailed             the job ended with chunks that have no vector
     ├── WaitTimeout           the time given to `wait` or `embed` is over
-    ├── SpaceMismatch         vectors of one space were about to meet another space
+    ├── SpaceMismatch         vectors of one space would have been mixed with another space
     ├── BudgetExceeded        the month's budget for paid routes is used up
     ├── LeaseLost             another worker holds the ChunkBatch now
-    ├── StoreUnavailable      Postgres cannot be used as it is (down, not migrated, no pgvector)
+    ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
-    ├── DeviceUnavailable     the GPU asked for does not exist, or nothing can compute here
-    │   └── DeviceTaken         every GPU has a worker, which may be about to leave
+    ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
+    │   └── DeviceTaken         every GPU has a worker; one of them may end soon
     ├── ProviderAnswerBad     a provider answered a text without a usable vector
-    ├── ProviderError         a provider of embeddings did not do what it was asked
-    │   ├── ProviderBusy        a limit, which passes by itself
-    │   ├── ProviderSilent      no answer, or a broken one: it may have done it
-    │   ├── ProviderRefused     it will not do this, however often it is asked
-    │   └── ProviderStopped     it will do nothing until somebody pays or mends the key
+    ├── ProviderError         a provider of embeddings did not do what it was asked to do
+    │   ├── ProviderBusy        a rate limit was reached; it passes by itself
+    │   ├── ProviderSilent      there was no answer or a broken one; the request may have succeeded
+    │   ├── ProviderRefused     the provider refused; the same request will never succeed
+    │   └── ProviderStopped     the provider accepts nothing until somebody pays or fixes the key
     └── EngineError           the model could not be loaded or run
-        ├── ModelLoadError      files missing, unreadable or of an unsupported kind
-        ├── DeviceFailed        the device runs nothing any more, not even a known good text
+        ├── ModelLoadError      a file is missing, unreadable or of an unsupported kind
+        ├── DeviceFailed        the device no longer computes even a text that worked before
         ├── TokenizerMismatch   the tokenizer was not made for this model
-        └── CanaryFailed        the engine's golden vectors are not the space's: it drifts, and takes no work of it
+        └── CanaryFailed        the golden vectors differ too much from the space's reference
 
-Each class carries ``code`` (a stable word for logs, metrics and the ledger), ``retryable`` (would the same call succeed
-later, unchanged?), ``elsewhere`` (may another worker succeed?) and ``http_status``. Each message says what was wrong,
+Each class has ``code`` (a stable word for logs, metrics and the ledger), ``retryable`` (whether the same call may
+succeed later), ``elsewhere`` (whether another worker may succeed) and ``http_status``. Each message says what is wrong,
 where, and what to do next. No message contains a chunk's text.
 """
 
@@ -41,13 +41,13 @@ from typing import ClassVar
 
 
 class ChunkmillError(Exception):
-    """Base of the tree. ``str(error)`` is the whole message, what to do next included."""
+    """The base class of all errors. ``str(error)`` is the whole message, including what to do next."""
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
     http_status: ClassVar[int] = 500
     elsewhere: ClassVar[bool] = False
-    """Whether another worker may be able to do what this one cannot: it has another model, device or setting."""
+    """Whether another worker, with another model, device or setting, may be able to do what this one cannot."""
 
 
 class InvalidInput(ChunkmillError):
@@ -65,10 +65,10 @@ class InvalidChunk(InvalidInput):
         self.chunk_id = chunk_id
         self.position = position
         self.reason = reason
-        """A stable word for the kind of problem, such as ``empty_id``; the dead list's ``code``."""
+        """A stable word for the kind of problem, such as ``empty_id``. It is the ``code`` in the dead list."""
         self.problem = problem
         super().__init__(
-            f"chunk {chunk_id!r} at position {position}: {problem}. Nothing was written; mend the chunk, "
+            f"chunk {chunk_id!r} at position {position}: {problem}. Nothing was written. Fix the chunk, "
             'or pass on_invalid="skip" to put bad chunks into the job\'s dead list and enqueue the rest.'
         )
 
@@ -92,7 +92,7 @@ class NotFound(ChunkmillError):
 
 
 class JobFailed(ChunkmillError):
-    """``job_id`` names the job; ``client.job(job_id).dead_chunks`` holds its first dead chunks with their reasons."""
+    """``job_id`` is the job's id. ``client.job(job_id).dead_chunks`` has its first dead chunks and their reasons."""
 
     code = "job_failed"
 
@@ -114,7 +114,7 @@ class SpaceMismatch(ChunkmillError):
 
 
 class BudgetExceeded(ChunkmillError):
-    """The same call succeeds in the next month, or under a higher limit."""
+    """The same call succeeds in the next month, or with a higher budget."""
 
     code = "budget_exceeded"
     http_status = 402
@@ -151,8 +151,8 @@ class ProviderAnswerBad(ChunkmillError):
 
 
 class ProviderError(ChunkmillError):
-    """``words`` are the provider's own, without keys. They may repeat a text, so they go into the ledger and never into
-    a log: ``brief`` is the message without them."""
+    """``words`` is the provider's own message, without keys. It may quote a text, so it is written into the ledger but
+    never into a log. ``brief`` is the message without it."""
 
     code = "provider_error"
     http_status = 502
@@ -164,7 +164,7 @@ class ProviderError(ChunkmillError):
 
 
 class ProviderBusy(ProviderError):
-    """``retry_after_s``: what it asked for, None if it did not say."""
+    """``retry_after_s`` is how many seconds the provider asked to wait; None if it did not say."""
 
     code = "provider_busy"
     retryable = True
@@ -180,7 +180,7 @@ class ProviderSilent(ProviderError):
 
 
 class ProviderRefused(ProviderError):
-    """``status`` is HTTP's, ``provider_code`` the provider's word for it."""
+    """``status`` is the HTTP status, and ``provider_code`` the provider's own code."""
 
     code = "provider_refused"
 
@@ -191,7 +191,7 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderStopped(ProviderError):
-    """``provider_code`` is ``insufficient_quota``, or says what is wrong with the key."""
+    """``provider_code`` is ``insufficient_quota``, or a code that says what is wrong with the key."""
 
     code = "provider_stopped"
 

@@ -25,7 +25,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 def page_of(process: Process) -> str:
     process.wait_for("/metrics")
-    found = re.search(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", process.output())
+    found = re.search(r"metrics are served at (http://127\.0\.0\.1:\d+/metrics)", process.output())
     assert found, process.output()
     with urllib.request.urlopen(found[1], timeout=PATIENCE) as answer:  # noqa: S310 - the line above has its scheme
         return str(answer.read().decode())

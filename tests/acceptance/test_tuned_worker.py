@@ -22,7 +22,7 @@ def test_a_worker_follows_its_machines_profile(processes: Processes, settings: S
     write_profile(profile, path)
     worker = processes.worker(EMBEDDING_PROFILE="auto", EMBEDDING_DEVICE="cpu", CHUNKMILL_HOME=str(home))
     output = worker.output()
-    assert "by its profile native fp32, 384 tokens a pass" in output
+    assert "by its profile native fp32, 384 tokens in a pass" in output
     assert "native in float32, 384 tokens per forward pass" in output
     assert "concurrency: 3 (" in output
     assert worker.terminate() == 0

@@ -266,7 +266,7 @@ def test_enqueue_and_search(embedded: dict[str, Any]) -> None:
     assert shown.index("tls\n") < shown.index("How to rotate a TLS certificate")
     where = '{"source": "kitchen"}'
     assert [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)] == ["bread"]
-    assert screen("search", "x", "-c", "docs", "--where", '{"source": "none"}') == "Nothing found.\n"
+    assert screen("search", "x", "-c", "docs", "--where", '{"source": "none"}') == "Nothing was found.\n"
 
 
 def test_jobs_and_audit(embedded: dict[str, Any]) -> None:
@@ -300,7 +300,7 @@ def test_the_canary_is_shown_with_its_maker_and_forgotten(embedded: dict[str, An
     assert document("models", "canary", "--reset", "all-MiniLM-L6-v2") == {"forgotten": [embedded["space"]]}
     assert "nothing was changed" in screen("models", "canary", "--reset", embedded["space"][:12])
     assert document("models", "canary") == []
-    assert "No reference is kept yet" in screen("models", "canary")
+    assert "There is no reference yet" in screen("models", "canary")
 
 
 def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Popen[bytes]], home: Path) -> None:
@@ -315,7 +315,7 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
         "Python": "ok", "Postgres": "ok", "pgvector": "ok", "migration": "ok", "worker": "ok", "poller": "ok",
         "Redis": "ok", "Redis eviction": "ok", "Postgres clock": "ok", "Redis clock": "ok",
     }.items()  # fmt: skip
-    assert "Nothing stands in the way" in screen("doctor")
+    assert "No check failed." in screen("doctor")
     # `worker` became the supervisor, so that signals reach it, and hands its arguments on to Celery.
     assert "chunkmill_workers.supervisor.supervisor -c 1" in command_line(processes["worker"].pid)
     started = re.findall(r"started, pid (\d+)", (home / "worker.log").read_text())
@@ -427,7 +427,7 @@ def test_ctrl_c_leaves_the_job_going_and_exits_with_130(empty_database: None, do
     call("migrate")
     code, seen = on_a_terminal("enqueue", str(docs), "-c", "docs", interrupt_after="/3 texts")
     assert code == 130
-    assert "goes on. Follow it: chunkmill job" in seen
+    assert "continues. To follow it: chunkmill job" in seen
     assert "Traceback" not in seen
 
 

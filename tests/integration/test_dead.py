@@ -521,16 +521,16 @@ def test_dead_list_and_dead_show(client: Client, hands: Hands) -> None:
         [str(empty.id), "301", "docs", "empty", "empty_text", "refused"],
     ]
     assert listed.stdout.endswith("\n\n1 empty_text, 1 kills_workers\n")
-    assert call("dead", "list", "-n", "1").stdout.endswith("These are the newest 1 of 2: -n shows more.\n")
+    assert call("dead", "list", "-n", "1").stdout.endswith("These are the newest 1 of 2. -n shows more.\n")
     facts = document("dead", "list", "--code", "empty_text")
     assert [entry["chunk_id"] for entry in facts["dead"]] == ["empty"]
     assert "never stored" in facts["dead"][0]["why_not_retried"]
-    assert call("dead", "list", "--code", "none").stdout == "No such chunk is dead.\n"
+    assert call("dead", "list", "--code", "none").stdout == "No dead chunk matches.\n"
 
     shown = call("dead", "show", str(bad.id))
     assert all(word in shown.stdout for word in ("host:4", "ended by SIGSEGV", '{"lang": "en"}', "31 bytes"))
     assert str(bad.content_hash) in shown.stdout
-    assert f"The text itself: chunkmill dead show {bad.id} --text" in shown.stderr
+    assert f"To see the text: chunkmill dead show {bad.id} --text" in shown.stderr
     assert "not stored" in call("dead", "show", str(empty.id)).stdout
     assert call("dead", "show", str(bad.id), "--text").stdout.endswith(f"\n\n{POISON}\n")
     details = document("dead", "show", str(bad.id))
@@ -550,10 +550,10 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         assert "by ID, or choose" in call("dead", "retry", *wrong, exit_code=2).stderr
     done = call("dead", "retry", "--job", str(job.id))
     assert done.stdout.splitlines() == [
-        "1 chunk of job 301 came off the dead list; 1 text to embed.",
+        "1 chunk of job 301 removed from the dead list; 1 text to embed.",
         "Job 301 (docs) is running: 1 to go, 1 dead.",
     ]
-    assert "1 chunk passed over: refused at the door" in done.stderr
+    assert "1 chunk skipped: refused at the door" in done.stderr
     hands.work(dead={"text a": "not_finite"})
     (again,) = client.dead(code="not_finite")
 
@@ -575,7 +575,7 @@ def test_dead_drop_needs_a_yes(client: Client, hands: Hands) -> None:
     assert "pass --yes" in call("dead", "drop", str(first), exit_code=1).stderr
     assert len(client.dead()) == 2
     assert call("dead", "drop", str(first), "--yes").stdout.splitlines() == [
-        "1 entry dropped from the dead list, 1 chunk from their collections.",
+        "1 entry deleted from the dead list, 1 chunk from their collections.",
         "Job 301 (docs) is failed: 0 to go, 1 dead.",
     ]
     assert "no dead chunk" in call("dead", "drop", str(first), "--yes", exit_code=1).stderr
@@ -595,7 +595,7 @@ def test_on_a_terminal_drop_asks_and_list_cuts_the_reason(client: Client, hands:
     (line,) = [line for line in seen.splitlines() if "kills_workers  missing" in line]
     assert (len(line) <= 100, "…" in line) == (True, True), seen
     code, seen = on_a_terminal("dead", "drop", str(entry.id), answer="n")
-    assert (code, "Drop 1 dead chunk" in seen, client.dead()) == (1, True, [entry])
+    assert (code, "Delete 1 dead chunk" in seen, client.dead()) == (1, True, [entry])
     code, _ = on_a_terminal("dead", "drop", "--job", str(job.id), answer="y")
     assert (code, client.dead(), client.job(job.id).state) == (0, [], JobState.COMPLETED)
 
@@ -642,7 +642,7 @@ def test_a_job_shows_its_attempts_and_what_fails_in_it(client: Client, hands: Ha
     assert "failing" in shown
     assert "ChunkBatch 1, available, attempt 2 of 6: host:9: no disk" in shown
     assert all(word in shown for word in ("host:1", "died: ended by SIGSEGV", "failed: host:9: no disk"))
-    assert "2 attempts, 1 death, 2 texts recomputed, 7 at most at risk at a time." in shown
+    assert "2 attempts, 1 death, 2 texts recomputed, at most 7 at risk at a time." in shown
     facts = document("job", str(job.id), "--attempts")
     assert facts["attempt_totals"] == {"attempts": 2, "deaths": 1, "recomputed": 2, "most_at_risk": 7}
     assert [each["outcome"] for each in facts["attempts"]] == ["died", "failed"]

@@ -20,8 +20,9 @@ from chunkmill.embedded import Stack, StackStatus
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.monitor import reports, snapshot
-from chunkmill.monitor.gauges import Observer, samples
-from chunkmill.monitor.watcher import Looker, lane_states
+from chunkmill.monitor.gauges import Gauges, samples
+from chunkmill.monitor.snapshot import lane_states
+from chunkmill.monitor.watcher import Watcher
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics as m
@@ -41,14 +42,14 @@ def chunks(n: int, word: str = "text") -> list[Chunk]:
     return [Chunk(f"{word}-{i}", f"{word} number {i}") for i in range(n)]
 
 
-def tallied(db: sa.Engine) -> snapshot.Tally:
+def tallied(db: sa.Engine) -> snapshot.Totals:
     with db.begin() as conn:
-        return snapshot.tally(conn)
+        return snapshot.count(conn)
 
 
-def seen(db: sa.Engine, settings: Settings) -> snapshot.Now:
+def seen(db: sa.Engine, settings: Settings) -> snapshot.Snapshot:
     with db.begin() as conn:
-        return snapshot.now(conn, settings)
+        return snapshot.take(conn, settings)
 
 
 def execute(db: sa.Engine, statement: str, **facts: object) -> None:
@@ -108,7 +109,7 @@ def test_pollers_of_another_database_are_not_counted(db: sa.Engine, settings: Se
             with engines[0].connect() as one, engines[1].connect() as two, engines[2].connect() as three:
                 for conn in (one, two, three):
                     conn.execute(sa.text("SELECT 1"))
-                assert seen(db, settings).pollers == 1
+                assert seen(db, settings).connections.pollers == 1
         finally:
             for engine in engines:
                 engine.dispose()
@@ -248,11 +249,11 @@ def test_a_gpu_is_in_the_report_and_in_the_metrics(context: WorkerContext, db: s
 def test_a_look_and_its_metrics(client: Client, db: sa.Engine, settings: Settings) -> None:
     paid = settings.model_copy(update={"openai_monthly_budget_usd": 50})
     client.enqueue(chunks(3), collection="docs")
-    looker = Looker(paid)
+    watcher = Watcher(paid)
     try:
-        view = looker.look()
+        view = watcher.look()
     finally:
-        looker.close()
+        watcher.close()
     assert (view.postgres_error, view.redis_error) == (None, None)
     assert view.doorbells == {"gpu": 1, "openai": 0}
     found = {(metric.name, labels): value for metric, labels, value in samples(view)}
@@ -267,12 +268,12 @@ def test_a_look_and_its_metrics(client: Client, db: sa.Engine, settings: Setting
     assert (m.STORE_UP, ("postgres",), 0.0) in blind
 
 
-def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gauges_goes_on_looking(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be is no end either: the metrics are away, and back with the next look."""
     counts = Counts()
     counts.set(m.BUDGET, 10)
-    observer = Observer(settings, counts)
-    real, looks = observer._looker.look, itertools.count()
+    gauges = Gauges(settings, counts)
+    real, looks = gauges._watcher.look, itertools.count()
     failed = threading.Event()
 
     def look_or_break() -> object:
@@ -281,15 +282,15 @@ def test_an_observer_goes_on_looking(settings: Settings, monkeypatch: pytest.Mon
         failed.wait(PATIENCE)
         return real()
 
-    monkeypatch.setattr(observer._looker, "look", look_or_break)
+    monkeypatch.setattr(gauges._watcher, "look", look_or_break)
     monkeypatch.setattr("chunkmill.monitor.gauges.LOOK_SECONDS", 0.01)
     poller = frozenset({Role.POLLER})
-    observer.start()
+    gauges.start()
     until(lambda: counts.series(m.BUDGET, poller) == [])
     failed.set()
     until(lambda: counts.series(m.STORE_UP, poller))
-    observer.stop()
-    assert not observer.is_alive()
+    gauges.stop()
+    assert not gauges.is_alive()
 
 
 def test_postgres_and_redis_go_and_come_back() -> None:
@@ -298,23 +299,23 @@ def test_postgres_and_redis_go_and_come_back() -> None:
         stack = Stack(home, fsync=False)
         status = stack.up()
         migrate(status.database_url)
-        looker = Looker(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url))
-        first = looker.look()
+        watcher = Watcher(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url))
+        first = watcher.look()
         assert (first.postgres_error, first.redis_error) == (None, None)
         stack.down()
-        gone = looker.look()
+        gone = watcher.look()
         assert gone.postgres_error is not None
         assert "cannot connect to Postgres" in gone.postgres_error
         assert gone.redis_error is not None
-        assert gone.now == first.now  # what was known
+        assert gone.snapshot == first.snapshot  # what was known
         assert gone.doorbells is None
         stack.up()
-        back = looker.look()
+        back = watcher.look()
         assert (back.postgres_error, back.redis_error) == (None, None)
-        assert back.now is not None
-        assert first.now is not None
-        assert back.now.at > first.now.at
-        looker.close()
+        assert back.snapshot is not None
+        assert first.snapshot is not None
+        assert back.snapshot.at > first.snapshot.at
+        watcher.close()
 
 
 def test_in_a_pipe_it_wants_json_and_gives_a_document_a_line(

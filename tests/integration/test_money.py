@@ -431,7 +431,7 @@ def call(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 def test_the_cost_command(
     call: Callable[..., Result], db: sa.Engine, space: registry.Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "Nothing was embedded yet." in call("cost").stdout
+    assert "Nothing has been embedded yet." in call("cost").stdout
     charge(db, space, "8.5", tokens=850_000_000)
     monkeypatch.setenv("OPENAI_MONTHLY_BUDGET_USD", "10")
     shown = call("cost", "--by", "model").stdout
@@ -442,7 +442,7 @@ def test_the_cost_command(
     document = json.loads(call("cost", "--json").stdout)
     assert [(row["route"], row["usd"], row["usd_per_million"]) for row in document["rows"]] == [("openai", 8.5, 0.01)]
     assert (document["budget"]["percent"], document["budget"]["headroom"]) == (85, 1.5)
-    assert "Nothing was embedded since then." in call("cost", "--since", "2999-01-01").stdout
+    assert "Nothing has been embedded since then." in call("cost", "--since", "2999-01-01").stdout
 
 
 def test_a_dry_run(

@@ -295,7 +295,7 @@ def test_the_commands(
     age(db, 31)
     code, shown = run("prune", "--dry-run")
     assert code == 0
-    assert "would go" in shown
+    assert "would be deleted" in shown
     assert [line.split()[:2] for line in shown.splitlines() if line.startswith("jobs")] == [["jobs", "2"]]
     code, shown = run("prune", "--json")
     assert (code, json.loads(shown)["error"]) == (1, "invalid_input")  # nobody to ask

@@ -1,4 +1,4 @@
-"""The `chunkmill` command: the list of commands, and what becomes of their errors."""
+"""The `chunkmill` command: the list of its commands, and how their errors are shown."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from chunkmill.cli.output import Screen, json_option, prepare_streams
 from chunkmill.errors import ChunkmillError
 
 SECTIONS = {
-    "Begin": {
-        "demo": ("start.demo", "See it work: a real model on Python's own documentation."),
-        "doctor": ("start.doctor", "Check this machine and its servers; say what to mend."),
-        "bench": ("start.bench", "Measure this machine, beside other libraries."),
-        "tune": ("tune.command", "Find this machine's best settings for a model."),
+    "Getting started": {
+        "demo": ("start.demo", "Embed and search Python's own documentation, to see it work."),
+        "doctor": ("start.doctor", "Check this machine and its servers, and say what to fix."),
+        "bench": ("start.bench", "Measure how fast this machine embeds, beside other libraries."),
+        "tune": ("tune.command", "Find the fastest settings of this machine for a model."),
     },
     "Embedded stack": {
-        "up": ("stack", "Start Postgres and Redis in a data folder, and migrate."),
-        "down": ("stack", "Stop them; the data stays."),
-        "status": ("stack", "Servers, migration, workers, doorbells, open jobs."),
-        "migrate": ("stack", "Bring the database's tables up to this version."),
+        "up": ("stack", "Start Postgres and Redis, and create or update the tables."),
+        "down": ("stack", "Stop both servers. The data is kept."),
+        "status": ("stack", "Show servers, migration, workers, doorbells and open jobs."),
+        "migrate": ("stack", "Update the database's tables to this version."),
     },
     "Jobs": {
         "enqueue": ("jobs.jobs", "Read chunks from files and have them embedded."),
-        "jobs": ("jobs.jobs", "The latest jobs."),
-        "job": ("jobs.jobs", "One job, and why chunks of it are dead."),
-        "cancel": ("jobs.jobs", "Stop a job; vectors already written stay."),
-        "retry": ("jobs.jobs", "Try again what a job left without a vector."),
-        "dead": ("jobs.dead", "Chunks without a vector: list, show, retry or drop."),
+        "jobs": ("jobs.jobs", "List the latest jobs."),
+        "job": ("jobs.jobs", "Show one job, and why chunks of it are dead."),
+        "cancel": ("jobs.jobs", "Stop a job. Vectors that are already written are kept."),
+        "retry": ("jobs.jobs", "Embed again what a failed or cancelled job left undone."),
+        "dead": ("jobs.dead", "List, show, retry or drop the chunks that got no vector."),
     },
     "Paid routes": {
-        "cost": ("paid.costs", "What was embedded and what it cost, beside local work."),
-        "lanes": ("paid.lanes", "What paid lanes do or wait for; resume one."),
+        "cost": ("paid.costs", "Show what was embedded, and what it cost."),
+        "lanes": ("paid.lanes", "Show the state of the paid lanes, and resume one."),
     },
     "Collections": {
-        "search": ("collections.search", "The chunks nearest to a query."),
-        "audit": ("collections.search", "Has every chunk of a collection its vector?"),
+        "search": ("collections.search", "Find the chunks nearest to a query."),
+        "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
         "index": ("collections.search", "Build the HNSW index of a collection's space."),
-        "models": ("collections.search", "The embedding spaces in the database."),
-        "delete": ("collections.search", "Delete chunks, or all of a collection's."),
+        "models": ("collections.search", "List the embedding spaces in the database."),
+        "delete": ("collections.search", "Delete some or all chunks of a collection."),
     },
     "Retention": {
-        "prune": ("collections.prune", "Drop old jobs, and what no collection refers to."),
-        "cache": ("collections.prune", "Vectors by space: size, hits; evict what is old."),
+        "prune": ("collections.prune", "Delete old jobs, and texts and vectors that nothing uses."),
+        "cache": ("collections.prune", "Show the size of each space's vectors, and evict old ones."),
     },
     "Processes": {
-        "worker": ("processes.processes", "Run a worker per GPU; start it again when it dies."),
-        "poller": ("processes.processes", "Run the loop that rings for what is due."),
-        "flower": ("processes.flower", "Run Flower on 127.0.0.1, read-only, with a password."),
+        "worker": ("processes.processes", "Run one worker per GPU, and restart a worker that dies."),
+        "poller": ("processes.processes", "Re-queue work that is due and recover it from dead workers."),
+        "flower": ("processes.flower", "Run Flower on 127.0.0.1, read-only and with a password."),
     },
 }
 """Section → command → (module, one line). A command's module is imported when it is called."""
@@ -59,7 +59,7 @@ COMMANDS = {name: where for section in SECTIONS.values() for name, where in sect
 
 
 class Cli(click.Group):
-    """Imports a command's module on demand, and turns errors into one line and an exit code."""
+    """Imports a command's module when it is called, and turns errors into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,11 +75,11 @@ class Cli(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in SECTIONS.items():
             with formatter.section(section):
-                # One width for all sections, so that the second columns stand below each other.
+                # One width for all sections, so that their second columns line up.
                 formatter.write_dl([(f"{name:<8}", line) for name, (_, line) in commands.items()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Seen here and not by the command's own option, so that a usage error of the command is JSON too.
+        # This is read here and not by the command's own option, so that a usage error of the command is JSON too.
         as_json = "--json" in itertools.takewhile(lambda arg: arg != "--", args)
         ctx.obj = Screen(as_json=as_json)
         return super().parse_args(ctx, args)
@@ -105,7 +105,7 @@ class Cli(click.Group):
 
 
 def _known(error: Exception) -> tuple[str | None, str]:
-    """Code and message of an error that needs no traceback; code None for any other."""
+    """The code and the message of an error that needs no traceback; for any other error the code is None."""
     if isinstance(error, ChunkmillError):
         return error.code, str(error)
     import redis
@@ -116,9 +116,12 @@ def _known(error: Exception) -> tuple[str | None, str]:
         return "store_unavailable", f"Postgres went away: {first}. `chunkmill doctor` shows more."
     if isinstance(error, sa.exc.ProgrammingError) and getattr(error.orig, "sqlstate", None) == "42501":
         first = str(error.orig).strip().splitlines()[0]
-        return "not_allowed", f"Postgres refuses: {first}. Run this as the role that owns the tables: docs/security.md."
+        return (
+            "not_allowed",
+            f"Postgres refused: {first}. Run this as the role that owns the tables: see docs/security.md.",
+        )
     if isinstance(error, sa.exc.DBAPIError):
-        # Without a traceback on purpose: below its first line Postgres may quote rows, which hold texts.
+        # There is no traceback on purpose: below its first line Postgres may quote rows, and rows contain texts.
         first = str(error.orig).strip().splitlines()[0]
         return "store_refused", f"Postgres refused ({type(error.orig).__name__}): {first}."
     if isinstance(error, redis.RedisError):
@@ -129,12 +132,12 @@ def _known(error: Exception) -> tuple[str | None, str]:
 @click.group(
     cls=Cli,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Servers: DATABASE_URL and REDIS_URL, or, with neither set, the embedded stack.",
+    epilog="The servers are those of DATABASE_URL and REDIS_URL or, if neither is set, the embedded stack.",
 )
 @json_option
 @click.version_option(package_name="chunkmill", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Text chunks in, complete searchable vectors in Postgres."""
+    """Turn chunks of text into vectors that are complete and searchable in Postgres."""
 
 
 def main() -> None:

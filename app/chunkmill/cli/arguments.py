@@ -1,4 +1,4 @@
-"""Arguments that are a number with a unit."""
+"""Command-line arguments that are a number with a unit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ DAYS = {"s": 1 / 86_400, "min": 1 / 1_440, "h": 1 / 24, "d": 1.0, "w": 7.0, "y":
 
 
 class Quantity(click.ParamType[float]):
-    """A number with a unit; what comes out is in ``unit``."""
+    """A number with a unit, converted to ``unit``."""
 
     def __init__(self, name: str, units: Mapping[str, float], unit: str, example: str) -> None:
         self.name = name
         self._units, self._unit, self._example = units, unit, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(value).strip().lower())
-        if found is None or found[2] not in self._units or not float(found[1]):
-            self.fail(f"{value!r} is no {self.name}: write a number and a unit, such as {self._example}.", param, ctx)
-        return float(found[1]) * self._units[found[2]] / self._units[self._unit]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(value).strip().lower())
+        if match is None or match[2] not in self._units or not float(match[1]):
+            self.fail(
+                f"{value!r} is not a valid {self.name}: write a number and a unit, such as {self._example}.", param, ctx
+            )
+        return float(match[1]) * self._units[match[2]] / self._units[self._unit]

@@ -1,4 +1,4 @@
-"""What the command prints: tables for a person, JSON for a program, errors as one line."""
+"""Prints results as tables for a person or as JSON for a program, and errors as one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 10_000
-"""Columns of a stdout that is no terminal: whoever reads a pipe wants whole lines."""
+"""Width in columns if stdout is not a terminal, because a program that reads a pipe needs whole lines."""
 NOTHING = "-"
 
 STATE_STYLES = {
@@ -27,11 +27,11 @@ STATE_STYLES = {
 }  # fmt: skip
 
 json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON.")
-"""Accepted by every command; `chunkmill.cli.__main__` has seen it before the command is looked up."""
+"""Every command accepts it. `chunkmill.cli.__main__` reads it before it looks the command up."""
 
 
 class Screen:
-    """stdout for results, stderr for errors, hints and progress. ``json``: results and errors are JSON."""
+    """Writes results to stdout, and errors, hints and progress to stderr. ``json`` makes results and errors JSON."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.json = as_json
@@ -44,21 +44,21 @@ class Screen:
 
     def document(self, data: object) -> None:
         """Print one JSON document."""
-        # Under an encoding that lacks a character, JSON's own escapes say it without loss.
+        # JSON's own escapes keep a character that the encoding of stdout lacks.
         ascii_only = not self.out.encoding.startswith("utf")
         click.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=_jsonable))
 
     def line(self, data: object) -> None:
-        """Print one JSON document on one line: the next one follows."""
+        """Print one JSON document on one line, because another document follows."""
         click.echo(json.dumps(data, ensure_ascii=not self.out.encoding.startswith("utf"), default=_jsonable))
 
     def say(self, *parts: str | tuple[str, str]) -> None:
-        """Print one line for a person, nothing under ``--json``: parts of text, some with a style."""
+        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed."""
         if not self.json:
             self.out.print(Text.assemble(*parts), soft_wrap=True)
 
     def hint(self, message: str) -> None:
-        """One line on stderr about what to do next. Nothing under ``--json``."""
+        """Print one line on stderr about what to do next. With ``--json`` nothing is printed."""
         if not self.json:
             self.err.print(Text(message, style="yellow"), soft_wrap=True)
 
@@ -70,7 +70,7 @@ class Screen:
             self.err.print(Text.assemble(("error: ", "bold red"), (shown(message), "red")), soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print rows under heads, numbers to the right. What is too long for its column goes on below."""
+        """Print rows under column heads. Numbers stand to the right, and a long text continues on the next line."""
         cells = [[_cell(value) for value in row] for row in rows]
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for index, head in enumerate(columns):
@@ -81,10 +81,10 @@ class Screen:
             table.add_row(*row)
         self._print(table)
 
-    def facts(self, facts: Mapping[str, object]) -> None:
-        """Print names and values below each other. The terminal breaks long lines, so a URL can be copied whole."""
-        width = max(map(len, facts))
-        for name, value in facts.items():
+    def fields(self, fields: Mapping[str, object]) -> None:
+        """Print one name and value per line. The terminal breaks long lines, so a URL can be copied whole."""
+        width = max(map(len, fields))
+        for name, value in fields.items():
             cell = _cell(value)
             self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
 
@@ -92,21 +92,21 @@ class Screen:
         if self.out.is_terminal:
             self.out.print(table)
             return
-        # rich fills every line with blanks up to the table's edge, which a file or a diff should not carry.
+        # rich pads every line with blanks up to the table's edge. Files and diffs should not contain them.
         with self.out.capture() as capture:
             self.out.print(table)
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def shown(text: str) -> str:
-    """The text without what could steer a terminal: control and format characters become a replacement."""
+    """The text with control and format characters replaced, because these could steer a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def beginning(text: str, limit: int) -> str:
-    """The first paragraph's beginning, on one line of at most ``limit`` columns."""
+    """The beginning of the first paragraph, on one line of at most ``limit`` columns."""
     words = Text(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split()))
-    words.truncate(limit, overflow="ellipsis")  # by columns, of which a Chinese character takes two
+    words.truncate(limit, overflow="ellipsis")  # counts columns: a Chinese character takes two
     return words.plain
 
 
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 
 
 def prepare_streams() -> None:
-    """Let a character that the terminal's encoding lacks come out as an escape instead of an error."""
+    """Make stdout and stderr print an escape instead of failing for a character that the encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -1,19 +1,23 @@
-"""`up`, `down`, `status` and `migrate`: the servers."""
+"""`up`, `down`, `status` and `migrate`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 from alembic.util import CommandError
 
+from chunkmill.broker import QUEUE
 from chunkmill.cli.output import Screen, beginning, count, json_option
-from chunkmill.cli.paid.lanes import lane_facts, lane_lines
+from chunkmill.cli.paid.lanes import lane_fields, lane_lines
 from chunkmill.db.connect import migrate as run_migrations
+from chunkmill.domain.lanes import Lane
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, InvalidSetting
-from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Live, look, look_at_database
+from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Status, read_database, read_status
+from chunkmill.monitor.snapshot import Fault
 from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import without_passwords
 
@@ -21,25 +25,26 @@ SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(1, 65535), help="Let Postgres listen on 127.0.0.1 at this port too.")
-@click.option("--redis-port", type=click.IntRange(1, 65535), help="Let Redis listen on 127.0.0.1 at this port too.")
+@click.option("--port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Postgres listens too.")
+@click.option("--redis-port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Redis listens too.")
 @json_option
 @click.pass_obj
 def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
-    """Start the embedded Postgres and Redis, and bring the tables up to date.
+    """Start the embedded Postgres and Redis, and create or update the tables.
 
-    They outlive this command; `chunkmill down` stops them. The data folder is CHUNKMILL_HOME, or the user's data
-    folder. Running servers are left as they are.
+    The servers keep running after this command; `chunkmill down` stops them. Servers that already run are left as
+    they are. The data is kept in CHUNKMILL_HOME or, if that is not set, in the user's data folder.
     """
     settings = Settings.from_env()
     status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
     run_migrations(_addressed(status).require_database_url())
     _show_stack(screen, status)
     if settings.database_url or settings.redis_url:
-        screen.hint("DATABASE_URL and REDIS_URL are set, so the other commands use those servers and not this stack.")
+        screen.hint("DATABASE_URL or REDIS_URL is set, so the other commands do not use this stack.")
     elif not screen.json:
         screen.say("")
-        screen.say("Every command finds them by itself. Next: ", ("chunkmill worker", "bold"), " and, beside it, ",
+        screen.say("Every command finds these servers by itself.")
+        screen.say("Next, start ", ("chunkmill worker", "bold"), " and, in another terminal, ",
                    ("chunkmill poller", "bold"))  # fmt: skip
 
 
@@ -47,32 +52,42 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
 @json_option
 @click.pass_obj
 def down(screen: Screen) -> None:
-    """Stop the embedded Postgres and Redis. The data stays for the next `up`."""
+    """Stop the embedded Postgres and Redis. The data is kept for the next `up`."""
     stack = Stack(Settings.from_env().chunkmill_home)
     was_up = stack.status()
     status = stack.down()
     if screen.json:
-        screen.document(_stack_facts(status))
+        screen.document(_stack_fields(status))
         return
     for before in (was_up.postgres, was_up.redis):
         pid = f" (pid {before.pid})" if before.pid else ""
         screen.say(f"{before.name:<8}  ", "stopped" if before.pid else "was not running", pid)
-    screen.say(("data      ", "dim"), f"stays in {status.home}")
+    screen.say(("data      ", "dim"), f"kept in {status.home}")
 
 
 @click.command()
-@click.option("--watch", "watching", is_flag=True, help="Look again and again: lanes, rates, jobs, money, faults.")
 @click.option(
-    "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between looks."
+    "--watch", "watching", is_flag=True, help="Show lanes, rates, jobs, money and faults, and keep them up to date."
 )
-@click.option("--times", type=click.IntRange(1), help="So many looks; without it, until Ctrl-C.")
+@click.option(
+    "--every",
+    type=click.FloatRange(0.2, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two updates of --watch.",
+)
+@click.option(
+    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
+)
 @json_option
 @click.pass_obj
 def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
-    """Servers, migration level, workers, doorbells and open jobs. Starts nothing."""
+    """Show the servers, the migration, workers, doorbells and open jobs. Nothing is started."""
     settings = Settings.from_env()
     if bool(settings.database_url) != bool(settings.redis_url):
-        raise InvalidSetting("Of DATABASE_URL and REDIS_URL one is set. Set both, or neither for the embedded stack.")
+        raise InvalidSetting(
+            "Only one of DATABASE_URL and REDIS_URL is set. Set both, or neither to use the embedded stack."
+        )
     if watching:
         from chunkmill.cli.watch.watch import watch
 
@@ -85,39 +100,45 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
             _show_stack(screen, stack)
             if not screen.json:
                 screen.say("")
-                screen.say("Start it: ", ("chunkmill up", "bold"))
+                screen.say("To start it: ", ("chunkmill up", "bold"))
             return
-        _show_stack(screen, stack, look(_addressed(stack)))
+        _show_stack(screen, stack, read_status(_addressed(stack)))
         return
-    live = look(settings)
+    live = read_status(settings)
     urls = {
         "database_url": without_passwords(settings.require_database_url()),
         "redis_url": without_passwords(settings.require_redis_url()),
     }
     if screen.json:
-        screen.document({"embedded": False, **urls, **_live_facts(live)})
+        screen.document({"embedded": False, **urls, **_status_fields(live)})
         return
-    screen.facts({"DATABASE_URL": urls["database_url"], "REDIS_URL": urls["redis_url"]})
-    _show_live(screen, live)
+    screen.fields({"DATABASE_URL": urls["database_url"], "REDIS_URL": urls["redis_url"]})
+    _show_status(screen, live)
 
 
 @click.command()
-@click.option("--revision", default="head", show_default=True, help="The migration to go up to.")
+@click.option("--revision", default="head", show_default=True, help="Name of the migration to upgrade to.")
 @json_option
 @click.pass_obj
 def migrate(screen: Screen, revision: str) -> None:
-    """Bring the database's tables up to this version. Safe under load and from several machines at once."""
+    """Update the database's tables to this version.
+
+    This is safe while workers run, and from several machines at once.
+    """
     settings = Environment.load(start_embedded=False).settings
-    before = look_at_database(settings).migration
+    before = read_database(settings).migration
     try:
         run_migrations(settings.require_database_url(), revision)
     except CommandError as error:
-        raise InvalidInput(f"the migration to {revision!r} cannot be found or reached: {error}") from None
-    after = look_at_database(settings).migration
+        raise InvalidInput(
+            f"the migration {revision!r} cannot be found or reached: {error}. Name an existing later one, or leave "
+            "--revision out."
+        ) from None
+    after = read_database(settings).migration
     if screen.json:
         screen.document({"before": before, "after": after})
     elif before == after:
-        screen.say(f"The database is at migration {after} already.")
+        screen.say(f"The database is already at migration {after}.")
     else:
         screen.say(f"Migrated from {before or 'an empty database'} to {after}.")
 
@@ -126,7 +147,7 @@ def _addressed(status: StackStatus) -> Settings:
     return Settings.from_env(database_url=status.database_url, redis_url=status.redis_url)
 
 
-def _stack_facts(status: StackStatus) -> dict[str, object]:
+def _stack_fields(status: StackStatus) -> dict[str, object]:
     servers = {
         s.name: {
             "running": s.running,
@@ -140,9 +161,9 @@ def _stack_facts(status: StackStatus) -> dict[str, object]:
     return {"embedded": True, "home": status.home, "running": status.running, **servers}
 
 
-def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -> None:
+def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None) -> None:
     if screen.json:
-        screen.document(_stack_facts(status) | (_live_facts(live) if live else {}))
+        screen.document(_stack_fields(status) | (_status_fields(live) if live else {}))
         return
     servers = (status.postgres, status.redis)
     screen.say(("Embedded stack ", "bold"), f"in {status.home}")
@@ -150,7 +171,7 @@ def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -
     rows = [(s.name, _state(s.running, s.pid), s.version, str(s.pid) if s.pid else None) for s in servers]
     screen.table(["server", "state", "version", "pid"], rows)
     screen.say("")
-    screen.facts(
+    screen.fields(
         {
             "DATABASE_URL": without_passwords(status.database_url),
             "REDIS_URL": without_passwords(status.redis_url),
@@ -159,65 +180,76 @@ def _show_stack(screen: Screen, status: StackStatus, live: Live | None = None) -
         }
     )
     if live is not None:
-        _show_live(screen, live)
+        _show_status(screen, live)
 
 
 def _state(running: bool, pid: int | None) -> str:
     return "running" if running else "down" if pid is None else "not answering"
 
 
-def _live_facts(live: Live) -> dict[str, object]:
-    database: dict[str, object] = {"error": live.database_error}
-    if live.database:
+def _status_fields(status: Status) -> dict[str, object]:
+    """The JSON of a status."""
+    database: dict[str, object] = {"error": status.database_error}
+    if status.database:
+        connections = status.database.connections
+        lanes, faults = _lanes_and_faults(status)
         database = {
-            "version": live.database.version,
-            "migration": live.database.migration,
-            "head": live.database.head,
-            "worker_connections": live.database.worker_connections,
-            "provider_connections": live.database.provider_connections,
-            "poller_connections": live.database.poller_connections,
-            "open_jobs": live.database.open_jobs,
-            "lanes": [lane_facts(lane) for lane in live.database.lanes],
-            "faults": [asdict(fault) for fault in live.database.faults],
+            "version": status.database.version,
+            "migration": status.database.migration,
+            "head": status.database.head,
+            "worker_connections": connections.workers,
+            "provider_connections": connections.provider_workers,
+            "poller_connections": connections.pollers,
+            "open_jobs": status.open_jobs,
+            "lanes": [lane_fields(lane) for lane in lanes],
+            "faults": [asdict(fault) for fault in faults],
         }
-    broker: dict[str, object] = {"error": live.redis_error}
-    if live.redis_error is None:
-        broker = {"version": live.redis_version, "doorbells": live.doorbells}
+    broker: dict[str, object] = {"error": status.redis_error}
+    if status.redis and status.doorbells is not None:
+        broker = {"version": status.redis.version, "doorbells": status.doorbells[QUEUE]}
     return {"database": database, "broker": broker}
 
 
-def _show_live(screen: Screen, live: Live) -> None:
+def _show_status(screen: Screen, status: Status) -> None:
     shown: dict[str, object] = {}
-    database = live.database
+    database = status.database
+    lanes, faults = _lanes_and_faults(status)
     if database is None:
-        shown["Postgres"] = live.database_error
+        shown["Postgres"] = status.database_error
     else:
         level = database.migration or "none"
         shown["migration"] = (
             f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
         )
-        shown["workers"] = _connected(database.worker_connections, START_WORKER)
-        if database.provider_connections or any(lane.open for lane in database.lanes):
-            shown["openai"] = _connected(database.provider_connections, START_PROVIDER_WORKER)
-        shown["pollers"] = _connected(database.poller_connections, "chunkmill poller")
-        shown["open jobs"] = database.open_jobs
-        shown |= lane_lines(database.lanes)
-    if live.redis_error:
-        shown["Redis"] = live.redis_error
+        connections = database.connections
+        shown["workers"] = _connected(connections.workers, START_WORKER)
+        if connections.provider_workers or any(lane.open for lane in lanes):
+            shown["openai"] = _connected(connections.provider_workers, START_PROVIDER_WORKER)
+        shown["pollers"] = _connected(connections.pollers, "chunkmill poller")
+        shown["open jobs"] = status.open_jobs
+        shown |= lane_lines(lanes)
+    if status.doorbells is None:
+        shown["Redis"] = status.redis_error
     else:
-        shown["doorbells"] = f"{live.doorbells:,} in Redis"
+        shown["doorbells"] = f"{status.doorbells[QUEUE]:,} in Redis"
     screen.say("")
-    screen.facts(shown)
-    if database and database.faults:
+    screen.fields(shown)
+    if faults:
         screen.say("")
         screen.table(
-            ["when", "fault", "of what, and why"],
+            ["when", "fault", "where and why"],
             [
                 (f"{fault.at.astimezone():%m-%d %H:%M:%S}", fault.what, beginning(fault.line, FAULT_COLUMNS))
-                for fault in database.faults[:SHOWN_FAULTS]
+                for fault in faults[:SHOWN_FAULTS]
             ],
         )
 
 
+def _lanes_and_faults(status: Status) -> tuple[Sequence[Lane], Sequence[Fault]]:
+    return (status.snapshot.lanes, status.snapshot.faults) if status.snapshot else ((), ())
+
+
 def _connected(connections: int, command: str) -> str:
-    return f"connected, {count(connections, 'connection')}" if connections else f"none connected; start one: {command}"
+    return (
+        f"connected, {count(connections, 'connection')}" if connections else f"none connected; to start one: {command}"
+    )

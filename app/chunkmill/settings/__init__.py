@@ -1,4 +1,4 @@
-"""Settings from the environment, frozen; built at the roots (CLI, worker, ``Client.from_env``) only."""
+"""Settings from the environment. They are frozen, and read only by the CLI, the workers and ``Client.from_env``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chunkmill.settings.provider import ProviderSettings
 
 
 def _psycopg_url(url: str) -> str:
-    """SQLAlchemy's form: any ``postgres://`` or ``postgresql://`` URL is driven by psycopg 3."""
+    """The URL in the form that makes SQLAlchemy use psycopg 3."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
         raise ValueError("it must be a URL such as postgresql://user@host:5432/chunkmill")
@@ -30,10 +30,10 @@ def _redis_url(url: str) -> str:
 
 
 def _http_url(url: str) -> str:
-    problem = "it must be a URL such as http://127.0.0.1:8080, of no more than host, port and path"
+    problem = "it must be a URL such as http://127.0.0.1:8080, with host, port and path only"
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises where it is none
+        parts.port  # noqa: B018 - raises if it is not a port
     except ValueError:
         raise ValueError(problem) from None
     if parts.scheme != "http" or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
@@ -42,7 +42,7 @@ def _http_url(url: str) -> str:
 
 
 def _precision(given: object) -> object:
-    """The user's words; pydantic would list the values, which name a recipe."""
+    """The precision that a user named. pydantic's own message would list internal values."""
     try:
         return Precision(given)  # type: ignore[arg-type]
     except ValueError:
@@ -57,12 +57,14 @@ _EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
 
 
 def _names(given: object) -> object:
-    """Model names between commas. A word that means "all of them" is refused: trust is given by name."""
+    """The names in a list with commas. A word that means "all models" is refused: trust is given by name."""
     if not isinstance(given, str):
         return given
     names = frozenset(name.strip() for name in given.split(",")) - {""}
     if blanket := sorted(name for name in names if "*" in name or name.lower() in _EVERYTHING):
-        raise ValueError(f"{blanket[0]!r} names no model: write each model's own name, with commas between")
+        raise ValueError(
+            f"{blanket[0]!r} is not the name of a model: write the name of each model, separated by commas"
+        )
     return names
 
 
@@ -70,7 +72,7 @@ ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 
 
 class Settings(ProviderSettings):
-    """Each field's upper-case name is its environment variable; docs/settings.md is made from the fields."""
+    """All settings. The environment variable of a field is its name in capitals; docs/settings.md lists them."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
@@ -256,7 +258,7 @@ class Settings(ProviderSettings):
 
     @property
     def trust(self) -> Trust:
-        """What the operator vouches for, by model name."""
+        """What the operator trusts, by model name."""
         nothing = frozenset[str]()
         return Trust(
             pickle=self.embedding_trust_pickle or nothing,
@@ -266,7 +268,7 @@ class Settings(ProviderSettings):
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:
-        """Read the environment. Raises :class:`InvalidSetting` that names each wrong variable."""
+        """Read the environment. Raises an :class:`InvalidSetting` that names each wrong variable."""
         try:
             return cls(**overrides)
         except ValidationError as error:

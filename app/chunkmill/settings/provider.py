@@ -1,4 +1,4 @@
-"""Settings of the paid routes: key, server, limits, cadences, budget."""
+"""The settings of the paid routes: key, server, limits, intervals and budget."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def _base_url(url: str) -> str:
-    """A key must not cross a network in the clear."""
-    problem = "it must be a URL such as https://api.openai.com/v1; http only on loopback"
+    """The URL, if it is https or on loopback: a key must not cross a network unencrypted."""
+    problem = "it must be a URL such as https://api.openai.com/v1; http is allowed only on loopback"
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises where it is none
+        parts.port  # noqa: B018 - raises if it is not a port
     except ValueError:
         raise ValueError(problem) from None
     if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
@@ -37,14 +37,14 @@ def _models(given: object) -> object:
     try:
         parsed = json.loads(given)
     except ValueError:
-        raise ValueError("it must be a JSON object, model name to fields") from None
+        raise ValueError("it must be a JSON object that maps model names to fields") from None
     if not isinstance(parsed, dict):
-        raise ValueError("it must be a JSON object, model name to fields")  # noqa: TRY004 - pydantic's kind
+        raise ValueError("it must be a JSON object that maps model names to fields")  # noqa: TRY004 - pydantic expects it
     return read_models(parsed)
 
 
 class ProviderSettings(BaseSettings):
-    """Quotas differ, so every limit and cadence is a setting. The defaults are what OpenAI documents."""
+    """Every limit and interval is a setting, because quotas differ. The defaults are what OpenAI documents."""
 
     embedding_provider: Literal["auto", "local", "openai"] = Field(
         "auto",
@@ -144,5 +144,5 @@ class ProviderSettings(BaseSettings):
 
     @property
     def provider_models(self) -> dict[str, ProviderModel]:
-        """By name: OpenAI's, where it is OpenAI that serves, and those of ``OPENAI_MODELS``."""
+        """OpenAI's models and those of ``OPENAI_MODELS``, by name."""
         return {**OPENAI_MODELS, **(self.openai_models or {})}

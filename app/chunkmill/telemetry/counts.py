@@ -1,4 +1,4 @@
-"""The process's own counts: plain additions, so that counting costs no package and under a microsecond."""
+"""The counts of this process. Counting is a plain addition: it needs no package and takes less than a microsecond."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Sample = tuple[Metric, tuple[str, ...], float]
 
 
 class Counts:
-    """Thread-safe. A value that a label does not have counts as ``other``: what a server says must not make series."""
+    """The values of all metrics. It is thread-safe.
+
+    A value that a label does not list counts as ``other``, so that no answer of a server can create a series.
+    """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -22,7 +25,7 @@ class Counts:
         self.add_all(((metric, amount),), *labels)
 
     def add_all(self, amounts: Iterable[tuple[Metric, float]], *labels: str) -> None:
-        """Several counters with the same labels."""
+        """Add to several counters with the same labels."""
         with self._mutex:
             for metric, amount in amounts:
                 key = (metric.name, _bounded(metric, labels))
@@ -33,11 +36,11 @@ class Counts:
             self._values[metric.name, _bounded(metric, labels)] = value
 
     def touch(self, metric: Metric) -> None:
-        """Set it to the time of day."""
+        """Set the gauge to the present Unix time."""
         self.set(metric, time.time())
 
     def replace(self, metrics: Iterable[Metric], samples: Iterable[Sample]) -> None:
-        """Put what was just seen in the place of all that was said of ``metrics`` before."""
+        """Replace all values of ``metrics`` with ``samples``."""
         names = {metric.name for metric in metrics}
         with self._mutex:
             for key in [key for key in self._values if key[0] in names]:
@@ -46,25 +49,25 @@ class Counts:
                 self._values[metric.name, _bounded(metric, labels)] = value
 
     def total(self, metric: Metric) -> float:
-        """Over all labels."""
+        """The sum over all labels."""
         with self._mutex:
             return sum(value for (name, _), value in self._values.items() if name == metric.name)
 
     def series(self, metric: Metric, roles: frozenset[Role]) -> list[tuple[tuple[str, ...], float]]:
-        """What there is to serve in a process of ``roles``. A counter is there from the start, at 0: what counts from
-        nothing has no rate."""
+        """The label values and values that a process of ``roles`` serves. A counter starts at 0, because a series that
+        appears with its first count has no rate."""
         if not metric.roles & roles:
             return []
         with self._mutex:
-            found = {labels: value for (name, labels), value in self._values.items() if name == metric.name}
+            values = {labels: value for (name, labels), value in self._values.items() if name == metric.name}
         if metric.kind is Kind.COUNTER:
-            found = dict.fromkeys(metric.combinations(), 0.0) | found
-        return sorted(found.items())
+            values = dict.fromkeys(metric.combinations(), 0.0) | values
+        return sorted(values.items())
 
 
 def _bounded(metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
     if not labels and not metric.labels:
-        return labels  # most of them
+        return labels  # the fast way out for most metrics
     if len(labels) != len(metric.labels):
         raise ValueError(f"{metric.name} has {len(metric.labels)} labels, not {len(labels)}")
     return tuple(
@@ -74,4 +77,4 @@ def _bounded(metric: Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 COUNTS = Counts()
-"""Of this process."""
+"""The counts of this process."""

@@ -1,4 +1,4 @@
-"""``/metrics`` of one process, in the text format of Prometheus. Each process is a target of its own."""
+"""Serves ``/metrics`` of one process in the text format of Prometheus. Each process is a target of its own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from chunkmill.telemetry.metrics import METRICS, Kind, Role
 logger = logging.getLogger(__name__)
 
 PORTS = 32
-"""Processes of one machine that find a port from METRICS_PORT on."""
+"""How many ports are tried, from METRICS_PORT on: as many processes of one machine can serve metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What ``chunkmill_process_info`` says of this one."""
+    """What ``chunkmill_process_info`` says about this process."""
 
     roles: frozenset[Role]
     name: str
@@ -36,7 +36,7 @@ class Process:
 
 
 class MetricsServer:
-    """Serves in threads of its own; a scrape reads what was counted and asks no other server."""
+    """Serves the metrics in threads of its own. A scrape reads the counts, and asks no other server."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
         self._server = server
@@ -46,14 +46,16 @@ class MetricsServer:
 
     @classmethod
     def start(cls, settings: Settings, process: Process, counts: Counts = COUNTS) -> MetricsServer | None:
-        """None where METRICS_PORT is 0. The first free port from there on is taken, and logged: a machine may run
-        several processes. Raises :class:`InvalidSetting`."""
+        """Start a server, or return None if METRICS_PORT is 0. Raises :class:`InvalidSetting`.
+
+        It takes the first free port from METRICS_PORT on, because a machine may run several processes, and logs it.
+        """
         if not settings.metrics_port:
             return None
         page = _page(process, counts)
         server = _bind(settings.metrics_address, settings.metrics_port, _handler(page))
         made = cls(server)
-        logger.info("metrics: http://%s/metrics", _address(settings.metrics_address, made.port))
+        logger.info("metrics are served at http://%s/metrics", _address(settings.metrics_address, made.port))
         return made
 
     def stop(self) -> None:
@@ -63,12 +65,12 @@ class MetricsServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # Else two processes may get one port, and each scrape one of them.
+    # With it, two processes could share one port, and a scrape would reach one of them at random.
     allow_reuse_port = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hung up is no event."""
-        logger.debug("metrics: a request ended early", exc_info=True)
+        """A scraper that hangs up is not worth a warning."""
+        logger.debug("a request for metrics ended early", exc_info=True)
 
 
 class _Server6(_Server):
@@ -83,11 +85,12 @@ def _bind(address: str, first: int, handler: type[BaseHTTPRequestHandler]) -> Th
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise InvalidSetting(
-                    f"metrics cannot be served at {_address(address, port)}: {error.strerror or error}. Mend "
-                    "METRICS_ADDRESS or METRICS_PORT; 0 serves none."
+                    f"metrics cannot be served at {_address(address, port)}: {error.strerror or error}. Fix "
+                    "METRICS_ADDRESS or METRICS_PORT. METRICS_PORT=0 turns metrics off."
                 ) from None
     raise InvalidSetting(
-        f"metrics cannot be served: the {PORTS} ports from METRICS_PORT={first} on are all in use. Choose another."
+        f"metrics cannot be served: the {PORTS} ports from METRICS_PORT={first} on are all in use. "
+        "Set another METRICS_PORT."
     )
 
 
@@ -96,13 +99,14 @@ def _address(address: str, port: int) -> str:
 
 
 def _page(process: Process, counts: Counts) -> Any:
-    """A function that returns the page and its content type."""
+    """A function that returns the page of metrics and its content type."""
     try:
         import prometheus_client
         from prometheus_client import core, exposition
     except ImportError:
         raise InvalidSetting(
-            "METRICS_PORT is set, and metrics need a package. Run: pip install 'chunkmill[metrics]', or unset it."
+            "METRICS_PORT is set, but the package for metrics is not installed. "
+            "Run: pip install 'chunkmill[metrics]', or unset METRICS_PORT."
         ) from None
     families = {Kind.COUNTER: core.CounterMetricFamily, Kind.GAUGE: core.GaugeMetricFamily}
     counts.set(
@@ -138,13 +142,13 @@ def _page(process: Process, counts: Counts) -> Any:
 
 def _handler(page: Any) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # a client that says nothing keeps no thread
+        timeout = 10.0  # a client that sends nothing must not keep a thread
         server_version = "chunkmill"
         sys_version = ""
 
         def do_GET(self) -> None:
             if self.path.partition("?")[0] != "/metrics":
-                self.send_error(HTTPStatus.NOT_FOUND, "only /metrics is here")
+                self.send_error(HTTPStatus.NOT_FOUND, "only /metrics is served here")
                 return
             body, content_type = page()
             self.send_response(HTTPStatus.OK)
@@ -154,6 +158,6 @@ def _handler(page: Any) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in http.server
-            """A scrape every few seconds is no event."""
+            """Nothing is logged, because there is a scrape every few seconds."""
 
     return Handler

@@ -1,7 +1,7 @@
-"""Logging at the roots: one line per event, for a person on a terminal and as JSON in a pipe.
+"""Configures logging: one line for each event, as text on a terminal and as JSON in a pipe.
 
-No message and no field may hold a text or a secret; identifiers and counts say enough. What other libraries say is
-not ours to promise, so their errors are written without what Postgres quotes of rows, and URLs without passwords.
+No message and no field may contain a text or a secret; ids and counts are enough. We cannot promise that for other
+libraries, so their errors are written without the rows that Postgres quotes, and URLs without passwords.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any, Literal
 Format = Literal["auto", "json", "text"]
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "data"}
-"""``data`` is Celery's own, which repeats what the message says."""
+"""``data`` is a field of Celery's, which repeats the message."""
 _TALKATIVE = (
     "alembic", "amqp", "asyncio", "filelock", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "kombu",
     "openai", "opentelemetry", "redis", "transformers", "urllib3",
 )  # fmt: skip
-"""They log every request, or every message with its body."""
+"""Libraries that log every request, or every message with its body."""
 
 _fields: ContextVar[MappingProxyType[str, object]] = ContextVar("fields", default=MappingProxyType({}))
 
 
 @contextmanager
 def bound(**fields: object) -> Iterator[None]:
-    """Every line that this thread logs meanwhile carries ``fields``: ids and counts, of what it works on."""
+    """Add ``fields``, ids and counts of the present work, to every line that this thread logs meanwhile."""
     token = _fields.set(MappingProxyType({**_fields.get(), **fields}))
     try:
         yield
@@ -42,7 +42,8 @@ def bound(**fields: object) -> Iterator[None]:
 
 
 def _bind(record: logging.LogRecord) -> bool:
-    """A filter of the handler, for it runs in the thread that logs; what the record says itself stays."""
+    """Add the bound fields to a record that lacks them. It is a filter of the handler because that runs in the thread
+    that logs."""
     for key, value in _fields.get().items():
         if key not in vars(record):
             setattr(record, key, value)
@@ -91,17 +92,18 @@ _PASSWORD_PARAMETER = re.compile(r"(?i)(password=)[^\s&'\"]+")
 
 
 def without_passwords(said: str) -> str:
-    """URLs and connection strings in it keep all but their passwords. A net below the rule that none gets here."""
+    """The text with the passwords of URLs and connection strings masked. This is a safety net: none should get here."""
     return _PASSWORD_PARAMETER.sub(r"\1***", _PASSWORD.sub(r"\1***@", said))
 
 
 def told(error: BaseException) -> str:
-    """A traceback, causes last, without what Postgres quotes of rows below the first line of what it says."""
+    """A traceback with the causes last. Of a Postgres error only the first line is kept, because Postgres quotes rows
+    below it."""
     parts: list[str] = []
     at: BaseException | None = error
     while at is not None:
         name, said = type(at).__qualname__, str(at)
-        # By name, because this module stands below everything that knows a database.
+        # Found by attribute, because this module may not import a database library.
         if hasattr(at, "sqlstate") or hasattr(getattr(at, "orig", None), "sqlstate"):
             said = said.strip().partition("\n")[0]
         parts.append("".join(traceback.format_tb(at.__traceback__)) + (f"{name}: {said}" if said else name))
@@ -110,7 +112,7 @@ def told(error: BaseException) -> str:
 
 
 def configure(level: str | int = logging.INFO, form: Format = "auto") -> None:
-    """Send the root logger, warnings and what nobody caught to stderr. Called by processes, never by the library."""
+    """Send the root logger, warnings and uncaught errors to stderr. Processes call this, the library never does."""
     level = logging.getLevelNamesMapping()[level.upper()] if isinstance(level, str) else level
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_bind)

@@ -1,6 +1,6 @@
-"""Every metric of Chunkmill, in one table. ``counts`` beside it counts, and ``exposition`` serves.
+"""Every metric of Chunkmill, in one table. ``counts`` counts them, and ``exposition`` serves them.
 
-A label has few values, which are written here: no job, chunk or collection, and never a text.
+A label has few values, which are listed here. A job, a chunk, a collection or a text is never a label.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Kind(StrEnum):
 
 
 class Role(StrEnum):
-    """What a process is, and so which metrics it serves."""
+    """What a process is. Its roles decide which metrics it serves."""
 
     WORKER = "worker"
-    """On queue ``gpu``."""
+    """A worker on queue ``gpu``."""
     PROVIDER = "provider"
     """A worker on queue ``openai``."""
     POLLER = "poller"
@@ -29,7 +29,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """``values`` are all that it has; none: one of each process's own, such as its name."""
+    """``values`` lists all values of the label. It is empty if each process has its own, such as its name."""
 
     name: str
     values: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Metric:
     labels: tuple[Label, ...] = field(default=())
 
     def combinations(self) -> list[tuple[str, ...]]:
-        """All series that it can have. One without labels has one."""
+        """The label values of all series that the metric can have. A metric without labels has one series."""
         return list(product(*(label.values for label in self.labels)))
 
 
@@ -55,7 +55,7 @@ _POLLER = frozenset({Role.POLLER})
 _ALL = _WORKERS | _POLLER
 
 OTHER = "other"
-"""Takes the place of a value that its label does not have."""
+"""Replaces a value that its label does not list."""
 LANES = (Route.LOCAL, Route.OPENAI, Route.OPENAI_SYNC)
 _LANE = Label("lane", tuple(route.value for route in LANES))
 LANE_STATES = ("running", "idle", "paused", "stopped", "held")
@@ -73,7 +73,7 @@ def _gauge(name: str, text: str, roles: frozenset[Role], *labels: Label) -> Metr
 
 INFO = _gauge(
     "process_info",
-    "1. What this process is; name is that of its leases, device what it computes on.",
+    "Always 1. The labels say what this process is: name is the owner name of its leases, device what it computes on.",
     _ALL,
     Label("role"),
     Label("name"),
@@ -82,109 +82,133 @@ INFO = _gauge(
     Label("version"),
 )
 
-# Of the process itself: updated once for each TokenBatch, claim, commit or request.
+# These are about the process itself. They are updated once for each TokenBatch, claim, commit or request.
 TOKEN_BATCHES = _counter(
-    "token_batches", "TokenBatches; one that held texts of two ChunkBatches counts for each.", _WORKER
+    "token_batches", "TokenBatches that were computed. One with texts of two ChunkBatches counts twice.", _WORKER
 )
-TOKENS = _counter("tokens", "Tokens that went through the model, or that the provider charged.", _WORKERS)
-PADDED_TOKENS = _counter("padded_tokens", "Tokens with the padding beside them: what the device computed.", _WORKER)
-ENGINE_SECONDS = _counter("engine_seconds", "Time of TokenBatches on the device.", _WORKER)
-TOKENIZE_SECONDS = _counter("tokenize_seconds", "Time in the tokenizer.", _WORKER)
-URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for somebody who waited, such as a search.", _WORKERS)
+TOKENS = _counter("tokens", "Tokens that went through the model, or that the provider charged for.", _WORKERS)
+PADDED_TOKENS = _counter("padded_tokens", "Tokens that the device computed, padding included.", _WORKER)
+ENGINE_SECONDS = _counter("engine_seconds", "Seconds that TokenBatches spent on the device.", _WORKER)
+TOKENIZE_SECONDS = _counter("tokenize_seconds", "Seconds spent in the tokenizer.", _WORKER)
+URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for a caller that waits, such as a search.", _WORKERS)
 CLAIMS = _counter(
     "claims",
-    "Doorbells answered: a ChunkBatch was claimed, or there was nothing to claim.",
+    "Doorbells answered. result is claimed if a ChunkBatch was claimed, nothing if there was none to claim.",
     _WORKER,
     Label("result", ("claimed", "nothing")),
 )
 ATTEMPTS = _counter(
     "attempts",
-    "Attempts at ChunkBatches, by how they ended here.",
+    "Attempts at ChunkBatches, by the outcome in this process.",
     _WORKER,
     Label("outcome", ("completed", "released", "failed", "lease_lost")),
 )
 WRITES = _counter("writes", "Transactions that wrote vectors or completed a ChunkBatch.", _WORKER)
-WRITE_SECONDS = _counter("write_seconds", "Time in those transactions, waiting for Postgres included.", _WORKER)
-CONTENTS = _counter("contents", "Contents that got their vector here, committed.", _WORKERS)
-RECOMPUTED = _counter("recomputed_contents", "Contents that had a vector when theirs was to be written.", _WORKER)
-POSTGRES_RETRIES = _counter("postgres_retries", "Transactions run again, because Postgres could not take them.", _ALL)
+WRITE_SECONDS = _counter(
+    "write_seconds",
+    "Seconds spent in transactions that wrote vectors or completed a ChunkBatch, waiting for Postgres included.",
+    _WORKER,
+)
+CONTENTS = _counter("contents", "Contents whose vector this process committed.", _WORKERS)
+RECOMPUTED = _counter("recomputed_contents", "Contents that already had a vector when theirs was written.", _WORKER)
+POSTGRES_RETRIES = _counter(
+    "postgres_retries", "Transactions that were run again because Postgres aborted them or was away.", _ALL
+)
 PROVIDER_REQUESTS = _counter(
     "provider_requests",
-    "Requests to the provider: busy is 429, stopped is keys or money, silent no answer.",
+    "Requests to the provider. result: busy is HTTP 429, stopped a problem with key or money, silent no answer.",
     _PROVIDER,
     Label("operation", OPERATIONS),
     Label("result", ("ok", "refused", "busy", "stopped", "silent")),
 )
 PROVIDER_SECONDS = _counter(
-    "provider_request_seconds", "Time in those requests.", _PROVIDER, Label("operation", OPERATIONS)
+    "provider_request_seconds", "Seconds spent in requests to the provider.", _PROVIDER, Label("operation", OPERATIONS)
 )
-HELD = _gauge("held_chunk_batches", "ChunkBatches under lease in this process.", _WORKERS)
+HELD = _gauge("held_chunk_batches", "ChunkBatches that this process has leased.", _WORKERS)
 LAST_PROGRESS = _gauge(
-    "last_progress_timestamp_seconds", "When it last embedded, wrote or completed something, or was idle.", _WORKER
+    "last_progress_timestamp_seconds",
+    "Unix time when this process last embedded, wrote or completed something, or was idle.",
+    _WORKER,
 )
 GPU_BUSY = _gauge(
-    "gpu_busy_ratio", "Share of the last second or so in which the GPU ran a kernel, by its driver.", _WORKER
+    "gpu_busy_ratio", "Share of about the last second in which the GPU ran a kernel, as its driver reports it.", _WORKER
 )
-GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "Of the GPU, by all processes on it.", _WORKER)
-GPU_MEMORY_SIZE = _gauge("gpu_memory_size_bytes", "Of the GPU.", _WORKER)
+GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "GPU memory in bytes that all processes on the GPU use.", _WORKER)
+GPU_MEMORY_SIZE = _gauge("gpu_memory_size_bytes", "Size of the GPU memory in bytes.", _WORKER)
 
-ROUNDS = _counter("poller_rounds", "Rounds of the poller that went through.", _POLLER)
-LAST_ROUND = _gauge("poller_last_round_timestamp_seconds", "When the last round went through.", _POLLER)
+ROUNDS = _counter("poller_rounds", "Rounds that this poller completed.", _POLLER)
+LAST_ROUND = _gauge(
+    "poller_last_round_timestamp_seconds", "Unix time when this poller last completed a round.", _POLLER
+)
 RUNG = _counter("doorbells_rung", "Doorbells that this poller rang.", _POLLER)
-TAKEN_BACK = _counter("leases_taken_back", "ChunkBatches this poller took back from silent workers.", _POLLER)
-
-# Of the whole ledger, as this poller last saw it; absent while it cannot look. Several pollers say the same.
-STORE_UP = _gauge(
-    "store_up", "1 if this poller's last look at it succeeded.", _POLLER, Label("store", ("postgres", "redis"))
+TAKEN_BACK = _counter(
+    "leases_taken_back", "ChunkBatches that this poller took back from workers whose lease had ended.", _POLLER
 )
-LOOKED_AT = _gauge("look_timestamp_seconds", "When this poller last looked at the ledger.", _POLLER)
+
+# These are about the whole ledger, as this poller last read it. They are absent while it cannot read the ledger. If
+# there are several pollers, all report the same.
+STORE_UP = _gauge(
+    "store_up",
+    "1 if this poller could read the store at its last attempt, otherwise 0.",
+    _POLLER,
+    Label("store", ("postgres", "redis")),
+)
+LOOKED_AT = _gauge("look_timestamp_seconds", "Unix time when this poller last read the ledger.", _POLLER)
 LOOK_SECONDS = _gauge(
     "look_seconds",
-    "What the look cost: now is taken each time, tally seldom where it is dear.",
+    "Seconds that reading the ledger took. part now is read every time, part tally less often if it takes long.",
     _POLLER,
     Label("part", ("now", "tally")),
 )
 READY = _gauge("ready_chunk_batches", "ChunkBatches that wait for a worker.", _POLLER, _LANE)
-RUNNING = _gauge("running_chunk_batches", "ChunkBatches that a worker or the provider has.", _POLLER, _LANE)
-DISCARDED = _gauge("discarded_chunk_batches", "ChunkBatches given up after their last attempt.", _POLLER, _LANE)
+RUNNING = _gauge("running_chunk_batches", "ChunkBatches that a worker or the provider is working on.", _POLLER, _LANE)
+DISCARDED = _gauge("discarded_chunk_batches", "ChunkBatches whose last permitted attempt failed.", _POLLER, _LANE)
 OLDEST = _gauge(
-    "oldest_waiting_seconds", "So long has the oldest waiting ChunkBatch been due; 0: none waits.", _POLLER, _LANE
+    "oldest_waiting_seconds",
+    "Age in seconds of the oldest ChunkBatch that is due and not claimed; 0 if there is none.",
+    _POLLER,
+    _LANE,
 )
 LANE_STATE = _gauge(
     "lane_state",
-    "1 for the state that a lane is in; idle: no worker for it reports.",
+    "1 for the state that the lane is in, otherwise 0. idle means that no worker for the lane reports.",
     _POLLER,
     _LANE,
     Label("state", LANE_STATES),
 )
-JOBS = _gauge("jobs", "Jobs.", _POLLER, Label("state", tuple(state.value for state in JobState)))
+JOBS = _gauge("jobs", "Jobs, by state.", _POLLER, Label("state", tuple(state.value for state in JobState)))
 REMAINING = _gauge("remaining_contents", "Contents of open jobs that have no vector yet.", _POLLER)
-DEAD = _gauge("dead_chunks", "Entries of all jobs' dead lists.", _POLLER)
+DEAD = _gauge("dead_chunks", "Entries in the dead lists of all jobs.", _POLLER)
 CACHE_HITS = _gauge(
-    "cache_hit_ratio", "Share of chunks that needed no embedding, in jobs that are open or ended within a day.", _POLLER
+    "cache_hit_ratio",
+    "Share of chunks that needed no embedding, in jobs that are open or ended in the last day.",
+    _POLLER,
 )
 WORKERS = _gauge(
     "workers",
-    "Workers that report, and those that fell silent within ten minutes.",
+    "Workers by state: live ones report, silent ones stopped reporting in the last ten minutes.",
     _POLLER,
     Label("kind", ("local", "provider")),
     Label("state", ("live", "silent")),
 )
-DOORBELLS = _gauge("queued_doorbells", "Doorbells in Redis.", _POLLER, Label("queue", ("gpu", "openai")))
+DOORBELLS = _gauge("queued_doorbells", "Doorbells that wait in Redis.", _POLLER, Label("queue", ("gpu", "openai")))
 RECENT_FAULTS = _gauge(
     "recent_faults",
-    "Within ten minutes: attempts whose worker died or that failed, ChunkBatches given up.",
+    "Faults in the last ten minutes: attempts that died or failed, and ChunkBatches that were discarded.",
     _POLLER,
     Label("kind", FAULTS),
 )
 CHARGED = _gauge(
-    "charged_usd", "US dollars that providers charged, by UTC.", _POLLER, Label("period", ("today", "month"))
+    "charged_usd",
+    "US dollars that providers charged today and in this month (UTC).",
+    _POLLER,
+    Label("period", ("today", "month")),
 )
-COMMITTED = _gauge("committed_usd", "Estimate for what is at a provider and not charged yet.", _POLLER)
-BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent: none.", _POLLER)
+COMMITTED = _gauge("committed_usd", "Estimated US dollars for what is in flight and not charged yet.", _POLLER)
+BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent if it is not set.", _POLLER)
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 LEDGER = tuple(
     metric for metric in METRICS if metric.kind is Kind.GAUGE and metric.roles == _POLLER and metric is not LAST_ROUND
 )
-"""What a poller takes from one look, all together."""
+"""The gauges that a poller sets together, from one reading of the ledger."""

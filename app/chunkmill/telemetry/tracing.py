@@ -1,8 +1,9 @@
-"""One trace for each job, with OpenTelemetry: from ``enqueue`` to the ChunkBatch that completes it.
+"""One OpenTelemetry trace for each job, from ``enqueue`` to the ChunkBatch that completes it.
 
-Set up by the standard ``OTEL_*`` variables alone, and by the extra ``tracing``. Where these name no exporter and the
-program around has none, nothing is imported and every function here does nothing. A doorbell carries an id, so the
-context travels with the job in Postgres, as a W3C ``traceparent``. Attributes are ids and counts, never texts.
+The standard ``OTEL_*`` variables and the extra ``tracing`` turn it on. If the variables name no exporter and the
+program around Chunkmill has none, nothing is imported and every function here does nothing. A doorbell carries only an
+id, so the context travels with the job in Postgres, as a W3C ``traceparent``. Attributes are ids and counts, never
+texts.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ logger = logging.getLogger(__name__)
 
 ADDRESSES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 LAST_WORDS_S = 1.0
-"""What a process that ends gives its last spans. A worker's drain has 5 s, and a collector may be away."""
+"""How many seconds a process that ends waits for its last spans. A worker's drain has 5 s, and a collector may be away.
+"""
 
 
 def configure(service: str) -> None:
-    """At the roots: start to export if the environment says where to. ``OTEL_SERVICE_NAME`` goes before ``service``.
+    """Start to export spans if the environment names an exporter. ``OTEL_SERVICE_NAME`` overrides ``service``.
 
-    Raises :class:`InvalidSetting` where it says so and cannot be followed. A program that has a tracer keeps its own.
+    Raises :class:`InvalidSetting` if that exporter cannot be used. A program that has a tracer provider keeps it.
     """
     exporter = _exporter_name()
     if exporter is None:
         return
     if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None:
         raise InvalidSetting(
-            "the environment asks for traces (OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_TRACES_EXPORTER), and OpenTelemetry "
+            "the environment asks for traces (OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_TRACES_EXPORTER), but OpenTelemetry "
             "is not installed. Run: pip install 'chunkmill[tracing]', or set OTEL_TRACES_EXPORTER=none."
         )
     from opentelemetry import trace
@@ -57,12 +59,12 @@ def configure(service: str) -> None:
 
 
 def flush() -> None:
-    """Send what waits, for a process that is about to end without Python's own way out."""
+    """Send the spans that wait. For a process that is about to end without Python's own exit handlers."""
     if "opentelemetry.sdk.trace" not in sys.modules:
         return
     from opentelemetry import trace
 
-    # In a thread, because the library keeps to no time limit here.
+    # In a thread, because the library has no time limit here.
     provider: Any = trace.get_tracer_provider()
     sending = threading.Thread(target=getattr(provider, "force_flush", lambda: None), daemon=True)
     sending.start()
@@ -70,7 +72,7 @@ def flush() -> None:
 
 
 def _exporter_name() -> str | None:
-    """What the environment asks for; None: nothing."""
+    """The exporter that the environment names; None if it names none."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     asked = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
@@ -82,13 +84,13 @@ def _exporter_name() -> str | None:
 def _exporter(name: str) -> Any:
     if name == "otlp":
         name = "otlp_proto_http"  # what the extra installs
-    found = importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name)
-    if not found:
+    exporters = importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name)
+    if not exporters:
         raise InvalidSetting(
             f"OTEL_TRACES_EXPORTER is {name!r}, which is not installed. `otlp` and `console` come with the extra "
             "`tracing`; `none` turns traces off."
         )
-    return next(iter(found)).load()()
+    return next(iter(exporters)).load()()
 
 
 def is_on() -> bool:
@@ -96,7 +98,7 @@ def is_on() -> bool:
 
 
 def _tracer() -> Tracer | None:
-    """Through OpenTelemetry's API, where this process or the program around it has loaded its SDK."""
+    """Our tracer; None if neither this process nor the program around it has loaded OpenTelemetry's SDK."""
     if "opentelemetry.sdk.trace" not in sys.modules:
         return None
     from opentelemetry import trace
@@ -104,21 +106,21 @@ def _tracer() -> Tracer | None:
     return trace.get_tracer("chunkmill", importlib.metadata.version("chunkmill"))
 
 
-Facts = Mapping[str, int | str]
-"""Ids and counts."""
-NONE: Facts = MappingProxyType({})
+Attributes = Mapping[str, int | str]
+"""Ids and counts by name."""
+NONE: Attributes = MappingProxyType({})
 
 
 class Span:
-    """A span under way, or none."""
+    """A span that has begun, or nothing if tracing is off."""
 
-    def __init__(self, under_way: Any = None) -> None:
-        self._span = under_way
+    def __init__(self, begun: Any = None) -> None:
+        self._span = begun
 
-    def set(self, facts: Facts) -> None:
-        """``{"job": 7}`` is the attribute ``chunkmill.job``."""
+    def set(self, attributes: Attributes) -> None:
+        """Set attributes: ``{"job": 7}`` becomes ``chunkmill.job``."""
         if self._span is not None:
-            self._span.set_attributes({f"chunkmill.{name}": value for name, value in facts.items()})
+            self._span.set_attributes({f"chunkmill.{name}": value for name, value in attributes.items()})
 
     def fail(self, code: str) -> None:
         if self._span is not None:
@@ -128,7 +130,7 @@ class Span:
 
 
 def fail(code: str) -> None:
-    """The span under way in this thread failed."""
+    """Mark this thread's current span as failed."""
     if _tracer() is not None:
         from opentelemetry.trace import get_current_span
 
@@ -136,7 +138,7 @@ def fail(code: str) -> None:
 
 
 def traceparent() -> str | None:
-    """The span under way in this thread, as :func:`root` takes it in another process; None where nothing is traced."""
+    """This thread's current span in the form that :func:`root` takes in another process; None if nothing is traced."""
     if _tracer() is None:
         return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -149,16 +151,17 @@ def traceparent() -> str | None:
 @contextmanager
 def root(
     name: str,
-    facts: Facts = NONE,
+    attributes: Attributes = NONE,
     *,
     kind: str = "INTERNAL",
     parents: Sequence[str] = (),
     began_ns: int | None = None,
     expected: tuple[type[Exception], ...] = (),
 ) -> Iterator[Span]:
-    """A span under the one of ``parents``, or linked to each of several; with none, under the caller's own, if any.
+    """A span whose parent is the one in ``parents``, or that is linked to each of several. Without ``parents`` it is
+    under the current span, if there is one.
 
-    What it raises makes it an error, by its class alone, unless it is of those ``expected``.
+    An exception other than those ``expected`` marks the span as failed. Only its class is recorded.
     """
     tracer = _tracer()
     if tracer is None:
@@ -168,19 +171,19 @@ def root(
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    contexts = [TraceContextTextMapPropagator().extract({"traceparent": each}, Context()) for each in parents]
-    links = [trace.Link(trace.get_current_span(each).get_span_context()) for each in contexts]
+    contexts = [TraceContextTextMapPropagator().extract({"traceparent": parent}, Context()) for parent in parents]
+    links = [trace.Link(trace.get_current_span(context).get_span_context()) for context in contexts]
     with tracer.start_as_current_span(
         name,
         context=contexts[0] if len(contexts) == 1 else Context() if contexts else None,
         kind=trace.SpanKind[kind],
         links=links if len(links) > 1 else None,
         start_time=began_ns,
-        record_exception=False,  # its message is the log's; here it would be one more place to keep texts out of
+        record_exception=False,  # the message is in the log; here it would be one more place to keep texts out of
         set_status_on_exception=False,
-    ) as under_way:
-        span = Span(under_way)
-        span.set(facts)
+    ) as begun:
+        span = Span(begun)
+        span.set(attributes)
         try:
             yield span
         except Exception as error:
@@ -190,8 +193,8 @@ def root(
 
 
 @contextmanager
-def span(name: str, facts: Facts = NONE, *, began_ns: int | None = None) -> Iterator[Span]:
-    """A part of what is being traced in this thread; nothing where nothing is."""
+def span(name: str, attributes: Attributes = NONE, *, began_ns: int | None = None) -> Iterator[Span]:
+    """A span below this thread's current span; nothing if there is none."""
     if _tracer() is None:
         yield Span()
         return
@@ -200,5 +203,5 @@ def span(name: str, facts: Facts = NONE, *, began_ns: int | None = None) -> Iter
     if not trace.get_current_span().get_span_context().is_valid:
         yield Span()
         return
-    with root(name, facts, began_ns=began_ns) as under_way:
-        yield under_way
+    with root(name, attributes, began_ns=began_ns) as part:
+        yield part

@@ -1,4 +1,4 @@
-"""Which setting of the engine is best on a machine. Pure: measurements and constraints in, a choice out."""
+"""Chooses the engine's best settings on a machine from measurements and constraints. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-# Differences that mean nothing: two runs of one setting on a quiet machine differ by so much.
+# Two runs of the same setting on a quiet machine differ by this share, so smaller differences mean nothing.
 NOISE: Final = 0.03
 
 
@@ -18,14 +18,14 @@ SHORT: Final = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is tuned."""
+    """The settings that are tuned."""
 
     backend: Backend
     dtype: Dtype
     batch_tokens: int
     threads: int
     parallel_batches: int
-    """ChunkBatches in work at a time: a large budget is filled from several of them."""
+    """How many ChunkBatches are in work at a time. A large pass is filled from several of them."""
 
     @property
     def kind(self) -> str:
@@ -34,23 +34,23 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a setup did. Cosines are to fp32 on the same texts."""
+    """What was measured of a setup. Cosines are to fp32 on the same texts."""
 
     cosine_min: float
     cosine_mean: float
     tokens_per_second: float | None = None
-    """Text to NumPy, the median of its rounds. None: under the gate, where speed means nothing."""
+    """From text to NumPy array, the median of the rounds. None if the cosine is too low for the speed to matter."""
     latency_ms: float | None = None
-    """One short text, the median."""
+    """The median time for one short text."""
     peak_mib: float | None = None
-    """Most memory that its process held on a CPU, or torch on a GPU."""
+    """The most memory that the process held on a CPU, or torch on a GPU."""
     rounds: int = 0
-    """Passes over the texts, interleaved with other setups' from the second on."""
+    """The number of passes over the texts. From the second on they are interleaved with those of other setups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A setup with what was measured of it, or with the ``problem`` that kept it from being measured."""
+    """A setup with its measurements, or with the ``problem`` that prevented them."""
 
     setup: Setup
     measured: Measured | None = None
@@ -59,61 +59,72 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What the winner has to keep to; None: no limit."""
+    """What the winner has to meet. None means no limit."""
 
     min_cosine: float
     of_mean: bool = False
-    """The gate is held against the mean over the texts, as for int8; otherwise against the lowest."""
+    """Whether ``min_cosine`` applies to the mean over the texts, as for int8, and not to the lowest cosine."""
     max_memory_mib: float | None = None
     max_latency_ms: float | None = None
     min_throughput: float | None = None
 
     def passes_gate(self, cosine_min: float, cosine_mean: float) -> bool:
-        """NaN does not pass."""
+        """Whether the cosines are high enough. NaN is not."""
         return (cosine_mean if self.of_mean else cosine_min) >= self.min_cosine
 
     def failures(self, candidate: Candidate) -> tuple[str, ...]:
-        """Which of them it breaks: ``cosine``, ``memory``, ``latency``, ``throughput``, or ``problem`` alone."""
+        """The constraints that it breaks: ``cosine``, ``memory``, ``latency``, ``throughput``, or only ``problem``."""
         measured = candidate.measured
         if candidate.problem is not None or measured is None:
             return ("problem",)
         if not self.passes_gate(measured.cosine_min, measured.cosine_mean):
             return ("cosine",)
-        found = (
+        limits = (
             ("memory", _over(measured.peak_mib, self.max_memory_mib)),
             ("latency", _over(measured.latency_ms, self.max_latency_ms)),
             ("throughput", _over(self.min_throughput, measured.tokens_per_second)),
         )
-        return tuple(name for name, broken in found if broken)
+        return tuple(name for name, broken in limits if broken)
 
 
 def choose(candidates: Sequence[Candidate], constraints: Constraints) -> Candidate | None:
-    """The fastest that keeps all constraints; None where none does.
+    """The fastest candidate that meets all constraints; None if none does.
 
-    Of those that were measured in the most rounds: one lucky pass does not beat a median. Of equally fast ones that
-    with less memory, then the quicker answer, then the smaller budget.
+    Only those that were measured in the most rounds are compared, so that one lucky pass does not beat a median. Of
+    equally fast ones it is the one with less memory, then with the lower latency, then with fewer tokens in a pass.
     """
-    fitting = [each for each in candidates if not constraints.failures(each)]
-    return max(fitting, key=lambda each: (_rounds(each), *_merit(each)), default=None)
+    fitting = [candidate for candidate in candidates if not constraints.failures(candidate)]
+    return max(fitting, key=lambda candidate: (_rounds(candidate), *_merit(candidate)), default=None)
 
 
 def ranked(candidates: Sequence[Candidate], constraints: Constraints) -> list[Candidate]:
-    """Those that have a speed, best first: who keeps all constraints, then who is fast."""
-    running = [each for each in candidates if each.measured is not None and each.measured.tokens_per_second]
-    return sorted(running, key=lambda each: (not constraints.failures(each), *_merit(each)), reverse=True)
+    """The candidates that have a speed, best first: those that meet all constraints, then the faster ones."""
+    running = [
+        candidate for candidate in candidates if candidate.measured is not None and candidate.measured.tokens_per_second
+    ]
+    return sorted(
+        running, key=lambda candidate: (not constraints.failures(candidate), *_merit(candidate)), reverse=True
+    )
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that none beats: faster, quicker to answer or smaller, and worse in nothing, by more than noise."""
-    running = [each for each in candidates if each.measured is not None and each.measured.tokens_per_second]
-    costs = [_costs(each) for each in running]
-    return [each for each, mine in zip(running, costs, strict=True) if not any(_beats(other, mine) for other in costs)]
+    """The candidates that no other beats, which would be better in speed, latency or memory and worse in none of them.
+    Differences within the noise do not count."""
+    running = [
+        candidate for candidate in candidates if candidate.measured is not None and candidate.measured.tokens_per_second
+    ]
+    costs = [_costs(candidate) for candidate in running]
+    return [
+        candidate
+        for candidate, mine in zip(running, costs, strict=True)
+        if not any(_beats(other, mine) for other in costs)
+    ]
 
 
 def _merit(candidate: Candidate) -> tuple[float, float, float, int]:
-    found = candidate.measured
-    assert found is not None  # noqa: S101 - only of candidates that were measured
-    speed, memory, latency = found.tokens_per_second or 0.0, found.peak_mib or 0.0, found.latency_ms or 0.0
+    measured = candidate.measured
+    assert measured is not None  # noqa: S101 - only of candidates that were measured
+    speed, memory, latency = measured.tokens_per_second or 0.0, measured.peak_mib or 0.0, measured.latency_ms or 0.0
     return speed, -memory, -latency, -candidate.setup.batch_tokens
 
 
@@ -122,9 +133,9 @@ def _rounds(candidate: Candidate) -> int:
 
 
 def _costs(candidate: Candidate) -> tuple[int, ...]:
-    """Time per token, time for one text and memory, in steps of the noise."""
+    """The time per token, the time for one text and the memory, in steps of the noise."""
     speed, memory, latency, _ = _merit(candidate)
-    return tuple(round(math.log(max(each, 1e-9)) / math.log1p(NOISE)) for each in (1 / speed, -latency, -memory))
+    return tuple(round(math.log(max(cost, 1e-9)) / math.log1p(NOISE)) for cost in (1 / speed, -latency, -memory))
 
 
 def _beats(mine: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -1,8 +1,7 @@
-"""Profiles: what ``chunkmill tune`` measured for one model on one machine, kept for the workers there.
+"""Profiles: what ``chunkmill tune`` measured for one model on one machine, stored for the workers of that machine.
 
-``<home>/tuning/profiles`` holds them, a file for each machine and model; ``<home>/tuning/memory`` what engines
-learned when a device's memory said no (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's
-data folder.
+``<home>/tuning/profiles`` has a file for each machine and model. ``<home>/tuning/memory`` has what engines learned when
+a device ran out of memory (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's data folder.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ _RUNTIMES: Final = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The winner of one tuning, and all it rests on."""
+    """The winner of one tuning, and everything that it depends on."""
 
     model: str
     fingerprint: str
-    """Of the model's full vectors, precision included."""
+    """The fingerprint of the model's full vectors, which includes the precision."""
     setup: Setup
     measured: Measured
     constraints: Constraints
@@ -49,21 +48,23 @@ class Profile:
 
     def __str__(self) -> str:
         setup, speed = self.setup, self.measured.tokens_per_second or 0
-        return f"{setup.kind}, {setup.batch_tokens:,} tokens a pass, {speed:,.0f} tokens/s, of {self.made_at[:10]}"
+        return (
+            f"{setup.kind}, {setup.batch_tokens:,} tokens in a pass, {speed:,.0f} tokens/s, made on {self.made_at[:10]}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What there is for a model on a machine."""
+class ProfileLookup:
+    """The result of looking for a model's profile on a machine."""
 
     path: Path | None
-    """Where it is or would be; None: EMBEDDING_PROFILE is off."""
+    """Where the profile is or would be; None if EMBEDDING_PROFILE is off."""
     profile: Profile | None = None
-    """The one to use."""
+    """The profile to use."""
     problem: str | None = None
-    """Why the one in ``path`` is not used."""
+    """Why the profile at ``path`` is not used."""
     overridden: bool = False
-    """It is whole and right, but the settings ask for something else."""
+    """Whether the profile is valid, but the settings ask for something else."""
 
 
 def tuning_folder(settings: Settings) -> Path:
@@ -71,17 +72,17 @@ def tuning_folder(settings: Settings) -> Path:
 
 
 def memory_folder(settings: Settings) -> Path:
-    """Where engines keep how many tokens did not fit: see ``Engine.load(learned=...)``."""
+    """Where engines store how many tokens fitted into the memory: see ``Engine.load(learned=...)``."""
     return tuning_folder(settings) / "memory"
 
 
 def memory_limit(settings: Settings, fingerprint: str, setup: Setup) -> tuple[Path, int] | None:
-    """What an engine learned that keeps passes below the setup's budget: the file, and the tokens that fit."""
+    """The file and the number of tokens that an engine learned to fit, if that is less than the setup's tokens."""
     for file in sorted(memory_folder(settings).glob(f"*-{fingerprint[:16]}-{setup.backend}-{setup.dtype}.json")):
         try:
             tokens = int(json.loads(file.read_text(encoding="utf-8"))["batch_tokens"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # the engine says so, and leaves it out
+            continue  # the engine logs this, and ignores the file
         if tokens < setup.batch_tokens:
             return file, tokens
     return None
@@ -91,14 +92,14 @@ def profile_path(settings: Settings, fingerprint: str, machine: Machine) -> Path
     return tuning_folder(settings) / "profiles" / f"{machine.slug}-{fingerprint[:16]}.json"
 
 
-def find_profile(settings: Settings, spec: SpaceSpec, machine: Machine) -> Found:
-    """What EMBEDDING_PROFILE gives for the model of ``spec`` on ``machine``.
+def find_profile(settings: Settings, spec: SpaceSpec, machine: Machine) -> ProfileLookup:
+    """The profile that EMBEDDING_PROFILE selects for the model of ``spec`` on ``machine``.
 
-    Raises InvalidSetting where it names a file that is not there or no profile.
+    Raises InvalidSetting if it names a file that does not exist or is not a profile.
     """
     word = settings.embedding_profile
     if word == "off":
-        return Found(None)
+        return ProfileLookup(None)
     named = word != "auto"
     path = Path(word).expanduser() if named else profile_path(settings, spec.fingerprint, machine)
     try:
@@ -106,36 +107,37 @@ def find_profile(settings: Settings, spec: SpaceSpec, machine: Machine) -> Found
     except FileNotFoundError:
         if named:
             raise InvalidSetting(
-                f"EMBEDDING_PROFILE is {word}, and there is no such file: auto, off or a path"
+                f"EMBEDDING_PROFILE is {word}, but there is no such file. Set it to auto, off or the path of a profile"
             ) from None
-        return Found(path)
+        return ProfileLookup(path)
     except (OSError, ValueError) as error:
         if named:
-            raise InvalidSetting(f"EMBEDDING_PROFILE is {word}: {error}. Give auto, off or another path") from None
-        return Found(path, problem=f"{error}: {AGAIN}")
+            raise InvalidSetting(f"EMBEDDING_PROFILE is {word}: {error}. Set it to auto, off or another path") from None
+        return ProfileLookup(path, problem=f"{error}: {AGAIN}")
     if problem := refusal(profile, spec.fingerprint, machine, versions()):
-        return Found(path, problem=problem)
+        return ProfileLookup(path, problem=problem)
     if problem := _overridden(profile.setup, settings):
-        return Found(path, problem=problem, overridden=True)
-    return Found(path, profile)
+        return ProfileLookup(path, problem=problem, overridden=True)
+    return ProfileLookup(path, profile)
 
 
 def refusal(profile: Profile, fingerprint: str, machine: Machine, installed: Mapping[str, str]) -> str | None:
-    """Why a profile says nothing about this model, machine and versions; None where it holds. Pure."""
+    """Why a profile is not valid for this model, machine and versions; None if it is valid. Pure."""
     if profile.fingerprint != fingerprint:
         return f"it was made for the model {profile.model!r} with fingerprint {profile.fingerprint[:12]}: {AGAIN}"
     if profile.machine != machine:
-        return f"it was made on another machine ({_facts(profile.machine)}), and this is {_facts(machine)}: {AGAIN}"
+        there, here = _described(profile.machine), _described(machine)
+        return f"it was made on another machine ({there}), and this is {here}: {AGAIN}"
     wanted = ["chunkmill", "torch", *([_RUNTIMES[profile.setup.backend]] if profile.setup.backend in _RUNTIMES else [])]
     for package in wanted:
         then, now = profile.versions.get(package), installed.get(package)
         if _release(package, then) != _release(package, now):
-            return f"it was made with {package} {then or 'absent'}, and here is {now or 'none'}: {AGAIN}"
+            return f"it was made with {package} {then or 'absent'}, but {now or 'none'} is installed: {AGAIN}"
     return None
 
 
 def with_profile(settings: Settings, profile: Profile | None) -> Settings:
-    """The settings with a profile's values where they leave the choice to us; what they state explicitly stays."""
+    """The settings with the profile's values. A value that the settings state explicitly is kept."""
     if profile is None:
         return settings
     setup = profile.setup
@@ -150,45 +152,47 @@ def with_profile(settings: Settings, profile: Profile | None) -> Settings:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises OSError, or ValueError where the file is no profile of this format."""
+    """The profile in a file. Raises OSError, or ValueError if the file is not a profile of this format."""
     text = path.read_text(encoding="utf-8")
     try:
         profile = TypeAdapter(Profile).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(f"{path} is no profile ({where}: {first['msg']})") from None
+        raise ValueError(f"{path} is not a profile ({where}: {first['msg']})") from None
     if profile.format != FORMAT:
-        raise ValueError(f"{path} is a profile of another format ({profile.format}, not {FORMAT})")
+        raise ValueError(f"{path} is a profile of another format ({profile.format} instead of {FORMAT})")
     setup = profile.setup
     if min(setup.batch_tokens, setup.threads, setup.parallel_batches) < 1:
-        raise ValueError(f"{path} is no profile (its setup holds a number below 1)")
+        raise ValueError(f"{path} is not a profile (its setup contains a number below 1)")
     return profile
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Whole or not at all. Raises :class:`ProfileNotWritten`."""
+    """Write a profile completely or not at all. Raises :class:`ProfileNotWritten`."""
     write_whole(path, json.dumps(asdict(profile), indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A file of the tuning folder appears whole or not at all. Raises :class:`ProfileNotWritten`."""
+    """Write a file of the tuning folder completely or not at all. Raises :class:`ProfileNotWritten`."""
     try:
-        path.parents[2].mkdir(mode=0o700, parents=True, exist_ok=True)  # the home, as the embedded stack makes it
+        path.parents[2].mkdir(
+            mode=0o700, parents=True, exist_ok=True
+        )  # the home, with the mode that the embedded stack uses
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 stream.write(text)
-            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a worker that runs as another user out
+            Path(name).chmod(0o644)  # with mkstemp's 0600, a worker that runs as another user could not read it
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise ProfileNotWritten(
-            f"{path} cannot be written ({error.strerror}): make the folder writable, or set CHUNKMILL_HOME to another, "
-            "for the worker too"
+            f"{path} cannot be written ({error.strerror}): make the folder writable, or set CHUNKMILL_HOME to another "
+            "folder, also for the worker"
         ) from error
 
 
@@ -197,22 +201,23 @@ class ProfileNotWritten(ChunkmillError):
 
 
 def _overridden(setup: Setup, settings: Settings) -> str | None:
-    """A budget measured for one backend and number format says little about another."""
+    """Why the settings override the setup, or None. What is best for one backend and number format says little about
+    another."""
     if settings.embedding_backend not in ("auto", setup.backend):
-        return f"EMBEDDING_BACKEND is {settings.embedding_backend} and it was measured with {setup.backend}"
+        return f"EMBEDDING_BACKEND is {settings.embedding_backend}, but the profile was measured with {setup.backend}"
     asked = SHORT.get(settings.embedding_dtype, settings.embedding_dtype)
     if asked not in ("auto", SHORT.get(setup.dtype, setup.dtype)):
-        return f"EMBEDDING_DTYPE is {settings.embedding_dtype} and it was measured in {setup.dtype}"
+        return f"EMBEDDING_DTYPE is {settings.embedding_dtype}, but the profile was measured in {setup.dtype}"
     return None
 
 
 def _release(package: str, version: str | None) -> str | None:
-    """Kernels change with a library's minor release, ours with each."""
+    """The part of a version that matters: kernels of libraries change with a minor release, ours with every release."""
     if version is None or package == "chunkmill":
         return version
     return ".".join(version.split(".")[:2])
 
 
-def _facts(machine: Machine) -> str:
+def _described(machine: Machine) -> str:
     where = f"{machine.gpu}, " if machine.gpu else ""
     return f"{where}{machine.cpu}, {machine.cores} cores, {' '.join(machine.features) or 'no known features'}"

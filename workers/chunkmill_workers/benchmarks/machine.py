@@ -12,7 +12,7 @@ from typing import Any
 
 import chunkmill
 import chunkmill_workers
-from chunkmill.machine import processor_features, this_machine
+from chunkmill.machine import gpu_names, processor_features, this_machine
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 PACKAGES = (
@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "flags": [flag for flag in FLAGS if flag in known],
-        "gpu": _gpu(),
+        "gpu": next(iter(gpu_names()), None),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -86,17 +86,6 @@ def memory_kib(pid: int | str, field: str) -> int | None:
         return None
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _gpu() -> str | None:
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],  # noqa: S607 - where the driver puts it
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else None
 
 
 def _git(*arguments: str) -> str:

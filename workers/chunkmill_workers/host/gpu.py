@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from chunkmill.errors import DeviceTaken, DeviceUnavailable, InvalidSetting
+from chunkmill.machine import nvidia_smi
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,8 @@ def visible_gpus() -> list[str]:
     CUDA_VISIBLE_DEVICES lists is believed. nvidia-smi does not list MIG slices, so name them there.
     """
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    listed = _nvidia_smi()
+    pairs = (line.split(",") for line in nvidia_smi("index", "uuid") or [] if line.count(",") == 1)
+    listed = {index.strip(): uuid.strip() for index, uuid in pairs}
     if allowed is None:
         return list(listed.values())
     # An index or a UUID (CUDA also takes a unique beginning of one); CUDA stops at the first invalid entry.
@@ -115,25 +115,6 @@ def visible_gpus() -> list[str]:
             break
         visible.append(uuid)
     return visible
-
-
-def _nvidia_smi() -> dict[str, str]:
-    """``index → UUID`` of all devices; empty if there is no driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
-    try:
-        answer = subprocess.run(
-            [program, "--query-gpu=index,uuid", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,  # a wedged driver makes nvidia-smi hang
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    pairs = (line.split(",") for line in answer.stdout.splitlines() if line.count(",") == 1)
-    return {index.strip(): uuid.strip() for index, uuid in pairs}
 
 
 def _lock_dir() -> Path:

@@ -12,7 +12,7 @@ from chunkmill.errors import ChunkmillError, InvalidSetting, ModelLoadError
 from chunkmill.machine import Machine, cores, this_machine
 from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.settings import Settings
-from chunkmill.tuning.profiles import AGAIN, Found, find_profile, memory_folder, with_profile
+from chunkmill.tuning.profiles import AGAIN, ProfileLookup, find_profile, memory_folder, with_profile
 
 if TYPE_CHECKING:  # it imports torch, and `use_threads` comes before torch
     from chunkmill_workers.engine.engine import Engine
@@ -46,7 +46,7 @@ def process_settings(settings: Settings, device: str) -> Settings:
     except InvalidSetting:
         raise
     except ChunkmillError:
-        found = Found(None)
+        found = ProfileLookup(None)
     chosen = with_profile(settings, found.profile)
     changes = {
         "embedding_threads": chosen.embedding_threads or stated_threads() or cores(),

@@ -1,4 +1,4 @@
-"""`models canary`: the reference that every worker's golden texts are compared with, and who made it."""
+"""`models canary`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from chunkmill.spaces.registry import Space
 
 
 @click.command()
-@click.option("--reset", metavar="SPACE", help="Forget the reference of a space, or of all spaces of a model.")
+@click.option("--reset", metavar="SPACE", help="Delete the reference of this space, or of all spaces of this model.")
 @json_option
 @click.pass_obj
 def canary(screen: Screen, reset: str | None) -> None:
-    """Who made the reference of each space, on what and with which versions.
+    """Show which worker made each space's reference vectors.
 
-    A worker embeds the golden texts before it serves a space, and refuses where they differ from the reference. The
-    first worker made it. If that one was the odd one out: --reset, start a worker you trust, then the others.
+    It also shows the worker's device and its versions. A worker embeds the golden texts before it serves a space, and
+    refuses to serve it if its vectors differ too much from the reference, which the first worker made. If that first
+    worker was the faulty one, delete its reference with --reset, start a worker that you trust, and then start the
+    others.
     """
-    with Client.from_env():  # migrated and reachable
+    with Client.from_env():  # checks that the database is migrated and reachable
         settings = Environment.load(start_embedded=False).settings
     db = create_db(settings.require_database_url(), role="cli", pool_size=1)
     try:
@@ -33,13 +35,13 @@ def canary(screen: Screen, reset: str | None) -> None:
             if reset is not None:
                 of_model = [space for space in registered if space.spec.model == reset]
                 chosen = of_model or [registry.find_by_prefix(conn, reset)]
-                forgotten = [space for space in chosen if canaries.forget(conn, space.id)]
+                deleted = [space for space in chosen if canaries.forget(conn, space.id)]
             else:
                 kept = canaries.all_kept(conn)
     finally:
         db.dispose()
     if reset is not None:
-        _show_reset(screen, chosen, forgotten)
+        _show_reset(screen, chosen, deleted)
     else:
         _show(screen, {space.id: space for space in registered}, kept)
 
@@ -53,7 +55,7 @@ def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.KeptCanar
             ]
         )
     elif not kept:
-        screen.say("No reference is kept yet: the first worker that serves a space makes it.")
+        screen.say("There is no reference yet. The first worker that serves a space makes it.")
     else:
         screen.table(
             ["space", "model", "golden texts", "made", "by", "on", "dtype", "with"],
@@ -66,13 +68,14 @@ def _show(screen: Screen, by_id: dict[int, Space], kept: list[canaries.KeptCanar
         )  # fmt: skip
 
 
-def _show_reset(screen: Screen, chosen: list[Space], forgotten: list[Space]) -> None:
+def _show_reset(screen: Screen, chosen: list[Space], deleted: list[Space]) -> None:
     if screen.json:
-        screen.document({"forgotten": [space.spec.fingerprint for space in forgotten]})
-    elif not forgotten:
+        screen.document({"forgotten": [space.spec.fingerprint for space in deleted]})
+    elif not deleted:
         screen.say(f"{count(len(chosen), 'space')} had no reference; nothing was changed.")
     else:
-        named = ", ".join(space.spec.fingerprint[:12] for space in forgotten)
+        named = ", ".join(space.spec.fingerprint[:12] for space in deleted)
         screen.say(
-            f"Forgot the reference of {named}. The next worker that serves it makes it anew: start one you trust."
+            f"Deleted the reference of {named}. The next worker that serves the space makes a new one: start one that "
+            "you trust."
         )

@@ -1,4 +1,4 @@
-"""`models export`: a model's graph and weights in the form that ONNX Runtime or OpenVINO reads."""
+"""`models export`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ _TAIL_LINES = 15
 
 @click.command()
 @click.argument("model")
-@click.option("--backend", type=click.Choice(["onnx", "openvino"]), required=True, help="What shall run it.")
-@click.option("--force", is_flag=True, help="Make it again where it is already there.")
+@click.option(
+    "--backend", type=click.Choice(["onnx", "openvino"]), required=True, help="Library that will run the model."
+)
+@click.option("--force", is_flag=True, help="Export the model again if it was already exported.")
 @json_option
 @click.pass_obj
 def export(screen: Screen, model: str, backend: str, force: bool) -> None:
-    """Export MODEL, so that workers can run it with another backend. Once for each machine and user.
+    """Export MODEL for ONNX Runtime or OpenVINO, so that workers on this machine can use them.
 
-    MODEL is a name, a folder or org/name@revision, on this machine already. The export is compared with the model
-    before it is kept, and is found by the digest of the model's weights: other weights need another export.
+    MODEL is the bundled model's name, a folder or org/name@revision, and must be on this machine already. An export
+    is needed once for each machine and user. It is kept only if its vectors agree with the model's own, and it
+    belongs to the digest of the model's weights: changed weights need a new export.
     """
     require_extra("worker", "torch", "exporting a model")
-    screen.hint(f"Exporting {model} for {backend}; this takes a minute.")
+    screen.hint(f"Exporting {model} for {backend}; this takes about a minute.")
     answer = _export(model, backend, force=force)
     if "error" in answer:
         screen.error(answer["error"], answer["message"])
@@ -37,13 +40,13 @@ def export(screen: Screen, model: str, backend: str, force: bool) -> None:
     if screen.json:
         screen.document(answer)
         return
-    done = "is exported" if answer["new"] else "was already exported (--force makes it again)"
+    done = "is exported" if answer["new"] else "was already exported (--force exports it again)"
     screen.say(f"{model} {done}: {answer['path']}, {answer['bytes'] / 1e6:,.0f} MB.")
     screen.say(f"Lowest cosine of a token to the model's own in fp32: {answer['min_cosine']:.7f}.")
 
 
 def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
-    """What the process says that does it: `app` itself never imports torch."""
+    """The answer of the process that exports the model, because `chunkmill` itself never imports torch."""
     options = ["--backend", backend, *(["--force"] if force else [])]
     done = subprocess.run(
         [sys.executable, "-m", "chunkmill_workers.engine.backends.export", *options, "--", model],
@@ -55,11 +58,11 @@ def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        # Killed, or a defect: then what it wrote beside is all there is to know.
+        # The process was killed or has a defect, so what it wrote to stderr is all that is known.
         tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
         click.echo(tail, err=True)
         raise ModelLoadError(
-            f"the process that exports {model!r} ended with exit code {done.returncode} before it was done; the end "
-            "of what it said is above. If it was killed (-9), the machine has too little memory for it"
+            f"the process that exports {model!r} ended early with exit code {done.returncode}; the end of its "
+            "output is above. Exit code -9 means that it was killed: the machine has too little memory for it."
         ) from None
     return answer

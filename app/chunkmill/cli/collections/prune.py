@@ -1,4 +1,4 @@
-"""`prune` and `cache`: what is old leaves, and what the cache holds and is worth."""
+"""`prune`, `cache` and `cache evict`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from chunkmill.errors import InvalidInput
 AGE = Quantity("age", DAYS, "d", "30d")
 SIZE = Quantity("size", BYTES | {"b": 1.0}, "b", "50GB")
 
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only count what would go.")
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only count what would be deleted.")
+yes_option = click.option("--yes", is_flag=True, help="Delete without asking.")
 
 
 @click.command()
-@click.option("--older-than", type=AGE, default="30d", show_default=True, metavar="AGE", help="Such as 90d or 12h.")
+@click.option(
+    "--older-than", type=AGE, default="30d", show_default=True, metavar="AGE", help="Minimum age, such as 90d or 12h."
+)
 @dry_run_option
 @yes_option
 @json_option
 @click.pass_obj
 def prune(screen: Screen, older_than: float, dry_run: bool, yes: bool) -> None:
-    """Drop jobs that ended so long ago, and texts and vectors that no collection refers to. Safe under load.
+    """Delete jobs that finished more than --older-than ago, and texts and vectors that no collection refers to.
 
-    It counts first, and asks. With a job go its attempts, its usage, its dead list and its idempotency key; charges
-    stay, for they are the bill. A failed or cancelled job stays while a chunk of it has no vector. The space is used
-    again by new rows; only VACUUM FULL gives it back to the disk.
+    It first counts, and asks before it deletes. It is safe while workers run. Deleting a job also deletes its
+    attempts, its usage, its dead list and its idempotency key; charges are kept, because they are the bill. A failed
+    or cancelled job is kept as long as one of its chunks has no vector. Postgres reuses the freed pages; only VACUUM
+    FULL returns them to the disk.
     """
     with Client.from_env() as client:
         _run(
@@ -45,14 +48,16 @@ def prune(screen: Screen, older_than: float, dry_run: bool, yes: bool) -> None:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--recent", type=AGE, default="7d", show_default=True, metavar="AGE", help="What counts as recent.")
+@click.option(
+    "--recent", type=AGE, default="7d", show_default=True, metavar="AGE", help="Age up to which a hit counts as recent."
+)
 @json_option
 @click.pass_context
 def cache(ctx: click.Context, recent: float) -> None:
-    """Each space's vectors, their size, and how often an enqueue found what it needed. `cache evict` makes room.
+    """Show the number and size of each space's vectors, and how often an enqueue found what it needed.
 
-    "unreferenced" is what can be evicted: vectors whose text is in no chunk of a collection of that space. Hits are
-    those of the jobs that are still there.
+    "unreferenced" is what `chunkmill cache evict` can delete: vectors whose text is in no chunk of a collection of
+    that space. Hits are counted over the jobs that have not been deleted.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -60,9 +65,9 @@ def cache(ctx: click.Context, recent: float) -> None:
     with Client.from_env() as client:
         spaces = client.cache(recent=recent)
     if screen.json:
-        screen.document({"spaces": [_facts(space) for space in spaces]})
+        screen.document({"spaces": [_fields(space) for space in spaces]})
     elif not spaces:
-        screen.say("No space is registered yet: the first enqueue or the first worker does it.")
+        screen.say("No space is registered yet. The first enqueue or the first worker registers one.")
     else:
         heads = ["space", "model", "vectors", "table", "index", "unreferenced", "size", "oldest", "hits", "rate",
                  f"last {recent:g} days"]  # fmt: skip
@@ -70,9 +75,13 @@ def cache(ctx: click.Context, recent: float) -> None:
 
 
 @cache.command()
-@click.option("--older-than", type=AGE, metavar="AGE", help="What was stored so long ago; such as 90d.")
-@click.option("--max-size", type=SIZE, metavar="SIZE", help="The oldest, until so much is left; such as 50GB.")
-@click.option("--space", metavar="SPACE", help="Of one space, by the beginning of its fingerprint.")
+@click.option(
+    "--older-than", type=AGE, metavar="AGE", help="Evict texts that were stored longer ago than this, such as 90d."
+)
+@click.option(
+    "--max-size", type=SIZE, metavar="SIZE", help="Evict the oldest until no more than this is left, such as 50GB."
+)
+@click.option("--space", metavar="SPACE", help="Evict only from the space whose fingerprint starts with this.")
 @dry_run_option
 @yes_option
 @json_option
@@ -80,9 +89,10 @@ def cache(ctx: click.Context, recent: float) -> None:
 def evict(
     screen: Screen, older_than: float | None, max_size: float | None, space: str | None, dry_run: bool, yes: bool
 ) -> None:
-    """Drop vectors that no collection refers to, and their texts, the oldest first. Safe under load.
+    """Delete vectors and texts that no collection refers to.
 
-    It counts first, and asks. An age counts from when a text was first stored.
+    It deletes the oldest until the age or the size is reached. It first counts, and asks before it deletes. It is safe
+    while workers run. The age of a text counts from when it was first stored.
     """
     if (older_than is None) == (max_size is None):
         raise click.UsageError("Say what to evict: either --older-than or --max-size.")
@@ -104,7 +114,10 @@ def _run(screen: Screen, act: Callable[[bool, OnProgress | None], Pruned], *, dr
         return
     if not yes:
         if screen.json or not sys.stdin.isatty():
-            raise InvalidInput("this asks before it deletes, and there is nobody to ask: pass --yes, or --dry-run.")
+            raise InvalidInput(
+                "this command asks before it deletes, and stdin is not a terminal: pass --yes to delete at once, or "
+                "--dry-run."
+            )
         planned = act(True, None)
         _show(screen, planned)
         if not planned.total.rows:
@@ -119,23 +132,24 @@ def _show(screen: Screen, pruned: Pruned) -> None:
     if screen.json:
         screen.document(asdict(pruned) | {"total": pruned.total})
         return
-    gone = {table: amount for table, amount in pruned.amounts.items() if amount.rows}
-    if not gone:
-        screen.say("Nothing is that old." if pruned.before else "Nothing is left to evict.")
+    deleted = {table: amount for table, amount in pruned.amounts.items() if amount.rows}
+    if not deleted:
+        screen.say("Nothing is old enough." if pruned.before else "Nothing is left to evict.")
     else:
         total = pruned.total
-        rows = [(table, amount.rows, size(amount.bytes)) for table, amount in gone.items()]
+        rows = [(table, amount.rows, size(amount.bytes)) for table, amount in deleted.items()]
         screen.table(
-            ["table", "would go" if pruned.dry_run else "gone", "size"], [*rows, ("", total.rows, size(total.bytes))]
+            ["table", "would be deleted" if pruned.dry_run else "deleted", "size"],
+            [*rows, ("", total.rows, size(total.bytes))],
         )
     if pruned.kept_jobs:
         screen.hint(
-            f"{count(pruned.kept_jobs, 'job')} of that age stay, for chunks of theirs have no vector: "
-            "`chunkmill retry`, `chunkmill dead drop` or `chunkmill delete` settles that."
+            f"{count(pruned.kept_jobs, 'old job')} kept, because some chunks have no vector: run `chunkmill retry`, "
+            "`chunkmill dead drop` or `chunkmill delete` first."
         )
 
 
-def _facts(space: CacheSpace) -> dict[str, object]:
+def _fields(space: CacheSpace) -> dict[str, object]:
     return asdict(space) | {"hit_rate": space.hit_rate, "recent_hit_rate": space.recent_hit_rate}
 
 
@@ -153,7 +167,7 @@ def _percent(share: float | None) -> str | None:
 
 
 def size(n_bytes: float) -> str:
-    """`0 B`, `1.5 MB`, `12 GB`: powers of 1,000, as `--max-size` reads them."""
+    """`0 B`, `1.5 MB`, `12 GB`, in powers of 1,000, as `--max-size` reads them."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n_bytes < 1000 or unit == "TB":
             return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 10 else f"{n_bytes:.1f} {unit}"

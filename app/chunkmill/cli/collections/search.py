@@ -1,4 +1,4 @@
-"""`search`, `audit`, `index`, `models` and `delete`: what is in the collections."""
+"""`search`, `audit`, `index`, `models` and `delete`."""
 
 from __future__ import annotations
 
@@ -19,38 +19,46 @@ from chunkmill.domain.results import Audit, SearchHit
 from chunkmill.domain.states import Route
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
-from chunkmill.monitor.servers import look_at_database, look_at_spaces
+from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
-"""Exit code of `audit` when a chunk has no vector."""
+"""Exit code of `audit` if a chunk has no vector."""
 
 PREVIEW = 120
-"""Characters of a text that a hit shows where lines are long."""
+"""Maximum number of columns of a hit's text."""
 
 
 @click.command()
 @click.argument("query")
-@click.option("-c", "--collection", required=True)
-@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="How many chunks.")
-@click.option("--where", metavar="JSON", help="""Only chunks whose metadata contain this, such as '{"source": "x"}'.""")
-@click.option("--exact", is_flag=True, help="Compare with every vector, past an HNSW index.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds for a worker.")
+@click.option("-c", "--collection", required=True, help="Collection to search.")
+@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Number of chunks to find.")
+@click.option(
+    "--where", metavar="JSON", help="""Only chunks whose metadata contains this, such as '{"source": "x"}'."""
+)
+@click.option("--exact", is_flag=True, help="Compare the query with every vector, without an HNSW index.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1),
+    default=30.0,
+    show_default=True,
+    help="How many seconds to wait for a worker.",
+)
 @json_option
 @click.pass_obj
 def search(screen: Screen, query: str, collection: str, k: int, where: str | None, exact: bool, timeout: float) -> None:
-    """The chunks nearest to QUERY, best first. A worker embeds the query, so one must be running."""
+    """Find the chunks nearest to QUERY, best first. A worker has to run, because it embeds the query."""
     metadata = _where(where)
     with Client.from_env() as client:
-        start = look_at_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
+        start = read_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
         if start:
-            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one; start it: {start}")
+            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
         hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
     if screen.json:
         screen.document([asdict(hit) for hit in hits])
     elif hits:
         show_hits(screen, hits)
     else:
-        screen.say("Nothing found.")
+        screen.say("Nothing was found.")
 
 
 @click.command()
@@ -58,31 +66,32 @@ def search(screen: Screen, query: str, collection: str, k: int, where: str | Non
 @json_option
 @click.pass_obj
 def audit(screen: Screen, collection: str | None) -> None:
-    """Has every chunk its vector? Of one collection, or of all.
+    """Check that every chunk of a collection, or of all collections, has its vector.
 
-    Compares the chunks with the vectors themselves, not with what jobs say. Exits with 3 when one is missing.
+    It compares the chunks with the vectors themselves, and does not rely on what jobs say. Exits with 3 if a vector is
+    missing.
     """
     with Client.from_env() as client:
         names = client.collections() if collection is None else [collection]
         audits = [client.audit(name) for name in names]
     if screen.json:
-        documents = [audit_facts(each) for each in audits]
+        documents = [audit_fields(one) for one in audits]
         screen.document(documents if collection is None else documents[0])
     elif not audits:
         screen.say("There are no collections yet.")
     else:
         show_audits(screen, audits)
-    if not all(each.complete for each in audits):
+    if not all(one.complete for one in audits):
         raise SystemExit(INCOMPLETE)
 
 
 @click.command()
 @click.argument("collection")
-@click.option("--halfvec", is_flag=True, help="Index half precision, at half the size.")
+@click.option("--halfvec", is_flag=True, help="Index the vectors in half precision, at half the size.")
 @json_option
 @click.pass_obj
 def index(screen: Screen, collection: str, halfvec: bool) -> None:
-    """Build an HNSW index over the collection's space. Writers go on; best after a bulk load."""
+    """Build an HNSW index for the collection's space. It is best done after a bulk load, and writers can continue."""
     began = time.monotonic()
     with Client.from_env() as client:
         built = client.index(collection, halfvec=halfvec)
@@ -97,7 +106,7 @@ def index(screen: Screen, collection: str, halfvec: bool) -> None:
 @json_option
 @click.pass_context
 def models(context: click.Context) -> None:
-    """The embedding spaces in the database: a model, its revision and how it is used."""
+    """List the embedding spaces in the database."""
     if context.invoked_subcommand is None:
         _show_models(context.obj)
 
@@ -107,8 +116,8 @@ models.add_command(export)
 
 
 def _show_models(screen: Screen) -> None:
-    with Client.from_env():  # migrated and reachable
-        spaces = look_at_spaces(Environment.load(start_embedded=False).settings)
+    with Client.from_env():  # checks that the database is migrated and reachable
+        spaces = read_spaces(Environment.load(start_embedded=False).settings)
     if screen.json:
         screen.document(
             [
@@ -118,7 +127,7 @@ def _show_models(screen: Screen) -> None:
             ]
         )
     elif not spaces:
-        screen.say("No space is registered yet: the first enqueue or the first worker does it.")
+        screen.say("No space is registered yet. The first enqueue or the first worker registers one.")
     else:
         screen.table(
             ["space", "model", "dims", "max tokens", "pooling", "long texts", "precision", "column", "collections"],
@@ -133,13 +142,13 @@ def _show_models(screen: Screen) -> None:
 @click.command()
 @click.argument("collection")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
 @click.pass_obj
 def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> None:
-    """Delete chunks by id, or without an ID all of the collection's.
+    """Delete chunks of a collection by their ids, or all of its chunks if no ID is given.
 
-    A text that no chunk refers to any more goes with its vectors.
+    A text that no chunk refers to any more is deleted with its vectors.
     """
     with Client.from_env() as client:
         if not yes and not _confirmed(screen, client, collection, ids):
@@ -152,33 +161,33 @@ def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> 
 
 
 def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
-    """Two lines a hit, so that neither a long id nor the text costs the other its room."""
-    room = max(20, min(PREVIEW, screen.out.width - 8))
+    """Print each hit on two lines, so that a long id and the text do not take each other's place."""
+    width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
         screen.say((f"{hit.score:6.3f}  ", "green"), (shown(hit.chunk_id), "bold"))
-        screen.say(" " * 8, beginning(shown(hit.text), room))
+        screen.say(" " * 8, beginning(shown(hit.text), width))
 
 
 def show_audits(screen: Screen, audits: list[Audit]) -> None:
     screen.table(
-        ["collection", "chunks", "texts", "embedded", "missing", "pending", "dead", "cut", "complete"],
+        ["collection", "chunks", "texts", "embedded", "missing", "pending", "dead", "truncated", "complete"],
         [
             (a.collection, a.chunks, a.contents, a.embedded, a.missing, a.pending, a.dead, a.truncated,
              Text("yes", style="green") if a.complete else Text("no", style="red"))
             for a in audits
         ],
     )  # fmt: skip
-    for each in audits:
-        if each.missing_ids:
+    for audit in audits:
+        if audit.missing_ids:
             screen.say("")
-            screen.say((f"Missing in {shown(each.collection)}:", "red"))
-            for chunk_id in each.missing_ids:
+            screen.say((f"Missing in {shown(audit.collection)}:", "red"))
+            for chunk_id in audit.missing_ids:
                 screen.say("  ", shown(chunk_id))
-            if more := each.missing - len(each.missing_ids):
+            if more := audit.missing - len(audit.missing_ids):
                 screen.say(f"  and {more:,} more")
 
 
-def audit_facts(audit: Audit) -> dict[str, object]:
+def audit_fields(audit: Audit) -> dict[str, object]:
     return asdict(audit) | {"complete": audit.complete}
 
 
@@ -196,6 +205,8 @@ def _where(given: str | None) -> dict[str, Any] | None:
 
 def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
     if screen.json or not sys.stdin.isatty():
-        raise InvalidInput("delete asks before it deletes, and there is nobody to ask: pass --yes.")
+        raise InvalidInput(
+            "delete asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
+        )
     n_chunks = len(ids) or client.audit(collection).chunks
     return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

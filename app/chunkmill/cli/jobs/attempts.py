@@ -1,4 +1,4 @@
-"""The report of attempts: what each kill cost, and each failure."""
+"""Shows the attempts of a job: which ones failed or died, and how much work each death cost."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ UNREMARKABLE = ("completed", "running")
 def attempt_totals(attempts: Sequence[Attempt]) -> dict[str, int]:
     return {
         "attempts": len(attempts),
-        "deaths": sum(each.outcome == "died" for each in attempts),
-        "recomputed": sum(each.recomputed for each in attempts),
-        "most_at_risk": max((each.at_risk for each in attempts), default=0),
+        "deaths": sum(attempt.outcome == "died" for attempt in attempts),
+        "recomputed": sum(attempt.recomputed for attempt in attempts),
+        "most_at_risk": max((attempt.at_risk for attempt in attempts), default=0),
     }
 
 
 def show_attempts(screen: Screen, attempts: Sequence[Attempt]) -> None:
-    """Those that did not simply complete, and a line of totals over all."""
+    """List the attempts that did not complete, and print one line of totals for all attempts."""
     screen.say("")
-    listed = [each for each in attempts if each.outcome not in UNREMARKABLE]
+    listed = [attempt for attempt in attempts if attempt.outcome not in UNREMARKABLE]
     if listed:
         screen.table(
             ["ChunkBatch", "attempt", "worker", "first write", "ended", "embedded", "recomputed", "at risk", "outcome"],
             [
-                (each.chunk_batch_id, each.attempt, each.worker, moment(each.first_write_at), moment(each.ended_at),
-                 each.contents, each.recomputed, each.at_risk,
-                 f"{each.outcome}: {each.evidence}" if each.evidence else each.outcome)
-                for each in listed
+                (a.chunk_batch_id, a.attempt, a.worker, moment(a.first_write_at), moment(a.ended_at),
+                 a.contents, a.recomputed, a.at_risk,
+                 f"{a.outcome}: {a.evidence}" if a.evidence else a.outcome)
+                for a in listed
             ],
         )  # fmt: skip
     totals = attempt_totals(attempts)
     screen.say(
         f"{count(totals['attempts'], 'attempt')}, {count(totals['deaths'], 'death')}, "
-        f"{count(totals['recomputed'], 'text')} recomputed, {totals['most_at_risk']:,} at most at risk at a time."
+        f"{count(totals['recomputed'], 'text')} recomputed, at most {totals['most_at_risk']:,} at risk at a time."
     )
 
 

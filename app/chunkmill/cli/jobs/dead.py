@@ -1,4 +1,4 @@
-"""`dead list`, `dead show`, `dead retry` and `dead drop`: chunks that got no vector."""
+"""`dead list`, `dead show`, `dead retry` and `dead drop`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from chunkmill.cli.jobs.attempts import moment
-from chunkmill.cli.jobs.jobs import JOB_FAILED, job_facts, waited
+from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
 from chunkmill.cli.output import Screen, beginning, count, json_option, shown
 from chunkmill.client import Client
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
@@ -19,58 +19,58 @@ from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, JobFailed
 
 NARROWEST = 20
-"""Columns that a reason gets even where the others have used up the line."""
+"""Width in columns that a reason gets even if the other columns fill the line."""
 
 ID = click.IntRange(1, 2**63 - 1)
 ids_argument = click.argument("ids", nargs=-1, type=ID, metavar="[ID]...")
-job_option = click.option("--job", "job_id", type=ID, help="Those of one job.")
-code_option = click.option("--code", metavar="CODE", help="Those with one code, such as not_finite.")
+job_option = click.option("--job", "job_id", type=ID, help="Only the dead chunks of this job.")
+code_option = click.option("--code", metavar="CODE", help="Only those with this code, such as not_finite.")
 
 
 @click.group()
 @json_option
 def dead() -> None:
-    """Chunks that got no vector, each with its job and the reason."""
+    """List, show, retry or drop the chunks that got no vector."""
 
 
 @dead.command("list")
 @job_option
-@click.option("-c", "--collection", help="Those of one collection.")
+@click.option("-c", "--collection", help="Only those of this collection.")
 @code_option
-@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Number of chunks to list.")
 @json_option
 @click.pass_obj
 def list_(screen: Screen, job_id: int | None, collection: str | None, code: str | None, limit: int) -> None:
-    """The dead chunks, newest first, and how many there are of each code.
+    """List the dead chunks, newest first.
 
-    In the column "now": missing, without a vector still; embedded since; replaced by another text since; deleted
-    since; refused, never in the collection.
+    The last line says how many there are of each code. The column "now" says what became of the chunk: missing (it
+    still has no vector), embedded, replaced (by another text), deleted, or refused (it was never in the collection).
     """
     with Client.from_env() as client:
         listed = client.dead(job_id, collection, code, limit)
         codes = client.dead_codes(job_id, collection, code)
     if screen.json:
-        screen.document({"dead": [entry_facts(entry) for entry in listed], "codes": codes})
+        screen.document({"dead": [entry_fields(entry) for entry in listed], "codes": codes})
     elif not listed:
-        every = (job_id, collection, code) == (None, None, None)
-        screen.say("No chunk is dead." if every else "No such chunk is dead.")
+        unfiltered = (job_id, collection, code) == (None, None, None)
+        screen.say("No chunk is dead." if unfiltered else "No dead chunk matches.")
     else:
         _show_list(screen, listed, codes)
 
 
 @dead.command()
 @click.argument("dead_id", metavar="ID", type=ID)
-@click.option("--text", is_flag=True, help="Print the text too.")
+@click.option("--text", is_flag=True, help="Also print the text.")
 @json_option
 @click.pass_obj
 def show(screen: Screen, dead_id: int, text: bool) -> None:
-    """All that is known of one dead chunk; ID is the first column of `dead list`."""
+    """Show everything that is known about one dead chunk. ID is the first column of `chunkmill dead list`."""
     with Client.from_env() as client:
         details = client.dead_chunk(dead_id, with_text=text)
     if screen.json:
-        facts = asdict(details)
-        del facts["entry"]
-        screen.document(entry_facts(details.entry) | facts)
+        fields = asdict(details)
+        del fields["entry"]
+        screen.document(entry_fields(details.entry) | fields)
     else:
         _show_details(screen, details)
 
@@ -79,13 +79,14 @@ def show(screen: Screen, dead_id: int, text: bool) -> None:
 @ids_argument
 @job_option
 @code_option
-@click.option("--wait", is_flag=True, help="Wait for their jobs to end.")
+@click.option("--wait", is_flag=True, help="Wait until their jobs end.")
 @json_option
 @click.pass_obj
 def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | None, wait: bool) -> None:
-    """Have the texts of dead chunks embedded after all, each in its job. Nothing else of the job is done again.
+    """Embed the texts of dead chunks again, each in its job. Nothing else of the job is repeated.
 
-    By ID, or all with --job, --code or both. With --wait it exits with 4 when one of the jobs fails.
+    Name the dead chunks by ID, or choose them with --job, --code or both. With --wait, it exits with 4 if one of the
+    jobs fails.
     """
     which = _which(ids, job_id, code)
     with Client.from_env() as client:
@@ -93,21 +94,21 @@ def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | 
         if not screen.json:
             jobs = f"job {retried.jobs[0]}" if len(retried.jobs) == 1 else count(len(retried.jobs), "job")
             screen.say(
-                f"{count(retried.chunks, 'chunk')} of {jobs} came off the dead list; "
+                f"{count(retried.chunks, 'chunk')} of {jobs} removed from the dead list; "
                 f"{count(retried.contents, 'text')} to embed."
             )
             for why, n in retried.passed_over.items():
-                screen.hint(f"{count(n, 'chunk')} passed over: {why}")
-        after = [client.job(each) for each in retried.jobs]
+                screen.hint(f"{count(n, 'chunk')} skipped: {why}")
+        after = [client.job(number) for number in retried.jobs]
         if wait:
-            after = [waited(screen, client, each) for each in after]
+            after = [waited(screen, client, job) for job in after]
     if screen.json:
-        screen.document(asdict(retried) | {"jobs": [job_facts(each) for each in after]})
+        screen.document(asdict(retried) | {"jobs": [job_fields(job) for job in after]})
     else:
         _show_jobs(screen, after)
-    if wait and (failed := [each for each in after if each.state is JobState.FAILED]):
-        for each in failed:
-            screen.error(JobFailed.code, f"job {each.id} failed: {each.error}")
+    if wait and (failed := [job for job in after if job.state is JobState.FAILED]):
+        for job in failed:
+            screen.error(JobFailed.code, f"job {job.id} failed: {job.error}")
         raise SystemExit(JOB_FAILED)
 
 
@@ -115,32 +116,32 @@ def retry(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | 
 @ids_argument
 @job_option
 @code_option
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
 @click.pass_obj
 def drop(screen: Screen, ids: tuple[int, ...], job_id: int | None, code: str | None, yes: bool) -> None:
-    """Take chunks off the dead list and out of their collections; a job that failed for nothing else completes.
+    """Delete chunks from the dead list and from their collections.
 
-    By ID, or all with --job, --code or both. A chunk that was replaced since, or whose text has a vector since, stays
-    in its collection.
+    Name the dead chunks by ID, or choose them with --job, --code or both. A job that failed only because of them
+    completes. A chunk that was replaced since, or whose text has a vector by now, stays in its collection.
     """
     which = _which(ids, job_id, code)
     with Client.from_env() as client:
         if not yes and not _confirmed(screen, client, which):
             raise SystemExit(1)
         dropped = client.drop_dead(**which)
-        after = [client.job(each) for each in dropped.jobs]
+        after = [client.job(number) for number in dropped.jobs]
     if screen.json:
-        screen.document(asdict(dropped) | {"jobs": [job_facts(each) for each in after]})
+        screen.document(asdict(dropped) | {"jobs": [job_fields(job) for job in after]})
         return
     screen.say(
-        f"{count(dropped.entries, 'entry', 'entries')} dropped from the dead list, "
+        f"{count(dropped.entries, 'entry', 'entries')} deleted from the dead list, "
         f"{count(dropped.chunks, 'chunk')} from their collections."
     )
     _show_jobs(screen, after)
 
 
-def entry_facts(entry: DeadEntry) -> dict[str, object]:
+def entry_fields(entry: DeadEntry) -> dict[str, object]:
     return asdict(entry) | {"why_not_retried": entry.why_not_retried}
 
 
@@ -151,20 +152,20 @@ def _show_list(screen: Screen, listed: Sequence[DeadEntry], codes: dict[str, int
         for e in listed
     ]
     used = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(heads, *rows, strict=True))
-    room = max(NARROWEST, screen.out.width - used)
-    reasons = [beginning(shown(entry.reason), room) for entry in listed]
+    width = max(NARROWEST, screen.out.width - used)
+    reasons = [beginning(shown(entry.reason), width) for entry in listed]
     screen.table([*heads, "reason"], [[*row, reason] for row, reason in zip(rows, reasons, strict=True)])
     total = sum(codes.values())
     screen.say("")
     screen.say(", ".join(f"{n:,} {code}" for code, n in codes.items()))
     if total > len(listed):
-        screen.say(f"These are the newest {len(listed):,} of {total:,}: -n shows more.")
+        screen.say(f"These are the newest {len(listed):,} of {total:,}. -n shows more.")
 
 
 def _show_details(screen: Screen, details: DeadDetails) -> None:
     entry = details.entry
     stored = details.characters is not None
-    screen.facts(
+    screen.fields(
         {
             "dead chunk": str(entry.id),
             "job": f"{entry.job_id}, {entry.job_state}",
@@ -183,14 +184,14 @@ def _show_details(screen: Screen, details: DeadDetails) -> None:
     if details.deaths:
         screen.say("")
         screen.table(
-            ["died with it", "when", "what was seen"],
-            [(each.worker, moment(each.ended_at), each.evidence) for each in details.deaths],
+            ["worker that died", "when", "evidence"],
+            [(death.worker, moment(death.ended_at), death.evidence) for death in details.deaths],
         )
     if details.text is not None:
         screen.say("")
         screen.say(shown(details.text))
     elif stored:
-        screen.hint(f"The text itself: chunkmill dead show {entry.id} --text")
+        screen.hint(f"To see the text: chunkmill dead show {entry.id} --text")
 
 
 def _show_jobs(screen: Screen, jobs: Sequence[Job]) -> None:
@@ -206,6 +207,10 @@ def _which(ids: tuple[int, ...], job_id: int | None, code: str | None) -> dict[s
 
 def _confirmed(screen: Screen, client: Client, which: dict[str, Any]) -> bool:
     if screen.json or not sys.stdin.isatty():
-        raise InvalidInput("dead drop asks before it deletes, and there is nobody to ask: pass --yes.")
+        raise InvalidInput(
+            "dead drop asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
+        )
     number = len(set(which["ids"])) if "ids" in which else sum(client.dead_codes(**which).values())
-    return click.confirm(f"Drop {count(number, 'dead chunk')} from the list and their collections?", err=True)
+    return click.confirm(
+        f"Delete {count(number, 'dead chunk')} from the dead list and from their collections?", err=True
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -15,22 +16,23 @@ from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
-from chunkmill.cli.paid.lanes import lane_facts, show_explanation
-from chunkmill.cli.progress import Bar, Pace
+from chunkmill.cli.paid.lanes import lane_fields, show_explanation
+from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
 from chunkmill.client import Client
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed
-from chunkmill.monitor.servers import look_at_database
+from chunkmill.monitor.servers import read_database
+from chunkmill.telemetry.pace import Pace
 
 JOB_FAILED = 4
-"""Exit code: the job ended with chunks that have no vector."""
+"""Exit code for a job that ended with chunks that have no vector."""
 
 
 class Deadline(click.ParamType[datetime | timedelta]):
-    """A moment with its time zone, or a span such as `90m`, `36h` or `2d`."""
+    """A point in time with its time zone, or a time span such as `90m`, `36h` or `2d`."""
 
     name = "deadline"
 
@@ -43,55 +45,69 @@ class Deadline(click.ParamType[datetime | timedelta]):
         try:
             moment = datetime.fromisoformat(str(value))
         except ValueError:
-            self.fail("it must be a span such as 36h, or a moment such as 2027-01-31T18:00+00:00", param, ctx)
+            self.fail(
+                "it must be a time span such as 36h, or a point in time such as 2027-01-31T18:00+00:00", param, ctx
+            )
         return moment.astimezone() if moment.tzinfo is None else moment
 
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("-c", "--collection", required=True, help="Where the chunks go. Made if it is new.")
-@click.option("--model", help="Bundled name, local folder or org/name@revision.  [default: EMBEDDING_MODEL]")
-@click.option("--route", type=click.Choice([r.value for r in Route]), default=Route.AUTO.value, show_default=True)
+@click.option("-c", "--collection", required=True, help="Collection of the chunks. It is created if it does not exist.")
 @click.option(
-    "--priority", type=click.Choice([p.value for p in Priority]), default=Priority.NORMAL.value, show_default=True
+    "--model", help="Name of the bundled model, local folder, or org/name@revision.  [default: EMBEDDING_MODEL]"
 )
 @click.option(
-    "--idempotency-key", metavar="KEY", help="A second enqueue under the same key returns the first one's job."
+    "--route",
+    type=click.Choice([r.value for r in Route]),
+    default=Route.AUTO.value,
+    show_default=True,
+    help="Where to embed: local is your workers, openai the Batch API, openai-sync plain requests; auto chooses.",
 )
+@click.option(
+    "--priority",
+    type=click.Choice([p.value for p in Priority]),
+    default=Priority.NORMAL.value,
+    show_default=True,
+    help="Jobs of a higher priority are embedded first.",
+)
+@click.option("--idempotency-key", metavar="KEY", help="Key that makes a repeated enqueue return the first one's job.")
 @click.option(
     "--on-long",
     type=click.Choice([o.value for o in OnLong]),
     default=OnLong.TRUNCATE.value,
     show_default=True,
-    help="What becomes of a text longer than the model takes.",
+    help="What to do with a text that is too long for the model: truncate it, reject it, or split it for embedding.",
 )
 @click.option(
     "--dimensions",
     type=click.IntRange(1),
-    help="Cut the vectors to so many dimensions: for models trained for it.  [default: EMBEDDING_DIMENSIONS]",
+    help="Number of dimensions to shorten the vectors to, if the model was trained for that.  [default: "
+    "EMBEDDING_DIMENSIONS]",
 )
 @click.option(
     "--precision",
     type=click.Choice([str(p) for p in Precision]),
-    help="int8 is faster on a CPU and less exact.  [default: EMBEDDING_PRECISION]",
+    help="Precision of the vectors. int8 is faster on a CPU and less exact.  [default: EMBEDDING_PRECISION]",
 )
 @click.option(
     "--on-invalid",
     type=click.Choice(["raise", "skip"]),
     default="raise",
     show_default=True,
-    help="raise: one bad chunk, and nothing is written. skip: it goes to the job's dead list.",
+    help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list.",
 )
-@click.option("--id-field", default="id", show_default=True)
-@click.option("--text-field", default="text", show_default=True)
+@click.option("--id-field", default="id", show_default=True, help="Name of the field with a record's id.")
+@click.option("--text-field", default="text", show_default=True, help="Name of the field with a record's text.")
 @click.option(
     "--deadline",
     type=Deadline(),
     metavar="WHEN",
-    help="When it must be done: 90m, 36h, 2d, or a moment such as 2027-01-31T18:00. Route auto keeps to it.",
+    help="When the job has to be done: a time span (90m, 36h, 2d) or a point in time (2027-01-31T18:00). Route auto "
+    "chooses accordingly.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what it would send and cost on each lane, and write nothing.")
-@click.option("--wait/--no-wait", default=None, help="Wait for the job to end.  [default: on a terminal]")
+@click.option("--dry-run", is_flag=True, help="Write nothing; show the tokens and the cost on each lane.")
+@click.option("--wait/--no-wait", default=None, help="Wait until the job ends.  [default: wait on a terminal]")
 @json_option
 @click.pass_obj
 def enqueue(
@@ -105,11 +121,11 @@ def enqueue(
     wait: bool | None,
     **options: Any,
 ) -> None:
-    """Read chunks and have them embedded.
+    """Read chunks from files and have them embedded.
 
-    SOURCE is a .jsonl, .ndjson, .csv or .parquet file whose records carry an id, a text and whatever else (which
-    becomes metadata to filter searches by); a folder, whose .txt, .md and .rst files are one chunk each; or - for
-    JSON lines on stdin. Files are read record by record, so their size does not matter.
+    SOURCE is a .jsonl, .ndjson, .csv or .parquet file, a folder, or - for JSON lines on stdin. Each record of a file
+    has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
+    and .rst file is one chunk. Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field)
     reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
@@ -122,9 +138,9 @@ def enqueue(
                 else:
                     job = client.enqueue(_counted(reader, bar), on_invalid=on_invalid, **options)
             except InvalidChunk as error:
-                # The reader stands where the refused chunk came from: the client checks each as it comes.
+                # The client checks each chunk as it comes, so the reader's place is that of the refused chunk.
                 raise InvalidInput(
-                    f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written; mend the chunk, "
+                    f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written. Fix the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
         if dry_run:
@@ -134,17 +150,17 @@ def enqueue(
 
 
 @click.command()
-@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Number of jobs to list.")
 @json_option
 @click.pass_obj
 def jobs(screen: Screen, limit: int) -> None:
-    """The latest jobs, newest first."""
+    """List the latest jobs, newest first."""
     with Client.from_env() as client:
         latest = client.jobs(limit)
     if screen.json:
-        screen.document([job_facts(job) for job in latest])
+        screen.document([job_fields(job) for job in latest])
     elif not latest:
-        screen.say("No jobs yet. Begin with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
+        screen.say("No jobs yet. Start with: ", ("chunkmill enqueue docs.jsonl --collection docs", "bold"))
     else:
         screen.table(
             ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],
@@ -155,13 +171,13 @@ def jobs(screen: Screen, limit: int) -> None:
 @click.command()
 @click.argument("job_id", metavar="ID", type=click.IntRange(1))
 @click.option("--dead", is_flag=True, help="List the dead chunks with their reasons.")
-@click.option("--attempts", is_flag=True, help="List the attempts that did not complete, and what they cost.")
-@click.option("--explain", is_flag=True, help="Say why it is embedded where it is, and what it waits for.")
+@click.option("--attempts", is_flag=True, help="List the attempts that did not complete, and the work that was lost.")
+@click.option("--explain", is_flag=True, help="Show why the job is embedded on its lane, and what it waits for.")
 @click.option("--wait", is_flag=True, help="Wait for the job to end.")
 @json_option
 @click.pass_obj
 def job(screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, wait: bool) -> None:
-    """One job: its state, its counts and its dead chunks. Exits with 4 when it failed."""
+    """Show one job: its state, its counts and its dead chunks. Exits with 4 if the job failed."""
     with Client.from_env() as client:
         finish(screen, client, client.job(job_id), wait=wait, dead=dead, attempts=attempts, explain=explain)
 
@@ -171,7 +187,7 @@ def job(screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, 
 @json_option
 @click.pass_obj
 def cancel(screen: Screen, job_id: int) -> None:
-    """Stop a job. Vectors already written stay, and `retry` takes the job up again."""
+    """Stop a job. Vectors that are already written are kept, and `chunkmill retry` continues the job."""
     with Client.from_env() as client:
         show_job(screen, client, client.cancel(job_id))
 
@@ -182,7 +198,7 @@ def cancel(screen: Screen, job_id: int) -> None:
 @json_option
 @click.pass_obj
 def retry(screen: Screen, job_id: int, wait: bool) -> None:
-    """Try again what a failed or cancelled job left without a vector."""
+    """Embed what a failed or cancelled job left without a vector."""
     with Client.from_env() as client:
         finish(screen, client, client.retry(job_id), wait=wait)
 
@@ -209,7 +225,7 @@ def finish(
 
 
 def waited(screen: Screen, client: Client, job: Job) -> Job:
-    """The job at its end, failed or not."""
+    """Wait for the job's end, and return the job, whether it failed or not."""
     if job.state.is_final:
         return job
     _hint_absent(screen, job)
@@ -218,25 +234,25 @@ def waited(screen: Screen, client: Client, job: Job) -> Job:
     except JobFailed as error:
         return client.job(error.job_id)
     except KeyboardInterrupt:
-        screen.hint(f"Job {job.id} goes on. Follow it: chunkmill job {job.id} --wait")
+        screen.hint(f"Job {job.id} continues. To follow it: chunkmill job {job.id} --wait")
         raise
 
 
 def follow(screen: Screen, client: Client, job_id: int, *, on_look: Callable[[], None] | None = None) -> Job:
-    """Wait for a job's end behind a bar. ``on_look`` is called at every look. Raises :class:`JobFailed`."""
-    pace = Pace()
+    """Show a progress bar until the job ends, and call ``on_look`` at every update. Raises :class:`JobFailed`."""
+    pace = Pace(PACE_SECONDS)
     with Bar(screen, f"job {job_id}") as bar:
 
         def look(job: Job) -> None:
             if on_look:
                 on_look()
             done = job.contents - job.remaining
-            bar.update(done, job.contents, "texts", pace.facts(job.embedded, job.remaining, job.tokens))
+            bar.update(done, job.contents, "texts", rates(pace, job.embedded, job.remaining, job.tokens))
 
         return client.wait(job_id, on_progress=look)
 
 
-def job_facts(job: Job) -> dict[str, object]:
+def job_fields(job: Job) -> dict[str, object]:
     return asdict(job) | {"progress": round(job.progress, 4)}
 
 
@@ -244,17 +260,17 @@ def show_job(
     screen: Screen, client: Client, job: Job, *, dead: bool = False, attempts: bool = False, explain: bool = False
 ) -> None:
     failing = client.failing(job.id)
-    booked = client.attempts(job.id) if attempts else []
+    attempted = client.attempts(job.id) if attempts else []
     if screen.json:
-        document = job_facts(job) | {"failing": failing and asdict(failing)}
+        document = job_fields(job) | {"failing": failing and asdict(failing)}
         if attempts:
-            document |= {"attempts": [asdict(each) for each in booked], "attempt_totals": attempt_totals(booked)}
+            document |= {"attempts": [asdict(one) for one in attempted], "attempt_totals": attempt_totals(attempted)}
         if explain:
-            told = client.explain(job.id)
-            document |= {"explanation": asdict(told) | {"lanes": [lane_facts(lane) for lane in told.lanes]}}
+            reasons = client.explain(job.id)
+            document |= {"explanation": asdict(reasons) | {"lanes": [lane_fields(lane) for lane in reasons.lanes]}}
         screen.document(document)
         return
-    facts: dict[str, object] = {
+    fields: dict[str, object] = {
         "job": str(job.id),
         "state": job.state.value,
         "collection": job.collection,
@@ -274,20 +290,20 @@ def show_job(
         and f"ChunkBatch {failing.id}, {failing.state}, attempt {failing.attempt} of {failing.max_attempts}: "
         f"{failing.error}",
     }
-    screen.facts({name: value for name, value in facts.items() if value is not None})
+    screen.fields({name: value for name, value in fields.items() if value is not None})
     if dead and job.dead_chunks:
         screen.say("")
         screen.table(["dead chunk", "code", "reason"], [(d.chunk_id, d.code, d.reason) for d in job.dead_chunks])
         if job.dead > len(job.dead_chunks):
             screen.say(f"These are the first {len(job.dead_chunks):,} of {job.dead:,}.")
     elif job.dead:
-        screen.hint(f"Why chunks are dead: chunkmill job {job.id} --dead")
+        screen.hint(f"To see why chunks are dead: chunkmill job {job.id} --dead")
     if attempts:
-        show_attempts(screen, booked)
+        show_attempts(screen, attempted)
     if explain:
         show_explanation(screen, client.explain(job.id))
     if not job.state.is_final:
-        screen.hint(f"Follow it: chunkmill job {job.id} --wait")
+        screen.hint(f"To follow it: chunkmill job {job.id} --wait")
 
 
 def _row(job: Job) -> list[object]:
@@ -306,13 +322,13 @@ def _row(job: Job) -> list[object]:
 
 
 def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
-    pace = Pace()
+    pace = Pace(PACE_SECONDS)
     number = 0
     for number, chunk in enumerate(reader, 1):
         yield chunk
         if number % 64 == 0:
-            rate = {name: value for name, value in pace.facts(number, 0, 0).items() if name == "per_s"}
-            bar.update(number, None, "chunks", rate)
+            (per_s,) = pace.add(time.monotonic(), number)
+            bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
 
 
@@ -322,9 +338,9 @@ def _tokens(job: Job) -> str:
 
 
 def _hint_absent(screen: Screen, job: Job) -> None:
-    """Whoever waits should know when nobody works."""
-    database = look_at_database(Environment.load(start_embedded=False).settings)
+    """Tell a user who waits that no worker or no poller is connected."""
+    database = read_database(Environment.load(start_embedded=False).settings)
     if start := database.start_for(job.route):
-        screen.hint(f"No worker is connected, so nothing will move. Start one: {start}")
-    elif not database.poller_connections:
-        screen.hint("No poller is connected: lost doorbells will not be rung again. Start one: chunkmill poller")
+        screen.hint(f"No worker is connected, so nothing is embedded. To start one: {start}")
+    elif not database.connections.pollers:
+        screen.hint("No poller is connected, so lost doorbells are not rung again. To start one: chunkmill poller")

@@ -1,4 +1,4 @@
-"""Chunks out of files: JSONL, CSV, Parquet, folders of texts, stdin. One record in memory at a time."""
+"""Reads chunks from JSONL, CSV and Parquet files, folders of texts, and stdin, with one record in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
 from chunkmill.errors import InvalidChunk, InvalidInput
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
-"""A text of the greatest size fits in, written with JSON's escapes; a file without line ends does not."""
+"""Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""
 TEXT_SUFFIXES = {".txt", ".md", ".rst"}
 PARQUET_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A record that holds no chunk. ``problem`` says why, without the record's text."""
+    """A record that is not a chunk. ``problem`` says why, without the record's text."""
 
     problem: str
 
@@ -35,7 +35,7 @@ Record = Chunk | Unreadable
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The names under which records carry the id and the text; what else they carry becomes metadata."""
+    """The names of the fields with a record's id and text. All other fields become metadata."""
 
     id: str = "id"
     text: str = "text"
@@ -44,16 +44,16 @@ class Fields:
 class Reader:
     """The chunks of several sources, one source after the other.
 
-    ``place`` names where the last one came from, such as ``docs.jsonl:17``. With ``skip``, a record that cannot
-    be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with
-    its place and the reason; without, it raises :class:`InvalidInput`.
+    ``place`` says where the last one came from, such as ``docs.jsonl:17``. With ``skip``, a record that cannot be
+    read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with its
+    place and the reason. Without ``skip``, it raises :class:`InvalidInput`.
     """
 
     def __init__(self, sources: Sequence[str], fields: Fields, *, skip: bool, stdin: BinaryIO) -> None:
         for source in sources:
             _require_readable(source)
         if sources.count("-") > 1:
-            raise InvalidInput("stdin ('-') is given twice; it can be read once.")
+            raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
         self.place = ""
         self._read = -1
         self._sources = sources
@@ -72,7 +72,7 @@ class Reader:
                     yield InvalidChunk(record.problem, chunk_id=place, position=self._read, reason="unreadable")
                 else:
                     raise InvalidInput(
-                        f"{place}: {record.problem}. Nothing was written; mend it, or pass --on-invalid skip to put "
+                        f"{place}: {record.problem}. Nothing was written. Fix it, or pass --on-invalid skip to put "
                         "what cannot be read into the job's dead list and enqueue the rest."
                     )
 
@@ -94,14 +94,14 @@ def _require_readable(source: str) -> None:
     if source == "-" or path.is_dir():
         return
     if not path.exists():
-        raise InvalidInput(f"there is no file or folder {source!r}.")
+        raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
     if path.suffix.lower() not in (".jsonl", ".ndjson", ".csv", ".parquet"):
         raise InvalidInput(
-            f"{source}: what it holds cannot be told from its name. A source is a .jsonl, .ndjson, .csv or .parquet "
+            f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .csv or .parquet "
             "file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
         )
     if not os.access(path, os.R_OK):
-        raise InvalidInput(f"{source} cannot be read: permission denied.")
+        raise InvalidInput(f"{source} cannot be read: permission denied. Give this user the right to read it.")
 
 
 def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
@@ -132,8 +132,8 @@ def _from_line(line: bytes, fields: Fields) -> Record:
         return Unreadable(f"not valid UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return Unreadable(f"not valid JSON: {error.msg} at column {error.colno}")
-    except (RecursionError, ValueError):  # brackets thousands deep, or a number of thousands of digits
-        return Unreadable("not JSON that can be read: nested too deep, or a number too long")
+    except (RecursionError, ValueError):  # thousands of nested brackets, or a number of thousands of digits
+        return Unreadable("this JSON cannot be read: it is nested too deeply, or a number is too long")
     if not isinstance(record, dict):
         return Unreadable('not a JSON object; each line must be one, such as {"id": "a", "text": "…"}')
     return _from_mapping(record, fields)
@@ -141,13 +141,15 @@ def _from_line(line: bytes, fields: Fields) -> Record:
 
 def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    # Bytes that are no UTF-8 become surrogates, which the client refuses record by record.
+    # Bytes that are not UTF-8 become surrogates, which the client refuses record by record.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         try:
             heads = next(reader, [])
         except csv.Error as error:
-            raise InvalidInput(f"{path}:1: not a CSV header: {error}.") from None
+            raise InvalidInput(
+                f"{path}:1: not a CSV header: {error}. The first line has to name the columns."
+            ) from None
         _require_columns(f"{path}:1", heads, fields)
         while True:
             place = f"{path}:{reader.line_num + 1}"
@@ -176,18 +178,18 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             _require_columns(str(path), file.schema_arrow.names, fields)
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist():
+            for row_group in file.iter_batches(batch_size=PARQUET_ROWS):
+                for row in row_group.to_pylist():
                     number += 1
                     yield f"{path}:row {number}", _from_mapping(_json_values(row), fields)
     except (arrow_error, OSError) as error:
-        raise InvalidInput(f"{path}: not a Parquet file that can be read: {error}.") from None
+        raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
 
 def _folder(root: Path) -> Iterator[tuple[str, Record]]:
     found = False
     for folder, names, files in os.walk(root):
-        # In order, so that two runs give the same job; hidden folders are somebody's tools, not documents.
+        # In order, so that two runs give the same job. Hidden folders belong to tools and hold no documents.
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
@@ -195,7 +197,7 @@ def _folder(root: Path) -> Iterator[tuple[str, Record]]:
                 found = True
                 yield str(path), _from_text_file(path, path.relative_to(root).as_posix())
     if not found:
-        raise InvalidInput(f"the folder {root} holds no .txt, .md or .rst file.")
+        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file. Name another folder.")
 
 
 def _from_text_file(path: Path, chunk_id: str) -> Record:
@@ -203,7 +205,7 @@ def _from_text_file(path: Path, chunk_id: str) -> Record:
         with path.open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
-            return Unreadable(f"the file is longer than {MAX_TEXT_BYTES:,} bytes; cut it into chunks")
+            return Unreadable(f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks")
         return Chunk(chunk_id, content.decode("utf-8-sig"), {"path": chunk_id})
     except UnicodeDecodeError as error:
         return Unreadable(f"not valid UTF-8 at byte {error.start + 1}")
@@ -226,19 +228,19 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
             return Unreadable(f"there is no field {field!r}; name the right one with {option}")
     given = record.get("metadata")
     if given is not None and not isinstance(given, dict):
-        # A column that happens to have this name.
+        # This column only happens to have the name `metadata`.
         given = {"metadata": given}
     rest = {k: v for k, v in record.items() if k not in (fields.id, fields.text, "metadata")}
     return Chunk(_id_text(record[fields.id]), record[fields.text], rest | (given or {}))
 
 
 def _id_text(value: Any) -> Any:
-    """A whole number as text, the way most databases write their keys; the client refuses what else is no text."""
+    """A whole number as text, because many databases have numbers as keys; the client refuses any other type."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _json_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A Parquet row with its dates, decimals and UUIDs as text, which JSON has no form for."""
+    """A Parquet row with its dates, decimals and UUIDs as text, because JSON has no such types."""
     return {name: _json_value(value) for name, value in row.items()}
 
 

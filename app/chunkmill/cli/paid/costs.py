@@ -1,4 +1,4 @@
-"""`cost`, and what `enqueue --dry-run` prints: money."""
+"""`cost`, and the estimate that `enqueue --dry-run` prints."""
 
 from __future__ import annotations
 
@@ -15,28 +15,37 @@ from chunkmill.domain.costs import Cost, Costs, CostsBy, Estimate, LaneEstimate
 
 
 @click.command()
-@click.option("--by", type=click.Choice([each.value for each in CostsBy]), default="month", show_default=True)
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="From this day of UTC on.")
+@click.option(
+    "--by",
+    type=click.Choice([by.value for by in CostsBy]),
+    default="month",
+    show_default=True,
+    help="What each row stands for.",
+)
+@click.option(
+    "--since", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="First day (UTC) that is counted."
+)
 @json_option
 @click.pass_obj
 def cost(screen: Screen, by: str, since: datetime | None) -> None:
-    """What was embedded, and what it cost: paid routes as the provider counted, local ones by engine time.
+    """Show what was embedded and what it cost.
 
-    Local work has a price where GPU_HOUR_USD says what an hour of a worker's machine costs. Job 0 is whoever waited
-    for an answer, as a search does.
+    Paid routes cost what the provider charged. Local work costs engine time, which has a price if GPU_HOUR_USD says
+    what an hour of a worker's machine costs. Job 0 stands for texts that were embedded at once, such as the query of
+    a search.
     """
     with Client.from_env() as client:
         costs = client.usage(by, since=since.date() if since else None)
     if screen.json:
-        screen.document(cost_facts(costs))
+        screen.document(cost_fields(costs))
         return
     if costs.rows:
         screen.table([by, "route", "texts", "tokens", "engine time", "USD", "USD per million"], map(_row, costs.rows))
     else:
-        screen.say("Nothing was embedded since then." if since else "Nothing was embedded yet.")
+        screen.say("Nothing has been embedded since then." if since else "Nothing has been embedded yet.")
     show_budget(screen, costs.budget)
     if any(row.engine_seconds is not None and row.usd is None for row in costs.rows):
-        screen.hint("What local work costs is known once GPU_HOUR_USD is set.")
+        screen.hint("Set GPU_HOUR_USD to see what local work costs.")
 
 
 def show_budget(screen: Screen, budget: Budget) -> None:
@@ -46,22 +55,22 @@ def show_budget(screen: Screen, budget: Budget) -> None:
         screen.say(budget.sentence(), share)
 
 
-def cost_facts(costs: Costs) -> dict[str, object]:
+def cost_fields(costs: Costs) -> dict[str, object]:
     rows = [asdict(row) | {"usd_per_million": row.usd_per_million} for row in costs.rows]
-    return {"by": costs.by, "since": costs.since, "rows": rows, "budget": budget_facts(costs.budget)}
+    return {"by": costs.by, "since": costs.since, "rows": rows, "budget": budget_fields(costs.budget)}
 
 
-def budget_facts(budget: Budget) -> dict[str, object]:
+def budget_fields(budget: Budget) -> dict[str, object]:
     return asdict(budget) | {"month": f"{budget.month:%Y-%m}", "percent": budget.percent, "headroom": budget.headroom}
 
 
 def show_estimate(screen: Screen, estimate: Estimate) -> None:
     if screen.json:
         chosen = {"tokens": estimate.tokens, "usd": estimate.usd}
-        screen.document(asdict(estimate) | chosen | {"budget": budget_facts(estimate.budget)})
+        screen.document(asdict(estimate) | chosen | {"budget": budget_fields(estimate.budget)})
         return
     in_flight = f", {estimate.in_flight:,} at a provider for another job" if estimate.in_flight else ""
-    screen.facts(
+    screen.fields(
         {
             "model": estimate.model,
             "space": estimate.space[:12],
@@ -75,7 +84,7 @@ def show_estimate(screen: Screen, estimate: Estimate) -> None:
     show_budget(screen, estimate.budget)
     if estimate.route.is_paid and estimate.budget.is_used_up:
         screen.hint(f"An enqueue would be refused: {estimate.budget.refusal()}")
-    screen.hint("Nothing was enqueued, for this was a dry run.")
+    screen.hint("Nothing was enqueued, because this was a dry run.")
 
 
 def _row(row: Cost) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""`lanes`, and what `status` and `job --explain` say of them."""
+"""`lanes`, and what `status` and `job --explain` print about lanes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chunkmill.domain.states import Route
 @json_option
 @click.pass_context
 def lanes(context: click.Context) -> None:
-    """The paid lanes: running, paused, stopped or held, and their open ProviderBatches."""
+    """Show the state of the paid lanes (running, paused, stopped or held) and their open ProviderBatches."""
     if context.invoked_subcommand is None:
         with Client.from_env() as client:
             show_lanes(context.obj, client.lanes())
@@ -30,7 +30,10 @@ def lanes(context: click.Context) -> None:
 @json_option
 @click.pass_obj
 def resume(screen: Screen, lane: str) -> None:
-    """Let a lane that was stopped or paused take work again, once what stopped it is mended."""
+    """Let a stopped or paused LANE take work again.
+
+    Fix the problem that stopped it first; `chunkmill lanes` shows it.
+    """
     with Client.from_env() as client:
         resumed = client.resume_lane(lane)
     if screen.json:
@@ -39,64 +42,67 @@ def resume(screen: Screen, lane: str) -> None:
         screen.say(f"{lane} takes work again." if resumed else f"{lane} was neither stopped nor paused.")
 
 
-def lane_facts(lane: Lane) -> dict[str, object]:
+def lane_fields(lane: Lane) -> dict[str, object]:
     return asdict(lane) | {"state": lane.state, "why": why(lane)}
 
 
 def why(lane: Lane) -> str | None:
-    """Why it does not run; None: it does."""
+    """Why a lane does not run; None if it runs."""
     if lane.stopped_at:
         return (
             f"since {lane.stopped_at.astimezone():%m-%d %H:%M:%S}, {lane.stop_code}: {lane.stop_reason}; when that is "
-            f"mended: chunkmill lanes resume {lane.route}"
+            f"fixed: chunkmill lanes resume {lane.route}"
         )
     if lane.paused_until:
         return f"until {lane.paused_until.astimezone():%m-%d %H:%M:%S}: {lane.pause_reason}"
     return lane.held_reason
 
 
-def lane_lines(found: Iterable[Lane]) -> dict[str, str]:
-    """For `status`: those that do not run, by route."""
-    return {each.route.value: f"{each.state} {reason}" for each in found if (reason := why(each)) is not None}
+def lane_lines(lanes: Iterable[Lane]) -> dict[str, str]:
+    """The lanes that do not run, by route, for `status`."""
+    return {lane.route.value: f"{lane.state} {reason}" for lane in lanes if (reason := why(lane)) is not None}
 
 
-def show_lanes(screen: Screen, found: list[Lane]) -> None:
+def show_lanes(screen: Screen, listed: list[Lane]) -> None:
     if screen.json:
-        screen.document([lane_facts(lane) for lane in found])
+        screen.document([lane_fields(lane) for lane in listed])
         return
     screen.table(
         ["lane", "state", "open ProviderBatches", "why"],
         [
             (lane.route.value, _styled(lane.state),
              ", ".join(f"{n:,} {state}" for state, n in sorted((lane.open or {}).items())) or None, why(lane))
-            for lane in found
+            for lane in listed
         ],
     )  # fmt: skip
 
 
-def show_explanation(screen: Screen, told: Explanation) -> None:
-    asked = told.route.value if told.route is Route.AUTO else f"{told.route}, asked for by name"
-    deadline = f"{told.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if told.deadline else "none"
+def show_explanation(screen: Screen, explanation: Explanation) -> None:
+    asked = explanation.route.value if explanation.route is Route.AUTO else f"{explanation.route}, asked for by name"
+    deadline = f"{explanation.deadline.astimezone():%Y-%m-%d %H:%M:%S}" if explanation.deadline else "none"
     screen.say("")
-    screen.facts({"route": asked, "deadline": deadline})
-    if told.routing:
+    screen.fields({"route": asked, "deadline": deadline})
+    if explanation.routing:
         screen.say("")
         screen.table(
             ["when", "lane", "because"],
-            [(f"{step.at.astimezone():%m-%d %H:%M:%S}", step.route.value, step.because) for step in told.routing],
+            [
+                (f"{step.at.astimezone():%m-%d %H:%M:%S}", step.route.value, step.because)
+                for step in explanation.routing
+            ],
         )
-    if told.waits:
+    if explanation.waits:
         screen.say("")
-        for line in told.waits:
+        for line in explanation.waits:
             screen.say(line)
-    if told.provider_batches:
+    if explanation.provider_batches:
         screen.say("")
         screen.table(
             ["ProviderBatch", "state", "provider says", "requests", "done", "texts", "next look", "error"],
             [
-                (each.id, each.state.value, each.provider_status, each.requests, each.done, each.contents,
-                 each.next_look and f"{each.next_look.astimezone():%m-%d %H:%M:%S}", each.error)
-                for each in told.provider_batches
+                (b.id, b.state.value, b.provider_status, b.requests, b.done, b.contents,
+                 b.next_look and f"{b.next_look.astimezone():%m-%d %H:%M:%S}", b.error)
+                for b in explanation.provider_batches
             ],
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Flower, Celery's monitor, closed to strangers.
+"""`flower`: Celery's monitor, closed to strangers.
 
-Flower's own defaults are all interfaces, no password, control of the workers by anyone, and every host kept for ever.
-Ours are given to it as ``FLOWER_*`` variables, which its configuration file and its options win over; what it makes of
-all three is then read back, by its own code, and refused where it would be open.
+By default Flower listens on all interfaces, asks for no password, lets everybody control the workers, and never forgets
+a host. We pass safer defaults as ``FLOWER_*`` variables, which Flower's configuration file and options override. Then
+we let Flower's own code evaluate all three, and refuse a result that would be open to strangers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULTS = {
     "FLOWER_ADDRESS": "127.0.0.1",
     "FLOWER_READ_ONLY": "True",
     "FLOWER_PURGE_OFFLINE_WORKERS": "600",
-    # Flower's own, and what a doorbell says of itself: chunkmill.broker.Shown.
+    # Flower's own columns, and those of a doorbell's label: chunkmill.broker.Shown.
     "FLOWER_TASKS_COLUMNS": "name,args,kwargs,state,runtime,worker,received,uuid",
 }
 USER = "chunkmill"
@@ -37,15 +37,16 @@ OPEN_API = "FLOWER_UNAUTHENTICATED_API"
 
 
 @click.command(context_settings=PASS_THROUGH)
-@click.option("--no-auth", is_flag=True, help="Ask for no password. Only where no other machine can reach it.")
+@click.option("--no-auth", is_flag=True, help="Ask for no password. This is refused if other machines can reach it.")
 @click.argument("flower_args", nargs=-1, type=click.UNPROCESSED, metavar="[FLOWER ARGS]...")
 @json_option
 @click.pass_obj
 def flower(screen: Screen, no_auth: bool, flower_args: tuple[str, ...]) -> None:
-    """Run Flower, Celery's monitor, on 127.0.0.1:5555, read-only. Takes Flower's options, as --port=5556.
+    """Run Flower, Celery's monitor, on 127.0.0.1:5555, read-only.
 
-    FLOWER_BASIC_AUTH=user:password says who may open it; without it a password is made for this start and shown here.
-    It shows doorbells and workers; `chunkmill status` and `jobs` show the work itself.
+    FLOWER ARGS are Flower's own options, such as --port=5556. FLOWER_BASIC_AUTH=user:password sets the login. Without
+    it, a password is made for this start and shown here. Flower shows doorbells and workers; `chunkmill status` and
+    `chunkmill jobs` show the work itself.
     """
     require_extra("flower", "flower", "Flower")
     Environment.load(start_embedded=False)
@@ -56,20 +57,20 @@ def flower(screen: Screen, no_auth: bool, flower_args: tuple[str, ...]) -> None:
     else:
         screen.say(f"Flower: {opening.unix_socket or opening.url}")
         if password:
-            screen.say(f"User {USER}, password {password} (of this start; FLOWER_BASIC_AUTH sets your own)")
+            screen.say(f"User {USER}, password {password} (for this start; set FLOWER_BASIC_AUTH to choose your own)")
     _run(flower_args)
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Where Flower listens, and whom it lets in."""
+    """Where Flower listens, and who may open it."""
 
     address: str
-    """Empty: all interfaces."""
+    """Empty for all interfaces."""
     port: int
     unix_socket: str
     logins: tuple[str, ...]
-    """``user:password`` each."""
+    """Each is ``user:password``."""
     oauth: bool
     scheme: str = "http"
     prefix: str = ""
@@ -85,12 +86,12 @@ class Opening:
 
 
 def judge(opening: Opening, *, no_auth: bool, terminal: bool, environ: Mapping[str, str]) -> bool:
-    """Whether a password has to be made for this terminal. Raises :class:`InvalidInput` where it must not start."""
+    """Whether a password has to be made. Raises :class:`InvalidInput` if Flower would be open to strangers."""
     for login in opening.logins:
         user, _, password = login.partition(":")
         if not user or not password:
             raise InvalidInput(
-                "FLOWER_BASIC_AUTH must be user:password, several of them with commas between; one of them has no "
+                "FLOWER_BASIC_AUTH must be user:password, or several of these separated by commas; one of them has no "
                 "user or no password."
             )
     if opening.unix_socket:
@@ -101,58 +102,64 @@ def judge(opening: Opening, *, no_auth: bool, terminal: bool, environ: Mapping[s
         where = ""
     if opening.asks_who:
         if no_auth:
-            raise InvalidInput("--no-auth is given, and so is a password: unset FLOWER_BASIC_AUTH, or drop --no-auth.")
+            raise InvalidInput(
+                "--no-auth and a password are both given: unset FLOWER_BASIC_AUTH, or leave --no-auth out."
+            )
         return False
     if where:
-        raise InvalidInput(f"Flower would listen on {where}, and ask nobody for a password: {NEEDS_LOGIN}.")
+        raise InvalidInput(f"Flower would listen on {where}, without a password: {NEEDS_LOGIN}.")
     if not no_auth:
         if not terminal:
-            raise InvalidInput(f"there is no terminal to show a password on: {NEEDS_LOGIN}, or say --no-auth.")
+            raise InvalidInput(f"there is no terminal to show a password on: {NEEDS_LOGIN}, or pass --no-auth.")
         return True
     if environ.get(OPEN_API):
         raise InvalidInput(
-            f"{OPEN_API} would let every web site that is open in a browser here read Flower: unset it, or "
+            f"{OPEN_API} would let every website that is open in a browser on this machine read Flower: unset it, or "
             f"{NEEDS_LOGIN}."
         )
     return False
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach ``address``, a name or a number. Empty is Flower's word for everywhere."""
+    """Whether only this machine can reach ``address``. To Flower an empty one means all interfaces."""
     if not address:
         return False
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(address, None)}
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(address, None)}
     except OSError as error:
-        raise InvalidInput(f"Flower's address {address!r} cannot be resolved: {error}") from None
-    return all(ipaddress.ip_address(each).is_loopback for each in found)
+        raise InvalidInput(
+            f"Flower's address {address!r} cannot be resolved: {error}. Fix FLOWER_ADDRESS or --address."
+        ) from None
+    return all(ipaddress.ip_address(number).is_loopback for number in addresses)
 
 
 def require_no_secret(arguments: tuple[str, ...]) -> None:
-    """Raise :class:`InvalidInput` for a secret in the arguments: every user of the machine can list them."""
+    """Raise :class:`InvalidInput` for a secret in the arguments, because every user of the machine can list them."""
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0].replace("-", "_")
         if argument.startswith("-") and name in SECRET_OPTIONS:
             raise InvalidInput(
-                f"--{name} would show its secret in the list of processes: set FLOWER_{name.upper()} in the "
+                f"--{name} would show its secret to everybody who lists processes: set FLOWER_{name.upper()} in the "
                 "environment instead."
             )
 
 
 def read_opening(arguments: tuple[str, ...]) -> Opening:
-    """What Flower makes of its variables, its configuration file and ``arguments``."""
+    """Where Flower would listen, given its variables, its configuration file and ``arguments``."""
     from flower import command
     from tornado.options import Error
 
-    # Left to its log, which says nothing of it, an option that Flower does not know would be one that it ignores.
-    unknown = [each for each in arguments if not command.is_flower_option(each)]
+    # Flower silently ignores an option that it does not know.
+    unknown = [argument for argument in arguments if not command.is_flower_option(argument)]
     if unknown:
-        raise InvalidInput(f"Flower has no option {unknown[0]!r}; options are --name=value, and --help lists them.")
+        raise InvalidInput(
+            f"Flower has no option {unknown[0]!r}; options are written --name=value, and --help lists them."
+        )
     try:
         command.apply_env_options()
         command.apply_options("chunkmill flower", arguments)
     except (Error, ValueError, FileNotFoundError) as error:
-        raise InvalidInput(f"Flower's options: {error}") from None
+        raise InvalidInput(f"Flower refuses its options: {error}. Fix the option or the FLOWER_* variable.") from None
     options: Any = command.options
     return Opening(
         address=options.address,
@@ -166,13 +173,14 @@ def read_opening(arguments: tuple[str, ...]) -> Opening:
 
 
 def prepare(arguments: tuple[str, ...], *, no_auth: bool, environ: MutableMapping[str, str]) -> tuple[Opening, str]:
-    """Give Flower our defaults, and a password where it has none: returns it, or an empty one where none was made.
+    """Set our defaults in ``environ``, and a password if one is needed. Returns where Flower will listen, and the
+    password that was made, or an empty one.
 
-    It is not kept: a file of it would have to be guarded, and its owner can set FLOWER_BASIC_AUTH.
+    The password is not stored, because a file with it would have to be guarded. An operator can set FLOWER_BASIC_AUTH.
     """
     require_no_secret(arguments)
     if not environ.get("FLOWER_BASIC_AUTH"):
-        environ.pop("FLOWER_BASIC_AUTH", None)  # of an empty one Flower makes a login that nobody can have
+        environ.pop("FLOWER_BASIC_AUTH", None)  # Flower turns an empty one into a login that nobody can have
     for name, value in DEFAULTS.items():
         environ.setdefault(name, value)
     opening = read_opening(arguments)
@@ -184,12 +192,12 @@ def prepare(arguments: tuple[str, ...], *, no_auth: bool, environ: MutableMappin
 
 
 def _run(arguments: tuple[str, ...]) -> None:
-    """Be Flower, until a signal."""
+    """Run Flower in this process until a signal ends it."""
     from celery.bin.celery import main
     from flower.views.monitor import Metrics
     from tornado.web import authenticated
 
-    # It names hosts and tasks, and is the one page of Flower's that asks nobody. /healthcheck says "OK" and no more.
+    # The metrics page names hosts and tasks, and is the only one of Flower's pages with content that asks for no login.
     Metrics.get = authenticated(Metrics.get)
     sys.argv = ["celery", "-A", "chunkmill_workers", "flower", *arguments]
     raise SystemExit(main())

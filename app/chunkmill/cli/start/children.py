@@ -1,4 +1,4 @@
-"""Processes that `demo` starts, each with a log file, and stops by their own pids."""
+"""The processes that `demo` starts, each with a log file, and stops by their own pids."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import ClassVar
 from chunkmill.errors import ChunkmillError
 
 STOP_SECONDS = 20.0
-"""A worker told to go finishes its TokenBatch and gives back its lease; past this it is killed."""
+"""A process that has not ended this many seconds after SIGTERM is killed. In that time a worker finishes its TokenBatch
+and gives back its leases."""
 TAIL_LINES = 15
 
 
 class ProcessEnded(ChunkmillError):
-    """A process that had to run has ended."""
+    """A process that has to run has ended."""
 
     code: ClassVar[str] = "process_ended"
 
 
 class Child:
-    """One process. It has a session of its own, so that a Ctrl-C reaches it through :meth:`stop` alone."""
+    """One process. It has a session of its own, so that only :meth:`stop` ends it, and not a Ctrl-C."""
 
     def __init__(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         self.name = name

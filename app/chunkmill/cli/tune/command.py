@@ -1,4 +1,4 @@
-"""`tune`: measure this machine for a model, choose under constraints, write the profile that workers then load."""
+"""`tune`: measures this machine for a model, and writes the profile that workers then load."""
 
 from __future__ import annotations
 
@@ -30,27 +30,40 @@ _DTYPES = {short: long for long, short in SHORT.items()}
 
 
 @click.command()
-@click.option("--model", metavar="NAME", help="Default: EMBEDDING_MODEL.")
-@click.option("--precision", type=click.Choice([str(each) for each in Precision]), help="Default: EMBEDDING_PRECISION.")
+@click.option("--model", metavar="NAME", help="Model to tune for.  [default: EMBEDDING_MODEL]")
+@click.option("--precision", type=click.Choice([str(precision) for precision in Precision]),
+              help="Precision of the vectors.  [default: EMBEDDING_PRECISION]")  # fmt: skip
 @click.option(
-    "--texts", metavar="FILE", help="JSONL, CSV or Parquet with texts like yours. Default: Python's docstrings."
+    "--texts", metavar="FILE", help="JSONL, CSV or Parquet file with texts like yours.  [default: Python's docstrings]"
 )
 @click.option("--max-memory", type=Quantity("amount of memory", _BYTES, "mib", "2GB"), metavar="SIZE",
-              help="Of the engine's process on a CPU, of torch on a GPU; such as 2GB.")  # fmt: skip
+              help="Maximum memory of the engine's process on a CPU, or of torch on a GPU, such as 2GB.")  # fmt: skip
 @click.option("--max-latency", type=Quantity("time", _SECONDS, "ms", "20ms"), metavar="TIME",
-              help="Of one short text; such as 20ms.")  # fmt: skip
-@click.option("--min-throughput", type=click.FloatRange(0), metavar="N", help="Tokens per second.")
+              help="Maximum time for one short text, such as 20ms.")  # fmt: skip
+@click.option("--min-throughput", type=click.FloatRange(0), metavar="N", help="Minimum number of tokens per second.")
 @click.option("--min-cosine", type=click.FloatRange(0, 1), metavar="N",
-              help="To fp32. Default: 0.9999 for every text; int8: 0.995 on average.")  # fmt: skip
+              help="Minimum cosine to fp32.  [default: 0.9999 for every text; int8: 0.995 on average]")  # fmt: skip
 @click.option("--backend", "backends", multiple=True, type=click.Choice(["native", "transformers", "onnx", "openvino"]),
-              help="Try this one; may be repeated. Default: all that run here.")  # fmt: skip
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(_DTYPES)), help="As --backend.")
+              help="Try only this backend. Can be repeated.  [default: all that run here]")  # fmt: skip
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(list(_DTYPES)),
+    help="Try only this number format. Can be repeated.",
+)
 @click.option("--budget", "budgets", multiple=True, type=click.IntRange(1), metavar="N",
-              help="Tokens of a pass; may be repeated.")  # fmt: skip
-@click.option("--threads", multiple=True, type=click.IntRange(1), metavar="N", help="As --budget.")
+              help="Try only this number of tokens in a pass. Can be repeated.")  # fmt: skip
+@click.option(
+    "--threads",
+    multiple=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Try only this number of threads. Can be repeated.",
+)
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, show_default=True, metavar="N",
-              help="Length of a pass over the texts at fp32's speed. Longer passes are less noisy.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Write nothing.")
+              help="Seconds that a pass over the texts takes at fp32's speed. Longer is less noisy.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Write no profile.")
 @json_option
 @click.pass_obj
 def tune(
@@ -58,10 +71,11 @@ def tune(
     max_latency: float | None, min_throughput: float | None, min_cosine: float | None, backends: tuple[str, ...],
     dtypes: tuple[str, ...], budgets: tuple[int, ...], threads: tuple[int, ...], seconds: float, dry_run: bool,
 ) -> None:  # fmt: skip
-    """Measure this machine for a model, and keep the fastest setting that meets the constraints.
+    """Find the fastest settings of this machine for a model, and write them into a profile.
 
-    Every candidate runs in a process of its own. Workers on this machine load the profile when they next start; what
-    the environment sets explicitly wins over it. Exits with 1, and writes nothing, where no candidate meets them all.
+    Workers on this machine load the profile when they next start. What the environment sets explicitly overrides it.
+    Every candidate is measured in a process of its own. If no candidate meets all constraints, nothing is written and
+    the exit code is 1.
     """
     require_extra("worker", "torch", "tuning")
     screen.json = screen.json or not screen.out.is_terminal
@@ -79,7 +93,7 @@ def tune(
         "precision": str(chosen),
         "constraints": asdict(constraints),
         "backends": backends,
-        "dtypes": [_DTYPES[each] for each in dtypes],
+        "dtypes": [_DTYPES[short] for short in dtypes],
         "budgets": budgets,
         "threads": threads,
         "seconds": seconds,
@@ -121,16 +135,16 @@ def tune(
         if written:
             screen.say(("profile  ", "dim"), str(path))
             screen.say(("picture  ", "dim"), str(picture))
-            screen.say("Workers on this machine use it from their next start.")
+            screen.say("Workers on this machine use it after their next start.")
     if winner is None:
         raise SystemExit(1)
     if limit := memory_limit(settings, result["fingerprint"], winner.setup):
         screen.hint(
-            f"Workers stay at {limit[1]:,} tokens a pass: one ran out of memory above that. To let them try again, "
-            f"delete {limit[0]}"
+            f"Workers use at most {limit[1]:,} tokens in a pass, because one ran out of memory above that. To let them "
+            f"try again, delete {limit[0]}"
         )
 
 
 def _rows(candidates: list[Candidate], constraints: Constraints) -> list[dict[str, Any]]:
-    front = {each.setup for each in pareto(candidates)}
-    return [asdict(each) | {"failed": constraints.failures(each), "pareto": each.setup in front} for each in candidates]
+    front = {best.setup for best in pareto(candidates)}
+    return [asdict(one) | {"failed": constraints.failures(one), "pareto": one.setup in front} for one in candidates]

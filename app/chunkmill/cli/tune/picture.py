@@ -1,5 +1,7 @@
-"""The picture of a tuning: speed over the time for one short text, as SVG by hand, because a machine that embeds
-needs no library that draws."""
+"""Draws the result of a tuning as SVG: the speed over the time for one short text.
+
+The SVG is written by hand, so that a machine that embeds needs no library that draws.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from chunkmill.tuning.choose import Candidate, Constraints, Measured, pareto
 WIDTH, HEIGHT = 960, 576
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 96, 470
 LEGEND = 504
-# Okabe and Ito's colours, which people of all kinds of colour vision tell apart, less the yellow.
+# The colours of Okabe and Ito without the yellow, which people with any kind of colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 CHARACTER, LINE = 6.6, 13.0
-"""About the size of a label's letters, to keep labels apart."""
+"""The approximate size of a label's letters, which keeps labels apart."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -28,26 +30,35 @@ def draw(
     on: str,
 ) -> str:  # fmt: skip
     """The SVG file's text."""
-    running = [(each, each.measured) for each in candidates if each.measured and each.measured.tokens_per_second]
-    latencies = [found.latency_ms or 0.0 for _, found in running]
-    speeds = [found.tokens_per_second or 0.0 for _, found in running]
+    running = [
+        (candidate, candidate.measured)
+        for candidate in candidates
+        if candidate.measured and candidate.measured.tokens_per_second
+    ]
+    latencies = [measured.latency_ms or 0.0 for _, measured in running]
+    speeds = [measured.tokens_per_second or 0.0 for _, measured in running]
     x, x_ticks = _axis(latencies, constraints.max_latency_ms, LEFT, WIDTH - RIGHT, around=True)
     y, y_ticks = _axis([0.0, *speeds], constraints.min_throughput, BOTTOM, TOP, around=False)
-    at = {each.setup: (x(found.latency_ms or 0.0), y(found.tokens_per_second or 0.0)) for each, found in running}
-    kinds = list(dict.fromkeys(each.setup.kind for each, _ in running))
+    at = {
+        candidate.setup: (x(measured.latency_ms or 0.0), y(measured.tokens_per_second or 0.0))
+        for candidate, measured in running
+    }
+    kinds = list(dict.fromkeys(candidate.setup.kind for candidate, _ in running))
     colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(kinds)}
-    front = {each.setup for each in pareto(candidates)}
+    front = {candidate.setup for candidate in pareto(candidates)}
     parts = [*_frame(x, x_ticks, y, y_ticks), *_limits(constraints, x, y), *_titles(winner, model, machine, on)]
     px, py = at[winner.setup]
     parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="11" fill="none" stroke="#111" stroke-width="2"/>')
-    for each, _ in running:
-        px, py = at[each.setup]
-        colour = colours[each.setup.kind]
-        fill = colour if each.setup in front else "#fff"
+    for candidate, _ in running:
+        px, py = at[candidate.setup]
+        colour = colours[candidate.setup.kind]
+        fill = colour if candidate.setup in front else "#fff"
         shape = f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
-        pale = ' opacity="0.4"' if constraints.failures(each) else ""
-        parts.append(f"<g{pale}><title>{escape(_words(each))}</title>{shape}</g>")
-    parts += _labels([(at[each.setup], _label(each, running), each is winner) for each, _ in running])
+        pale = ' opacity="0.4"' if constraints.failures(candidate) else ""
+        parts.append(f"<g{pale}><title>{escape(_words(candidate))}</title>{shape}</g>")
+    parts += _labels(
+        [(at[candidate.setup], _label(candidate, running), candidate is winner) for candidate, _ in running]
+    )
     parts += _legend(colours)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -59,12 +70,12 @@ def draw(
 def _axis(
     values: Sequence[float], limit: float | None, low: float, high: float, *, around: bool
 ) -> tuple[Scale, list[float]]:
-    """From values to pixels, and where the ticks are. ``around`` leaves zero out and room on both sides."""
+    """The scale from values to pixels, and the ticks. With ``around``, there is a margin on both sides and no zero."""
     lowest, highest = min(values), max(values)
-    if limit is not None and limit < 1.5 * highest:  # one far away would press the points together
+    if limit is not None and limit < 1.5 * highest:  # a limit far away would press the points together
         lowest, highest = min(lowest, limit), max(highest, limit)
-    room = 0.12 * (highest - lowest) or 0.1 * highest or 1.0
-    lowest, highest = (lowest - room if around else 0.0), highest + room
+    margin = 0.12 * (highest - lowest) or 0.1 * highest or 1.0
+    lowest, highest = (lowest - margin if around else 0.0), highest + margin
     step = 10 ** math.floor(math.log10((highest - lowest) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (highest - lowest) / (step * factor) <= 8)
     ticks = [step * number for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1)]
@@ -84,7 +95,7 @@ def _frame(x: Scale, x_ticks: Sequence[float], y: Scale, y_ticks: Sequence[float
 
 
 def _limits(constraints: Constraints, x: Scale, y: Scale) -> Iterator[str]:
-    """What is beyond a constraint is shaded."""
+    """The shaded areas beyond the constraints."""
     if constraints.max_latency_ms is not None and x(constraints.max_latency_ms) < WIDTH - RIGHT:
         at = max(x(constraints.max_latency_ms), LEFT)
         yield _shade(at, TOP, WIDTH - RIGHT - at, BOTTOM - TOP)
@@ -108,39 +119,40 @@ def _titles(winner: Candidate, model: str, machine: Machine, on: str) -> Iterato
 
 
 def _words(candidate: Candidate) -> str:
-    setup, found = candidate.setup, candidate.measured or Measured(math.nan, math.nan)
+    setup, measured = candidate.setup, candidate.measured or Measured(math.nan, math.nan)
     return (
-        f"{setup.kind}, {setup.batch_tokens:,} tokens a pass: {found.tokens_per_second or 0:,.0f} tokens/s, "
-        f"{found.latency_ms or 0:.1f} ms, {found.peak_mib or 0:,.0f} MiB, cosine at least {found.cosine_min:.5f}"
+        f"{setup.kind}, {setup.batch_tokens:,} tokens in a pass: {measured.tokens_per_second or 0:,.0f} tokens/s, "
+        f"{measured.latency_ms or 0:.1f} ms, {measured.peak_mib or 0:,.0f} MiB, "
+        f"cosine at least {measured.cosine_min:.5f}"
     )
 
 
 def _label(candidate: Candidate, running: Sequence[tuple[Candidate, Measured]]) -> str:
-    """The budget, and what else differs among the candidates."""
+    """The number of tokens in a pass, and what else differs among the candidates."""
     setup = candidate.setup
     tokens = setup.batch_tokens
     words = f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
-    if len({each.setup.threads for each, _ in running}) > 1:
+    if len({candidate.setup.threads for candidate, _ in running}) > 1:
         words += f" ·{setup.threads}t"
-    if len({each.setup.parallel_batches for each, _ in running}) > 1:
+    if len({candidate.setup.parallel_batches for candidate, _ in running}) > 1:
         words += f" ×{setup.parallel_batches}"
     return words
 
 
 def _labels(wanted: Sequence[tuple[Point, str, bool]]) -> Iterator[str]:
-    """Each label where there is room beside its point: the winner's first; none where there is no room."""
+    """The labels, each beside its point, the winner's first. A label that would cover another is left out."""
     sizes = [12 if bold else 6 for _, _, bold in wanted]
     taken = [(px - by, py - by, px + by, py + by) for ((px, py), _, _), by in zip(wanted, sizes, strict=True)]
-    for (px, py), text, bold in sorted(wanted, key=lambda each: not each[2]):
+    for (px, py), text, bold in sorted(wanted, key=lambda label: not label[2]):
         width = CHARACTER * len(text) + 2
         gap = 15.0 if bold else 9.0
         places = [(px + gap, py - LINE / 2), (px - gap - width, py - LINE / 2), (px - width / 2, py - gap - LINE),
                   (px - width / 2, py + gap), (px + gap, py - LINE - 2), (px + gap, py + 2),
                   (px - gap - width, py - LINE - 2), (px - gap - width, py + 2)]  # fmt: skip
         boxes = [(bx, by, bx + width, by + LINE) for bx, by in places]
-        box = next((each for each in boxes if not any(_overlap(each, other) for other in taken)), None)
+        box = next((free for free in boxes if not any(_overlap(free, other) for other in taken)), None)
         if box is None:
-            continue  # its title shows when pointed at
+            continue  # a mouse over the point shows its title
         taken.append(box)
         yield _text(box[0] + 1, box[3] - 3, text, weight=700 if bold else 400)
 
@@ -155,9 +167,7 @@ def _legend(colours: dict[str, str]) -> Iterator[str]:
         yield f'<circle cx="{at + 6:.1f}" cy="{LEGEND + 20}" r="5" fill="{colour}"/>'
         yield _text(at + 17, LEGEND + 24, kind)
         at += 17 + CHARACTER * len(kind) + 24
-    note = (
-        "labels: tokens a pass · filled: none beats it in speed, time and memory together · pale: breaks a constraint"
-    )
+    note = "labels: tokens in a pass · filled: no other beats it in speed, time and memory · pale: breaks a constraint"
     yield _text(LEFT - 66, HEIGHT - 14, note, fill="#888")
 
 

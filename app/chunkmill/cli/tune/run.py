@@ -1,4 +1,4 @@
-"""The texts that `tune` measures with, and the process that measures: this one never imports torch."""
+"""The texts that `tune` measures with, and the process that measures, because this one never imports torch."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ TAIL_LINES = 15
 
 
 def docstrings() -> list[str]:
-    """In an order that is the same in every run, so that the first ones are of every module."""
-    found = list(dict.fromkeys(chunk.text for chunk in stdlib_docstrings()))
-    random.Random(SEED).shuffle(found)  # noqa: S311 - nothing secret
-    return found
+    """Python's docstrings in an order that is random, so that the first are from many modules, and always the same."""
+    texts = list(dict.fromkeys(chunk.text for chunk in stdlib_docstrings()))
+    random.Random(SEED).shuffle(texts)  # noqa: S311 - nothing secret
+    return texts
 
 
 def own_texts(source: str) -> list[str]:
     """The first texts of a file, shuffled in the same way."""
     reader = Reader([source], Fields(), skip=False, stdin=sys.stdin.buffer)
     texts = (record.text for record in reader if isinstance(record, Chunk) and record.text.strip())
-    found = list(dict.fromkeys(itertools.islice(texts, MOST_TEXTS)))
-    if not found:
-        raise InvalidInput(f"{source} holds no text to measure with.")
-    random.Random(SEED).shuffle(found)  # noqa: S311 - nothing secret
-    return found
+    distinct = list(dict.fromkeys(itertools.islice(texts, MOST_TEXTS)))
+    if not distinct:
+        raise InvalidInput(f"{source} contains no text to measure with. Name another file.")
+    random.Random(SEED).shuffle(distinct)  # noqa: S311 - nothing secret
+    return distinct
 
 
 def measure(order: Mapping[str, Any], bar: Bar) -> dict[str, Any]:
-    """What ``chunkmill_workers.tuning.tune`` found. Raises ChunkmillError."""
-    # What libraries have to say would run into the progress bar on a terminal.
+    """The result of ``chunkmill_workers.tuning.tune``. Raises ChunkmillError."""
+    # On a terminal the output of libraries would run into the progress bar.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log, _process(log) as process:
         assert process.stdin is not None  # noqa: S101 - both are pipes
         assert process.stdout is not None  # noqa: S101
@@ -62,7 +62,9 @@ def measure(order: Mapping[str, Any], bar: Bar) -> dict[str, Any]:
                 return dict(event)
         log.seek(0)
         tail = "\n".join(log.read().splitlines()[-TAIL_LINES:])
-        raise MeasuringEnded(f"the measuring process ended with exit code {process.wait()}. Its last words: {tail}")
+        raise MeasuringEnded(
+            f"the measuring process ended with exit code {process.wait()}. Its output ends with: {tail}"
+        )
 
 
 class MeasuringEnded(ChunkmillError):
@@ -76,7 +78,7 @@ def _known(code: str, message: str) -> ChunkmillError:
 
 @contextmanager
 def _process(log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """In a session of its own, so that a Ctrl-C comes to this process alone, which stops that one."""
+    """The process that measures. It has a session of its own, so that a Ctrl-C reaches only the present process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "chunkmill_workers.tuning.tune"],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The table that `tune` measured."""
+"""Prints the table of what `tune` measured."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ LIMITS = {
 
 
 def show(screen: Screen, candidates: Sequence[Candidate], constraints: Constraints) -> None:
-    """Fastest first; then what is under the cosine gate; then, with its reason, what does not run."""
+    """Print the candidates: the fastest first, then those below the cosine gate, then those that do not run."""
     winner = choose(candidates, constraints)
-    front = {each.setup for each in pareto(candidates)}
-    fast = sorted(ranked(candidates, constraints), key=lambda each: -_speed(each))
-    gated = [each for each in candidates if each.measured is not None and each not in fast]
-    broken = [each for each in candidates if each.measured is None]
-    some_threads = len({each.setup.threads for each in candidates}) > 1
-    some_parallel = len({each.setup.parallel_batches for each in candidates}) > 1
+    front = {candidate.setup for candidate in pareto(candidates)}
+    fast = sorted(ranked(candidates, constraints), key=lambda candidate: -_speed(candidate))
+    gated = [candidate for candidate in candidates if candidate.measured is not None and candidate not in fast]
+    broken = [candidate for candidate in candidates if candidate.measured is None]
+    some_threads = len({candidate.setup.threads for candidate in candidates}) > 1
+    some_parallel = len({candidate.setup.parallel_batches for candidate in candidates}) > 1
     heads = ["", "", "tokens", *["threads"] * some_threads, *["ChunkBatches"] * some_parallel]
     heads += ["tokens/s", "1 text ms", "MiB", "cosine min", "mean", "breaks"]
     rows = []
-    for each in (*fast, *gated, *broken):
-        mark = WINNER if each is winner else FRONT if each.setup in front else ""
-        style = "bold green" if each is winner else "" if each in fast else "dim"
-        setup = each.setup
+    for candidate in (*fast, *gated, *broken):
+        mark = WINNER if candidate is winner else FRONT if candidate.setup in front else ""
+        style = "bold green" if candidate is winner else "" if candidate in fast else "dim"
+        setup = candidate.setup
         counts = [setup.batch_tokens, *[setup.threads] * some_threads, *[setup.parallel_batches] * some_parallel]
-        numbers = [_number(f"{count:,}", style) for count in counts] + _numbers(each, style)
-        rows.append([Text(mark, style=style), Text(setup.kind, style=style), *numbers, _note(each, constraints)])
+        numbers = [_number(f"{count:,}", style) for count in counts] + _numbers(candidate, style)
+        rows.append([Text(mark, style=style), Text(setup.kind, style=style), *numbers, _note(candidate, constraints)])
     screen.table(heads, rows)
     screen.say("")
     for reason, setups in _reasons(broken).items():
         screen.say((f"{', '.join(setups)}: ", "dim"), shown(reason))
     if winner is None:
-        screen.say(("None meets all constraints: ", "bold red"), _stated(constraints), ". Nothing was written.")
+        screen.say(("No candidate meets all constraints: ", "bold red"), _stated(constraints), ". Nothing was written.")
     else:
-        screen.say((f"{WINNER} the fastest that meets ", "bold green"), _stated(constraints))
-    screen.say((f"{FRONT} no other beats it in speed, time for one text and memory together", "dim"))
+        screen.say((f"{WINNER} the fastest candidate that meets ", "bold green"), _stated(constraints))
+    screen.say((f"{FRONT} no other candidate beats it in speed, time for one text and memory together", "dim"))
 
 
 def _numbers(candidate: Candidate, style: str) -> list[Text]:
-    found = candidate.measured
-    if found is None:
+    measured = candidate.measured
+    if measured is None:
         return [_number("", style)] * 5
     shown_ = (
-        "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}",
-        "" if found.latency_ms is None else f"{found.latency_ms:.1f}",
-        "" if found.peak_mib is None else f"{found.peak_mib:,.0f}",
-        f"{found.cosine_min:.6f}",
-        f"{found.cosine_mean:.6f}",
+        "" if measured.tokens_per_second is None else f"{measured.tokens_per_second:,.0f}",
+        "" if measured.latency_ms is None else f"{measured.latency_ms:.1f}",
+        "" if measured.peak_mib is None else f"{measured.peak_mib:,.0f}",
+        f"{measured.cosine_min:.6f}",
+        f"{measured.cosine_mean:.6f}",
     )
-    return [_number(each, style) for each in shown_]
+    return [_number(number, style) for number in shown_]
 
 
 def _note(candidate: Candidate, constraints: Constraints) -> Text:
@@ -68,20 +68,21 @@ def _note(candidate: Candidate, constraints: Constraints) -> Text:
 
 
 def _reasons(broken: Sequence[Candidate]) -> dict[str, list[str]]:
-    """Each reason once, with the setups that it keeps out."""
-    found: dict[str, list[str]] = {}
-    for each in broken:
-        found.setdefault(each.problem or "", []).append(f"{each.setup.kind} {each.setup.batch_tokens:,}")
-    return found
+    """Each problem once, with the setups that have it."""
+    reasons: dict[str, list[str]] = {}
+    for candidate in broken:
+        setup = candidate.setup
+        reasons.setdefault(candidate.problem or "", []).append(f"{setup.kind} {setup.batch_tokens:,}")
+    return reasons
 
 
 def _stated(constraints: Constraints) -> str:
-    found = [
+    stated = [
         f"{option} {getattr(constraints, field):,.{0 if field != 'min_cosine' else 4}f}{unit}"
         for (option, field), unit in zip(LIMITS.values(), (" MiB", " ms", " tokens/s", ""), strict=True)
         if getattr(constraints, field) is not None
     ]
-    return ", ".join(found) + (" (mean)" if constraints.of_mean else "")
+    return ", ".join(stated) + (" (mean)" if constraints.of_mean else "")
 
 
 def _number(text: str, style: str) -> Text:

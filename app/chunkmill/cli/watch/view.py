@@ -1,4 +1,4 @@
-"""What a view of the ledger looks like: as facts for JSON, and drawn for a terminal. Pure."""
+"""Turns a view of the ledger into JSON, or into tables for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from chunkmill.cli.output import NOTHING, duration, shown
 from chunkmill.cli.paid.lanes import why
 from chunkmill.domain.budget import dollars
 from chunkmill.monitor.reports import Report
-from chunkmill.monitor.snapshot import LANES, Money, Now, Tally
-from chunkmill.monitor.watcher import View, lane_states
+from chunkmill.monitor.snapshot import LANES, Money, Snapshot, Totals, lane_states
+from chunkmill.monitor.watcher import View
 
 STALE_SECONDS = 3.0
-"""A look that is older is said to be."""
+"""If a view is older than this many seconds, its age is shown in red."""
 SHOWN_JOBS = 10
 STYLES = {"running": "green", "idle": "yellow", "paused": "yellow", "held": "yellow", "stopped": "red"}
 GIB = 1024**3
@@ -25,7 +25,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of all workers that report, over their last minutes. ``padding`` is the wasted share of what was computed."""
+    """The rates of all workers over their last minute. ``padding`` is the share of computed tokens that was padding."""
 
     contents_per_s: float
     tokens_per_s: float
@@ -42,28 +42,28 @@ def rates(workers: Iterable[Report]) -> Rates:
     )
 
 
-def facts(view: View, at: float) -> dict[str, object]:
-    """One JSON document. What is not known is null; ``age_s`` says how old the rest is."""
-    now, tally = view.now, view.tally
+def fields(view: View, at: float) -> dict[str, object]:
+    """The JSON document of a view. What is not known is null, and ``age_s`` says how old the rest is."""
+    snapshot, totals = view.snapshot, view.totals
     return {
-        "at": now.at.isoformat() if now else None,
-        "age_s": _age(view.now_at, at),
-        "counted_s_ago": _age(view.tally_at, at),
-        "cost_s": {"now": round(view.now_seconds, 4), "tally": round(view.tally_seconds, 4)},
+        "at": snapshot.at.isoformat() if snapshot else None,
+        "age_s": _age(view.snapshot_at, at),
+        "counted_s_ago": _age(view.totals_at, at),
+        "cost_s": {"now": round(view.snapshot_seconds, 4), "tally": round(view.totals_seconds, 4)},
         "postgres_error": view.postgres_error,
         "redis_error": view.redis_error,
         "doorbells": view.doorbells,
-        "lanes": _lane_facts(now, tally) if now else None,
-        "rates": asdict(rates(now.workers)) if now else None,
-        "workers": [_worker_facts(worker) for worker in now.workers] if now else None,
-        "pollers": now.pollers if now else None,
-        "cache_hit_rate": tally.cache_hits if tally else None,
-        "jobs": tally.jobs if tally else None,
-        "open_jobs": [asdict(job) | _eta(view, job.id) for job in tally.open_jobs] if tally else None,
-        "dead_chunks": tally.dead_chunks if tally else None,
-        "money_usd": asdict(now.money) if now else None,
-        "recent_faults": now.recent if now else None,
-        "faults": [asdict(fault) for fault in now.faults] if now else None,
+        "lanes": _lane_fields(snapshot, totals) if snapshot else None,
+        "rates": asdict(rates(snapshot.workers)) if snapshot else None,
+        "workers": [_worker_fields(worker) for worker in snapshot.workers] if snapshot else None,
+        "pollers": snapshot.connections.pollers if snapshot else None,
+        "cache_hit_rate": totals.cache_hits if totals else None,
+        "jobs": totals.jobs if totals else None,
+        "open_jobs": [asdict(job) | _eta(view, job.id) for job in totals.open_jobs] if totals else None,
+        "dead_chunks": totals.dead_chunks if totals else None,
+        "money_usd": asdict(snapshot.money) if snapshot else None,
+        "recent_faults": snapshot.recent if snapshot else None,
+        "faults": [asdict(fault) for fault in snapshot.faults] if snapshot else None,
     }
 
 
@@ -72,66 +72,70 @@ def draw(view: View | None, at: float, looking_since: float) -> RenderableType:
         return Text(f"looking for {duration(at - looking_since)} …")
     parts: list[RenderableType] = [_head(view, at, looking_since)]
     parts += [Text(shown(error), style="red") for error in (view.postgres_error, view.redis_error) if error]
-    if view.now is not None:
-        parts += [Text(), _lanes(view.now, view), Text(), _totals(view.now, view.tally), Text()]
-        parts += [_workers(view.now.workers), Text()] if view.now.workers else []
-    if view.tally is not None and view.tally.open_jobs:
-        parts += [_jobs(view, view.tally), Text()]
-    if view.now is not None:
-        parts += _faults(view.now)
+    if view.snapshot is not None:
+        parts += [Text(), _lanes(view.snapshot, view), Text(), _totals(view.snapshot, view.totals), Text()]
+        parts += [_workers(view.snapshot.workers), Text()] if view.snapshot.workers else []
+    if view.totals is not None and view.totals.open_jobs:
+        parts += [_jobs(view, view.totals), Text()]
+    if view.snapshot is not None:
+        parts += _faults(view.snapshot)
     return Group(*parts)
 
 
 def _head(view: View, at: float, looking_since: float) -> Text:
-    head = Text.assemble(("Chunkmill", "bold"), "  Ctrl-C ends this")
-    age = _age(view.now_at, at)
-    if age is not None and view.now:
-        head.append(f"   seen {view.now.at.astimezone():%H:%M:%S} in {1000 * view.now_seconds:.0f} ms", style="dim")
+    head = Text.assemble(("Chunkmill", "bold"), "  end with Ctrl-C")
+    age = _age(view.snapshot_at, at)
+    if age is not None and view.snapshot:
+        head.append(
+            f"   seen {view.snapshot.at.astimezone():%H:%M:%S} in {1000 * view.snapshot_seconds:.0f} ms", style="dim"
+        )
         if age > STALE_SECONDS:
             head.append(f"   {duration(age)} old", style="bold red")
-    if view.tally_at is not None:
-        head.append(f"   counted {duration(at - view.tally_at)} ago in {1000 * view.tally_seconds:.0f} ms", style="dim")
+    if view.totals_at is not None:
+        head.append(
+            f"   counted {duration(at - view.totals_at)} ago in {1000 * view.totals_seconds:.0f} ms", style="dim"
+        )
     if at - looking_since > STALE_SECONDS:
         head.append(f"   no answer for {duration(at - looking_since)}", style="bold red")
     return head
 
 
-def _lanes(now: Now, view: View) -> Table:
+def _lanes(snapshot: Snapshot, view: View) -> Table:
     table = _table("lane", "state", "ready", "running", "oldest waits", "discarded", "why")
-    reasons = {lane.route: why(lane) for lane in now.lanes}
-    for route, state in lane_states(now).items():
-        oldest = now.oldest.get(route)
-        tally = view.tally
+    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
+    for route, state in lane_states(snapshot).items():
+        oldest = snapshot.oldest.get(route)
+        totals = view.totals
         _row(
             table,
             route.value,
             Text(state, style=STYLES[state]),
-            tally.ready[route] if tally else None,
-            now.running[route],
+            totals.ready[route] if totals else None,
+            snapshot.running[route],
             None if oldest is None else duration(oldest),
-            tally.discarded[route] if tally else None,
+            totals.discarded[route] if totals else None,
             reasons.get(route) or ("no worker reports" if state == "idle" else None),
         )
     return table
 
 
-def _totals(now: Now, tally: Tally | None) -> Table:
-    found = rates(now.workers)
+def _totals(snapshot: Snapshot, totals: Totals | None) -> Table:
+    current = rates(snapshot.workers)
     table = Table.grid(padding=(0, 2, 0, 0))
     pairs = [
-        ("contents/s", f"{found.contents_per_s:,.0f}"),
-        ("tokens/s", f"{found.tokens_per_s:,.0f}"),
-        ("padding", _percent(found.padding)),
-        ("cache hits", _percent(tally.cache_hits if tally else None)),
-        ("dead chunks", f"{tally.dead_chunks:,}" if tally else NOTHING),
-        ("pollers", "connected" if now.pollers else "none: chunkmill poller"),
+        ("contents/s", f"{current.contents_per_s:,.0f}"),
+        ("tokens/s", f"{current.tokens_per_s:,.0f}"),
+        ("padding", _percent(current.padding)),
+        ("cache hits", _percent(totals.cache_hits if totals else None)),
+        ("dead chunks", f"{totals.dead_chunks:,}" if totals else NOTHING),
+        ("pollers", "connected" if snapshot.connections.pollers else "none, start one: chunkmill poller"),
     ]
     line = Text()
     for name, value in pairs:
         line.append(f"{name} ", style="dim")
         line.append(f"{value}   ", style="red" if value.startswith("none") else "")
     table.add_row(line)
-    table.add_row(_money(now.money))
+    table.add_row(_money(snapshot.money))
     return table
 
 
@@ -171,9 +175,9 @@ def _workers(workers: Sequence[Report]) -> Table:
     return table
 
 
-def _jobs(view: View, tally: Tally) -> Table:
+def _jobs(view: View, totals: Totals) -> Table:
     table = _table("job", "collection", "state", "left", "of", "contents/s", "done in")
-    for job in tally.open_jobs[:SHOWN_JOBS]:
+    for job in totals.open_jobs[:SHOWN_JOBS]:
         eta = view.etas.get(job.id)
         _row(
             table,
@@ -185,17 +189,17 @@ def _jobs(view: View, tally: Tally) -> Table:
             f"{eta.per_second:,.0f}" if eta else None,
             duration(round(eta.seconds)) if eta else None,
         )
-    if len(tally.open_jobs) > SHOWN_JOBS:
-        _row(table, f"+{len(tally.open_jobs) - SHOWN_JOBS:,}", *[None] * 6)
+    if len(totals.open_jobs) > SHOWN_JOBS:
+        _row(table, f"+{len(totals.open_jobs) - SHOWN_JOBS:,}", *[None] * 6)
     return table
 
 
-def _faults(now: Now) -> list[RenderableType]:
-    if not now.faults:
+def _faults(snapshot: Snapshot) -> list[RenderableType]:
+    if not snapshot.faults:
         return []
-    recent = ", ".join(f"{n:,} {kind}" for kind, n in sorted(now.recent.items()) if n)
+    recent = ", ".join(f"{n:,} {kind}" for kind, n in sorted(snapshot.recent.items()) if n)
     lines: list[RenderableType] = [Text.assemble(("faults", "bold"), f"   in the last ten minutes: {recent or 'none'}")]
-    for fault in now.faults:
+    for fault in snapshot.faults:
         line = Text.assemble(
             (f"{fault.at.astimezone():%m-%d %H:%M:%S}  ", "dim"), (f"{fault.what:<9}  ", "red"), shown(fault.line)
         )
@@ -204,24 +208,24 @@ def _faults(now: Now) -> list[RenderableType]:
     return lines
 
 
-def _lane_facts(now: Now, tally: Tally | None) -> list[dict[str, object]]:
-    states = lane_states(now)
-    reasons = {lane.route: why(lane) for lane in now.lanes}
+def _lane_fields(snapshot: Snapshot, totals: Totals | None) -> list[dict[str, object]]:
+    states = lane_states(snapshot)
+    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
     return [
         {
             "lane": route.value,
             "state": states[route],
             "why": reasons.get(route),
-            "ready": tally.ready[route] if tally else None,
-            "running": now.running[route],
-            "oldest_waiting_s": now.oldest.get(route),
-            "discarded": tally.discarded[route] if tally else None,
+            "ready": totals.ready[route] if totals else None,
+            "running": snapshot.running[route],
+            "oldest_waiting_s": snapshot.oldest.get(route),
+            "discarded": totals.discarded[route] if totals else None,
         }
         for route in LANES
     ]
 
 
-def _worker_facts(worker: Report) -> dict[str, object]:
+def _worker_fields(worker: Report) -> dict[str, object]:
     return {
         "name": worker.name,
         "label": worker.label,
@@ -251,7 +255,7 @@ def _waste(tokens: int, padded: int) -> float | None:
 
 
 def _busy(worker: Report) -> float | None:
-    """The share of its time in which a TokenBatch was on the device; a provider's worker has no device."""
+    """The share of time in which a TokenBatch was on the device; None for a worker of paid routes."""
     return None if worker.kind == "provider" else min(1.0, worker.rate(worker.engine_seconds))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.connect import connections
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.prices import MILLION
@@ -55,7 +56,7 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
         if route is Route.LOCAL:
             seconds = seconds_per_token(conn, spec)
             usd = None if seconds is None else machine_usd(seconds * int(MILLION), settings.gpu_hour_usd)
-            found.append(Offer(route, usd, idle=not _has_workers(conn)))
+            found.append(Offer(route, usd, idle=not connections(conn).workers))
             continue
         stopped = "the month's budget is used up" if used_up else None
         if paid[route].is_stopped:
@@ -79,17 +80,6 @@ def seconds_per_token(conn: sa.Connection, spec: SpaceSpec) -> float | None:
         _SECONDS_PER_TOKEN, {"attempts": MEASURED_ATTEMPTS, "fingerprint": spec.fingerprint}
     ).scalar_one()
     return None if seconds is None else float(seconds)
-
-
-_HAS_WORKERS = sa.text("""
-SELECT EXISTS (
-    SELECT FROM pg_stat_activity
-    WHERE datname = current_database() AND application_name = 'chunkmill-worker')
-""")
-
-
-def _has_workers(conn: sa.Connection) -> bool:
-    return bool(conn.execute(_HAS_WORKERS).scalar_one())
 
 
 def entry(choice: Choice, at: datetime) -> dict[str, str]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks
-from chunkmill.monitor.servers import Database, RedisFacts
+from chunkmill.db.connect import Connections
+from chunkmill.monitor.servers import Database, RedisServer
 
 WELL = Database(
     version="16.4",
@@ -15,10 +16,7 @@ WELL = Database(
     pgvector_available="0.8.0",
     migration="0002",
     head="0002",
-    worker_connections=4,
-    provider_connections=0,
-    poller_connections=1,
-    open_jobs=0,
+    connections=Connections(workers=4, provider_workers=0, pollers=1),
     clock_ahead=0.01,
 )
 
@@ -41,8 +39,8 @@ def test_a_database_in_order() -> None:
         ({"pgvector": None, "pgvector_available": None}, "pgvector", "fail"),
         ({"migration": "0001"}, "migration", "fail"),
         ({"migration": None}, "migration", "fail"),
-        ({"worker_connections": 0}, "worker", "warn"),
-        ({"poller_connections": 0}, "poller", "warn"),
+        ({"connections": Connections(0, 0, 1)}, "worker", "warn"),
+        ({"connections": Connections(4, 0, 0)}, "poller", "warn"),
         ({"clock_ahead": -5.0}, "Postgres clock", "warn"),
     ],
 )
@@ -55,13 +53,13 @@ def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, s
 @pytest.mark.parametrize(
     ("facts", "wrong"),
     [
-        (RedisFacts("7.2.4", "noeviction", "yes", 0.0), {}),
-        (RedisFacts("6.0.16", "noeviction", "yes", 0.0), {"Redis": "fail"}),
-        (RedisFacts("8.0.0", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
-        (RedisFacts("7.2.4", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
+        (RedisServer("7.2.4", "noeviction", "yes", 0.0), {}),
+        (RedisServer("6.0.16", "noeviction", "yes", 0.0), {"Redis": "fail"}),
+        (RedisServer("8.0.0", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
+        (RedisServer("7.2.4", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
     ],
 )
-def test_redis(facts: RedisFacts, wrong: dict[str, str]) -> None:
+def test_redis(facts: RedisServer, wrong: dict[str, str]) -> None:
     assert {check.name: check.state for check in redis_checks(facts) if check.state != "ok"} == wrong
 
 

@@ -95,8 +95,8 @@ def test_it_does_not_open_to_other_machines_or_users_without_a_login(
     ("opening", "no_auth", "terminal", "environ", "message"),
     [
         (HERE, False, False, {}, "no terminal to show a password"),
-        (HERE, True, True, {"FLOWER_UNAUTHENTICATED_API": "true"}, "every web site"),
-        (replace(HERE, logins=(LOGIN,)), True, True, {}, "drop --no-auth"),
+        (HERE, True, True, {"FLOWER_UNAUTHENTICATED_API": "true"}, "every website"),
+        (replace(HERE, logins=(LOGIN,)), True, True, {}, "leave --no-auth out"),
         (replace(HERE, logins=("operator",)), False, True, {}, "no password"),
         (replace(HERE, logins=(LOGIN, "other:")), False, True, {}, "no password"),
         (replace(HERE, logins=(":secret",)), False, True, {}, "no user"),
@@ -118,7 +118,7 @@ def test_google_and_others_may_say_who_is_let_in(start: Prepare) -> None:
 
 @pytest.mark.parametrize("argument", ["--basic_auth=a:hidden", "--basic-auth=a:hidden", "--oauth2-secret=hidden"])
 def test_a_secret_among_the_arguments_is_refused(argument: str, start: Prepare) -> None:
-    with pytest.raises(InvalidInput, match="list of processes") as refused:
+    with pytest.raises(InvalidInput, match="to everybody who lists processes") as refused:
         start(argument)
     assert "hidden" not in str(refused.value)
 

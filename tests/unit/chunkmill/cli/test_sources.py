@@ -141,9 +141,9 @@ def test_a_csv_in_another_encoding_is_refused_row_by_row(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "there is no file or folder"),
-        ("page.html", "<p>", "cannot be told from its name"),
+        ("page.html", "<p>", "the format is not known from the name"),
         ("heads.csv", "key,text\n", r"heads\.csv:1: there is no column 'id'; it has 'key', 'text'.*--id-field"),
-        ("broken.parquet", "no parquet", "not a Parquet file"),
+        ("broken.parquet", "no parquet", "this Parquet file cannot be read"),
     ],
 )
 def test_a_source_that_cannot_be_used_says_why(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -156,7 +156,7 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path: Path, name: str, conten
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"the folder .* holds no "):
+    with pytest.raises(InvalidInput, match=r"the folder .* contains no "):
         read(tmp_path)
 
 

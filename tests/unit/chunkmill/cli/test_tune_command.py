@@ -77,7 +77,7 @@ def test_where_none_fits_nothing_is_written(orders: list[Mapping[str, Any]], ter
     assert done.exit_code == 1
     assert not Path(Settings.from_env().chunkmill_home or "").exists()
     if terminal:
-        assert "None meets all constraints" in done.stdout
+        assert "No candidate meets all constraints" in done.stdout
         assert "does not run" in done.stdout
     else:
         found = json.loads(done.stdout)
@@ -105,7 +105,7 @@ def test_it_says_when_memory_keeps_workers_below_the_winner(orders: list[Mapping
     lesson = folder / f"amd-epyc-2-cores-{DEFAULT_SPEC.fingerprint[:16]}-native-bfloat16.json"
     lesson.write_text('{"batch_tokens": 300}')
     done = tune(terminal=True)
-    assert "Workers stay at 300 tokens a pass" in done.stderr
+    assert "Workers use at most 300 tokens in a pass" in done.stderr
     assert str(lesson) in done.stderr
 
 

@@ -103,7 +103,7 @@ def test_the_picture_is_svg_and_names_model_machine_winner_and_limits() -> None:
     picture = draw(candidates, limits, SMALL, model="a<b>&c", machine=MACHINE, on="2026-01-02T03:04:05")
     svg = ET.fromstring(picture)  # noqa: S314 - made here
     words = " ".join(each.text or "" for each in svg.iter("{http://www.w3.org/2000/svg}text"))
-    for expected in ("a<b>&c on AMD EPYC <9654>, 2 cores", "chosen: native bf16, 1,024 tokens a pass: 500 tokens/s",
+    for expected in ("a<b>&c on AMD EPYC <9654>, 2 cores", "chosen: native bf16, 1,024 tokens in a pass: 500 tokens/s",
                      "over 8 ms", "under 450 tokens/s", "native bf16", "2026-01-02"):  # fmt: skip
         assert expected in words
     titles = [each.text or "" for each in svg.iter("{http://www.w3.org/2000/svg}title")]
@@ -142,13 +142,13 @@ def test_the_table_marks_the_winner_and_says_what_each_of_the_others_lacks(capsy
     assert cells[3][-1] == "cosine"
     assert lines[5].endswith("does not run")
     assert "native bf16 1,024: its process was ended by SIGKILL" in lines
-    assert "★ the fastest that meets --max-memory 700 MiB, --min-cosine 0.9999" in lines
+    assert "★ the fastest candidate that meets --max-memory 700 MiB, --min-cosine 0.9999" in lines
 
 
 def test_the_table_says_that_nothing_was_written(capsys: pytest.CaptureFixture[str]) -> None:
     show(Screen(as_json=False), [FAST], Constraints(0.9999, max_latency_ms=1.0))
     out = capsys.readouterr().out
-    assert "None meets all constraints: --max-latency 1 ms, --min-cosine 0.9999. Nothing was written." in out
+    assert "No candidate meets all constraints: --max-latency 1 ms, --min-cosine 0.9999. Nothing was written." in out
     assert "★" not in out
 
 

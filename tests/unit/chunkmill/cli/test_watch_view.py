@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from chunkmill.cli.watch.view import draw, facts, rates
+from chunkmill.cli.watch.view import draw, fields, rates
+from chunkmill.db.connect import Connections
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.states import JobState, Route
 from chunkmill.monitor.reports import Report
-from chunkmill.monitor.snapshot import Fault, Money, Now, OpenJob, Tally
-from chunkmill.monitor.watcher import Eta, Pace, View, lane_states
+from chunkmill.monitor.snapshot import Fault, Money, OpenJob, Snapshot, Totals, lane_states
+from chunkmill.monitor.watcher import Eta, JobPaces, View
 
 AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 WORKER = Report(
     "h:1", "local", "gpu-1b2f@h", "GPU-1b2f", AT, 60.0, 1200, 60_000, 75_000, 45.0, 2, 0.93, 8 << 30, 80 << 30
 )
 NONE = dict.fromkeys((Route.LOCAL, Route.OPENAI, Route.OPENAI_SYNC), 0)
-NOW = Now(
+SNAPSHOT = Snapshot(
     at=AT,
     running=NONE | {Route.LOCAL: 2},
     oldest={Route.LOCAL: 75.0},
@@ -33,12 +34,12 @@ NOW = Now(
         Lane(Route.OPENAI_SYNC),
     ],
     workers=[WORKER],
-    pollers=1,
+    connections=Connections(workers=2, provider_workers=0, pollers=1),
     money=Money(Decimal("1.25"), Decimal(80), Decimal(5), Decimal(100)),
     recent={"died": 1, "failed": 0, "discarded": 0},
     faults=[Fault(AT, "died", "h:9: ChunkBatch 4 of job 3: ended by SIGSEGV\x1b[2J")],
 )
-TALLY = Tally(
+TOTALS = Totals(
     ready=NONE | {Route.LOCAL: 40},
     discarded=NONE,
     jobs={JobState.RUNNING: 1},
@@ -48,7 +49,7 @@ TALLY = Tally(
     asked=2400,
     remaining=1000,
 )
-VIEW = View(NOW, TALLY, {"gpu": 12, "openai": 0}, None, None, {3: Eta(20.0, 50.0)}, 0.013, 0.4, 100.0, 95.0)
+VIEW = View(SNAPSHOT, TOTALS, {"gpu": 12, "openai": 0}, None, None, {3: Eta(20.0, 50.0)}, 0.013, 0.4, 100.0, 95.0)
 
 
 def drawn(view: View | None, at: float = 100.5, looking_since: float = 100.4) -> str:
@@ -59,7 +60,7 @@ def drawn(view: View | None, at: float = 100.5, looking_since: float = 100.4) ->
 
 
 def document(view: View, at: float = 100.5) -> dict[str, Any]:
-    return json.loads(json.dumps(facts(view, at), default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(fields(view, at), default=str))  # type: ignore[no-any-return]
 
 
 def test_a_terminal_shows_every_number() -> None:
@@ -116,25 +117,27 @@ def test_a_silent_worker_counts_for_nothing() -> None:
     silent = replace(WORKER, silent_seconds=45.0)
     assert rates([silent]).tokens_per_s == 0
     assert rates([silent, WORKER]).tokens_per_s == 1000
-    now = replace(NOW, workers=[silent])
-    assert lane_states(now)[Route.LOCAL] == "idle"
-    told = document(replace(VIEW, now=now))["workers"][0]
+    snapshot = replace(SNAPSHOT, workers=[silent])
+    assert lane_states(snapshot)[Route.LOCAL] == "idle"
+    told = document(replace(VIEW, snapshot=snapshot))["workers"][0]
     assert (told["silent"], told["tokens_per_s"], told["busy"]) == (True, 0, 0)
-    shown = drawn(replace(VIEW, now=now))
+    shown = drawn(replace(VIEW, snapshot=snapshot))
     assert "silent for 45 s" in shown
     assert "padding -" in shown
 
 
 def test_a_worker_of_both_queues_serves_all_lanes() -> None:
-    now = replace(NOW, workers=[replace(WORKER, kind="both")], lanes=[Lane(Route.OPENAI), Lane(Route.OPENAI_SYNC)])
-    assert set(lane_states(now).values()) == {"running"}
+    snapshot = replace(
+        SNAPSHOT, workers=[replace(WORKER, kind="both")], lanes=[Lane(Route.OPENAI), Lane(Route.OPENAI_SYNC)]
+    )
+    assert set(lane_states(snapshot).values()) == {"running"}
 
 
 def test_an_eta_needs_two_looks_with_work_in_between() -> None:
     def job(remaining: int) -> OpenJob:
-        return replace(TALLY.open_jobs[0], remaining=remaining)
+        return replace(TOTALS.open_jobs[0], remaining=remaining)
 
-    pace = Pace()
+    pace = JobPaces()
     assert pace.add(0.0, [job(1000)]) == {}
     assert pace.add(10.0, [job(1000)]) == {}
     assert pace.add(20.0, [job(800)]) == {3: Eta(10.0, 80.0)}

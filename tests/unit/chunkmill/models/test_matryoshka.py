@@ -134,7 +134,7 @@ def test_a_cut_is_brought_back_to_length_one() -> None:
 @pytest.mark.parametrize("given", ["true", "*", "org/model@1,ALL", "org/*"])
 def test_trust_is_given_by_name(given: str) -> None:
     for setting in ("embedding_trust_pickle", "embedding_trust_remote_code", "embedding_matryoshka"):
-        with pytest.raises(InvalidSetting, match=f"{setting.upper()}.*names no model"):
+        with pytest.raises(InvalidSetting, match=f"{setting.upper()}.*is not the name of a model"):
             Settings.from_env(**{setting: given})
 
 

@@ -16,8 +16,8 @@ from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
 from chunkmill.tuning.choose import Constraints, Measured, Setup
 from chunkmill.tuning.profiles import (
-    Found,
     Profile,
+    ProfileLookup,
     ProfileNotWritten,
     find_profile,
     memory_folder,
@@ -48,15 +48,15 @@ def write(settings: Settings, profile: Profile = PROFILE) -> Path:
     return path
 
 
-def find(settings: Settings) -> Found:
+def find(settings: Settings) -> ProfileLookup:
     return find_profile(settings, DEFAULT_SPEC, MACHINE)
 
 
 def test_a_profile_is_read_as_it_was_written(settings: Settings) -> None:
-    assert find(settings) == Found(profile_path(settings, PROFILE.fingerprint, MACHINE))  # none yet
+    assert find(settings) == ProfileLookup(profile_path(settings, PROFILE.fingerprint, MACHINE))  # none yet
     path = write(settings)
     assert read_profile(path) == PROFILE
-    assert find(settings) == Found(path, PROFILE)
+    assert find(settings) == ProfileLookup(path, PROFILE)
     assert [each.name for each in path.parent.iterdir()] == [path.name]  # and nothing half written
 
 
@@ -148,7 +148,7 @@ def test_a_profile_with_one_wrong_value_is_no_profile(
 
 def test_off_is_off_and_a_path_is_that_file(settings: Settings, tmp_path: Path) -> None:
     path = write(settings)
-    assert find(settings.model_copy(update={"embedding_profile": "off"})) == Found(None)
+    assert find(settings.model_copy(update={"embedding_profile": "off"})) == ProfileLookup(None)
     elsewhere = tmp_path / "mine.json"
     path.rename(elsewhere)
     assert find(settings).profile is None
@@ -216,14 +216,14 @@ def test_what_memory_said_is_found_where_it_lies_below(settings: Settings) -> No
 
 def test_the_doctor_says_which_profile_a_worker_would_follow() -> None:
     path = Path("p.json")
-    good = profile_check(Found(path, PROFILE), None)
+    good = profile_check(ProfileLookup(path, PROFILE), None)
     assert good.state == "ok"
-    assert good.found == "native bf16, 512 tokens a pass, 12,346 tokens/s, of 2026-11-21"
-    assert "held to 256 tokens" in profile_check(Found(path, PROFILE), (Path("l.json"), 256)).found
-    stale = profile_check(Found(path, problem="it was made with torch 2.12: run `chunkmill tune` again"), None)
+    assert good.found == "native bf16, 512 tokens in a pass, 12,346 tokens/s, made on 2026-11-21"
+    assert "limited to 256 tokens" in profile_check(ProfileLookup(path, PROFILE), (Path("l.json"), 256)).found
+    stale = profile_check(ProfileLookup(path, problem="it was made with torch 2.12: run `chunkmill tune` again"), None)
     assert (stale.state, stale.advice) == ("warn", "it was made with torch 2.12: run `chunkmill tune` again")
-    assert profile_check(Found(path, problem="EMBEDDING_DTYPE is fp32", overridden=True), None).state == "ok"
-    assert profile_check(Found(path), None).state == profile_check(Found(None), None).state == "ok"
+    assert profile_check(ProfileLookup(path, problem="EMBEDDING_DTYPE is fp32", overridden=True), None).state == "ok"
+    assert profile_check(ProfileLookup(path), None).state == profile_check(ProfileLookup(None), None).state == "ok"
 
 
 def test_a_machine_has_a_name_for_files() -> None:
