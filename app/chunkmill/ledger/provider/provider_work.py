@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.domain.planning import too_long_reason
-from chunkmill.domain.retries import Discard, decide
+from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Route
 from chunkmill.ledger.dead import dead_chunks
@@ -299,8 +299,7 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
     refused = state.truncated if lease.on_long is OnLong.REJECT else 0
     n_embedded = state.embedded - refused - row.n_cached
     if missing and row.error_code is not None:
-        decision = decide(row.attempt, row.max_attempts, retryable=True)
-        if not isinstance(decision, Discard):
+        if retry_delay(row.attempt, row.max_attempts, retryable=True) is not None:
             chunk_batches.record_progress_if_held(conn, lease, n_embedded)
             chunk_batches.fail_if_held(conn, lease, code=row.error_code, error=row.error, retryable=True)
             usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.FAILED, row.error)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.copy import copy_binary, encode_hash_array, encode_rows
 from chunkmill.domain.deaths import SUSPECT_DEATHS
-from chunkmill.domain.retries import Discard, decide
+from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, Route
 from chunkmill.errors import ChunkmillError
@@ -201,15 +201,15 @@ def fail_if_held(
     conn: sa.Connection, lease: Lease, *, code: str, error: str, retryable: bool
 ) -> ChunkBatchState | None:
     """End an attempt that raised: available again after a delay, or discarded. None: the lease is lost."""
-    decision = decide(lease.attempt, lease.max_attempts, retryable=retryable)
+    delay = retry_delay(lease.attempt, lease.max_attempts, retryable=retryable)
     facts = {"code": code, "error": error[:2000], **_held(lease)}
-    if isinstance(decision, Discard):
+    if delay is None:
         state = ChunkBatchState.DISCARDED
         change = "state = 'discarded', finished_at = now()"
     else:
         state = ChunkBatchState.AVAILABLE
         change = "state = 'available', rung_at = NULL, not_before = now() + make_interval(secs => :delay)"
-        facts["delay"] = decision.delay_s
+        facts["delay"] = delay
     result = conn.execute(
         sa.text(
             f"UPDATE chunk_batches SET {change}, lease_owner = NULL, lease_until = NULL, error_code = :code, "
