@@ -1,7 +1,7 @@
 """Profiles: what ``chunkmill tune`` measured for one model on one machine, kept for the workers there.
 
 ``<home>/tuning/profiles`` holds them, a file for each machine and model; ``<home>/tuning/memory`` what engines
-learned when a device's memory said no (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's
+learned when a device's memory said no (``chunkmill_workers.engine.token_budget``). Home is CHUNKMILL_HOME or the user's
 data folder.
 """
 
