@@ -13,4 +13,5 @@ def retry_delay(attempt: int, max_attempts: int, *, retryable: bool) -> float | 
     """
     if not retryable or attempt >= max_attempts:
         return None
-    return min(MAX_DELAY_S, BASE_DELAY_S * 2 ** (attempt - 1))
+    delay: float = min(MAX_DELAY_S, BASE_DELAY_S * 2 ** (attempt - 1))
+    return delay
