@@ -549,7 +549,7 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         "1 chunk of job 1 came off the dead list; 1 text to embed.",
         "Job 1 (docs) is running: 1 to go, 1 dead.",
     ]
-    assert "1 chunk passed over: refused at the door" in done.stderr
+    assert "1 chunk passed over: refused by enqueue" in done.stderr
     hands.work(dead={"text a": "not_finite"})
     (again,) = client.dead(code="not_finite")
 

@@ -187,6 +187,4 @@ def _load_backend(
                 )
         return TransformersBackend(model, dtype=dtype, device=device, pad_id=pad_id)
     except torch.OutOfMemoryError as error:
-        raise ModelLoadError(
-            f"the model in {folder.transformer} does not fit the memory of {device}: {error}"
-        ) from error
+        raise ModelLoadError(f"the model in {folder.transformer} does not fit {device}: {error}") from error
