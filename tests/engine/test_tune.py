@@ -105,7 +105,7 @@ def test_from_the_command_to_the_worker(toy: Path, texts: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model", "/no/such/folder"), "no folder on this machine"),
+        (("--model", "/no/such/folder"), "not a folder on this machine"),
         (("--dtype", "fp16", "--backend", "onnx"), "suits this device"),
     ],
 )

@@ -32,7 +32,7 @@ class Job:
     """Distinct texts of these chunks. A text that comes again in a later window of the same enqueue counts again, and
     is embedded once."""
     cached: int
-    """Contents that had a vector before the job."""
+    """Contents that had a vector when they were enqueued."""
     embedded: int
     """Contents that got a vector since."""
     remaining: int
@@ -94,7 +94,7 @@ class Audit:
     contents: int
     """Distinct texts of these chunks."""
     embedded: int
-    """Contents that have a vector."""
+    """Chunks that have a vector."""
     missing: int
     """Chunks that have no vector."""
     pending: int
@@ -102,7 +102,7 @@ class Audit:
     dead: int
     """Missing chunks that are on a job's dead list."""
     truncated: int
-    """Contents whose text was cut, because it is longer than the model reads."""
+    """Chunks whose vector stands only for the part of the text that the model reads."""
     missing_ids: tuple[str, ...]
     """The ids of the first missing chunks, in order."""
 
@@ -124,7 +124,7 @@ class Standing(StrEnum):
     DELETED = "deleted"
     """The chunk was deleted since."""
     REFUSED = "refused"
-    """The chunk was never stored: enqueue refused it, or its text is longer than its job accepts."""
+    """The chunk was not accepted: enqueue refused it, or its text is longer than its job accepts."""
 
 
 @dataclass(frozen=True, slots=True)
