@@ -95,7 +95,7 @@ def test_code_that_is_not_in_the_folder_is_not_covered_by_its_revision(tmp_path:
     with pytest.raises(UnknownModel, match=r"gone\.py, which auto_map names, is missing"):
         resolve_model(missing, trust=Trust(remote_code={missing}))
     odd = code_folder(tmp_path / "c", auto_map="net.Own")
-    with pytest.raises(UnknownModel, match=r"config\.json has an auto_map that is not from classes to code"):
+    with pytest.raises(UnknownModel, match=r"config\.json has an auto_map that does not map classes to code"):
         resolve_model(odd, trust=Trust(remote_code={odd}))
 
 
