@@ -186,7 +186,7 @@ def test_what_cannot_be_retried_says_why_and_changes_nothing(client: Client, han
     before = hands.ledger()
     for collection, says in {
         "door": "never stored",
-        "long": "texts this long",
+        "long": "texts of this length",
         "cancelled": f"chunkmill retry {cancelled.id}",
         "unsealed": "never enqueued to its end",
     }.items():
@@ -268,7 +268,7 @@ def test_a_stale_entry_says_so_and_its_drop_touches_no_chunk(client: Client, han
     (entry,) = client.dead()
     assert entry.standing == since
     assert (client.dead_chunk(entry.id).metadata, client.dead_chunk(entry.id).text) == (None, None)
-    with pytest.raises(InvalidInput, match=r"stale, for the chunk (carries another text|was deleted) since"):
+    with pytest.raises(InvalidInput, match=r"stale, because the chunk (has another text now|was deleted)"):
         client.retry_dead([entry.id])
     chunks = hands.rows("SELECT * FROM chunks ORDER BY chunk_id")
     assert client.drop_dead([entry.id]).chunks == 0
