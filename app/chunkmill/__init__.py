@@ -1,6 +1,6 @@
-"""Chunkmill: text chunks in, complete searchable vectors in Postgres.
+"""Chunkmill turns text chunks into complete, searchable vectors in Postgres.
 
-``Client`` is the way in; the README has an example. This package never imports torch.
+Begin with ``Client``; the README has an example. This package never imports torch.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Import the client when it is first asked for.
+        """The client, which is imported when it is first used.
 
-        It brings SQLAlchemy, Celery and Alembic along: a second of start-up that ``chunkmill --help`` and the engine do
-        not need.
+        It imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
+        not need them.
         """
         if name != "Client":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -68,6 +68,7 @@ else:
 
 
 def __dir__() -> list[str]:
+    """The public names."""
     return __all__
 
 

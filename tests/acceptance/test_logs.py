@@ -141,7 +141,7 @@ def test_texts_and_secrets_are_in_no_output(
         "CheckViolation",
         "cannot connect to Postgres",
         "invalid username-password pair",
-        "is no folder",
+        "is not a folder",
         '"level": "debug"',
     ):
         assert word in everything, word

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill_workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.steps import StepClock
 
 if TYPE_CHECKING:
     from chunkmill.models import ModelFolder
@@ -54,7 +54,7 @@ class SlowEngine:
             self._folder / f"{os.getpid()}.executions", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         )
         self._one_at_a_time = threading.Lock()
-        self._passes = UnderWay()
+        self._passes = StepClock()
         self.steps = {"a forward pass": self._passes}
         self._streams = itertools.count()
 

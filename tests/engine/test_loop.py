@@ -17,9 +17,9 @@ import torch
 
 from chunkmill.errors import EngineError
 from chunkmill_workers.engine import Engine, loop
-from chunkmill_workers.engine.budget import Budget
 from chunkmill_workers.engine.loop import DeviceLoop
-from chunkmill_workers.engine.run import Outcome, Pass, TokenBatch
+from chunkmill_workers.engine.run import Pass, PassResult, TokenBatch
+from chunkmill_workers.engine.token_budget import TokenBudget
 from chunkmill_workers.engine.windows import Ids
 from tests.support.waiting import PATIENCE, running, together, until
 
@@ -46,12 +46,12 @@ class FakeRunner:
         assert self.go_on.wait(PATIENCE)
         return Pass(batch)
 
-    def finish(self, started: Pass) -> Outcome:
+    def finish(self, started: Pass) -> PassResult:
         if self.error is not None:
             raise self.error
         marks = [int(row[0]) for row in started.batch.rows]
         failures = {at: ("forward_failed", f"row {mark}") for at, mark in enumerate(marks) if mark in self.fails}
-        return Outcome(np.array([[mark] for mark in marks], np.float32), failures)
+        return PassResult(np.array([[mark] for mark in marks], np.float32), failures)
 
 
 def rows(*marks: int, length: int = 10) -> list[Ids]:
@@ -69,7 +69,7 @@ def values(device: DeviceLoop, name: int) -> dict[int, float]:
     return {
         int(at): float(vector[0])
         for done in device.results(name)
-        for at, vector in zip(done.at, done.outcome.vectors, strict=True)
+        for at, vector in zip(done.at, done.rows.vectors, strict=True)
     }
 
 
@@ -77,7 +77,7 @@ def values(device: DeviceLoop, name: int) -> dict[int, float]:
 def held() -> Iterator[tuple[FakeRunner, DeviceLoop]]:
     """A device that is busy with row 99 until the test sets ``go_on``; passes of up to 20 tokens."""
     runner = FakeRunner()
-    device = DeviceLoop(runner, Budget(20))  # type: ignore[arg-type]
+    device = DeviceLoop(runner, TokenBudget(20))  # type: ignore[arg-type]
     add(device, rows(99))
     assert runner.running.wait(PATIENCE)
     yield runner, device
@@ -145,7 +145,7 @@ def test_a_failure_in_a_shared_pass_is_reported_to_the_stream_that_has_the_row(
     runner.go_on.set()
 
     failed = {
-        name: {int(done.at[at]): why for done in device.results(name) for at, why in done.outcome.failures.items()}
+        name: {int(done.at[at]): why for done in device.results(name) for at, why in done.rows.failures.items()}
         for name in (first, second)
     }
     assert [3, 11] in runner.served, "they shared no pass"
@@ -160,7 +160,7 @@ def test_what_waits_for_a_stream_that_failed_is_not_run(
     first, second = add(device, rows(1, 2, 3, 4)), add(device, rows(11))
     real = runner.finish
 
-    def finish(started: Pass) -> Outcome:
+    def finish(started: Pass) -> PassResult:
         if started.batch.rows[0][0] == 1:
             raise EngineError("the device is gone")
         return real(started)
@@ -234,7 +234,7 @@ def test_a_defect_in_the_thread_reaches_who_waits(
 
 
 def test_the_budget_is_asked_before_every_pass() -> None:
-    runner, budget = FakeRunner(), Budget(40)
+    runner, budget = FakeRunner(), TokenBudget(40)
     runner.go_on.set()
     device = DeviceLoop(runner, budget)  # type: ignore[arg-type]
 
@@ -249,14 +249,14 @@ def test_a_dropped_engine_goes_away(toy_path: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(loop, "IDLE_SECONDS", 0.05)
     engine = Engine.load(str(toy_path("bert-mean")), device="cpu", dtype="fp32")
     engine.embed(["one text"])
-    (thread,) = engine._loop._lanes
+    (thread,) = engine._loop._threads
     thread.join(PATIENCE)
     assert not thread.is_alive()
-    assert not engine._loop._lanes
+    assert not engine._loop._threads
 
     engine.embed(["and another, after the thread has gone"])
     watched = weakref.ref(engine._backend)
-    (thread,) = engine._loop._lanes
+    (thread,) = engine._loop._threads
     del engine
     thread.join(PATIENCE)
     del thread
@@ -296,7 +296,7 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
             return backend(each, **options)  # type: ignore[arg-type]
 
     engine._runner.backend = Held()  # type: ignore[assignment]
-    engine._loop._most_lanes = 1
+    engine._loop._most_threads = 1
     embed = partial(engine.embed, ["a", "b", "c"])
     with running(embed, release=go_on.set):
         assert under_way.wait(PATIENCE)
@@ -306,7 +306,7 @@ def test_passes_hold_rows_of_several_callers(toy_path: Callable[[str], Path]) ->
     assert passes == [3, 6]
 
 
-def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(
+def test_each_core_has_a_device_thread_and_a_lone_pass_has_them_all(
     toy_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "four words are here"
@@ -338,7 +338,7 @@ def test_each_core_has_a_lane_and_a_lone_pass_has_them_all(
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU has nothing to share out")
-def test_lanes_that_have_the_machine_keep_to_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_threads_that_have_the_machine_keep_to_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a pass that runs alone may use all of them."""
     everywhere = os.sched_getaffinity(0)
     first, second = sorted(everywhere)[:2]
@@ -355,7 +355,7 @@ def test_lanes_that_have_the_machine_keep_to_cores_of_their_own(monkeypatch: pyt
                 both.wait()
             return Pass(batch)
 
-    device = DeviceLoop(Noting(concurrent=True), Budget(20), threads=2)  # type: ignore[arg-type]
+    device = DeviceLoop(Noting(concurrent=True), TokenBudget(20), threads=2)  # type: ignore[arg-type]
     values(device, add(device, rows(1, 2, length=20)))
     assert sorted(places, key=min) == [{first}, {second}]
     places.clear()

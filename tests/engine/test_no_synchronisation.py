@@ -16,9 +16,9 @@ import torch
 
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.backends.native import NativeBackend
-from chunkmill_workers.engine.budget import Budget
 from chunkmill_workers.engine.loop import DeviceLoop
-from chunkmill_workers.engine.run import Outcome, Pass, TokenBatch
+from chunkmill_workers.engine.run import Pass, PassResult, TokenBatch
+from chunkmill_workers.engine.token_budget import TokenBudget
 from tests.support.waiting import PATIENCE
 
 from .conftest import TOYS, sample
@@ -134,15 +134,15 @@ class Slow:
             self.two_under_way.set()
         return Pass(batch)
 
-    def finish(self, started: Pass) -> Outcome:
+    def finish(self, started: Pass) -> PassResult:
         assert self.done.wait(PATIENCE)
         self.calls.append("finish")
-        return Outcome(np.zeros((len(started.batch.rows), 1), np.float32))
+        return PassResult(np.zeros((len(started.batch.rows), 1), np.float32))
 
 
 def test_one_thread_keeps_two_passes_under_way() -> None:
     runner = Slow()
-    device = DeviceLoop(runner, Budget(10), threads=4)  # type: ignore[arg-type]
+    device = DeviceLoop(runner, TokenBudget(10), threads=4)  # type: ignore[arg-type]
     name = device.open()
     device.add(name, [np.full(10, each, np.int32) for each in range(5)], np.zeros(5, np.bool_), 0)
 

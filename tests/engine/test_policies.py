@@ -143,7 +143,7 @@ def test_stop_takes_back_what_waits_and_keeps_what_is_under_way(toy_path: Callab
             return backend(rows, **options)
 
     engine._runner.backend = Held()  # type: ignore[assignment]
-    engine._loop._most_lanes = 1
+    engine._loop._most_threads = 1
     asked = []
 
     def stop() -> bool:

@@ -21,7 +21,7 @@ import torch
 from chunkmill.domain.spaces import Precision
 from chunkmill.errors import InvalidSetting
 from chunkmill.machine import processor_features
-from benchmarks import flops
+from chunkmill_workers.benchmarks import flops
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.encoder.linear import packable
 

@@ -91,7 +91,7 @@ def test_what_the_second_chance_raised_is_the_reason(load: Load) -> None:
     twin = FaultyBackend(faulty._inner)
     twin.raises = has_word(engine, "poison")
     twin.error = RuntimeError("the fp32 kernel did not like these shapes")
-    engine._exact = twin
+    engine._exact.backend = twin
 
     vectors, failures = run(engine, ["fine", "poison", "good"])
 
@@ -112,8 +112,8 @@ def test_after_a_vector_that_was_not_finite_half_precision_takes_no_shortcut(
     engine = Engine.load(str(folder), device="cpu", dtype="bf16", threads=1)
     first, second = sample(10), sample(20)
     engine.embed(first)
-    assert engine._exact is not None, "no vector was not finite"
-    engine._exact = twin = FaultyBackend(engine._exact)
+    assert engine._exact.backend is not None, "no vector was not finite"
+    engine._exact.backend = twin = FaultyBackend(engine._exact.backend)
 
     vectors = engine.embed(second).vectors
 

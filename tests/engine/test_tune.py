@@ -105,7 +105,7 @@ def test_from_the_command_to_the_worker(toy: Path, texts: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model", "/no/such/folder"), "no folder on this machine"),
+        (("--model", "/no/such/folder"), "not a folder on this machine"),
         (("--dtype", "fp16", "--backend", "onnx"), "suits this device"),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_budget_that_does_not_fit_the_memory_is_no_candidate(toy: Path) -> Non
     task = Task(str(toy), "float", "cpu", ["a text"], 512)
     loaded = LoadedEngine({**asdict(task), "setup": asdict(SETUP)})
     assert loaded.turn()["tokens"] > 0
-    loaded._engine._budget.shrink(100)  # as after a pass of 100 tokens that did not fit
+    loaded._engine._token_budget.shrink(100)  # as after a pass of 100 tokens that did not fit
     with pytest.raises(EngineError, match="a pass of 64 tokens does not fit the device's memory; 50 do"):
         loaded.turn()
 
@@ -173,7 +173,7 @@ def test_a_lesson_about_memory_holds_below_the_profile(toy: Path) -> None:
     folder = resolve_model(str(toy))
     engine = load_engine(settings, folder, "cpu", this_machine())
     assert engine.batch_tokens == 96
-    engine._budget.shrink(120)  # as after a pass of 120 tokens that did not fit
+    engine._token_budget.shrink(120)  # as after a pass of 120 tokens that did not fit
     [lesson] = memory_folder(settings).iterdir()
     assert load_engine(settings, folder, "cpu", this_machine()).batch_tokens == 60
     lesson.write_text('{"batch_tokens": 4096}')

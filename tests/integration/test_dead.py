@@ -190,7 +190,7 @@ def test_what_cannot_be_retried_says_why_and_changes_nothing(client: Client, han
     before = hands.ledger()
     for collection, says in {
         "door": "never stored",
-        "long": "texts this long",
+        "long": "texts of this length",
         "cancelled": f"chunkmill retry {cancelled.id}",
         "unsealed": "never enqueued to its end",
     }.items():
@@ -272,7 +272,7 @@ def test_a_stale_entry_says_so_and_its_drop_touches_no_chunk(client: Client, han
     (entry,) = client.dead()
     assert entry.standing == since
     assert (client.dead_chunk(entry.id).metadata, client.dead_chunk(entry.id).text) == (None, None)
-    with pytest.raises(InvalidInput, match=r"stale, for the chunk (carries another text|was deleted) since"):
+    with pytest.raises(InvalidInput, match=r"stale, because the chunk (has another text now|was deleted)"):
         client.retry_dead([entry.id])
     chunks = hands.rows("SELECT * FROM chunks ORDER BY chunk_id")
     assert client.drop_dead([entry.id]).chunks == 0
@@ -553,7 +553,7 @@ def test_dead_retry(client: Client, hands: Hands) -> None:
         "1 chunk of job 301 removed from the dead list; 1 text to embed.",
         "Job 301 (docs) is running: 1 to go, 1 dead.",
     ]
-    assert "1 chunk skipped: refused at the door" in done.stderr
+    assert "1 chunk skipped: refused by enqueue" in done.stderr
     hands.work(dead={"text a": "not_finite"})
     (again,) = client.dead(code="not_finite")
 

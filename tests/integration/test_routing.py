@@ -117,7 +117,7 @@ def test_the_choice_is_made_once_and_kept(
         ({"route": "openai"}, UnknownRoute, "only local workers serve this space"),
         ({"route": "local", "model": SMALL}, UnknownRoute, "only the provider serves model"),
         ({"deadline": datetime(2999, 1, 1)}, InvalidInput, "without a time zone"),
-        ({"deadline": datetime(2020, 1, 1, tzinfo=UTC)}, InvalidInput, "is past"),
+        ({"deadline": datetime(2020, 1, 1, tzinfo=UTC)}, InvalidInput, "is in the past"),
         ({"precision": "int8", "model": SMALL}, InvalidInput, "Pass precision='float'"),
     ],
 )

@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for module in (
         "chunkmill_workers.process.lease",
         "chunkmill_workers.local.watchdog",
-        "chunkmill_workers.engine.under_way",
+        "chunkmill_workers.engine.steps",
     ):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned

@@ -1,4 +1,4 @@
-"""Checks of arguments that several calls share."""
+"""Checks of arguments that several methods of the client share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Word = TypeVar("Word", bound=StrEnum)
 
 
 def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
-    """The member of ``words`` that ``given`` names. Raises :class:`InvalidInput` or :class:`UnknownRoute`."""
+    """The member of ``words`` that ``given`` names.
+
+    Raises :class:`InvalidInput`, or :class:`UnknownRoute` for a route. The message names ``argument``.
+    """
     try:
         return words(given)
     except ValueError:
@@ -22,7 +25,10 @@ def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
 
 
 def as_deadline(given: object, now: datetime) -> datetime:
-    """A moment with its time zone, or so long from ``now``: a timedelta, or seconds. Raises :class:`InvalidInput`."""
+    """The deadline that ``given`` means: a datetime with a time zone, or a timedelta or seconds from ``now`` on.
+
+    Raises :class:`InvalidInput` if it is none of these, or is in the past.
+    """
     if isinstance(given, datetime):
         if given.tzinfo is None:
             raise InvalidInput(
@@ -33,18 +39,19 @@ def as_deadline(given: object, now: datetime) -> datetime:
         try:
             deadline = now + (given if isinstance(given, timedelta) else timedelta(seconds=given))
         except (OverflowError, ValueError):
-            raise InvalidInput(f"deadline is {given!r}; it must be a moment that the calendar has.") from None
+            raise InvalidInput(f"deadline is {given!r}; it must be a moment that a datetime can hold.") from None
     else:
         raise InvalidInput(
             f"deadline is {given!r}; it must be a datetime with a time zone, a timedelta, or a number of seconds."
         )
     if deadline <= now:
-        raise InvalidInput(f"deadline {deadline.isoformat(sep=' ', timespec='seconds')} is past; give a later one.")
+        shown = deadline.isoformat(sep=" ", timespec="seconds")
+        raise InvalidInput(f"deadline {shown} is in the past; give a later one.")
     return deadline
 
 
 def require_name(argument: str, name: object) -> None:
-    """Raise :class:`InvalidInput` unless ``name`` is a text that Postgres can hold as a key."""
+    """Raise :class:`InvalidInput` unless ``name`` is a text of 1 to 200 characters that Postgres can store."""
     if not isinstance(name, str) or not name.strip() or "\x00" in name or len(name) > 200:
         raise InvalidInput(f"{argument} is {name!r}; it must be a text of 1 to 200 characters without NUL.")
     try:

@@ -1,4 +1,4 @@
-"""Chunks as producers give them, and the checks they pass before anything is written."""
+"""Chunks as producers give them, and their checks before anything is written."""
 
 from __future__ import annotations
 
@@ -12,46 +12,51 @@ from typing import Any
 from chunkmill.errors import InvalidChunk
 
 MAX_ID_BYTES = 1024
-"""A chunk id is part of a B-tree key; Postgres refuses keys past about 2,700 bytes."""
+"""The most bytes of a chunk id. It is part of a B-tree key; Postgres refuses keys of more than about 2,700 bytes."""
 
 MAX_TEXT_BYTES = 16 * 1024 * 1024
-"""A chunk is a passage, not a book: past this size something went wrong upstream."""
+"""The most bytes of a text. A chunk is a passage: if it is larger, something went wrong before."""
 
-# json.dumps makes an encoder of its own per call for any option but its defaults.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escaped NUL, not an escaped backslash before "u0000"
+# Made once, because json.dumps with any option makes a new encoder in each call.
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of text under the producer's own ``id``, with JSON ``metadata`` to filter searches by."""
+    """One piece of text."""
 
     id: str
+    """The producer's own id, which is unique in the collection."""
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """A JSON object, by which a search can filter."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedChunk:
-    """A valid chunk in the form the store takes. ``content_hash`` is SHA-256 of the exact UTF-8 text."""
+    """A valid chunk in the form in which it is stored."""
 
     id: str
     text: bytes
+    """UTF-8."""
     metadata: str
+    """JSON."""
     content_hash: bytes
+    """32 bytes, see `content_hash`."""
 
 
 def content_hash(text: str) -> bytes:
-    """32 bytes: SHA-256 of the text's exact UTF-8 bytes. No normalisation: other bytes, other content."""
+    """32 bytes: the SHA-256 of the text's exact UTF-8 bytes. The text is not normalised first."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def prepare(item: object, position: int) -> PreparedChunk:
-    """Check one item of an ``enqueue`` iterable and hash its text.
+    """The chunk of one item of an ``enqueue`` iterable. Raises :class:`InvalidChunk`, which says what is wrong with it.
 
-    Takes a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple or a mapping with
-    the keys ``id``, ``text`` and optionally ``metadata``. An :class:`InvalidChunk` in the stream stands for
-    an item that its source could not even read, and is raised as it is. Raises :class:`InvalidChunk`.
+    An item is a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple, or a mapping with the keys
+    ``id``, ``text`` and optionally ``metadata``. An :class:`InvalidChunk` stands for an item that its source could not
+    read; it is raised as it is. ``position`` counts the items from 0.
     """
     if isinstance(item, InvalidChunk):
         raise item
@@ -61,7 +66,7 @@ def prepare(item: object, position: int) -> PreparedChunk:
         return InvalidChunk(problem, chunk_id=_shown(chunk.id), position=position, reason=reason)
 
     if not isinstance(chunk.id, str):
-        raise refuse("id_not_text", f"the id is of type {type(chunk.id).__name__}, it must be a str")
+        raise refuse("id_not_text", f"the id is of type {type(chunk.id).__name__}; it must be a str")
     if not chunk.id:
         raise refuse("empty_id", "the id is empty; give every chunk an id that is unique in its collection")
     if "\x00" in chunk.id:
@@ -69,9 +74,9 @@ def prepare(item: object, position: int) -> PreparedChunk:
     if (id_bytes := _utf8(chunk.id)) is None:
         raise refuse("surrogate_in_id", "the id contains a lone surrogate, which is not valid Unicode")
     if len(id_bytes) > MAX_ID_BYTES:
-        raise refuse("id_too_long", f"the id has {len(id_bytes)} bytes, the limit is {MAX_ID_BYTES}")
+        raise refuse("id_too_long", f"the id has {len(id_bytes)} bytes; the limit is {MAX_ID_BYTES}")
     if not isinstance(chunk.text, str):
-        raise refuse("text_not_text", f"the text is of type {type(chunk.text).__name__}, it must be a str")
+        raise refuse("text_not_text", f"the text is of type {type(chunk.text).__name__}; it must be a str")
     if not chunk.text or chunk.text.isspace():
         raise refuse("empty_text", "the text is empty or only white space; there is nothing to embed")
     if "\x00" in chunk.text:
@@ -83,7 +88,7 @@ def prepare(item: object, position: int) -> PreparedChunk:
             "clean it: text.encode('utf-8', 'replace').decode()",
         )
     if len(text) > MAX_TEXT_BYTES:
-        raise refuse("text_too_long", f"the text has {len(text):,} bytes, the limit is {MAX_TEXT_BYTES:,}")
+        raise refuse("text_too_long", f"the text has {len(text):,} bytes; the limit is {MAX_TEXT_BYTES:,}")
     try:
         metadata = _metadata_json(chunk.metadata)
     except (TypeError, ValueError, RecursionError) as error:
@@ -92,17 +97,17 @@ def prepare(item: object, position: int) -> PreparedChunk:
 
 
 def prepare_all(items: Iterable[object]) -> Iterator[PreparedChunk]:
-    """Prepare a stream. Raises :class:`InvalidChunk` at the first bad chunk."""
+    """The chunks of a stream. Raises :class:`InvalidChunk` at the first invalid one."""
     return (prepare(item, position) for position, item in enumerate(items))
 
 
 def prepare_or_skip(items: Iterable[object]) -> Iterator[PreparedChunk | InvalidChunk]:
-    """Prepare a stream; a bad chunk comes out as its error, and the stream goes on."""
+    """The chunks of a stream. In place of an invalid chunk comes its error, and the stream goes on."""
     for position, item in enumerate(items):
         try:
             yield prepare(item, position)
         except InvalidChunk as error:
-            yield error.with_traceback(None)  # whose frames would hold the text
+            yield error.with_traceback(None)  # the frames would keep the text in memory
 
 
 def _as_chunk(item: object, position: int) -> Chunk:
@@ -137,7 +142,7 @@ def _utf8(text: str) -> bytes | None:
 
 
 def _shown(chunk_id: object) -> str:
-    """The id in a form that any message, log or text column can carry."""
+    """The id in a form that any message, log and text column can hold: at most 200 characters without NUL."""
     shown = chunk_id if isinstance(chunk_id, str) else repr(chunk_id)
     return shown.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:200]
 

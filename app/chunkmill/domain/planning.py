@@ -1,4 +1,4 @@
-"""Cut a window of chunks into what is cached, what must be embedded and what is refused. Pure."""
+"""Sorts the chunks of a window into those that are cached, must be embedded, or are refused. Pure."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from chunkmill.domain.spaces import OnLong
 
 @dataclass(frozen=True, slots=True)
 class DeadChunk:
-    """A chunk without a vector. ``code`` is a stable word, ``reason`` a sentence without the text."""
+    """A chunk that got no vector, and the reason."""
 
     chunk_id: str
     code: str
+    """A stable word for the reason."""
     reason: str
+    """A sentence that says why there is no vector. It does not hold the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """One window of an enqueue, decided.
-
-    ``references``: one chunk per id, the last one given. ``cached``: distinct content hashes that have a
-    vector. ``missing``: hash → UTF-8 text of those that have none, in the order they came.
-    ``rejected``: chunks whose content is known to be too long under the ``reject`` policy.
-    """
+    """What to do with the chunks of one window of an enqueue."""
 
     references: tuple[PreparedChunk, ...]
+    """The chunks to store, one for each id."""
     cached: tuple[bytes, ...]
+    """Distinct content hashes that have a vector."""
     missing: Mapping[bytes, bytes]
+    """Content hash to UTF-8 text for contents without a vector, in the order in which they came."""
     rejected: tuple[DeadChunk, ...]
+    """Chunks whose content is known to be too long, under the policy ``reject``."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownVector:
-    """What the space already knows of a content: its true token count, and whether it was cut."""
+    """What the space knows about a content that has a vector: its true number of tokens, and whether it was cut."""
 
     n_tokens: int
     truncated: bool
 
 
 def distinct(window: Sequence[PreparedChunk]) -> dict[str, PreparedChunk]:
-    """One chunk per id: a later chunk replaces an earlier one of the same id, as two enqueues would."""
+    """One chunk for each id. A later chunk replaces an earlier one with the same id, as in two enqueues."""
     return {chunk.id: chunk for chunk in window}
 
 
 def plan_window(chunks: Mapping[str, PreparedChunk], known: Mapping[bytes, KnownVector], on_long: OnLong) -> WindowPlan:
-    """Fold duplicates and separate hits from misses. ``known`` holds the window's hashes with a vector."""
+    """The plan for the chunks of one window. ``known`` has the content hashes that have a vector."""
     references: list[PreparedChunk] = []
     cached: dict[bytes, None] = {}
     missing: dict[bytes, bytes] = {}
@@ -66,25 +67,26 @@ def plan_window(chunks: Mapping[str, PreparedChunk], known: Mapping[bytes, Known
 
 
 def too_long_reason(n_tokens: int, max_tokens: int | None = None) -> str:
+    """The reason of a dead chunk whose text has more tokens than the model reads."""
     limit = f", the model's limit is {max_tokens}" if max_tokens else ", more than the model's limit"
     return f"the text has {n_tokens} tokens{limit}; shorten it, or enqueue with on_long='truncate' or 'split'"
 
 
 def cut(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
-    """Cut content hashes into ChunkBatches of at most ``max_contents`` hashes and ``max_bytes`` of text.
+    """The content hashes of each ChunkBatch: at most ``max_contents`` hashes with ``max_bytes`` of text. Order is kept.
 
-    Each hash comes with its text, or with anything as long. A text over ``max_bytes`` gets a ChunkBatch of its own.
-    Order is kept.
+    ``missing`` has for each hash its text, or anything of the same length. A text over ``max_bytes`` gets a ChunkBatch
+    of its own.
     """
-    batches: list[list[bytes]] = []
+    chunk_batches: list[list[bytes]] = []
     current: list[bytes] = []
     size = 0
     for content_hash, text in missing.items():
         if current and (len(current) == max_contents or size + len(text) > max_bytes):
-            batches.append(current)
+            chunk_batches.append(current)
             current, size = [], 0
         current.append(content_hash)
         size += len(text)
     if current:
-        batches.append(current)
-    return batches
+        chunk_batches.append(current)
+    return chunk_batches

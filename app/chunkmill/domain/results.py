@@ -1,4 +1,4 @@
-"""What the client hands back: frozen pictures of the ledger."""
+"""The results that the client returns: frozen views of the ledger and the store."""
 
 from __future__ import annotations
 
@@ -15,39 +15,46 @@ from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Provide
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Job:
-    """What one ``enqueue`` asked for and how far it is.
-
-    ``chunks`` counts accepted chunks; ``contents`` their distinct texts (a text that comes back in a later
-    window of the same enqueue counts again, and is embedded once), of which ``cached`` had a vector already,
-    ``embedded`` got one since and ``remaining`` still wait. ``dead`` counts the chunks without a vector
-    (``dead_chunks`` holds the first of them), ``truncated`` the contents that were cut. ``tokens`` are those
-    the model saw in this job, ``engine_seconds`` the time it took for them.
-    """
+    """What one ``enqueue`` asked for, and how much of it is done."""
 
     id: int
     state: JobState
     collection: str
     space: str
+    """The fingerprint of the embedding space."""
     model: str
     route: Route
     priority: Priority
     idempotency_key: str | None
     chunks: int
+    """Accepted chunks."""
     contents: int
+    """Distinct texts of these chunks. A text that comes again in a later window of the same enqueue counts again, and
+    is embedded once."""
     cached: int
+    """Contents that had a vector when they were enqueued."""
     embedded: int
+    """Contents that got a vector since."""
     remaining: int
+    """Contents that still wait for a vector."""
     dead: int
+    """Chunks that got no vector."""
     truncated: int
+    """Contents that were longer than the model reads, and were cut."""
     tokens: int
+    """Tokens that the model read for this job."""
     engine_seconds: float
+    """How long the model worked on them, in seconds."""
     created_at: datetime
     finished_at: datetime | None
+    """None while the job is open."""
     error: str | None
+    """Why the job failed; None if it did not."""
     dead_chunks: tuple[DeadChunk, ...] = ()
+    """The first of the dead chunks, with their reasons."""
 
     def __repr__(self) -> str:
-        """One line with what a person looks for first."""
+        """One line with the fields that a person looks for first."""
         return (
             f"Job(id={self.id}, state={self.state.value!r}, collection={self.collection!r}, chunks={self.chunks}, "
             f"remaining={self.remaining}, dead={self.dead})"
@@ -55,7 +62,7 @@ class Job:
 
     @property
     def progress(self) -> float:
-        """0.0 to 1.0: the share of the job's contents that have a vector."""
+        """The share of the job's contents that have a vector, from 0.0 to 1.0."""
         if self.state is JobState.COMPLETED:
             return 1.0
         return (self.cached + self.embedded) / self.contents if self.contents else 0.0
@@ -63,87 +70,97 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class SearchHit:
-    """One chunk found. ``score`` is the cosine similarity to the query, 1.0 at best."""
+    """One chunk that a search found."""
 
     score: float
+    """The cosine similarity to the query, at most 1.0."""
     chunk_id: str
     text: str
     metadata: Mapping[str, Any]
     truncated: bool
+    """The vector stands only for the part of the text that the model reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A collection's chunks anti-joined with its space's vectors.
-
-    ``missing`` chunks have no vector; ``pending`` of them wait in an open ChunkBatch and ``dead`` are named
-    in a job's dead list. ``missing_ids`` holds the first of them, in order.
-    """
+    """The anti-join of a collection's chunks against its space's vectors: the chunks that have no vector."""
 
     collection: str
     space: str
+    """The fingerprint of the embedding space."""
     model: str
     chunks: int
+    """Chunks in the collection."""
     contents: int
+    """Distinct texts of these chunks."""
     embedded: int
+    """Chunks that have a vector."""
     missing: int
+    """Chunks that have no vector."""
     pending: int
+    """Missing chunks that wait in an open ChunkBatch."""
     dead: int
+    """Missing chunks that are on a job's dead list."""
     truncated: int
+    """Chunks whose vector stands only for the part of the text that the model reads."""
     missing_ids: tuple[str, ...]
+    """The ids of the first missing chunks, in order."""
 
     @property
     def complete(self) -> bool:
+        """Whether every chunk has a vector."""
         return self.missing == 0
 
 
 class Standing(StrEnum):
-    """What a dead chunk is now: the dead list keeps what was, and the collection goes on."""
+    """What has become of a dead chunk. The dead list keeps its entry, while the collection may change."""
 
     MISSING = "missing"
-    """In its collection with the same text, and without a vector."""
+    """The chunk is in its collection with the same text, and has no vector."""
     EMBEDDED = "embedded"
-    """Its text has a vector since."""
+    """The text has got a vector since."""
     REPLACED = "replaced"
-    """The chunk carries another text since."""
+    """The chunk has got another text since."""
     DELETED = "deleted"
+    """The chunk was deleted since."""
     REFUSED = "refused"
-    """It never came in: refused at the door, or longer than its job takes."""
+    """The chunk was not accepted: enqueue refused it, or its text is longer than its job accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadEntry:
-    """One entry of the dead list: a chunk that got no vector in a job, and why.
-
-    ``content_hash`` (hexadecimal) is None for a chunk refused before it was stored. ``sealed``: the job's producer
-    came to its end.
-    """
+    """One entry of the dead list: a chunk that got no vector in a job, and the reason."""
 
     id: int
+    """The number of the entry."""
     job_id: int
     job_state: JobState
     sealed: bool
+    """The job's producer has enqueued all of its chunks."""
     collection: str
     chunk_id: str
     content_hash: str | None
+    """64 hexadecimal digits; None for a chunk that was refused before it was stored."""
     code: str
+    """A stable word for the reason."""
     reason: str
+    """A sentence that says why there is no vector. It does not hold the text."""
     standing: Standing
     created_at: datetime
 
     @property
     def why_not_retried(self) -> str | None:
-        """Why ``retry_dead`` refuses it; None where it does not."""
+        """The reason why ``retry_dead`` passes over this entry; None if it does not."""
         if self.content_hash is None:
-            return "refused at the door, so the text was never stored: mend the chunk and enqueue it again"
+            return "refused by enqueue, so the text was never stored: fix the chunk and enqueue it again"
         if self.standing is Standing.REFUSED:
-            return "the job refuses texts this long: enqueue it again with on_long='truncate' or 'split'"
+            return "the job refuses texts of this length: enqueue the chunk again with on_long='truncate' or 'split'"
         if self.standing is Standing.REPLACED:
-            return "stale, for the chunk carries another text since: drop takes it off the list"
+            return "the entry is stale, because the chunk has another text now: `drop` removes it from the dead list"
         if self.standing is Standing.DELETED:
-            return "stale, for the chunk was deleted since: drop takes it off the list"
+            return "the entry is stale, because the chunk was deleted: `drop` removes it from the dead list"
         if self.job_state is JobState.CANCELLED:
-            return f"job {self.job_id} was cancelled: `chunkmill retry {self.job_id}` takes all of it up again"
+            return f"job {self.job_id} was cancelled: `chunkmill retry {self.job_id}` starts all of it again"
         if self.job_state is JobState.FAILED and not self.sealed:
             return f"job {self.job_id} was never enqueued to its end: enqueue again"
         return None
@@ -153,90 +170,98 @@ class DeadEntry:
 class Attempt:
     """One worker's attempt at a ChunkBatch.
 
-    ``outcome`` is ``completed``, ``released`` (given back, the worker was leaving), ``failed`` (an error), ``died``,
-    ``running``, ``superseded`` (its lease was taken back and a later attempt has it) or ``interrupted`` (its lease
-    was taken back, by a cancel for one, and nobody has it). ``evidence`` is what was seen of a death, or the error of
-    a failure while no later attempt has gone over it.
-
-    It embedded ``contents`` that were new and ``recomputed`` that had a vector by the time it wrote them; ``at_risk``
-    is the most it ever had embedded or on the device and not written. ``first_write_at`` is None where it wrote
-    nothing. The ledger books no claim, so an attempt that was given back or failed before it had its texts and its
-    engine is not among them.
+    An attempt is recorded when the worker has its texts and its engine. One that failed or was given back earlier is
+    not in the list.
     """
 
     chunk_batch_id: int
     attempt: int
+    """The number of the attempt at its ChunkBatch, from 1."""
     worker: str
     outcome: str
+    """``completed``; ``released`` (the worker gave it back); ``failed`` (an error); ``died`` (the worker ended);
+    ``running``; ``superseded`` (its lease was taken back, and a later attempt has the ChunkBatch); or ``interrupted``
+    (its lease was taken back, for example by a cancel, and nobody has the ChunkBatch)."""
     evidence: str | None
+    """What was seen of a death, or the error of a failure. The error is kept until a later attempt ends."""
     contents: int
+    """Contents that it embedded and wrote."""
     recomputed: int
+    """Contents that it embedded although they had a vector when it wrote them."""
     at_risk: int
+    """The most contents that were ever embedded, or on the device, and not written yet."""
     tokens: int
     engine_seconds: float
     first_write_at: datetime | None
+    """When it wrote its first vectors; None if it wrote none."""
     ended_at: datetime | None
+    """None while it is running."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadDetails:
-    """All that is known of one dead chunk.
-
-    ``metadata`` is None where the chunk is not in the collection with this text, ``characters`` and ``bytes`` where
-    the text is not stored. ``deaths`` are the attempts that died with it. ``text`` is there only if asked for.
-    """
+    """Everything that is known about one dead chunk."""
 
     entry: DeadEntry
     metadata: Mapping[str, Any] | None
+    """None if the chunk is not in the collection with this text."""
     characters: int | None
+    """Length of the text in characters; None if the text is not stored."""
     bytes: int | None
+    """Length of the text in bytes of UTF-8; None if the text is not stored."""
     deaths: tuple[Attempt, ...]
+    """The attempts that died while they had this chunk."""
     text: str | None = field(default=None, repr=False)
+    """None unless it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetriedDead:
-    """What a retry of dead chunks did.
-
-    ``jobs`` have work again or are judged again; ``chunks`` left the dead list, and ``contents`` distinct texts of
-    them wait for a worker. ``passed_over``: how many entries were left as they are, for each reason.
-    """
+    """What a retry of dead chunks did."""
 
     jobs: tuple[int, ...]
+    """The jobs that have work again, or whose state is decided again."""
     chunks: int
+    """Chunks that were taken off the dead list."""
     contents: int
+    """Distinct texts of these chunks, which now wait for a worker."""
     passed_over: Mapping[str, int]
+    """How many entries were left as they are, for each reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class DroppedDead:
-    """What a drop of dead chunks did: ``entries`` left the dead list, ``chunks`` their collection.
-
-    The others were not in it any more, or are there with another text or with a vector, and stay so. ``jobs`` had
-    failed, and are judged again.
-    """
+    """What a drop of dead chunks did."""
 
     jobs: tuple[int, ...]
+    """The jobs that had failed, and whose state is decided again."""
     entries: int
+    """Entries that were deleted from the dead list."""
     chunks: int
+    """Chunks that were deleted from their collection. Chunks that have another text or a vector now were kept, and some
+    were no longer in the collection."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailingChunkBatch:
-    """A ChunkBatch whose last attempts went wrong: ``discarded``, or open still and to be tried again."""
+    """A ChunkBatch whose last attempt failed: it is ``discarded``, or it is open and will be tried again."""
 
     id: int
     state: ChunkBatchState
     attempt: int
+    """The number of its last attempt."""
     max_attempts: int
+    """The number of the last attempt that it may have."""
     deaths: int
+    """How many workers died while they held it."""
     code: str
+    """A stable word for the error."""
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingStep:
-    """A choice of a lane: when, which and why."""
+    """One choice of a route for a job: when it was made, and why."""
 
     at: datetime
     route: Route
@@ -245,54 +270,61 @@ class RoutingStep:
 
 @dataclass(frozen=True, slots=True)
 class OpenWork:
-    """Open ChunkBatches of one lane and state. ``at_provider``: ProviderBatches have their contents."""
+    """The open ChunkBatches of one route and state."""
 
     route: Route
     state: ChunkBatchState
     at_provider: bool
+    """ProviderBatches hold their contents."""
     chunk_batches: int
     contents: int
     due_at: datetime
+    """When the first of them is due."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobProviderBatch:
-    """A ProviderBatch that has contents of the job, or had.
-
-    ``done`` of its ``requests`` are through, by the provider's word; ``next_look`` is None once it is closed.
-    """
+    """A ProviderBatch that has, or had, contents of the job."""
 
     id: int
     state: ProviderBatchState
     provider_status: str | None
+    """The provider's word for its state; None if it was not asked yet."""
     requests: int
     done: int
+    """How many of the requests are finished, as the provider says."""
     contents: int
     next_look: datetime | None
+    """When the provider is asked next; None if the ProviderBatch is closed."""
     error: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """``route`` was asked for, ``routing`` are the choices since, the latest last; ``waits`` says in sentences what
-    the open work waits for. ``lanes`` are the paid ones, ``provider_batches`` the newest of the job.
-    """
+    """Where a job's work is, and what it waits for."""
 
     job_id: int
     state: JobState
     route: Route
+    """The route that the enqueue asked for."""
     deadline: datetime | None
     routing: tuple[RoutingStep, ...]
+    """The choices that were made since, oldest first."""
     open: tuple[OpenWork, ...]
     waits: tuple[str, ...]
+    """Sentences that say what the open work waits for."""
     lanes: tuple[Lane, ...]
+    """The paid lanes."""
     provider_batches: tuple[JobProviderBatch, ...]
+    """The newest ProviderBatches of the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An HNSW index. ``on``: the type it holds, ``vector`` or ``halfvec``; ``valid`` once it is built."""
+    """An HNSW index."""
 
     name: str
     on: str
+    """The type that it indexes: ``vector`` or ``halfvec``."""
     valid: bool
+    """It is completely built."""

@@ -1,4 +1,4 @@
-"""What a prune or an eviction takes away, and what the cache holds."""
+"""The results of a prune or an eviction, and the contents of the cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from datetime import datetime, timedelta
 from chunkmill.errors import InvalidInput
 
 OnProgress = Callable[[str, int, int], None]
-"""Called after each slice with what is pruned, how many of it are done, and of how many."""
+"""A function that is called after each slice with the name of what is deleted, how many are deleted, and how many there
+are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """``bytes`` are those of the rows themselves; indexes come on top."""
+    """A number of rows, and their size."""
 
     rows: int = 0
     bytes: int = 0
+    """The bytes of the rows themselves, without their entries in indexes."""
 
     def __add__(self, other: Amount) -> Amount:
         return Amount(self.rows + other.rows, self.bytes + other.bytes)
@@ -25,57 +27,67 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What went, by table, or would go where ``dry_run``. ``before``: what is older than this; None for all.
-
-    ``kept_jobs`` failed or were cancelled long enough ago and stay all the same: chunks of theirs still have no vector,
-    and ``retry`` needs to know which.
-    """
+    """What a prune or an eviction deleted."""
 
     dry_run: bool
+    """Nothing was deleted: the amounts are what would be."""
     before: datetime | None
+    """Only older rows were deleted; None if age did not matter."""
     amounts: Mapping[str, Amount]
+    """What was deleted, by table."""
     kept_jobs: int = 0
+    """Jobs that failed or were cancelled long enough ago, and were kept, because some of their chunks have no vector
+    and ``retry`` needs to know which."""
 
     @property
     def total(self) -> Amount:
+        """The sum over all tables."""
         return sum(self.amounts.values(), Amount())
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpace:
-    """One space's vectors, and how often an enqueue found what it needed.
+    """The vectors of one space, and how often an enqueue found the vectors that it needed.
 
-    ``unreferenced`` vectors are the cache proper: no chunk of a collection in this space has their text, so they only
-    wait for it to come back; ``oldest`` is when the first such text was stored. ``table_bytes`` and ``index_bytes`` are
-    what Postgres uses on disk. Of ``contents`` that enqueues asked for, ``hits`` had a vector already; ``recent_``
-    counts the last ``recent_days``. Both are over the jobs that are still there: a prune forgets the older ones.
+    Hits are counted over the jobs that are in the ledger. A prune deletes older ones.
     """
 
     id: int
+    """The number of the space, which is also in the name of its table."""
     space: str
+    """The fingerprint of the embedding space."""
     model: str
     vectors: int
     unreferenced: Amount
+    """The cache: vectors whose text no chunk of a collection in this space has. They serve if the text comes back."""
     oldest: datetime | None
+    """When the first of the unreferenced texts was stored; None if there is none."""
     table_bytes: int
+    """What Postgres uses on disk for the vectors."""
     index_bytes: int
+    """What Postgres uses on disk for their indexes."""
     contents: int
+    """Contents that enqueues asked for."""
     hits: int
+    """Those of ``contents`` that had a vector already."""
     recent_days: float
+    """How many days ``recent_contents`` and ``recent_hits`` cover."""
     recent_contents: int
     recent_hits: int
 
     @property
     def hit_rate(self) -> float | None:
+        """``hits`` as a share of ``contents``, from 0.0 to 1.0; None without contents."""
         return self.hits / self.contents if self.contents else None
 
     @property
     def recent_hit_rate(self) -> float | None:
+        """``recent_hits`` as a share of ``recent_contents``, from 0.0 to 1.0; None without contents."""
         return self.recent_hits / self.recent_contents if self.recent_contents else None
 
 
 def as_age(argument: str, given: object) -> timedelta:
-    """A timedelta, or so many days. Raises :class:`InvalidInput`."""
+    """``given`` as a timedelta; a number counts days. Raises :class:`InvalidInput`, which names ``argument``."""
     if isinstance(given, int | float) and not isinstance(given, bool):
         try:
             given = timedelta(days=given)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 BASE_DELAY_S = 2.0
 MAX_DELAY_S = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Later:
-    delay_s: float
+def retry_delay(attempt: int, max_attempts: int, *, retryable: bool) -> float | None:
+    """Seconds until the next attempt: 2, 4, 8 and so on up to 300. None if there is none, because it is discarded.
 
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    pass
-
-
-def decide(attempt: int, max_attempts: int, *, retryable: bool) -> Later | Discard:
-    """Exponential backoff: 2 s, 4 s, 8 s … 300 s; ``Discard`` after the last attempt or a final error."""
+    That is so after the last permitted attempt, and after an error that another attempt would meet again.
+    """
     if not retryable or attempt >= max_attempts:
-        return Discard()
-    return Later(min(MAX_DELAY_S, BASE_DELAY_S * 2 ** (attempt - 1)))
+        return None
+    delay: float = min(MAX_DELAY_S, BASE_DELAY_S * 2 ** (attempt - 1))
+    return delay

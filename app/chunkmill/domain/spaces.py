@@ -1,4 +1,4 @@
-"""Embedding spaces: what must be equal before two vectors may be compared."""
+"""Embedding spaces: everything that must be equal before two vectors may be compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Pooling(StrEnum):
-    """How token vectors become one text vector; the words of sentence-transformers' configuration."""
+    """How token vectors become one text vector. The words are those of sentence-transformers' configuration."""
 
     CLS = "cls"
     MEAN = "mean"
@@ -17,20 +17,22 @@ class Pooling(StrEnum):
     MAX = "max"
     MEAN_SQRT_LEN = "mean_sqrt_len"
     PROVIDER = "provider"
-    """A provider's own, which it does not tell."""
+    """The provider's own, which it does not publish."""
 
 
 class Precision(StrEnum):
-    """Precision class. fp32, fp16 and bf16 agree to a cosine of 0.9999 and share one class.
+    """The class of number formats that a space's vectors are computed in.
 
-    The value is part of the fingerprint. What int8 vectors are depends on how they are rounded, so theirs names the
-    recipe: the texts of ``chunkmill_workers.engine.encoder.calibration`` and the rules of ``int8`` beside it.
-    Another recipe is another value; the old one then stays here so that its spaces stay readable. Users say and
-    see ``int8``.
+    The value is part of the fingerprint. int8 vectors depend on how they are rounded, so their value names the recipe:
+    the texts of ``chunkmill_workers.engine.encoder.calibration`` and the rules of ``int8`` beside it. Another recipe
+    needs another value. The old one then stays here, so that its spaces can still be read. Users write and see
+    ``int8``.
     """
 
     FLOAT = "float"
+    """fp32, fp16 or bf16, whose vectors agree to a cosine of 0.9999."""
     INT8 = "int8-1"
+    """Matrix products in int8, on a CPU."""
 
     def __str__(self) -> str:
         return self.value.partition("-")[0]
@@ -44,42 +46,45 @@ class OnLong(StrEnum):
     """What to do with a text longer than the space's ``max_tokens``."""
 
     TRUNCATE = "truncate"
-    """Embed the first ``max_tokens`` tokens; count it and mark the vector."""
+    """Embed the first ``max_tokens`` tokens, count the text and mark its vector."""
     REJECT = "reject"
-    """Put the chunk into the job's dead list."""
+    """Put the chunk on the job's dead list."""
     SPLIT = "split"
-    """Embed overlapping windows of the text and pool their vectors, weighted by their tokens."""
+    """Embed overlapping windows of the text, and average their vectors, weighted by their tokens."""
 
 
 class LongText(StrEnum):
-    """How a space represents a long text. REJECT writes nothing, so it shares TRUNCATE's space.
+    """How a space represents a long text. The policy REJECT writes no vector, so it shares the space of TRUNCATE.
 
-    The value is part of the fingerprint, so it names the rule: another rule for windows is another value.
+    The value is part of the fingerprint. It names the rule, so another rule for windows needs another value.
     """
 
     TRUNCATE = "truncate"
+    """The vector of the first ``max_tokens`` tokens."""
     SPLIT = "split-overlap-8"
-    """As few windows as hold the text, each repeating an eighth of a window's room: ``chunkmill.domain.windows``."""
+    """The mean of as few windows as hold the text, each overlapping the next by an eighth:
+    ``chunkmill.domain.windows``."""
     SPLIT_APART = "split"
-    """Windows without overlap: spaces of an earlier version. They stay readable, and no worker adds to them."""
+    """The mean of windows without overlap, in spaces of an earlier version. They can be read, and no worker adds to
+    them."""
 
     @property
     def policy(self) -> OnLong:
-        """What an engine is told to do with a long text."""
+        """The policy that an engine follows to make the vectors of such a space."""
         return OnLong.TRUNCATE if self is LongText.TRUNCATE else OnLong.SPLIT
 
 
 def long_text_for(on_long: OnLong) -> LongText:
-    """The representation that a policy writes."""
+    """The representation of long texts in the vectors that ``on_long`` writes."""
     return LongText.SPLIT if on_long is OnLong.SPLIT else LongText.TRUNCATE
 
 
 @dataclass(frozen=True, slots=True)
 class SpaceSpec:
-    """One embedding space. ``fingerprint`` covers every field but ``model``, which is its label.
+    """One embedding space. ``fingerprint`` covers every field except ``model``, which is only a label.
 
-    A local model's ``revision`` is a digest of its files (``chunkmill.models``), so the same weights are the
-    same space under any path or name, and other weights under the same name are another space.
+    The ``revision`` of a local model is a digest of its files (``chunkmill.models``). So the same weights are the same
+    space under any path or name, and other weights under the same name are another space.
     """
 
     provider: str
@@ -96,7 +101,7 @@ class SpaceSpec:
 
     @property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits: SHA-256 of the canonical JSON of all fields but ``model``."""
+        """64 hexadecimal digits: the SHA-256 of the canonical JSON of all fields except ``model``."""
         fields = {name: value for name, value in asdict(self).items() if name != "model"}
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()

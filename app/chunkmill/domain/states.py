@@ -1,4 +1,4 @@
-"""The states of a job and of a ChunkBatch, and which may follow which."""
+"""The words of the ledger: states of jobs, ChunkBatches and ProviderBatches, routes and priorities."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ from enum import StrEnum
 
 
 class ChunkBatchState(StrEnum):
-    """River's words; the README draws the diagram."""
+    """The state of a ChunkBatch. The words are those of River; docs/architecture.md draws the diagram."""
 
     AVAILABLE = "available"
-    """Waiting for a worker, from ``not_before`` on."""
+    """It waits for a worker, from ``not_before`` on."""
     RUNNING = "running"
-    """Leased: ``lease_until`` says how long, ``attempt`` to whom."""
+    """A worker has leased it until ``lease_until``; ``attempt`` says which claim this is."""
     COMPLETED = "completed"
-    """Every content in it has a vector, or a dead chunk that says why not."""
+    """Every content in it has a vector, or a dead chunk that says why it has none."""
     DISCARDED = "discarded"
-    """The last attempt failed; ``retry`` makes it available again."""
+    """The last permitted attempt failed. ``retry`` makes it available again."""
     CANCELLED = "cancelled"
-    """Its job was cancelled; ``retry`` makes it available again."""
+    """Its job was cancelled. ``retry`` makes it available again."""
 
 
 class JobState(StrEnum):
+    """The state of a job."""
+
     ENQUEUEING = "enqueueing"
     """The producer is still adding chunks; workers already embed what is committed."""
     RUNNING = "running"
-    """All chunks are in; ChunkBatches are open."""
+    """All chunks are committed, and some ChunkBatches are open."""
     COMPLETED = "completed"
-    """An anti-join of the job's chunks against the space's vectors came back empty."""
+    """An anti-join of the job's chunks against the space's vectors found no chunk without a vector."""
     FAILED = "failed"
-    """Nothing is open, and chunks are left without a vector: the dead list names them."""
+    """No ChunkBatch is open, and some chunks have no vector. The dead list names them."""
     CANCELLED = "cancelled"
+    """The job was cancelled. Its vectors stay."""
 
     @property
     def is_final(self) -> bool:
+        """Whether the job is finished, unless somebody retries it."""
         return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
@@ -40,35 +44,39 @@ class Route(StrEnum):
     """Where a job is embedded. ``auto`` leaves the choice to Chunkmill (``chunkmill.domain.routing``)."""
 
     LOCAL = "local"
+    """On our own GPUs and CPUs."""
     OPENAI = "openai"
-    """The Batch API: half price, up to a day."""
+    """By the Batch API, for half the price and within a day."""
     OPENAI_SYNC = "openai-sync"
-    """The plain embeddings endpoint, for what cannot wait and for servers without batches."""
+    """By plain requests, for work that cannot wait and for servers without batches."""
     AUTO = "auto"
+    """By the route that Chunkmill chooses."""
 
     @property
     def is_paid(self) -> bool:
+        """Whether a provider charges for this route."""
         return self in (Route.OPENAI, Route.OPENAI_SYNC)
 
 
 class ProviderBatchState(StrEnum):
-    """The steps of a ProviderBatch. Each is committed before the next begins, so that a restart goes on from it."""
+    """The state of a ProviderBatch. Each is committed before the next step begins, so a restart continues there."""
 
     GATHERING = "gathering"
-    """To be filled with whatever waits for its space."""
+    """It is about to be filled with the work that waits for its space."""
     GATHERED = "gathered"
-    """Its inputs are in flight: nobody else sends them. Nothing has left this house."""
+    """Its inputs are chosen, and nobody else sends them. Nothing was sent to the provider yet."""
     UPLOADED = "uploaded"
     """The provider has its file, which costs nothing yet."""
     CREATING = "creating"
-    """It was asked for, or is about to be: the answer is not known, so it may exist and cost money."""
+    """The request to create it was sent, or is about to be. The answer is not known, so it may exist and cost money."""
     SUBMITTED = "submitted"
     """The provider has it under ``batch_id``."""
     COLLECTING = "collecting"
-    """The provider is through with it; its results are being read."""
+    """The provider has finished it, and its results are being read."""
     CLEANING = "cleaning"
-    """Every input is accounted for; the provider's files are left to delete."""
+    """Every input has a result. The provider's files have yet to be deleted."""
     CLOSED = "closed"
+    """Nothing is left to do."""
 
     @property
     def spends(self) -> bool:
@@ -89,11 +97,13 @@ class ProviderBatchState(StrEnum):
 
 
 class Priority(StrEnum):
+    """Which work is served first."""
+
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
 
     @property
     def rank(self) -> int:
-        """Redis order: 0 is served first. These are three of kombu's four queue steps (0, 3, 6, 9)."""
+        """The priority in Redis, where 0 is served first: three of kombu's four steps (0, 3, 6, 9)."""
         return {Priority.HIGH: 3, Priority.NORMAL: 6, Priority.LOW: 9}[self]

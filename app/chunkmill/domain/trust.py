@@ -1,4 +1,4 @@
-"""What the operator vouches for, model by model: nothing in here can be switched on for all of them."""
+"""The models that the operator vouches for. Each is named: nothing here can be switched on for all models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Names of models, exactly as ``EMBEDDING_MODEL`` or ``model=`` gives them, path or ``org/name@revision``."""
+    """Names of models as ``EMBEDDING_MODEL`` or ``model=`` gives them: a path, or ``org/name@revision``."""
 
     pickle: Set[str] = frozenset()
-    """Their weights may be read from a pickle."""
+    """Models whose weights may be read from a pickle."""
     remote_code: Set[str] = frozenset()
-    """The Python files in their folders may be run."""
+    """Models whose Python files may be run."""
     matryoshka: Set[str] = frozenset()
-    """Their vectors were trained to be cut."""
+    """Models that were trained for shorter vectors."""

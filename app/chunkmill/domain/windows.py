@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-# What two neighbouring windows share, as a part of a window's room: a sentence that one window cuts is whole in
-# the other. Part of the space's meaning (LongText.SPLIT): another number makes other vectors.
+# Two neighbouring windows share an eighth of the tokens that fit into one, so a sentence that one window cuts is often
+# complete in the other. The number is part of what LongText.SPLIT means, because with another one the vectors differ.
 _OVERLAP_SHARE: Final = 8
 
 
 class WindowBounds(NamedTuple):
-    """Tokens ``start`` to ``end`` of the text; ``weight`` is what the window counts for in the text's mean."""
+    """The tokens ``start`` to ``end`` of a text, and the window's ``weight`` in the text's mean."""
 
     start: int
     end: int
@@ -18,15 +18,16 @@ class WindowBounds(NamedTuple):
 
 
 def window_bounds(length: int, room: int) -> list[WindowBounds]:
-    """Overlapping windows of at most ``room`` tokens over a text of ``length`` tokens.
+    """The overlapping windows, of at most ``room`` tokens each, of a text of ``length`` tokens.
 
-    There are as few windows as hold the text with an eighth of the room shared by each two neighbours, and all are
-    equally long (but for one token): the last of windows cut to the limit could be a handful of tokens, and would
-    count as a window. No token is in more than two windows; one that is in two counts half in each, so the weights
-    are token counts that add up to the text's. They are given doubled, as whole numbers.
+    There are as few windows as hold the text if each two neighbours share an eighth of ``room``. All are equally long,
+    give or take a token: if they were cut to the limit one after the other, the last could have a handful of tokens.
+
+    No token is in more than two windows. A token that is in two counts half in each, so the weights are numbers of
+    tokens that add up to the text's. They are doubled, so that they are whole numbers.
     """
     overlap = room // _OVERLAP_SHARE
-    fresh = length - overlap  # what the windows add to the first one's overlap, each its part
+    fresh = length - overlap  # tokens beyond the first overlap; each window adds an equal part of them
     count = max(1, -(-fresh // (room - overlap)))
     starts = [number * fresh // count for number in range(count)]
     ends = [start + overlap for start in [*starts[1:], fresh]]

@@ -1,6 +1,6 @@
 """Models: from a name to a folder, and from the folder's files to the embedding space of its vectors.
 
-Standard library only: a producer reads the space of a model here without torch.
+It uses the standard library only, so a producer can read the space of a model without torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
 from chunkmill.domain.trust import Trust
-from chunkmill.models.folder import PROVIDER, Asked, DenseLayer, ModelFolder, check_pooling, read_folder
+from chunkmill.models.folder import PROVIDER, DenseLayer, ModelFolder, ModelOptions, check_pooling, read_folder
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, locate_folder
 from chunkmill.models.matryoshka import check_dimensions, known_sizes
 
@@ -25,8 +25,8 @@ __all__ = [
     "resolve_spec",
 ]
 
-# What reading the package's folder gives (tests/unit/chunkmill/models/test_models.py holds the two equal), so that a
-# producer without the worker's packages knows the default space too.
+# The space that reading the bundled folder gives (tests/unit/chunkmill/models/test_models.py compares the two). It is
+# written down here for producers without the worker's packages.
 DEFAULT_SPEC: Final = SpaceSpec(
     provider=PROVIDER,
     model=DEFAULT_MODEL,
@@ -48,17 +48,19 @@ def resolve_model(
     trust: Trust = _NO_TRUST,
     download: bool = False,
 ) -> ModelFolder:
-    """Find a model and read it. ``name`` is ``all-MiniLM-L6-v2``, a folder, or ``org/name@revision``.
+    """The model called ``name``: ``all-MiniLM-L6-v2``, a folder, or ``org/name@revision``.
 
-    ``pooling`` is for a plain transformers folder, which does not state its own. ``download=True`` fetches
-    a Hugging Face model that is not on this machine yet; without it nothing here uses the network.
-    Raises UnknownModel, saying what to do.
+    ``pooling`` is for a plain transformers folder, which does not state its own. ``download`` fetches a Hugging Face
+    model that is not on this machine yet; without it the network is not used. ``trust`` names the models whose pickles
+    and code may be used. Raises UnknownModel, which says what to do.
     """
     label = _label(name)
     pickle, code = _is_in(label, trust.pickle), _is_in(label, trust.remote_code)
     folder = locate_folder(name, pickle=pickle, remote_code=code, download=download)
-    asked = Asked(pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka))
-    return read_folder(label, folder, asked)
+    options = ModelOptions(
+        pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka)
+    )
+    return read_folder(label, folder, options)
 
 
 def resolve_spec(
@@ -70,9 +72,10 @@ def resolve_spec(
     precision: Precision = Precision.FLOAT,
     trust: Trust = _NO_TRUST,
 ) -> SpaceSpec:
-    """The space of a model; of the default one also where the worker's packages are not installed.
+    """The space of a model's vectors. For the default model the worker's packages need not be installed.
 
-    ``dimensions`` are fewer than the model gives, where it was trained for that: InvalidInput where it was not.
+    ``dimensions`` may be fewer than the model gives if it was trained for that. Raises InvalidInput if it was not, and
+    UnknownModel.
     """
     if name in DEFAULT_NAMES and bundled_folder() is None:
         check_pooling(name, DEFAULT_SPEC.pooling, pooling)
@@ -83,9 +86,9 @@ def resolve_spec(
 
 
 def cut_space(full: SpaceSpec, dimensions: int, *, trust: Trust = _NO_TRUST) -> SpaceSpec:
-    """The space of ``full``'s vectors cut to ``dimensions``, known without the model's files.
+    """The space of the vectors of ``full`` cut to ``dimensions``. The model's files are not needed.
 
-    Raises InvalidInput unless its name or the operator says that they may be cut.
+    Raises InvalidInput unless the model's name or the operator says that its vectors may be cut.
     """
     sizes = known_sizes(full.model, full.dimensions)
     trusted = _is_in(full.model, trust.matryoshka)

@@ -1,4 +1,4 @@
-"""A model's revision: one digest of the files that reach its vectors, equal on every machine."""
+"""A model's revision: a digest of the files that its vectors depend on. It is the same on every machine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Final
 from chunkmill.models.files import unreadable
 from chunkmill.models.weights import read_header
 
-# Files of a transformer's folder that reach the vectors. README, onnx/, openvino/, training records and
-# config_sentence_transformers.json (versions and prompts; the prompts are fields of the space) do not.
+# Files of a transformer's folder that the vectors depend on. They do not depend on README, onnx/, openvino/, training
+# records, and config_sentence_transformers.json (it has versions, and prompts, which are fields of the space).
 _FILES: Final = (
     "added_tokens.json",
     "config.json",
@@ -32,10 +32,11 @@ _SAMPLE_BYTES: Final = 64 * 1024
 
 
 def revision(root: Path, *, transformer: Path, others: Iterable[Path], weights: Iterable[Path]) -> str:
-    """``sha256:`` and 32 hexadecimal digits over sorted (relative path, content) pairs.
+    """``sha256:`` and 32 hexadecimal digits of the sorted pairs of relative path and content.
 
-    ``transformer`` is the folder of config and tokenizer; ``others`` are further files that reach the vectors:
-    configuration, and code where it is run; ``weights`` are sampled, see `_add_weights`.
+    ``transformer`` is the folder of configuration and tokenizer. ``others`` are further files that the vectors depend
+    on: configuration, and code if it is run. Of ``weights`` only samples are read, see `_add_weights`. Raises
+    UnknownModel for a file that cannot be read.
     """
     texts = {transformer / item for item in _FILES} | {*others}
     sampled = {*weights}
@@ -55,12 +56,11 @@ def revision(root: Path, *, transformer: Path, others: Iterable[Path], weights: 
 
 
 def _add_weights(digest: hashlib._Hash, path: Path) -> None:
-    """Size, safetensors header, and 64 evenly spaced samples of 64 KiB.
+    """Add size, safetensors header, and 64 evenly spaced samples of 64 KiB to ``digest``.
 
-    Samples, because a 16 GB model would take half a minute to read and takes milliseconds this way, on
-    every start of every worker and producer. Training moves every matrix it touches, and a sample falls
-    into every 1/64 of the file, so two trained models do not pass for one; this is no defence against
-    someone who alters single weights on purpose.
+    Every start of a worker or a producer reads them. Samples take milliseconds, while all of a 16 GB model would take
+    half a minute. Training changes whole matrices, and every 1/64 of the file has a sample, so two trained models have
+    different digests. The digest does not protect against someone who changes single weights on purpose.
     """
     size = path.stat().st_size
     header = read_header(path)[0] if path.suffix == ".safetensors" else b""

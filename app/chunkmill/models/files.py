@@ -1,4 +1,4 @@
-"""Reading the small files of a model folder."""
+"""Reads the small files of a model folder, and makes the errors for files that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chunkmill.errors import UnknownModel
 
 
 def read_json(path: Path) -> Any:
-    """The file's JSON; UnknownModel where it cannot be read."""
+    """The file's JSON. Raises UnknownModel if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -20,22 +20,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The file's JSON object; UnknownModel where it cannot be read, or is something else."""
+    """The file's JSON object. Raises UnknownModel if it cannot be read, or is something else."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise broken(path, "holds no JSON object")
+        raise broken(path, "does not hold a JSON object")
     return content
 
 
 def broken(path: Path, what: str) -> UnknownModel:
-    """``raise broken(path, "holds no JSON object")``: a file that is there and is not what it should be."""
+    """The error for a file that has the wrong content: ``raise broken(path, "does not hold a JSON object")``."""
     return UnknownModel(f"{path} {what}: copy the model folder again")
 
 
 def unreadable(path: Path, error: OSError) -> UnknownModel:
+    """The error for a file that cannot be read."""
     return UnknownModel(f"{path} cannot be read ({error.strerror}): copy the model folder again")
 
 
 def unsupported(name: str, what: str) -> UnknownModel:
-    """``raise unsupported(name, "module Router")``: what the model uses, and that it has no place here."""
+    """The error for a model that Chunkmill does not support: ``raise unsupported(name, "module Router")``."""
     return UnknownModel(f"model {name!r} uses {what}. Chunkmill does not support that; choose another model")

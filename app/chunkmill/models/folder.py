@@ -1,9 +1,9 @@
-"""What the files of a model folder say about its vectors.
+"""Reads from the files of a model folder how its vectors are made.
 
-The rules are those of sentence-transformers 6.2 (``modules.json``, ``sentence_bert_config.json``, prompts),
-so that a folder gives the same vectors there and here. Whatever would change the vectors in a way the
-engine does not know is refused by its name. Code that comes with a model is run, and a pickle read, only where
-the operator trusts that model by its name.
+The rules are those of sentence-transformers 6.2 (``modules.json``, ``sentence_bert_config.json``, prompts), so a folder
+gives the same vectors there and here. Everything that would change the vectors in a way that the engine does not
+support is refused by its name. Code that comes with a model is run, and a pickle is read, only if the operator trusts
+that model by its name.
 """
 
 from __future__ import annotations
@@ -43,60 +43,65 @@ _OLD_POOLING_KEYS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is said of a model beyond its files: by the caller, and by the operator who trusts it."""
+class ModelOptions:
+    """What the caller and the operator say about a model, in addition to its files."""
 
     pooling: str | None = None
+    """The pooling of a plain transformers folder."""
     on_long: OnLong = OnLong.TRUNCATE
     precision: Precision = Precision.FLOAT
     pickle: bool = False
+    """Its weights may be read from a pickle."""
     remote_code: bool = False
+    """Its Python files may be run."""
     matryoshka: bool = False
+    """It was trained for any number of dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """One ``Dense`` module: ``activation(x @ weight.T + bias)``; ``activation`` is one of ACTIVATIONS."""
+    """One ``Dense`` module: ``activation(x @ weight.T + bias)``. ``activation`` is one of ACTIVATIONS."""
 
     path: Path
+    """The module's folder."""
     in_features: int
     out_features: int
     bias: bool
     activation: str
     weights: Path
-    """Its safetensors file; a ``.bin``, which is a pickle, only where the operator trusts it."""
+    """Its safetensors file. It is a ``.bin``, which is a pickle, only if the operator trusts the model with that."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model on this machine: the space of its full vectors, and what the engine needs beyond it."""
+    """A model on this machine: the space of its full vectors, and what else the engine needs to make them."""
 
     name: str
     path: Path
     spec: SpaceSpec
     transformer: Path
-    """Folder of config.json, tokenizer and weights: ``path``, or a folder in it."""
+    """The folder of config.json, tokenizer and weights: ``path``, or a folder in it."""
     modules: tuple[DenseLayer | Literal["normalize"], ...]
-    """What follows the pooling, in order."""
+    """The modules after the pooling, in order."""
     include_prompt: bool = True
-    """False: the model reads the prompt's tokens, the pooling leaves them out."""
+    """If False, the model reads the prompt's tokens, and the pooling leaves them out."""
     lowercase: bool = False
-    """Texts are lower-cased before the tokenizer's own normaliser."""
+    """Texts are turned into lower case before the tokenizer's own normaliser."""
     pickle: bool = False
-    """The weights are a pickle that the operator trusts; there is no model.safetensors."""
+    """The weights are a pickle that the operator trusts, because there is no model.safetensors."""
     remote_code: bool = False
     """The architecture is code in the folder that the operator trusts."""
     default_dimensions: int = 0
-    """What the folder is used with (``truncate_dim``); 0: all that the model gives."""
+    """The number of dimensions that the folder states (``truncate_dim``); 0 for all that the model gives."""
     sizes: Sequence[int] = ()
-    """Fewer dimensions that its vectors may be cut to."""
+    """The smaller numbers of dimensions that its vectors may be cut to."""
     matryoshka: bool = False
-    """The operator vouches for any number of dimensions."""
+    """The operator says that the model was trained for any number of dimensions."""
 
     def space(self, dimensions: int | None = None) -> SpaceSpec:
-        """The space of vectors with ``dimensions``; None for what the folder is used with.
+        """The space of vectors with ``dimensions``; None takes the number that the folder states.
 
-        The engine makes full vectors and cuts them for each space. Raises InvalidInput where they may not be cut.
+        The engine makes full vectors and cuts them for each space. Raises InvalidInput if they may not be cut.
         """
         full = self.spec.dimensions
         if dimensions is None:
@@ -105,20 +110,23 @@ class ModelFolder:
         return replace(self.spec, dimensions=checked)
 
 
-def read_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
-    """Read a sentence-transformers folder (it has modules.json) or a plain transformers folder."""
+def read_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
+    """The model in ``path``: a sentence-transformers folder, which has modules.json, or a plain transformers folder.
+
+    Raises UnknownModel.
+    """
     if (path / "modules.json").is_file():
-        return _read_sentence_folder(name, path, asked)
-    if asked.pooling is None:
+        return _read_sentence_folder(name, path, options)
+    if options.pooling is None:
         raise UnknownModel(
-            f"model {name!r}: {path} is a plain transformers folder, which does not say how its tokens "
-            f"become a vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(_OURS)}"
+            f"model {name!r}: {path} is a plain transformers folder, which does not say how token vectors "
+            f"become a text vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(_OURS)}"
         )
-    pooling = _stated_pooling(name, asked.pooling)
-    return _assemble(name, path, asked, path, pooling=pooling, modules=("normalize",))
+    pooling = _stated_pooling(name, options.pooling)
+    return _assemble(name, path, options, path, pooling=pooling, modules=("normalize",))
 
 
-def _read_sentence_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
+def _read_sentence_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
     listed = [(_kind(name, entry), _subfolder(name, path, entry)) for entry in _module_list(path)]
     kinds = [kind for kind, _ in listed]
     if kinds[:2] != ["Transformer", "Pooling"]:
@@ -129,20 +137,20 @@ def _read_sentence_folder(name: str, path: Path, asked: Asked) -> ModelFolder:
     return _assemble(
         name,
         path,
-        asked,
+        options,
         transformer,
-        pooling=check_pooling(name, mode, asked.pooling),
-        modules=tuple(_read_module(name, kind, folder, pickle=asked.pickle) for kind, folder in listed[2:]),
+        pooling=check_pooling(name, mode, options.pooling),
+        modules=tuple(_read_module(name, kind, folder, pickle=options.pickle) for kind, folder in listed[2:]),
         sentence=sentence,
-        used=_read_use(path),
+        used=_read_sentence_config(path),
         others=(path / "modules.json", pooling_folder / "config.json", sentence_file),
         include_prompt=include_prompt,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Use:
-    """config_sentence_transformers.json: how the folder is used, which its vectors' revision does not cover."""
+class _SentenceConfig:
+    """The content of config_sentence_transformers.json, which the revision does not cover."""
 
     document_prompt: str = ""
     query_prompt: str = ""
@@ -152,20 +160,20 @@ class _Use:
 def _assemble(
     name: str,
     path: Path,
-    asked: Asked,
+    options: ModelOptions,
     transformer: Path,
     *,
     pooling: Pooling,
     modules: tuple[DenseLayer | Literal["normalize"], ...],
     sentence: Mapping[str, Any] | None = None,
-    used: _Use | None = None,
+    used: _SentenceConfig | None = None,
     others: Sequence[Path] = (),
     include_prompt: bool = True,
 ) -> ModelFolder:
-    """What both kinds of folder have in common: configuration, weights, revision and space."""
-    sentence, used = sentence or {}, used or _Use()
-    config, code = read_config(name, transformer, remote_code=asked.remote_code)
-    weights = weight_files(name, transformer, pickle=asked.pickle)
+    """The model of a folder of either kind, from its configuration and weights."""
+    sentence, used = sentence or {}, used or _SentenceConfig()
+    config, code = read_config(name, transformer, remote_code=options.remote_code)
+    weights = weight_files(name, transformer, pickle=options.pickle)
     check_shapes(name, weights, config)
     dense = [module for module in modules if not isinstance(module, str)]
     pickle = weights[0].suffix == ".bin"
@@ -173,7 +181,7 @@ def _assemble(
     full = hidden_size(name, config)
     for layer in dense:
         if layer.in_features != full:
-            raise broken(layer.path / "config.json", f"takes {layer.in_features} dimensions and is given {full}")
+            raise broken(layer.path / "config.json", f"takes {layer.in_features} dimensions and gets {full}")
         full = layer.out_features
     default = min(used.truncate_dim or full, full)
     spec = SpaceSpec(
@@ -191,8 +199,8 @@ def _assemble(
         normalize=modules[-1:] == ("normalize",),
         document_prompt=used.document_prompt,
         query_prompt=used.query_prompt,
-        long_text=long_text_for(asked.on_long),
-        precision=asked.precision,
+        long_text=long_text_for(options.on_long),
+        precision=options.precision,
     )
     return ModelFolder(
         name,
@@ -206,15 +214,15 @@ def _assemble(
         remote_code=bool(code),
         default_dimensions=default,
         sizes=stated_sizes(name, full, config, default),
-        matryoshka=asked.matryoshka,
+        matryoshka=options.matryoshka,
     )
 
 
 def check_pooling(name: str, mode: Pooling, asked: str | None) -> Pooling:
-    """A folder that states its pooling is not given another one behind its back."""
+    """The pooling ``mode`` that a folder states. Raises UnknownModel if the caller asks for another one."""
     if asked is not None and _stated_pooling(name, asked) is not mode:
         raise UnknownModel(
-            f"model {name!r} states {mode} pooling and EMBEDDING_POOLING (or pooling=) asks for {asked}: "
+            f"model {name!r} states {mode} pooling, but EMBEDDING_POOLING (or pooling=) asks for {asked}: "
             "leave it unset for this model"
         )
     return mode
@@ -229,12 +237,15 @@ def _stated_pooling(name: str, word: str) -> Pooling:
 def _module_list(path: Path) -> list[dict[str, Any]]:
     modules = read_json(path / "modules.json")
     if not isinstance(modules, list) or not all(isinstance(entry, dict) and "type" in entry for entry in modules):
-        raise broken(path / "modules.json", "is no list of modules")
+        raise broken(path / "modules.json", "is not a list of modules")
     return modules
 
 
 def _kind(name: str, entry: Mapping[str, Any]) -> str:
-    """``sentence_transformers.models.Pooling`` → ``Pooling``; the folder's own classes are refused."""
+    """The class of a module, such as ``Pooling`` for ``sentence_transformers.models.Pooling``.
+
+    Raises UnknownModel for a class of the folder's own.
+    """
     reference = str(entry["type"])
     if not reference.startswith("sentence_transformers."):
         raise unsupported(name, f"module {reference}: it is code that comes with the model")
@@ -244,7 +255,7 @@ def _kind(name: str, entry: Mapping[str, Any]) -> str:
 def _subfolder(name: str, path: Path, entry: Mapping[str, Any]) -> Path:
     relative = PurePosixPath(str(entry.get("path", "")))
     if relative.is_absolute() or ".." in relative.parts:
-        raise unsupported(name, f"module path {relative}: it leads out of the folder")
+        raise unsupported(name, f"module path {relative}: it is not inside the folder")
     return path / relative
 
 
@@ -283,11 +294,11 @@ def _read_module(name: str, kind: str, folder: Path, *, pickle: bool) -> DenseLa
     return DenseLayer(folder, width, depth, bool(config.get("bias", True)), activation, weights)
 
 
-def _read_use(path: Path) -> _Use:
-    """Prompts as ``encode_document`` and ``encode_query`` choose them, and the size that vectors are cut to.
+def _read_sentence_config(path: Path) -> _SentenceConfig:
+    """The prompts that ``encode_document`` and ``encode_query`` choose, and the size that vectors are cut to.
 
-    SentenceTransformer always has prompts named ``document`` and ``query``, empty where the file has none,
-    and both methods find those before ``passage``, ``corpus`` or ``default_prompt_name`` are looked at.
+    SentenceTransformer always has prompts named ``document`` and ``query``, which are empty if the file has none. Both
+    methods find these first, so ``passage``, ``corpus`` and ``default_prompt_name`` are never used.
     """
     file = path / "config_sentence_transformers.json"
     content = read_object(file) if file.is_file() else {}
@@ -295,4 +306,4 @@ def _read_use(path: Path) -> _Use:
     size = content.get("truncate_dim")
     if not isinstance(prompts, dict) or not (size is None or (isinstance(size, int) and size > 0)):
         raise broken(file, "has prompts or a truncate_dim of an unknown form")
-    return _Use(prompts.get("document") or "", prompts.get("query") or "", size)
+    return _SentenceConfig(prompts.get("document") or "", prompts.get("query") or "", size)

@@ -1,4 +1,4 @@
-"""From a model's name to its folder on this machine. Only ``download=True`` touches the network."""
+"""From a model's name to its folder on this machine. Only ``download=True`` uses the network."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-
 
 
 def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_code: bool = False) -> Path:
-    """The folder of the model; UnknownModel, saying what to do, where there is none.
+    """The folder of the model. Raises UnknownModel, which says what to do, if there is none.
 
-    Pickled weights and code are looked for and downloaded only for a model that is trusted with them.
+    Pickled weights and code are searched for and downloaded only if ``pickle`` and ``remote_code`` allow them.
     """
     if name in DEFAULT_NAMES:
         if (bundled := bundled_folder()) is not None:
@@ -41,13 +41,13 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
     match = _HUB_NAME.fullmatch(name)
     if match is None or ".." in name:
         raise UnknownModel(
-            f"model {name!r} is no folder on this machine, not {DEFAULT_MODEL!r}, and not of the form "
+            f"model {name!r} is not a folder on this machine, not {DEFAULT_MODEL!r}, and not of the form "
             "org/name@revision: check the path"
         )
     repo, revision = match["repo"], match["revision"]
     if revision is None:
         raise UnknownModel(
-            f"model {name!r} is no folder on this machine; as a Hugging Face name it needs a revision, "
+            f"model {name!r} is not a folder on this machine; as a Hugging Face name it needs a revision, "
             f"{repo}@<commit or tag>, because an unpinned model may change under an index"
         )
     wanted = [*_FILES, *(_PICKLES if pickle else ()), *(_CODE if remote_code else ())]
@@ -55,14 +55,14 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
         return cached
     if not download:
         raise UnknownModel(
-            f"model {name!r} is not in the Hugging Face cache of this machine: start a worker with it, which "
+            f"model {name!r} is not in the Hugging Face cache of this machine: start a worker for it, which "
             f"downloads it, run `hf download {repo} --revision {revision}`, or give a local folder"
         )
     return _download(repo, revision, wanted)
 
 
 def hub_repo(name: str) -> str | None:
-    """``org/name`` of ``org/name@revision``; None for what is a folder on this machine, or no such name."""
+    """``org/name`` of ``org/name@revision``; None for a folder on this machine, and for a name of another form."""
     match = _HUB_NAME.fullmatch(name)
     return None if match is None or Path(name).expanduser().is_dir() else match["repo"]
 
@@ -76,14 +76,17 @@ def bundled_folder() -> Path | None:
 
 
 def _cached_snapshot(repo: str, revision: str, wanted: Sequence[str]) -> Path | None:
-    """A snapshot in the Hugging Face cache: models--org--name/{refs/<revision>, snapshots/<commit>}."""
+    """The folder of a snapshot in the Hugging Face cache; None if it is not there, or has no weights.
+
+    The cache has models--org--name/refs/<revision>, which holds the commit, and models--org--name/snapshots/<commit>.
+    """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     folder = hub / ("models--" + repo.replace("/", "--"))
     ref = folder / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit
-    # A look-up of one file leaves a snapshot folder without weights behind.
+    # A program that fetches a single file leaves a snapshot folder without weights.
     kinds = [kind for kind in ("*.safetensors", *_PICKLES) if kind in wanted]
     return snapshot if any(any(snapshot.rglob(kind)) for kind in kinds) else None
 
@@ -96,15 +99,15 @@ def _download(repo: str, revision: str, wanted: Sequence[str]) -> Path:
             f"downloading {repo}@{revision} needs the worker's packages: pip install 'chunkmill[worker]'"
         ) from error
     try:
-        found = hub.snapshot_download(
+        folder = hub.snapshot_download(
             repo,
             revision=revision,
             allow_patterns=list(wanted),
             ignore_patterns=["onnx/*", "openvino/*"],  # copies of the weights
         )
-    except Exception as error:  # HTTP, offline, disk, no such name: all mean "not found"
+    except Exception as error:  # the classes for HTTP, no network, a full disk and an unknown name differ
         raise UnknownModel(
             f"model {repo}@{revision} could not be downloaded ({error}): check the name, the revision and "
             "the network, or give a local folder"
         ) from error
-    return Path(found)
+    return Path(folder)

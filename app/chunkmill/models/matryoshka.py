@@ -1,8 +1,9 @@
-"""Which dimensions a model's vectors may be cut to.
+"""Which numbers of dimensions a model's vectors may be cut to.
 
-Any vector can be cut, and one that was not trained for it (Matryoshka representation learning) searches badly then.
-What a model states is taken; of models that state nothing, a few are known by their name on the Hub, because their
-cards say it; the operator can vouch for any other. A README is not read: its words may be another model's.
+Any vector can be cut, but unless the model was trained for it (Matryoshka representation learning), cut vectors search
+badly. What a model's files state is accepted. Of the models that state nothing, a few are known by their name on the
+Hub, because their cards say that they were trained so. The operator can vouch for any other model. A README is not
+read, because its words may be those of another model.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, Final
 from chunkmill.errors import InvalidInput, UnknownModel
 from chunkmill.models.locate import hub_repo
 
-# The smallest size that a model's publisher gives numbers for. Trained at nested sizes, it serves those between, too.
-# None of these states it in a file; config.json's matryoshka_dimensions is so far a habit of few.
+# The smallest size for which a model's publisher gives results. A model that was trained at nested sizes also serves
+# the sizes between them. None of these models states its sizes in a file; few have matryoshka_dimensions in
+# config.json.
 _SMALLEST: Final[Mapping[str, int]] = {
     "Qwen/Qwen3-Embedding-0.6B": 32,
     "Qwen/Qwen3-Embedding-4B": 32,
@@ -32,14 +34,17 @@ _SMALLEST: Final[Mapping[str, int]] = {
 
 
 def stated_sizes(name: str, full: int, config: Mapping[str, Any], default: int) -> Sequence[int]:
-    """The sizes below ``full`` that a model's folder states, or that its name on the Hub is known for.
+    """The sizes below ``full`` that a model's folder states, or that are known for its name on the Hub.
 
-    ``config`` is its config.json, with vLLM's words for it; ``default`` is the size that the folder is used with.
+    ``config`` is its config.json, with the keys that vLLM reads. ``default`` is the size that the folder states as its
+    own. Raises UnknownModel.
     """
     sizes = config.get("matryoshka_dimensions")
     if sizes is not None:
         if not isinstance(sizes, list) or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UnknownModel(f"model {name!r}: matryoshka_dimensions in its config.json is no list of sizes: mend it")
+            raise UnknownModel(
+                f"model {name!r}: matryoshka_dimensions in its config.json is not a list of sizes: fix it"
+            )
         return sorted({size for size in [*sizes, default] if size < full})
     if config.get("is_matryoshka") is True:
         return range(1, full)
@@ -47,23 +52,23 @@ def stated_sizes(name: str, full: int, config: Mapping[str, Any], default: int) 
 
 
 def known_sizes(name: str, full: int) -> Sequence[int]:
-    """The sizes that a name on the Hub is known for, without its files; none for a folder, whatever it is called."""
+    """The sizes that are known for a name on the Hub, without its files; none for a folder on this machine."""
     smallest = _SMALLEST.get(hub_repo(name) or "")
     return range(smallest, full) if smallest is not None else ()
 
 
 def check_dimensions(name: str, full: int, dimensions: int, sizes: Sequence[int], *, trusted: bool) -> int:
-    """``dimensions``, if vectors of ``full`` may be cut to it. Raises InvalidInput with the reason."""
+    """``dimensions``, if vectors of ``full`` dimensions may be cut to it. Raises InvalidInput with the reason."""
     if dimensions == full or (dimensions in sizes) or (trusted and 0 < dimensions < full):
         return dimensions
-    asked = f"model {name!r} gives {full} dimensions and dimensions= (or EMBEDDING_DIMENSIONS) asks for {dimensions}"
+    asked = f"model {name!r} gives {full} dimensions, but dimensions= (or EMBEDDING_DIMENSIONS) asks for {dimensions}"
     if not 0 < dimensions < full:
         raise InvalidInput(f"{asked}: it must be from 1 to {full}.")
     if sizes:
         shown = f"{sizes[0]} to {full}" if isinstance(sizes, range) else ", ".join(map(str, [*sizes, full]))
         raise InvalidInput(f"{asked}: it was trained to be cut to {shown}. Ask for one of these.")
     raise InvalidInput(
-        f"{asked}: nothing says that it was trained to be cut (Matryoshka), and a cut vector of a model that was not "
-        "searches badly. Leave it unset or take another model; if you know that it was, name it in "
-        "EMBEDDING_MATRYOSHKA."
+        f"{asked}: nothing says that the model was trained for shorter vectors (Matryoshka), and without that they "
+        "search badly. Leave the setting out, or choose another model. If you know that the model was trained so, name "
+        "it in EMBEDDING_MATRYOSHKA."
     )

@@ -1,4 +1,4 @@
-"""What the transformer's own files say: config.json, tokenizer_config.json, sentence_bert_config.json."""
+"""Reads the transformer's own files: config.json, tokenizer_config.json and sentence_bert_config.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Final
 from chunkmill.errors import UnknownModel
 from chunkmill.models.files import broken, read_object, unsupported
 
-# Architectures with a table of learned positions, and how many of its rows lie before position 0: RoBERTa's
-# kind counts from padding_idx + 1, so that 514 rows hold 512 tokens.
+# Architectures with a table of learned positions, and the number of its rows before position 0. Models of RoBERTa's
+# kind count from padding_idx + 1, so 514 rows hold 512 tokens.
 _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
     "albert": 0,
     "bert": 0,
@@ -21,7 +21,7 @@ _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
     "roberta": 2,
     "xlm-roberta": 2,
 }
-# What transformers runs with code of its own even where config.json has an auto_map to the folder's code.
+# Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder.
 _NATIVE: Final = frozenset({*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"})
 _ENCODER_DECODER: Final = frozenset({"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"})
 
@@ -29,11 +29,11 @@ _SENTENCE_CONFIGS: Final = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# Settings of the Transformer module that change what the model sees, and that the engine does not know.
+# Settings of the Transformer module that change the model's input, and that the engine does not support.
 _UNKNOWN_SETTINGS: Final = ("query_length", "document_length", "query_expansion", "processing_kwargs")
 
 
-# Of these one must be there, or the folder has no tokenizer.
+# One of these files must exist, or the folder has no tokenizer.
 _TOKENIZERS: Final = (
     "tokenizer.json",
     "vocab.txt",
@@ -46,19 +46,19 @@ _TOKENIZERS: Final = (
 
 
 def read_config(name: str, transformer: Path, *, remote_code: bool) -> tuple[dict[str, Any], list[Path]]:
-    """config.json, and the code in the folder that its architecture needs; none for those transformers knows.
+    """config.json, and the code in the folder that its architecture needs; none if transformers knows it.
 
-    UnknownModel where the engine cannot run the architecture, or only with code that it was not trusted with
-    (``remote_code``).
+    Raises UnknownModel if the engine cannot run the architecture, or could only with code that ``remote_code`` does not
+    allow.
     """
     if (transformer / "adapter_config.json").is_file():
-        raise unsupported(name, "a PEFT adapter: merge it into its model and save that")
+        raise unsupported(name, "a PEFT adapter: merge it into its model and save the result")
     if not (transformer / "config.json").is_file():
         raise UnknownModel(f"model {name!r}: {transformer} has no config.json, so it is not a model folder")
     config = read_object(transformer / "config.json")
     kind = config.get("model_type")
     if kind in _ENCODER_DECODER or config.get("is_encoder_decoder"):
-        raise unsupported(name, f"architecture {kind}: it is an encoder with a decoder")
+        raise unsupported(name, f"architecture {kind}, which is an encoder with a decoder")
     code: list[Path] = []
     if "auto_map" in config and kind not in _NATIVE:
         if not remote_code:
@@ -77,24 +77,27 @@ def read_config(name: str, transformer: Path, *, remote_code: bool) -> tuple[dic
 
 
 def _code(name: str, transformer: Path, auto_map: Any) -> list[Path]:
-    """Every Python file of the folder: what auto_map names imports others beside it."""
+    """Every Python file of the folder, because the files that auto_map names import others beside them."""
     if not isinstance(auto_map, dict):
-        raise broken(transformer / "config.json", "has an auto_map that is not from classes to code")
-    # A tokenizer has two: the slow one and the fast one, either of which may be null.
-    listed = [each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])]
+        raise broken(transformer / "config.json", "has an auto_map that does not map classes to code")
+    # A tokenizer has two references, one for the slow and one for the fast class, and either may be null.
+    listed = [reference for value in auto_map.values() for reference in (value if isinstance(value, list) else [value])]
     for reference in map(str, filter(None, listed)):
         if "--" in reference:
             raise UnknownModel(
-                f"model {name!r}: its code {reference} lies in another repository, which its revision says nothing of: "
-                "copy that .py file and those it imports into the folder and take the part up to -- out of auto_map"
+                f"model {name!r}: its code {reference} is in another repository, which its revision does not cover: "
+                "copy that .py file and those that it imports into the folder, and remove the part up to -- in auto_map"
             )
         if not (file := transformer / f"{reference.partition('.')[0]}.py").is_file():
-            raise UnknownModel(f"model {name!r}: {file} is missing, which auto_map names: copy or download it, too")
+            raise UnknownModel(f"model {name!r}: {file}, which auto_map names, is missing: copy or download it too")
     return sorted(transformer.rglob("*.py"))
 
 
 def read_sentence_config(name: str, transformer: Path) -> tuple[dict[str, Any], Path]:
-    """The settings of the Transformer module and the file they come from (it may be absent: no settings)."""
+    """The settings of the Transformer module, and their file. If it does not exist, there are no settings.
+
+    Raises UnknownModel for a setting that the engine does not support.
+    """
     files = [transformer / item for item in _SENTENCE_CONFIGS]
     file = next((item for item in files if item.is_file()), files[0])
     settings = read_object(file) if file.is_file() else {}
@@ -109,7 +112,7 @@ def read_sentence_config(name: str, transformer: Path) -> tuple[dict[str, Any], 
 
 
 def hidden_size(name: str, config: Mapping[str, Any]) -> int:
-    """The width of a token vector, under the names that architectures give it."""
+    """Numbers in a token vector, which architectures call by different names. Raises UnknownModel."""
     for key in ("hidden_size", "d_model", "n_embd", "dim"):
         if isinstance(config.get(key), int):
             return int(config[key])
@@ -117,10 +120,11 @@ def hidden_size(name: str, config: Mapping[str, Any]) -> int:
 
 
 def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence: Mapping[str, Any]) -> int:
-    """max_seq_length, else the smaller of the tokenizer's and the positions' limit; never past the table.
+    """The most tokens that the model reads, special tokens included. Raises UnknownModel if nothing states it.
 
-    sentence-transformers lets 514 through for RoBERTa's kind where the tokenizer states nothing, and then
-    fails on the 513th token; here the table's last row is the limit.
+    It is max_seq_length, else the smaller limit of tokenizer and positions, and never more than the table of positions
+    holds. In sentence-transformers a model of RoBERTa's kind may read 514 tokens if its tokenizer states no limit, and
+    fails at the 513th; here the limit is 512.
     """
     limits = []
     if isinstance(sentence.get("max_seq_length"), int):
@@ -135,7 +139,7 @@ def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence
     stated = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 10**9]
     if not stated:
         raise UnknownModel(
-            f"model {name!r}: nothing in {transformer} states its longest input: write model_max_length "
+            f"model {name!r}: nothing in {transformer} states the most tokens that it reads: write model_max_length "
             "into tokenizer_config.json"
         )
     return min(stated)

@@ -1,4 +1,4 @@
-"""The weight files of a folder: which are loaded, and whether they are whole. Nothing in them is run to find out."""
+"""Finds the weight files of a folder and checks that they are complete. No code in them is run for that."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any, Final
 from chunkmill.errors import UnknownModel
 from chunkmill.models.files import broken, read_object, unreadable
 
-# The format: u64 header length, JSON header, data. The library's own limit for a header.
+# The safetensors format: header length (8 bytes, little endian), JSON header, data. The library limits the header too.
 _LENGTH_BYTES: Final = 8
 _LONGEST_HEADER: Final = 100_000_000
 _LFS_POINTER: Final = b"version https://git-lfs"
 
-# How architectures call the matrix whose rows are tokens, and the widths of it that a config.json can state.
+# The names of the matrix whose rows are tokens, and the keys of config.json that may state its width.
 _TOKEN_EMBEDDINGS: Final = ("word_embeddings.weight", "embed_tokens.weight", "tok_embeddings.weight", "wte.weight")
 _WIDTHS: Final = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim")
 
 
 def weight_files(name: str, folder: Path, *, pickle: bool) -> list[Path]:
-    """The files that are loaded from ``folder``: safetensors, or, with ``pickle``, PyTorch's where there are none.
+    """The weight files in ``folder``: safetensors, or if there are none and ``pickle`` allows it, those of PyTorch.
 
-    Pickled weights are refused otherwise: reading a pickle can run the code in it.
+    Raises UnknownModel for pickled weights that are not allowed, because reading a pickle can run the code in it.
     """
-    if found := _listed(folder, "model.safetensors"):
-        return found
+    if safe := _listed(folder, "model.safetensors"):
+        return safe
     pickled = _listed(folder, "pytorch_model.bin")
     if pickled and pickle:
         return pickled
     if pickled:
         raise UnknownModel(
-            f"model {name!r}: {pickled[0]} is a pickle, which can run code when it is read: it is not loaded. Convert "
-            "it once with model.save_pretrained(folder), which writes model.safetensors, or, if you trust whoever made "
-            "it, name this model in EMBEDDING_TRUST_PICKLE"
+            f"model {name!r}: {pickled[0]} is a pickle, which can run code when it is read, so it is not loaded. "
+            "Convert it once with model.save_pretrained(folder), which writes model.safetensors. Or, if you trust its "
+            "author, name this model in EMBEDDING_TRUST_PICKLE"
         )
     raise UnknownModel(f"model {name!r}: {folder} has no model.safetensors: copy the folder again")
 
 
 def _listed(folder: Path, file: str) -> list[Path]:
-    """``file``, or the shards that its index lists; none where neither is there."""
+    """``file``, or the shards that its index lists; none if neither exists. Raises UnknownModel if one is missing."""
     if (folder / file).is_file():
         return [folder / file]
     index = folder / f"{file}.index.json"
@@ -58,9 +58,9 @@ def _listed(folder: Path, file: str) -> list[Path]:
 
 
 def read_header(path: Path) -> tuple[bytes, Mapping[str, Any]]:
-    """The header of a safetensors file as bytes and as JSON (tensor → dtype, shape, data_offsets).
+    """The header of a safetensors file, as bytes and as JSON: from tensor to dtype, shape and data_offsets.
 
-    Raises UnknownModel for a file that is not whole: worker and producer would otherwise find out at different times.
+    Raises UnknownModel for a file that is not complete, so that producer and worker notice it in the same way.
     """
     try:
         size = path.stat().st_size
@@ -70,7 +70,7 @@ def read_header(path: Path) -> tuple[bytes, Mapping[str, Any]]:
             if first + file.read(len(_LFS_POINTER) - len(first)) == _LFS_POINTER:
                 raise UnknownModel(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
             if len(first) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
-                raise broken(path, "is not a safetensors file, or cut off in its header")
+                raise broken(path, "is not a safetensors file, or is cut off in its header")
             file.seek(_LENGTH_BYTES)
             header = file.read(length)
     except OSError as error:
@@ -79,31 +79,31 @@ def read_header(path: Path) -> tuple[bytes, Mapping[str, Any]]:
         tensors = json.loads(header)
         end = max((tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise broken(path, "is not a safetensors file: its header is not one") from error
+        raise broken(path, "is not a safetensors file: its header cannot be read") from error
     held = size - _LENGTH_BYTES - length
     if end != held:
-        raise broken(path, f"holds {held:,} bytes of tensors and its header states {end:,}")
+        raise broken(path, f"holds {held:,} bytes of tensors, but its header states {end:,}")
     return header, tensors
 
 
 def check_shapes(name: str, files: list[Path], config: Mapping[str, Any]) -> None:
-    """UnknownModel where the token embeddings are not those of a model with this config.json.
+    """Raise UnknownModel unless the token embeddings have the shape that this config.json states.
 
-    This is what tells a config.json beside another model's weights, before a worker loads gigabytes. The engine
-    compares every other tensor when it loads them.
+    So a config.json beside the weights of another model is noticed before a worker loads gigabytes. The engine compares
+    all other tensors when it loads them.
     """
     widths = {config[key] for key in _WIDTHS if isinstance(config.get(key), int)}
     for path in files:
         if path.suffix != ".safetensors":
             continue
-        for tensor, facts in read_header(path)[1].items():
-            shape = facts.get("shape")
+        for tensor, entry in read_header(path)[1].items():
+            shape = entry.get("shape")
             if not tensor.endswith(_TOKEN_EMBEDDINGS) or not isinstance(shape, list) or len(shape) != 2:
                 continue
             rows, width = shape
             if (widths and width not in widths) or rows != config.get("vocab_size", rows):
                 stated = f"{config.get('vocab_size', rows)} × {' or '.join(map(str, sorted(widths)))}"
                 raise UnknownModel(
-                    f"model {name!r}: the token embeddings in {path} are {rows} × {width}, and its config.json states "
-                    f"{stated}: they are of two models. Copy both from the same one again"
+                    f"model {name!r}: the token embeddings in {path} are {rows} × {width}, but its config.json states "
+                    f"{stated}, so they belong to two models. Copy both from the same model again"
                 )

@@ -1,7 +1,8 @@
 """Profiles: what ``chunkmill tune`` measured for one model on one machine, stored for the workers of that machine.
 
 ``<home>/tuning/profiles`` has a file for each machine and model. ``<home>/tuning/memory`` has what engines learned when
-a device ran out of memory (``chunkmill_workers.engine.budget``). Home is CHUNKMILL_HOME or the user's data folder.
+a device ran out of memory (``chunkmill_workers.engine.token_budget``). Home is CHUNKMILL_HOME or the user's data
+folder.
 """
 
 from __future__ import annotations

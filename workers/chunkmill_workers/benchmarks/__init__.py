@@ -1,1 +1,1 @@
-"""What Chunkmill costs and gives, measured beside its peers: ``python -m chunkmill_workers.benchmarks``."""
+"""Measures the speed and the costs of Chunkmill beside its peers: ``python -m chunkmill_workers.benchmarks``."""

@@ -1,6 +1,6 @@
-"""``python -m chunkmill_workers.benchmarks [NAME...]`` measures, writes JSON and draws plots.
+"""The command ``python -m chunkmill_workers.benchmarks [NAME...]``, which measures, writes JSON and draws plots.
 
-``chunkmill bench`` runs ``engine pipeline``.
+``chunkmill bench`` runs its benchmarks ``engine`` and ``pipeline``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What all benchmarks of a run are told."""
+    """The arguments of all benchmarks of a run."""
 
     rounds: int
     quick: bool
@@ -41,7 +41,7 @@ class Task:
 
 
 def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
-    """Run one benchmark. Imported here, so that one without torch runs without torch."""
+    """Run one benchmark and return its result. It is imported here, so that some run without torch."""
     rounds, quick = task.rounds, task.quick
     if name == "write":
         from chunkmill_workers.benchmarks import write
@@ -77,19 +77,21 @@ def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
 @click.option(
     "--rounds", type=click.IntRange(1), help=f"Interleaved rounds.  [default: {ROUNDS}, with --quick {QUICK_ROUNDS}]"
 )
-@click.option("--quick", is_flag=True, help="Small sizes: it shows that everything runs, not how fast.")
-@click.option("--million", is_flag=True, help="Add enqueue-million, a million chunks from a generator.")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Of engine and pipeline.")
-@click.option("--only", multiple=True, metavar="WORD", help="Peers whose name holds WORD; may be repeated.")
-@click.option("--texts", "source", metavar="FILE", help="JSONL, CSV or Parquet with texts of your own.")
-@click.option("--list", "listing", is_flag=True, help="Name the peers of this machine and leave.")
-@click.option("--install-peers", is_flag=True, help="First make the environments that some peers need (3 GB).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, as into a pipe.")
+@click.option("--quick", is_flag=True, help="Use small sizes, to see that everything runs, not how fast.")
+@click.option("--million", is_flag=True, help="Run enqueue-million too: a million chunks from a generator.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Model of the benchmarks engine and pipeline.")
+@click.option(
+    "--only", multiple=True, metavar="WORD", help="Measure only peers whose name contains WORD; may be repeated."
+)
+@click.option("--texts", "source", metavar="FILE", help="JSONL, CSV or Parquet file with your own texts.")
+@click.option("--list", "listing", is_flag=True, help="Print the names of this machine's peers and exit.")
+@click.option("--install-peers", is_flag=True, help="First create the environments that some peers need (3 GB).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; this is the default if the output is a pipe.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for JSON and plots.  [default: benchmarks/results and docs/images of a checkout, else ./bench; with "
-    "--quick a folder in the system's temporary one]",
+    "--quick a folder in the system's temporary folder]",
 )
 def main(
     names: tuple[str, ...], rounds: int | None, quick: bool, million: bool, model: str, only: tuple[str, ...],
@@ -97,9 +99,10 @@ def main(
 ) -> None:  # fmt: skip
     """Measure Chunkmill beside its peers on this machine.
 
-    NAME is one of enqueue, write, engine, pipeline (all four unless named), enqueue-million, million (through the whole
-    system), provider (the Batch API's corridor, in a checkout), gpu and gpu-pipeline for a machine with one, and plot,
-    which only draws what --out holds. Each leaves a JSON file there; the plots are drawn at the end.
+    NAME is one of enqueue, write, engine and pipeline, which run by default; enqueue-million; million (through the
+    whole system); provider (the steps of the Batch API, in a checkout); gpu and gpu-pipeline, for a machine with a GPU;
+    and plot, which only draws the results in --out. Each benchmark writes a JSON file there. The plots are drawn at the
+    end.
     """
     signal.signal(signal.SIGTERM, _leave)
     try:
@@ -114,7 +117,7 @@ def main(
         raise click.ClickException(str(error)) from None
     except PeerError as error:
         click.echo("\n".join(error.log), err=True)
-        raise click.ClickException(f"a contender that the benchmark cannot do without: {error}") from None
+        raise click.ClickException(f"the benchmark needs this contender, and it failed: {error}") from None
 
 
 def _run(names: Sequence[str], task: Task, results: Path, images: Path, install_peers: bool, as_json: bool) -> None:
@@ -136,7 +139,7 @@ def _run(names: Sequence[str], task: Task, results: Path, images: Path, install_
 
 
 def _folders(out: Path | None, *, quick: bool) -> tuple[Path, Path]:
-    """For JSON and for plots. A quick run's figures mean nothing, so they never land in a checkout by themselves."""
+    """The folders for JSON and for plots. A quick run, whose figures mean nothing, writes outside a checkout."""
     if out is None and quick:
         out = Path(tempfile.gettempdir()) / "chunkmill-bench-quick"
     if out is None and (machine.ROOT / ".git").exists():
@@ -146,7 +149,7 @@ def _folders(out: Path | None, *, quick: bool) -> tuple[Path, Path]:
 
 
 def _texts(source: str | None) -> list[str]:
-    """Every text of the file once."""
+    """The distinct texts of the file."""
     if source is None:
         return []
     reader = Reader([source], Fields(), skip=False, stdin=sys.stdin.buffer)
@@ -162,7 +165,7 @@ def _list(model: str) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End through ``finally``, where processes are stopped and folders removed."""
+    """Exit through the ``finally`` blocks, which stop processes and delete folders."""
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Who takes part on this machine, and at which setting: every peer's best is found here, and its start is timed."""
+"""Finds the peers that run on this machine and the best setting of each, and measures how long each takes to start."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 
 SAMPLE = 300
-"""Texts of the sweep: enough for every batch size of the grids, and a few seconds for the slowest."""
+"""How many texts the sweep embeds: enough for every batch size, and a few seconds for the slowest peer."""
 STARTS = 3
+"""How often the start of each peer is measured."""
 EXPORTED_POOLING = {Pooling.MEAN, Pooling.CLS}
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What is the same for all: the model, the device, the number of threads, and the folder for texts and logs."""
+    """What is the same for all contenders: model, device, number of threads, and the folder for texts and logs."""
 
     folder: ModelFolder
     device: str
@@ -45,13 +46,14 @@ class Ground:
 
     @property
     def half(self) -> str | None:
-        """The half precision this device computes in; None where it would be emulated."""
+        """The half precision in which this device computes; None if it would be emulated."""
         if self.device != "cpu":
             return "fp16"
         return "bf16" if cpu_has_bf16() else None
 
     @property
     def model(self) -> Model:
+        """The model as peers' processes get it."""
         spec = self.folder.spec
         name = f"{self.folder.path.name}-{spec.revision.rpartition(':')[2]}-{export.VERSION}"
         return Model(
@@ -68,21 +70,21 @@ class Ground:
         return peers(self.half, self.device)
 
     def file(self, name: str, texts: Sequence[str]) -> str:
-        """Texts where the peers' processes find them."""
+        """Write ``texts`` to a file for the peers' processes, and return its path."""
         path = self.path / f"{name}.json"
         path.write_text(json.dumps(list(texts)), encoding="utf-8")
         return str(path)
 
     def token_counts(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """``(n,)`` tokens that the model sees: special tokens in, padding and what is cut off not."""
+        """``(n,)`` int64: tokens that the model reads, with special tokens, without padding and what is cut off."""
         tokenizer = TextTokenizer.load(self.folder.transformer, lowercase=self.folder.lowercase)
         ids = tokenizer.encode(texts, self.folder.spec.document_prompt)
-        return np.array([min(len(each), self.folder.spec.max_tokens) for each in ids], np.int64)  # type: ignore[arg-type]
+        return np.array([min(len(row), self.folder.spec.max_tokens) for row in ids], np.int64)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
 class Contender:
-    """A peer that runs: its process, loaded with its best setting."""
+    """A peer that takes part: its process, loaded with its best setting."""
 
     peer: Peer
     setting: Setting
@@ -92,29 +94,29 @@ class Contender:
     versions: dict[str, str]
 
     def embed(self, name: str) -> float:
-        """Seconds that the texts of ``name`` took."""
+        """Embed the texts called ``name``, and return the seconds that it took."""
         return float(self.running.ask("embed", name=name)["seconds"])
 
     def vectors(self, name: str, folder: Path) -> tuple[NDArray[np.float32], float]:
-        """The vectors of the texts of ``name``, and the seconds of this pass."""
+        """The vectors of the texts called ``name``, and the seconds that they took."""
         path = folder / "vectors.npy"
         seconds = self.running.ask("embed", name=name, save=str(path))["seconds"]
         return np.load(path), seconds
 
     def as_json(self) -> dict[str, Any]:
-        found = {
+        entry = {
             "name": self.peer.name,
             "setting": dict(self.setting),
             "threads": self.peer.threads,
             "versions": self.versions,
             "tried": self.tried,
         }
-        return found | ({"environment": self.peer.environment} if self.peer.environment else {})
+        return entry | ({"environment": self.peer.environment} if self.peer.environment else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A peer that takes no part, why, and the command that may mend it."""
+    """A peer that does not take part, the reason, and the command that may install what it needs."""
 
     name: str
     reason: str
@@ -126,26 +128,28 @@ class Skipped:
 
 @dataclass(slots=True)
 class Field:
+    """All peers: those that take part, and those that do not."""
+
     contenders: list[Contender] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Contender:
-        return next(each for each in self.contenders if each.peer.name == name)
+        return next(contender for contender in self.contenders if contender.peer.name == name)
 
     def alive(self) -> list[Contender]:
-        """Those that have not broken since they entered."""
-        return [each for each in self.contenders if not each.running.ended]
+        """The contenders whose process is still running."""
+        return [contender for contender in self.contenders if not contender.running.ended]
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "contenders": [each.as_json() for each in self.contenders],
-            "skipped": [each.as_json() for each in self.skipped],
+            "contenders": [contender.as_json() for contender in self.contenders],
+            "skipped": [peer.as_json() for peer in self.skipped],
         }
 
 
 @contextlib.contextmanager
 def ground(model: str, *, quick: bool) -> Iterator[Ground]:
-    """The model found, this process's threads set, and a folder that goes with the benchmark."""
+    """The `Ground` of a benchmark. It sets this process's threads, and deletes the folder at the end."""
     torch.set_num_threads(machine.cores())
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="cm-bench-") as path:
@@ -153,10 +157,13 @@ def ground(model: str, *, quick: bool) -> Iterator[Ground]:
 
 
 def select(known: Sequence[Peer], only: Sequence[str]) -> list[Peer]:
-    """Those whose names hold one of the words of ``only``, in any case of letters, and always the reference."""
+    """The peers whose name contains a word of ``only``, in upper or lower case, and always the reference.
+
+    Raises InvalidInput for a word that no name contains.
+    """
     for word in only:
         if not any(word.lower() in peer.name.lower() for peer in known):
-            raise InvalidInput(f"no peer's name holds {word!r}. They are: {', '.join(peer.name for peer in known)}")
+            raise InvalidInput(f"no peer's name contains {word!r}. They are: {', '.join(peer.name for peer in known)}")
     return [
         peer
         for peer in known
@@ -166,26 +173,26 @@ def select(known: Sequence[Peer], only: Sequence[str]) -> list[Peer]:
 
 @contextlib.contextmanager
 def enter(chosen: Sequence[Peer], on: Ground, sample: Sequence[str], say: Say) -> Iterator[Field]:
-    """Find everyone's best setting on ``sample``, then start them anew with it; their processes end with the block.
+    """Find the best setting of each peer on ``sample``, and start it again with that. The processes end with the block.
 
-    A peer that cannot run is skipped with the reason. Our own engine may be unavailable, but if it or the reference
-    breaks, so does the benchmark.
+    A peer that cannot run is skipped, with the reason. The benchmark fails if the reference cannot run, or if our own
+    engine is available and breaks.
     """
-    found = Field()
+    entered = Field()
     tokens = int(on.token_counts(sample).sum())
     path = on.file("sample", sample)
     with contextlib.ExitStack() as stack:
         for peer in chosen:
             try:
-                found.contenders.append(_enter(peer, on, path, tokens, say, stack))
+                entered.contenders.append(_enter(peer, on, path, tokens, say, stack))
             except PeerError as error:
                 if peer.name == REFERENCE or (peer.ours and not error.unavailable):
                     raise
                 say(f"{peer.name} is skipped: {error}")
                 if not error.unavailable:
                     print(*error.log, sep="\n", file=sys.stderr)
-                found.skipped.append(Skipped(peer.name, str(error), error.install))
-        yield found
+                entered.skipped.append(Skipped(peer.name, str(error), error.install))
+        yield entered
 
 
 def _enter(peer: Peer, on: Ground, sample: str, tokens: int, say: Say, stack: contextlib.ExitStack) -> Contender:
@@ -193,7 +200,7 @@ def _enter(peer: Peer, on: Ground, sample: str, tokens: int, say: Say, stack: co
         raise PeerError(f"it is measured on CPUs; this is {on.device}", unavailable=True)
     if peer.environment and not environments.installed(peer.environment):
         raise PeerError(
-            "it needs an environment of its own, which is not there", install=environments.INSTALL, unavailable=True
+            "it needs an environment of its own, which is not installed", install=environments.INSTALL, unavailable=True
         )
     if peer.needs:
         _export(peer, on, say)
@@ -209,13 +216,15 @@ def _enter(peer: Peer, on: Ground, sample: str, tokens: int, say: Say, stack: co
 
 
 def start(peer: Peer, setting: Setting, on: Ground) -> Running:
+    """Start a process of ``peer``. Raises PeerError."""
     return Running(peer, on.model, setting, threads=on.threads, device=on.device, logs=on.path)
 
 
 def best_setting(peer: Peer, on: Ground, sample: str, tokens: int, say: Say) -> tuple[Setting, list[dict[str, Any]]]:
-    """The fastest setting on the sample, and what was tried: a process each, a pass to warm up, the better of two.
+    """The fastest setting on the sample, and the results of all.
 
-    Raises the last PeerError when no setting runs.
+    Each setting gets a process, a pass to warm up, and two passes, of which the faster counts. Raises the last
+    PeerError if no setting runs.
     """
     settings = peer.settings[:2] if on.quick else peer.settings
     if len(settings) == 1:
@@ -235,15 +244,15 @@ def best_setting(peer: Peer, on: Ground, sample: str, tokens: int, say: Say) -> 
                 raise
             failure = error
             tried.append({"setting": dict(setting), "error": str(error)})
-    if failure and all("error" in each for each in tried):
+    if failure and all("error" in attempt for attempt in tried):
         raise failure
     return fastest(tried), tried
 
 
 def fastest(tried: Sequence[Mapping[str, Any]]) -> Setting:
-    """The setting that embedded most, of those that ran."""
-    ran = [each for each in tried if "error" not in each]
-    setting: Setting = max(ran, key=lambda each: each["tokens_per_second"])["setting"]
+    """The setting with the most tokens per second, of those that ran."""
+    ran = [attempt for attempt in tried if "error" not in attempt]
+    setting: Setting = max(ran, key=lambda attempt: attempt["tokens_per_second"])["setting"]
     return setting
 
 
@@ -256,7 +265,7 @@ def _export(peer: Peer, on: Ground, say: Say) -> None:
             "the benchmark exports models with mean or CLS pooling and normalisation, without prompt", unavailable=True
         )
     if not on.model.made(peer.needs).is_dir():
-        say(f"{peer.name}: making {peer.needs} of the model")
+        say(f"{peer.name}: exporting the model as {peer.needs}")
     try:
         export.make(on.model, peer.needs)
     except RuntimeError as error:

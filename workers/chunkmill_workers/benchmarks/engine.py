@@ -1,4 +1,4 @@
-"""Text to NumPy: our engine beside its peers on the same texts, all against the machine's own limit."""
+"""Text to NumPy: our engine beside its peers on the same texts, and both beside the machine's own limit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from chunkmill_workers.benchmarks.texts import docstrings, of_length
 
 DOCSTRINGS = "docstrings"
 CALLS = 20
-"""Of a single text per round; the round's figure is their median."""
+"""Calls with a single text in each round. Their median is the round's figure."""
 
 
 def run(
     *, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, only: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Everyone's best setting, the cosine gate, the race. ``texts`` take the place of ours, ``only`` that of all."""
+    """The result of the benchmark: best settings, cosine gate, and rounds in turns.
+
+    ``texts`` replace the docstrings. ``only`` limits the peers to those whose names contain one of its words.
+    """
     with contest.ground(model, quick=quick) as on:
         workloads = {"own texts": list(texts)} if texts else _workloads(on)
         sample = next(iter(workloads.values()))[: 30 if quick else contest.SAMPLE]
@@ -62,7 +65,7 @@ def _workloads(on: Ground) -> dict[str, list[str]]:
 
 
 def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds: int, say: Say) -> list[Measurement]:
-    """Gate everyone, then race those that passed, and measure the machine's limit in the same rounds."""
+    """Check every contender's vectors, then measure those that passed, and the machine's limit in the same rounds."""
     say(f"{group}: cosine gate")
     lengths = on.token_counts(texts)
     tokens = int(lengths.sum())
@@ -72,19 +75,19 @@ def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds:
     reference, _ = field[REFERENCE].vectors("texts", on.path)
     found = []
     for contender in field.contenders:
-        facts: dict[str, Any] = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
-        facts["precision"] = contender.peer.precision
+        details: dict[str, Any] = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
+        details["precision"] = contender.peer.precision
         try:
-            vectors, facts["first_pass_seconds"] = contender.vectors("texts", on.path)
+            vectors, details["first_pass_seconds"] = contender.vectors("texts", on.path)
             refused, cosines = gated(contender, vectors, reference)
-            facts |= cosines
+            details |= cosines
         except PeerError as error:
             if contender.peer.ours:
                 raise
             refused = f"it broke: {error}"
-        found.append(Measurement(group, contender.peer.name, "tokens/s", [], refused=refused, facts=facts))
+        found.append(Measurement(group, contender.peer.name, "tokens/s", [], refused=refused, details=details))
     racing = {each.name: (lambda name=each.name: field[name].embed("texts")) for each in found if not each.refused}
-    limit = Limit(on, sorted({each.facts["precision"] for each in found}))
+    limit = Limit(on, sorted({each.details["precision"] for each in found}))
     seconds = in_turns(
         racing, rounds, lambda now: say(f"{group}, {now}"),
         before=lambda name: limit.measure() if name == REFERENCE else None,
@@ -95,8 +98,8 @@ def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds:
     for half in (f"sentence-transformers {on.half}", "OpenVINO bf16"):
         add_ratios(found, half, only=OUR)
     for ceiling in limit.measurements(group, lengths):
-        precision = ceiling.facts["precision"]
-        own = [each for each in found if each.facts["precision"] == precision]
+        precision = ceiling.details["precision"]
+        own = [each for each in found if each.details["precision"] == precision]
         promised = Target(0.75) if (on.device, precision, group) == ("cpu", on.half, DOCSTRINGS) else None
         add_ratios([*own, ceiling], ceiling.name, targets={f"{OUR} {precision}": promised} if promised else {})
         found.append(ceiling)
@@ -104,14 +107,14 @@ def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds:
 
 
 def gated(contender: Contender, vectors: NDArray[Any], reference: NDArray[Any]) -> tuple[str | None, dict[str, Any]]:
-    """Why a contender's vectors do not count, if so, and its cosines to the reference as facts."""
+    """The reason why a contender's speed does not count, or None, and its cosines to the reference."""
     each = stats.cosines(vectors, reference)
-    facts = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
-    return contender.peer.gate.refusal(**facts), facts
+    details = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+    return contender.peer.gate.refusal(**details), details
 
 
 class Limit:
-    """The rate of the machine's matrix products, in every precision that takes part, measured once a round."""
+    """The rate of the machine's matrix products in each precision, measured once in each round."""
 
     def __init__(self, on: Ground, precisions: Sequence[str]) -> None:
         self._device = on.device
@@ -129,7 +132,7 @@ class Limit:
             Measurement(
                 group, f"{LIMIT}, {precision}", "tokens/s",
                 [rate * int(lengths.sum()) / flops.text_flops(self._config, lengths) for rate in rates],
-                facts={"precision": precision, "limit": True, "flop_per_second": float(np.median(rates))},
+                details={"precision": precision, "limit": True, "flop_per_second": float(np.median(rates))},
             )
             for precision, rates in self._rates.items()
             if rates
@@ -137,7 +140,7 @@ class Limit:
 
 
 def _targets(on: Ground) -> Mapping[str, Target]:
-    """To the reference. On a GPU the design promises a ratio to sentence-transformers in fp16, not to this one."""
+    """Promised ratios to the reference. For a GPU the promise is a ratio to sentence-transformers in fp16 instead."""
     return {f"{OUR} int8": Target(5)} if on.device == "cpu" else {}
 
 
@@ -152,7 +155,7 @@ def _latency(field: Field, rounds: int, device: str) -> list[Measurement]:
 
 
 def _costs(field: Field) -> list[Measurement]:
-    """What a process of each takes to start, and at its peak after everything it did here."""
+    """Each contender's time to start, and its peak memory after all that it did here."""
     found = [Measurement(START, each.peer.name, "s", each.starts) for each in field.contenders]
     for each in field.alive():
         peak = each.running.ask("memory")["peak_kib"]

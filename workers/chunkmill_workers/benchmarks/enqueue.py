@@ -1,6 +1,6 @@
-"""What a producer pays: chunks per second, new and cached, and what a million chunks do to memory.
+"""What enqueue costs: chunks per second, new and cached, and the memory that a million chunks need.
 
-The producer is a process of its own, ``python -m chunkmill_workers.benchmarks.enqueue``, so that its memory is its own.
+The producer runs in a process of its own, ``python -m chunkmill_workers.benchmarks.enqueue``, to measure its memory.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
 
 
 def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
-    """One enqueue of a million new chunks from a generator. Memory is looked at every 50,000 chunks."""
+    """One enqueue of a million new chunks from a generator. Memory is measured every 50,000 chunks."""
     count = 200_000 if quick else 1_000_000
     say("starting Postgres and Redis")
     with temporary_stack() as servers:
@@ -83,7 +83,7 @@ def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
             Measurement(group, "producer's peak memory", "MiB", [answer["peak_kib"] / 1024], target=PRODUCER_MIB)
         )
     for phase in ("reading", "committing"):
-        # The first fifth fills buffers and warms allocators; what grows after it grows with the job.
+        # In the first fifth buffers and allocators grow. Growth after that is growth with the job.
         late = [s for s in answer["samples"] if s["phase"] == phase and s["chunks"] > count / 5 and s["rss_kib"]]
         grown = slope([s["chunks"] / 100_000 for s in late], [s["rss_kib"] / 1024 for s in late])
         if grown is not None:
@@ -132,7 +132,7 @@ def _fill_cache(servers: Servers, count: int) -> None:
 
 
 def _produce(servers: Servers, count: int, first: int, collection: str, say: Say | None = None) -> dict[str, Any]:
-    """Enqueue in a fresh process; its answer with every look at its memory in ``samples``."""
+    """Enqueue in a fresh process. Returns its answer, with all measurements of its memory in ``samples``."""
     arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), str(first), collection]
     env = os.environ | servers.env
     with subprocess.Popen(
@@ -140,7 +140,7 @@ def _produce(servers: Servers, count: int, first: int, collection: str, say: Say
     ) as child:
         assert child.stdin
         try:
-            # Handed over, because reading it from the library's source would be the producer's peak memory.
+            # It goes in by stdin, because reading it from the library's source would need more memory than enqueue.
             json.dump([(each.id, each.text, dict(each.metadata)) for each in corpus()], child.stdin)
             child.stdin.close()
             child.stdin = None
@@ -149,14 +149,14 @@ def _produce(servers: Servers, count: int, first: int, collection: str, say: Say
         except BaseException:
             child.kill()
             raise
-    assert child.returncode == 0, f"the producer ended with exit code {child.returncode}; its error is above"
+    assert child.returncode == 0, f"the producer exited with code {child.returncode}; its error is above"
     answer: dict[str, Any] = json.loads(said)
     answer["samples"] = answer.pop("reading") + samples
     return answer
 
 
 def _samples(servers: Servers, child: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """Memory of the producer and of Redis whenever another 50,000 chunks are committed."""
+    """Memory of the producer and of Redis each time that another 50,000 chunks are committed."""
     seen, began = 0, time.perf_counter()
     with servers.client() as client:
         while child.poll() is None:
@@ -172,7 +172,7 @@ def _samples(servers: Servers, child: subprocess.Popen[str]) -> Iterator[dict[st
 
 
 def _main(count: int, first: int, collection: str, route: str = "local") -> None:
-    """The producer's process: enqueue, and print what it took as JSON."""
+    """Enqueue, and print time and memory as JSON. This is the main function of the producer's process."""
     settings = Settings.from_env()
     reading: list[dict[str, Any]] = []
     originals = [Chunk(*each) for each in json.load(sys.stdin)]

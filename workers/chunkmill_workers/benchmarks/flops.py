@@ -1,4 +1,4 @@
-"""How much of the machine an engine uses: FLOPs of a text, and the rate of matrix products to hold them against."""
+"""How much of the machine an engine uses: the FLOPs of a text, and the machine's rate of matrix products."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from numpy.typing import NDArray
 from chunkmill_workers.engine.precision import cpu_has_bf16, cpu_has_int8
 
 SECONDS = 0.2
-"""Of each product in each round; the best of a few products is the machine's rate."""
+"""How long each product is measured in each round. The best product is the machine's rate."""
 CPU_ROWS, GPU_ROWS = 1_024, 32_768
-"""Tokens in a product: about what one forward pass holds."""
+"""Tokens in a product: about as many as in one forward pass."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def counts(config: Mapping[str, Any]) -> bool:
-    """Whether :func:`text_flops` knows this architecture: BERT and its like, with two products in the inner layer."""
+    """Whether :func:`text_flops` knows this architecture: BERT and similar ones, with two products in the MLP."""
     return config.get("model_type") in {"bert", "roberta", "xlm-roberta", "mpnet"}
 
 
 def text_flops(config: Mapping[str, Any], n_tokens: NDArray[np.int64]) -> float:
-    """FLOPs of texts of ``n_tokens`` (n,) through a BERT: per token 2 × P_layers + 4 × L × s × h.
+    """FLOPs of a BERT for texts of ``n_tokens``, (n,) int64: for each token 2 × P_layers + 4 × L × s × h.
 
-    Matrix products and attention only, without padding: embeddings, norms and activations count as nothing.
+    P_layers are the weights of the layers, L is their number, s the length of the text and h the hidden size. Only
+    matrix products and attention count, without padding.
     """
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     weights = layers * (4 * hidden**2 + 2 * hidden * config["intermediate_size"])
@@ -35,14 +36,14 @@ def text_flops(config: Mapping[str, Any], n_tokens: NDArray[np.int64]) -> float:
 
 
 def has(precision: str, device: str) -> bool:
-    """Whether torch has a product of this precision here that runs at the machine's rate."""
+    """Whether torch has a fast product of this precision on this machine."""
     if device != "cpu":
         return precision in DTYPES
     return {"fp32": True, "bf16": cpu_has_bf16(), "int8": cpu_has_int8()}.get(precision, False)
 
 
 def gemm_rate(config: Mapping[str, Any], precision: str, device: str) -> float:
-    """FLOP/s of the model's two largest products, the best way torch has of running them."""
+    """FLOP/s of the faster of the model's two largest products, in the fastest way that torch has."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     rows = CPU_ROWS if device == "cpu" else GPU_ROWS
     product = _int8_product if precision == "int8" else _product
@@ -60,7 +61,7 @@ def _product(rows: int, width: int, columns: int, precision: str, device: str) -
 
 
 def _int8_product(rows: int, width: int, columns: int, precision: str, device: str) -> float:
-    """Unsigned activations and signed weights with a scale per channel: what oneDNN has fast kernels for."""
+    """FLOP/s of unsigned activations times signed weights with a scale for each channel, as oneDNN has fast kernels."""
     x = torch.randint(0, 255, (rows, width), dtype=torch.uint8)
     weight = torch.randint(-127, 127, (columns, width), dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [rows, width])

@@ -1,7 +1,7 @@
-"""A GPU's own benchmark: workloads as long as a GPU needs them, one process, ours beside sentence-transformers.
+"""The benchmarks for a GPU: long workloads in one process, with ours beside sentence-transformers.
 
-``gpu`` is text to NumPy, against the device's own limit; ``gpu-pipeline`` is text to committed rows, against the bare
-engine. With ``--quick`` both run anywhere, on a CPU too, and show that they run.
+``gpu`` measures text to NumPy, beside the device's own limit. ``gpu-pipeline`` measures text to committed rows, beside
+the engine alone. With ``--quick`` both run on a CPU too, to see that they run.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from chunkmill_workers.benchmarks.texts import corpus, of_length, unique_chunks
 from chunkmill_workers.engine import Engine
 
 BASE = "bge-base shapes"
-"""BERT-base with random weights: speed does not depend on them, and no model of that size is at hand everywhere."""
-BUDGETS, BATCH_SIZES = (16_384, 32_768, 65_536, 131_072), (64, 128, 256, 512, 1_024)
+"""BERT-base with random weights. Speed does not depend on the weights, and they need no download."""
+PASS_TOKENS, BATCH_SIZES = (16_384, 32_768, 65_536, 131_072), (64, 128, 256, 512, 1_024)
 GATE_TEXTS, SWEEP_TEXTS = 1_000, 1_500
 TOKENS = 2_000_000
-"""Of a workload: a third of a second for an engine that embeds six million a second."""
+"""Tokens of a workload: a third of a second for an engine that embeds six million tokens a second."""
 COLLECTION = "benchmark"
 CHUNK_BATCH_SIZE = 2_048
 JOBS = (("docstrings", 100_000, 4), ("docstrings", 100_000, 16), ("140 tokens", 50_000, 16))
-"""Texts of the pipeline's jobs, how many, and how many ChunkBatches the worker holds at a time."""
+"""The jobs of the pipeline: kind of texts, number of texts, and how many ChunkBatches the worker holds at a time."""
 
 
 def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> dict[str, Any]:
-    """Text to NumPy: sweeps, the cosine gate, then rounds in turns with the device's GEMM rate in each."""
+    """The result for text to NumPy: sweeps, the cosine gate, then rounds in turns, each with the device's GEMM rate."""
     found: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="cm-bench-") as folder:
         for name, path, lengths in ((model, model, (None, 140)), (BASE, None, (256, 450))):
@@ -74,7 +74,7 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> di
 
 
 def run_pipeline(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> dict[str, Any]:
-    """Text to committed rows: what a worker makes of a queue that is full, beside the bare engine on the same texts."""
+    """The result for text to committed rows: a worker with a full queue, beside the engine alone on the same texts."""
     found: list[Measurement] = []
     with contest.ground(model, quick=quick) as on, temporary_stack() as servers:
         device = _require_gpu(on)
@@ -123,6 +123,7 @@ def base_model(folder: Path, tokens_of: str, *, quick: bool) -> str:
 
 
 def torch_has_varlen() -> bool:
+    """Whether this torch has the kernel for packed texts."""
     from chunkmill_workers.engine.encoder.attention import torch_varlen
 
     return torch_varlen(grouped=False) is not None
@@ -174,16 +175,16 @@ def _race(group: str, texts: list[str], on: Ground, rounds: int, say: Say) -> li
     reference = _sentence_transformers(on, "fp32", 64).embed(few)
     _forget()
     measured = []
-    engine, budget_facts = _best_budget(group, texts, on, half, say)
-    rival, batch_facts = _best_batch(texts[:30] if quick else texts[:SWEEP_TEXTS], on, half, say)
-    for name, embed, facts, gate in (
-        (ours, lambda given: engine.embed(given).vectors, budget_facts, OURS),
-        (peer, rival.embed, batch_facts, PEER),
+    engine, sweep = _best_pass_size(group, texts, on, half, say)
+    rival, rival_sweep = _best_batch(texts[:30] if quick else texts[:SWEEP_TEXTS], on, half, say)
+    for name, embed, swept, gate in (
+        (ours, lambda given: engine.embed(given).vectors, sweep, OURS),
+        (peer, rival.embed, rival_sweep, PEER),
     ):
-        each = cosines(embed(few), reference)
-        likeness = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+        fidelity = cosines(embed(few), reference)
+        likeness = {"cosine_min": float(fidelity.min()), "cosine_mean": float(fidelity.mean())}
         refused = gate.refusal(**likeness)
-        measured.append(Measurement(group, name, "tokens/s", [], refused=refused, facts=common | likeness | facts))
+        measured.append(Measurement(group, name, "tokens/s", [], refused=refused, details=common | likeness | swept))
     ways: dict[str, Callable[[], object]] = {ours: lambda: engine.embed(texts), peer: lambda: rival.embed(texts)}
     for name in ways:
         say(f"warm-up: {name}")
@@ -193,10 +194,10 @@ def _race(group: str, texts: list[str], on: Ground, rounds: int, say: Say) -> li
         {name: lambda way=way: _clock(way) for name, way in ways.items()},  # type: ignore[misc]
         rounds, say, before=lambda name: limit.measure() if name == ours else None,
     )  # fmt: skip
-    for each in measured:
-        each.rounds = [tokens / taken for taken in seconds[each.name]]
+    for measurement in measured:
+        measurement.rounds = [tokens / taken for taken in seconds[measurement.name]]
     timings = engine.embed(texts).timings
-    measured[0].facts |= {
+    measured[0].details |= {
         "token_batches": timings.token_batches,
         "seconds_in_passes": timings.forward,
         "seconds_tokenizing": timings.tokenize,
@@ -210,16 +211,16 @@ def _race(group: str, texts: list[str], on: Ground, rounds: int, say: Say) -> li
     return [*measured, *ceilings]
 
 
-def _best_budget(group: str, texts: list[str], on: Ground, half: str, say: Say) -> tuple[Engine, dict[str, Any]]:
-    """Our engine at its fastest token budget, and what was tried."""
+def _best_pass_size(group: str, texts: list[str], on: Ground, half: str, say: Say) -> tuple[Engine, dict[str, Any]]:
+    """Our engine with its fastest number of tokens in a pass, and the results of all."""
     best, tried = None, []
-    for budget in (512, 1_024) if on.quick else BUDGETS:
-        say(f"budget of {budget} tokens")
-        engine = Engine.load(on.model.name, device=on.device, dtype=half, batch_tokens=budget)
+    for most in (512, 1_024) if on.quick else PASS_TOKENS:
+        say(f"passes of up to {most} tokens")
+        engine = Engine.load(on.model.name, device=on.device, dtype=half, batch_tokens=most)
         engine.embed(texts[: len(texts) // 4])
         held = _reset_peak(on)
         seconds = min(_clock(lambda engine=engine: engine.embed(texts)) for _ in range(1 if on.quick else 2))  # type: ignore[misc]
-        tried.append({"batch_tokens": budget, "seconds": seconds, "kept": engine.batch_tokens})
+        tried.append({"batch_tokens": most, "seconds": seconds, "kept": engine.batch_tokens})
         if held is not None:
             tried[-1]["mib_of_passes"] = (torch.cuda.max_memory_allocated() - held) // 2**20
         if best is None or seconds < best[0]:
@@ -235,7 +236,7 @@ def _best_budget(group: str, texts: list[str], on: Ground, half: str, say: Say) 
 
 
 def _reset_peak(on: Ground) -> int | None:
-    """Bytes of the device's memory in use before any pass."""
+    """Bytes of the device's memory that are in use before any pass; None on a CPU. It resets the peak."""
     if on.device == "cpu":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -245,7 +246,7 @@ def _reset_peak(on: Ground) -> int | None:
 def _best_batch(
     texts: list[str], on: Ground, half: str, say: Say
 ) -> tuple[sentence_torch.SentenceTorch, dict[str, Any]]:
-    """sentence-transformers at its fastest batch size on these texts, and what was tried."""
+    """sentence-transformers with its fastest batch size on these texts, and the results of all sizes."""
     tried = {}
     for size in (8, 32) if on.quick else BATCH_SIZES:
         say(f"batches of {size} texts")
@@ -255,11 +256,11 @@ def _best_batch(
         del peer
         _forget()
     best = min(tried, key=lambda size: tried[size])
-    facts = {
+    details = {
         "setting": {"batch_size": best},
         "tried": [{"batch_size": size, "seconds": s} for size, s in tried.items()],
     }
-    return _sentence_transformers(on, half, best), facts
+    return _sentence_transformers(on, half, best), details
 
 
 def _sentence_transformers(on: Ground, word: str, batch_size: int) -> sentence_torch.SentenceTorch:
@@ -269,7 +270,7 @@ def _sentence_transformers(on: Ground, word: str, batch_size: int) -> sentence_t
 
 
 def _forget() -> None:
-    """What was dropped gives its memory back before the next one is measured."""
+    """Free the memory of objects that are no longer used, before the next one is measured."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -283,7 +284,7 @@ def _clock(way: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def _process(servers: Servers, on: Ground, kind: str, variables: dict[str, str] | None = None) -> Iterator[Child]:
-    """A worker or a poller, as a user starts it; stopped by its own process id."""
+    """A worker or a poller, as a user starts it. It is stopped by its own process id."""
     module = {
         "worker": ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"],
         "poller": ["chunkmill.cli", "poller"],
@@ -303,7 +304,7 @@ def _process(servers: Servers, on: Ground, kind: str, variables: dict[str, str] 
 def _drain(
     group: str, chunks: Sequence[Chunk], on: Ground, bare: Engine, client: Client, worker: Child, rounds: int, say: Say
 ) -> list[Measurement]:
-    """The worker stands still while the queue is filled, so that the producer's rate is not measured in its place."""
+    """Measure one job. The worker is stopped while the queue is filled, so the producer's rate has no influence."""
     texts = [chunk.text for chunk in chunks]
     tokens = int(on.token_counts(texts).sum())
     enqueueing: list[float] = []
@@ -339,14 +340,14 @@ def _drain(
         before=lambda name: client.delete(COLLECTION) if name == "the whole system" else None,
     )  # fmt: skip
     client.delete(COLLECTION)
-    facts = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
+    details = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
     found = [
         Measurement(
-            group, name, "tokens/s", [tokens / each for each in taken],
-            refused=refused, facts=facts | {"rows_per_second": len(texts) / float(np.median(taken))},
+            group, name, "tokens/s", [tokens / second for second in taken],
+            refused=refused, details=details | {"rows_per_second": len(texts) / float(np.median(taken))},
         )
         for name, taken in seconds.items()
     ]  # fmt: skip
-    found[0].facts |= {"enqueue_seconds": enqueueing, "cosine_min": float(likeness.min())}
+    found[0].details |= {"enqueue_seconds": enqueueing, "cosine_min": float(likeness.min())}
     add_ratios(found, "the engine alone", targets={"the whole system": Target(0.9)})
     return found

@@ -1,7 +1,7 @@
-"""A worker whose engine takes no time, so that everything but the model is measured.
+"""A worker whose engine takes no time, to measure everything except the model.
 
-``python -m chunkmill_workers.benchmarks.instant_worker`` starts it.
-Vectors are the bits of a text's hash as signs. It takes the options of ``celery worker``.
+``python -m chunkmill_workers.benchmarks.instant_worker`` starts it, with the options of ``celery worker``. The signs of
+a vector's numbers are the bits of its text's hash.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 
 from chunkmill.models import ModelFolder
 from chunkmill_workers.engine.results import TokenBatchResult
+from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.local import engines
 
 TEXTS_PER_PASS = 512
 
 
 class InstantEngine:
-    """What the worker asks of ``chunkmill_workers.engine.engine.Engine``."""
+    """The part of ``chunkmill_workers.engine.engine.Engine`` that the worker uses."""
 
     device, dtype, backend = "cpu", "float32", "instant"
 
@@ -29,6 +30,8 @@ class InstantEngine:
         self.spec = folder.spec
         self.dimensions, self.max_tokens = folder.spec.dimensions, folder.spec.max_tokens
         self.batch_tokens = TEXTS_PER_PASS * self.max_tokens
+        self.steps: dict[str, StepClock] = {}
+        """Nothing in here may hang."""
 
     def stream(
         self, texts: Sequence[str], *_: object, stop: Callable[[], bool] | None = None, **__: object
@@ -53,12 +56,9 @@ class InstantEngine:
             )
 
     def embed(self, texts: Sequence[str], *_: object, **__: object) -> Any:
-        """For the canary: one result holds all of its texts."""
+        """The result of one pass, for the canary, whose texts all fit into it."""
         (result,) = self.stream(texts)
         return result
-
-    def longest_pass(self) -> float:
-        return 0.0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was measured with. No host name, no user name, no path."""
+"""The machine and the versions with which a result was measured, without host name, user name or path."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PACKAGES = (
 )  # fmt: skip
 ROOT = Path(__file__).parents[3]
 CODE = (ROOT, *sorted({Path(package.__file__).parents[1] for package in (chunkmill, chunkmill_workers)}))
-"""What a child process needs on its path to import what this one imports."""
+"""Folders that a child process needs on its path to import the same packages."""
 
 
 def describe() -> dict[str, Any]:
-    """CPU, cores this process may use, memory, and the instructions that matter for matrices."""
+    """CPU, cores that this process may use, memory, and the instructions that matter for matrices."""
     known = processor_features()
     return {
         "cpu": this_machine().cpu,
@@ -38,47 +38,39 @@ def describe() -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A file name's part: ``amd-epyc-family-25-model-17-2-cores``, with the GPU's name before it if there is one."""
+    """The machine for a file name: ``amd-epyc-family-25-model-17-2-cores``, after the GPU's name if there is one."""
     words = f"{machine['gpu'] or ''} {machine['cpu']} {machine['cores']} cores"
     words = re.sub(r"\((R|TM)\)|@.*?GHz|\bCPU\b|\bProcessor\b", " ", words)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages and Chunkmill with its git revision, ``+changes`` when the code differs from it."""
+    """The versions of Python and of packages. Chunkmill has its git revision, with ``+changes`` if the code differs."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    # Only in a checkout of ours: an installed package may lie in the folder of somebody else's.
+    # Only in a checkout of ours, because an installed package may be in somebody else's repository.
     revision = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
     if revision:
-        changed = _git(
-            "status",
-            "--porcelain",
-            "--",
-            "app",
-            "workers",
-            "benchmarks/*.py",
-            "workers/chunkmill_workers/benchmarks/peers",
-        )
+        changed = _git("status", "--porcelain", "--", "app", "workers")
         found["chunkmill"] = revision + ("+changes" if changed else "")
     return found
 
 
 def cores() -> int:
-    """Cores this process may run on."""
+    """How many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_kib(pid: int | str, field: str) -> int | None:
-    """``VmRSS`` or ``VmHWM`` of a process; None where there is no /proc, or no such process any more.
+    """``VmRSS`` or ``VmHWM`` of a process in KiB; None if there is no /proc, or the process has ended.
 
-    Not ``ru_maxrss``: that of a child begins with its parent's, from before the exec.
+    ``ru_maxrss`` would be wrong: in a child it begins with the parent's, from before the exec.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()

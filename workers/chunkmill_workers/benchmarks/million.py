@@ -1,7 +1,7 @@
-"""A million chunks through the whole system: what grows with the job, and what does not.
+"""A million chunks through the whole system: which memory grows with the job.
 
-The producer, a worker and a poller are processes of their own. The worker's engine takes no time, so that queue, ledger
-and writes are all there is, and the producer is faster than what it feeds.
+The producer, a worker and a poller are processes of their own. The worker's engine takes no time, so only queue, ledger
+and writes are measured. The producer is faster than the worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
-    """Memory of every part, each second, from the first chunk to the job's end."""
+    """The result: the memory of each part every second, from the first chunk to the end of the job."""
     count = 50_000 if quick else 1_000_000
     with temporary_stack() as servers:
         say("starting a worker and a poller")
@@ -51,7 +51,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         seen = [sample for sample in samples if sample[part] is not None]
         peak = max(sample[part] for sample in seen)
         found.append(Measurement(group, f"{part}'s peak memory", "MiB", [peak], target=targets.get(part)))
-        # The first fifth fills buffers and warms allocators; what grows after it grows with the job.
+        # In the first fifth buffers and allocators grow. Growth after that is growth with the job.
         late = [sample for sample in seen if sample["seconds"] > seconds / 5]
         grown = slope([sample["embedded"] / 100_000 for sample in late], [sample[part] for sample in late])
         if grown is not None:
@@ -63,7 +63,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
 
 
 def _follow(servers: Servers, count: int, pids: Mapping[str, int], say: Say) -> Iterator[dict[str, Any]]:
-    """Look every second while a producer enqueues and until the job is complete."""
+    """A sample every second, while a producer enqueues and until the job is complete."""
     arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), "0", "million"]
     with (
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The names under which results stand in the JSON, for those who write them and those who read them."""
+"""Names in the JSON of results, for the modules that write them and those that read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole system: texts to committed, searchable rows through queue, worker and poller, beside what it is made of."""
+"""The whole system, from texts to committed, searchable rows, beside its engine alone and beside a script."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLD_STARTS = 3
 
 
 def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts: Sequence[str] = ()) -> dict[str, Any]:
-    """One worker and one poller, which idle while the others run. The same texts every round, deleted in between."""
+    """The result. One worker and one poller run, and are idle while others are measured. Each round is deleted."""
     texts = list(texts) or docstrings(200 if quick else 4_000)
     with contest.ground(model, quick=quick) as on:
         tokens = int(on.token_counts(texts).sum())
@@ -62,15 +62,15 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
                     script_name: script.write,
                     REFERENCE: lambda: field[REFERENCE].embed("texts"),
                 }
-                # Nothing of the last round is in the cache, or in the script's table.
+                # Delete the last round's rows, so that they are not in the cache or in the script's table.
                 before = {SYSTEM: lambda: client.delete(COLLECTION), script_name: script.empty}
                 racing = {each.name: ways[each.name] for each in found if not each.refused}
                 seconds = in_turns(racing, rounds, say, before=lambda name: before.get(name, lambda: None)())
     for measured in found:
         measured.rounds = [tokens / taken for taken in seconds.get(measured.name, [])]
-        measured.facts["seconds"] = seconds.get(measured.name, [])
+        measured.details["seconds"] = seconds.get(measured.name, [])
         if measured.rounds:
-            measured.facts["chunks_per_second"] = len(texts) / float(np.median(measured.facts["seconds"]))
+            measured.details["chunks_per_second"] = len(texts) / float(np.median(measured.details["seconds"]))
     add_ratios(found, REFERENCE, targets={SYSTEM: Target(3.4)})
     add_ratios(found, BARE, only=SYSTEM, targets={SYSTEM: Target(0.97)})
     add_ratios(found, script_name, only=SYSTEM)
@@ -98,20 +98,20 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
 
 
 def _gate(field: Field, stored: NDArray[np.float32], others: Mapping[str, str], on: Ground) -> list[Measurement]:
-    """The system's vectors as a search finds them, and those of the contenders that race under other names."""
+    """The cosine gate for the vectors that the system stored, and for the contenders, which have other names here."""
     reference, _ = field[REFERENCE].vectors("texts", on.path)
     each = cosines(stored, reference)
-    facts = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
-    found = [Measurement(GROUP, SYSTEM, "tokens/s", [], refused=OURS.refusal(**facts), facts=facts)]
+    details = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+    found = [Measurement(GROUP, SYSTEM, "tokens/s", [], refused=OURS.refusal(**details), details=details)]
     for name, contender in others.items():
         vectors, _ = field[contender].vectors("texts", on.path)
-        refused, facts = gated(field[contender], vectors, reference)
-        found.append(Measurement(GROUP, name, "tokens/s", [], refused=refused, facts=facts))
+        refused, details = gated(field[contender], vectors, reference)
+        found.append(Measurement(GROUP, name, "tokens/s", [], refused=refused, details=details))
     return found
 
 
 class Script:
-    """What one would write by hand: a library embeds all texts, then COPY writes them with their vectors."""
+    """A script as a person would write it: a library embeds all texts, and COPY writes them with their vectors."""
 
     def __init__(self, contender: Contender, db: sa.Engine, dimensions: int) -> None:
         self._contender = contender
@@ -133,7 +133,7 @@ class Script:
 
 @contextlib.contextmanager
 def process(servers: Servers, kind: str, argv: Sequence[str], env: Mapping[str, str]) -> Iterator[Child]:
-    """A process beside the servers; stopped by its own process id, and the end of its log shown if it fails."""
+    """A process beside the servers. It is stopped by its process id, and the end of its log is shown if it fails."""
     child = Child(kind, argv, env=os.environ | servers.env | env, log=servers.folder / f"{kind}.log")
     try:
         yield child
@@ -154,7 +154,7 @@ def _process(servers: Servers, kind: str, threads: int) -> contextlib.AbstractCo
 
 
 def _cold_start(servers: Servers, client: Client, threads: int, say: Say) -> float:
-    """Seconds from the start of a worker's process to the first vector in this one. Its files are in the page cache."""
+    """Seconds from the start of a worker's process to its first vector in this process. Its files are cached."""
     say("cold start of a worker")
     began = time.perf_counter()
     with _process(servers, "worker", threads):
@@ -163,7 +163,7 @@ def _cold_start(servers: Servers, client: Client, threads: int, say: Say) -> flo
 
 
 def _enqueue_and_wait(client: Client, worker: Child, texts: Sequence[str]) -> float:
-    """Seconds until the job is complete, its rows committed and searchable."""
+    """Seconds until the job is complete and its rows are committed and searchable."""
     began = time.perf_counter()
     job = client.enqueue((Chunk(str(number), text) for number, text in enumerate(texts)), collection=COLLECTION)
     job = client.wait(job.id, timeout=3600, on_progress=lambda _: worker.require_alive())

@@ -1,4 +1,4 @@
-"""Pictures of the results, drawn from their JSON alone."""
+"""Draws pictures of the results from their JSON alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 
 def draw(results: Path, images: Path, machine: str) -> list[Path]:
-    """A PNG in ``images`` for every picture that a JSON of ``machine`` in ``results`` gives; returns their paths."""
+    """Write a PNG to ``images`` for every picture that the JSON of ``machine`` in ``results`` has. Return the paths."""
     drawn = []
     for name, (benchmark, paint) in PICTURES.items():
         source = results / f"{benchmark}-{machine}.json"
@@ -70,7 +70,7 @@ def _engine(result: Result) -> Figure:
 
 
 def _lengths(result: Result) -> Figure | None:
-    """A panel for each of the other groups of texts; everyone stands where the first picture has them."""
+    """A panel for each of the other groups of texts, with the contenders in the order of the first picture."""
     rows = [row for row in summary.rows(result) if not row.get("limit")]
     measured = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
     groups = list(dict.fromkeys(each["group"] for each in measured))[1:]
@@ -89,7 +89,7 @@ def _lengths(result: Result) -> Figure | None:
 
 
 def _costs(result: Result) -> Figure:
-    """What a process of each takes: memory, time to begin, time for one text. Shorter is better."""
+    """Memory, time to start and time for one text of each contender. Shorter bars are better."""
     rows = [row for row in summary.rows(result) if not row.get("limit")]
     heads = {MEMORY: "peak memory, MiB", START: "start to first vector, s", LATENCY: "one short text, ms"}
     figure, panels = _panels(len(heads), len(rows))
@@ -170,7 +170,7 @@ def _flat(result: Result) -> Figure:
 
 
 def _provider(result: Result) -> Figure:
-    """Memory over the results that are read: of one ProviderBatch alone, and of three with four steps at a time."""
+    """Memory over the results that are read: one ProviderBatch alone, and three with up to four steps at a time."""
     figure, axes = _axes(4.2)
     axes.xaxis.grid(visible=False)
     axes.yaxis.grid(visible=True, color=GRID)
@@ -199,11 +199,11 @@ PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "million": ("million", _flat),
     "provider": ("provider", _provider),
 }
-"""Picture → (the benchmark whose JSON it is drawn from, how)."""
+"""From a picture's name to the benchmark whose JSON it shows, and the function that draws it."""
 
 
 def _bar(axes: Axes, y: float, row: Row, *, fidelity: bool = False, short: bool = False) -> None:
-    """A bar with its number; ``short`` without ratio and cosine."""
+    """Draw a bar with its number. ``short`` leaves out ratio and cosine."""
     if row["refused"]:
         words = f"no figure: mean cosine {row['cosine_mean']:.4f}" if "cosine_mean" in row else "no figure"
         axes.annotate(words, (0, y), (3, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
@@ -231,7 +231,7 @@ def _colour(row: Row) -> str:
 
 
 def _legend(figure: Figure, rows: Sequence[Row]) -> None:
-    """Below the picture, for the colours that are in it."""
+    """Draw the legend of the colours in the picture, below it."""
     names = {
         OURS: "chunkmill", OURS_LIGHT: "chunkmill, int8", PEER: "others", PEER_LIGHT: "others, int8",
     }  # fmt: skip
@@ -263,7 +263,7 @@ def _style(axes: Axes) -> None:
 
 
 def _name(axes: Axes, names: Sequence[str]) -> None:
-    """Names beside the bars, the first one on top."""
+    """Write the names beside the bars, the first one on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
 
@@ -273,7 +273,7 @@ def _thousands(value: float, _: object) -> str:
 
 
 def _finish(figure: Figure, axes: Axes, title: str, result: Result, x_label: str, *, left: float, right: float) -> None:
-    """Titles, machine and versions, and room for them; the labels of the bars stand to the right of ``right``."""
+    """Add title, machine and versions. The labels of the bars are to the right of ``right``."""
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(_thousands)
     height = figure.get_figheight()
@@ -295,8 +295,8 @@ def _finish_panels(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], 
 
 def _head(figure: Figure, title: str, result: Result) -> None:
     found, made = result["machine"], result["versions"]
-    facts = [found["gpu"] or found["cpu"], f"{found['cores']} cores", result["measured_at"][:10]]
-    facts += [f"Postgres {made['postgres']}", f"Redis {made['redis-server']}"] if "postgres" in made else []
+    details = [found["gpu"] or found["cpu"], f"{found['cores']} cores", result["measured_at"][:10]]
+    details += [f"Postgres {made['postgres']}", f"Redis {made['redis-server']}"] if "postgres" in made else []
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.3 / height, title, fontsize=12, weight="bold", color=INK)
-    figure.text(0.02, 1 - 0.52 / height, ", ".join(facts), fontsize=8.5, color=PEER)
+    figure.text(0.02, 1 - 0.52 / height, ", ".join(details), fontsize=8.5, color=PEER)

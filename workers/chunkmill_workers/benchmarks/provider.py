@@ -1,7 +1,7 @@
-"""The Batch API's corridor: how 120,000 contents are split, how long each step takes, and what memory does.
+"""The steps of the Batch API: how 120,000 contents are split, how long each step takes, and how much memory it needs.
 
-Producer, worker and poller are processes of their own, and so is the provider: ``tests/openai_server``, which answers
-at once. So only a checkout can run it, and its times are those of our steps.
+Producer, worker and poller are processes of their own. The provider is ``tests/openai_server``, which answers at once,
+so the times are those of our own steps. It is in a checkout only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chunkmill_workers.benchmarks.texts import corpus
 MODEL, DIMENSIONS = "text-embedding-3-small", 1536
 FULL = 50_000
 GROWTH_MIB = Target(40, at_most=True)
-"""A tenth of what 50,000 results are as they come. Reading takes 20 MiB now and then, and gives them back."""
+"""A tenth of the size of 50,000 results as they arrive. Reading sometimes takes 20 MiB more, and frees them again."""
 LOOK_S = 0.2
 PARTS = ("worker", "poller", "producer")
 PHASES = {
@@ -42,7 +42,7 @@ PHASES = {
 
 
 def run(*, quick: bool, say: Say) -> dict[str, Any]:
-    """Two jobs. The first is one full ProviderBatch, read with nothing beside it; the second is split into three."""
+    """The result of two jobs. The first is one full ProviderBatch, read alone; the second is split into three."""
     from tests.openai_server import OpenAIServer
 
     full = 2_000 if quick else FULL
@@ -64,7 +64,7 @@ def run(*, quick: bool, say: Say) -> dict[str, Any]:
         bill = Counter(provider.bill().values())
         versions = servers.versions
     assert stored == full + count, f"{stored} of {full + count} vectors are stored"
-    assert bill == {1: full + count}, f"paid so many times: {bill}"
+    assert bill == {1: full + count}, f"how often each content was paid for: {bill}"
     return document(
         "provider",
         [*_growth(alone, full), *_peaks(samples, count), *_times(samples, batches, count)],
@@ -77,7 +77,7 @@ def run(*, quick: bool, say: Say) -> dict[str, Any]:
 def _job(
     servers: Servers, db: sa.Engine, settings: Mapping[str, str], count: int, first: int, say: Say
 ) -> list[dict[str, Any]]:
-    """Enqueue new contents from a producer, with a fresh worker and poller; every 0.2 s a look at all of them."""
+    """Samples of a job, one every 0.2 s. A producer enqueues new contents, with a fresh worker and poller."""
     worker = [sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "openai"]
     say("starting a worker and a poller")
     with (
@@ -97,7 +97,7 @@ def _follow(
     children: Mapping[str, Child],
     say: Say,
 ) -> Iterator[dict[str, Any]]:
-    """Look every 0.2 s while a producer enqueues, and until all is closed."""
+    """A sample every 0.2 s, while a producer enqueues and until every ProviderBatch is closed."""
     arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), str(first), "paid", "openai"]
     env = os.environ | servers.env | settings
     before = _count(db, "SELECT count(*) FROM jobs")
@@ -126,7 +126,7 @@ def _follow(
 
 
 def _look(db: sa.Engine, pids: Mapping[str, int], job_id: int) -> dict[str, Any]:
-    """Of the job's own ProviderBatches: those of an earlier one are closed and have nothing in them of it."""
+    """A sample: the job's own ProviderBatches, and the memory of each process in MiB."""
     with db.begin() as conn:
         rows = conn.execute(
             sa.text(
@@ -147,7 +147,7 @@ def _look(db: sa.Engine, pids: Mapping[str, int], job_id: int) -> dict[str, Any]
 
 
 def _split(db: sa.Engine, after: int, full: int, count: int) -> list[dict[str, Any]]:
-    """The ProviderBatches after ``after``: all full but the last, every content written, and each asked for once."""
+    """The ProviderBatches after ``after``. All but the last are full, all contents written, and each created once."""
     with db.begin() as conn:
         rows = conn.execute(
             sa.text(
@@ -170,7 +170,7 @@ def _count(db: sa.Engine, query: str) -> int:
 
 
 def _brief(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the picture."""
+    """The samples with the fields that the picture needs."""
     return [
         {"seconds": each["seconds"], "written": sum(each["written"].values()), **{part: each[part] for part in PARTS}}
         for each in samples
@@ -178,7 +178,7 @@ def _brief(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _growth(samples: Sequence[dict[str, Any]], full: int) -> list[Measurement]:
-    """Of the worker between the first tenth of the results and the last, medians of the looks."""
+    """How much the worker's memory grows between the first tenth of the results and the last: medians of samples."""
     reading = [s for s in samples if ProviderBatchState.COLLECTING in s["states"].values()]
     first = [s["worker"] for s in reading if 0 < sum(s["written"].values()) <= full / 10]
     last = [s["worker"] for s in reading if sum(s["written"].values()) >= full * 9 / 10]
@@ -200,7 +200,7 @@ def _peaks(samples: Sequence[dict[str, Any]], count: int) -> list[Measurement]:
 
 
 def _times(samples: Sequence[dict[str, Any]], batches: Sequence[dict[str, Any]], count: int) -> list[Measurement]:
-    """By what each look saw, so to 0.2 s; several ProviderBatches are under way at a time and share the cores."""
+    """How long each step took, to 0.2 s. Several ProviderBatches are in work at a time and share the cores."""
     group = f"{count:,} contents, ProviderBatches of {', '.join(str(each['n_contents']) for each in batches)}"
     found = [Measurement(group, "from enqueue to all vectors written", "s", [_all_written(samples, count)])]
     found.append(Measurement(group, "contents", "contents/s", [count / found[0].rounds[0]]))

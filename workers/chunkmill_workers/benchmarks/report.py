@@ -1,4 +1,4 @@
-"""Results: a JSON file per benchmark, a table for a person, lines for a program, and progress meanwhile."""
+"""Writes results: a JSON file for each benchmark, a table for a person, and lines that show progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def document(
     name: str, found: Sequence[Measurement], *, settings: Mapping[str, Any], versions: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The whole of one result, as it is written."""
+    """One result as it is written to JSON."""
     return {
         "benchmark": name,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,7 +37,7 @@ def document(
 
 
 def write(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``<name>-<machine>.json`` over what an earlier run left."""
+    """Write ``<name>-<machine>.json``, which replaces that of an earlier run, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['benchmark']}-{machine.slug(result['machine'])}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -45,7 +45,7 @@ def write(result: Mapping[str, Any], folder: Path) -> Path:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """A table of one benchmark."""
+    """Print the table of one benchmark."""
     table = Table(title=f"{result['benchmark']}: {result['machine']['cpu']}, {result['machine']['cores']} cores")
     for head in ("", "median", "min to max", "unit", "ratio", "target"):
         table.add_column(head, justify="left" if head in ("", "unit", "target") else "right")
@@ -67,12 +67,12 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def number(value: float) -> str:
-    """Three digits or more, with thousands separated."""
+    """``value`` with three digits or more, and with separated thousands."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def promised(each: Mapping[str, Any], form: str | None = None) -> str:
-    """The target of a measurement or a ratio, if it has one, green when it is met."""
+    """The target of a measurement or a ratio, green if it is met and else red; empty if there is none."""
     if "target" not in each:
         return ""
     sign = "≤" if each["target_is"] == "at most" else "≥"
@@ -82,7 +82,7 @@ def promised(each: Mapping[str, Any], form: str | None = None) -> str:
 
 
 class Doing:
-    """What is being measured now: a spinner on a terminal, short lines on stderr otherwise."""
+    """Shows what is being measured: a spinner on a terminal, else short lines on stderr."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -105,7 +105,7 @@ class Doing:
             self._progress.stop()
 
     def within(self, what: str) -> Say:
-        """A function that says what happens, with ``what`` before it."""
+        """A function that shows its argument, after ``what``."""
 
         def say(now: str) -> None:
             if self._progress:

@@ -1,4 +1,4 @@
-"""Postgres and Redis of a benchmark's own, in a temporary folder that goes with it."""
+"""Postgres and Redis for one benchmark, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chunkmill.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """A running, migrated stack; ``folder`` is for logs."""
+    """A running stack with its schema. ``folder`` is for logs."""
 
     settings: Settings
     folder: Path
@@ -30,7 +30,7 @@ class Servers:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a child process needs to find them."""
+        """The environment variables with which a child process finds them."""
         return {
             "DATABASE_URL": self.settings.require_database_url(),
             "REDIS_URL": self.settings.require_redis_url(),
@@ -58,7 +58,10 @@ class Servers:
 
 @contextlib.contextmanager
 def temporary_stack() -> Iterator[Servers]:
-    """fsync is on, as it is for users. The folder's name is short, for sockets' names are limited."""
+    """A stack that is deleted at the end. fsync is on, as for users.
+
+    The folder's name is short, because the length of a socket's path is limited.
+    """
     folder = Path(tempfile.mkdtemp(prefix="cm-bench-"))
     stack = Stack(folder / "stack", fsync=True)
     try:

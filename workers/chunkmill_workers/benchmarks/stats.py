@@ -1,4 +1,4 @@
-"""Rounds, medians, ratios and the cosine gate. Pure but for the clock."""
+"""Rounds, medians, ratios and the cosine gate. Pure, except for the clock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Target:
 
 @dataclass(slots=True)
 class Measurement:
-    """One quantity, measured once per round. ``refused`` is the reason why it has no number."""
+    """One quantity, measured once in each round. ``refused`` is the reason why it has no number; None if it has one."""
 
     group: str
     name: str
@@ -34,19 +34,20 @@ class Measurement:
     refused: str | None = None
     target: Target | None = None
     ratios: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``"to <name>"`` → :func:`summary` of this measurement over that one, round by round."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    """From ``"to <name>"`` to the :func:`summary` of this measurement divided by that one, round by round."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further fields for the JSON."""
 
     def as_json(self) -> dict[str, Any]:
         numbers = summary([] if self.refused else self.rounds)
         found = {"group": self.group, "name": self.name, "unit": self.unit, **numbers, "refused": self.refused}
         if self.target and numbers["median"] is not None:
             found |= promise(self.target, numbers["median"])
-        return found | {"ratios": self.ratios, **self.facts}
+        return found | {"ratios": self.ratios, **self.details}
 
 
 def promise(target: Target, found: float) -> dict[str, Any]:
-    """A target and whether ``found`` meets it, as it stands in the JSON."""
+    """The fields of a target in the JSON, and whether ``found`` meets it."""
     return {
         "target": target.value,
         "target_is": "at most" if target.at_most else "at least",
@@ -55,7 +56,7 @@ def promise(target: Target, found: float) -> dict[str, Any]:
 
 
 def summary(rounds: Sequence[float]) -> dict[str, Any]:
-    """Median and spread; all None without rounds."""
+    """Median, minimum, maximum and all rounds. Without rounds the numbers are None."""
     if not rounds:
         return {"median": None, "min": None, "max": None, "rounds": []}
     return {
@@ -69,10 +70,10 @@ def summary(rounds: Sequence[float]) -> dict[str, Any]:
 def add_ratios(
     found: Sequence[Measurement], to: str, *, only: str = "", targets: Mapping[str, Target] | None = None
 ) -> None:
-    """Give the measurements of ``to``'s group whose names begin with ``only`` their ratios to it.
+    """Add their ratio to ``to`` to the measurements of its group whose names begin with ``only``.
 
-    Round by round, because neighbours in time saw the same machine; the median of that moves less than the
-    ratio of two medians when the machine's speed drifts.
+    Ratios are taken round by round, because measurements of one round saw the same machine. If the machine's speed
+    drifts, their median moves less than the ratio of two medians.
     """
     for base in [each for each in found if each.name == to and not each.refused]:
         for each in found:
@@ -91,7 +92,7 @@ def interleave(
     *,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender per round, without those of ``before``, which prepares one."""
+    """The seconds of every contender in each round. ``before`` prepares a contender and is not measured."""
 
     def clocked(contend: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -109,9 +110,9 @@ def in_turns(
     *,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """What every contender returns in each round.
+    """What every contender returned in each round.
 
-    Each round begins with another contender, so that what the first of a round pays does not always fall on one.
+    Each round begins with another contender, so that the first place is not always a disadvantage for the same one.
     """
     found: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -126,13 +127,13 @@ def in_turns(
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The least cosines to the reference with which a contender's speed counts."""
+    """The lowest cosines to the reference with which a contender's speed counts."""
 
     least_min: float
     least_mean: float
 
     def refusal(self, cosine_min: float, cosine_mean: float) -> str | None:
-        """Why there is no speed figure; None when the vectors pass. NaN does not pass."""
+        """The reason why the speed does not count; None if the vectors pass. NaN does not pass."""
         if cosine_min >= self.least_min and cosine_mean >= self.least_mean:
             return None
         return (
@@ -145,7 +146,7 @@ OURS = Gate(0.9999, 0.9999)
 PEER = Gate(0.995, 0.999)
 OUR_INT8 = Gate(0.9, 0.995)
 PEER_INT8 = Gate(0.9, 0.99)
-"""int8 is held to its mean; the minimum only shows a broken graph, for a single text may move by a few per cent."""
+"""For int8 the mean decides. The minimum only shows a broken graph: a single text may differ by a few per cent."""
 
 
 def cosines(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The one table at the end: everyone's speed, fidelity and cost, in both scopes. Rows are made of the JSON alone."""
+"""The table at the end: speed, fidelity and cost of each contender, from the JSON of the results alone."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NOTES = (
 
 
 def rows(result: Result) -> list[Row]:
-    """A row for each measurement; of ``engine`` for each contender, fastest first, with all that was found of it.
+    """One row for each measurement. For ``engine``, one for each contender, fastest first, with all its numbers.
 
-    The first group of texts gives a contender's speed, ``by_group`` has the others.
+    A contender's speed is that on the first group of texts; ``by_group`` has the others.
     """
     name, measured = result["benchmark"], result["measurements"]
     if name != "engine":
@@ -48,7 +48,7 @@ def rows(result: Result) -> list[Row]:
 
 
 def show(results: Sequence[Result], files: Sequence[str], *, as_json: bool) -> None:
-    """A table for a person, one JSON document for a program."""
+    """Print a table for a person, or one JSON document for a program."""
     if as_json:
         found = [row for result in results for row in rows(result)]
         skipped = [each for result in results for each in result.get("skipped", [])]
@@ -72,7 +72,7 @@ def show(results: Sequence[Result], files: Sequence[str], *, as_json: bool) -> N
 
 
 def _table(results: Sequence[Result], width: int) -> Table:
-    """Fits 80 columns; a wider terminal also gets the other groups of texts."""
+    """The table. It fits into 80 columns; a wider terminal also shows the other groups of texts."""
     first = results[0]
     title = f"{first['settings']['model']} on {first['machine']['cpu']}, {first['machine']['cores']} cores"
     table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
@@ -119,7 +119,7 @@ def _ratio(row: Row, to: str, form: str) -> str:
 
 
 def promises(result: Result) -> list[tuple[bool, str]]:
-    """Every target of the design that a result holds: whether it is met, and a line that says so."""
+    """Every target in a result: whether it is met, and a line that says so."""
     found = []
     for each in result["measurements"]:
         candidates = [("", each), *((f" {to.removeprefix('to ')}", ratio) for to, ratio in each["ratios"].items())]

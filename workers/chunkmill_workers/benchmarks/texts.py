@@ -1,4 +1,4 @@
-"""The texts that are measured: docstrings of Python's standard library, whole, or cut and joined to a length."""
+"""The texts of the benchmarks: docstrings of Python's standard library, whole, or cut and joined to a length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def docstrings(count: int) -> list[str]:
 
 
 def of_length(tokens: int, count: int, *, tokens_per_word: float) -> list[str]:
-    """``count`` texts of about ``tokens`` tokens, a quarter more or less: runs of words of the joined corpus."""
+    """``count`` texts of about ``tokens`` tokens, give or take a quarter: consecutive words of the joined corpus."""
     rng = random.Random(SEED + tokens)
     words = itertools.cycle(word for chunk in corpus() for word in chunk.text.split())
     mean = tokens / tokens_per_word
@@ -37,7 +37,7 @@ def of_length(tokens: int, count: int, *, tokens_per_word: float) -> list[str]:
 
 
 def unique_chunks(originals: Sequence[Chunk], count: int, *, first: int = 0) -> Iterator[Chunk]:
-    """``count`` chunks of the lengths and metadata of ``originals``, no text twice: a counter stands before each."""
+    """``count`` chunks made of ``originals``. A counter before each text makes all texts different."""
     for number in range(first, first + count):
         original = originals[number % len(originals)]
         yield Chunk(f"{number}:{original.id}", f"{number} {original.text}", original.metadata)

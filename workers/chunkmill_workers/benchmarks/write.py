@@ -1,4 +1,4 @@
-"""Vectors into Postgres: our one door beside pgvector-python's row by row COPY and an executemany INSERT."""
+"""Vectors into Postgres: our own function beside pgvector-python's COPY row by row, and beside executemany INSERT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chunkmill_workers.benchmarks.report import Say, document
 from chunkmill_workers.benchmarks.servers import temporary_stack
 from chunkmill_workers.benchmarks.stats import Measurement, Target, add_ratios, interleave
 
-BATCH_ROWS = 4096
+TRANSACTION_ROWS = 4096
 OURS = "chunkmill write_vectors"
 STAGED = "pgvector-python COPY, row by row, the same staging"
 COPY = "pgvector-python COPY, row by row, no staging"
@@ -31,7 +31,7 @@ GROUP = f"{DEFAULT_SPEC.dimensions} dimensions, one connection"
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """One batch: ``hashes`` n digests, the arrays ``(n,)`` and ``(n, d)``."""
+    """The rows of one transaction: n digests, and arrays of ``(n,)`` and ``(n, dimensions)``."""
 
     hashes: list[bytes]
     n_tokens: NDArray[np.int32]
@@ -40,8 +40,8 @@ class Rows:
 
 
 def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
-    """All contenders write new rows into a table of the same columns and key, a transaction per batch."""
-    batches = {OURS: 2 if quick else 20, STAGED: 1 if quick else 5, COPY: 1 if quick else 5, INSERT: 1}
+    """The result. All contenders write new rows into tables with the same columns and key."""
+    transactions = {OURS: 2 if quick else 20, STAGED: 1 if quick else 5, COPY: 1 if quick else 5, INSERT: 1}
     say("starting Postgres")
     with temporary_stack() as servers, servers.db() as db:
         with db.begin() as conn:
@@ -79,7 +79,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
                 peer.commit()
 
             seconds = _measure(
-                db, space, {OURS: ours, STAGED: staged, COPY: copy, INSERT: insert}, batches, rounds, say
+                db, space, {OURS: ours, STAGED: staged, COPY: copy, INSERT: insert}, transactions, rounds, say
             )
         versions = servers.versions
     found = [
@@ -87,19 +87,19 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
             GROUP,
             name,
             "rows/s",
-            [batches[name] * BATCH_ROWS / each for each in seconds[name]],
+            [transactions[name] * TRANSACTION_ROWS / taken for taken in seconds[name]],
             target=Target(60_000) if name == OURS else None,
-            facts={"rows_per_round": batches[name] * BATCH_ROWS},
+            details={"rows_per_round": transactions[name] * TRANSACTION_ROWS},
         )
-        for name in batches
+        for name in transactions
     ]
     for peer_name in (STAGED, COPY, INSERT):
         add_ratios(found, peer_name, only=OURS)
     settings = {
-        "rows_per_transaction": BATCH_ROWS,
+        "rows_per_transaction": TRANSACTION_ROWS,
         "fsync": "on",
         "synchronous_commit": "off, as the worker writes",
-        "staging": "a temporary table, then INSERT ON CONFLICT DO NOTHING; without it a row that is there fails all",
+        "staging": "a temporary table, then INSERT ON CONFLICT DO NOTHING; without it one existing row fails all",
     }
     return document("write", found, settings=settings, versions=versions)
 
@@ -108,17 +108,17 @@ def _measure(
     db: sa.Engine,
     space: Space,
     writers: dict[str, Callable[[Rows], None]],
-    batches: dict[str, int],
+    transactions: dict[str, int],
     rounds: int,
     say: Say,
 ) -> dict[str, list[float]]:
-    """A warm-up, then the rounds; before each contender both tables are emptied and written out."""
-    vectors = np.random.default_rng(0).standard_normal((BATCH_ROWS, space.spec.dimensions), np.float32)
+    """Seconds of each contender in each round, after a warm-up. Before each, both tables are emptied and flushed."""
+    vectors = np.random.default_rng(0).standard_normal((TRANSACTION_ROWS, space.spec.dimensions), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     prepared: dict[str, list[Rows]] = {}
 
     def prepare(name: str) -> None:
-        prepared[name] = [_rows(vectors) for _ in range(batches[name])]
+        prepared[name] = [_rows(vectors) for _ in range(transactions[name])]
         with db.begin() as conn:
             conn.execute(sa.text(f"TRUNCATE peer_vectors, {space.table_name}"))
         with db.begin() as conn:
@@ -139,14 +139,14 @@ def _measure(
 
 
 def _rows(vectors: NDArray[np.float32]) -> Rows:
-    """New hashes; the vectors are the same each time, which neither COPY nor the key can tell."""
+    """Rows with new hashes. The vectors are always the same, which makes no difference to COPY or the key."""
     n = len(vectors)
     hashes = [os.urandom(32) for _ in range(n)]
     return Rows(hashes, np.full(n, 64, np.int32), np.zeros(n, np.bool_), vectors)
 
 
 def _copy_rows(conn: sa.Connection, table: str, rows: Rows) -> None:
-    """As pgvector-python's documentation shows it."""
+    """Write rows as the documentation of pgvector-python shows it."""
     target = f"COPY {table} (content_hash, n_tokens, truncated, embedding) FROM STDIN WITH (FORMAT BINARY)"
     with raw(conn).cursor() as cursor, cursor.copy(target) as copy:
         copy.set_types(["bytea", "int4", "bool", "vector"])

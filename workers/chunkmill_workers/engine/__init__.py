@@ -1,4 +1,4 @@
-"""Text in, vectors out. See `chunkmill_workers.engine.engine`."""
+"""Turns texts into vectors. See `chunkmill_workers.engine.engine`."""
 
 from __future__ import annotations
 

@@ -1,59 +1,34 @@
 """The engine: text in, vectors out. It knows no database and no broker, and returns its timings.
 
-tokenizer → windows (policy for long texts) → loop (packing) → run → backend → pooling → collect, each in a file of
-its own.
+A text passes through tokenizer → windows (policy for long texts) → loop (packing) → run → backend → pooling → collect.
+Each of these is a file of its own; load makes the parts.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
-import torch
 
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
-from chunkmill.errors import EngineError, InvalidSetting, ModelLoadError
-from chunkmill.models import ModelFolder, resolve_model
-from chunkmill.models.files import read_json
-from chunkmill_workers.engine.backends import Backend
-from chunkmill_workers.engine.backends.generic import TransformersBackend
-from chunkmill_workers.engine.backends.int8 import Int8Backend, load_int8, require_int8
-from chunkmill_workers.engine.backends.loading import load_model
-from chunkmill_workers.engine.backends.native import NativeBackend
-from chunkmill_workers.engine.backends.onnx import OnnxBackend
-from chunkmill_workers.engine.backends.openvino import OpenVinoBackend
-from chunkmill_workers.engine.budget import Budget
+from chunkmill.errors import EngineError, ModelLoadError
+from chunkmill.models import ModelFolder
 from chunkmill_workers.engine.collect import Collector
-from chunkmill_workers.engine.encoder.architectures import Build
-from chunkmill_workers.engine.loop import DeviceLoop, Done
-from chunkmill_workers.engine.pooling import Head
-from chunkmill_workers.engine.precision import (
-    cpu_threads,
-    default_batch_tokens,
-    device_name,
-    resolve_device,
-    resolve_dtype,
-)
+from chunkmill_workers.engine.load import BackendName, EngineParts, ExactTwin, load_parts
+from chunkmill_workers.engine.loop import DeviceLoop, StreamResult
 from chunkmill_workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from chunkmill_workers.engine.run import Runner
-from chunkmill_workers.engine.tokenizer import TextTokenizer
-from chunkmill_workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.engine.windows import Rows, make_rows
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["document", "query"]
 
-BackendName = Literal["auto", "native", "transformers", "onnx", "openvino"]
-
-# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is heard. Nor more
-# characters, as there may be in texts of many megabytes, than it takes a few seconds for.
+# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is asked often. Texts
+# may have many megabytes, so a call is also limited to the characters that take the tokenizer a few seconds.
 _TOKENIZER_CALL = 1_024
 _TOKENIZER_CHARACTERS = 4_000_000
 
@@ -61,38 +36,28 @@ _TOKENIZER_CHARACTERS = 4_000_000
 class Engine:
     """One model on one device, shared by the threads of a worker."""
 
-    def __init__(
-        self,
-        folder: ModelFolder,
-        tokenizer: TextTokenizer,
-        backend: Backend,
-        head: Head,
-        *,
-        budget: Budget,
-        on_long: OnLong,
-        threads: int = 1,
-    ) -> None:
+    def __init__(self, parts: EngineParts, *, on_long: OnLong) -> None:
+        """Make one with :meth:`load`. Raises ModelLoadError if the prompts leave no room for text."""
+        folder, tokenizer = parts.folder, parts.tokenizer
         self.spec: SpaceSpec = folder.spec
         self.on_long = on_long
-        self._folder = folder
         self._tokenizer = tokenizer
-        self._backend = backend
-        self._head = head
-        self._budget = budget
-        self._exact: Backend | None = None
-        self._exact_loading = threading.Lock()
+        self._backend = parts.backend
+        self._head = parts.head
+        self._token_budget = parts.token_budget
+        self._exact = ExactTwin(parts)
         self._runner = Runner(
-            backend,
-            head,
+            parts.backend,
+            parts.head,
             probe=tokenizer.probe,
             dimensions=self.dimensions,
-            exact=self._load_exact,
-            shrink=budget.shrink,
+            exact=self._exact,
+            shrink=parts.token_budget.shrink,
         )
-        self._loop = DeviceLoop(self._runner, budget, threads=threads)
-        self._tokenizing = UnderWay()
+        self._loop = DeviceLoop(self._runner, parts.token_budget, threads=parts.threads)
+        self._tokenizing = StepClock()
         self.steps = {"a forward pass": self._loop.passes, "a call of the tokenizer": self._tokenizing}
-        """What may hang in here, by its name."""
+        """The steps that may hang, by the names under which a watchdog reports them."""
         for prompt in (folder.spec.document_prompt, folder.spec.query_prompt):
             frame = tokenizer.frame(prompt)
             if frame.skip + len(frame.suffix) >= self.max_tokens:
@@ -116,60 +81,28 @@ class Engine:
         learned: Path | None = None,
         threads: int | None = None,
     ) -> Self:
-        """Load a model that is on this machine.
+        """An engine with a model that is on this machine.
 
-        ``backend`` auto is our own forward pass, or transformers' for an architecture that ours does not know.
-        ``learned`` is the folder that keeps what is learned about this machine's memory. ``threads`` are torch's on a
-        CPU; None for as many as it had when this process first loaded an engine. Raises UnknownModel,
-        ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
+        ``batch_tokens`` is the most tokens of one forward pass; None takes the device's default. ``backend`` auto is
+        our own forward pass, or that of transformers for an architecture that ours does not know. ``learned`` is the
+        folder for what is learned about this machine's memory; None keeps it in this process. ``threads`` are torch's
+        on a CPU; None takes as many as torch had when this process first loaded an engine.
+
+        Raises UnknownModel, ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
         """
-        if batch_tokens is not None and batch_tokens < 1:
-            raise InvalidSetting(f"EMBEDDING_BATCH_TOKENS is {batch_tokens}: it must be positive")
-        threads = threads or cpu_threads()
-        on = resolve_device(device)
-        if isinstance(model, str):
-            model = resolve_model(model, pooling=pooling, on_long=on_long, precision=precision)
-        folder = model
-        if Precision(precision) is Precision.INT8 and folder.spec.precision is not Precision.INT8:
-            raise InvalidSetting("precision is int8 and the model's folder was read for float: resolve_model takes it")
-        config = read_json(folder.transformer / "config.json")
-        tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
-        tokens = batch_tokens or default_batch_tokens(on)
-        if backend == "onnx" and dtype == "auto":
-            dtype = "fp32"  # all that it has
-        number_format = resolve_dtype(dtype, on, config.get("model_type", ""))
-        head = Head(folder, on)
-        pad_id = _pad_id(tokenizer, config)
-        loaded: Backend
-        if folder.spec.precision is Precision.INT8:
-            require_int8(on, backend, number_format)
-            build = Build(number_format, on, tokens, folder.spec.max_tokens)
-            loaded = load_int8(
-                load_model(folder),
-                build,
-                spec=folder.spec,
-                tokenizer=tokenizer,
-                config=config,
-                head=head,
-                pad_id=pad_id,
-            )
-        else:
-            loaded = _load_backend(
-                folder, backend, device=on, dtype=number_format, slots=tokens, pad_id=pad_id, threads=threads
-            )
-        tokenizer.check(config, loaded.embedding_rows)
-        format_word = str(loaded.dtype).removeprefix("torch.")
-        name = f"{device_name(on)}-{folder.spec.fingerprint[:16]}-{loaded.name}-{format_word}.json"
-        budget = Budget(tokens, learned / name if learned is not None else None, least=folder.spec.max_tokens)
-        return cls(
-            folder,
-            tokenizer,
-            loaded,
-            head,
-            budget=budget,
+        parts = load_parts(
+            model,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            pooling=pooling,
             on_long=on_long,
+            precision=precision,
+            backend=backend,
+            learned=learned,
             threads=threads,
         )
+        return cls(parts, on_long=on_long)
 
     @property
     def device(self) -> str:
@@ -178,9 +111,10 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """``float32``, ``bfloat16`` or ``float16``: what the transformer runs in; the rest is fp32.
+        """``float32``, ``bfloat16`` or ``float16``: the number format of the transformer; the head runs in fp32.
 
-        ``int8`` where its products do. What is between them runs in bf16 or fp32, as the CPU has it.
+        ``int8`` if the matrix products run in int8. The operations between them run in bf16 if the CPU has it, else in
+        fp32.
         """
         if self.spec.precision is Precision.INT8:
             return "int8"
@@ -193,15 +127,17 @@ class Engine:
 
     @property
     def batch_tokens(self) -> int:
-        """Most tokens of one forward pass; smaller once a pass did not fit the device's memory."""
-        return self._budget.tokens
+        """The most tokens of one forward pass. It shrinks when a pass did not fit the device's memory."""
+        return self._token_budget.tokens
 
     @property
     def dimensions(self) -> int:
+        """Numbers in a vector."""
         return self.spec.dimensions
 
     @property
     def max_tokens(self) -> int:
+        """The most tokens that the model reads, special tokens and prompt included."""
         return self.spec.max_tokens
 
     def embed(
@@ -212,9 +148,9 @@ class Engine:
         on_long: OnLong | None = None,
         urgent: bool = False,
     ) -> Embeddings:
-        """All vectors in input order; ``np.asarray`` of the result is the (n, dimensions) float32 matrix.
+        """The vectors of all ``texts``, in input order; ``np.asarray`` of the result is (n, dimensions) float32.
 
-        Raises EngineError naming the first text that got no vector.
+        Arguments are those of :meth:`stream`. Raises EngineError, which names the first text that got no vector.
         """
         started = time.perf_counter()
         vectors = np.zeros((len(texts), self.dimensions), np.float32)
@@ -223,8 +159,8 @@ class Engine:
         results = []
         for result in self.stream(texts, kind, on_long=on_long, urgent=urgent):
             if result.failures:
-                bad = min(result.failures, key=lambda failure: failure.index)
-                raise EngineError(f"text {bad.index} of {len(texts)} got no vector: {bad.code}, {bad.reason}")
+                first = min(result.failures, key=lambda failure: failure.index)
+                raise EngineError(f"text {first.index} of {len(texts)} got no vector: {first.code}, {first.reason}")
             vectors[result.indices] = result.vectors
             n_tokens[result.indices] = result.n_tokens
             truncated[result.indices] = result.truncated
@@ -248,15 +184,18 @@ class Engine:
         stop: Callable[[], bool] | None = None,
         urgent: bool = False,
     ) -> Iterator[TokenBatchResult]:
-        """One result per TokenBatch that held texts of this call; every text is in one result, once.
+        """The results of every TokenBatch that held texts of this call. Each text is in exactly one result.
 
-        ``stop`` is asked before each result: when it says True the stream ends there with what is under way, and
-        what was not yielded was not embedded. ``urgent`` callers go before the others. Raises EngineError only where
-        the model cannot run at all; a text that fails is in ``failures`` and its neighbours go on.
+        ``kind`` chooses the model's prompt. ``on_long`` overrides the engine's policy for long texts. ``stop`` is asked
+        before each result: once it returns True, the passes that are running end and are yielded, and the texts that
+        are not in any result were not embedded. ``urgent`` calls are served before the others.
+
+        A text that fails is in ``failures`` and does not stop the others. Raises EngineError only if the model cannot
+        run at all.
         """
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         frame = self._tokenizer.frame(prompt)
-        # What a model without include_prompt leaves out of its pooling; without a prompt, nothing.
+        # The leading tokens that a model without include_prompt leaves out of its pooling; none without a prompt.
         skip = frame.skip if prompt else 0
         pieces: list[_Piece] = []
         name = self._loop.open(urgent=urgent)
@@ -273,40 +212,40 @@ class Engine:
                 self._loop.add(name, rows.ids, rows.windows[rows.owner] > 1, skip)
                 seconds = time.perf_counter() - started
                 yield self._result(piece, failures=rows.failures, tokenize_seconds=seconds)
-            for done in self._loop.results(name):
-                yield from self._take(pieces, done)
+            for finished in self._loop.results(name):
+                yield from self._take(pieces, finished)
                 if stop is not None and stop():
                     break
-            for done in self._loop.close(name):
-                yield from self._take(pieces, done)
+            for finished in self._loop.close(name):
+                yield from self._take(pieces, finished)
         finally:
             self._loop.close(name)
 
-    def _take(self, pieces: Sequence[_Piece], done: Done) -> Iterator[TokenBatchResult]:
-        """The results of the pieces that had rows in one TokenBatch."""
+    def _take(self, pieces: Sequence[_Piece], finished: StreamResult) -> Iterator[TokenBatchResult]:
+        """The result of each piece that had rows in one TokenBatch."""
         for piece in pieces:
-            mine = np.flatnonzero((done.at >= piece.row) & (done.at < piece.end))
+            mine = np.flatnonzero((finished.at >= piece.row) & (finished.at < piece.end))
             if not len(mine):
                 continue
-            part = done.outcome.part(mine)
-            rows = done.at[mine] - piece.row
+            part = finished.rows.part(mine)
+            rows = finished.at[mine] - piece.row
             indices, vectors, failures = piece.collector.add(rows, part)
             tokens = sum(len(piece.rows.ids[row]) for row in rows)
-            share = tokens / done.tokens
+            share = tokens / finished.tokens
             yield TokenBatchResult(
                 indices=indices + np.int32(piece.first),
                 vectors=vectors,
                 n_tokens=piece.rows.n_tokens[indices],
                 truncated=piece.rows.truncated[indices],
                 failures=_shifted(failures, piece.first),
-                seconds=done.seconds * share,
-                under_way=done.under_way,
+                seconds=finished.seconds * share,
+                under_way=finished.under_way,
                 tokens=tokens,
-                padded_tokens=round(done.padded_tokens * share),
+                padded_tokens=round(finished.padded_tokens * share),
             )
 
     def _result(self, piece: _Piece, *, failures: tuple[TextFailure, ...], tokenize_seconds: float) -> TokenBatchResult:
-        """What tokenizing a piece found: texts that never reach the model."""
+        """The result of tokenizing a piece: it has no vectors, only texts that never reach the model."""
         return TokenBatchResult(
             indices=np.empty(0, np.int32),
             vectors=np.empty((0, self.dimensions), np.float32),
@@ -317,38 +256,10 @@ class Engine:
             tokenize_seconds=tokenize_seconds,
         )
 
-    def _load_exact(self) -> Backend:
-        """The same weights in fp32 and without shortcuts, for texts whose vector was not finite.
-
-        In int8 the products stay what they are: an fp32 vector does not belong into an int8 space.
-        """
-        with self._exact_loading:
-            if self._exact is None and isinstance(self._backend, Int8Backend):
-                self._exact = self._backend.careful_twin()
-            if self._exact is None:
-                logger.warning(
-                    "a vector of %s is not finite in %s: loading the model in fp32 beside it for such texts",
-                    self.spec.model,
-                    self.dtype,
-                )
-                self._exact = _load_backend(
-                    self._folder,
-                    "auto",
-                    device=self._backend.device,
-                    dtype=torch.float32,
-                    slots=64,
-                    threads=cpu_threads(),
-                    pad_id=_pad_id(self._tokenizer, read_json(self._folder.transformer / "config.json")),
-                )
-                for each in (self._exact, self._backend):
-                    if isinstance(each, NativeBackend):
-                        each.careful = True
-            return self._exact
-
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Texts that were tokenized in one call."""
+    """The texts of one call of the tokenizer."""
 
     first: int
     """The index of its first text."""
@@ -363,7 +274,7 @@ class _Piece:
 
 
 def _tokenizer_calls(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """First and end of the texts of each call; a text that is too long for its share has one to itself."""
+    """The (first, end) positions of the texts of each call. A text that exceeds the limit has a call to itself."""
     first = characters = 0
     for at, text in enumerate(texts):
         if at > first and (at - first == _TOKENIZER_CALL or characters + len(text) > _TOKENIZER_CHARACTERS):
@@ -376,38 +287,3 @@ def _tokenizer_calls(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def _shifted(failures: tuple[TextFailure, ...], first: int) -> tuple[TextFailure, ...]:
     return tuple(replace(failure, index=failure.index + first) for failure in failures)
-
-
-def _pad_id(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
-    return tokenizer.pad_id if tokenizer.pad_id is not None else config.get("pad_token_id") or 0
-
-
-def _load_backend(
-    folder: ModelFolder,
-    name: BackendName,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    slots: int,
-    pad_id: int,
-    threads: int,
-) -> Backend:
-    if name in ("onnx", "openvino"):
-        if device.type != "cpu":
-            raise InvalidSetting(f"backend {name} runs on the CPU: set EMBEDDING_DEVICE=cpu, or EMBEDDING_BACKEND=auto")
-        exported = OnnxBackend if name == "onnx" else OpenVinoBackend
-        return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
-    model = load_model(folder)
-    try:
-        if name != "transformers":
-            build = Build(dtype, device, slots, folder.spec.max_tokens)
-            native = NativeBackend.build(model, build, pad_id=pad_id)
-            if native is not None:
-                return native
-            if name == "native":
-                raise InvalidSetting(
-                    f"backend native does not know the architecture {model.config.model_type}: use auto or transformers"
-                )
-        return TransformersBackend(model, dtype=dtype, device=device, pad_id=pad_id)
-    except torch.OutOfMemoryError as error:
-        raise ModelLoadError(f"the model in {folder.transformer} does not fit {device}: {error}") from error

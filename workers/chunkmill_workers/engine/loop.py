@@ -1,9 +1,9 @@
-"""The device's own threads, fed by the streams of all callers.
+"""The device threads, which run the rows of all callers.
 
-Rows of every stream wait in one queue, sorted by length, so a TokenBatch may hold texts of several ChunkBatches
-and the device does not wait at a ChunkBatch's edge. A GPU has one thread, which keeps two passes under way. A CPU
-has one lane per core, or per few cores: a pass of its own on each core needs no barrier between the cores after
-every operation, and one pass on all of them does.
+The rows of every stream wait in one queue, sorted by length. So a TokenBatch may hold texts of several ChunkBatches,
+and the device does not wait at the end of a ChunkBatch. A GPU has one device thread, which keeps two passes running. A
+CPU has one device thread for each core, or for each few cores, because a pass on all cores needs a barrier between them
+after every operation, and a pass on each core needs none.
 """
 
 from __future__ import annotations
@@ -23,89 +23,73 @@ import torch
 from numpy.typing import NDArray
 
 from chunkmill.machine import core_blocks, cores
-from chunkmill_workers.engine.budget import Budget
-from chunkmill_workers.engine.packing import choose
-from chunkmill_workers.engine.run import Outcome, Pass, Runner, TokenBatch
-from chunkmill_workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.packing import RowQueue, choose
+from chunkmill_workers.engine.run import Pass, PassResult, Runner, TokenBatch
+from chunkmill_workers.engine.steps import StepClock
+from chunkmill_workers.engine.token_budget import TokenBudget
 from chunkmill_workers.engine.windows import Ids
 
 logger = logging.getLogger(__name__)
 
-# So many urgent TokenBatches may go before a waiting bulk one; then one bulk TokenBatch passes, so that a flood of
+# How many urgent TokenBatches may run before a bulk one that waits. Then one bulk TokenBatch runs, so a flood of
 # queries slows a job down and never stops it.
 URGENT_RUN = 8
-# Passes under way at a time on a device that computes while the host goes on: one computes, one waits.
+# Passes that a GPU's device thread starts before it waits for the first: one computes, and the next is ready.
 IN_FLIGHT = 2
-# Lanes of a CPU. More would wait for Python, which takes 1 to 2 ms of every pass, and need more rows at hand.
-MOST_LANES = 8
-# Tokens of a pass that is shared out over all cores. A text of 13 tokens takes 8.9 ms on one core and 7.5 to 15 on two,
-# by where the scheduler puts them.
+# The most device threads of a CPU. More of them would wait for Python, which takes 1 to 2 ms of every pass, and would
+# need more waiting rows to be busy.
+MOST_DEVICE_THREADS = 8
+# The least tokens of a pass that may use all cores. A text of 13 tokens takes 8.9 ms on one core, and 7.5 to 15 ms on
+# two, depending on where the scheduler puts them.
 ALL_CORES_FROM = 128
-# An idle thread ends, so that a dropped engine leaves nothing behind; the next text starts another. It is no daemon,
-# because the interpreter ends those in the middle of torch's C++; so it looks whether the program is over.
+# An idle device thread ends, so that an engine nobody uses any more leaves nothing behind; the next text starts another
+# thread. It is not a daemon, because the interpreter ends those in the middle of torch's C++. So it has to check itself
+# whether the program is over, every _LOOK_SECONDS.
 IDLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What one TokenBatch finished of one stream."""
+class StreamResult:
+    """The rows of one stream that one pass finished."""
 
     at: NDArray[np.int32]
     """(m,) int32: positions in the rows that the stream added."""
-    outcome: Outcome
+    rows: PassResult
     seconds: float
-    """The stream's share of the pass, by tokens."""
+    """The stream's share of the time that the pass took on the device, by tokens."""
     tokens: int
     padded_tokens: int
     under_way: int
-    """Rows of the stream that other passes have at this moment."""
+    """How many rows of the stream are in other passes at this moment."""
 
 
 class Stream:
-    """The rows of one caller. Made by :meth:`DeviceLoop.open`; its caller alone reads it."""
+    """Counts and results of one caller's rows. Made by :meth:`DeviceLoop.open`; only its caller reads it."""
 
     def __init__(self, *, urgent: bool) -> None:
         self.urgent = urgent
         self.added = 0
         self.landed = 0
         self.taken = 0
-        self.results: queue.SimpleQueue[Done | BaseException] = queue.SimpleQueue()
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """Rows that wait, longest first; three arrays of one length, and the rows themselves."""
-
-    lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    owners: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    at: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-
-    def add(self, lengths: NDArray[np.int32], owner: int, first: int) -> None:
-        every = np.concatenate((self.lengths, lengths))
-        order = np.argsort(-every, kind="stable")
-        self.lengths = every[order]
-        self.owners = np.concatenate((self.owners, np.full(len(lengths), owner)))[order]
-        self.at = np.concatenate((self.at, np.arange(first, first + len(lengths), dtype=np.int32)))[order]
-
-    def keep(self, which: NDArray[np.bool_]) -> None:
-        self.lengths, self.owners, self.at = self.lengths[which], self.owners[which], self.at[which]
+        self.results: queue.SimpleQueue[StreamResult | BaseException] = queue.SimpleQueue()
 
 
 @dataclass(slots=True)
 class _Source:
-    """What the loop knows of a stream."""
+    """A stream with the rows that it added."""
 
     stream: Stream
     rows: list[Ids] = field(default_factory=list)
     windows: list[bool] = field(default_factory=list)
     skip: int = 0
     waiting: int = 0
+    """How many of the rows no pass has taken yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A TokenBatch, and whose rows are in it."""
+class _Selection:
+    """A TokenBatch, the streams that own its rows, and the threads of torch that it may use."""
 
     batch: TokenBatch
     owners: NDArray[np.int64]
@@ -116,48 +100,52 @@ class _Chosen:
 
 @dataclass(slots=True)
 class _Flight:
-    """A pass under way."""
+    """A pass that is running. ``started`` is in seconds of `time.perf_counter`."""
 
     running: Pass
-    chosen: _Chosen
+    selection: _Selection
     started: float
 
 
 class DeviceLoop:
-    """Feeds one :class:`Runner`. ``budget`` is asked before every pass: it may shrink meanwhile.
+    """Feeds the rows of all streams to one :class:`Runner`.
 
-    ``threads`` are torch's, on a CPU: the lanes share them, and a pass that runs alone has them all. Lanes that have
-    the whole machine keep to cores of their own: a scheduler may put two of them on one core and leave the other idle.
+    ``token_budget`` is asked before every pass, because it may have shrunk. ``threads`` are torch's on a CPU: the
+    device threads share them, and a pass that runs alone has all of them. If the engine has the whole machine, each
+    device thread keeps to cores of its own, because a scheduler may put two threads on one core and leave another idle.
     """
 
-    def __init__(self, runner: Runner, budget: Budget, *, threads: int = 1) -> None:
-        self._budget = budget
+    def __init__(self, runner: Runner, token_budget: TokenBudget, *, threads: int = 1) -> None:
+        self._token_budget = token_budget
         self._total = threads
-        self._most_lanes = min(threads, MOST_LANES) if runner.backend.concurrent else 1
+        self._most_threads = min(threads, MOST_DEVICE_THREADS) if runner.backend.concurrent else 1
         self._runner = runner
         self._changed = threading.Condition()
-        self._sources: dict[int, _Source] = {}  # in order of arrival
+        self._sources: dict[int, _Source] = {}  # in the order in which the streams were opened
         self._names = itertools.count()
-        self._queues = {True: _Waiting(), False: _Waiting()}
+        self._queues = {True: RowQueue(), False: RowQueue()}
         self._urgent_run = 0
-        self._lanes: dict[threading.Thread, int] = {}
-        self._blocks = core_blocks(self._most_lanes) if self._most_lanes > 1 and threads == cores() else []
+        self._threads: dict[threading.Thread, int] = {}
+        self._blocks = core_blocks(self._most_threads) if self._most_threads > 1 and threads == cores() else []
         self._everywhere = set().union(*self._blocks)
         self._idle = 0
         self._computing = 0
-        self.passes = UnderWay()
-        """Each from when it was taken."""
+        self.passes = StepClock()
+        """The passes that are running, each from the moment when its rows were taken."""
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
 
     def open(self, *, urgent: bool = False) -> int:
-        """A new stream's number; urgent ones go before the others."""
+        """Open a stream and return its number. Urgent streams are served before the others."""
         with self._changed:
             name = next(self._names)
             self._sources[name] = _Source(Stream(urgent=urgent))
             return name
 
     def add(self, name: int, rows: Sequence[Ids], windows: NDArray[np.bool_], skip: int) -> None:
-        """Rows to run: (length,) int32 each; ``windows`` (n,) bool and ``skip`` as in :class:`TokenBatch`."""
+        """Queue ``rows``, each (length,) int32, for a device thread.
+
+        ``windows`` is (n,) bool, and ``skip`` a number of leading tokens: see :class:`TokenBatch`.
+        """
         if not len(rows):
             return
         with self._changed:
@@ -170,22 +158,22 @@ class DeviceLoop:
             source.stream.added += len(rows)
             lengths = np.array([len(row) for row in rows], np.int32)
             self._queues[source.stream.urgent].add(lengths, name, first)
-            self._open_lane()
+            self._start_thread()
             self._changed.notify_all()
 
-    def results(self, name: int) -> Iterator[Done]:
-        """What is finished of the rows added so far, as it comes. Raises what broke the device."""
+    def results(self, name: int) -> Iterator[StreamResult]:
+        """Yield the results of the rows that were added so far, as passes finish. Raises what broke the device."""
         stream = self._sources[name].stream
         while stream.taken < stream.added:
-            found = stream.results.get()
-            if isinstance(found, BaseException):
+            result = stream.results.get()
+            if isinstance(result, BaseException):
                 stream.added = stream.taken  # nothing more will come
-                raise found
-            stream.taken += len(found.at)
-            yield found
+                raise result
+            stream.taken += len(result.at)
+            yield result
 
-    def close(self, name: int) -> list[Done]:
-        """Take the stream's waiting rows back; what is under way is finished and returned."""
+    def close(self, name: int) -> list[StreamResult]:
+        """Take back the stream's waiting rows, and return the results of those that were running."""
         with self._changed:
             source = self._sources.get(name)
             if source is None:
@@ -202,54 +190,56 @@ class DeviceLoop:
 
     @property
     def waiting(self) -> int:
-        """Rows that no pass has taken yet."""
+        """How many rows no pass has taken yet."""
         with self._changed:
             return sum(len(waiting.lengths) for waiting in self._queues.values())
 
-    def _open_lane(self) -> None:
-        """One more thread, if rows wait that none is free to take."""
-        if not self._idle and len(self._lanes) < self._most_lanes and self._any_waiting():
-            lane = threading.Thread(target=self._run, name="device")
-            self._lanes[lane] = next(free for free in itertools.count() if free not in self._lanes.values())
-            lane.start()
+    def _start_thread(self) -> None:
+        """Start one more device thread if rows wait and no thread is free to take them."""
+        if not self._idle and len(self._threads) < self._most_threads and self._any_waiting():
+            thread = threading.Thread(target=self._run, name="device")
+            self._threads[thread] = next(free for free in itertools.count() if free not in self._threads.values())
+            thread.start()
 
     def _run(self) -> None:
-        """A lane: start what fits, then finish the oldest."""
+        """The work of a device thread: start as many passes as may run at a time, then finish the oldest."""
         flying: deque[_Flight] = deque()
         try:
             while True:
-                chosen = self._next(block=not flying)
-                if chosen is not None:
-                    flying.append(self._launch(chosen))
+                selection = self._next(block=not flying)
+                if selection is not None:
+                    flying.append(self._launch(selection))
                 elif not flying:
                     return
-                if chosen is None or len(flying) >= self._most_in_flight:
+                if selection is None or len(flying) >= self._most_in_flight:
                     self._land(flying.popleft(), then=flying[0] if flying else None)
         except BaseException as error:
-            # A defect of ours. Whoever waits must hear of it instead of waiting for ever.
-            logger.exception("a thread of the device failed")
+            # A defect of ours. Every caller that waits must hear of it, or it would wait for ever.
+            logger.exception("a device thread failed because of a defect in Chunkmill")
             with self._changed:
-                self._lanes.pop(threading.current_thread(), None)
-                self._queues = {True: _Waiting(), False: _Waiting()}
+                self._threads.pop(threading.current_thread(), None)
+                self._queues = {True: RowQueue(), False: RowQueue()}
                 for source in self._sources.values():
                     source.waiting = 0
                     source.stream.results.put(error)
 
-    def _next(self, *, block: bool) -> _Chosen | None:
-        """Choose a TokenBatch; None when nothing waits. With ``block``, None ends the lane."""
+    def _next(self, *, block: bool) -> _Selection | None:
+        """Take the rows of the next TokenBatch; None if no rows wait. With ``block``, None ends the device thread."""
         with self._changed:
             if block and not self._wait():
-                del self._lanes[threading.current_thread()]
+                del self._threads[threading.current_thread()]
                 return None
             if not self._any_waiting():
                 return None
             urgent = self._urgent_next()
             self._urgent_run = self._urgent_run + 1 if urgent and len(self._queues[False].lengths) else 0
             waiting = self._queues[urgent]
-            # The stream that came first is finished first; the others' rows fill its passes.
-            oldest = next(name for name, each in self._sources.items() if each.stream.urgent is urgent and each.waiting)
+            # The oldest stream is finished first. The rows of other streams fill its passes.
+            oldest = next(
+                name for name, source in self._sources.items() if source.stream.urgent is urgent and source.waiting
+            )
             anchor = int((waiting.owners == oldest).argmax())
-            span = choose(waiting.lengths, anchor, self._budget.tokens, packed=self._runner.backend.packed)
+            span = choose(waiting.lengths, anchor, self._token_budget.tokens, packed=self._runner.backend.packed)
             lengths, owners, at = waiting.lengths[span], waiting.owners[span], waiting.at[span]
             left = np.ones(len(waiting.lengths), np.bool_)
             left[span] = False
@@ -264,19 +254,19 @@ class DeviceLoop:
             )
             self._computing += 1
             self.passes.begin(id(batch))
-            self._open_lane()
-            return _Chosen(batch, owners, at, lengths, self._share(int(lengths.sum())))
+            self._start_thread()
+            return _Selection(batch, owners, at, lengths, self._share(int(lengths.sum())))
 
     def _share(self, tokens: int) -> int:
-        """torch's threads for the next pass: all of them where nothing else wants them, from so many tokens on."""
-        if self._most_lanes == 1:
+        """How many of torch's threads the next pass gets: all of them if it is large enough and runs alone."""
+        if self._most_threads == 1:
             return self._total
         if self._computing == 1 and not self._any_waiting() and tokens >= ALL_CORES_FROM:
             return self._total
-        return max(self._total // self._most_lanes, 1)
+        return max(self._total // self._most_threads, 1)
 
     def _wait(self) -> bool:
-        """Until rows wait; False when none came for a while, or the program ends."""
+        """Wait for rows. False if none came within IDLE_SECONDS, or if the program ends."""
         idle_until = time.monotonic() + IDLE_SECONDS
         self._idle += 1
         try:
@@ -295,59 +285,62 @@ class DeviceLoop:
             return False
         return not (len(self._queues[False].lengths) and self._urgent_run >= URGENT_RUN)
 
-    def _launch(self, chosen: _Chosen) -> _Flight:
+    def _launch(self, selection: _Selection) -> _Flight:
         started = time.perf_counter()
         if self._runner.backend.device.type == "cpu":
-            self._use(chosen.threads)
-        return _Flight(self._runner.launch(chosen.batch), chosen, started)
+            self._use(selection.threads)
+        return _Flight(self._runner.launch(selection.batch), selection, started)
 
     def _use(self, threads: int) -> None:
-        """So many threads for this lane's next pass, and the cores they may run on."""
+        """Set torch's threads for this device thread's next pass, and the cores that they may run on."""
         if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)  # of this thread
+            torch.set_num_threads(threads)  # for this device thread alone
         if self._blocks:
-            # torch's threads inherit the cores of the lane that starts them, so those of a pass on all cores are
-            # started from all cores.
-            own = self._blocks[self._lanes[threading.current_thread()]]
+            # torch's threads inherit the cores of the device thread that starts them. So before a pass on all cores,
+            # this thread must be allowed on all cores.
+            own = self._blocks[self._threads[threading.current_thread()]]
             os.sched_setaffinity(0, self._everywhere if threads == self._total else own)
 
     def _land(self, flight: _Flight, *, then: _Flight | None) -> None:
+        """Finish a pass and give each stream its rows. ``then`` is the pass that is running behind it."""
         try:
-            outcome: Outcome | BaseException = self._runner.finish(flight.running)
+            result: PassResult | BaseException = self._runner.finish(flight.running)
         except Exception as error:  # noqa: BLE001 - the streams raise it
-            outcome = error
-        chosen = flight.chosen
+            result = error
+        selection = flight.selection
         seconds = time.perf_counter() - flight.started
-        if self._most_lanes > 1:
-            seconds *= chosen.threads / self._total  # of the device, which other lanes share
-        tokens = int(chosen.lengths.sum())
+        if self._most_threads > 1:
+            seconds *= selection.threads / self._total  # other device threads have the rest of the device
+        tokens = int(selection.lengths.sum())
         padding = 1.0
         if not self._runner.backend.packed:
-            padding = int(chosen.lengths.max()) * len(chosen.lengths) / tokens
+            padding = int(selection.lengths.max()) * len(selection.lengths) / tokens
         with self._changed:
             self._computing -= 1
-            self.passes.end(id(chosen.batch))
+            self.passes.end(id(selection.batch))
             if then is not None:
-                # The next pass computes since this one ended, however early it was started.
+                # The next pass has computed only since this one ended, however early it was started.
                 then.started = max(then.started, time.perf_counter())
-            for owner in dict.fromkeys(chosen.owners.tolist()):
+            for owner in dict.fromkeys(selection.owners.tolist()):
                 source = self._sources.get(owner)
                 if source is None:
                     continue
-                if isinstance(outcome, BaseException):
-                    self._fail(owner, source, outcome)
+                if isinstance(result, BaseException):
+                    self._fail(owner, source, result)
                     continue
-                mine = np.flatnonzero(chosen.owners == owner)
-                part = outcome.part(mine)
-                own = int(chosen.lengths[mine].sum())
+                mine = np.flatnonzero(selection.owners == owner)
+                part = result.part(mine)
+                own = int(selection.lengths[mine].sum())
                 share = own / tokens
                 stream = source.stream
                 stream.landed += len(mine)
                 under_way = stream.added - source.waiting - stream.landed
-                stream.results.put(Done(chosen.at[mine], part, seconds * share, own, round(own * padding), under_way))
+                stream.results.put(
+                    StreamResult(selection.at[mine], part, seconds * share, own, round(own * padding), under_way)
+                )
 
     def _fail(self, owner: int, source: _Source, error: BaseException) -> None:
-        """The device is broken: nothing of this stream will come any more."""
+        """End a stream whose device is broken: take its rows from the queue, and make its caller raise ``error``."""
         waiting = self._queues[source.stream.urgent]
         waiting.keep(waiting.owners != owner)
         source.waiting = 0

@@ -1,7 +1,7 @@
-"""Token vectors to text vectors: pooling, Dense modules, normalisation, in the model's order.
+"""From token vectors to text vectors: pooling, Dense modules and normalisation, in the model's order.
 
-All of it in fp32 whatever the model ran in: pooling in bf16 costs a cosine of 0.996 against fp32 (measured
-on sentence-transformers' own). The formulas are those of sentence-transformers 6.2 (``Pooling``, ``Dense``,
+All of it runs in fp32, whatever the number format of the model: with pooling in bf16 the cosine to fp32 is only 0.996
+(measured on sentence-transformers). The formulas are those of sentence-transformers 6.2 (``Pooling``, ``Dense``,
 ``Normalize``).
 """
 
@@ -32,10 +32,9 @@ _ACTIVATIONS = {
 
 
 def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, hidden) fp32 from (n, longest, hidden), or from (tokens, hidden) of packed texts.
+    """Text vectors, (n, hidden) fp32, from token vectors, (n, longest, hidden) or (tokens, hidden) of packed texts.
 
-    ``skips`` is (n,) int: the leading tokens of each row that are left out, the special token and the prompt, for
-    a model whose prompts are not pooled.
+    ``skips`` is (n,) int: how many leading tokens of each row are left out, for a model that does not pool its prompt.
     """
     vectors, lengths = hidden.vectors.float(), hidden.lengths
     if hidden.owners is not None:
@@ -46,7 +45,7 @@ def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> to
         inside = inside & (at >= skips[:, None])
     match mode:
         case Pooling.CLS:
-            first = inside.int().argmax(dim=1)  # the first 1; 0 where there is none
+            first = inside.int().argmax(dim=1)  # the first 1; 0 if there is none
             return vectors[torch.arange(len(vectors), device=vectors.device), first]
         case Pooling.LAST_TOKEN:
             return vectors[torch.arange(len(vectors), device=vectors.device), lengths - 1]
@@ -63,9 +62,9 @@ def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> to
 def _pool_packed(
     vectors: torch.Tensor, lengths: torch.Tensor, owners: torch.Tensor, mode: Pooling, skips: torch.Tensor | None
 ) -> torch.Tensor:
-    """Text by text and in the order of its tokens, so that nothing depends on the neighbours.
+    """As `pool`, for packed texts: each text alone, in the order of its tokens, so no vector depends on neighbours.
 
-    A grid of (n, longest) would hold a pass of one long and many short texts many times over.
+    A padded grid of (n, longest) would take many times the memory if one text is long and many are short.
     """
     starts = lengths.cumsum(0) - lengths
     if skips is None:
@@ -78,7 +77,7 @@ def _pool_packed(
     outside = torch.arange(len(vectors), device=vectors.device) - starts[owners] < skips[owners]
     nothing = float("-inf") if mode is Pooling.MAX else 0.0
     vectors = vectors.masked_fill(outside[:, None], nothing)
-    # unsafe: without a look at the lengths, for which a GPU would have to be waited for.
+    # unsafe: the lengths are not checked, because a check would wait for the GPU.
     reduce = "max" if mode is Pooling.MAX else "sum"
     pooled = torch.segment_reduce(vectors, reduce, lengths=lengths, axis=0, unsafe=True)
     if mode is Pooling.MAX:
@@ -89,6 +88,8 @@ def _pool_packed(
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
+    """A Dense module: ``activation(vectors @ weight.T + bias)`` with (out, in) weights, in fp32."""
+
     weight: torch.Tensor
     bias: torch.Tensor | None
     activation: str
@@ -99,7 +100,7 @@ class _Dense:
 
 
 class Head:
-    """What follows the transformer in one model folder."""
+    """The modules that follow the transformer in one model folder."""
 
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
         self._mode = folder.spec.pooling
@@ -109,7 +110,7 @@ class Head:
         self._inner = [_load(item, device) if isinstance(item, DenseLayer) else _normalize for item in inner]
 
     def only(self, lengths: Sequence[int], skips: NDArray[np.int32]) -> NDArray[np.int64] | None:
-        """(n,) int64: the one position of every row that is pooled; None where all of them are."""
+        """(n,) int64: the position of the one token of every row that is pooled; None if all tokens are."""
         if self._mode is Pooling.LAST_TOKEN:
             return np.array(lengths, np.int64) - 1
         if self._mode is not Pooling.CLS:
@@ -118,9 +119,9 @@ class Head:
         return np.where(first < lengths, first, 0)
 
     def __call__(self, hidden: Hidden, *, skips: NDArray[np.int32]) -> torch.Tensor:
-        """(n, dimensions) fp32: all modules but a last Normalize. Windows of one text are averaged here.
+        """Vectors after all modules but a last Normalize, (n, dimensions) fp32. Windows of a text are averaged so.
 
-        ``hidden`` holds every token, or the one that ``only`` names.
+        ``hidden`` holds every token of a row, or only the one that `only` names. ``skips`` is (n,) int32, as in `pool`.
         """
         picked = self._mode in (Pooling.CLS, Pooling.LAST_TOKEN)
         leave_out = not (picked or self._include_prompt) and bool(skips.any())
@@ -131,7 +132,7 @@ class Head:
             return vectors
 
     def finish(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(n, dimensions) fp32: the last Normalize, if the model ends with one."""
+        """Vectors after the last Normalize, if the model ends with one, (n, dimensions) fp32."""
         return _normalize(vectors) if self._normalize else vectors
 
 
@@ -144,7 +145,7 @@ def _load(layer: DenseLayer, device: torch.device) -> _Dense:
 
     file = layer.weights
     try:
-        pickled = file.suffix == ".bin"  # the folder's reader has refused one that the operator does not trust
+        pickled = file.suffix == ".bin"  # models.folder refuses a pickle that the operator does not trust
         tensors = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(str(file))
         weight = tensors["linear.weight"].float().to(device)
         bias = tensors["linear.bias"].float().to(device) if layer.bias else None

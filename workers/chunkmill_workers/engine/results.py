@@ -1,4 +1,4 @@
-"""What the engine hands out. Frozen, and every array states its shape."""
+"""The results of the engine. They are frozen, and every array states its shape."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 class TextFailure:
     """A text that got no vector. ``reason`` never holds the text.
 
-    ``code`` is ``too_long`` (policy reject), ``tokenize_failed``, ``forward_failed`` (the model raised on
-    this text alone, out of memory included) or ``not_finite``.
+    ``code`` is ``too_long`` (under the policy ``reject``), ``tokenize_failed``, ``forward_failed`` (the model raised
+    on this text alone), ``out_of_memory`` (this text alone does not fit the device's memory) or ``not_finite``.
     """
 
     index: int
+    """Position in the texts given."""
     code: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatchResult:
-    """What one forward pass finished. A text split into windows comes with the pass of its last window."""
+    """The texts that one forward pass finished. A split text is in the result of the pass of its last window."""
 
     indices: NDArray[np.int32]
     """(m,) int32, positions in the texts given."""
@@ -33,28 +34,31 @@ class TokenBatchResult:
     n_tokens: NDArray[np.int32]
     """(m,) int32, special tokens and prompt included, before any truncation."""
     truncated: NDArray[np.bool_]
-    """(m,) bool."""
+    """(m,) bool: the text was longer than the model reads, and its end was cut off."""
     failures: tuple[TextFailure, ...]
+    """The texts that got no vector."""
     seconds: float
-    """Time on the device, without waiting for its turn."""
+    """Time on the device, without the wait for its turn."""
     tokens: int = 0
-    """Tokens that went through the model."""
+    """Tokens of this call's rows that went through the model, without padding."""
     padded_tokens: int = 0
-    """The same with padding: rows x longest row."""
+    """The same tokens with their share of the padding."""
     under_way: int = 0
-    """Texts of this call that were on the device when it was done; windows, where texts are split."""
+    """How many rows of this call other passes had when this pass was finished. A row is a text, or a window of one."""
     tokenize_seconds: float = 0.0
-    """The first result of a stream carries the time that tokenizing all its texts took."""
+    """How long it took to tokenize texts. A result that carries it has no vectors: there is one for each call of the
+    tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of one ``embed`` went, in seconds; ``total`` includes waiting for the device."""
+    """What one call of ``embed`` took. Times are in seconds; ``total`` includes the wait for the device."""
 
     tokenize: float
     forward: float
     total: float
     token_batches: int
+    """Forward passes that held texts of the call."""
     tokens: int
     padded_tokens: int
 
@@ -68,7 +72,7 @@ class Embeddings:
     n_tokens: NDArray[np.int32]
     """(n,) int32, special tokens and prompt included, before any truncation."""
     truncated: NDArray[np.bool_]
-    """(n,) bool."""
+    """(n,) bool: the text was longer than the model reads, and its end was cut off."""
     timings: Timings
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""One TokenBatch through the model, so that a bad text costs itself and not its neighbours."""
+"""Runs one TokenBatch through the model in such a way that a bad text fails alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chunkmill_workers.engine.encoder.layout import to_device
 from chunkmill_workers.engine.pooling import Head
 from chunkmill_workers.engine.windows import Ids
 
-# CUDA's messages run over pages; a reason goes into the dead list's table.
+# Characters of a reason, which goes into the table of dead chunks. CUDA's messages are pages long.
 _REASON_LENGTH = 500
 
 
@@ -26,53 +26,58 @@ class TokenBatch:
     rows: Sequence[Ids]
     """(length,) int32 each, special tokens included."""
     windows: NDArray[np.bool_]
-    """(n,) bool: rows that are windows of a split text; their vectors stay as they are before the last Normalize."""
+    """(n,) bool: rows that are windows of a split text. The last Normalize is left out for their vectors."""
     skips: NDArray[np.int32]
-    """(n,) int32: leading tokens that a model without ``include_prompt`` does not pool."""
+    """(n,) int32: how many leading tokens a model without ``include_prompt`` leaves out of its pooling."""
 
     def take(self, at: NDArray[np.intp]) -> TokenBatch:
+        """A TokenBatch of the rows at the positions ``at``, in that order."""
         return TokenBatch([self.rows[position] for position in at], self.windows[at], self.skips[at])
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows, without padding."""
         return sum(len(row) for row in self.rows)
 
 
 @dataclass(slots=True)
-class Outcome:
-    """``vectors`` is (n, dimensions) float32; a row in ``failures`` (position → code, reason) has none."""
+class PassResult:
+    """What a pass made of each row of its TokenBatch."""
 
     vectors: NDArray[np.float32]
+    """(n, dimensions) float32; zeros for a row in ``failures``."""
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """The position of each row that got no vector, with a code and a reason."""
     too_big: int | None = None
-    """Tokens of the smallest pass that did not fit the device's memory."""
+    """Tokens of the smallest pass that did not fit the device's memory; None if all fitted."""
 
-    def part(self, at: NDArray[np.intp]) -> Outcome:
-        """Some of its rows, in the order of ``at``."""
+    def part(self, at: NDArray[np.intp]) -> PassResult:
+        """The rows at the positions ``at``, in that order."""
         if not self.failures:
-            return Outcome(self.vectors[at])
+            return PassResult(self.vectors[at])
         places = {int(position): place for place, position in enumerate(at)}
-        return Outcome(self.vectors[at], {places[row]: why for row, why in self.failures.items() if row in places})
+        return PassResult(self.vectors[at], {places[row]: why for row, why in self.failures.items() if row in places})
 
 
 @dataclass(slots=True)
 class Pass:
-    """A TokenBatch under way on the device."""
+    """A TokenBatch that runs on the device, or that could not be started."""
 
     batch: TokenBatch
     vectors: torch.Tensor | None = None
-    """(n, dimensions) float32 in host memory, once ``done`` says so."""
+    """(n, dimensions) float32 in host memory. On a GPU they are complete once ``done`` has happened."""
     done: torch.cuda.Event | None = None
     failed: str | None = None
-    """Why it could not be started; ``out_of_memory`` with it."""
+    """Why the pass failed; None if it did not."""
     out_of_memory: bool = False
+    """The reason is that the device's memory was full."""
 
 
 class Runner:
-    """Backend and head together. One thread at a time.
+    """Runs TokenBatches through backend and head. Only one thread may call it, unless the backend is ``concurrent``.
 
-    ``exact`` gives the same model in fp32, without shortcuts; it is asked when a vector is not finite. ``shrink`` is
-    told how many tokens did not fit the device's memory.
+    ``exact`` returns the same model in fp32, without shortcuts; it is called when a vector is not finite. ``shrink`` is
+    called with the tokens of a pass that did not fit the device's memory.
     """
 
     def __init__(
@@ -94,38 +99,40 @@ class Runner:
         self._copies = _stream(backend.device)
 
     def launch(self, batch: TokenBatch) -> Pass:
-        """Start a pass. On a GPU it returns before the device is done; it never raises."""
+        """Start a pass. On a GPU it returns before the pass is finished. It does not raise: `finish` handles errors."""
         started = Pass(batch)
         try:
             self._start(started, self.backend)
-        except Exception as error:  # noqa: BLE001 - whatever the model raises is one text's fault, or the device's
+        except Exception as error:  # noqa: BLE001 - the cause may be one text or the device
             _note(started, error)
-        # Out of the except block: its traceback keeps the failed pass's tensors, and their memory, alive.
+        # Return after the except block, because its traceback keeps the failed pass's tensors and their memory alive.
         return started
 
-    def finish(self, started: Pass) -> Outcome:
-        """Wait for a pass; mend what went wrong in it.
+    def finish(self, started: Pass) -> PassResult:
+        """Wait for a pass and return its result, with as few failed rows as possible.
 
-        A pass that raised is halved down to the texts that fail alone; a vector that is not finite is computed
-        once more in fp32. Raises DeviceFailed where even a known good text fails: then the device is at fault and
-        no text may be blamed.
+        A pass that raised is run again in halves, down to the rows that fail alone. A vector that is not finite is
+        computed once more in fp32. Raises DeviceFailed if even a known good text fails, because then the device is at
+        fault and no text.
         """
         batch = started.batch
-        outcome = Outcome(np.zeros((len(batch.rows), self._dimensions), np.float32))
-        self._settle(started, np.arange(len(batch.rows)), self.backend, outcome)
-        if outcome.too_big is not None and not any(code == "out_of_memory" for code, _ in outcome.failures.values()):
-            # In smaller passes all of it fitted. A text that does not fit alone says nothing about the others.
-            self._shrink(outcome.too_big)
-        bad = np.flatnonzero(~np.isfinite(outcome.vectors).all(axis=1))
+        result = PassResult(np.zeros((len(batch.rows), self._dimensions), np.float32))
+        self._settle(started, np.arange(len(batch.rows)), self.backend, result)
+        if result.too_big is not None and not any(code == "out_of_memory" for code, _ in result.failures.values()):
+            # All rows fitted in smaller passes. A text that does not fit alone says nothing about the others, so after
+            # such a failure the token budget stays as it is.
+            self._shrink(result.too_big)
+        bad = np.flatnonzero(~np.isfinite(result.vectors).all(axis=1))
         if len(bad):
-            self._mend(batch, bad, outcome)
-        return outcome
+            self._repeat_exactly(batch, bad, result)
+        return result
 
-    def __call__(self, batch: TokenBatch) -> Outcome:
-        """Both at once."""
+    def __call__(self, batch: TokenBatch) -> PassResult:
+        """Start a pass and wait for its result."""
         return self.finish(self.launch(batch))
 
     def _start(self, started: Pass, backend: Backend) -> None:
+        """Set the pass's ``vectors``, and on a GPU ``done``. Raises what the model raises."""
         batch = started.batch
         with torch.inference_mode():
             only = self._head.only([len(row) for row in batch.rows], batch.skips)
@@ -145,30 +152,30 @@ class Runner:
                 started.done.record(self._copies)
             started.vectors = host
 
-    def _settle(self, started: Pass, at: NDArray[np.intp], backend: Backend, outcome: Outcome) -> None:
-        """Write a pass's vectors to ``outcome`` at ``at``; halve it where it failed."""
+    def _settle(self, started: Pass, at: NDArray[np.intp], backend: Backend, result: PassResult) -> None:
+        """Write a pass's vectors into ``result`` at the positions ``at``. A pass that failed is run again in halves."""
         batch = started.batch
         if started.failed is None:
             try:
                 if started.done is not None:
                     started.done.synchronize()
                 assert started.vectors is not None  # noqa: S101 - started and not failed
-                outcome.vectors[at] = started.vectors.numpy()
-            except Exception as error:  # noqa: BLE001 - a kernel's error comes out here, of whatever kind it is
+                result.vectors[at] = started.vectors.numpy()
+            except Exception as error:  # noqa: BLE001 - errors of kernels, of any class, come out here
                 _note(started, error)
             else:
                 return
         assert started.failed is not None  # noqa: S101
         started.vectors = None
         if started.out_of_memory:
-            outcome.too_big = min(batch.tokens, outcome.too_big or batch.tokens)
+            result.too_big = min(batch.tokens, result.too_big or batch.tokens)
             if backend.device.type == "cuda":
-                torch.cuda.empty_cache()  # what is cached may lie in pieces that are too small
+                torch.cuda.empty_cache()  # the cached blocks may all be too small
         if len(at) == 1:
             self._check_device(started.failed, backend)
             code = "out_of_memory" if started.out_of_memory else "forward_failed"
             size = f" (alone in its forward pass, {batch.tokens} tokens)" if started.out_of_memory else ""
-            outcome.failures[int(at[0])] = (code, started.failed + size)
+            result.failures[int(at[0])] = (code, started.failed + size)
             return
         half = len(at) // 2
         for part in (np.arange(half), np.arange(half, len(at))):
@@ -177,10 +184,13 @@ class Runner:
                 self._start(again, backend)
             except Exception as error:  # noqa: BLE001 - see launch
                 _note(again, error)
-            self._settle(again, at[part], backend, outcome)
+            self._settle(again, at[part], backend, result)
 
     def _check_device(self, reason: str, backend: Backend) -> None:
-        """A broken device fails every text; without this look, a whole job would end in its dead list."""
+        """Raise DeviceFailed unless a known good text runs.
+
+        A broken device fails every text, and without this check a whole job would end on its dead list.
+        """
         try:
             probe = Pass(self._probe)
             self._start(probe, backend)
@@ -192,22 +202,25 @@ class Runner:
                 "happens again, lower EMBEDDING_BATCH_TOKENS or check the device"
             ) from error
 
-    def _mend(self, batch: TokenBatch, bad: NDArray[np.intp], outcome: Outcome) -> None:
-        for position in bad:  # a row that failed has zeros, which are finite
+    def _repeat_exactly(self, batch: TokenBatch, bad: NDArray[np.intp], result: PassResult) -> None:
+        """Compute the rows at the positions ``bad`` once more in fp32, and note those that fail again."""
+        for position in bad:  # rows that failed are not among them: their vectors are zeros, which are finite
             try:
                 exact = self._exact()
             except Exception as error:  # noqa: BLE001 - it may not fit beside the model
-                reason = f"the model's vector for this text is not finite, and it cannot be loaded in fp32: {error}"
-                outcome.failures[int(position)] = ("not_finite", reason[:_REASON_LENGTH])
+                reason = (
+                    f"the model's vector for this text is not finite, and the model cannot be loaded in fp32: {error}"
+                )
+                result.failures[int(position)] = ("not_finite", reason[:_REASON_LENGTH])
                 continue
             again = Pass(batch.take(np.array([position])))
             try:
                 self._start(again, exact)
             except Exception as error:  # noqa: BLE001 - see launch
                 _note(again, error)
-            self._settle(again, np.array([position]), exact, outcome)
-            if not np.isfinite(outcome.vectors[position]).all():
-                outcome.failures.setdefault(
+            self._settle(again, np.array([position]), exact, result)
+            if not np.isfinite(result.vectors[position]).all():
+                result.failures.setdefault(
                     int(position), ("not_finite", "the model's vector for this text is not finite, in fp32 too")
                 )
 
@@ -217,14 +230,15 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _note(failed: Pass, error: Exception) -> None:
+    """Write to ``failed`` why it failed."""
     failed.failed = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
     failed.out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in _OUT_OF_MEMORY
     )
 
 
-# The CPU's allocator, cuBLAS and oneDNN have no error class of their own for it, nor has CUDA where it is not torch's
-# allocator that asks: for pinned memory, or a kernel's code.
+# The CPU's allocator, cuBLAS and oneDNN have no error class of their own for a lack of memory. Nor has CUDA for memory
+# that torch's allocator does not ask for: pinned memory, and the code of kernels.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",

@@ -1,7 +1,7 @@
-"""Texts to token ids, with the Rust tokenizer and nothing around it.
+"""From texts to token ids, with the Rust tokenizer of Hugging Face alone.
 
-Padding and truncation are off: the engine wants the true count of every text and pads each TokenBatch to
-its own longest row. Safe to call from several threads; the Rust side releases the GIL.
+Padding and truncation are off, because the engine needs the true number of tokens of every text, and pads each
+TokenBatch to its own longest row. Several threads may call it; the Rust side releases the GIL.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from chunkmill.models.files import read_json
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.windows import Frame, Ids
 
-# Rows of an embedding table that no token uses: tables are padded to round numbers (Qwen3 267, Qwen2 290,
-# DeBERTa 99, Nomic 6), while the cased and the uncased BERT differ by 1,526.
+# How many rows of an embedding table may have no token. Tables are padded to round numbers (Qwen3 by 267 rows, Qwen2
+# 290, DeBERTa 99, Nomic 6), while the cased and the uncased BERT differ by 1,526.
 _UNUSED_ROWS = 1_024
 
-# Encoders, whose config.json states the pad id that its tokenizer must have. Decoders often state another.
+# Encoders: their config.json states the pad id that the tokenizer must have. Decoders often state another.
 _ENCODERS = frozenset(
     {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert"}
     | {"roberta", "xlm-roberta"}
@@ -40,19 +40,25 @@ class TextTokenizer:
         self._cut_left = cut_left
         probe = tokenizer.encode("a")
         if any(probe.type_ids):
-            raise ModelLoadError("the tokenizer gives a single text other segment ids than 0: not supported")
+            raise ModelLoadError(
+                "the tokenizer gives a single text segment ids other than 0, which Chunkmill does not support: "
+                "choose another model"
+            )
         mask = np.array(probe.special_tokens_mask, np.bool_)
         ids = np.array(probe.ids, np.int32)
         own = np.flatnonzero(~mask)
         first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (len(ids), len(ids))
         self._prefix, self._suffix = ids[:first], ids[last:]
         self.probe = ids
-        """(length,) int32: a text that any model of this tokenizer can read."""
+        """(length,) int32: the ids of a text that every model with this tokenizer can read."""
         self.max_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def load(cls, folder: Path, *, lowercase: bool = False) -> TextTokenizer:
-        """tokenizer.json as it is; without one, what transformers builds from the folder's other files."""
+        """The tokenizer of tokenizer.json, or if there is none, the one that transformers makes of the other files.
+
+        ``lowercase`` turns texts into lower case first. Raises ModelLoadError.
+        """
         try:
             if (folder / "tokenizer.json").is_file():
                 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -64,7 +70,7 @@ class TextTokenizer:
                 "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             ) from error
         if lowercase:
-            # As sentence-transformers does: first lower-case, then the tokenizer's own normaliser.
+            # As in sentence-transformers: first lower case, then the tokenizer's own normaliser.
             own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         settings = _optional(folder / "tokenizer_config.json")
@@ -74,15 +80,15 @@ class TextTokenizer:
         return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
 
     def encode(self, texts: Sequence[str], prompt: str = "", *, first: int = 0) -> list[Ids | TextFailure]:
-        """(length,) int32 ids per text, special tokens and prompt included, or why there are none.
+        """For each text its ids, (length,) int32 with special tokens and prompt, or the reason why it has none.
 
-        A text that the tokenizer cannot take (a lone surrogate, say) fails alone. ``first`` is the index of
+        A text that the tokenizer cannot read, such as one with a lone surrogate, fails alone. ``first`` is the index of
         ``texts[0]``, for the failures.
         """
         try:
             encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
         except BaseException as error:
-            # A panic of the Rust tokenizer is no Exception, and still only one text's fault.
+            # A panic of the Rust tokenizer is not an Exception, but it too is caused by one text alone.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             if len(texts) == 1:
@@ -101,10 +107,10 @@ class TextTokenizer:
         ]
 
     def frame(self, prompt: str) -> Frame:
-        """Special tokens and prompt of every row.
+        """The special tokens and the prompt of every row.
 
-        The prompt's tokens are counted as sentence-transformers' ``_get_prompt_length`` does: the prompt
-        tokenized alone, less a special token at its end.
+        The prompt's tokens are counted as in ``_get_prompt_length`` of sentence-transformers: the prompt is tokenized
+        alone, and a special token at its end does not count.
         """
         length = 0
         if prompt:
@@ -115,7 +121,7 @@ class TextTokenizer:
         return Frame(self._prefix, self._suffix, max(length, 0), self._cut_left)
 
     def check(self, config: Mapping[str, Any], rows: int) -> None:
-        """TokenizerMismatch unless this tokenizer can have been made for a model with this config.json.
+        """Raise TokenizerMismatch unless this tokenizer can belong to a model with this config.json.
 
         ``rows`` is the number of rows of the model's token embedding.
         """
@@ -130,7 +136,7 @@ class TextTokenizer:
         ]
         for key, own in expected:
             stated = config.get(key)
-            # An id past the vocabulary is an architecture's default that nobody changed: it says nothing.
+            # An id beyond the vocabulary says nothing: it is the architecture's default, which nobody changed.
             if own is not None and stated is not None and stated < rows and stated != own:
                 raise _mismatch(f"its {key} is {own} and the model's config.json says {stated}")
 
@@ -148,7 +154,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    # The message may quote the text (a UnicodeEncodeError does), and a reason never holds text.
+    # Without the error's message: it may quote the text, as that of a UnicodeEncodeError does.
     return f"the tokenizer cannot read the text ({type(error).__name__})"
 
 

@@ -1,4 +1,4 @@
-"""From token ids to the rows the model reads, under a policy for long texts. Pure: NumPy only."""
+"""From token ids to the rows that the model reads, under a policy for long texts. Pure: NumPy only."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What surrounds a text's own tokens in every row.
+    """The tokens around a text's own tokens in every row.
 
-    ``prefix`` and ``suffix`` are the special tokens that the tokenizer's template adds, (k,) int32 each;
-    ``prompt`` is the number of the prompt's tokens after the prefix.
+    ``prefix`` and ``suffix`` are the special tokens that the tokenizer's template adds, (k,) int32 each. ``prompt`` is
+    the number of tokens of the prompt, which follows the prefix.
     """
 
     prefix: Ids
     suffix: Ids
     prompt: int = 0
     cut_left: bool = False
-    """The tokenizer drops tokens from the left (``truncation_side``)."""
+    """Truncation removes tokens at the start of a text and not at its end (``truncation_side`` is left)."""
 
     @property
     def skip(self) -> int:
-        """Leading tokens of a row that are not the text's own: prefix and prompt."""
+        """How many leading tokens of a row are not the text's own: those of prefix and prompt."""
         return len(self.prefix) + self.prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows to be packed and run. ``texts`` counts texts, ``rows`` counts forward rows (windows)."""
+    """Rows to be packed and run. In the shapes below, a row is a text or a window of one."""
 
     ids: list[Ids]
     """One (length,) int32 array per row."""
     owner: NDArray[np.int32]
-    """(rows,) int32: the text each row belongs to."""
+    """(rows,) int32: the text that each row belongs to."""
     weight: NDArray[np.int32]
-    """(rows,) int32: what a window counts for in its text's mean, see `split`; 1 for a text of one row."""
+    """(rows,) int32: the weight of a window in its text's mean, see `split`; 1 for a text of one row."""
     windows: NDArray[np.int32]
-    """(texts,) int32: rows per text; 0 for a failure."""
+    """(texts,) int32: how many rows each text has; 0 for a failure."""
     n_tokens: NDArray[np.int32]
-    """(texts,) int32: before truncation; 0 where tokenizing failed."""
+    """(texts,) int32: tokens before truncation; 0 if tokenizing failed."""
     truncated: NDArray[np.bool_]
-    """(texts,) bool."""
+    """(texts,) bool: the text was cut to the limit."""
     failures: tuple[TextFailure, ...]
 
 
 def cut(ids: Ids, limit: int, frame: Frame) -> Ids:
-    """The row of ``limit`` tokens that Hugging Face's truncation leaves: special tokens stay."""
+    """The row of ``limit`` tokens, (limit,) int32, that Hugging Face's truncation leaves. Special tokens stay."""
     body_end = len(ids) - len(frame.suffix)
     keep = limit - len(frame.prefix) - len(frame.suffix)
     start = body_end - keep if frame.cut_left else len(frame.prefix)
@@ -65,8 +65,8 @@ def cut(ids: Ids, limit: int, frame: Frame) -> Ids:
 def split(ids: Ids, limit: int, frame: Frame) -> tuple[list[Ids], list[int]]:
     """Overlapping windows of at most ``limit`` tokens, and the weight of each in the text's mean.
 
-    Every window has the special tokens and the prompt; what is left of ``limit`` is its room. Where the windows lie
-    and what they weigh is `window_bounds`' to say.
+    Every window has the special tokens and the prompt, and as much text as still fits. `window_bounds` decides where
+    the windows begin and end, and their weights.
     """
     head, body, tail = ids[: frame.skip], ids[frame.skip : len(ids) - len(frame.suffix)], frame.suffix
     bounds = window_bounds(len(body), limit - len(head) - len(tail))
@@ -74,7 +74,11 @@ def split(ids: Ids, limit: int, frame: Frame) -> tuple[list[Ids], list[int]]:
 
 
 def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, on_long: OnLong) -> Rows:
-    """Apply the policy to every text. ``tokenized`` is in input order, special tokens included."""
+    """The rows of all texts, after the policy for long texts.
+
+    ``tokenized`` has, for each text in input order, its token ids with special tokens, or its failure. ``limit`` is the
+    most tokens that the model reads.
+    """
     count = len(tokenized)
     rows: list[Ids] = []
     owner: list[int] = []

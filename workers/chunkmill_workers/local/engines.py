@@ -18,7 +18,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.engine import Engine
-from chunkmill_workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.tuning.tuned import load_engine, machine_for
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Engines:
         self._engines: OrderedDict[tuple[str, Precision], Engine] = OrderedDict()
         self._living: weakref.WeakSet[Engine] = weakref.WeakSet()
         """All engines that exist, including dropped ones that a thread still uses."""
-        self.loads = UnderWay()
+        self.loads = StepClock()
         """Models that are being downloaded or loaded."""
         self._unserved: dict[int, float] = {}
         self._mutex = threading.Lock()
@@ -102,7 +102,7 @@ class Engines:
         """Seconds since the last step or load of any engine ended; 0.0 while one is running."""
         return min(step.quiet() for step in [self.loads, *(step for _, step in self._steps())])
 
-    def _steps(self) -> list[tuple[str, UnderWay]]:
+    def _steps(self) -> list[tuple[str, StepClock]]:
         with self._mutex:
             return [step for engine in self._living for step in engine.steps.items()]
 

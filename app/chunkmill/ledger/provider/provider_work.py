@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK
-from chunkmill.domain.retries import Discard, decide
+from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.domain.states import ProviderBatchState as State
@@ -356,8 +356,7 @@ def _settle(conn: sa.Connection, space: Space, row: sa.Row[Any]) -> None:
     refused = contents.truncated if lease.on_long is OnLong.REJECT else 0
     n_embedded = contents.embedded - refused - row.n_cached
     if missing and row.error_code is not None:
-        decision = decide(row.attempt, row.max_attempts, retryable=True)
-        if not isinstance(decision, Discard):
+        if retry_delay(row.attempt, row.max_attempts, retryable=True) is not None:
             chunk_batches.record_progress_if_held(conn, lease, n_embedded)
             chunk_batches.fail_if_held(conn, lease, code=row.error_code, error=row.error, retryable=True)
             usage.close_attempt(conn, lease.chunk_batch_id, lease.attempt, Outcome.FAILED, row.error)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from chunkmill.db.copy import copy_binary, encode_hash_array, encode_rows
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.deaths import SUSPECT_DEATHS
-from chunkmill.domain.retries import Discard, decide
+from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.errors import ChunkmillError
@@ -253,14 +253,14 @@ def fail_if_held(
 
     None if the lease is lost.
     """
-    decision = decide(lease.attempt, lease.max_attempts, retryable=retryable)
+    delay = retry_delay(lease.attempt, lease.max_attempts, retryable=retryable)
     parameters = {"code": code, "error": error[:2000], **_guard(lease)}
-    if isinstance(decision, Discard):
+    if delay is None:
         state = ChunkBatchState.DISCARDED
         result = conn.execute(_DISCARD, {**parameters, "discarded": state})
     else:
         state = ChunkBatchState.AVAILABLE
-        result = conn.execute(_RETRY_LATER, {**parameters, "available": state, "delay": decision.delay_s})
+        result = conn.execute(_RETRY_LATER, {**parameters, "available": state, "delay": delay})
     return state if result.rowcount else None
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkmill.domain.deaths import DEAD_DEATHS, SUSPECT_DEATHS, Again, Bury, Split, after_death
+from chunkmill.domain.deaths import DEAD_DEATHS, SUSPECT_DEATHS, Bury, Retry, Split, after_death
 
 
 def contents(n: int) -> list[bytes]:
@@ -14,8 +14,8 @@ def contents(n: int) -> list[bytes]:
 
 
 def test_one_death_says_nothing() -> None:
-    assert after_death(1, contents(512)) == Again()
-    assert after_death(1, contents(1)) == Again()
+    assert after_death(1, contents(512)) == Retry()
+    assert after_death(1, contents(1)) == Retry()
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(2, {1}), (32, {1}), (33, {6, 3}), (512, {23, 6})])
@@ -26,12 +26,12 @@ def test_few_are_cut_into_single_ones_and_many_into_parts(n: int, sizes: set[int
 
 
 def test_what_has_all_its_vectors_is_never_cut_or_buried() -> None:
-    assert after_death(9, []) == Again()
+    assert after_death(9, []) == Retry()
 
 
 def test_a_single_content_is_buried_only_after_it_killed_twice_alone() -> None:
-    assert after_death(SUSPECT_DEATHS, contents(1)) == Again()
-    assert after_death(SUSPECT_DEATHS + 1, contents(1)) == Again()
+    assert after_death(SUSPECT_DEATHS, contents(1)) == Retry()
+    assert after_death(SUSPECT_DEATHS + 1, contents(1)) == Retry()
     assert after_death(DEAD_DEATHS, contents(1)) == Bury(contents(1)[0])
 
 

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkmill.domain.doorbells import plan_doorbells
-from chunkmill.domain.retries import Discard, Later, decide
+from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec, long_text_for
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings import Settings
 
 
 def test_retries_back_off_and_end() -> None:
-    delays = [decide(attempt, 5, retryable=True) for attempt in range(1, 6)]
-    assert delays == [Later(2.0), Later(4.0), Later(8.0), Later(16.0), Discard()]
-    assert decide(1, 5, retryable=False) == Discard()
-    assert decide(30, 99, retryable=True) == Later(300.0)
+    delays = [retry_delay(attempt, 5, retryable=True) for attempt in range(1, 6)]
+    assert delays == [2.0, 4.0, 8.0, 16.0, None]
+    assert retry_delay(1, 5, retryable=False) is None
+    assert retry_delay(30, 99, retryable=True) == 300.0
 
 
 @given(st.integers(-1000, 1000), *[st.integers(0, 1000)] * 3)

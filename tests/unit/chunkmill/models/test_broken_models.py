@@ -40,22 +40,22 @@ SHARDED = {"weight_map": {"a": "one.safetensors"}}
         ({"model.safetensors": weights()[:20]}, r"model\.safetensors .*cut off in its header: copy"),
         ({"model.safetensors": b""}, r"model\.safetensors .*cut off"),
         ({"model.safetensors": b"<html>502 Bad Gateway</html>" * 9}, r"model\.safetensors is not a safetensors file"),
-        ({"model.safetensors": (4).to_bytes(8, "little") + b"[{}]"}, "its header is not one"),
-        ({"model.safetensors": (2).to_bytes(8, "little") + b"{x"}, "its header is not one"),
+        ({"model.safetensors": (4).to_bytes(8, "little") + b"[{}]"}, "its header cannot be read"),
+        ({"model.safetensors": (2).to_bytes(8, "little") + b"{x"}, "its header cannot be read"),
         ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "LFS.*git lfs pull"),
         ({"model.safetensors.index.json": b"{"}, r"index\.json is not JSON"),
         ({"model.safetensors.index.json": {}}, r"index\.json has no weight_map.*copy"),
         ({"model.safetensors.index.json": {"weight_map": {"a": "../one.safetensors"}}}, "not a file beside it"),
         ({"model.safetensors.index.json": SHARDED}, r"lacks one\.safetensors, listed in model\.safetensors\.index"),
-        ({"config.json": []}, r"config\.json holds no JSON object: copy"),
+        ({"config.json": []}, r"config\.json does not hold a JSON object: copy"),
         ({"config.json": b"\xff\xfe"}, r"config\.json is not JSON"),
         ({"config.json": BERT | {"vocab_size": 40}, "model.safetensors": embeddings(30, 8)}, "states 40 × 8"),
         ({"config.json": BERT | {"vocab_size": 30}, "model.safetensors": embeddings(30, 16)}, "16, .*30 × 8"),
-        ({"modules.json": {"a": 1}}, r"modules\.json is no list of modules"),
-        ({"modules.json": [{"path": ""}]}, r"modules\.json is no list of modules"),
+        ({"modules.json": {"a": 1}}, r"modules\.json is not a list of modules"),
+        ({"modules.json": [{"path": ""}]}, r"modules\.json is not a list of modules"),
         ({"1_Pooling/config.json": b""}, r"1_Pooling/config\.json is not JSON"),
-        ({"1_Pooling/config.json": "mean"}, r"1_Pooling/config\.json holds no JSON object"),
-        ({"tokenizer_config.json": [], "sentence_bert_config.json": {}}, r"tokenizer_config\.json holds no JSON"),
+        ({"1_Pooling/config.json": "mean"}, r"1_Pooling/config\.json does not hold a JSON object"),
+        ({"tokenizer_config.json": [], "sentence_bert_config.json": {}}, r"tokenizer_config\.json does not hold a"),
         ({"config_sentence_transformers.json": {"prompts": ["q"]}}, "prompts or a truncate_dim of an unknown form"),
     ],
 )  # fmt: skip
@@ -91,7 +91,7 @@ def test_a_dense_module_without_its_shape(tmp_path: Path) -> None:
 def test_a_dense_module_of_another_width(tmp_path: Path) -> None:
     layers = [("Dense", {"in_features": width, "out_features": 4}) for width in (8, 8)]
 
-    with pytest.raises(UnknownModel, match=r"3_Dense/config\.json takes 8 dimensions and is given 4: copy"):
+    with pytest.raises(UnknownModel, match=r"3_Dense/config\.json takes 8 dimensions and gets 4: copy"):
         resolve_spec(str(sentence_folder(tmp_path, *layers)))
 
 

@@ -68,8 +68,8 @@ def test_a_folder_that_is_used_cut_is_used_cut_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "used", "message"),
     [
-        ({"matryoshka_dimensions": "4"}, {}, "no list of sizes"),
-        ({"matryoshka_dimensions": [4, None]}, {}, "no list of sizes"),
+        ({"matryoshka_dimensions": "4"}, {}, "not a list of sizes"),
+        ({"matryoshka_dimensions": [4, None]}, {}, "not a list of sizes"),
         ({}, {"truncate_dim": "4"}, "truncate_dim of an unknown form"),
     ],
 )

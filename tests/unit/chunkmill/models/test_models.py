@@ -191,7 +191,7 @@ def test_a_folder_that_states_its_pooling_is_not_given_another(tmp_path: Path) -
         ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling mode weightedmean"),
         ({"modules.json": [module("Transformer", ""), module("LSTM", "1_Pooling")]}, "LSTM"),
         ({"modules.json": [{"type": "own_code.Transformer", "path": ""}]}, "own_code.Transformer.*code"),
-        ({"modules.json": [module("Transformer", "../elsewhere")]}, "out of the folder"),
+        ({"modules.json": [module("Transformer", "../elsewhere")]}, "not inside the folder"),
         ({"config.json": BERT | {"model_type": "new", "auto_map": {}}}, "architecture new.*auto_map"),
         ({"config.json": BERT | {"model_type": "t5"}}, "encoder with a decoder"),
         ({"config.json": {"model_type": "bert"}}, "hidden_size"),
@@ -280,8 +280,8 @@ def test_sharded_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere/at all/here", "no folder"),
-        ("../outside/up@1", "no folder"),
+        ("nowhere/at all/here", "not a folder"),
+        ("../outside/up@1", "not a folder"),
         ("org/name", r"org/name@<commit or tag>.*unpinned"),
         ("org/name@v1", r"hf download org/name --revision v1"),
     ],

@@ -89,13 +89,13 @@ def test_code_is_run_only_for_a_model_that_is_trusted_by_name(tmp_path: Path) ->
 
 def test_code_that_is_not_in_the_folder_is_not_covered_by_its_revision(tmp_path: Path) -> None:
     elsewhere = code_folder(tmp_path / "a", auto_map={"AutoModel": "org/other--net.Own"})
-    with pytest.raises(UnknownModel, match=r"org/other--net\.Own lies in another repository.*copy that \.py"):
+    with pytest.raises(UnknownModel, match=r"org/other--net\.Own is in another repository.*copy that \.py"):
         resolve_model(elsewhere, trust=Trust(remote_code={elsewhere}))
     missing = code_folder(tmp_path / "b", auto_map={"AutoModel": "gone.Own", "AutoTokenizer": ["tok.Own", None]})
-    with pytest.raises(UnknownModel, match=r"gone\.py is missing"):
+    with pytest.raises(UnknownModel, match=r"gone\.py, which auto_map names, is missing"):
         resolve_model(missing, trust=Trust(remote_code={missing}))
     odd = code_folder(tmp_path / "c", auto_map="net.Own")
-    with pytest.raises(UnknownModel, match=r"config\.json has an auto_map that is not from classes to code"):
+    with pytest.raises(UnknownModel, match=r"config\.json has an auto_map that does not map classes to code"):
         resolve_model(odd, trust=Trust(remote_code={odd}))
 
 

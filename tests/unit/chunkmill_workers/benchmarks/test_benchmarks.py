@@ -108,7 +108,7 @@ def test_texts_are_unique_and_near_the_length_asked_for() -> None:
 
 
 def test_a_result_is_json_that_names_machine_and_versions_but_no_host(tmp_path: Path) -> None:
-    found = [measured("ours", 1.0, 2.0, target=Target(1), facts={"rows": 7})]
+    found = [measured("ours", 1.0, 2.0, target=Target(1), details={"rows": 7})]
     result = report.document("write", found, settings={"fsync": "on"}, versions={"postgres": "18.4"})
 
     path = report.write(result, tmp_path)

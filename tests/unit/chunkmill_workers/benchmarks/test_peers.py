@@ -74,7 +74,7 @@ def test_only_keeps_those_whose_names_hold_the_word_and_the_reference() -> None:
 
     assert chosen == [f"{OUR} openvino bf16", REFERENCE, "OpenVINO bf16", "OpenVINO int8"]
     assert contest.select(known, []) == known
-    with pytest.raises(InvalidInput, match=r"no peer's name holds 'tei'.*OpenVINO int8"):
+    with pytest.raises(InvalidInput, match=r"no peer's name contains 'tei'.*OpenVINO int8"):
         contest.select(known, ["openvino", "tei"])
 
 

@@ -35,10 +35,10 @@ def engine() -> dict[str, Any]:
             refused = "below the gate" if peer.name == REFUSED else None
             rounds = [] if refused else [4_000.0 + 1_000 * at, 4_100.0 + 1_000 * at]
             facts["precision"] = peer.precision
-            part.append(Measurement(group, peer.name, "tokens/s", rounds, refused=refused, facts=facts))
+            part.append(Measurement(group, peer.name, "tokens/s", rounds, refused=refused, details=facts))
         add_ratios(part, REFERENCE, targets={"OpenVINO int8": Target(99)})
         ceiling = Measurement(
-            group, f"{LIMIT}, bf16", "tokens/s", [20_000.0, 20_000.0], facts={"precision": "bf16", "limit": True}
+            group, f"{LIMIT}, bf16", "tokens/s", [20_000.0, 20_000.0], details={"precision": "bf16", "limit": True}
         )
         add_ratios([*part[:1], ceiling], ceiling.name, targets={part[0].name: Target(0.1)})
         found += [*part, ceiling]
@@ -141,5 +141,5 @@ def test_the_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> No
     done = CliRunner().invoke(command.main, executed[0][5:])
 
     assert done.exit_code == 1
-    assert "no peer's name holds 'nobody'" in done.stderr
+    assert "no peer's name contains 'nobody'" in done.stderr
     assert isinstance(done.exception, SystemExit), "and no other error"

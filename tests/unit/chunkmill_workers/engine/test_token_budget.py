@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkmill_workers.engine.budget import Budget
+from chunkmill_workers.engine.token_budget import TokenBudget
 
 
 @pytest.fixture
@@ -18,25 +18,25 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_pass_that_did_not_fit_halves_the_budget_here_and_in_the_next_process(file: Path) -> None:
-    Budget(8000, file).shrink(4000)
-    assert Budget(8000, file).tokens == 2000
+    TokenBudget(8000, file).shrink(4000)
+    assert TokenBudget(8000, file).tokens == 2000
     assert json.loads((file.parent / "other.json").read_text()) == {"batch_tokens": 7}
 
 
 def test_a_failure_that_comes_late_raises_nothing(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A larger pass was under way when a smaller one failed, and fails after it."""
-    budget = Budget(8000, file)
+    budget = TokenBudget(8000, file)
     budget.shrink(1000)
     caplog.clear()
     budget.shrink(8000)
     budget.shrink(1000)
     assert budget.tokens == 500
-    assert Budget(8000, file).tokens == 500
+    assert TokenBudget(8000, file).tokens == 500
     assert not caplog.records
 
 
 def test_shrinking_ends_at_the_longest_row(file: Path) -> None:
-    budget = Budget(8000, file, least=256)
+    budget = TokenBudget(8000, file, least=256)
     budget.shrink(600)
     assert budget.tokens == 300
     budget.shrink(300)
@@ -46,12 +46,12 @@ def test_shrinking_ends_at_the_longest_row(file: Path) -> None:
 
 
 def test_a_lesson_lowers_what_is_asked_for_and_never_raises_it(file: Path) -> None:
-    Budget(8000, file).shrink(2000)
-    assert Budget(900, file).tokens == 900
-    assert Budget(1001, file).tokens == 1000
+    TokenBudget(8000, file).shrink(2000)
+    assert TokenBudget(900, file).tokens == 900
+    assert TokenBudget(1001, file).tokens == 1000
 
 
 @pytest.mark.parametrize("text", ['{"batch_tokens": 0}', '{"batch_tokens": -5}', '{"batch_tokens": "9"}', "[]", "{"])
 def test_a_file_that_is_no_lesson_changes_nothing(file: Path, text: str) -> None:
     file.write_text(text)
-    assert Budget(8000, file).tokens == 8000
+    assert TokenBudget(8000, file).tokens == 8000

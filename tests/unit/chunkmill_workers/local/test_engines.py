@@ -14,7 +14,7 @@ from chunkmill.errors import ModelLoadError
 from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
-from chunkmill_workers.engine.under_way import UnderWay
+from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.local import engines as engines_module
 from chunkmill_workers.local.engines import UNSERVED_SECONDS, Engines
 from tests.support.waiting import PATIENCE, until
@@ -48,7 +48,7 @@ class Loading:
             assert self.hold.wait(PATIENCE)
         if self.error is not None:
             raise self.error
-        steps = {"a forward pass": UnderWay(), "a call of the tokenizer": UnderWay()}
+        steps = {"a forward pass": StepClock(), "a call of the tokenizer": StepClock()}
         facts = {"device": "cpu", "backend": "", "dtype": "float32", "batch_tokens": 1, "dimensions": 384}
         return StandIn(spec=folder.spec, steps=steps, **facts)
 
@@ -70,7 +70,7 @@ def engines(loading: Loading) -> Engines:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     turned = SimpleNamespace(now=1e6, monotonic=lambda: turned.now)
-    for module in ("chunkmill_workers.local.engines", "chunkmill_workers.engine.under_way"):
+    for module in ("chunkmill_workers.local.engines", "chunkmill_workers.engine.steps"):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned
 

@@ -17,7 +17,7 @@ from chunkmill_workers.benchmarks.stats import OUR_INT8, OURS, PEER, PEER_INT8, 
 Setting = Mapping[str, Any]
 
 BUDGETS = (1024, 512, 2048)
-"""Padded tokens in a batch of the libraries that are fed token ids."""
+"""The most padded tokens of a batch, for the libraries that read token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,15 @@ class Peer:
     adapter: str
     """Module with a function ``load``, which gives a :class:`chunkmill_workers.benchmarks.peers.serve.Adapter`."""
     precision: str
-    """``fp32``, ``bf16``, ``fp16`` or ``int8``: what its matrix products run in."""
+    """The number format of its matrix products: ``fp32``, ``bf16``, ``fp16`` or ``int8``."""
     threads: str
-    """How the number of threads, which is the same for all, is handed to it."""
+    """How it is told the number of threads, which is the same for all peers."""
     packages: tuple[str, ...]
-    """Whose versions are recorded with its numbers."""
+    """The packages whose versions are recorded with its numbers."""
     options: Setting = field(default_factory=dict)
-    """What makes it this peer and not another of its adapter."""
+    """The options that make it different from other peers with the same adapter."""
     settings: tuple[Setting, ...] = ({},)
-    """What the sweep tries; the library's own default comes first."""
+    """The settings that the sweep tries. The library's own default comes first."""
     needs: str | None = None
     """Which files :mod:`chunkmill_workers.benchmarks.peers.export` makes for it: ``pooled``, ``folder``, ..."""
     environment: str | None = None

@@ -20,7 +20,7 @@ from chunkmill_workers.benchmarks.peers.environments import EXTRA, INSTALL, pyth
 from chunkmill_workers.benchmarks.peers.model import Model
 
 ANSWER_SECONDS = 1_800
-"""A peer that says nothing for so long hangs: the slowest pass of a full run takes about a minute."""
+"""A peer that gives no answer for this long counts as hung. The slowest pass of a full run takes about a minute."""
 STOP_SECONDS = 10
 TAIL_LINES = 15
 
@@ -38,10 +38,10 @@ runpy.run_module("chunkmill_workers.benchmarks.peers.serve", run_name="__main__"
 
 
 class PeerError(Exception):
-    """A peer broke, or, ``unavailable``, cannot run here.
+    """A peer broke, or, if ``unavailable``, cannot run on this machine.
 
-    ``install`` is the command that may mend it, ``log`` the end of what the peer said. The reason stands in the
-    results, so it keeps the names of files, and not of the folders that they are in.
+    ``install`` is the command that may install what it needs, and ``log`` the end of the peer's output. The reason goes
+    into the results, so it has names of files without their folders.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Running:
         self.stop()
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
-        """One command of :class:`chunkmill_workers.benchmarks.peers.serve.Server`; PeerError where it fails."""
+        """One command of :class:`chunkmill_workers.benchmarks.peers.serve.Server`; Raises PeerError."""
         self._send({"do": do, **command})
         return self._receive()
 

@@ -1,4 +1,4 @@
-"""Who runs a model's forward pass. `native` is our own; the others serve where they are faster, or it cannot."""
+"""What runs a model's forward pass. `native` is our own. The others know more models, or are faster."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from chunkmill_workers.engine.windows import Ids
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Token vectors of one TokenBatch, padded on the right, or one text after the other."""
+    """The token vectors of one TokenBatch: padded on the right, or packed, which is one text after the other."""
 
     vectors: torch.Tensor
-    """(n, longest, hidden), on the backend's device, fp32 or what the model ends in; padding may hold anything.
-    With ``owners`` (tokens, hidden)."""
+    """(n, longest, hidden) if padded, (tokens, hidden) if packed; on the backend's device, in the number format in
+    which the model ends. At padding it may hold anything."""
     lengths: torch.Tensor
-    """(n,) int64, on the same device."""
+    """(n,) int64: tokens of each row; on the same device."""
     owners: torch.Tensor | None = None
-    """(tokens,) int64: the text that each token belongs to; None where the vectors are padded."""
+    """(tokens,) int64: the row that each token belongs to; None if the vectors are padded."""
 
 
 class Backend(Protocol):
@@ -35,26 +35,26 @@ class Backend(Protocol):
     device: torch.device
     """Where its vectors are."""
     dtype: torch.dtype
-    """What its matrix products run in; below fp32, a vector that is not finite is computed again in fp32."""
+    """The number format of its matrix products. A vector that is not finite is computed again in fp32."""
     packed: bool
-    """A TokenBatch costs its tokens; otherwise its rows times the longest of them."""
+    """The cost of a TokenBatch is its tokens; if not, it is the number of rows times the longest row."""
     concurrent: bool
-    """Several threads may call it at a time, and it computes in the caller's threads of torch; else one at a time."""
+    """Several threads may call it at a time, each with torch's threads of its own; if not, one thread at a time."""
     embedding_rows: int
-    """Tokens that the model knows."""
+    """How many tokens the model knows."""
 
     def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
-        """Run ``rows``, each (length,) int32, special tokens included. Raises what the model raises.
+        """The token vectors of ``rows``, each (length,) int32 with special tokens. Raises what the model raises.
 
-        ``only`` is (n,) int64: the one position per row that is pooled, where the model pools one. Then the
-        vectors are (n, 1, hidden) of that position and the lengths are 1. On a GPU nothing here may wait for
-        the device.
+        ``only`` is (n,) int64: the position of the one token that is pooled in each row; None if all are. With ``only``
+        the vectors are (n, 1, hidden), of that position, and the lengths are 1. On a GPU nothing here may wait for the
+        device.
         """
         ...
 
 
 def pick(hidden: Hidden, only: NDArray[np.int64] | None) -> Hidden:
-    """``only`` for a backend that has computed every token's vector."""
+    """The vectors that ``only`` names, for a backend that has computed those of every token."""
     if only is None:
         return hidden
     device = hidden.vectors.device

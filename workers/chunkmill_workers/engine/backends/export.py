@@ -1,7 +1,7 @@
-"""From a model folder to an exported file that is checked against transformers: ``chunkmill models export``.
+"""Exports a model folder for another backend and checks the export against transformers: ``chunkmill models export``.
 
-Run as a process of its own: ``python -m chunkmill_workers.engine.backends.export MODEL --backend onnx``. It prints one
-JSON document, and needs no network.
+It runs in a process of its own, as ``python -m chunkmill_workers.engine.backends.export MODEL --backend onnx``. It
+prints one JSON document and needs no network.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 from chunkmill_workers.engine.windows import Ids
 
-# The exporter's own default. From 20 on GELU is one operator, which ONNX Runtime fuses with the bias before it.
+# The exporter's default. Since opset 20 GELU is one operator, which ONNX Runtime fuses with the bias before it.
 OPSET: Final = 20
 MIN_COSINE: Final = 0.9999
+"""The lowest cosine of a token's vector to that of transformers with which an export is kept."""
 
-# Of every length, and from long to short so far that a sliding window leaves padding alone with padding.
+# Texts of very different lengths: in the short ones a sliding window sees nothing but padding far behind their end.
 _CHECK_TEXTS: Final = (
     ".",
     "Straßenfest, naïve café, Ωmega",
@@ -65,10 +66,10 @@ _CHECK_TOKENS: Final = 512
 
 
 def export(folder: ModelFolder, target: Target, *, force: bool = False) -> tuple[Export, bool]:
-    """The export of ``folder``, and whether it was made now. Raises ModelLoadError.
+    """The export of ``folder`` for ``target``, and whether it was made now. Raises ModelLoadError.
 
-    ``force`` makes it again where it is already there. It appears whole or not at all: it is made and checked
-    in a folder of another name.
+    ``force`` makes it again if it exists. It is made and checked in a folder of another name, so it appears complete or
+    not at all.
     """
     require(target, to_export=True)
     at = export_folder(folder, target)
@@ -87,14 +88,14 @@ def export(folder: ModelFolder, target: Target, *, force: bool = False) -> tuple
             new.rename(at)
     except OSError as error:
         raise ModelLoadError(
-            f"the export cannot be written to {root} ({error.strerror}): make room, or set XDG_CACHE_HOME to a "
-            "folder with room, for the worker too"
+            f"the export cannot be written to {root} ({error.strerror}): free some space there, or set XDG_CACHE_HOME "
+            "to another folder, for the worker too"
         ) from error
     return Export(at, statement), True
 
 
 def _make(folder: ModelFolder, target: Target, new: Path) -> Statement:
-    """Write graph and weights to ``new``, and compare what they give with what transformers gives."""
+    """Write graph and weights to ``new``, and compare their vectors with those of transformers."""
     model = load_model(folder, dtype=torch.float32)
     kind = model.config.model_type
     tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
@@ -105,7 +106,7 @@ def _make(folder: ModelFolder, target: Target, new: Path) -> Statement:
     graph = new / GRAPHS[target]
     try:
         with warnings.catch_warnings():
-            # torch copies its own pytrees in both converters, and warns itself of how.
+            # Both converters copy torch's own pytrees, and torch warns about the way in which it does that.
             warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
             _write(_trace(model), target, graph)
     except Exception as error:
@@ -117,9 +118,9 @@ def _make(folder: ModelFolder, target: Target, new: Path) -> Statement:
     lowest = _min_cosine(expected, batches, _open(target, graph, rows, pad_id))
     if not lowest >= MIN_COSINE:  # NaN, too
         raise ModelLoadError(
-            f"backend {target}: what was exported of model {folder.name!r} ({kind}) is not that model: the lowest "
-            f"cosine of a token to transformers' is {lowest:.6f}, and {MIN_COSINE} is asked for. Nothing was kept; use "
-            "the backend native or transformers for it"
+            f"backend {target}: the export of model {folder.name!r} ({kind}) gives other vectors than the model: the "
+            f"lowest cosine of a token to transformers is {lowest:.6f}, and at least {MIN_COSINE} is required. Nothing "
+            "was kept; use the backend native or transformers for it"
         )
     packages = ("torch", "transformers", *MAKE[target], *RUN[target])
     return Statement(
@@ -144,12 +145,12 @@ def _trace(model: Any) -> torch.export.ExportedProgram:
 
 
 class _TokenVectors(torch.nn.Module):
-    """A model reduced to what the backends ask of it."""
+    """A model that returns nothing but its token vectors."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        # A causal model would otherwise return a cache of keys and values that nobody reads.
+        # Without the option, a causal model returns a cache of keys and values that nobody reads.
         self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
         self.eval()
 
@@ -160,11 +161,12 @@ class _TokenVectors(torch.nn.Module):
 
 
 def _finite_masks() -> str:
-    """The name of transformers' SDPA with masks of 0 and a large negative number.
+    """Register SDPA with masks of 0 and -1e30 in transformers, and return its name there.
 
-    Its own masks are of True and False. Far behind the end of a short text, a sliding window sees padding alone:
-    where nothing at all may be looked at, OpenVINO's softmax gives NaN, which the next layer spreads. -1e30
-    leaves it a mean of padding that nobody reads, is -1e30 in bf16 too, and hides a token as surely as -inf.
+    The masks of transformers are of True and False. Far behind the end of a short text, a sliding window sees nothing
+    but padding. If a token may look at no other, OpenVINO's softmax gives NaN, which the next layer spreads to all
+    tokens. With -1e30 it gives a mean of padding, which nobody reads. -1e30 is the same number in bf16, and hides a
+    token as surely as -inf.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -184,7 +186,7 @@ def _write(program: torch.export.ExportedProgram, target: Target, graph: Path) -
         openvino = library()
         converted = openvino.convert_model(program)
         converted.output(0).get_tensor().set_names({OUTPUT})
-        openvino.save_model(converted, graph, compress_to_fp16=False)  # which it does unless told
+        openvino.save_model(converted, graph, compress_to_fp16=False)  # the default is True
         return
     torch.onnx.export(
         program,
@@ -193,7 +195,7 @@ def _write(program: torch.export.ExportedProgram, target: Target, graph: Path) -
         input_names=INPUTS,
         output_names=(OUTPUT,),
         opset_version=OPSET,
-        external_data=True,  # one file ends at 2 GB
+        external_data=True,  # a single file is limited to 2 GB
         verbose=False,
     )
 
@@ -205,13 +207,13 @@ def _open(target: Target, graph: Path, rows: int, pad_id: int) -> Backend:
 
 
 def _check_batches(tokenizer: TextTokenizer, limit: int) -> list[list[Ids]]:
-    """Each text alone, and all of them together."""
+    """Rows of at most ``limit`` tokens for the check: each text alone, and all of them together."""
     rows = [row[:limit] for row in tokenizer.encode(_CHECK_TEXTS) if not isinstance(row, TextFailure)]
     return [*([row] for row in rows), rows]
 
 
 def _min_cosine(expected: Sequence[Hidden], batches: Sequence[Sequence[Ids]], backend: Backend) -> float:
-    """The lowest over all tokens; NaN where one is not finite."""
+    """The lowest cosine of all tokens; NaN if a vector is not finite."""
     lowest = []
     for hidden, batch in zip(expected, batches, strict=True):
         inside = torch.arange(hidden.vectors.shape[1]) < hidden.lengths[:, None]
@@ -221,14 +223,14 @@ def _min_cosine(expected: Sequence[Hidden], batches: Sequence[Sequence[Ids]], ba
 
 
 def _cause(error: BaseException) -> str:
-    """An exporter's message runs over pages; what it was raised from says what went wrong."""
+    """One line of the error's first cause. An exporter's own message is pages long and does not say what went wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with ``error`` and ``message`` in the document."""
+    """Run the command and return its exit code: 0, or 1 with ``error`` and ``message`` in the document."""
     parser = argparse.ArgumentParser(prog="python -m chunkmill_workers.engine.backends.export")
     parser.add_argument("model")
     parser.add_argument("--backend", choices=TARGETS, required=True)
@@ -242,8 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ChunkmillError as error:
         print(json.dumps({"error": error.code, "message": str(error)}))
         return 1
-    facts = asdict(made.statement) | {"path": str(made.folder), "bytes": made.size, "new": is_new}
-    print(json.dumps(facts))
+    document = asdict(made.statement) | {"path": str(made.folder), "bytes": made.size, "new": is_new}
+    print(json.dumps(document))
     return 0
 
 

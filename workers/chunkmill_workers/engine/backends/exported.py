@@ -1,4 +1,4 @@
-"""Exported models: where they lie, what each says of itself, and which one belongs to a model folder."""
+"""Exported models: where they are, what their export.json says, and which one belongs to a model folder."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from chunkmill_workers.engine.windows import Ids
 Target = Literal["onnx", "openvino"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
 
-# In the path of every export: a change of what is exported, or of how, makes the old ones invisible.
+# It is in the path of every export. Raise it when the exporter changes, so that old exports are not found any more.
 VERSION: Final = 1
 
 INPUTS: Final = ("input_ids", "attention_mask")
-"""(n, longest) int64 each; the mask is 1 for tokens and 0 for padding."""
+"""Names of the graph's inputs, (n, longest) int64 each; the mask is 1 for tokens and 0 for padding."""
 OUTPUT: Final = "last_hidden_state"
-"""(n, longest, hidden) float32."""
+"""Name of the graph's output, (n, longest, hidden) float32."""
 
 GRAPHS: Final[Mapping[Target, str]] = {"onnx": "model.onnx", "openvino": "model.xml"}
-"""The graph's file; its weights are in a second one beside it."""
+"""The graph's file name. The weights are in a second file beside it."""
 _STATEMENT: Final = "export.json"
 
-# Packages, each with a module of that name.
+# Packages that run an export and that make one. Each has a module of the same name.
 RUN: Final[Mapping[Target, tuple[str, ...]]] = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
 MAKE: Final[Mapping[Target, tuple[str, ...]]] = {"onnx": ("onnx", "onnxscript"), "openvino": ()}
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """export.json."""
+    """The content of export.json."""
 
     backend: Target
     model: str
-    """The name it was exported under; the weights are known by ``revision`` alone."""
+    """The model's name when it was exported. Only ``revision`` says which weights they are."""
     revision: str
     embedding_rows: int
-    """Tokens that the model knows."""
+    """How many tokens the model knows."""
     opset: int | None
-    """ONNX's; None for OpenVINO."""
+    """The opset of ONNX; None for OpenVINO."""
     min_cosine: float
-    """Lowest cosine of a token's vector to transformers' own in fp32, over the texts of the check."""
+    """The lowest cosine of a token's vector to that of transformers in fp32, over the texts of the check."""
     versions: Mapping[str, str]
-    """Of the packages that made it."""
+    """The versions of the packages that made it, by package."""
     version: int = VERSION
 
 
@@ -65,6 +65,7 @@ class Export:
 
     @property
     def graph(self) -> Path:
+        """The graph's file."""
         return self.folder / GRAPHS[self.statement.backend]
 
     @property
@@ -73,54 +74,59 @@ class Export:
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
     def write(self) -> None:
+        """Write export.json."""
         text = json.dumps(asdict(self.statement), indent=2)
         (self.folder / _STATEMENT).write_text(text + "\n", encoding="utf-8")
 
 
 def exports_folder() -> Path:
-    """Where all exports of this user are: ``~/.cache/chunkmill/exports`` on Linux, or below XDG_CACHE_HOME.
+    """The folder of all exports of this user: ``~/.cache/chunkmill/exports`` on Linux, or below XDG_CACHE_HOME.
 
-    Not in the model folder, which may be read-only and whose files are the space's revision; not in
-    CHUNKMILL_HOME, where the embedded stack tolerates no files but its own.
+    It is not in the model folder, which may be read-only, and whose files are the space's revision. It is not in
+    CHUNKMILL_HOME, because the embedded stack accepts no other files there.
     """
     return platformdirs.user_cache_path("chunkmill") / "exports"
 
 
 def export_folder(folder: ModelFolder, target: Target) -> Path:
-    """Where the export of these weights is, or would be. Other weights have another path."""
+    """The folder for the export of these weights, whether it exists or not. Other weights have another path."""
     return exports_folder() / f"{folder.spec.revision.removeprefix('sha256:')}-{target}-{VERSION}"
 
 
 def find(folder: ModelFolder, target: Target) -> Export:
-    """The export of these very weights. Raises ModelLoadError, saying how to make it."""
+    """The export of exactly these weights. Raises ModelLoadError, which says how to make it."""
     require(target)
     at = export_folder(folder, target)
     command = f"chunkmill models export {folder.name} --backend {target}"
     if not (at / _STATEMENT).is_file():
-        others = [each for each in _all(target) if each.model == folder.name and each.revision != folder.spec.revision]
-        found = f" (one of {others[0].revision} is there, made from other weights)" if others else ""
+        others = [
+            statement
+            for statement in _all(target)
+            if statement.model == folder.name and statement.revision != folder.spec.revision
+        ]
+        other = f" (there is one of {others[0].revision}, made from other weights)" if others else ""
         raise ModelLoadError(
-            f"backend {target}: model {folder.name!r} ({folder.spec.revision}) has no export in {at.parent}{found}. "
+            f"backend {target}: model {folder.name!r} ({folder.spec.revision}) has no export in {at.parent}{other}. "
             f"Make it as the user who runs the worker: {command}"
         )
     statement = _read(at)
     if statement is None or statement.backend != target or statement.revision != folder.spec.revision:
         raise ModelLoadError(
             f"backend {target}: {at / _STATEMENT} does not state an export of {folder.name!r} "
-            f"({folder.spec.revision}): its folder was damaged or renamed. Make it again: {command} --force"
+            f"({folder.spec.revision}): the folder was damaged or renamed. Make the export again: {command} --force"
         )
     return Export(at, statement)
 
 
 def require(target: Target, *, to_export: bool = False) -> None:
-    """Raise ModelLoadError with the command that installs what is missing."""
+    """Raise ModelLoadError, with the command to run, if packages for ``target`` are missing."""
     needed = RUN[target] + (MAKE[target] if to_export else ())
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
         raise ModelLoadError(f"backend {target} needs {', '.join(missing)}. Run: pip install 'chunkmill[{target}]'")
 
 
 def pad(rows: Sequence[Ids], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Ids and mask, (n, longest) int64 each, and lengths, (n,) int64. Padding is on the right, see ``lay_out``."""
+    """Ids and mask, (n, longest) int64 each, and lengths, (n,) int64. Padding is on the right, as in `lay_out`."""
     lengths = np.array([len(row) for row in rows], np.int64)
     inside = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(inside.shape, pad_id, np.int64)
@@ -129,7 +135,7 @@ def pad(rows: Sequence[Ids], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def unreadable(graph: Path, error: Exception) -> ModelLoadError:
-    """``raise unreadable(graph, error) from error``: the library refuses the files."""
+    """The error to raise if the library cannot load ``graph``: ``raise unreadable(graph, error) from error``."""
     reason = " ".join(str(error).split())
     return ModelLoadError(
         f"{graph} cannot be loaded ({type(error).__name__}: {reason}): the export is damaged, or this version of the "
@@ -145,7 +151,7 @@ def _all(target: Target) -> Iterator[Statement]:
 
 
 def _read(at: Path) -> Statement | None:
-    """None where export.json is not one of ours."""
+    """The content of export.json; None if it cannot be read or is not one of ours."""
     try:
         content: Any = json.loads((at / _STATEMENT).read_text(encoding="utf-8"))
         return Statement(**content)

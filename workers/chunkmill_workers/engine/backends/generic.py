@@ -1,7 +1,7 @@
-"""transformers' own forward pass: serves every architecture that our own does not know.
+"""The forward pass of transformers, for every architecture that our own does not know.
 
-Half precision here means: matrix products and attention in bf16 or fp16; embeddings, layer norms and the
-residual stream in fp32 (docs/decisions/0007).
+In half precision, matrix products and attention run in bf16 or fp16, and embeddings, layer norms and the residual
+stream in fp32 (docs/decisions/0007).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class TransformersBackend:
 
     name = "transformers"
     packed = False
-    concurrent = False  # models of other makers keep caches, of rotary positions for one
+    concurrent = False  # a model may keep caches, for example of rotary positions
 
     def __init__(self, model: Any, *, dtype: torch.dtype, device: torch.device, pad_id: int) -> None:
         _set_dtypes(model, dtype)
         self._model = model.to(device)
         self._pad_id = pad_id
-        # A causal model would otherwise build a cache of keys and values that nobody reads.
+        # Without the option, a causal model builds a cache of keys and values that nobody reads.
         self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
         self.device = device
         self.dtype = dtype
@@ -39,8 +39,8 @@ class TransformersBackend:
         layout = lay_out(rows, packed=False, pad_id=self._pad_id, device=self.device)
         ids = layout.ids.view(len(layout), layout.longest).long()
         mask = None if layout.full else layout.inside.long()  # kernels are faster without a mask
-        # Autocast settles what meets in mixed precision (rotary positions, MPNet's position bias). Its cache
-        # is for parameters that it has to cast itself; the products' are cast already.
+        # Autocast converts operands of different formats (rotary positions, MPNet's position bias). Its cache is for
+        # parameters that it casts; those of the products already have their format.
         half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
         with torch.inference_mode(), half:
             output = self._model(input_ids=ids, attention_mask=mask, **self._options)
@@ -48,7 +48,7 @@ class TransformersBackend:
 
 
 def _set_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Linear layers in ``dtype``, every other parameter in fp32."""
+    """Convert the linear layers to ``dtype`` and every other parameter to fp32."""
     for module in model.modules():
         wanted = dtype if isinstance(module, torch.nn.Linear) else torch.float32
         for parameter in module.parameters(recurse=False):

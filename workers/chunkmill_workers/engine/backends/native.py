@@ -1,4 +1,4 @@
-"""Our own forward pass: packed and padding-free on a GPU, with weights laid out for oneDNN on a CPU."""
+"""Our own forward pass: packed and without padding on a GPU, with weights laid out for oneDNN on a CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NativeBackend:
         self._pad_id = pad_id
         self._varlen = varlen
         self.careful = False
-        """Only attention that holds scores of any size: set once a vector was not finite."""
+        """Use only attention that holds scores of any size. It is set once a vector was not finite."""
         self.packed = varlen is not None
         self.concurrent = device.type == "cpu"
         self.device = device
@@ -36,7 +36,7 @@ class NativeBackend:
 
     @classmethod
     def build(cls, model: Any, build: Build, *, pad_id: int) -> NativeBackend | None:
-        """From a model that transformers loaded; None for one that our forward does not know."""
+        """The backend of a model that transformers loaded; None if our forward pass does not know its architecture."""
         encoder = build_encoder(model, build)
         if encoder is None:
             return None

@@ -17,12 +17,12 @@ from chunkmill_workers.engine.backends import Hidden, pick
 from chunkmill_workers.engine.backends.exported import INPUTS, OUTPUT, find, pad, unreadable
 from chunkmill_workers.engine.windows import Ids
 
-# ONNX Runtime's log levels: warnings are about graph optimisations that no operator can act on.
+# A log level of ONNX Runtime. Its warnings are about optimisations of the graph, which an operator cannot change.
 _ERRORS_ONLY = 3
 
 
 def library() -> Any:
-    """The onnxruntime module, silent: as it comes, importing it sends events to its makers over the network."""
+    """The onnxruntime module, without telemetry: by default it sends events to its makers when it is imported."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -39,12 +39,12 @@ class OnnxBackend:
     concurrent = False
 
     def __init__(self, graph: Path, *, embedding_rows: int, threads: int | None, pad_id: int) -> None:
-        """Raises ModelLoadError. ``threads`` None: one for each core."""
+        """``threads`` None means one for each core. Raises ModelLoadError."""
         onnxruntime = library()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = _ERRORS_ONLY
-        # It would keep a plan of memory for every shape it sees, and nearly every TokenBatch has its own.
+        # With patterns it would keep a memory plan for every shape, and nearly every TokenBatch has another shape.
         options.enable_mem_pattern = False
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -55,11 +55,14 @@ class OnnxBackend:
 
     @classmethod
     def load(cls, folder: ModelFolder, *, dtype: torch.dtype, threads: int | None, pad_id: int) -> Self:
-        """The export of ``folder``. Raises ModelLoadError where there is none, InvalidSetting for half precision."""
+        """The backend for the export of ``folder``.
+
+        Raises ModelLoadError if there is no export, and InvalidSetting if ``dtype`` is half precision.
+        """
         if dtype != torch.float32:
             word = str(dtype).removeprefix("torch.")
             raise InvalidSetting(
-                f"backend onnx runs in fp32, and {word} was asked for: set EMBEDDING_DTYPE=fp32 or take another backend"
+                f"backend onnx runs only in fp32, not in {word}: set EMBEDDING_DTYPE=fp32 or choose another backend"
             )
         export = find(folder, "onnx")
         return cls(export.graph, embedding_rows=export.statement.embedding_rows, threads=threads, pad_id=pad_id)

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, in fp32, or in bf16 where the processor has it."""
+"""OpenVINO on the CPU, in fp32, or in bf16 if the processor has it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def library() -> Any:
-    """The openvino module, silent: as it comes, importing it sends an event to its makers over the network.
+    """The openvino module, without telemetry: by default it sends an event to its makers when it is imported.
 
-    It does without the package that sends where that is not installed.
+    The package that sends looks as if it were not installed, and openvino works without it.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
@@ -43,7 +43,7 @@ class OpenVinoBackend:
     def __init__(
         self, graph: Path, *, embedding_rows: int, dtype: torch.dtype, threads: int | None, pad_id: int
     ) -> None:
-        """Raises ModelLoadError. ``threads`` None: OpenVINO's choice for one pass at a time."""
+        """``threads`` None lets OpenVINO choose for one pass at a time. Raises ModelLoadError."""
         self._openvino = library()
         asked = getattr(self._openvino.Type, _PRECISIONS[dtype])
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": asked}
@@ -66,11 +66,14 @@ class OpenVinoBackend:
 
     @classmethod
     def load(cls, folder: ModelFolder, *, dtype: torch.dtype, threads: int | None, pad_id: int) -> Self:
-        """The export of ``folder``. Raises ModelLoadError where there is none, InvalidSetting for fp16."""
+        """The backend for the export of ``folder``.
+
+        Raises ModelLoadError if there is no export, and InvalidSetting if ``dtype`` is fp16.
+        """
         if dtype not in _PRECISIONS:
             word = str(dtype).removeprefix("torch.")
             raise InvalidSetting(
-                f"backend openvino runs in fp32 or bf16, and {word} was asked for: set EMBEDDING_DTYPE to one of them"
+                f"backend openvino runs in fp32 or bf16, not in {word}: set EMBEDDING_DTYPE to one of them"
             )
         export = find(folder, "openvino")
         rows = export.statement.embedding_rows
@@ -78,7 +81,7 @@ class OpenVinoBackend:
 
     def __call__(self, rows: Sequence[Ids], *, only: NDArray[np.int64] | None = None) -> Hidden:
         ids, mask, lengths = pad(rows, self._pad_id)
-        # Memory of this pass's own, which OpenVINO writes to: the request's would be overwritten by the next.
+        # OpenVINO writes into memory of this pass. The request's own memory would be overwritten by the next pass.
         vectors = np.empty((*ids.shape, self._hidden), np.float32)
         for name, values in zip((*INPUTS, OUTPUT), (ids, mask, vectors), strict=True):
             self._request.set_tensor(name, self._openvino.Tensor(values, shared_memory=True))

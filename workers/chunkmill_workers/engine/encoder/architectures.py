@@ -1,7 +1,7 @@
-"""From a model that transformers loaded to an `Encoder`: which of its tensors is what.
+"""From a model that transformers loaded to an `Encoder`: which tensor has which place in it.
 
-A model outside these families, or one whose configuration asks for something that the encoder does not do,
-runs through transformers' own forward instead (`chunkmill_workers.engine.backends.generic`).
+A model of another family, or whose configuration needs something that the encoder does not do, runs through the forward
+pass of transformers (`chunkmill_workers.engine.backends.generic`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from chunkmill_workers.engine.encoder.encoder import Encoder, Layer, Norm, Rotar
 from chunkmill_workers.engine.encoder.linear import ACTIVATIONS, Linear, make_linear
 
 Products = Callable[[torch.Tensor, torch.Tensor | None, str | None], Linear]
-"""From (out, in) weights, (out,) bias and an activation's name."""
+"""Makes a linear layer from (out, in) weights, (out,) bias and an activation's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Where an encoder is to run, and in which number format."""
+    """How to build an encoder: for which device, and in which number format."""
 
     dtype: torch.dtype
     device: torch.device
@@ -30,29 +30,32 @@ class Build:
     """The usual number of tokens in a pass."""
     max_tokens: int
     products: Products | None = None
-    """Makes the linear layers in place of `make_linear`, in the order of the model's layers."""
+    """What makes the linear layers, in the order of the model's layers; None for `make_linear`."""
 
     @property
     def residual(self) -> torch.dtype:
-        # bf16 has too few bits to add up twelve layers in; fp16's three more are enough.
+        """The number format of the residual stream, norms and embeddings."""
+        # bf16 has too few bits to add up twelve layers. fp16 has three more, which is enough.
         return torch.float16 if self.dtype == torch.float16 else torch.float32
 
     def tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """Whatever is no product's weight: embeddings and norms, in the residual's format."""
+        """``values``, the weights of embeddings and norms, in the format of the residual stream."""
         return values.detach().to(self.device, self.residual)
 
     def norm(self, module: Any, *, rms: bool = False) -> Norm:
+        """The norm with the weights of ``module``; ``rms`` for RMSNorm."""
         bias = getattr(module, "bias", None)
         eps = module.variance_epsilon if rms else module.eps
         return Norm(self.tensor(module.weight), None if bias is None else self.tensor(bias), eps, rms)
 
     def linear(self, *modules: Any, activation: str | None = None) -> Linear:
-        """One product for several layers that read the same input, side by side."""
-        weight = torch.cat([each.weight for each in modules])
-        biases = [each.bias for each in modules if each.bias is not None]
+        """One product for several layers that read the same input. Their outputs are side by side."""
+        weight = torch.cat([module.weight for module in modules])
+        biases = [module.bias for module in modules if module.bias is not None]
         if biases and len(biases) < len(modules):
             biases = [
-                each.bias if each.bias is not None else each.weight.new_zeros(len(each.weight)) for each in modules
+                module.bias if module.bias is not None else module.weight.new_zeros(len(module.weight))
+                for module in modules
             ]
         bias = torch.cat(biases) if biases else None
         if self.products is not None:
@@ -61,7 +64,7 @@ class Build:
 
 
 def build_encoder(model: Any, build: Build) -> Encoder | None:
-    """The model's encoder, or None where it has to run through transformers."""
+    """The model's encoder; None if the model has to run through transformers."""
     read = _FAMILIES.get(model.config.model_type)
     if (
         read is None
@@ -75,21 +78,21 @@ def build_encoder(model: Any, build: Build) -> Encoder | None:
 
 
 def _bert(model: Any, build: Build) -> Encoder | None:
-    """BERT, and RoBERTa's kind, which counts positions from the padding id."""
+    """BERT, and the models of RoBERTa's kind, which count positions from the padding id."""
     config, embeddings = model.config, model.embeddings
     if config.hidden_act not in ACTIVATIONS or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return None
     layers = [
         Layer(
-            qkv=build.linear(each.attention.self.query, each.attention.self.key, each.attention.self.value),
-            out=build.linear(each.attention.output.dense),
-            up=build.linear(each.intermediate.dense, activation=config.hidden_act),
-            down=build.linear(each.output.dense),
-            attention_norm=build.norm(each.attention.output.LayerNorm),
-            mlp_norm=build.norm(each.output.LayerNorm),
+            qkv=build.linear(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value),
+            out=build.linear(layer.attention.output.dense),
+            up=build.linear(layer.intermediate.dense, activation=config.hidden_act),
+            down=build.linear(layer.output.dense),
+            attention_norm=build.norm(layer.attention.output.LayerNorm),
+            mlp_norm=build.norm(layer.output.LayerNorm),
             pattern=Pattern(),
         )
-        for each in model.encoder.layer
+        for layer in model.encoder.layer
     ]
     segment = embeddings.token_type_embeddings.weight[0].float()
     return Encoder(
@@ -112,15 +115,15 @@ def _mpnet(model: Any, build: Build) -> Encoder | None:
         return None
     layers = [
         Layer(
-            qkv=build.linear(each.attention.attn.q, each.attention.attn.k, each.attention.attn.v),
-            out=build.linear(each.attention.attn.o),
-            up=build.linear(each.intermediate.dense, activation=config.hidden_act),
-            down=build.linear(each.output.dense),
-            attention_norm=build.norm(each.attention.LayerNorm),
-            mlp_norm=build.norm(each.output.LayerNorm),
+            qkv=build.linear(layer.attention.attn.q, layer.attention.attn.k, layer.attention.attn.v),
+            out=build.linear(layer.attention.attn.o),
+            up=build.linear(layer.intermediate.dense, activation=config.hidden_act),
+            down=build.linear(layer.output.dense),
+            attention_norm=build.norm(layer.attention.LayerNorm),
+            mlp_norm=build.norm(layer.output.LayerNorm),
             pattern=Pattern(),
         )
-        for each in model.encoder.layer
+        for layer in model.encoder.layer
     ]
     return Encoder(
         words=build.tensor(embeddings.word_embeddings.weight),
@@ -138,7 +141,7 @@ def _mpnet(model: Any, build: Build) -> Encoder | None:
 
 
 def _relative_bias(encoder: Any, build: Build) -> Callable[[int], torch.Tensor]:
-    """MPNet's bias depends on the distance alone, so one vector per head holds all of it."""
+    """MPNet's position bias. It depends only on the distance of two tokens, so one vector for each head holds it."""
     furthest = build.max_tokens
     distances = torch.arange(-furthest, furthest + 1)  # key - query
     buckets = encoder.relative_position_bucket(distances[None], num_buckets=32)[0]
@@ -160,17 +163,17 @@ def _nomic(model: Any, build: Build) -> Encoder | None:
         return None
     layers = [
         Layer(
-            qkv=build.linear(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj),
-            out=build.linear(each.self_attn.o_proj),
-            up=build.linear(each.mlp.gate_proj, each.mlp.up_proj),
+            qkv=build.linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            out=build.linear(layer.self_attn.o_proj),
+            up=build.linear(layer.mlp.gate_proj, layer.mlp.up_proj),
             gate=ACTIVATIONS[config.hidden_act],
-            down=build.linear(each.mlp.down_proj),
-            attention_norm=build.norm(each.post_attention_layernorm),
-            mlp_norm=build.norm(each.post_mlp_layernorm),
+            down=build.linear(layer.mlp.down_proj),
+            attention_norm=build.norm(layer.post_attention_layernorm),
+            mlp_norm=build.norm(layer.post_mlp_layernorm),
             pattern=Pattern(),
             rotary=0,
         )
-        for each in model.layers
+        for layer in model.layers
     ]
     segment = embeddings.token_type_embeddings.weight[0].float()
     return Encoder(
@@ -195,20 +198,20 @@ def _modernbert(model: Any, build: Build) -> Encoder | None:
     if None in rotaries or config.hidden_activation not in ACTIVATIONS:
         return None
     layers = []
-    for each in model.layers:
-        first = isinstance(each.attn_norm, torch.nn.Identity)
+    for layer in model.layers:
+        first = isinstance(layer.attn_norm, torch.nn.Identity)
         layers.append(
             Layer(
-                qkv=build.linear(each.attn.Wqkv),
-                out=build.linear(each.attn.Wo),
-                up=build.linear(each.mlp.Wi),
+                qkv=build.linear(layer.attn.Wqkv),
+                out=build.linear(layer.attn.Wo),
+                up=build.linear(layer.mlp.Wi),
                 gate=ACTIVATIONS[config.hidden_activation],
-                down=build.linear(each.mlp.Wo),
-                attention_norm=None if first else build.norm(each.attn_norm),
-                mlp_norm=build.norm(each.mlp_norm),
-                # transformers counts the window's edge as FlashAttention does, inclusive, and adds one before.
-                pattern=Pattern(window=None if each.attn.sliding_window is None else each.attn.sliding_window - 1),
-                rotary=kinds.index(each.attention_type),
+                down=build.linear(layer.mlp.Wo),
+                attention_norm=None if first else build.norm(layer.attn_norm),
+                mlp_norm=build.norm(layer.mlp_norm),
+                # transformers adds one to the window of config.json; FlashAttention counts its edge as inside.
+                pattern=Pattern(window=None if layer.attn.sliding_window is None else layer.attn.sliding_window - 1),
+                rotary=kinds.index(layer.attention_type),
             )
         )
     return Encoder(
@@ -219,7 +222,7 @@ def _modernbert(model: Any, build: Build) -> Encoder | None:
         layers=tuple(layers),
         final_norm=build.norm(model.final_norm),
         norms_first=True,
-        rotaries=tuple(each for each in rotaries if each is not None),
+        rotaries=tuple(rotary for rotary in rotaries if rotary is not None),
         heads=_heads(config),
         dtype=build.dtype,
         residual=build.residual,
@@ -229,28 +232,28 @@ def _modernbert(model: Any, build: Build) -> Encoder | None:
 def _qwen3(model: Any, build: Build) -> Encoder | None:
     config = model.config
     rotary = _rotary(model.rotary_emb, build)
-    # transformers would look both ways where a configuration says so; then it shall.
+    # A configuration may switch causal attention off; such a model runs through transformers.
     if rotary is None or config.hidden_act not in ACTIVATIONS or not getattr(config, "is_causal", True):
         return None
     layers = [
         Layer(
-            qkv=build.linear(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj),
-            out=build.linear(each.self_attn.o_proj),
-            up=build.linear(each.mlp.gate_proj, each.mlp.up_proj),
+            qkv=build.linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            out=build.linear(layer.self_attn.o_proj),
+            up=build.linear(layer.mlp.gate_proj, layer.mlp.up_proj),
             gate=ACTIVATIONS[config.hidden_act],
-            down=build.linear(each.mlp.down_proj),
-            attention_norm=build.norm(each.input_layernorm, rms=True),
-            mlp_norm=build.norm(each.post_attention_layernorm, rms=True),
-            # transformers' causal window counts the token itself.
+            down=build.linear(layer.mlp.down_proj),
+            attention_norm=build.norm(layer.input_layernorm, rms=True),
+            mlp_norm=build.norm(layer.post_attention_layernorm, rms=True),
+            # The causal window of transformers counts the token itself, ours does not.
             pattern=Pattern(
                 causal=True,
-                window=None if each.self_attn.sliding_window is None else each.self_attn.sliding_window - 1,
+                window=None if layer.self_attn.sliding_window is None else layer.self_attn.sliding_window - 1,
             ),
             rotary=0,
-            query_norm=build.norm(each.self_attn.q_norm, rms=True),
-            key_norm=build.norm(each.self_attn.k_norm, rms=True),
+            query_norm=build.norm(layer.self_attn.q_norm, rms=True),
+            key_norm=build.norm(layer.self_attn.k_norm, rms=True),
         )
-        for each in model.layers
+        for layer in model.layers
     ]
     return Encoder(
         words=build.tensor(model.embed_tokens.weight),
@@ -281,7 +284,7 @@ NATIVE_ARCHITECTURES: Sequence[str] = tuple(_FAMILIES)
 
 
 def _rotary(module: Any, build: Build, *kind: str) -> Rotary | None:
-    """The model's own tables, so that its scaling rules hold; None where they change with a text's length."""
+    """The tables that the model itself makes, so its scaling rules hold; None if they depend on a text's length."""
     types = module.rope_type
     if (types[kind[0]] if kind else types) in ("dynamic", "longrope"):
         return None

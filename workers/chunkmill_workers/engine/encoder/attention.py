@@ -1,4 +1,4 @@
-"""Softmax attention over the texts of one TokenBatch, three ways.
+"""Softmax attention over the texts of one TokenBatch, in three ways.
 
 ``exp2``     CPU: three batched products and one ``exp2`` per group of heads; short texts.
 ``sdpa``     torch's fused kernel on a padded layout: any device, any length.
@@ -19,34 +19,37 @@ from torch.nn import functional
 from chunkmill_workers.engine.encoder.layout import Layout
 
 Varlen = Callable[..., torch.Tensor]
-"""As ``torch.nn.attention.varlen.varlen_attn``."""
+"""A function with the arguments of ``torch.nn.attention.varlen.varlen_attn``."""
 
 _ONE = 2.0**-10
 _SMALLEST_SUM = 2.0**-100
 
 # Two Zen 4 cores, 12 heads of 32 in bf16, 1,024 tokens a pass, ms per layer at texts of 16 / 64 / 128 / 256:
-# sdpa 2.2 / 2.9 / 3.2 / 4.2, exp2 0.5 / 0.8 / 1.3 / 2.2. Its scores take memory with the square of the length.
+# sdpa 2.2 / 2.9 / 3.2 / 4.2, exp2 0.5 / 0.8 / 1.3 / 2.2. The memory of its scores grows with the square of the length.
 EXP2_LONGEST = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
+    """How many attention heads a model has, and their size."""
+
     queries: int
     keys: int
-    """Fewer than queries where several share one."""
+    """Fewer than ``queries`` if several query heads share a key head."""
     size: int
+    """Numbers in one head's vector."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which tokens of its own text a token looks at."""
+    """Which tokens of its own text a token attends to."""
 
     causal: bool = False
     window: int | None = None
-    """Tokens at a distance of up to ``window`` on either side (behind only, if causal); None: all."""
+    """Tokens at a distance of up to ``window`` on either side, or only before it if ``causal``; None for all tokens."""
 
     def hidden(self, longest: int, device: torch.device) -> torch.Tensor | None:
-        """(longest, longest) bool: pairs (query, key) that do not look at each other; None if all do."""
+        """(longest, longest) bool: the pairs (query, key) without attention; None if every pair has it."""
         if not self.causal and (self.window is None or self.window >= longest):
             return None
         at = torch.arange(longest, device=device)
@@ -58,9 +61,9 @@ class Pattern:
 
 
 class Attention:
-    """Of one TokenBatch. Make one per pass; layers with the same pattern share its masks.
+    """The attention of one pass. All layers share it, and layers with the same pattern share its masks.
 
-    ``careful`` leaves ``exp2`` out, the one way whose scores have a limit.
+    ``careful`` leaves out ``exp2``, the only way whose scores have a limit.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Attention:
         self._masks: dict[tuple[Pattern, str], torch.Tensor | None] = {}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """(slots, heads x size) from q (slots, heads, size) and k, v (slots, key heads, size)."""
+        """The mixed values, (slots, heads x size), from q (slots, heads, size) and k, v (slots, key heads, size)."""
         if self._layout.packed:
             return self._by_varlen(q, k, v, pattern)
         grouped = k.shape[1] != q.shape[1]
@@ -83,19 +86,20 @@ class Attention:
         return self._by_sdpa(q, k, v, pattern)
 
     def _by_exp2(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """softmax(s) v = (2^t v) / (2^t 1) with t = s log2(e).
+        """Attention by one ``exp2``: softmax(s) v = (2^t v) / (2^t 1) with t = s log2(e).
 
-        A constant column rides along in the product with v, and is zero at padding as v is: so padding
-        needs no mask and the sum no pass of its own. Nothing subtracts a row's maximum: scores that leave the
-        exponent's range end in NaN, and the engine computes a text whose vector is not finite once more, in
-        fp32 and by ``sdpa``. The constant is so small that no sum overflows before a term does, and sums that
-        come near the smallest numbers are made NaN.
+        The values get one more column with a constant, so their product also gives the sums 2^t 1. Values and constant
+        are zero at padding, so padding needs no mask.
+
+        The maximum of a row is not subtracted. Scores beyond the exponent's range therefore end in NaN, and the engine
+        computes a text whose vector is not finite once more, in fp32 and by ``sdpa``. The constant is so small that no
+        sum overflows before one of its terms does. Sums near the smallest numbers are made NaN.
         """
         n, longest = len(self._layout), self._layout.longest
         heads, size = q.shape[1:]
         q = q.view(n, longest, heads, size).transpose(1, 2).reshape(n * heads, longest, size)
-        # A padding key is zero: its score would meet a value of zero, and overflow times zero is NaN.
-        k, v = (each.index_fill_(0, self._layout.padding, 0) for each in (k, v))
+        # Keys must be zero at padding as the values are: a score that overflows, times a value of zero, is NaN.
+        k, v = (tensor.index_fill_(0, self._layout.padding, 0) for tensor in (k, v))
         k = k.view(n, longest, heads, size).transpose(1, 2).reshape(n * heads, longest, size)
         values = v.new_empty(n, heads, longest, size + 1)
         values[..., :size] = v.view(n, longest, heads, size).transpose(1, 2)
@@ -111,13 +115,13 @@ class Attention:
         sums = summed[..., size:]
         mixed = summed[..., :size] / sums.masked_fill_(sums < _SMALLEST_SUM, float("nan")).mul_(1 / _ONE)
         mixed = mixed.view(n, heads, longest, size).transpose(1, 2).reshape(n * longest, heads * size)
-        # Whatever a padding query saw (nothing at all within its window, it may be) must not reach tokens as a key.
+        # A query at padding may have attended to nothing at all. Its result must not reach the next layer's keys.
         return mixed.index_fill_(0, self._layout.padding, 0)
 
     def _by_sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         n, longest = len(self._layout), self._layout.longest
         heads, size = q.shape[1:]
-        query, key, value = (each.view(n, longest, each.shape[1], size).transpose(1, 2) for each in (q, k, v))
+        query, key, value = (x.view(n, longest, x.shape[1], size).transpose(1, 2) for x in (q, k, v))
         mixed = functional.scaled_dot_product_attention(
             query,
             key,
@@ -131,7 +135,7 @@ class Attention:
     def _by_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         assert self._varlen is not None  # noqa: S101 - a packed layout is made only where the kernel is
         reach = -1 if pattern.window is None else pattern.window
-        # Named only where it is needed: torch 2.11 has the kernel and not the word.
+        # Given only if it is needed, because torch 2.11 has the kernel without this argument.
         shared = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
         mixed = self._varlen(
             q,
@@ -148,7 +152,7 @@ class Attention:
         return mixed.reshape(len(mixed), -1)
 
     def _ones(self, dtype: torch.dtype) -> torch.Tensor:
-        """(n, 1, longest): the constant column, 0 at padding."""
+        """The constant column, (n, 1, longest): 0 at padding."""
         key = (Pattern(), "ones")
         if key not in self._masks:
             self._masks[key] = self._layout.inside[:, None].to(dtype) * _ONE
@@ -157,7 +161,7 @@ class Attention:
         return ones
 
     def _added(self, pattern: Pattern, way: str, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores: (1 or n, 1 or heads, longest, longest), or None."""
+        """The tensor to add to the scores, (1 or n, 1 or heads, longest, longest); None if there is none."""
         key = (pattern, way)
         if key not in self._masks:
             self._masks[key] = self._make_added(pattern, way, dtype)
@@ -172,22 +176,23 @@ class Attention:
         if hidden is not None:
             hidden = hidden[None, None]
         if way == "sdpa" and not layout.full and not pattern.causal:
-            # Padding is on the right, so a causal query before it never sees it.
+            # Padding is on the right, so a causal query, which attends to earlier tokens only, never sees it.
             outside = ~layout.inside[:, None, None, :]
             hidden = outside if hidden is None else hidden | outside
         if hidden is not None:
             base = torch.zeros(1, 1, 1, 1, device=hidden.device) if added is None else added
-            # A window may leave a padding query without any key; -inf there would be NaN, and NaN spreads.
+            # A window may leave a query at padding without any key. With -inf the softmax would then give NaN, and NaN
+            # spreads.
             lowest = float("-inf") if way == "exp2" else torch.finfo(dtype).min
             added = torch.where(hidden, lowest, base)
         return None if added is None else added.to(dtype)
 
 
 def find_varlen(heads: Heads, dtype: torch.dtype, device: torch.device) -> Varlen | None:
-    """torch's kernel for packed texts, where this torch has it and it takes such a model on such a device.
+    """torch's kernel for packed texts; None if this torch lacks it, or it does not run such a model on ``device``.
 
-    FlashAttention reads fp16 and bf16, heads of at most 256 numbers in eights, with the last dimension contiguous, and
-    runs from Ampere on.
+    FlashAttention runs on Ampere and later, in fp16 and bf16, with heads of at most 256 numbers. The size of a head
+    must be a multiple of 8, and the last dimension contiguous.
     """
     fits = dtype in (torch.float16, torch.bfloat16) and heads.size % 8 == 0 and heads.size <= 256
     if device.type != "cuda" or not fits or torch.cuda.get_device_capability(device) < (8, 0):
@@ -196,7 +201,10 @@ def find_varlen(heads: Heads, dtype: torch.dtype, device: torch.device) -> Varle
 
 
 def torch_varlen(*, grouped: bool) -> Varlen | None:
-    """``varlen_attn``, if this torch has one with the arguments used here."""
+    """``varlen_attn``; None if this torch has none with the arguments that are used here.
+
+    ``grouped``: several query heads share a key head.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

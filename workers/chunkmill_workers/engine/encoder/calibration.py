@@ -1,8 +1,8 @@
-"""The texts on which an int8 engine finds the ranges of its activations, before it embeds anything.
+"""The texts on which an int8 engine measures the ranges of its activations, before it embeds anything. Pure.
 
-What they are is part of what an int8 vector means, so they lie here, are ours, and never change under one version:
-`chunkmill.domain.spaces.Precision` names the version, and so does every int8 space's fingerprint. Varied on purpose:
-a range that is too narrow cuts off what no calibration text had. Pure.
+They are part of what an int8 vector means, so they are in this file and never change under one version.
+`chunkmill.domain.spaces.Precision` names the version, and so does the fingerprint of every int8 space. The texts are as
+different as possible, because values that no calibration text had are cut off.
 """
 
 # ruff: noqa: E501, RUF001 - a text is one line, in whatever script it is
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 VERSION: Final = 1
-"""A change of a text here is a new version, and every int8 space of the old one needs a worker of the old release."""
+"""Raise it when a text changes. Every int8 space of the old version then needs a worker of the old release."""
 
 DOCUMENTS: Final[tuple[str, ...]] = (
     # Prose.
@@ -126,7 +126,7 @@ DOCUMENTS: Final[tuple[str, ...]] = (
     "東京は日本の首都であり、世界最大級の都市圏を形成しています。ラーメンがおいしい。",
     "서울은 대한민국의 수도이며 한강이 도시를 가로질러 흐른다.",
     "საქართველო მდებარეობს ევროპისა და აზიის გასაყარზე. አዲስ አበባ የኢትዮጵያ ዋና ከተማ ናት።",
-    # Emoji, symbols, what tokenizers treat in their own way.
+    # Emoji, symbols, and what tokenizers treat specially.
     "🎉🎉🎉 Happy birthday!!! 🎂🥳 👩‍👩‍👧‍👦 👍🏽 🇧🇷 ❤️‍🔥 see you 🔜",
     "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, ∫₀^∞ e^(−x²) dx = √π/2, ∇·E = ρ/ε₀, A ⊆ B ⇔ A ∩ B = A",
     "★★★★☆ → ← ↑ ↓ • ◦ ‣ — – … ‹ › « » „ “ ” ‚ ‘ ’ † ‡ ¶ © ® ™ ° ¡ ¿",
@@ -134,7 +134,7 @@ DOCUMENTS: Final[tuple[str, ...]] = (
     "ＦＵＬＬ ＷＩＤＴＨ ﬁne ﬂag ① ② Ⅳ e\u0301 n\u0303 \u200bzero\u200bwidth\u00a0space \u202eback\u202c \x00\x07\ufffd",
     "!!! ??? ... ,,, ;;; ::: --- === +++ *** ### @@@ $$$ %%% ^^^ &&& ((( ))) [[[ ]]] {{{ }}} <<< >>> /// \\\\\\ ||| ~~~ ``` '''",
     "qwrtpsdfgh zxcvbnm lkjhgf ytrewq asdfasdf Xyzzyplugh Brrrrrrrr aaaargh pneumonoultramicroscopicsilicovolcanoconiosis",
-    # Very short, very long, the same again and again.
+    # Very short, very long, and repetitive.
     "",
     "\n \t\n",
     "a",
@@ -166,7 +166,7 @@ DOCUMENTS: Final[tuple[str, ...]] = (
     # The last positions of a model that reads 512 tokens.
     "It was the kind of town where everybody knew the price of everything. " * 40,
 )
-"""Embedded with the model's document prompt."""
+"""Texts that are embedded with the model's document prompt."""
 
 QUERIES: Final[tuple[str, ...]] = (
     "how to undo the last git commit",
@@ -182,4 +182,4 @@ QUERIES: Final[tuple[str, ...]] = (
     "iphone 15 vs pixel 8 camera",
     "why",
 )
-"""Embedded with the model's query prompt, where it has one."""
+"""Texts that are embedded with the model's query prompt, if it has one."""

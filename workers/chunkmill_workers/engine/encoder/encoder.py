@@ -1,6 +1,6 @@
 """A transformer's forward pass over one TokenBatch, for every architecture that `architectures` can describe.
 
-Half precision here means: products and attention in bf16 or fp16. In bf16 the residual stream, norms and
+In half precision, matrix products and attention run in bf16 or fp16. With bf16, the residual stream, norms and
 embeddings stay in fp32 (docs/decisions/0007).
 """
 
@@ -19,7 +19,7 @@ from chunkmill_workers.engine.encoder.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """LayerNorm, or RMSNorm where there is no mean to take away. Computed in fp32 whatever comes in."""
+    """LayerNorm; with ``rms`` RMSNorm, which does not subtract the mean. It computes in fp32, whatever its input is."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -34,27 +34,27 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer; before ``norms_first`` a norm follows each addition, with it one precedes each."""
+    """One transformer layer. With the encoder's ``norms_first``, norms precede attention and MLP, else they follow."""
 
     qkv: Linear
     out: Linear
     up: Linear
-    """The first product of the MLP, activation included; of a gated MLP, gate and value side by side."""
+    """The first product of the MLP, with its activation. In a gated MLP it gives gate and value, side by side."""
     down: Linear
     attention_norm: Norm | None
     mlp_norm: Norm
     pattern: Pattern
     gate: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """The activation of a gated MLP."""
+    """The activation of a gated MLP; None if the MLP has no gate."""
     rotary: int | None = None
-    """Which of the encoder's rotary tables turns queries and keys."""
+    """The number of the encoder's rotary table that turns queries and keys; None if they are not turned."""
     query_norm: Norm | None = None
     key_norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """(max_tokens, size) fp32 tables, both halves written out."""
+    """Tables of rotary positions, (max_tokens, size) fp32. Both halves of a row are written out."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -62,33 +62,35 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A whole model, weights included. Frozen; its tensors are on one device."""
+    """A whole model with its weights. It is frozen, and its tensors are on one device."""
 
     words: torch.Tensor
-    """(vocabulary, hidden)."""
+    """Token embeddings, (vocabulary, hidden)."""
     positions: torch.Tensor | None
-    """(max positions, hidden), the embedding of segment 0 added in; for models without positions (1, hidden)."""
+    """Learned positions, (max positions, hidden), with the embedding of segment 0 added; None if there are none."""
     pad_position: int | None
-    """RoBERTa's way of counting: positions from ``pad_position + 1``, and that one for the token of that id."""
+    """RoBERTa's way to count: positions begin at ``pad_position + 1``, and a token whose id is ``pad_position`` has
+    that position. None for positions from 0."""
     embedding_norm: Norm | None
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     heads: Heads
     norms_first: bool
     dtype: torch.dtype
-    """Of the products."""
+    """The number format of matrix products and attention."""
     residual: torch.dtype
+    """The number format of the residual stream, norms and embeddings."""
     rotaries: tuple[Rotary, ...] = ()
     bias: Callable[[int], torch.Tensor] | None = None
-    """MPNet's: (1, heads, longest, longest) to add to all scores."""
+    """MPNet's position bias: from ``longest`` to (1, heads, longest, longest), which is added to all scores."""
 
     def __call__(
         self, layout: Layout, *, varlen: Varlen | None, careful: bool = False, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(slots, hidden) token vectors; with ``keep``, (n,) int64 slots, only theirs.
+        """Token vectors, (slots, hidden); with ``keep``, (n,) int64 slots, only those, (n, hidden).
 
-        A model that pools one token needs no other after its last attention: ``keep`` saves two thirds of the
-        last layer.
+        A model that pools one token does not need the others after its last attention, so ``keep`` saves two thirds of
+        the last layer.
         """
         attention = Attention(
             layout,
@@ -98,7 +100,7 @@ class Encoder:
             careful=careful,
         )
         at = layout.at
-        turns = [(each.cos[at, None].to(self.dtype), each.sin[at, None].to(self.dtype)) for each in self.rotaries]
+        turns = [(table.cos[at, None].to(self.dtype), table.sin[at, None].to(self.dtype)) for table in self.rotaries]
         x = self._embed(layout)
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
@@ -112,7 +114,10 @@ class Encoder:
         return (self.embedding_norm(x) if self.embedding_norm is not None else x).to(self.residual)
 
     def _positions(self, layout: Layout) -> torch.Tensor:
-        """As transformers' ``create_position_ids_from_input_ids``; a text may spell out the padding token."""
+        """Position embeddings as in ``create_position_ids_from_input_ids`` of transformers, (slots, hidden).
+
+        A text may contain the padding token, so the padding id does not say where a text ends.
+        """
         assert self.positions is not None and self.pad_position is not None  # noqa: S101
         real = (layout.ids != self.pad_position).long()
         counted = torch.cumsum(real, 0)
@@ -142,7 +147,7 @@ class Encoder:
     def _query_key_value(
         self, layer: Layer, x: torch.Tensor, turns: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(slots, heads, size), (slots, key heads, size) twice."""
+        """Queries, (slots, heads, size), and keys and values, (slots, key heads, size) each."""
         queries, keys, size = self.heads.queries, self.heads.keys, self.heads.size
         qkv = layer.qkv(x).view(len(x), queries + 2 * keys, size)
         q, k, v = torch.split(qkv, [queries, keys, keys], dim=1)
@@ -162,6 +167,10 @@ class Encoder:
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al., 2021), halves paired: x of (slots, heads, size), tables (slots, 1, size)."""
+    """``x``, (slots, heads, size), turned by its rotary positions (Su et al., 2021), which pair the two halves of a
+    head.
+
+    ``cos`` and ``sin`` are (slots, 1, size).
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Linear layers with their weights laid out for one device and number format, bias and activation fused in."""
+"""Linear layers, with weights laid out for one device and number format. Bias and activation are fused into them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-"""(slots, in) in any format → (slots, out), in the format the products run in."""
+"""From (slots, in) in any number format to (slots, out) in the format of the products."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
@@ -28,7 +28,10 @@ def make_linear(
     slots: int,
     activation: str | None = None,
 ) -> Linear:
-    """From (out, in) fp32 weights and (out,) bias. ``slots`` is the usual number of tokens in a pass."""
+    """A linear layer with (out, in) weights, (out,) bias and an activation of ACTIVATIONS.
+
+    ``slots`` is the usual number of tokens in a pass, for which oneDNN lays out the weights.
+    """
     weight = weight.detach().to(device, dtype)
     bias = bias.detach().to(device, dtype) if bias is not None else None
     if device.type == "cpu" and packable(dtype):
@@ -43,17 +46,18 @@ def make_linear(
 
 
 def packable(dtype: torch.dtype) -> bool:
-    """Can oneDNN multiply ``dtype`` here from weights that it reordered once?"""
+    """Whether oneDNN on this machine can multiply ``dtype`` with weights that it has reordered once."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None, slots: int, activation: str | None) -> Linear:
-    """oneDNN, the way torch's compiler calls it: weights reordered once, bias and GELU in the epilogue.
+    """A layer of oneDNN, called as torch's compiler calls it: weights reordered once, bias and activation in the
+    epilogue.
 
-    1,024 x 384 x 1,536 in bf16 on two Zen 4 cores: 2.9 ms, with GELU 3.2 ms; GELU in a pass of its own
-    would cost 0.44 ms.
+    1,024 x 384 x 1,536 in bf16 on two Zen 4 cores takes 2.9 ms, and 3.2 ms with GELU. As a step of its own, GELU would
+    cost 0.44 ms.
     """
     dtype = weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, slots)
