@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the tests under way end before this does
     mutants = chosen(load(), args.names)
     console = Console(highlight=False, soft_wrap=True)
     if args.list:
