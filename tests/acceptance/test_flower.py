@@ -183,7 +183,7 @@ def test_a_task_says_what_it_is_about(scene: Scene) -> None:
     assert len(set(numbers)) == 5
     about = {task["args"]: task["kwargs"] for task in local}.values()
     assert sorted(about) == sorted(
-        str({"job": 1, "collection": "handbook", "contents": n}) for n in (64, 64, 64, 64, 44)
+        str({"job": 301, "collection": "handbook", "contents": n}) for n in (64, 64, 64, 64, 44)
     )
     assert {task["args"] for task in steps} == {"ProviderBatch 1"}
     states = {task["kwargs"] for task in steps}
@@ -194,7 +194,7 @@ def test_a_task_says_what_it_is_about(scene: Scene) -> None:
         for kind in (local, [task for task in local if task["args"] == "ChunkBatch 3"], steps)
     )
     for search, wanted in {
-        "kwargs:job=1": of_the_job,
+        "kwargs:job=301": of_the_job,
         "kwargs:collection=handbook": of_the_job,
         'args:"ChunkBatch 3"': bells,
         "worker:openai": paid,
@@ -311,7 +311,7 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     tasks = rows("tasks-table")
     for row in tasks:
         assert re.search(
-            r"ChunkBatch \d+\s+\{'job': 1, 'collection': 'handbook', 'contents': (64|44)\}"
+            r"ChunkBatch \d+\s+\{'job': 301, 'collection': 'handbook', 'contents': (64|44)\}"
             r"|ProviderBatch 1\s+\{'state': '\w+', 'space': 2, 'model': 'text-embedding-3-small'\}",
             row,
         ), row

@@ -125,7 +125,7 @@ def test_texts_and_secrets_are_in_no_output(
     malformed = secret | {"DATABASE_URL": f"postgresql://u:{SECRETS['wrong']}@host:port/x"}
     said += [cli(processes, "status", **env) for env in (secret, away, nobody, refused, malformed)]
     said += [cli(processes, "doctor", **env) for env in (secret, nobody | refused)]
-    said += [cli(processes, "job", "1", **secret)]
+    said += [cli(processes, "job", "301", **secret)]
     for env in (refused, secret | {"EMBEDDING_MODEL": str(tmp_path / "none")}):
         broken = processes.worker(ready=False, **env)
         until(lambda broken=broken: broken.popen.poll() is not None or "rying" in broken.output(), broken.output)
