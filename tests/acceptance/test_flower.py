@@ -185,7 +185,7 @@ def test_a_task_says_what_it_is_about(scene: Scene) -> None:
     assert sorted(about) == sorted(
         str({"job": 301, "collection": "handbook", "contents": n}) for n in (64, 64, 64, 64, 44)
     )
-    assert {task["args"] for task in steps} == {"ProviderBatch 1"}
+    assert {task["args"] for task in steps} == {"ProviderBatch 401"}
     states = {task["kwargs"] for task in steps}
     assert str({"state": "gathering", "space": 2, "model": MODEL}) in states
     assert str({"state": "submitted", "space": 2, "model": MODEL}) in states
@@ -312,7 +312,7 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     for row in tasks:
         assert re.search(
             r"ChunkBatch \d+\s+\{'job': 301, 'collection': 'handbook', 'contents': (64|44)\}"
-            r"|ProviderBatch 1\s+\{'state': '\w+', 'space': 2, 'model': 'text-embedding-3-small'\}",
+            r"|ProviderBatch 401\s+\{'state': '\w+', 'space': 2, 'model': 'text-embedding-3-small'\}",
             row,
         ), row
         assert "SUCCESS" in row

@@ -395,7 +395,7 @@ def test_the_command_says_what_it_made(
     assert result.exit_code == 0
     assert f"{MINILM} was already exported" in result.stdout
     assert str(export_folder(folder, target)) in result.stdout
-    assert "this takes a minute" in result.stderr
+    assert "this takes about a minute" in result.stderr
 
 
 def test_the_command_passes_an_error_on() -> None:

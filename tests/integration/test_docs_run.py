@@ -101,6 +101,8 @@ def place(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }.items():
             monkeypatch.setenv(name, value)
         with Client.from_env() as client:
+            with client._transaction() as conn:
+                conn.execute(sa.text("ALTER TABLE jobs ALTER COLUMN id RESTART WITH 1"))  # the documents' first job
             if paid and not command.startswith("enqueue"):
                 client.enqueue([("a", "a text")], collection="docs", route="openai")  # job 1
             elif not paid:

@@ -149,7 +149,7 @@ def test_deaths_failures_discards_and_stops_are_told_with_their_reason(
     assert [(fault.what, fault.line) for fault in now.faults] == [
         ("stopped", "lane openai: insufficient_quota: no money left"),
         ("discarded", "ChunkBatch 1 of job 301 after 5 attempts: the model is broken"),
-        ("died", "h:9: ChunkBatch 1 of job 1: ended by SIGSEGV"),
+        ("died", "h:9: ChunkBatch 1 of job 301: ended by SIGSEGV"),
     ]
     assert now.recent == {"died": 1, "discarded": 1}
     assert tally.discarded[Route.LOCAL] == 1
@@ -158,7 +158,7 @@ def test_deaths_failures_discards_and_stops_are_told_with_their_reason(
     monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
     told = CliRunner().invoke(cli, ["status", "--json"])
     assert [fault["line"] for fault in json.loads(told.output)["database"]["faults"]] == [f.line for f in now.faults]
-    assert "h:9: ChunkBatch 1 of job 1: ended by SIGSEGV" in CliRunner().invoke(cli, ["status"]).output
+    assert "h:9: ChunkBatch 1 of job 301: ended by SIGSEGV" in CliRunner().invoke(cli, ["status"]).output
     # What is long ago is told still, and counts as recent no more.
     execute(db, "UPDATE usage SET ended_at = now() - interval '1 hour'")
     now = seen(db, settings)
