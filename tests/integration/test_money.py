@@ -148,9 +148,8 @@ def test_what_is_in_flight_is_committed_at_the_price_of_its_route(
         assert budget.headroom(conn, settings) is None
         assert budget.headroom(conn, limited) == Decimal("0.01")
         charges.book(
-            conn, route=Route.OPENAI, space_id=space.id, job_id=1, provider_batch_id=FIRST_IDS["provider_batches"], contents=1,
-            tokens=500_000,
-            usd=Decimal("0.005"),
+            conn, route=Route.OPENAI, space_id=space.id, job_id=1,
+            provider_batch_id=FIRST_IDS["provider_batches"], contents=1, tokens=500_000, usd=Decimal("0.005"),
         )  # fmt: skip
         assert budget.committed(conn, settings) == Decimal("0.015") + Decimal("0.02")  # what is charged is not both
 
