@@ -137,11 +137,11 @@ def client(settings: Settings) -> Iterator[Client]:
     made.close()
 
 
-def keep_ids_apart(url: str) -> None:
-    """Let the ids of each table begin as in ``FIRST_IDS``."""
+def keep_ids_apart(url: str, first_ids: dict[str, int] = FIRST_IDS) -> None:
+    """Let the ids of each table begin as in ``first_ids``."""
     engine = sa.create_engine(url)
     with engine.begin() as conn:
-        for table, first in FIRST_IDS.items():
+        for table, first in first_ids.items():
             conn.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))
     engine.dispose()
 

@@ -56,7 +56,7 @@ def in_flight(db: sa.Engine, provider_batch: int, *jobs: int) -> Step:
                     "INSERT INTO provider_inputs (space_id, content_hash, provider_batch_id, chunk_batch_id, attempt, "
                     "job_id, n_tokens, sent_tokens, truncated) VALUES (1, :hash, :batch, 1, 1, :job, 1, 1, false)"
                 ),
-                {"hash": bytes([provider_batch, job]), "batch": provider_batch, "job": job},
+                {"hash": f"{provider_batch} {job}".encode(), "batch": provider_batch, "job": job},
             )
     return cast(Step, SimpleNamespace(id=provider_batch, attempt=1, space_id=1, state="uploaded"))
 
