@@ -249,7 +249,7 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
         ("chunkmill enqueue FOLDER -c docs", "or .jsonl, .csv, .parquet"),
         ('chunkmill search "a question" -c docs', ""),
     ):
-        screen.say(f"  {command:<38} ", (what, "dim"))
+        screen.say(f"  {command:<43} ", (what, "dim"))
     screen.say("")
     screen.say(("In Python", "bold"))
     for line in (
