@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
+from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
@@ -31,7 +32,7 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import settle
 from chunkmill_workers.provider.flow import StepDelayed
-from chunkmill_workers.provider.writing import charge, write
+from chunkmill_workers.provider.writing import write
 
 K = TypeVar("K")
 
@@ -145,12 +146,13 @@ class ResultReader:
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         returned.record(conn, step)
+        price = charges.price_today(conn, self._model)
         for job_id, (contents, tokens) in sorted(answered.by_job.items()):
-            charge(
+            charges.book_tokens(
                 conn,
-                self._model,
-                space,
-                Route.OPENAI,
+                price,
+                route=Route.OPENAI,
+                space_id=space.id,
                 job_id=job_id,
                 provider_batch_id=step.id,
                 contents=contents,

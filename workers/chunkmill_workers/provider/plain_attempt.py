@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, ProviderAnswerBad, ProviderError
+from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_inputs
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
@@ -23,7 +24,7 @@ from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.attempt import Attempt
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.writing import charge, write
+from chunkmill_workers.provider.writing import write
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,11 @@ class PlainAttempt(Attempt[ProviderContext]):
             removed = provider_inputs.remove(conn, space_id=self.space.id, hashes=sent, provider_batch_id=None)
             new = write(conn, self.space, made.rows, made.vectors)
             if removed:  # else this is the second run of a commit whose answer was lost
-                charge(
+                charges.book_tokens(
                     conn,
-                    model,
-                    self.space,
-                    Route.OPENAI_SYNC,
+                    charges.price_today(conn, model),
+                    route=Route.OPENAI_SYNC,
+                    space_id=self.space.id,
                     job_id=self.lease.job_id,
                     contents=len(answer.rows),
                     tokens=tokens,

@@ -21,7 +21,7 @@ from chunkmill.errors import (
 )
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
-from chunkmill.ledger.money import budget
+from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.inputs import RefusedInput, prepare
@@ -34,7 +34,6 @@ from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain import read_answer
-from chunkmill_workers.provider.writing import charge
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,14 @@ class ProviderResponder(Responder[ProviderContext]):
         """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
         model = self._context.model(space)
         with self._context.begin() as conn:
-            charge(conn, model, space, Route.OPENAI_SYNC, contents=contents, tokens=tokens)
+            charges.book_tokens(
+                conn,
+                charges.price_today(conn, model),
+                route=Route.OPENAI_SYNC,
+                space_id=space.id,
+                contents=contents,
+                tokens=tokens,
+            )
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Writes the vectors that a provider made, and books what it charged for them. Nothing else does either."""
+"""Writes the vectors that a provider made. Nothing else does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.domain.providers import ProviderModel
-from chunkmill.domain.states import Route
-from chunkmill.ledger.money import charges
 from chunkmill.openai.plan.packing import PackedInput
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import keep_deletions_out, wanted
@@ -32,28 +29,4 @@ def write(conn: sa.Connection, space: Space, rows: Sequence[PackedInput], vector
         np.array([rows[i].n_tokens for i in kept], np.int32),
         np.array([rows[i].truncated for i in kept], np.bool_),
         vectors[kept],
-    )
-
-
-def charge(
-    conn: sa.Connection,
-    model: ProviderModel,
-    space: Space,
-    route: Route,
-    *,
-    contents: int,
-    tokens: int,
-    job_id: int = 0,
-    provider_batch_id: int = 0,
-) -> None:
-    """Book what the provider charged, at today's price of ``route``. ``charges.book`` says what an id of 0 means."""
-    charges.book_tokens(
-        conn,
-        charges.price_today(conn, model),
-        route=route,
-        space_id=space.id,
-        job_id=job_id,
-        provider_batch_id=provider_batch_id,
-        contents=contents,
-        tokens=tokens,
     )

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import NOTICE_LOCK
 from chunkmill.domain.budget import Budget, due_percents
+from chunkmill.domain.prices import price_on
 from chunkmill.domain.states import ProviderBatchState, Route
 from chunkmill.errors import BudgetExceeded
 from chunkmill.ledger.money import charges
@@ -63,8 +64,10 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
         {"batch_api": Route.OPENAI, "plain": Route.OPENAI_SYNC, "committed": _COMMITTED},
     ).all()
     total = Decimal(0)
+    today = charges.today(conn) if rows else None
     for row in rows:
-        price = charges.price_today(conn, model_for(settings, registry.get(conn, row.space_id).spec))
+        model = model_for(settings, registry.get(conn, row.space_id).spec)
+        price = price_on(model.prices, today) if model and today else None
         if price:
             total += price.of(int(row.tokens), Route(row.route))
     return total

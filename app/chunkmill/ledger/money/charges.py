@@ -37,8 +37,8 @@ def book_tokens(
     *,
     route: Route,
     space_id: int,
-    job_id: int,
-    provider_batch_id: int,
+    job_id: int = 0,
+    provider_batch_id: int = 0,
     contents: int,
     tokens: int,
 ) -> None:
