@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 
-from chunkmill.db.locks import DELETE_LOCK
+from chunkmill.db.locks import DELETE_LOCK, lock
 from chunkmill.domain import planning
 from chunkmill.domain.deaths import SUSPECT_DEATHS
 from chunkmill.domain.results import DeadEntry, DroppedDead, RetriedDead, Standing
@@ -68,7 +68,7 @@ def take_off(conn: sa.Connection, dead_filter: DeadFilter) -> tuple[DroppedDead,
     are deleted too. Raises :class:`NotFound`; nothing is changed then.
     """
     # No enqueue may replace a chunk between the look at it and its deletion.
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": DELETE_LOCK})
+    lock(conn, DELETE_LOCK)
     selected = _locked(conn, dead_filter, with_twins=True)
     conn.execute(
         sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"),

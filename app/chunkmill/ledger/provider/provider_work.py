@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK
+from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK, lock, lock_shared
 from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
@@ -47,8 +47,8 @@ class Waiting:
 
 def serialize_gathers(conn: sa.Connection) -> None:
     """Keep others from filling a ProviderBatch, or deleting texts, until the end of this transaction."""
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": GATHER_LOCK})
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": DELETE_LOCK})
+    lock(conn, GATHER_LOCK)
+    lock_shared(conn, DELETE_LOCK)
 
 
 def drop_gathering(conn: sa.Connection, step: Step) -> None:
