@@ -35,12 +35,12 @@ def run(
         workloads = {"own texts": list(texts)} if texts else _workloads(on)
         sample = next(iter(workloads.values()))[: 30 if quick else contest.SAMPLE]
         with contest.enter(contest.select(on.peers(), only), on, sample, say) as field:
-            found: list[Measurement] = []
+            measurements: list[Measurement] = []
             for group, chosen in workloads.items():
-                found += _measure(group, chosen, on, field, rounds, say)
+                measurements += _measure(group, chosen, on, field, rounds, say)
             say(LATENCY)
-            found += _latency(field, rounds, on.device)
-            found += _costs(field)
+            measurements += _latency(field, rounds, on.device)
+            measurements += _costs(field)
         settings = {
             "model": on.folder.name,
             "device": on.device,
@@ -52,7 +52,7 @@ def run(
             "forms of the model made before",
             "sweep": f"{len(sample)} texts, a process per setting, a pass to warm up, the better of two",
         }
-    return document("engine", found, settings=settings, extra=field.as_json())
+    return document("engine", measurements, settings=settings, extra=field.as_json())
 
 
 def _workloads(on: Ground) -> dict[str, list[str]]:
@@ -73,7 +73,7 @@ def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds:
     for contender in field.alive():
         contender.running.ask("texts", name="texts", path=path)
     reference, _ = field[REFERENCE].vectors("texts", on.path)
-    found = []
+    measurements = []
     for contender in field.contenders:
         details: dict[str, Any] = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
         details["precision"] = contender.peer.precision
@@ -85,31 +85,35 @@ def _measure(group: str, texts: Sequence[str], on: Ground, field: Field, rounds:
             if contender.peer.ours:
                 raise
             refused = f"it broke: {error}"
-        found.append(Measurement(group, contender.peer.name, "tokens/s", [], refused=refused, details=details))
-    racing = {each.name: (lambda name=each.name: field[name].embed("texts")) for each in found if not each.refused}
-    limit = Limit(on, sorted({each.details["precision"] for each in found}))
+        measurements.append(Measurement(group, contender.peer.name, "tokens/s", [], refused=refused, details=details))
+    racing = {
+        measurement.name: (lambda name=measurement.name: field[name].embed("texts"))
+        for measurement in measurements
+        if not measurement.refused
+    }
+    limit = Limit(on, sorted({measurement.details["precision"] for measurement in measurements}))
     seconds = in_turns(
         racing, rounds, lambda now: say(f"{group}, {now}"),
         before=lambda name: limit.measure() if name == REFERENCE else None,
     )  # fmt: skip
-    for each in found:
-        each.rounds = [tokens / taken for taken in seconds.get(each.name, [])]
-    add_ratios(found, REFERENCE, targets=_targets(on) if group == DOCSTRINGS else {})
+    for measurement in measurements:
+        measurement.rounds = [tokens / taken for taken in seconds.get(measurement.name, [])]
+    add_ratios(measurements, REFERENCE, targets=_targets(on) if group == DOCSTRINGS else {})
     for half in (f"sentence-transformers {on.half}", "OpenVINO bf16"):
-        add_ratios(found, half, only=OUR)
+        add_ratios(measurements, half, only=OUR)
     for ceiling in limit.measurements(group, lengths):
         precision = ceiling.details["precision"]
-        own = [each for each in found if each.details["precision"] == precision]
+        own = [measurement for measurement in measurements if measurement.details["precision"] == precision]
         promised = Target(0.75) if (on.device, precision, group) == ("cpu", on.half, DOCSTRINGS) else None
         add_ratios([*own, ceiling], ceiling.name, targets={f"{OUR} {precision}": promised} if promised else {})
-        found.append(ceiling)
-    return found
+        measurements.append(ceiling)
+    return measurements
 
 
 def gated(contender: Contender, vectors: NDArray[Any], reference: NDArray[Any]) -> tuple[str | None, dict[str, Any]]:
     """The reason why a contender's speed does not count, or None, and its cosines to the reference."""
-    each = stats.cosines(vectors, reference)
-    details = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
+    similarities = stats.cosines(vectors, reference)
+    details = {"cosine_min": float(similarities.min()), "cosine_mean": float(similarities.mean())}
     return contender.peer.gate.refusal(**details), details
 
 
@@ -120,7 +124,9 @@ class Limit:
         self._device = on.device
         self._config = read_json(on.folder.transformer / "config.json")
         known = flops.counts(self._config)
-        self._rates: dict[str, list[float]] = {each: [] for each in precisions if known and flops.has(each, on.device)}
+        self._rates: dict[str, list[float]] = {
+            precision: [] for precision in precisions if known and flops.has(precision, on.device)
+        }
 
     def measure(self) -> None:
         for precision, rates in self._rates.items():
@@ -145,7 +151,7 @@ def _targets(on: Ground) -> Mapping[str, Target]:
 
 
 def _latency(field: Field, rounds: int, device: str) -> list[Measurement]:
-    names = [each.peer.name for each in field.alive()]
+    names = [contender.peer.name for contender in field.alive()]
     taken = in_turns(
         {name: lambda name=name: float(field[name].running.ask("short", calls=CALLS)["ms"]) for name in names},  # type: ignore[misc]
         rounds, lambda now: None,
@@ -156,9 +162,9 @@ def _latency(field: Field, rounds: int, device: str) -> list[Measurement]:
 
 def _costs(field: Field) -> list[Measurement]:
     """Each contender's time to start, and its peak memory after all that it did here."""
-    found = [Measurement(START, each.peer.name, "s", each.starts) for each in field.contenders]
-    for each in field.alive():
-        peak = each.running.ask("memory")["peak_kib"]
+    measurements = [Measurement(START, contender.peer.name, "s", contender.starts) for contender in field.contenders]
+    for contender in field.alive():
+        peak = contender.running.ask("memory")["peak_kib"]
         if peak:
-            found.append(Measurement(MEMORY, each.peer.name, "MiB", [peak / 1024]))
-    return found
+            measurements.append(Measurement(MEMORY, contender.peer.name, "MiB", [peak / 1024]))
+    return measurements

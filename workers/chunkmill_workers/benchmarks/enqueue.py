@@ -55,17 +55,19 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         interleave({name: lambda name=name: contend(name) for name in TARGETS}, rounds, say)  # type: ignore[misc]
         redis_memory, versions = servers.redis_memory(), servers.versions
     group = f"{count:,} chunks"
-    found = [
-        Measurement(group, name, "chunks/s", [count / each["seconds"] for each in answers[name]], target=TARGETS[name])
+    measurements = [
+        Measurement(
+            group, name, "chunks/s", [count / answer["seconds"] for answer in answers[name]], target=TARGETS[name]
+        )
         for name in TARGETS
     ]
-    found += [
+    measurements += [
         Measurement(group, f"producer's peak memory, {name}", "MiB", peaks, target=PRODUCER_MIB)
         for name in (NEW, CACHED)
-        if (peaks := [each["peak_kib"] / 1024 for each in answers[name] if each["peak_kib"]])
+        if (peaks := [answer["peak_kib"] / 1024 for answer in answers[name] if answer["peak_kib"]])
     ]
-    found.append(_redis_peak(group, redis_memory))
-    return document("enqueue", found, settings=_settings(count), versions=versions)
+    measurements.append(_redis_peak(group, redis_memory))
+    return document("enqueue", measurements, settings=_settings(count), versions=versions)
 
 
 def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
@@ -77,9 +79,9 @@ def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         answer = _produce(servers, count, 0, "million", say=say)
         redis_memory, versions = servers.redis_memory(), servers.versions
     group = f"{count:,} chunks from a generator"
-    found = [Measurement(group, NEW, "chunks/s", [count / answer["seconds"]], target=TARGETS[NEW])]
+    measurements = [Measurement(group, NEW, "chunks/s", [count / answer["seconds"]], target=TARGETS[NEW])]
     if answer["peak_kib"]:
-        found.append(
+        measurements.append(
             Measurement(group, "producer's peak memory", "MiB", [answer["peak_kib"] / 1024], target=PRODUCER_MIB)
         )
     for phase in ("reading", "committing"):
@@ -88,15 +90,19 @@ def run_million(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         grown = slope([s["chunks"] / 100_000 for s in late], [s["rss_kib"] / 1024 for s in late])
         if grown is not None:
             name = f"producer's memory growth while {phase}, per 100,000 chunks"
-            found.append(Measurement(group, name, "MiB", [grown]))
-    committed = [each for each in answer["samples"] if each["phase"] == "committing"]
+            measurements.append(Measurement(group, name, "MiB", [grown]))
+    committed = [sample for sample in answer["samples"] if sample["phase"] == "committing"]
     for name, part in (("first", committed[: len(committed) // 4 + 1]), ("last", committed[-len(committed) // 4 :])):
         if len(part) > 1:
             pace = (part[-1]["chunks"] - part[0]["chunks"]) / (part[-1]["seconds"] - part[0]["seconds"])
-            found.append(Measurement(group, f"{NEW}, committing the {name} quarter", "chunks/s", [pace]))
-    found.append(_redis_peak(group, redis_memory))
+            measurements.append(Measurement(group, f"{NEW}, committing the {name} quarter", "chunks/s", [pace]))
+    measurements.append(_redis_peak(group, redis_memory))
     return document(
-        "enqueue-million", found, settings=_settings(count), versions=versions, extra={"samples": answer["samples"]}
+        "enqueue-million",
+        measurements,
+        settings=_settings(count),
+        versions=versions,
+        extra={"samples": answer["samples"]},
     )
 
 
@@ -141,7 +147,7 @@ def _produce(servers: Servers, count: int, first: int, collection: str, say: Say
         assert child.stdin
         try:
             # It goes in by stdin, because reading it from the library's source would need more memory than enqueue.
-            json.dump([(each.id, each.text, dict(each.metadata)) for each in corpus()], child.stdin)
+            json.dump([(chunk.id, chunk.text, dict(chunk.metadata)) for chunk in corpus()], child.stdin)
             child.stdin.close()
             child.stdin = None
             samples = list(_samples(servers, child)) if say else []
@@ -175,7 +181,7 @@ def _main(count: int, first: int, collection: str, route: str = "local") -> None
     """Enqueue, and print time and memory as JSON. This is the main function of the producer's process."""
     settings = Settings.from_env()
     reading: list[dict[str, Any]] = []
-    originals = [Chunk(*each) for each in json.load(sys.stdin)]
+    originals = [Chunk(*fields) for fields in json.load(sys.stdin)]
 
     def chunks() -> Iterator[Chunk]:
         for number, chunk in enumerate(unique_chunks(originals, count, first=first)):

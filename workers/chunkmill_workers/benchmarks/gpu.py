@@ -51,7 +51,7 @@ JOBS = (("docstrings", 100_000, 4), ("docstrings", 100_000, 16), ("140 tokens", 
 
 def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> dict[str, Any]:
     """The result for text to NumPy: sweeps, the cosine gate, then rounds in turns, each with the device's GEMM rate."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="cm-bench-") as folder:
         for name, path, lengths in ((model, model, (None, 140)), (BASE, None, (256, 450))):
             with contest.ground(path or base_model(Path(folder) / "base", model, quick=quick), quick=quick) as on:
@@ -59,7 +59,7 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> di
                 for length in lengths:
                     group = f"{name}, " + ("docstrings" if length is None else f"about {length} tokens")
                     texts = _texts(on, length, 4_000 if quick else TOKENS)
-                    found += _race(group, texts, on, rounds, lambda now, group=group: say(f"{group}: {now}"))  # type: ignore[misc]
+                    measurements += _race(group, texts, on, rounds, lambda now, group=group: say(f"{group}: {now}"))  # type: ignore[misc]
                     _forget()
     settings = {
         "device": device,
@@ -70,12 +70,12 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> di
         "the same precision, measured in the same rounds",
         "reference": f"sentence-transformers in fp32 on the same device, {GATE_TEXTS} texts",
     }
-    return document("gpu", found, settings=settings)
+    return document("gpu", measurements, settings=settings)
 
 
 def run_pipeline(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL) -> dict[str, Any]:
     """The result for text to committed rows: a worker with a full queue, beside the engine alone on the same texts."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     with contest.ground(model, quick=quick) as on, temporary_stack() as servers:
         device = _require_gpu(on)
         servers = dataclasses.replace(
@@ -88,7 +88,7 @@ def run_pipeline(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MOD
                 chunks = _chunks(on, None if kind == "docstrings" else 140, 300 if quick else count)
                 variables = {"EMBEDDING_PARALLEL_BATCHES": str(parallel), "EMBEDDING_PROFILE": "off"}
                 with _process(servers, on, "worker", variables) as worker:
-                    found += _drain(group, chunks, on, bare, client, worker, rounds, say)
+                    measurements += _drain(group, chunks, on, bare, client, worker, rounds, say)
     settings = {
         "model": model,
         "device": device,
@@ -98,7 +98,7 @@ def run_pipeline(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MOD
         "engine: text to NumPy. enqueue_seconds is what filling the queue took before",
         "fsync": "on",
     }
-    return document("gpu-pipeline", found, settings=settings, versions=servers.versions)
+    return document("gpu-pipeline", measurements, settings=settings, versions=servers.versions)
 
 
 def base_model(folder: Path, tokens_of: str, *, quick: bool) -> str:
@@ -341,13 +341,13 @@ def _drain(
     )  # fmt: skip
     client.delete(COLLECTION)
     details = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
-    found = [
+    measurements = [
         Measurement(
             group, name, "tokens/s", [tokens / second for second in taken],
             refused=refused, details=details | {"rows_per_second": len(texts) / float(np.median(taken))},
         )
         for name, taken in seconds.items()
     ]  # fmt: skip
-    found[0].details |= {"enqueue_seconds": enqueueing, "cosine_min": float(likeness.min())}
-    add_ratios(found, "the engine alone", targets={"the whole system": Target(0.9)})
-    return found
+    measurements[0].details |= {"enqueue_seconds": enqueueing, "cosine_min": float(likeness.min())}
+    add_ratios(measurements, "the engine alone", targets={"the whole system": Target(0.9)})
+    return measurements

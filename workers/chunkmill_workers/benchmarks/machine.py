@@ -46,18 +46,18 @@ def slug(machine: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of packages. Chunkmill has its git revision, with ``+changes`` if the code differs."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     # Only in a checkout of ours, because an installed package may be in somebody else's repository.
     revision = _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else ""
     if revision:
         changed = _git("status", "--porcelain", "--", "app", "workers")
-        found["chunkmill"] = revision + ("+changes" if changed else "")
-    return found
+        versions["chunkmill"] = revision + ("+changes" if changed else "")
+    return versions
 
 
 def cores() -> int:
@@ -76,8 +76,8 @@ def memory_kib(pid: int | str, field: str) -> int | None:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def _git(*arguments: str) -> str:

@@ -45,21 +45,21 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
             seconds = time.perf_counter() - began
         versions = servers.versions
     group = f"{count:,} chunks, whole system, an engine that takes no time"
-    found = [Measurement(group, "enqueued, embedded and committed", "chunks/s", [count / seconds])]
+    measurements = [Measurement(group, "enqueued, embedded and committed", "chunks/s", [count / seconds])]
     targets = {"producer": PRODUCER_MIB, "Redis": REDIS_MIB}
     for part in ("producer", "worker", "poller", "Redis"):
         seen = [sample for sample in samples if sample[part] is not None]
         peak = max(sample[part] for sample in seen)
-        found.append(Measurement(group, f"{part}'s peak memory", "MiB", [peak], target=targets.get(part)))
+        measurements.append(Measurement(group, f"{part}'s peak memory", "MiB", [peak], target=targets.get(part)))
         # In the first fifth buffers and allocators grow. Growth after that is growth with the job.
         late = [sample for sample in seen if sample["seconds"] > seconds / 5]
         grown = slope([sample["embedded"] / 100_000 for sample in late], [sample[part] for sample in late])
         if grown is not None:
-            found.append(Measurement(group, f"{part}'s growth per 100,000 chunks embedded", "MiB", [grown]))
+            measurements.append(Measurement(group, f"{part}'s growth per 100,000 chunks embedded", "MiB", [grown]))
     most = max(sample["doorbells"] for sample in samples)
-    found.append(Measurement(group, "most doorbells in Redis", "doorbells", [most]))
+    measurements.append(Measurement(group, "most doorbells in Redis", "doorbells", [most]))
     settings = {"chunks": count, "workers": 1, "chunk_batch_size": servers.settings.chunk_batch_size}
-    return document("million", found, settings=settings, versions=versions, extra={"samples": samples})
+    return document("million", measurements, settings=settings, versions=versions, extra={"samples": samples})
 
 
 def _follow(servers: Servers, count: int, pids: Mapping[str, int], say: Say) -> Iterator[dict[str, Any]]:
@@ -78,7 +78,7 @@ def _follow(servers: Servers, count: int, pids: Mapping[str, int], say: Say) -> 
         servers.client() as client,
     ):
         assert producer.stdin
-        json.dump([(each.id, each.text, dict(each.metadata)) for each in corpus()], producer.stdin)
+        json.dump([(chunk.id, chunk.text, dict(chunk.metadata)) for chunk in corpus()], producer.stdin)
         producer.stdin.close()
         began = time.perf_counter()
         while True:

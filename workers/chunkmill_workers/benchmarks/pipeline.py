@@ -38,15 +38,15 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
         word = on.half or "fp32"
         ours, peer = f"{OUR} {word}", f"sentence-transformers {word}"
         script_name = f"a script, {peer} + COPY"
-        chosen = [each for each in on.peers() if each.name in {ours, REFERENCE, peer}]
+        chosen = [candidate for candidate in on.peers() if candidate.name in {ours, REFERENCE, peer}]
         with (
             contest.enter(chosen, on, texts[: contest.SAMPLE], say) as field,
             temporary_stack() as servers,
             servers.client() as client,
             servers.db() as db,
         ):
-            for each in field.contenders:
-                each.running.ask("texts", name="texts", path=on.file("texts", texts))
+            for contender in field.contenders:
+                contender.running.ask("texts", name="texts", path=on.file("texts", texts))
             versions, settings = servers.versions, servers.settings
             cold = [_cold_start(servers, client, on.threads, say) for _ in range(1 if quick else COLD_STARTS)]
             script = Script(field[peer], db, on.model.dimensions)
@@ -55,7 +55,7 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
                 _enqueue_and_wait(client, worker, texts)
                 script.write()
                 others = {BARE: ours, script_name: peer, REFERENCE: REFERENCE}
-                found = _gate(field, _stored(client, len(texts)), others, on)
+                measurements = _gate(field, _stored(client, len(texts)), others, on)
                 ways: dict[str, Callable[[], float]] = {
                     SYSTEM: lambda: _enqueue_and_wait(client, worker, texts),
                     BARE: lambda: field[ours].embed("texts"),
@@ -64,22 +64,24 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
                 }
                 # Delete the last round's rows, so that they are not in the cache or in the script's table.
                 before = {SYSTEM: lambda: client.delete(COLLECTION), script_name: script.empty}
-                racing = {each.name: ways[each.name] for each in found if not each.refused}
+                racing = {
+                    measurement.name: ways[measurement.name] for measurement in measurements if not measurement.refused
+                }
                 seconds = in_turns(racing, rounds, say, before=lambda name: before.get(name, lambda: None)())
-    for measured in found:
+    for measured in measurements:
         measured.rounds = [tokens / taken for taken in seconds.get(measured.name, [])]
         measured.details["seconds"] = seconds.get(measured.name, [])
         if measured.rounds:
             measured.details["chunks_per_second"] = len(texts) / float(np.median(measured.details["seconds"]))
-    add_ratios(found, REFERENCE, targets={SYSTEM: Target(3.4)})
-    add_ratios(found, BARE, only=SYSTEM, targets={SYSTEM: Target(0.97)})
-    add_ratios(found, script_name, only=SYSTEM)
-    found.append(
+    add_ratios(measurements, REFERENCE, targets={SYSTEM: Target(3.4)})
+    add_ratios(measurements, BARE, only=SYSTEM, targets={SYSTEM: Target(0.97)})
+    add_ratios(measurements, script_name, only=SYSTEM)
+    measurements.append(
         Measurement("cold start", "worker: process start to first vector", "s", cold, target=Target(5, at_most=True))
     )
     return document(
         "pipeline",
-        found,
+        measurements,
         versions=versions,
         settings={
             "model": on.folder.name,
@@ -100,14 +102,14 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
 def _gate(field: Field, stored: NDArray[np.float32], others: Mapping[str, str], on: Ground) -> list[Measurement]:
     """The cosine gate for the vectors that the system stored, and for the contenders, which have other names here."""
     reference, _ = field[REFERENCE].vectors("texts", on.path)
-    each = cosines(stored, reference)
-    details = {"cosine_min": float(each.min()), "cosine_mean": float(each.mean())}
-    found = [Measurement(GROUP, SYSTEM, "tokens/s", [], refused=OURS.refusal(**details), details=details)]
+    similarities = cosines(stored, reference)
+    details = {"cosine_min": float(similarities.min()), "cosine_mean": float(similarities.mean())}
+    measurements = [Measurement(GROUP, SYSTEM, "tokens/s", [], refused=OURS.refusal(**details), details=details)]
     for name, contender in others.items():
         vectors, _ = field[contender].vectors("texts", on.path)
         refused, details = gated(field[contender], vectors, reference)
-        found.append(Measurement(GROUP, name, "tokens/s", [], refused=refused, details=details))
-    return found
+        measurements.append(Measurement(GROUP, name, "tokens/s", [], refused=refused, details=details))
+    return measurements
 
 
 class Script:

@@ -72,13 +72,13 @@ def _engine(result: Result) -> Figure:
 def _lengths(result: Result) -> Figure | None:
     """A panel for each of the other groups of texts, with the contenders in the order of the first picture."""
     rows = [row for row in summary.rows(result) if not row.get("limit")]
-    measured = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
-    groups = list(dict.fromkeys(each["group"] for each in measured))[1:]
+    measured = [row for row in result["measurements"] if row["unit"] == "tokens/s"]
+    groups = list(dict.fromkeys(row["group"] for row in measured))[1:]
     if not groups:
         return None
     figure, panels = _panels(len(groups), len(rows))
     for axes, group in zip(panels, groups, strict=True):
-        own = {each["name"]: each for each in measured if each["group"] == group}
+        own = {row["name"]: row for row in measured if row["group"] == group}
         for y, row in enumerate(rows):
             _bar(axes, y, own[row["name"]], short=True)
         mean = next(iter(own.values()))["mean_tokens"]
@@ -94,7 +94,7 @@ def _costs(result: Result) -> Figure:
     heads = {MEMORY: "peak memory, MiB", START: "start to first vector, s", LATENCY: "one short text, ms"}
     figure, panels = _panels(len(heads), len(rows))
     for axes, (group, head) in zip(panels, heads.items(), strict=True):
-        own = {each["name"]: each for each in result["measurements"] if each["group"] == group}
+        own = {row["name"]: row for row in result["measurements"] if row["group"] == group}
         for y, row in enumerate(rows):
             if row["name"] in own:
                 _bar(axes, y, {**own[row["name"]], "precision": row["precision"]}, short=True)
@@ -105,7 +105,7 @@ def _costs(result: Result) -> Figure:
 
 
 def _pipeline(result: Result) -> Figure:
-    rows = [each for each in result["measurements"] if each["unit"] == "tokens/s"]
+    rows = [row for row in result["measurements"] if row["unit"] == "tokens/s"]
     figure, axes = _axes(1.5 + 0.5 * len(rows))
     for y, row in enumerate(rows):
         _bar(axes, y, row, fidelity="cosine_min" in row)
@@ -135,7 +135,7 @@ def _million(result: Result) -> Figure:
             continue
         axes.plot(x, y, color=colour, lw=2, label=label, marker="o", ms=3)
         top = max(top, *y)
-    promised = next(each["target"] for each in result["measurements"] if each["name"] == "producer's peak memory")
+    promised = next(row["target"] for row in result["measurements"] if row["name"] == "producer's peak memory")
     axes.axhline(promised, color=INK, lw=1.2, ls=(0, (2, 2)))
     axes.annotate(
         f"promised: below {promised:.0f} MiB", (1, promised), (0, 4), xycoords=("axes fraction", "data"),
@@ -214,7 +214,7 @@ def _bar(axes: Axes, y: float, row: Row, *, fidelity: bool = False, short: bool 
     )
     words = report.number(row["median"])
     if not short:
-        ratio = next((found["median"] for to, found in row["ratios"].items() if to == f"to {REFERENCE}"), None)
+        ratio = next((numbers["median"] for to, numbers in row["ratios"].items() if to == f"to {REFERENCE}"), None)
         words += f"  {ratio:.2f} ×" if ratio else ""
         words += f"  cosine {row['cosine_mean']:.5f}" if fidelity else ""
     axes.annotate(
@@ -294,8 +294,8 @@ def _finish_panels(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], 
 
 
 def _head(figure: Figure, title: str, result: Result) -> None:
-    found, made = result["machine"], result["versions"]
-    details = [found["gpu"] or found["cpu"], f"{found['cores']} cores", result["measured_at"][:10]]
+    machine, made = result["machine"], result["versions"]
+    details = [machine["gpu"] or machine["cpu"], f"{machine['cores']} cores", result["measured_at"][:10]]
     details += [f"Postgres {made['postgres']}", f"Redis {made['redis-server']}"] if "postgres" in made else []
     height = figure.get_figheight()
     figure.text(0.02, 1 - 0.3 / height, title, fontsize=12, weight="bold", color=INK)

@@ -105,7 +105,7 @@ def _follow(
         arguments, env=env, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as producer:
         assert producer.stdin
-        json.dump([(each.id, each.text, dict(each.metadata)) for each in corpus()], producer.stdin)
+        json.dump([(chunk.id, chunk.text, dict(chunk.metadata)) for chunk in corpus()], producer.stdin)
         producer.stdin.close()
         pids = {name: child.pid for name, child in children.items()} | {"producer": producer.pid}
         began = time.perf_counter()
@@ -157,10 +157,10 @@ def _split(db: sa.Engine, after: int, full: int, count: int) -> list[dict[str, A
             {"after": after},
         )
         batches = [dict(row._mapping) for row in rows]
-    sizes = [each["n_contents"] for each in batches]
+    sizes = [batch["n_contents"] for batch in batches]
     assert sizes == [full] * (count // full) + [count % full] * (count % full > 0), f"split into {sizes}"
-    assert sizes == [each["n_written"] for each in batches], batches
-    assert {each["creates"] for each in batches} == {1}, batches
+    assert sizes == [batch["n_written"] for batch in batches], batches
+    assert {batch["creates"] for batch in batches} == {1}, batches
     return batches
 
 
@@ -172,8 +172,12 @@ def _count(db: sa.Engine, query: str) -> int:
 def _brief(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The samples with the fields that the picture needs."""
     return [
-        {"seconds": each["seconds"], "written": sum(each["written"].values()), **{part: each[part] for part in PARTS}}
-        for each in samples
+        {
+            "seconds": sample["seconds"],
+            "written": sum(sample["written"].values()),
+            **{part: sample[part] for part in PARTS},
+        }
+        for sample in samples
     ]
 
 
@@ -183,12 +187,12 @@ def _growth(samples: Sequence[dict[str, Any]], full: int) -> list[Measurement]:
     first = [s["worker"] for s in reading if 0 < sum(s["written"].values()) <= full / 10]
     last = [s["worker"] for s in reading if sum(s["written"].values()) >= full * 9 / 10]
     group = f"memory while {full:,} results of {DIMENSIONS:,} dimensions are read, nothing beside it"
-    found = [Measurement(group, "worker's peak", "MiB", [max(s["worker"] for s in reading)])]
+    measurements = [Measurement(group, "worker's peak", "MiB", [max(s["worker"] for s in reading)])]
     if first and last:
         grown = statistics.median(last) - statistics.median(first)
         name = "worker's growth from the first tenth to the last"
-        found.append(Measurement(group, name, "MiB", [round(grown, 1)], target=GROWTH_MIB))
-    return found
+        measurements.append(Measurement(group, name, "MiB", [round(grown, 1)], target=GROWTH_MIB))
+    return measurements
 
 
 def _peaks(samples: Sequence[dict[str, Any]], count: int) -> list[Measurement]:
@@ -201,17 +205,17 @@ def _peaks(samples: Sequence[dict[str, Any]], count: int) -> list[Measurement]:
 
 def _times(samples: Sequence[dict[str, Any]], batches: Sequence[dict[str, Any]], count: int) -> list[Measurement]:
     """How long each step took, to 0.2 s. Several ProviderBatches are in work at a time and share the cores."""
-    group = f"{count:,} contents, ProviderBatches of {', '.join(str(each['n_contents']) for each in batches)}"
-    found = [Measurement(group, "from enqueue to all vectors written", "s", [_all_written(samples, count)])]
-    found.append(Measurement(group, "contents", "contents/s", [count / found[0].rounds[0]]))
+    group = f"{count:,} contents, ProviderBatches of {', '.join(str(batch['n_contents']) for batch in batches)}"
+    measurements = [Measurement(group, "from enqueue to all vectors written", "s", [_all_written(samples, count)])]
+    measurements.append(Measurement(group, "contents", "contents/s", [count / measurements[0].rounds[0]]))
     for state, name in PHASES.items():
-        seconds = [_seconds_in(samples, each["id"], state) for each in batches]
-        found.append(Measurement(group, f"{name}, each ProviderBatch", "s", seconds))
+        seconds = [_seconds_in(samples, batch["id"], state) for batch in batches]
+        measurements.append(Measurement(group, f"{name}, each ProviderBatch", "s", seconds))
     writing = [s["seconds"] for s in samples if ProviderBatchState.COLLECTING in s["states"].values()]
     if len(writing) > 1:
         rate = count / (writing[-1] - writing[0] + LOOK_S)
-        found.append(Measurement(group, "download, decode and write, all together", "rows/s", [rate]))
-    return found
+        measurements.append(Measurement(group, "download, decode and write, all together", "rows/s", [rate]))
+    return measurements
 
 
 def _all_written(samples: Sequence[dict[str, Any]], count: int) -> float:

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def document(
-    name: str, found: Sequence[Measurement], *, settings: Mapping[str, Any], versions: Mapping[str, str] | None = None,
+    name: str, rows: Sequence[Measurement], *, settings: Mapping[str, Any], versions: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One result as it is written to JSON."""
@@ -31,7 +31,7 @@ def document(
         "machine": machine.describe(),
         "versions": machine.versions() | dict(versions or {}),
         "settings": dict(settings),
-        "measurements": [each.as_json() for each in found],
+        "measurements": [measured.as_json() for measured in rows],
         **(extra or {}),
     }
 
@@ -50,19 +50,19 @@ def show(result: Mapping[str, Any]) -> None:
     for head in ("", "median", "min to max", "unit", "ratio", "target"):
         table.add_column(head, justify="left" if head in ("", "unit", "target") else "right")
     group = None
-    for each in result["measurements"]:
-        if each["group"] != group:
-            group = each["group"]
+    for row in result["measurements"]:
+        if row["group"] != group:
+            group = row["group"]
             table.add_section()
             table.add_row(f"[bold]{group}[/bold]")
         ratios = "\n".join(
-            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{promised(ratio)}" for to, ratio in each["ratios"].items()
+            f"{ratio['median']:.3g} × {to.removeprefix('to ')}{promised(ratio)}" for to, ratio in row["ratios"].items()
         )
-        if each["refused"]:
-            table.add_row(f"  {each['name']}", "none", "", each["unit"], f"[yellow]{each['refused']}[/yellow]")
+        if row["refused"]:
+            table.add_row(f"  {row['name']}", "none", "", row["unit"], f"[yellow]{row['refused']}[/yellow]")
             continue
-        spread = f"{number(each['min'])} to {number(each['max'])}" if len(each["rounds"]) > 1 else ""
-        table.add_row(f"  {each['name']}", number(each["median"]), spread, each["unit"], ratios, promised(each))
+        spread = f"{number(row['min'])} to {number(row['max'])}" if len(row["rounds"]) > 1 else ""
+        table.add_row(f"  {row['name']}", number(row["median"]), spread, row["unit"], ratios, promised(row))
     Console().print(table)
 
 
@@ -71,13 +71,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def promised(each: Mapping[str, Any], form: str | None = None) -> str:
+def promised(numbers: Mapping[str, Any], form: str | None = None) -> str:
     """The target of a measurement or a ratio, green if it is met and else red; empty if there is none."""
-    if "target" not in each:
+    if "target" not in numbers:
         return ""
-    sign = "≤" if each["target_is"] == "at most" else "≥"
-    colour = "green" if each["met"] else "red"
-    value = form.format(each["target"]) if form else number(each["target"])
+    sign = "≤" if numbers["target_is"] == "at most" else "≥"
+    colour = "green" if numbers["met"] else "red"
+    value = form.format(numbers["target"]) if form else number(numbers["target"])
     return f" [{colour}]{sign} {value}[/{colour}]"
 
 

@@ -19,8 +19,8 @@ class Target:
     value: float
     at_most: bool = False
 
-    def met_by(self, found: float) -> bool:
-        return found <= self.value if self.at_most else found >= self.value
+    def met_by(self, measured: float) -> bool:
+        return measured <= self.value if self.at_most else measured >= self.value
 
 
 @dataclass(slots=True)
@@ -40,18 +40,18 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         numbers = summary([] if self.refused else self.rounds)
-        found = {"group": self.group, "name": self.name, "unit": self.unit, **numbers, "refused": self.refused}
+        result = {"group": self.group, "name": self.name, "unit": self.unit, **numbers, "refused": self.refused}
         if self.target and numbers["median"] is not None:
-            found |= promise(self.target, numbers["median"])
-        return found | {"ratios": self.ratios, **self.details}
+            result |= promise(self.target, numbers["median"])
+        return result | {"ratios": self.ratios, **self.details}
 
 
-def promise(target: Target, found: float) -> dict[str, Any]:
+def promise(target: Target, measured: float) -> dict[str, Any]:
     """The fields of a target in the JSON, and whether ``found`` meets it."""
     return {
         "target": target.value,
         "target_is": "at most" if target.at_most else "at least",
-        "met": target.met_by(found),
+        "met": target.met_by(measured),
     }
 
 
@@ -68,21 +68,21 @@ def summary(rounds: Sequence[float]) -> dict[str, Any]:
 
 
 def add_ratios(
-    found: Sequence[Measurement], to: str, *, only: str = "", targets: Mapping[str, Target] | None = None
+    measurements: Sequence[Measurement], to: str, *, only: str = "", targets: Mapping[str, Target] | None = None
 ) -> None:
     """Add their ratio to ``to`` to the measurements of its group whose names begin with ``only``.
 
     Ratios are taken round by round, because measurements of one round saw the same machine. If the machine's speed
     drifts, their median moves less than the ratio of two medians.
     """
-    for base in [each for each in found if each.name == to and not each.refused]:
-        for each in found:
-            if each is base or each.refused or each.group != base.group or not each.name.startswith(only):
+    for base in [other for other in measurements if other.name == to and not other.refused]:
+        for other in measurements:
+            if other is base or other.refused or other.group != base.group or not other.name.startswith(only):
                 continue
-            ratio = summary([a / b for a, b in zip(each.rounds, base.rounds, strict=True)])
-            if targets and each.name in targets:
-                ratio |= promise(targets[each.name], ratio["median"])
-            each.ratios[f"to {to}"] = ratio
+            ratio = summary([a / b for a, b in zip(other.rounds, base.rounds, strict=True)])
+            if targets and other.name in targets:
+                ratio |= promise(targets[other.name], ratio["median"])
+            other.ratios[f"to {to}"] = ratio
 
 
 def interleave(
@@ -114,15 +114,15 @@ def in_turns(
 
     Each round begins with another contender, so that the first place is not always a disadvantage for the same one.
     """
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    returned: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             say(f"round {number + 1} of {rounds}: {name}")
             before(name)
-            found[name].append(contenders[name]())
-    return found
+            returned[name].append(contenders[name]())
+    return returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,9 @@ PEER_INT8 = Gate(0.9, 0.99)
 """For int8 the mean decides. The minimum only shows a broken graph: a single text may differ by a few per cent."""
 
 
-def cosines(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
+def cosines(vectors: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
     """``(n,)`` cosines of the rows of two ``(n, d)`` matrices, in fp64."""
-    a, b = np.asarray(found, np.float64), np.asarray(reference, np.float64)
+    a, b = np.asarray(vectors, np.float64), np.asarray(reference, np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     result: NDArray[np.float64] = np.einsum("nd,nd->n", a, b) / norms
     return result

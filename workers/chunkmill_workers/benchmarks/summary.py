@@ -33,26 +33,26 @@ def rows(result: Result) -> list[Row]:
     """
     name, measured = result["benchmark"], result["measurements"]
     if name != "engine":
-        return [{"benchmark": name, **each} for each in measured]
+        return [{"benchmark": name, **item} for item in measured]
     headline = measured[0]["group"]
-    found = [{"benchmark": name, **each} for each in measured if each["group"] == headline]
-    for row in found:
-        own = {each["group"]: each for each in measured if each["name"] == row["name"]}
+    table = [{"benchmark": name, **item} for item in measured if item["group"] == headline]
+    for row in table:
+        own = {item["group"]: item for item in measured if item["name"] == row["name"]}
         row["by_group"] = {
-            group: each["median"] for group, each in own.items() if each["unit"] == "tokens/s" and group != headline
+            group: item["median"] for group, item in own.items() if item["unit"] == "tokens/s" and group != headline
         }
         for key, group in (("peak_mib", MEMORY), ("start_seconds", START), ("short_text_ms", LATENCY)):
             if group in own:
                 row[key] = own[group]["median"]
-    return sorted(found, key=lambda row: (row.get("limit", False), -(row["median"] or 0)))
+    return sorted(table, key=lambda row: (row.get("limit", False), -(row["median"] or 0)))
 
 
 def show(results: Sequence[Result], files: Sequence[str], *, as_json: bool) -> None:
     """Print a table for a person, or one JSON document for a program."""
     if as_json:
-        found = [row for result in results for row in rows(result)]
-        skipped = [each for result in results for each in result.get("skipped", [])]
-        told = {"table": found, "skipped": skipped, "files": list(files)}
+        table = [row for result in results for row in rows(result)]
+        skipped = [peer for result in results for peer in result.get("skipped", [])]
+        told = {"table": table, "skipped": skipped, "files": list(files)}
         click.echo(json.dumps(told, indent=1, ensure_ascii=False))
         return
     for result in results:
@@ -64,11 +64,11 @@ def show(results: Sequence[Result], files: Sequence[str], *, as_json: bool) -> N
     console = Console(highlight=False)
     console.print(_table(both, console.width))
     console.print(NOTES, style="dim")
-    for met, line in [found for result in both for found in promises(result)]:
+    for met, line in [promise for result in both for promise in promises(result)]:
         console.print(f"[green]met[/green]    {line}" if met else f"[red]missed[/red] {line}")
-    for each in {each["name"]: each for result in both for each in result["skipped"]}.values():
-        command = f" Run: {each['install']}" if "install" in each else ""
-        console.print(f"skipped: {each['name']}: {each['reason']}.{command}", markup=False)
+    for peer in {peer["name"]: peer for result in both for peer in result["skipped"]}.values():
+        command = f" Run: {peer['install']}" if "install" in peer else ""
+        console.print(f"skipped: {peer['name']}: {peer['reason']}.{command}", markup=False)
 
 
 def _table(results: Sequence[Result], width: int) -> Table:
@@ -114,22 +114,22 @@ def _cells(row: Row, groups: Sequence[str]) -> list[str]:
 
 
 def _ratio(row: Row, to: str, form: str) -> str:
-    found = next((ratio for name, ratio in row["ratios"].items() if name.startswith(f"to {to}")), None)
-    return form.format(found["median"]) if found else ""
+    numbers = next((ratio for name, ratio in row["ratios"].items() if name.startswith(f"to {to}")), None)
+    return form.format(numbers["median"]) if numbers else ""
 
 
 def promises(result: Result) -> list[tuple[bool, str]]:
     """Every target in a result: whether it is met, and a line that says so."""
-    found = []
-    for each in result["measurements"]:
-        candidates = [("", each), *((f" {to.removeprefix('to ')}", ratio) for to, ratio in each["ratios"].items())]
+    lines = []
+    for item in result["measurements"]:
+        candidates = [("", item), *((f" {to.removeprefix('to ')}", ratio) for to, ratio in item["ratios"].items())]
         for to, numbers in candidates:
             if "target" not in numbers:
                 continue
-            unit = f" ×{to}" if to else f" {each['unit']}"
+            unit = f" ×{to}" if to else f" {item['unit']}"
             line = (
-                f"{each['name']}, {each['group']}: {numbers['median']:.3g}{unit}, "
+                f"{item['name']}, {item['group']}: {numbers['median']:.3g}{unit}, "
                 f"the target is {numbers['target_is']} {numbers['target']:g}"
             )
-            found.append((numbers["met"], line))
-    return found
+            lines.append((numbers["met"], line))
+    return lines

@@ -47,7 +47,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         with db.begin() as conn:
             space = registry.register(conn, DEFAULT_SPEC)
             conn.execute(sa.text(f"CREATE TABLE peer_vectors (LIKE {space.table_name} INCLUDING ALL)"))
-        peer_table = sa.table("peer_vectors", *(sa.column(each.name, each.type) for each in space.table.columns))
+        peer_table = sa.table("peer_vectors", *(sa.column(column.name, column.type) for column in space.table.columns))
         with db.connect() as conn, db.connect() as peer:
             register_vector(raw(peer))
             peer.rollback()
@@ -82,7 +82,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
                 db, space, {OURS: ours, STAGED: staged, COPY: copy, INSERT: insert}, transactions, rounds, say
             )
         versions = servers.versions
-    found = [
+    measurements = [
         Measurement(
             GROUP,
             name,
@@ -94,14 +94,14 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         for name in transactions
     ]
     for peer_name in (STAGED, COPY, INSERT):
-        add_ratios(found, peer_name, only=OURS)
+        add_ratios(measurements, peer_name, only=OURS)
     settings = {
         "rows_per_transaction": TRANSACTION_ROWS,
         "fsync": "on",
         "synchronous_commit": "off, as the worker writes",
         "staging": "a temporary table, then INSERT ON CONFLICT DO NOTHING; without it one existing row fails all",
     }
-    return document("write", found, settings=settings, versions=versions)
+    return document("write", measurements, settings=settings, versions=versions)
 
 
 def _measure(

@@ -287,12 +287,12 @@ def _require_ok(reply: Reply) -> None:
 def _json_object(reply: Reply) -> dict[str, Any]:
     _require_ok(reply)
     try:
-        found = json.loads(reply.body)
+        document = json.loads(reply.body)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        document = None
+    if not isinstance(document, dict):
         raise reply.unusable("did not answer a JSON object")
-    return found
+    return document
 
 
 def _when(given: object) -> str:

@@ -59,7 +59,7 @@ class LoadedEngine:
         self._parallel = setup["parallel_batches"]
         self._chunk_batch = order["chunk_batch"]
         self._texts: list[str] = order["texts"]
-        self.facts = {
+        self.description = {
             "backend": self._engine.backend,
             "dtype": self._engine.dtype,
             "max_tokens": folder.spec.max_tokens,
@@ -69,13 +69,13 @@ class LoadedEngine:
         """The vectors of ``texts`` as float32 in base64, with the tokens and seconds of a second pass over them."""
         self._engine.embed(texts)
         started = time.perf_counter()
-        found = self._engine.embed(texts)
+        embedded = self._engine.embed(texts)
         seconds = time.perf_counter() - started
         self._check_budget()
         return {
-            "vectors": base64.b64encode(np.ascontiguousarray(found.vectors, "<f4").tobytes()).decode(),
-            "tokens": found.timings.tokens,
-            "n_tokens": found.n_tokens.tolist(),
+            "vectors": base64.b64encode(np.ascontiguousarray(embedded.vectors, "<f4").tobytes()).decode(),
+            "tokens": embedded.timings.tokens,
+            "n_tokens": embedded.n_tokens.tolist(),
             "seconds": seconds,
         }
 
@@ -93,8 +93,8 @@ class LoadedEngine:
             asked = time.perf_counter()
             self._engine.embed([SHORT_TEXT], "query", urgent=True)
             latencies.append((time.perf_counter() - asked) * 1e3)
-        found = {"tokens": tokens, "seconds": seconds, "latency_ms": statistics.median(latencies)}
-        return found | {"peak_mib": self._peak_mib(), "memory_mib": self._memory_mib()}
+        numbers = {"tokens": tokens, "seconds": seconds, "latency_ms": statistics.median(latencies)}
+        return numbers | {"peak_mib": self._peak_mib(), "memory_mib": self._memory_mib()}
 
     def _check_budget(self) -> None:
         if self._engine.batch_tokens < self._asked:
@@ -145,7 +145,7 @@ def main() -> None:
         try:
             if loaded is None:
                 loaded = LoadedEngine(order)
-                answer(loaded.facts)
+                answer(loaded.description)
             else:
                 answer(loaded.vectors(order["texts"]) if order["do"] == "vectors" else loaded.turn())
         except ChunkmillError as error:

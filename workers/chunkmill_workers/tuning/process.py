@@ -93,7 +93,7 @@ class CandidateProcess:
             order = {**asdict(task), "texts": list(task.texts), "setup": asdict(setup)}
             if backend is not None:
                 order["setup"]["backend"] = backend
-            self.facts = self._ask(order)
+            self.description = self._ask(order)
         except BaseException:
             self.stop()
             raise
@@ -111,9 +111,9 @@ class CandidateProcess:
         self.stop()
 
     def vectors(self, texts: Sequence[str]) -> Vectors:
-        found = self._ask({"do": "vectors", "texts": list(texts)})
-        flat = np.frombuffer(base64.b64decode(found["vectors"]), "<f4")
-        return Vectors(flat.reshape(len(texts), -1), found["n_tokens"], found["tokens"], found["seconds"])
+        answer = self._ask({"do": "vectors", "texts": list(texts)})
+        flat = np.frombuffer(base64.b64decode(answer["vectors"]), "<f4")
+        return Vectors(flat.reshape(len(texts), -1), answer["n_tokens"], answer["tokens"], answer["seconds"])
 
     def turn(self) -> Turn:
         return Turn(**self._ask({"do": "turn"}))

@@ -59,7 +59,7 @@ class Search:
         self._exact = exact
         self._tell = tell
         self._memory_mib = 0.0
-        self.found: dict[Setup, Candidate] = {}
+        self.candidates_by_setup: dict[Setup, Candidate] = {}
 
     def run(self) -> list[Candidate]:
         """Try the setups. Returns all candidates in the order in which they were tried."""
@@ -76,18 +76,20 @@ class Search:
             replace(setup, parallel_batches=count) for setup in self._best(WINNERS) for count in grid.parallel_batches
         )
         self._race()
-        return list(self.found.values())
+        return list(self.candidates_by_setup.values())
 
     def _best(self, count: int, of: Iterable[Setup] | None = None) -> list[Setup]:
-        candidates = self.found.values() if of is None else [self.found[setup] for setup in of]
+        candidates = (
+            self.candidates_by_setup.values() if of is None else [self.candidates_by_setup[setup] for setup in of]
+        )
         return [candidate.setup for candidate in ranked(list(candidates), self._constraints)[:count]]
 
     def _screen(self, setups: Iterable[Setup]) -> None:
         """Measure the setups that are new, one after the other: accuracy, speed, latency and memory."""
         for setup in dict.fromkeys(setups):
-            if setup not in self.found:
+            if setup not in self.candidates_by_setup:
                 self._tell(setup)
-                self.found[setup] = self._measure(setup)
+                self.candidates_by_setup[setup] = self._measure(setup)
 
     def _measure(self, setup: Setup) -> Candidate:
         try:
@@ -121,14 +123,14 @@ class Search:
 
     def _together(self) -> list[Setup]:
         """As many of the best as the device's memory holds at a time, and at least one."""
-        found: list[Setup] = []
+        fitting: list[Setup] = []
         held = 0.0
         for setup in self._best(FINALISTS):
-            measured = self.found[setup].measured
+            measured = self.candidates_by_setup[setup].measured
             held += measured.peak_mib or 0.0 if measured is not None else 0.0
-            if not found or held <= SHARE * self._memory_mib:
-                found.append(setup)
-        return found
+            if not fitting or held <= SHARE * self._memory_mib:
+                fitting.append(setup)
+        return fitting
 
     def _rounds(self, running: dict[Setup, CandidateProcess], turns: dict[Setup, list[Turn]]) -> None:
         for number in range(ROUNDS):
@@ -142,17 +144,17 @@ class Search:
                 except CandidateFailed as reason:
                     self._fail(setup, reason, running)
         for setup in running:
-            self.found[setup] = _median(self.found[setup], turns[setup])
+            self.candidates_by_setup[setup] = _median(self.candidates_by_setup[setup], turns[setup])
 
     def _fail(self, setup: Setup, reason: CandidateFailed, running: dict[Setup, CandidateProcess]) -> None:
         if setup in running:
             running.pop(setup).stop()
-        self.found[setup] = Candidate(setup, problem=f"in the last rounds: {reason}")
+        self.candidates_by_setup[setup] = Candidate(setup, problem=f"in the last rounds: {reason}")
 
 
-def cosines(found: Vectors, exact: Vectors) -> tuple[float, float]:
+def cosines(vectors: Vectors, exact: Vectors) -> tuple[float, float]:
     """The lowest and the mean cosine of the texts' vectors, in fp64. Zeros on both sides count as equal."""
-    a, b = found.vectors.astype(np.float64), exact.vectors.astype(np.float64)
+    a, b = vectors.vectors.astype(np.float64), exact.vectors.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both = np.where((a == 0).all(axis=1) & (b == 0).all(axis=1), 1.0, np.nan)
     cosine = np.where(norms == 0, both, np.einsum("nd,nd->n", a, b) / np.where(norms == 0, 1.0, norms))
@@ -161,12 +163,12 @@ def cosines(found: Vectors, exact: Vectors) -> tuple[float, float]:
 
 def take(texts: Sequence[str], weights: Sequence[float], wanted: float) -> list[str]:
     """The texts in their order until their weights reach ``wanted``. They are repeated if they are too few."""
-    found: list[str] = []
+    chosen: list[str] = []
     total = 0.0
     for text, weight in itertools.cycle(zip(texts, weights, strict=True)):
-        if total >= wanted and found:
-            return found
-        found.append(text)
+        if total >= wanted and chosen:
+            return chosen
+        chosen.append(text)
         total += max(weight, 1.0)
     raise ValueError("no texts")
 

@@ -116,14 +116,14 @@ def with_stated(order: Order, settings: Settings) -> Order:
 
 def _gate(texts: Sequence[str]) -> list[str]:
     """The texts of the cosine gate: the first ones, and the longest others, because rounding adds up over positions."""
-    found: list[str] = []
+    texts_of_gate: list[str] = []
     for text in [*texts[: GATE_TEXTS - GATE_LEAST], *sorted(texts[GATE_TEXTS - GATE_LEAST :], key=len)[-GATE_LEAST:]]:
-        if len(found) >= GATE_LEAST and sum(map(len, found)) + len(text) > GATE_CHARACTERS:
+        if len(texts_of_gate) >= GATE_LEAST and sum(map(len, texts_of_gate)) + len(text) > GATE_CHARACTERS:
             continue
-        found.append(text)
-    if not found:
+        texts_of_gate.append(text)
+    if not texts_of_gate:
         raise InvalidInput("there is no text to measure with")
-    return found
+    return texts_of_gate
 
 
 def _reference(task: Task, gate: Sequence[str], setup: Setup) -> tuple[Vectors, Backend]:
@@ -137,8 +137,8 @@ def _reference(task: Task, gate: Sequence[str], setup: Setup) -> tuple[Vectors, 
         try:
             with CandidateProcess(replace(exact, device=device), setup, backend="auto") as process:
                 # Take the faster of two, because the length of all passes depends on it.
-                found = min((process.vectors(gate) for _ in range(2)), key=lambda each: each.seconds)
-                return found, process.facts["backend"]
+                vectors = min((process.vectors(gate) for _ in range(2)), key=lambda vectors: vectors.seconds)
+                return vectors, process.description["backend"]
         except CandidateFailed as reason:
             problem = str(reason)
     raise EngineError(f"model {task.model!r} cannot be measured, because it does not run in fp32: {problem}")
@@ -160,11 +160,11 @@ def _grid(
     standard = CPU_BUDGETS if on == "cpu" else CUDA_BUDGETS
     # A size that a slow model fills only once in a pass cannot be measured, and gains nothing either.
     filled = max(PASS_TOKENS[on], order.seconds * exact_speed) / PASS_FILLS
-    budgets = sorted(order.budgets) or [each for each in standard if each <= max(filled, standard[0])]
-    middle = min(budgets, key=lambda each: abs(each - (1024 if on == "cpu" else 32_768)))
+    budgets = sorted(order.budgets) or [budget for budget in standard if budget <= max(filled, standard[0])]
+    middle = min(budgets, key=lambda budget: abs(budget - (1024 if on == "cpu" else 32_768)))
     parallel = [settings.embedding_parallel_batches]
     if on == "cuda" and "embedding_parallel_batches" not in settings.model_fields_set:
-        parallel += [each for each in CUDA_PARALLEL if each not in parallel]
+        parallel += [count for count in CUDA_PARALLEL if count not in parallel]
     return Grid(kinds, budgets, middle, threads, parallel)
 
 

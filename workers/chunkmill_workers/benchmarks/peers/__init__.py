@@ -111,7 +111,7 @@ def _sentence_transformers(half: str | None, device: str) -> list[Peer]:
 
 
 def _onnx_runtime(word: str) -> Peer:
-    settings = [dict(each, graph=graph) for graph in ("fused", "plain") for each in _each("budget", *BUDGETS)]
+    settings = [dict(setting, graph=graph) for graph in ("fused", "plain") for setting in _each("budget", *BUDGETS)]
     return Peer(
         f"ONNX Runtime {word}", _module("onnx_session"), word, "intra_op_num_threads", ("onnxruntime",),
         {"precision": word}, tuple(settings), needs="pooled" if word == "fp32" else "pooled int8",

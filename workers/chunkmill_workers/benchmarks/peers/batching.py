@@ -26,7 +26,7 @@ class Batches:
 
     def __call__(self, texts: Sequence[str]) -> Iterator[Batch]:
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
-        order = np.argsort([-len(each) for each in ids], kind="stable")
+        order = np.argsort([-len(text_ids) for text_ids in ids], kind="stable")
         first = 0
         while first < len(order):
             rows = max(1, self._budget // len(ids[order[first]]))
@@ -39,7 +39,7 @@ def padded(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.
     """``(rows, longest)`` ids and attention mask. The mask hides the padding, so its id does not matter."""
     matrix = np.zeros((len(ids), max(map(len, ids))), np.int64)
     mask = np.zeros_like(matrix)
-    for row, each in enumerate(ids):
-        matrix[row, : len(each)] = each
-        mask[row, : len(each)] = 1
+    for row, text_ids in enumerate(ids):
+        matrix[row, : len(text_ids)] = text_ids
+        mask[row, : len(text_ids)] = 1
     return matrix, mask

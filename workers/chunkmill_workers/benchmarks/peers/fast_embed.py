@@ -24,16 +24,16 @@ class FastEmbed:
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         order = sorted(range(len(texts)), key=lambda at: -len(texts[at])) if self._sort else list(range(len(texts)))
-        found = np.stack(list(self._embedding.embed([texts[at] for at in order], batch_size=self._batch_size)))
-        vectors = np.empty_like(found, np.float32)
-        vectors[order] = found
+        embedded = np.stack(list(self._embedding.embed([texts[at] for at in order], batch_size=self._batch_size)))
+        vectors = np.empty_like(embedded, np.float32)
+        vectors[order] = embedded
         return vectors
 
 
 def load(
     model: Model, *, options: Mapping[str, Any], setting: Mapping[str, Any], threads: int, device: str
 ) -> FastEmbed:
-    if NAME not in {each["model"] for each in TextEmbedding.list_supported_models()}:  # once in a process
+    if NAME not in {model["model"] for model in TextEmbedding.list_supported_models()}:  # once in a process
         TextEmbedding.add_custom_model(
             NAME,
             pooling=PoolingType.CLS if model.pooling == "cls" else PoolingType.MEAN,
