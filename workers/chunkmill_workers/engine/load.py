@@ -22,6 +22,7 @@ from chunkmill_workers.engine.backends.loading import load_model
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.backends.onnx import OnnxBackend
 from chunkmill_workers.engine.backends.openvino import OpenVinoBackend
+from chunkmill_workers.engine.backends.stored import read_stored
 from chunkmill_workers.engine.encoder.architectures import Build
 from chunkmill_workers.engine.pooling import Head
 from chunkmill_workers.engine.precision import (
@@ -90,7 +91,7 @@ def load_parts(
         require_int8(on, backend, number_format)
         build = Build(number_format, on, tokens, folder.spec.max_tokens)
         loaded = load_int8(
-            load_model(folder),
+            read_stored(folder, config) or load_model(folder),
             build,
             spec=folder.spec,
             tokenizer=tokenizer,
@@ -174,10 +175,15 @@ def _load_backend(
             raise InvalidSetting(f"backend {name} runs on the CPU: set EMBEDDING_DEVICE=cpu, or EMBEDDING_BACKEND=auto")
         exported = OnnxBackend if name == "onnx" else OpenVinoBackend
         return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
-    model = load_model(folder)
+    build = Build(dtype, device, slots, folder.spec.max_tokens)
     try:
         if name != "transformers":
-            build = Build(dtype, device, slots, folder.spec.max_tokens)
+            stored = read_stored(folder, read_json(folder.transformer / "config.json"))
+            native = None if stored is None else NativeBackend.build(stored, build, pad_id=pad_id)
+            if native is not None:
+                return native
+        model = load_model(folder)
+        if name != "transformers":
             native = NativeBackend.build(model, build, pad_id=pad_id)
             if native is not None:
                 return native
