@@ -168,7 +168,7 @@ class _Producer:
         dead_chunks.add_refused(conn, job.id, [*refused, *plan.rejected])
         staging.drop_rejected(conn, plan.rejected)
         staging.add_contents(conn, plan.missing)
-        staging.merge_chunks(conn, collection_id=self.collection.id, job_id=job.id)
+        staging.merge_chunks(conn, collection_id=self.collection.id, job_id=job.id, on_long=request.on_long)
         shared = chunk_batches.SharedFields(
             job.id, request.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )

@@ -110,7 +110,11 @@ class ContentRow(Base):
 
 
 class ChunkRow(Base):
-    """A chunk of a collection. ``job_id`` is the job that added or last replaced it."""
+    """A chunk of a collection. ``job_id`` is the job that added or last replaced it.
+
+    If that job rejects long texts, and a job with another policy names the same chunk with the same text, the chunk
+    belongs to the latter, so that a rejection does not delete what another job has accepted.
+    """
 
     __tablename__ = "chunks"
 

@@ -105,14 +105,16 @@ def _completed_with_missing_vectors(conn: sa.Connection, job_id: int, collection
 
 
 def _count_dead_chunks(conn: sa.Connection, job_id: int, collection_id: int, space: Space) -> int:
-    """The dead chunks of a job that still have the same text and no vector."""
+    """The dead chunks of a job that still have the same text and no vector, except those that it refused as too long:
+    such a chunk is in the collection only if another job accepted it.
+    """
     statement = f"""
         SELECT count(*)
         FROM dead_chunks d
         JOIN chunks c ON c.collection_id = :collection
                      AND c.chunk_id = d.chunk_id
                      AND c.content_hash = d.content_hash
-        WHERE d.job_id = :id
+        WHERE d.job_id = :id AND d.code <> 'too_long'
           AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)
     """
     return int(conn.execute(sa.text(statement), {"id": job_id, "collection": collection_id}).scalar_one())
