@@ -145,14 +145,55 @@ def test_the_end_of_an_enqueue_seals_its_own_job_alone(producer: Client, db: sa.
 # The key
 
 
-def test_a_cancelled_enqueue_stays_cancelled_under_its_key(producer: Client) -> None:
+def test_the_key_of_a_cancelled_enqueue_is_refused(producer: Client) -> None:
+    """Its job has 20 of 30 chunks: neither may it be handed back as if it had all, nor may it begin again."""
     job = die(producer, idempotency_key="k")
     other = die(producer, idempotency_key="other")
     assert producer.cancel(job).state is JobState.CANCELLED
-    again = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
-    assert (again.id, again.state, again.chunks) == (job, JobState.CANCELLED, 20)
+    with pytest.raises(InvalidInput, match=f"job {job}, which was cancelled before all .* another key"):
+        producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert (producer.job(job).state, producer.job(job).chunks) == (JobState.CANCELLED, 20)
     again = producer.enqueue(stream(30), collection="docs", idempotency_key="other")
     assert (again.id, again.state, again.chunks) == (other, JobState.RUNNING, 30)
+
+
+def test_a_job_that_was_cancelled_after_its_enqueue_is_handed_back_by_its_key(producer: Client) -> None:
+    job = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    producer.cancel(job.id)
+    again = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert (again.id, again.state, again.chunks) == (job.id, JobState.CANCELLED, 30)
+
+
+def test_an_enqueue_that_is_cancelled_while_its_key_starts_it_over_is_refused(producer: Client, client: Client) -> None:
+    job = die(producer, idempotency_key="k")
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute")
+    def cancel(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        if "pg_try_advisory_lock" in statement:
+            client.cancel(job)
+
+    with pytest.raises(InvalidInput, match="was cancelled before all"):
+        producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert client.job(job).chunks == 20
+
+
+def test_a_job_that_is_pruned_while_its_key_comes_again_is_made_anew_with_all_its_chunks(
+    producer: Client, client: Client, hands: Hands
+) -> None:
+    job = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    hands.work()
+    hands.rows("UPDATE jobs SET finished_at = now() - interval '90 days' RETURNING 1")
+    pruned: list[int] = []
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute")
+    def prune(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        """Before anything is asked about the collection; the arguments and the budget are checked by then."""
+        if "collections" in statement and not pruned:
+            pruned.append(client.prune(30).amounts["jobs"].rows)
+
+    again = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    assert pruned[0] == 1
+    assert (again.id != job.id, again.chunks) == (True, 3)
 
 
 def test_a_key_that_was_used_in_another_space_is_refused(client: Client) -> None:
@@ -163,12 +204,6 @@ def test_a_key_that_was_used_in_another_space_is_refused(client: Client) -> None
     with pytest.raises(InvalidInput, match=f"belongs to job {job.id}"):
         client.enqueue([("a", "some text")], collection="docs", idempotency_key="k", on_long="split")
     assert client.enqueue([("a", "some text")], collection="docs", idempotency_key="k").id == job.id
-
-
-def test_a_second_enqueue_under_a_finished_key_needs_nothing_of_its_stream(client: Client) -> None:
-    job = client.enqueue(stream(3), collection="docs", idempotency_key="k")
-    again = client.enqueue(stream(0, bad=1, dies=True), collection="docs", idempotency_key="k")
-    assert (again.id, again.chunks) == (job.id, 3)
 
 
 def test_an_enqueue_that_starts_over_counts_each_content_and_refusal_once(producer: Client, hands: Hands) -> None:

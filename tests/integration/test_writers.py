@@ -104,7 +104,9 @@ def test_two_producers_of_one_collection_do_not_deadlock(client: Client, db: sa.
 
     def merge(conn: sa.Connection, ids: Sequence[str]) -> None:
         staging.stage(conn, [prepare((name, f"a text of {name}"), 0) for name in ids])
-        staging.merge_chunks(conn, collection_id=FIRST_IDS["collections"], job_id=FIRST_IDS["jobs"], on_long=OnLong.TRUNCATE)
+        staging.merge_chunks(
+            conn, collection_id=FIRST_IDS["collections"], job_id=FIRST_IDS["jobs"], on_long=OnLong.TRUNCATE
+        )
 
     meet(db, "chunks", merge, ["a", "b", "c", "d"])
     assert client.audit("docs").chunks == 5

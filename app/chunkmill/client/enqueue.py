@@ -22,6 +22,7 @@ from chunkmill.errors import InvalidChunk
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.jobs import jobs, traces
 from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections
@@ -68,53 +69,69 @@ def enqueue(
     with nothing written, unless bad chunks are skipped.
     """
     with contextlib.ExitStack() as stack:
-        prepared: Iterable[PreparedChunk | InvalidChunk]
-        if request.skip_invalid:
-            prepared = prepare_or_skip(chunks)
-        elif _is_sealed(db, request):
-            prepared = ()  # the job is complete, so nothing of this stream is needed
-        else:
-            prepared = stack.enter_context(Spool(prepare_all(chunks)))
+        prepared: Iterable[PreparedChunk | InvalidChunk] = (
+            prepare_or_skip(chunks) if request.skip_invalid else stack.enter_context(Spool(prepare_all(chunks)))
+        )
         conn = stack.enter_context(db.connect())
-        collection, job, is_producer = _open(conn, request)
-        if is_producer:
+        collection, job = _open(conn, settings, request)
+        if collection is not None:
             try:
-                if job.is_new or _reopen(conn, job.id):
-                    _Producer(conn, settings, request, collection, job, ring).fill(prepared)
+                _Producer(conn, settings, request, collection, job, ring).fill(prepared)
             finally:
                 _drop_producer_lock(conn, job.id)
         return job.id
 
 
-def _is_sealed(db: sa.Engine, request: EnqueueRequest) -> bool:
-    if request.idempotency_key is None:
-        return False
-    with db.begin() as conn:
-        return jobs.is_sealed(conn, request.idempotency_key)
+def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> tuple[Collection | None, jobs.OpenedJob]:
+    """The job, and the collection if this call is to enqueue into it: it has the job's producer lock then.
 
-
-def _open(conn: sa.Connection, request: EnqueueRequest) -> tuple[Collection, jobs.OpenedJob, bool]:
-    """The collection, the job, and whether this call is the job's producer."""
+    All is decided in one transaction: a prune between the look for a key and the making of its job would leave a job
+    that is complete without a chunk.
+    """
     with conn.begin():
+        job = _of_key(conn, request)
+        if job is not None and job.is_sealed:
+            return None, job
         collection = collections.lock_for_enqueue(conn, request.collection, request.space)
-        job = jobs.open_job(
-            conn,
-            collection=collection,
-            route=request.route,
-            priority=request.priority,
-            on_long=request.on_long,
-            idempotency_key=request.idempotency_key,
-            choice=request.choice,
-            deadline=request.deadline,
-        )
+        if job is None:
+            if request.choice.route.is_paid:
+                budget.require_budget(conn, settings)
+            job = jobs.open_job(
+                conn,
+                collection=collection,
+                route=request.route,
+                priority=request.priority,
+                on_long=request.on_long,
+                idempotency_key=request.idempotency_key,
+                choice=request.choice,
+                deadline=request.deadline,
+            ) or _of_key(conn, request)
+            assert job is not None, "the key was free, and then it had no job"  # noqa: S101
         traces.keep(conn, job.id, tracing.traceparent())
         # In the job's own transaction, so that a job that can be seen has its producer's lock.
-        return collection, job, jobs.hold_producer_lock(conn, job.id)
+        if not jobs.hold_producer_lock(conn, job.id):
+            return None, job
+        try:
+            if job.is_new or jobs.reopen_for_enqueue_if_unsealed(conn, job.id):
+                return collection, job
+            # Another producer has sealed it meanwhile, or somebody cancelled it, which is an error.
+            jobs.drop_producer_lock(conn, job.id)
+            return None, _of_key(conn, request) or job
+        except BaseException:
+            conn.invalidate()  # the lock ends with its connection
+            raise
 
 
-def _reopen(conn: sa.Connection, job_id: int) -> bool:
-    with conn.begin():
-        return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
+def _of_key(conn: sa.Connection, request: EnqueueRequest) -> jobs.OpenedJob | None:
+    if request.idempotency_key is None:
+        return None
+    return jobs.of_key(
+        conn,
+        request.idempotency_key,
+        collection=request.collection,
+        space_id=request.space.id,
+        on_long=request.on_long,
+    )
 
 
 @dataclass(frozen=True, slots=True)

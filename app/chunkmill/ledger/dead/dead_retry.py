@@ -89,14 +89,26 @@ def take_off(conn: sa.Connection, dead_filter: DeadFilter) -> tuple[DroppedDead,
     return DroppedDead(tuple(judged), len(selected), sum(map(len, chunks.values()))), chunks
 
 
-# A twin is another job's entry about the same chunk with the same text. An entry is a twin of itself.
+# A twin is another job's entry about the same chunk with the same text in the same space. An entry is a twin of itself.
 _TWINS = sa.text("""
 SELECT DISTINCT twin.id
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
-JOIN jobs i ON i.collection_id = j.collection_id
+JOIN jobs i ON i.collection_id = j.collection_id AND i.space_id = j.space_id
 JOIN dead_chunks twin ON twin.job_id = i.id AND twin.chunk_id = d.chunk_id AND twin.content_hash = d.content_hash
 WHERE d.id = ANY(CAST(:ids AS bigint[]))
+""")
+# No enqueue may move a collection to another space between the look at its chunks and the retry of their texts.
+_LOCK_COLLECTIONS = sa.text("""
+SELECT id
+FROM collections
+WHERE id IN (
+    SELECT j.collection_id
+    FROM dead_chunks d
+    JOIN jobs j ON j.id = d.job_id
+    WHERE d.id = ANY(CAST(:ids AS bigint[])))
+ORDER BY id
+FOR SHARE
 """)
 _LOCK_JOBS = sa.text("""
 SELECT id
@@ -115,6 +127,7 @@ def _locked(conn: sa.Connection, dead_filter: DeadFilter, *, with_twins: bool = 
     ids = entry_ids(conn, dead_filter)
     if with_twins:
         ids = list({*ids, *conn.execute(_TWINS, {"ids": ids}).scalars()})
+    conn.execute(_LOCK_COLLECTIONS, {"ids": ids})
     conn.execute(_LOCK_JOBS, {"ids": ids})
     # Read under the locks: another transaction may have retried or dropped some while this one waited.
     selected = entries(conn, DeadFilter(ids=tuple(ids)))

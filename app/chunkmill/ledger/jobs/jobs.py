@@ -32,6 +32,8 @@ class OpenedJob:
     state: JobState
     lane: Route
     is_new: bool
+    is_sealed: bool = False
+    """Its producer's iterable has ended, so there is nothing left to enqueue."""
 
 
 def open_job(
@@ -44,10 +46,11 @@ def open_job(
     idempotency_key: str | None,
     choice: Choice | None = None,
     deadline: datetime | None = None,
-) -> OpenedJob:
-    """Create a job in state ``enqueueing``, or return the one that ``idempotency_key`` created before, in its lane.
+) -> OpenedJob | None:
+    """Create a job in state ``enqueueing``; returns None if another transaction has used the key meanwhile.
 
-    ``choice`` is the lane of a new job; ``route`` is what the caller asked for.
+    ``choice`` is the lane of a new job; ``route`` is what the caller asked for. Look for a job of the key with
+    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it.
     """
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     routing = [entry(choice, at)] if choice else []
@@ -73,16 +76,40 @@ def open_job(
         "routing": json.dumps(routing),
     }
     job_id = conn.execute(sa.text(insert), parameters).scalar_one_or_none()
-    if job_id is not None:
-        return OpenedJob(job_id, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
-    select = "SELECT id, collection_id, space_id, state, route, routing FROM jobs WHERE idempotency_key = :key"
-    job = conn.execute(sa.text(select), {"key": idempotency_key}).one()
-    if (job.collection_id, job.space_id) != (collection.id, collection.space_id):
+    return None if job_id is None else OpenedJob(job_id, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
+
+
+_OF_KEY = sa.text("""
+SELECT j.id, j.state, j.route, j.routing, j.on_long, j.sealed_at, j.space_id, c.name AS collection
+FROM jobs j
+JOIN collections c ON c.id = j.collection_id
+WHERE j.idempotency_key = :key
+""")
+
+
+def of_key(
+    conn: sa.Connection, idempotency_key: str | None, *, collection: str, space_id: int, on_long: OnLong
+) -> OpenedJob | None:
+    """The job that an enqueue with this key created before, or None. The collection of today has no say in it.
+
+    Raises :class:`InvalidInput` if that enqueue asked for something else, or was cancelled before its end.
+    """
+    job = conn.execute(_OF_KEY, {"key": idempotency_key}).one_or_none()
+    if job is None:
+        return None
+    if (job.collection, job.space_id, job.on_long) != (collection, space_id, on_long):
         raise InvalidInput(
             f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which enqueued into another collection "
-            "or space. Use a key of its own for each enqueue."
+            "or space, or with another on_long. Use a key of its own for each enqueue."
         )
-    return OpenedJob(job.id, JobState(job.state), lane_of(job.route, job.routing), is_new=False)
+    if job.state == JobState.CANCELLED and job.sealed_at is None:
+        raise InvalidInput(
+            f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which was cancelled before all of its "
+            "chunks were enqueued, and stays as it is. Nothing was written: enqueue with another key."
+        )
+    return OpenedJob(
+        job.id, JobState(job.state), lane_of(job.route, job.routing), is_new=False, is_sealed=job.sealed_at is not None
+    )
 
 
 def hold_producer_lock(conn: sa.Connection, job_id: int) -> bool:
@@ -134,12 +161,6 @@ def is_key_used(conn: sa.Connection, idempotency_key: str) -> bool:
     return bool(conn.execute(sa.text(query), {"key": idempotency_key}).scalar_one())
 
 
-def is_sealed(conn: sa.Connection, idempotency_key: str) -> bool:
-    """Whether the key has a job whose enqueue reached its end."""
-    query = "SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key AND sealed_at IS NOT NULL)"
-    return bool(conn.execute(sa.text(query), {"key": idempotency_key}).scalar_one())
-
-
 def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
     """Count a window's chunks. False if the job is no longer being enqueued, because it was cancelled."""
     update = "UPDATE jobs SET n_chunks = n_chunks + :n WHERE id = :id AND state = :enqueueing"
@@ -158,8 +179,18 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     """Make available again, with fresh attempts, what a failed or cancelled job left without a vector.
 
     Returns False if the job is neither, or was never enqueued to its end. ``attempt`` counts on, because it is the
-    fencing number; ``max_attempts`` moves up instead.
+    fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has moved to
+    another space since: nobody would find what the job embeds.
     """
+    # The lock keeps an enqueue from moving the collection until the job can be seen to run.
+    lock = """
+        SELECT c.name, c.space_id = j.space_id AS is_there
+        FROM jobs j
+        JOIN collections c ON c.id = j.collection_id
+        WHERE j.id = :id
+        FOR SHARE OF c
+    """
+    collection = conn.execute(sa.text(lock), {"id": job_id}).one()
     reopen = """
         UPDATE jobs
         SET state = :running, error = NULL, finished_at = NULL
@@ -168,6 +199,12 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     states = {"running": JobState.RUNNING, "failed": JobState.FAILED, "cancelled": JobState.CANCELLED}
     if conn.execute(sa.text(reopen), {"id": job_id} | states).rowcount == 0:
         return False
+    if not collection.is_there:
+        raise InvalidInput(
+            f"job {job_id} cannot be retried: collection {collection.name!r} was emptied and has moved to another "
+            "space since, so nobody would find its vectors. Enqueue the chunks again, with the model and the on_long "
+            "of the collection."
+        )
     # A ChunkBatch is still available if a cancel was interrupted. Of the completed ones, those with a dead content are
     # found by reading every array once; a look into the arrays for each dead chunk would be quadratic.
     make_available = """
