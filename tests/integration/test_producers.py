@@ -200,7 +200,7 @@ def test_a_key_that_was_used_in_another_space_is_refused(client: Client) -> None
     """The collection may change its space once it is empty; the job of the key does not."""
     job = client.enqueue([("a", "some text")], collection="docs", idempotency_key="k")
     client.cancel(job.id)
-    client.delete("docs")
+    client.delete("docs", all_chunks=True)
     with pytest.raises(InvalidInput, match=f"belongs to job {job.id}"):
         client.enqueue([("a", "some text")], collection="docs", idempotency_key="k", on_long="split")
     assert client.enqueue([("a", "some text")], collection="docs", idempotency_key="k").id == job.id
@@ -234,7 +234,7 @@ def test_an_empty_collection_keeps_its_space_under_an_open_job(producer: Client,
     """What the job embeds would not be found in the other space."""
     old = producer.enqueue([("a", "some text")], collection="docs")
     producer.enqueue([("b", "another text")], collection="other")
-    producer.delete("docs")
+    producer.delete("docs", all_chunks=True)
     with pytest.raises(SpaceMismatch, match="another collection"):
         producer.enqueue([("a", "some text")], collection="docs", on_long="split")
     hands.embed(hands.claim(*hands.of_job(old.id)), {})
