@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -225,6 +225,87 @@ def test_an_enqueue_that_starts_over_counts_each_content_and_refusal_once(produc
     hands.work()
     assert producer.job(job).state is JobState.COMPLETED
     assert producer.audit("docs").complete
+
+
+@pytest.mark.parametrize("on_invalid", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("again", "is_same"),
+    [
+        ([("b", "text b"), ("a", "text a", {"n": 1, "m": 2})], True),
+        ([("a", "text a", {"m": 2, "n": 1}), ("b", "text b"), ("bad", "")], True),
+        ([("a", "text a", {"n": 1, "m": 2})], False),
+        ([("a", "text a", {"n": 1, "m": 2}), ("b", "text b"), ("c", "text c")], False),
+        ([("a", "text a", {"n": 1, "m": 2}), ("b", "another text")], False),
+        ([("a", "text a", {"n": 1, "m": 3}), ("b", "text b")], False),
+        ([], False),
+    ],
+    ids=["in another order", "refused beside", "one less", "one more", "another text", "other metadata", "nothing"],
+)
+def test_a_key_comes_again_with_the_same_chunks_or_is_refused(
+    producer: Client, rows: Callable[[str], int], on_invalid: Any, again: list[Any], is_same: bool
+) -> None:
+    chunks = [("a", "text a", {"n": 1, "m": 2}), ("b", "text b")]
+    if ("bad", "") in again and on_invalid == "raise":
+        again = again[:-1]
+    producer.enqueue(iter(chunks[::-1]), collection="docs", idempotency_key="other")
+    job = producer.enqueue(iter(chunks), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+    if is_same:
+        repeated = producer.enqueue(iter(again), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+        assert (repeated.id, repeated.chunks) == (job.id, 2)
+    else:
+        with pytest.raises(InvalidInput, match=f"belongs to job {job.id}, which enqueued other chunks.*its own"):
+            producer.enqueue(iter(again), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+    assert (rows("jobs"), rows("chunks"), rows("contents")) == (2, 2, 2)
+
+
+def test_a_key_stands_for_the_chunks_that_its_enqueue_ended_with(producer: Client) -> None:
+    """The producer that died had others, of which nothing is left to compare with."""
+    job = die(producer, idempotency_key="k")
+    again = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    assert (again.id, again.chunks, again.new, again.unchanged) == (job, 3, 0, 3)
+    assert producer.enqueue(stream(3), collection="docs", idempotency_key="k").id == job
+    with pytest.raises(InvalidInput, match="other chunks"):
+        producer.enqueue(stream(20), collection="docs", idempotency_key="k")
+
+
+def test_a_key_with_another_policy_is_refused(producer: Client) -> None:
+    producer.enqueue(stream(3), collection="docs", idempotency_key="k", on_long="reject")
+    with pytest.raises(InvalidInput, match="another on_long"):
+        producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+
+
+# What became of the chunks
+
+
+def test_a_job_says_what_its_chunks_met(producer: Client) -> None:
+    """In windows of ten: an id comes again in its window, and one in a later window."""
+    producer.enqueue([(f"id-{i}", f"text {i}", {"n": i}) for i in range(4)], collection="docs")
+    producer.enqueue([(f"id-{i}", "not counted") for i in range(30)], collection="other")
+    given = [
+        ("id-0", "text 0", {"n": 0}), ("id-1", "another", {"n": 1}), ("id-2", "text 2", {"n": -1}),
+        *((f"new-{i}", f"text {i}") for i in range(5)),
+        ("new-0", "comes again at once"), ("", "has no id"),
+        *((f"new-{i}", f"text {i}") for i in range(3, 20)),
+    ]  # fmt: skip
+    job = producer.enqueue(given, collection="docs", on_invalid="skip")
+    assert (job.new, job.replaced, job.unchanged, job.repeated, job.dead) == (20, 2, 1, 3, 1)
+    assert len(given) == 20 + 2 + 1 + 3 + 1
+    again = producer.enqueue([("new-0", "comes again at once"), ("id-0", "text 0")], collection="docs")
+    assert (again.new, again.replaced, again.unchanged, again.repeated) == (0, 1, 1, 0)
+    assert [listed.new for listed in producer.jobs(2)] == [0, 20]
+
+
+def test_an_enqueue_takes_no_number_that_it_does_not_need(producer: Client, hands: Hands) -> None:
+    """Numbers of collections end at 2**31."""
+    for _ in range(5):
+        for name in ("docs", "other"):
+            producer.enqueue(stream(2), collection=name, idempotency_key=name)
+            producer.enqueue(stream(2), collection=name)
+    collections = hands.rows("SELECT max(id) - min(id) FROM collections")
+    taken = hands.rows("SELECT nextval(pg_get_serial_sequence('collections', 'id')) - max(id) FROM collections")
+    assert (collections, taken) == ([(1,)], [(1,)])
+    ((jobs_taken,),) = hands.rows("SELECT nextval(pg_get_serial_sequence('jobs', 'id')) - min(id) FROM jobs")
+    assert jobs_taken == 2 + 2 * 5
 
 
 # Beside others

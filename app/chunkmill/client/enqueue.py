@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -13,14 +13,14 @@ import sqlalchemy as sa
 from chunkmill.client.spool import Spool
 from chunkmill.db.connect import refusal
 from chunkmill.domain import planning
-from chunkmill.domain.chunks import PreparedChunk, prepare_all, prepare_or_skip
+from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, prepare_or_skip
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Priority, Route
-from chunkmill.errors import InvalidChunk
+from chunkmill.errors import InvalidChunk, InvalidInput
 from chunkmill.ledger.dead import dead_chunks
-from chunkmill.ledger.jobs import jobs, traces
+from chunkmill.ledger.jobs import jobs, streams, traces
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
@@ -79,7 +79,36 @@ def enqueue(
                 _Producer(conn, settings, request, collection, job, ring).fill(prepared)
             finally:
                 _drop_producer_lock(conn, job.id)
+        elif job.is_sealed:
+            _require_same_stream(conn, request, job, prepared)
         return job.id
+
+
+def _require_same_stream(
+    conn: sa.Connection, request: EnqueueRequest, job: jobs.OpenedJob, prepared: Iterable[PreparedChunk | InvalidChunk]
+) -> None:
+    """Raise :class:`InvalidInput` if the job of the key was enqueued with other chunks."""
+    with conn.begin():
+        kept = streams.digest_of(conn, job.id)
+    if kept is None:
+        return  # a job of an older release
+    digest = StreamDigest()
+    for _ in _digested(prepared, digest):
+        pass
+    if digest.digest() != kept:
+        raise InvalidInput(
+            f"idempotency_key {request.idempotency_key!r} belongs to job {job.id}, which enqueued other chunks: an id, "
+            "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
+        )
+
+
+def _digested(
+    prepared: Iterable[PreparedChunk | InvalidChunk], digest: StreamDigest
+) -> Iterator[PreparedChunk | InvalidChunk]:
+    for item in prepared:
+        if isinstance(item, PreparedChunk):
+            digest.add(item)
+        yield item
 
 
 def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> tuple[Collection | None, jobs.OpenedJob]:
@@ -148,16 +177,23 @@ class _Producer:
     def fill(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
         """Commit the whole stream and seal the job, unless it is cancelled meanwhile."""
         first, most = 2 * self.settings.chunk_batch_size, self.settings.enqueue_window
+        with self.conn.begin():
+            is_kept = streams.is_kept(self.conn)
+        digest = None if self.request.idempotency_key is None else StreamDigest()
+        if digest is not None:
+            prepared = _digested(prepared, digest)
         for chunks, refused in windows(prepared, first, most):
-            if not self._commit(chunks, refused):
+            if not self._commit(chunks, refused, is_kept=is_kept):
                 return
             self.ring(self.conn)
         with self.conn.begin():
             jobs.seal_if_enqueueing(self.conn, self.job.id)
+            if is_kept:
+                streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
         with self.conn.begin():
             finish_if_done(self.conn, self.job.id, self.request.space)
 
-    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
 
         Two enqueues that share texts may deadlock. Postgres then rolls one back, which runs again. After a broken
@@ -166,14 +202,14 @@ class _Producer:
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
                 with self.conn.begin():
-                    return self._write(chunks, refused)
+                    return self._write(chunks, refused, is_kept=is_kept)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
                 logger.info("an enqueue collided with another one over the same texts (%s); again", refusal(error))
         raise AssertionError("the last try returned or raised")
 
-    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued."""
         conn, request, job = self.conn, self.request, self.job
         chunks = planning.distinct(window)
@@ -185,7 +221,16 @@ class _Producer:
         dead_chunks.add_refused(conn, job.id, [*refused, *plan.rejected])
         staging.drop_rejected(conn, plan.rejected)
         staging.add_contents(conn, plan.missing)
-        staging.merge_chunks(conn, collection_id=self.collection.id, job_id=job.id, on_long=request.on_long)
+        merged = staging.merge_chunks(
+            conn,
+            collection_id=self.collection.id,
+            job_id=job.id,
+            on_long=request.on_long,
+            is_first_try=job.is_new,
+        )
+        if is_kept:
+            n_repeated = merged.repeated + len(window) - len(chunks)
+            streams.add(conn, job.id, replace(merged, repeated=n_repeated))
         shared = chunk_batches.SharedFields(
             job.id, request.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )

@@ -171,6 +171,23 @@ class JobTraceRow(Base):
     traceparent: Mapped[str] = mapped_column(sa.Text)
 
 
+class JobStreamRow(Base):
+    """What a job's producer handed in. ``digest`` is that of the whole stream (``chunkmill.domain.chunks``), written
+    when it has ended, and only if the job has a key. The counts are those of ``chunkmill.domain.planning.Merged``.
+    """
+
+    __tablename__ = "job_streams"
+
+    job_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    digest: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    n_new: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_replaced: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_unchanged: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_repeated: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+
+
 class ChunkBatchRow(Base):
     """The contents that one worker leases and embeds together."""
 
@@ -242,6 +259,7 @@ class DeadChunkRow(Base):
 
     __table_args__ = (
         sa.Index(None, "job_id"),
+        sa.Index(None, "content_hash", postgresql_where=sa.text("content_hash IS NOT NULL")),
         sa.Index(
             "uq_dead_chunks_once",
             "job_id",

@@ -278,6 +278,7 @@ def show_job(
         "space": job.space[:12],
         "route": f"{job.route}, priority {job.priority}",
         "chunks": f"{job.chunks:,} of {count(job.contents, 'distinct text')}",
+        "stored": _stored(job),
         "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
@@ -330,6 +331,13 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
             (per_s,) = pace.add(time.monotonic(), number)
             bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
+
+
+def _stored(job: Job) -> str | None:
+    if job.new is None:
+        return None
+    repeated = f"; {count(job.repeated, 'id')} came again, and the last one counts" if job.repeated else ""
+    return f"{job.new:,} new, {job.replaced:,} replaced, {job.unchanged:,} unchanged{repeated}"
 
 
 def _tokens(job: Job) -> str:

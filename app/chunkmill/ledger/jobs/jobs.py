@@ -11,12 +11,13 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.domain.deaths import SUSPECT_DEATHS
-from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.planning import DeadChunk, Merged
 from chunkmill.domain.results import Job
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
 from chunkmill.errors import InvalidInput, NotFound
+from chunkmill.ledger.jobs import streams
 from chunkmill.ledger.jobs.routing import entry, lane_of
 from chunkmill.spaces.collections import Collection
 
@@ -152,6 +153,7 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     """
     conn.execute(sa.text(delete), {"id": job_id, "running": ChunkBatchState.RUNNING})
     conn.execute(sa.text("DELETE FROM dead_chunks WHERE job_id = :id"), {"id": job_id})
+    streams.forget(conn, job_id)
     return True
 
 
@@ -247,13 +249,15 @@ def get(conn: sa.Connection, job_id: int) -> Job:
     rows = _select(conn, [job_id])
     if not rows:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
-    return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS))
+    merged = streams.counts_of(conn, [job_id]).get(job_id)
+    return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS), merged)
 
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:
     """The newest ``limit`` jobs, without their dead chunks."""
     ids = conn.execute(sa.text("SELECT id FROM jobs ORDER BY id DESC LIMIT :limit"), {"limit": limit}).scalars().all()
-    return [_job(row, ()) for row in _select(conn, ids)]
+    merged = streams.counts_of(conn, ids)
+    return [_job(row, (), merged.get(row.id)) for row in _select(conn, ids)]
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:
@@ -301,7 +305,7 @@ def _select(conn: sa.Connection, ids: Sequence[int]) -> Sequence[sa.Row[tuple[ob
     return conn.execute(sa.text(_SELECT_JOBS), {"ids": list(ids)} | states).all()
 
 
-def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk]) -> Job:
+def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: Merged | None) -> Job:
     priority = next(p for p in Priority if p.rank == row.priority)
     return Job(
         id=row.id,
@@ -325,4 +329,8 @@ def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk]) -> Job:
         finished_at=row.finished_at,
         error=row.error,
         dead_chunks=tuple(dead),
+        new=merged and merged.new,
+        replaced=merged and merged.replaced,
+        unchanged=merged and merged.unchanged,
+        repeated=merged and merged.repeated,
     )
