@@ -125,7 +125,8 @@ def enqueue(
 
     SOURCE is a .jsonl, .ndjson, .csv or .parquet file, a folder, or - for JSON lines on stdin. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
-    and .rst file is one chunk. Files are read record by record, so they may be of any size.
+    and .rst file is one chunk, whose id is its path inside the folder. If an id comes twice, the last one counts.
+    Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field)
     reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
