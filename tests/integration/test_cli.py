@@ -248,9 +248,16 @@ def test_what_does_not_exist_is_an_error() -> None:
     assert "no job 999" in refusal("cancel", "999")
     assert "no job 999" in refusal("retry", "999")
     assert "no collection" in refusal("index", "none")
-    assert "pass --yes" in refusal("delete", "none")
-    assert "no collection" in refusal("delete", "none", "--yes")
+    assert "pass --yes" in refusal("delete", "none", "--all")
+    assert "no collection" in refusal("delete", "none", "--all", "--yes")
     assert "cannot be found" in refusal("migrate", "--revision", "nonesuch")
+
+
+@pytest.mark.parametrize("arguments", [["--yes"], ["a", "--all", "--yes"]], ids=["an empty $(cat ids.txt)", "both"])
+def test_a_delete_names_its_chunks_or_says_all(arguments: list[str]) -> None:
+    done = call("delete", "docs", *arguments)
+    assert done.exit_code == 2
+    assert "pass --all" in done.stderr
 
 
 # With a worker
@@ -379,7 +386,7 @@ def test_a_folder_stdin_and_parquet_together(processes: object, home: Path) -> N
         == json.loads(done.stdout)["id"]
     )
     assert "Deleted 1 chunk of 'mixed'" in screen("delete", "mixed", "1", "--yes")
-    assert document("delete", "mixed", "--yes") == {"collection": "mixed", "deleted": 2}
+    assert document("delete", "mixed", "--all", "--yes") == {"collection": "mixed", "deleted": 2}
 
 
 def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[int, str]:

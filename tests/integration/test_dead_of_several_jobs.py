@@ -155,3 +155,31 @@ def test_ids_that_nobody_knows_do_not_end_a_deletion(client: Client, monkeypatch
         client.enqueue([(str(i), f"text {i}") for i in range(6)], collection=name)
     assert client.delete("docs", ["0", "unknown", "not there", "nor there", "1", "2", "3"]) == 4
     assert [client.audit(name).chunks for name in ("docs", "other")] == [2, 6]
+
+
+def test_a_drop_of_many_chunks_lets_others_in_between(
+    client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven in one job, in steps of three. The other job lists the same chunks; a third one is left alone."""
+    monkeypatch.setattr("chunkmill.client.dead.DROP_STEP", 3)
+    texts = [f"dead text {i}" for i in range(7)]
+    chunks = [(str(i), text) for i, text in enumerate(texts)]
+    job, twin = (client.enqueue([*chunks, ("well", "text")], collection="docs") for _ in range(2))
+    other = client.enqueue(chunks, collection="other")
+    hands.work(dead=dict.fromkeys(texts, "not_finite"))
+    steps: list[int | str] = []
+
+    @sa.event.listens_for(client._db, "commit")
+    def committed(_conn: object) -> None:
+        steps.append("commit")
+
+    @sa.event.listens_for(client._db, "after_cursor_execute")
+    def deleted(_conn: object, cursor: Any, statement: str, *_: object) -> None:
+        if statement.split()[:3] == ["DELETE", "FROM", "chunks"]:
+            steps.append(cursor.rowcount)
+
+    dropped = client.drop_dead(job_id=job.id)
+    assert steps[:7] == ["commit", 3, "commit", 3, "commit", 1, "commit"]
+    assert (dropped.jobs, dropped.entries, dropped.chunks) == ((job.id, twin.id), 14, 7)
+    assert [client.job(one.id).state for one in (job, twin)] == [JobState.COMPLETED] * 2
+    assert (client.job(other.id).state, client.audit("other").chunks) == (JobState.FAILED, 7)

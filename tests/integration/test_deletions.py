@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from chunkmill import Client, JobState
 from chunkmill.db.locks import DELETE_LOCK
+from chunkmill.errors import InvalidInput
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.delete import delete_some
@@ -204,3 +205,15 @@ def hear_canary(context: WorkerContext, db: sa.Engine) -> None:
     with db.begin() as conn:
         (space,) = registry.all_spaces(conn)
     context.engine_for(space)
+
+
+def test_a_missing_list_of_ids_is_not_everything(client: Client) -> None:
+    for name in ("docs", "other"):
+        client.enqueue([("a", "one"), ("b", "two")], collection=name)
+    for wrong in ({}, {"ids": None}, {"ids": ["a"], "all_chunks": True}, {"ids": [], "all_chunks": True}):
+        with pytest.raises(InvalidInput, match="all_chunks=True"):
+            client.delete("docs", **wrong)
+    assert client.delete("docs", []) == 0
+    assert client.audit("docs").chunks == 2
+    assert client.delete("docs", all_chunks=True) == 2
+    assert client.audit("other").chunks == 2

@@ -45,7 +45,7 @@ ELSEWHERE = {
 """By how a command begins: what runs for ever, takes minutes, or has a real worker, and which test runs it."""
 WORDS = {"ID": "42", "FILE": "chunks.jsonl", "NAME": "other"}
 COMPLETED = {
-    "delete": "delete docs --yes",
+    "delete": "delete docs --all --yes",
     "index": "index docs",
     "prune": "prune --yes",
     "dead drop 7": "dead drop 7 --yes",

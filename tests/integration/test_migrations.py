@@ -69,6 +69,21 @@ def test_the_canarys_table_joins_a_database_in_use_and_leaves_it(empty: str) -> 
     db.dispose()
 
 
+def test_numbers_of_collections_that_enqueues_took_in_vain_are_given_back(empty: str) -> None:
+    """Two thousand million enqueues would have used them up."""
+    migrate(empty, "0008")
+    db = create_db(empty, role="test")
+    add = sa.text("INSERT INTO collections (name, space_id) VALUES (:name, :space) RETURNING id")
+    with db.begin() as conn:
+        space = registry.register(conn, SPEC)
+        first = conn.execute(add, {"name": "docs", "space": space.id}).scalar_one()
+        conn.execute(sa.text("SELECT setval(pg_get_serial_sequence('collections', 'id'), 2147483647)"))
+    migrate(empty)
+    with db.begin() as conn:
+        assert conn.execute(add, {"name": "other", "space": space.id}).scalar_one() == first + 1
+    db.dispose()
+
+
 def test_a_database_that_is_not_ready_says_what_to_run(empty: str) -> None:
     db = create_db(empty, role="test")
     with pytest.raises(StoreUnavailable, match=r"the database is empty.*chunkmill migrate"):

@@ -366,7 +366,7 @@ def test_a_collection_that_is_deleted_while_its_contents_are_in_flight(stage: Sc
     job = stage.enqueue(texts)
     stage.run_until(in_flight(stage))
 
-    stage.corridor.client.delete("docs")
+    stage.corridor.client.delete("docs", all_chunks=True)
     server.control(in_progress_seconds=0.0)
     [job] = stage.finish(job)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,30 +145,65 @@ def test_the_end_of_an_enqueue_seals_its_own_job_alone(producer: Client, db: sa.
 # The key
 
 
-def test_a_cancelled_enqueue_stays_cancelled_under_its_key(producer: Client) -> None:
+def test_the_key_of_a_cancelled_enqueue_is_refused(producer: Client) -> None:
+    """Its job has 20 of 30 chunks: neither may it be handed back as if it had all, nor may it begin again."""
     job = die(producer, idempotency_key="k")
     other = die(producer, idempotency_key="other")
     assert producer.cancel(job).state is JobState.CANCELLED
-    again = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
-    assert (again.id, again.state, again.chunks) == (job, JobState.CANCELLED, 20)
+    with pytest.raises(InvalidInput, match=f"job {job}, which was cancelled before all .* another key"):
+        producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert (producer.job(job).state, producer.job(job).chunks) == (JobState.CANCELLED, 20)
     again = producer.enqueue(stream(30), collection="docs", idempotency_key="other")
     assert (again.id, again.state, again.chunks) == (other, JobState.RUNNING, 30)
+
+
+def test_a_job_that_was_cancelled_after_its_enqueue_is_handed_back_by_its_key(producer: Client) -> None:
+    job = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    producer.cancel(job.id)
+    again = producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert (again.id, again.state, again.chunks) == (job.id, JobState.CANCELLED, 30)
+
+
+def test_an_enqueue_that_is_cancelled_while_its_key_starts_it_over_is_refused(producer: Client, client: Client) -> None:
+    job = die(producer, idempotency_key="k")
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute")
+    def cancel(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        if "pg_try_advisory_lock" in statement:
+            client.cancel(job)
+
+    with pytest.raises(InvalidInput, match="was cancelled before all"):
+        producer.enqueue(stream(30), collection="docs", idempotency_key="k")
+    assert client.job(job).chunks == 20
+
+
+def test_a_job_that_is_pruned_while_its_key_comes_again_is_made_anew_with_all_its_chunks(
+    producer: Client, client: Client, hands: Hands
+) -> None:
+    job = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    hands.work()
+    hands.rows("UPDATE jobs SET finished_at = now() - interval '90 days' RETURNING 1")
+    pruned: list[int] = []
+
+    @sa.event.listens_for(producer._db, "before_cursor_execute")
+    def prune(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        """Before anything is asked about the collection; the arguments and the budget are checked by then."""
+        if "collections" in statement and not pruned:
+            pruned.append(client.prune(30).amounts["jobs"].rows)
+
+    again = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    assert pruned[0] == 1
+    assert (again.id != job.id, again.chunks) == (True, 3)
 
 
 def test_a_key_that_was_used_in_another_space_is_refused(client: Client) -> None:
     """The collection may change its space once it is empty; the job of the key does not."""
     job = client.enqueue([("a", "some text")], collection="docs", idempotency_key="k")
     client.cancel(job.id)
-    client.delete("docs")
+    client.delete("docs", all_chunks=True)
     with pytest.raises(InvalidInput, match=f"belongs to job {job.id}"):
         client.enqueue([("a", "some text")], collection="docs", idempotency_key="k", on_long="split")
     assert client.enqueue([("a", "some text")], collection="docs", idempotency_key="k").id == job.id
-
-
-def test_a_second_enqueue_under_a_finished_key_needs_nothing_of_its_stream(client: Client) -> None:
-    job = client.enqueue(stream(3), collection="docs", idempotency_key="k")
-    again = client.enqueue(stream(0, bad=1, dies=True), collection="docs", idempotency_key="k")
-    assert (again.id, again.chunks) == (job.id, 3)
 
 
 def test_an_enqueue_that_starts_over_counts_each_content_and_refusal_once(producer: Client, hands: Hands) -> None:
@@ -192,6 +227,87 @@ def test_an_enqueue_that_starts_over_counts_each_content_and_refusal_once(produc
     assert producer.audit("docs").complete
 
 
+@pytest.mark.parametrize("on_invalid", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("again", "is_same"),
+    [
+        ([("b", "text b"), ("a", "text a", {"n": 1, "m": 2})], True),
+        ([("a", "text a", {"m": 2, "n": 1}), ("b", "text b"), ("bad", "")], True),
+        ([("a", "text a", {"n": 1, "m": 2})], False),
+        ([("a", "text a", {"n": 1, "m": 2}), ("b", "text b"), ("c", "text c")], False),
+        ([("a", "text a", {"n": 1, "m": 2}), ("b", "another text")], False),
+        ([("a", "text a", {"n": 1, "m": 3}), ("b", "text b")], False),
+        ([], False),
+    ],
+    ids=["in another order", "refused beside", "one less", "one more", "another text", "other metadata", "nothing"],
+)
+def test_a_key_comes_again_with_the_same_chunks_or_is_refused(
+    producer: Client, rows: Callable[[str], int], on_invalid: Any, again: list[Any], is_same: bool
+) -> None:
+    chunks = [("a", "text a", {"n": 1, "m": 2}), ("b", "text b")]
+    if ("bad", "") in again and on_invalid == "raise":
+        again = again[:-1]
+    producer.enqueue(iter(chunks[::-1]), collection="docs", idempotency_key="other")
+    job = producer.enqueue(iter(chunks), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+    if is_same:
+        repeated = producer.enqueue(iter(again), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+        assert (repeated.id, repeated.chunks) == (job.id, 2)
+    else:
+        with pytest.raises(InvalidInput, match=f"belongs to job {job.id}, which enqueued other chunks.*its own"):
+            producer.enqueue(iter(again), collection="docs", idempotency_key="k", on_invalid=on_invalid)
+    assert (rows("jobs"), rows("chunks"), rows("contents")) == (2, 2, 2)
+
+
+def test_a_key_stands_for_the_chunks_that_its_enqueue_ended_with(producer: Client) -> None:
+    """The producer that died had others, of which nothing is left to compare with."""
+    job = die(producer, idempotency_key="k")
+    again = producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+    assert (again.id, again.chunks, again.new, again.unchanged) == (job, 3, 0, 3)
+    assert producer.enqueue(stream(3), collection="docs", idempotency_key="k").id == job
+    with pytest.raises(InvalidInput, match="other chunks"):
+        producer.enqueue(stream(20), collection="docs", idempotency_key="k")
+
+
+def test_a_key_with_another_policy_is_refused(producer: Client) -> None:
+    producer.enqueue(stream(3), collection="docs", idempotency_key="k", on_long="reject")
+    with pytest.raises(InvalidInput, match="another on_long"):
+        producer.enqueue(stream(3), collection="docs", idempotency_key="k")
+
+
+# What became of the chunks
+
+
+def test_a_job_says_what_its_chunks_met(producer: Client) -> None:
+    """In windows of ten: an id comes again in its window, and one in a later window."""
+    producer.enqueue([(f"id-{i}", f"text {i}", {"n": i}) for i in range(4)], collection="docs")
+    producer.enqueue([(f"id-{i}", "not counted") for i in range(30)], collection="other")
+    given = [
+        ("id-0", "text 0", {"n": 0}), ("id-1", "another", {"n": 1}), ("id-2", "text 2", {"n": -1}),
+        *((f"new-{i}", f"text {i}") for i in range(5)),
+        ("new-0", "comes again at once"), ("", "has no id"),
+        *((f"new-{i}", f"text {i}") for i in range(3, 20)),
+    ]  # fmt: skip
+    job = producer.enqueue(given, collection="docs", on_invalid="skip")
+    assert (job.new, job.replaced, job.unchanged, job.repeated, job.dead) == (20, 2, 1, 3, 1)
+    assert len(given) == 20 + 2 + 1 + 3 + 1
+    again = producer.enqueue([("new-0", "comes again at once"), ("id-0", "text 0")], collection="docs")
+    assert (again.new, again.replaced, again.unchanged, again.repeated) == (0, 1, 1, 0)
+    assert [listed.new for listed in producer.jobs(2)] == [0, 20]
+
+
+def test_an_enqueue_takes_no_number_that_it_does_not_need(producer: Client, hands: Hands) -> None:
+    """Numbers of collections end at 2**31."""
+    for _ in range(5):
+        for name in ("docs", "other"):
+            producer.enqueue(stream(2), collection=name, idempotency_key=name)
+            producer.enqueue(stream(2), collection=name)
+    collections = hands.rows("SELECT max(id) - min(id) FROM collections")
+    taken = hands.rows("SELECT nextval(pg_get_serial_sequence('collections', 'id')) - max(id) FROM collections")
+    assert (collections, taken) == ([(1,)], [(1,)])
+    ((jobs_taken,),) = hands.rows("SELECT nextval(pg_get_serial_sequence('jobs', 'id')) - min(id) FROM jobs")
+    assert jobs_taken == 2 + 2 * 5
+
+
 # Beside others
 
 
@@ -199,7 +315,7 @@ def test_an_empty_collection_keeps_its_space_under_an_open_job(producer: Client,
     """What the job embeds would not be found in the other space."""
     old = producer.enqueue([("a", "some text")], collection="docs")
     producer.enqueue([("b", "another text")], collection="other")
-    producer.delete("docs")
+    producer.delete("docs", all_chunks=True)
     with pytest.raises(SpaceMismatch, match="another collection"):
         producer.enqueue([("a", "some text")], collection="docs", on_long="split")
     hands.embed(hands.claim(*hands.of_job(old.id)), {})

@@ -223,7 +223,7 @@ def test_the_vectors_of_a_space_that_a_collection_left(client: Client, db: sa.En
     """The texts are in another collection, of another space; the first one's vectors are only a cache."""
     runner.finish(client.enqueue([("a", "one")], collection="old"))
     runner.finish(client.enqueue([("a", "one")], collection="new", on_long="split"))
-    client.delete("old")
+    client.delete("old", all_chunks=True)
     (old, new) = client.cache()
     assert (old.unreferenced.rows, new.unreferenced.rows) == (1, 0)
     assert gone(client.evict(older_than=0, space=new.space)) == {}

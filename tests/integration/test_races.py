@@ -246,7 +246,7 @@ def test_a_discarded_chunk_batch_says_why(client: Client, db: sa.Engine, setting
 
 def test_a_collection_cannot_move_under_an_enqueue(client: Client, db: sa.Engine) -> None:
     here, there = client._space(None, OnLong.TRUNCATE), client._space(None, OnLong.SPLIT)
-    client.delete("docs") if client.collections() else None
+    client.delete("docs", all_chunks=True) if client.collections() else None
     with db.begin() as producer:
         collection = collections.lock_for_enqueue(producer, "docs", here)
         producer.commit()

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill import Client
 from chunkmill.domain.chunks import prepare
-from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.domain.spaces import OnLong, Pooling, SpaceSpec
 from chunkmill.errors import EngineError
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
@@ -104,7 +104,9 @@ def test_two_producers_of_one_collection_do_not_deadlock(client: Client, db: sa.
 
     def merge(conn: sa.Connection, ids: Sequence[str]) -> None:
         staging.stage(conn, [prepare((name, f"a text of {name}"), 0) for name in ids])
-        staging.merge_chunks(conn, collection_id=FIRST_IDS["collections"], job_id=FIRST_IDS["jobs"])
+        staging.merge_chunks(
+            conn, collection_id=FIRST_IDS["collections"], job_id=FIRST_IDS["jobs"], on_long=OnLong.TRUNCATE
+        )
 
     meet(db, "chunks", merge, ["a", "b", "c", "d"])
     assert client.audit("docs").chunks == 5

@@ -16,6 +16,9 @@ from chunkmill.ledger.jobs import jobs
 from chunkmill.spaces import collections
 from chunkmill.store.delete import delete_some
 
+DROP_STEP = 2_000
+"""How many entries of the dead list one transaction drops. Enqueues and writes wait for it: 40,000 took 3.8 s."""
+
 
 class DeadList(ClientPart):
     """The part of the client that is about dead chunks."""
@@ -79,16 +82,25 @@ class DeadList(ClientPart):
         ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
         chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
-        an id that is not on the list; nothing is changed then.
+        an id that is not on the list; nothing is changed then. Many chunks are dropped in several transactions. If one
+        of them fails, the earlier ones stay, and the same call made again drops the rest.
         """
         dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:
-            dropped, leaving = dead_retry.take_off(conn, dead_filter)
-            for collection, chunk_ids in leaving.items():
-                row = collections.find(conn, collection)
-                delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
-        self._take_up(dropped.jobs)
-        return dropped
+            chosen = dead_retry.selected_ids(conn, dead_filter)
+        judged: set[int] = set()
+        entries = chunks = 0
+        for first in range(0, len(chosen), DROP_STEP):
+            with self._transaction() as conn:
+                dropped, leaving = dead_retry.take_off(conn, chosen[first : first + DROP_STEP])
+                for collection, chunk_ids in leaving.items():
+                    row = collections.find(conn, collection)
+                    delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
+            judged.update(dropped.jobs)
+            entries += dropped.entries
+            chunks += dropped.chunks
+        self._take_up(sorted(judged))
+        return DroppedDead(tuple(sorted(judged)), entries, chunks)
 
     @staticmethod
     def _listed(conn: sa.Connection, job_id: int | None, collection: str | None, code: str | None) -> DeadFilter:

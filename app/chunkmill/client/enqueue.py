@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -13,15 +13,16 @@ import sqlalchemy as sa
 from chunkmill.client.spool import Spool
 from chunkmill.db.connect import refusal
 from chunkmill.domain import planning
-from chunkmill.domain.chunks import PreparedChunk, prepare_all, prepare_or_skip
+from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, prepare_or_skip
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Priority, Route
-from chunkmill.errors import InvalidChunk
+from chunkmill.errors import InvalidChunk, InvalidInput
 from chunkmill.ledger.dead import dead_chunks
-from chunkmill.ledger.jobs import jobs, traces
+from chunkmill.ledger.jobs import jobs, streams, traces
 from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections
@@ -68,53 +69,98 @@ def enqueue(
     with nothing written, unless bad chunks are skipped.
     """
     with contextlib.ExitStack() as stack:
-        prepared: Iterable[PreparedChunk | InvalidChunk]
-        if request.skip_invalid:
-            prepared = prepare_or_skip(chunks)
-        elif _is_sealed(db, request):
-            prepared = ()  # the job is complete, so nothing of this stream is needed
-        else:
-            prepared = stack.enter_context(Spool(prepare_all(chunks)))
+        prepared: Iterable[PreparedChunk | InvalidChunk] = (
+            prepare_or_skip(chunks) if request.skip_invalid else stack.enter_context(Spool(prepare_all(chunks)))
+        )
         conn = stack.enter_context(db.connect())
-        collection, job, is_producer = _open(conn, request)
-        if is_producer:
+        collection, job = _open(conn, settings, request)
+        if collection is not None:
             try:
-                if job.is_new or _reopen(conn, job.id):
-                    _Producer(conn, settings, request, collection, job, ring).fill(prepared)
+                _Producer(conn, settings, request, collection, job, ring).fill(prepared)
             finally:
                 _drop_producer_lock(conn, job.id)
+        elif job.is_sealed:
+            _require_same_stream(conn, request, job, prepared)
         return job.id
 
 
-def _is_sealed(db: sa.Engine, request: EnqueueRequest) -> bool:
-    if request.idempotency_key is None:
-        return False
-    with db.begin() as conn:
-        return jobs.is_sealed(conn, request.idempotency_key)
-
-
-def _open(conn: sa.Connection, request: EnqueueRequest) -> tuple[Collection, jobs.OpenedJob, bool]:
-    """The collection, the job, and whether this call is the job's producer."""
+def _require_same_stream(
+    conn: sa.Connection, request: EnqueueRequest, job: jobs.OpenedJob, prepared: Iterable[PreparedChunk | InvalidChunk]
+) -> None:
+    """Raise :class:`InvalidInput` if the job of the key was enqueued with other chunks."""
     with conn.begin():
-        collection = collections.lock_for_enqueue(conn, request.collection, request.space)
-        job = jobs.open_job(
-            conn,
-            collection=collection,
-            route=request.route,
-            priority=request.priority,
-            on_long=request.on_long,
-            idempotency_key=request.idempotency_key,
-            choice=request.choice,
-            deadline=request.deadline,
+        kept = streams.digest_of(conn, job.id)
+    if kept is None:
+        return  # a job of an older release
+    digest = StreamDigest()
+    for _ in _digested(prepared, digest):
+        pass
+    if digest.digest() != kept:
+        raise InvalidInput(
+            f"idempotency_key {request.idempotency_key!r} belongs to job {job.id}, which enqueued other chunks: an id, "
+            "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
         )
+
+
+def _digested(
+    prepared: Iterable[PreparedChunk | InvalidChunk], digest: StreamDigest
+) -> Iterator[PreparedChunk | InvalidChunk]:
+    for item in prepared:
+        if isinstance(item, PreparedChunk):
+            digest.add(item)
+        yield item
+
+
+def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> tuple[Collection | None, jobs.OpenedJob]:
+    """The job, and the collection if this call is to enqueue into it: it has the job's producer lock then.
+
+    All is decided in one transaction: a prune between the look for a key and the making of its job would leave a job
+    that is complete without a chunk.
+    """
+    with conn.begin():
+        job = _of_key(conn, request)
+        if job is not None and job.is_sealed:
+            return None, job
+        collection = collections.lock_for_enqueue(conn, request.collection, request.space)
+        if job is None:
+            if request.choice.route.is_paid:
+                budget.require_budget(conn, settings)
+            job = jobs.open_job(
+                conn,
+                collection=collection,
+                route=request.route,
+                priority=request.priority,
+                on_long=request.on_long,
+                idempotency_key=request.idempotency_key,
+                choice=request.choice,
+                deadline=request.deadline,
+            ) or _of_key(conn, request)
+            assert job is not None, "the key was free, and then it had no job"  # noqa: S101
         traces.keep(conn, job.id, tracing.traceparent())
         # In the job's own transaction, so that a job that can be seen has its producer's lock.
-        return collection, job, jobs.hold_producer_lock(conn, job.id)
+        if not jobs.hold_producer_lock(conn, job.id):
+            return None, job
+        try:
+            if job.is_new or jobs.reopen_for_enqueue_if_unsealed(conn, job.id):
+                return collection, job
+            # Another producer has sealed it meanwhile, or somebody cancelled it, which is an error.
+            jobs.drop_producer_lock(conn, job.id)
+            return None, _of_key(conn, request) or job
+        except BaseException:
+            conn.invalidate()  # the lock ends with its connection
+            raise
 
 
-def _reopen(conn: sa.Connection, job_id: int) -> bool:
-    with conn.begin():
-        return jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
+def _of_key(conn: sa.Connection, request: EnqueueRequest) -> jobs.OpenedJob | None:
+    if request.idempotency_key is None:
+        return None
+    return jobs.of_key(
+        conn,
+        request.idempotency_key,
+        collection=request.collection,
+        space_id=request.space.id,
+        on_long=request.on_long,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +177,23 @@ class _Producer:
     def fill(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
         """Commit the whole stream and seal the job, unless it is cancelled meanwhile."""
         first, most = 2 * self.settings.chunk_batch_size, self.settings.enqueue_window
+        with self.conn.begin():
+            is_kept = streams.is_kept(self.conn)
+        digest = None if self.request.idempotency_key is None else StreamDigest()
+        if digest is not None:
+            prepared = _digested(prepared, digest)
         for chunks, refused in windows(prepared, first, most):
-            if not self._commit(chunks, refused):
+            if not self._commit(chunks, refused, is_kept=is_kept):
                 return
             self.ring(self.conn)
         with self.conn.begin():
             jobs.seal_if_enqueueing(self.conn, self.job.id)
+            if is_kept:
+                streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
         with self.conn.begin():
             finish_if_done(self.conn, self.job.id, self.request.space)
 
-    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
 
         Two enqueues that share texts may deadlock. Postgres then rolls one back, which runs again. After a broken
@@ -149,14 +202,14 @@ class _Producer:
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
                 with self.conn.begin():
-                    return self._write(chunks, refused)
+                    return self._write(chunks, refused, is_kept=is_kept)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
                 logger.info("an enqueue collided with another one over the same texts (%s); again", refusal(error))
         raise AssertionError("the last try returned or raised")
 
-    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk]) -> bool:
+    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued."""
         conn, request, job = self.conn, self.request, self.job
         chunks = planning.distinct(window)
@@ -168,7 +221,16 @@ class _Producer:
         dead_chunks.add_refused(conn, job.id, [*refused, *plan.rejected])
         staging.drop_rejected(conn, plan.rejected)
         staging.add_contents(conn, plan.missing)
-        staging.merge_chunks(conn, collection_id=self.collection.id, job_id=job.id)
+        merged = staging.merge_chunks(
+            conn,
+            collection_id=self.collection.id,
+            job_id=job.id,
+            on_long=request.on_long,
+            is_first_try=job.is_new,
+        )
+        if is_kept:
+            n_repeated = merged.repeated + len(window) - len(chunks)
+            streams.add(conn, job.id, replace(merged, repeated=n_repeated))
         shared = chunk_batches.SharedFields(
             job.id, request.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )

@@ -104,13 +104,17 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=ids)
 
-    def delete(self, collection: str, ids: Sequence[str] | None = None) -> int:
-        """Delete chunks by id, or all chunks of the collection. Returns how many were deleted.
+    def delete(self, collection: str, ids: Sequence[str] | None = None, *, all_chunks: bool = False) -> int:
+        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
 
-        A text that no chunk refers to any more is deleted with its vectors.
+        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
+        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
+        :class:`NotFound`.
         """
         if isinstance(ids, str):
             raise InvalidInput("ids is a str; give a list of chunk ids.")
+        if (ids is None) != all_chunks:
+            raise InvalidInput("give either ids, or all_chunks=True to delete all chunks of the collection.")
         with self._transaction() as conn:
             row = collections.find(conn, collection)
         deleted = 0

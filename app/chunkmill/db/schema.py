@@ -110,7 +110,11 @@ class ContentRow(Base):
 
 
 class ChunkRow(Base):
-    """A chunk of a collection. ``job_id`` is the job that added or last replaced it."""
+    """A chunk of a collection. ``job_id`` is the job that added or last replaced it.
+
+    If that job rejects long texts, and a job with another policy names the same chunk with the same text, the chunk
+    belongs to the latter, so that a rejection does not delete what another job has accepted.
+    """
 
     __tablename__ = "chunks"
 
@@ -165,6 +169,23 @@ class JobTraceRow(Base):
         sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
     )
     traceparent: Mapped[str] = mapped_column(sa.Text)
+
+
+class JobStreamRow(Base):
+    """What a job's producer handed in. ``digest`` is that of the whole stream (``chunkmill.domain.chunks``), written
+    when it has ended, and only if the job has a key. The counts are those of ``chunkmill.domain.planning.Merged``.
+    """
+
+    __tablename__ = "job_streams"
+
+    job_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    digest: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    n_new: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_replaced: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_unchanged: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_repeated: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
 
 
 class ChunkBatchRow(Base):
@@ -238,6 +259,7 @@ class DeadChunkRow(Base):
 
     __table_args__ = (
         sa.Index(None, "job_id"),
+        sa.Index(None, "content_hash", postgresql_where=sa.text("content_hash IS NOT NULL")),
         sa.Index(
             "uq_dead_chunks_once",
             "job_id",

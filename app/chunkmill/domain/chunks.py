@@ -96,6 +96,28 @@ def prepare(item: object, position: int) -> PreparedChunk:
     return PreparedChunk(chunk.id, text, metadata, hashlib.sha256(text).digest())
 
 
+class StreamDigest:
+    """The digest of a stream of chunks: the same for the same ids, texts and metadata in any order.
+
+    A source without an order of its own, such as a query, may give its chunks in another one the next time.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, chunk: PreparedChunk) -> None:
+        metadata = chunk.metadata
+        if metadata != "{}":
+            metadata = json.dumps(json.loads(metadata), sort_keys=True)
+        head = chunk.id.encode()
+        one = hashlib.sha256(len(head).to_bytes(4, "big") + head + chunk.content_hash + metadata.encode())
+        self._sum = (self._sum + int.from_bytes(one.digest(), "big")) % 2**256
+
+    def digest(self) -> bytes:
+        """32 bytes."""
+        return self._sum.to_bytes(32, "big")
+
+
 def prepare_all(items: Iterable[object]) -> Iterator[PreparedChunk]:
     """The chunks of a stream. Raises :class:`InvalidChunk` at the first invalid one."""
     return (prepare(item, position) for position, item in enumerate(items))

@@ -35,6 +35,20 @@ class WindowPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """How the chunks of an enqueue met their collection."""
+
+    new: int = 0
+    """Chunks whose id was not in the collection."""
+    replaced: int = 0
+    """Chunks whose text or metadata differ from those that were in the collection."""
+    unchanged: int = 0
+    """Chunks that were in the collection already, with the same text and metadata."""
+    repeated: int = 0
+    """Chunks whose id the same enqueue had given before. The last one counts."""
+
+
+@dataclass(frozen=True, slots=True)
 class KnownVector:
     """What the space knows about a content that has a vector: its true number of tokens, and whether it was cut."""
 

@@ -52,6 +52,16 @@ class Job:
     """Why the job failed; None if it did not."""
     dead_chunks: tuple[DeadChunk, ...] = ()
     """The first of the dead chunks, with their reasons."""
+    new: int | None = None
+    """Chunks whose id was not in the collection. This and the next three are None if it is not known, as for a job of
+    an older release."""
+    replaced: int | None = None
+    """Chunks whose text or metadata differ from those that were in the collection."""
+    unchanged: int | None = None
+    """Chunks that were in the collection already, with the same text and metadata."""
+    repeated: int | None = None
+    """Chunks whose id the same enqueue had given before; the last one replaced the others. One that was unchanged the
+    first time may count as unchanged again."""
 
     def __repr__(self) -> str:
         """One line with the fields that a person looks for first."""

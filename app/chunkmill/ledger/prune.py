@@ -112,12 +112,14 @@ def _mark(conn: sa.Connection, before: datetime) -> int:
 def _keep_jobs_with_missing_vectors(conn: sa.Connection, space_id: int, table: str) -> int:
     """Unmark the jobs of a space that left a chunk without a vector; returns how many.
 
-    Such a chunk is still in the collection with the same text, and still has no vector.
+    Such a chunk is still in the collection with the same text, and still has no vector. If the collection has moved to
+    another space since, its chunks are not those of the job.
     """
     statement = f"""
         DELETE FROM doomed_jobs
-        USING jobs j
+        USING jobs j, collections k
         WHERE j.id = doomed_jobs.id AND j.space_id = :space AND j.state <> :completed
+          AND k.id = j.collection_id AND k.space_id = j.space_id
           AND (
               EXISTS (
                   SELECT FROM dead_chunks d

@@ -41,15 +41,18 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space) -> Collection
 
     Raises :class:`SpaceMismatch` if it is in another space and may not move.
     """
-    create = """
-        INSERT INTO collections (name, space_id)
-        VALUES (:name, :space)
-        ON CONFLICT (name) DO NOTHING
-    """
-    conn.execute(sa.text(create), {"name": name, "space": space.id})
     # The lock keeps others from moving the collection to another space before this call's job can be seen.
-    lock = "SELECT id, space_id FROM collections WHERE name = :name FOR NO KEY UPDATE"
-    row = conn.execute(sa.text(lock), {"name": name}).one()
+    lock = sa.text("SELECT id, space_id FROM collections WHERE name = :name FOR NO KEY UPDATE")
+    row = conn.execute(lock, {"name": name}).one_or_none()
+    if row is None:
+        # Only now, because an insert that meets a conflict takes a number of the sequence with it, and numbers end.
+        create = """
+            INSERT INTO collections (name, space_id)
+            VALUES (:name, :space)
+            ON CONFLICT (name) DO NOTHING
+        """
+        conn.execute(sa.text(create), {"name": name, "space": space.id})
+        row = conn.execute(lock, {"name": name}).one()
     if row.space_id != space.id:
         _require_movable(conn, Collection(row.id, name, row.space_id), space.spec)
         move = "UPDATE collections SET space_id = :space WHERE id = :id"

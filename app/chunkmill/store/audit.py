@@ -36,14 +36,15 @@ def audit(conn: sa.Connection, space: Space, collection: Collection) -> Audit:
             FROM chunk_batches b
             JOIN jobs j ON j.id = b.job_id
             CROSS JOIN unnest(b.content_hashes) AS h(content_hash)
-            WHERE j.collection_id = :id AND b.state IN (:available, :running)
+            WHERE j.collection_id = :id AND j.space_id = :space AND b.state IN (:available, :running)
         )
         SELECT count(*) FILTER (WHERE m.content_hash IN (SELECT content_hash FROM pending)) AS pending,
                count(*) FILTER (WHERE EXISTS (
                    SELECT
                    FROM dead_chunks d
                    JOIN jobs j ON j.id = d.job_id
-                   WHERE j.collection_id = :id AND d.content_hash = m.content_hash AND d.chunk_id = m.chunk_id
+                   WHERE j.collection_id = :id AND j.space_id = :space
+                     AND d.content_hash = m.content_hash AND d.chunk_id = m.chunk_id
                )) AS dead,
                (
                    SELECT array_agg(chunk_id)
@@ -53,6 +54,7 @@ def audit(conn: sa.Connection, space: Space, collection: Collection) -> Audit:
     """
     parameters = {
         "id": collection.id,
+        "space": space.id,
         "available": ChunkBatchState.AVAILABLE,
         "running": ChunkBatchState.RUNNING,
         "shown": SHOWN_MISSING,

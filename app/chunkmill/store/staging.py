@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.planning import DeadChunk, KnownVector
+from chunkmill.domain.planning import DeadChunk, KnownVector, Merged
+from chunkmill.domain.spaces import OnLong
 from chunkmill.spaces.registry import Space
 
 
@@ -55,27 +56,66 @@ def add_contents(conn: sa.Connection, missing: Mapping[bytes, bytes]) -> None:
     conn.execute(sa.text("INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING"))
 
 
-def merge_chunks(conn: sa.Connection, *, collection_id: int, job_id: int) -> None:
+def merge_chunks(
+    conn: sa.Connection, *, collection_id: int, job_id: int, on_long: OnLong, is_first_try: bool = True
+) -> Merged:
     """Upsert the staged chunks: a new id is added, and another text or other metadata replace the chunk.
+
+    Returns how many were of each kind. What the job itself has written before counts as repeated, unless it was
+    written by an earlier producer of the job, that is, unless this is not the ``is_first_try``.
 
     The anti-join comes first because ON CONFLICT DO UPDATE locks, and so rewrites, even the rows that its WHERE leaves
     alone. A collection that is enqueued again unchanged writes nothing. OFFSET 0 makes the planner probe the index once
     per staged row. Otherwise it scans all of ``chunks`` for each window (12.7 s instead of 2 s per 100,000 chunks, at
     600,000).
+
+    A job that rejects long texts deletes the chunks that it finds too long, so it may not own a chunk that another
+    job accepted on other terms: that job takes an unchanged chunk over, and keeps it.
     """
     merge = """
-        INSERT INTO chunks (collection_id, chunk_id, content_hash, metadata, job_id)
-        SELECT :collection, s.chunk_id, s.content_hash, s.metadata, :job
-        FROM staged_chunks s
-        LEFT JOIN LATERAL (
-            SELECT *
-            FROM chunks x
-            WHERE x.collection_id = :collection AND x.chunk_id = s.chunk_id
-            OFFSET 0
-        ) c ON true
-        WHERE c.chunk_id IS NULL OR c.content_hash <> s.content_hash OR c.metadata <> s.metadata
-        ORDER BY s.chunk_id
-        ON CONFLICT (collection_id, chunk_id) DO UPDATE
-        SET content_hash = excluded.content_hash, metadata = excluded.metadata, job_id = excluded.job_id
+        WITH judged AS MATERIALIZED (
+            SELECT s.*,
+                   c.chunk_id IS NULL AS is_new,
+                   coalesce(c.job_id = :job AND :is_first_try, false) AS is_repeated,
+                   coalesce(c.content_hash <> s.content_hash OR c.metadata <> s.metadata, false) AS differs,
+                   coalesce(o.on_long = :reject AND NOT :rejects, false) AS is_taken_over
+            FROM staged_chunks s
+            LEFT JOIN LATERAL (
+                SELECT *
+                FROM chunks x
+                WHERE x.collection_id = :collection AND x.chunk_id = s.chunk_id
+                OFFSET 0
+            ) c ON true
+            LEFT JOIN jobs o ON o.id = c.job_id
+        ),
+        merged AS (
+            INSERT INTO chunks (collection_id, chunk_id, content_hash, metadata, job_id)
+            SELECT :collection, chunk_id, content_hash, metadata, :job
+            FROM judged
+            WHERE is_new OR differs OR is_taken_over
+            ORDER BY chunk_id
+            ON CONFLICT (collection_id, chunk_id) DO UPDATE
+            SET content_hash = excluded.content_hash,
+                metadata = excluded.metadata,
+                job_id = CASE
+                    WHEN :rejects AND chunks.content_hash = excluded.content_hash
+                         AND NOT EXISTS (SELECT FROM jobs o WHERE o.id = chunks.job_id AND o.on_long = :reject)
+                    THEN chunks.job_id
+                    ELSE excluded.job_id
+                END
+        )
+        SELECT count(*) FILTER (WHERE is_new) AS new,
+               count(*) FILTER (WHERE differs AND NOT is_repeated) AS replaced,
+               count(*) FILTER (WHERE NOT (is_new OR differs OR is_repeated)) AS unchanged,
+               count(*) FILTER (WHERE is_repeated) AS repeated
+        FROM judged
     """
-    conn.execute(sa.text(merge), {"collection": collection_id, "job": job_id})
+    parameters = {
+        "collection": collection_id,
+        "job": job_id,
+        "is_first_try": is_first_try,
+        "reject": OnLong.REJECT,
+        "rejects": on_long is OnLong.REJECT,
+    }
+    row = conn.execute(sa.text(merge), parameters).one()
+    return Merged(row.new, row.replaced, row.unchanged, row.repeated)

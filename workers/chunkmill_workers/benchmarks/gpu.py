@@ -337,9 +337,9 @@ def _drain(
     enqueueing.clear()
     seconds = in_turns(
         ways, rounds, lambda now: say(f"{group}: {now}"),
-        before=lambda name: client.delete(COLLECTION) if name == "the whole system" else None,
+        before=lambda name: client.delete(COLLECTION, all_chunks=True) if name == "the whole system" else None,
     )  # fmt: skip
-    client.delete(COLLECTION)
+    client.delete(COLLECTION, all_chunks=True)
     details = {"texts": len(texts), "tokens": tokens, "mean_tokens": round(tokens / len(texts), 1)}
     measurements = [
         Measurement(

@@ -63,7 +63,7 @@ def run(*, rounds: int, quick: bool, say: Say, model: str = DEFAULT_MODEL, texts
                     REFERENCE: lambda: field[REFERENCE].embed("texts"),
                 }
                 # Delete the last round's rows, so that they are not in the cache or in the script's table.
-                before = {SYSTEM: lambda: client.delete(COLLECTION), script_name: script.empty}
+                before = {SYSTEM: lambda: client.delete(COLLECTION, all_chunks=True), script_name: script.empty}
                 racing = {
                     measurement.name: ways[measurement.name] for measurement in measurements if not measurement.refused
                 }

@@ -142,18 +142,22 @@ def _show_models(screen: Screen) -> None:
 @click.command()
 @click.argument("collection")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "all_chunks", is_flag=True, help="Delete all chunks of the collection.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @json_option
 @click.pass_obj
-def delete(screen: Screen, collection: str, ids: tuple[str, ...], yes: bool) -> None:
-    """Delete chunks of a collection by their ids, or all of its chunks if no ID is given.
+def delete(screen: Screen, collection: str, ids: tuple[str, ...], all_chunks: bool, yes: bool) -> None:
+    """Delete chunks of a collection by their ids, or all of its chunks with --all.
 
     A text that no chunk refers to any more is deleted with its vectors.
     """
+    # A list of ids that is empty by mistake, as in $(cat ids.txt), must not mean the whole collection.
+    if bool(ids) == all_chunks:
+        raise click.UsageError("Name the chunks by ID, or pass --all to delete all chunks of the collection.")
     with Client.from_env() as client:
         if not yes and not _confirmed(screen, client, collection, ids):
             raise SystemExit(1)
-        deleted = client.delete(collection, ids or None)
+        deleted = client.delete(collection, None if all_chunks else ids, all_chunks=all_chunks)
     if screen.json:
         screen.document({"collection": collection, "deleted": deleted})
     else:

@@ -125,7 +125,8 @@ def enqueue(
 
     SOURCE is a .jsonl, .ndjson, .csv or .parquet file, a folder, or - for JSON lines on stdin. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
-    and .rst file is one chunk. Files are read record by record, so they may be of any size.
+    and .rst file is one chunk, whose id is its path inside the folder. If an id comes twice, the last one counts.
+    Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field)
     reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
@@ -278,6 +279,7 @@ def show_job(
         "space": job.space[:12],
         "route": f"{job.route}, priority {job.priority}",
         "chunks": f"{job.chunks:,} of {count(job.contents, 'distinct text')}",
+        "stored": _stored(job),
         "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
@@ -330,6 +332,13 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
             (per_s,) = pace.add(time.monotonic(), number)
             bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
+
+
+def _stored(job: Job) -> str | None:
+    if job.new is None:
+        return None
+    repeated = f"; {count(job.repeated, 'id')} came again, and the last one counts" if job.repeated else ""
+    return f"{job.new:,} new, {job.replaced:,} replaced, {job.unchanged:,} unchanged{repeated}"
 
 
 def _tokens(job: Job) -> str:

@@ -54,6 +54,7 @@ class Reader:
             _require_readable(source)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
+        _require_distinct([Path(source) for source in sources if source != "-" and Path(source).is_dir()])
         self.place = ""
         self._read = -1
         self._sources = sources
@@ -187,17 +188,40 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
 
 
 def _folder(root: Path) -> Iterator[tuple[str, Record]]:
-    found = False
+    is_empty = True
+    for path in _text_files(root):
+        is_empty = False
+        yield str(path), _from_text_file(path, path.relative_to(root).as_posix())
+    if is_empty:
+        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file. Name another folder.")
+
+
+def _text_files(root: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(root):
         # In order, so that two runs give the same job. Hidden folders belong to tools and hold no documents.
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
             if path.suffix.lower() in TEXT_SUFFIXES and not name.startswith("."):
-                found = True
-                yield str(path), _from_text_file(path, path.relative_to(root).as_posix())
-    if not found:
-        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file. Name another folder.")
+                yield path
+
+
+def _require_distinct(folders: Sequence[Path]) -> None:
+    """Raise :class:`InvalidInput` if files of two folders would have the same id, so that one would replace the other.
+
+    The id of a file is its path inside its folder.
+    """
+    if len(folders) < 2:
+        return
+    paths: dict[str, Path] = {}
+    for root in folders:
+        for path in _text_files(root):
+            chunk_id = path.relative_to(root).as_posix()
+            if (other := paths.setdefault(chunk_id, path)) is not path:
+                raise InvalidInput(
+                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name the "
+                    "folder above both, so that their ids begin with their folders, or enqueue into two collections."
+                )
 
 
 def _from_text_file(path: Path, chunk_id: str) -> Record:

@@ -52,18 +52,35 @@ def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> 
         )
 
 
+# A job that named a chunk is told of it although another job, which was open with it, refused the same text first and
+# so deleted the chunk. If the collection has moved to another space since, none of its chunks is the job's.
 _ADD_CONTENTS = sa.text("""
 INSERT INTO dead_chunks (job_id, chunk_id, content_hash, code, reason)
-SELECT :job, c.chunk_id, c.content_hash, d.code, d.reason
+SELECT :job, named.chunk_id, d.content_hash, d.code, d.reason
 FROM unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[]), CAST(:reasons AS text[])) AS d(content_hash, code, reason)
-JOIN chunks c ON c.content_hash = d.content_hash AND c.collection_id = :collection
+CROSS JOIN LATERAL (
+    SELECT c.chunk_id
+    FROM chunks c
+    JOIN collections k ON k.id = c.collection_id
+    WHERE c.content_hash = d.content_hash AND c.collection_id = :collection
+      AND k.space_id = (SELECT space_id FROM jobs WHERE id = :job)
+    UNION
+    SELECT e.chunk_id
+    FROM dead_chunks e
+    JOIN jobs o ON o.id = e.job_id
+    WHERE d.code = 'too_long' AND e.code = 'too_long' AND e.content_hash = d.content_hash
+      AND o.collection_id = :collection
+      AND (o.finished_at IS NULL OR o.finished_at >= (SELECT created_at FROM jobs WHERE id = :job))
+) named
 ON CONFLICT DO NOTHING
 """)
 _DELETE_TOO_LONG = sa.text("""
 DELETE FROM chunks c
-USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) AS d(content_hash, code)
+USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) AS d(content_hash, code), jobs o, jobs j
 WHERE d.code = 'too_long' AND c.content_hash = d.content_hash
-  AND c.collection_id = :collection AND c.job_id = :job
+  AND c.collection_id = :collection
+  AND o.id = c.job_id AND (o.id = :job OR o.on_long = :reject)
+  AND j.id = :job AND j.space_id = o.space_id
 """)
 
 
@@ -71,7 +88,8 @@ def add_contents(conn: sa.Connection, dead: Sequence[DeadContent], *, job_id: in
     """Add the chunks of each dead content of a job, in the transaction that completes its ChunkBatch.
 
     A chunk that is too long under the ``reject`` policy is deleted from the collection, as if ``enqueue`` had refused
-    it. Any other chunk stays, shows as missing in the audit and fails the job.
+    it, unless a job with another policy has accepted it too (``ChunkRow.job_id`` says so). It fails no job. Any other
+    chunk stays, shows as missing in the audit and fails the job.
     """
     if not dead:
         return
@@ -81,6 +99,7 @@ def add_contents(conn: sa.Connection, dead: Sequence[DeadContent], *, job_id: in
         "hashes": [content.content_hash for content in dead],
         "codes": [content.code for content in dead],
         "reasons": [content.reason for content in dead],
+        "reject": OnLong.REJECT,
     }
     conn.execute(_ADD_CONTENTS, parameters)
     conn.execute(_DELETE_TOO_LONG, parameters)
@@ -137,13 +156,14 @@ def entry_ids(conn: sa.Connection, dead_filter: DeadFilter) -> list[int]:
     return list(conn.execute(_IDS, dead_filter.parameters).scalars())
 
 
+# A collection moves to another space only when it is empty, so the chunks that an older job speaks of were deleted.
 _ENTRIES = sa.text("""
 SELECT d.*, j.state AS job_state, j.sealed_at IS NOT NULL AS sealed, j.space_id, k.name AS collection,
        c.content_hash AS hash_now
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN collections k ON k.id = j.collection_id
-LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id
+LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id AND j.space_id = k.space_id
 WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
   AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
   AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import sqlalchemy as sa
 
@@ -61,15 +61,16 @@ WHERE job_id = :job AND content_hash = ANY(:hashes)
 """)
 
 
-def take_off(conn: sa.Connection, dead_filter: DeadFilter) -> tuple[DroppedDead, dict[str, list[str]]]:
+def take_off(conn: sa.Connection, ids: Sequence[int]) -> tuple[DroppedDead, dict[str, list[str]]]:
     """Delete entries from the list; also returns the chunks to delete from each collection in the same transaction.
 
     Those are the chunks that still have this text and no vector. Entries of other jobs about the same chunk and text
-    are deleted too. Raises :class:`NotFound`; nothing is changed then.
+    are deleted too. An id that is no longer on the list is passed over. Enqueues and writes wait for the end of the
+    transaction: give a few thousand ids.
     """
     # No enqueue may replace a chunk between the look at it and its deletion.
     lock(conn, DELETE_LOCK)
-    selected = _locked(conn, dead_filter, with_twins=True)
+    selected = _lock_and_read(conn, [*conn.execute(_TWINS, {"ids": list(ids)}).scalars()])
     conn.execute(
         sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"),
         {"ids": [entry.id for entry in selected]},
@@ -89,14 +90,26 @@ def take_off(conn: sa.Connection, dead_filter: DeadFilter) -> tuple[DroppedDead,
     return DroppedDead(tuple(judged), len(selected), sum(map(len, chunks.values()))), chunks
 
 
-# A twin is another job's entry about the same chunk with the same text. An entry is a twin of itself.
+# A twin is another job's entry about the same chunk with the same text in the same space. An entry is a twin of itself.
 _TWINS = sa.text("""
 SELECT DISTINCT twin.id
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
-JOIN jobs i ON i.collection_id = j.collection_id
+JOIN jobs i ON i.collection_id = j.collection_id AND i.space_id = j.space_id
 JOIN dead_chunks twin ON twin.job_id = i.id AND twin.chunk_id = d.chunk_id AND twin.content_hash = d.content_hash
 WHERE d.id = ANY(CAST(:ids AS bigint[]))
+""")
+# No enqueue may move a collection to another space between the look at its chunks and the retry of their texts.
+_LOCK_COLLECTIONS = sa.text("""
+SELECT id
+FROM collections
+WHERE id IN (
+    SELECT j.collection_id
+    FROM dead_chunks d
+    JOIN jobs j ON j.id = d.job_id
+    WHERE d.id = ANY(CAST(:ids AS bigint[])))
+ORDER BY id
+FOR SHARE
 """)
 _LOCK_JOBS = sa.text("""
 SELECT id
@@ -107,25 +120,38 @@ FOR NO KEY UPDATE
 """)
 
 
-def _locked(conn: sa.Connection, dead_filter: DeadFilter, *, with_twins: bool = False) -> list[DeadEntry]:
+def _locked(conn: sa.Connection, dead_filter: DeadFilter) -> list[DeadEntry]:
     """The selected entries, with their jobs locked: nobody ends, cancels or retries these during this transaction.
 
     Raises :class:`NotFound` for an id that does not exist, or if nothing is selected at all.
     """
-    ids = entry_ids(conn, dead_filter)
-    if with_twins:
-        ids = list({*ids, *conn.execute(_TWINS, {"ids": ids}).scalars()})
+    selected = _lock_and_read(conn, entry_ids(conn, dead_filter))
+    _require_all(dead_filter, {entry.id for entry in selected})
+    return selected
+
+
+def _lock_and_read(conn: sa.Connection, ids: Sequence[int]) -> list[DeadEntry]:
+    conn.execute(_LOCK_COLLECTIONS, {"ids": ids})
     conn.execute(_LOCK_JOBS, {"ids": ids})
     # Read under the locks: another transaction may have retried or dropped some while this one waited.
-    selected = entries(conn, DeadFilter(ids=tuple(ids)))
-    gone = sorted(set(dead_filter.ids or ()) - {entry.id for entry in selected})
+    return entries(conn, DeadFilter(ids=tuple(ids)))
+
+
+def selected_ids(conn: sa.Connection, dead_filter: DeadFilter) -> list[int]:
+    """The ids that a filter selects, in order. Raises :class:`NotFound` as a retry of them would."""
+    ids = sorted(entry_ids(conn, dead_filter))
+    _require_all(dead_filter, set(ids))
+    return ids
+
+
+def _require_all(dead_filter: DeadFilter, selected: Set[int]) -> None:
+    gone = sorted(set(dead_filter.ids or ()) - selected)
     if gone or not selected:
         what = f"no dead chunk {', '.join(map(str, gone[:10]))}" if gone else "no such dead chunk"
         raise NotFound(
             f"there is {what}; somebody may have retried or dropped it meanwhile. Nothing was changed: "
             "`chunkmill dead list` shows those that exist."
         )
-    return selected
 
 
 _TAKE_OUT = sa.text("""

@@ -8,16 +8,18 @@ from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.spaces.registry import Space
 
 _LOCK_RUNNING_JOB = sa.text("""
-SELECT collection_id
-FROM jobs
-WHERE id = :id AND state = :running
-FOR NO KEY UPDATE
+SELECT j.collection_id, k.space_id
+FROM jobs j
+JOIN collections k ON k.id = j.collection_id
+WHERE j.id = :id AND j.state = :running
+FOR NO KEY UPDATE OF j
 """)
 _LOCK_RUNNING_JOB_OR_SKIP = sa.text("""
-SELECT collection_id
-FROM jobs
-WHERE id = :id AND state = :running
-FOR NO KEY UPDATE SKIP LOCKED
+SELECT j.collection_id, k.space_id
+FROM jobs j
+JOIN collections k ON k.id = j.collection_id
+WHERE j.id = :id AND j.state = :running
+FOR NO KEY UPDATE OF j SKIP LOCKED
 """)
 _HAS_OPEN_CHUNK_BATCHES = sa.text("""
 SELECT EXISTS (
@@ -50,11 +52,12 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool
 
     The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
     was false), its ChunkBatch becomes available again instead, while it has attempts. One transaction at a time ends a
-    job. Without ``wait``, a job that another transaction is ending is skipped.
+    job. Without ``wait``, a job that another transaction is ending is skipped. If the collection has moved to another
+    space since the job began, its chunks are not those of the job, and say nothing about it.
     """
     lock = _LOCK_RUNNING_JOB if wait else _LOCK_RUNNING_JOB_OR_SKIP
-    collection_id = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).scalar_one_or_none()
-    if collection_id is None:
+    collection = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).one_or_none()
+    if collection is None:
         return None
     states = {
         "available": ChunkBatchState.AVAILABLE,
@@ -64,12 +67,15 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: Space, *, wait: bool
     }
     if conn.execute(_HAS_OPEN_CHUNK_BATCHES, {"id": job_id, **states}).scalar_one():
         return None
-    with_missing = _completed_with_missing_vectors(conn, job_id, collection_id, space)
+    in_its_space = collection.space_id == space.id
+    with_missing = (
+        _completed_with_missing_vectors(conn, job_id, collection.collection_id, space) if in_its_space else []
+    )
     if with_missing:
         conn.execute(_REOPEN, {"ids": with_missing, **states})
         return None
     discarded = conn.execute(_DISCARDED, {"id": job_id, **states}).one()
-    dead = _count_dead_chunks(conn, job_id, collection_id, space)
+    dead = _count_dead_chunks(conn, job_id, collection.collection_id, space) if in_its_space else 0
     problems = []
     if discarded.n:
         problems.append(
@@ -105,14 +111,16 @@ def _completed_with_missing_vectors(conn: sa.Connection, job_id: int, collection
 
 
 def _count_dead_chunks(conn: sa.Connection, job_id: int, collection_id: int, space: Space) -> int:
-    """The dead chunks of a job that still have the same text and no vector."""
+    """The dead chunks of a job that still have the same text and no vector, except those that it refused as too long:
+    such a chunk is in the collection only if another job accepted it.
+    """
     statement = f"""
         SELECT count(*)
         FROM dead_chunks d
         JOIN chunks c ON c.collection_id = :collection
                      AND c.chunk_id = d.chunk_id
                      AND c.content_hash = d.content_hash
-        WHERE d.job_id = :id
+        WHERE d.job_id = :id AND d.code <> 'too_long'
           AND NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = d.content_hash)
     """
     return int(conn.execute(sa.text(statement), {"id": job_id, "collection": collection_id}).scalar_one())

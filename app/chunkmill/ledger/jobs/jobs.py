@@ -11,12 +11,13 @@ import sqlalchemy as sa
 
 from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.domain.deaths import SUSPECT_DEATHS
-from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.planning import DeadChunk, Merged
 from chunkmill.domain.results import Job
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
 from chunkmill.errors import InvalidInput, NotFound
+from chunkmill.ledger.jobs import streams
 from chunkmill.ledger.jobs.routing import entry, lane_of
 from chunkmill.spaces.collections import Collection
 
@@ -32,6 +33,8 @@ class OpenedJob:
     state: JobState
     lane: Route
     is_new: bool
+    is_sealed: bool = False
+    """Its producer's iterable has ended, so there is nothing left to enqueue."""
 
 
 def open_job(
@@ -44,10 +47,11 @@ def open_job(
     idempotency_key: str | None,
     choice: Choice | None = None,
     deadline: datetime | None = None,
-) -> OpenedJob:
-    """Create a job in state ``enqueueing``, or return the one that ``idempotency_key`` created before, in its lane.
+) -> OpenedJob | None:
+    """Create a job in state ``enqueueing``; returns None if another transaction has used the key meanwhile.
 
-    ``choice`` is the lane of a new job; ``route`` is what the caller asked for.
+    ``choice`` is the lane of a new job; ``route`` is what the caller asked for. Look for a job of the key with
+    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it.
     """
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     routing = [entry(choice, at)] if choice else []
@@ -73,16 +77,40 @@ def open_job(
         "routing": json.dumps(routing),
     }
     job_id = conn.execute(sa.text(insert), parameters).scalar_one_or_none()
-    if job_id is not None:
-        return OpenedJob(job_id, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
-    select = "SELECT id, collection_id, space_id, state, route, routing FROM jobs WHERE idempotency_key = :key"
-    job = conn.execute(sa.text(select), {"key": idempotency_key}).one()
-    if (job.collection_id, job.space_id) != (collection.id, collection.space_id):
+    return None if job_id is None else OpenedJob(job_id, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
+
+
+_OF_KEY = sa.text("""
+SELECT j.id, j.state, j.route, j.routing, j.on_long, j.sealed_at, j.space_id, c.name AS collection
+FROM jobs j
+JOIN collections c ON c.id = j.collection_id
+WHERE j.idempotency_key = :key
+""")
+
+
+def of_key(
+    conn: sa.Connection, idempotency_key: str | None, *, collection: str, space_id: int, on_long: OnLong
+) -> OpenedJob | None:
+    """The job that an enqueue with this key created before, or None. The collection of today has no say in it.
+
+    Raises :class:`InvalidInput` if that enqueue asked for something else, or was cancelled before its end.
+    """
+    job = conn.execute(_OF_KEY, {"key": idempotency_key}).one_or_none()
+    if job is None:
+        return None
+    if (job.collection, job.space_id, job.on_long) != (collection, space_id, on_long):
         raise InvalidInput(
             f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which enqueued into another collection "
-            "or space. Use a key of its own for each enqueue."
+            "or space, or with another on_long. Use a key of its own for each enqueue."
         )
-    return OpenedJob(job.id, JobState(job.state), lane_of(job.route, job.routing), is_new=False)
+    if job.state == JobState.CANCELLED and job.sealed_at is None:
+        raise InvalidInput(
+            f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which was cancelled before all of its "
+            "chunks were enqueued, and stays as it is. Nothing was written: enqueue with another key."
+        )
+    return OpenedJob(
+        job.id, JobState(job.state), lane_of(job.route, job.routing), is_new=False, is_sealed=job.sealed_at is not None
+    )
 
 
 def hold_producer_lock(conn: sa.Connection, job_id: int) -> bool:
@@ -125,18 +153,13 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     """
     conn.execute(sa.text(delete), {"id": job_id, "running": ChunkBatchState.RUNNING})
     conn.execute(sa.text("DELETE FROM dead_chunks WHERE job_id = :id"), {"id": job_id})
+    streams.forget(conn, job_id)
     return True
 
 
 def is_key_used(conn: sa.Connection, idempotency_key: str) -> bool:
     """Whether the key has a job."""
     query = "SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key)"
-    return bool(conn.execute(sa.text(query), {"key": idempotency_key}).scalar_one())
-
-
-def is_sealed(conn: sa.Connection, idempotency_key: str) -> bool:
-    """Whether the key has a job whose enqueue reached its end."""
-    query = "SELECT EXISTS (SELECT FROM jobs WHERE idempotency_key = :key AND sealed_at IS NOT NULL)"
     return bool(conn.execute(sa.text(query), {"key": idempotency_key}).scalar_one())
 
 
@@ -158,8 +181,18 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     """Make available again, with fresh attempts, what a failed or cancelled job left without a vector.
 
     Returns False if the job is neither, or was never enqueued to its end. ``attempt`` counts on, because it is the
-    fencing number; ``max_attempts`` moves up instead.
+    fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has moved to
+    another space since: nobody would find what the job embeds.
     """
+    # The lock keeps an enqueue from moving the collection until the job can be seen to run.
+    lock = """
+        SELECT c.name, c.space_id = j.space_id AS is_there
+        FROM jobs j
+        JOIN collections c ON c.id = j.collection_id
+        WHERE j.id = :id
+        FOR SHARE OF c
+    """
+    collection = conn.execute(sa.text(lock), {"id": job_id}).one()
     reopen = """
         UPDATE jobs
         SET state = :running, error = NULL, finished_at = NULL
@@ -168,6 +201,12 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     states = {"running": JobState.RUNNING, "failed": JobState.FAILED, "cancelled": JobState.CANCELLED}
     if conn.execute(sa.text(reopen), {"id": job_id} | states).rowcount == 0:
         return False
+    if not collection.is_there:
+        raise InvalidInput(
+            f"job {job_id} cannot be retried: collection {collection.name!r} was emptied and has moved to another "
+            "space since, so nobody would find its vectors. Enqueue the chunks again, with the model and the on_long "
+            "of the collection."
+        )
     # A ChunkBatch is still available if a cancel was interrupted. Of the completed ones, those with a dead content are
     # found by reading every array once; a look into the arrays for each dead chunk would be quadratic.
     make_available = """
@@ -210,13 +249,15 @@ def get(conn: sa.Connection, job_id: int) -> Job:
     rows = _select(conn, [job_id])
     if not rows:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
-    return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS))
+    merged = streams.counts_of(conn, [job_id]).get(job_id)
+    return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS), merged)
 
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:
     """The newest ``limit`` jobs, without their dead chunks."""
     ids = conn.execute(sa.text("SELECT id FROM jobs ORDER BY id DESC LIMIT :limit"), {"limit": limit}).scalars().all()
-    return [_job(row, ()) for row in _select(conn, ids)]
+    merged = streams.counts_of(conn, ids)
+    return [_job(row, (), merged.get(row.id)) for row in _select(conn, ids)]
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:
@@ -264,7 +305,7 @@ def _select(conn: sa.Connection, ids: Sequence[int]) -> Sequence[sa.Row[tuple[ob
     return conn.execute(sa.text(_SELECT_JOBS), {"ids": list(ids)} | states).all()
 
 
-def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk]) -> Job:
+def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: Merged | None) -> Job:
     priority = next(p for p in Priority if p.rank == row.priority)
     return Job(
         id=row.id,
@@ -288,4 +329,8 @@ def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk]) -> Job:
         finished_at=row.finished_at,
         error=row.error,
         dead_chunks=tuple(dead),
+        new=merged and merged.new,
+        replaced=merged and merged.replaced,
+        unchanged=merged and merged.unchanged,
+        repeated=merged and merged.repeated,
     )

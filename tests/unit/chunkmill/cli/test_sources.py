@@ -80,6 +80,23 @@ def test_a_folder_is_one_chunk_per_text_file(tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_two_folders_have_ids_of_their_own_or_are_refused(tmp_path: Path) -> None:
+    for name in ("a/one.md", "a/sub/same.txt", "b/two.md", "c/sub/same.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+
+    def ids(*sources: Path) -> list[str]:
+        reader = Reader([str(source) for source in sources], Fields(), skip=True, stdin=io.BytesIO())
+        return [chunk.id for chunk in reader if isinstance(chunk, Chunk)]
+
+    a, b, c = (tmp_path / name for name in "abc")
+    assert ids(a, b) == ["one.md", "sub/same.txt", "two.md"]
+    for both in ((a, c), (b, a, c), (a, a)):
+        with pytest.raises(InvalidInput, match="would have the same id .*folder above both"):
+            ids(*both)
+    assert ids(tmp_path) == ["a/one.md", "a/sub/same.txt", "b/two.md", "c/sub/same.txt"]
+
+
 def bad_jsonl(path: Path) -> Path:
     path.write_bytes(
         b'{"id": "a", "text": "one"}\nsecret words\n["secret words"]\n{"id": "b"}\n'
