@@ -15,6 +15,7 @@
     ├── BudgetExceeded        the month's budget for paid routes is used up
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
+    │   └── StoreLimit          a setting of Postgres, such as statement_timeout, ended the transaction
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
     │   └── DeviceTaken         every GPU has a worker; one of them may end soon
@@ -129,6 +130,12 @@ class StoreUnavailable(ChunkmillError):
     code = "store_unavailable"
     retryable = True
     http_status = 503
+
+
+class StoreLimit(StoreUnavailable):
+    """Postgres ended a transaction because it took more than a setting allows. The message names the setting."""
+
+    code = "store_limit"
 
 
 class EmbeddedStackError(ChunkmillError):

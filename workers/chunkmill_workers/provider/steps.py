@@ -14,6 +14,7 @@ from chunkmill.ledger.provider import provider_batches, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.endings import backoff
 from chunkmill.telemetry.logging import bound
+from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.work_context import ids, step_of
 from chunkmill_workers.provider.collect import collect
 from chunkmill_workers.provider.context import ProviderContext
@@ -31,8 +32,12 @@ CLEAN_TRIES = 5
 def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> None:
     """Claim a ProviderBatch and take one step after the other until it must wait, or another worker has it."""
     context.last_doorbell = time.monotonic()
-    if context.stopping.is_set():
-        return
+    if not context.stopping.is_set():
+        with saying_limits():
+            _answer(context, provider_batch_id)
+
+
+def _answer(context: ProviderContext, provider_batch_id: int) -> None:
     step = context.transact(
         lambda conn: provider_batches.claim_if_due(
             conn,
