@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
+from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, raw
 from chunkmill.db.retry import is_transient, transact
 from chunkmill.domain.states import JobState
-from chunkmill.errors import StoreLimit
+from chunkmill.errors import StoreLimit, StoreUnavailable
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
 from chunkmill_workers.local import pipeline
@@ -359,3 +362,59 @@ def test_a_producer_whose_jobs_end_takes_too_long_leaves_it_to_the_poller(
     client._db.dispose()
     job = client.enqueue([], collection="docs")
     assert job.state is JobState.RUNNING
+
+
+def refuses_copies(db: sa.Engine, sqlstate: str, times: int) -> None:
+    """The first COPYs into ``chunk_batches`` fail, inside the COPY itself."""
+    refuse = f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('refusals') <= {times} THEN
+                RAISE EXCEPTION 'as told' USING ERRCODE = '{sqlstate}';
+            END IF;
+            RETURN NULL;
+        END $$
+    """
+    with db.begin() as conn:
+        conn.execute(sa.text("CREATE SEQUENCE refusals"))
+        conn.execute(sa.text(refuse))
+        trigger = "BEFORE INSERT ON chunk_batches FOR EACH STATEMENT EXECUTE FUNCTION refuse()"
+        conn.execute(sa.text(f"CREATE TRIGGER refuse {trigger}"))
+
+
+def test_a_deadlock_inside_a_copy_is_run_again(db: sa.Engine, client: Client) -> None:
+    refuses_copies(db, "40P01", 2)
+    assert client.enqueue(CHUNKS, collection="docs").chunks == 40
+    assert len(attempts(db)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "error", "words"),
+    [
+        ("53100", StoreUnavailable, r"Postgres refused \(53100\): as told"),
+        ("57014", StoreLimit, "statement_timeout of this role or database is too low"),
+        ("XX000", StoreUnavailable, r"Postgres refused \(XX000\): as told"),
+        ("25006", StoreUnavailable, "is read-only"),
+    ],
+)
+def test_an_error_inside_a_copy_is_one_of_ours(
+    sqlstate: str, error: type[StoreUnavailable], words: str, db: sa.Engine, client: Client
+) -> None:
+    refuses_copies(db, sqlstate, 1)
+    with pytest.raises(error, match=words):
+        client.enqueue(CHUNKS, collection="docs")
+    assert client.enqueue(CHUNKS, collection="docs").chunks == 40
+
+
+def test_the_command_says_an_error_inside_a_copy_in_one_line(
+    db: sa.Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses_copies(db, "53100", 1)
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+    file = tmp_path / "chunks.jsonl"
+    file.write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
+    result = CliRunner().invoke(cli, ["enqueue", str(file), "--collection", "docs"])
+    assert result.exit_code == 1
+    assert "Postgres refused (53100): as told" in result.output
+    assert "Traceback" not in result.output

@@ -98,7 +98,7 @@ def store_errors(db: sa.Engine) -> Iterator[None]:
     """Raise :class:`StoreUnavailable` instead of SQLAlchemy's errors about a Postgres that cannot be used."""
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError) as error:
         raise store_error(str(db.url), error) from error
     except sa.exc.TimeoutError as error:
         raise StoreUnavailable("all connections of this client are in use; use one client per few threads.") from error

@@ -50,7 +50,9 @@ def write_vectors(
         # 1.5 times as fast as through a staging table.
         with conn.begin_nested():
             copy_binary(conn, space.table_name, payload)
-    except psycopg.errors.UniqueViolation:
+    except sa.exc.IntegrityError as error:
+        if not isinstance(error.orig, psycopg.errors.UniqueViolation):
+            raise
         return _write_staged(conn, space, payload)
     return len(hashes)
 
