@@ -12,6 +12,7 @@
     ├── JobFailed             the job ended with chunks that have no vector
     ├── WaitTimeout           the time given to `wait` or `embed` is over
     ├── SpaceMismatch         vectors of one space would have been mixed with another space
+    ├── NewerSpace            only a newer release can read the space
     ├── BudgetExceeded        the month's budget for paid routes is used up
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
@@ -110,6 +111,14 @@ class WaitTimeout(ChunkmillError):
 
 class SpaceMismatch(ChunkmillError):
     code = "space_mismatch"
+    http_status = 409
+    elsewhere = True
+
+
+class NewerSpace(ChunkmillError):
+    """A newer release registered the space with words that this release does not know."""
+
+    code = "newer_space"
     http_status = 409
     elsewhere = True
 

@@ -71,7 +71,7 @@ class ClientPart:
         with store_errors(self._db), self._db.connect() as conn:
             for job_id in job_ids:
                 with conn.begin():
-                    space = registry.get(conn, jobs.space_id(conn, job_id))
+                    space = registry.VectorTable(jobs.space_id(conn, job_id))
                 end_or_leave(conn, job_id, space)
             self._ring(conn)
 

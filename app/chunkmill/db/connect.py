@@ -126,6 +126,12 @@ def migrate(url: str, revision: str = "head") -> None:
     try:
         command.upgrade(alembic_config(url), revision)
     except sa.exc.OperationalError as error:
+        if limit_of(error):
+            raise StoreLimit(
+                f"the migration was ended by {limit_of(error)}: {refusal(error)}. Another session holds a lock on a "
+                "table, or the statement took too long. What is migrated stays. Run it again when no long transaction "
+                "runs; pg_blocking_pids() names the session."
+            ) from error
         raise StoreUnavailable(unreachable_message(url, error)) from error
     except sa.exc.DBAPIError as error:
         raise StoreUnavailable(

@@ -201,7 +201,7 @@ class Poller:
 
     def _finish_job(self, job_id: int, space_id: int) -> bool:
         with self._db.begin() as conn:
-            return finish_if_done(conn, job_id, registry.get(conn, space_id), wait=False) is not None
+            return finish_if_done(conn, job_id, registry.VectorTable(space_id), wait=False) is not None
 
     def _say_away(self, error: Exception) -> None:
         said = f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"

@@ -63,7 +63,7 @@ def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int
     create = f"""
         CREATE TEMP TABLE IF NOT EXISTS {staging} (
             content_hash bytea, n_tokens int, truncated bool, embedding {space.vector_type} STORAGE PLAIN
-        ) ON COMMIT DELETE ROWS
+        ) ON COMMIT DROP
     """
     conn.execute(sa.text(create))
     # An earlier write in this transaction may have left its rows.

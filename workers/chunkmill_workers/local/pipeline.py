@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal
 from chunkmill.db.retry import is_transient
-from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost, StoreLimit
+from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost, NewerSpace, StoreLimit
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.spaces.registry import Space
@@ -128,6 +128,11 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
     except VectorsLost:
         logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
         attempt.release()
+        return TaskResult.RELEASED
+    except NewerSpace as newer:
+        context.engines.leave_for_good(lease.space_id)
+        attempt.release(because=newer)
+        logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, newer)
         return TaskResult.RELEASED
     except CanaryFailed as drift:
         # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.

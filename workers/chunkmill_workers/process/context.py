@@ -101,7 +101,7 @@ class QueueContext:
         """
         try:
             with tracing.span("finish job"), self.begin("finish job") as conn:
-                finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
+                finish_if_done(conn, lease.job_id, registry.VectorTable(lease.space_id))
         except Exception as error:
             if not is_transient(error) and not isinstance(error, StoreLimit):
                 raise

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderStopped
+from chunkmill.errors import (
+    ChunkmillError,
+    LeaseLost,
+    NewerSpace,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderStopped,
+)
 from chunkmill.ledger.provider import provider_batches, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.endings import backoff
@@ -67,6 +75,8 @@ def _run(context: ProviderContext, step: Step) -> None:
         logger.warning("%s", lost)
     except StepDelayed as delayed:
         _release(context, step, delayed.delay_s, delayed.failed, **delayed.columns)
+    except NewerSpace:
+        _release(context, step, context.settings.openai_poll_seconds, None)  # workers of its release go on
     except ProviderBusy as busy:
         delay = pause_lane(context, Route.OPENAI, busy, tries=step.failures + 1)
         logger.warning("%s: the provider's limit is reached; its lane pauses %.0f s: %s", step.name, delay, busy.brief)
