@@ -12,9 +12,11 @@
     ├── JobFailed             the job ended with chunks that have no vector
     ├── WaitTimeout           the time given to `wait` or `embed` is over
     ├── SpaceMismatch         vectors of one space would have been mixed with another space
+    ├── NewerSpace            only a newer release can read the space
     ├── BudgetExceeded        the month's budget for paid routes is used up
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
+    │   └── StoreLimit          a setting of Postgres, such as statement_timeout, ended the transaction
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
     │   └── DeviceTaken         every GPU has a worker; one of them may end soon
@@ -113,6 +115,14 @@ class SpaceMismatch(ChunkmillError):
     elsewhere = True
 
 
+class NewerSpace(ChunkmillError):
+    """A newer release registered the space with words that this release does not know."""
+
+    code = "newer_space"
+    http_status = 409
+    elsewhere = True
+
+
 class BudgetExceeded(ChunkmillError):
     """The same call succeeds in the next month, or with a higher budget."""
 
@@ -129,6 +139,12 @@ class StoreUnavailable(ChunkmillError):
     code = "store_unavailable"
     retryable = True
     http_status = 503
+
+
+class StoreLimit(StoreUnavailable):
+    """Postgres ended a transaction because it took more than a setting allows. The message names the setting."""
+
+    code = "store_limit"
 
 
 class EmbeddedStackError(ChunkmillError):

@@ -420,7 +420,9 @@ def test_an_attempt_that_was_taken_back_keeps_its_end_on_record(stage: Scene) ->
             )
             assert lease is not None
             attempts.append(lease)
-    first, second = (PlainAttempt.start(context, lease) for lease in attempts)
+    first, second = (PlainAttempt(context, lease) for lease in attempts)
+    first.start()
+    second.start()
     with stage.corridor.db.begin() as conn:
         over = "UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE id = :id"
         conn.execute(sa.text(over), {"id": first.lease.chunk_batch_id})

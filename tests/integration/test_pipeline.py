@@ -25,6 +25,7 @@ from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
+from chunkmill_workers.process import context as process_context
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, together
 
@@ -85,7 +86,7 @@ def test_completed_means_an_empty_anti_join(
 
     vanished: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "finish_if_done", vanish_first)
+        patch.setattr(process_context, "finish_if_done", vanish_first)
         runner.run_due()
         assert vanished == [10]
         assert client.job(job.id).state is JobState.RUNNING

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 import sqlalchemy as sa
@@ -19,10 +21,12 @@ from chunkmill.db.connect import create_db
 from chunkmill.domain.doorbells import DoorbellWindow
 from chunkmill.domain.states import JobState
 from chunkmill.ledger.dead.deaths import TakenBack
+from chunkmill.ledger.jobs import recover
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from tests.integration.conftest import Runner
 from tests.support.cutting_proxy import Cut, cutting_proxy
+from tests.support.server_start import server_started
 from tests.support.waiting import running, together, until
 
 
@@ -143,7 +147,7 @@ def test_a_job_whose_last_worker_died_before_closing_it_is_closed(
 ) -> None:
     job = client.enqueue([("a", "text")], collection="docs")
     with monkeypatch.context() as patch:
-        patch.setattr("chunkmill_workers.local.pipeline.finish_if_done", lambda *args: None)
+        patch.setattr("chunkmill_workers.process.context.finish_if_done", lambda *args: None)
         runner.run_due()
     assert client.job(job.id).state is JobState.RUNNING
     assert poller.round().finished == 1
@@ -166,9 +170,9 @@ def test_redis_away_is_survived_and_said_once(
     monkeypatch.setattr(poller, "round", counted)
     with running(lambda: poller.run(stop), release=stop.set):
         until(lambda: len(rounds) > 3)
-    assert [r.message for r in caplog.records if "trying again" in r.message] == [
-        "poller: ConnectionError; trying again every 0.01 s"
-    ]
+    (said,) = [r.message for r in caplog.records if "trying again" in r.message]
+    assert said.startswith("poller: ConnectionError: Error 2 connecting to /nonexistent/redis.sock")
+    assert said.endswith("; trying again every 0.01 s")
 
 
 @contextmanager
@@ -200,6 +204,7 @@ def test_while_redis_is_away_what_dead_workers_held_is_taken_back(
     """Their leases are in Postgres, so that an outage of Redis excuses no worker that is silent."""
     cut_off = settings.model_copy(update={"redis_url": "unix:///nonexistent/redis.sock?db=0", "lease_seconds": 3000.0})
     client.enqueue([("a", "text")], collection="docs")
+    server_started(db, "1 day")
     with polling(Poller(db, Broker.connect(cut_off), cut_off)):
         until(lambda: "trying again" in caplog.text)
         lease_runs_out(db)
@@ -213,6 +218,7 @@ def test_after_an_outage_of_postgres_live_workers_may_renew_their_leases_first(
     caplog.set_level("INFO", "chunkmill.poller.poller")
     patient = settings.model_copy(update={"lease_seconds": 3000.0})
     client.enqueue([("a", "text")], collection="docs")
+    server_started(db, "1 day")
     lease_runs_out(db)
     with cutting_proxy(settings.require_database_url()) as proxy:
         proxy.cut = Cut(b"chunk_batches", answer_lost=False)
@@ -222,3 +228,138 @@ def test_after_an_outage_of_postgres_live_workers_may_renew_their_leases_first(
         behind.dispose()
     assert proxy.cut.struck == 1
     assert state(db) == "running"
+
+
+def test_a_new_poller_too_is_patient_after_a_start_of_postgres(
+    settings: Settings, db: sa.Engine, broker: Broker, client: Client
+) -> None:
+    """After a reboot of their host both are new, and live workers on other hosts had no chance to renew a lease."""
+    patient = settings.model_copy(update={"lease_seconds": 3000.0})
+    client.enqueue([("a", "text")], collection="docs")
+    lease_runs_out(db)
+    server_started(db, "990 s")
+    assert Poller(db, broker, patient).round().taken_back == TakenBack()
+    assert state(db) == "running"
+    server_started(db, "1010 s")
+    assert Poller(db, broker, patient).round().taken_back == TakenBack(available=1)
+
+
+def never_ends(db: sa.Engine, job_id: int) -> None:
+    """The end of a job takes longer than Postgres allows."""
+    wait = """
+        CREATE FUNCTION too_long() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_sleep(600);
+            RETURN NEW;
+        END $$
+    """
+    trigger = f"""
+        CREATE TRIGGER too_long BEFORE UPDATE ON jobs
+        FOR EACH ROW WHEN (OLD.id = {job_id}) EXECUTE FUNCTION too_long()
+    """
+    with db.begin() as conn:
+        conn.execute(sa.text(wait))
+        conn.execute(sa.text(trigger))
+        name = conn.execute(sa.text("SELECT current_database()")).scalar_one()
+        conn.execute(sa.text(f"ALTER DATABASE {name} SET statement_timeout = '200ms'"))
+
+
+def test_a_job_that_cannot_end_in_time_stops_neither_the_others_nor_the_taking_back_of_leases(
+    settings: Settings,
+    db: sa.Engine,
+    broker: Broker,
+    client: Client,
+    runner: Runner,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = (client.enqueue([(name, f"text {name}")], collection=name) for name in ("first", "second"))
+    with monkeypatch.context() as patch:
+        patch.setattr("chunkmill_workers.process.context.finish_if_done", lambda *args: None)
+        runner.run_due()
+    client.enqueue([("c", "another text")], collection="third")
+    with db.begin() as conn:
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'running', attempt = attempt + 1, lease_owner = 'gone', "
+                "lease_until = now() + interval '1 h' WHERE state = 'available'"
+            )
+        )
+    server_started(db, "1 day")
+    never_ends(db, first.id)
+    behind = create_db(settings.require_database_url(), role="poller")
+    poller = Poller(behind, broker, settings)
+    assert poller.round().finished == 1
+    assert client.job(second.id).state is JobState.COMPLETED
+    assert client.job(first.id).state is JobState.RUNNING
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE state = 'running'"))
+    assert poller.round().taken_back == TakenBack(available=1)
+    said = [record.message for record in caplog.records if "end of job" in record.message]
+    assert len(said) == 1
+    assert f"the end of job {first.id}: Postgres ended it: canceling statement" in said[0]
+    assert "ALTER ROLE ... SET statement_timeout" in said[0]
+    assert [job_id for job_id, _ in poller._jobs_that_may_end([first.id])] == []
+    with db.begin() as conn:
+        conn.execute(sa.text("DROP TRIGGER too_long ON jobs"))
+    poller._unfinished[first.id] = (0.0, 5.0)  # its pause is over
+    assert poller.round().finished == 1
+    behind.dispose()
+
+
+def test_a_hundred_jobs_that_cannot_end_keep_no_later_one_waiting(db: sa.Engine, client: Client) -> None:
+    first, second = (client.enqueue([], collection=name) for name in ("first", "second"))
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE jobs SET state = 'running', finished_at = NULL"))
+        one = recover.jobs_without_open_chunk_batches(conn, limit=1)
+        other = recover.jobs_without_open_chunk_batches(conn, but=[first.id], limit=1)
+    assert ([job_id for job_id, _ in one], [job_id for job_id, _ in other]) == ([first.id], [second.id])
+
+
+def test_a_step_that_always_fails_stops_no_other_step_and_is_said_once(
+    narrow: Settings, db: sa.Engine, poller: Poller, client: Client, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def broken(*_: Any) -> None:
+        raise ValueError("nobody thought of this")
+
+    monkeypatch.setattr("chunkmill.ledger.jobs.cancel.cancel_some_left_behind", broken)
+    client.enqueue([("a", "text")], collection="docs")
+    lease_runs_out(db)
+    assert poller.round().taken_back == TakenBack(available=1)
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE chunk_batches SET rung_at = NULL"))
+    assert poller.round().rung == 1
+    said = [record.message for record in caplog.records if "nobody thought of this" in record.message]
+    assert len(said) == 1
+    assert "the cancels that were left behind" in said[0]
+
+
+def test_a_step_that_breaks_its_connection_in_each_round_does_not_keep_leases_from_being_taken_back(
+    settings: Settings, db: sa.Engine, broker: Broker, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an anti-join does whose session is ended for its memory. Patience counts from a round that took back."""
+    patient = settings.model_copy(update={"lease_seconds": 3000.0})
+    client.enqueue([("a", "text")], collection="docs")
+    server_started(db, "1 day")
+    poller = Poller(db, broker, patient)
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr("chunkmill.poller.poller.recover.jobs_without_open_chunk_batches", breaks)
+    for _ in range(2):
+        with pytest.raises(psycopg.OperationalError):
+            poller.round()
+        until_then = poller._patient_until
+        assert until_then > time.monotonic()
+        lease_runs_out(db)
+        with pytest.raises(psycopg.OperationalError):
+            poller.round()
+        assert state(db) == "running"
+        assert poller._patient_until == until_then
+        poller._patient_until = 7.0  # the patience is over
+        with pytest.raises(psycopg.OperationalError):
+            poller.round()
+        assert state(db) == "available"
+        poller._patient_until = 7.0

@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
+from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, raw
 from chunkmill.db.retry import is_transient, transact
 from chunkmill.domain.states import JobState
+from chunkmill.errors import StoreLimit, StoreUnavailable
+from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
 from chunkmill_workers.local import pipeline
 from chunkmill_workers.local.attempt import LocalAttempt
@@ -203,6 +208,9 @@ def test_two_enqueues_in_a_deadlock_both_commit(client: Client, db: sa.Engine) -
         (psycopg.errors.ReadOnlySqlTransaction(), True),
         (psycopg.OperationalError("connection refused"), True),
         (sa.exc.TimeoutError("QueuePool limit"), True),
+        (psycopg.errors.QueryCanceled(), False),
+        (psycopg.errors.LockNotAvailable(), False),
+        (psycopg.errors.ConfigurationLimitExceeded(), False),
         (psycopg.errors.UndefinedTable(), False),
         (psycopg.errors.InsufficientPrivilege(), False),
         (psycopg.errors.InvalidPassword(), False),
@@ -240,3 +248,173 @@ def test_vectors_that_a_crash_took_back_are_embedded_again_uncharged(
     state, charged, deaths, _, _, rows = ledger(db)
     assert (state, charged, deaths, rows) == ("completed", 1, 0, 40)
     assert client.job(job.id).state is JobState.COMPLETED
+
+
+def limited(db: sa.Engine, *settings: str) -> None:
+    """Connections that are made from now on have these settings."""
+    with db.begin() as conn:
+        name = conn.execute(sa.text("SELECT current_database()")).scalar_one()
+        for setting in settings:
+            conn.execute(sa.text(f"ALTER DATABASE {name} SET {setting}"))
+
+
+def slow(db: sa.Engine, statement: str) -> None:
+    """What the trigger of ``statement`` is about takes longer than any limit."""
+    wait = """
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_sleep(600);
+            RETURN NULL;
+        END $$
+    """
+    with db.begin() as conn:
+        conn.execute(sa.text(wait))
+        conn.execute(sa.text(f"CREATE TRIGGER wait {statement} FOR EACH STATEMENT EXECUTE FUNCTION wait()"))
+
+
+def attempts(db: sa.Engine) -> list[tuple[Any, ...]]:
+    with db.begin() as conn:
+        columns = "state, attempt, deaths, error_code, error"
+        return [tuple(row) for row in conn.execute(sa.text(f"SELECT {columns} FROM chunk_batches ORDER BY id"))]
+
+
+def vectors_table(db: sa.Engine) -> str:
+    with db.begin() as conn:
+        return str(conn.execute(sa.text("SELECT 'vectors_' || id FROM spaces")).scalar_one())
+
+
+@pytest.mark.parametrize("what", ["read texts", "complete"])
+def test_what_cannot_keep_a_statement_timeout_is_charged_with_the_name_of_the_setting(
+    what: str, context: WorkerContext, client: Client, db: sa.Engine
+) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    client.enqueue([("other", "another text")], collection="other")
+    context.engine_for(context.engines.load_default(context.db))
+    locked = {"read texts": "contents", "complete": vectors_table(db)}[what]
+    with db.begin() as other:
+        limited(db, "statement_timeout = '100ms'")
+        context.db.dispose()
+        other.execute(sa.text(f"LOCK TABLE {locked} IN {'ACCESS EXCLUSIVE' if locked == 'contents' else 'SHARE'} MODE"))
+        assert run_chunk_batch(context, 1) is TaskResult.FAILED
+    charged, untouched = attempts(db)
+    assert charged[:4] == ("available", 1, 0, "store_limit")
+    assert f"{what}: Postgres ended it: canceling statement due to statement timeout." in charged[4]
+    assert "ALTER ROLE ... SET statement_timeout" in charged[4]
+    assert untouched[:2] == ("available", 0)
+
+
+def test_a_claim_that_waits_for_a_lock_too_long_ends_and_is_said(
+    context: WorkerContext, client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.enqueue(CHUNKS, collection="docs")
+    limited(db, "lock_timeout = '50ms'")
+    context.db.dispose()
+    with db.begin() as other:
+        other.execute(sa.text("SELECT FROM chunk_batches WHERE id = 1 FOR UPDATE"))
+        assert run_chunk_batch(context, 1) is TaskResult.NOT_OURS
+    assert "ChunkBatch 1 was not claimed" in caplog.text
+    assert "lock_timeout of this role or database is too low" in caplog.text
+    assert run_chunk_batch(context, 1) is TaskResult.COMPLETED
+
+
+def test_a_session_that_a_limit_ends_is_no_outage(db: sa.Engine) -> None:
+    """transaction_timeout closes the connection as a restart does; run again, it would be closed again for ever."""
+    tries = []
+
+    def work(conn: sa.Connection) -> None:
+        tries.append(conn)
+        conn.execute(sa.text("SET LOCAL transaction_timeout = '50ms'"))
+        conn.execute(sa.text("SELECT pg_sleep(600)"))
+
+    with pytest.raises(StoreLimit, match=r"sleeper: Postgres ended it: .*transaction_timeout of this role"):
+        transact(db, work, what="sleeper")
+    assert len(tries) == 5
+
+
+def test_the_watchdog_sees_tries_that_a_limit_ends(context: WorkerContext, client: Client) -> None:
+    """Waiting for Postgres is no hang while it is away; a Postgres that answers each time is not away."""
+    client.enqueue(CHUNKS, collection="docs")
+    with context.db.begin() as conn:
+        lease = chunk_batches.claim_if_due(conn, 1, owner="w", lease_seconds=60)
+    assert lease is not None
+    seen = []
+
+    def work(conn: sa.Connection) -> None:
+        seen.append(context.leases.stillest())
+        if len(seen) < 3:
+            conn.execute(sa.text("SET LOCAL statement_timeout = '20ms'"))
+            conn.execute(sa.text("SELECT pg_sleep(600)"))
+
+    with context.leases.holding(lease):
+        context.transact(work, "sleep")
+        after, _ = context.leases.stillest()
+    assert seen[0] == (0.0, 0)
+    assert 0 < seen[1][0] < seen[2][0]
+    assert seen[2][1] == lease.chunk_batch_id
+    assert after < seen[2][0]
+
+
+def test_a_producer_whose_jobs_end_takes_too_long_leaves_it_to_the_poller(
+    settings: Settings, db: sa.Engine, client: Client
+) -> None:
+    slow(db, "AFTER UPDATE OF finished_at ON jobs")
+    limited(db, "statement_timeout = '200ms'")
+    client._db.dispose()
+    job = client.enqueue([], collection="docs")
+    assert job.state is JobState.RUNNING
+
+
+def refuses_copies(db: sa.Engine, sqlstate: str, times: int) -> None:
+    """The first COPYs into ``chunk_batches`` fail, inside the COPY itself."""
+    refuse = f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('refusals') <= {times} THEN
+                RAISE EXCEPTION 'as told' USING ERRCODE = '{sqlstate}';
+            END IF;
+            RETURN NULL;
+        END $$
+    """
+    with db.begin() as conn:
+        conn.execute(sa.text("CREATE SEQUENCE refusals"))
+        conn.execute(sa.text(refuse))
+        trigger = "BEFORE INSERT ON chunk_batches FOR EACH STATEMENT EXECUTE FUNCTION refuse()"
+        conn.execute(sa.text(f"CREATE TRIGGER refuse {trigger}"))
+
+
+def test_a_deadlock_inside_a_copy_is_run_again(db: sa.Engine, client: Client) -> None:
+    refuses_copies(db, "40P01", 2)
+    assert client.enqueue(CHUNKS, collection="docs").chunks == 40
+    assert len(attempts(db)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "error", "words"),
+    [
+        ("53100", StoreUnavailable, r"Postgres refused \(53100\): as told"),
+        ("57014", StoreLimit, "statement_timeout of this role or database is too low"),
+        ("XX000", StoreUnavailable, r"Postgres refused \(XX000\): as told"),
+        ("25006", StoreUnavailable, "is read-only"),
+    ],
+)
+def test_an_error_inside_a_copy_is_one_of_ours(
+    sqlstate: str, error: type[StoreUnavailable], words: str, db: sa.Engine, client: Client
+) -> None:
+    refuses_copies(db, sqlstate, 1)
+    with pytest.raises(error, match=words):
+        client.enqueue(CHUNKS, collection="docs")
+    assert client.enqueue(CHUNKS, collection="docs").chunks == 40
+
+
+def test_the_command_says_an_error_inside_a_copy_in_one_line(
+    db: sa.Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses_copies(db, "53100", 1)
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+    file = tmp_path / "chunks.jsonl"
+    file.write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
+    result = CliRunner().invoke(cli, ["enqueue", str(file), "--collection", "docs"])
+    assert result.exit_code == 1
+    assert "Postgres refused (53100): as told" in result.output
+    assert "Traceback" not in result.output

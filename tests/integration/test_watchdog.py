@@ -267,3 +267,19 @@ def test_of_two_chunk_batches_the_one_that_stands_still_is_named(
         moves.moved()
         clock.ahead += 1
         assert "ChunkBatch 2 has made no progress for 122 s" in str(watchdog.look())
+
+
+def test_a_check_that_fails_ends_neither_the_watchdog_nor_the_other_checks(
+    rung: Watchdog, context: WorkerContext, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As with an engine that has no clock of its steps."""
+
+    def broken() -> tuple[float, str]:
+        raise AttributeError("no steps")
+
+    monkeypatch.setattr(context.engines, "longest_step", broken)
+    clock.ahead += 2 * STALL
+    assert "2 doorbells wait in Redis" in str(rung.look())
+    rung.look()
+    assert caplog.text.count("the watchdog cannot look at this worker") == 1

@@ -19,6 +19,9 @@ from chunkmill.telemetry.logging import without_passwords
 class Client(Jobs, Money, DeadList, Vectors, Retention):
     """Enqueues chunks, follows jobs and searches. It is thread-safe; make one per process.
 
+    A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
+    connections of its own. Do not fork while a call is under way in the same thread.
+
     It raises the errors of ``chunkmill.errors``. A wrong argument is refused before anything is written.
     """
 

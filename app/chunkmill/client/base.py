@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.client.finish import end_or_leave
 from chunkmill.db.connect import store_error
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.errors import StoreUnavailable
 from chunkmill.ledger.jobs import jobs
-from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -68,10 +68,11 @@ class ClientPart:
 
     def _take_up(self, job_ids: Iterable[int]) -> None:
         """Finish those of the jobs that have nothing left to do, and ring for the others."""
-        for job_id in job_ids:
-            with self._transaction() as conn:
-                finish_if_done(conn, job_id, registry.get(conn, jobs.space_id(conn, job_id)))
         with store_errors(self._db), self._db.connect() as conn:
+            for job_id in job_ids:
+                with conn.begin():
+                    space = registry.VectorTable(jobs.space_id(conn, job_id))
+                end_or_leave(conn, job_id, space)
             self._ring(conn)
 
     def _ring(self, conn: sa.Connection) -> None:
@@ -97,7 +98,7 @@ def store_errors(db: sa.Engine) -> Iterator[None]:
     """Raise :class:`StoreUnavailable` instead of SQLAlchemy's errors about a Postgres that cannot be used."""
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError) as error:
         raise store_error(str(db.url), error) from error
     except sa.exc.TimeoutError as error:
         raise StoreUnavailable("all connections of this client are in use; use one client per few threads.") from error

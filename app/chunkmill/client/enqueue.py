@@ -10,6 +10,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from chunkmill.client.finish import end_or_leave
 from chunkmill.client.spool import Spool
 from chunkmill.db.connect import refusal
 from chunkmill.domain import planning
@@ -21,7 +22,6 @@ from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidChunk, InvalidInput
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.jobs import jobs, streams, traces
-from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
@@ -190,8 +190,7 @@ class _Producer:
             jobs.seal_if_enqueueing(self.conn, self.job.id)
             if is_kept:
                 streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
-        with self.conn.begin():
-            finish_if_done(self.conn, self.job.id, self.request.space)
+        end_or_leave(self.conn, self.job.id, self.request.space)
 
     def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.

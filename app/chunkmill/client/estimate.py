@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill.client.enqueue import windows
 from chunkmill.db.copy import copy_binary, encode_rows
+from chunkmill.db.temporary import dropping
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
 from chunkmill.domain.prices import Price
@@ -228,15 +229,8 @@ def _temporary_tables(conn: sa.Connection) -> Iterator[None]:
 
     One long transaction would hold up vacuum.
     """
-    with conn.begin():
-        conn.execute(sa.text("CREATE TEMP TABLE estimated_contents (content_hash bytea PRIMARY KEY)"))
-        conn.execute(sa.text("CREATE TEMP TABLE estimated_window (content_hash bytea) ON COMMIT DELETE ROWS"))
-    try:
+    with dropping(conn, "estimated_contents", "estimated_window"):
+        with conn.begin():
+            conn.execute(sa.text("CREATE TEMP TABLE estimated_contents (content_hash bytea PRIMARY KEY)"))
+            conn.execute(sa.text("CREATE TEMP TABLE estimated_window (content_hash bytea) ON COMMIT DELETE ROWS"))
         yield
-    finally:
-        try:
-            conn.rollback()
-            with conn.begin():
-                conn.execute(sa.text("DROP TABLE estimated_contents, estimated_window"))
-        except sa.exc.SQLAlchemyError:
-            conn.invalidate()  # the tables last as long as their connection, so the pool must not keep it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from chunkmill.db.compatibility import SchemaLevel, why_not
-from chunkmill.errors import StoreUnavailable
+from chunkmill.errors import StoreLimit, StoreUnavailable
 
 
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
@@ -43,7 +45,33 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         connection.execute("SET client_min_messages = warning")
         connection.commit()
 
+    sa.event.listen(db, "handle_error", _leave_read_only_server)
+    _pools.add(db)
     return db
+
+
+def _leave_read_only_server(context: sa.engine.ExceptionContext) -> None:
+    """Let the pool drop all its connections once one of them leads to a server that takes no writes.
+
+    After a failover the address leads to the new primary, but a session with the old one stays, and answers a ping.
+    """
+    if context.original_exception is not None and sqlstate(context.original_exception) == READ_ONLY:
+        context.is_disconnect = True
+
+
+_pools: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+
+
+def _leave_connections_to_parent() -> None:
+    """Let a child process begin with empty pools. On its parent's sockets each would read the other's answers.
+
+    The sockets are not closed, because Postgres would then end the parent's sessions.
+    """
+    for db in list(_pools):
+        db.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_leave_connections_to_parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +126,12 @@ def migrate(url: str, revision: str = "head") -> None:
     try:
         command.upgrade(alembic_config(url), revision)
     except sa.exc.OperationalError as error:
+        if limit_of(error):
+            raise StoreLimit(
+                f"the migration was ended by {limit_of(error)}: {refusal(error)}. Another session holds a lock on a "
+                "table, or the statement took too long. What is migrated stays. Run it again when no long transaction "
+                "runs; pg_blocking_pids() names the session."
+            ) from error
         raise StoreUnavailable(unreachable_message(url, error)) from error
     except sa.exc.DBAPIError as error:
         raise StoreUnavailable(
@@ -153,19 +187,72 @@ def refusal(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def store_error(url: str, error: sa.exc.OperationalError) -> StoreUnavailable:
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE that Postgres sent with ``error``, which psycopg or SQLAlchemy raised; None if it sent none."""
+    return getattr(getattr(error, "orig", error), "sqlstate", None)
+
+
+# A transaction that met one of these limits meets it again unless somebody changes the setting or ends what it waited
+# for. So it is no outage, which passes by itself.
+_LIMITS = {
+    "57014": "statement_timeout",
+    "55P03": "lock_timeout",
+    "25P03": "idle_in_transaction_session_timeout",
+    "25P04": "transaction_timeout",
+    "53400": "temp_file_limit",
+}
+
+
+def limit_of(error: BaseException) -> str | None:
+    """The setting of Postgres that ended the transaction, such as ``statement_timeout``; None for any other error."""
+    return _LIMITS.get(sqlstate(error) or "")
+
+
+def limit_error(what: str, error: Exception) -> StoreLimit:
+    """The error for ``what`` was ended by a setting of Postgres. ``limit_of(error)`` is not None."""
+    setting = limit_of(error)
+    advice = (
+        f"{setting} of this role or database is too low for it: raise it for the role that Chunkmill uses, with "
+        f"ALTER ROLE ... SET {setting} = '5min', and start this process again."
+    )
+    if setting in ("statement_timeout", "lock_timeout"):
+        advice += " If it only waited for a lock, end the session that holds it: see pg_blocking_pids()."
+    return StoreLimit(f"{what}: Postgres ended it: {refusal(error)}. {advice}")
+
+
+READ_ONLY = "25006"
+"""The SQLSTATE of a server that takes no writes: a standby, or an old primary after a failover."""
+
+
+def store_error(url: str, error: sa.exc.DBAPIError) -> StoreUnavailable:
     """The error for a Postgres that cannot be reached, or that refused: a deadlock, a timeout, a full disk."""
-    sqlstate = getattr(error.orig, "sqlstate", None)
-    if sqlstate is None or sqlstate.startswith(("08", "57P")):
+    if limit_of(error):
+        return limit_error("this call", error)
+    code = sqlstate(error)
+    if code is None or code.startswith(("08", "57P")):
         return StoreUnavailable(unreachable_message(url, error))
-    return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(error)}. The same call may be made again.")
+    if code == READ_ONLY:
+        return StoreUnavailable(f"{read_only_message(url)} The same call may be made again.")
+    return StoreUnavailable(f"Postgres refused ({code}): {refusal(error)}. The same call may be made again.")
+
+
+def read_only_message(url: str) -> str:
+    """What to say if the server behind ``url`` takes no writes. It does not contain the password."""
+    return (
+        f"Postgres at {_address(url)} is read-only: it is a standby, or the old primary after a failover. The "
+        "connections are made anew. If this lasts, let DATABASE_URL name the primary."
+    )
 
 
 def unreachable_message(url: str, error: Exception) -> str:
     """What to say if Postgres at ``url`` cannot be reached. It does not contain the password."""
-    target = sa.make_url(url)
-    address = target.query.get("host") or f"{target.host}:{target.port or 5432}"
     return (
-        f"cannot connect to Postgres at {address}, database {target.database!r}: {refusal(error)}. "
+        f"cannot connect to Postgres at {_address(url)}: {refusal(error)}. "
         "Check DATABASE_URL, and that the server is up. `chunkmill doctor` shows more."
     )
+
+
+def _address(url: str) -> str:
+    target = sa.make_url(url)
+    address = target.query.get("host") or f"{target.host}:{target.port or 5432}"
+    return f"{address}, database {target.database!r}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -17,9 +19,25 @@ HASH_BYTES = 32
 BYTEA_OID = 17
 
 
+@contextlib.contextmanager
+def copy_in(conn: sa.Connection, target: str) -> Iterator[psycopg.Copy]:
+    """Run ``COPY target FROM STDIN`` in the transaction of ``conn``. ``target`` is a table, also with its columns.
+
+    Raises SQLAlchemy's errors, as any other statement on ``conn`` does. So a deadlock is run again, and a connection
+    that broke or leads to a read-only server is dropped.
+    """
+    statement = f"COPY {target} FROM STDIN (FORMAT BINARY)"
+    try:
+        with raw(conn).cursor() as cursor, cursor.copy(statement) as copy:
+            yield copy
+    except psycopg.Error as error:
+        # It has no public name, but it is what SQLAlchemy itself calls with each error of psycopg.
+        conn._handle_dbapi_exception(error, statement, None, None, None)
+
+
 def copy_binary(conn: sa.Connection, target: str, payload: bytes | memoryview) -> None:
-    """Run ``COPY target FROM STDIN`` in the transaction of ``conn``. ``target`` is a table, also with its columns."""
-    with raw(conn).cursor() as cursor, cursor.copy(f"COPY {target} FROM STDIN (FORMAT BINARY)") as copy:
+    """Run ``COPY target FROM STDIN`` with rows in Postgres' binary form, as ``copy_in`` does."""
+    with copy_in(conn, target) as copy:
         copy.write(HEADER)
         copy.write(payload)
         copy.write(TRAILER)

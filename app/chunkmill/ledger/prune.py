@@ -11,9 +11,10 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
+from chunkmill.db.temporary import dropping
 from chunkmill.domain.retention import Amount, OnProgress
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState
-from chunkmill.spaces.registry import all_spaces
+from chunkmill.spaces.registry import all_tables
 
 SLICE = 5_000
 """Rows of one transaction, which holds its job's row; 5,000 ChunkBatches of 512 hashes take 0.15 s."""
@@ -60,7 +61,7 @@ def prune_jobs(
     Returns the amounts by table, and how many jobs stayed because chunks of theirs have no vector.
     """
     amounts = {table.name: Amount() for table in _TABLES}
-    with db.connect() as conn:
+    with db.connect() as conn, dropping(conn, "doomed_jobs"):
         with conn.begin():
             kept = _mark(conn, before)
         job_ids = _marked(conn)
@@ -106,7 +107,7 @@ def _mark(conn: sa.Connection, before: datetime) -> int:
     conn.execute(sa.text("CREATE TEMP TABLE IF NOT EXISTS doomed_jobs (id bigint PRIMARY KEY)"))
     conn.execute(sa.text("TRUNCATE doomed_jobs"))
     conn.execute(_MARK_FINISHED, {"before": before, "grace": _GRACE, **_STATES})
-    return sum(_keep_jobs_with_missing_vectors(conn, space.id, space.table_name) for space in all_spaces(conn))
+    return sum(_keep_jobs_with_missing_vectors(conn, space.id, space.table_name) for space in all_tables(conn))
 
 
 def _keep_jobs_with_missing_vectors(conn: sa.Connection, space_id: int, table: str) -> int:

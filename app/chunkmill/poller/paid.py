@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -18,6 +19,7 @@ from chunkmill.ledger.provider.provider_room import room
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.openai.catalogue import read_twins
 from chunkmill.poller.budget_alert import watch_budget
+from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 
@@ -35,41 +37,61 @@ BUDGET_SECONDS = 60.0
 class ProviderRounds:
     """One for each poller. Any number may run: rows are taken with SKIP LOCKED, and a space has one open gathering."""
 
-    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings, steps: Steps) -> None:
         self._db = db
         self._broker = broker
         self._settings = settings
+        self._steps = steps
         self._seldom_at = -math.inf
         self._budget_at = -math.inf
 
     def round(self) -> int:
         """Ring for steps and plain requests that are due; returns how many doorbells were rung."""
-        now = time.monotonic()
+        step, now = self._steps.run, time.monotonic()
         if now >= self._seldom_at:
-            read_twins(self._settings)
+            step("the reading of twins", partial(read_twins, self._settings))
             self._settle()
-            with self._db.begin() as conn:
-                reroute(conn, self._settings)
-                provider_batches.abandon_unwanted(conn)
+            step("the routing of jobs", self._reroute)
+            step("the abandoning of ProviderBatches", self._abandon)
             self._seldom_at = now + SELDOM_SECONDS
         if now >= self._budget_at:
-            watch_budget(self._db, self._settings)
+            step("the budget's warnings", partial(watch_budget, self._db, self._settings))
             self._budget_at = now + BUDGET_SECONDS
         self._open_gatherings()
-        return self._ring_steps() + self._ring_requests()
+        if self._steps.redis_error is not None:
+            return 0  # each further try would wait for Redis too
+        return (step("the bells of ProviderBatches", self._ring_steps) or 0) + (
+            step("the bells of plain requests", self._ring_requests) or 0
+        )
+
+    def _reroute(self) -> None:
+        with self._db.begin() as conn:
+            reroute(conn, self._settings)
+
+    def _abandon(self) -> None:
+        with self._db.begin() as conn:
+            provider_batches.abandon_unwanted(conn)
 
     def _open_gatherings(self) -> None:
+        for space_id in self._steps.run("the search for spaces to gather", self._spaces_to_gather) or ():
+            self._steps.run(f"the gathering of space {space_id}", partial(self._open_gathering, space_id))
+
+    def _spaces_to_gather(self) -> list[int]:
         settings = self._settings
         with self._db.begin() as conn:
-            waiting = provider_batches.spaces_to_gather(
-                conn, wait_seconds=settings.openai_gather_seconds, full=settings.openai_batch_max_inputs
+            return list(
+                provider_batches.spaces_to_gather(
+                    conn, wait_seconds=settings.openai_gather_seconds, full=settings.openai_batch_max_inputs
+                )
             )
-            for space_id in waiting:
-                reason = room(conn, settings, registry.get(conn, space_id)).reason
-                if provider_lanes.hold(conn, Route.OPENAI, reason) and reason:
-                    logger.info("lane openai waits: %s", reason)
-                if reason is None:
-                    provider_batches.open_gathering(conn, space_id)
+
+    def _open_gathering(self, space_id: int) -> None:
+        with self._db.begin() as conn:
+            reason = room(conn, self._settings, registry.get(conn, space_id)).reason
+            if provider_lanes.hold(conn, Route.OPENAI, reason) and reason:
+                logger.info("lane openai waits: %s", reason)
+            if reason is None:
+                provider_batches.open_gathering(conn, space_id)
 
     def _ring_steps(self) -> int:
         with self._db.begin() as conn:
@@ -100,11 +122,16 @@ class ProviderRounds:
 
     def _settle(self) -> None:
         """Settle what a step could not settle, because it or the last one that shared the contents was killed."""
-        with self._db.begin() as conn:
-            ready = provider_work.ready_to_settle(conn, limit=SETTLED_AT_A_TIME)
         by_space: dict[int, list[int]] = defaultdict(list)
-        for space_id, chunk_batch_id in ready:
+        for space_id, chunk_batch_id in self._steps.run("the search for what to settle", self._ready_to_settle) or ():
             by_space[space_id].append(chunk_batch_id)
         for space_id, chunk_batch_ids in by_space.items():
-            with self._db.begin() as conn:
-                provider_work.settle(conn, registry.get(conn, space_id), chunk_batch_ids)
+            self._steps.run(f"the settling of space {space_id}", partial(self._settle_space, space_id, chunk_batch_ids))
+
+    def _ready_to_settle(self) -> list[tuple[int, int]]:
+        with self._db.begin() as conn:
+            return list(provider_work.ready_to_settle(conn, limit=SETTLED_AT_A_TIME))
+
+    def _settle_space(self, space_id: int, chunk_batch_ids: list[int]) -> None:
+        with self._db.begin() as conn:
+            provider_work.settle(conn, registry.get(conn, space_id), chunk_batch_ids)

@@ -6,12 +6,15 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
-from chunkmill.db.retry import is_transient
+from chunkmill.db.connect import READ_ONLY, read_only_message, refusal, sqlstate
+from chunkmill.db.retry import is_outage
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
@@ -20,6 +23,7 @@ from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.monitor import reports
 from chunkmill.poller.paid import ProviderRounds
+from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics as m
@@ -29,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 CANCELS_SECONDS = 10.0
 """Time between two searches for unfinished cancels. Each search reads all jobs that were ever cancelled."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+"""How long a job that could not be ended waits for the next try."""
+
+_UP_SECONDS = sa.text("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +62,15 @@ class Poller:
         self._away: str | None = None
         self._patient_until = -math.inf
         """After an outage of Postgres, live workers first get time to renew leases that ran out meanwhile."""
+        self._patience = settings.lease_seconds / 3
+        self._has_looked = False
+        self._steps = Steps()
+        self._unfinished: dict[int, tuple[float, float]] = {}
+        """Jobs that could not be ended: when to try again, and after how many seconds of pause."""
         self._window = DoorbellWindow.smallest(settings.doorbell_window)
         self._looked_at = -math.inf
         self._cancels_at = -math.inf
-        self._provider = ProviderRounds(db, broker, settings)
+        self._provider = ProviderRounds(db, broker, settings, self._steps)
 
     def run(self, stop: threading.Event) -> None:
         """Run rounds until ``stop``. An outage of Postgres or Redis is logged once, and the next round tries again."""
@@ -66,12 +79,8 @@ class Poller:
             pause = self._settings.poll_interval
             try:
                 done = self.round()
-            except Exception as error:
-                if not is_transient(error) and not isinstance(error, PUBLISH_ERRORS):
-                    raise
-                if is_transient(error):
-                    self._patient_until = time.monotonic() + self._settings.lease_seconds / 3
-                self._say_away(type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - without a poller no lease is taken back and no job ends
+                self._say_away(error)
             else:
                 self._say_back()
                 _count(done)
@@ -87,17 +96,57 @@ class Poller:
             stop.wait(pause)
 
     def round(self) -> Round:
-        """Run one round. If a server is away, raises a transient error (`is_transient`) or a publishing error."""
-        patient = time.monotonic() < self._patient_until
+        """Run one round. If a server is away, raises an outage (`is_outage`) or a publishing error.
+
+        Whatever else goes wrong in a step is logged, and the other steps are done all the same.
+        """
+        self._steps.begin()
+        is_patient = True
+        try:
+            is_patient = self._is_patient()
+            return self._round(is_patient)
+        except Exception as error:
+            if is_outage(error) and not (self._has_looked and is_patient):
+                # A step that breaks its connection in each round must not keep the patience for ever.
+                self._patient_until = time.monotonic() + self._patience
+            raise
+
+    def _is_patient(self) -> bool:
+        """Whether live workers may still need time to renew leases that ran out while Postgres was away.
+
+        A poller that has just started did not see the outage, so the server says when it started itself.
+        """
+        self._has_looked = False
         with self._db.begin() as conn:
-            taken = TakenBack() if patient else deaths.take_back_expired(conn)
-            abandoned = recover.fail_abandoned(conn)
-            recover.delete_old_requests(conn)
-        self._go_on_cancelling()
-        rung = self._ring() + self._provider.round()
+            up_seconds = float(conn.execute(_UP_SECONDS).scalar_one())
+        self._has_looked = True
+        return time.monotonic() < self._patient_until or up_seconds < self._patience
+
+    def _round(self, is_patient: bool) -> Round:
+        step = self._steps.run
+        taken = None if is_patient else step("the taking back of leases", self._take_back)
+        abandoned = step("the failing of abandoned jobs", self._fail_abandoned)
+        step("the deletion of old embed requests", self._delete_old_requests)
+        step("the cancels that were left behind", self._go_on_cancelling)
+        rung = step("the ringing of doorbells", self._ring) or 0
+        rung += self._provider.round()
         # This comes last, because the anti-join of a large job takes time and doorbells should not wait for it.
         finished = self._finish_jobs()
-        return Round(taken, finished, len(abandoned), rung)
+        if self._steps.redis_error is not None:
+            raise self._steps.redis_error
+        return Round(taken or TakenBack(), finished, len(abandoned or ()), rung)
+
+    def _take_back(self) -> TakenBack:
+        with self._db.begin() as conn:
+            return deaths.take_back_expired(conn)
+
+    def _fail_abandoned(self) -> list[int]:
+        with self._db.begin() as conn:
+            return recover.fail_abandoned(conn)
+
+    def _delete_old_requests(self) -> None:
+        with self._db.begin() as conn:
+            recover.delete_old_requests(conn)
 
     def _go_on_cancelling(self) -> None:
         """Cancel one more slice of what a client left behind, in each round until nothing is left."""
@@ -126,28 +175,54 @@ class Poller:
         return rung
 
     def _finish_jobs(self) -> int:
-        with self._db.begin() as conn:
-            waiting = recover.jobs_without_open_chunk_batches(conn)
+        """End the jobs that may end. One that cannot be ended keeps no other waiting, and is tried more and more
+        seldom, because its anti-join may be what takes long."""
+        pausing = [job_id for job_id, (until, _) in self._unfinished.items() if until > time.monotonic()]
+        waiting = self._steps.run("the search for jobs that may end", partial(self._jobs_that_may_end, pausing))
+        if waiting is None:
+            return 0
+        for job_id in self._unfinished.keys() - {*pausing, *(job_id for job_id, _ in waiting)}:
+            del self._unfinished[job_id]  # a worker ended it
+            self._steps.forget(_end_of(job_id))
         finished = 0
         for job_id, space_id in waiting:
-            try:
-                with self._db.begin() as conn:
-                    finished += finish_if_done(conn, job_id, registry.get(conn, space_id), wait=False) is not None
-            except sa.exc.DBAPIError as error:
-                if is_transient(error):
-                    raise
-                logger.exception("job %s cannot be finished; the other jobs are not affected", job_id)
+            ended = self._steps.run(_end_of(job_id), partial(self._finish_job, job_id, space_id))
+            if ended is None:
+                pause = min(LONGEST_PAUSE_S, 2 * self._unfinished.get(job_id, (0.0, FIRST_PAUSE_S / 2))[1])
+                self._unfinished[job_id] = (time.monotonic() + pause, pause)
+            else:
+                self._unfinished.pop(job_id, None)
+                finished += ended
         return finished
 
-    def _say_away(self, what: str) -> None:
-        if self._away != what:
-            logger.warning("poller: %s; trying again every %s s", what, self._settings.poll_interval)
-        self._away = what
+    def _jobs_that_may_end(self, but: Sequence[int]) -> list[tuple[int, int]]:
+        with self._db.begin() as conn:
+            return recover.jobs_without_open_chunk_batches(conn, but=but)
+
+    def _finish_job(self, job_id: int, space_id: int) -> bool:
+        with self._db.begin() as conn:
+            return finish_if_done(conn, job_id, registry.VectorTable(space_id), wait=False) is not None
+
+    def _say_away(self, error: Exception) -> None:
+        said = f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
+        if sqlstate(error) == READ_ONLY:
+            said = read_only_message(str(self._db.url))
+        if self._away != said:
+            is_known = isinstance(error, (sa.exc.DBAPIError, *PUBLISH_ERRORS))
+            logger.warning(
+                "poller: %s; trying again every %s s", said, self._settings.poll_interval,
+                exc_info=None if is_known else error,
+            )  # fmt: skip
+        self._away = said
 
     def _say_back(self) -> None:
         if self._away:
             logger.info("poller: back after %s", self._away)
         self._away = None
+
+
+def _end_of(job_id: int) -> str:
+    return f"the end of job {job_id}"
 
 
 def _count(done: Round) -> None:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, fields
 
 import sqlalchemy as sa
 
 from chunkmill.db.locks import REGISTER_LOCK, lock
 from chunkmill.domain.spaces import LongText, Pooling, Precision, SpaceSpec
-from chunkmill.errors import NotFound, SpaceMismatch
+from chunkmill.errors import NewerSpace, NotFound, SpaceMismatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorTable:
+    """Where the vectors of a registered space are. It is known for a space of a newer release too."""
+
+    id: int
+
+    @property
+    def table_name(self) -> str:
+        return f"vectors_{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +86,7 @@ def register(conn: sa.Connection, spec: SpaceSpec, *, storage: str = "vector") -
 
 def find(conn: sa.Connection, fingerprint: str) -> Space | None:
     """The space of this fingerprint, or None."""
-    query = "SELECT id, spec, storage FROM spaces WHERE fingerprint = :fingerprint"
+    query = "SELECT id, fingerprint, spec, storage FROM spaces WHERE fingerprint = :fingerprint"
     row = conn.execute(sa.text(query), {"fingerprint": fingerprint}).one_or_none()
     return _space(row) if row else None
 
@@ -87,22 +101,66 @@ def find_by_prefix(conn: sa.Connection, prefix: str) -> Space:
 
 
 def get(conn: sa.Connection, space_id: int) -> Space:
-    """The space with this id, which must exist."""
-    query = "SELECT id, spec, storage FROM spaces WHERE id = :id"
+    """The space with this id, which must exist. Raises :class:`NewerSpace` if only a newer release can read it."""
+    query = "SELECT id, fingerprint, spec, storage FROM spaces WHERE id = :id"
     return _space(conn.execute(sa.text(query), {"id": space_id}).one())
 
 
+def get_if_readable(conn: sa.Connection, space_id: int) -> Space | None:
+    """The space with this id, which must exist. None if only a newer release can read it; the log says so once."""
+    try:
+        return get(conn, space_id)
+    except NewerSpace as newer:
+        _say(space_id, newer)
+        return None
+
+
+def all_tables(conn: sa.Connection) -> list[VectorTable]:
+    """The tables of all spaces, by id, whichever release registered them. What is deleted goes from all of them."""
+    return [VectorTable(row.id) for row in conn.execute(sa.text("SELECT id FROM spaces ORDER BY id"))]
+
+
 def all_spaces(conn: sa.Connection) -> list[Space]:
-    """All spaces, by id."""
-    return [_space(row) for row in conn.execute(sa.text("SELECT id, spec, storage FROM spaces ORDER BY id"))]
+    """All spaces that this release can read, by id. The log names the others, once per process."""
+    spaces = []
+    for row in conn.execute(sa.text("SELECT id, fingerprint, spec, storage FROM spaces ORDER BY id")):
+        try:
+            spaces.append(_space(row))
+        except NewerSpace as newer:
+            _say(row.id, newer)
+    return spaces
+
+
+def _say(space_id: int, newer: NewerSpace) -> None:
+    if space_id not in _said:
+        logger.warning("%s", newer)
+    _said.add(space_id)
+
+
+_said: set[int] = set()
+_FIELDS = {field.name for field in fields(SpaceSpec)}
 
 
 def _space(row: sa.Row[tuple[object, ...]]) -> Space:
-    fields = dict(row.spec)
-    fields["pooling"] = Pooling(fields["pooling"])
-    fields["long_text"] = LongText(fields["long_text"])
-    fields["precision"] = Precision(fields["precision"])
-    return Space(row.id, SpaceSpec(**fields), row.storage)
+    """The space of a row. Fields that a newer release has added are left out if the fingerprint is the same without."""
+    try:
+        known = {name: value for name, value in dict(row.spec).items() if name in _FIELDS}
+        known["pooling"] = Pooling(known["pooling"])
+        known["long_text"] = LongText(known["long_text"])
+        known["precision"] = Precision(known["precision"])
+        spec = SpaceSpec(**known)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _newer(row, f"{type(error).__name__}: {error}") from None
+    if len(known) < len(row.spec) and spec.fingerprint != row.fingerprint:
+        raise _newer(row, f"fields {sorted(set(row.spec) - _FIELDS)} change its vectors")
+    return Space(row.id, spec, row.storage)
+
+
+def _newer(row: sa.Row[tuple[object, ...]], problem: str) -> NewerSpace:
+    return NewerSpace(
+        f"space {row.id} (fingerprint {row.fingerprint[:12]}) was registered by a newer release and cannot be read by "
+        f"this one ({problem}). Its work is left to that release's processes. Upgrade this process to use the space."
+    )
 
 
 def _create_vector_table(space: Space) -> str:

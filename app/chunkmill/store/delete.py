@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from chunkmill.db.locks import DELETE_LOCK, lock
-from chunkmill.spaces.registry import all_spaces
+from chunkmill.spaces.registry import all_tables
 
 
 def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[str] | None, limit: int) -> int:
@@ -41,7 +41,7 @@ def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[
         """
     parameters = {"collection": collection_id, "ids": list(chunk_ids or ()), "limit": limit}
     hashes = conn.execute(sa.text(delete), parameters).scalars().all()
-    for table in [*(space.table_name for space in all_spaces(conn)), "contents"]:
+    for table in [*(space.table_name for space in all_tables(conn)), "contents"]:
         delete_unreferenced = f"""
             DELETE FROM {table} t
             WHERE t.content_hash = ANY(:hashes)

@@ -14,8 +14,9 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from chunkmill.db.temporary import dropping
 from chunkmill.domain.retention import Amount, CacheSpace, OnProgress
-from chunkmill.spaces.registry import Space, all_spaces
+from chunkmill.spaces.registry import Space, VectorTable, all_spaces, all_tables
 from chunkmill.store.delete import begin_deletion
 
 AGES_SINCE = "0006"
@@ -40,9 +41,9 @@ def drop_unreferenced(
     These are the vectors stored ``before``, or as many as it takes for the rest to have ``max_bytes``, or all. Returns
     how much was deleted from each table, or would be in a ``dry_run``.
     """
-    with db.connect() as conn:
+    with db.connect() as conn, dropping(conn, "doomed"):
         with conn.begin():
-            spaces = all_spaces(conn)
+            spaces: Sequence[Space | VectorTable] = all_tables(conn)
             _mark_vectors(conn, [space] if space else spaces, before=before, max_bytes=max_bytes)
             if space is None and max_bytes is None:
                 _mark_texts(conn, spaces, before=before)
@@ -70,7 +71,7 @@ def drop_unreferenced(
 
 
 def _mark_vectors(
-    conn: sa.Connection, spaces: Sequence[Space], *, before: datetime | None, max_bytes: int | None
+    conn: sa.Connection, spaces: Sequence[Space | VectorTable], *, before: datetime | None, max_bytes: int | None
 ) -> None:
     """Fill ``doomed``, a table of this session, with the vectors to delete, the oldest first."""
     create_unreferenced = """
@@ -79,7 +80,7 @@ def _mark_vectors(
             content_hash bytea NOT NULL,
             bytes bigint NOT NULL,
             created_at timestamptz NOT NULL
-        ) ON COMMIT DELETE ROWS
+        ) ON COMMIT DROP
     """
     conn.execute(sa.text(create_unreferenced))
     create_doomed = """
@@ -121,7 +122,7 @@ def _mark_vectors(
     conn.execute(sa.text(choose), {"before": before, "max_bytes": max_bytes})
 
 
-def _mark_texts(conn: sa.Connection, spaces: Sequence[Space], *, before: datetime | None) -> None:
+def _mark_texts(conn: sa.Connection, spaces: Sequence[Space | VectorTable], *, before: datetime | None) -> None:
     """Add to ``doomed``, under space 0, the texts that no chunk and no provider needs and that have no vector."""
     insert = """
         INSERT INTO doomed (space_id, content_hash, bytes)
@@ -144,7 +145,7 @@ def _mark_texts(conn: sa.Connection, spaces: Sequence[Space], *, before: datetim
 
 
 def _delete_slice(
-    conn: sa.Connection, spaces: Sequence[Space], by_space: Mapping[int, Sequence[bytes]]
+    conn: sa.Connection, spaces: Sequence[Space | VectorTable], by_space: Mapping[int, Sequence[bytes]]
 ) -> dict[str, Amount]:
     """Delete one slice of ``doomed``, except what somebody refers to by now. Returns how much went from each table."""
     begin_deletion(conn)
@@ -180,7 +181,7 @@ def _delete_slice(
     return deleted | {"contents": Amount(texts.rows, texts.bytes)}
 
 
-def _delete_vectors(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> Amount:
+def _delete_vectors(conn: sa.Connection, space: Space | VectorTable, hashes: Sequence[bytes]) -> Amount:
     delete = f"""
         WITH deleted AS (
             DELETE FROM {space.table_name} v
@@ -200,7 +201,7 @@ def _delete_vectors(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) 
     return Amount(row.rows, row.bytes)
 
 
-def _count_doomed(conn: sa.Connection, spaces: Sequence[Space]) -> dict[str, Amount]:
+def _count_doomed(conn: sa.Connection, spaces: Sequence[Space | VectorTable]) -> dict[str, Amount]:
     """How much would be deleted from each table, in the transaction that marked it."""
     count_vectors = """
         SELECT space_id, count(*) AS rows, sum(bytes)::bigint AS bytes
@@ -212,7 +213,7 @@ def _count_doomed(conn: sa.Connection, spaces: Sequence[Space]) -> dict[str, Amo
     names = {space.id: space.table_name for space in spaces}
     vectors = {names[row.space_id]: Amount(row.rows, row.bytes) for row in conn.execute(sa.text(count_vectors))}
     create_texts = """
-        CREATE TEMP TABLE IF NOT EXISTS doomed_texts (content_hash bytea NOT NULL) ON COMMIT DELETE ROWS
+        CREATE TEMP TABLE IF NOT EXISTS doomed_texts (content_hash bytea NOT NULL) ON COMMIT DROP
     """
     conn.execute(sa.text(create_texts))
     mark_texts = """

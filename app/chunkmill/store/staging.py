@@ -15,12 +15,14 @@ from chunkmill.spaces.registry import Space
 
 
 def stage(conn: sa.Connection, chunks: Iterable[PreparedChunk]) -> None:
-    """COPY the window's chunks, without their texts, into this session's staging table, and keep deletions out."""
+    """COPY the window's chunks, without their texts, into a staging table, and keep deletions out."""
     lock_shared(conn, DELETE_LOCK)
+    # A table that stayed with the pooled connection would hold back the age of the whole database, which no vacuum can
+    # lower then. To create it anew costs a millisecond.
     create = """
         CREATE TEMP TABLE IF NOT EXISTS staged_chunks (
             chunk_id text, content_hash bytea, metadata jsonb
-        ) ON COMMIT DELETE ROWS
+        ) ON COMMIT DROP
     """
     conn.execute(sa.text(create))
     rows = ((c.id.encode(), c.content_hash, b"\x01" + c.metadata.encode()) for c in chunks)
@@ -50,7 +52,7 @@ def add_contents(conn: sa.Connection, missing: Mapping[bytes, bytes]) -> None:
     """Store texts by hash; those that exist already stay. They are sorted, so that two producers cannot deadlock."""
     if not missing:
         return
-    create = "CREATE TEMP TABLE IF NOT EXISTS staged_contents (content_hash bytea, text text) ON COMMIT DELETE ROWS"
+    create = "CREATE TEMP TABLE IF NOT EXISTS staged_contents (content_hash bytea, text text) ON COMMIT DROP"
     conn.execute(sa.text(create))
     copy_binary(conn, "staged_contents (content_hash, text)", encode_rows(sorted(missing.items())))
     conn.execute(sa.text("INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING"))

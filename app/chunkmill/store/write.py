@@ -50,7 +50,9 @@ def write_vectors(
         # 1.5 times as fast as through a staging table.
         with conn.begin_nested():
             copy_binary(conn, space.table_name, payload)
-    except psycopg.errors.UniqueViolation:
+    except sa.exc.IntegrityError as error:
+        if not isinstance(error.orig, psycopg.errors.UniqueViolation):
+            raise
         return _write_staged(conn, space, payload)
     return len(hashes)
 
@@ -61,7 +63,7 @@ def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int
     create = f"""
         CREATE TEMP TABLE IF NOT EXISTS {staging} (
             content_hash bytea, n_tokens int, truncated bool, embedding {space.vector_type} STORAGE PLAIN
-        ) ON COMMIT DELETE ROWS
+        ) ON COMMIT DROP
     """
     conn.execute(sa.text(create))
     # An earlier write in this transaction may have left its rows.

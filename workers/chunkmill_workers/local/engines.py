@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 import weakref
@@ -80,6 +81,11 @@ class Engines:
         """Leave a space to other workers for a while."""
         with self._mutex:
             self._unserved[space.id] = time.monotonic() + UNSERVED_SECONDS
+
+    def leave_for_good(self, space_id: int) -> None:
+        """Leave a space of a newer release, which this process never learns to read, to that release's workers."""
+        with self._mutex:
+            self._unserved[space_id] = math.inf
 
     def unserved(self) -> list[int]:
         """The ids of the spaces that are left to other workers for now.

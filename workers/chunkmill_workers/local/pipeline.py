@@ -11,11 +11,9 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal
 from chunkmill.db.retry import is_transient
-from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost
-from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost, NewerSpace, StoreLimit
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
-from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.store.write import relax_durability
@@ -23,6 +21,7 @@ from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 
@@ -56,6 +55,12 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
     If Postgres is away, the task waits for it. That costs no attempt.
     """
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
+    with saying_limits():
+        return _answer(context, chunk_batch_id, rung_ns)
+    return TaskResult.FAILED
+
+
+def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskResult:
     with context.room.entered():
         lease = _claim(context, chunk_batch_id)
         if lease is None:
@@ -98,6 +103,9 @@ def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
         if context.stopping.is_set():
             return None  # Postgres is away, and the worker leaves
         raise
+    except StoreLimit as limit:
+        logger.error("ChunkBatch %s was not claimed; the poller rings for it again: %s", chunk_batch_id, limit)  # noqa: TRY400
+        return None
     COUNTS.add(metrics.CLAIMS, 1, "claimed" if lease else "nothing")
     return lease
 
@@ -121,6 +129,11 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
         logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
         attempt.release()
         return TaskResult.RELEASED
+    except NewerSpace as newer:
+        context.engines.leave_for_good(lease.space_id)
+        attempt.release(because=newer)
+        logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, newer)
+        return TaskResult.RELEASED
     except CanaryFailed as drift:
         # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.
         attempt.release(because=drift)
@@ -136,7 +149,7 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
             return TaskResult.RELEASED
         _record_failure(context, attempt, error)
         return TaskResult.FAILED
-    _finish(context, lease)
+    context.finish_job(lease)
     return TaskResult.COMPLETED
 
 
@@ -168,20 +181,6 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: LocalAttempt) -> No
     attempt.complete()
 
 
-def _finish(context: WorkerContext, lease: Lease) -> None:
-    """End the job if this was its last ChunkBatch. It is tried once, because the poller ends jobs too.
-
-    The anti-join of a large job may take longer than Postgres allows a worker.
-    """
-    try:
-        with tracing.span("finish job"), context.begin() as conn:
-            finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
-    except Exception as error:
-        if not is_transient(error):
-            raise
-        logger.warning("the poller will end job %s, because this worker could not: %s", lease.job_id, refusal(error))
-
-
 def _record_failure(context: WorkerContext, attempt: LocalAttempt, error: Exception) -> None:
     lease = attempt.lease
     code = error.code if isinstance(error, ChunkmillError) else "worker_error"
@@ -193,7 +192,7 @@ def _record_failure(context: WorkerContext, attempt: LocalAttempt, error: Except
         "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
         lease.chunk_batch_id, lease.attempt, lease.max_attempts, state or "another worker's", message,
     )  # fmt: skip
-    _finish(context, lease)
+    context.finish_job(lease)
 
 
 def _without_parameters(error: Exception) -> str:

@@ -29,7 +29,11 @@ class EmbedResponder(Responder[WorkerContext]):
             request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
             if request is None:
                 return False
-            space = registry.get(conn, request.space_id)
+            space = registry.get_if_readable(conn, request.space_id)
+            if space is None:
+                conn.rollback()  # the claim too: whoever can read the space answers
+                self._context.engines.leave_for_good(request.space_id)
+                return True
         self._answer(request, space)
         return True
 

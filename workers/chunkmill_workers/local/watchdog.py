@@ -35,6 +35,8 @@ class Watchdog(threading.Thread):
         self._ended = threading.Event()
         self._looked_at = 0.0
         self._waiting_since: float | None = None
+        self._failed: set[str] = set()
+        """The checks that failed when they were last made."""
 
     def stop(self) -> None:
         self._ended.set()
@@ -49,8 +51,22 @@ class Watchdog(threading.Thread):
                 self._end(evidence)
 
     def look(self) -> str | None:
-        """What is wrong with this worker; None if nothing is."""
-        return self._context.broken or self._long_step() or self._still_lease() or self._unanswered_doorbells()
+        """What is wrong with this worker; None if nothing is. A check that fails keeps no other from being made."""
+        for check in (self._broken, self._long_step, self._still_lease, self._unanswered_doorbells):
+            try:
+                evidence = check()
+            except Exception:  # without a watchdog nobody would end a worker that hangs
+                if check.__name__ not in self._failed:
+                    logger.exception("the watchdog cannot look at this worker, and tries again")
+                self._failed.add(check.__name__)
+            else:
+                self._failed.discard(check.__name__)
+                if evidence:
+                    return evidence
+        return None
+
+    def _broken(self) -> str | None:
+        return self._context.broken
 
     def _long_step(self) -> str | None:
         """Whether a step of the engine is past its deadline. A load has a longer one, because it may be a download."""

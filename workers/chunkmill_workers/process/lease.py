@@ -49,6 +49,8 @@ class HeldLease:
         self.lost = threading.Event()
         self.moved_at: float | None = time.monotonic()
         """When its thread last made progress, by ``time.monotonic``. None while it waits for Postgres."""
+        self.asked_at = self.moved_at
+        """When its thread last began to wait for Postgres."""
 
     def moved(self) -> None:
         """Note that the work has made progress."""
@@ -131,11 +133,20 @@ class LeaseKeeper(Keeper):
         if held is None:
             yield
             return
-        held.moved_at = None
+        held.asked_at, held.moved_at = time.monotonic(), None
         try:
             yield
         finally:
             held.moved()
+
+    def stands_still(self) -> None:
+        """What this thread holds counts as standing still since it began to wait for Postgres.
+
+        Postgres is not away, but ends each try. So the watchdog has to see it if the tries do not end.
+        """
+        held: HeldLease | None = getattr(self._mine, "held", None)
+        if held is not None:
+            held.moved_at = held.asked_at
 
     @property
     def n_held(self) -> int:

@@ -105,7 +105,12 @@ class Reporter(threading.Thread):
 
     def run(self) -> None:
         while not self._stop_reporting.is_set():
-            self.report()
+            try:
+                self.report()
+            except Exception:  # as of NVML; a worker without reports would look silent
+                if not self._said_why:
+                    logger.exception("this worker is not in `status` for now")
+                self._said_why = True
             self._stop_reporting.wait(REPORT_SECONDS)
         self._try(lambda conn: reports.remove(conn, self._context.name))
 

@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 
-from chunkmill.db.connect import raw
+from chunkmill.db.connect import READ_ONLY, raw, read_only_message, refusal, sqlstate
+from chunkmill.errors import ChunkmillError, StoreUnavailable
 from chunkmill.ledger.embed_requests import CHANNEL
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 from chunkmill_workers.process.context import QueueContext
@@ -31,6 +32,7 @@ class Responder(threading.Thread, Generic[Context]):
         super().__init__(name=name, daemon=True)
         self._context = context
         self._stop_listening = threading.Event()
+        self._said: str | None = None
 
     @abstractmethod
     def answer_next(self) -> bool:
@@ -45,8 +47,28 @@ class Responder(threading.Thread, Generic[Context]):
             try:
                 self._listen()
             except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
-                logger.warning("%s: %s; listening again", self.name, type(error).__name__)
+                self._say(error)
                 self._stop_listening.wait(RECONNECT_SECONDS)
+
+    def _say(self, error: Exception) -> None:
+        """Say what is wrong, once until something else is wrong or a request could be looked for again."""
+        if sqlstate(error) == READ_ONLY:
+            said = read_only_message(str(self._context.db.url))
+        elif isinstance(error, sa.exc.DBAPIError | ChunkmillError):
+            said = refusal(error)
+        else:
+            said = type(error).__name__  # the message of an unknown error may quote a text
+        if said != self._said:
+            logger.warning("%s: %s; listening again every %g s", self.name, said, RECONNECT_SECONDS)
+        self._said = said
+
+    def _require_primary(self, conn: sa.Connection) -> None:
+        """Raise :class:`StoreUnavailable` if ``conn`` leads to a server that takes no writes.
+
+        Nobody notifies there. Requests are answered through other connections, which may lead to the new primary.
+        """
+        if conn.execute(sa.text("SHOW transaction_read_only")).scalar_one() == "on":
+            raise StoreUnavailable(read_only_message(str(self._context.db.url)))
 
     def _listen(self) -> None:
         with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
@@ -56,6 +78,8 @@ class Responder(threading.Thread, Generic[Context]):
                 while not self._stop_listening.is_set():
                     while self.answer_next():
                         pass
+                    self._require_primary(conn)
+                    self._said = None
                     heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
                     if CANCELLED_CHANNEL in heard:
                         # The ledger knows which leases are lost. The notification alone does not say so: it may be

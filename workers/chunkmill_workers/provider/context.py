@@ -65,7 +65,8 @@ class ProviderContext(QueueContext):
         """The ids of the spaces that this worker leaves to other workers."""
         read_twins(self.settings)
         with self.db.begin() as conn:
-            return [space.id for space in registry.all_spaces(conn) if not self.serves(space)]
+            served = {space.id for space in registry.all_spaces(conn) if self.serves(space)}
+            return [table.id for table in registry.all_tables(conn) if table.id not in served]
 
     def counter(self, model: ProviderModel) -> TokenCounter:
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
-import psycopg
 import sqlalchemy as sa
 
 from chunkmill.domain.states import ProviderBatchState as State
@@ -53,7 +52,7 @@ def gather(context: ProviderContext, step: Step) -> Step | None:
     for tries_left in reversed(range(TRIES)):
         try:
             return context.transact(lambda conn: _gather(context, conn, step), "gather")
-        except psycopg.errors.UniqueViolation:
+        except sa.exc.IntegrityError:
             if not tries_left:
                 raise
     raise AssertionError("the last try returned or raised")

@@ -20,7 +20,6 @@ from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import Route
 from chunkmill.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.ledger.dead.dead_chunks import DeadContent
-from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
 from chunkmill.ledger.work import chunk_batches
@@ -30,8 +29,8 @@ from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.packing import PackedInput, Packer
 from chunkmill.openai.wire.jsonl import Embedded
 from chunkmill.openai.wire.vectors import read_embeddings
-from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
+from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 from chunkmill_workers.provider.context import ProviderContext
@@ -53,9 +52,12 @@ class _Interrupted(Exception):
 def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
     """Claim, read, send, write, complete. However this ends, the ledger is true. No fault of the texts raises."""
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
-    if context.stopping.is_set():
-        return
+    if not context.stopping.is_set():
+        with saying_limits():
+            _answer(context, chunk_batch_id, rung_ns)
 
+
+def _answer(context: ProviderContext, chunk_batch_id: int, rung_ns: int) -> None:
     def claim(conn: sa.Connection) -> Lease | None:
         if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
             return None  # the poller rings again when the lane is healthy
@@ -74,14 +76,14 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
     with attempt_at(context, lease, rung_ns=rung_ns):
         with context.leases.holding(lease) as held:
             _run(context, held)
-        with context.begin() as conn:
-            finish_if_done(conn, lease.job_id, registry.get(conn, lease.space_id))
+        context.finish_job(lease)
 
 
 def _run(context: ProviderContext, held: HeldLease) -> None:
     lease = held.lease
-    attempt = PlainAttempt.start(context, lease)
+    attempt = PlainAttempt(context, lease)
     try:
+        attempt.start()
         _embed(context, held, attempt)
     except _Interrupted:
         attempt.release()

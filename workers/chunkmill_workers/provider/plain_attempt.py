@@ -50,17 +50,14 @@ class PlainAttempt(Attempt[ProviderContext]):
         self._problem: str | None = None
         """Why a content that was answered has no vector."""
 
-    @classmethod
-    def start(cls, context: ProviderContext, lease: Lease) -> PlainAttempt:
-        """Open an attempt. What an earlier attempt left in flight is forgotten, because its answer is lost."""
-        attempt = cls(context, lease)
+    def start(self) -> None:
+        """Open the attempt. What an earlier attempt left in flight is forgotten, because its answer is lost."""
 
         def read(conn: sa.Connection) -> tuple[Space, Work]:
-            attempt._forget_in_flight(conn)
-            return attempt.open(conn, OPENAI)
+            self._forget_in_flight(conn)
+            return self.open(conn, OPENAI)
 
-        attempt.begin(*context.transact(read, "read texts"))
-        return attempt
+        self.begin(*self._context.transact(read, "read texts"))
 
     @property
     def has_written(self) -> bool:
@@ -97,7 +94,7 @@ class PlainAttempt(Attempt[ProviderContext]):
                 logger.warning("ChunkBatch %s: its lease was lost; the vectors stay", self.lease.chunk_batch_id)
             return account, new
 
-        self._usage, new = self._context.transact(write_all, "write vectors")
+        self._usage, new = self._context.transact(write_all, "write vectors", is_paid=True)
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
         self._written += written
         self._n_truncated += sum(row.truncated for row in made.rows)

@@ -9,11 +9,20 @@ from collections.abc import Callable
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderStopped
+from chunkmill.errors import (
+    ChunkmillError,
+    LeaseLost,
+    NewerSpace,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderStopped,
+)
 from chunkmill.ledger.provider import provider_batches, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.endings import backoff
 from chunkmill.telemetry.logging import bound
+from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.work_context import ids, step_of
 from chunkmill_workers.provider.collect import collect
 from chunkmill_workers.provider.context import ProviderContext
@@ -31,8 +40,12 @@ CLEAN_TRIES = 5
 def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> None:
     """Claim a ProviderBatch and take one step after the other until it must wait, or another worker has it."""
     context.last_doorbell = time.monotonic()
-    if context.stopping.is_set():
-        return
+    if not context.stopping.is_set():
+        with saying_limits():
+            _answer(context, provider_batch_id)
+
+
+def _answer(context: ProviderContext, provider_batch_id: int) -> None:
     step = context.transact(
         lambda conn: provider_batches.claim_if_due(
             conn,
@@ -62,6 +75,8 @@ def _run(context: ProviderContext, step: Step) -> None:
         logger.warning("%s", lost)
     except StepDelayed as delayed:
         _release(context, step, delayed.delay_s, delayed.failed, **delayed.columns)
+    except NewerSpace:
+        _release(context, step, context.settings.openai_poll_seconds, None)  # workers of its release go on
     except ProviderBusy as busy:
         delay = pause_lane(context, Route.OPENAI, busy, tries=step.failures + 1)
         logger.warning("%s: the provider's limit is reached; its lane pauses %.0f s: %s", step.name, delay, busy.brief)

@@ -215,7 +215,7 @@ def details(conn: sa.Connection, dead_id: int, *, with_text: bool) -> DeadDetail
 
 
 def _embedded(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> Iterable[bytes]:
-    table = registry.get(conn, space_id).table_name
+    table = registry.VectorTable(space_id).table_name
     return conn.execute(
         sa.text(f"SELECT content_hash FROM {table} WHERE content_hash = ANY(:hashes)"), {"hashes": list(hashes)}
     ).scalars()

@@ -155,7 +155,7 @@ WHERE b.id = :id
 def _judge(conn: sa.Connection, chunk_batch_id: int) -> object:
     """Decide about a suspect, whose row this transaction has locked; returns the verdict."""
     row = conn.execute(_SUSPECT, {"id": chunk_batch_id}).one()
-    space = registry.get(conn, row.space_id)
+    space = registry.VectorTable(row.space_id)
     missing = _missing(conn, space, row.content_hashes, refuses_long=row.on_long == OnLong.REJECT)
     verdict = after_death(row.deaths, missing)
     if isinstance(verdict, Split):
@@ -174,7 +174,9 @@ def _judge(conn: sa.Connection, chunk_batch_id: int) -> object:
     return verdict
 
 
-def _missing(conn: sa.Connection, space: registry.Space, hashes: Sequence[bytes], *, refuses_long: bool) -> list[bytes]:
+def _missing(
+    conn: sa.Connection, space: registry.VectorTable, hashes: Sequence[bytes], *, refuses_long: bool
+) -> list[bytes]:
     """The contents that have no vector yet, in the order of ``hashes``.
 
     If the job refuses long texts, one that another job had truncated counts as missing: this job is still to refuse it.
@@ -192,7 +194,7 @@ def _missing(conn: sa.Connection, space: registry.Space, hashes: Sequence[bytes]
 
 
 def _close(
-    conn: sa.Connection, row: sa.Row[Any], space: registry.Space, moved: Sequence[bytes], *, code: str, note: str
+    conn: sa.Connection, row: sa.Row[Any], space: registry.VectorTable, moved: Sequence[bytes], *, code: str, note: str
 ) -> None:
     """Complete a ChunkBatch with what is embedded; the rest is in other ChunkBatches or on the dead list by now."""
     gone = set(moved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
 
 from chunkmill.db.locks import PRODUCER_LOCK
@@ -13,6 +15,7 @@ _JOBS_THAT_MAY_END = with_constants(
 SELECT j.id, j.space_id
 FROM jobs j
 WHERE j.state = :job_running
+  AND j.id <> ALL(CAST(:but AS bigint[]))
   AND NOT EXISTS (
       SELECT FROM chunk_batches b
       WHERE b.job_id = j.id AND b.state IN (:available, :running))
@@ -25,9 +28,15 @@ LIMIT :limit
 )
 
 
-def jobs_without_open_chunk_batches(conn: sa.Connection, *, limit: int = 100) -> list[tuple[int, int]]:
-    """``(job id, space id)`` of sealed jobs that may end, because the worker that closed their last ChunkBatch died."""
-    return [(row.id, row.space_id) for row in conn.execute(_JOBS_THAT_MAY_END, {"limit": limit})]
+def jobs_without_open_chunk_batches(
+    conn: sa.Connection, *, but: Sequence[int] = (), limit: int = 100
+) -> list[tuple[int, int]]:
+    """``(job id, space id)`` of sealed jobs that may end, because the worker that closed their last ChunkBatch died.
+
+    The jobs ``but`` are left out.
+    """
+    rows = conn.execute(_JOBS_THAT_MAY_END, {"limit": limit, "but": list(but)})
+    return [(row.id, row.space_id) for row in rows]
 
 
 # A lock of the producer is keyed by (PRODUCER_LOCK, job id modulo 2^31).

@@ -151,8 +151,12 @@ WHERE b.id = m.id AND b.state = :available
 
 def _reroute(conn: sa.Connection, settings: Settings, job: sa.Row[Any], stopped: Sequence[str]) -> int:
     left = {*stopped, *((Route.OPENAI.value,) if is_late(job.deadline, job.now) else ())}
-    spec = registry.get(conn, job.space_id).spec
-    open_offers = [offer for offer in offers(conn, settings, spec) if offer.route not in left and not offer.stopped]
+    space = registry.get_if_readable(conn, job.space_id)
+    if space is None:
+        return 0  # pollers of its own release move it
+    open_offers = [
+        offer for offer in offers(conn, settings, space.spec) if offer.route not in left and not offer.stopped
+    ]
     if not open_offers:
         return 0
     current = lane_of(Route.AUTO, job.routing)

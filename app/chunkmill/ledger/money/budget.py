@@ -66,7 +66,8 @@ def committed(conn: sa.Connection, settings: Settings) -> Decimal:
     total = Decimal(0)
     today = charges.today(conn) if rows else None
     for row in rows:
-        model = model_for(settings, registry.get(conn, row.space_id).spec)
+        space = registry.get_if_readable(conn, row.space_id)
+        model = model_for(settings, space.spec) if space else None
         price = price_on(model.prices, today) if model and today else None
         if price:
             total += price.of(int(row.tokens), Route(row.route))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from chunkmill.db.connect import raw
+from chunkmill.db.copy import copy_in
 from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput
@@ -41,9 +41,8 @@ _TYPES = ("bytea", "int8", "int4", "int8", "int4", "int4", "int4", "int4", "bool
 
 
 def add(conn: sa.Connection, *, space_id: int, provider_batch_id: int, inputs: Iterable[InFlight]) -> None:
-    """Put contents in flight in a ProviderBatch. Raises psycopg's UniqueViolation if one is in flight already."""
-    target = f"COPY provider_inputs (space_id, provider_batch_id, {_COLUMNS}) FROM STDIN (FORMAT BINARY)"
-    with raw(conn).cursor() as cursor, cursor.copy(target) as copy:
+    """Put contents in flight in a ProviderBatch. Raises SQLAlchemy's IntegrityError if one is in flight already."""
+    with copy_in(conn, f"provider_inputs (space_id, provider_batch_id, {_COLUMNS})") as copy:
         copy.set_types(["int4", "int8", *_TYPES])
         for content in inputs:
             row = content.packed

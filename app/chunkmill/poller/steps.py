@@ -1,0 +1,63 @@
+"""The steps of a poller's round. If one of them fails, the others are done all the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from chunkmill.broker import PUBLISH_ERRORS
+from chunkmill.db.connect import limit_error, limit_of, refusal
+from chunkmill.db.retry import is_outage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Steps:
+    """Runs steps, and says once why one of them fails until it succeeds or fails for another reason."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+        self.redis_error: Exception | None = None
+        """Why Redis cannot be used, if a step of this round found that out."""
+
+    def begin(self) -> None:
+        """Begin a round."""
+        self.redis_error = None
+
+    def run(self, what: str, step: Callable[[], T]) -> T | None:
+        """What ``step`` returns; None if it failed, which is logged. Raises only an outage of Postgres."""
+        try:
+            done = step()
+        except PUBLISH_ERRORS as error:
+            self.redis_error = error
+        except Exception as error:
+            if is_outage(error):
+                raise
+            self._say(what, error)
+        else:
+            self.forget(what)
+            return done
+        return None
+
+    def forget(self, what: str) -> None:
+        """Forget why ``what`` failed, because it succeeded or because nobody tries it again."""
+        self._said.pop(what, None)
+
+    def _say(self, what: str, error: Exception) -> None:
+        if limit_of(error):
+            said = str(limit_error(what, error))
+        elif isinstance(error, sa.exc.DBAPIError):
+            # Below its first line Postgres may quote rows, and rows contain texts.
+            said = f"{what}: Postgres refused ({type(error.orig).__name__}): {refusal(error)}."
+        else:
+            said = f"{what}: {type(error).__name__}: {error}."
+        if self._said.get(what) == said:
+            return
+        self._said[what] = said
+        traceback = None if isinstance(error, sa.exc.DBAPIError) else error
+        logger.error("poller: %s It is tried again, and the rest of the round is done.", said, exc_info=traceback)
