@@ -139,7 +139,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 def keep_ids_apart(url: str, first_ids: dict[str, int] = FIRST_IDS) -> None:
     """Let the ids of each table begin as in ``first_ids``."""
-    engine = sa.create_engine(url)
+    engine = create_db(url, role="test", pool_size=1)
     with engine.begin() as conn:
         for table, first in first_ids.items():
             conn.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))

@@ -13,6 +13,7 @@ from chunkmill.embedded import StackStatus
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.canaries import Canary, Maker
+from chunkmill.store.search import build_index
 from tests.conftest import admin, url_of
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
@@ -40,8 +41,10 @@ def test_up_down_up_and_no_drift(empty: str) -> None:
         space = registry.register(conn, SPEC)
     command.check(config)  # raises when the models and the migrations say different things
     assert space.table_name in tables(db)
+    build_index(db, space)
+    command.check(config)  # nor do the indexes of `chunkmill index` differ from the models
     command.downgrade(config, "base")
-    assert tables(db) == {"alembic_version"}
+    assert tables(db) == {"chunkmill_alembic_version"}
     migrate(empty)
     command.check(config)
     assert "chunk_batches" in tables(db)

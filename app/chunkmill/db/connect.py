@@ -10,17 +10,22 @@ import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from chunkmill.db import home
 from chunkmill.db.compatibility import SchemaLevel, why_not
+from chunkmill.db.requirements import encoding_problem, pgvector_problem, version_problem
 from chunkmill.errors import StoreUnavailable
 
 
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
-    """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``."""
+    """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``.
+
+    Unqualified names are those of Chunkmill's own schema (``chunkmill.db.home``).
+    """
+    address, schema = home.split_schema(url)
     db = sa.create_engine(
-        url,
+        address,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
@@ -28,6 +33,9 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         connect_args={
             "application_name": f"chunkmill-{role}",
             "connect_timeout": 10,
+            # COPY sends UTF-8. A session of another encoding, which PGCLIENTENCODING, a role or a database may set, would
+            # store other characters under the hash of the right text.
+            "client_encoding": "utf8",
             # A worker that loses its network must notice it before its lease is over, not after two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
@@ -37,11 +45,8 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
     )
 
     @sa.event.listens_for(db, "connect")
-    def _quiet(connection: psycopg.Connection[Any], _record: object) -> None:
-        # Staging tables are created with IF NOT EXISTS, whose notices would fill the log. This is not a start-up
-        # option, because that would replace the options in the URL.
-        connection.execute("SET client_min_messages = warning")
-        connection.commit()
+    def _enter(connection: psycopg.Connection[Any], _record: object) -> None:
+        home.enter(connection, schema)
 
     return db
 
@@ -83,6 +88,11 @@ def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
     return driver
 
 
+def server_encoding(conn: sa.Connection) -> str:
+    """The encoding of the database, such as ``UTF8``. Postgres says it when a connection begins."""
+    return raw(conn).info.parameter_status("server_encoding") or "unknown"
+
+
 def alembic_config(url: str) -> Config:
     """Alembic's configuration. Its scripts are in the checkout or in the installed package."""
     packaged = Path(__file__).parent / "alembic"
@@ -94,29 +104,83 @@ def alembic_config(url: str) -> Config:
 
 
 def migrate(url: str, revision: str = "head") -> None:
-    """Upgrade the schema. Several machines may do it at once, because ``alembic/env.py`` takes a lock."""
+    """Upgrade the schema. Several machines may do it at once, because ``alembic/env.py`` takes a lock.
+
+    A schema of a newer release stays as it is. Raises :class:`StoreUnavailable` if this code may not run on it, if the
+    server will not do, or if Postgres refuses; the message says what to do.
+    """
+    db = create_db(url, role="migrate", pool_size=1)
     try:
+        with db.connect() as conn:
+            if problem := why_not_server(conn):
+                raise StoreUnavailable(problem)
+            level = schema_level(conn)
+        if level.is_newer:
+            if problem := why_not(level):
+                raise StoreUnavailable(problem)
+            return
         command.upgrade(alembic_config(url), revision)
-    except sa.exc.OperationalError as error:
-        raise StoreUnavailable(unreachable_message(url, error)) from error
     except sa.exc.DBAPIError as error:
-        raise StoreUnavailable(
-            f"the database could not be migrated: {refusal(error)}. Chunkmill needs the right to create tables, and "
-            "pgvector installed on the server."
-        ) from error
+        raise migration_error(url, error) from error
+    finally:
+        db.dispose()
+
+
+def migration_error(url: str, error: sa.exc.DBAPIError) -> StoreUnavailable:
+    """The error for a migration that Postgres ended."""
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if isinstance(error, sa.exc.OperationalError) and is_away(sqlstate):
+        return StoreUnavailable(unreachable_message(url, error))
+    advice = "Run chunkmill migrate again: what it did is kept, and it goes on from there."
+    if sqlstate == "55P03":
+        advice = (
+            "Another session held a table for longer than the migration waits, so it gave up rather than hold up the "
+            f"workers. {advice} If that does not help, end the session that holds it: docs/runbook.md."
+        )
+    elif sqlstate == "42501":
+        advice = (
+            "The role needs the right to create tables in Chunkmill's schema. Let the owner of the database run: "
+            "CREATE SCHEMA chunkmill AUTHORIZATION the_role; or use the roles of deploy/postgres-role.sql."
+        )
+    return StoreUnavailable(f"the database could not be migrated: {refusal(error)}. {advice}")
+
+
+def why_not_server(conn: sa.Connection) -> str | None:
+    """Why the server or its pgvector will not do, and what to do; None if they will."""
+    server = conn.execute(
+        sa.text(
+            """
+            SELECT
+                current_setting('server_version') AS version,
+                (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS installed,
+                (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS available
+            """
+        )
+    ).one()
+    return (
+        version_problem(server.version)
+        or encoding_problem(server_encoding(conn))
+        or pgvector_problem(server.installed, server.available)
+    )
+
+
+def known_revisions() -> list[str]:
+    """This code's migrations, the oldest first."""
+    scripts = ScriptDirectory.from_config(alembic_config(""))
+    return [script.revision for script in reversed(list(scripts.walk_revisions()))]
 
 
 def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
     """The migration of the database and the newest one of this code: ``(current, head)``."""
-    scripts = ScriptDirectory.from_config(alembic_config(""))
-    return MigrationContext.configure(conn).get_current_revision(), scripts.get_current_head()
+    level = schema_level(conn)
+    return level.current, level.head
 
 
 def schema_level(conn: sa.Connection) -> SchemaLevel:
     """The migration of the database beside those of this code, for :func:`why_not`."""
-    scripts = ScriptDirectory.from_config(alembic_config(""))
-    known = [script.revision for script in reversed(list(scripts.walk_revisions()))]
-    current = MigrationContext.configure(conn).get_current_revision()
+    known = known_revisions()
+    installation = home.find_home(raw(conn))
+    current = home.read_revision(conn, installation, known) if installation else None
     oldest = None
     if current is not None and current not in known:
         # The schema is newer than this code, so it is newer than 0006, which created this table.
@@ -125,13 +189,14 @@ def schema_level(conn: sa.Connection) -> SchemaLevel:
 
 
 def require_migrated(db: sa.Engine) -> None:
-    """Raise :class:`StoreUnavailable` if Postgres cannot be reached, or if this code may not run on its schema.
+    """Raise :class:`StoreUnavailable` if Postgres cannot be reached, if its database is not in UTF-8, or if this code
+    may not run on its schema.
 
     ``chunkmill.db.compatibility`` decides that: code and schema may be one release apart.
     """
     try:
         with db.connect() as conn:
-            problem = why_not(schema_level(conn))
+            problem = encoding_problem(server_encoding(conn)) or why_not(schema_level(conn))
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
     if problem:
@@ -153,10 +218,15 @@ def refusal(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_away(sqlstate: str | None) -> bool:
+    """Whether an OperationalError of this SQLSTATE means that Postgres cannot be reached."""
+    return sqlstate is None or sqlstate.startswith(("08", "28", "3D", "57P"))
+
+
 def store_error(url: str, error: sa.exc.OperationalError) -> StoreUnavailable:
     """The error for a Postgres that cannot be reached, or that refused: a deadlock, a timeout, a full disk."""
     sqlstate = getattr(error.orig, "sqlstate", None)
-    if sqlstate is None or sqlstate.startswith(("08", "57P")):
+    if is_away(sqlstate):
         return StoreUnavailable(unreachable_message(url, error))
     return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(error)}. The same call may be made again.")
 

@@ -11,7 +11,14 @@ import redis
 import sqlalchemy as sa
 
 from chunkmill.broker import Broker
-from chunkmill.db.connect import Connections, connections, create_db, migration_level, unreachable_message
+from chunkmill.db.connect import (
+    Connections,
+    connections,
+    create_db,
+    migration_level,
+    server_encoding,
+    unreachable_message,
+)
 from chunkmill.domain.states import Route
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor import snapshot
@@ -30,6 +37,7 @@ class Database:
     """What the database server says about itself and about who is connected to it."""
 
     version: str
+    encoding: str
     pgvector: str | None
     """The version that is installed in this database; None if there is none."""
     pgvector_available: str | None
@@ -161,6 +169,7 @@ def _database(conn: sa.Connection) -> Database:
     current, head = migration_level(conn)
     return Database(
         version=server.version.split()[0],
+        encoding=server_encoding(conn),
         pgvector=server.pgvector,
         pgvector_available=server.pgvector_available,
         migration=current,
