@@ -106,7 +106,7 @@ def run_file(url: str) -> None:
 
 
 def may(url: str, statement: str) -> bool:
-    with psycopg.connect(url.replace("+psycopg", "")) as conn:
+    with psycopg.connect(url.replace("+psycopg", ""), options="-csearch_path=chunkmill,public") as conn:
         try:
             conn.execute(statement)
         except psycopg.errors.InsufficientPrivilege:
@@ -164,9 +164,10 @@ def test_everything_runs_with_no_more_than_it_needs(
         "DROP TABLE vectors_1",
         "TRUNCATE chunks",
         "CREATE TABLE public.mine (a int)",
+        "CREATE TABLE chunkmill.mine (a int)",
         "CREATE SCHEMA mine",
         "ALTER TABLE jobs ADD COLUMN mine int",
-        "UPDATE alembic_version SET version_num = '0001'",
+        "UPDATE chunkmill_alembic_version SET version_num = '0001'",
         "DELETE FROM schema_compatibility",
         "CREATE ROLE mine",
         "SELECT pg_read_file('postgresql.conf')",
