@@ -126,6 +126,14 @@ def migrate(url: str, revision: str = "head") -> None:
         db.dispose()
 
 
+def write_migrations(revision: str = "head", schema: str = home.DEFAULT_SCHEMA) -> None:
+    """Write the migrations to stdout, as SQL for psql. Nothing is connected to.
+
+    ``revision`` is the last migration, or a range such as ``0008:head`` if the database is not empty.
+    """
+    command.upgrade(alembic_config(f"postgresql+psycopg://?schema={schema}"), revision, sql=True)
+
+
 def migration_error(url: str, error: sa.exc.DBAPIError) -> StoreUnavailable:
     """The error for a migration that Postgres ended."""
     sqlstate = getattr(error.orig, "sqlstate", None)

@@ -15,7 +15,7 @@ from chunkmill.db.connect import (
     Connections,
     connections,
     create_db,
-    migration_level,
+    schema_level,
     server_encoding,
     unreachable_message,
 )
@@ -44,6 +44,8 @@ class Database:
     """The version that the server could install."""
     migration: str | None
     head: str | None
+    is_newer: bool
+    """Whether a newer release made the schema."""
     connections: Connections
     clock_ahead: float
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
@@ -166,14 +168,15 @@ def _database(conn: sa.Connection) -> Database:
     clock = float(conn.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
     ahead = clock - (sent + time.time()) / 2
     server = conn.execute(_SERVER).one()
-    current, head = migration_level(conn)
+    level = schema_level(conn)
     return Database(
         version=server.version.split()[0],
         encoding=server_encoding(conn),
         pgvector=server.pgvector,
         pgvector_available=server.pgvector_available,
-        migration=current,
-        head=head,
+        migration=level.current,
+        head=level.head,
+        is_newer=level.is_newer,
         connections=connections(conn),
         clock_ahead=ahead,
     )

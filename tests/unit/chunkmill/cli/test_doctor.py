@@ -17,6 +17,7 @@ WELL = Database(
     pgvector_available="0.8.0",
     migration="0002",
     head="0002",
+    is_newer=False,
     connections=Connections(workers=4, provider_workers=0, pollers=1),
     clock_ahead=0.01,
 )
