@@ -204,7 +204,9 @@ def test_a_lock_that_does_not_come_is_not_a_server_that_is_away(database: str) -
     with db.begin() as conn:
         conn.execute(sa.text("LOCK TABLE jobs IN ACCESS SHARE MODE"))
         conn.execute(sa.text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
-        with pytest.raises(StoreUnavailable, match=r"lock timeout.*held a table.*Run chunkmill migrate again") as caught:
+        with pytest.raises(
+            StoreUnavailable, match=r"lock timeout.*held a table.*Run chunkmill migrate again"
+        ) as caught:
             migrate(database)
     assert "cannot connect" not in str(caught.value)
     migrate(database)

@@ -33,8 +33,8 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         connect_args={
             "application_name": f"chunkmill-{role}",
             "connect_timeout": 10,
-            # COPY sends UTF-8. A session of another encoding, which PGCLIENTENCODING, a role or a database may set, would
-            # store other characters under the hash of the right text.
+            # COPY sends UTF-8. A session of another encoding, which PGCLIENTENCODING, a role or a database may set,
+            # would store other characters under the hash of the right text.
             "client_encoding": "utf8",
             # A worker that loses its network must notice it before its lease is over, not after two hours.
             "keepalives_idle": 10,

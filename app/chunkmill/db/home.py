@@ -1,8 +1,8 @@
 """Where Chunkmill's tables are: in a schema of their own, so that the database may hold other programs' tables.
 
-A new installation lives in the schema that DATABASE_SCHEMA names, by default ``chunkmill``. An installation of a release
-that had no such schema stays where it is, and its version moves into a table of a name of its own: another program
-that uses Alembic has an ``alembic_version`` too.
+A new installation lives in the schema that DATABASE_SCHEMA names, by default ``chunkmill``. An installation of a
+release that had no such schema stays where it is, and its migration is copied into a version table of its own, because
+another program that uses Alembic has an ``alembic_version`` too.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from chunkmill.spaces.registry import Space
 class Work:
     """What is left to do of a ChunkBatch: ``(content_hash, text)`` of each content to embed, and counts of the rest.
 
-    ``damaged`` are the hashes of contents whose stored text is another one, which must not be embedded. ``known`` is how many contents have a vector by now; those of them whose text was cut are in ``truncated``, as
-    ``(content_hash, n_tokens)``. A hash that is in none of them was deleted since the enqueue. ``deletions`` says after how
-    many deletions the texts were read.
+    ``damaged`` are the hashes of contents whose stored text is another one, which must not be embedded. ``known`` is
+    how many contents have a vector by now; those of them whose text was cut are in ``truncated``, as
+    ``(content_hash, n_tokens)``. A hash that is in none of them was deleted since the enqueue. ``deletions`` says after
+    how many deletions the texts were read.
     """
 
     texts: list[tuple[bytes, str]]
