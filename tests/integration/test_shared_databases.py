@@ -185,6 +185,15 @@ def test_a_role_that_may_not_create_pgvector_is_told_who_may(owner: str, databas
     migrate(owner)
 
 
+def test_a_role_that_may_not_look_into_the_schema_is_told_so(owner: str, database: str) -> None:
+    """Its search path leaves the schema out, which looks like an empty database."""
+    migrate(database)
+    db = create_db(owner, role="test")
+    with pytest.raises(StoreUnavailable, match=r"'small_owner' may not use the schema 'chunkmill'.*GRANT USAGE"):
+        require_migrated(db)
+    db.dispose()
+
+
 def test_an_older_image_starts_on_a_newer_schema_that_allows_it(database: str, settings: Settings) -> None:
     """``chunkmill migrate`` is the first service of every start. A revision that this code does not know is newer."""
     migrate(database)

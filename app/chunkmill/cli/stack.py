@@ -240,9 +240,12 @@ def _show_status(screen: Screen, status: Status) -> None:
         shown["Postgres"] = status.database_error
     else:
         level = database.migration or "none"
-        shown["migration"] = (
-            f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
-        )
+        if database.is_migrated:
+            shown["migration"] = f"{level}, up to date"
+        elif database.is_newer:
+            shown["migration"] = f"{level}, newer than this release ({database.head})"
+        else:
+            shown["migration"] = f"{level}, needs {database.head}: chunkmill migrate"
         connections = database.connections
         shown["workers"] = _connected(connections.workers, START_WORKER)
         if connections.provider_workers or any(lane.open for lane in lanes):

@@ -204,11 +204,31 @@ def require_migrated(db: sa.Engine) -> None:
     """
     try:
         with db.connect() as conn:
-            problem = encoding_problem(server_encoding(conn)) or why_not(schema_level(conn))
+            problem = encoding_problem(server_encoding(conn)) or _why_closed(conn) or why_not(schema_level(conn))
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
     if problem:
         raise StoreUnavailable(problem)
+
+
+def _why_closed(conn: sa.Connection) -> str | None:
+    """What to do if the role may not look into the schema of the installation; None if it may.
+
+    Postgres leaves such a schema out of the search path without a word.
+    """
+    query = """
+        SELECT current_user AS role, nspname AS schema
+        FROM pg_namespace
+        WHERE nspname = :schema AND NOT has_schema_privilege(oid, 'USAGE')
+    """
+    installation = home.find_home(raw(conn))
+    row = conn.execute(sa.text(query), {"schema": installation.schema if installation else None}).one_or_none()
+    if row is None:
+        return None
+    return (
+        f"the role {row.role!r} may not use the schema {row.schema!r}, which holds Chunkmill's tables. Run "
+        f"deploy/postgres-role.sql, or let its owner run: GRANT USAGE ON SCHEMA {row.schema} TO {row.role};"
+    )
 
 
 def require_at_least(conn: sa.Connection, revision: str) -> None:

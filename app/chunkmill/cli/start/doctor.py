@@ -147,6 +147,11 @@ def database_checks(database: Database) -> Iterator[Check]:
     yield _pgvector_check(database)
     if database.is_migrated:
         yield Check("migration", "ok", f"{database.migration}, up to date")
+    elif database.is_newer:
+        advice = (
+            "A newer release migrated the database. Upgrade this machine; docs/upgrades.md says what runs meanwhile."
+        )
+        yield Check("migration", "warn", f"{database.migration}, newer than this release ({database.head})", advice)
     else:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)

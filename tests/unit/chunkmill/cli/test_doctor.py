@@ -43,6 +43,7 @@ def test_a_database_in_order() -> None:
         ({"pgvector": None, "pgvector_available": "0.6.2"}, "pgvector", "fail"),
         ({"migration": "0001"}, "migration", "fail"),
         ({"migration": None}, "migration", "fail"),
+        ({"migration": "9000", "is_newer": True}, "migration", "warn"),
         ({"connections": Connections(0, 0, 1)}, "worker", "warn"),
         ({"connections": Connections(4, 0, 0)}, "poller", "warn"),
         ({"clock_ahead": -5.0}, "Postgres clock", "warn"),
