@@ -10,7 +10,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit bench chaos mutants busy aimock gpu audit docs clean
+.PHONY: help demo test lint types unit servers bench chaos mutants busy aimock gpu audit docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
+	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
@@ -75,6 +76,15 @@ mutants: $(VENV)/.dev
 # ONLY="tests/acceptance/test_logs.py ..." runs a part of them.
 busy: $(VENV)/.dev
 	@$(BIN)/python -m tests.support.busy $(ONLY)
+
+# The files that cover a whole job, its SQL, the migrations and the roles; the other tests say nothing new of a server.
+ON_A_SERVER := test_pipeline test_enqueue test_search test_store test_writers test_audit test_claims test_cancel test_prune \
+	test_deletions test_money test_provider_work test_migrations test_downgrades test_upgrades test_encodings \
+	test_shared_databases
+servers: $(VENV)/.dev
+	@test -n "$$TEST_DATABASE_URL" || { echo "Name a superuser's database: make servers TEST_DATABASE_URL=postgresql://postgres@/postgres?host=/tmp"; exit 1; }
+	@TEST_DATABASE_URL="$$TEST_DATABASE_URL" $(BIN)/python -m pytest -q \
+		$(ON_A_SERVER:%=tests/integration/%.py) tests/acceptance/test_least_privilege.py
 
 # A mock of the API that others wrote; tests/openai_server is our own.
 AIMOCK := .aimock

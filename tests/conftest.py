@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 import pytest
 import redis
@@ -80,9 +81,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[StackStatus]:
-    """Postgres and Redis for this pytest process, in a short path of their own (socket names are limited)."""
+    """Postgres and Redis for this pytest process, in a short path of their own (socket names are limited).
+
+    With TEST_DATABASE_URL, which a superuser's URL must be, Postgres is that server instead (`make servers`).
+    """
     with folder_for_homes("cm-") as home:
         status = Stack(home, fsync=False).up()
+        if url := os.environ.get("TEST_DATABASE_URL"):
+            given = Settings.from_env(database_url=url).require_database_url()
+            status = replace(status, postgres=replace(status.postgres, url=given))
+        admin(status, f"DROP DATABASE IF EXISTS {TEMPLATE}")
         admin(status, f"CREATE DATABASE {TEMPLATE}")
         migrate(url_of(status, TEMPLATE))
         keep_ids_apart(url_of(status, TEMPLATE))
@@ -100,6 +108,7 @@ def fresh_settings(stack: StackStatus) -> Iterator[Settings]:
     """Settings of a fresh, migrated database and an empty Redis database."""
     number = next(_numbers)
     name = f"test_{number}"
+    admin(stack, f"DROP DATABASE IF EXISTS {name}")  # a server of TEST_DATABASE_URL may have one of a broken run
     admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     redis_url = stack.redis_url.replace("db=0", f"db={number % 16}")
     with redis.Redis.from_url(redis_url) as client:
@@ -139,7 +148,7 @@ def client(settings: Settings) -> Iterator[Client]:
 
 def keep_ids_apart(url: str, first_ids: dict[str, int] = FIRST_IDS) -> None:
     """Let the ids of each table begin as in ``first_ids``."""
-    engine = sa.create_engine(url)
+    engine = create_db(url, role="test", pool_size=1)
     with engine.begin() as conn:
         for table, first in first_ids.items():
             conn.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))

@@ -27,6 +27,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.acceptance.conftest import Processes
 from tests.conftest import admin, url_of
+from tests.support.installations import install_as_before
 from tests.support.waiting import PATIENCE, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -106,7 +107,7 @@ def run_file(url: str) -> None:
 
 
 def may(url: str, statement: str) -> bool:
-    with psycopg.connect(url.replace("+psycopg", "")) as conn:
+    with psycopg.connect(url.replace("+psycopg", ""), options="-csearch_path=chunkmill,public") as conn:
         try:
             conn.execute(statement)
         except psycopg.errors.InsufficientPrivilege:
@@ -164,9 +165,10 @@ def test_everything_runs_with_no_more_than_it_needs(
         "DROP TABLE vectors_1",
         "TRUNCATE chunks",
         "CREATE TABLE public.mine (a int)",
+        "CREATE TABLE chunkmill.mine (a int)",
         "CREATE SCHEMA mine",
         "ALTER TABLE jobs ADD COLUMN mine int",
-        "UPDATE alembic_version SET version_num = '0001'",
+        "UPDATE chunkmill_alembic_version SET version_num = '0001'",
         "DELETE FROM schema_compatibility",
         "CREATE ROLE mine",
         "SELECT pg_read_file('postgresql.conf')",
@@ -179,6 +181,28 @@ def test_everything_runs_with_no_more_than_it_needs(
     assert not may(roles["chunkmill_runtime"], "SELECT * FROM others.secrets")
     assert may(roles["superuser"], "SELECT * FROM others.secrets")
     assert may(roles["chunkmill_migrator"], "ALTER TABLE vectors_1 ADD COLUMN mine int")
+
+
+def test_the_roles_of_an_installation_in_public_work_there(stack: StackStatus) -> None:
+    """Releases before the schema `chunkmill` created their tables there, and they stay."""
+    admin(stack, "CREATE DATABASE least_privilege_before")
+    superuser = url_of(stack, "least_privilege_before")
+    migrator, runtime = (
+        sa.make_url(superuser).set(username=f"chunkmill_{role}").render_as_string(hide_password=False)
+        for role in ("migrator", "runtime")
+    )
+    install_as_before(superuser, "0007")
+    run_file(superuser)
+    migrate(migrator)
+    run_file(superuser)
+    db = create_db(runtime, role="test", pool_size=1)
+    with db.begin() as conn:
+        space = registry.register(conn, SpaceSpec("local", "m", "a", 8, 256, Pooling.MEAN, normalize=True))
+        assert conn.execute(sa.text(f"SELECT count(*) FROM public.{space.table_name}")).scalar_one() == 0
+    db.dispose()
+    assert not may(runtime, "UPDATE public.chunkmill_alembic_version SET version_num = '0001'")
+    assert may(migrator, "ALTER TABLE public.jobs ADD COLUMN mine int")
+    admin(stack, "DROP DATABASE least_privilege_before WITH (FORCE)")
 
 
 @pytest.mark.parametrize("user", ["chunkmill", "flower"])

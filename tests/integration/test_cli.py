@@ -360,7 +360,7 @@ def test_a_failed_job_exits_with_4(processes: object, home: Path) -> None:
     job = document("enqueue", str(path), "-c", "failed", "--no-wait", "--on-long", "split")
     document("job", str(job["id"]), "--wait")
     with psycopg.connect(Stack().status().database_url.replace("+psycopg", "")) as conn:
-        conn.execute("UPDATE jobs SET state = 'failed', error = 'made up.' WHERE id = %s", (job["id"],))
+        conn.execute("UPDATE chunkmill.jobs SET state = 'failed', error = 'made up.' WHERE id = %s", (job["id"],))
     done = call("job", str(job["id"]), "--json")
     assert done.exit_code == 4
     assert json.loads(done.stdout)["state"] == "failed"

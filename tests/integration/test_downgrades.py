@@ -24,7 +24,7 @@ REVISIONS = [
 
 Schema = dict[str, list[tuple[object, ...]]]
 
-OURS = "c.relnamespace = current_schema()::regnamespace AND c.relname NOT LIKE 'alembic%'"
+OURS = "c.relnamespace = current_schema()::regnamespace AND c.relname NOT LIKE '%alembic_version'"
 CATALOGUE = {
     "tables": (
         "SELECT c.relname, c.relkind::text, c.relpersistence::text, c.reloptions FROM pg_class c "

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from alembic import command
+from alembic.script import ScriptDirectory
 
-from chunkmill.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated
+from chunkmill.db.connect import alembic_config, create_db, known_revisions, migrate, migration_level, require_migrated
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.canaries import Canary, Maker
+from chunkmill.store.search import build_index
 from tests.conftest import admin, url_of
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
@@ -30,6 +32,11 @@ def tables(db: sa.Engine) -> set[str]:
     return set(sa.inspect(db).get_table_names())
 
 
+def test_the_numbers_of_the_files_are_alembics_order() -> None:
+    scripts = ScriptDirectory.from_config(alembic_config(""))
+    assert known_revisions() == [script.revision for script in reversed(list(scripts.walk_revisions()))]
+
+
 def test_up_down_up_and_no_drift(empty: str) -> None:
     config = alembic_config(empty)
     db = create_db(empty, role="test")
@@ -40,8 +47,10 @@ def test_up_down_up_and_no_drift(empty: str) -> None:
         space = registry.register(conn, SPEC)
     command.check(config)  # raises when the models and the migrations say different things
     assert space.table_name in tables(db)
+    build_index(db, space)
+    command.check(config)  # nor do the indexes of `chunkmill index` differ from the models
     command.downgrade(config, "base")
-    assert tables(db) == {"alembic_version"}
+    assert tables(db) == {"chunkmill_alembic_version"}
     migrate(empty)
     command.check(config)
     assert "chunk_batches" in tables(db)

@@ -290,7 +290,7 @@ def test_postgres_refusing_is_not_postgres_away(client: Client) -> None:
 def test_options_in_the_url_are_kept(settings: Settings) -> None:
     url = settings.require_database_url() + "&options=-csearch_path%3Dfoo"
     db = create_db(url, role="test")
-    assert execute(db, "SHOW search_path") == ["foo"]
+    assert execute(db, "SHOW search_path") == ["chunkmill, foo, public"]
     db.dispose()
 
 

@@ -16,7 +16,16 @@ from alembic import command
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.db.compatibility import OLDEST_SCHEMA
-from chunkmill.db.connect import alembic_config, create_db, migrate, migration_level, require_migrated, schema_level
+from chunkmill.db.connect import (
+    alembic_config,
+    create_db,
+    migrate,
+    migration_level,
+    raw,
+    require_migrated,
+    schema_level,
+)
+from chunkmill.db.home import find_home
 from chunkmill.embedded import StackStatus
 from chunkmill.errors import StoreUnavailable
 from chunkmill.poller.poller import Poller
@@ -24,8 +33,9 @@ from chunkmill.settings import Settings
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.process.lease import LeaseKeeper
-from tests.conftest import FIRST_IDS, admin, keep_ids_apart, url_of
+from tests.conftest import admin, url_of
 from tests.integration.conftest import Runner
+from tests.support.installations import install_as_before
 from tests.support.release import read, replay
 from tests.support.waiting import Call, running, until
 
@@ -37,7 +47,7 @@ def old(stack: StackStatus) -> Iterator[str]:
     """The URL of a database as the last release left it."""
     admin(stack, "CREATE DATABASE old_schema")
     url = url_of(stack, "old_schema")
-    migrate(url, OLDEST_SCHEMA)
+    install_as_before(url, OLDEST_SCHEMA)
     yield url
     admin(stack, "DROP DATABASE old_schema WITH (FORCE)")
 
@@ -53,32 +63,35 @@ def beside(old: str, settings: Settings, engines: Engines) -> Iterator[Runner]:
     db.dispose()
 
 
-def test_the_last_releases_statements_meet_the_same_rows_on_this_schema(settings: Settings, client: Client) -> None:
-    """Enqueue, claim, write, complete, retry, cancel, take back, search, delete: as release 0005 said it."""
+def test_the_last_releases_statements_meet_the_same_rows_on_this_schema(settings: Settings, old: str) -> None:
+    """Enqueue, claim, write, complete, retry, cancel, take back, search, delete: as release 0005 said it.
+
+    They name no schema, so the installation must have stayed where that release made it.
+    """
+    migrate(old)
     recorded = read(RELEASE)
     assert recorded["release"] == OLDEST_SCHEMA, (
         "the recording is of another release than the code allows beside itself"
     )
     assert len(recorded["events"]) > 300
-    keep_ids_apart(settings.require_database_url(), dict.fromkeys(FIRST_IDS, 1))  # as they were in the recording
-    url = settings.require_database_url().replace("+psycopg", "")
-    assert replay(recorded["events"], url) == []
-    assert [str(job.state) for job in client.jobs()] == recorded["states"]
-    assert client.audit("docs").complete
-    vector = client.vectors("docs", ["c0"])["c0"]
-    assert client.search(vector, collection="docs", k=1)[0].chunk_id == "c0"
+    assert replay(recorded["events"], old.replace("+psycopg", "")) == []
+    own = settings.model_copy(update={"database_url": old})
+    with Client(create_db(old, role="client"), Broker.connect(own), own) as client:
+        assert [str(job.state) for job in client.jobs()] == recorded["states"]
+        assert client.audit("docs").complete
+        vector = client.vectors("docs", ["c0"])["c0"]
+        assert client.search(vector, collection="docs", k=1)[0].chunk_id == "c0"
 
 
-def test_what_a_statement_misses_is_found(settings: Settings) -> None:
+def test_what_a_statement_misses_is_found(old: str) -> None:
     """The replay is no use unless a schema that breaks the old code fails it."""
-    url = settings.require_database_url()
-    keep_ids_apart(url, dict.fromkeys(FIRST_IDS, 1))  # as they were in the recording
-    db = create_db(url, role="test")
+    migrate(old)
+    db = create_db(old, role="test")
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE chunk_batches RENAME COLUMN deaths TO died"))
     db.dispose()
     with pytest.raises(Exception, match="deaths"):
-        replay(read(RELEASE)["events"], url.replace("+psycopg", ""))
+        replay(read(RELEASE)["events"], old.replace("+psycopg", ""))
 
 
 def test_new_code_runs_on_the_last_releases_schema(beside: Runner, old: str) -> None:
@@ -107,7 +120,8 @@ def test_an_older_schema_and_a_newer_one_are_told_apart(old: str) -> None:
 
     def at(revision: str, oldest_code: str | None = None) -> None:
         with db.begin() as conn:
-            conn.execute(sa.text("UPDATE alembic_version SET version_num = :to"), {"to": revision})
+            table = find_home(raw(conn)).version_table  # type: ignore[union-attr]
+            conn.execute(sa.text(f"UPDATE {table} SET version_num = :to"), {"to": revision})
             if oldest_code:
                 conn.execute(sa.text("UPDATE schema_compatibility SET oldest_code = :code"), {"code": oldest_code})
 

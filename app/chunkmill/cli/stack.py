@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
-from alembic.util import CommandError
 
 from chunkmill.broker import QUEUE
 from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.paid.lanes import lane_fields, lane_lines
 from chunkmill.db.connect import migrate as run_migrations
+from chunkmill.db.connect import write_migrations
 from chunkmill.domain.lanes import Lane
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput, InvalidSetting
+from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Status, read_database, read_status
 from chunkmill.monitor.snapshot import Fault
 from chunkmill.settings import Settings
@@ -118,17 +119,34 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
 
 @click.command()
 @click.option("--revision", default="head", show_default=True, help="Name of the migration to upgrade to.")
+@click.option(
+    "--sql", "as_sql", is_flag=True,
+    help="Write the SQL for psql instead, and connect to nothing. It is for an empty database; for another one, say "
+    "from where: --revision 0008:head.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
-def migrate(screen: Screen, revision: str) -> None:
+def migrate(screen: Screen, revision: str, as_sql: bool) -> None:
     """Update the database's tables to this version.
 
-    This is safe while workers run, and from several machines at once.
+    This is safe while workers run, and from several machines at once. If a newer release has migrated the database,
+    nothing is done. Exits with 75 if that release does not allow this one beside it.
     """
-    settings = Environment.load(start_embedded=False).settings
-    before = read_database(settings).migration
+    from alembic.util import CommandError
+
     try:
-        run_migrations(settings.require_database_url(), revision)
+        if as_sql:
+            write_migrations(revision, Settings.from_env().database_schema)
+            return
+        settings = Environment.load(start_embedded=False).settings
+        before = read_database(settings)
+        try:
+            run_migrations(settings.require_database_url(), revision)
+        except StoreUnavailable as error:
+            if not before.is_newer:
+                raise
+            screen.error(error.code, str(error))
+            raise SystemExit(os.EX_TEMPFAIL) from None
     except CommandError as error:
         raise InvalidInput(
             f"the migration {revision!r} cannot be found or reached: {error}. Name an existing later one, or leave "
@@ -136,11 +154,16 @@ def migrate(screen: Screen, revision: str) -> None:
         ) from None
     after = read_database(settings).migration
     if screen.json:
-        screen.document({"before": before, "after": after})
-    elif before == after:
+        screen.document({"before": before.migration, "after": after})
+    elif before.is_newer:
+        screen.say(
+            f"The database is at migration {after}, which is newer than this release ({before.head}) and allows it: "
+            "there is nothing to do."
+        )
+    elif before.migration == after:
         screen.say(f"The database is already at migration {after}.")
     else:
-        screen.say(f"Migrated from {before or 'an empty database'} to {after}.")
+        screen.say(f"Migrated from {before.migration or 'an empty database'} to {after}.")
 
 
 def _addressed(status: StackStatus) -> Settings:
@@ -218,9 +241,12 @@ def _show_status(screen: Screen, status: Status) -> None:
         shown["Postgres"] = status.database_error
     else:
         level = database.migration or "none"
-        shown["migration"] = (
-            f"{level}, up to date" if database.is_migrated else f"{level}, needs {database.head}: chunkmill migrate"
-        )
+        if database.is_migrated:
+            shown["migration"] = f"{level}, up to date"
+        elif database.is_newer:
+            shown["migration"] = f"{level}, newer than this release ({database.head})"
+        else:
+            shown["migration"] = f"{level}, needs {database.head}: chunkmill migrate"
         connections = database.connections
         shown["workers"] = _connected(connections.workers, START_WORKER)
         if connections.provider_workers or any(lane.open for lane in lanes):

@@ -26,6 +26,11 @@ class SchemaLevel:
     def head(self) -> str:
         return self.known[-1]
 
+    @property
+    def is_newer(self) -> bool:
+        """Whether a newer release made the schema."""
+        return self.current is not None and self.current not in self.known
+
 
 def why_not(level: SchemaLevel, *, oldest_schema: str = OLDEST_SCHEMA) -> str | None:
     """Why this code may not run on that schema, and what to do; None if it may."""

@@ -6,23 +6,28 @@ import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
+from chunkmill.db import home
 from chunkmill.db.compatibility import SchemaLevel, why_not
+from chunkmill.db.requirements import encoding_problem, pgvector_problem, version_problem
 from chunkmill.errors import StoreLimit, StoreUnavailable
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 
 def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
-    """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``."""
+    """A pool of connections. ``pg_stat_activity`` shows ``role``, for example ``client``, ``worker`` or ``poller``.
+
+    Unqualified names are those of Chunkmill's own schema (``chunkmill.db.home``).
+    """
+    address, schema = home.split_schema(url)
     db = sa.create_engine(
-        url,
+        address,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
@@ -30,6 +35,9 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
         connect_args={
             "application_name": f"chunkmill-{role}",
             "connect_timeout": 10,
+            # COPY sends UTF-8. A session of another encoding, which PGCLIENTENCODING, a role or a database may set,
+            # would store other characters under the hash of the right text.
+            "client_encoding": "utf8",
             # A worker that loses its network must notice it before its lease is over, not after two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
@@ -39,11 +47,8 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
     )
 
     @sa.event.listens_for(db, "connect")
-    def _quiet(connection: psycopg.Connection[Any], _record: object) -> None:
-        # Staging tables are created with IF NOT EXISTS, whose notices would fill the log. This is not a start-up
-        # option, because that would replace the options in the URL.
-        connection.execute("SET client_min_messages = warning")
-        connection.commit()
+    def _enter(connection: psycopg.Connection[Any], _record: object) -> None:
+        home.enter(connection, schema)
 
     sa.event.listen(db, "handle_error", _leave_read_only_server)
     _pools.add(db)
@@ -111,46 +116,119 @@ def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
     return driver
 
 
+def server_encoding(conn: sa.Connection) -> str:
+    """The encoding of the database, such as ``UTF8``. Postgres says it when a connection begins."""
+    return raw(conn).info.parameter_status("server_encoding") or "unknown"
+
+
 def alembic_config(url: str) -> Config:
-    """Alembic's configuration. Its scripts are in the checkout or in the installed package."""
-    packaged = Path(__file__).parent / "alembic"
-    checkout = Path(__file__).parents[3] / "alembic"
+    """Alembic's configuration."""
+    from alembic.config import Config  # importing Alembic takes long, and only these functions need it
+
     config = Config()
-    config.set_main_option("script_location", str(packaged if packaged.is_dir() else checkout))
+    config.set_main_option("script_location", str(_scripts()))
     config.attributes["url"] = url
     return config
 
 
+def _scripts() -> Path:
+    """The folder of the migrations, in the installed package or in the checkout."""
+    packaged = Path(__file__).parent / "alembic"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "alembic"
+
+
 def migrate(url: str, revision: str = "head") -> None:
-    """Upgrade the schema. Several machines may do it at once, because ``alembic/env.py`` takes a lock."""
+    """Upgrade the schema. Several machines may do it at once, because ``alembic/env.py`` takes a lock.
+
+    A schema of a newer release stays as it is. Raises :class:`StoreUnavailable` if this code may not run on it, if the
+    server will not do, or if Postgres refuses; the message says what to do.
+    """
+    from alembic import command
+
+    db = create_db(url, role="migrate", pool_size=1)
     try:
+        with db.connect() as conn:
+            if problem := why_not_server(conn):
+                raise StoreUnavailable(problem)
+            level = schema_level(conn)
+        if level.is_newer:
+            if problem := why_not(level):
+                raise StoreUnavailable(problem)
+            return
         command.upgrade(alembic_config(url), revision)
-    except sa.exc.OperationalError as error:
-        if limit_of(error):
-            raise StoreLimit(
-                f"the migration was ended by {limit_of(error)}: {refusal(error)}. Another session holds a lock on a "
-                "table, or the statement took too long. What is migrated stays. Run it again when no long transaction "
-                "runs; pg_blocking_pids() names the session."
-            ) from error
-        raise StoreUnavailable(unreachable_message(url, error)) from error
     except sa.exc.DBAPIError as error:
-        raise StoreUnavailable(
-            f"the database could not be migrated: {refusal(error)}. Chunkmill needs the right to create tables, and "
-            "pgvector installed on the server."
-        ) from error
+        raise migration_error(url, error) from error
+    finally:
+        db.dispose()
+
+
+def write_migrations(revision: str = "head", schema: str = home.DEFAULT_SCHEMA) -> None:
+    """Write the migrations to stdout, as SQL for psql. Nothing is connected to.
+
+    ``revision`` is the last migration, or a range such as ``0008:head`` if the database is not empty.
+    """
+    from alembic import command
+
+    command.upgrade(alembic_config(f"postgresql+psycopg://?schema={schema}"), revision, sql=True)
+
+
+def migration_error(url: str, error: sa.exc.DBAPIError) -> StoreUnavailable:
+    """The error for a migration that Postgres ended."""
+    code = sqlstate(error)
+    if isinstance(error, sa.exc.OperationalError) and is_away(code):
+        return StoreUnavailable(unreachable_message(url, error))
+    advice = "Run chunkmill migrate again: what it did is kept, and it goes on from there."
+    if code == "55P03":
+        advice = (
+            "Another session held a table for longer than the migration waits, so it gave up rather than hold up the "
+            f"workers. {advice} If that does not help, end the session that holds it: docs/runbook.md."
+        )
+    elif code == "42501":
+        advice = (
+            "The role needs the right to create tables in Chunkmill's schema. Let the owner of the database run: "
+            "CREATE SCHEMA chunkmill AUTHORIZATION the_role; or use the roles of deploy/postgres-role.sql."
+        )
+    return StoreUnavailable(f"the database could not be migrated: {refusal(error)}. {advice}")
+
+
+def why_not_server(conn: sa.Connection) -> str | None:
+    """Why the server or its pgvector will not do, and what to do; None if they will."""
+    server = conn.execute(
+        sa.text(
+            """
+            SELECT
+                current_setting('server_version') AS version,
+                (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS installed,
+                (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS available
+            """
+        )
+    ).one()
+    return (
+        version_problem(server.version)
+        or encoding_problem(server_encoding(conn))
+        or pgvector_problem(server.installed, server.available)
+    )
+
+
+def known_revisions() -> list[str]:
+    """This code's migrations, the oldest first: the numbers before their files' names.
+
+    Every process asks for them at its start, and importing Alembic would take longer than all else it does there.
+    """
+    return sorted(path.name.partition("_")[0] for path in (_scripts() / "versions").glob("[0-9]*_*.py"))
 
 
 def migration_level(conn: sa.Connection) -> tuple[str | None, str | None]:
     """The migration of the database and the newest one of this code: ``(current, head)``."""
-    scripts = ScriptDirectory.from_config(alembic_config(""))
-    return MigrationContext.configure(conn).get_current_revision(), scripts.get_current_head()
+    level = schema_level(conn)
+    return level.current, level.head
 
 
 def schema_level(conn: sa.Connection) -> SchemaLevel:
     """The migration of the database beside those of this code, for :func:`why_not`."""
-    scripts = ScriptDirectory.from_config(alembic_config(""))
-    known = [script.revision for script in reversed(list(scripts.walk_revisions()))]
-    current = MigrationContext.configure(conn).get_current_revision()
+    known = known_revisions()
+    installation = home.find_home(raw(conn))
+    current = home.read_revision(conn, installation, known) if installation else None
     oldest = None
     if current is not None and current not in known:
         # The schema is newer than this code, so it is newer than 0006, which created this table.
@@ -159,17 +237,38 @@ def schema_level(conn: sa.Connection) -> SchemaLevel:
 
 
 def require_migrated(db: sa.Engine) -> None:
-    """Raise :class:`StoreUnavailable` if Postgres cannot be reached, or if this code may not run on its schema.
+    """Raise :class:`StoreUnavailable` if Postgres cannot be reached, if its database is not in UTF-8, or if this code
+    may not run on its schema.
 
     ``chunkmill.db.compatibility`` decides that: code and schema may be one release apart.
     """
     try:
         with db.connect() as conn:
-            problem = why_not(schema_level(conn))
+            problem = encoding_problem(server_encoding(conn)) or _why_closed(conn) or why_not(schema_level(conn))
     except sa.exc.OperationalError as error:
         raise StoreUnavailable(unreachable_message(str(db.url), error)) from error
     if problem:
         raise StoreUnavailable(problem)
+
+
+def _why_closed(conn: sa.Connection) -> str | None:
+    """What to do if the role may not look into the schema of the installation; None if it may.
+
+    Postgres leaves such a schema out of the search path without a word.
+    """
+    query = """
+        SELECT current_user AS role, nspname AS schema
+        FROM pg_namespace
+        WHERE nspname = :schema AND NOT has_schema_privilege(oid, 'USAGE')
+    """
+    installation = home.find_home(raw(conn))
+    row = conn.execute(sa.text(query), {"schema": installation.schema if installation else None}).one_or_none()
+    if row is None:
+        return None
+    return (
+        f"the role {row.role!r} may not use the schema {row.schema!r}, which holds Chunkmill's tables. Run "
+        f"deploy/postgres-role.sql, or let its owner run: GRANT USAGE ON SCHEMA {row.schema} TO {row.role};"
+    )
 
 
 def require_at_least(conn: sa.Connection, revision: str) -> None:
@@ -224,12 +323,17 @@ READ_ONLY = "25006"
 """The SQLSTATE of a server that takes no writes: a standby, or an old primary after a failover."""
 
 
+def is_away(sqlstate: str | None) -> bool:
+    """Whether an OperationalError of this SQLSTATE means that Postgres cannot be reached."""
+    return sqlstate is None or sqlstate.startswith(("08", "28", "3D", "57P"))
+
+
 def store_error(url: str, error: sa.exc.DBAPIError) -> StoreUnavailable:
     """The error for a Postgres that cannot be reached, or that refused: a deadlock, a timeout, a full disk."""
     if limit_of(error):
         return limit_error("this call", error)
     code = sqlstate(error)
-    if code is None or code.startswith(("08", "57P")):
+    if is_away(code):
         return StoreUnavailable(unreachable_message(url, error))
     if code == READ_ONLY:
         return StoreUnavailable(f"{read_only_message(url)} The same call may be made again.")

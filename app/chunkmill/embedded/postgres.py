@@ -124,7 +124,7 @@ class Postgres:
     def _connect(self, address: _Address, database: str) -> psycopg.Connection:
         return psycopg.connect(
             host=str(address.socket_folder), port=address.port, user=USER, dbname=database,
-            connect_timeout=5, autocommit=True,
+            connect_timeout=5, autocommit=True, client_encoding="utf8",
         )  # fmt: skip
 
     def _ask(self, address: _Address) -> str | None:

@@ -11,7 +11,14 @@ import redis
 import sqlalchemy as sa
 
 from chunkmill.broker import Broker
-from chunkmill.db.connect import Connections, connections, create_db, migration_level, unreachable_message
+from chunkmill.db.connect import (
+    Connections,
+    connections,
+    create_db,
+    schema_level,
+    server_encoding,
+    unreachable_message,
+)
 from chunkmill.domain.states import Route
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor import snapshot
@@ -30,12 +37,15 @@ class Database:
     """What the database server says about itself and about who is connected to it."""
 
     version: str
+    encoding: str
     pgvector: str | None
     """The version that is installed in this database; None if there is none."""
     pgvector_available: str | None
     """The version that the server could install."""
     migration: str | None
     head: str | None
+    is_newer: bool
+    """Whether a newer release made the schema."""
     connections: Connections
     clock_ahead: float
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
@@ -158,13 +168,15 @@ def _database(conn: sa.Connection) -> Database:
     clock = float(conn.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
     ahead = clock - (sent + time.time()) / 2
     server = conn.execute(_SERVER).one()
-    current, head = migration_level(conn)
+    level = schema_level(conn)
     return Database(
         version=server.version.split()[0],
+        encoding=server_encoding(conn),
         pgvector=server.pgvector,
         pgvector_available=server.pgvector_available,
-        migration=current,
-        head=head,
+        migration=level.current,
+        head=level.head,
+        is_newer=level.is_newer,
         connections=connections(conn),
         clock_ahead=ahead,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -21,6 +22,12 @@ def _psycopg_url(url: str) -> str:
     if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
         raise ValueError("it must be a URL such as postgresql://user@host:5432/chunkmill")
     return f"postgresql+psycopg://{rest}"
+
+
+def _schema_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name) or name.startswith("pg_") or name == "information_schema":
+        raise ValueError("it must be the name of a schema: lower-case letters, digits and _, such as chunkmill")
+    return name
 
 
 def _redis_url(url: str) -> str:
@@ -81,6 +88,11 @@ class Settings(ProviderSettings):
         repr=False,
         description="URL of a Postgres database with pgvector. If this and REDIS_URL are both unset, Chunkmill uses "
         "the embedded stack.",
+    )
+    database_schema: Annotated[str, AfterValidator(_schema_name)] = Field(
+        "chunkmill",
+        description="Schema of the database that holds Chunkmill's tables. `chunkmill migrate` creates it. With the "
+        "default, tables that an earlier release created in another schema stay there.",
     )
     redis_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
         None,
@@ -277,9 +289,13 @@ class Settings(ProviderSettings):
             raise InvalidSetting(f"{problems}. Fix the environment; docs/settings.md lists every setting.") from None
 
     def require_database_url(self) -> str:
+        """The URL for ``chunkmill.db.connect.create_db``: with ``schema=…`` if DATABASE_SCHEMA is not the default."""
         if self.database_url is None:
             raise InvalidSetting("DATABASE_URL is not set. Set it, or run `chunkmill up` for the embedded stack.")
-        return self.database_url
+        if self.database_schema == "chunkmill":
+            return self.database_url
+        separator = "&" if "?" in self.database_url else "?"
+        return f"{self.database_url}{separator}schema={self.database_schema}"
 
     def require_redis_url(self) -> str:
         if self.redis_url is None:

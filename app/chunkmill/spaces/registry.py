@@ -78,6 +78,9 @@ def register(conn: sa.Connection, spec: SpaceSpec, *, storage: str = "vector") -
     space = Space(conn.execute(sa.text(insert), parameters).scalar_one(), spec, storage)
     if conn.execute(sa.text("SELECT has_schema_privilege(current_schema(), 'CREATE')")).scalar_one():
         conn.execute(sa.text(_create_vector_table(space)))
+        # A statement of its own, because CREATE TABLE takes STORAGE only since Postgres 16.
+        storage = _storage_strategy(spec.dimensions, space.storage)
+        conn.execute(sa.text(f"ALTER TABLE {space.table_name} ALTER COLUMN embedding SET STORAGE {storage}"))
     else:
         # A role that may not create tables calls this function of the tables' owner: deploy/postgres-role.sql.
         conn.execute(sa.text("SELECT create_vector_table(:space)"), {"space": space.id})
@@ -169,7 +172,7 @@ def _create_vector_table(space: Space) -> str:
             content_hash bytea PRIMARY KEY,
             n_tokens integer NOT NULL,
             truncated boolean NOT NULL,
-            embedding {space.vector_type} STORAGE {_storage_strategy(space.spec.dimensions, space.storage)} NOT NULL
+            embedding {space.vector_type} NOT NULL
         )
     """
 

@@ -49,13 +49,43 @@ def drop_rejected(conn: sa.Connection, rejected: Iterable[DeadChunk]) -> None:
 
 
 def add_contents(conn: sa.Connection, missing: Mapping[bytes, bytes]) -> None:
-    """Store texts by hash; those that exist already stay. They are sorted, so that two producers cannot deadlock."""
+    """Store texts by hash; those that exist already stay. They are sorted, so that two producers cannot deadlock.
+
+    A text that was damaged in the database is stored anew, so that its content can be embedded.
+    """
     if not missing:
         return
     create = "CREATE TEMP TABLE IF NOT EXISTS staged_contents (content_hash bytea, text text) ON COMMIT DROP"
     conn.execute(sa.text(create))
     copy_binary(conn, "staged_contents (content_hash, text)", encode_rows(sorted(missing.items())))
-    conn.execute(sa.text("INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING"))
+    insert = "INSERT INTO contents SELECT content_hash, text FROM staged_contents ON CONFLICT DO NOTHING"
+    if conn.execute(sa.text(insert)).rowcount < len(missing):
+        _repair_damaged(conn)
+
+
+def _repair_damaged(conn: sa.Connection) -> None:
+    """Replace the texts of staged contents that are not those which the hash names. Nearly always there is none."""
+    # OFFSET 0 as in `merge_chunks`.
+    select_damaged = """
+        SELECT s.content_hash
+        FROM staged_contents s
+        CROSS JOIN LATERAL (
+            SELECT x.text
+            FROM contents x
+            WHERE x.content_hash = s.content_hash
+            OFFSET 0
+        ) c
+        WHERE c.text <> s.text
+    """
+    damaged = conn.execute(sa.text(select_damaged)).scalars().all()
+    if damaged:
+        repair = """
+            UPDATE contents c
+            SET text = s.text
+            FROM staged_contents s
+            WHERE c.content_hash = ANY(:damaged) AND s.content_hash = c.content_hash
+        """
+        conn.execute(sa.text(repair), {"damaged": damaged})
 
 
 def merge_chunks(

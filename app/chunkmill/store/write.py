@@ -60,10 +60,9 @@ def write_vectors(
 def _write_staged(conn: sa.Connection, space: Space, payload: memoryview) -> int:
     """Write those vectors that are new, after another job wrote some of the contents first. Returns how many."""
     staging = f"staged_{space.table_name}"
+    # The storage of the vector table is copied too: a vector of more than 8 kB does not fit a row without TOAST.
     create = f"""
-        CREATE TEMP TABLE IF NOT EXISTS {staging} (
-            content_hash bytea, n_tokens int, truncated bool, embedding {space.vector_type} STORAGE PLAIN
-        ) ON COMMIT DROP
+        CREATE TEMP TABLE IF NOT EXISTS {staging} (LIKE {space.table_name} INCLUDING STORAGE) ON COMMIT DROP
     """
     conn.execute(sa.text(create))
     # An earlier write in this transaction may have left its rows.

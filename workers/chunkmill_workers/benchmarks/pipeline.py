@@ -26,7 +26,7 @@ from chunkmill_workers.benchmarks.stats import OURS, Measurement, Target, add_ra
 from chunkmill_workers.benchmarks.texts import docstrings
 
 SYSTEM, BARE = "chunkmill, the whole system", "chunkmill, its engine alone"
-GROUP, COLLECTION, TABLE = "text to vectors", "benchmark", "script_rows"
+GROUP, COLLECTION, TABLE = "text to vectors", "benchmark", "public.script_rows"
 COLD_STARTS = 3
 
 

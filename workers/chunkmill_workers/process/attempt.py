@@ -51,6 +51,7 @@ class Attempt(Generic[Context]):
     def begin(self, space: Space, work: Work) -> None:
         """Take what ``open`` read, once that is committed."""
         self.space, self.work = space, work
+        self.dead = [dead_chunks.damaged_content(content_hash) for content_hash in work.damaged]
         self._refused = dead_chunks.refused_contents(self.lease.on_long, work.truncated)
 
     @property

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.ledger.dead.dead_chunks import DeadContent
+from chunkmill.ledger.dead.dead_chunks import DeadContent, damaged_content
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
@@ -151,7 +151,7 @@ class _BatchFiller:
         return not full
 
     def _pack(self, waiting: Waiting) -> Contribution:
-        texts = provider_work.missing_texts(self._conn, self._space, waiting)
+        texts, damaged = provider_work.missing_texts(self._conn, self._space, waiting)
         provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
         taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
         suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
@@ -164,6 +164,8 @@ class _BatchFiller:
                 contribution.shared.add(int(taken[content_hash] or 0))
             elif isinstance(item, RefusedInput):
                 contribution.dead.append(DeadContent(content_hash, item.code, item.reason))
+            elif content_hash in damaged:
+                contribution.dead.append(damaged_content(content_hash))
             elif isinstance(item, ProviderInput) and not self.packer.add(item, alone=content_hash in suspects):
                 return contribution
             contribution.kept += 1

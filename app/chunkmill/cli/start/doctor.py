@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import redis
 import sqlalchemy as sa
 
 from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
+from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, UnknownModel
@@ -140,11 +140,18 @@ def server_checks() -> Iterator[Check]:
 
 
 def database_checks(database: Database) -> Iterator[Check]:
-    old = _numbers(database.version) < (15,)
-    yield Check("Postgres", "fail" if old else "ok", database.version, "Chunkmill needs 15 or later." if old else "")
+    problem = version_problem(database.version)
+    yield Check("Postgres", "fail" if problem else "ok", database.version, problem or "")
+    problem = encoding_problem(database.encoding)
+    yield Check("encoding", "fail" if problem else "ok", database.encoding, problem or "")
     yield _pgvector_check(database)
     if database.is_migrated:
         yield Check("migration", "ok", f"{database.migration}, up to date")
+    elif database.is_newer:
+        advice = (
+            "A newer release migrated the database. Upgrade this machine; docs/upgrades.md says what runs meanwhile."
+        )
+        yield Check("migration", "warn", f"{database.migration}, newer than this release ({database.head})", advice)
     else:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)
@@ -161,7 +168,7 @@ def database_checks(database: Database) -> Iterator[Check]:
 
 
 def redis_checks(server: RedisServer) -> Iterator[Check]:
-    old = _numbers(server.version) < (6, 2)
+    old = numbers(server.version) < (6, 2)
     yield Check("Redis", "fail" if old else "ok", server.version, "Chunkmill needs 6.2 or later." if old else "")
     if server.eviction is None:
         yield Check("Redis eviction", "warn", "hidden by the server", "Make sure that maxmemory-policy is noeviction.")
@@ -204,20 +211,13 @@ def _redis_checks_of(settings: Settings) -> Iterator[Check]:
 
 
 def _pgvector_check(database: Database) -> Check:
+    problem = pgvector_problem(database.pgvector, database.pgvector_available)
+    if problem:
+        return Check("pgvector", "fail", database.pgvector or "not installed", problem)
     if database.pgvector is None:
-        if database.pgvector_available is None:
-            return Check("pgvector", "fail", "not installed", "Install the extension pgvector on the database server.")
         state = f"{database.pgvector_available} is available but not created in this database"
         return Check("pgvector", "warn", state, "Run: chunkmill migrate")
-    if _numbers(database.pgvector) < (0, 8):
-        return Check(
-            "pgvector", "fail", database.pgvector, "Chunkmill needs 0.8 or later: ALTER EXTENSION vector UPDATE;"
-        )
     return Check("pgvector", "ok", database.pgvector)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _missing(packages: list[str]) -> list[str]:

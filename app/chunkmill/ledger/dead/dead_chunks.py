@@ -30,6 +30,16 @@ class DeadContent:
     reason: str
 
 
+def damaged_content(content_hash: bytes) -> DeadContent:
+    """The dead content of a stored text that is not the one its hash names. It was neither embedded nor sent."""
+    return DeadContent(
+        content_hash,
+        "damaged_text",
+        "the text in the database is not the one that was enqueued: its SHA-256 is another. Enqueue the chunk again, "
+        "which stores its text anew",
+    )
+
+
 def refused_contents(on_long: OnLong, truncated: Iterable[tuple[bytes, int]]) -> list[DeadContent]:
     """The contents that a job refuses, although another job had them cut and embedded.
 

@@ -25,6 +25,7 @@ from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill.ledger.work.chunk_batches import Lease, SharedFields
 from chunkmill.ledger.work.usage import Outcome, Usage
 from chunkmill.spaces.registry import Space
+from chunkmill.store.read import split_damaged
 
 AGAIN_SECONDS = 5.0
 """How long a ChunkBatch waits before it is tried again, if others have its contents in plain requests."""
@@ -125,8 +126,11 @@ def take_waiting(conn: sa.Connection, space: Space, job: OpenJob, *, limit: int)
     ]
 
 
-def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> dict[bytes, str]:
-    """``content_hash → text`` of its contents that are still there, have no vector, and are not dead in its job."""
+def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> tuple[dict[bytes, str], list[bytes]]:
+    """``content_hash → text`` of its contents that are still there, have no vector, and are not dead in its job.
+
+    Beside them the hashes of those whose stored text is another one, which must not be sent.
+    """
     # A dead content is left out, because one that was refused alone would be sent again with the others for ever.
     rows = conn.execute(
         sa.text(f"""
@@ -140,7 +144,8 @@ def missing_texts(conn: sa.Connection, space: Space, waiting: Waiting) -> dict[b
         """),
         {"hashes": list(waiting.hashes), "job": waiting.job_id},
     )
-    return {row.content_hash: row.text for row in rows}
+    right, damaged = split_damaged(rows)
+    return dict(right), damaged
 
 
 def cut(conn: sa.Connection, waiting: Waiting, kept: int) -> None:

@@ -12,10 +12,12 @@ from chunkmill.monitor.servers import Database, RedisServer
 
 WELL = Database(
     version="16.4",
+    encoding="UTF8",
     pgvector="0.8.0",
     pgvector_available="0.8.0",
     migration="0002",
     head="0002",
+    is_newer=False,
     connections=Connections(workers=4, provider_workers=0, pollers=1),
     clock_ahead=0.01,
 )
@@ -33,12 +35,15 @@ def test_a_database_in_order() -> None:
     ("change", "name", "state"),
     [
         ({"version": "14.11"}, "Postgres", "fail"),
+        ({"encoding": "SQL_ASCII"}, "encoding", "fail"),
         ({"pgvector": "0.7.4"}, "pgvector", "fail"),
         ({"pgvector": "0.10.0"}, "pgvector", "ok"),
         ({"pgvector": None}, "pgvector", "warn"),
         ({"pgvector": None, "pgvector_available": None}, "pgvector", "fail"),
+        ({"pgvector": None, "pgvector_available": "0.6.2"}, "pgvector", "fail"),
         ({"migration": "0001"}, "migration", "fail"),
         ({"migration": None}, "migration", "fail"),
+        ({"migration": "9000", "is_newer": True}, "migration", "warn"),
         ({"connections": Connections(0, 0, 1)}, "worker", "warn"),
         ({"connections": Connections(4, 0, 0)}, "poller", "warn"),
         ({"clock_ahead": -5.0}, "Postgres clock", "warn"),

@@ -82,7 +82,7 @@ class Server:
         from pgvector.psycopg import register_vector
 
         texts = self._texts[name]
-        with psycopg.connect(database_url) as connection:
+        with psycopg.connect(database_url, client_encoding="utf8") as connection:
             register_vector(connection)
             began = time.perf_counter()
             vectors = self._adapter.embed(texts)
