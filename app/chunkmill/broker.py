@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from celery import Celery
@@ -17,6 +16,7 @@ from kombu.transport import redis as redis_transport
 
 from chunkmill.domain.states import Route
 from chunkmill.settings import Settings
+from chunkmill.settings.addresses import redis_tls
 
 QUEUE = "gpu"
 PROVIDER_QUEUE = "openai"
@@ -172,9 +172,8 @@ def make_celery(settings: Settings) -> Celery:
             "interval_max": 0.5,
         },
     )
-    if url.startswith("rediss://"):
-        # kombu's default for rediss:// is CERT_NONE.
-        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    if tls := redis_tls(url):
+        app.conf.broker_use_ssl = tls
     return app
 
 
@@ -191,15 +190,15 @@ class Broker:
     @classmethod
     def connect(cls, settings: Settings) -> Broker:
         """Make both clients. Neither connects before its first use."""
-        return cls(
-            make_celery(settings),
-            redis.Redis.from_url(
-                settings.require_redis_url(),
-                socket_timeout=5,
-                socket_connect_timeout=2,
-                health_check_interval=25,
-            ),
+        url = settings.require_redis_url()
+        client = redis.Redis.from_url(
+            url.partition("?")[0] if url.startswith("rediss://") else url,
+            socket_timeout=5,
+            socket_connect_timeout=2,
+            health_check_interval=25,
+            **redis_tls(url),
         )
+        return cls(make_celery(settings), client)
 
     def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
         """How many doorbells wait in Redis, by priority rank.
@@ -265,12 +264,9 @@ def _short(value: int | str) -> int | str:
 
 
 def kombu_url(url: str) -> str:
-    """The URL as kombu writes it: a Unix socket is ``redis+socket:///path?virtual_host=0``."""
+    """The URL as kombu writes it: without options, which kombu reads in its own way, and with
+    ``redis+socket:///path?virtual_host=0`` for a Unix socket."""
     parts = urlsplit(url)
     if parts.scheme != "unix":
-        return url
-    query: dict[str, Any] = {key: values[0] for key, values in parse_qs(parts.query).items()}
-    login = parts.netloc.rpartition("@")[0]
-    if "password" in query:
-        login = f"{quote(query.get('username', ''), safe='')}:{quote(query['password'], safe='')}"
-    return f"redis+socket://{login + '@' if login else ''}{parts.path}?virtual_host={query.get('db', '0')}"
+        return url.partition("?")[0]
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"

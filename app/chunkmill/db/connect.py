@@ -165,6 +165,8 @@ def unreachable_message(url: str, error: Exception) -> str:
     """What to say if Postgres at ``url`` cannot be reached. It does not contain the password."""
     target = sa.make_url(url)
     address = target.query.get("host") or f"{target.host}:{target.port or 5432}"
+    if not isinstance(address, str):
+        address = ",".join(address)
     return (
         f"cannot connect to Postgres at {address}, database {target.database!r}: {refusal(error)}. "
         "Check DATABASE_URL, and that the server is up. `chunkmill doctor` shows more."

@@ -100,7 +100,11 @@ def test_every_rank_has_a_list_in_redis() -> None:
 
 @pytest.mark.parametrize(
     ("url", "verified"),
-    [("rediss://host:6379/0", {"ssl_cert_reqs": ssl.CERT_REQUIRED}), (URL, None), ("unix:///run/redis.sock", None)],
+    [
+        ("rediss://host:6379/0", {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}),
+        (URL, None),
+        ("unix:///run/redis.sock", None),
+    ],
 )
 def test_certificates_are_verified(url: str, verified: object) -> None:
     """kombu's own default is to take any certificate."""

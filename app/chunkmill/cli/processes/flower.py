@@ -89,10 +89,10 @@ def judge(opening: Opening, *, no_auth: bool, terminal: bool, environ: Mapping[s
     """Whether a password has to be made. Raises :class:`InvalidInput` if Flower would be open to strangers."""
     for login in opening.logins:
         user, _, password = login.partition(":")
-        if not user or not password:
+        if not user or not password or login != login.strip() or not login.isprintable():
             raise InvalidInput(
                 "FLOWER_BASIC_AUTH must be user:password, or several of these separated by commas; one of them has no "
-                "user or no password."
+                "user, no password, or a blank or line break at an end."
             )
     if opening.unix_socket:
         where = f"the socket {opening.unix_socket}, which every user of this machine may open"
