@@ -260,10 +260,16 @@ class Provider:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
-    import httpx2
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it.
 
-    return (httpx2.HTTPError, httpx2.StreamError, OSError)
+    openai 3 uses httpx2, and openai 2 uses httpx.
+    """
+    try:
+        import httpx2 as httpx
+    except ImportError:
+        import httpx
+
+    return (httpx.HTTPError, httpx.StreamError, OSError)
 
 
 def _retry_after(headers: Any) -> float | None:
