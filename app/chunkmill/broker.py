@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -37,13 +38,13 @@ PRIORITY_STEPS = [0, 3, 6, 9]
 STEP_PRIORITY = 0
 """The priority of a ProviderBatch's steps. They come before doorbells, whose priorities are those of jobs."""
 
-REFUSALS = (
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.ExecAbortError,  # a transaction reports the others in this form
-)
-"""What Redis answers while it is full or fails over. kombu takes them for errors of a channel, which end a worker."""
+REFUSALS = (redis.exceptions.ResponseError, redis.exceptions.InvalidResponse)
+"""What Redis answers while it cannot do what it is asked: it is full, fails over, cannot save, lacks a replica, or lost
+its users (OOM, READONLY, MISCONF, NOREPLICAS, NOPERM, and whatever a newer server adds).
+
+All of them count as an outage, because all pass by themselves or with an operator's help, and our commands are always
+the same: none is refused for what it says. kombu takes them for errors of a channel, which end a worker.
+"""
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]
@@ -77,8 +78,16 @@ class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
     connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
 
 
-for _scheme in ("redis", "rediss"):
-    TRANSPORT_ALIASES[_scheme] = f"{__name__}:{RedisTransport.__name__}"
+def outlive_refusals() -> None:
+    """Let the Celery apps of this process use :class:`RedisTransport`. Call it before the first connection.
+
+    It is for processes of our own that consume: workers and Flower. It changes a table of kombu's that is shared with
+    the Celery of a host program, so a producer does not call it. A producer needs it neither, because whoever rings
+    handles ``PUBLISH_ERRORS``.
+    """
+    for scheme in ("redis", "rediss"):
+        TRANSPORT_ALIASES[scheme] = f"{__name__}:{RedisTransport.__name__}"
+
 
 PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
 """What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again."""
@@ -238,7 +247,7 @@ class Broker:
         )
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
-        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
+        with self.celery.producer_or_acquire() as producer, _batch(producer):
             for number, priority, name, shown in messages:
                 self.celery.send_task(
                     task,
@@ -257,6 +266,11 @@ class Broker:
     def close(self) -> None:
         self.client.close()
         self.celery.close()
+
+
+def _batch(producer: Any) -> AbstractContextManager[object]:
+    """kombu 5.7 sends the messages of a block in one pipeline. Before 5.7 each is a command of its own."""
+    return producer.batch(max_size=500) if hasattr(producer, "batch") else nullcontext()
 
 
 def _short(value: int | str) -> int | str:

@@ -43,7 +43,7 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
         screen.hint("DATABASE_URL or REDIS_URL is set, so the other commands do not use this stack.")
     elif not screen.json:
         screen.say("")
-        screen.say("Every command finds these servers by itself.")
+        screen.say("Every command finds these servers by itself while they run.")
         screen.say("Next, start ", ("chunkmill worker", "bold"), " and, in another terminal, ",
                    ("chunkmill poller", "bold"))  # fmt: skip
 
@@ -125,7 +125,7 @@ def migrate(screen: Screen, revision: str) -> None:
 
     This is safe while workers run, and from several machines at once.
     """
-    settings = Environment.load(start_embedded=False).settings
+    settings = Environment.load().settings
     before = read_database(settings).migration
     try:
         run_migrations(settings.require_database_url(), revision)
