@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from celery import Celery
@@ -17,6 +17,7 @@ from kombu.transport import redis as redis_transport
 
 from chunkmill.domain.states import Route
 from chunkmill.settings import Settings
+from chunkmill.settings.addresses import redis_tls
 
 QUEUE = "gpu"
 PROVIDER_QUEUE = "openai"
@@ -37,13 +38,13 @@ PRIORITY_STEPS = [0, 3, 6, 9]
 STEP_PRIORITY = 0
 """The priority of a ProviderBatch's steps. They come before doorbells, whose priorities are those of jobs."""
 
-REFUSALS = (
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.ExecAbortError,  # a transaction reports the others in this form
-)
-"""What Redis answers while it is full or fails over. kombu takes them for errors of a channel, which end a worker."""
+REFUSALS = (redis.exceptions.ResponseError, redis.exceptions.InvalidResponse)
+"""What Redis answers while it cannot do what it is asked: it is full, fails over, cannot save, lacks a replica, or lost
+its users (OOM, READONLY, MISCONF, NOREPLICAS, NOPERM, and whatever a newer server adds).
+
+All of them count as an outage, because all pass by themselves or with an operator's help, and our commands are always
+the same: none is refused for what it says. kombu takes them for errors of a channel, which end a worker.
+"""
 
 
 class _QoS(redis_transport.QoS):  # type: ignore[misc]
@@ -77,8 +78,16 @@ class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
     connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
 
 
-for _scheme in ("redis", "rediss"):
-    TRANSPORT_ALIASES[_scheme] = f"{__name__}:{RedisTransport.__name__}"
+def outlive_refusals() -> None:
+    """Let the Celery apps of this process use :class:`RedisTransport`. Call it before the first connection.
+
+    It is for processes of our own that consume: workers and Flower. It changes a table of kombu's that is shared with
+    the Celery of a host program, so a producer does not call it. A producer needs it neither, because whoever rings
+    handles ``PUBLISH_ERRORS``.
+    """
+    for scheme in ("redis", "rediss"):
+        TRANSPORT_ALIASES[scheme] = f"{__name__}:{RedisTransport.__name__}"
+
 
 PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
 """What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again."""
@@ -172,9 +181,8 @@ def make_celery(settings: Settings) -> Celery:
             "interval_max": 0.5,
         },
     )
-    if url.startswith("rediss://"):
-        # kombu's default for rediss:// is CERT_NONE.
-        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    if tls := redis_tls(url):
+        app.conf.broker_use_ssl = tls
     return app
 
 
@@ -191,15 +199,15 @@ class Broker:
     @classmethod
     def connect(cls, settings: Settings) -> Broker:
         """Make both clients. Neither connects before its first use."""
-        return cls(
-            make_celery(settings),
-            redis.Redis.from_url(
-                settings.require_redis_url(),
-                socket_timeout=5,
-                socket_connect_timeout=2,
-                health_check_interval=25,
-            ),
+        url = settings.require_redis_url()
+        client = redis.Redis.from_url(
+            url.partition("?")[0] if url.startswith("rediss://") else url,
+            socket_timeout=5,
+            socket_connect_timeout=2,
+            health_check_interval=25,
+            **redis_tls(url),
         )
+        return cls(make_celery(settings), client)
 
     def queued_doorbells(self, bells: Bells = LOCAL_BELLS) -> dict[int, int]:
         """How many doorbells wait in Redis, by priority rank.
@@ -239,7 +247,7 @@ class Broker:
         )
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
-        with self.celery.producer_or_acquire() as producer, producer.batch(max_size=500):
+        with self.celery.producer_or_acquire() as producer, _batch(producer):
             for number, priority, name, shown in messages:
                 self.celery.send_task(
                     task,
@@ -260,17 +268,19 @@ class Broker:
         self.celery.close()
 
 
+def _batch(producer: Any) -> AbstractContextManager[object]:
+    """kombu 5.7 sends the messages of a block in one pipeline. Before 5.7 each is a command of its own."""
+    return producer.batch(max_size=500) if hasattr(producer, "batch") else nullcontext()
+
+
 def _short(value: int | str) -> int | str:
     return f"{value[: LONGEST_NAME - 1]}…" if isinstance(value, str) and len(value) > LONGEST_NAME else value
 
 
 def kombu_url(url: str) -> str:
-    """The URL as kombu writes it: a Unix socket is ``redis+socket:///path?virtual_host=0``."""
+    """The URL as kombu writes it: without options, which kombu reads in its own way, and with
+    ``redis+socket:///path?virtual_host=0`` for a Unix socket."""
     parts = urlsplit(url)
     if parts.scheme != "unix":
-        return url
-    query: dict[str, Any] = {key: values[0] for key, values in parse_qs(parts.query).items()}
-    login = parts.netloc.rpartition("@")[0]
-    if "password" in query:
-        login = f"{quote(query.get('username', ''), safe='')}:{quote(query['password'], safe='')}"
-    return f"redis+socket://{login + '@' if login else ''}{parts.path}?virtual_host={query.get('db', '0')}"
+        return url.partition("?")[0]
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"

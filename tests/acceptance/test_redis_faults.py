@@ -5,9 +5,10 @@ test_real_workers has the tests in which Redis is emptied, or killed and started
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +35,23 @@ class Place:
     poller: Process
     redis: redis.Redis
     redis_pid: int
+    home: Path
     db: sa.Engine
 
     def fill(self, n: int = 300) -> int:
         documents = [(f"d{i}", f"document {i} " + f"word{i} " * 40) for i in range(n)]
         return self.client.enqueue(documents, collection="docs").id
 
-    def finishes(self, job_id: int) -> None:
-        """Assert that every text was embedded once, although a doorbell may have been answered twice."""
+    def finishes(self, job_id: int, *, others: int = 0) -> None:
+        """Assert that every text was embedded once, although a doorbell may have been answered twice.
+
+        ``others`` is how many texts of other jobs were embedded."""
         job = self.client.wait(job_id, timeout=PATIENCE)
         assert (job.state, job.embedded, job.dead) == (JobState.COMPLETED, 300, 0)
         assert self.client.audit("docs").complete
         with self.db.begin() as conn:
             booked = conn.execute(sa.text("SELECT sum(contents), sum(recomputed) FROM usage")).one()
-        assert tuple(booked) == (300, 0)
+        assert tuple(booked) == (300 + others, 0)
         assert self.worker.popen.poll() is None, self.worker.output()
         assert self.poller.popen.poll() is None, self.poller.output()
 
@@ -65,7 +69,7 @@ def place(settings: Settings, db: sa.Engine, tmp_path: Path) -> Iterator[Place]:
                 redis.Redis.from_url(status.redis_url) as connection,
             ):
                 assert status.redis.pid is not None
-                yield Place(client, worker, poller, connection, status.redis.pid, db)
+                yield Place(client, worker, poller, connection, status.redis.pid, home, db)
         finally:
             processes.stop_all()
 
@@ -113,3 +117,46 @@ def test_full_while_workers_take_doorbells(place: Place) -> None:
     place.redis.config_set("maxmemory", 0)
     place.finishes(job_id)
     assert "Couldn't ack" not in place.worker.output()
+
+
+def refuse_without_replicas(place: Place) -> Callable[[], object]:
+    """As after a failover, while the new primary has no replica."""
+    place.redis.config_set("min-replicas-to-write", 1)
+    return lambda: place.redis.config_set("min-replicas-to-write", 0)
+
+
+def refuse_without_snapshots(place: Place) -> Callable[[], object]:
+    """As on a full disk: the snapshot cannot be saved, and Redis takes no more writes."""
+    in_the_way = place.home / "redis" / "dump.rdb"
+    in_the_way.mkdir()
+    place.redis.config_set("save", "3600 1")
+
+    def status_is(wanted: str) -> bool:
+        with contextlib.suppress(redis.ResponseError):  # one is being saved
+            place.redis.bgsave()
+        return bool(place.redis.info("persistence")["rdb_last_bgsave_status"] == wanted)
+
+    until(lambda: status_is("err"))
+
+    def pass_by() -> None:
+        in_the_way.rmdir()
+        until(lambda: status_is("ok"))
+
+    return pass_by
+
+
+@pytest.mark.parametrize(
+    ("refuse", "word"), [(refuse_without_replicas, "NOREPLICAS"), (refuse_without_snapshots, "MISCONF")]
+)
+def test_refusing_every_write_for_a_while(
+    place: Place, refuse: Callable[[Place], Callable[[], object]], word: str
+) -> None:
+    job_id = place.fill()
+    until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)
+    pass_by = refuse(place)
+    until(lambda: word in place.worker.output() or place.worker.popen.poll() is not None, place.worker.output)
+    assert place.worker.popen.poll() is None, place.worker.output()
+    late = place.client.enqueue([("late", "a text that comes while no bell can be rung")], collection="late").id
+    pass_by()
+    assert place.client.wait(late, timeout=PATIENCE).state is JobState.COMPLETED
+    place.finishes(job_id, others=1)

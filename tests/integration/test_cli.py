@@ -20,8 +20,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from chunkmill.cli.__main__ import cli
+from chunkmill.client import Client
 from chunkmill.embedded import Stack
 from chunkmill.embedded.process import command_line
+from chunkmill.errors import InvalidSetting
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE, until
@@ -209,13 +211,18 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert "REDIS_URL" in refusal("jobs")
 
 
-def test_status_and_worker_start_no_servers(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_only_up_starts_servers(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("CHUNKMILL_HOME", str(home / "other"))
     assert document("status")["running"] is False
     assert "chunkmill up" in screen("status")
     assert "was not running" in screen("down")
     assert "chunkmill up" in refusal("worker")
     assert "chunkmill up" in refusal("poller")
+    assert "chunkmill up" in refusal("jobs")
+    assert "chunkmill up" in refusal("migrate")
+    assert "chunkmill up" in refusal("enqueue", str(CHECKOUT / "docs"), "-c", "docs")
+    with pytest.raises(InvalidSetting, match="DATABASE_URL and REDIS_URL are not set"):
+        Client.from_env()
     assert not (home / "other").exists()
 
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Client, InvalidInput, JobFailed, JobState
-from chunkmill.broker import Broker, kombu_url, make_celery
+from chunkmill.broker import Broker
 from chunkmill.client import Client as ClientClass
 from chunkmill.db.connect import create_db
 from chunkmill.domain.spaces import OnLong
@@ -322,26 +322,6 @@ def test_a_small_collection_in_a_large_space_is_found_through_the_index(client: 
     execute(db, f"ALTER DATABASE {db.url.database} SET hnsw.max_scan_tuples = 100")
     client._db.dispose()
     assert len(client.search(query, collection="small", k=10)) == 10
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("unix:///tmp/a.sock?db=3", "redis+socket:///tmp/a.sock?virtual_host=3"),
-        ("unix://user:secret@/tmp/a.sock", "redis+socket://user:secret@/tmp/a.sock?virtual_host=0"),
-        ("unix:///tmp/a.sock?db=1&password=se%2Fcret", "redis+socket://:se%2Fcret@/tmp/a.sock?virtual_host=1"),
-        ("rediss://u:p@h:6380/2", "rediss://u:p@h:6380/2"),
-    ],
-)
-def test_redis_urls_keep_their_password_in_kombus_form(url: str, expected: str) -> None:
-    assert kombu_url(url) == expected
-
-
-def test_tls_to_redis_verifies_certificates() -> None:
-    import ssl
-
-    celery = make_celery(Settings.from_env(redis_url="rediss://h:6380/0"))
-    assert celery.conf.broker_use_ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED}
 
 
 def test_deep_metadata_is_refused_and_named(client: Client) -> None:

@@ -8,15 +8,16 @@ import click
 from celery import signals
 from click.core import ParameterSource
 
-from chunkmill.broker import QUEUE, make_celery
+from chunkmill.broker import QUEUE, make_celery, outlive_refusals
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers import tasks
 from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name
 
+outlive_refusals()
 with fatal_errors():
-    environment = Environment.load(start_embedded=False)
+    environment = Environment.load()
     app = make_celery(environment.settings)
 tasks.register(app)
 worker = WorkerProcess(environment.settings, {QUEUE})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
+from types import TracebackType
 from typing import Any
 
 import click
 
 from chunkmill.cli.output import Screen, json_option, prepare_streams
 from chunkmill.errors import ChunkmillError
+from chunkmill.telemetry.logging import told
 
 SECTIONS = {
     "Getting started": {
@@ -129,6 +132,14 @@ def _known(error: Exception) -> tuple[str | None, str]:
     return None, ""
 
 
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody expected, without passwords and without the rows of Postgres."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        click.echo(told(error), err=True)
+
+
 @click.group(
     cls=Cli,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -142,6 +153,7 @@ def cli() -> None:
 
 def main() -> None:
     prepare_streams()
+    sys.excepthook = _show_uncaught
     cli(prog_name="chunkmill")
 
 

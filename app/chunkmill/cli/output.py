@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chunkmill.telemetry.logging import without_passwords
+
 PIPE_WIDTH = 10_000
 """Width in columns if stdout is not a terminal, because a program that reads a pipe needs whole lines."""
 NOTHING = "-"
@@ -63,7 +65,7 @@ class Screen:
             self.err.print(Text(message, style="yellow"), soft_wrap=True)
 
     def error(self, code: str, message: str) -> None:
-        message = " ".join(message.split())
+        message = without_passwords(" ".join(message.split()))
         if self.json:
             click.echo(json.dumps({"error": code, "message": message}), err=True)
         else:

@@ -44,7 +44,7 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
         screen.hint("DATABASE_URL or REDIS_URL is set, so the other commands do not use this stack.")
     elif not screen.json:
         screen.say("")
-        screen.say("Every command finds these servers by itself.")
+        screen.say("Every command finds these servers by itself while they run.")
         screen.say("Next, start ", ("chunkmill worker", "bold"), " and, in another terminal, ",
                    ("chunkmill poller", "bold"))  # fmt: skip
 
@@ -138,7 +138,7 @@ def migrate(screen: Screen, revision: str, as_sql: bool) -> None:
         if as_sql:
             write_migrations(revision, Settings.from_env().database_schema)
             return
-        settings = Environment.load(start_embedded=False).settings
+        settings = Environment.load().settings
         before = read_database(settings)
         try:
             run_migrations(settings.require_database_url(), revision)

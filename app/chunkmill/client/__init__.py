@@ -28,12 +28,12 @@ class Client(Jobs, Money, DeadList, Vectors, Retention):
     @classmethod
     def from_env(cls) -> Client:
         """A client for ``DATABASE_URL`` and ``REDIS_URL``. If both are unset it is a client for the embedded stack,
-        which is started if it is down and migrated if its schema is older.
+        which ``chunkmill up`` has started. Its schema is migrated if it is older.
 
-        Raises :class:`InvalidSetting` if a setting is wrong, and :class:`StoreUnavailable` if Postgres cannot be
-        reached or needs ``chunkmill migrate``.
+        Raises :class:`InvalidSetting` if a setting is wrong or no server is known, and :class:`StoreUnavailable` if
+        Postgres cannot be reached or needs ``chunkmill migrate``.
         """
-        environment = Environment.load(start_embedded=True)
+        environment = Environment.load()
         settings = environment.settings
         tracing.configure("chunkmill-client")
         if environment.is_embedded:

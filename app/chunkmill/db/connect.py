@@ -359,4 +359,6 @@ def unreachable_message(url: str, error: Exception) -> str:
 def _address(url: str) -> str:
     target = sa.make_url(url)
     address = target.query.get("host") or f"{target.host}:{target.port or 5432}"
+    if not isinstance(address, str):
+        address = ",".join(address)
     return f"{address}, database {target.database!r}"

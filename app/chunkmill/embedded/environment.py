@@ -17,12 +17,12 @@ class Environment:
     is_embedded: bool
 
     @classmethod
-    def load(cls, *, start_embedded: bool) -> Environment:
+    def load(cls) -> Environment:
         """Read the settings, and find the servers.
 
-        If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack. It is started
-        with ``start_embedded``, and must be running otherwise. Raises :class:`InvalidSetting` and
-        :class:`EmbeddedStackError`.
+        If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack, which must be
+        running: a process whose variables got lost must not write into servers that nobody knows of. Raises
+        :class:`InvalidSetting` and :class:`EmbeddedStackError`.
         """
         settings = Settings.from_env()
         if settings.database_url and settings.redis_url:
@@ -30,12 +30,11 @@ class Environment:
         if settings.database_url or settings.redis_url:
             unset = "REDIS_URL" if settings.database_url else "DATABASE_URL"
             raise InvalidSetting(f"{unset} is not set. Set both, or neither to use the embedded stack.")
-        stack = Stack(settings.chunkmill_home)
-        status = stack.up() if start_embedded else stack.status()
+        status = Stack(settings.chunkmill_home).status()
         if not status.running:
             raise InvalidSetting(
                 f"DATABASE_URL and REDIS_URL are not set, and no embedded stack runs in {status.home}. "
-                "Set them, or start the stack: chunkmill up"
+                "Set both, or start the stack on this machine: chunkmill up"
             )
         # The constructor validates the addresses and brings them into their final form.
         return cls(Settings.from_env(database_url=status.database_url, redis_url=status.redis_url), is_embedded=True)

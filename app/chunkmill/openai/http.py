@@ -60,9 +60,18 @@ class Provider:
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
         self._openai = openai
-        self._client = openai.OpenAI(
-            api_key=key, base_url=self.server, max_retries=0, timeout=settings.openai_timeout_seconds
-        )
+        try:
+            self._client = openai.OpenAI(
+                api_key=key, base_url=self.server, max_retries=0, timeout=settings.openai_timeout_seconds
+            )
+        except (ImportError, OSError, ValueError) as error:
+            # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a
+            # proxy with its password.
+            raise InvalidSetting(
+                f"no connection to {self.server} can be made with the environment of this process "
+                f"({type(error).__name__}). Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY (a SOCKS proxy needs "
+                "the package socksio), and that the files of SSL_CERT_FILE and SSL_CERT_DIR exist."
+            ) from None
 
     def close(self) -> None:
         self._client.close()
@@ -251,10 +260,16 @@ class Provider:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
-    import httpx2
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it.
 
-    return (httpx2.HTTPError, httpx2.StreamError, OSError)
+    openai 3 uses httpx2, and openai 2 uses httpx.
+    """
+    try:
+        import httpx2 as httpx
+    except ImportError:
+        import httpx
+
+    return (httpx.HTTPError, httpx.StreamError, OSError)
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -13,15 +13,8 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from chunkmill.domain.spaces import Pooling, Precision
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import InvalidSetting
+from chunkmill.settings.addresses import one_line, read_postgres_url, read_redis_url
 from chunkmill.settings.provider import ProviderSettings
-
-
-def _psycopg_url(url: str) -> str:
-    """The URL in the form that makes SQLAlchemy use psycopg 3."""
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
-        raise ValueError("it must be a URL such as postgresql://user@host:5432/chunkmill")
-    return f"postgresql+psycopg://{rest}"
 
 
 def _schema_name(name: str) -> str:
@@ -30,14 +23,9 @@ def _schema_name(name: str) -> str:
     return name
 
 
-def _redis_url(url: str) -> str:
-    if url.partition("://")[0] not in ("redis", "rediss", "unix"):
-        raise ValueError("it must be a URL such as redis://host:6379/0, rediss://… or unix:///path?db=0")
-    return url
-
-
 def _http_url(url: str) -> str:
     problem = "it must be a URL such as http://127.0.0.1:8080, with host, port and path only"
+    url = one_line(url)
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises if it is not a port
@@ -81,24 +69,33 @@ ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 class Settings(ProviderSettings):
     """All settings. The environment variable of a field is its name in capitals; docs/settings.md lists them."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # the input may be a password
+    )
 
-    database_url: Annotated[str, AfterValidator(_psycopg_url)] | None = Field(
+    database_url: Annotated[str, AfterValidator(read_postgres_url)] | None = Field(
         None,
         repr=False,
-        description="URL of a Postgres database with pgvector. If this and REDIS_URL are both unset, Chunkmill uses "
-        "the embedded stack.",
+        description="URL of a Postgres database with pgvector, or of several hosts of which one is the primary: "
+        "`postgresql://user:password@h1:5432,h2:5432/chunkmill?target_session_attrs=read-write`. In the password, "
+        "write `/ ? # @ %` as `%2F %3F %23 %40 %25`. If this and REDIS_URL are both unset, Chunkmill uses the embedded "
+        "stack, which `chunkmill up` starts.",
     )
     database_schema: Annotated[str, AfterValidator(_schema_name)] = Field(
         "chunkmill",
         description="Schema of the database that holds Chunkmill's tables. `chunkmill migrate` creates it. With the "
         "default, tables that an earlier release created in another schema stay there.",
     )
-    redis_url: Annotated[str, AfterValidator(_redis_url)] | None = Field(
+    redis_url: Annotated[str, AfterValidator(read_redis_url)] | None = Field(
         None,
         repr=False,
-        description="URL of Redis or Valkey, version 6.2 or later. With `rediss://` the server's certificate is "
-        "verified.",
+        description="URL of one Redis or Valkey, version 6.2 or later: `redis://`, `rediss://` (then the server's "
+        "certificate is verified) or `unix:///path?db=0`. The password is written as in DATABASE_URL. Options are "
+        "`db`, and with `rediss://` also `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs` and "
+        "`ssl_check_hostname`.",
     )
     chunkmill_home: Path | None = Field(
         None,

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode
 
 from chunkmill.domain.providers import OPENAI_MODELS, ProviderModel, read_models
+from chunkmill.settings.addresses import one_line
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -19,6 +20,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def _base_url(url: str) -> str:
     """The URL, if it is https or on loopback: a key must not cross a network unencrypted."""
     problem = "it must be a URL such as https://api.openai.com/v1; http is allowed only on loopback"
+    url = one_line(url)
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises if it is not a port
@@ -29,6 +31,14 @@ def _base_url(url: str) -> str:
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
         raise ValueError(problem)
     return url.rstrip("/")
+
+
+def _key(key: SecretStr) -> SecretStr:
+    """The key without blanks around it, if it can be sent in a header."""
+    text = one_line(key.get_secret_value())
+    if not text:
+        raise ValueError("it is empty")
+    return SecretStr(text)
 
 
 def _models(given: object) -> object:
@@ -51,7 +61,7 @@ class ProviderSettings(BaseSettings):
         description="Provider that serves models: `auto` decides by the model's name, `local` and `openai` take every "
         "name as theirs.",
     )
-    openai_api_key: SecretStr | None = Field(
+    openai_api_key: Annotated[SecretStr, AfterValidator(_key)] | None = Field(
         None, repr=False, description="Key for the paid routes. Only workers on queue `openai` need it."
     )
     openai_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(

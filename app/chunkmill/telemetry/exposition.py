@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hangs up is not worth a warning."""
-        logger.debug("a request for metrics ended early", exc_info=True)
+        """A scraper that hangs up is not worth a warning. Everything else is a fault of ours."""
+        if isinstance(sys.exception(), ConnectionError | TimeoutError):
+            logger.debug("a request for metrics ended early", exc_info=True)
+        else:
+            logger.exception("a request for metrics failed")
 
 
 class _Server6(_Server):
@@ -102,10 +106,11 @@ def _page(process: Process, counts: Counts) -> Any:
     """A function that returns the page of metrics and its content type."""
     try:
         import prometheus_client
-        from prometheus_client import core, exposition
-    except ImportError:
+        from prometheus_client import core
+        from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4  # from 0.23.1 on
+    except ImportError as error:
         raise InvalidSetting(
-            "METRICS_PORT is set, but the package for metrics is not installed. "
+            f"METRICS_PORT is set, but the package for metrics is not installed, or is too old ({error}). "
             "Run: pip install 'chunkmill[metrics]', or unset METRICS_PORT."
         ) from None
     families = {Kind.COUNTER: core.CounterMetricFamily, Kind.GAUGE: core.GaugeMetricFamily}
@@ -135,7 +140,7 @@ def _page(process: Process, counts: Counts) -> Any:
     prometheus_client.ProcessCollector(registry=registry)  # CPU time, memory and open files of the process
 
     def page() -> tuple[bytes, str]:
-        return prometheus_client.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
+        return prometheus_client.generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
     return page
 

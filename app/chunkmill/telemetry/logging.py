@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType, TracebackType
@@ -55,7 +55,14 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _masked(value: object) -> object:
-    return without_passwords(value) if isinstance(value, str) else value
+    """A field as JSON can hold it, with each string in it masked."""
+    if isinstance(value, str):
+        return without_passwords(value)
+    if isinstance(value, Mapping):
+        return {without_passwords(str(key)): _masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_masked(item) for item in value]
+    return value
 
 
 class _Json(logging.Formatter):
@@ -87,13 +94,20 @@ class _Text(logging.Formatter):
         return told(ei[1]) if ei[1] is not None else ""
 
 
-_PASSWORD = re.compile(r"(://[^\s:/?#@'\"]*:)[^\s/?#'\"]*@")
-_PASSWORD_PARAMETER = re.compile(r"(?i)(password=)[^\s&'\"]+")
+_PASSWORD = re.compile(r"(://[^\s:/?#@'\"]*:)[^\s'\"]*@")
+"""From the first colon to the last @, because a password that was not encoded may hold both, and / ? # as well."""
+_PASSWORD_PARAMETER = re.compile(r"""(?i)(password=)(?:'[^']*'|"[^"]*"|[^\s&'",)]+)""")
+_PASSWORD_FIELD = re.compile(r"""(?i)(['"]\w*password['"]: ?)(?:'[^']*'|"[^"]*")""")
+_TOKEN = re.compile(r"(?i)(\bbearer )[^\s'\",]+")
+_KEY = re.compile(r"\bsk-[\w*.-]{6,}", re.ASCII)
 
 
 def without_passwords(said: str) -> str:
-    """The text with the passwords of URLs and connection strings masked. This is a safety net: none should get here."""
-    return _PASSWORD_PARAMETER.sub(r"\1***", _PASSWORD.sub(r"\1***@", said))
+    """The text with the passwords of URLs and connection strings masked, and keys. This is a safety net: none should
+    get here."""
+    for pattern in (_PASSWORD_PARAMETER, _PASSWORD_FIELD, _TOKEN):
+        said = pattern.sub(r"\1***", said)
+    return _KEY.sub("sk-***", _PASSWORD.sub(r"\1***@", said))
 
 
 def told(error: BaseException) -> str:

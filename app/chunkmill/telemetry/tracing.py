@@ -12,12 +12,14 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from chunkmill.errors import InvalidSetting
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADDRESSES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+_HEADER = re.compile(r"[!#-'*+\-.0-9A-Z^-z|~]+[ \t]*=[ !#-+\--:<-\[\]-~]*")
+"""What OpenTelemetry accepts. It logs everything else, and a header is usually a secret."""
 LAST_WORDS_S = 1.0
 """How many seconds a process that ends waits for its last spans. A worker's drain has 5 s, and a collector may be away.
 """
@@ -52,6 +57,7 @@ def configure(service: str) -> None:
 
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return
+    _check_headers()
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(_exporter(exporter)))
@@ -79,6 +85,16 @@ def _exporter_name() -> str | None:
     if asked == "none" or not (asked or any(os.environ.get(name) for name in ADDRESSES)):
         return None
     return asked or "otlp"
+
+
+def _check_headers() -> None:
+    for name in HEADERS:
+        given = [header.strip() for header in os.environ.get(name, "").split(",")]
+        if not all(_HEADER.fullmatch(header) and unquote(header).isprintable() for header in given if header):
+            raise InvalidSetting(
+                f"{name}: it must be name=value, or several of these separated by commas, with each comma, semicolon, "
+                "quotation mark and character outside ASCII in a value percent-encoded."
+            )
 
 
 def _exporter(name: str) -> Any:

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 from celery import Celery
+from redis._parsers.base import BaseParser
 
-from chunkmill.broker import PRIORITY_STEPS, Broker, make_celery
+from chunkmill.broker import PRIORITY_STEPS, Broker, RedisTransport, make_celery
 from chunkmill.domain.states import Priority
 from chunkmill.settings import Settings
 
@@ -100,7 +101,11 @@ def test_every_rank_has_a_list_in_redis() -> None:
 
 @pytest.mark.parametrize(
     ("url", "verified"),
-    [("rediss://host:6379/0", {"ssl_cert_reqs": ssl.CERT_REQUIRED}), (URL, None), ("unix:///run/redis.sock", None)],
+    [
+        ("rediss://host:6379/0", {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}),
+        (URL, None),
+        ("unix:///run/redis.sock", None),
+    ],
 )
 def test_certificates_are_verified(url: str, verified: object) -> None:
     """kombu's own default is to take any certificate."""
@@ -130,3 +135,28 @@ def test_workers_and_publishers_have_one_configuration() -> None:
     done = subprocess.run([sys.executable, "-c", code, json.dumps(names)], env=env, capture_output=True, text=True)
     publisher = make_celery(settings()).conf
     assert json.loads(done.stdout) == {name: publisher[name] for name in names}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("imports", "module"),
+    [
+        ("chunkmill.client, chunkmill.poller.poller, chunkmill_workers.tasks", "kombu.transport.redis"),
+        ("chunkmill_workers.celery", "chunkmill.broker"),
+    ],
+    ids=["a host program", "a worker"],
+)
+def test_only_our_own_processes_have_another_transport(imports: str, module: str) -> None:
+    """A program that imports Chunkmill may have a Celery app of its own, whose connections are none of our business."""
+    code = (
+        f"import {imports}; from kombu import Connection; "
+        "print({type(Connection(url).transport).__module__ for url in ('redis://h', 'rediss://h', 'redis+socket:///s')})"
+    )
+    env = {**os.environ, "REDIS_URL": URL, "DATABASE_URL": "postgresql://h/d"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == f"{{{module!r}}}", done.stderr
+
+
+def test_every_answer_with_which_redis_refuses_is_an_outage_to_a_worker() -> None:
+    """Whatever its first word: a newer server may have words that no client knows."""
+    for answer in ("MISCONF x", "NOREPLICAS x", "OOM x", "READONLY x", "NOPERM x", "ERR x", "NEVERHEARD x", "BUSY x"):
+        assert isinstance(BaseParser.parse_error(answer), RedisTransport.connection_errors), answer

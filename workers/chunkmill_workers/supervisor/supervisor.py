@@ -258,7 +258,7 @@ class TakeBack:
 def main(arguments: Sequence[str]) -> int:
     configure()
     try:
-        settings = Environment.load(start_embedded=False).settings
+        settings = Environment.load().settings
     except ChunkmillError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message is for a person; a traceback would hide it
         return os.EX_TEMPFAIL if error.retryable else os.EX_CONFIG

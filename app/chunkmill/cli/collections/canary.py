@@ -27,7 +27,7 @@ def canary(screen: Screen, reset: str | None) -> None:
     others.
     """
     with Client.from_env():  # checks that the database is migrated and reachable
-        settings = Environment.load(start_embedded=False).settings
+        settings = Environment.load().settings
     db = create_db(settings.require_database_url(), role="cli", pool_size=1)
     try:
         with db.begin() as conn:

@@ -49,7 +49,7 @@ def search(screen: Screen, query: str, collection: str, k: int, where: str | Non
     """Find the chunks nearest to QUERY, best first. A worker has to run, because it embeds the query."""
     metadata = _where(where)
     with Client.from_env() as client:
-        start = read_database(Environment.load(start_embedded=False).settings).start_for(Route.AUTO)
+        start = read_database(Environment.load().settings).start_for(Route.AUTO)
         if start:
             screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
         hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
@@ -117,7 +117,7 @@ models.add_command(export)
 
 def _show_models(screen: Screen) -> None:
     with Client.from_env():  # checks that the database is migrated and reachable
-        spaces = read_spaces(Environment.load(start_embedded=False).settings)
+        spaces = read_spaces(Environment.load().settings)
     if screen.json:
         screen.document(
             [

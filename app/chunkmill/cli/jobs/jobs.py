@@ -348,7 +348,7 @@ def _tokens(job: Job) -> str:
 
 def _hint_absent(screen: Screen, job: Job) -> None:
     """Tell a user who waits that no worker or no poller is connected."""
-    database = read_database(Environment.load(start_embedded=False).settings)
+    database = read_database(Environment.load().settings)
     if start := database.start_for(job.route):
         screen.hint(f"No worker is connected, so nothing is embedded. To start one: {start}")
     elif not database.connections.pollers:

@@ -49,7 +49,7 @@ def flower(screen: Screen, no_auth: bool, flower_args: tuple[str, ...]) -> None:
     `chunkmill jobs` show the work itself.
     """
     require_extra("flower", "flower", "Flower")
-    Environment.load(start_embedded=False)
+    Environment.load()
     opening, password = prepare(flower_args, no_auth=no_auth, environ=os.environ)
     if screen.json:
         login = {"user": USER, "password": password} if password else {}
@@ -89,10 +89,10 @@ def judge(opening: Opening, *, no_auth: bool, terminal: bool, environ: Mapping[s
     """Whether a password has to be made. Raises :class:`InvalidInput` if Flower would be open to strangers."""
     for login in opening.logins:
         user, _, password = login.partition(":")
-        if not user or not password:
+        if not user or not password or login != login.strip() or not login.isprintable():
             raise InvalidInput(
                 "FLOWER_BASIC_AUTH must be user:password, or several of these separated by commas; one of them has no "
-                "user or no password."
+                "user, no password, or a blank or line break at an end."
             )
     if opening.unix_socket:
         where = f"the socket {opening.unix_socket}, which every user of this machine may open"

@@ -41,7 +41,7 @@ def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
     started again, and the ChunkBatches that it held go to other workers at once.
     """
     require_extra("worker", "torch", "a worker")
-    Environment.load(start_embedded=False)  # reports a wrong setting here, because Celery would show a traceback
+    Environment.load()  # reports a wrong setting here, because Celery would show a traceback
     _become("chunkmill_workers.supervisor.supervisor", *celery_args)
 
 
@@ -56,7 +56,7 @@ def poller(screen: Screen, check: bool) -> None:
 
     One poller is enough, and any number is safe.
     """
-    settings = Environment.load(start_embedded=False).settings
+    settings = Environment.load().settings
     if check:
         connections = read_database(settings).connections.pollers
         if screen.json:

@@ -122,7 +122,7 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
 
 def server_checks() -> Iterator[Check]:
     try:
-        environment = Environment.load(start_embedded=False)
+        environment = Environment.load()
     except ChunkmillError as error:
         yield Check("servers", "fail", "no addresses", str(error))
         return

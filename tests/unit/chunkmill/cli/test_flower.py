@@ -100,6 +100,7 @@ def test_it_does_not_open_to_other_machines_or_users_without_a_login(
         (replace(HERE, logins=("operator",)), False, True, {}, "no password"),
         (replace(HERE, logins=(LOGIN, "other:")), False, True, {}, "no password"),
         (replace(HERE, logins=(":secret",)), False, True, {}, "no user"),
+        (replace(HERE, logins=(LOGIN + "\n",)), False, True, {}, "line break"),
         (replace(HERE, address="no-such-host.invalid"), True, True, {}, "cannot be resolved"),
     ],
 )

@@ -12,7 +12,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from chunkmill.errors import ProviderBusy, ProviderError, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import (
+    InvalidSetting,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
 from chunkmill.openai.http import LISTED_PAGES, TOKEN_KEY, Provider
 from chunkmill.settings import Settings
 from tests.support.waiting import PATIENCE
@@ -89,6 +96,27 @@ def error_of(provider: Provider) -> ProviderError:
     with pytest.raises(ProviderError) as raised:
         provider.embed("m", ["a text"], dimensions=None, idempotency_key="k")
     return raised.value
+
+
+# What a client cannot be made with
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"ALL_PROXY": "socks5://me:QUAGGA@127.0.0.1:1"},
+        {"HTTPS_PROXY": "gopher://me:QUAGGA@127.0.0.1:1"},
+        {"SSL_CERT_FILE": "/nowhere/QUAGGA.pem"},
+    ],
+)
+def test_proxies_and_certificates_that_cannot_be_used_are_a_wrong_setting(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidSetting, match=next(iter(environment))) as caught:
+        Provider(Settings.from_env(openai_api_key=KEY))
+    assert "QUAGGA" not in str(caught.value)
 
 
 # How long to wait

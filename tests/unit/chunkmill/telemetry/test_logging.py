@@ -63,7 +63,14 @@ def test_no_password_stands_in_a_field(form: Literal["text", "json"], capfd: pyt
     """A field may be an address, or any object that has one in what it says of itself."""
     configure(form=form)
     with bound(job=7, server="redis://me:hunter2@host:6379/0"):
-        logging.warning("it is away", extra={"store": OSError("postgresql://you:hunter2@host/d")})
+        logging.warning(
+            "it is away",
+            extra={
+                "store": OSError("postgresql://you:hunter2@host/d"),
+                "tried": ["redis://:hunter2@a", ("redis://:hunter2@b", {"c": {"unix://:hunter2@/c"}})],
+                "options": {"redis://:hunter2@d": OSError("password=hunter2")},
+            },
+        )
     said = capfd.readouterr().err
     assert "hunter2" not in said
     assert "redis://me:***@host:6379/0" in said
@@ -138,6 +145,12 @@ def db_error(request: pytest.FixtureRequest) -> Exception:
         ("unix:///run/redis.sock?db=1&password=hunter2&x=1", "unix:///run/redis.sock?db=1&password=***&x=1"),
         ("host=h password=hunter2 dbname=d", "host=h password=*** dbname=d"),
         ("PGPASSWORD=hunter2 psql", "PGPASSWORD=*** psql"),
+        ("at redis://:hunter2/hunter2#hunter2?@hunter2@host/0 it", "at redis://:***@host/0 it"),
+        ("host=h password='hunter2 hunter2' dbname=d", "host=h password=*** dbname=d"),
+        ("<Connection(host=h,password=hunter2,db=0)>", "<Connection(host=h,password=***,db=0)>"),
+        ("{'host': 'h', 'password': 'hunter2'}", "{'host': 'h', 'password': ***}"),
+        ("Illegal header value b'Bearer hunter2'", "Illegal header value b'Bearer ***'"),
+        ("Incorrect API key: sk-hunter2", "Incorrect API key: sk-***"),
         ("https://me@host:8080/path and a: b@c", "https://me@host:8080/path and a: b@c"),
         ("http://127.0.0.1:8080/x", "http://127.0.0.1:8080/x"),
     ],
@@ -197,6 +210,25 @@ def test_the_standard_variables_say_whether_and_where(
 def test_an_exporter_that_is_not_there_is_a_wrong_setting() -> None:
     with pytest.raises(InvalidSetting, match="OTEL_TRACES_EXPORTER is 'jaeger'"):
         tracing._exporter("jaeger")
+
+
+@pytest.mark.parametrize("name", tracing.HEADERS)
+@pytest.mark.parametrize(
+    "header", ["api-key=QUAG;GA", "api-key=QU\u00c4GGA", "QUAGGA", 'k="QUAGGA"', "k=1,x=QUAGGA%0Ax"]
+)
+def test_a_header_for_traces_that_cannot_be_sent_is_refused_without_being_shown(
+    name: str, header: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(name, header)
+    with pytest.raises(InvalidSetting, match=name) as caught:
+        tracing.configure("x")
+    assert "GGA" not in f"{caught.value} {caplog.text}"
+
+
+def test_headers_for_traces_that_can_be_sent_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=a%2Cb, Authorization=Basic abc==\n")
+    tracing._check_headers()
 
 
 def test_settings_show_no_secret() -> None:

@@ -153,3 +153,26 @@ def test_without_the_package_the_command_that_installs_it_is_named(
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(InvalidSetting, match=r"pip install 'chunkmill\[metrics\]'"):
         MetricsServer.start(Settings(metrics_port=FIRST_PORT), WORKER, counts)
+
+
+def test_with_a_package_that_is_too_old_nothing_starts(monkeypatch: pytest.MonkeyPatch, counts: Counts) -> None:
+    """A page that fails at each scrape would be noticed by nobody."""
+    monkeypatch.delattr("prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4")
+    with pytest.raises(InvalidSetting, match="too old"):
+        MetricsServer.start(Settings(metrics_port=FIRST_PORT), WORKER, counts)
+
+
+def test_a_page_that_fails_is_an_error_in_the_log_and_a_scraper_that_hangs_up_is_not(
+    server: MetricsServer, counts: Counts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (BrokenPipeError("gone"), AttributeError("a fault")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(counts, "series", fail)
+        with pytest.raises(http.client.HTTPException):
+            scraped(server.port)
+    assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "DEBUG"] == [
+        ("ERROR", "a request for metrics failed")
+    ]
