@@ -9,17 +9,16 @@ from typing import Any, Final
 from chunkmill.errors import UnknownModel
 from chunkmill.models.files import broken, read_object, unsupported
 
-# Architectures with a table of learned positions, and the number of its rows before position 0. Models of RoBERTa's
-# kind count from padding_idx + 1, so 514 rows hold 512 tokens.
+# Models of RoBERTa's kind: a token's position is counted from padding_idx + 1, over the tokens that are not padding.
+POSITIONS_FROM_PAD: Final = frozenset(
+    {"camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+# Architectures with a table of learned positions, and the number of its rows before position 0. In models of RoBERTa's
+# kind padding_idx is 1, so 514 rows hold 512 tokens.
 _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
-    "albert": 0,
-    "bert": 0,
-    "camembert": 2,
-    "distilbert": 0,
-    "electra": 0,
-    "mpnet": 2,
-    "roberta": 2,
-    "xlm-roberta": 2,
+    **dict.fromkeys(("albert", "bert", "distilbert", "electra"), 0),
+    **dict.fromkeys(POSITIONS_FROM_PAD - {"esm"}, 2),
 }
 # Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder.
 _NATIVE: Final = frozenset({*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"})

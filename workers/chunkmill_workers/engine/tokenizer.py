@@ -15,18 +15,13 @@ from tokenizers import Tokenizer, normalizers
 
 from chunkmill.errors import ModelLoadError, TokenizerMismatch
 from chunkmill.models.files import read_json
+from chunkmill.models.transformer import POSITIONS_FROM_PAD
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.windows import Frame, Ids
 
 # How many rows of an embedding table may have no token. Tables are padded to round numbers (Qwen3 by 267 rows, Qwen2
 # 290, DeBERTa 99, Nomic 6), while the cased and the uncased BERT differ by 1,526.
 _UNUSED_ROWS = 1_024
-
-# Encoders: their config.json states the pad id that the tokenizer must have. Decoders often state another.
-_ENCODERS = frozenset(
-    {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert"}
-    | {"roberta", "xlm-roberta"}
-)
 
 
 class TextTokenizer:
@@ -129,8 +124,11 @@ class TextTokenizer:
             raise _mismatch(f"its largest token id is {self.max_id} and the model knows {rows} tokens")
         if rows - self.max_id - 1 > _UNUSED_ROWS:
             raise _mismatch(f"it has {self.max_id + 1} tokens and the model knows {rows}")
+        # In all other models the attention mask hides padding, and no vector depends on its id: multilingual-e5-small
+        # states BERT's pad id beside the tokenizer of XLM-RoBERTa, and is right.
+        counts = config.get("model_type") in POSITIONS_FROM_PAD
         expected = [
-            ("pad_token_id", self.pad_id if config.get("model_type") in _ENCODERS else None),
+            ("pad_token_id", self.pad_id if counts else None),
             ("cls_token_id", int(self._prefix[0]) if len(self._prefix) else None),
             ("sep_token_id", int(self._suffix[-1]) if len(self._suffix) else None),
         ]
