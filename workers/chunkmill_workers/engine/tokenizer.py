@@ -6,7 +6,10 @@ TokenBatch to its own longest row. Several threads may call it; the Rust side re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from tokenizers import Tokenizer, normalizers
 from chunkmill.errors import ModelLoadError, TokenizerMismatch
 from chunkmill.models.files import read_json
 from chunkmill.models.transformer import POSITIONS_FROM_PAD
+from chunkmill_workers.engine import long_texts
+from chunkmill_workers.engine.long_texts import LONG_TEXT
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.windows import Frame, Ids
 
@@ -33,6 +38,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.pad_id = pad_id
         self._cut_left = cut_left
+        self._one_long_text = threading.Lock()
         probe = tokenizer.encode("a")
         if any(probe.type_ids):
             raise ModelLoadError(
@@ -74,32 +80,77 @@ class TextTokenizer:
         pad_id = tokenizer.token_to_id(pad) if pad else (tokenizer.padding or {}).get("pad_id")
         return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
 
-    def encode(self, texts: Sequence[str], prompt: str = "", *, first: int = 0) -> list[Ids | TextFailure]:
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", *, first: int = 0, limit: int | None = None
+    ) -> list[Ids | TextFailure]:
         """For each text its ids, (length,) int32 with special tokens and prompt, or the reason why it has none.
 
         A text that the tokenizer cannot read, such as one with a lone surrogate, fails alone. ``first`` is the index of
         ``texts[0]``, for the failures.
+
+        With a ``limit``, a text of more than LONG_TEXT characters and more than ``limit`` tokens may get only
+        ``limit + 1`` ids: the first ones of the text and the special tokens, which is what `cut` needs.
         """
+        long = [at for at, text in enumerate(texts) if len(prompt) + len(text) > LONG_TEXT]
+        if not long:
+            return self._encode([prompt + text for text in texts], first)
+        short = [at for at in range(len(texts)) if len(prompt) + len(texts[at]) <= LONG_TEXT]
+        encoded = dict(zip(short, self._encode([prompt + texts[at] for at in short], first), strict=True))
+        for at in long:
+            encoded[at] = self._encode_long(prompt + texts[at], first + at, limit)
+        return [
+            replace(ids, index=first + at) if isinstance(ids, TextFailure) else ids
+            for at, ids in sorted(encoded.items())
+        ]
+
+    def _encode(self, texts: Sequence[str], first: int) -> list[Ids | TextFailure]:
         try:
-            encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+            encodings = self._tokenizer.encode_batch_fast(texts)
         except BaseException as error:
-            # A panic of the Rust tokenizer is not an Exception, but it too is caused by one text alone.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
+            _raise_unless_of_text(error)
             if len(texts) == 1:
                 return [TextFailure(first, "tokenize_failed", _reason(error))]
         else:
             return [
-                np.array(encoding.ids, np.int32)
-                if len(encoding)
-                else TextFailure(first + at, "tokenize_failed", "the tokenizer finds no token in the text")
+                np.array(encoding.ids, np.int32) if len(encoding) else _no_token(first + at)
                 for at, encoding in enumerate(encodings)
             ]
         half = len(texts) // 2
-        return [
-            *self.encode(texts[:half], prompt, first=first),
-            *self.encode(texts[half:], prompt, first=first + half),
-        ]
+        return [*self._encode(texts[:half], first), *self._encode(texts[half:], first + half)]
+
+    def _encode_long(self, text: str, at: int, limit: int | None) -> Ids | TextFailure:
+        """The ids of one long text, see `encode`. One at a time, so that the memory is that of one text."""
+        with self._one_long_text:
+            try:
+                if limit is not None and not self._cut_left:
+                    count = limit + 1 - len(self._prefix) - len(self._suffix)
+                    body = long_texts.first_ids(
+                        text, count, self._bodies, at_spaces=self._at_spaces, window=self._window
+                    )
+                    if body is not None:
+                        return self._framed(np.array(body, np.int32))
+                text = long_texts.squeeze(text, self._tokenizer, self._bodies)
+                ids = self._framed(long_texts.joined(long_texts.pieces(text, at_spaces=self._at_spaces), self._bodies))
+            except BaseException as error:
+                _raise_unless_of_text(error)
+                return TextFailure(at, "tokenize_failed", _reason(error))
+            finally:
+                long_texts.give_back_memory()
+        return ids if len(ids) else _no_token(at)
+
+    def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _framed(self, body: Ids) -> Ids:
+        return np.concatenate((self._prefix, body, self._suffix))
+
+    @cached_property
+    def _at_spaces(self) -> bool:
+        return long_texts.splits_at_spaces(self._tokenizer, self._bodies)
+
+    @cached_property
+    def _window(self) -> int:
+        return long_texts.window_size(self._tokenizer)
 
     def frame(self, prompt: str) -> Frame:
         """The special tokens and the prompt of every row.
@@ -149,6 +200,16 @@ def _convert(folder: Path) -> Any:
 def _optional(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     return settings
+
+
+def _raise_unless_of_text(error: BaseException) -> None:
+    """Raise ``error`` again unless a text can be its cause. A panic of the Rust tokenizer is not an Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _no_token(at: int) -> TextFailure:
+    return TextFailure(at, "tokenize_failed", "the tokenizer finds no token in the text")
 
 
 def _reason(error: BaseException) -> str:
