@@ -96,7 +96,7 @@ def first_ids(text: str, count: int, encode: Encode, *, at_spaces: bool, window:
 
 
 def pieces(text: str, *, at_spaces: bool) -> Iterator[str]:
-    """``text`` in parts whose ids make those of the text: at most _PIECE characters each, if there are places to cut."""
+    """``text`` in parts whose ids make those of the text, of at most _PIECE characters if there are places to cut."""
     start = 0
     while at_spaces and len(text) - start > _PIECE:
         between = _BETWEEN_WORDS.match(text, start + _PIECE // 2, start + _PIECE)

@@ -106,7 +106,7 @@ class TextTokenizer:
     def _encode(self, texts: Sequence[str], first: int) -> list[Ids | TextFailure]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - a panic is one
             _raise_unless_of_text(error)
             if len(texts) == 1:
                 return [TextFailure(first, "tokenize_failed", _reason(error))]
@@ -131,7 +131,7 @@ class TextTokenizer:
                         return self._framed(np.array(body, np.int32))
                 text = long_texts.squeeze(text, self._tokenizer, self._bodies)
                 ids = self._framed(long_texts.joined(long_texts.pieces(text, at_spaces=self._at_spaces), self._bodies))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - a panic is one
                 _raise_unless_of_text(error)
                 return TextFailure(at, "tokenize_failed", _reason(error))
             finally:

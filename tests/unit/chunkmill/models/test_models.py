@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -308,25 +309,156 @@ def test_the_hugging_face_cache_is_read_without_the_network(
     assert resolve_spec(f"org/name@{revision_asked}").max_tokens == 128
 
 
+class Hub:
+    """A stand-in for huggingface_hub with one model, whose download may be killed after some of its files."""
+
+    def __init__(self, cache: Path, files: Path) -> None:
+        self.cache, self.files = cache, files
+        self.asked: dict[str, Any] = {}
+        self.downloads = 0
+        self.reachable = True
+
+    def HfApi(self) -> Hub:  # noqa: N802 - huggingface_hub's name
+        return self
+
+    def list_repo_files(self, _repo: str, *, revision: str) -> list[str]:
+        if not self.reachable:
+            raise ConnectionError("no network")
+        return [str(file.relative_to(self.files)) for file in self.files.rglob("*") if file.is_file()] + ["onnx/m.json"]
+
+    def snapshot_download(self, repo: str, *, revision: str, cache_dir: str, **options: Any) -> str:
+        self.asked = {"repo": repo, "revision": revision, **options}
+        self.downloads += 1
+        home = Path(cache_dir) / ("models--" + repo.replace("/", "--"))
+        write(home / "refs", {revision: b"0123abc"})
+        if self.reachable:
+            shutil.copytree(self.files, home / "snapshots" / "0123abc", dirs_exist_ok=True)
+        return str(home / "snapshots" / "0123abc")
+
+
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What ``snapshot_download`` was asked for; it gives a small folder."""
-    folder = sentence_folder(tmp_path / "downloaded")
-    asked: dict[str, Any] = {"folder": folder}
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    prompts = {"prompts": {"document": "title: none | text: "}}
+    folder = sentence_folder(tmp_path / "on the hub", **{"config_sentence_transformers.json": prompts})
+    made = Hub(tmp_path / "home" / "hub", folder)
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", made)  # type: ignore[arg-type]
+    return made
 
-    class Hub:
-        @staticmethod
-        def snapshot_download(repo: str, **options: Any) -> str:
-            asked.update(options, repo=repo)
-            return str(folder)
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)  # type: ignore[arg-type]
-    return asked
+@pytest.fixture
+def downloads(hub: Hub) -> dict[str, Any]:
+    """What ``snapshot_download`` was asked for last."""
+
+    class Asked(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            return hub.asked[key]
+
+    return Asked()
+
+
+def snapshot(hub: Hub) -> Path:
+    return hub.cache / "models--org--name" / "snapshots" / "0123abc"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "modules.json",
+    ],
+)
+def test_a_worker_completes_a_download_that_was_killed(hub: Hub, lost: str) -> None:
+    whole = resolve_model("org/name@v1", download=True).spec
+    shutil.rmtree(hub.cache)
+    write(hub.cache / "models--org--name" / "refs", {"v1": b"0123abc"})
+    shutil.copytree(hub.files, snapshot(hub))
+    (snapshot(hub) / lost).unlink()
+    write(snapshot(hub) / "2_Dense", {"model.safetensors": weights()})  # weights of a module are not the model's
+
+    assert resolve_model("org/name@v1", download=True).spec == whole
+    assert whole.document_prompt == "title: none | text: "
+
+
+def test_a_finished_download_is_used_without_the_network_until_a_file_is_gone(hub: Hub) -> None:
+    resolve_model("org/name@v1", download=True)
+    hub.reachable = False
+
+    resolve_model("org/name@v1", download=True)
+    resolve_model("org/name@v1")
+    assert hub.downloads == 1
+
+    hub.reachable = True
+    (snapshot(hub) / "config_sentence_transformers.json").unlink()
+    assert resolve_model("org/name@v1", download=True).spec.document_prompt
+    assert hub.downloads == 2
+
+
+def test_a_finished_download_lacks_what_the_model_is_trusted_with_later(hub: Hub) -> None:
+    resolve_model("org/name@v1", download=True)
+    resolve_model("org/name@v1", trust=Trust(remote_code={"org/name@v1"}), download=True)
+    assert hub.downloads == 2
+
+
+def test_a_cache_that_others_filled_is_used_if_the_hub_cannot_be_reached(hub: Hub) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    hub.reachable = False
+
+    assert resolve_model("org/name@0123abc", download=True).path == snapshot(hub)
+    assert resolve_model("org/name@0123abc").path == snapshot(hub)
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_an_unfinished_file_in_the_cache_is_no_model(hub: Hub, download: bool) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    write(hub.cache / "models--org--name" / "blobs", {"abc.123.incomplete": b"half"})
+    hub.reachable = False
+
+    with pytest.raises(
+        UnknownModel, match=r"could not be downloaded|only partly in the Hugging Face cache.*hf download"
+    ):
+        resolve_model("org/name@0123abc", download=download)
+
+
+def test_a_damaged_model_in_the_cache_gets_advice_that_fits_a_cache(hub: Hub) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    (snapshot(hub) / "tokenizer.json").unlink()
+
+    with pytest.raises(UnknownModel, match=r"hf download org/name --revision 0123abc --force-download"):
+        resolve_model("org/name@0123abc")
+
+
+@pytest.mark.parametrize(
+    ("variables", "cache"),
+    [
+        ({}, "home/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "$HOME/xdg"}, "home/xdg/huggingface/hub"),
+        ({"HF_HOME": "~/hf", "XDG_CACHE_HOME": "/other"}, "home/hf/hub"),
+        ({"HF_HOME": "$HOME/hf"}, "home/hf/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "$HOME/old", "HF_HOME": "/other"}, "home/old"),
+        ({"HF_HUB_CACHE": "$HOME/new", "HUGGINGFACE_HUB_CACHE": "/other"}, "home/new"),
+        ({"HF_HUB_CACHE": "", "HF_HOME": "", "XDG_CACHE_HOME": ""}, "home/.cache/huggingface/hub"),
+    ],
+)
+def test_the_cache_is_where_the_variables_of_hugging_face_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: Mapping[str, str], cache: str
+) -> None:
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in (variables | {"HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(variable, value)
+    folder = sentence_folder(tmp_path / cache / "models--org--name" / "snapshots" / "0123abc")
+
+    assert resolve_model("org/name@0123abc").path == folder
 
 
 def test_download_asks_for_the_revision_and_for_no_code(downloads: dict[str, Any]) -> None:
-    assert resolve_model("org/name@v1", download=True).path == downloads["folder"]
+    assert resolve_model("org/name@v1", download=True).path.name == "0123abc"
     assert (downloads["repo"], downloads["revision"]) == ("org/name", "v1")
     assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])
 
