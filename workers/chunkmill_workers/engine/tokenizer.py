@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers, processors
 
 from chunkmill.errors import ModelLoadError, TokenizerMismatch
 from chunkmill.models.files import read_json
@@ -70,13 +70,14 @@ class TextTokenizer:
                 f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): save it once "
                 "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             ) from error
+        settings = _optional(folder / "tokenizer_config.json")
+        names = _optional(folder / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
+        _follow(tokenizer, folder, settings, names)
         if lowercase:
             # As in sentence-transformers: first lower case, then the tokenizer's own normaliser.
             own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        settings = _optional(folder / "tokenizer_config.json")
-        pad = settings.get("pad_token") or _optional(folder / "special_tokens_map.json").get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
+        pad = _content(names.get("pad_token"))
         pad_id = tokenizer.token_to_id(pad) if pad else (tokenizer.padding or {}).get("pad_id")
         return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
 
@@ -195,6 +196,53 @@ def _convert(folder: Path) -> Any:
 
     loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return loaded.backend_tokenizer
+
+
+# The classes of transformers that make BERT's normaliser, and tokenizer_config.json's words for its options. What that
+# file states holds over tokenizer.json, as in transformers.
+_BERT_CLASSES = frozenset({None, "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer"})
+_BERT_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def _follow(tokenizer: Any, folder: Path, settings: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Change ``tokenizer`` as tokenizer_config.json says. ``names`` are the folder's special tokens by their roles.
+
+    Raises ModelLoadError for a special token that is asked for and does not exist.
+    """
+    normalizer = tokenizer.normalizer
+    kind = settings.get("tokenizer_class")
+    if isinstance(normalizer, normalizers.BertNormalizer) and (kind and kind.removesuffix("Fast")) in _BERT_CLASSES:
+        for word, option in _BERT_OPTIONS.items():
+            if settings.get(word) is not None:
+                setattr(normalizer, option, settings[word])
+        tokenizer.normalizer = normalizer
+    probe = tokenizer.encode("a")
+    own = [at for at, special in enumerate(probe.special_tokens_mask) if not special]
+    before, after = (probe.tokens[: own[0]], probe.tokens[own[-1] + 1 :]) if own else ([], [])
+    bos, eos = _content(names.get("bos_token")), _content(names.get("eos_token"))
+    for word, token, there in (("add_bos_token", bos, before[:1]), ("add_eos_token", eos, after[-1:])):
+        if settings.get(word) is True and (token is None or tokenizer.token_to_id(token) is None):
+            raise ModelLoadError(
+                f"{folder / 'tokenizer_config.json'} says {word}, but the tokenizer has no such token: copy the folder "
+                "again, or remove the setting if the model was trained without it"
+            )
+        if settings.get(word) is not True or there == [token]:
+            continue
+        # Models such as e5-mistral take their vector from the end token, and tokenizer.json's template has none.
+        before, after = ([token, *before], after) if word == "add_bos_token" else (before, [*after, token])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in dict.fromkeys([*before, *after])],
+        )
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which is stated as it is or as an object; None if there is none."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _optional(path: Path) -> dict[str, Any]:

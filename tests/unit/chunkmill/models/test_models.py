@@ -278,6 +278,76 @@ def test_sharded_weights(tmp_path: Path) -> None:
     assert revision(folder) != before
 
 
+@pytest.mark.parametrize("key", ["processor_kwargs", "tokenizer_args"])
+def test_a_limit_among_the_tokenizers_arguments_holds_over_max_seq_length(tmp_path: Path, key: str) -> None:
+    settings = {"max_seq_length": 48, key: {"model_max_length": 16, "trust_remote_code": True}}
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": settings})
+
+    assert resolve_spec(str(folder)).max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"processor_kwargs": {"add_prefix_space": True}},
+        {"tokenizer_args": {"do_lower_case": True}},
+        {"config_kwargs": {"hidden_act": "relu"}},
+        {"config_args": {"hidden_act": "relu"}},
+        {"model_kwargs": {"num_hidden_layers": 1}},
+        {"model_args": {"subfolder": "other"}},
+        {"tokenizer_name_or_path": "org/other"},
+    ],
+)
+def test_a_setting_that_changes_vectors_and_is_not_followed_is_refused_by_its_name(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": 48} | setting})
+    [(key, value)] = setting.items()
+    names = {"tokenizer_args": "processor_kwargs", "config_args": "config_kwargs", "model_args": "model_kwargs"}
+    word = f"{names.get(key, key)} {next(iter(value))}" if isinstance(value, dict) else key
+
+    with pytest.raises(UnknownModel, match=f"{word} in sentence_bert_config.json. Chunkmill does not support that"):
+        resolve_spec(str(folder))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"model_args": {"torch_dtype": "float16", "attn_implementation": "sdpa"}},
+        {"config_kwargs": {}, "processor_kwargs": None, "tokenizer_name_or_path": None},
+        {"processor_kwargs": {"padding_side": "left"}},
+    ],
+)
+def test_a_setting_that_changes_no_vector_is_accepted(tmp_path: Path, setting: dict[str, Any]) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": 48} | setting})
+
+    assert resolve_spec(str(folder)).max_tokens == 48
+
+
+@pytest.mark.parametrize("written", ["32", 32.0])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+        ("config.json", "max_position_embeddings"),
+    ],
+)
+def test_a_limit_may_be_written_as_text_or_with_a_point(tmp_path: Path, file: str, key: str, written: Any) -> None:
+    files: dict[str, Any] = {"sentence_bert_config.json": {}, "tokenizer_config.json": {}, "config.json": BERT}
+    files[file] = files[file] | {key: written}
+
+    assert resolve_spec(str(sentence_folder(tmp_path, **files))).max_tokens == 32
+
+
+@pytest.mark.parametrize("written", ["many", 32.5, True, [32]])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(tmp_path: Path, written: Any) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": written}})
+
+    with pytest.raises(UnknownModel, match="max_seq_length that is not a number of tokens"):
+        resolve_spec(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
