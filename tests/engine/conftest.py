@@ -111,6 +111,10 @@ _BERT_LIKE = {"first": "[CLS]", "last": "[SEP]", "pad": "[PAD]", "unknown": "[UN
 _ROBERTA_LIKE = {"first": "<s>", "last": "</s>", "pad": "<pad>", "unknown": "<unk>"}
 FAMILIES = {
     "bert": Family("BertConfig", "BertModel", _wordpiece, **_BERT_LIKE),
+    # As multilingual-e5-small: BERT with the tokenizer of XLM-RoBERTa, and config.json keeps BERT's pad id.
+    "multilingual-bert": Family(
+        "BertConfig", "BertModel", _unigram, **_ROBERTA_LIKE, options={"pad_token_id": 0},
+    ),
     "xlm-roberta": Family(
         "XLMRobertaConfig", "XLMRobertaModel", _unigram, **_ROBERTA_LIKE,
         options={"max_position_embeddings": MAX_TOKENS + 2, "type_vocab_size": 1},
@@ -189,6 +193,7 @@ TOYS = {
         include_prompt=False,
     ),
     "bert-max": Toy("bert", "max", normalize=False),
+    "multilingual-bert-mean": Toy("multilingual-bert", prompts=(("query", "query: "), ("document", "passage: "))),
     "xlm-roberta-cls": Toy("xlm-roberta", "cls", normalize=False),
     "xlm-roberta-passage": Toy("xlm-roberta", prompts=(("query", "query: "), ("passage", "passage: "))),
     "mpnet-dense": Toy("mpnet", "mean", dense="Tanh"),

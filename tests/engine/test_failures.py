@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,18 +189,20 @@ def test_a_tokenizer_with_far_fewer_tokens_is_refused(toy_path: Callable[[str], 
         Engine.load(str(folder), device="cpu")
 
 
-def test_a_tokenizer_with_another_pad_id_is_refused(toy_path: Callable[[str], Path], tmp_path: Path) -> None:
-    # Same size and same kind, and every word means something else to the model.
-    folder = copy(toy_path("bert-mean"), tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(toy_path("xlm-roberta-cls") / name, folder / name)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
-    pads = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<pad>"]
-    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pads[0] + 1}))
+@pytest.mark.parametrize("kind", ["xlm-roberta", "mpnet", "longformer"])
+def test_another_pad_id_is_refused_if_the_model_counts_positions_from_it(
+    kind: str, toy_path: Callable[[str], Path]
+) -> None:
+    tokenizer = TextTokenizer.load(toy_path("xlm-roberta-cls"))
+    assert tokenizer.pad_id == 1
 
     with pytest.raises(TokenizerMismatch, match=r"pad_token_id is 1 and the model's config.json says 2"):
-        Engine.load(str(folder), device="cpu")
+        tokenizer.check({"model_type": kind, "pad_token_id": 2}, rows=512)
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "distilbert", "electra", "modernbert", "nomic_bert", "qwen3"])
+def test_another_pad_id_is_accepted_if_padding_reaches_no_vector(kind: str, toy_path: Callable[[str], Path]) -> None:
+    TextTokenizer.load(toy_path("xlm-roberta-cls")).check({"model_type": kind, "pad_token_id": 2}, rows=512)
 
 
 def test_a_padded_vocabulary_is_no_mismatch(toy_path: Callable[[str], Path]) -> None:

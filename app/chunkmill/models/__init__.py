@@ -11,8 +11,9 @@ from typing import Final
 
 from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
 from chunkmill.domain.trust import Trust
+from chunkmill.errors import UnknownModel
 from chunkmill.models.folder import PROVIDER, DenseLayer, ModelFolder, ModelOptions, check_pooling, read_folder
-from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, locate_folder
+from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, cache_advice, locate_folder
 from chunkmill.models.matryoshka import check_dimensions, known_sizes
 
 __all__ = [
@@ -60,7 +61,12 @@ def resolve_model(
     options = ModelOptions(
         pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka)
     )
-    return read_folder(label, folder, options)
+    try:
+        return read_folder(label, folder, options)
+    except UnknownModel as error:
+        if (advice := cache_advice(folder)) is None:
+            raise
+        raise UnknownModel(f"{error}; {advice}") from error
 
 
 def resolve_spec(

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from chunkmill.errors import UnknownModel
 from chunkmill.models.files import broken, read_object, unsupported
 
-# Architectures with a table of learned positions, and the number of its rows before position 0. Models of RoBERTa's
-# kind count from padding_idx + 1, so 514 rows hold 512 tokens.
+# Models of RoBERTa's kind: a token's position is counted from padding_idx + 1, over the tokens that are not padding.
+POSITIONS_FROM_PAD: Final = frozenset(
+    {"camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+# Architectures with a table of learned positions, and the number of its rows before position 0. In models of RoBERTa's
+# kind padding_idx is 1, so 514 rows hold 512 tokens.
 _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
-    "albert": 0,
-    "bert": 0,
-    "camembert": 2,
-    "distilbert": 0,
-    "electra": 0,
-    "mpnet": 2,
-    "roberta": 2,
-    "xlm-roberta": 2,
+    **dict.fromkeys(("albert", "bert", "distilbert", "electra"), 0),
+    **dict.fromkeys(POSITIONS_FROM_PAD - {"esm"}, 2),
 }
 # Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder.
 _NATIVE: Final = frozenset({*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"})
@@ -30,7 +30,22 @@ _SENTENCE_CONFIGS: Final = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 # Settings of the Transformer module that change the model's input, and that the engine does not support.
-_UNKNOWN_SETTINGS: Final = ("query_length", "document_length", "query_expansion", "processing_kwargs")
+_UNKNOWN_SETTINGS: Final = (
+    *("query_length", "document_length", "query_expansion", "processing_kwargs", "tokenizer_name_or_path"),
+)
+# Arguments for transformers that the Transformer module may state, by their names of today and of before, and those of
+# them that change no vector: how the model is computed, and where its files are.
+_ARGUMENTS: Final[Mapping[str, str]] = {
+    "model_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "config_args": "config_kwargs",
+}
+_LENGTH_ARGUMENT: Final = ("processor_kwargs", "model_max_length")
+_HARMLESS: Final = frozenset(
+    {"add_pooling_layer", "attn_implementation", "cache_dir", "clean_up_tokenization_spaces", "device_map", "dtype"}
+    | {"local_files_only", "low_cpu_mem_usage", "padding_side", "token", "torch_dtype", "trust_remote_code"}
+    | {"unpad_inputs", "use_cache", "use_fast", "use_memory_efficient_attention", "use_safetensors"}
+)
 
 
 # One of these files must exist, or the folder has no tokenizer.
@@ -108,7 +123,20 @@ def read_sentence_config(name: str, transformer: Path) -> tuple[dict[str, Any], 
     for key in _UNKNOWN_SETTINGS:
         if settings.get(key):
             raise unsupported(name, f"{key} in {file.name}")
+    for key, argument, value in _arguments(settings, file):
+        if value is not None and argument not in _HARMLESS and (key, argument) != _LENGTH_ARGUMENT:
+            raise unsupported(name, f"{key} {argument} in {file.name}")
     return settings, file
+
+
+def _arguments(settings: Mapping[str, Any], file: Path) -> Iterator[tuple[str, str, Any]]:
+    """The arguments for transformers that the Transformer module states: (``processor_kwargs``, name, value)."""
+    for old, key in _ARGUMENTS.items():
+        arguments = settings.get(key) or settings.get(old) or {}
+        if not isinstance(arguments, dict):
+            raise broken(file, f"has {key} of an unknown form")
+        for argument, value in arguments.items():
+            yield key, argument, value
 
 
 def hidden_size(name: str, config: Mapping[str, Any]) -> int:
@@ -122,24 +150,49 @@ def hidden_size(name: str, config: Mapping[str, Any]) -> int:
 def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence: Mapping[str, Any]) -> int:
     """The most tokens that the model reads, special tokens included. Raises UnknownModel if nothing states it.
 
-    It is max_seq_length, else the smaller limit of tokenizer and positions, and never more than the table of positions
-    holds. In sentence-transformers a model of RoBERTa's kind may read 514 tokens if its tokenizer states no limit, and
-    fails at the 513th; here the limit is 512.
+    It is model_max_length of processor_kwargs, or max_seq_length, else the smaller limit of tokenizer and positions,
+    and never more than the table of positions holds. In sentence-transformers a model of RoBERTa's kind may read 514
+    tokens if its tokenizer states no limit, and fails at the 513th; here the limit is 512.
     """
-    limits = []
-    if isinstance(sentence.get("max_seq_length"), int):
-        limits.append(sentence["max_seq_length"])
-    else:
+    sentence_file = transformer / _SENTENCE_CONFIGS[0]
+    arguments = {(key, argument): value for key, argument, value in _arguments(sentence, sentence_file)}
+    own = [
+        _limit(arguments.get(_LENGTH_ARGUMENT), sentence_file, "model_max_length"),
+        _limit(sentence.get("max_seq_length"), sentence_file, "max_seq_length"),
+    ]
+    limits = [limit for limit in own if limit is not None][:1]
+    config_file = transformer / "config.json"
+    if not limits:
         file = transformer / "tokenizer_config.json"
-        limits.append((read_object(file) if file.is_file() else {}).get("model_max_length"))
-        limits.append(config.get("max_position_embeddings", config.get("n_positions")))
-    if config.get("model_type") in _LEARNED_POSITIONS and "max_position_embeddings" in config:
-        limits.append(config["max_position_embeddings"] - _LEARNED_POSITIONS[config["model_type"]])
-    # A tokenizer without a limit states 1e30.
-    stated = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 10**9]
+        tokenizer = read_object(file) if file.is_file() else {}
+        positions = config.get("max_position_embeddings", config.get("n_positions"))
+        limits += [
+            _limit(tokenizer.get("model_max_length"), file, "model_max_length"),
+            _limit(positions, config_file, "max_position_embeddings"),
+        ]
+    rows = _limit(config.get("max_position_embeddings"), config_file, "max_position_embeddings")
+    if config.get("model_type") in _LEARNED_POSITIONS and rows is not None:
+        limits.append(rows - _LEARNED_POSITIONS[config["model_type"]])
+    stated = [limit for limit in limits if limit is not None and 0 < limit < 10**9]
     if not stated:
         raise UnknownModel(
             f"model {name!r}: nothing in {transformer} states the most tokens that it reads: write model_max_length "
             "into tokenizer_config.json"
         )
     return min(stated)
+
+
+def _limit(value: Any, file: Path, key: str) -> int | None:
+    """A number of tokens, which some programs write as ``"32"`` or ``32.0``; None if it is null.
+
+    A tokenizer without a limit states 1e30, and XLNet has -1 positions.
+    """
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not number.is_integer():
+        raise broken(file, f"has a {key} that is not a number of tokens ({value!r})")
+    return int(number)

@@ -27,10 +27,10 @@ from chunkmill_workers.engine.windows import Rows, make_rows
 
 Kind = Literal["document", "query"]
 
-# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is asked often. Texts
-# may have many megabytes, so a call is also limited to the characters that take the tokenizer a few seconds.
+# Texts per call of the Rust tokenizer: enough to keep its threads busy, few enough that `stop` is asked often. A call
+# is also limited to the characters for which the tokenizer needs about 200 MB, and a second or two.
 _TOKENIZER_CALL = 1_024
-_TOKENIZER_CHARACTERS = 4_000_000
+_TOKENIZER_CHARACTERS = 1_000_000
 
 
 class Engine:
@@ -194,6 +194,7 @@ class Engine:
         run at all.
         """
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
+        policy = on_long or self.on_long
         frame = self._tokenizer.frame(prompt)
         # The leading tokens that a model without include_prompt leaves out of its pooling; none without a prompt.
         skip = frame.skip if prompt else 0
@@ -205,8 +206,9 @@ class Engine:
                     break
                 started = time.perf_counter()
                 with self._tokenizing.step():
-                    tokenized = self._tokenizer.encode(texts[first:end], prompt)
-                    rows = make_rows(tokenized, self.max_tokens, frame, on_long or self.on_long)
+                    limit = None if policy is OnLong.SPLIT else self.max_tokens
+                    tokenized = self._tokenizer.encode(texts[first:end], prompt, limit=limit)
+                    rows = make_rows(tokenized, self.max_tokens, frame, policy)
                 piece = _Piece(first, pieces[-1].end if pieces else 0, rows, Collector(rows, self._head.finish))
                 pieces.append(piece)
                 self._loop.add(name, rows.ids, rows.windows[rows.owner] > 1, skip)

@@ -32,7 +32,8 @@ class TokenBatchResult:
     vectors: NDArray[np.float32]
     """(m, dimensions) float32, C order."""
     n_tokens: NDArray[np.int32]
-    """(m,) int32, special tokens and prompt included, before any truncation."""
+    """(m,) int32, special tokens and prompt included, before any truncation; ``max_tokens + 1`` for a long text that
+    was not read to its end."""
     truncated: NDArray[np.bool_]
     """(m,) bool: the text was longer than the model reads, and its end was cut off."""
     failures: tuple[TextFailure, ...]

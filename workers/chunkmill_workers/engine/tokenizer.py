@@ -6,27 +6,27 @@ TokenBatch to its own longest row. Several threads may call it; the Rust side re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers, processors
 
 from chunkmill.errors import ModelLoadError, TokenizerMismatch
 from chunkmill.models.files import read_json
+from chunkmill.models.transformer import POSITIONS_FROM_PAD
+from chunkmill_workers.engine import long_texts
+from chunkmill_workers.engine.long_texts import LONG_TEXT
 from chunkmill_workers.engine.results import TextFailure
 from chunkmill_workers.engine.windows import Frame, Ids
 
 # How many rows of an embedding table may have no token. Tables are padded to round numbers (Qwen3 by 267 rows, Qwen2
 # 290, DeBERTa 99, Nomic 6), while the cased and the uncased BERT differ by 1,526.
 _UNUSED_ROWS = 1_024
-
-# Encoders: their config.json states the pad id that the tokenizer must have. Decoders often state another.
-_ENCODERS = frozenset(
-    {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert"}
-    | {"roberta", "xlm-roberta"}
-)
 
 
 class TextTokenizer:
@@ -38,6 +38,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.pad_id = pad_id
         self._cut_left = cut_left
+        self._one_long_text = threading.Lock()
         probe = tokenizer.encode("a")
         if any(probe.type_ids):
             raise ModelLoadError(
@@ -69,42 +70,88 @@ class TextTokenizer:
                 f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): save it once "
                 "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             ) from error
+        settings = _optional(folder / "tokenizer_config.json")
+        names = _optional(folder / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
+        _follow(tokenizer, folder, settings, names)
         if lowercase:
             # As in sentence-transformers: first lower case, then the tokenizer's own normaliser.
             own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        settings = _optional(folder / "tokenizer_config.json")
-        pad = settings.get("pad_token") or _optional(folder / "special_tokens_map.json").get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
+        pad = _content(names.get("pad_token"))
         pad_id = tokenizer.token_to_id(pad) if pad else (tokenizer.padding or {}).get("pad_id")
         return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
 
-    def encode(self, texts: Sequence[str], prompt: str = "", *, first: int = 0) -> list[Ids | TextFailure]:
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", *, first: int = 0, limit: int | None = None
+    ) -> list[Ids | TextFailure]:
         """For each text its ids, (length,) int32 with special tokens and prompt, or the reason why it has none.
 
         A text that the tokenizer cannot read, such as one with a lone surrogate, fails alone. ``first`` is the index of
         ``texts[0]``, for the failures.
+
+        With a ``limit``, a text of more than LONG_TEXT characters and more than ``limit`` tokens may get only
+        ``limit + 1`` ids: the first ones of the text and the special tokens, which is what `cut` needs.
         """
+        long = [at for at, text in enumerate(texts) if len(prompt) + len(text) > LONG_TEXT]
+        if not long:
+            return self._encode([prompt + text for text in texts], first)
+        short = [at for at in range(len(texts)) if len(prompt) + len(texts[at]) <= LONG_TEXT]
+        encoded = dict(zip(short, self._encode([prompt + texts[at] for at in short], first), strict=True))
+        for at in long:
+            encoded[at] = self._encode_long(prompt + texts[at], first + at, limit)
+        return [
+            replace(ids, index=first + at) if isinstance(ids, TextFailure) else ids
+            for at, ids in sorted(encoded.items())
+        ]
+
+    def _encode(self, texts: Sequence[str], first: int) -> list[Ids | TextFailure]:
         try:
-            encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
-        except BaseException as error:
-            # A panic of the Rust tokenizer is not an Exception, but it too is caused by one text alone.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
+            encodings = self._tokenizer.encode_batch_fast(texts)
+        except BaseException as error:  # noqa: BLE001 - a panic is one
+            _raise_unless_of_text(error)
             if len(texts) == 1:
                 return [TextFailure(first, "tokenize_failed", _reason(error))]
         else:
             return [
-                np.array(encoding.ids, np.int32)
-                if len(encoding)
-                else TextFailure(first + at, "tokenize_failed", "the tokenizer finds no token in the text")
+                np.array(encoding.ids, np.int32) if len(encoding) else _no_token(first + at)
                 for at, encoding in enumerate(encodings)
             ]
         half = len(texts) // 2
-        return [
-            *self.encode(texts[:half], prompt, first=first),
-            *self.encode(texts[half:], prompt, first=first + half),
-        ]
+        return [*self._encode(texts[:half], first), *self._encode(texts[half:], first + half)]
+
+    def _encode_long(self, text: str, at: int, limit: int | None) -> Ids | TextFailure:
+        """The ids of one long text, see `encode`. One at a time, so that the memory is that of one text."""
+        with self._one_long_text:
+            try:
+                if limit is not None and not self._cut_left:
+                    count = limit + 1 - len(self._prefix) - len(self._suffix)
+                    body = long_texts.first_ids(
+                        text, count, self._bodies, at_spaces=self._at_spaces, window=self._window
+                    )
+                    if body is not None:
+                        return self._framed(np.array(body, np.int32))
+                text = long_texts.squeeze(text, self._tokenizer, self._bodies)
+                ids = self._framed(long_texts.joined(long_texts.pieces(text, at_spaces=self._at_spaces), self._bodies))
+            except BaseException as error:  # noqa: BLE001 - a panic is one
+                _raise_unless_of_text(error)
+                return TextFailure(at, "tokenize_failed", _reason(error))
+            finally:
+                long_texts.give_back_memory()
+        return ids if len(ids) else _no_token(at)
+
+    def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _framed(self, body: Ids) -> Ids:
+        return np.concatenate((self._prefix, body, self._suffix))
+
+    @cached_property
+    def _at_spaces(self) -> bool:
+        return long_texts.splits_at_spaces(self._tokenizer, self._bodies)
+
+    @cached_property
+    def _window(self) -> int:
+        return long_texts.window_size(self._tokenizer)
 
     def frame(self, prompt: str) -> Frame:
         """The special tokens and the prompt of every row.
@@ -129,8 +176,11 @@ class TextTokenizer:
             raise _mismatch(f"its largest token id is {self.max_id} and the model knows {rows} tokens")
         if rows - self.max_id - 1 > _UNUSED_ROWS:
             raise _mismatch(f"it has {self.max_id + 1} tokens and the model knows {rows}")
+        # In all other models the attention mask hides padding, and no vector depends on its id: multilingual-e5-small
+        # states BERT's pad id beside the tokenizer of XLM-RoBERTa, and is right.
+        counts = config.get("model_type") in POSITIONS_FROM_PAD
         expected = [
-            ("pad_token_id", self.pad_id if config.get("model_type") in _ENCODERS else None),
+            ("pad_token_id", self.pad_id if counts else None),
             ("cls_token_id", int(self._prefix[0]) if len(self._prefix) else None),
             ("sep_token_id", int(self._suffix[-1]) if len(self._suffix) else None),
         ]
@@ -148,9 +198,66 @@ def _convert(folder: Path) -> Any:
     return loaded.backend_tokenizer
 
 
+# The classes of transformers that make BERT's normaliser, and tokenizer_config.json's words for its options. What that
+# file states holds over tokenizer.json, as in transformers.
+_BERT_CLASSES = frozenset({None, "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer"})
+_BERT_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def _follow(tokenizer: Any, folder: Path, settings: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Change ``tokenizer`` as tokenizer_config.json says. ``names`` are the folder's special tokens by their roles.
+
+    Raises ModelLoadError for a special token that is asked for and does not exist.
+    """
+    normalizer = tokenizer.normalizer
+    kind = settings.get("tokenizer_class")
+    if isinstance(normalizer, normalizers.BertNormalizer) and (kind and kind.removesuffix("Fast")) in _BERT_CLASSES:
+        for word, option in _BERT_OPTIONS.items():
+            if settings.get(word) is not None:
+                setattr(normalizer, option, settings[word])
+        tokenizer.normalizer = normalizer
+    probe = tokenizer.encode("a")
+    own = [at for at, special in enumerate(probe.special_tokens_mask) if not special]
+    before, after = (probe.tokens[: own[0]], probe.tokens[own[-1] + 1 :]) if own else ([], [])
+    bos, eos = _content(names.get("bos_token")), _content(names.get("eos_token"))
+    for word, token, there in (("add_bos_token", bos, before[:1]), ("add_eos_token", eos, after[-1:])):
+        if settings.get(word) is True and (token is None or tokenizer.token_to_id(token) is None):
+            raise ModelLoadError(
+                f"{folder / 'tokenizer_config.json'} says {word}, but the tokenizer has no such token: copy the folder "
+                "again, or remove the setting if the model was trained without it"
+            )
+        if settings.get(word) is not True or there == [token]:
+            continue
+        # Models such as e5-mistral take their vector from the end token, and tokenizer.json's template has none.
+        before, after = ([token, *before], after) if word == "add_bos_token" else (before, [*after, token])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in dict.fromkeys([*before, *after])],
+        )
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which is stated as it is or as an object; None if there is none."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _optional(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     return settings
+
+
+def _raise_unless_of_text(error: BaseException) -> None:
+    """Raise ``error`` again unless a text can be its cause. A panic of the Rust tokenizer is not an Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _no_token(at: int) -> TextFailure:
+    return TextFailure(at, "tokenize_failed", "the tokenizer finds no token in the text")
 
 
 def _reason(error: BaseException) -> str:

@@ -48,7 +48,8 @@ class Rows:
     windows: NDArray[np.int32]
     """(texts,) int32: how many rows each text has; 0 for a failure."""
     n_tokens: NDArray[np.int32]
-    """(texts,) int32: tokens before truncation; 0 if tokenizing failed."""
+    """(texts,) int32: tokens before truncation, or ``limit + 1`` for a long text that was not read to its end; 0 if
+    tokenizing failed."""
     truncated: NDArray[np.bool_]
     """(texts,) bool: the text was cut to the limit."""
     failures: tuple[TextFailure, ...]
@@ -95,7 +96,7 @@ def make_rows(tokenized: Sequence[Ids | TextFailure], limit: int, frame: Frame, 
         own, shares = [ids], [1]
         if len(ids) > limit:
             if on_long is OnLong.REJECT:
-                reason = f"the text has {len(ids)} tokens and the model reads {limit}"
+                reason = f"the text has at least {len(ids)} tokens and the model reads {limit}"
                 failures.append(TextFailure(index, "too_long", reason))
                 continue
             if on_long is OnLong.SPLIT:

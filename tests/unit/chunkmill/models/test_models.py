@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -277,6 +278,76 @@ def test_sharded_weights(tmp_path: Path) -> None:
     assert revision(folder) != before
 
 
+@pytest.mark.parametrize("key", ["processor_kwargs", "tokenizer_args"])
+def test_a_limit_among_the_tokenizers_arguments_holds_over_max_seq_length(tmp_path: Path, key: str) -> None:
+    settings = {"max_seq_length": 48, key: {"model_max_length": 16, "trust_remote_code": True}}
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": settings})
+
+    assert resolve_spec(str(folder)).max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"processor_kwargs": {"add_prefix_space": True}},
+        {"tokenizer_args": {"do_lower_case": True}},
+        {"config_kwargs": {"hidden_act": "relu"}},
+        {"config_args": {"hidden_act": "relu"}},
+        {"model_kwargs": {"num_hidden_layers": 1}},
+        {"model_args": {"subfolder": "other"}},
+        {"tokenizer_name_or_path": "org/other"},
+    ],
+)
+def test_a_setting_that_changes_vectors_and_is_not_followed_is_refused_by_its_name(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": 48} | setting})
+    [(key, value)] = setting.items()
+    names = {"tokenizer_args": "processor_kwargs", "config_args": "config_kwargs", "model_args": "model_kwargs"}
+    word = f"{names.get(key, key)} {next(iter(value))}" if isinstance(value, dict) else key
+
+    with pytest.raises(UnknownModel, match=f"{word} in sentence_bert_config.json. Chunkmill does not support that"):
+        resolve_spec(str(folder))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"model_args": {"torch_dtype": "float16", "attn_implementation": "sdpa"}},
+        {"config_kwargs": {}, "processor_kwargs": None, "tokenizer_name_or_path": None},
+        {"processor_kwargs": {"padding_side": "left"}},
+    ],
+)
+def test_a_setting_that_changes_no_vector_is_accepted(tmp_path: Path, setting: dict[str, Any]) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": 48} | setting})
+
+    assert resolve_spec(str(folder)).max_tokens == 48
+
+
+@pytest.mark.parametrize("written", ["32", 32.0])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+        ("config.json", "max_position_embeddings"),
+    ],
+)
+def test_a_limit_may_be_written_as_text_or_with_a_point(tmp_path: Path, file: str, key: str, written: Any) -> None:
+    files: dict[str, Any] = {"sentence_bert_config.json": {}, "tokenizer_config.json": {}, "config.json": BERT}
+    files[file] = files[file] | {key: written}
+
+    assert resolve_spec(str(sentence_folder(tmp_path, **files))).max_tokens == 32
+
+
+@pytest.mark.parametrize("written", ["many", 32.5, True, [32]])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(tmp_path: Path, written: Any) -> None:
+    folder = sentence_folder(tmp_path, **{"sentence_bert_config.json": {"max_seq_length": written}})
+
+    with pytest.raises(UnknownModel, match="max_seq_length that is not a number of tokens"):
+        resolve_spec(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -308,25 +379,156 @@ def test_the_hugging_face_cache_is_read_without_the_network(
     assert resolve_spec(f"org/name@{revision_asked}").max_tokens == 128
 
 
+class Hub:
+    """A stand-in for huggingface_hub with one model, whose download may be killed after some of its files."""
+
+    def __init__(self, cache: Path, files: Path) -> None:
+        self.cache, self.files = cache, files
+        self.asked: dict[str, Any] = {}
+        self.downloads = 0
+        self.reachable = True
+
+    def HfApi(self) -> Hub:  # noqa: N802 - huggingface_hub's name
+        return self
+
+    def list_repo_files(self, _repo: str, *, revision: str) -> list[str]:
+        if not self.reachable:
+            raise ConnectionError("no network")
+        return [str(file.relative_to(self.files)) for file in self.files.rglob("*") if file.is_file()] + ["onnx/m.json"]
+
+    def snapshot_download(self, repo: str, *, revision: str, cache_dir: str, **options: Any) -> str:
+        self.asked = {"repo": repo, "revision": revision, **options}
+        self.downloads += 1
+        home = Path(cache_dir) / ("models--" + repo.replace("/", "--"))
+        write(home / "refs", {revision: b"0123abc"})
+        if self.reachable:
+            shutil.copytree(self.files, home / "snapshots" / "0123abc", dirs_exist_ok=True)
+        return str(home / "snapshots" / "0123abc")
+
+
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What ``snapshot_download`` was asked for; it gives a small folder."""
-    folder = sentence_folder(tmp_path / "downloaded")
-    asked: dict[str, Any] = {"folder": folder}
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    prompts = {"prompts": {"document": "title: none | text: "}}
+    folder = sentence_folder(tmp_path / "on the hub", **{"config_sentence_transformers.json": prompts})
+    made = Hub(tmp_path / "home" / "hub", folder)
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", made)  # type: ignore[arg-type]
+    return made
 
-    class Hub:
-        @staticmethod
-        def snapshot_download(repo: str, **options: Any) -> str:
-            asked.update(options, repo=repo)
-            return str(folder)
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)  # type: ignore[arg-type]
-    return asked
+@pytest.fixture
+def downloads(hub: Hub) -> dict[str, Any]:
+    """What ``snapshot_download`` was asked for last."""
+
+    class Asked(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            return hub.asked[key]
+
+    return Asked()
+
+
+def snapshot(hub: Hub) -> Path:
+    return hub.cache / "models--org--name" / "snapshots" / "0123abc"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "modules.json",
+    ],
+)
+def test_a_worker_completes_a_download_that_was_killed(hub: Hub, lost: str) -> None:
+    whole = resolve_model("org/name@v1", download=True).spec
+    shutil.rmtree(hub.cache)
+    write(hub.cache / "models--org--name" / "refs", {"v1": b"0123abc"})
+    shutil.copytree(hub.files, snapshot(hub))
+    (snapshot(hub) / lost).unlink()
+    write(snapshot(hub) / "2_Dense", {"model.safetensors": weights()})  # weights of a module are not the model's
+
+    assert resolve_model("org/name@v1", download=True).spec == whole
+    assert whole.document_prompt == "title: none | text: "
+
+
+def test_a_finished_download_is_used_without_the_network_until_a_file_is_gone(hub: Hub) -> None:
+    resolve_model("org/name@v1", download=True)
+    hub.reachable = False
+
+    resolve_model("org/name@v1", download=True)
+    resolve_model("org/name@v1")
+    assert hub.downloads == 1
+
+    hub.reachable = True
+    (snapshot(hub) / "config_sentence_transformers.json").unlink()
+    assert resolve_model("org/name@v1", download=True).spec.document_prompt
+    assert hub.downloads == 2
+
+
+def test_a_finished_download_lacks_what_the_model_is_trusted_with_later(hub: Hub) -> None:
+    resolve_model("org/name@v1", download=True)
+    resolve_model("org/name@v1", trust=Trust(remote_code={"org/name@v1"}), download=True)
+    assert hub.downloads == 2
+
+
+def test_a_cache_that_others_filled_is_used_if_the_hub_cannot_be_reached(hub: Hub) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    hub.reachable = False
+
+    assert resolve_model("org/name@0123abc", download=True).path == snapshot(hub)
+    assert resolve_model("org/name@0123abc").path == snapshot(hub)
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_an_unfinished_file_in_the_cache_is_no_model(hub: Hub, download: bool) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    write(hub.cache / "models--org--name" / "blobs", {"abc.123.incomplete": b"half"})
+    hub.reachable = False
+
+    with pytest.raises(
+        UnknownModel, match=r"could not be downloaded|only partly in the Hugging Face cache.*hf download"
+    ):
+        resolve_model("org/name@0123abc", download=download)
+
+
+def test_a_damaged_model_in_the_cache_gets_advice_that_fits_a_cache(hub: Hub) -> None:
+    shutil.copytree(hub.files, snapshot(hub))
+    (snapshot(hub) / "tokenizer.json").unlink()
+
+    with pytest.raises(UnknownModel, match=r"hf download org/name --revision 0123abc --force-download"):
+        resolve_model("org/name@0123abc")
+
+
+@pytest.mark.parametrize(
+    ("variables", "cache"),
+    [
+        ({}, "home/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "$HOME/xdg"}, "home/xdg/huggingface/hub"),
+        ({"HF_HOME": "~/hf", "XDG_CACHE_HOME": "/other"}, "home/hf/hub"),
+        ({"HF_HOME": "$HOME/hf"}, "home/hf/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "$HOME/old", "HF_HOME": "/other"}, "home/old"),
+        ({"HF_HUB_CACHE": "$HOME/new", "HUGGINGFACE_HUB_CACHE": "/other"}, "home/new"),
+        ({"HF_HUB_CACHE": "", "HF_HOME": "", "XDG_CACHE_HOME": ""}, "home/.cache/huggingface/hub"),
+    ],
+)
+def test_the_cache_is_where_the_variables_of_hugging_face_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: Mapping[str, str], cache: str
+) -> None:
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in (variables | {"HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(variable, value)
+    folder = sentence_folder(tmp_path / cache / "models--org--name" / "snapshots" / "0123abc")
+
+    assert resolve_model("org/name@0123abc").path == folder
 
 
 def test_download_asks_for_the_revision_and_for_no_code(downloads: dict[str, Any]) -> None:
-    assert resolve_model("org/name@v1", download=True).path == downloads["folder"]
+    assert resolve_model("org/name@v1", download=True).path.name == "0123abc"
     assert (downloads["repo"], downloads["revision"]) == ("org/name", "v1")
     assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])
 
