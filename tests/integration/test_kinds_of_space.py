@@ -153,7 +153,7 @@ def test_an_engine_is_loaded_in_the_precision_of_its_space(
     with pytest.raises(ModelLoadError):
         engines.for_space(space)
     assert asked == [(Precision.INT8, Precision.INT8)]
-    assert engines.unserved() == [space.id]
+    assert list(engines.unserved()) == [space.id]
 
 
 def test_engines_of_both_precisions_stay_loaded_side_by_side(

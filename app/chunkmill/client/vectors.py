@@ -154,13 +154,14 @@ class Vectors(ClientPart):
         while True:
             with self._transaction() as conn:
                 answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
-                if answer is None and time.monotonic() >= deadline:
+                over = time.monotonic() >= deadline  # looked at once, so that who gives up also withdraws
+                if answer is None and over:
                     embed_requests.withdraw(conn, request)
             if answer is not None:
                 if answer.vectors is None:
                     raise EngineError(f"the worker could not embed: {answer.error}")
                 return answer.vectors
-            if time.monotonic() >= deadline:
+            if over:
                 queue = "openai" if space.spec.provider == OPENAI else "gpu"
                 raise WaitTimeout(
                     f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"

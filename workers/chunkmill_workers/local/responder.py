@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from chunkmill.errors import ChunkmillError, DeviceFailed
+from chunkmill.errors import DeviceFailed
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.spaces import registry
@@ -25,9 +25,11 @@ class EmbedResponder(Responder[WorkerContext]):
         """Answer one request. Returns False if there is none, or if this worker leaves or is broken."""
         if self._context.stopping.is_set() or self._context.broken:
             return False
+        unserved = self._context.engines.unserved()
         with self._context.db.begin() as conn:
-            request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
+            request = embed_requests.claim_next(conn, not_spaces=list(unserved))
             if request is None:
+                self.refuse_unanswered(conn, unserved)
                 return False
             space = registry.get(conn, request.space_id)
         self._answer(request, space)
@@ -43,10 +45,8 @@ class EmbedResponder(Responder[WorkerContext]):
             # The request is not the reason: its lease ends, and another worker answers. The watchdog ends this worker.
             self._context.broken = str(broken)
             return
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
-            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
-            with self._context.db.begin() as conn:
-                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
+            self.end_without_vectors(request, error)
             return
         COUNTS.add_all(
             (

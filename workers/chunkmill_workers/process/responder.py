@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 
 from chunkmill.db.connect import raw
-from chunkmill.ledger.embed_requests import CHANNEL
+from chunkmill.db.retry import is_transient
+from chunkmill.domain.reasons import reason_of
+from chunkmill.errors import ChunkmillError
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.embed_requests import CHANNEL, EmbedRequest
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
 from chunkmill_workers.process.context import QueueContext
 
@@ -36,6 +41,21 @@ class Responder(threading.Thread, Generic[Context]):
     def answer_next(self) -> bool:
         """Answer one request. Returns False if there is none for this worker now."""
 
+    def end_without_vectors(self, request: EmbedRequest, error: Exception) -> None:
+        """Tell whoever waits why there are no vectors; or leave the request to others, if only this worker failed."""
+        with self._context.begin() as conn:
+            if is_transient(error) or (isinstance(error, ChunkmillError) and error.elsewhere):
+                logger.warning("embed request %s is left to other workers: %s", request.id, reason_of(error))
+                embed_requests.release(conn, request)
+            else:
+                told = reason_of(error) if isinstance(error, ChunkmillError) else f"{reason_of(error)} in the worker"
+                embed_requests.refuse(conn, request, f"{self._context.name}: {told}")
+
+    def refuse_unanswered(self, conn: sa.Connection, unserved: Mapping[int, str]) -> None:
+        """Tell those who have waited in vain for a worker of a space that this worker cannot serve either."""
+        named = {space_id: f"{self._context.name}: {reason}" for space_id, reason in unserved.items()}
+        embed_requests.refuse_unanswered(conn, named)
+
     def stop(self) -> None:
         self._stop_listening.set()
         self.join(timeout=5)
@@ -45,7 +65,7 @@ class Responder(threading.Thread, Generic[Context]):
             try:
                 self._listen()
             except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
-                logger.warning("%s: %s; listening again", self.name, type(error).__name__)
+                logger.warning("%s: %s; listening again", self.name, reason_of(error))
                 self._stop_listening.wait(RECONNECT_SECONDS)
 
     def _listen(self) -> None:

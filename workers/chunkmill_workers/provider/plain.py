@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import Route
-from chunkmill.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.money import budget
@@ -65,7 +65,7 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
             owner=context.name,
             lease_seconds=context.settings.lease_seconds,
             route=Route.OPENAI_SYNC,
-            not_spaces=context.unserved(),
+            not_spaces=list(context.unserved.now()),
         )
 
     lease = context.transact(claim, "claim", give_up=True)
@@ -101,7 +101,12 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
     except Exception as error:
         if is_transient(error):
             raise  # another worker goes on when the lease runs out
-        attempt.fail_with(error)
+        if isinstance(error, ChunkmillError) and error.elsewhere:
+            context.unserved.leave(lease.space_id, error)
+            attempt.release(because=error)
+            logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, error)
+        else:
+            attempt.fail_with(error)
 
 
 def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> None:

@@ -54,13 +54,16 @@ class ProviderResponder(Responder[ProviderContext]):
         with self._context.begin() as conn:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
                 return False  # whoever asked decides how long to wait
-            served = [space for space in registry.all_spaces(conn) if self._context.serves(space)]
+            unserved = self._context.unserved.now()
+            spaces = [space for space in registry.all_spaces(conn) if space.id not in unserved]
+            served = [space for space in spaces if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
             request = embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
                 conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
             )
             if request is None:
+                self.refuse_unanswered(conn, unserved)
                 return False
             space = registry.get(conn, request.space_id)
         self._answer(request, space)
@@ -69,14 +72,14 @@ class ProviderResponder(Responder[ProviderContext]):
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         try:
             vectors = self._embed(request, space)
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
             if isinstance(error, ProviderBusy):
                 pause_lane(self._context, Route.OPENAI_SYNC, error, tries=1)
             elif isinstance(error, ProviderStopped):
                 stop_lane(self._context, Route.OPENAI_SYNC, error)
-            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
-            with self._context.begin() as conn:
-                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+            if isinstance(error, ChunkmillError) and error.elsewhere:
+                self._context.unserved.leave(space.id, error)
+            self.end_without_vectors(request, error)
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from chunkmill.db.retry import is_transient
+from chunkmill.domain.reasons import reason_of, storable
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderStopped
@@ -40,6 +41,7 @@ def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> 
             owner=context.name,
             lease_seconds=context.settings.lease_seconds,
             server=context.provider.server,
+            not_spaces=list(context.unserved.now()),
         ),
         "claim a step",
         give_up=True,
@@ -88,14 +90,18 @@ def _take(context: ProviderContext, step: Step) -> Step | None:
 
 
 def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
+    if isinstance(error, ChunkmillError) and error.elsewhere:
+        context.unserved.leave(step.space_id, error)
+        logger.warning("%s, step %s is left to other workers: %s", step.name, step.state, error)
+        _release(context, step, 0.0, None, error=storable(f"{context.name}: {error}"))
+        return
     delay = backoff(step.failures + 1)
     if isinstance(error, ChunkmillError):
         said = error.brief if isinstance(error, ProviderError) else error
         logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
     else:
         logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
-    said = str(error) if isinstance(error, ChunkmillError) else type(error).__name__
-    _release(context, step, delay, said)
+    _release(context, step, delay, reason_of(error))
 
 
 def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **columns: object) -> None:

@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from chunkmill.db.copy import copy_binary, encode_hash_array, encode_rows
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.deaths import SUSPECT_DEATHS
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
-from chunkmill.errors import ChunkmillError
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ def fail_if_held(
     None if the lease is lost.
     """
     delay = retry_delay(lease.attempt, lease.max_attempts, retryable=retryable)
-    parameters = {"code": code, "error": error[:2000], **_guard(lease)}
+    parameters = {"code": code, "error": storable(error), **_guard(lease)}
     if delay is None:
         state = ChunkBatchState.DISCARDED
         result = conn.execute(_DISCARD, {**parameters, "discarded": state})
@@ -277,18 +277,18 @@ WHERE id = :id AND attempt = :attempt AND state = :running
 
 
 def release_if_held(
-    conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None, delay_s: float = 0.0
+    conn: sa.Connection, lease: Lease, *, code: str | None = None, error: str | None = None, delay_s: float = 0.0
 ) -> bool:
     """Make a ChunkBatch available again at once and uncharged, because the worker is leaving or unfit.
 
-    ``because`` stays on the ChunkBatch until somebody completes it. Nobody can claim it for ``delay_s`` seconds. False
-    if the lease is lost.
+    ``code`` and ``error`` stay on the ChunkBatch until somebody completes it. Nobody can claim it for ``delay_s``
+    seconds. False if the lease is lost.
     """
     result = conn.execute(
         _RELEASE,
         {
-            "code": because and because.code,
-            "error": because and str(because)[:2000],
+            "code": code,
+            "error": error and storable(error),
             "delay": delay_s,
             "available": ChunkBatchState.AVAILABLE,
             **_guard(lease),
