@@ -14,12 +14,17 @@ LONGEST = 2000
 """The most characters of a reason in the ledger."""
 
 # The messages of these packages name servers and commands. Our commands carry ids, and never a text.
-_QUOTE_NO_TEXT = ("redis", "kombu", "amqp")
+_QUOTE_NO_TEXT = ("chunkmill", "chunkmill_workers", "redis", "kombu", "amqp")
 
 
 def storable(said: str, longest: int = LONGEST) -> str:
     """``said`` in a form that a text column and UTF-8 can hold: NUL and lone surrogates are escaped, the end is cut."""
-    return said[:longest].replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:longest]
+    return printable(said[:longest])[:longest]
+
+
+def printable(said: str) -> str:
+    """``said`` with NUL and lone surrogates escaped."""
+    return said.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from chunkmill.db.connect import refusal
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.reasons import code_of, reason_of
+from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, DeviceFailed, LeaseLost
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches
@@ -24,6 +25,7 @@ from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 
@@ -84,17 +86,8 @@ def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
     if context.stopping.is_set() or context.broken:
         return None
 
-    def claim(conn: sa.Connection) -> Lease | None:
-        return chunk_batches.claim_if_due(
-            conn,
-            chunk_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            not_spaces=list(context.engines.unserved()),
-        )
-
     try:
-        lease = context.transact(claim, "claim", give_up=True)
+        lease = claim(context, chunk_batch_id, route=Route.LOCAL, not_spaces=list(context.engines.unserved()))
     except (sa.exc.SQLAlchemyError, psycopg.Error):
         if context.stopping.is_set():
             return None  # Postgres is away, and the worker leaves

@@ -26,13 +26,10 @@ class EmbedResponder(Responder[WorkerContext]):
         if self._context.stopping.is_set() or self._context.broken:
             return False
         unserved = self._context.engines.unserved()
-        with self._context.db.begin() as conn:
-            request = embed_requests.claim_next(conn, not_spaces=list(unserved))
-            if request is None:
-                self.refuse_unanswered(conn, unserved)
-                return False
-            space = registry.get(conn, request.space_id)
-        self._answer(request, space)
+        claimed = self.claim(lambda conn: embed_requests.claim_next(conn, not_spaces=list(unserved)), unserved)
+        if claimed is None:
+            return False
+        self._answer(*claimed)
         return True
 
     def _answer(self, request: EmbedRequest, space: registry.Space) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import sqlalchemy as sa
@@ -17,6 +17,8 @@ from chunkmill.errors import ChunkmillError
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import CHANNEL, EmbedRequest
 from chunkmill.ledger.jobs.jobs import CANCELLED_CHANNEL
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,34 @@ class Responder(threading.Thread, Generic[Context]):
         super().__init__(name=name, daemon=True)
         self._context = context
         self._stop_listening = threading.Event()
+        self._unsure: EmbedRequest | None = None
+        """The request whose claim may or may not be committed."""
 
     @abstractmethod
     def answer_next(self) -> bool:
         """Answer one request. Returns False if there is none for this worker now."""
+
+    def claim(
+        self, claim_next: Callable[[sa.Connection], EmbedRequest | None], unserved: Mapping[int, str]
+    ) -> tuple[EmbedRequest, Space] | None:
+        """Claim a request, and read its space. None if there is none for this worker.
+
+        If the answer to the commit is lost, the next claim gives the request back first, uncharged. If there is none,
+        those are told who have waited in vain for a worker of a space in ``unserved``.
+        """
+        if self._unsure is not None:
+            with self._context.begin() as conn:
+                embed_requests.release(conn, self._unsure)
+            self._unsure = None
+        with self._context.begin() as conn:
+            request = self._unsure = claim_next(conn)
+            if request is None:
+                named = {space_id: f"{self._context.name}: {reason}" for space_id, reason in unserved.items()}
+                embed_requests.refuse_unanswered(conn, named)
+                return None
+            space = registry.get(conn, request.space_id)
+        self._unsure = None
+        return request, space
 
     def end_without_vectors(self, request: EmbedRequest, error: Exception) -> None:
         """Tell whoever waits why there are no vectors; or leave the request to others, if only this worker failed."""
@@ -50,11 +76,6 @@ class Responder(threading.Thread, Generic[Context]):
             else:
                 told = reason_of(error) if isinstance(error, ChunkmillError) else f"{reason_of(error)} in the worker"
                 embed_requests.refuse(conn, request, f"{self._context.name}: {told}")
-
-    def refuse_unanswered(self, conn: sa.Connection, unserved: Mapping[int, str]) -> None:
-        """Tell those who have waited in vain for a worker of a space that this worker cannot serve either."""
-        named = {space_id: f"{self._context.name}: {reason}" for space_id, reason in unserved.items()}
-        embed_requests.refuse_unanswered(conn, named)
 
     def stop(self) -> None:
         self._stop_listening.set()

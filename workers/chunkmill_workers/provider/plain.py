@@ -23,7 +23,6 @@ from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
-from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.endings import Alone, Dead, after_line_error, backoff
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
@@ -32,6 +31,7 @@ from chunkmill.openai.wire.jsonl import Embedded
 from chunkmill.openai.wire.vectors import read_embeddings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
+from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 from chunkmill_workers.provider.context import ProviderContext
@@ -56,19 +56,14 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
     if context.stopping.is_set():
         return
 
-    def claim(conn: sa.Connection) -> Lease | None:
-        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
-            return None  # the poller rings again when the lane is healthy
-        return chunk_batches.claim_if_due(
-            conn,
-            chunk_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            route=Route.OPENAI_SYNC,
-            not_spaces=list(context.unserved.now()),
-        )
-
-    lease = context.transact(claim, "claim", give_up=True)
+    lease = claim(
+        context,
+        chunk_batch_id,
+        route=Route.OPENAI_SYNC,
+        not_spaces=list(context.unserved.now()),
+        # The poller rings again when the lane is healthy.
+        unless=lambda conn: not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy,
+    )
     if lease is None:
         return
     with attempt_at(context, lease, rung_ns=rung_ns):

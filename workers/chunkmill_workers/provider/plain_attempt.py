@@ -74,7 +74,8 @@ class PlainAttempt(Attempt[ProviderContext]):
 
     def commit(self, answer: Answer) -> None:
         """Commit the vectors, the charge and the account of one answer in one transaction."""
-        made = assemble(answer.embedded, answer.rows, normalize=self.space.spec.normalize)
+        space = self.space
+        made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
         tokens = answer.embedded.prompt_tokens or 0
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]

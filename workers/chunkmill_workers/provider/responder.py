@@ -6,6 +6,7 @@ import logging
 import secrets
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.domain.providers import OPENAI
@@ -51,22 +52,23 @@ class ProviderResponder(Responder[ProviderContext]):
         """Answer one request. Returns False if there is none, the lane is paused, or this worker leaves."""
         if self._context.stopping.is_set():
             return False
-        with self._context.begin() as conn:
+        unserved = self._context.unserved.now()
+
+        def claim_next(conn: sa.Connection) -> EmbedRequest | None:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
-                return False  # whoever asked decides how long to wait
-            unserved = self._context.unserved.now()
+                return None  # whoever asked decides how long to wait
             spaces = [space for space in registry.all_spaces(conn) if space.id not in unserved]
             served = [space for space in spaces if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
-            request = embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
+            return embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
                 conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
             )
-            if request is None:
-                self.refuse_unanswered(conn, unserved)
-                return False
-            space = registry.get(conn, request.space_id)
-        self._answer(request, space)
+
+        claimed = self.claim(claim_next, unserved)
+        if claimed is None:
+            return False
+        self._answer(*claimed)
         return True
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Callable
 
+import sqlalchemy as sa
+
 from chunkmill.db.retry import is_transient
-from chunkmill.domain.reasons import reason_of, storable
+from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderStopped
@@ -34,18 +36,22 @@ def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> 
     context.last_doorbell = time.monotonic()
     if context.stopping.is_set():
         return
-    step = context.transact(
-        lambda conn: provider_batches.claim_if_due(
-            conn,
-            provider_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            server=context.provider.server,
-            not_spaces=list(context.unserved.now()),
-        ),
-        "claim a step",
-        give_up=True,
-    )
+    made: Step | None = None
+
+    def claim(conn: sa.Connection) -> Step | None:
+        nonlocal made
+        if made is None or not provider_batches.is_held(conn, made, owner=context.name):  # the answer was lost
+            made = provider_batches.claim_if_due(
+                conn,
+                provider_batch_id,
+                owner=context.name,
+                lease_seconds=context.settings.lease_seconds,
+                server=context.provider.server,
+                not_spaces=list(context.unserved.now()),
+            )
+        return made
+
+    step = context.transact(claim, "claim a step", give_up=True)
     if step is None:
         return
     with context.steps.holding(step), bound(**ids(step), worker=context.name):
@@ -93,7 +99,7 @@ def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
     if isinstance(error, ChunkmillError) and error.elsewhere:
         context.unserved.leave(step.space_id, error)
         logger.warning("%s, step %s is left to other workers: %s", step.name, step.state, error)
-        _release(context, step, 0.0, None, error=storable(f"{context.name}: {error}"))
+        _release(context, step, 0.0, None, error=f"{context.name}: {error}")
         return
     delay = backoff(step.failures + 1)
     if isinstance(error, ChunkmillError):

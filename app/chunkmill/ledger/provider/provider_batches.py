@@ -223,6 +223,15 @@ def claim_if_due(
     return None if row is None else _step(row)
 
 
+def is_held(conn: sa.Connection, step: Step, *, owner: str) -> bool:
+    """Whether the claim that made ``step`` was committed. It is for a claim that got no answer to its commit."""
+    row = conn.execute(
+        sa.text("SELECT id FROM provider_batches WHERE id = :id AND attempt = :attempt AND lease_owner = :owner"),
+        {"id": step.id, "attempt": step.attempt, "owner": owner},
+    )
+    return row.one_or_none() is not None
+
+
 def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: float) -> set[int]:
     """Renew all leases of a process; returns the ids of the ProviderBatches that it still holds."""
     rows = conn.execute(
@@ -258,7 +267,7 @@ def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | No
     ``failed`` says what went wrong, if anything did, and adds one to the failures in a row.
     """
     if failed is not None:
-        columns |= {"failures": step.failures + 1, "error": storable(failed)}
+        columns |= {"failures": step.failures + 1, "error": failed}
     due = sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, delay_s)
     # The owner of the attempt may give it back at whatever step it has come to.
     _change(
@@ -369,6 +378,8 @@ def _change(
     any_state: bool = False,
 ) -> Step:
     table = ProviderBatchRow.__table__
+    # The provider's own words are among them.
+    columns = {name: storable(value) if type(value) is str else value for name, value in columns.items()}
     held = sa.and_(table.c.id == step.id, table.c.attempt == step.attempt)
     row = conn.execute(
         sa.update(ProviderBatchRow)
