@@ -49,13 +49,13 @@ class ChunkmillError(Exception):
     retryable: ClassVar[bool] = False
     http_status: ClassVar[int] = 500
     elsewhere: ClassVar[bool] = False
-    """Whether another worker, with another model, device or setting, may be able to do what this one cannot."""
+    """Whether another worker, with another model, device or setting, may be able to do what this one cannot. A worker
+    that meets such an error charges nobody for it, and leaves the work to others for a while."""
 
 
 class InvalidInput(ChunkmillError):
     code = "invalid_input"
     http_status = 400
-    elsewhere = True
 
 
 class InvalidChunk(InvalidInput):
@@ -77,6 +77,7 @@ class InvalidChunk(InvalidInput):
 
 class UnknownModel(InvalidInput):
     code = "unknown_model"
+    elsewhere = True
 
 
 class UnknownRoute(InvalidInput):
@@ -85,12 +86,12 @@ class UnknownRoute(InvalidInput):
 
 class InvalidSetting(InvalidInput):
     code = "invalid_setting"
+    elsewhere = True
 
 
 class NotFound(ChunkmillError):
     code = "not_found"
     http_status = 404
-    elsewhere = True
 
 
 class JobFailed(ChunkmillError):
@@ -128,7 +129,6 @@ class BudgetExceeded(ChunkmillError):
 
     code = "budget_exceeded"
     http_status = 402
-    elsewhere = True
 
 
 class LeaseLost(ChunkmillError):
@@ -153,6 +153,7 @@ class EmbeddedStackError(ChunkmillError):
 
 class DeviceUnavailable(ChunkmillError):
     code = "device_unavailable"
+    elsewhere = True
 
 
 class DeviceTaken(DeviceUnavailable):
@@ -223,6 +224,7 @@ class EngineError(ChunkmillError):
 
 class ModelLoadError(EngineError):
     code = "model_load"
+    elsewhere = True
 
 
 class DeviceFailed(EngineError):
@@ -237,3 +239,4 @@ class TokenizerMismatch(EngineError):
 class CanaryFailed(EngineError):
     code = "canary_failed"
     retryable = False
+    elsewhere = True

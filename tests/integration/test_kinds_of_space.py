@@ -153,7 +153,7 @@ def test_an_engine_is_loaded_in_the_precision_of_its_space(
     with pytest.raises(ModelLoadError):
         engines.for_space(space)
     assert asked == [(Precision.INT8, Precision.INT8)]
-    assert engines.unserved() == [space.id]
+    assert list(engines.unserved()) == [space.id]
 
 
 def test_engines_of_both_precisions_stay_loaded_side_by_side(
@@ -222,7 +222,7 @@ def test_a_space_of_the_old_windows_stays_readable_and_gets_no_new_vectors(
     assert client._space(None, OnLong.SPLIT).id != old.id
     with pytest.raises(SpaceMismatch):
         context.engines.for_space(old)
-    context.engines._unserved.clear()
+    context.engines.left_to_others.clear()
 
 
 def _refuse(*_: object, **__: object) -> None:

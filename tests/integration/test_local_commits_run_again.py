@@ -10,7 +10,6 @@ import sqlalchemy as sa
 
 from chunkmill.client import Client
 from chunkmill.errors import EngineError
-from chunkmill.ledger.dead.deaths import take_back_expired
 from chunkmill.spaces.registry import all_spaces
 from chunkmill_workers.local.context import WorkerContext
 from tests.integration.conftest import Runner
@@ -78,10 +77,6 @@ def test_a_commit_of_a_local_worker_that_is_run_again_changes_nothing(
             # A doorbell that a leaving worker heard in vain is rung again by a repair, which need not be waited for.
             again = "UPDATE chunk_batches SET not_before = now(), rung_at = NULL WHERE state = 'available'"
             conn.execute(sa.text(again))
-            # What lost the answer to its claim is held by nobody, and need not wait for the end of its lease.
-            over = "UPDATE chunk_batches SET lease_until = now() - interval '1 s' WHERE lease_until > now()"
-            conn.execute(sa.text(over))
-            take_back_expired(conn)
         if all(client.job(job.id).state.is_final for job in jobs):
             break
 
@@ -120,16 +115,12 @@ def sum_of_tokens(context: WorkerContext) -> int:
 
 
 def run_twice(patch: pytest.MonkeyPatch, context: WorkerContext, commit: str) -> list[str]:
-    """Each transaction of this name is committed, its answer is lost, and it is run again; returns which were.
-
-    A claim only once: the poller takes what was claimed for nobody for the work of a worker that died, and at the third
-    death it would cut the ChunkBatch.
-    """
+    """Each transaction of this name is committed, its answer is lost, and it is run again; returns which were."""
     times: list[str] = []
     transact = context.transact
 
     def run(work: Callable[[sa.Connection], Any], what: str, **more: Any) -> Any:
-        if what == commit and not (what == "claim" and times):
+        if what == commit:
             times.append(what)
             transact(work, what, **more)
         return transact(work, what, **more)

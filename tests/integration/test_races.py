@@ -55,8 +55,8 @@ class Unable:
     def for_space(self, space: object) -> None:
         raise self._error
 
-    def unserved(self) -> list[int]:
-        return []
+    def unserved(self) -> dict[int, str]:
+        return {}
 
 
 def test_a_lost_bell_is_found_while_other_tasks_run(settings: Settings, client: Client, db: sa.Engine) -> None:
@@ -200,7 +200,7 @@ def test_whatever_breaks_the_engine_a_query_gets_an_answer_and_the_lane_goes_on(
     responder.start()
     try:
         for _ in range(2):
-            with pytest.raises(EngineError, match="RuntimeError in the engine") as caught:
+            with pytest.raises(EngineError, match="RuntimeError in the worker") as caught:
                 client.embed(["SECRET"], timeout=PATIENCE)
             assert "SECRET" not in str(caught.value)
     finally:

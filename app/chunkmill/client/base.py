@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.client.door import at_the_door
 from chunkmill.client.finish import end_or_leave
 from chunkmill.db.connect import store_error
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
@@ -30,6 +32,13 @@ QUIET_SECONDS = 10.0
 
 class ClientPart:
     """The base of the client's parts: its connections, its transactions and its doorbells."""
+
+    def __init_subclass__(cls) -> None:
+        """Every public method of a part is called through the door."""
+        super().__init_subclass__()
+        for name, member in list(vars(cls).items()):
+            if inspect.isfunction(member) and not name.startswith("_"):
+                setattr(cls, name, at_the_door(member))
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
         self._db = db

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart
 from chunkmill.client.enqueue import MAX_BATCH_BYTES
+from chunkmill.domain.arguments import as_flag, as_items, as_number, as_text, require_name
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.dead import dead_chunks, dead_retry
@@ -35,6 +36,7 @@ class DeadList(ClientPart):
         ``job_id``, ``collection`` and ``code`` keep only the entries of a job, of a collection, or with a code. Raises
         :class:`NotFound` for a job or a collection that does not exist.
         """
+        limit = as_number("limit", limit, least=0)
         with self._transaction() as conn:
             return dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
 
@@ -47,6 +49,7 @@ class DeadList(ClientPart):
 
     def dead_chunk(self, dead_id: int, *, with_text: bool = False) -> DeadDetails:
         """All that is known of one entry of the dead list, with its text if ``with_text``. Raises :class:`NotFound`."""
+        dead_id, with_text = as_number("dead_id", dead_id), as_flag("with_text", with_text)
         with self._transaction() as conn:
             return dead_chunks.details(conn, dead_id, with_text=with_text)
 
@@ -105,18 +108,22 @@ class DeadList(ClientPart):
     @staticmethod
     def _listed(conn: sa.Connection, job_id: int | None, collection: str | None, code: str | None) -> DeadFilter:
         if job_id is not None:
-            jobs.get(conn, job_id)
+            jobs.get(conn, as_number("job_id", job_id))
         if collection is not None:
+            require_name("collection", collection)
             collections.find(conn, collection)
+        if code is not None:
+            as_text("code", code)
         return DeadFilter(job_id=job_id, collection=collection, code=code)
 
     @staticmethod
     def _meant(ids: Iterable[int] | None, job_id: int | None, code: str | None) -> DeadFilter:
         if (ids is None) == (job_id is None and code is None):
             raise InvalidInput("give either ids, or job_id or code or both, to say which dead chunks are meant.")
+        if job_id is not None:
+            as_number("job_id", job_id)
+        if code is not None:
+            as_text("code", code)
         if ids is None:
             return DeadFilter(job_id=job_id, code=code)
-        chosen = tuple(ids)
-        if not all(isinstance(dead_id, int) for dead_id in chosen):
-            raise InvalidInput("ids must be whole numbers, as `dead` and `chunkmill dead list` show them.")
-        return DeadFilter(ids=chosen)
+        return DeadFilter(ids=tuple(as_number("an id in ids", dead_id) for dead_id in as_items("ids", ids)))

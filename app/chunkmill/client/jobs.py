@@ -10,7 +10,15 @@ from typing import Literal
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.db.retry import transact
-from chunkmill.domain.arguments import as_deadline, as_word, require_name
+from chunkmill.domain.arguments import (
+    as_deadline,
+    as_function,
+    as_items,
+    as_number,
+    as_seconds,
+    as_word,
+    require_name,
+)
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
@@ -75,8 +83,9 @@ class Jobs(ClientPart):
         require_name("collection", collection)
         route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
         on_long = as_word(OnLong, on_long, "on_long")
-        if on_invalid not in ("raise", "skip"):
-            raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
+        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
+            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        chunks = as_items("chunks", chunks)
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
@@ -104,16 +113,19 @@ class Jobs(ClientPart):
 
     def job(self, job_id: int) -> Job:
         """The job as it is now. Raises :class:`NotFound`."""
+        job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             return jobs.get(conn, job_id)
 
     def jobs(self, limit: int = 20) -> list[Job]:
         """The latest jobs, newest first."""
+        limit = as_number("limit", limit, least=0)
         with self._transaction() as conn:
             return jobs.latest(conn, limit)
 
     def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
         """The first ``limit`` chunks of a job that got no vector, with the reasons. Raises :class:`NotFound`."""
+        job_id, limit = as_number("job_id", job_id), as_number("limit", limit, least=0)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
             return list(jobs.dead_chunks(conn, job_id, limit=limit))
@@ -126,6 +138,8 @@ class Jobs(ClientPart):
         ``on_progress`` is called with the job each time it was read. Raises :class:`JobFailed` if chunks are left
         without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
+        job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
+        as_function("on_progress", on_progress)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
@@ -154,6 +168,7 @@ class Jobs(ClientPart):
         The job stops at once. Its ChunkBatches follow, which takes seconds for a large job; a poller completes this if
         the process dies.
         """
+        job_id = as_number("job_id", job_id)
         with store_errors(self._db):
             with self._db.begin() as conn:
                 jobs.get(conn, job_id)
@@ -164,6 +179,7 @@ class Jobs(ClientPart):
 
     def retry(self, job_id: int) -> Job:
         """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
+        job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             job = jobs.get(conn, job_id)
             again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
@@ -182,11 +198,13 @@ class Jobs(ClientPart):
         For a worker that died it also says what was seen of the death, and how many contents it could have cost
         (``at_risk``). Raises :class:`NotFound`.
         """
+        job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
             return attempts.of_job(conn, job_id)
 
     def failing(self, job_id: int) -> FailingChunkBatch | None:
         """The first ChunkBatch of a job that was discarded; without one, the first that failed and is tried again."""
+        job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             return attempts.first_failing(conn, job_id)

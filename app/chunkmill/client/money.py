@@ -8,7 +8,7 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
-from chunkmill.domain.arguments import as_deadline, as_word, require_name
+from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
@@ -47,8 +47,9 @@ class Money(ClientPart):
         on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
         if collection is not None:
             require_name("collection", collection)
-        if on_invalid not in ("raise", "skip"):
-            raise InvalidInput(f"on_invalid is {on_invalid!r}; it must be 'raise' or 'skip'.")
+        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
+            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        chunks = as_items("chunks", chunks)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection)
@@ -64,7 +65,7 @@ class Money(ClientPart):
         """
         by = as_word(CostsBy, by, "by")
         if since is not None and (isinstance(since, datetime) or not isinstance(since, date)):
-            raise InvalidInput(f"since is {since!r}; it must be a date.")
+            raise InvalidInput(f"since is of type {type(since).__name__}; it must be a date.")
         settings = self._settings
         read_twins(settings)
         with self._transaction() as conn:
@@ -73,6 +74,7 @@ class Money(ClientPart):
 
     def explain(self, job_id: int) -> Explanation:
         """Why a job is embedded where it is, and what it waits for. Raises :class:`NotFound`."""
+        job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             return explain.explain(conn, job_id)
 

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.db.connect import require_at_least
+from chunkmill.domain.arguments import as_flag, as_function, as_number, as_text
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.prune import prune_jobs
@@ -32,6 +33,8 @@ class Retention(ClientPart):
         because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
         only counts.
         """
+        dry_run = as_flag("dry_run", dry_run)
+        as_function("on_progress", on_progress)
         before = self._before("older_than", older_than)
         with store_errors(self._db):
             jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
@@ -64,8 +67,12 @@ class Retention(ClientPart):
         """
         if (older_than is None) == (max_bytes is None):
             raise InvalidInput("give either older_than or max_bytes, to say what to evict.")
-        if max_bytes is not None and max_bytes < 0:
-            raise InvalidInput(f"max_bytes is {max_bytes}; it must not be negative.")
+        if max_bytes is not None:
+            max_bytes = as_number("max_bytes", max_bytes, least=0)
+        if space is not None:
+            as_text("space", space)
+        dry_run = as_flag("dry_run", dry_run)
+        as_function("on_progress", on_progress)
         before = None if older_than is None else self._before("older_than", older_than)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart
+from chunkmill.domain.arguments import (
+    as_filter,
+    as_flag,
+    as_ids,
+    as_items,
+    as_number,
+    as_query_vector,
+    as_seconds,
+    as_text,
+    require_name,
+)
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.results import Audit, Index, SearchHit
@@ -25,6 +36,8 @@ from chunkmill.store.delete import delete_some
 
 DELETE_STEP = 5_000
 """How many chunks one transaction deletes. Enqueues wait while it runs."""
+MAX_K = 1_000_000
+"""The most hits of one search, which are all in memory."""
 EMBED_STEP = 256
 """How many texts one embed request has. This bounds the size of its row, and how long a worker holds it."""
 
@@ -49,26 +62,20 @@ class Vectors(ClientPart):
         index. Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
         ``timeout`` seconds.
         """
-        if k < 1:
-            raise InvalidInput(f"k is {k}; it must be at least 1.")
+        k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
+        exact, where = as_flag("exact", exact), as_filter("metadata", metadata)
+        require_name("collection", collection)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-        if isinstance(query, str):
-            vector = self._ask(space, [query], "query", timeout)[0]
-        else:
-            vector = np.asarray(query, dtype=np.float32)
-        if vector.shape != (space.spec.dimensions,) or not np.isfinite(vector).all():
-            raise InvalidInput(
-                f"the query vector has shape {vector.shape}; collection {collection!r} takes a finite vector of shape "
-                f"({space.spec.dimensions},)."
-            )
+        asked = self._ask(space, [as_text("query", query)], "query", timeout)[0] if isinstance(query, str) else query
+        vector = as_query_vector(asked, space.spec.dimensions)
         with self._transaction() as conn:
-            return searching.search(conn, space, vector, collection_id=row.id, k=k, metadata=metadata, exact=exact)
+            return searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact)
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         model: str | None = None,
         kind: Literal["document", "query"] = "document",
@@ -81,10 +88,9 @@ class Vectors(ClientPart):
         ``dimensions`` and ``precision`` are those of :meth:`enqueue`. Raises :class:`InvalidChunk` if a text is not
         valid, :class:`EngineError` if a worker cannot embed it, and :class:`WaitTimeout`.
         """
-        if kind not in ("document", "query"):
-            raise InvalidInput(f"kind is {kind!r}; it must be 'document' or 'query'.")
-        if isinstance(texts, str):
-            raise InvalidInput("texts is a str; give a list of texts.")
+        if not isinstance(kind, str) or kind not in ("document", "query"):
+            raise InvalidInput("kind must be 'document' or 'query'.")
+        timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
         space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
@@ -97,29 +103,31 @@ class Vectors(ClientPart):
         ]
         return np.concatenate(parts)
 
-    def vectors(self, collection: str, ids: Sequence[str] | None = None) -> dict[str, NDArray[np.float32]]:
+    def vectors(self, collection: str, ids: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
+        require_name("collection", collection)
+        chosen = None if ids is None else as_ids("ids", ids)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-            return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=ids)
+            return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=chosen)
 
-    def delete(self, collection: str, ids: Sequence[str] | None = None, *, all_chunks: bool = False) -> int:
+    def delete(self, collection: str, ids: Iterable[str] | None = None, *, all_chunks: bool = False) -> int:
         """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
 
         A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
         one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
         :class:`NotFound`.
         """
-        if isinstance(ids, str):
-            raise InvalidInput("ids is a str; give a list of chunk ids.")
-        if (ids is None) != all_chunks:
+        require_name("collection", collection)
+        chosen = None if ids is None else as_ids("ids", ids)
+        if (chosen is None) != all_chunks:
             raise InvalidInput("give either ids, or all_chunks=True to delete all chunks of the collection.")
         with self._transaction() as conn:
             row = collections.find(conn, collection)
         deleted = 0
         for step in itertools.count():
-            part = None if ids is None else ids[step * DELETE_STEP : (step + 1) * DELETE_STEP]
+            part = None if chosen is None else chosen[step * DELETE_STEP : (step + 1) * DELETE_STEP]
             if part is not None and not len(part):
                 break
             with self._transaction() as conn:
@@ -131,6 +139,7 @@ class Vectors(ClientPart):
 
     def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
+        require_name("collection", collection)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
@@ -146,6 +155,8 @@ class Vectors(ClientPart):
         Collections in one space share the index. ``halfvec`` indexes half precision, at half the size; an index of
         more than 2,000 dimensions always does.
         """
+        require_name("collection", collection)
+        halfvec = as_flag("halfvec", halfvec)
         with self._transaction() as conn:
             space = registry.get(conn, collections.find(conn, collection).space_id)
         return searching.build_index(self._db, space, halfvec=halfvec)
@@ -158,13 +169,14 @@ class Vectors(ClientPart):
         while True:
             with self._transaction() as conn:
                 answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
-                if answer is None and time.monotonic() >= deadline:
+                over = time.monotonic() >= deadline  # looked at once, so that who gives up also withdraws
+                if answer is None and over:
                     embed_requests.withdraw(conn, request)
             if answer is not None:
                 if answer.vectors is None:
                     raise EngineError(f"the worker could not embed: {answer.error}")
                 return answer.vectors
-            if time.monotonic() >= deadline:
+            if over:
                 queue = "openai" if space.spec.provider == OPENAI else "gpu"
                 raise WaitTimeout(
                     f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.domain.chunks import metadata_json
+from chunkmill.domain.reasons import printable
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, UnknownRoute
 
@@ -21,7 +28,7 @@ def as_word(words: type[Word], given: Word | str, argument: str) -> Word:
         return words(given)
     except ValueError:
         kind = UnknownRoute if words is Route else InvalidInput
-        raise kind(f"{argument} is {given!r}; it must be one of: {', '.join(map(str, words))}.") from None
+        raise kind(f"{argument} is {_shown(given)}; it must be one of: {', '.join(map(str, words))}.") from None
 
 
 def as_deadline(given: object, now: datetime) -> datetime:
@@ -39,10 +46,10 @@ def as_deadline(given: object, now: datetime) -> datetime:
         try:
             deadline = now + (given if isinstance(given, timedelta) else timedelta(seconds=given))
         except (OverflowError, ValueError):
-            raise InvalidInput(f"deadline is {given!r}; it must be a moment that a datetime can hold.") from None
+            raise InvalidInput(f"deadline is {_shown(given)}; it must be a moment that a datetime can hold.") from None
     else:
         raise InvalidInput(
-            f"deadline is {given!r}; it must be a datetime with a time zone, a timedelta, or a number of seconds."
+            f"deadline is {_shown(given)}; it must be a datetime with a time zone, a timedelta, or a number of seconds."
         )
     if deadline <= now:
         shown = deadline.isoformat(sep=" ", timespec="seconds")
@@ -53,8 +60,119 @@ def as_deadline(given: object, now: datetime) -> datetime:
 def require_name(argument: str, name: object) -> None:
     """Raise :class:`InvalidInput` unless ``name`` is a text of 1 to 200 characters that Postgres can store."""
     if not isinstance(name, str) or not name.strip() or "\x00" in name or len(name) > 200:
-        raise InvalidInput(f"{argument} is {name!r}; it must be a text of 1 to 200 characters without NUL.")
+        raise InvalidInput(f"{argument} is {_shown(name)}; it must be a text of 1 to 200 characters without NUL.")
+    as_text(argument, name)
+
+
+LARGEST = 2**63 - 1
+"""The largest whole number of Postgres' bigint."""
+
+
+def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: int = LARGEST) -> int:
+    """A whole number from ``least`` to ``most``. Raises :class:`InvalidInput`, which names ``argument``."""
+    if isinstance(given, np.integer):
+        given = int(given)
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be a whole number.")
+    if not least <= given <= most:
+        bound = f"at least {least}" if given < least else f"at most {most}"
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be {bound}.")
+    return given
+
+
+def as_seconds(argument: str, given: object) -> float:
+    """A number of seconds that is not negative; it may be infinite. Raises :class:`InvalidInput`."""
+    if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer):
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be a number of seconds.")
     try:
-        name.encode()
+        seconds = float(given)
+    except OverflowError:
+        seconds = math.inf
+    if not seconds >= 0:
+        raise InvalidInput(f"{argument} is {seconds}; it must be a number of seconds that is not negative.")
+    return seconds
+
+
+def as_text(argument: str, given: object) -> str:
+    """A text that Postgres can store, without NUL and lone surrogates. Raises :class:`InvalidInput`."""
+    if not isinstance(given, str):
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a str.")
+    if "\x00" in given:
+        raise InvalidInput(f"{argument} contains a NUL character, which Postgres cannot store; remove it.")
+    try:
+        given.encode()
     except UnicodeEncodeError:
         raise InvalidInput(f"{argument} contains a lone surrogate, which is not valid Unicode.") from None
+    return given
+
+
+Item = TypeVar("Item")
+
+
+def as_items(argument: str, given: Iterable[Item]) -> Iterable[Item]:
+    """Any iterable except a single text, whose letters are not meant. Raises :class:`InvalidInput`."""
+    if isinstance(given, str | bytes):
+        raise InvalidInput(f"{argument} is a {type(given).__name__}; give a list.")
+    try:
+        iter(given)
+    except TypeError:
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; give a list or another iterable.") from None
+    return given
+
+
+def as_ids(argument: str, given: Iterable[str]) -> list[str]:
+    """The chunk ids of any iterable except a single text. Raises :class:`InvalidInput`."""
+    return [as_text(f"an id in {argument}", chunk_id) for chunk_id in as_items(argument, given)]
+
+
+def as_flag(argument: str, given: object) -> bool:
+    """Whether ``given`` is true. Raises :class:`InvalidInput` if it is neither, as an array is."""
+    try:
+        return bool(given)
+    except ValueError:
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be True or False.") from None
+
+
+def as_function(argument: str, given: Callable[..., object] | None) -> None:
+    """Raise :class:`InvalidInput` unless ``given`` can be called, or is None."""
+    if given is not None and not callable(given):
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a function.")
+
+
+def as_filter(argument: str, given: object) -> str:
+    """The JSON of a metadata filter. Raises :class:`InvalidInput` if jsonb cannot hold it."""
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a dict.")
+    try:
+        return metadata_json(given)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{argument} is not a JSON object that jsonb can hold: {error}.") from None
+
+
+def as_query_vector(given: object, dimensions: int) -> NDArray[np.float32]:
+    """``(dimensions,)`` float32 of length 1 in the direction of ``given``: only the direction counts for the cosine.
+
+    Raises :class:`InvalidInput`, also for a vector of zeros, which has no direction.
+    """
+    try:
+        vector = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"query is of type {type(given).__name__}; it must be a text or a vector.") from None
+    if vector.shape != (dimensions,) or not np.isfinite(vector).all():
+        raise InvalidInput(
+            f"the query vector has shape {vector.shape}; the collection takes a finite vector of shape ({dimensions},)."
+        )
+    largest = np.abs(vector).max()
+    if largest == 0:
+        raise InvalidInput("the query vector is zero, so no direction is nearer to it than another.")
+    scaled = vector / largest  # else the squares of very large or small numbers are lost
+    unit: NDArray[np.float32] = (scaled / np.linalg.norm(scaled)).astype(np.float32)
+    return unit
+
+
+def _shown(given: object) -> str:
+    """The beginning of ``repr(given)``. It can be printed whatever it is."""
+    try:
+        return printable(repr(given))[:100]
+    except ValueError:  # an int of more digits than Python writes
+        return f"a {type(given).__name__}"

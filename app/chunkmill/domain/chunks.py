@@ -90,7 +90,7 @@ def prepare(item: object, position: int) -> PreparedChunk:
     if len(text) > MAX_TEXT_BYTES:
         raise refuse("text_too_long", f"the text has {len(text):,} bytes; the limit is {MAX_TEXT_BYTES:,}")
     try:
-        metadata = _metadata_json(chunk.metadata)
+        metadata = metadata_json(chunk.metadata)
     except (TypeError, ValueError, RecursionError) as error:
         raise refuse("bad_metadata", f"the metadata is not a JSON object that jsonb can hold: {error}") from None
     return PreparedChunk(chunk.id, text, metadata, hashlib.sha256(text).digest())
@@ -169,7 +169,8 @@ def _shown(chunk_id: object) -> str:
     return shown.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:200]
 
 
-def _metadata_json(metadata: object) -> str:
+def metadata_json(metadata: object) -> str:
+    """The JSON of a metadata object. Raises TypeError, ValueError or RecursionError if jsonb cannot hold it."""
     if not metadata:
         if metadata is None or isinstance(metadata, Mapping):
             return "{}"

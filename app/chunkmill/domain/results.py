@@ -290,6 +290,8 @@ class OpenWork:
     contents: int
     due_at: datetime
     """When the first of them is due."""
+    because: str | None = None
+    """Why the latest try of the first of them came to nothing; None if none was tried."""
 
 
 @dataclass(frozen=True, slots=True)

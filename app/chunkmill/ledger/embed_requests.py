@@ -6,27 +6,35 @@ down, and texts stay out of it. ``NOTIFY`` wakes the workers when the transactio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.db.schema import EmbedRequestRow
+from chunkmill.domain.reasons import storable
 
 CHANNEL = "chunkmill_embed_requests"
 LEASE_SECONDS = 30
 MAX_ATTEMPTS = 2
 """A request that takes its worker down must not take down all of them."""
+TELL_AFTER_SECONDS = 10.0
+"""How long a request waits for a worker that serves its space, before a worker that does not may refuse it. A worker
+that does takes it in a second, and a caller waits for 30 s by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
+    """A request, and the right to answer it: ``lease_until`` tells this claim from every other."""
+
     id: int
     space_id: int
     kind: str
     texts: tuple[str, ...]
+    lease_until: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,7 @@ WHERE id = (
     ORDER BY id
     LIMIT 1
     FOR UPDATE SKIP LOCKED)
-RETURNING id, space_id, kind, texts
+RETURNING id, space_id, kind, texts, lease_until
 """)
 
 
@@ -88,21 +96,67 @@ def claim_next(
             "age": min_age_s,
         },
     ).one_or_none()
-    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts)) if row else None
+    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until) if row else None
 
 
 def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -> None:
-    """Store the vectors of a request, for its caller to take."""
+    """Store the vectors of a request, for its caller to take. They count even if the lease was lost."""
     payload = np.ascontiguousarray(vectors, dtype="<f4").tobytes()
     conn.execute(
-        sa.text("UPDATE embed_requests SET vectors = :vectors WHERE id = :id"),
+        sa.text("UPDATE embed_requests SET vectors = :vectors, error = NULL WHERE id = :id"),
         {"id": request_id, "vectors": payload},
     )
 
 
-def refuse(conn: sa.Connection, request_id: int, error: str) -> None:
-    """Store why a request has no vectors, for its caller to take."""
-    conn.execute(sa.text("UPDATE embed_requests SET error = :error WHERE id = :id"), {"id": request_id, "error": error})
+# The guard of this statement and the next: still unanswered, and still in the hands of this claim.
+_REFUSE = sa.text("""
+UPDATE embed_requests
+SET error = :error
+WHERE id = :id AND lease_until = :lease_until AND vectors IS NULL AND error IS NULL
+""")
+
+
+def refuse(conn: sa.Connection, request: EmbedRequest, error: str) -> None:
+    """Store why a request has no vectors, for its caller to take. If the lease was lost, nothing is changed."""
+    conn.execute(_REFUSE, {"id": request.id, "lease_until": request.lease_until, "error": storable(error)})
+
+
+_RELEASE = sa.text("""
+UPDATE embed_requests
+SET attempts = attempts - 1, lease_until = NULL
+WHERE id = :id AND lease_until = :lease_until AND vectors IS NULL AND error IS NULL
+""")
+
+
+def release(conn: sa.Connection, request: EmbedRequest) -> None:
+    """Leave a request to other workers, uncharged, and wake them. If the lease was lost, nothing is changed."""
+    conn.execute(_RELEASE, {"id": request.id, "lease_until": request.lease_until})
+    conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
+
+
+# While a request of the space is leased, somebody serves it and may only be busy.
+_REFUSE_UNANSWERED = sa.text("""
+UPDATE embed_requests r
+SET error = :error
+WHERE r.space_id = :space AND r.vectors IS NULL AND r.error IS NULL
+  AND (r.lease_until IS NULL OR r.lease_until < now())
+  AND r.created_at <= clock_timestamp() - make_interval(secs => :age)
+  AND NOT EXISTS (
+      SELECT FROM embed_requests o
+      WHERE o.space_id = :space AND o.vectors IS NULL AND o.error IS NULL AND o.lease_until >= now())
+""")
+
+
+def refuse_unanswered(conn: sa.Connection, unserved: Mapping[int, str]) -> int:
+    """Refuse what nobody has answered for ``TELL_AFTER_SECONDS``; returns how many requests.
+
+    ``unserved`` are the spaces that this worker cannot serve, with the reasons, of which the callers are told.
+    """
+    refused = 0
+    for space_id, reason in unserved.items():
+        parameters = {"space": space_id, "error": storable(reason), "age": TELL_AFTER_SECONDS}
+        refused += conn.execute(_REFUSE_UNANSWERED, parameters).rowcount
+    return refused
 
 
 _TAKE_ANSWER = sa.text("""

@@ -43,6 +43,11 @@ class Space:
         """The type of ``embedding`` in Postgres, such as ``vector(384)``."""
         return f"{self.storage}({self.spec.dimensions})"
 
+    @property
+    def is_half(self) -> bool:
+        """Whether its vectors are stored in half precision."""
+        return self.storage == "halfvec"
+
     def require_fingerprint(self, fingerprint: str) -> None:
         """Raise :class:`SpaceMismatch` unless vectors of ``fingerprint`` belong here."""
         if fingerprint != self.spec.fingerprint:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
-from chunkmill.domain.arguments import as_word
+from chunkmill.domain.arguments import as_text, as_word
+from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec, long_text_for
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import InvalidInput, UnknownModel
 from chunkmill.models import cut_space
 from chunkmill.openai.catalogue import local_name, resolve_space
 from chunkmill.settings import Settings
+
+MAX_NAME = 4096
+"""The most characters of a model's name or path, which is Linux' limit of a path."""
 
 
 def requested_spec(
@@ -28,7 +32,9 @@ def requested_spec(
     The model is a provider's, or its files can be read here, or a worker has ``registered`` a space of it. Raises
     :class:`UnknownModel` and :class:`InvalidInput`.
     """
-    name = settings.embedding_model if model is None else model
+    name = settings.embedding_model if model is None else as_text("model", model)
+    if len(name) > MAX_NAME:
+        raise InvalidInput(f"model has {len(name):,} characters; a name or a path has at most {MAX_NAME:,}.")
     if dimensions is None and name == settings.embedding_model:
         dimensions = settings.embedding_dimensions
     if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):
@@ -36,7 +42,10 @@ def requested_spec(
     precise = settings.embedding_precision if precision is None else as_word(Precision, precision, "precision")
     local = local_name(settings, name)
     try:
-        return resolve_space(settings, name, on_long=on_long, dimensions=dimensions, precision=precise)
+        try:
+            return resolve_space(settings, name, on_long=on_long, dimensions=dimensions, precision=precise)
+        except OSError as error:
+            raise UnknownModel(f"model {name!r} cannot be read ({reason_of(error)}): check the name.") from error
     except UnknownModel:
         of_model = [spec for spec in registered() if local is not None and spec.model == local]
         candidates = {replace(spec, long_text=long_text_for(on_long), precision=precise) for spec in of_model}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
@@ -26,13 +22,14 @@ def search(
     *,
     collection_id: int,
     k: int,
-    metadata: Mapping[str, Any] | None,
+    where: str,
     exact: bool,
 ) -> list[SearchHit]:
     """The ``k`` chunks of a collection nearest to ``query``, ``(d,)`` float32, by cosine; best first.
 
-    ``metadata`` filters by jsonb containment. If the space has an index, the nearest are found through it and ordered
-    by their exact distance. If the index gives fewer than ``k``, the search is exact.
+    ``where`` is a JSON object that filters by jsonb containment; ``{}`` filters nothing. If the space has an index, the
+    nearest are found through it and ordered by their exact distance. If the index gives fewer than ``k``, the search is
+    exact.
     """
     index = None if exact else find_index(conn, space)
     parameters = {
@@ -40,9 +37,9 @@ def search(
         "collection": collection_id,
         "k": k,
         "candidates": k * 4,
-        "metadata": json.dumps(dict(metadata or {})),
+        "metadata": where,
     }
-    filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if metadata else ""
+    filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
     if index is None or not index.valid:
         rows = conn.execute(sa.text(_exact_search(space, filtered)), parameters)
     else:
@@ -53,7 +50,7 @@ def search(
     if index is not None and index.valid and len(hits) < k:
         # pgvector ends an iterative scan after hnsw.max_scan_tuples, so a small collection in a large space, or a rare
         # filter, may give too few hits. An exact search then reads few rows.
-        return search(conn, space, query, collection_id=collection_id, k=k, metadata=metadata, exact=True)
+        return search(conn, space, query, collection_id=collection_id, k=k, where=where, exact=True)
     return hits
 
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.db.copy import copy_binary, encode_vectors
+from chunkmill.domain.vectors import unfit
 from chunkmill.errors import EngineError
 from chunkmill.spaces.registry import Space
 
@@ -35,11 +36,9 @@ def write_vectors(
             f"the engine returned vectors of shape {vectors.shape}, and space {space.id} takes "
             f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
         )
-    half = space.storage == "halfvec"
-    with np.errstate(over="ignore"):  # a number too large for half precision becomes infinite and is refused
-        stored = vectors.astype(np.float16) if half else vectors
-    if not np.isfinite(stored).all():
-        raise EngineError("a vector is not finite, so none of these vectors was written.")
+    half = space.is_half
+    if unfit(vectors, half=half).any():
+        raise EngineError("a vector is not finite or out of range, so none of these vectors was written.")
     if not len(hashes):
         return 0
     # Sorted, so that two writers that share contents take their index entries in the same order.

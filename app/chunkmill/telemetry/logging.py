@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
+from chunkmill.domain.reasons import printable, reason_of
+
 Format = Literal["auto", "json", "text"]
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "data"}
@@ -87,6 +89,10 @@ class _Text(logging.Formatter):
         fields = " ".join(f"{key}={value}" for key, value in _fields_of(record).items())
         return without_passwords(super().formatMessage(record) + (f"  [{fields}]" if fields else ""))
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler may have kept the whole message there
+        return super().format(record)
+
     def formatException(  # noqa: N802 - the library's name
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
@@ -105,22 +111,21 @@ _KEY = re.compile(r"\bsk-[\w*.-]{6,}", re.ASCII)
 def without_passwords(said: str) -> str:
     """The text with the passwords of URLs and connection strings masked, and keys. This is a safety net: none should
     get here."""
+    said = printable(said)
     for pattern in (_PASSWORD_PARAMETER, _PASSWORD_FIELD, _TOKEN):
         said = pattern.sub(r"\1***", said)
     return _KEY.sub("sk-***", _PASSWORD.sub(r"\1***@", said))
 
 
 def told(error: BaseException) -> str:
-    """A traceback with the causes last. Of a Postgres error only the first line is kept, because Postgres quotes rows
-    below it."""
+    """A traceback with the causes last. Of each error it has the words that :func:`reason_of` lets through."""
     parts: list[str] = []
     at: BaseException | None = error
     while at is not None:
-        name, said = type(at).__qualname__, str(at)
-        # Found by attribute, because this module may not import a database library.
-        if hasattr(at, "sqlstate") or hasattr(getattr(at, "orig", None), "sqlstate"):
-            said = said.strip().partition("\n")[0]
-        parts.append("".join(traceback.format_tb(at.__traceback__)) + (f"{name}: {said}" if said else name))
+        name, said = type(at).__qualname__, reason_of(at)
+        parts.append(
+            "".join(traceback.format_tb(at.__traceback__)) + (said if said.startswith(name) else f"{name}: {said}")
+        )
         at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
     return without_passwords("\nbecause of\n".join(parts))
 

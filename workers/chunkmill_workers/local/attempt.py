@@ -10,6 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.vectors import unfit, why_unfit
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
@@ -76,14 +77,18 @@ class LocalAttempt(Attempt[WorkerContext]):
 
     def take(self, result: TokenBatchResult) -> None:
         """Keep the result of a TokenBatch until the next write."""
-        self._hashes += [self.work.texts[i][0] for i in result.indices.tolist()]
-        self._n_tokens.append(result.n_tokens)
-        self._truncated.append(result.truncated)
+        hashes = [self.work.texts[i][0] for i in result.indices.tolist()]
         spec = self.space.spec
-        self._vectors.append(shorten(result.vectors, spec.dimensions, normalize=spec.normalize))
+        vectors = shorten(result.vectors, spec.dimensions, normalize=spec.normalize)
+        bad = unfit(vectors, half=self.space.is_half)
+        self.dead += [DeadContent(hashes[row], *why_unfit(vectors[row])) for row in np.flatnonzero(bad)]
         self.dead += [DeadContent(self.work.texts[f.index][0], f.code, f.reason) for f in result.failures]
+        self._hashes += [content_hash for content_hash, is_bad in zip(hashes, bad, strict=True) if not is_bad]
+        self._n_tokens.append(result.n_tokens[~bad])
+        self._truncated.append(result.truncated[~bad])
+        self._vectors.append(vectors[~bad])
         self._n_done += len(result.indices) + len(result.failures)
-        self._n_truncated += int(result.truncated.sum())
+        self._n_truncated += int(result.truncated[~bad].sum())
         self._usage = replace(
             self.account,
             tokens=self.account.tokens + result.tokens,

@@ -21,7 +21,8 @@ import numpy as np
 import sqlalchemy as sa
 import torch
 
-from chunkmill.errors import CanaryFailed
+from chunkmill.domain.reasons import reason_of
+from chunkmill.errors import CanaryFailed, ChunkmillError
 from chunkmill.spaces import canaries
 from chunkmill.spaces.canaries import Canary, Maker
 from chunkmill.spaces.registry import Space
@@ -110,8 +111,16 @@ class CanaryCheck:
         with self._mutex:
             if space.id in self._passed.get(engine, ()):
                 return
-        mine = embed_golden(engine, space, self._worker)
         name = f"space {space.spec.fingerprint[:12]} ({space.spec.model!r})"
+        try:
+            mine = embed_golden(engine, space, self._worker)
+        except ChunkmillError:
+            raise
+        except Exception as error:  # no text of a job is at fault
+            raise CanaryFailed(
+                f"{name}: the golden texts could not be embedded on {engine.device} ({reason_of(error)}). Check the "
+                "device and the library versions; this worker takes no work of the space."
+            ) from error
         again = f"forget it with `chunkmill models canary --reset {space.spec.fingerprint[:12]}`"
         try:
             with self._begin() as conn:

@@ -60,7 +60,7 @@ class WorkerContext(QueueContext):
         engine = self.engines.for_space(space)
         try:
             self._canary.require(engine, space)
-        except CanaryFailed:
-            self.engines.leave(space)
+        except CanaryFailed as drift:
+            self.engines.leave(space.id, drift)
             raise
         return engine

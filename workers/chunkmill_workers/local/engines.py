@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import threading
-import time
 import weakref
 from collections import OrderedDict
 
 import sqlalchemy as sa
 
-from chunkmill.domain.spaces import OnLong, Precision, long_text_for
-from chunkmill.errors import InvalidSetting, ModelLoadError, SpaceMismatch, TokenizerMismatch, UnknownModel
+from chunkmill.domain.reasons import reason_of
+from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec, long_text_for
+from chunkmill.errors import ChunkmillError, DeviceFailed, ModelLoadError
 from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.steps import StepClock
+from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.tuning.tuned import load_engine, machine_for
 
 logger = logging.getLogger(__name__)
-
-UNSERVED_SECONDS = 60.0
-"""How long a worker leaves a space to other workers after it could not load its model."""
 
 
 class Engines:
@@ -43,7 +40,7 @@ class Engines:
         """All engines that exist, including dropped ones that a thread still uses."""
         self.loads = StepClock()
         """Models that are being downloaded or loaded."""
-        self._unserved: dict[int, float] = {}
+        self.left_to_others = Unserved()
         self._mutex = threading.Lock()
         self._loading = threading.Lock()
 
@@ -59,9 +56,9 @@ class Engines:
     def for_space(self, space: Space) -> Engine:
         """The engine whose vectors belong into ``space``, whatever path its files were found under.
 
-        Raises :class:`UnknownModel`, :class:`ModelLoadError` or :class:`InvalidSetting` if this machine lacks the
-        model, the operator's trust in it or the kernels of its precision, and :class:`SpaceMismatch` if it has other
-        files under the same name. Then ``unserved`` lists the space.
+        Raises :class:`UnknownModel`, :class:`ModelLoadError`, :class:`InvalidSetting` or :class:`DeviceUnavailable` if
+        this machine lacks the model, the operator's trust in it, the kernels of its precision or the memory, and
+        :class:`SpaceMismatch` if it has other files under the same name. Then ``unserved`` lists the space.
         """
         try:
             engine = self._find(space)
@@ -70,32 +67,20 @@ class Engines:
                     engine = self._find(space)
                     if engine is None:
                         with self.loads.step():
-                            engine = self._load(space.spec.model, self._read_for(space))
-            space.require_fingerprint(_made_for(engine, space))
-        except (UnknownModel, InvalidSetting, ModelLoadError, TokenizerMismatch, SpaceMismatch):
-            self.leave(space)
+                            engine = self._load_for(space)
+        except ChunkmillError as lack:
+            if not isinstance(lack, DeviceFailed):
+                self.leave(space.id, lack)
             raise
         return engine
 
-    def leave(self, space: Space) -> None:
+    def leave(self, space_id: int, because: ChunkmillError) -> None:
         """Leave a space to other workers for a while."""
-        with self._mutex:
-            self._unserved[space.id] = time.monotonic() + UNSERVED_SECONDS
+        self.left_to_others.leave(space_id, because)
 
-    def leave_for_good(self, space_id: int) -> None:
-        """Leave a space of a newer release, which this process never learns to read, to that release's workers."""
-        with self._mutex:
-            self._unserved[space_id] = math.inf
-
-    def unserved(self) -> list[int]:
-        """The ids of the spaces that are left to other workers for now.
-
-        A worker that lacks a model fails fast. So it would take most of that model's ChunkBatches and use up their
-        attempts, although others could do the work.
-        """
-        now = time.monotonic()
-        with self._mutex:
-            return [space_id for space_id, until in self._unserved.items() if until > now]
+    def unserved(self) -> dict[int, str]:
+        """The ids of the spaces that are left to other workers for now, each with the reason."""
+        return self.left_to_others.now()
 
     def longest_step(self) -> tuple[float, str]:
         """How many seconds the longest forward pass or tokenizer call has been running, and which of the two it is.
@@ -115,13 +100,27 @@ class Engines:
     def _find(self, space: Space) -> Engine | None:
         with self._mutex:
             for key, engine in self._engines.items():
-                if _made_for(engine, space) == space.spec.fingerprint:
+                if _made_for(engine.spec, space) == space.spec.fingerprint:
                     self._engines.move_to_end(key)
                     return engine
         return None
 
-    def _read_for(self, space: Space) -> ModelFolder:
-        return self._read(space.spec.model, space.spec.precision)
+    def _load_for(self, space: Space) -> Engine:
+        """Load the model of a space. Whatever goes wrong, it is this machine's lack, unless the space's own files say
+        otherwise."""
+        spec = space.spec
+        try:
+            folder = self._read(spec.model, spec.precision)
+            # Before the weights are loaded: what is wrong with other files says nothing about the space's.
+            space.require_fingerprint(_made_for(folder.spec, space))
+            return self._load(spec.model, folder)
+        except ChunkmillError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(
+                f"model {spec.model!r} cannot be loaded on {self._device} ({reason_of(error)}): check this machine's "
+                "memory and the model's files; the worker's log has more."
+            ) from error
 
     def _read(self, model: str, precision: Precision) -> ModelFolder:
         settings = self._settings
@@ -151,6 +150,8 @@ def fingerprint(engine: Engine, on_long: OnLong, dimensions: int) -> str:
     return dataclasses.replace(engine.spec, long_text=long_text_for(on_long), dimensions=dimensions).fingerprint
 
 
-def _made_for(engine: Engine, space: Space) -> str:
-    """The fingerprint of what ``engine`` makes for ``space``. Vectors too short for it stay full."""
-    return fingerprint(engine, space.spec.long_text.policy, min(space.spec.dimensions, engine.dimensions))
+def _made_for(made: SpaceSpec, space: Space) -> str:
+    """The fingerprint of what an engine of ``made`` makes for ``space``. Vectors too short for it stay full."""
+    dimensions = min(space.spec.dimensions, made.dimensions)
+    long_text = long_text_for(space.spec.long_text.policy)
+    return dataclasses.replace(made, long_text=long_text, dimensions=dimensions).fingerprint

@@ -9,9 +9,10 @@ from enum import StrEnum
 import psycopg
 import sqlalchemy as sa
 
-from chunkmill.db.connect import refusal
 from chunkmill.db.retry import is_transient
-from chunkmill.errors import CanaryFailed, ChunkmillError, DeviceFailed, LeaseLost, NewerSpace, StoreLimit
+from chunkmill.domain.reasons import code_of, reason_of
+from chunkmill.domain.states import Route
+from chunkmill.errors import ChunkmillError, DeviceFailed, LeaseLost, StoreLimit
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.spaces.registry import Space
@@ -21,6 +22,7 @@ from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
@@ -55,9 +57,10 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
     If Postgres is away, the task waits for it. That costs no attempt.
     """
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
+    outcome = TaskResult.FAILED
     with saying_limits():
-        return _answer(context, chunk_batch_id, rung_ns)
-    return TaskResult.FAILED
+        outcome = _answer(context, chunk_batch_id, rung_ns)
+    return outcome
 
 
 def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskResult:
@@ -88,17 +91,8 @@ def _claim(context: WorkerContext, chunk_batch_id: int) -> Lease | None:
     if context.stopping.is_set() or context.broken:
         return None
 
-    def claim(conn: sa.Connection) -> Lease | None:
-        return chunk_batches.claim_if_due(
-            conn,
-            chunk_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            not_spaces=context.engines.unserved(),
-        )
-
     try:
-        lease = context.transact(claim, "claim", give_up=True)
+        lease = claim(context, chunk_batch_id, route=Route.LOCAL, not_spaces=list(context.engines.unserved()))
     except (sa.exc.SQLAlchemyError, psycopg.Error):
         if context.stopping.is_set():
             return None  # Postgres is away, and the worker leaves
@@ -129,23 +123,19 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
         logger.warning("ChunkBatch %s: Postgres lost vectors in a crash; they are embedded again", lease.chunk_batch_id)
         attempt.release()
         return TaskResult.RELEASED
-    except NewerSpace as newer:
-        context.engines.leave_for_good(lease.space_id)
-        attempt.release(because=newer)
-        logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, newer)
-        return TaskResult.RELEASED
-    except CanaryFailed as drift:
-        # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.
-        attempt.release(because=drift)
-        logger.error("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, drift)  # noqa: TRY400
-        return TaskResult.RELEASED
     except DeviceFailed as broken:
         # The lease is kept. The watchdog takes it back as from a dead worker, because the work may be the cause.
         context.broken = str(broken)
         return TaskResult.FAILED
-    except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
+    except Exception as error:
         if is_transient(error):  # as when the canary's reference could not be read
             attempt.release()
+            return TaskResult.RELEASED
+        if isinstance(error, ChunkmillError) and error.elsewhere:
+            # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.
+            context.engines.leave(lease.space_id, error)
+            attempt.release(because=error)
+            logger.exception("ChunkBatch %s is left to other workers", lease.chunk_batch_id)
             return TaskResult.RELEASED
         _record_failure(context, attempt, error)
         return TaskResult.FAILED
@@ -183,20 +173,13 @@ def _embed(context: WorkerContext, held: HeldLease, attempt: LocalAttempt) -> No
 
 def _record_failure(context: WorkerContext, attempt: LocalAttempt, error: Exception) -> None:
     lease = attempt.lease
-    code = error.code if isinstance(error, ChunkmillError) else "worker_error"
-    retryable = not isinstance(error, ChunkmillError) or error.retryable or error.elsewhere
-    message = _without_parameters(error)
-    tracing.fail(code)
-    state = attempt.fail(code=code, error=f"{context.name}: {message}", retryable=retryable)
+    retryable = not isinstance(error, ChunkmillError) or error.retryable
+    message = reason_of(error)
+    tracing.fail(code_of(error))
+    state = attempt.fail(code=code_of(error), error=f"{context.name}: {message}", retryable=retryable)
     logger.error(
         "ChunkBatch %s, attempt %s of %s failed and is %s: %s",
         lease.chunk_batch_id, lease.attempt, lease.max_attempts, state or "another worker's", message,
+        exc_info=None if isinstance(error, ChunkmillError) else error,
     )  # fmt: skip
     context.finish_job(lease)
-
-
-def _without_parameters(error: Exception) -> str:
-    """The message of an error, without SQL parameters because they may hold texts."""
-    if isinstance(error, sa.exc.DBAPIError | psycopg.Error):
-        return f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
-    return str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from chunkmill.errors import ChunkmillError, DeviceFailed
+from chunkmill.errors import DeviceFailed
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.spaces import registry
@@ -13,6 +13,7 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.matryoshka import shorten
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.responder import Responder
+from chunkmill_workers.process.unserved import Unserved
 
 
 class EmbedResponder(Responder[WorkerContext]):
@@ -21,20 +22,18 @@ class EmbedResponder(Responder[WorkerContext]):
     def __init__(self, context: WorkerContext) -> None:
         super().__init__("embed-requests", context)
 
+    @property
+    def unserved(self) -> Unserved:
+        return self._context.engines.left_to_others
+
     def answer_next(self) -> bool:
         """Answer one request. Returns False if there is none, or if this worker leaves or is broken."""
         if self._context.stopping.is_set() or self._context.broken:
             return False
-        with self._context.db.begin() as conn:
-            request = embed_requests.claim_next(conn, not_spaces=self._context.engines.unserved())
-            if request is None:
-                return False
-            space = registry.get_if_readable(conn, request.space_id)
-            if space is None:
-                conn.rollback()  # the claim too: whoever can read the space answers
-                self._context.engines.leave_for_good(request.space_id)
-                return True
-        self._answer(request, space)
+        claimed = self.claim(lambda conn, unserved: embed_requests.claim_next(conn, not_spaces=unserved))
+        if claimed is None:
+            return False
+        self._answer(*claimed)
         return True
 
     def _answer(self, request: EmbedRequest, space: registry.Space) -> None:
@@ -47,10 +46,8 @@ class EmbedResponder(Responder[WorkerContext]):
             # The request is not the reason: its lease ends, and another worker answers. The watchdog ends this worker.
             self._context.broken = str(broken)
             return
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
-            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the engine"
-            with self._context.db.begin() as conn:
-                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
+            self.end_without_vectors(request, error)
             return
         COUNTS.add_all(
             (

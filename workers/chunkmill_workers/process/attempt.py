@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 
+from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.states import ChunkBatchState
 from chunkmill.errors import ChunkmillError, LeaseLost
 from chunkmill.ledger.dead import dead_chunks
@@ -60,10 +61,14 @@ class Attempt(Generic[Context]):
         return self._usage
 
     def release(self, *, because: ChunkmillError | None = None, delay_s: float = 0.0) -> bool:
-        """Give the ChunkBatch back uncharged, due again after ``delay_s``. Returns False if the lease was lost."""
+        """Give the ChunkBatch back uncharged, due again after ``delay_s``. Returns False if the lease was lost.
+
+        ``because`` stays on the ChunkBatch until somebody completes it, and says which worker met it.
+        """
+        code, error = (because.code, f"{self._context.name}: {reason_of(because)}") if because else (None, None)
 
         def release(conn: sa.Connection) -> bool:
-            return chunk_batches.release_if_held(conn, self.lease, because=because, delay_s=delay_s)
+            return chunk_batches.release_if_held(conn, self.lease, code=code, error=error, delay_s=delay_s)
 
         return self._end(release, usage.Outcome.RELEASED)
 

@@ -134,7 +134,7 @@ class ResultReader:
         for number, answer in pending.embedded.items():
             rows = sent.get(number, [])
             by_place = {row.packed.position: row for row in rows}
-            made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize)
+            made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize, half=space.is_half)
             written += [by_place[row.position] for row in made.rows]
             vectors.append(made.vectors)
             returned.failed += [(by_place[row.position], "bad_vector", why) for row, why in made.problems]

@@ -17,10 +17,10 @@ from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
 from chunkmill.openai.wire.jsonl import RequestForm
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
+from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.provider.keeper import StepKeeper
 
 
@@ -33,6 +33,8 @@ class ProviderContext(QueueContext):
         super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
         self.steps = StepKeeper(db, settings.lease_seconds)
+        self.unserved = Unserved()
+        """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
@@ -60,13 +62,6 @@ class ProviderContext(QueueContext):
 
     def serves(self, space: Space) -> bool:
         return model_for(self.settings, space.spec) is not None
-
-    def unserved(self) -> list[int]:
-        """The ids of the spaces that this worker leaves to other workers."""
-        read_twins(self.settings)
-        with self.db.begin() as conn:
-            served = {space.id for space in registry.all_spaces(conn) if self.serves(space)}
-            return [table.id for table in registry.all_tables(conn) if table.id not in served]
 
     def counter(self, model: ProviderModel) -> TokenCounter:
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)

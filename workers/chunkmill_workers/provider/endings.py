@@ -48,7 +48,7 @@ def give_up(context: ProviderContext, step: Step, *, code: str, reason: str) -> 
 
     def end(conn: sa.Connection) -> Step:
         provider_inputs.remove_all(conn, step.id)
-        cleaning = provider_batches.advance(conn, step, State.CLEANING, error_code=code, error=reason[:2000])
+        cleaning = provider_batches.advance(conn, step, State.CLEANING, error_code=code, error=reason)
         provider_work.discard(conn, provider_work.members(conn, step.id), code=code, reason=f"{step.name}: {reason}")
         return cleaning
 
@@ -64,7 +64,7 @@ def repack(conn: sa.Connection, step: Step, verdict: Split | Isolate) -> Step:
         accused = [row for row in returned if row.packed.request_no in verdict.requests]
         provider_inputs.add_suspects(conn, step.space_id, [row.content_hash for row in accused])
         provider_work.bury_in_flight(conn, [(row, verdict.code, verdict.reason) for row in _alone(accused)])
-    return settle(conn, step, n_returned=len(returned), error=verdict.reason[:2000], provider_status="failed")
+    return settle(conn, step, n_returned=len(returned), error=verdict.reason, provider_status="failed")
 
 
 def bury(conn: sa.Connection, step: Step, code: str, reason: str) -> Step:
@@ -72,7 +72,7 @@ def bury(conn: sa.Connection, step: Step, code: str, reason: str) -> Step:
     returned = provider_inputs.remove_all(conn, step.id)
     provider_work.bury_in_flight(conn, [(row, code, reason) for row in returned])
     provider_inputs.drop_suspects(conn, step.space_id, [row.content_hash for row in returned])
-    return settle(conn, step, n_dead=len(returned), error_code=code, error=reason[:2000], provider_status="failed")
+    return settle(conn, step, n_dead=len(returned), error_code=code, error=reason, provider_status="failed")
 
 
 def _alone(accused: Sequence[InFlight]) -> list[InFlight]:

@@ -72,7 +72,7 @@ def poll(context: ProviderContext, step: Step) -> Step:
             output_file_id=remote.output_file_id,
             error_file_id=remote.error_file_id,
             ended_at=sa.func.now(),
-            error="; ".join(f"{error.code}: {error.message}" for error in remote.errors)[:2000] or None,
+            error="; ".join(f"{error.code}: {error.message}" for error in remote.errors) or None,
             **progress,
         ),
         "ended",
@@ -84,7 +84,7 @@ def _vanished(context: ProviderContext, step: Step, refused: ProviderRefused) ->
     # Failures of another kind do not count: `failures` is theirs until the first poll that did not find the batch.
     looks = 1 + (step.failures if step.provider_status == VANISHED else 0)
     if looks < LOST_AFTER:
-        missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": str(refused)[:2000]}
+        missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": str(refused)}
         pause = context.settings.openai_poll_seconds
         context.transact(lambda conn: provider_batches.release(conn, step, delay_s=pause, **missing), "not found")
         raise StepReleased
@@ -131,7 +131,7 @@ def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteB
         if provider_inputs.count(conn, step.id) < 2:  # one content in several windows
             code = remote.errors[0].code if remote.errors else "unknown_error"
             return bury(conn, step, code, verdict.reason)
-        columns: dict[str, Any] = {"resends": step.resends + 1, "error": verdict.reason[:2000]}
+        columns: dict[str, Any] = {"resends": step.resends + 1, "error": verdict.reason}
         second = provider_batches.open_half(conn, step, **columns)
         provider_inputs.move_half(conn, step.id, second.id)
         first = provider_batches.advance(conn, step, State.GATHERED, batch_id=None, submitted_at=None, **columns)
@@ -150,7 +150,7 @@ def _send_again(
     conn: sa.Connection, context: ProviderContext, step: Step, verdict: Resend | Reupload | Wait | StopLane
 ) -> None:
     """Release the step to send the same contents in a new batch: from the file that is there, or from a new one."""
-    columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason[:2000]}
+    columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason}
     if isinstance(verdict, Wait | StopLane):
         # A limit or the account is the reason and not the contents, so the file stays as it is.
         if isinstance(verdict, StopLane):

@@ -18,11 +18,10 @@ import sqlalchemy as sa
 
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import Route
-from chunkmill.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
-from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.endings import Alone, Dead, after_line_error, backoff
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
@@ -30,6 +29,7 @@ from chunkmill.openai.plan.packing import PackedInput, Packer
 from chunkmill.openai.wire.jsonl import Embedded
 from chunkmill.openai.wire.vectors import read_embeddings
 from chunkmill.spaces.registry import Space
+from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
@@ -58,19 +58,14 @@ def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
 
 
 def _answer(context: ProviderContext, chunk_batch_id: int, rung_ns: int) -> None:
-    def claim(conn: sa.Connection) -> Lease | None:
-        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
-            return None  # the poller rings again when the lane is healthy
-        return chunk_batches.claim_if_due(
-            conn,
-            chunk_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            route=Route.OPENAI_SYNC,
-            not_spaces=context.unserved(),
-        )
-
-    lease = context.transact(claim, "claim", give_up=True)
+    lease = claim(
+        context,
+        chunk_batch_id,
+        route=Route.OPENAI_SYNC,
+        not_spaces=list(context.unserved.now()),
+        # The poller rings again when the lane is healthy.
+        unless=lambda conn: not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy,
+    )
     if lease is None:
         return
     with attempt_at(context, lease, rung_ns=rung_ns):
@@ -103,7 +98,12 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
     except Exception as error:
         if is_transient(error):
             raise  # another worker goes on when the lease runs out
-        attempt.fail_with(error)
+        if isinstance(error, ChunkmillError) and error.elsewhere:
+            context.unserved.leave(lease.space_id, error)
+            attempt.release(because=error)
+            logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, error)
+        else:
+            attempt.fail_with(error)
 
 
 def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.reasons import code_of, reason_of
 from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, ProviderAnswerBad, ProviderError
 from chunkmill.ledger.money import charges
@@ -70,7 +71,8 @@ class PlainAttempt(Attempt[ProviderContext]):
 
     def commit(self, answer: Answer) -> None:
         """Commit the vectors, the charge and the account of one answer in one transaction."""
-        made = assemble(answer.embedded, answer.rows, normalize=self.space.spec.normalize)
+        space = self.space
+        made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
         tokens = answer.embedded.prompt_tokens or 0
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
@@ -125,7 +127,7 @@ class PlainAttempt(Attempt[ProviderContext]):
     def fail_with(self, error: Exception) -> None:
         """Log why the attempt failed, and charge it."""
         known = isinstance(error, ChunkmillError)
-        message = str(error) if known else type(error).__name__
+        message = reason_of(error)
         logger.error(
             "ChunkBatch %s, attempt %s failed: %s",
             self.lease.chunk_batch_id,
@@ -133,8 +135,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             error.brief if isinstance(error, ProviderError) else message,
             exc_info=None if known else error,
         )
-        code = error.code if isinstance(error, ChunkmillError) else "worker_error"
-        self.fail(code=code, error=message, retryable=True)
+        self.fail(code=code_of(error), error=message, retryable=True)
 
     def _forget_in_flight(self, conn: sa.Connection) -> None:
         provider_inputs.remove_own(conn, self.lease)

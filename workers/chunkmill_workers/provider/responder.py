@@ -6,6 +6,7 @@ import logging
 import secrets
 
 import numpy as np
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.domain.providers import OPENAI
@@ -31,6 +32,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
+from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain import read_answer
@@ -47,36 +49,43 @@ class ProviderResponder(Responder[ProviderContext]):
     def __init__(self, context: ProviderContext) -> None:
         super().__init__("embed-requests-openai", context)
 
+    @property
+    def unserved(self) -> Unserved:
+        return self._context.unserved
+
     def answer_next(self) -> bool:
         """Answer one request. Returns False if there is none, the lane is paused, or this worker leaves."""
         if self._context.stopping.is_set():
             return False
-        with self._context.begin() as conn:
+
+        def claim_next(conn: sa.Connection, unserved: list[int]) -> EmbedRequest | None:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
-                return False  # whoever asked decides how long to wait
-            served = [space for space in registry.all_spaces(conn) if self._context.serves(space)]
+                return None  # whoever asked decides how long to wait
+            spaces = [space for space in registry.all_spaces(conn) if space.id not in unserved]
+            served = [space for space in spaces if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
-            request = embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
+            return embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
                 conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
             )
-            if request is None:
-                return False
-            space = registry.get(conn, request.space_id)
-        self._answer(request, space)
+
+        claimed = self.claim(claim_next)
+        if claimed is None:
+            return False
+        self._answer(*claimed)
         return True
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         try:
             vectors = self._embed(request, space)
-        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason at once
+        except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
             if isinstance(error, ProviderBusy):
                 pause_lane(self._context, Route.OPENAI_SYNC, error, tries=1)
             elif isinstance(error, ProviderStopped):
                 stop_lane(self._context, Route.OPENAI_SYNC, error)
-            reason = str(error) if isinstance(error, ChunkmillError) else f"{type(error).__name__} in the worker"
-            with self._context.begin() as conn:
-                embed_requests.refuse(conn, request.id, f"{self._context.name}: {reason}")
+            if isinstance(error, ChunkmillError) and error.elsewhere:
+                self._context.unserved.leave(space.id, error)
+            self.end_without_vectors(request, error)
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)

@@ -6,13 +6,15 @@ import logging
 import time
 from collections.abc import Callable
 
+import sqlalchemy as sa
+
 from chunkmill.db.retry import is_transient
+from chunkmill.domain.reasons import reason_of
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import (
     ChunkmillError,
     LeaseLost,
-    NewerSpace,
     ProviderBusy,
     ProviderError,
     ProviderRefused,
@@ -46,17 +48,22 @@ def advance_provider_batch(context: ProviderContext, provider_batch_id: int) -> 
 
 
 def _answer(context: ProviderContext, provider_batch_id: int) -> None:
-    step = context.transact(
-        lambda conn: provider_batches.claim_if_due(
-            conn,
-            provider_batch_id,
-            owner=context.name,
-            lease_seconds=context.settings.lease_seconds,
-            server=context.provider.server,
-        ),
-        "claim a step",
-        give_up=True,
-    )
+    made: Step | None = None
+
+    def claim(conn: sa.Connection) -> Step | None:
+        nonlocal made
+        if made is None or not provider_batches.is_held(conn, made, owner=context.name):  # the answer was lost
+            made = provider_batches.claim_if_due(
+                conn,
+                provider_batch_id,
+                owner=context.name,
+                lease_seconds=context.settings.lease_seconds,
+                server=context.provider.server,
+                not_spaces=list(context.unserved.now()),
+            )
+        return made
+
+    step = context.transact(claim, "claim a step", give_up=True)
     if step is None:
         return
     with context.steps.holding(step), bound(**ids(step), worker=context.name):
@@ -75,8 +82,6 @@ def _run(context: ProviderContext, step: Step) -> None:
         logger.warning("%s", lost)
     except StepDelayed as delayed:
         _release(context, step, delayed.delay_s, delayed.failed, **delayed.columns)
-    except NewerSpace:
-        _release(context, step, context.settings.openai_poll_seconds, None)  # workers of its release go on
     except ProviderBusy as busy:
         delay = pause_lane(context, Route.OPENAI, busy, tries=step.failures + 1)
         logger.warning("%s: the provider's limit is reached; its lane pauses %.0f s: %s", step.name, delay, busy.brief)
@@ -103,14 +108,18 @@ def _take(context: ProviderContext, step: Step) -> Step | None:
 
 
 def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
+    if isinstance(error, ChunkmillError) and error.elsewhere:
+        context.unserved.leave(step.space_id, error)
+        logger.warning("%s, step %s is left to other workers: %s", step.name, step.state, error)
+        _release(context, step, 0.0, None, error=f"{context.name}: {error}")
+        return
     delay = backoff(step.failures + 1)
     if isinstance(error, ChunkmillError):
         said = error.brief if isinstance(error, ProviderError) else error
         logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
     else:
         logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
-    said = str(error) if isinstance(error, ChunkmillError) else type(error).__name__
-    _release(context, step, delay, said)
+    _release(context, step, delay, reason_of(error))
 
 
 def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **columns: object) -> None:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.schema import DeadChunkRow
 from chunkmill.domain.planning import DeadChunk, too_long_reason
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.results import DeadDetails, DeadEntry, Standing
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import JobState
@@ -56,7 +57,7 @@ def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> 
         conn.execute(
             sa.insert(DeadChunkRow),
             [
-                {"job_id": job_id, "chunk_id": chunk.chunk_id, "code": chunk.code, "reason": chunk.reason}
+                {"job_id": job_id, "chunk_id": chunk.chunk_id, "code": chunk.code, "reason": storable(chunk.reason)}
                 for chunk in dead
             ],
         )
@@ -107,8 +108,8 @@ def add_contents(conn: sa.Connection, dead: Sequence[DeadContent], *, job_id: in
         "job": job_id,
         "collection": collection_id,
         "hashes": [content.content_hash for content in dead],
-        "codes": [content.code for content in dead],
-        "reasons": [content.reason for content in dead],
+        "codes": [storable(content.code) for content in dead],
+        "reasons": [storable(content.reason) for content in dead],
         "reject": OnLong.REJECT,
     }
     conn.execute(_ADD_CONTENTS, parameters)

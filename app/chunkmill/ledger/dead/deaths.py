@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.deaths import SUSPECT_DEATHS, Bury, Split, after_death
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, Route
 from chunkmill.ledger.dead import dead_chunks
@@ -93,7 +94,7 @@ def take_back_from(conn: sa.Connection, owner: str, *, evidence: str) -> TakenBa
 
     It waits for rows that the dead worker's last transaction still locks, because the server may not know of its death.
     """
-    evidence = evidence[:1000]
+    evidence = storable(evidence, 1000)
     rows = conn.execute(_TAKE_BACK_FROM, {"owner": owner, "limit": 10_000, "evidence": evidence}).all()
     return _account_for(conn, rows, evidence)
 
@@ -168,7 +169,7 @@ def _judge(conn: sa.Connection, chunk_batch_id: int) -> object:
     elif isinstance(verdict, Bury):
         reason = f"{row.deaths} workers died while they embedded it, the last two with nothing beside it: "
         reason += "; ".join(_deaths_of(conn, row.id))
-        dead = DeadContent(verdict.content_hash, KILLS_WORKERS, reason[:2000])
+        dead = DeadContent(verdict.content_hash, KILLS_WORKERS, reason)
         dead_chunks.add_contents(conn, [dead], job_id=row.job_id, collection_id=row.collection_id)
         _close(conn, row, space, missing, code=KILLS_WORKERS, note=row.error)
     return verdict
@@ -220,7 +221,7 @@ def _close(
             "kept": len(kept),
             "buried": buried,
             "code": code,
-            "note": note[:2000],
+            "note": storable(note),
         },
     )
 

@@ -44,7 +44,8 @@ def _step(entry: dict[str, Any]) -> RoutingStep:
 
 _OPEN_WORK = sa.text("""
 SELECT route, state, state = :running AND lease_until IS NULL AS at_provider,
-       count(*) AS n, sum(n_contents - n_cached - n_embedded)::bigint AS contents, min(not_before) AS due_at
+       count(*) AS n, sum(n_contents - n_cached - n_embedded)::bigint AS contents, min(not_before) AS due_at,
+       (array_agg(error ORDER BY id) FILTER (WHERE error IS NOT NULL AND error_code <> 'worker_died'))[1] AS because
 FROM chunk_batches
 WHERE job_id = :id AND state IN (:available, :running)
 GROUP BY 1, 2, 3
@@ -56,7 +57,9 @@ def _open_work(conn: sa.Connection, job_id: int) -> tuple[OpenWork, ...]:
     states = {"available": ChunkBatchState.AVAILABLE, "running": ChunkBatchState.RUNNING}
     rows = conn.execute(_OPEN_WORK, {"id": job_id, **states})
     return tuple(
-        OpenWork(Route(row.route), ChunkBatchState(row.state), row.at_provider, row.n, row.contents, row.due_at)
+        OpenWork(
+            Route(row.route), ChunkBatchState(row.state), row.at_provider, row.n, row.contents, row.due_at, row.because
+        )
         for row in rows
     )
 
@@ -103,8 +106,9 @@ def _wait(work: OpenWork, lanes: dict[Route, Lane], provider_batches: tuple[JobP
     if work.state is ChunkBatchState.RUNNING:
         return f"{who} {'is' if one else 'are'} with a worker of {work.route}"
     lane = lanes.get(work.route)
+    tried = f". The latest try of the first of them: {work.because}" if work.because else ""
     if lane is None:
-        return f"{waits} for a local worker"
+        return f"{waits} for a local worker{tried}"
     if lane.stopped_at:
         return (
             f"{waits} because {lane.route} stopped at {_moment(lane.stopped_at)} ({lane.stop_code}): "
@@ -116,7 +120,7 @@ def _wait(work: OpenWork, lanes: dict[Route, Lane], provider_batches: tuple[JobP
         return f"{waits} because {lane.route} is held: {lane.held_reason}"
     if work.route is Route.OPENAI:
         return f"{waits} to be gathered into a ProviderBatch"
-    return f"{waits} for a worker on queue openai"
+    return f"{waits} for a worker on queue openai{tried}"
 
 
 def _moment(when: datetime) -> str:

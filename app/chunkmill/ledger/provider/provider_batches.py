@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from chunkmill.broker import StepBell
 from chunkmill.db.provider_schema import ProviderBatchRow
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.errors import LeaseLost
@@ -179,10 +180,16 @@ def take_due(conn: sa.Connection, *, repair_seconds: float, limit: int) -> list[
 
 
 def claim_if_due(
-    conn: sa.Connection, provider_batch_id: int, *, owner: str, lease_seconds: float, server: str
+    conn: sa.Connection,
+    provider_batch_id: int,
+    *,
+    owner: str,
+    lease_seconds: float,
+    server: str,
+    not_spaces: Sequence[int] = (),
 ) -> Step | None:
-    """Take the lease on the next step; returns None if another worker has it, if it is not due, or if the batch is at
-    another server.
+    """Take the lease on the next step; returns None if another worker has it, if it is not due, if the batch is at
+    another server, or if its space is one of ``not_spaces``, which are left to other workers.
 
     A lease that ran out can be claimed, because each step continues from what its row says.
     """
@@ -194,6 +201,7 @@ def claim_if_due(
             WHERE id = :id AND state <> :closed AND not_before <= now()
               AND (lease_until IS NULL OR lease_until < now())
               AND (server IS NULL OR server = :server)
+              AND space_id <> ALL(CAST(:not_spaces AS int[]))
               AND NOT EXISTS (
                   SELECT FROM provider_lanes l
                   WHERE l.route = :openai
@@ -206,12 +214,22 @@ def claim_if_due(
             "owner": owner,
             "lease": lease_seconds,
             "server": server,
+            "not_spaces": list(not_spaces),
             "closed": State.CLOSED,
             "openai": Route.OPENAI,
             "spending": _SPENDING,
         },
     ).one_or_none()
     return None if row is None else _step(row)
+
+
+def is_held(conn: sa.Connection, step: Step, *, owner: str) -> bool:
+    """Whether the claim that made ``step`` was committed. It is for a claim that got no answer to its commit."""
+    row = conn.execute(
+        sa.text("SELECT id FROM provider_batches WHERE id = :id AND attempt = :attempt AND lease_owner = :owner"),
+        {"id": step.id, "attempt": step.attempt, "owner": owner},
+    )
+    return row.one_or_none() is not None
 
 
 def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: float) -> set[int]:
@@ -249,7 +267,7 @@ def release(conn: sa.Connection, step: Step, *, delay_s: float, failed: str | No
     ``failed`` says what went wrong, if anything did, and adds one to the failures in a row.
     """
     if failed is not None:
-        columns |= {"failures": step.failures + 1, "error": failed[:2000]}
+        columns |= {"failures": step.failures + 1, "error": failed}
     due = sa.func.now() + sa.func.make_interval(0, 0, 0, 0, 0, 0, delay_s)
     # The owner of the attempt may give it back at whatever step it has come to.
     _change(
@@ -360,6 +378,8 @@ def _change(
     any_state: bool = False,
 ) -> Step:
     table = ProviderBatchRow.__table__
+    # The provider's own words are among them.
+    columns = {name: storable(value) if type(value) is str else value for name, value in columns.items()}
     held = sa.and_(table.c.id == step.id, table.c.attempt == step.attempt)
     row = conn.execute(
         sa.update(ProviderBatchRow)

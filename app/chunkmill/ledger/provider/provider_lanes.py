@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ProviderBatchState, Route
 
 BURST_SECONDS = 10.0
@@ -49,7 +50,7 @@ def pause(conn: sa.Connection, route: Route, *, seconds: float, reason: str) -> 
             WHERE route = :route
               AND (paused_until IS NULL OR paused_until < now() + make_interval(secs => :seconds))
         """),
-        {"route": route, "seconds": seconds, "reason": reason[:500]},
+        {"route": route, "seconds": seconds, "reason": storable(reason, 500)},
     )
 
 
@@ -62,7 +63,7 @@ def stop(conn: sa.Connection, route: Route, *, code: str, reason: str) -> bool:
             SET stopped_at = now(), stop_code = :code, stop_reason = :reason
             WHERE route = :route AND stopped_at IS NULL
         """),
-        {"route": route, "code": code, "reason": reason[:500]},
+        {"route": route, "code": storable(code), "reason": storable(reason, 500)},
     )
     return result.rowcount == 1
 

@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.db.locks import DELETE_LOCK, GATHER_LOCK, lock, lock_shared
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
@@ -234,8 +235,8 @@ def charge_failure(conn: sa.Connection, failures: Mapping[tuple[int, int], tuple
             {
                 "id": chunk_batch_id,
                 "attempt": attempt,
-                "code": code,
-                "error": reason[:2000],
+                "code": storable(code),
+                "error": storable(reason),
                 "running": ChunkBatchState.RUNNING,
             },
         )
@@ -252,8 +253,8 @@ def discard(conn: sa.Connection, chunk_batch_ids: Sequence[int], *, code: str, r
         """),
         {
             "ids": list(chunk_batch_ids),
-            "code": code,
-            "reason": reason[:2000],
+            "code": storable(code),
+            "reason": storable(reason),
             "discarded": ChunkBatchState.DISCARDED,
             "running": ChunkBatchState.RUNNING,
         },

@@ -7,17 +7,18 @@ row any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import sqlalchemy as sa
 
 from chunkmill.db.copy import copy_binary, encode_hash_array, encode_rows
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.deaths import SUSPECT_DEATHS
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.retries import retry_delay
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
-from chunkmill.errors import ChunkmillError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class Lease:
     on_long: OnLong
     suspect: bool = False
     """Workers died while they embedded it, so it is embedded alone."""
+    until: datetime | None = None
+    """When it ran out at first, to the microsecond: this tells its claim from one that was made after a rollback and so
+    has the same number. None at a provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ WHERE b.id = :id AND j.id = b.job_id
   AND b.attempt < b.max_attempts
   AND b.space_id <> ALL(CAST(:not_spaces AS int[]))
   AND j.state <> :cancelled
-RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, j.collection_id, j.on_long
+RETURNING b.attempt, b.max_attempts, b.deaths, b.job_id, b.space_id, b.lease_until, j.collection_id, j.on_long
 """)
 
 
@@ -156,7 +160,25 @@ def claim_if_due(
         collection_id=row.collection_id,
         on_long=OnLong(row.on_long),
         suspect=row.deaths >= SUSPECT_DEATHS,
+        until=row.lease_until,
     )
+
+
+_TAKE_UP = sa.text("""
+UPDATE chunk_batches
+SET lease_until = now() + make_interval(secs => :lease)
+WHERE id = :id AND attempt = :attempt AND state = :running AND lease_until = :until
+RETURNING lease_until
+""")
+
+
+def take_up_if_held(conn: sa.Connection, lease: Lease, *, lease_seconds: float) -> Lease | None:
+    """The lease, renewed, if the claim that made it was committed and nobody has acted on it; else None.
+
+    It is for a claim that got no answer to its commit.
+    """
+    until = conn.execute(_TAKE_UP, {**_guard(lease), "until": lease.until, "lease": lease_seconds}).scalar_one_or_none()
+    return replace(lease, until=until) if until else None
 
 
 # Rows that another transaction has locked, for example to cancel a large job, must not keep the other leases waiting:
@@ -254,7 +276,7 @@ def fail_if_held(
     None if the lease is lost.
     """
     delay = retry_delay(lease.attempt, lease.max_attempts, retryable=retryable)
-    parameters = {"code": code, "error": error[:2000], **_guard(lease)}
+    parameters = {"code": storable(code), "error": storable(error), **_guard(lease)}
     if delay is None:
         state = ChunkBatchState.DISCARDED
         result = conn.execute(_DISCARD, {**parameters, "discarded": state})
@@ -277,18 +299,18 @@ WHERE id = :id AND attempt = :attempt AND state = :running
 
 
 def release_if_held(
-    conn: sa.Connection, lease: Lease, *, because: ChunkmillError | None = None, delay_s: float = 0.0
+    conn: sa.Connection, lease: Lease, *, code: str | None = None, error: str | None = None, delay_s: float = 0.0
 ) -> bool:
     """Make a ChunkBatch available again at once and uncharged, because the worker is leaving or unfit.
 
-    ``because`` stays on the ChunkBatch until somebody completes it. Nobody can claim it for ``delay_s`` seconds. False
-    if the lease is lost.
+    ``code`` and ``error`` stay on the ChunkBatch until somebody completes it. Nobody can claim it for ``delay_s``
+    seconds. False if the lease is lost.
     """
     result = conn.execute(
         _RELEASE,
         {
-            "code": because and because.code,
-            "error": because and str(because)[:2000],
+            "code": code,
+            "error": error and storable(error),
             "delay": delay_s,
             "available": ChunkBatchState.AVAILABLE,
             **_guard(lease),

@@ -9,6 +9,7 @@ from enum import StrEnum
 import sqlalchemy as sa
 
 from chunkmill.db.statements import with_constants
+from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 
@@ -91,7 +92,7 @@ def book(
             "recomputed": usage.recomputed,
             "at_risk": usage.at_risk,
             "outcome": outcome,
-            "evidence": evidence,
+            "evidence": evidence and storable(evidence),
         },
     ).one()
     return replace(usage, contents=row.contents, recomputed=row.recomputed)
@@ -134,7 +135,7 @@ def close_attempt(
     conn: sa.Connection, chunk_batch_id: int, attempt: int, outcome: Outcome, evidence: str | None = None
 ) -> None:
     """Close an account without changing its counts."""
-    evidence = evidence and evidence[:1000]
+    evidence = evidence and storable(evidence)
     conn.execute(_CLOSE, {"id": chunk_batch_id, "attempt": attempt, "outcome": outcome, "evidence": evidence})
 
 

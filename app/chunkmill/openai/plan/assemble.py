@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.vectors import unfit, why_unfit
 from chunkmill.openai.plan.packing import PackedInput
 from chunkmill.openai.wire.jsonl import Embedded
 from chunkmill.openai.wire.vectors import pool
@@ -24,8 +25,11 @@ class Assembled(NamedTuple):
     """Contents that have no vector, with the reason."""
 
 
-def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool) -> Assembled:
-    """The vectors of a request's contents ``rows``. A content has a vector only if all its windows have one."""
+def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool, half: bool = False) -> Assembled:
+    """The vectors of a request's contents ``rows``. A content has a vector only if all its windows have one.
+
+    ``half`` says that the space stores half precision, which not every vector fits.
+    """
     done: list[PackedInput] = []
     vectors: list[NDArray[np.float32]] = []
     problems: list[tuple[PackedInput, str]] = []
@@ -39,6 +43,9 @@ def assemble(answer: Embedded, rows: Sequence[PackedInput], *, normalize: bool) 
         vector = pool(own, row.weights, normalize=normalize) if row.windows > 1 else own[0]
         if vector is None:
             problems.append((row, "the mean of the text's windows is zero"))
+            continue
+        if unfit(vector[None], half=half)[0]:
+            problems.append((row, why_unfit(vector)[1]))
             continue
         done.append(row)
         vectors.append(vector)

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import EngineError, InvalidSetting
 from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import bound, configure, told, without_passwords
@@ -118,7 +118,7 @@ def test_what_an_error_was_raised_in_answer_to_is_told_unless_the_code_says_not_
 
 
 def test_what_postgres_quotes_of_rows_is_left_out(db_error: Exception) -> None:
-    error = RuntimeError("could not be written")
+    error = EngineError("could not be written")
     error.__cause__ = db_error
     said = told(error)
     assert "could not be written" in said
@@ -165,13 +165,13 @@ def test_what_nobody_caught_is_a_line_too() -> None:
         "def fail(): raise ValueError('in a thread')\n"
         "t = threading.Thread(target=fail, name='t1'); t.start(); t.join()\n"
         "import warnings; warnings.warn('a warning')\n"
-        "raise OSError('redis://:hunter2@h is away')"
+        "import redis; raise redis.ConnectionError('redis://:hunter2@h is away')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [line["message"] for line in lines][::2] == ["ValueError ends thread t1", "OSError ends the process"]
+    assert [line["message"] for line in lines][::2] == ["ValueError ends thread t1", "ConnectionError ends the process"]
     assert "a warning" in lines[1]["message"]
-    assert lines[2]["exception"].endswith("OSError: redis://:***@h is away")
+    assert lines[2]["exception"].endswith("ConnectionError: redis://:***@h is away")
     assert done.returncode == 1
 
 

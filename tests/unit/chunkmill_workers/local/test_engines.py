@@ -16,7 +16,8 @@ from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.local import engines as engines_module
-from chunkmill_workers.local.engines import UNSERVED_SECONDS, Engines
+from chunkmill_workers.local.engines import Engines
+from chunkmill_workers.process.unserved import UNSERVED_SECONDS
 from tests.support.waiting import PATIENCE, until
 
 SPACES = {
@@ -70,7 +71,7 @@ def engines(loading: Loading) -> Engines:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     turned = SimpleNamespace(now=1e6, monotonic=lambda: turned.now)
-    for module in ("chunkmill_workers.local.engines", "chunkmill_workers.engine.steps"):
+    for module in ("chunkmill_workers.process.unserved", "chunkmill_workers.engine.steps"):
         monkeypatch.setattr(f"{module}.time", turned)
     return turned
 
@@ -144,11 +145,11 @@ def test_a_space_whose_model_could_not_be_loaded_is_left_to_others_for_a_while(
     clock.now += UNSERVED_SECONDS / 2
     with pytest.raises(ModelLoadError):
         engines.for_space(SPACES["b"])
-    assert engines.unserved() == [11, 12]
+    assert engines.unserved() == dict.fromkeys((11, 12), "its weights are damaged")
     clock.now += UNSERVED_SECONDS / 2
-    assert engines.unserved() == [12]
+    assert list(engines.unserved()) == [12]
     clock.now += UNSERVED_SECONDS / 2
-    assert engines.unserved() == []
+    assert engines.unserved() == {}
 
 
 def test_a_step_that_hangs_in_an_engine_that_made_room_is_seen(engines: Engines, clock: SimpleNamespace) -> None:

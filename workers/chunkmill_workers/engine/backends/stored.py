@@ -92,7 +92,7 @@ def read_stored(folder: ModelFolder, config: Mapping[str, Any]) -> StoredModel |
     ):
         return None
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")
         stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     except (OSError, SafetensorError):
         return None

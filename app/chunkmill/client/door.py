@@ -1,0 +1,55 @@
+"""The client's door: whatever Postgres or its driver raises inside leaves as an error of ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import psycopg
+import sqlalchemy as sa
+
+from chunkmill.db.connect import refusal, unreachable_message
+from chunkmill.errors import ChunkmillError, InvalidInput, StoreUnavailable
+
+
+class HasStore(Protocol):
+    @property
+    def _db(self) -> sa.Engine: ...
+
+
+Self = TypeVar("Self", bound=HasStore)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def at_the_door(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
+    """Let a public method raise only errors of ours, and those of the caller's own iterables and functions."""
+
+    @functools.wraps(method)
+    def call(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+            raise translated(str(self._db.url), error) from error
+
+    return call
+
+
+def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> ChunkmillError:
+    """The error of ours for one of SQLAlchemy or psycopg. Its words quote neither a statement nor a value."""
+    driver = getattr(error, "orig", None) or error
+    sqlstate: str | None = getattr(driver, "sqlstate", None)
+    if isinstance(error, sa.exc.TimeoutError):
+        return StoreUnavailable("all connections of this client are in use; use one client per few threads.")
+    if isinstance(driver, psycopg.DataError):
+        return InvalidInput(f"Postgres cannot take one of the arguments ({type(driver).__name__}).")
+    if sqlstate == "42501":
+        return StoreUnavailable(
+            f"Postgres refused: {refusal(driver)}. Run this as the role that owns the tables: see docs/security.md."
+        )
+    if sqlstate is not None and not sqlstate.startswith(("08", "57P")):
+        return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(driver)}. The same call may be made again.")
+    if isinstance(driver, psycopg.OperationalError | psycopg.InterfaceError):
+        return StoreUnavailable(unreachable_message(url, driver))
+    return StoreUnavailable(f"Postgres cannot be used ({type(driver).__name__}). `chunkmill doctor` shows more.")
