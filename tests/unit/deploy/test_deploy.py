@@ -376,6 +376,17 @@ def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> Non
     assert {line[1:] for line in lines if line.startswith("!")} == copied
 
 
+# --- Redis --------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_the_default_user_of_redis_and_the_append_only_file_is_read_as_it() -> None:
+    """The second half is seen only with Redis 7 or later: test_least_privilege restarts the Redis that is here."""
+    users = dict(re.findall(r"^user (\w+) (.*)$", (ROOT / "deploy/redis-acl.conf").read_text(), re.MULTILINE))
+    assert users.pop("default").split() == ["off", "resetpass", "~*", "&*", "+@all"]
+    assert users
+    assert all(rule.startswith("on >SET-") for rule in users.values())
+
+
 # --- systemd ------------------------------------------------------------------------------------------------
 
 
