@@ -38,7 +38,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM base AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY app app
 COPY workers workers
 COPY alembic alembic
