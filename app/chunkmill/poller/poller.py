@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -47,7 +48,11 @@ class Poller:
     It remembers only how fast workers answer its doorbells, which each poller learns for itself.
     """
 
-    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+    def __init__(
+        self, db: sa.Engine, broker: Broker, settings: Settings, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """``beat`` is called at least once in each round, also while Postgres or Redis is away."""
+        self._beat = beat
         self._db = db
         self._broker = broker
         self._settings = settings
@@ -63,6 +68,7 @@ class Poller:
         """Run rounds until ``stop``. An outage of Postgres or Redis is logged once, and the next round tries again."""
         logger.info("poller: keeps at most %s doorbells in Redis", self._settings.doorbell_window)
         while not stop.is_set():
+            self._beat()
             pause = self._settings.poll_interval
             try:
                 done = self.round()
@@ -130,6 +136,7 @@ class Poller:
             waiting = recover.jobs_without_open_chunk_batches(conn)
         finished = 0
         for job_id, space_id in waiting:
+            self._beat()  # one large job may take as long as a round
             try:
                 with self._db.begin() as conn:
                     finished += finish_if_done(conn, job_id, registry.get(conn, space_id), wait=False) is not None

@@ -115,6 +115,13 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
     if not any(d.get("driver") == "nvidia" and "gpu" in d["capabilities"] for d in devices):
         found.append("worker reserves no GPU")
 
+    command = services["poller"]["command"]
+    heartbeat = command[command.index("--heartbeat") + 1] if "--heartbeat" in command else "none"
+    if f"find {heartbeat} -mmin " not in str(
+        services["poller"].get("healthcheck", {"test": f"find {heartbeat} -mmin "})
+    ):
+        found.append("poller's health check does not ask this poller")
+
     flower = " ".join(services["flower"]["command"])
     if "--read_only=True" not in flower:
         found.append("flower can stop workers")
@@ -214,6 +221,11 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         "worker-cpu's health check asks another worker",
         lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
     ),
+    (
+        "poller's health check does not ask this poller",
+        lambda s: s["poller"]["healthcheck"].update(test=["CMD", "chunkmill", "poller", "--check"]),
+    ),
+    ("poller's health check does not ask this poller", lambda s: s["poller"]["command"].remove("--heartbeat")),
     ("worker-cpu has no profile", lambda s: s["worker-cpu"].pop("profiles")),
     ("worker reserves no GPU", lambda s: s["worker"].pop("deploy")),
     ("flower can stop workers", lambda s: s["flower"]["command"].remove("--read_only=True")),
