@@ -31,7 +31,9 @@ POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
 OPENAI_UNIT = (ROOT / "deploy/chunkmill-openai.service").read_text()
 SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 
-ONE_SHOT = {"migrate", "cli"}
+ONE_SHOT = {"migrate", "cli", "roles", "rights"}
+PSQL = {"roles", "rights"}
+"""One-shots of Postgres' own image."""
 WORKERS = {"worker", "worker-cpu"}
 STORES = {"postgres", "redis"}
 # Signals and settings that end Celery's threads pool in a traceback instead of a drain.
@@ -121,6 +123,29 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
         services["poller"].get("healthcheck", {"test": f"find {heartbeat} -mmin "})
     ):
         found.append("poller's health check does not ask this poller")
+
+    for name, service in services.items():
+        values = " ".join(map(str, service["environment"].values()))
+        users = re.findall(r"://(\w*):[^@]*@(?:postgres|redis):", values)
+        expected = {
+            "migrate": ["chunkmill_migrator", "chunkmill"],
+            "flower": ["chunkmill_runtime", "flower"],
+            **{store: [] for store in STORES | PSQL},
+        }
+        if users != expected.get(name, ["chunkmill_runtime", "chunkmill"]):
+            found.append(f"{name} has the rights of {users}")
+    if [
+        name
+        for name, service in services.items()
+        if "${POSTGRES_PASSWORD" in str(service) and name not in PSQL | STORES
+    ]:
+        found.append("a service of ours knows the superuser's password")
+    if "migrate" in services["cli"]["depends_on"]:
+        found.append("a command that only looks would migrate")
+    if services["migrate"]["depends_on"].keys() != {"roles"} or "rights" not in services["poller"]["depends_on"]:
+        found.append("the roles are not made in time")
+    if "--include /tmp/users.conf" not in redis:
+        found.append("redis has no users")
 
     flower = " ".join(services["flower"]["command"])
     if "--read_only=True" not in flower:
@@ -226,6 +251,24 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         lambda s: s["poller"]["healthcheck"].update(test=["CMD", "chunkmill", "poller", "--check"]),
     ),
     ("poller's health check does not ask this poller", lambda s: s["poller"]["command"].remove("--heartbeat")),
+    (
+        "poller has the rights of ['chunkmill', 'chunkmill']",
+        lambda s: s["poller"]["environment"].update(DATABASE_URL="postgresql://chunkmill:${X}@postgres:5432/chunkmill"),
+    ),
+    (
+        "flower has the rights of ['chunkmill_runtime', '']",
+        lambda s: s["flower"]["environment"].update(REDIS_URL="redis://:${X}@redis:6379/0"),
+    ),
+    (
+        "a service of ours knows the superuser's password",
+        lambda s: s["worker"]["environment"].update(PGPASSWORD="${POSTGRES_PASSWORD:?}"),
+    ),
+    (
+        "a command that only looks would migrate",
+        lambda s: s["cli"]["depends_on"].update(migrate={"condition": "service_completed_successfully"}),
+    ),
+    ("the roles are not made in time", lambda s: s["poller"]["depends_on"].pop("rights")),
+    ("redis has no users", lambda s: s["redis"].update(command=["redis-server", *s["redis"]["command"][4:]])),
     ("worker-cpu has no profile", lambda s: s["worker-cpu"].pop("profiles")),
     ("worker reserves no GPU", lambda s: s["worker"].pop("deploy")),
     ("flower can stop workers", lambda s: s["flower"]["command"].remove("--read_only=True")),
@@ -371,7 +414,7 @@ def test_a_broken_dockerfile_is_noticed(problem: str, old: str, new: str) -> Non
 def test_compose_builds_the_targets_that_the_dockerfile_has() -> None:
     services = yaml.safe_load(COMPOSE)["services"]
     targets = {name: service["build"]["target"] for name, service in services.items() if "build" in service}
-    assert set(targets) == set(services) - STORES
+    assert set(targets) == set(services) - STORES - PSQL
     assert {name for name, target in targets.items() if target == "worker"} == WORKERS
     assert set(targets.values()) <= set(dockerfile_stages(DOCKERFILE))
 

@@ -50,7 +50,7 @@ def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Only check: exit with 0 if any poller is connected to the database, otherwise with 1. --heartbeat tells of one.",
+    help="Only check: exit with 0 if any poller is connected to the database, otherwise with 1.",
 )
 @click.option(
     "--heartbeat",
