@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,7 @@ def test_redis_starts_with_the_users_of_env_and_its_health_check_passes(server: 
 
     kind, check = SERVICES["redis"]["healthcheck"]["test"]
     assert kind == "CMD-SHELL"
-    if (client := shutil.which("redis-cli")) is None:
-        client = str(find_program().with_name("redis-cli"))
+    client = shutil.which("redis-cli", path=f"{os.environ['PATH']}:{Path(sys.executable).parent}")
     check = check.replace("$$", "$").replace("redis-cli", f"{client} -s {server}")
     for password, expected in ((values["REDIS_PASSWORD"], 0), ("wrong", 1)):
         done = subprocess.run(["/bin/sh", "-c", check], env={"REDIS_PASSWORD": password, "PATH": "/usr/bin:/bin"})
