@@ -17,15 +17,15 @@ class Environment:
     is_embedded: bool
 
     @classmethod
-    def load(cls, *, start_embedded: bool) -> Environment:
+    def load(cls, *, start_embedded: bool, needs_database: bool = True) -> Environment:
         """Read the settings, and find the servers.
 
         If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack. It is started
-        with ``start_embedded``, and must be running otherwise. Raises :class:`InvalidSetting` and
-        :class:`EmbeddedStackError`.
+        with ``start_embedded``, and must be running otherwise. Without ``needs_database``, ``REDIS_URL`` alone is
+        enough. Raises :class:`InvalidSetting` and :class:`EmbeddedStackError`.
         """
         settings = Settings.from_env()
-        if settings.database_url and settings.redis_url:
+        if settings.redis_url and (settings.database_url or not needs_database):
             return cls(settings, is_embedded=False)
         if settings.database_url or settings.redis_url:
             unset = "REDIS_URL" if settings.database_url else "DATABASE_URL"

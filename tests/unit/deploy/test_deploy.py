@@ -83,7 +83,7 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} has no health check")
         if "stop_grace_period" not in service:
             found.append(f"{name} has no time to stop in")
-        if name not in STORES and service["depends_on"].get("migrate") != {
+        if name not in {*STORES, "flower"} and service["depends_on"].get("migrate") != {
             "condition": "service_completed_successfully"
         }:
             found.append(f"{name} may start on an old schema")
@@ -129,7 +129,7 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
         users = re.findall(r"://(\w*):[^@]*@(?:postgres|redis):", values)
         expected = {
             "migrate": ["chunkmill_migrator", "chunkmill"],
-            "flower": ["chunkmill_runtime", "flower"],
+            "flower": ["flower"],
             **{store: [] for store in STORES | PSQL},
         }
         if users != expected.get(name, ["chunkmill_runtime", "chunkmill"]):
@@ -256,7 +256,7 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         lambda s: s["poller"]["environment"].update(DATABASE_URL="postgresql://chunkmill:${X}@postgres:5432/chunkmill"),
     ),
     (
-        "flower has the rights of ['chunkmill_runtime', '']",
+        "flower has the rights of ['']",
         lambda s: s["flower"]["environment"].update(REDIS_URL="redis://:${X}@redis:6379/0"),
     ),
     (
