@@ -1,5 +1,3 @@
-# syntax=docker/dockerfile:1
-#
 # Two images:
 #   app     for producers, migrations, the poller, Flower and the worker of the paid routes; it has no torch and no model
 #   worker  for the embedding worker; it has torch with CUDA and the bundled model
@@ -38,7 +36,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM base AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY app app
 COPY workers workers
 COPY alembic alembic

@@ -10,11 +10,12 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit servers bench chaos mutants busy aimock gpu audit docs clean
+.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
 	@echo "make test    install, then run everything that CI runs"
+	@echo "make wheel   build the wheel that the scripts in deploy install, into dist"
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
@@ -45,6 +46,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@echo "== mypy --strict"
 	@$(BIN)/mypy
+
+wheel: | $(BIN)/python
+	@$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 docs: $(VENV)/.dev
 	@$(BIN)/python docs/make.py

@@ -10,11 +10,12 @@
 # Settings come from the environment; set them in lines above the script:
 #   CHUNKMILL_SECRET   /chunkmill/env (default) or another name with a leading /: an SSM parameter (SecureString).
 #                      Otherwise the name or ARN of a secret in Secrets Manager. Lines as in chunkmill.env.example
-#   CHUNKMILL_WHEEL    s3://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path. Default: from the index
-#   CHUNKMILL_VERSION  version to take from the index. Default: the newest at the first boot
+#   CHUNKMILL_WHEEL    required: s3://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path
+#   CHUNKMILL_VERSION  instead of a wheel: a version on PIP_INDEX_URL, which must be your own index
 #   CHUNKMILL_DEVICE   cuda (default) or cpu
 #   AWS_REGION         default: the instance's
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT   pip's own: your index, a file or address of constraints
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL   pip's own: your index
+#   PIP_CONSTRAINT     versions of dependencies to take instead of those that the wheel was tested with
 #   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
 #
 # Run once for the account. The instance profile's role needs ssm:GetParameter on it and s3:GetObject on the wheel:
@@ -48,11 +49,14 @@ set -euo pipefail
 
 # --- The same lines are in spot-gcp.sh, spot-aws.sh and plain.sh, because each must be one file. A test compares them.
 
-VENV=/opt/chunkmill
+VENV=/opt/chunkmill # a link to one of the folders below
+RELEASES=/opt/chunkmill-releases
 ENV_FILE=/etc/chunkmill/chunkmill.env
-UNIT_FILE=/etc/systemd/system/chunkmill-worker.service
-STAMP=$VENV/.installed-from
+UNITS=/etc/systemd/system
+SERVICES=()
 CHANGED=0
+release='' # the folder to switch to
+unfinished=''
 
 say() { printf 'chunkmill: %s\n' "$*"; }
 
@@ -120,14 +124,36 @@ find_python() {
     return 1
 }
 
-# Installs again if the last installation was of something else, or did not finish.
+# has FOLDER STAMP: whether the folder holds this installation, complete and in working order.
+has() {
+    [[ -f $1/.installed-from && $(< "$1/.installed-from") == "$2" ]] && "$1/bin/chunkmill" --version &> /dev/null
+}
+
+# Installs into a folder of its own. The services go on with the one they have until switch_release, so if anything
+# fails before that, nothing has changed for them.
 install_package() {
-    local source=${CHUNKMILL_WHEEL:-chunkmill${CHUNKMILL_VERSION:+==$CHUNKMILL_VERSION}}
-    local venv=$DESTDIR$VENV stamp=$DESTDIR$STAMP python wanted
-    if [[ -f $stamp && $(< "$stamp") == "$source" ]]; then
-        say "$source is installed in $venv"
-        return
+    local source=${CHUNKMILL_WHEEL:-${CHUNKMILL_VERSION:+chunkmill==$CHUNKMILL_VERSION}}
+    local releases=$DESTDIR$RELEASES stamp each python wheel constraints=()
+    [[ $source ]] || die "set CHUNKMILL_WHEEL; \`make wheel\` in a checkout makes one, in dist"
+    [[ $source != chunkmill==* || ${PIP_INDEX_URL:-} ]] ||
+        die "CHUNKMILL_VERSION needs PIP_INDEX_URL, your own index: on a public one anybody may own the name chunkmill"
+    stamp="${source}[$CHUNKMILL_EXTRAS]"
+    [[ ! -f $source ]] || stamp+=" $(sha256sum < "$source")"
+    umask 022 # the service's user reads what root installs
+    if [[ $DRY_RUN != 1 ]]; then
+        mkdir -p "$releases"
+        exec 9> "$releases/.lock"
+        flock --nonblock 9 || die "this script is already running: wait until it is done"
     fi
+    for each in "$DESTDIR$VENV" "$releases"/*; do
+        if has "$each" "$stamp"; then
+            release=$(readlink -f "$each")
+            say "$source is installed in $release"
+            return
+        fi
+        # What a run left behind that was killed.
+        [[ ! -d $each || -f $each/.installed-from || $each != "$releases"/* ]] || run rm -rf "$each"
+    done
     if ! python=$(find_python); then
         command -v apt-get > /dev/null || die "no Python 3.11 or later with venv is here: install one, or set PYTHON"
         run apt-get -o DPkg::Lock::Timeout=300 update --quiet
@@ -135,22 +161,40 @@ install_package() {
         python=$(find_python) || [[ $DRY_RUN == 1 ]] ||
             die "this system's Python is older than 3.11: install a later one, and name it with PYTHON=/path/to/python3"
     fi
+    release=$releases/$(date -u +%Y%m%d-%H%M%S-%3N)
+    unfinished=$release
+    run "${python:-python3}" -m venv "$release"
+    local pip=("$release/bin/python" -m pip --disable-pip-version-check)
     case $source in
-        gs://* | s3://*)
-            wanted="$scratch/${source##*/}[worker]"
-            run fetch_object "$source" "$scratch/${source##*/}"
-            ;;
-        https://*) wanted="chunkmill[worker] @ $source" ;;
-        *.whl) wanted="${source}[worker]" ;;
-        *) wanted="chunkmill[worker]${source#chunkmill}" ;;
+        gs://* | s3://*) run fetch_object "$source" "$scratch/${source##*/}" ;;
+        *) run "${pip[@]}" download --quiet --no-deps --only-binary :all: --dest "$scratch" "$source" ;;
     esac
-    if [[ -f $DESTDIR$UNIT_FILE ]]; then
-        run systemctl stop chunkmill-worker.service # nobody may import from a folder that is being replaced
+    wheel=$(echo "$scratch"/*.whl)
+    if [[ -z ${PIP_CONSTRAINT:-} ]]; then
+        run "$release/bin/python" -m zipfile -e "$wheel" "$scratch/wheel"
+        constraints=(--constraint "$scratch/wheel/chunkmill/constraints.txt")
     fi
-    umask 022 # the service's user reads what root installs
-    run "${python:-python3}" -m venv --clear "$venv"
-    run "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$wanted"
-    put 0644 "$STAMP" <<< "$source"
+    run "${pip[@]}" install --quiet ${constraints[@]+"${constraints[@]}"} "${wheel}[$CHUNKMILL_EXTRAS]"
+    run "$release/bin/chunkmill" --version
+    [[ $DRY_RUN == 1 ]] || printf '%s\n' "$stamp" > "$release/.installed-from"
+    unfinished=''
+}
+
+# Switches the link in one step. The release before it stays, so that going back to it is a matter of seconds.
+switch_release() {
+    local link=$DESTDIR$VENV before each
+    before=$(readlink -f "$link") || true
+    [[ $before != "$release" ]] || return 0
+    CHANGED=1
+    if [[ -d $link && ! -L $link ]]; then # the layout of earlier versions of this script
+        before=$DESTDIR$RELEASES/first
+        run mv -T "$link" "$before"
+    fi
+    run ln -sfn "${release#"$DESTDIR/opt/"}" "$link.new"
+    run mv -fT "$link.new" "$link"
+    for each in "$DESTDIR$RELEASES"/*; do
+        [[ ! -d $each || $each -ef $release || $each -ef $before ]] || run rm -rf "$each"
+    done
 }
 
 # install_environment FILE: puts settings and secrets where only root can read them; systemd gives them to the service.
@@ -170,8 +214,9 @@ install_environment() {
     put 0600 "$ENV_FILE" < "$1"
 }
 
-install_unit() {
-    put 0644 "$UNIT_FILE" << 'UNIT'
+install_worker() {
+    SERVICES+=(chunkmill-worker.service)
+    put 0644 "$UNITS/chunkmill-worker.service" << 'UNIT'
 [Unit]
 Description=Chunkmill embedding workers of this machine
 Wants=network-online.target
@@ -213,20 +258,19 @@ WantedBy=multi-user.target
 UNIT
 }
 
-start_worker() {
+start_services() {
+    switch_release
     if ! getent passwd chunkmill > /dev/null; then
         run useradd --system --user-group --no-create-home --home-dir /var/lib/chunkmill --shell /usr/sbin/nologin \
             chunkmill
     fi
     run systemctl daemon-reload
-    run systemctl enable chunkmill-worker.service
-    # --no-block, because at boot this script may itself be a job that systemd waits for.
-    if [[ $CHANGED == 1 ]]; then
-        run systemctl --no-block restart chunkmill-worker.service
-    else
-        run systemctl --no-block start chunkmill-worker.service
-    fi
-    [[ $DRY_RUN == 1 ]] || say "done. Follow it: journalctl -u chunkmill-worker -f"
+    run systemctl enable "${SERVICES[@]}"
+    # --no-block, because at boot this script may itself be a job that systemd waits for. Others of our units that run
+    # here, such as chunkmill-openai, must not stay on a release that will be deleted.
+    [[ $CHANGED == 0 ]] || run systemctl --no-block try-restart 'chunkmill-*.service'
+    run systemctl --no-block start "${SERVICES[@]}"
+    [[ $DRY_RUN == 1 ]] || say "done. Follow it: journalctl -f -u 'chunkmill-*'"
 }
 
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
@@ -251,12 +295,13 @@ if [[ $DRY_RUN != 1 && -z $DESTDIR && $EUID != 0 ]]; then
     die "it installs a service, so it must be root; --dry-run says what it would do"
 fi
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'rm -rf "$scratch" ${unfinished:+"$unfinished"}' EXIT
 
 # --- End of the lines that are the same. -----------------------------------------------------------------------------
 
 CHUNKMILL_SECRET=${CHUNKMILL_SECRET:-/chunkmill/env}
 CHUNKMILL_DEVICE=${CHUNKMILL_DEVICE:-cuda}
+CHUNKMILL_EXTRAS=${CHUNKMILL_EXTRAS:-worker}
 
 fetch_object() { aws s3 cp --only-show-errors "$1" "$2"; }
 
@@ -276,5 +321,5 @@ else
     read_secret > "$scratch/environment"
 fi
 install_environment "$scratch/environment"
-install_unit
-start_worker
+install_worker
+start_services

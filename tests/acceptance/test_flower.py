@@ -100,7 +100,9 @@ def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Itera
         processes.env |= {"OPENAI_GATHER_SECONDS": "0", "OPENAI_POLL_SECONDS": "0.2", "EMBEDDING_DEVICE": "cpu"}
         try:
             port = free_port()
-            flower = processes.start("chunkmill.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN)
+            flower = processes.start(
+                "chunkmill.cli", "flower", f"--port={port}", FLOWER_BASIC_AUTH=LOGIN, DATABASE_URL=""
+            )
             local = [processes.worker(ready=False) for _ in range(CPU_WORKERS)]
             provider = processes.start(
                 "celery", "-A", "chunkmill_workers", "worker", "-Q", "openai", OPENAI_API_KEY=server.key, **paid

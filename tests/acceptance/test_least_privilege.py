@@ -38,15 +38,30 @@ class GuardedRedis:
 
     def __init__(self, folder: Path) -> None:
         text = (DEPLOY / "redis-acl.conf").read_text()
-        text = re.sub(r"SET-(\w+)-PASSWORD", lambda found: f"{found[1].lower()}-secret", text)
+        text = re.sub(r"SET-(\w+)-PASSWORD", lambda match: f"{match[1].lower()}-secret", text)
         self.socket = folder / "redis.sock"
+        self._folder = folder
         self._log = folder / "redis.log"
-        own = f'port 0\nunixsocket {self.socket}\ndir {folder}\nsave ""\n'
+        own = f'port 0\nunixsocket {self.socket}\ndir {folder}\nsave ""\nappendonly yes\nappendfsync always\n'
         (folder / "redis.conf").write_text(own + text)
-        arguments = [str(find_program()), str(folder / "redis.conf")]
-        with self._log.open("wb") as log:
-            self.popen = subprocess.Popen(arguments, stdout=log, stderr=log)
+        self.popen = self._start()
         self.admin = self.client("admin")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen([str(find_program()), str(self._folder / "redis.conf")], stdout=log, stderr=log)
+
+    def restart(self) -> None:
+        self.stop()
+        self.popen = self._start()
+        self.wait()
+
+    def stop(self) -> None:
+        self.popen.terminate()
+        try:
+            self.popen.wait(PATIENCE)
+        finally:
+            self.popen.kill()
 
     def wait(self) -> None:
         until(self._answers, self._log.read_text)
@@ -78,11 +93,7 @@ def guarded() -> Iterator[GuardedRedis]:
         yield server
     finally:
         server.admin.close()
-        server.popen.terminate()
-        try:
-            server.popen.wait(PATIENCE)
-        finally:
-            server.popen.kill()
+        server.stop()
         shutil.rmtree(folder)
 
 
@@ -224,6 +235,32 @@ def test_what_would_harm_everybody_is_refused(guarded: GuardedRedis, user: str) 
 def test_nobody_gets_in_without_a_user(guarded: GuardedRedis) -> None:
     with redis.Redis(unix_socket_path=str(guarded.socket)) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
+
+
+def test_a_guarded_redis_has_every_transaction_again_after_a_restart(guarded: GuardedRedis) -> None:
+    """Redis replays its append-only file as the user `default`, and drops silently what that user may not do."""
+    kept = {"gpu": ["a", "b"], "openai": ["c"]}
+    with guarded.client("chunkmill") as client:
+        for queue, doorbells in kept.items():
+            with client.pipeline(transaction=True) as transaction:
+                for doorbell in doorbells:
+                    transaction.rpush(queue, doorbell)
+                transaction.hset("unacked", queue, "message")
+                transaction.zadd("unacked_index", {queue: 1})
+                transaction.execute()
+        client.rpush("gpu", "d")
+
+    guarded.restart()
+
+    with guarded.client("chunkmill") as client:
+        assert client.lrange("gpu", 0, -1) == [b"a", b"b", b"d"]
+        assert client.lrange("openai", 0, -1) == [b"c"]
+        assert client.hlen("unacked") == client.zcard("unacked_index") == 2
+    assert {user for user, _ in guarded.denied()} <= {"chunkmill"}, guarded.admin.acl_log()  # the replay is `default`
+    with redis.Redis(unix_socket_path=str(guarded.socket)) as anybody:
+        for command in ("PING", "AUTH default anything", "AUTH anything", "LRANGE gpu 0 -1"):
+            with pytest.raises(redis.AuthenticationError):
+                anybody.execute_command(*command.split())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_n
 
 outlive_refusals()
 with fatal_errors():
-    environment = Environment.load()
+    # Flower and `celery inspect` come here, too, and need only Redis.
+    environment = Environment.load(needs_database=False)
     app = make_celery(environment.settings)
 tasks.register(app)
 worker = WorkerProcess(environment.settings, {QUEUE})
@@ -45,6 +46,7 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
     worker.queues = set(chosen.split(",") if isinstance(chosen, str) else chosen)
     configure(environment.settings.log_level, environment.settings.log_format)
     with fatal_errors():
+        Environment.load()  # a worker needs both addresses
         tracing.configure("chunkmill-worker")
         if QUEUE in worker.queues:
             worker.claim_device()

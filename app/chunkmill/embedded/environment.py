@@ -17,15 +17,16 @@ class Environment:
     is_embedded: bool
 
     @classmethod
-    def load(cls) -> Environment:
+    def load(cls, *, needs_database: bool = True) -> Environment:
         """Read the settings, and find the servers.
 
         If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack, which must be
-        running: a process whose variables got lost must not write into servers that nobody knows of. Raises
-        :class:`InvalidSetting` and :class:`EmbeddedStackError`.
+        running: a process whose variables got lost must not write into servers that nobody knows of. Without
+        ``needs_database``, ``REDIS_URL`` alone is enough. Raises :class:`InvalidSetting` and
+        :class:`EmbeddedStackError`.
         """
         settings = Settings.from_env()
-        if settings.database_url and settings.redis_url:
+        if settings.redis_url and (settings.database_url or not needs_database):
             return cls(settings, is_embedded=False)
         if settings.database_url or settings.redis_url:
             unset = "REDIS_URL" if settings.database_url else "DATABASE_URL"

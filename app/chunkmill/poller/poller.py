@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,7 +55,11 @@ class Poller:
     It remembers only how fast workers answer its doorbells, which each poller learns for itself.
     """
 
-    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
+    def __init__(
+        self, db: sa.Engine, broker: Broker, settings: Settings, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """``beat`` is called at least once in each round, also while Postgres or Redis is away."""
+        self._beat = beat
         self._db = db
         self._broker = broker
         self._settings = settings
@@ -76,6 +80,7 @@ class Poller:
         """Run rounds until ``stop``. An outage of Postgres or Redis is logged once, and the next round tries again."""
         logger.info("poller: keeps at most %s doorbells in Redis", self._settings.doorbell_window)
         while not stop.is_set():
+            self._beat()
             pause = self._settings.poll_interval
             try:
                 done = self.round()
@@ -186,6 +191,7 @@ class Poller:
             self._steps.forget(_end_of(job_id))
         finished = 0
         for job_id, space_id in waiting:
+            self._beat()  # one large job may take as long as a round
             ended = self._steps.run(_end_of(job_id), partial(self._finish_job, job_id, space_id))
             if ended is None:
                 pause = min(LONGEST_PAUSE_S, 2 * self._unfinished.get(job_id, (0.0, FIRST_PAUSE_S / 2))[1])

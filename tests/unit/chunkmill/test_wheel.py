@@ -33,7 +33,8 @@ def test_only_two_names_of_ours_stand_at_the_top_of_site_packages(names: list[st
     assert {top for top in tops if not top.endswith(".dist-info")} == {"chunkmill", "chunkmill_workers"}
 
 
-def test_the_wheel_has_the_types_and_the_migrations(names: list[str]) -> None:
+def test_the_wheel_has_the_types_the_migrations_and_the_versions_it_was_tested_with(names: list[str]) -> None:
+    assert "chunkmill/constraints.txt" in names
     assert {"chunkmill/py.typed", "chunkmill_workers/py.typed", "chunkmill/db/alembic/env.py"} <= set(names)
     versions = {path.name for path in (ROOT / "alembic/versions").glob("0*.py")}
     assert {f"chunkmill/db/alembic/versions/{name}" for name in versions} <= set(names)

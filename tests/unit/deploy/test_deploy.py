@@ -31,7 +31,9 @@ POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
 OPENAI_UNIT = (ROOT / "deploy/chunkmill-openai.service").read_text()
 SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 
-ONE_SHOT = {"migrate", "cli"}
+ONE_SHOT = {"migrate", "cli", "roles", "rights"}
+PSQL = {"roles", "rights"}
+"""One-shots of Postgres' own image."""
 WORKERS = {"worker", "worker-cpu"}
 STORES = {"postgres", "redis"}
 # Signals and settings that end Celery's threads pool in a traceback instead of a drain.
@@ -81,7 +83,7 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} has no health check")
         if "stop_grace_period" not in service:
             found.append(f"{name} has no time to stop in")
-        if name not in STORES and service["depends_on"].get("migrate") != {
+        if name not in {*STORES, "flower"} and service["depends_on"].get("migrate") != {
             "condition": "service_completed_successfully"
         }:
             found.append(f"{name} may start on an old schema")
@@ -114,6 +116,36 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
     devices = services["worker"].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
     if not any(d.get("driver") == "nvidia" and "gpu" in d["capabilities"] for d in devices):
         found.append("worker reserves no GPU")
+
+    command = services["poller"]["command"]
+    heartbeat = command[command.index("--heartbeat") + 1] if "--heartbeat" in command else "none"
+    if f"find {heartbeat} -mmin " not in str(
+        services["poller"].get("healthcheck", {"test": f"find {heartbeat} -mmin "})
+    ):
+        found.append("poller's health check does not ask this poller")
+
+    for name, service in services.items():
+        values = " ".join(map(str, service["environment"].values()))
+        users = re.findall(r"://(\w*):[^@]*@(?:postgres|redis):", values)
+        expected = {
+            "migrate": ["chunkmill_migrator", "chunkmill"],
+            "flower": ["flower"],
+            **{store: [] for store in STORES | PSQL},
+        }
+        if users != expected.get(name, ["chunkmill_runtime", "chunkmill"]):
+            found.append(f"{name} has the rights of {users}")
+    if [
+        name
+        for name, service in services.items()
+        if "${POSTGRES_PASSWORD" in str(service) and name not in PSQL | STORES
+    ]:
+        found.append("a service of ours knows the superuser's password")
+    if "migrate" in services["cli"]["depends_on"]:
+        found.append("a command that only looks would migrate")
+    if services["migrate"]["depends_on"].keys() != {"roles"} or "rights" not in services["poller"]["depends_on"]:
+        found.append("the roles are not made in time")
+    if "--include /tmp/users.conf" not in redis:
+        found.append("redis has no users")
 
     flower = " ".join(services["flower"]["command"])
     if "--read_only=True" not in flower:
@@ -214,6 +246,29 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         "worker-cpu's health check asks another worker",
         lambda s: s["worker-cpu"]["healthcheck"].update(test=["CMD", "true"]),
     ),
+    (
+        "poller's health check does not ask this poller",
+        lambda s: s["poller"]["healthcheck"].update(test=["CMD", "chunkmill", "poller", "--check"]),
+    ),
+    ("poller's health check does not ask this poller", lambda s: s["poller"]["command"].remove("--heartbeat")),
+    (
+        "poller has the rights of ['chunkmill', 'chunkmill']",
+        lambda s: s["poller"]["environment"].update(DATABASE_URL="postgresql://chunkmill:${X}@postgres:5432/chunkmill"),
+    ),
+    (
+        "flower has the rights of ['']",
+        lambda s: s["flower"]["environment"].update(REDIS_URL="redis://:${X}@redis:6379/0"),
+    ),
+    (
+        "a service of ours knows the superuser's password",
+        lambda s: s["worker"]["environment"].update(PGPASSWORD="${POSTGRES_PASSWORD:?}"),
+    ),
+    (
+        "a command that only looks would migrate",
+        lambda s: s["cli"]["depends_on"].update(migrate={"condition": "service_completed_successfully"}),
+    ),
+    ("the roles are not made in time", lambda s: s["poller"]["depends_on"].pop("rights")),
+    ("redis has no users", lambda s: s["redis"].update(command=["redis-server", *s["redis"]["command"][4:]])),
     ("worker-cpu has no profile", lambda s: s["worker-cpu"].pop("profiles")),
     ("worker reserves no GPU", lambda s: s["worker"].pop("deploy")),
     ("flower can stop workers", lambda s: s["flower"]["command"].remove("--read_only=True")),
@@ -359,7 +414,7 @@ def test_a_broken_dockerfile_is_noticed(problem: str, old: str, new: str) -> Non
 def test_compose_builds_the_targets_that_the_dockerfile_has() -> None:
     services = yaml.safe_load(COMPOSE)["services"]
     targets = {name: service["build"]["target"] for name, service in services.items() if "build" in service}
-    assert set(targets) == set(services) - STORES
+    assert set(targets) == set(services) - STORES - PSQL
     assert {name for name, target in targets.items() if target == "worker"} == WORKERS
     assert set(targets.values()) <= set(dockerfile_stages(DOCKERFILE))
 
@@ -374,6 +429,17 @@ def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> Non
         for source in line.split()[1:-1]
     }
     assert {line[1:] for line in lines if line.startswith("!")} == copied
+
+
+# --- Redis --------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_the_default_user_of_redis_and_the_append_only_file_is_read_as_it() -> None:
+    """The second half is seen only with Redis 7 or later: test_least_privilege restarts the Redis that is here."""
+    users = dict(re.findall(r"^user (\w+) (.*)$", (ROOT / "deploy/redis-acl.conf").read_text(), re.MULTILINE))
+    assert users.pop("default").split() == ["off", "resetpass", "~*", "&*", "+@all"]
+    assert users
+    assert all(rule.startswith("on >SET-") for rule in users.values())
 
 
 # --- systemd ------------------------------------------------------------------------------------------------

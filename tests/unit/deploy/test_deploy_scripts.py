@@ -5,6 +5,7 @@ As in ``test_deploy``: one function lists what is wrong with a script, and each 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from tests.support.waiting import running
 ROOT = Path(__file__).parents[3]
 SCRIPTS = {name: (ROOT / "deploy" / name).read_text() for name in ("plain.sh", "spot-gcp.sh", "spot-aws.sh")}
 UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
+POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
 SHELL = [*sorted((ROOT / "deploy").glob("*.sh")), ROOT / ".ci/run"]
 SHARED = re.compile(r"^# --- The same lines.*?^# --- End of the lines.*?$", re.DOTALL | re.MULTILINE)
 
@@ -85,9 +87,13 @@ def script_problems(name: str, text: str) -> list[str]:
         found.append("it installs no unit")
     elif significant(unit.group(1)) != significant(UNIT):
         found.append("its unit is not chunkmill-worker.service")
+    if name == "plain.sh":
+        poller = re.search(r"<< 'POLLER'\n(.*?)^POLLER$", text, re.DOTALL | re.MULTILINE)
+        if poller is None or significant(poller.group(1)) != significant(POLLER_UNIT):
+            found.append("its unit is not chunkmill-poller.service")
     if shared_lines(text) != shared_lines(SCRIPTS["plain.sh"]) or not shared_lines(text):
         found.append("the lines that all scripts share differ")
-    if len(text.encode()) > USER_DATA_BYTES - 1024:
+    if name == "spot-aws.sh" and len(text.encode()) > USER_DATA_BYTES - 1024:
         found.append("it is too long for user data")
     return found
 
@@ -118,6 +124,7 @@ def test_the_scripts_keep_every_rule(name: str) -> None:
             "\n\nfetch_object",
             '\ncurl -H "Authorization: Bearer $token" "$url"\nfetch_object',
         ),
+        ("its unit is not chunkmill-poller.service", "plain.sh", "RestartSec=5\n", "RestartSec=50\n"),
         ("--dry-run would change something", "plain.sh", "\n\nfetch_object", "\nsystemctl mask x\nfetch_object"),
         ("it is too long for user data", "spot-aws.sh", "\n\nfetch_object", "\n# " + "x" * 8000 + "\nfetch_object"),
     ],
@@ -158,10 +165,20 @@ printf '%s\\n' "${0##*/} $*" >> "$LOG"
 PYTHON_STUB = f"""{STUB}
 case "$1 $2" in
     "-m venv") mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
+    "-m zipfile") mkdir -p "${{!#}}/chunkmill"; echo celery==5.7.0 > "${{!#}}/chunkmill/constraints.txt" ;;
     "-m pip")
+        [[ -z ${{PIP_FAILS-}} ]] || {{ echo 'No matching distribution found' >&2; exit 1; }}
+        while [[ $1 != download && $1 != install ]]; do shift; done
+        if [[ $1 == download ]]; then
+            while [[ $1 != --dest ]]; do shift; done
+            if [[ -f $3 ]]; then cp "$3" "$2"; else echo "$3" > "$2/{WHEEL}"; fi
+            exit
+        fi
         echo "pip's constraints: ${{PIP_CONSTRAINT-}}" >> "$LOG"
         wheel=${{!#}}
-        case $wheel in /*) cat "${{wheel%\\[worker]}}" >> "$LOG" ;; esac ;;
+        cat "${{wheel%\\[*]}}" >> "$LOG"
+        printf '#!/bin/sh\\nexit %s\\n' "${{PROGRAM_FAILS:-0}}" > "${{0%/*}}/chunkmill"
+        chmod +x "${{0%/*}}/chunkmill" ;;
     *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -238,7 +255,18 @@ class Machine:
 
     @property
     def installed(self) -> list[str]:
-        return [line for line in self.commands if line.startswith("python -m pip")]
+        return [line for line in self.commands if re.match(r"python -m pip .*\binstall ", line)]
+
+    @property
+    def releases(self) -> set[str]:
+        folder = self.root / "opt/chunkmill-releases"
+        return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
+
+    @property
+    def runs(self) -> Path:
+        """The folder that the services run from."""
+        assert (self.root / "opt/chunkmill").is_symlink()
+        return (self.root / "opt/chunkmill").resolve(strict=True)
 
 
 @pytest.fixture
@@ -246,25 +274,36 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-START = ["daemon-reload", "enable chunkmill-worker.service", "--no-block start chunkmill-worker.service"]
-RESTART = [*START[:2], "--no-block restart chunkmill-worker.service"]
+def systemctl(services: str, *, restart: bool) -> list[str]:
+    again = ["--no-block try-restart chunkmill-*.service"] if restart else []
+    return ["daemon-reload", f"enable {services}", *again, f"--no-block start {services}"]
+
+
+BOTH = "chunkmill-worker.service chunkmill-poller.service"
+START, RESTART = systemctl(BOTH, restart=False), systemctl(BOTH, restart=True)
+SPOT_START, SPOT_RESTART = (systemctl("chunkmill-worker.service", restart=restart) for restart in (False, True))
+FIRST = {"CHUNKMILL_VERSION": "0.1.0", "PIP_INDEX_URL": "https://pypi.example/simple"}
+SECOND = FIRST | {"CHUNKMILL_VERSION": "0.2.0"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_dry_run_says_everything_and_changes_nothing(machine: Machine, name: str) -> None:
-    for done in (machine.run(name, "--dry-run"), machine.run(name, DRY_RUN="1")):
+    for done in (machine.run(name, "--dry-run", **FIRST), machine.run(name, DRY_RUN="1", **FIRST)):
         assert (done.returncode, done.stderr) == (0, "")
         assert [line for line in machine.commands if not line.startswith(("python3 -c ", "getent "))] == []
         assert list(machine.root.iterdir()) == []
         for step in (
             "would check: nvidia-smi",
-            "-m venv --clear",
-            "install --quiet chunkmill[worker]",
+            f"-m venv {machine.root}/opt/chunkmill-releases/",
+            "download --quiet --no-deps --only-binary :all:",
+            "/wheel/chunkmill/constraints.txt",
+            f"would run: mv -fT {machine.root}/opt/chunkmill.new {machine.root}/opt/chunkmill",
             "would read: ",
             f"would write: {machine.env_file}, mode 0600",
             f"would write: {machine.root}/etc/systemd/system/chunkmill-worker.service, mode 0644",
             "would run: systemctl enable chunkmill-worker.service",
             "would run: systemctl --no-block start chunkmill-worker.service",
+            *(["/etc/systemd/system/chunkmill-poller.service, mode 0644"] if name == "plain.sh" else []),
         ):
             assert step in done.stdout, step
 
@@ -286,9 +325,10 @@ def write_wheel(path: Path) -> Path:
         name = "Name: chunkmill\nVersion: 0.1.0\nProvides-Extra: worker\n"
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\n{name}")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nchunkmill = json.tool:main\n")
-        files = ("METADATA", "WHEEL", "entry_points.txt", "RECORD")
-        wheel.writestr(f"{info}/RECORD", "".join(f"{info}/{file},,\n" for file in files))
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nchunkmill = gc:enable\n")
+        wheel.writestr("chunkmill/constraints.txt", "chunkmill==0.1.0\n")
+        files = (*(f"{info}/{file}" for file in ("METADATA", "WHEEL", "entry_points.txt", "RECORD")),)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*files, "chunkmill/constraints.txt")))
     return path
 
 
@@ -303,7 +343,12 @@ def test_a_machine_of_ones_own_really_installed(machine: Machine, tmp_path: Path
 
     assert done.returncode == 0, done.stderr
     assert (machine.root / "opt/chunkmill/bin/chunkmill").stat().st_mode & 0o005 == 0o005, "the service's user runs it"
-    assert significant((machine.root / "etc/systemd/system/chunkmill-worker.service").read_text()) == significant(UNIT)
+    for folder in (machine.root / "opt/chunkmill-releases", machine.runs):
+        assert folder.stat().st_mode & 0o005 == 0o005, "the service's user enters it"
+    assert not (machine.root / "opt/chunkmill").readlink().is_absolute()
+    units = machine.root / "etc/systemd/system"
+    assert significant((units / "chunkmill-worker.service").read_text()) == significant(UNIT)
+    assert significant((units / "chunkmill-poller.service").read_text()) == significant(POLLER_UNIT)
     assert stat.S_IMODE(machine.env_file.stat().st_mode) == 0o600
     assert machine.env_file.read_text() == f"{ENVIRONMENT}\nEMBEDDING_DEVICE=cuda\n"
     assert given.read_text() == ENVIRONMENT
@@ -311,41 +356,151 @@ def test_a_machine_of_ones_own_really_installed(machine: Machine, tmp_path: Path
     assert "--no-create-home" in machine.called("useradd")[0]
 
 
-def test_a_second_run_changes_only_what_is_not_as_it_should_be(machine: Machine) -> None:
+@pytest.fixture
+def ready(machine: Machine) -> Machine:
+    """A machine that has its environment file."""
     machine.env_file.parent.mkdir(parents=True)
     machine.env_file.write_text(ENVIRONMENT)
     machine.env_file.chmod(0o644)
-    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
-    assert machine.called("systemctl") == RESTART
-    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]==0.1.0"]
-    assert stat.S_IMODE(machine.env_file.stat().st_mode) == 0o600
+    return machine
 
-    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
-    assert machine.called("systemctl") == START
-    assert machine.installed == []
 
-    with machine.env_file.open("a") as file:
+def test_a_second_run_changes_only_what_is_not_as_it_should_be(ready: Machine) -> None:
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert ready.called("systemctl") == RESTART
+    assert "chunkmill==0.1.0" in ready.commands, "pip got another wheel"
+    assert "/wheel/chunkmill/constraints.txt " in ready.installed[0]
+    assert ready.installed[0].endswith("[worker]")
+    assert stat.S_IMODE(ready.env_file.stat().st_mode) == 0o600
+
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert ready.called("systemctl") == START
+    assert ready.installed == []
+
+    with ready.env_file.open("a") as file:
         file.write("EMBEDDING_DTYPE=fp16\n")
-    (machine.root / "etc/systemd/system/chunkmill-worker.service").write_text("[Service]\n")
-    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.1.0").returncode == 0
-    assert machine.called("systemctl") == RESTART
-
-    assert machine.run("plain.sh", CHUNKMILL_VERSION="0.2.0").returncode == 0
-    assert machine.called("systemctl") == ["stop chunkmill-worker.service", *RESTART]
-    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]==0.2.0"]
+    (ready.root / "etc/systemd/system/chunkmill-worker.service").write_text("[Service]\n")
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert ready.called("systemctl") == RESTART
+    assert ready.installed == []
 
 
-def test_an_installation_that_was_cut_off_is_done_again(machine: Machine) -> None:
-    machine.env_file.parent.mkdir(parents=True)
-    machine.env_file.write_text(ENVIRONMENT)
-    machine.stub("python3", PYTHON_STUB.replace("wheel=${!#}", "exit 1"))
-    failed = machine.run("plain.sh")
-    assert failed.returncode == 1
-    assert machine.called("systemctl") == []
+def test_an_upgrade_switches_at_the_end_and_the_way_back_needs_no_installation(ready: Machine) -> None:
+    runs = []
+    for version in ("0.1.0", "0.2.0", "0.3.0"):
+        assert ready.run("plain.sh", **FIRST | {"CHUNKMILL_VERSION": version}).returncode == 0
+        assert ready.called("systemctl") == RESTART, "nothing stops before there is something to start"
+        assert len(ready.installed) == 1
+        runs.append(ready.runs)
+    assert len(set(runs)) == 3
+    assert ready.releases == {runs[1].name, runs[2].name}, "the one before stays, older ones do not fill the disk"
 
-    machine.stub("python3", PYTHON_STUB)
-    assert machine.run("plain.sh").returncode == 0
-    assert [line.split()[-1] for line in machine.installed] == ["chunkmill[worker]"]
+    for expected in (runs[1], runs[2]):
+        version = {runs[1]: "0.2.0", runs[2]: "0.3.0"}[expected]
+        assert ready.run("plain.sh", **FIRST | {"CHUNKMILL_VERSION": version}).returncode == 0
+        assert (ready.runs, ready.installed, ready.called("systemctl")) == (expected, [], RESTART)
+        assert ready.releases == {runs[1].name, runs[2].name}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("fault", [{"PIP_FAILS": "1"}, {"PROGRAM_FAILS": "3"}], ids=["no-wheel", "does-not-run"])
+def test_an_upgrade_that_fails_leaves_the_running_services_alone(
+    ready: Machine, google: type[Google], script: str, fault: dict[str, str]
+) -> None:
+    ready.stub("aws", AWS_STUB)
+    (ready.folder / "parameter").write_text(ENVIRONMENT)
+    assert ready.run(script, **FIRST).returncode == 0
+    before, releases, environment = ready.runs, ready.releases, ready.env_file.read_text()
+
+    for _ in range(2):
+        failed = ready.run(script, **SECOND, **fault)
+        assert failed.returncode != 0
+        assert ready.called("systemctl") == [], "no service was touched"
+        assert (ready.runs, ready.releases, ready.env_file.read_text()) == (before, releases, environment)
+        assert (before / "bin/chunkmill").exists()
+
+    assert ready.run(script, **SECOND).returncode == 0
+    assert ready.runs != before
+    assert ready.releases == {before.name, ready.runs.name}
+
+
+def test_an_upgrade_whose_settings_are_refused_leaves_the_running_services_alone(ready: Machine) -> None:
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    before = ready.runs
+    ready.env_file.write_text("REDIS_URL=redis://redis/0\n")
+    failed = ready.run("plain.sh", **SECOND)
+    assert (failed.returncode, "the environment has no DATABASE_URL" in failed.stderr) == (1, True)
+    assert (ready.runs, ready.called("systemctl")) == (before, [])
+
+    ready.env_file.write_text(ENVIRONMENT)
+    assert ready.run("plain.sh", **SECOND).returncode == 0
+    assert (ready.runs != before, ready.installed) == (True, []), "what was installed is used"
+
+
+def test_a_release_that_stopped_working_is_installed_again(ready: Machine) -> None:
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    before = ready.runs
+    (before / "bin/chunkmill").write_text("#!/nowhere/python3.11\n")  # as after an upgrade of the system's Python
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert len(ready.installed) == 1
+    assert ready.runs != before
+
+
+def test_what_a_killed_run_left_is_deleted_and_two_runs_are_not_mixed(ready: Machine) -> None:
+    half = ready.root / "opt/chunkmill-releases/half"
+    half.mkdir(parents=True)
+    with (half.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = ready.run("plain.sh", **FIRST)
+        assert (refused.returncode, "already running" in refused.stderr, half.exists()) == (1, True, True)
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert ready.releases == {ready.runs.name}
+
+
+def test_a_machine_of_an_earlier_version_of_the_script_is_taken_over(ready: Machine) -> None:
+    old = ready.root / "opt/chunkmill/bin/chunkmill"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    assert ready.run("plain.sh", **FIRST, PIP_FAILS="1").returncode == 1
+    assert old.read_text() == "old"
+    assert ready.run("plain.sh", **FIRST).returncode == 0
+    assert ready.releases == {"first", ready.runs.name}
+    assert (ready.root / "opt/chunkmill-releases/first/bin/chunkmill").read_text() == "old"
+
+
+def test_a_wheel_that_was_built_again_under_its_name_is_installed(ready: Machine, tmp_path: Path) -> None:
+    wheel = tmp_path / WHEEL
+    for text, installations in (("one", 1), ("one", 0), ("two", 1)):
+        wheel.write_text(text)
+        assert ready.run("plain.sh", CHUNKMILL_WHEEL=str(wheel)).returncode == 0
+        assert len(ready.installed) == installations
+
+
+def test_a_machine_for_a_poller_alone_needs_no_gpu_and_no_torch(ready: Machine) -> None:
+    ready.stub("nvidia-smi", f"{STUB}\nexit 9\n")
+    assert ready.run("plain.sh", **FIRST, CHUNKMILL_SERVICES="poller").returncode == 0
+    assert ready.called("systemctl") == systemctl("chunkmill-poller.service", restart=True)
+    assert ready.called("nvidia-smi") == []
+    assert ready.installed[0].endswith("[metrics]")
+    refused = ready.run("plain.sh", **FIRST, CHUNKMILL_SERVICES="pollers")
+    assert (refused.returncode, "pollers is neither worker nor poller" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "set CHUNKMILL_WHEEL; `make wheel`"),
+        ({"CHUNKMILL_VERSION": "0.1.0"}, "CHUNKMILL_VERSION needs PIP_INDEX_URL"),
+    ],
+)
+def test_nothing_is_taken_from_a_public_index_by_its_name(
+    ready: Machine, google: type[Google], script: str, environment: dict[str, str], message: str
+) -> None:
+    done = ready.run(script, **environment)
+    assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+    assert ready.releases == set()
+    assert ready.called("systemctl") == []
 
 
 @pytest.mark.parametrize(
@@ -361,13 +516,13 @@ def test_a_gpu_that_cannot_be_used_stops_it(machine: Machine, nvidia_smi: str, m
     machine.env_file.write_text(ENVIRONMENT)
     machine.stub("nvidia-smi", f"{STUB}\n{nvidia_smi}\n")
 
-    done = machine.run("plain.sh")
+    done = machine.run("plain.sh", **FIRST)
 
     assert done.returncode == 1
     assert message in done.stderr
     assert machine.called("systemctl") == []
 
-    assert machine.run("plain.sh", CHUNKMILL_DEVICE="cpu").returncode == 0
+    assert machine.run("plain.sh", CHUNKMILL_DEVICE="cpu", **FIRST).returncode == 0
     assert machine.called("nvidia-smi") == []
     assert machine.env_file.read_text().endswith("\nEMBEDDING_DEVICE=cpu\n")
 
@@ -375,7 +530,7 @@ def test_a_gpu_that_cannot_be_used_stops_it(machine: Machine, nvidia_smi: str, m
 def test_an_environment_that_lacks_an_address_is_refused(machine: Machine, tmp_path: Path) -> None:
     given = tmp_path / "mine.env"
     given.write_text(ENVIRONMENT.replace("REDIS_URL=redis://redis/0", "REDIS_URL="))
-    done = machine.run("plain.sh", CHUNKMILL_ENV=str(given))
+    done = machine.run("plain.sh", CHUNKMILL_ENV=str(given), **FIRST)
     assert (done.returncode, "the environment has no REDIS_URL" in done.stderr) == (1, True)
     assert not machine.env_file.exists()
     assert machine.called("systemctl") == []
@@ -454,20 +609,20 @@ def test_a_gcp_machine_takes_settings_from_metadata_and_secrets_from_secret_mana
     assert machine.installed[0].endswith(f"/{WHEEL}[worker]")
     assert "WHEEL" in machine.commands, "pip got another file"
     assert "pip's constraints: /etc/constraints.txt" in machine.commands
-    assert machine.called("systemctl") == RESTART
+    assert machine.called("systemctl") == SPOT_RESTART
 
     google.secret = ENVIRONMENT + "\nHF_TOKEN=hf_1\n"
     assert machine.run("spot-gcp.sh").returncode == 0
     assert machine.installed == []
-    assert machine.called("systemctl") == RESTART
+    assert machine.called("systemctl") == SPOT_RESTART
 
     assert machine.run("spot-gcp.sh").returncode == 0
-    assert machine.called("systemctl") == START
+    assert machine.called("systemctl") == SPOT_START
 
 
 def test_a_gcp_secret_that_may_not_be_read_stops_it(machine: Machine, google: type[Google]) -> None:
     google.secret = None
-    done = machine.run("spot-gcp.sh", CHUNKMILL_VERSION="0.1.0")
+    done = machine.run("spot-gcp.sh", **FIRST)
     assert done.returncode == 1
     assert "secret chunkmill-env cannot be read: HTTP Error 404" in done.stderr
     assert not machine.env_file.exists()
@@ -488,12 +643,12 @@ def test_an_aws_machine_takes_secrets_with_its_role(machine: Machine, secret: st
     assert machine.env_file.read_text() == f"{ENVIRONMENT}\n\nEMBEDDING_DEVICE=cuda\n"
     assert machine.installed[0].endswith(f"/{WHEEL}[worker]")
     assert "WHEEL" in machine.commands
-    assert machine.called("systemctl") == RESTART
+    assert machine.called("systemctl") == SPOT_RESTART
 
 
 def test_an_aws_secret_that_may_not_be_read_stops_it(machine: Machine) -> None:
     machine.stub("aws", f"{STUB}\necho 'AccessDeniedException' >&2\nexit 254\n")
-    done = machine.run("spot-aws.sh")
+    done = machine.run("spot-aws.sh", **FIRST)
     assert (done.returncode, done.stderr) == (254, "AccessDeniedException\n")
     assert not machine.env_file.exists()
     assert machine.called("systemctl") == []

@@ -1,4 +1,5 @@
-"""Every `chunkmill` command in the documents exists, with the options it is shown with: click is asked."""
+"""Every `chunkmill` command in the documents, and in the comments of the deployment files, exists, with the options it
+is shown with: click is asked."""
 
 from __future__ import annotations
 
@@ -8,12 +9,20 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from celery.bin.worker import worker as celery_worker
 
 from chunkmill.cli.__main__ import cli
 
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+COMMENTED = [
+    ROOT / "docker-compose.yml",
+    ROOT / "Dockerfile",
+    *sorted(path for path in (ROOT / "deploy").iterdir() if path.suffix != ".json"),
+]
+"""Files whose comments show commands, indented by two spaces or more."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELL = {"console", "sh", "bash"}
@@ -22,8 +31,20 @@ COMMAND = re.compile(r"(?:^|(?<=\s))chunkmill(?:\s+([^|;&#>)]*)|$)")
 """Up to where another command, a comment or a redirection begins."""
 
 
-def commands_in(text: str) -> list[str]:
-    """What follows ``chunkmill`` in shell blocks, and in inline code that begins with it."""
+def read_text(path: Path) -> str:
+    """The document, or a file's comments as a document, in which commands are shell blocks."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text
+    lines = [match[1] for match in re.finditer(r"^ *(?:#|--)(?: (.*))?$", text, re.MULTILINE)]
+    return "".join(
+        f"```sh\n{line.strip()}\n```\n" if line and re.match(r"  +(?!aws |gcloud )", line) else f"{line or ''}\n"
+        for line in re.sub(r"\\\n\s*", "", "\n".join(line or "" for line in lines)).splitlines()
+    )
+
+
+def commands_in(text: str, *, inline: bool = True) -> list[str]:
+    """What follows ``chunkmill`` in shell blocks and, with ``inline``, in inline code that begins with it."""
     found: list[str] = []
     for language, block in FENCE.findall(text):
         if language in SHELL:
@@ -31,14 +52,15 @@ def commands_in(text: str) -> list[str]:
             # In a console block, only what follows a prompt is a command.
             typed = [line[2:] for line in lines if line.startswith("$ ")] if language == "console" else lines
             found += [match.group(1) or "" for line in typed for match in COMMAND.finditer(line.partition("#")[0])]
-    for code in CODE.findall(FENCE.sub("", text)):
+    for code in CODE.findall(FENCE.sub("", text)) if inline else ():
         if code.startswith("chunkmill "):
             found += [match.group(1) or "" for match in COMMAND.finditer(code)]
     return [command.strip() for command in found]
 
 
-def problem_with(command: str) -> str | None:
-    """What click says against it. Values are not looked at: ``ID`` stands for a number."""
+def problem_with(command: str, *, whole: bool = False) -> str | None:
+    """What click says against it. Values are not looked at: ``ID`` stands for a number. With ``whole``, all that the
+    command requires must be there; inline code may name a command alone."""
     context = click.Context(cli, info_name="chunkmill")
     found: click.Command = cli
     words = shlex.split(command)
@@ -49,22 +71,50 @@ def problem_with(command: str) -> str | None:
             context = click.Context(below, parent=context, info_name=words.pop(0), **below.context_settings)
             found = below
         # `up | down` in the table of a page is cut at the bar; a group alone shows its help.
-        _, left, _ = found.make_parser(context).parse_args(words)
+        values, left, _ = found.make_parser(context).parse_args(words)
     except click.UsageError as error:
         return type(error).__name__  # the wording is another in each release of click
-    return f"too many arguments: {left}" if left and not isinstance(found, click.Group) else None
+    if left and not isinstance(found, click.Group):
+        return f"too many arguments: {left}"
+    is_complete = not whole or "help" in values
+    missing = [] if is_complete else [p.name for p in found.params if p.required and not values.get(p.name or "")]
+    return f"missing: {missing}" if missing else None
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *COMMENTED], ids=lambda path: path.name)
 def test_every_command_exists(document: Path) -> None:
-    text = document.read_text()
+    text = read_text(document)
     assert [(c, problem) for c in commands_in(text) if (problem := problem_with(c))] == []
+    typed = commands_in(text, inline=False)
+    assert [(c, problem) for c in typed if (problem := problem_with(c, whole=True))] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_nothing_is_installed_from_a_public_index_by_our_name(document: Path) -> None:
+    """It is on none, and one day it may be somebody else's. Our messages may say it: there, we are installed."""
+    assert re.findall(r"pip install '?chunkmill.*", document.read_text()) == []
+
+
+def test_the_deployment_files_show_commands() -> None:
+    assert len(commands_in(read_text(ROOT / "docker-compose.yml"), inline=False)) == 2
+    assert sum(len(commands_in(read_text(path))) for path in COMMENTED) > 8
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *COMMENTED], ids=lambda path: path.name)
+def test_every_script_and_compose_service_exists(document: Path) -> None:
+    """And nobody is told to give a profile to one command, because the next one would forget it."""
+    text = read_text(document)
+    assert [path for path in re.findall(r"deploy/[\w@.-]*\w", text) if not (ROOT / path).exists()] == []
+    assert "--profile" not in text
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    pattern = r"docker compose (?:run --rm(?: -\S+ \S+)*|exec|logs(?: -f)?|restart) (?=[a-z])([\w-]+)"
+    assert set(re.findall(pattern, text)) <= set(services)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *COMMENTED], ids=lambda path: path.name)
 def test_every_make_target_and_celery_worker_exists(document: Path) -> None:
     """Those in shell blocks, and in inline code that begins with them."""
-    text = document.read_text()
+    text = read_text(document)
     blocks = [re.sub(r"\\\n\s*", "", block) for language, block in FENCE.findall(text) if language in SHELL]
     lines = [line.removeprefix("$ ").partition(" #")[0] for block in blocks for line in block.splitlines()]
     typed = [*lines, *CODE.findall(FENCE.sub("", text))]
@@ -106,6 +156,21 @@ SELECT 'chunkmill none'
         "models export MODEL --backend\nopenvino",
         "status --json",
     ]
+
+
+def test_comments_are_a_document(tmp_path: Path) -> None:
+    file = tmp_path / "x.conf"
+    file.write_text("""
+# Run `chunkmill nothing`:
+#
+#   chunkmill jobs \\
+#       -n 5
+key: chunkmill none  # chunkmill no comment of its own
+    #   chunkmill enqueue /data/chunks.jsonl
+""")
+    assert sorted(commands_in(read_text(file))) == ["enqueue /data/chunks.jsonl", "jobs -n 5", "nothing"]
+    assert sorted(commands_in(read_text(file), inline=False)) == ["enqueue /data/chunks.jsonl", "jobs -n 5"]
+    assert problem_with("enqueue /data/chunks.jsonl", whole=True) == "missing: ['collection']"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def flower(screen: Screen, no_auth: bool, flower_args: tuple[str, ...]) -> None:
     `chunkmill jobs` show the work itself.
     """
     require_extra("flower", "flower", "Flower")
-    Environment.load()
+    Environment.load(needs_database=False)
     opening, password = prepare(flower_args, no_auth=no_auth, environ=os.environ)
     if screen.json:
         login = {"user": USER, "password": password} if password else {}

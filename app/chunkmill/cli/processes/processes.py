@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -47,11 +48,19 @@ def worker(screen: Screen, celery_args: tuple[str, ...]) -> None:
 
 @click.command()
 @click.option(
-    "--check", is_flag=True, help="Only check: exit with 0 if a poller is connected to the database, otherwise with 1."
+    "--check",
+    is_flag=True,
+    help="Only check: exit with 0 if any poller is connected to the database, otherwise with 1.",
+)
+@click.option(
+    "--heartbeat",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Touch this file in each round, also while Postgres or Redis is away. If it gets older than two minutes, this "
+    "poller hangs.",
 )
 @json_option
 @click.pass_obj
-def poller(screen: Screen, check: bool) -> None:
+def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
     """Run a poller, which re-queues work that is due and recovers the work of dead workers.
 
     One poller is enough, and any number is safe.
@@ -64,6 +73,7 @@ def poller(screen: Screen, check: bool) -> None:
         else:
             screen.say("A poller is connected." if connections else "No poller is connected.")
         raise SystemExit(0 if connections else 1)
+    beat = _beating(heartbeat)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -73,10 +83,28 @@ def poller(screen: Screen, check: bool) -> None:
     try:
         require_migrated(db)
         with _with_metrics(settings):
-            Poller(db, broker, settings).run(stop)
+            Poller(db, broker, settings, beat).run(stop)
     finally:
         broker.close()
         db.dispose()
+
+
+def _beating(file: Path | None) -> Callable[[], None]:
+    """What touches ``file``. Raises :class:`InvalidInput` if it cannot be written."""
+    if file is None:
+        return lambda: None
+    try:
+        file.touch()
+    except OSError as error:
+        raise InvalidInput(
+            f"--heartbeat {file}: {error.strerror}. Name a file in a folder that this process may write."
+        ) from None
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # whoever looks at the file's age will see it
+            file.touch()
+
+    return beat
 
 
 @contextlib.contextmanager
