@@ -20,7 +20,9 @@ _FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model")
 _PICKLES: Final = ("pytorch_model*.bin",)
 _CODE: Final = ("*.py",)
 
-_HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# Each part of a revision begins with a letter, a digit or a dash, so that as a path it stays below its folder.
+_HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+_COMMIT: Final = re.compile(r"[\w-]+")
 
 
 def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_code: bool = False) -> Path:
@@ -85,6 +87,8 @@ def _cached_snapshot(repo: str, revision: str, wanted: Sequence[str]) -> Path | 
     folder = hub / ("models--" + repo.replace("/", "--"))
     ref = folder / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    if not (_COMMIT.fullmatch(commit) or commit == revision):
+        return None  # what stands in the file is no commit
     snapshot = folder / "snapshots" / commit
     # A program that fetches a single file leaves a snapshot folder without weights.
     kinds = [kind for kind in ("*.safetensors", *_PICKLES) if kind in wanted]

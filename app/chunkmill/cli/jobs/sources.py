@@ -64,7 +64,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[object]:
         for source in self._sources:
-            for place, record in self._records(source):
+            for place, record in _opened(source, self._records(source)):
                 self.place = place
                 self._read += 1
                 if isinstance(record, Chunk):
@@ -103,6 +103,14 @@ def _require_readable(source: str) -> None:
         )
     if not os.access(path, os.R_OK):
         raise InvalidInput(f"{source} cannot be read: permission denied. Give this user the right to read it.")
+
+
+def _opened(source: str, records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """The records, with an error of the operating system said in words."""
+    try:
+        yield from records
+    except OSError as error:
+        raise InvalidInput(f"{source} cannot be read: {error.strerror or error}. Check it, and try again.") from None
 
 
 def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
@@ -219,8 +227,8 @@ def _require_distinct(folders: Sequence[Path]) -> None:
             chunk_id = path.relative_to(root).as_posix()
             if (other := paths.setdefault(chunk_id, path)) is not path:
                 raise InvalidInput(
-                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name the "
-                    "folder above both, so that their ids begin with their folders, or enqueue into two collections."
+                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name "
+                    "the folder above both, so that their ids begin with their folders, or use two collections."
                 )
 
 

@@ -92,7 +92,7 @@ def test_files_of_two_folders_have_ids_of_their_own_or_are_refused(tmp_path: Pat
     a, b, c = (tmp_path / name for name in "abc")
     assert ids(a, b) == ["one.md", "sub/same.txt", "two.md"]
     for both in ((a, c), (b, a, c), (a, a)):
-        with pytest.raises(InvalidInput, match="would have the same id .*folder above both"):
+        with pytest.raises(InvalidInput, match=r"would have the same id .*folder above both"):
             ids(*both)
     assert ids(tmp_path) == ["a/one.md", "a/sub/same.txt", "b/two.md", "c/sub/same.txt"]
 
