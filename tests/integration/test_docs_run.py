@@ -46,6 +46,7 @@ ELSEWHERE = {
 WORDS = {"ID": "42", "FILE": "chunks.jsonl", "NAME": "other"}
 COMPLETED = {
     "delete": "delete docs --all --yes",
+    "delete docs --all": "delete docs --all --yes",
     "index": "index docs",
     "prune": "prune --yes",
     "dead drop 7": "dead drop 7 --yes",

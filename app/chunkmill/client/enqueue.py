@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -37,7 +38,9 @@ DEADLOCK_TRIES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """The most text of one ChunkBatch. It bounds a worker's memory when chunks are large."""
 MAX_WINDOW_BYTES = 32 * 1024 * 1024
-"""The most text of one window. It bounds the producer's memory."""
+"""The most text and metadata of one window. It bounds the producer's memory."""
+PATIENCE_S = 5.0
+"""How long the first chunk of a window waits for others, because workers could embed it meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,27 +242,36 @@ class _Producer:
 
 
 def windows(
-    items: Iterable[PreparedChunk | InvalidChunk], first: int, most: int
+    items: Iterable[PreparedChunk | InvalidChunk],
+    first: int,
+    most: int,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[list[PreparedChunk], list[DeadChunk]]]:
     """The windows of a stream: the chunks of each, and the chunks that were skipped.
 
     The first window has ``first`` items, so that workers begin at once. Each further one has four times as many as the
-    one before, but at most ``most``, and about ``MAX_WINDOW_BYTES`` of text.
+    one before, but at most ``most``, and about ``MAX_WINDOW_BYTES`` of text and metadata. The items of a slow source do
+    not wait for a full window: the first item that comes after ``PATIENCE_S`` closes it.
     """
     size = min(first, most)
     chunks: list[PreparedChunk] = []
     refused: list[DeadChunk] = []
     n_bytes = 0
+    since = clock()
     for item in items:
+        if not (chunks or refused):
+            since = clock()
         if isinstance(item, PreparedChunk):
             chunks.append(item)
-            n_bytes += len(item.text)
+            n_bytes += len(item.id) + len(item.text) + len(item.metadata)
         else:
             refused.append(DeadChunk(item.chunk_id, item.reason, f"position {item.position}: {item.problem}"))
-        if len(chunks) + len(refused) == size or n_bytes >= MAX_WINDOW_BYTES:
+        is_full = len(chunks) + len(refused) == size
+        if is_full or n_bytes >= MAX_WINDOW_BYTES or clock() - since >= PATIENCE_S:
             yield chunks, refused
             chunks, refused, n_bytes = [], [], 0
-            size = min(4 * size, most)
+            if is_full:
+                size = min(4 * size, most)
     if chunks or refused:
         yield chunks, refused
 

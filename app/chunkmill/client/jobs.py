@@ -59,9 +59,11 @@ class Jobs(ClientPart):
 
         ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first bad chunk,
         with nothing written. ``"skip"`` commits window by window, so that workers start at once, and puts bad chunks on
-        the job's dead list. A second enqueue with the same ``idempotency_key`` returns the job of the first one, and
-        completes that enqueue if its producer died halfway. It raises :class:`InvalidInput` if the first one has ended
-        and had other chunks, had another ``collection``, space or ``on_long``, or was cancelled before its end.
+        the job's dead list. The window of a slow source is committed with the first chunk that comes after 5 s.
+
+        A second enqueue with the same ``idempotency_key`` returns the job of the first one, and completes that enqueue
+        if its producer died halfway. It raises :class:`InvalidInput` if the first one has ended and had other chunks,
+        had another ``collection``, space or ``on_long``, or was cancelled before its end.
 
         ``Job.new``, ``replaced``, ``unchanged`` and ``repeated`` say how the chunks met the collection.
 

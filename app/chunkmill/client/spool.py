@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import IO
 
 from chunkmill.domain.chunks import PreparedChunk
+from chunkmill.errors import InvalidSetting
 
 MEMORY_BYTES = 32 * 1024 * 1024
 """How much of a stream stays in memory. The rest is written to an unnamed file in the temporary directory."""
@@ -45,14 +47,16 @@ class Spool:
     def close(self) -> None:
         self._kept = []
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what does not fit on the disk is not needed any more
+                self._file.close()
 
     def __iter__(self) -> Iterator[PreparedChunk]:
         yield from self._kept
         self._kept = []  # it is read only once, so memory can be freed
         if self._file is None:
             return
-        self._file.seek(0)
+        with _told():
+            self._file.seek(0)
         read = self._file.read
         while frame := read(_FRAME.size):
             head, text, metadata, content_hash = _FRAME.unpack(frame)
@@ -70,9 +74,24 @@ class Spool:
                 break
         else:
             return
-        self._file = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        with _told():
+            self._file = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115 - closed by close()
         write = self._file.write
         for chunk in chunks:
             head, metadata = chunk.id.encode(), chunk.metadata.encode()
-            write(_FRAME.pack(len(head), len(chunk.text), len(metadata), chunk.content_hash))
-            write(head + chunk.text + metadata)
+            with _told():
+                write(_FRAME.pack(len(head), len(chunk.text), len(metadata), chunk.content_hash))
+                write(head + chunk.text + metadata)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raise :class:`InvalidSetting` if the temporary file cannot be made or written."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidSetting(
+            "the chunks are kept in a temporary file until all of them are checked, and it cannot be written in "
+            f"{tempfile.tempdir or 'any temporary folder'}: {error.strerror or error}. Nothing was written into the "
+            "database. Set TMPDIR to a folder with more room, or pass on_invalid='skip', which needs no file."
+        ) from error

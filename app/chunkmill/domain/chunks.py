@@ -17,6 +17,9 @@ MAX_ID_BYTES = 1024
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """The most bytes of a text. A chunk is a passage: if it is larger, something went wrong before."""
 
+MAX_METADATA_BYTES = 1024 * 1024
+"""The most bytes of a chunk's metadata as JSON. It is what a search filters by, and bounds a window with the text."""
+
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escaped NUL, not an escaped backslash before "u0000"
 # Made once, because json.dumps with any option makes a new encoder in each call.
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -93,6 +96,12 @@ def prepare(item: object, position: int) -> PreparedChunk:
         metadata = metadata_json(chunk.metadata)
     except (TypeError, ValueError, RecursionError) as error:
         raise refuse("bad_metadata", f"the metadata is not a JSON object that jsonb can hold: {error}") from None
+    if (size := len(metadata.encode())) > MAX_METADATA_BYTES:
+        raise refuse(
+            "metadata_too_long",
+            f"the metadata has {size:,} bytes as JSON; the limit is {MAX_METADATA_BYTES:,}: keep what searches filter "
+            "by, and the rest where the id leads",
+        )
     return PreparedChunk(chunk.id, text, metadata, hashlib.sha256(text).digest())
 
 

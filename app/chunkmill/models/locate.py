@@ -28,7 +28,9 @@ _PICKLES: Final = ("pytorch_model*.bin",)
 _CODE: Final = ("*.py",)
 _COPIES: Final = ("onnx/*", "openvino/*")  # the weights again, in other forms
 
-_HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+# Each part of a revision begins with a letter, a digit or a dash, so that as a path it stays below its folder.
+_HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+_COMMIT: Final = re.compile(r"[\w-]+")
 
 
 def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_code: bool = False) -> Path:
@@ -132,6 +134,8 @@ class _Snapshot:
         home = hub_cache() / ("models--" + repo.replace("/", "--"))
         ref = home / "refs" / revision
         commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        if not _COMMIT.fullmatch(commit):
+            commit = revision  # what stands in the file is no commit, but may be a path
         return cls(repo, revision, wanted, home, commit)
 
     @property

@@ -100,6 +100,13 @@ class Deadline(click.ParamType[datetime | timedelta]):
 @click.option("--id-field", default="id", show_default=True, help="Name of the field with a record's id.")
 @click.option("--text-field", default="text", show_default=True, help="Name of the field with a record's text.")
 @click.option(
+    "--metadata-field",
+    "metadata_fields",
+    multiple=True,
+    metavar="FIELD",
+    help="Name of a field that becomes metadata; may be given several times.  [default: all other fields]",
+)
+@click.option(
     "--deadline",
     type=Deadline(),
     metavar="WHEN",
@@ -117,6 +124,7 @@ def enqueue(
     on_invalid: Literal["raise", "skip"],
     id_field: str,
     text_field: str,
+    metadata_fields: tuple[str, ...],
     dry_run: bool,
     wait: bool | None,
     **options: Any,
@@ -128,7 +136,7 @@ def enqueue(
     and .rst file is one chunk, whose id is its path inside the folder. If an id comes twice, the last one counts.
     Files are read record by record, so they may be of any size.
     """
-    fields = Fields(id_field, text_field)
+    fields = Fields(id_field, text_field, metadata_fields or None)
     reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:

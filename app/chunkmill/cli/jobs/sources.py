@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
+from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,10 +37,16 @@ Record = Chunk | Unreadable
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The names of the fields with a record's id and text. All other fields become metadata."""
+    """The names of the fields with a record's id and text, and of those that become metadata: all others if None."""
 
     id: str = "id"
     text: str = "text"
+    metadata: tuple[str, ...] | None = None
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """``(option, field)`` for each field that a record needs."""
+        return [("--id-field", self.id), ("--text-field", self.text)]
 
 
 class Reader:
@@ -64,7 +72,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[object]:
         for source in self._sources:
-            for place, record in self._records(source):
+            for place, record in _opened(source, self._records(source)):
                 self.place = place
                 self._read += 1
                 if isinstance(record, Chunk):
@@ -105,6 +113,14 @@ def _require_readable(source: str) -> None:
         raise InvalidInput(f"{source} cannot be read: permission denied. Give this user the right to read it.")
 
 
+def _opened(source: str, records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """The records, with an error of the operating system said in words."""
+    try:
+        yield from records
+    except OSError as error:
+        raise InvalidInput(f"{source} cannot be read: {error.strerror or error}. Check it, and try again.") from None
+
+
 def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as file:
         yield from _jsonl(str(path), file, fields)
@@ -128,7 +144,8 @@ def _jsonl(name: str, file: BinaryIO, fields: Fields) -> Iterator[tuple[str, Rec
 
 def _from_line(line: bytes, fields: Fields) -> Record:
     try:
-        record = json.loads(line.decode())
+        # NaN and the infinities are no JSON, but Python writes them; they say that there is no number.
+        record = json.loads(line.decode(), parse_constant=lambda _: None)
     except UnicodeDecodeError as error:
         return Unreadable(f"not valid UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
@@ -144,7 +161,8 @@ def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     # Bytes that are not UTF-8 become surrogates, which the client refuses record by record.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
+        # Strict, because otherwise a quote that is never closed silently takes the rest of the file into one text.
+        reader = csv.reader(file, strict=True)
         try:
             heads = next(reader, [])
         except csv.Error as error:
@@ -153,13 +171,15 @@ def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
             ) from None
         _require_columns(f"{path}:1", heads, fields)
         while True:
-            place = f"{path}:{reader.line_num + 1}"
+            first = reader.line_num + 1
+            place = f"{path}:{first}"
             try:
                 row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield place, Unreadable(f"not valid CSV: {error}")
+                several = f"; lines {first} to {reader.line_num} were read as one record: is a quote not closed?"
+                yield place, Unreadable(f"not valid CSV: {error}{several if reader.line_num > first else ''}")
                 continue
             if not row:
                 continue
@@ -174,15 +194,19 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: pip install 'chunkmill[parquet]'") from None
-    arrow_error = importlib.import_module("pyarrow").ArrowException
+    arrow = importlib.import_module("pyarrow")
+    arrow_error = arrow.ArrowException
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             _require_columns(str(path), file.schema_arrow.names, fields)
+            columns = None if fields.metadata is None else [fields.id, fields.text, *fields.metadata]
             number = 0
-            for row_group in file.iter_batches(batch_size=PARQUET_ROWS):
-                for row in row_group.to_pylist():
+            for row_group in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for row in arrow.table(
+                    [_in_microseconds(arrow, column) for column in row_group.columns], names=row_group.schema.names
+                ).to_pylist():
                     number += 1
-                    yield f"{path}:row {number}", _from_mapping(_json_values(row), fields)
+                    yield f"{path}:row {number}", _from_row(row, fields)
     except (arrow_error, OSError) as error:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
@@ -219,8 +243,8 @@ def _require_distinct(folders: Sequence[Path]) -> None:
             chunk_id = path.relative_to(root).as_posix()
             if (other := paths.setdefault(chunk_id, path)) is not path:
                 raise InvalidInput(
-                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name the "
-                    "folder above both, so that their ids begin with their folders, or enqueue into two collections."
+                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name "
+                    "the folder above both, so that their ids begin with their folders, or use two collections."
                 )
 
 
@@ -238,18 +262,22 @@ def _from_text_file(path: Path, chunk_id: str) -> Record:
 
 
 def _require_columns(place: str, columns: Sequence[str], fields: Fields) -> None:
-    for option, column in (("--id-field", fields.id), ("--text-field", fields.text)):
+    for option, column in [*fields.named, *(("--metadata-field", name) for name in fields.metadata or ())]:
         if column not in columns:
             raise InvalidInput(
                 f"{place}: there is no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}. "
                 f"Name the right one with {option}."
             )
+    if twice := [column for column, n in Counter(columns).items() if n > 1]:
+        raise InvalidInput(f"{place}: several columns are called {twice[0]!r}. Give each a name of its own.")
 
 
 def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
-    for option, field in (("--id-field", fields.id), ("--text-field", fields.text)):
+    for option, field in fields.named:
         if field not in record:
             return Unreadable(f"there is no field {field!r}; name the right one with {option}")
+    if fields.metadata is not None:
+        record = {name: record[name] for name in (fields.id, fields.text, *fields.metadata) if name in record}
     given = record.get("metadata")
     if given is not None and not isinstance(given, dict):
         # This column only happens to have the name `metadata`.
@@ -263,12 +291,60 @@ def _id_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _json_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A Parquet row with its dates, decimals and UUIDs as text, because JSON has no such types."""
-    return {name: _json_value(value) for name, value in row.items()}
+def _from_row(row: Mapping[str, Any], fields: Fields) -> Record:
+    """The chunk of a Parquet row, with its values as JSON has them."""
+    values: dict[str, Any] = {}
+    for name, value in row.items():
+        try:
+            values[name] = _json_value(value)
+        except UnicodeDecodeError:
+            return Unreadable(
+                f"column {name!r} holds bytes that are no UTF-8 text, and JSON has no bytes: choose the columns to "
+                "keep with --metadata-field"
+            )
+    return _from_mapping(values, fields)
 
 
 def _json_value(value: Any) -> Any:
+    """A value as JSON has it: dates, times, decimals and UUIDs as text, a time span as seconds, and no number as null.
+
+    Raises UnicodeDecodeError for bytes that are no text.
+    """
     if isinstance(value, date | time):
         return value.isoformat()
-    return str(value) if isinstance(value, Decimal | UUID) else value
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {name: _json_value(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        if value and all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in value):  # a map
+            return {name: _json_value(inner) for name, inner in value}
+        return [_json_value(inner) for inner in value]
+    return [_json_value(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def _in_microseconds(arrow: Any, column: Any) -> Any:
+    """The column with times of microseconds in place of nanoseconds, which Python does not have."""
+    kind = _microseconds(arrow, column.type)
+    return column if kind == column.type else column.cast(kind, safe=False)
+
+
+def _microseconds(arrow: Any, kind: Any) -> Any:
+    types = arrow.types
+    if types.is_timestamp(kind):
+        return arrow.timestamp("us", kind.tz) if kind.unit == "ns" else kind
+    if types.is_duration(kind):
+        return arrow.duration("us") if kind.unit == "ns" else kind
+    if types.is_time64(kind):
+        return arrow.time64("us")
+    if types.is_list(kind):
+        return arrow.list_(kind.value_field.with_type(_microseconds(arrow, kind.value_type)))
+    if types.is_struct(kind):
+        return arrow.struct([field.with_type(_microseconds(arrow, field.type)) for field in kind])
+    return kind

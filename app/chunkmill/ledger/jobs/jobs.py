@@ -329,8 +329,8 @@ def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: Mer
         finished_at=row.finished_at,
         error=row.error,
         dead_chunks=tuple(dead),
-        new=merged and merged.new,
-        replaced=merged and merged.replaced,
-        unchanged=merged and merged.unchanged,
-        repeated=merged and merged.repeated,
+        new=None if merged is None else merged.new,
+        replaced=None if merged is None else merged.replaced,
+        unchanged=None if merged is None else merged.unchanged,
+        repeated=None if merged is None else merged.repeated,
     )

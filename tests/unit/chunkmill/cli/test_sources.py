@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,77 @@ def test_parquet_with_values_that_json_lacks(tmp_path: Path) -> None:
     assert read(path) == [Chunk("1", "one", metadata), Chunk("2", "two", metadata)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "becomes"),
+    [
+        ("timestamp[ns]", 1_709_164_800_123_456_789, "2024-02-29T00:00:00.123456"),
+        ("duration[ns]", 1_500_000_001, 1.5),
+        ("time64[ns]", 1_000_000_001, "00:00:01"),
+        ("double", float("nan"), None),
+        ("float", float("-inf"), None),
+        ("binary", "größer".encode(), "größer"),
+        ("binary", b"\xff\xd8", "column 'extra' holds bytes .* --metadata-field"),
+        ("list<timestamp[ns]>", [1_709_164_800_000_000_001], ["2024-02-29T00:00:00"]),
+        ("struct", {"day": date(2024, 2, 29), "rate": float("nan")}, {"day": "2024-02-29", "rate": None}),
+        ("map", [("day", date(2024, 2, 29))], {"day": "2024-02-29"}),
+    ],
+)
+def test_every_kind_of_parquet_column_is_metadata_or_says_why_not(
+    tmp_path: Path, kind: str, value: Any, becomes: Any
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    types = {
+        "timestamp[ns]": pa.timestamp("ns"), "duration[ns]": pa.duration("ns"), "time64[ns]": pa.time64("ns"),
+        "double": pa.float64(), "float": pa.float32(), "binary": pa.binary(),
+        "list<timestamp[ns]>": pa.list_(pa.timestamp("ns")),
+        "struct": pa.struct({"day": pa.date32(), "rate": pa.float64()}), "map": pa.map_(pa.string(), pa.date32()),
+    }  # fmt: skip
+    columns = {"id": ["a", "b"], "text": ["one", "two"], "extra": pa.array([value, None], types[kind])}
+    path = tmp_path / "docs.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pa.table(columns), path)
+    if isinstance(becomes, str) and "column" in becomes:
+        with pytest.raises(InvalidInput, match=rf"row 1: {becomes}"):
+            read(path)
+        assert read(path, skip=True)[1] == Chunk("b", "two", {"extra": None})
+    else:
+        chunks = read(path)
+        assert chunks == [Chunk("a", "one", {"extra": becomes}), Chunk("b", "two", {"extra": None})]
+        assert [prepare(chunk, 0).id for chunk in chunks] == ["a", "b"]
+    assert read(path, fields=Fields(metadata=())) == [Chunk("a", "one", {}), Chunk("b", "two", {})]
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "docs.parquet"
+    table = pa.table([pa.array(["a"])] * 4, names=["id", "text", "x", "x"])
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    with pytest.raises(InvalidInput, match="several columns are called 'x'"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["docs.csv", "docs.jsonl"])
+def test_only_the_fields_that_are_named_become_metadata(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text("id,text,kept,left\na,one,1,2\n")
+    else:
+        path.write_text('{"id": "a", "text": "one", "kept": "1", "left": NaN, "metadata": {"n": 1}}\n')
+    assert read(path, fields=Fields(metadata=("kept",))) == [Chunk("a", "one", {"kept": "1"})]
+
+
+def test_a_csv_column_that_is_named_and_absent_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text("id,text\na,one\n")
+    with pytest.raises(InvalidInput, match=r"no column 'lang'.*--metadata-field"):
+        read(path, fields=Fields(metadata=("lang",)))
+
+
+def test_a_number_that_is_none_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"id": "a", "text": "one", "n": NaN, "m": [-Infinity, 1]}\n')
+    assert read(path) == [Chunk("a", "one", {"n": None, "m": [None, 1]})]
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "docs.parquet"
     path.touch()
@@ -92,7 +164,7 @@ def test_files_of_two_folders_have_ids_of_their_own_or_are_refused(tmp_path: Pat
     a, b, c = (tmp_path / name for name in "abc")
     assert ids(a, b) == ["one.md", "sub/same.txt", "two.md"]
     for both in ((a, c), (b, a, c), (a, a)):
-        with pytest.raises(InvalidInput, match="would have the same id .*folder above both"):
+        with pytest.raises(InvalidInput, match=r"would have the same id .*folder above both"):
             ids(*both)
     assert ids(tmp_path) == ["a/one.md", "a/sub/same.txt", "b/two.md", "c/sub/same.txt"]
 
@@ -155,8 +227,23 @@ def test_a_csv_in_another_encoding_is_refused_row_by_row(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("after", "last"),
+    [("c,three\nd,four\n", 5), ('c,"three"\nd,four\n', 4)],
+    ids=["never closed", "closed by another quote"],
+)
+def test_a_csv_quote_that_is_not_closed_takes_no_rows_in_silence(tmp_path: Path, after: str, last: int) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text('id,text\na,one\nb,"two\n' + after)
+    with pytest.raises(InvalidInput, match=rf"docs\.csv:3: not valid CSV: .*lines 3 to {last} .*quote not closed"):
+        read(path)
+    skipped = [item.chunk_id for item in read(path, skip=True) if isinstance(item, InvalidChunk)]
+    assert [Path(place).name for place in skipped] == ["docs.csv:3"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("twice.csv", "id,text,x,x\n", r"twice\.csv:1: several columns are called 'x'"),
         ("missing.jsonl", None, "there is no file or folder"),
         ("page.html", "<p>", "the format is not known from the name"),
         ("heads.csv", "key,text\n", r"heads\.csv:1: there is no column 'id'; it has 'key', 'text'.*--id-field"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from chunkmill.client import spool
 from chunkmill.client.spool import Spool
 from chunkmill.domain.chunks import PreparedChunk, prepare
-from chunkmill.errors import InvalidChunk
+from chunkmill.errors import InvalidChunk, InvalidSetting
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
 CHUNKS = st.tuples(WORDS, WORDS.filter(lambda text: not text.isspace()), st.dictionaries(WORDS, WORDS, max_size=2))
@@ -51,3 +52,34 @@ def test_a_refused_stream_leaves_no_open_file(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InvalidChunk):
         Spool(stream())
     assert [file.closed for file in files] == [True]
+
+
+@pytest.mark.parametrize("chunks", [30, 50_000], ids=["as it is read again", "as it is written"])
+def test_a_full_disk_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """A real file of a device that is always full."""
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **how: open("/dev/full", "w+b", **how))  # noqa: PTH123, SIM115
+    stream = (PreparedChunk(str(i), b"x" * 100, "{}", bytes(32)) for i in range(chunks))
+    with (
+        pytest.raises(InvalidSetting, match=r"No space left on device.*TMPDIR.*on_invalid='skip'"),
+        Spool(stream) as it,
+    ):
+        list(it)
+
+
+def test_a_temporary_folder_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(spool.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(InvalidSetting, match="nowhere: No such file"):
+        Spool(iter([PreparedChunk("a", b"x", "{}", bytes(32))]))
+
+
+def test_an_error_of_the_source_is_not_taken_for_one_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 0)
+
+    def stream() -> Iterator[PreparedChunk]:
+        yield PreparedChunk("a", b"x", "{}", bytes(32))
+        raise ConnectionResetError("the source is gone")
+
+    with pytest.raises(ConnectionResetError):
+        Spool(stream())

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkmill.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk, content_hash, prepare, prepare_or_skip
+from chunkmill.domain.chunks import (
+    MAX_ID_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_TEXT_BYTES,
+    Chunk,
+    content_hash,
+    prepare,
+    prepare_or_skip,
+)
 from chunkmill.errors import InvalidChunk
 
 REFUSED = [
@@ -23,6 +31,7 @@ REFUSED = [
     (Chunk("a", "one\x00two"), "nul_in_text"),
     (Chunk("a", "half a pair: \ud83d"), "surrogate_in_text"),
     (Chunk("a", "text", {"when": object()}), "bad_metadata"),
+    (Chunk("a", "text", {"note": "é" * (MAX_METADATA_BYTES // 2)}), "metadata_too_long"),
     (Chunk("a", "text", {"x": float("nan")}), "bad_metadata"),
     (Chunk("a", "text", {"x": "\x00"}), "bad_metadata"),
     (Chunk("a", "text", {"x": "\ud800"}), "bad_metadata"),

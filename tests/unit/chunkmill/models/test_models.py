@@ -406,6 +406,33 @@ class Hub:
         return str(home / "snapshots" / "0123abc")
 
 
+@pytest.mark.parametrize(
+    "revision", ["{secret}", "/proc/version", "../../../secret", "v1/../../../secret", "v1/", "a//b"]
+)
+def test_a_revision_is_no_path_out_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, revision: str) -> None:
+    """Were the file read as a reference, it would name a snapshot that is there."""
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "models--org--name"
+    sentence_folder(cache / "snapshots" / "0123abc")
+    write(tmp_path, {"secret": b"0123abc"})
+    with pytest.raises(UnknownModel, match="org/name@revision"):
+        resolve_spec("org/name@" + revision.format(secret=tmp_path / "secret"))
+
+
+@pytest.mark.parametrize("content", [b"", b"../../../../elsewhere", b"/elsewhere"])
+def test_a_reference_that_holds_no_commit_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    sentence_folder(tmp_path / "elsewhere")
+    (tmp_path / "hub" / "models--org--name" / "snapshots").mkdir(parents=True)
+    write(tmp_path / "hub" / "models--org--name" / "refs", {"v1": content})
+    with pytest.raises(UnknownModel, match="is not in the Hugging Face cache"):
+        resolve_spec("org/name@v1")
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     prompts = {"prompts": {"document": "title: none | text: "}}
