@@ -170,7 +170,8 @@ def test_a_content_that_is_dead_in_another_job_is_sent_for_this_one(
         bury(conn, waiting(conn, refused).job_id, "shared")
         bury(conn, waiting(conn, own).job_id, "own")
 
-        sent = [set(provider_work.missing_texts(conn, small, waiting(conn, each)).values()) for each in (refused, own)]
+        missing = [provider_work.missing_texts(conn, small, waiting(conn, each)) for each in (refused, own)]
+        sent = [set(texts.values()) for texts, _ in missing]
         assert sent == [{"refused"}, {"shared"}]
 
 
