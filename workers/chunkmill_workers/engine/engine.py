@@ -53,6 +53,7 @@ class Engine:
             dimensions=self.dimensions,
             exact=self._exact,
             shrink=parts.token_budget.shrink,
+            fitted=parts.token_budget.fitted,
         )
         self._loop = DeviceLoop(self._runner, parts.token_budget, threads=parts.threads)
         self._tokenizing = StepClock()
@@ -127,7 +128,7 @@ class Engine:
 
     @property
     def batch_tokens(self) -> int:
-        """The most tokens of one forward pass. It shrinks when a pass did not fit the device's memory."""
+        """The most tokens of one forward pass. It shrinks after a pass that did not fit the memory, and rises again."""
         return self._token_budget.tokens
 
     @property
