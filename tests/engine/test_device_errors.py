@@ -105,25 +105,19 @@ def test_memory_that_is_short_is_given_back_before_the_halves_run(device: Device
     assert not outcome.failures
     assert device.passes == [8, 4, 2, 2, 4, 2, 2]
     assert len(emptied) == 3
-    assert lessons == [40], "the smallest pass that did not fit"
+    assert lessons == [80], "the pass that did not fit, and not its halves: memory may be short for this moment only"
 
 
-def test_the_lesson_is_the_smallest_pass_that_did_not_fit_in_whatever_order_they_failed(device: Device) -> None:
-    """Rows 0 to 3 fit one at a time, the others, whose passes are the last to fail, two at a time."""
+def test_one_shortage_halves_the_budget_once_however_small_the_passes_became(device: Device) -> None:
     lessons: list[int] = []
     runner = runner_of(device, lessons.append)
-
-    def raises(rows: Sequence[Ids]) -> Exception | None:
-        most = 1 if any(row[0] < 4 for row in rows) else 2
-        return torch.OutOfMemoryError("no room") if len(rows) > most else None
-
-    device.raises = raises
+    device.raises = lambda rows: torch.OutOfMemoryError("no room") if len(rows) > 1 else None
 
     outcome = runner.finish(runner.launch(batch_of(8)))
 
     assert not outcome.failures
-    assert device.passes == [8, 4, 2, 1, 1, 2, 1, 1, 4, 2, 2]
-    assert lessons == [20]
+    assert device.passes == [8, 4, 2, 1, 1, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1]
+    assert lessons == [80]
 
 
 @pytest.mark.parametrize(

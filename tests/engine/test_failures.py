@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import DeviceUnavailable, EngineError, InvalidSetting, ModelLoadError, TokenizerMismatch
 from chunkmill.models import resolve_model
-from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine import Engine, token_budget
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 
 from .conftest import reference, sample
@@ -67,14 +67,31 @@ def test_a_pass_that_does_not_fit_is_halved_and_the_lesson_is_kept(
     )
     assert engine.batch_tokens <= 256
     too_big = [tokens for tokens in faulty.passes if tokens > 200]
-    assert len(too_big) <= 3, "the wall was run into again and again"
+    assert len(too_big) <= 6, "the wall was run into again and again"
     # The next process on this machine starts below it, and another model does not.
     again, second = load(learned=tmp_path)
     second.most_tokens = 200
     run(again, texts)
     assert again.batch_tokens <= engine.batch_tokens
-    assert len([tokens for tokens in second.passes if tokens > 200]) <= 1
+    assert len([tokens for tokens in second.passes if tokens > 200]) < len(too_big)
     assert load(learned=tmp_path / "elsewhere")[0].batch_tokens == 512
+
+
+def test_a_shortage_that_is_over_leaves_the_passes_as_long_as_they_were(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_budget, "TRIAL_AFTER", 2)
+    engine, faulty = load(learned=tmp_path)
+    usual, faulty.most_tokens = faulty.most_tokens, 200
+    run(engine, sample(60))
+    assert engine.batch_tokens < 512
+
+    faulty.most_tokens = usual
+    for _ in range(4):
+        run(engine, sample(60))
+
+    assert engine.batch_tokens == 512
+    assert load(learned=tmp_path)[0].batch_tokens == 512
 
 
 def test_a_lesson_that_cannot_be_read_or_kept_costs_no_text(load: Load, tmp_path: Path) -> None:

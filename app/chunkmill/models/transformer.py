@@ -160,7 +160,8 @@ def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence
         _limit(arguments.get(_LENGTH_ARGUMENT), sentence_file, "model_max_length"),
         _limit(sentence.get("max_seq_length"), sentence_file, "max_seq_length"),
     ]
-    limits = [limit for limit in own if limit is not None][:1]
+    limits: list[int | None] = []
+    limits += [limit for limit in own if limit is not None][:1]
     config_file = transformer / "config.json"
     if not limits:
         file = transformer / "tokenizer_config.json"

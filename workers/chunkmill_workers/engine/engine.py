@@ -6,6 +6,7 @@ Each of these is a file of its own; load makes the parts.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
+import torch
 
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.errors import EngineError, ModelLoadError
 from chunkmill.models import ModelFolder
 from chunkmill_workers.engine.collect import Collector
 from chunkmill_workers.engine.load import BackendName, EngineParts, ExactTwin, load_parts
+from chunkmill_workers.engine.long_texts import give_back_memory
 from chunkmill_workers.engine.loop import DeviceLoop, StreamResult
 from chunkmill_workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from chunkmill_workers.engine.run import Runner
@@ -53,6 +56,7 @@ class Engine:
             dimensions=self.dimensions,
             exact=self._exact,
             shrink=parts.token_budget.shrink,
+            fitted=parts.token_budget.fitted,
         )
         self._loop = DeviceLoop(self._runner, parts.token_budget, threads=parts.threads)
         self._tokenizing = StepClock()
@@ -104,6 +108,14 @@ class Engine:
         )
         return cls(parts, on_long=on_long)
 
+    def close(self, seconds: float = 30.0) -> None:
+        """Let go of the model: whoever drops the last reference to a closed engine frees its memory at once.
+
+        Without it an idle device thread holds the model for 10 s. Calls that are running go on, and are waited for
+        ``seconds`` at most; those that come later still work.
+        """
+        self._loop.stop(seconds)
+
     @property
     def device(self) -> str:
         """``cpu`` or ``cuda:<index>``."""
@@ -127,7 +139,7 @@ class Engine:
 
     @property
     def batch_tokens(self) -> int:
-        """The most tokens of one forward pass. It shrinks when a pass did not fit the device's memory."""
+        """The most tokens of one forward pass. It shrinks after a pass that did not fit the memory, and rises again."""
         return self._token_budget.tokens
 
     @property
@@ -285,6 +297,14 @@ def _tokenizer_calls(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         characters += len(text)
     if texts:
         yield first, len(texts)
+
+
+def free_memory(device: str) -> None:
+    """Return to the system what engines that were dropped have held. ``device`` is ``cpu`` or ``cuda:<index>``."""
+    gc.collect()  # a model's modules refer to each other
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    give_back_memory()
 
 
 def _shifted(failures: tuple[TextFailure, ...], first: int) -> tuple[TextFailure, ...]:

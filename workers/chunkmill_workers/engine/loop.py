@@ -129,6 +129,7 @@ class DeviceLoop:
         self._blocks = core_blocks(self._most_threads) if self._most_threads > 1 and threads == cores() else []
         self._everywhere = set().union(*self._blocks)
         self._idle = 0
+        self._stopped = False
         self._computing = 0
         self.passes = StepClock()
         """The passes that are running, each from the moment when its rows were taken."""
@@ -187,6 +188,19 @@ class DeviceLoop:
         finally:
             with self._changed:
                 self._sources.pop(name, None)
+
+    def stop(self, seconds: float) -> None:
+        """End the device threads once no rows wait, and wait for that for ``seconds`` at most.
+
+        Streams that are open go on, and a stream that is opened later still works: no thread stays idle any more.
+        """
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+            threads = list(self._threads)
+        deadline = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     @property
     def waiting(self) -> int:
@@ -270,9 +284,10 @@ class DeviceLoop:
         idle_until = time.monotonic() + IDLE_SECONDS
         self._idle += 1
         try:
-            while not self._changed.wait_for(self._any_waiting, min(_LOOK_SECONDS, IDLE_SECONDS)):
-                if time.monotonic() >= idle_until or not threading.main_thread().is_alive():
+            while not self._any_waiting():
+                if self._stopped or time.monotonic() >= idle_until or not threading.main_thread().is_alive():
                     return False
+                self._changed.wait(min(_LOOK_SECONDS, IDLE_SECONDS))
             return True
         finally:
             self._idle -= 1

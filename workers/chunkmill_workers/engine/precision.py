@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from functools import cache
 from typing import Final
@@ -11,7 +10,7 @@ from typing import Final
 import torch
 
 from chunkmill.errors import DeviceUnavailable, InvalidSetting
-from chunkmill.machine import processor_features
+from chunkmill.machine import processor_features, this_machine
 
 _WORDS: Final = {
     "float32": torch.float32,
@@ -68,9 +67,16 @@ def resolve_dtype(word: str, device: torch.device, model_type: str) -> torch.dty
             raise InvalidSetting(f"dtype {word!r} is not one of auto, {', '.join(_WORDS)}")
         return _WORDS[word]
     if device.type == "cuda":
-        return torch.float16 if model_type in _FP16_FAMILIES else torch.bfloat16
+        if model_type in _FP16_FAMILIES:
+            return torch.float16
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float32
     # On a CPU without the instructions, torch emulates bf16, about a hundred times slower than fp32.
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether the GPU computes in bf16. A T4 (7.5) emulates it more slowly than fp32, and torch says that it has it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_has_bf16() -> bool:
@@ -89,7 +95,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device)
     else:
-        words = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()} {os.cpu_count()} cores"
+        words = f"{this_machine().cpu} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

@@ -49,7 +49,7 @@ class PassResult:
     failures: dict[int, tuple[str, str]] = field(default_factory=dict)
     """The position of each row that got no vector, with a code and a reason."""
     too_big: int | None = None
-    """Tokens of the smallest pass that did not fit the device's memory; None if all fitted."""
+    """Tokens of the largest pass that did not fit the device's memory; None if all fitted."""
 
     def part(self, at: NDArray[np.intp]) -> PassResult:
         """The rows at the positions ``at``, in that order."""
@@ -77,7 +77,7 @@ class Runner:
     """Runs TokenBatches through backend and head. Only one thread may call it, unless the backend is ``concurrent``.
 
     ``exact`` returns the same model in fp32, without shortcuts; it is called when a vector is not finite. ``shrink`` is
-    called with the tokens of a pass that did not fit the device's memory.
+    called with the tokens of a pass that did not fit the device's memory, and ``fitted`` with those of one that did.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Runner:
         dimensions: int,
         exact: Callable[[], Backend],
         shrink: Callable[[int], object] = lambda tokens: None,
+        fitted: Callable[[int], object] = lambda tokens: None,
     ) -> None:
         self.backend = backend
         self._head = head
@@ -96,6 +97,7 @@ class Runner:
         self._dimensions = dimensions
         self._exact = exact
         self._shrink = shrink
+        self._fitted = fitted
         self._copies = _stream(backend.device)
 
     def launch(self, batch: TokenBatch) -> Pass:
@@ -122,6 +124,8 @@ class Runner:
             # All rows fitted in smaller passes. A text that does not fit alone says nothing about the others, so after
             # such a failure the token budget stays as it is.
             self._shrink(result.too_big)
+        elif result.too_big is None and not result.failures:
+            self._fitted(batch.tokens)
         bad = np.flatnonzero(~np.isfinite(result.vectors).all(axis=1))
         if len(bad):
             self._repeat_exactly(batch, bad, result)
@@ -168,7 +172,7 @@ class Runner:
         assert started.failed is not None  # noqa: S101
         started.vectors = None
         if started.out_of_memory:
-            result.too_big = min(batch.tokens, result.too_big or batch.tokens)
+            result.too_big = max(batch.tokens, result.too_big or 0)
             if backend.device.type == "cuda":
                 torch.cuda.empty_cache()  # the cached blocks may all be too small
         if len(at) == 1:

@@ -17,7 +17,7 @@ from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.engine import Engine, free_memory
 from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.tuning.tuned import load_engine, machine_for
@@ -130,10 +130,7 @@ class Engines:
 
     def _load(self, model: str, folder: ModelFolder) -> Engine:
         precision = folder.spec.precision
-        with self._mutex:
-            while len(self._engines) >= self._settings.embedding_engines:
-                (dropped, _), _ = self._engines.popitem(last=False)
-                logger.info("dropped the engine of %s to make room", dropped)
+        self._make_room()
         engine = load_engine(self._settings, folder, self._device, self._machine)
         with self._mutex:
             self._engines[model, precision] = engine
@@ -143,6 +140,21 @@ class Engines:
             model, engine.device, engine.backend, engine.dtype, engine.batch_tokens,
         )  # fmt: skip
         return engine
+
+    def _make_room(self) -> None:
+        """Drop the engines that were used least recently, and free their memory before the next model is loaded.
+
+        An engine that a thread still uses is freed when that thread is done.
+        """
+        while True:
+            with self._mutex:
+                if len(self._engines) < self._settings.embedding_engines:
+                    return
+                (name, _), engine = self._engines.popitem(last=False)
+            engine.close()
+            del engine
+            free_memory(self._device)
+            logger.info("dropped the engine of %s to make room", name)
 
 
 def fingerprint(engine: Engine, on_long: OnLong, dimensions: int) -> str:

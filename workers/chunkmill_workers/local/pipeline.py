@@ -60,7 +60,7 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
     outcome = TaskResult.FAILED
     with saying_limits():
         outcome = _answer(context, chunk_batch_id, rung_ns)
-    return outcome
+    return outcome  # noqa: RET504 - FAILED if a limit of Postgres ended it
 
 
 def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskResult:

@@ -58,11 +58,17 @@ class WorkerProcess:
         self._metrics: MetricsServer | None = None
 
     def claim_device(self) -> None:
-        """Claim a GPU and set the number of threads. Call it before torch is imported."""
+        """Claim a GPU and set the number of threads. Call it before torch is imported.
+
+        Raises DeviceUnavailable if there is no GPU as asked for, or torch cannot use the one that was claimed.
+        """
+        from chunkmill_workers.host.cuda import require_cuda
         from chunkmill_workers.host.gpu import claim_device
         from chunkmill_workers.tuning.tuned import process_settings, use_threads
 
         self._claimed = claim_device(self.settings.embedding_device, share=self.settings.embedding_share_gpu)
+        if self._claimed.device != "cpu":
+            require_cuda()
         self.settings = process_settings(self.settings, self._claimed.device)
         use_threads(self.settings.embedding_threads, self._claimed.device)
 

@@ -20,6 +20,7 @@ from chunkmill.machine import Machine, versions
 from chunkmill.models import resolve_model
 from chunkmill.settings import Settings
 from chunkmill.tuning.choose import Backend, Constraints, Dtype, Setup
+from chunkmill_workers.host.cuda import require_cuda
 from chunkmill_workers.host.gpu import claim_device
 from chunkmill_workers.tuning.process import CandidateFailed, CandidateProcess, Task, Vectors, private_stdout
 from chunkmill_workers.tuning.search import Grid, Search, take
@@ -72,6 +73,8 @@ def run(order: Order, emit: Emit) -> None:
     )
     # Claim before torch is imported. The claim also keeps workers away from a GPU that is measured.
     claimed = claim_device(settings.embedding_device, share=settings.embedding_share_gpu)
+    if claimed.device != "cpu":
+        require_cuda()
     machine = machine_for(claimed.device)
     on = _kind_of(machine)
     gate = _gate(order.texts)
@@ -175,7 +178,14 @@ def _formats(backend: Backend, machine: Machine, precision: Precision) -> list[D
     """
     exported = backend in ("onnx", "openvino")
     if machine.gpu is not None:
-        return [] if exported else ["float16", "bfloat16", "float32"]
+        if exported:
+            return []
+        import torch  # it is imported by now, because the machine has a GPU
+
+        from chunkmill_workers.engine.precision import gpu_has_bf16
+
+        native: list[Dtype] = ["float16", "bfloat16", "float32"]
+        return native if gpu_has_bf16(torch.device("cuda", 0)) else ["float16", "float32"]
     if exported and precision is Precision.INT8:
         return []  # exports contain the weights as they are
     half: list[Dtype] = ["bfloat16"] if {"avx512_bf16", "amx_bf16"} & set(machine.features) else []

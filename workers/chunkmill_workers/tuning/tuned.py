@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkmill.errors import ChunkmillError, InvalidSetting, ModelLoadError
@@ -89,18 +90,20 @@ def load_engine(settings: Settings, folder: ModelFolder, device: str, machine: M
     if found.problem is not None:
         level = logging.INFO if found.overridden else logging.WARNING
         logger.log(level, "the profile %s is left out: %s", found.path, found.problem)
+    # A number that the operator states holds over one that was learned. A profile's does not.
+    learned = None if settings.embedding_batch_tokens else memory_folder(settings)
     if found.profile is None:
-        return _load(settings, folder, device)
+        return _load(settings, folder, device, learned)
     logger.info("%s: by its profile %s", folder.name, found.profile)
     try:
-        return _load(with_profile(settings, found.profile), folder, device)
+        return _load(with_profile(settings, found.profile), folder, device, learned)
     except (InvalidSetting, ModelLoadError) as error:
         # An export may be missing, for example. If the settings alone fail too, their error is the one to fix.
         logger.warning("the profile %s cannot be followed: %s. Going on without it; %s", found.path, error, AGAIN)
-        return _load(settings, folder, device)
+        return _load(settings, folder, device, learned)
 
 
-def _load(settings: Settings, folder: ModelFolder, device: str) -> Engine:
+def _load(settings: Settings, folder: ModelFolder, device: str, learned: Path | None) -> Engine:
     from chunkmill_workers.engine.engine import Engine
 
     return Engine.load(
@@ -110,6 +113,6 @@ def _load(settings: Settings, folder: ModelFolder, device: str) -> Engine:
         batch_tokens=settings.embedding_batch_tokens or None,
         precision=folder.spec.precision,
         backend=settings.embedding_backend,
-        learned=memory_folder(settings),
+        learned=learned,
         threads=settings.embedding_threads or None,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -37,6 +39,8 @@ EXTRAS = {
 CPU_FEATURES = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
 SKEW_WARN, SKEW_FAIL = 2.0, 60.0
 """Seconds between two clocks. Leases use Postgres' clock alone, but Celery's redelivery and the logs mix clocks."""
+CUDA_SECONDS = 120
+"""How long torch may take to say whether it can use the GPU. Its import and the start of CUDA take up to 20 s."""
 DISK_WARN, DISK_FAIL = 5 << 30, 1 << 30
 
 
@@ -83,7 +87,7 @@ def machine_checks() -> Iterator[Check]:
     torch = _version("torch")
     yield Check("torch", "ok", torch or "not installed: this machine can enqueue and search, but not embed")
     yield Check("CPU", "ok", _cpu())
-    yield Check("GPU", "ok", _gpus())
+    yield gpu_check(torch)
 
 
 def profile_checks() -> Iterator[Check]:
@@ -240,11 +244,29 @@ def _cpu() -> str:
     return f"{machine}; {', '.join(f for f in CPU_FEATURES if f in known) or 'none of ' + ', '.join(CPU_FEATURES)}"
 
 
-def _gpus() -> str:
-    gpus = nvidia_smi("name", "memory.total")
+def gpu_check(torch: str | None) -> Check:
+    """The GPUs and their driver, and if ``torch`` (its version) is installed, whether it can use them."""
+    gpus = nvidia_smi("name", "memory.total", "driver_version")
     if gpus is None:
-        return "none: embedding runs on the CPU"
-    return "; ".join(gpus) or "nvidia-smi is installed but finds no usable GPU"
+        return Check("GPU", "ok", "none: embedding runs on the CPU")
+    if not gpus:
+        return Check("GPU", "ok", "nvidia-smi is installed but finds no usable GPU")
+    wanted = torch is not None and os.environ.get("EMBEDDING_DEVICE") != "cpu"
+    problem = _cuda_problem() if wanted else ""
+    return Check("GPU", "fail" if problem else "ok", "; ".join(gpus), problem)
+
+
+def _cuda_problem() -> str:
+    """Why torch cannot use the GPU; empty if it can. A process of its own asks, because a driver may hang."""
+    command = [sys.executable, "-m", "chunkmill_workers.host.cuda"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CUDA_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"torch did not answer within {CUDA_SECONDS} s when it was asked for the GPU: check nvidia-smi."
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return f"torch cannot be asked for the GPU ({last}): install the worker's packages again."
+    return done.stdout.strip()
 
 
 def _show(screen: Screen, checks: list[Check]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks
+from chunkmill.cli.start import doctor
+from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, gpu_check, redis_checks
 from chunkmill.db.connect import Connections
 from chunkmill.monitor.servers import Database, RedisServer
 
@@ -73,3 +74,29 @@ def test_clocks_are_judged_in_both_directions() -> None:
     assert clock_check("clock", -SKEW_WARN - 0.1).state == "warn"
     assert clock_check("clock", SKEW_FAIL + 1).state == "fail"
     assert "behind" in clock_check("clock", -1.0).found
+
+
+def test_a_gpu_that_torch_cannot_use_fails_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch of this environment is asked, in a process of its own; nvidia-smi is replaced."""
+    monkeypatch.delenv("EMBEDDING_DEVICE", raising=False)
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *_: ["NVIDIA L4, 23034 MiB, 535.104.05"])
+
+    check = gpu_check("2.13.0")
+
+    assert (check.name, check.found) == ("GPU", "NVIDIA L4, 23034 MiB, 535.104.05")
+    if check.state == "fail":  # without a GPU for torch
+        assert "torch" in check.advice
+        monkeypatch.setenv("EMBEDDING_DEVICE", "cpu")
+        assert gpu_check("2.13.0").state == "ok"
+    assert gpu_check(None).state == "ok"
+
+
+def test_a_torch_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMBEDDING_DEVICE", raising=False)
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *_: ["NVIDIA L4, 23034 MiB, 535.104.05"])
+    monkeypatch.setattr(doctor, "CUDA_SECONDS", 0.001)
+
+    check = gpu_check("2.13.0")
+
+    assert check.state == "fail"
+    assert "did not answer" in check.advice

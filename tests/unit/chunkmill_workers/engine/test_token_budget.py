@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkmill_workers.engine.token_budget import TokenBudget
+from chunkmill_workers.engine.token_budget import TRIAL_AFTER, TokenBudget
 
 
 @pytest.fixture
@@ -55,3 +55,49 @@ def test_a_lesson_lowers_what_is_asked_for_and_never_raises_it(file: Path) -> No
 def test_a_file_that_is_no_lesson_changes_nothing(file: Path, text: str) -> None:
     file.write_text(text)
     assert TokenBudget(8000, file).tokens == 8000
+
+
+def fit(budget: TokenBudget, passes: int) -> None:
+    for _ in range(passes):
+        budget.fitted(budget.tokens)
+
+
+def test_the_budget_rises_again_while_passes_fit(file: Path) -> None:
+    budget = TokenBudget(8000, file)
+    budget.shrink(4000)
+    fit(budget, TRIAL_AFTER - 1)
+    assert budget.tokens == 2000
+    fit(budget, 1)
+    assert budget.tokens == 4000
+    fit(budget, TRIAL_AFTER)
+    assert budget.tokens == 8000
+    fit(budget, 100 * TRIAL_AFTER)
+    assert budget.tokens == 8000, "never above the configured number"
+    assert TokenBudget(8000, file).tokens == 8000, "the next process starts with what fits now"
+
+
+def test_what_an_earlier_process_learned_is_forgotten_in_the_same_way(file: Path) -> None:
+    TokenBudget(8000, file).shrink(1000)
+    budget = TokenBudget(8000, file)
+    fit(budget, TRIAL_AFTER)
+    assert budget.tokens == 1000
+
+
+def test_a_trial_that_fails_doubles_the_passes_before_the_next(file: Path) -> None:
+    budget = TokenBudget(8000, file)
+    budget.shrink(8000)
+    fit(budget, TRIAL_AFTER)
+    assert budget.tokens == 8000
+    budget.shrink(8000)
+    fit(budget, TRIAL_AFTER)
+    assert budget.tokens == 4000
+    fit(budget, TRIAL_AFTER)
+    assert budget.tokens == 8000
+
+
+def test_short_passes_say_nothing_about_longer_ones(file: Path) -> None:
+    budget = TokenBudget(8000, file)
+    budget.shrink(8000)
+    for _ in range(10 * TRIAL_AFTER):
+        budget.fitted(2000)
+    assert budget.tokens == 4000

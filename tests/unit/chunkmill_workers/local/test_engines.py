@@ -51,7 +51,7 @@ class Loading:
             raise self.error
         steps = {"a forward pass": StepClock(), "a call of the tokenizer": StepClock()}
         facts = {"device": "cpu", "backend": "", "dtype": "float32", "batch_tokens": 1, "dimensions": 384}
-        return StandIn(spec=folder.spec, steps=steps, **facts)
+        return StandIn(spec=folder.spec, steps=steps, close=lambda: None, **facts)
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.nn import functional
+
+logger = logging.getLogger(__name__)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """From (slots, in) in any number format to (slots, out) in the format of the products."""
@@ -45,11 +49,25 @@ def make_linear(
     return linear
 
 
+@cache
 def packable(dtype: torch.dtype) -> bool:
-    """Whether oneDNN on this machine can multiply ``dtype`` with weights that it has reordered once."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Whether oneDNN on this machine can multiply ``dtype`` with weights that it has reordered once.
+
+    torch offers that only by operations that it calls private. A torch in which they are missing, or take other
+    arguments, multiplies in the ordinary way.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        _packed(torch.ones(8, 8, dtype=dtype), torch.ones(8, dtype=dtype), 8, "gelu")(torch.ones(8, 8))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.warning(
+            "torch %s has no layers of oneDNN as used here (%s): passes are slower", torch.__version__, error
+        )
+        return False
+    return True
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None, slots: int, activation: str | None) -> Linear:
