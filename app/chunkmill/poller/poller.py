@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from chunkmill.broker import PUBLISH_ERRORS, Broker
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
+from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
 from chunkmill.ledger.jobs import cancel, recover
@@ -71,19 +72,20 @@ class Poller:
                     raise
                 if is_transient(error):
                     self._patient_until = time.monotonic() + self._settings.lease_seconds / 3
-                self._say_away(type(error).__name__)
+                self._say_away(reason_of(error))
             else:
                 self._say_back()
                 _count(done)
                 if self._window.hurry:
                     pause *= HURRY
                 taken = done.taken_back
-                if taken.total or done.abandoned:
+                if taken.total:
                     logger.info(
-                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content; "
-                        "failed %s abandoned jobs",
-                        taken.total, taken.split, taken.buried, done.abandoned,
+                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content",
+                        taken.total, taken.split, taken.buried,
                     )  # fmt: skip
+                if done.abandoned:
+                    logger.info("failed %s jobs whose producers are gone", done.abandoned)
             stop.wait(pause)
 
     def round(self) -> Round:
