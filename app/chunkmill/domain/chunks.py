@@ -59,14 +59,12 @@ def prepare(item: object, position: int) -> PreparedChunk:
 
     An item is a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple, or a mapping with the keys
     ``id``, ``text`` and optionally ``metadata``. An id that is a whole number becomes its text, because many databases
-    have numbers as keys. An :class:`InvalidChunk` stands for an item that its source could not
-    read; it is raised as it is. ``position`` counts the items from 0.
+    have numbers as keys. An :class:`InvalidChunk` stands for an item that its source could not read; it is raised as it
+    is. ``position`` counts the items from 0.
     """
     if isinstance(item, InvalidChunk):
         raise item
-    chunk = _as_chunk(item, position)
-    if isinstance(chunk.id, int) and not isinstance(chunk.id, bool) and abs(chunk.id) <= LARGEST_ID:
-        chunk = Chunk(str(chunk.id), chunk.text, chunk.metadata)
+    chunk = _with_text_id(_as_chunk(item, position))
 
     def refuse(reason: str, problem: str) -> InvalidChunk:
         return InvalidChunk(problem, chunk_id=_shown(chunk.id), position=position, reason=reason)
@@ -138,6 +136,13 @@ def _as_chunk(item: object, position: int) -> Chunk:
         position=position,
         reason="bad_shape",
     )
+
+
+def _with_text_id(chunk: Chunk) -> Chunk:
+    given: object = chunk.id
+    if isinstance(given, int) and not isinstance(given, bool) and abs(given) <= LARGEST_ID:
+        return Chunk(str(given), chunk.text, chunk.metadata)
+    return chunk
 
 
 def _utf8(text: str) -> bytes | None:
