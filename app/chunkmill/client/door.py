@@ -10,6 +10,7 @@ import psycopg
 import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal, unreachable_message
+from chunkmill.db.retry import is_transient
 from chunkmill.errors import ChunkmillError, InvalidInput, StoreUnavailable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -41,7 +42,8 @@ def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> Chunk
             f"Postgres refused: {refusal(driver)}. Run this as the role that owns the tables: see docs/security.md."
         )
     if sqlstate is not None and not sqlstate.startswith(("08", "57P")):
-        return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(driver)}. The same call may be made again.")
+        advice = "The same call may be made again." if is_transient(driver) else "`chunkmill doctor` shows more."
+        return StoreUnavailable(f"Postgres refused ({type(driver).__name__}): {refusal(driver)}. {advice}")
     if isinstance(driver, psycopg.OperationalError | psycopg.InterfaceError):
         return StoreUnavailable(unreachable_message(url, driver))
     return StoreUnavailable(f"Postgres cannot be used ({type(driver).__name__}). `chunkmill doctor` shows more.")
