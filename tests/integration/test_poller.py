@@ -170,9 +170,10 @@ def test_redis_away_is_survived_and_said_once(
     monkeypatch.setattr(poller, "round", counted)
     with running(lambda: poller.run(stop), release=stop.set):
         until(lambda: len(rounds) > 3)
-    (said,) = [r.message for r in caplog.records if "trying again" in r.message]
-    assert said.startswith("poller: ConnectionError: Error 2 connecting to /nonexistent/redis.sock")
+    [said] = [r.message for r in caplog.records if "trying again" in r.message]
+    assert said.startswith("poller: ConnectionError: ")
     assert said.endswith("; trying again every 0.01 s")
+    assert "/nonexistent/redis.sock" in said
 
 
 @contextmanager

@@ -100,9 +100,13 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+_HARMLESS = "\n\u200c\u200d"
+"""The joiners spell words of Persian and Hindi, and hold emoji together. They move no cursor and turn no text round."""
+
+
 def shown(text: str) -> str:
-    """The text with control and format characters replaced, because these could steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    """The text with control and format characters replaced, because these could steer a terminal. A tab is a space."""
+    return "".join(c if c.isprintable() or c in _HARMLESS else "\ufffd" for c in text.replace("\t", " "))
 
 
 def beginning(text: str, limit: int) -> str:

@@ -8,8 +8,9 @@ from types import TracebackType
 
 import click
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
-from chunkmill.cli.output import Screen, duration
+from chunkmill.cli.output import Screen, duration, shown
 from chunkmill.telemetry.pace import Pace
 
 LINE_SECONDS = 5.0
@@ -68,6 +69,13 @@ class Bar:
         self._next = now + DRAW_SECONDS
         counted = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
         self._progress.update(self._task, completed=done, total=total, numbers="  ".join([counted, *_in_words(known)]))
+
+    def note(self, said: str) -> None:
+        """Show a sentence that stays: above the bar, or as a line of its own."""
+        if self._progress is None:
+            click.echo(json.dumps({"progress": self._what, "note": said}), err=True)
+        else:
+            self._progress.console.print(Text(shown(said), "yellow"))
 
     def stage(self, what: str) -> None:
         """Continue under another name, with a total that is not known."""

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal, unreachable_message
+from chunkmill.db.retry import is_transient
 from chunkmill.errors import ChunkmillError, InvalidInput, StoreUnavailable
 
-
-class HasStore(Protocol):
-    @property
-    def _db(self) -> sa.Engine: ...
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-Self = TypeVar("Self", bound=HasStore)
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def at_the_door(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
+def at_the_door(method: Method) -> Method:
     """Let a public method raise only errors of ours, and those of the caller's own iterables and functions."""
 
     @functools.wraps(method)
-    def call(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
             raise translated(str(self._db.url), error) from error
 
-    return call
+    return cast(Method, call)
 
 
 def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> ChunkmillError:
@@ -49,7 +42,8 @@ def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> Chunk
             f"Postgres refused: {refusal(driver)}. Run this as the role that owns the tables: see docs/security.md."
         )
     if sqlstate is not None and not sqlstate.startswith(("08", "57P")):
-        return StoreUnavailable(f"Postgres refused ({sqlstate}): {refusal(driver)}. The same call may be made again.")
+        advice = "The same call may be made again." if is_transient(driver) else "`chunkmill doctor` shows more."
+        return StoreUnavailable(f"Postgres refused ({type(driver).__name__}): {refusal(driver)}. {advice}")
     if isinstance(driver, psycopg.OperationalError | psycopg.InterfaceError):
         return StoreUnavailable(unreachable_message(url, driver))
     return StoreUnavailable(f"Postgres cannot be used ({type(driver).__name__}). `chunkmill doctor` shows more.")

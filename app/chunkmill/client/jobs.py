@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
+from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -27,8 +30,13 @@ from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
 from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import attempts
+from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
 from chunkmill.telemetry import tracing
 
+logger = logging.getLogger(__name__)
+
+HINDRANCE_SECONDS = 2.0
+"""How often `wait` looks for what hinders the job. The look reads the job's open ChunkBatches."""
 CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
 
@@ -51,7 +59,8 @@ class Jobs(ClientPart):
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
     ) -> Job:
-        """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs or dicts.
+        """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
+        ``(id, text, metadata)`` triples or dicts.
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
@@ -133,15 +142,24 @@ class Jobs(ClientPart):
             return list(jobs.dead_chunks(conn, job_id, limit=limit))
 
     def wait(
-        self, job_id: int, *, timeout: float | None = None, on_progress: Callable[[Job], None] | None = None
+        self,
+        job_id: int,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Job], None] | None = None,
+        on_hindrance: Callable[[str], None] | None = None,
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
-        ``on_progress`` is called with the job each time it was read. Raises :class:`JobFailed` if chunks are left
-        without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
+        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
+        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
+        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
+        as_function("on_hindrance", on_hindrance)
+        hindered, hindered_at = "", time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
@@ -155,14 +173,38 @@ class Jobs(ClientPart):
             if job.state.is_final:
                 return job
             if deadline is not None and looked >= deadline:
+                advice = self._hindrance(job) or "Check with `chunkmill status` that a worker and a poller run."
                 raise WaitTimeout(
                     f"job {job_id} is {job.state} after {timeout:g} s with {job.remaining:,} of {job.contents:,} "
-                    "contents to go. It goes on: wait again, or check with `chunkmill status` that a worker and a "
-                    "poller run."
+                    f"contents to go. It goes on, so you may wait again. {advice}"
                 )
+            if looked >= hindered_at:
+                before, hindered = hindered, self._hindrance(job)
+                if hindered and hindered != before:
+                    (on_hindrance or partial(logger.warning, "job %s: %s", job_id))(hindered)
+                looked = time.monotonic()
+                hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
             time.sleep(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
+
+    def _hindrance(self, job: Job) -> str:
+        """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
+        with self._transaction() as conn:
+            failing = attempts.first_failing(conn, job.id)
+            connected = connections(conn)
+        said = []
+        if failing is not None:
+            tries = f"attempt {failing.attempt} of {failing.max_attempts}"
+            said.append(f"ChunkBatch {failing.id} is {failing.state} after {tries}: {failing.error}")
+        if not connected.pollers:
+            said.append("No poller is connected, so doorbells beyond the first few are not rung: chunkmill poller")
+        serving = 0 if job.route is Route.LOCAL else connected.provider_workers
+        serving += 0 if job.route.is_paid else connected.workers
+        if not serving:
+            start = START_PROVIDER_WORKER if job.route.is_paid else START_WORKER
+            said.append(f"No worker is connected, so nothing is embedded: {start}")
+        return " ".join(said)
 
     def cancel(self, job_id: int) -> Job:
         """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.

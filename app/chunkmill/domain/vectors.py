@@ -13,11 +13,9 @@ NOT_FINITE = "its vector has a number that is not finite"
 
 def unfit(vectors: NDArray[np.float32], *, half: bool) -> NDArray[np.bool_]:
     """(n,) bool: the rows of ``(n, d)`` vectors that cannot be stored, in half precision if ``half``."""
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if half:
-        with np.errstate(over="ignore", invalid="ignore"):
-            bad |= ~np.isfinite(vectors.astype(np.float16)).all(axis=1)
-    return bad
+    with np.errstate(over="ignore", invalid="ignore"):  # a number too large for half precision becomes infinite
+        stored = vectors.astype(np.float16) if half else vectors
+    return np.asarray(~np.isfinite(stored).all(axis=1), np.bool_)
 
 
 def why_unfit(vector: NDArray[np.float32]) -> tuple[str, str]:

@@ -13,9 +13,10 @@ from functools import partial
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
-from chunkmill.db.connect import READ_ONLY, read_only_message, refusal, sqlstate
+from chunkmill.db.connect import READ_ONLY, read_only_message, sqlstate
 from chunkmill.db.retry import is_outage
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
+from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
 from chunkmill.ledger.jobs import cancel, recover
@@ -92,12 +93,13 @@ class Poller:
                 if self._window.hurry:
                     pause *= HURRY
                 taken = done.taken_back
-                if taken.total or done.abandoned:
+                if taken.total:
                     logger.info(
-                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content; "
-                        "failed %s abandoned jobs",
-                        taken.total, taken.split, taken.buried, done.abandoned,
+                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content",
+                        taken.total, taken.split, taken.buried,
                     )  # fmt: skip
+                if done.abandoned:
+                    logger.info("failed %s jobs whose producers are gone", done.abandoned)
             stop.wait(pause)
 
     def round(self) -> Round:
@@ -210,9 +212,8 @@ class Poller:
             return finish_if_done(conn, job_id, registry.VectorTable(space_id), wait=False) is not None
 
     def _say_away(self, error: Exception) -> None:
-        said = f"{type(getattr(error, 'orig', error)).__name__}: {refusal(error)}"
-        if sqlstate(error) == READ_ONLY:
-            said = read_only_message(str(self._db.url))
+        read_only = sqlstate(error) == READ_ONLY
+        said = read_only_message(str(self._db.url)) if read_only else reason_of(error)
         if self._away != said:
             is_known = isinstance(error, (sa.exc.DBAPIError, *PUBLISH_ERRORS))
             logger.warning(

@@ -22,9 +22,7 @@ from chunkmill.client import Client
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed
-from chunkmill.monitor.servers import read_database
 from chunkmill.telemetry.pace import Pace
 
 JOB_FAILED = 4
@@ -237,7 +235,6 @@ def waited(screen: Screen, client: Client, job: Job) -> Job:
     """Wait for the job's end, and return the job, whether it failed or not."""
     if job.state.is_final:
         return job
-    _hint_absent(screen, job)
     try:
         return follow(screen, client, job.id)
     except JobFailed as error:
@@ -258,7 +255,7 @@ def follow(screen: Screen, client: Client, job_id: int, *, on_look: Callable[[],
             done = job.contents - job.remaining
             bar.update(done, job.contents, "texts", rates(pace, job.embedded, job.remaining, job.tokens))
 
-        return client.wait(job_id, on_progress=look)
+        return client.wait(job_id, on_progress=look, on_hindrance=bar.note)
 
 
 def job_fields(job: Job) -> dict[str, object]:
@@ -352,12 +349,3 @@ def _stored(job: Job) -> str | None:
 def _tokens(job: Job) -> str:
     engine = f" in {duration(job.engine_seconds)} of engine time" if job.engine_seconds else ""
     return f"{job.tokens:,}{engine}"
-
-
-def _hint_absent(screen: Screen, job: Job) -> None:
-    """Tell a user who waits that no worker or no poller is connected."""
-    database = read_database(Environment.load().settings)
-    if start := database.start_for(job.route):
-        screen.hint(f"No worker is connected, so nothing is embedded. To start one: {start}")
-    elif not database.connections.pollers:
-        screen.hint("No poller is connected, so lost doorbells are not rung again. To start one: chunkmill poller")

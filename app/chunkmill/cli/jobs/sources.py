@@ -283,12 +283,7 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
         # This column only happens to have the name `metadata`.
         given = {"metadata": given}
     rest = {k: v for k, v in record.items() if k not in (fields.id, fields.text, "metadata")}
-    return Chunk(_id_text(record[fields.id]), record[fields.text], rest | (given or {}))
-
-
-def _id_text(value: Any) -> Any:
-    """A whole number as text, because many databases have numbers as keys; the client refuses any other type."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return Chunk(record[fields.id], record[fields.text], rest | (given or {}))
 
 
 def _from_row(row: Mapping[str, Any], fields: Fields) -> Record:

@@ -22,6 +22,12 @@ def test_what_could_steer_a_terminal_is_replaced() -> None:
     assert shown("naïve 文字 [bold]x[/bold]") == "naïve 文字 [bold]x[/bold]"
 
 
+def test_what_spells_a_word_is_left_in() -> None:
+    for text in ("\u0645\u06cc\u200c\u062e", "👩\u200d👩\u200d👧\u200d👦", "क्\u200dष"):
+        assert shown(text) == text
+    assert shown("a\tb\nc") == "a b\nc"
+
+
 def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
     assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
     assert beginning("word " * 100, 20) == "word word word word…"

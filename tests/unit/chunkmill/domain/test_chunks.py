@@ -20,7 +20,8 @@ from chunkmill.errors import InvalidChunk
 
 REFUSED = [
     (Chunk("", "text"), "empty_id"),
-    (Chunk(7, "text"), "id_not_text"),
+    (Chunk(7.5, "text"), "id_not_text"),
+    (Chunk(True, "text"), "id_not_text"),
     (Chunk("a\x00b", "text"), "nul_in_id"),
     (Chunk("a\ud800", "text"), "surrogate_in_id"),
     (Chunk("é" * MAX_ID_BYTES, "text"), "id_too_long"),
@@ -108,3 +109,8 @@ def test_no_error_shows_the_text() -> None:
     with pytest.raises(InvalidChunk) as caught:
         prepare(("a", "the secret plan\x00"), 0)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("item", [Chunk(7, "text"), (7, "text"), {"id": 7, "text": "text"}, (7, "text", {})])  # type: ignore[arg-type]
+def test_a_whole_number_is_an_id_as_its_text(item: object) -> None:
+    assert prepare(item, 0) == prepare(Chunk("7", "text"), 0)
