@@ -10,7 +10,7 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit docs clean
+.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -23,6 +23,7 @@ help:
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
+	@echo "make floors  test a producer with the lowest versions that pyproject.toml allows"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
 	@echo "make gpu     run the GPU tests and benchmarks on a machine with an NVIDIA GPU, in under ten minutes; see docs/gpu.md"
 	@echo "make clean   remove .venv and caches"
@@ -50,6 +51,17 @@ types: $(VENV)/.dev
 wheel: | $(BIN)/python
 	@$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The lowest versions that pyproject.toml allows to a producer, in an environment of their own.
+FLOOR_EXTRAS := flower metrics openai
+floors:
+	@$(PYTHON) -m venv .floors
+	@$(PYTHON) -m tests.support.floors $(FLOOR_EXTRAS) > .floors/constraints.txt
+	@.floors/bin/python -m pip --disable-pip-version-check install --quiet -c .floors/constraints.txt \
+	    '.[flower,metrics,openai]' hypothesis pytest pytest-timeout
+	@.floors/bin/python -m pytest -q tests/unit/chunkmill/test_broker.py tests/unit/chunkmill/settings \
+	    tests/unit/chunkmill/telemetry/test_metrics.py tests/unit/chunkmill/openai/test_http.py \
+	    tests/unit/chunkmill/cli/test_flower.py
 
 docs: $(VENV)/.dev
 	@$(BIN)/python docs/make.py
@@ -116,7 +128,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m chunkmill_workers.benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .floors $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

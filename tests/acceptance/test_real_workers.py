@@ -171,6 +171,24 @@ def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: 
         assert worker.terminate() == 0
 
 
+def test_a_worker_that_is_told_no_queue_takes_local_work_only(processes: Processes) -> None:
+    """Celery's own default is every queue that is declared."""
+    worker = processes.start("celery", "-A", "chunkmill_workers", "worker")
+    worker.wait_for("ready.")
+    assert re.findall(r"exchange=(\w+)\(direct\)", worker.output()) == ["gpu"]
+    assert worker.terminate() == 0
+
+
+@pytest.mark.parametrize("options", [["--autoscale=4,1"], ["-P", "solo"], ["-Q", "gpu,gpus"]])
+def test_options_with_which_a_worker_would_fail_at_work_are_refused_at_its_start(
+    processes: Processes, options: list[str]
+) -> None:
+    worker = processes.start("celery", "-A", "chunkmill_workers", "worker", *options)
+    assert worker.popen.wait(PATIENCE) == 78
+    assert options[0].partition("=")[0] in worker.output()
+    assert "Traceback" not in worker.output()
+
+
 def test_a_worker_without_its_model_says_so_and_ends(processes: Processes) -> None:
     worker = processes.worker(ready=False, EMBEDDING_MODEL="/no/such/folder")
     assert worker.popen.wait(PATIENCE) == 78

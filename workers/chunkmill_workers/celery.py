@@ -13,7 +13,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers import tasks
-from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name
+from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name, require_usable
 
 outlive_refusals()
 with fatal_errors():
@@ -42,11 +42,13 @@ def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any) -> None:
     """Take the worker's queues and name: the queues say what it does, and the name says which device it uses."""
-    chosen = (options or {}).get("queues") or [QUEUE]
+    given = options or {}
+    chosen = given.get("queues") or [QUEUE]
     worker.queues = set(chosen.split(",") if isinstance(chosen, str) else chosen)
     configure(environment.settings.log_level, environment.settings.log_format)
     with fatal_errors():
         Environment.load()  # a worker needs both addresses
+        require_usable(worker.queues, autoscale=given.get("autoscale"), pool=given.get("pool"))
         tracing.configure("chunkmill-worker")
         if QUEUE in worker.queues:
             worker.claim_device()
@@ -56,6 +58,8 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
+    # Without -Q, Celery would also take the doorbells of the other queue, which this process cannot answer.
+    app.amqp.queues.select(worker.queues)
     # Celery has set the number from its configuration or from -c by now. The number from -c stays.
     if click.get_current_context(silent=True) is not None and not _is_typed("concurrency"):
         sender.concurrency = worker.concurrency

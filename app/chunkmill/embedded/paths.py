@@ -36,9 +36,18 @@ class Account(NamedTuple):
 
 
 def default_home() -> Path:
-    """The folder in CHUNKMILL_HOME, or else the user's data folder (`~/.local/share/chunkmill` on Linux)."""
+    """The folder in CHUNKMILL_HOME, or else the user's data folder (`~/.local/share/chunkmill` on Linux).
+
+    Raises EmbeddedStackError if the user has no home directory, as a number without a name in a container.
+    """
     named = os.environ.get("CHUNKMILL_HOME")
-    return Path(named) if named else platformdirs.user_data_path("chunkmill")
+    try:
+        return (Path(named) if named else platformdirs.user_data_path("chunkmill")).expanduser()
+    except RuntimeError:
+        raise EmbeddedStackError(
+            f"{user_name(os.geteuid())} has no home directory, and HOME is not set. Set CHUNKMILL_HOME to a folder "
+            "that this user may write to."
+        ) from None
 
 
 def user_name(uid: int) -> str:

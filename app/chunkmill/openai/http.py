@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -264,11 +265,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
     openai 3 uses httpx2, and openai 2 uses httpx.
     """
-    try:
-        import httpx2 as httpx
-    except ImportError:
-        import httpx
-
+    httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
     return (httpx.HTTPError, httpx.StreamError, OSError)
 
 

@@ -67,21 +67,20 @@ def read_redis_url(url: str) -> str:
 
     Timeouts and retries are not options, because the promises of workers and pollers rest on ours.
     """
-    if url.strip().partition("://")[0].partition("+")[0] in ("sentinel", "rediss-cluster", "redis-cluster"):
-        raise ValueError(ONE_REDIS)
     parts = _split(url, REDIS_FORM)
-    scheme = REDIS_SCHEMES.get(parts.scheme)
-    if scheme is None or (scheme == "unix") == bool(parts.hosts) or (scheme == "unix" and not parts.path):
-        raise ValueError(REDIS_FORM)
-    if any(host.startswith("/") for host, _ in parts.hosts):
-        raise ValueError(REDIS_FORM)
-    if len(parts.hosts) > 1:
+    if "sentinel" in parts.scheme or "cluster" in parts.scheme or len(parts.hosts) > 1:
         raise ValueError(ONE_REDIS)
+    scheme = REDIS_SCHEMES.get(parts.scheme)
+    is_socket = scheme == "unix"
+    if scheme is None or is_socket == bool(parts.hosts) or any(host.startswith("/") for host, _ in parts.hosts):
+        raise ValueError(REDIS_FORM)
+    if is_socket and not parts.path:
+        raise ValueError(REDIS_FORM)
     options = dict(parts.query)
     login = parts.login
     if "password" in options or "username" in options:
         login = _login(options.pop("username", ""), options.pop("password", None))
-    database = options.pop("db", "0") if scheme == "unix" else options.pop("db", None) or parts.path.strip("/") or "0"
+    database = options.pop("db", "") or ("" if is_socket else parts.path.strip("/")) or "0"
     if not (database.isascii() and database.isdigit()):
         raise ValueError(f"its database must be a number from 0 on; {ENCODE}")
     allowed = _TLS if scheme == "rediss" else ()
@@ -91,7 +90,7 @@ def read_redis_url(url: str) -> str:
             f"the options are db{''.join(f', {name}' for name in _TLS)}, those for TLS only with rediss://"
         )
     _tls(options)
-    if scheme == "unix":
+    if is_socket:
         return _joined(scheme, login, "", parts.path, [("db", database)])
     return _joined(scheme, login, _netloc(parts.hosts), f"/{database}", list(options.items()))
 

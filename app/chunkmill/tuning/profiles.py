@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.embedded.paths import default_home
-from chunkmill.errors import ChunkmillError, InvalidSetting
+from chunkmill.errors import ChunkmillError, EmbeddedStackError, InvalidSetting
 from chunkmill.machine import Machine, versions
 from chunkmill.settings import Settings
 from chunkmill.tuning.choose import SHORT, Constraints, Measured, Setup
@@ -69,17 +69,25 @@ class ProfileLookup:
 
 
 def tuning_folder(settings: Settings) -> Path:
+    """Raises :class:`EmbeddedStackError` if the user has no home directory and CHUNKMILL_HOME is not set."""
     return (settings.chunkmill_home or default_home()).expanduser() / "tuning"
 
 
-def memory_folder(settings: Settings) -> Path:
-    """Where engines store how many tokens fitted into the memory: see ``Engine.load(learned=...)``."""
-    return tuning_folder(settings) / "memory"
+def memory_folder(settings: Settings) -> Path | None:
+    """Where engines store how many tokens fitted into the memory: see ``Engine.load(learned=...)``. None if the user
+    has no home directory."""
+    try:
+        return tuning_folder(settings) / "memory"
+    except EmbeddedStackError:
+        return None
 
 
 def memory_limit(settings: Settings, fingerprint: str, setup: Setup) -> tuple[Path, int] | None:
     """The file and the number of tokens that an engine learned to fit, if that is less than the setup's tokens."""
-    for file in sorted(memory_folder(settings).glob(f"*-{fingerprint[:16]}-{setup.backend}-{setup.dtype}.json")):
+    folder = memory_folder(settings)
+    if folder is None:
+        return None
+    for file in sorted(folder.glob(f"*-{fingerprint[:16]}-{setup.backend}-{setup.dtype}.json")):
         try:
             tokens = int(json.loads(file.read_text(encoding="utf-8"))["batch_tokens"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -102,7 +110,10 @@ def find_profile(settings: Settings, spec: SpaceSpec, machine: Machine) -> Profi
     if word == "off":
         return ProfileLookup(None)
     named = word != "auto"
-    path = Path(word).expanduser() if named else profile_path(settings, spec.fingerprint, machine)
+    try:
+        path = Path(word).expanduser() if named else profile_path(settings, spec.fingerprint, machine)
+    except EmbeddedStackError:
+        return ProfileLookup(None)  # `tune` could not have written one
     try:
         profile = read_profile(path)
     except FileNotFoundError:

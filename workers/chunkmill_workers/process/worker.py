@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from chunkmill.broker import PROVIDER_QUEUE, QUEUE, Broker
-from chunkmill.errors import ChunkmillError
+from chunkmill.errors import ChunkmillError, InvalidSetting
 from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.exposition import MetricsServer
@@ -38,6 +38,22 @@ def fatal_errors() -> Iterator[None]:
         # A worker that went on without its engine would take doorbells from workers that can answer them.
         logger.exception("the worker cannot start")
         raise SystemExit(EX_TEMPFAIL) from None
+
+
+def require_usable(queues: set[str], *, autoscale: object = None, pool: object = None) -> None:
+    """Raise :class:`InvalidSetting` for options of Celery with which a worker would start, and fail at its work.
+
+    ``pool`` is the class of the pool, or its name.
+    """
+    if unknown := sorted(queues - {QUEUE, PROVIDER_QUEUE}):
+        raise InvalidSetting(f"there is no queue {unknown[0]!r}: give -Q {QUEUE}, -Q {PROVIDER_QUEUE}, or both.")
+    if autoscale:
+        raise InvalidSetting(
+            "--autoscale works only with processes, and a worker has threads: leave it out, and set the number of "
+            "tasks with -c, EMBEDDING_PARALLEL_BATCHES or OPENAI_PARALLEL_REQUESTS."
+        )
+    if pool is not None and "thread" not in f"{getattr(pool, '__module__', '')} {pool}":
+        raise InvalidSetting("a worker runs its tasks in threads, which share its model and its leases: leave -P out.")
 
 
 class WorkerProcess:

@@ -120,7 +120,7 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
         return Check("profile", "ok", f"{lookup.profile}{limited}")
     if lookup.problem is not None:
         return Check("profile", "ok" if lookup.overridden else "warn", f"not used: {lookup.path}", lookup.problem)
-    why = "EMBEDDING_PROFILE is off" if lookup.path is None else "chunkmill tune finds faster ones"
+    why = "EMBEDDING_PROFILE is off, or there is no home" if lookup.path is None else "chunkmill tune finds faster ones"
     return Check("profile", "ok", f"none: workers use the device's default settings ({why})")
 
 

@@ -126,7 +126,7 @@ def test_another_address_of_postgres_is_refused_in_words(url: str, said: str) ->
     [
         ("redis://h:1,h:2/0", ONE_REDIS),
         ("sentinel://h:26379/0", ONE_REDIS),
-        ("redis+sentinel://h:26379/0", "redis://host:6379/0"),
+        ("redis+sentinel://h:26379/0", ONE_REDIS),
         ("redis://host/first", "database must be a number"),
         ("redis://host/0?socket_timeout=3", "'socket_timeout' is not an option"),
         ("redis://host/0?retry_on_timeout=true", "'retry_on_timeout' is not an option"),

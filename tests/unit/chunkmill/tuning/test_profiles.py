@@ -10,7 +10,8 @@ import pytest
 
 from chunkmill.cli.start.doctor import profile_check
 from chunkmill.domain.spaces import Precision
-from chunkmill.errors import InvalidSetting
+from chunkmill.embedded import Stack
+from chunkmill.errors import EmbeddedStackError, InvalidSetting
 from chunkmill.machine import Machine, versions
 from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
@@ -144,6 +145,33 @@ def test_a_profile_with_one_wrong_value_is_no_profile(
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="profile"):
         read_profile(path)
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a number without a name in a container: no HOME, and no entry among the system's users."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_has_no_profiles_and_works_all_the_same() -> None:
+    settings = Settings.from_env(embedding_profile="auto")
+    assert find(settings).profile is None
+    assert memory_folder(settings) is None
+    assert memory_limit(settings, DEFAULT_SPEC.fingerprint, PROFILE.setup) is None
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_embedded_stack_asks_for_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(EmbeddedStackError, match="CHUNKMILL_HOME"):
+        Stack()
+    assert Stack(tmp_path).home == tmp_path
 
 
 def test_off_is_off_and_a_path_is_that_file(settings: Settings, tmp_path: Path) -> None:
