@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks
+from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, redis_checks, session_check
 from chunkmill.db.connect import Connections
 from chunkmill.monitor.servers import Database, RedisServer
 
@@ -68,3 +68,10 @@ def test_clocks_are_judged_in_both_directions() -> None:
     assert clock_check("clock", -SKEW_WARN - 0.1).state == "warn"
     assert clock_check("clock", SKEW_FAIL + 1).state == "fail"
     assert "behind" in clock_check("clock", -1.0).found
+
+
+def test_shared_sessions_fail_with_what_to_do() -> None:
+    assert session_check(shared=False).state == "ok"
+    failed = session_check(shared=True)
+    assert failed.state == "fail"
+    assert "pool_mode = session" in failed.advice
