@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -17,6 +18,7 @@ from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
@@ -25,7 +27,7 @@ TEXTS = [("a", "one"), ("b", "two"), ("c", "three")]
 
 
 @pytest.fixture
-def jobs(db: sa.Engine, client: Client) -> dict[str, int]:
+def jobs(db: sa.Engine, client: Client, engines: Engines) -> Iterator[dict[str, int]]:
     """A job in a space of this release, and one in each of two spaces of a newer release: its id by collection."""
     made = {
         "ours": client.enqueue(TEXTS, collection="ours").id,
@@ -38,7 +40,8 @@ def jobs(db: sa.Engine, client: Client) -> dict[str, int]:
         conn.execute(sa.text(word))
         conn.execute(sa.text(field))
     registry._said.clear()
-    return made
+    yield made
+    engines._unserved.clear()  # other tests share the engines, and their spaces have the same ids
 
 
 def states(db: sa.Engine) -> list[tuple[str, int, int]]:

@@ -123,6 +123,31 @@ def read_database(settings: Settings) -> Database:
         return _database(conn)
 
 
+def shares_sessions(settings: Settings) -> bool:
+    """Whether something before Postgres lends one session to several connections, as PgBouncer's transaction mode does.
+
+    Raises :class:`StoreUnavailable` if Postgres cannot be reached.
+    """
+    url = settings.require_database_url()
+    db = create_db(url, role="cli", pool_size=2)
+    pid = sa.text("SELECT pg_backend_pid()")
+    try:
+        with db.connect() as first, db.connect() as second:
+            with first.begin():
+                before = first.execute(pid).scalar_one()
+            with second.begin():
+                # It holds the session that it got, so that the next transaction of the first needs another one.
+                other = second.execute(pid).scalar_one()
+                if other == before:
+                    return True
+                with first.begin():
+                    return bool(first.execute(pid).scalar_one() != before)
+    except sa.exc.OperationalError as error:
+        raise StoreUnavailable(unreachable_message(url, error)) from error
+    finally:
+        db.dispose()
+
+
 def read_redis(settings: Settings) -> RedisServer:
     """Raises ``redis.RedisError`` or ``OSError`` if Redis cannot be reached."""
     broker = Broker.connect(settings)

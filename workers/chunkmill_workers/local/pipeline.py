@@ -23,7 +23,6 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.attempt import LocalAttempt, VectorsLost
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.claims import claim
-from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
 
@@ -57,10 +56,12 @@ def run_chunk_batch(context: WorkerContext, chunk_batch_id: int) -> TaskResult:
     If Postgres is away, the task waits for it. That costs no attempt.
     """
     context.last_doorbell, rung_ns = time.monotonic(), time.time_ns()
-    outcome = TaskResult.FAILED
-    with saying_limits():
-        outcome = _answer(context, chunk_batch_id, rung_ns)
-    return outcome  # noqa: RET504 - FAILED if a limit of Postgres ended it
+    try:
+        return _answer(context, chunk_batch_id, rung_ns)
+    except StoreLimit as limit:
+        # Not even the end of the attempt could be recorded. Other workers take it up when its lease ends.
+        logger.error("ChunkBatch %s: %s", chunk_batch_id, limit)  # noqa: TRY400 - a traceback would hide the advice
+        return TaskResult.FAILED
 
 
 def _answer(context: WorkerContext, chunk_batch_id: int, rung_ns: int) -> TaskResult:

@@ -23,7 +23,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, UnknownModel
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
-from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis
+from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
 from chunkmill.settings import Settings
 from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
@@ -136,6 +136,7 @@ def server_checks() -> Iterator[Check]:
         yield disk_check(Stack(settings.chunkmill_home).home)
     try:
         yield from database_checks(read_database(settings))
+        yield session_check(shares_sessions(settings))
     except ChunkmillError as error:
         yield Check("Postgres", "fail", "cannot be reached", str(error))
     except sa.exc.DBAPIError as error:
@@ -169,6 +170,19 @@ def database_checks(database: Database) -> Iterator[Check]:
     ):
         state = f"connected, {count(connections, 'connection')}" if connections else "none connected"
         yield Check(name, "ok" if connections else "warn", state, "" if connections else command)
+
+
+def session_check(shared: bool) -> Check:
+    """Producers hold locks, workers listen and psycopg prepares statements, which all belong to a session."""
+    if not shared:
+        return Check("sessions", "ok", "each connection has its own")
+    return Check(
+        "sessions",
+        "fail",
+        "shared: a pooler gives each transaction another session",
+        "Chunkmill needs sessions of its own: let DATABASE_URL name Postgres itself, or set pool_mode = session in "
+        "PgBouncer for this database.",
+    )
 
 
 def redis_checks(server: RedisServer) -> Iterator[Check]:

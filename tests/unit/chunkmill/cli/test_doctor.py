@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from chunkmill.cli.start import doctor
-from chunkmill.cli.start.doctor import SKEW_FAIL, SKEW_WARN, clock_check, database_checks, gpu_check, redis_checks
+from chunkmill.cli.start.doctor import (
+    SKEW_FAIL,
+    SKEW_WARN,
+    clock_check,
+    database_checks,
+    gpu_check,
+    redis_checks,
+    session_check,
+)
 from chunkmill.db.connect import Connections
 from chunkmill.monitor.servers import Database, RedisServer
 
@@ -100,3 +108,10 @@ def test_a_torch_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert check.state == "fail"
     assert "did not answer" in check.advice
+
+
+def test_shared_sessions_fail_with_what_to_do() -> None:
+    assert session_check(shared=False).state == "ok"
+    failed = session_check(shared=True)
+    assert failed.state == "fail"
+    assert "pool_mode = session" in failed.advice

@@ -1,0 +1,72 @@
+"""A pooler that lends sessions for a transaction at a time is noticed, with a real PgBouncer where it is installed."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from chunkmill.errors import StoreUnavailable
+from chunkmill.monitor.servers import shares_sessions
+from chunkmill.settings import Settings
+from tests.support.waiting import until
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+
+
+def test_postgres_itself_shares_no_session(settings: Settings) -> None:
+    assert not shares_sessions(settings)
+
+
+@pytest.fixture(params=["transaction", "session"])
+def pooled(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -> Iterator[tuple[str, Settings]]:
+    """The mode of a PgBouncer before this test's database, and settings that lead through it."""
+    if PGBOUNCER is None:
+        pytest.skip("pgbouncer is not installed")
+    direct = sa.make_url(settings.require_database_url())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\n{direct.database} = host={direct.query['host']} port={direct.query['port']} "
+        f"dbname={direct.database} user={direct.username}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        f"pool_mode = {request.param}\nlogfile = {tmp_path}/log\nignore_startup_parameters = extra_float_digits\n"
+    )
+    user = ["-u", Path(str(direct.query["host"])).owner()] if os.geteuid() == 0 else []
+    if user:
+        for path in (tmp_path, *tmp_path.parents[:3]):
+            path.chmod(path.stat().st_mode | 0o055)
+        (tmp_path / "log").touch()
+        (tmp_path / "log").chmod(0o666)
+    process = subprocess.Popen([PGBOUNCER, *user, str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"postgresql+psycopg://{direct.username or getpass.getuser()}@127.0.0.1:{port}/{direct.database}"
+    through = settings.model_copy(update={"database_url": url})
+
+    def answers() -> bool:
+        try:
+            shares_sessions(through)
+        except StoreUnavailable:
+            return False
+        return True
+
+    try:
+        until(answers, lambda: (tmp_path / "log").read_text() if (tmp_path / "log").exists() else "no log")
+        yield request.param, through
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_a_pooler_in_transaction_mode_is_noticed(pooled: tuple[str, Settings]) -> None:
+    mode, through = pooled
+    assert shares_sessions(through) is (mode == "transaction")
