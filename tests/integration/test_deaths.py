@@ -20,6 +20,7 @@ from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.poller.poller import Poller
 from chunkmill.spaces import registry
 from chunkmill.store.write import write_vectors
+from tests.support.server_start import server_started
 from tests.support.waiting import PATIENCE, Call, running, until
 
 CHUNKS = [(f"id-{i}", f"text number {i}") for i in range(20)]
@@ -283,6 +284,7 @@ def test_after_an_outage_live_workers_come_before_the_poller(
     claim(db, 1)
     with db.begin() as conn:
         conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() - interval '1 s'"))
+    server_started(db, "1 day")
     poller = Poller(db, client._broker, client._settings.model_copy(update={"lease_seconds": 600.0}))
     stop, real = threading.Event(), deaths.take_back_expired
     monkeypatch.setattr(deaths, "take_back_expired", lambda conn: _away())

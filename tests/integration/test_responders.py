@@ -88,7 +88,7 @@ def test_a_responder_whose_connection_is_cut_listens_again(
     try:
         assert answering.looked.wait(PATIENCE)
         answering.looked.clear()
-        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SHOW transaction_read_only'"
         with db.begin() as conn:
             assert conn.execute(sa.text(f"{cut} AND datname = current_database()")).scalars().all() == [True]
         assert answering.looked.wait(PATIENCE)
