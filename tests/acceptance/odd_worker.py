@@ -39,12 +39,12 @@ def stream(self: Engine, texts: Sequence[str], *args: Any, **kwargs: Any) -> Ite
         yield result
 
 
-def _hang(*_: object) -> None:
+def _hang(*_: object, **__: object) -> None:
     os.write(2, f"{HANGS}\n".encode())
     time.sleep(3600)
 
 
-def _break(*_: object) -> None:
+def _break(*_: object, **__: object) -> None:
     raise DeviceFailed("the model no longer runs on cuda:0: CUDA error: an illegal memory access was encountered")
 
 

@@ -50,6 +50,7 @@ LAYERS = {"modernbert": 3}
 POSITIONS = {"xlm-roberta": MOST_TOKENS + 2, "mpnet": MOST_TOKENS + 2}
 POOLINGS = {
     "bert": "mean",
+    "multilingual-bert": "mean",
     "xlm-roberta": "cls",
     "mpnet": "mean",
     "nomic": "mean_sqrt_len",
