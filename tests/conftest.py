@@ -79,6 +79,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     return handled
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logged may hold lone surrogates, which pytest-xdist cannot send: its process would end."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[StackStatus]:
     """Postgres and Redis for this pytest process, in a short path of their own (socket names are limited).
