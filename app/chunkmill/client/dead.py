@@ -95,7 +95,10 @@ class DeadList(ClientPart):
         entries = chunks = 0
         for first in range(0, len(chosen), DROP_STEP):
             with self._transaction() as conn:
-                dropped, leaving = dead_retry.take_off(conn, chosen[first : first + DROP_STEP])
+                step = chosen[first : first + DROP_STEP]
+                # Later steps pass over what somebody else took meanwhile, or an earlier step as another job's entry.
+                require_all = first == 0 and dead_filter.ids is not None
+                dropped, leaving = dead_retry.take_off(conn, step, require_all=require_all)
                 for collection, chunk_ids in leaving.items():
                     row = collections.find(conn, collection)
                     delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))

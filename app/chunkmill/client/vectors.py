@@ -121,7 +121,7 @@ class Vectors(ClientPart):
         """
         require_name("collection", collection)
         chosen = None if ids is None else as_ids("ids", ids)
-        if (chosen is None) != all_chunks:
+        if (chosen is None) != as_flag("all_chunks", all_chunks):
             raise InvalidInput("give either ids, or all_chunks=True to delete all chunks of the collection.")
         with self._transaction() as conn:
             row = collections.find(conn, collection)

@@ -61,16 +61,18 @@ WHERE job_id = :job AND content_hash = ANY(:hashes)
 """)
 
 
-def take_off(conn: sa.Connection, ids: Sequence[int]) -> tuple[DroppedDead, dict[str, list[str]]]:
+def take_off(conn: sa.Connection, ids: Sequence[int], *, require_all: bool) -> tuple[DroppedDead, dict[str, list[str]]]:
     """Delete entries from the list; also returns the chunks to delete from each collection in the same transaction.
 
     Those are the chunks that still have this text and no vector. Entries of other jobs about the same chunk and text
-    are deleted too. An id that is no longer on the list is passed over. Enqueues and writes wait for the end of the
-    transaction: give a few thousand ids.
+    are deleted too. An id that is no longer on the list is passed over, or raises :class:`NotFound` with
+    ``require_all``. Enqueues and writes wait for the end of the transaction: give a few thousand ids.
     """
     # No enqueue may replace a chunk between the look at it and its deletion.
     lock(conn, DELETE_LOCK)
     selected = _lock_and_read(conn, [*conn.execute(_TWINS, {"ids": list(ids)}).scalars()])
+    if require_all:
+        _require_all(DeadFilter(ids=tuple(ids)), {entry.id for entry in selected})
     conn.execute(
         sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"),
         {"ids": [entry.id for entry in selected]},
