@@ -41,7 +41,7 @@ def jobs(db: sa.Engine, client: Client, engines: Engines) -> Iterator[dict[str, 
         conn.execute(sa.text(field))
     registry._said.clear()
     yield made
-    engines._unserved.clear()  # other tests share the engines, and their spaces have the same ids
+    engines.left_to_others.clear()  # other tests share the engines, and their spaces have the same ids
 
 
 def states(db: sa.Engine) -> list[tuple[str, int, int]]:
