@@ -35,7 +35,7 @@ test: lint types
 	@echo "== pip-audit"
 	@$(BIN)/python -m tests.support.audit --warn
 	@echo "== pytest, on real Postgres, Redis and Celery workers"
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
 
 lint: $(VENV)/.dev
 	@echo "== ruff"

@@ -117,7 +117,8 @@ def fresh_settings(stack: StackStatus) -> Iterator[Settings]:
     number = next(_numbers)
     name = f"test_{number}"
     admin(stack, f"DROP DATABASE IF EXISTS {name}")  # a server of TEST_DATABASE_URL may have one of a broken run
-    admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    # Copying files takes a third of the time of the other strategy, which writes every block to the log.
+    admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
     redis_url = stack.redis_url.replace("db=0", f"db={number % 16}")
     with redis.Redis.from_url(redis_url) as client:
         client.flushdb()

@@ -85,23 +85,23 @@ def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
     """Promises 2 and 3: the second worker finishes, every content has one vector, and none was computed in vain."""
     processes.poller()
     first = processes.worker(EMBEDDING_PARALLEL_BATCHES="2")
-    job = client.enqueue(documents(1500, words=60), collection="docs")
+    job = client.enqueue(documents(800, words=60), collection="docs")
     until(lambda: client.job(job.id).embedded > 100, first.output)
     with redis.Redis.from_url(settings.require_redis_url()) as store:
         store.flushdb()
     first.kill()
     before = vectors_written(db)
-    assert 0 < before < 1500
+    assert 0 < before < 800
     second = processes.worker()
     job = client.wait(job.id, timeout=PATIENCE)
-    assert (job.state, job.embedded, vectors_written(db)) == (JobState.COMPLETED, 1500, 1500)
+    assert (job.state, job.embedded, vectors_written(db)) == (JobState.COMPLETED, 800, 800)
     assert client.audit("docs").complete
     with db.begin() as conn:
         embedded_by_second = conn.execute(
             sa.text("SELECT sum(contents) FROM usage WHERE worker LIKE :pid"), {"pid": f"%:{second.popen.pid}"}
         ).scalar_one()
         attempts = conn.execute(sa.text("SELECT max(attempt) FROM chunk_batches")).scalar_one()
-    assert embedded_by_second == 1500 - before  # what the first worker had written was not embedded again
+    assert embedded_by_second == 800 - before  # what the first worker had written was not embedded again
     assert attempts == 2
     assert second.terminate() == 0
 
@@ -117,7 +117,7 @@ def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.En
             processes.poller()
             worker = processes.worker()
             with Client(db, Broker.connect(apart), apart) as client:
-                job = client.enqueue(documents(1200, words=60), collection="docs")
+                job = client.enqueue(documents(700, words=60), collection="docs")
                 until(lambda: client.job(job.id).embedded > 100, worker.output)
                 assert status.redis.pid is not None
                 os.kill(status.redis.pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.En
                     leftover.unlink()
                 assert own.up().redis.started
                 job = client.wait(job.id, timeout=PATIENCE)
-                assert (job.state, job.embedded) == (JobState.COMPLETED, 1200)
+                assert (job.state, job.embedded) == (JobState.COMPLETED, 700)
                 assert client.audit("docs").complete
         finally:
             processes.stop_all()

@@ -29,6 +29,7 @@ QUICKSTART = "tests/acceptance/test_quickstart.py"
 ELSEWHERE = {
     "": QUICKSTART,
     "bench": "tests/unit/chunkmill_workers/benchmarks/test_benchmarks.py",
+    "demo": "tests/integration/test_cli.py",
     "down": QUICKSTART,
     "flower": "tests/acceptance/test_flower.py",
     "models export": "tests/engine/test_exported_backends.py",
