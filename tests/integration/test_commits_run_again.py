@@ -26,7 +26,7 @@ from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
 
-ROOT = Path(__file__).parents[2]
+WORKERS = Path(__file__).parents[2] / "workers" / "chunkmill_workers"
 TIMES = 2
 """Transactions of a name that are run again: a later one must find its way, too."""
 
@@ -269,7 +269,7 @@ def test_every_commit_of_the_paid_routes_has_its_story() -> None:
     """A new commit needs one, too: its name is the second argument of ``transact``."""
     names = {
         call.args[1].value
-        for path in sorted((ROOT / "workers" / "chunkmill_workers" / "provider").glob("*.py"))
+        for path in [*(WORKERS / "provider").glob("*.py"), WORKERS / "process" / "claims.py"]
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "transact"
         and len(call.args) > 1 and isinstance(call.args[1], ast.Constant)

@@ -267,7 +267,7 @@ def test_wrong_arguments_are_refused(client: Client) -> None:
             client.prune(wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="either older_than or max_bytes"):
         client.evict()
-    with pytest.raises(InvalidInput, match="negative"):
+    with pytest.raises(InvalidInput, match="max_bytes is -1; it must be at least 0"):
         client.evict(max_bytes=-1)
     with pytest.raises(NotFound, match="chunkmill models"):
         client.evict(max_bytes=0, space="beef")

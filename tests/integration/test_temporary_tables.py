@@ -48,7 +48,7 @@ def test_what_breaks_off_leaves_no_temporary_table(
 
     monkeypatch.setattr("chunkmill.store.evict._delete_slice", broken)
     monkeypatch.setattr("chunkmill.ledger.prune._marked", broken)
-    client.delete("docs")
+    client.delete("docs", all_chunks=True)
     hands = Hands(db)
     hands.write(1, ["a text that nothing refers to"])
     with pytest.raises(KeyboardInterrupt):

@@ -83,10 +83,12 @@ def plan_window(chunks: Mapping[str, PreparedChunk], known: Mapping[bytes, Known
 def too_long_reason(n_tokens: int, max_tokens: int | None = None) -> str:
     """The reason of a dead chunk whose text has more tokens than the model reads.
 
-    Of a long text a local model counts only the first tokens (docs/decisions/0043).
+    ``max_tokens`` is the limit of a provider's model, whose tokens are all counted. Of a long text a local model counts
+    only the first tokens (docs/decisions/0043).
     """
+    least = "" if max_tokens else "at least "
     limit = f", the model's limit is {max_tokens}" if max_tokens else ", more than the model's limit"
-    return f"the text has at least {n_tokens} tokens{limit}; shorten it, or enqueue with on_long='truncate' or 'split'"
+    return f"the text has {least}{n_tokens} tokens{limit}; shorten it, or enqueue with on_long='truncate' or 'split'"
 
 
 def cut(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
