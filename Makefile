@@ -10,6 +10,9 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
+# If it is set, each process that a test starts compiles our modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit floors docs clean
 
 help:

@@ -33,6 +33,7 @@ from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
+from chunkmill_workers.process.unserved import Unserved
 from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
 from tests.support.waiting import PATIENCE, Call, together, until
@@ -51,12 +52,13 @@ class Unable:
 
     def __init__(self, error: Exception) -> None:
         self._error = error
+        self.left_to_others = Unserved()
 
     def for_space(self, space: object) -> None:
         raise self._error
 
     def unserved(self) -> dict[int, str]:
-        return {}
+        return self.left_to_others.now()
 
 
 def test_a_lost_bell_is_found_while_other_tasks_run(settings: Settings, client: Client, db: sa.Engine) -> None:
@@ -282,7 +284,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def test_postgres_refusing_is_not_postgres_away(client: Client) -> None:
-    with pytest.raises(StoreUnavailable, match="Postgres refused"), client._transaction() as conn:
+    with (
+        pytest.raises(StoreUnavailable, match="due to statement timeout"),
+        client._transaction() as conn,
+    ):
         conn.execute(sa.text("SET LOCAL statement_timeout = '50ms'"))
         conn.execute(sa.text("SELECT pg_sleep(5)"))
 

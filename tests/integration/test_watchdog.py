@@ -93,7 +93,7 @@ def test_a_call_of_the_tokenizer_that_hangs_is_seen_though_others_get_on(
     real = TextTokenizer.encode
     gate = Gate(real)
     with monkeypatch.context() as patch:
-        patch.setattr(TextTokenizer, "encode", lambda *args: gate(*args))
+        patch.setattr(TextTokenizer, "encode", lambda *args, **more: gate(*args, **more))
         task = Task(context)
         assert gate.reached.wait(PATIENCE)
     clock.ahead += 119
@@ -139,7 +139,7 @@ def test_a_chunk_batch_that_waits_for_nothing_is_seen(
     gate.open.set()
     with monkeypatch.context() as patch:
         patch.setattr(DeviceLoop, "add", lose)
-        patch.setattr(DeviceLoop, "results", lambda *args: gate(*args))
+        patch.setattr(DeviceLoop, "results", lambda *args, **more: gate(*args, **more))
         task = Task(context)
         assert gate.reached.wait(PATIENCE)
         loop, name, rows, *how = lost.get(timeout=PATIENCE)
