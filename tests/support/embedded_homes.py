@@ -13,6 +13,16 @@ from pathlib import Path
 from chunkmill.embedded import Stack
 from tests.support.waiting import until
 
+MEMORY = Path("/dev/shm")  # noqa: S108 - each folder in it gets a name of its own
+MEMORY_NEEDED = 4 * 1024**3
+"""Bytes. With less, the folders are where temporary files belong."""
+
+
+def place_for_homes() -> Path | None:
+    """A file system in memory if there is one with room, in which a test's database is made ten times as fast."""
+    has_room = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_NEEDED
+    return MEMORY if has_room else None
+
 
 @contextmanager
 def folder_for_homes(prefix: str = "chunkmill-test-") -> Iterator[Path]:
@@ -21,7 +31,7 @@ def folder_for_homes(prefix: str = "chunkmill-test-") -> Iterator[Path]:
     `tmp_path` does not work here: every pytest that starts takes the execute bits off root's shared temporary folder,
     and a Postgres that another pytest is starting could not reach its files.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place_for_homes())).resolve()
     try:
         yield folder
     finally:
