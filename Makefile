@@ -152,7 +152,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing from constraints.txt (about 400 MB; a minute or two)"
-	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-compile -e '.[dev]'
+	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
