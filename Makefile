@@ -22,7 +22,7 @@ help:
 	@echo "make test    install, then run everything that CI runs"
 	@echo "make wheel   build the wheel that the scripts in deploy install, into dist"
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
-	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; see docs/chaos.md"
+	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
@@ -85,7 +85,7 @@ bench: $(VENV)/.bench
 SEED ?= 1
 chaos: $(VENV)/.dev
 	@echo "== one fault at a time"
-	@$(BIN)/python -m pytest -q -m slow tests/acceptance
+	@$(BIN)/python -m pytest -q -m slow tests/acceptance tests/engine
 	@echo "== a slow fake engine, which counts every text"
 	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
 		echo "== the real engine, under chunkmill worker"; \

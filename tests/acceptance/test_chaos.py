@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sqlalchemy as sa
 
 from chunkmill.client import Client
@@ -28,6 +29,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 def test_eight_faults_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.chaos", "--seed", "4", "--faults", "8", "--chunks", "800"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
@@ -22,6 +24,7 @@ for name in ("torch", "transformers", "tokenizers", "safetensors", "gt_all_minil
 """
 
 
+@pytest.mark.slow
 def test_killed_at_some_steps_it_is_complete_and_paid_once(settings: Settings) -> None:
     """``python -m tests.openai_chaos`` is the long form, with twenty seeds and every step."""
     report = run(settings, 1, kills=5, contents=400)

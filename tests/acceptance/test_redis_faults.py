@@ -98,6 +98,7 @@ def test_frozen_for_a_while(place: Place) -> None:
     place.finishes(job_id)
 
 
+@pytest.mark.slow
 def test_full_while_a_producer_enqueues(place: Place) -> None:
     """What is enqueued meanwhile is in Postgres, and its doorbells are sent when there is room."""
     place.redis.config_set("maxmemory", 1)
@@ -107,6 +108,7 @@ def test_full_while_a_producer_enqueues(place: Place) -> None:
     place.finishes(job_id)
 
 
+@pytest.mark.slow
 def test_full_while_workers_take_doorbells(place: Place) -> None:
     """Celery takes a bell and can record neither this nor its answer. The work is embedded all the same."""
     job_id = place.fill()
@@ -146,7 +148,11 @@ def refuse_without_snapshots(place: Place) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(
-    ("refuse", "word"), [(refuse_without_replicas, "NOREPLICAS"), (refuse_without_snapshots, "MISCONF")]
+    ("refuse", "word"),
+    [
+        (refuse_without_replicas, "NOREPLICAS"),
+        pytest.param(refuse_without_snapshots, "MISCONF", marks=pytest.mark.slow),
+    ],
 )
 def test_refusing_every_write_for_a_while(
     place: Place, refuse: Callable[[Place], Callable[[], object]], word: str
