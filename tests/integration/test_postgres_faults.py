@@ -298,7 +298,9 @@ def test_what_cannot_keep_a_statement_timeout_is_charged_with_the_name_of_the_se
         assert run_chunk_batch(context, 1) is TaskResult.FAILED
     charged, untouched = attempts(db)
     assert charged[:4] == ("available", 1, 0, "store_limit")
-    assert f"{what}: Postgres ended it: canceling statement due to statement timeout." in charged[4]
+    words = (what, "write vectors") if what == "complete" else (what,)  # a slow machine writes before it completes
+    limit = "Postgres ended it: canceling statement due to statement timeout."
+    assert any(f"{word}: {limit}" in charged[4] for word in words), charged[4]
     assert "ALTER ROLE ... SET statement_timeout" in charged[4]
     assert untouched[:2] == ("available", 0)
 
