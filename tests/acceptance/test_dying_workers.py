@@ -63,7 +63,9 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
     ("how", "env", "evidence"),
     [
         ("hang", {"STEP_DEADLINE_SECONDS": "10"}, "a forward pass takes"),
-        ("tokenizer", {"STEP_DEADLINE_SECONDS": "10"}, "a call of the tokenizer takes"),
+        pytest.param(
+            "tokenizer", {"STEP_DEADLINE_SECONDS": "10"}, "a call of the tokenizer takes", marks=pytest.mark.slow
+        ),
         pytest.param("break", {}, "no longer runs on cuda:0", marks=pytest.mark.slow),
     ],
 )

@@ -217,6 +217,7 @@ def test_a_worker_that_drifts_takes_no_doorbell_says_so_and_ends(
     assert client.job(job.id).state is JobState.RUNNING
 
 
+@pytest.mark.slow
 def test_two_workers_share_one_job(processes: Processes, client: Client, db: sa.Engine) -> None:
     processes.poller()
     workers = [processes.worker(ready=False) for _ in range(2)]
