@@ -11,12 +11,10 @@ from collections.abc import Iterable, Iterator
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
-from chunkmill.client.door import at_the_door
+from chunkmill.client.door import UNUSABLE, at_the_door, translated
 from chunkmill.client.finish import end_or_leave
-from chunkmill.db.connect import store_error
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
-from chunkmill.errors import StoreUnavailable
 from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
@@ -107,7 +105,5 @@ def store_errors(db: sa.Engine) -> Iterator[None]:
     """Raise :class:`StoreUnavailable` instead of SQLAlchemy's errors about a Postgres that cannot be used."""
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError) as error:
-        raise store_error(str(db.url), error) from error
-    except sa.exc.TimeoutError as error:
-        raise StoreUnavailable("all connections of this client are in use; use one client per few threads.") from error
+    except UNUSABLE as error:
+        raise translated(str(db.url), error) from error

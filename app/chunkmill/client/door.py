@@ -9,9 +9,13 @@ from typing import Any, TypeVar, cast
 import psycopg
 import sqlalchemy as sa
 
-from chunkmill.db.connect import refusal, unreachable_message
+from chunkmill.db.connect import is_away, refusal, sqlstate, store_error, unreachable_message
 from chunkmill.db.retry import is_transient
 from chunkmill.errors import ChunkmillError, InvalidInput, StoreUnavailable
+
+_UNUSABLE_SERVER = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
+UNUSABLE = (*_UNUSABLE_SERVER, sa.exc.TimeoutError)
+"""SQLAlchemy's errors about a Postgres that cannot be used, or about a pool without a free connection to it."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -31,17 +35,19 @@ def at_the_door(method: Method) -> Method:
 
 def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> ChunkmillError:
     """The error of ours for one of SQLAlchemy or psycopg. Its words quote neither a statement nor a value."""
-    driver = getattr(error, "orig", None) or error
-    sqlstate: str | None = getattr(driver, "sqlstate", None)
     if isinstance(error, sa.exc.TimeoutError):
         return StoreUnavailable("all connections of this client are in use; use one client per few threads.")
+    if isinstance(error, _UNUSABLE_SERVER):
+        return store_error(url, error)
+    driver = getattr(error, "orig", None) or error
+    code = sqlstate(error)
     if isinstance(driver, psycopg.DataError):
         return InvalidInput(f"Postgres cannot take one of the arguments ({type(driver).__name__}).")
-    if sqlstate == "42501":
+    if code == "42501":
         return StoreUnavailable(
             f"Postgres refused: {refusal(driver)}. Run this as the role that owns the tables: see docs/security.md."
         )
-    if sqlstate is not None and not sqlstate.startswith(("08", "57P")):
+    if not is_away(code):
         advice = "The same call may be made again." if is_transient(driver) else "`chunkmill doctor` shows more."
         return StoreUnavailable(f"Postgres refused ({type(driver).__name__}): {refusal(driver)}. {advice}")
     if isinstance(driver, psycopg.OperationalError | psycopg.InterfaceError):

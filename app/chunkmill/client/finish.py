@@ -8,12 +8,12 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import limit_error, limit_of
 from chunkmill.ledger.jobs.finish import finish_if_done
-from chunkmill.spaces.registry import Space, VectorTable
+from chunkmill.spaces.registry import VectorTable
 
 logger = logging.getLogger(__name__)
 
 
-def end_or_leave(conn: sa.Connection, job_id: int, space: Space | VectorTable) -> None:
+def end_or_leave(conn: sa.Connection, job_id: int, space: VectorTable) -> None:
     """End the job in a transaction of its own if nothing of it is left to do.
 
     If a setting of Postgres, such as ``statement_timeout``, ends the anti-join, the job is left to the poller: what the

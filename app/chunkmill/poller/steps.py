@@ -9,8 +9,9 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS
-from chunkmill.db.connect import limit_error, limit_of, refusal
+from chunkmill.db.connect import limit_error, limit_of
 from chunkmill.db.retry import is_outage
+from chunkmill.domain.reasons import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,7 @@ class Steps:
         self._said.pop(what, None)
 
     def _say(self, what: str, error: Exception) -> None:
-        if limit_of(error):
-            said = str(limit_error(what, error))
-        elif isinstance(error, sa.exc.DBAPIError):
-            # Below its first line Postgres may quote rows, and rows contain texts.
-            said = f"{what}: Postgres refused ({type(error.orig).__name__}): {refusal(error)}."
-        else:
-            said = f"{what}: {type(error).__name__}: {error}."
+        said = str(limit_error(what, error)) if limit_of(error) else f"{what}: {reason_of(error)}."
         if self._said.get(what) == said:
             return
         self._said[what] = said

@@ -27,16 +27,11 @@ class VectorTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class Space(VectorTable):
     """A registered space. ``storage`` is the column type of its vectors: ``vector`` or ``halfvec``."""
 
-    id: int
     spec: SpaceSpec
     storage: str
-
-    @property
-    def table_name(self) -> str:
-        return f"vectors_{self.id}"
 
     @property
     def vector_type(self) -> str:

@@ -43,7 +43,7 @@ def drop_unreferenced(
     """
     with db.connect() as conn, dropping(conn, "doomed"):
         with conn.begin():
-            spaces: Sequence[Space | VectorTable] = all_tables(conn)
+            spaces: Sequence[VectorTable] = all_tables(conn)
             _mark_vectors(conn, [space] if space else spaces, before=before, max_bytes=max_bytes)
             if space is None and max_bytes is None:
                 _mark_texts(conn, spaces, before=before)
@@ -71,7 +71,7 @@ def drop_unreferenced(
 
 
 def _mark_vectors(
-    conn: sa.Connection, spaces: Sequence[Space | VectorTable], *, before: datetime | None, max_bytes: int | None
+    conn: sa.Connection, spaces: Sequence[VectorTable], *, before: datetime | None, max_bytes: int | None
 ) -> None:
     """Fill ``doomed``, a table of this session, with the vectors to delete, the oldest first."""
     create_unreferenced = """
@@ -122,7 +122,7 @@ def _mark_vectors(
     conn.execute(sa.text(choose), {"before": before, "max_bytes": max_bytes})
 
 
-def _mark_texts(conn: sa.Connection, spaces: Sequence[Space | VectorTable], *, before: datetime | None) -> None:
+def _mark_texts(conn: sa.Connection, spaces: Sequence[VectorTable], *, before: datetime | None) -> None:
     """Add to ``doomed``, under space 0, the texts that no chunk and no provider needs and that have no vector."""
     insert = """
         INSERT INTO doomed (space_id, content_hash, bytes)
@@ -145,7 +145,7 @@ def _mark_texts(conn: sa.Connection, spaces: Sequence[Space | VectorTable], *, b
 
 
 def _delete_slice(
-    conn: sa.Connection, spaces: Sequence[Space | VectorTable], by_space: Mapping[int, Sequence[bytes]]
+    conn: sa.Connection, spaces: Sequence[VectorTable], by_space: Mapping[int, Sequence[bytes]]
 ) -> dict[str, Amount]:
     """Delete one slice of ``doomed``, except what somebody refers to by now. Returns how much went from each table."""
     begin_deletion(conn)
@@ -181,7 +181,7 @@ def _delete_slice(
     return deleted | {"contents": Amount(texts.rows, texts.bytes)}
 
 
-def _delete_vectors(conn: sa.Connection, space: Space | VectorTable, hashes: Sequence[bytes]) -> Amount:
+def _delete_vectors(conn: sa.Connection, space: VectorTable, hashes: Sequence[bytes]) -> Amount:
     delete = f"""
         WITH deleted AS (
             DELETE FROM {space.table_name} v
@@ -201,7 +201,7 @@ def _delete_vectors(conn: sa.Connection, space: Space | VectorTable, hashes: Seq
     return Amount(row.rows, row.bytes)
 
 
-def _count_doomed(conn: sa.Connection, spaces: Sequence[Space | VectorTable]) -> dict[str, Amount]:
+def _count_doomed(conn: sa.Connection, spaces: Sequence[VectorTable]) -> dict[str, Amount]:
     """How much would be deleted from each table, in the transaction that marked it."""
     count_vectors = """
         SELECT space_id, count(*) AS rows, sum(bytes)::bigint AS bytes

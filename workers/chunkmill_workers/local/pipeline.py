@@ -128,7 +128,7 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
         # The lease is kept. The watchdog takes it back as from a dead worker, because the work may be the cause.
         context.broken = str(broken)
         return TaskResult.FAILED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the ledger must say so
         if is_transient(error):  # as when the canary's reference could not be read
             attempt.release()
             return TaskResult.RELEASED
@@ -136,7 +136,7 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
             # Not charged, because this worker is at fault. The reason stays in the ChunkBatch until another takes it.
             context.engines.leave(lease.space_id, error)
             attempt.release(because=error)
-            logger.exception("ChunkBatch %s is left to other workers", lease.chunk_batch_id)
+            logger.warning("ChunkBatch %s is left to other workers: %s", lease.chunk_batch_id, error)
             return TaskResult.RELEASED
         _record_failure(context, attempt, error)
         return TaskResult.FAILED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from chunkmill.domain.states import ChunkBatchState, JobState
-from chunkmill.spaces.registry import Space, VectorTable
+from chunkmill.spaces.registry import VectorTable
 
 _LOCK_RUNNING_JOB = sa.text("""
 SELECT j.collection_id, k.space_id
@@ -47,9 +47,7 @@ WHERE id = :id
 """)
 
 
-def finish_if_done(
-    conn: sa.Connection, job_id: int, space: Space | VectorTable, *, wait: bool = True
-) -> JobState | None:
+def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait: bool = True) -> JobState | None:
     """End a sealed job that has no open ChunkBatches; returns its new state, or None if it goes on.
 
     The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
@@ -93,7 +91,7 @@ def finish_if_done(
 
 
 def _completed_with_missing_vectors(
-    conn: sa.Connection, job_id: int, collection_id: int, space: Space | VectorTable
+    conn: sa.Connection, job_id: int, collection_id: int, space: VectorTable
 ) -> list[int]:
     """Completed ChunkBatches with a content that a chunk still refers to and that has no vector or dead chunk."""
     statement = f"""
@@ -114,7 +112,7 @@ def _completed_with_missing_vectors(
     return list(conn.execute(sa.text(statement), parameters).scalars())
 
 
-def _count_dead_chunks(conn: sa.Connection, job_id: int, collection_id: int, space: Space | VectorTable) -> int:
+def _count_dead_chunks(conn: sa.Connection, job_id: int, collection_id: int, space: VectorTable) -> int:
     """The dead chunks of a job that still have the same text and no vector, except those that it refused as too long:
     such a chunk is in the collection only if another job accepted it.
     """
