@@ -19,6 +19,22 @@ from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.hands import Hands
+from tests.openai_server import OpenAIServer
+from tests.support.corridor_scene import Scene, scene
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OpenAIServer]:
+    """The provider of a file's tests."""
+    with OpenAIServer() as running:
+        yield running
+
+
+@pytest.fixture
+def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """The paid corridor in front of ``server``."""
+    with scene(settings, server, request) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

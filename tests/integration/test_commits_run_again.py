@@ -7,7 +7,7 @@ committed twice. Jobs, vectors, books and charges must come out the same.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,12 +151,6 @@ STORIES = {
     ),
 }  # fmt: skip
 CASES = [(story, commit) for story in STORIES for commit in STORIES[story].commits]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from chunkmill import Client, JobState
 from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.errors import InvalidInput
-from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.delete import delete_some
 from chunkmill_workers.engine.engine import Engine
@@ -28,8 +27,7 @@ from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from tests.conftest import FIRST_IDS
 from tests.integration.conftest import Runner
-from tests.openai_server import OpenAIServer
-from tests.support.corridor_scene import Scene, scene
+from tests.support.corridor_scene import Scene
 from tests.support.waiting import PATIENCE, until
 
 
@@ -69,18 +67,6 @@ def waiting_for_a_deletion(db: sa.Engine, chunk_id: str, call: Callable[[], Any]
             assert not running.done(), "it did not wait for the deletion"
             yield returned
         returned.append(running.result(PATIENCE))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
 
 
 def test_an_enqueue_stores_anew_what_is_being_deleted(client: Client, runner: Runner, db: sa.Engine) -> None:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from chunkmill.settings import Settings
 from chunkmill_workers.provider.collect import DOWNLOADS, SILENT_DOWNLOADS
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS
-from tests.support.corridor_scene import Scene, scene
+from tests.support.corridor_scene import Scene
 
 N = 10
 """Contents: requests of 4, 4 and 2."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
 
 
 def dead_list(stage: Scene, job_id: int) -> dict[str, tuple[str, str]]:

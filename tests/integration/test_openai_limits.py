@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -21,19 +20,6 @@ from chunkmill_workers.provider.steps import _STEPS, _run, advance_provider_batc
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS, Corridor, settings_for
 from tests.support.corridor_scene import Scene, scene
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
-
 
 # The account's budgets
 

@@ -31,18 +31,6 @@ CREATE = {"endpoint": "batches.create"}
 EMBED = {"endpoint": "embeddings.create"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
-
-
 @pytest.fixture
 def looking(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
     """One in which a create without an answer is looked for at the provider for as long as the test wants."""

@@ -34,18 +34,6 @@ N = 6
 CREATE, UPLOAD = {"endpoint": "batches.create"}, {"endpoint": "files.create"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
-
-
 @pytest.fixture
 def elsewhere(
     stage: Scene, stack: StackStatus, server: OpenAIServer, request: pytest.FixtureRequest

@@ -16,12 +16,6 @@ from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS, Corridor, corridor
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
 @pytest.fixture
 def lane(settings: Settings, server: OpenAIServer) -> Iterator[Corridor]:
     server.calm()

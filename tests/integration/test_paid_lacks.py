@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from chunkmill.errors import UnknownModel
-from chunkmill.settings import Settings
 from chunkmill_workers.provider.context import ProviderContext
-from tests.openai_server import OpenAIServer
-from tests.support.corridor_scene import Scene, scene
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
-@pytest.fixture
-def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with scene(settings, server, request) as made:
-        yield made
+from tests.support.corridor_scene import Scene
 
 
 @pytest.mark.parametrize("route", ["openai", "openai-sync"])

@@ -14,12 +14,6 @@ from tests.openai_server import OpenAIServer
 from tests.support.corridor import Corridor, corridor
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
-
-
 @pytest.fixture
 def paid(settings: Settings, server: OpenAIServer) -> Iterator[Corridor]:
     server.calm()
