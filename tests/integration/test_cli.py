@@ -216,13 +216,14 @@ def test_only_up_starts_servers(monkeypatch: pytest.MonkeyPatch, home: Path) -> 
     assert document("status")["running"] is False
     assert "chunkmill up" in screen("status")
     assert "was not running" in screen("down")
-    assert "chunkmill up" in refusal("worker")
-    assert "chunkmill up" in refusal("poller")
     assert "chunkmill up" in refusal("jobs")
     assert "chunkmill up" in refusal("migrate")
     assert "chunkmill up" in refusal("enqueue", str(CHECKOUT / "docs"), "-c", "docs")
     with pytest.raises(InvalidSetting, match="DATABASE_URL and REDIS_URL are not set"):
         Client.from_env()
+    # These two last: with servers they would run, in this process and without an end.
+    assert "chunkmill up" in refusal("worker")
+    assert "chunkmill up" in refusal("poller")
     assert not (home / "other").exists()
 
 

@@ -63,7 +63,7 @@ def test_that_nobody_is_connected_is_in_the_timeout(
     role: str, jobs: tuple[Job, Job], client: Client, settings: Settings
 ) -> None:
     assert "No poller is connected" in timed_out(client, jobs[0])
-    assert "No worker is connected" in timed_out(client, jobs[0])
+    assert "chunkmill poller. No worker is connected" in timed_out(client, jobs[0])
     engine = create_db(settings.require_database_url(), role=role)
     with engine.connect():
         said = timed_out(client, jobs[0])

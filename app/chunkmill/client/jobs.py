@@ -204,7 +204,7 @@ class Jobs(ClientPart):
         if not serving:
             start = START_PROVIDER_WORKER if job.route.is_paid else START_WORKER
             said.append(f"No worker is connected, so nothing is embedded: {start}")
-        return " ".join(said)
+        return ". ".join(sentence.rstrip(".") for sentence in said)
 
     def cancel(self, job_id: int) -> Job:
         """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.

@@ -282,7 +282,9 @@ class Settings(ProviderSettings):
             return cls(**overrides)
         except ValidationError as error:
             # pydantic's own message would print the value, which may hold a password.
-            problems = "; ".join(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(
+                f"{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            )
             raise InvalidSetting(f"{problems}. Fix the environment; docs/settings.md lists every setting.") from None
 
     def require_database_url(self) -> str:
