@@ -157,6 +157,24 @@ def test_ids_that_nobody_knows_do_not_end_a_deletion(client: Client, monkeypatch
     assert [client.audit(name).chunks for name in ("docs", "other")] == [2, 6]
 
 
+def test_a_drop_in_steps_may_name_the_entries_of_two_jobs_about_one_chunk(
+    client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes the other job's entry with it, so that a later step does not find it any more."""
+    monkeypatch.setattr("chunkmill.client.dead.DROP_STEP", 1)
+    chunks = [("a", DEAD), ("b", "another dead text")]
+    jobs_of_docs = [client.enqueue([*chunks, ("well", "text")], collection="docs") for _ in range(2)]
+    other = client.enqueue(chunks, collection="other")
+    hands.work(dead=dict.fromkeys((DEAD, "another dead text"), "not_finite"))
+
+    named = [entry.id for job in jobs_of_docs for entry in client.dead(job.id)]
+    dropped = client.drop_dead(named)
+
+    assert (len(named), dropped.entries, dropped.chunks) == (4, 4, 2)
+    assert [client.job(job.id).state for job in jobs_of_docs] == [JobState.COMPLETED] * 2
+    assert (client.job(other.id).state, len(client.dead())) == (JobState.FAILED, 2)
+
+
 def test_a_drop_of_many_chunks_lets_others_in_between(
     client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
 from chunkmill.domain.reasons import reason_of
-from chunkmill.errors import ChunkmillError, NewerSpace
+from chunkmill.errors import ChunkmillError
 
 UNSERVED_SECONDS = 60.0
 """How long a worker leaves a space to other workers. A worker that lacks a model fails fast, so without this it would
@@ -22,10 +21,9 @@ class Unserved:
         self._mutex = threading.Lock()
 
     def leave(self, space_id: int, because: ChunkmillError) -> None:
-        """Leave a space to other workers for a while; one that only a newer release can read, for good."""
-        until = math.inf if isinstance(because, NewerSpace) else time.monotonic() + UNSERVED_SECONDS
+        """Leave a space to other workers for a while."""
         with self._mutex:
-            self._until[space_id] = (until, reason_of(because))
+            self._until[space_id] = (time.monotonic() + UNSERVED_SECONDS, reason_of(because))
 
     def now(self) -> dict[int, str]:
         """The ids of the spaces that are left to other workers for now, each with the reason."""
