@@ -13,6 +13,8 @@ from chunkmill.spaces.registry import Space
 MAX_INDEXED_VECTOR = 2000
 """The most dimensions of an HNSW index of pgvector on ``vector``; beyond it the index is built on halfvec."""
 MAX_INDEXED_HALFVEC = 4000
+MAX_EXACT = 20_000
+"""Among how many chunks a search is exact. It takes about 0.2 s for 20,000 chunks of 384 dimensions."""
 
 
 def search(
@@ -27,67 +29,80 @@ def search(
 ) -> list[SearchHit]:
     """The ``k`` chunks of a collection nearest to ``query``, ``(d,)`` float32, by cosine; best first.
 
-    ``where`` is a JSON object that filters by jsonb containment; ``{}`` filters nothing. If the space has an index, the
-    nearest are found through it and ordered by their exact distance. If the index gives fewer than ``k``, the search is
-    exact.
+    ``where`` is a JSON object that filters by jsonb containment; ``{}`` filters nothing. If the space has an index and
+    more than ``MAX_EXACT`` chunks pass the filter, the nearest are found through the index and ordered by their exact
+    distance. Otherwise the search is exact, because an index that many collections share would find chunks, but not the
+    nearest, of a small one.
     """
+    # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
+    conn.execute(sa.text("SET LOCAL plan_cache_mode = force_custom_plan"))
     index = None if exact else find_index(conn, space)
     parameters = {
         "query": "[" + ",".join(map(repr, query.astype(float).tolist())) + "]",
         "collection": collection_id,
         "k": k,
-        "candidates": k * 4,
         "metadata": where,
     }
     filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
-    if index is None or not index.valid:
+    if index is None or not index.valid or not _has_many(conn, filtered, parameters):
         rows = conn.execute(sa.text(_exact_search(space, filtered)), parameters)
     else:
-        conn.execute(sa.text("SET LOCAL hnsw.iterative_scan = 'strict_order'"))
+        # The rows are ordered by their exact distance afterwards, and 'strict_order' would leave out those that it
+        # meets too late.
+        conn.execute(sa.text("SET LOCAL hnsw.iterative_scan = 'relaxed_order'"))
         conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {min(1000, max(100, 4 * k))}"))
+        parameters["candidates"] = k if index.on == space.storage else 4 * k
         rows = conn.execute(sa.text(_search_through(index, space, filtered)), parameters)
-    hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
-    if index is not None and index.valid and len(hits) < k:
-        # pgvector ends an iterative scan after hnsw.max_scan_tuples, so a small collection in a large space, or a rare
-        # filter, may give too few hits. An exact search then reads few rows.
-        return search(conn, space, query, collection_id=collection_id, k=k, where=where, exact=True)
-    return hits
+    return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
+
+
+def _has_many(conn: sa.Connection, filtered: str, parameters: dict[str, object]) -> bool:
+    """Whether more than ``MAX_EXACT`` chunks of the collection pass the filter. It stops counting there."""
+    count = f"""
+        SELECT count(*)
+        FROM (
+            SELECT
+            FROM chunks c
+            WHERE c.collection_id = :collection {filtered}
+            LIMIT :most
+        ) c
+    """
+    n_chunks: int = conn.execute(sa.text(count), {**parameters, "most": MAX_EXACT + 1}).scalar_one()
+    return n_chunks > MAX_EXACT
 
 
 def _exact_search(space: Space, filtered: str) -> str:
     # The addition keeps the planner from using an index, which the caller does not want.
     return f"""
-        SELECT 1 - n.distance AS score, c.chunk_id, t.text, c.metadata, v.truncated
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
         FROM (
-            SELECT v.content_hash, c.chunk_id, v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
-            FROM {space.table_name} v
-            JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
-            ORDER BY (v.embedding <=> CAST(:query AS {space.vector_type})) + 0.0
+            SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
+                   v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
+            FROM chunks c
+            JOIN {space.table_name} v USING (content_hash)
+            WHERE c.collection_id = :collection {filtered}
+            ORDER BY (v.embedding <=> CAST(:query AS {space.vector_type})) + 0.0, c.chunk_id
             LIMIT :k
         ) n
-        JOIN {space.table_name} v USING (content_hash)
         JOIN contents t USING (content_hash)
-        JOIN chunks c ON c.collection_id = :collection AND c.chunk_id = n.chunk_id
-        ORDER BY n.distance, c.chunk_id
-        LIMIT :k
+        ORDER BY n.distance, n.chunk_id
     """
 
 
 def _search_through(index: Index, space: Space, filtered: str) -> str:
     indexed_type = f"{index.on}({space.spec.dimensions})"
     return f"""
-        SELECT 1 - n.distance AS score, c.chunk_id, t.text, c.metadata, v.truncated
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
         FROM (
-            SELECT v.content_hash, c.chunk_id, v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
+            SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
+                   v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
             FROM {space.table_name} v
             JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
             ORDER BY v.embedding::{indexed_type} <=> CAST(:query AS {indexed_type})
             LIMIT :candidates
         ) n
-        JOIN {space.table_name} v USING (content_hash)
         JOIN contents t USING (content_hash)
-        JOIN chunks c ON c.collection_id = :collection AND c.chunk_id = n.chunk_id
-        ORDER BY n.distance, c.chunk_id
+        ORDER BY n.distance, n.chunk_id
         LIMIT :k
     """
 
