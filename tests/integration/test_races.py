@@ -311,24 +311,6 @@ def test_skipped_chunks_do_not_pile_up(client: Client) -> None:
     assert peaks[1] < 1.5 * peaks[0], peaks
 
 
-def test_a_small_collection_in_a_large_space_is_found_through_the_index(client: Client, db: sa.Engine) -> None:
-    space = client._space(None, OnLong.TRUNCATE)
-    client.enqueue([(f"big-{i}", f"big {i}") for i in range(3000)], collection="big")
-    client.enqueue([(f"small-{i}", f"small {i}") for i in range(20)], collection="small")
-    # Far apart: everything of "big" is nearer to the query than anything of "small".
-    execute(
-        db,
-        f"INSERT INTO {space.table_name} SELECT content_hash, 3, false, CAST('[1,' || CASE WHEN text LIKE 'big%' "
-        "THEN '0.001' ELSE '9' END || repeat(',0', 382) || ']' AS vector) FROM contents",
-    )
-    index = client.index("big")
-    assert index.valid
-    query = client.vectors("big", ["big-1"])["big-1"]
-    execute(db, f"ALTER DATABASE {db.url.database} SET hnsw.max_scan_tuples = 100")
-    client._db.dispose()
-    assert len(client.search(query, collection="small", k=10)) == 10
-
-
 def test_deep_metadata_is_refused_and_named(client: Client) -> None:
     deep: dict[str, Any] = {}
     inner = deep

@@ -1,4 +1,4 @@
-"""What a search finds through an index and without one, beside a second collection and a second space."""
+"""What a search finds exactly, through segments and in the tail, beside a second collection and a second space."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill import Chunk, Client
+from chunkmill.domain import serving
 from chunkmill.domain.chunks import content_hash
 from chunkmill.spaces import registry
-from chunkmill.store.search import build_index, find_index
+from chunkmill.store import search as searching
 from chunkmill.store.write import write_vectors
 
 DIMENSIONS = 384
@@ -41,95 +42,124 @@ def embed(db: sa.Engine, vectors: Mapping[str, Sequence[float]]) -> registry.Spa
     return space
 
 
-def test_a_hit_is_the_chunk_of_its_own_collection(client: Client, db: sa.Engine) -> None:
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collections of a few chunks get segments, and segments of ten rows get a graph."""
+    monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 2)
+    monkeypatch.setattr(serving, "MIN_ROWS", 2)
+    monkeypatch.setattr(serving, "GRAPH_ROWS", 10)
+    monkeypatch.setattr(searching, "MAX_EXACT", 3)
+
+
+WAYS = ["exactly", "in the tail", "in segments"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, tiny: None) -> str:
+    """How the search finds it."""
+    return str(request.param)
+
+
+def put(client: Client, db: sa.Engine, way: str, vectors: Mapping[str, Sequence[float]], *collections: str) -> None:
+    """Let the collections be searched in that way."""
+    if way == "in the tail":
+        for name in collections:
+            client.index(name)
+            assert client.index(name).is_ready
+    embed(db, vectors)
+    if way == "in segments":
+        for name in collections:
+            index = client.index(name)
+            assert (index.is_ready, index.tail) == (True, 0)
+            assert index.rows
+
+
+def test_a_hit_is_the_chunk_of_its_own_collection(client: Client, db: sa.Engine, way: str) -> None:
     """The other collection has a chunk of the same id, with the same text and with another one."""
     client.enqueue([Chunk("a", "one", {"of": "docs"}), Chunk("b", "two", {"of": "docs"})], collection="docs")
     client.enqueue([Chunk("a", "one", {"of": "others"}), Chunk("b", "three", {"of": "others"})], collection="others")
-    embed(db, {"one": (1, 0), "two": (1, 1), "three": (0, 1)})
-    for k in (5, 2):
-        if k == 2:  # the index gives as many, so that no exact search follows
-            client.index("docs")
-        for collection, second in (("docs", "two"), ("others", "three")):
-            hits = client.search(vector(1), collection=collection, k=k)
-            assert [(hit.chunk_id, hit.text) for hit in hits] == [("a", "one"), ("b", second)]
-            assert [hit.metadata for hit in hits] == [{"of": collection}] * 2
+    put(client, db, way, {"one": (1, 0), "two": (1, 1), "three": (0, 1)}, "docs", "others")
+    for collection, second in (("docs", "two"), ("others", "three")):
+        hits = client.search(vector(1), collection=collection, k=2)
+        assert [(hit.chunk_id, hit.text) for hit in hits] == [("a", "one"), ("b", second)]
+        assert [hit.metadata for hit in hits] == [{"of": collection}] * 2
 
 
-def test_a_filter_keeps_the_chunks_whose_metadata_contain_it(client: Client, db: sa.Engine) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_a_filter_keeps_the_chunks_whose_metadata_contain_it(
+    client: Client, db: sa.Engine, way: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "MAX_EXACT", 9 if few else 0)
     metadata = {"more": {"lang": "de", "year": 2024}, "same": {"lang": "de"}, "other": {"lang": "fr"}, "none": {}}
     client.enqueue([Chunk(name, name, given) for name, given in metadata.items()], collection="docs")
-    embed(db, {name: (1, i) for i, name in enumerate(metadata)})
-    for indexed in (False, True):
-        if indexed:
-            client.index("docs")
-        found = client.search(vector(1), collection="docs", k=10, metadata={"lang": "de"})
-        assert [hit.chunk_id for hit in found] == ["more", "same"]
+    put(client, db, way, {name: (1, i) for i, name in enumerate(metadata)}, "docs")
+    found = client.search(vector(1), collection="docs", k=2, metadata={"lang": "de"})
+    assert [hit.chunk_id for hit in found] == ["more", "same"]
 
 
-def test_equally_near_chunks_come_in_the_order_of_their_ids(client: Client, db: sa.Engine) -> None:
+def test_equally_near_chunks_come_in_the_order_of_their_ids(client: Client, db: sa.Engine, way: str) -> None:
     ids = ["c", "a", "e", "b", "d"]
     client.enqueue([(name, f"text {name}") for name in ids], collection="docs")
-    embed(db, {f"text {name}": (1, 1) for name in ids})
-    assert [hit.chunk_id for hit in client.search(vector(1), collection="docs", k=9)] == sorted(ids)
+    put(client, db, way, {f"text {name}": (1, 1) for name in ids}, "docs")
+    assert [hit.chunk_id for hit in client.search(vector(1), collection="docs", k=5)] == sorted(ids)
 
 
-@pytest.mark.parametrize("near", [0, 3])
-def test_what_the_index_does_not_give_is_looked_for_exactly(client: Client, db: sa.Engine, near: int) -> None:
-    """A small collection in a large space: all of the large one, except for ``near`` chunks, is nearer to the query."""
-    client.enqueue([(f"big-{i}", f"big {i}") for i in range(2000)], collection="big")
-    client.enqueue([(f"small-{i:02}", f"small {i}") for i in range(20)], collection="small")
-    embed(db, {f"big {i}": (1, 0.5, i / 2000) for i in range(2000)})
-    embed(db, {f"small {i}": (1, 0, 0) if i < near else (1, 9, i) for i in range(20)})
-    assert client.index("big").valid
-    with db.begin() as conn:
-        # Few rows for the planner, which would not look at the index by itself, and many for the index.
-        for setting in (
-            "hnsw.max_scan_tuples = 100",
-            "enable_seqscan = off",
-            "enable_bitmapscan = off",
-            "enable_sort = off",
-        ):
-            conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET {setting}"))
-    client._db.dispose()
-    found = client.search(vector(1), collection="small", k=10)
-    assert [hit.chunk_id for hit in found] == [f"small-{i:02}" for i in range(10)]
+def test_several_chunks_with_one_text_are_all_found(client: Client, db: sa.Engine, way: str) -> None:
+    client.enqueue([("a", "same"), ("b", "same"), ("c", "other")], collection="docs")
+    put(client, db, way, {"same": (1, 0), "other": (1, 1)}, "docs")
+    assert [hit.chunk_id for hit in client.search(vector(1), collection="docs", k=3)] == ["a", "b", "c"]
 
 
-def test_a_search_for_many_works_through_an_index(client: Client, db: sa.Engine) -> None:
+def test_a_search_for_many_works_through_a_graph(client: Client, db: sa.Engine, tiny: None) -> None:
     """More than pgvector looks through at once."""
     client.enqueue([(f"id-{i:03}", f"text {i}") for i in range(400)], collection="docs")
-    embed(db, {f"text {i}": (1, i / 100) for i in range(400)})
-    assert client.index("docs").valid
-    found = client.search(vector(1), collection="docs", k=300)
-    assert [hit.chunk_id for hit in found] == [f"id-{i:03}" for i in range(300)]
+    put(client, db, "in segments", {f"text {i}": (1, i / 100) for i in range(400)}, "docs")
+    assert client.index("docs").graph_rows == 400
+    for k in (300, 400):
+        found = client.search(vector(1), collection="docs", k=k)
+        assert [hit.chunk_id for hit in found] == [f"id-{i:03}" for i in range(k)]
 
 
-@pytest.mark.parametrize(("second", "nearest"), [(0.0, "a"), (9.0, "d")])
-def test_what_a_halfvec_cannot_tell_apart_is_ordered_exactly(
-    client: Client, db: sa.Engine, second: float, nearest: str
+@pytest.mark.parametrize(("second", "nearest"), [(0.0, "a"), (9.0, "b")])
+def test_what_half_precision_cannot_tell_apart_is_ordered_exactly(
+    client: Client, db: sa.Engine, tiny: None, second: float, nearest: str
 ) -> None:
-    """Rounded to half precision all four vectors are one, so that whichever the index gives first is a guess."""
-    client.enqueue([(name, f"text {name}") for name in "abcd"], collection="docs")
+    """Rounded to half precision both vectors are one, so that whichever a segment gives first is a guess."""
+    client.enqueue([(name, f"text {name}") for name in "ab"], collection="docs")
     client.enqueue([("z", "far away")], collection="docs")
-    embed(db, {f"text {name}": (1, 0.5 + i / 100_000) for i, name in enumerate("abcd")} | {"far away": (-1, 0)})
-    assert client.index("docs", halfvec=True).on == "halfvec"
+    vectors = {f"text {name}": (1, 0.5 + i / 100_000) for i, name in enumerate("ab")} | {"far away": (-1, 0)}
+    put(client, db, "in segments", vectors, "docs")
     (found,) = client.search(vector(1, second), collection="docs", k=1)
     assert found.chunk_id == nearest
 
 
-def test_an_index_of_one_space_leaves_that_of_another(client: Client, db: sa.Engine) -> None:
+def test_a_small_collection_in_a_large_space_has_its_own_neighbours(client: Client, db: sa.Engine, tiny: None) -> None:
+    """All of the large collection is nearer to the query than anything of the small one, and the order of the searches
+    on a connection changes nothing."""
+    client.enqueue([(f"big-{i}", f"big {i}") for i in range(500)], collection="big")
+    client.enqueue([(f"small-{i:02}", f"small {i}") for i in range(20)], collection="small")
+    vectors = {f"big {i}": (1, 0.5, i / 2000) for i in range(500)} | {f"small {i}": (1, 9, i) for i in range(20)}
+    put(client, db, "in segments", vectors, "big", "small")
+    for _ in range(3):
+        for _ in range(7):
+            assert len(client.search(vector(1), collection="big", k=10)) == 10
+        found = client.search(vector(1), collection="small", k=10)
+        assert [hit.chunk_id for hit in found] == [f"small-{i:02}" for i in range(10)]
+
+
+def test_the_plan_of_a_search_is_made_for_its_own_collection(client: Client, db: sa.Engine) -> None:
+    """The generic plan, which Postgres takes after five searches, would be that of a large collection."""
     client.enqueue([("a", "one")], collection="docs")
-    client.enqueue([("a", "one")], collection="others", on_long="split")
-    with db.begin() as conn:
-        first, second = registry.all_spaces(conn)
-        assert find_index(conn, first) is None
-    of_first = build_index(db, first)
-    with db.begin() as conn:
-        assert find_index(conn, second) is None
-    of_second = build_index(db, second, halfvec=True)
-    with db.begin() as conn:
-        assert [find_index(conn, space) for space in (first, second)] == [of_first, of_second]
-    assert [of_first.on, of_second.on] == ["vector", "halfvec"]
+    client.enqueue([("a", "one")], collection="others")
+    embed(db, {"one": (1, 0)})
+    with db.connect() as conn:
+        space = registry.all_spaces(conn)[0]
+        conn.rollback()
+        for collection_id in (1,) * 8 + (2,) * 2:
+            with conn.begin():
+                searching.search(conn, space, vector(1), collection_id=collection_id, k=1, where="{}", exact=False)
+        query = "SELECT sum(generic_plans) FROM pg_prepared_statements WHERE statement LIKE '%<=>%'"
+        assert not conn.execute(sa.text(query)).scalar_one()
 
 
 def test_a_broken_index_on_metadata_is_built_again(client: Client, db: sa.Engine) -> None:

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from chunkmill.db.copy import copy_binary, encode_rows, encode_vectors
 from chunkmill.domain.spaces import Pooling, SpaceSpec
-from chunkmill.errors import InvalidInput
 from chunkmill.spaces import registry
-from chunkmill.store.search import build_index
 from chunkmill.store.write import write_vectors
 
 
@@ -81,31 +79,3 @@ def test_rows_of_any_text_survive_the_copy(db: sa.Engine) -> None:
         conn.execute(sa.text("CREATE TEMP TABLE t (a text, b jsonb)"))
         copy_binary(conn, "t (a, b)", encode_rows((t.encode(), b'\x01{"k": 1}') for t in texts))
         assert [tuple(r) for r in conn.execute(sa.text("SELECT a, b FROM t"))] == [(t, {"k": 1}) for t in texts]
-
-
-@pytest.mark.parametrize(("dimensions", "storage", "on"), [(2001, "vector", "halfvec"), (16, "vector", "vector")])
-def test_an_index_is_on_what_pgvector_takes(db: sa.Engine, dimensions: int, storage: str, on: str) -> None:
-    with db.begin() as conn:
-        space = registry.register(conn, spec(dimensions), storage=storage)
-    assert build_index(db, space).on == on
-    assert build_index(db, space).valid  # again: nothing to do
-
-
-def test_past_four_thousand_dimensions_there_is_no_index(db: sa.Engine) -> None:
-    with db.begin() as conn:
-        space = registry.register(conn, spec(4001))
-    with pytest.raises(InvalidInput, match="4001 dimensions"):
-        build_index(db, space)
-
-
-def test_a_broken_index_is_replaced(db: sa.Engine) -> None:
-    with db.begin() as conn:
-        space = registry.register(conn, spec(16))
-    index = build_index(db, space)
-    with db.begin() as conn:
-        conn.execute(sa.text(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index.name}'::regclass"))
-    assert build_index(db, space).valid
-    with db.begin() as conn:
-        assert conn.execute(
-            sa.text(f"SELECT indisvalid FROM pg_index WHERE indexrelid = '{index.name}'::regclass")
-        ).scalar_one()

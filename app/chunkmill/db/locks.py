@@ -18,6 +18,11 @@ NOTICE_LOCK = 0x63686D04
 GATHER_LOCK = 0x63686D05
 """One transaction at a time fills a ProviderBatch, so that the budgets are counted exactly."""
 
+FLUSH_LOCK = 0x63686D06
+"""The first of two keys; the second is the collection. One connection at a time flushes its tail."""
+MERGE_LOCK = 0x63686D07
+"""The first of two keys; the second is the collection. One connection at a time merges its segments."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from chunkmill.domain.serving import BuilderKind, SegmentKind, SegmentState
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 
@@ -126,6 +127,57 @@ class ChunkRow(Base):
 
     # Search and the dead list look up the chunks of a content.
     __table_args__ = (sa.Index(None, "content_hash", "collection_id"),)
+
+
+class ServingIndexRow(Base):
+    """The serving index of a collection in a space. Triggers fill its tail as soon as this row is there."""
+
+    __tablename__ = "serving_indexes"
+
+    collection_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    is_ready: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.text("false"))
+    """Its segments and its tail have all that can be found."""
+    deletions: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    checked_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    """When somebody last looked for rows without a chunk; ``deletions`` is how many deletions there had been."""
+
+
+class SegmentRow(Base):
+    """An immutable part of a serving index, whose table is ``segment_<id>``."""
+
+    __tablename__ = "segments"
+
+    id: Mapped[int] = identity()
+    collection_id: Mapped[int] = mapped_column(sa.Integer)
+    space_id: Mapped[int] = mapped_column(sa.Integer)
+    kind: Mapped[str] = mapped_column(sa.Text)
+    state: Mapped[str] = mapped_column(sa.Text)
+    builder: Mapped[str] = mapped_column(sa.Text)
+    n_rows: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    live_since: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    retired_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        one_of("kind", SegmentKind),
+        one_of("state", SegmentState),
+        one_of("builder", BuilderKind),
+        sa.Index(None, "collection_id", "space_id"),
+    )
+
+
+class ServingTailRow(Base):
+    """A content that has both a chunk and a vector since the serving index began, and may be in no segment yet."""
+
+    __tablename__ = "serving_tail"
+
+    id: Mapped[int] = identity()
+    collection_id: Mapped[int] = mapped_column(sa.Integer)
+    space_id: Mapped[int] = mapped_column(sa.Integer)
+    content_hash: Mapped[bytes] = mapped_column(sa.LargeBinary)
+
+    __table_args__ = (sa.Index(None, "collection_id", "space_id", "content_hash"),)
 
 
 class JobRow(Base):

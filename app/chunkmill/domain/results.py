@@ -333,10 +333,16 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An HNSW index."""
+    """What serves the searches of a collection: segments, and a tail of what came since they were built."""
 
-    name: str
-    on: str
-    """The type that it indexes: ``vector`` or ``halfvec``."""
-    valid: bool
-    """It is completely built."""
+    is_ready: bool
+    """Searches go through it. Otherwise they are exact, as they are in a collection of fewer than 1,000 chunks."""
+    segments: int
+    rows: int
+    """How many rows its segments have, deleted ones among them."""
+    graph_rows: int
+    """How many of them are in segments with an HNSW graph. The others are read from the first to the last."""
+    tail: int
+    """How many rows wait for the next segment. Searches read them all."""
+    bytes: int
+    """How many bytes its segments take on disk, with their graphs."""

@@ -222,6 +222,18 @@ class Settings(ProviderSettings):
     )
     max_attempts: int = Field(5, ge=1, description="How many attempts a ChunkBatch gets before it is discarded.")
     poll_interval: float = Field(0.5, gt=0, description="How many seconds pass between two rounds of the poller.")
+    index_memory_mb: int = Field(
+        512,
+        ge=16,
+        description="How many MiB of memory Postgres may use to build the graph of a serving index. A graph that needs "
+        "more (about 1 kB for each row of 384 dimensions) is built much more slowly.",
+    )
+    index_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="How many seconds pass until the poller looks again which serving indexes need a new segment. 0 "
+        "leaves this to `chunkmill index`.",
+    )
     doorbell_repair_seconds: float = Field(
         10.0,
         gt=0,

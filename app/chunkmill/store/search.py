@@ -1,4 +1,4 @@
-"""The k nearest chunks by cosine, exactly or through an HNSW index, and the index itself."""
+"""The k nearest chunks by cosine: exactly, or through the segments of the collection's serving index and its tail."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.domain.results import Index, SearchHit
-from chunkmill.errors import InvalidInput
+from chunkmill.domain.results import SearchHit
+from chunkmill.domain.serving import Segment, SegmentKind
 from chunkmill.spaces.registry import Space
+from chunkmill.store import segments
 
-MAX_INDEXED_VECTOR = 2000
-"""The most dimensions of an HNSW index of pgvector on ``vector``; beyond it the index is built on halfvec."""
-MAX_INDEXED_HALFVEC = 4000
 MAX_EXACT = 20_000
-"""Among how many chunks a search is exact. It takes about 0.2 s for 20,000 chunks of 384 dimensions."""
+"""If a filter leaves no more chunks than this, the search is exact. It takes about 0.1 s for 20,000 chunks."""
+MAX_K_THROUGH_SEGMENTS = 1_000
+"""The most nearest neighbours that pgvector looks for at once. A search for more is exact."""
+MAX_SCANNED = 100_000
+"""How many rows of a graph a search looks at before it gives up and becomes exact."""
 
 
 def search(
@@ -29,35 +31,44 @@ def search(
 ) -> list[SearchHit]:
     """The ``k`` chunks of a collection nearest to ``query``, ``(d,)`` float32, by cosine; best first.
 
-    ``where`` is a JSON object that filters by jsonb containment; ``{}`` filters nothing. If the space has an index and
-    more than ``MAX_EXACT`` chunks pass the filter, the nearest are found through the index and ordered by their exact
-    distance. Otherwise the search is exact, because an index that many collections share would find chunks, but not the
-    nearest, of a small one.
+    ``where`` is a JSON object that filters by jsonb containment; ``{}`` filters nothing. The search is exact if
+    ``exact`` says so, if the collection has no serving index, or if few chunks pass the filter. Otherwise its
+    candidates come from the segments and the tail, and are ordered by their exact distance. Call it first in its
+    transaction.
     """
+    # All statements must see one moment, or a content could leave the tail between them and be in no segment yet.
+    conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
     conn.execute(sa.text("SET LOCAL plan_cache_mode = force_custom_plan"))
-    index = None if exact else find_index(conn, space)
+    filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
     parameters = {
         "query": "[" + ",".join(map(repr, query.astype(float).tolist())) + "]",
         "collection": collection_id,
+        "space": space.id,
         "k": k,
         "metadata": where,
     }
-    filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
-    if index is None or not index.valid or not _has_many(conn, filtered, parameters):
-        rows = conn.execute(sa.text(_exact_search(space, filtered)), parameters)
-    else:
-        # The rows are ordered by their exact distance afterwards, and 'strict_order' would leave out those that it
-        # meets too late.
+    index = None
+    if not exact and k <= MAX_K_THROUGH_SEGMENTS and segments.are_kept(conn):
+        index = segments.find(conn, collection_id, space.id)
+    if index is not None and index.is_ready and not (filtered and _leaves_few(conn, filtered, parameters)):
         conn.execute(sa.text("SET LOCAL hnsw.iterative_scan = 'relaxed_order'"))
-        conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {min(1000, max(100, 4 * k))}"))
-        parameters["candidates"] = k if index.on == space.storage else 4 * k
-        rows = conn.execute(sa.text(_search_through(index, space, filtered)), parameters)
+        conn.execute(sa.text(f"SET LOCAL hnsw.max_scan_tuples = {MAX_SCANNED}"))
+        conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {min(1000, max(100, 2 * k))}"))
+        hits = _hits(conn, _through_segments(space, index.segments, filtered), parameters)
+        if len(hits) == k:
+            return hits
+        # It gave up in a graph, or the collection is small.
+    return _hits(conn, _exact(space, filtered), parameters)
+
+
+def _hits(conn: sa.Connection, statement: str, parameters: dict[str, object]) -> list[SearchHit]:
+    rows = conn.execute(sa.text(statement), parameters)
     return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
 
 
-def _has_many(conn: sa.Connection, filtered: str, parameters: dict[str, object]) -> bool:
-    """Whether more than ``MAX_EXACT`` chunks of the collection pass the filter. It stops counting there."""
+def _leaves_few(conn: sa.Connection, filtered: str, parameters: dict[str, object]) -> bool:
+    """Whether at most ``MAX_EXACT`` chunks of the collection pass the filter. It stops counting there."""
     count = f"""
         SELECT count(*)
         FROM (
@@ -68,11 +79,10 @@ def _has_many(conn: sa.Connection, filtered: str, parameters: dict[str, object])
         ) c
     """
     n_chunks: int = conn.execute(sa.text(count), {**parameters, "most": MAX_EXACT + 1}).scalar_one()
-    return n_chunks > MAX_EXACT
+    return n_chunks <= MAX_EXACT
 
 
-def _exact_search(space: Space, filtered: str) -> str:
-    # The addition keeps the planner from using an index, which the caller does not want.
+def _exact(space: Space, filtered: str) -> str:
     return f"""
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
         FROM (
@@ -81,7 +91,7 @@ def _exact_search(space: Space, filtered: str) -> str:
             FROM chunks c
             JOIN {space.table_name} v USING (content_hash)
             WHERE c.collection_id = :collection {filtered}
-            ORDER BY (v.embedding <=> CAST(:query AS {space.vector_type})) + 0.0, c.chunk_id
+            ORDER BY distance, c.chunk_id
             LIMIT :k
         ) n
         JOIN contents t USING (content_hash)
@@ -89,82 +99,71 @@ def _exact_search(space: Space, filtered: str) -> str:
     """
 
 
-def _search_through(index: Index, space: Space, filtered: str) -> str:
-    indexed_type = f"{index.on}({space.spec.dimensions})"
+def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
+    candidates = "\nUNION\n".join([_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)])
     return f"""
+        WITH candidates AS MATERIALIZED (
+            {candidates}
+        )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
         FROM (
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
-            FROM {space.table_name} v
+            FROM candidates n
+            JOIN {space.table_name} v USING (content_hash)
             JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
-            ORDER BY v.embedding::{indexed_type} <=> CAST(:query AS {indexed_type})
-            LIMIT :candidates
+            ORDER BY distance, c.chunk_id
+            LIMIT :k
         ) n
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
+    """
+
+
+def _of_tail(space: Space, filtered: str) -> str:
+    return f"""(
+        SELECT v.content_hash
+        FROM serving_tail t
+        JOIN {space.table_name} v USING (content_hash)
+        WHERE t.collection_id = :collection AND t.space_id = :space AND {_has_chunk("t", filtered)}
+        GROUP BY v.content_hash, v.embedding
+        ORDER BY v.embedding <=> CAST(:query AS {space.vector_type})
         LIMIT :k
+    )"""
+
+
+def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
+    """The nearest contents of a segment that have a chunk: more than k, because its order is that of half precision.
+
+    The condition is evaluated row by row, in the order of the distances, until there are enough. So a graph is read
+    only as far as necessary, and no plan joins the whole segment with the collection's chunks.
     """
+    half = f"halfvec({space.spec.dimensions})"
+    if segment.kind is SegmentKind.HNSW:
+        return f"""(
+            SELECT s.content_hash
+            FROM {segment.table_name} s
+            WHERE {_has_chunk("s", filtered)}
+            ORDER BY s.embedding <=> CAST(:query AS {half})
+            LIMIT 2 * :k
+        )"""
+    return f"""(
+        SELECT s.content_hash
+        FROM (
+            SELECT content_hash
+            FROM {segment.table_name}
+            ORDER BY embedding <=> CAST(:query AS {half})
+            OFFSET 0
+        ) s
+        WHERE {_has_chunk("s", filtered)}
+        LIMIT 2 * :k
+    )"""
 
 
-def find_index(conn: sa.Connection, space: Space) -> Index | None:
-    """The space's HNSW index, a valid one if there is one; None without any."""
-    query = """
-        SELECT c.relname, pg_get_indexdef(i.indexrelid) AS definition, i.indisvalid
-        FROM pg_index i
-        JOIN pg_class c ON c.oid = i.indexrelid
-        JOIN pg_am a ON a.oid = c.relam
-        WHERE i.indrelid = to_regclass(:table) AND a.amname = 'hnsw'
-        ORDER BY i.indisvalid DESC
-        LIMIT 1
-    """
-    row = conn.execute(sa.text(query), {"table": space.table_name}).one_or_none()
-    if row is None:
-        return None
-    on = "halfvec" if "halfvec_cosine_ops" in row.definition else "vector"
-    return Index(row.relname, on, row.indisvalid)
-
-
-def build_index(db: sa.Engine, space: Space, *, halfvec: bool = False) -> Index:
-    """Build the HNSW index of a space without blocking writers, and a GIN index on metadata for filters.
-
-    The index is on ``halfvec`` if the caller asks for it, if the space stores it, or beyond 2,000 dimensions, which an
-    index on ``vector`` does not take. Raises :class:`InvalidInput` beyond 4,000. An invalid index that an interrupted
-    build left is dropped first; a valid one is kept.
-    """
-    dimensions = space.spec.dimensions
-    if dimensions > MAX_INDEXED_HALFVEC:
-        raise InvalidInput(
-            f"the space has {dimensions} dimensions and pgvector indexes at most {MAX_INDEXED_HALFVEC} (as halfvec). "
-            "Search stays exact; use a model with fewer dimensions to index it."
-        )
-    on = "halfvec" if halfvec or space.storage == "halfvec" or dimensions > MAX_INDEXED_VECTOR else "vector"
-    column = "embedding" if on == space.storage else f"(embedding::halfvec({dimensions}))"
-    name = f"ix_{space.table_name}_hnsw_{on}"
-    # CREATE INDEX CONCURRENTLY cannot run inside a transaction.
-    with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        conn.execute(sa.text("SET maintenance_work_mem = '512MB'"))
-        old = find_index(conn, space)
-        if old and (not old.valid or old.on != on):
-            conn.execute(sa.text(f"DROP INDEX CONCURRENTLY {old.name}"))
-        create_hnsw = f"""
-            CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {space.table_name}
-            USING hnsw ({column} {on}_cosine_ops)
-        """
-        conn.execute(sa.text(create_hnsw))
-        _drop_if_invalid(conn, "ix_chunks_metadata")
-        create_gin = """
-            CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_chunks_metadata ON chunks
-            USING gin (metadata jsonb_path_ops)
-        """
-        conn.execute(sa.text(create_gin))
-        conn.execute(sa.text("RESET maintenance_work_mem"))
-        conn.execute(sa.text(f"ANALYZE {space.table_name}"))
-    return Index(name, on, valid=True)
-
-
-def _drop_if_invalid(conn: sa.Connection, index: str) -> None:
-    """Drop an index that an interrupted CREATE INDEX CONCURRENTLY left: writes maintain it, and no query uses it."""
-    query = "SELECT NOT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:index)"
-    if conn.execute(sa.text(query), {"index": index}).scalar_one_or_none():
-        conn.execute(sa.text(f"DROP INDEX CONCURRENTLY {index}"))
+def _has_chunk(table: str, filtered: str) -> str:
+    return f"""(
+            SELECT true
+            FROM chunks c
+            WHERE c.content_hash = {table}.content_hash AND c.collection_id = :collection {filtered}
+            LIMIT 1
+        )"""

@@ -35,7 +35,7 @@ PREVIEW = 120
 @click.option(
     "--where", metavar="JSON", help="""Only chunks whose metadata contains this, such as '{"source": "x"}'."""
 )
-@click.option("--exact", is_flag=True, help="Compare the query with every vector, without an HNSW index.")
+@click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1),
@@ -87,19 +87,26 @@ def audit(screen: Screen, collection: str | None) -> None:
 
 @click.command()
 @click.argument("collection")
-@click.option("--halfvec", is_flag=True, help="Index the vectors in half precision, at half the size.")
 @json_option
 @click.pass_obj
-def index(screen: Screen, collection: str, halfvec: bool) -> None:
-    """Build an HNSW index for the collection's space. It is best done after a bulk load, and writers can continue."""
+def index(screen: Screen, collection: str) -> None:
+    """Build the collection's serving index now.
+
+    The poller builds it by itself as the collection grows. Writers and searches go on meanwhile.
+    """
     began = time.monotonic()
     with Client.from_env() as client:
-        built = client.index(collection, halfvec=halfvec)
+        built = client.index(collection)
     seconds = time.monotonic() - began
     if screen.json:
         screen.document(asdict(built) | {"seconds": round(seconds, 3)})
+    elif not built.is_ready:
+        screen.say(f"{collection} has few chunks. It needs no serving index, because its searches are exact and fast.")
     else:
-        screen.say(f"{built.name} on {built.on} is ready ({duration(seconds)}).")
+        screen.say(
+            f"{collection} is served by {built.segments} segments with {built.rows:,} rows, {built.graph_rows:,} of "
+            f"them in graphs, and {built.tail:,} newer rows: {built.bytes / 1e6:,.1f} MB ({duration(seconds)})."
+        )
 
 
 @click.group(invoke_without_command=True)

@@ -22,6 +22,7 @@ from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
 from chunkmill.monitor.gauges import Gauges
 from chunkmill.monitor.servers import read_database
+from chunkmill.poller.indexer import Indexer
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
@@ -83,6 +84,7 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
     try:
         require_migrated(db)
         with _with_metrics(settings):
+            Indexer(db, settings).start(stop)
             Poller(db, broker, settings, beat).run(stop)
     finally:
         broker.close()

@@ -1,0 +1,88 @@
+"""Keeps the serving indexes up to date, in two threads beside the poller's rounds: one flushes, the other merges."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from chunkmill.db.retry import is_outage
+from chunkmill.poller.steps import Steps
+from chunkmill.settings import Settings
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import Space
+from chunkmill.store import indexing, segments
+from chunkmill.store.indexing import Built
+
+logger = logging.getLogger(__name__)
+
+
+class Indexer:
+    """Looks every INDEX_SECONDS seconds which collections need a segment, and builds it.
+
+    A flush takes seconds and a merge may take hours, so that each has a thread of its own. Any number of pollers may do
+    this: one of them builds, and the others leave that collection alone.
+    """
+
+    def __init__(self, db: sa.Engine, settings: Settings) -> None:
+        self._db = db
+        self._settings = settings
+
+    def start(self, stop: threading.Event) -> list[threading.Thread]:
+        """Start both threads, which end soon after ``stop``. A build that is under way is left to the next poller."""
+        if self._settings.index_seconds == 0:
+            return []
+        threads = [
+            threading.Thread(target=self._run, args=(name, build, stop), name=name, daemon=True)
+            for name, build in (("flush", self._flush), ("merge", self._merge))
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def round(self) -> int:
+        """Flush and merge what is due. Returns how many segments were built."""
+        return self._build_all("flush", self._flush, Steps()) + self._build_all("merge", self._merge, Steps())
+
+    def _run(self, name: str, build: Callable[[Space, int], Built | None], stop: threading.Event) -> None:
+        steps = Steps()
+        while not stop.wait(self._settings.index_seconds):
+            try:
+                self._build_all(name, build, steps, stop)
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                # The poller's own rounds say that Postgres is away.
+
+    def _build_all(
+        self, name: str, build: Callable[[Space, int], Built | None], steps: Steps, stop: threading.Event | None = None
+    ) -> int:
+        n_built = 0
+        for collection_id, space in steps.run(f"the search for collections to {name}", self._collections) or ():
+            if stop is not None and stop.is_set():
+                break
+            what = f"the {name} of the serving index of collection {collection_id}"
+            built = steps.run(what, lambda space=space, number=collection_id: build(space, number))  # type: ignore[misc]
+            if built:
+                n_built += 1
+                logger.info(
+                    "collection %s: segment %s (%s, %s rows) is live, in place of %s segments",
+                    collection_id, built.segment.id, built.segment.kind, built.segment.rows, len(built.replaced),
+                )  # fmt: skip
+        return n_built
+
+    def _collections(self) -> list[tuple[int, Space]]:
+        with self._db.begin() as conn:
+            if not segments.are_kept(conn):
+                return []
+            wanted = indexing.collections_to_index(conn)
+            spaces = {space_id: registry.get_if_readable(conn, space_id) for _, space_id in wanted}
+        return [(collection_id, space) for collection_id, space_id in wanted if (space := spaces[space_id])]
+
+    def _flush(self, space: Space, collection_id: int) -> Built | None:
+        return indexing.flush(self._db, space, collection_id)
+
+    def _merge(self, space: Space, collection_id: int) -> Built | None:
+        return indexing.merge(self._db, space, collection_id, memory_mb=self._settings.index_memory_mb)

@@ -1,0 +1,147 @@
+"""Which segments serve a collection, as rows, and the segments themselves, as tables.
+
+On the schema of the last release there are none, and every search is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from chunkmill.domain.results import Index
+from chunkmill.domain.serving import BuilderKind, Segment, SegmentKind, SegmentState
+from chunkmill.errors import StoreUnavailable
+from chunkmill.spaces.registry import Space
+
+GRACE_S = 300
+"""How many seconds a retired segment stays for searches that began before."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingIndex:
+    """What serves the searches of a collection in a space beside the tail. Until ``is_ready`` it lacks old chunks."""
+
+    is_ready: bool
+    segments: tuple[Segment, ...]
+
+
+def are_kept(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    return bool(conn.execute(sa.text("SELECT to_regclass('serving_indexes') IS NOT NULL")).scalar_one())
+
+
+def require_kept(conn: sa.Connection) -> None:
+    """Raise :class:`StoreUnavailable` on the schema of the last release."""
+    if not are_kept(conn):
+        raise StoreUnavailable(
+            "the database has no serving indexes yet, and every search is exact. Run: chunkmill migrate"
+        )
+
+
+def find(conn: sa.Connection, collection_id: int, space_id: int) -> ServingIndex | None:
+    """The serving index of a collection in a space; None if there is none."""
+    query = """
+        SELECT i.is_ready, s.id, s.kind, s.n_rows
+        FROM serving_indexes i
+        LEFT JOIN segments s ON s.collection_id = i.collection_id AND s.space_id = i.space_id AND s.state = :live
+        WHERE i.collection_id = :collection AND i.space_id = :space
+        ORDER BY s.id
+    """
+    parameters = {"collection": collection_id, "space": space_id, "live": SegmentState.LIVE}
+    rows = conn.execute(sa.text(query), parameters).all()
+    if not rows:
+        return None
+    live = tuple(Segment(row.id, SegmentKind(row.kind), row.n_rows) for row in rows if row.id is not None)
+    return ServingIndex(rows[0].is_ready, live)
+
+
+def create(conn: sa.Connection, collection_id: int, space: Space, kind: SegmentKind, builder: BuilderKind) -> Segment:
+    """Register a segment that is going to be built, and create its table."""
+    insert = """
+        INSERT INTO segments (collection_id, space_id, kind, state, builder)
+        VALUES (:collection, :space, :kind, :building, :builder)
+        RETURNING id
+    """
+    parameters = {
+        "collection": collection_id,
+        "space": space.id,
+        "kind": kind,
+        "building": SegmentState.BUILDING,
+        "builder": builder,
+    }
+    segment_id: int = conn.execute(sa.text(insert), parameters).scalar_one()
+    conn.execute(sa.text("SELECT create_segment(:id)"), {"id": segment_id})
+    return Segment(segment_id, kind, 0)
+
+
+def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -> int:
+    """Drop what a dead builder of this kind left half built, and what was retired long enough ago.
+
+    Only who holds the lock of that builder may call it. Returns how many segments were dropped.
+    """
+    query = """
+        SELECT id
+        FROM segments
+        WHERE collection_id = :collection
+          AND (state = :building AND builder = :builder
+               OR state = :retired AND retired_at < now() - make_interval(secs => :grace))
+        FOR UPDATE SKIP LOCKED
+    """
+    parameters = {
+        "collection": collection_id,
+        "building": SegmentState.BUILDING,
+        "builder": builder,
+        "retired": SegmentState.RETIRED,
+        "grace": GRACE_S,
+    }
+    ids = conn.execute(sa.text(query), parameters).scalars().all()
+    for segment_id in ids:
+        conn.execute(sa.text("SELECT drop_segment(:id)"), {"id": segment_id})
+    return len(ids)
+
+
+def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
+    """The serving index of a collection in numbers. Without one, all of them are 0."""
+    query = """
+        SELECT coalesce((
+                   SELECT is_ready FROM serving_indexes WHERE collection_id = :collection AND space_id = :space
+               ), false) AS is_ready,
+               count(*) AS segments,
+               coalesce(sum(n_rows), 0)::bigint AS rows,
+               coalesce(sum(n_rows) FILTER (WHERE kind = :hnsw), 0)::bigint AS graph_rows,
+               (
+                   SELECT count(*) FROM serving_tail WHERE collection_id = :collection AND space_id = :space
+               ) AS tail,
+               coalesce(sum(pg_total_relation_size(to_regclass('segment_' || id))), 0)::bigint AS bytes
+        FROM segments
+        WHERE collection_id = :collection AND space_id = :space AND state = :live
+    """
+    parameters = {
+        "collection": collection_id,
+        "space": space_id,
+        "live": SegmentState.LIVE,
+        "hnsw": SegmentKind.HNSW,
+    }
+    row = conn.execute(sa.text(query), parameters).one()
+    return Index(row.is_ready, row.segments, row.rows, row.graph_rows, row.tail, row.bytes)
+
+
+def forget(conn: sa.Connection, collection_id: int, space_id: int) -> None:
+    """Let nobody search through the index of a collection any more. Its segments are dropped later."""
+    parameters = {
+        "collection": collection_id,
+        "space": space_id,
+        "live": SegmentState.LIVE,
+        "retired": SegmentState.RETIRED,
+    }
+    for statement in (
+        "DELETE FROM serving_indexes WHERE collection_id = :collection AND space_id = :space",
+        "DELETE FROM serving_tail WHERE collection_id = :collection AND space_id = :space",
+        """
+            UPDATE segments
+            SET state = :retired, retired_at = now()
+            WHERE collection_id = :collection AND space_id = :space AND state = :live
+        """,
+    ):
+        conn.execute(sa.text(statement), parameters)
