@@ -137,8 +137,9 @@ FUNCTIONS = (
         """
         SELECT id, kind INTO STRICT wanted FROM segments WHERE id = segment AND state = 'building';
         IF wanted.kind = 'hnsw' THEN
-            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding halfvec_cosine_ops)',
-                           wanted.id, wanted.id);
+            -- With more care than by default, so that a query that is far from everything still reaches what is nearest.
+            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding halfvec_cosine_ops) '
+                           'WITH (ef_construction = 200)', wanted.id, wanted.id);
         END IF;
         EXECUTE format('ANALYZE segment_%s (content_hash)', wanted.id);
         """,

@@ -10,13 +10,25 @@ from chunkmill.domain.results import SearchHit
 from chunkmill.domain.serving import Segment, SegmentKind
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
+from chunkmill.store.segments import ServingIndex
 
-MAX_EXACT = 20_000
-"""If a filter leaves no more chunks than this, the search is exact. It takes about 0.1 s for 20,000 chunks."""
-MAX_K_THROUGH_SEGMENTS = 1_000
-"""The most nearest neighbours that pgvector looks for at once. A search for more is exact."""
+MAX_EXACT = 10_000
+"""If a filter leaves no more chunks than this in a collection with graphs, the search is exact. That takes about 0.1 s,
+and a graph may give up before it meets enough chunks that pass a narrow filter."""
+FLAT_ADVANTAGE = 10
+"""So many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
+MAX_K_THROUGH_SEGMENTS = 500
+"""A search for more hits is exact, because pgvector keeps at most 1,000 candidates in mind."""
 MAX_SCANNED = 100_000
 """How many rows of a graph a search looks at before it gives up and becomes exact."""
+BEAM, WIDEST_BEAM = 400, 1_000
+"""How many candidates a search of a graph keeps in mind, which pgvector calls ef_search; the latter is the most that it
+allows."""
+MIN_CANDIDATES = 20
+CONTRAST = 1.15
+"""If the last candidate is less than so many times as far from the query as the first, the query is far from everything
+in the collection. A narrow search of a graph then ends where it began, and so it is made again with the widest beam.
+(Relative contrast as a measure of how hard a search is: He, Kumar and Chang, 2012.)"""
 
 
 def search(
@@ -38,28 +50,37 @@ def search(
     """
     # All statements must see one moment, or a content could leave the tail between them and be in no segment yet.
     conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+    prepare = """
+        SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
+               set_config('hnsw.iterative_scan', 'relaxed_order', true),
+               set_config('hnsw.max_scan_tuples', :most, true),
+               set_config('hnsw.ef_search', :beam, true),
+               to_regclass('serving_indexes') IS NOT NULL AS has_indexes
+    """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
-    conn.execute(sa.text("SET LOCAL plan_cache_mode = force_custom_plan"))
+    beam = max(BEAM, 2 * k)
+    settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED), "beam": str(min(beam, WIDEST_BEAM))}).one()
     filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
     parameters = {
         "query": "[" + ",".join(map(repr, query.astype(float).tolist())) + "]",
         "collection": collection_id,
         "space": space.id,
-        "k": k,
+        "k": max(k, MIN_CANDIDATES),
         "metadata": where,
     }
     index = None
-    if not exact and k <= MAX_K_THROUGH_SEGMENTS and segments.are_kept(conn):
+    if settings.has_indexes and not exact and k <= MAX_K_THROUGH_SEGMENTS:
         index = segments.find(conn, collection_id, space.id)
-    if index is not None and index.is_ready and not (filtered and _leaves_few(conn, filtered, parameters)):
-        conn.execute(sa.text("SET LOCAL hnsw.iterative_scan = 'relaxed_order'"))
-        conn.execute(sa.text(f"SET LOCAL hnsw.max_scan_tuples = {MAX_SCANNED}"))
-        conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {min(1000, max(100, 2 * k))}"))
-        hits = _hits(conn, _through_segments(space, index.segments, filtered), parameters)
-        if len(hits) == k:
-            return hits
+    if index is not None and index.is_ready and not (filtered and _leaves_few(conn, index, filtered, parameters)):
+        statement = _through_segments(space, index.segments, filtered)
+        hits = _hits(conn, statement, parameters)
+        if index.has_graphs and beam < WIDEST_BEAM and _is_far_from_all(hits):
+            conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {WIDEST_BEAM}"))
+            hits = _hits(conn, statement, parameters)
+        if len(hits) >= k:
+            return hits[:k]
         # It gave up in a graph, or the collection is small.
-    return _hits(conn, _exact(space, filtered), parameters)
+    return _hits(conn, _exact(space, filtered), parameters)[:k]
 
 
 def _hits(conn: sa.Connection, statement: str, parameters: dict[str, object]) -> list[SearchHit]:
@@ -67,8 +88,13 @@ def _hits(conn: sa.Connection, statement: str, parameters: dict[str, object]) ->
     return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
 
 
-def _leaves_few(conn: sa.Connection, filtered: str, parameters: dict[str, object]) -> bool:
-    """Whether at most ``MAX_EXACT`` chunks of the collection pass the filter. It stops counting there."""
+def _is_far_from_all(hits: list[SearchHit]) -> bool:
+    return bool(hits) and 1 - hits[-1].score < CONTRAST * (1 - hits[0].score)
+
+
+def _leaves_few(conn: sa.Connection, index: ServingIndex, filtered: str, parameters: dict[str, object]) -> bool:
+    """Whether so few chunks of the collection pass the filter that an exact search is better."""
+    few = MAX_EXACT if index.has_graphs else index.rows // FLAT_ADVANTAGE
     count = f"""
         SELECT count(*)
         FROM (
@@ -78,8 +104,8 @@ def _leaves_few(conn: sa.Connection, filtered: str, parameters: dict[str, object
             LIMIT :most
         ) c
     """
-    n_chunks: int = conn.execute(sa.text(count), {**parameters, "most": MAX_EXACT + 1}).scalar_one()
-    return n_chunks <= MAX_EXACT
+    n_chunks: int = conn.execute(sa.text(count), {**parameters, "most": few + 1}).scalar_one()
+    return n_chunks <= few
 
 
 def _exact(space: Space, filtered: str) -> str:

@@ -25,6 +25,14 @@ class ServingIndex:
     is_ready: bool
     segments: tuple[Segment, ...]
 
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def has_graphs(self) -> bool:
+        return any(segment.kind is SegmentKind.HNSW for segment in self.segments)
+
 
 def are_kept(conn: sa.Connection) -> bool:
     """False on the schema of the last release, on which this code runs too during an upgrade."""
