@@ -7,7 +7,7 @@
 --
 -- If DATABASE_SCHEMA is not `chunkmill`, name it: PGOPTIONS='-c chunkmill.schema=mine' psql …
 --
--- chunkmill_migrator owns the tables. Only `chunkmill migrate` and `chunkmill index` use it, by hand or in a deployment.
+-- chunkmill_migrator owns the tables. Only `chunkmill migrate` uses it, by hand or in a deployment.
 -- chunkmill_runtime is the role of producers, workers and pollers. It reads and writes rows and creates nothing. The only
 -- table that is created at run time is the vector table of a new space, and a function of the migrator's creates it.
 --
@@ -64,6 +64,12 @@ BEGIN
         'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
         'GRANT SELECT, USAGE ON SEQUENCES TO chunkmill_runtime', home
     );
+    -- The functions of a migration take a number, and make or drop the table of that segment and nothing else.
+    EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %I TO chunkmill_runtime', home);
+    EXECUTE format(
+        'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
+        'GRANT EXECUTE ON FUNCTIONS TO chunkmill_runtime', home
+    );
 
     -- If another role migrated the database, its tables become the migrator's.
     FOR owned IN
@@ -73,6 +79,14 @@ BEGIN
         AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype = 'e')
     LOOP
         EXECUTE format('ALTER TABLE %s OWNER TO chunkmill_migrator', owned.name);
+    END LOOP;
+    FOR owned IN
+        SELECT p.oid::regprocedure AS name FROM pg_proc p
+        WHERE p.pronamespace = to_regnamespace(quote_ident(home))
+        AND p.proname IN ('create_segment', 'finish_segment', 'drop_segment', 'watch_collection', 'note_vectors',
+                          'note_chunks', 'note_chunk_batch')
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s OWNER TO chunkmill_migrator', owned.name);
     END LOOP;
     IF to_regclass(format('%I.deletions', home)) IS NOT NULL THEN
         EXECUTE format('ALTER SEQUENCE %I.deletions OWNER TO chunkmill_migrator', home);

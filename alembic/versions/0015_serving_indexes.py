@@ -63,6 +63,8 @@ def upgrade() -> None:
     )
     for name, takes, returns, security, declare, body in FUNCTIONS:
         op.execute(_create(name, takes, returns, security, declare, body))
+        if security == "DEFINER":
+            op.execute(f"REVOKE ALL ON FUNCTION {name}({takes}) FROM PUBLIC")
 
 
 def downgrade() -> None:

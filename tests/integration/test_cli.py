@@ -296,13 +296,15 @@ def test_jobs_and_audit(embedded: dict[str, Any]) -> None:
     assert [each["collection"] for each in document("audit")].count("docs") == 1
 
 
-def test_models_and_index(embedded: dict[str, Any]) -> None:
+def test_models_and_index(embedded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (space,) = [s for s in document("models") if s["fingerprint"] == embedded["space"]]
     assert (space["model"], space["dimensions"]) == ("all-MiniLM-L6-v2", 384)
     assert "docs" in space["collections"]
     assert "all-MiniLM-L6-v2" in screen("models")
-    assert "is ready" in screen("index", "docs")
-    assert document("index", "docs", "--halfvec")["on"] == "halfvec"
+    assert "needs no serving index" in screen("index", "docs")
+    monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 2)
+    assert "docs is served by 1 segments with 3 rows" in screen("index", "docs")
+    assert document("index", "docs")["is_ready"] is True
     assert document("search", "certificate", "-c", "docs", "-k", "1")[0]["chunk_id"] == "tls"
 
 

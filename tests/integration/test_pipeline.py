@@ -397,8 +397,8 @@ def test_embed_requests_are_answered_between_bulk_work(client: Client, context: 
         client.embed(["fine", "not\x00fine"])
 
 
-def test_halfvec_storage_and_both_indexes(
-    settings: Settings, runner: Runner, client: Client, context: WorkerContext
+def test_halfvec_storage_exactly_and_through_segments(
+    settings: Settings, runner: Runner, client: Client, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = Client(client._db, client._broker, settings.model_copy(update={"vector_storage": "halfvec"}))
     job = runner.finish(half.enqueue(some(60), collection="docs"))
@@ -408,34 +408,36 @@ def test_halfvec_storage_and_both_indexes(
     query = context.engines.for_space(space).embed(["a text about subject 33"]).vectors[0]
     exact = half.search(query, collection="docs", k=5, exact=True)
     assert exact[0].chunk_id == "id-33"
+    monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
     index = half.index("docs")
-    assert (index.on, index.valid) == ("halfvec", True)
+    assert (index.is_ready, index.rows) == (True, 60)
     assert [h.chunk_id for h in half.search(query, collection="docs", k=5)] == [h.chunk_id for h in exact]
 
 
-def test_search_goes_through_the_index_and_filters_inside_it(
-    runner: Runner, client: Client, context: WorkerContext, db: sa.Engine
+def test_search_goes_through_the_graph_and_filters_inside_it(
+    runner: Runner, client: Client, context: WorkerContext, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
+    monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 40)
+    monkeypatch.setattr("chunkmill.store.search.MAX_EXACT", 3)
     runner.finish(client.enqueue(some(80), collection="docs"))
     runner.finish(client.enqueue([(f"o{i}", f"unrelated matter {i}") for i in range(80)], collection="other"))
     query = context.engines.for_space(_space(context)).embed(["a text about subject 12"]).vectors[0]
     exact = client.search(query, collection="docs", k=5, metadata={"even": True}, exact=True)
-    for halfvec in (False, True):
-        index = client.index("docs", halfvec=halfvec)
-        assert index.on == ("halfvec" if halfvec else "vector")
-        statements: list[tuple[str, Any]] = []
-        listener = lambda *args, to=statements: to.append((args[2], args[3]))  # noqa: E731
-        sa.event.listen(client._db, "before_cursor_execute", listener)
-        found = client.search(query, collection="docs", k=5, metadata={"even": True})
-        sa.event.remove(client._db, "before_cursor_execute", listener)
-        assert [h.chunk_id for h in found] == [h.chunk_id for h in exact]
-        statement, facts = statements[-1]
-        with db.begin() as conn:
-            # Two hundred rows are too few for the planner to prefer an index on its own.
-            for method in ("seqscan", "sort", "bitmapscan"):
-                conn.execute(sa.text(f"SET LOCAL enable_{method} = off"))
-            plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + statement, facts).scalars())
-        assert index.name in plan, plan
+    assert client.index("docs").graph_rows == 80
+    statements: list[tuple[str, Any]] = []
+    listener = lambda *args: statements.append((args[2], args[3]))  # noqa: E731
+    sa.event.listen(client._db, "before_cursor_execute", listener)
+    found = client.search(query, collection="docs", k=5, metadata={"even": True})
+    sa.event.remove(client._db, "before_cursor_execute", listener)
+    assert [h.chunk_id for h in found] == [h.chunk_id for h in exact]
+    statement, parameters = statements[-1]
+    with db.begin() as conn:
+        # Eighty rows are too few for the planner to prefer an index on its own.
+        for method in ("seqscan", "sort", "bitmapscan"):
+            conn.execute(sa.text(f"SET LOCAL enable_{method} = off"))
+        plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + statement, parameters).scalars())
+    assert "Index Scan using ix_segment_" in plan, plan
 
 
 def test_only_what_is_missing_is_embedded_on_a_later_attempt(
