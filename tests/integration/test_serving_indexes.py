@@ -161,6 +161,23 @@ def test_a_vector_written_beside_the_enqueue_of_its_text_is_found_once_the_chunk
         assert client.search(vector_of("at the same time"), collection=name, k=1)[0].chunk_id == chunk_id
 
 
+def test_what_is_being_written_while_an_index_begins_is_found(client: Client, db: sa.Engine) -> None:
+    """The index of another collection has made the triggers, and this writer came before this index."""
+    for name in COLLECTIONS:
+        client.enqueue([(f"{name}-{i}", f"{name} {i}") for i in range(5)], collection=name)
+    work(db)
+    index(client, "docs")
+    client.enqueue([("late", "late text")], collection="others")
+    with db.connect() as conn, conn.begin():
+        read.keep_deletions_out(conn)
+        write(conn, space_of(db), ["late text"])
+        beginning = Call(lambda: index(client, "others"))
+        waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
+        until(lambda: conn.execute(sa.text(waiting)).scalar_one() or not beginning.is_alive())
+    beginning.result()
+    assert client.search(vector_of("late text"), collection="others", k=1)[0].chunk_id == "late"
+
+
 def test_a_deleted_or_replaced_chunk_is_never_found(client: Client, db: sa.Engine) -> None:
     for name in COLLECTIONS:
         client.enqueue([(f"c{i}", f"text {i}") for i in range(6)], collection=name)
