@@ -155,11 +155,13 @@ def test_the_plan_of_a_search_is_made_for_its_own_collection(client: Client, db:
     with db.connect() as conn:
         space = registry.all_spaces(conn)[0]
         conn.rollback()
-        for collection_id in (1,) * 8 + (2,) * 2:
+        for collection_id in (1,) * 20 + (2,) * 2:
             with conn.begin():
                 searching.search(conn, space, vector(1), collection_id=collection_id, k=1, where="{}", exact=False)
-        query = "SELECT sum(generic_plans) FROM pg_prepared_statements WHERE statement LIKE '%<=>%'"
-        assert not conn.execute(sa.text(query)).scalar_one()
+        query = "SELECT sum(custom_plans), sum(generic_plans) FROM pg_prepared_statements WHERE statement LIKE '%<=>%'"
+        custom, generic = conn.execute(sa.text(query)).one()
+        assert custom > 5
+        assert generic == 0
 
 
 def test_a_broken_index_on_metadata_is_built_again(client: Client, db: sa.Engine) -> None:
