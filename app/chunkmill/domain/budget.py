@@ -32,9 +32,9 @@ class Budget:
     def is_used_up(self) -> bool:
         return self.headroom == 0
 
-    @property
-    def is_exceeded(self) -> bool:
-        return self.limit is not None and self.spent + self.committed > self.limit
+    def exceeds(self, usd: Decimal = Decimal(0)) -> bool:
+        """Whether the limit is exceeded once ``usd`` more is committed."""
+        return self.limit is not None and self.spent + self.committed + usd > self.limit
 
     @property
     def percent(self) -> int | None:

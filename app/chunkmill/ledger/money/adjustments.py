@@ -73,6 +73,14 @@ def month_adjusted(conn: sa.Connection) -> Decimal:
     return Decimal(conn.execute(sa.text(query)).scalar_one())
 
 
+def charged_or_lost(conn: sa.Connection) -> str:
+    """A query for what is surely charged: the charges, and what was lost, as ``(provider_batch_id, day, tokens)``."""
+    charged = "SELECT provider_batch_id, day, tokens FROM charges"
+    if not is_kept(conn):
+        return charged
+    return f"{charged} UNION ALL SELECT provider_batch_id, day, tokens FROM adjustments WHERE kind = 'lost'"
+
+
 def is_kept(conn: sa.Connection) -> bool:
     """False on the schema of the last release, on which this code runs too during an upgrade."""
     return bool(conn.execute(sa.text("SELECT to_regclass('adjustments') IS NOT NULL")).scalar_one())
