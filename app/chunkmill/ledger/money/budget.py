@@ -26,8 +26,10 @@ def read(conn: sa.Connection, settings: Settings) -> Budget:
     month = conn.execute(sa.text(f"SELECT {charges.MONTH}")).scalar_one()
     # In this order: what is booked between the two statements then counts twice for a moment, and never not at all.
     in_flight = committed(conn, settings)
-    spent = charges.month_confirmed(conn) + adjustments.month_adjusted(conn)
-    return Budget(month, spent, in_flight, settings.openai_monthly_budget_usd)
+    confirmed, adjusted = charges.month_confirmed(conn), adjustments.month_adjusted(conn)
+    limit = settings.openai_monthly_budget_usd
+    spent = confirmed + adjusted.total
+    return Budget(month, spent, in_flight, limit, adjusted.lost, adjusted.maybe_charged, adjusted.corrected)
 
 
 def headroom(conn: sa.Connection, settings: Settings) -> Decimal | None:
