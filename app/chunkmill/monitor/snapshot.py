@@ -16,6 +16,7 @@ from decimal import Decimal
 import sqlalchemy as sa
 
 from chunkmill.db.connect import Connections, connections
+from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import adjustments, budget, charges
@@ -249,6 +250,13 @@ def _oldest(conn: sa.Connection) -> dict[Route, float]:
     conn.execute(sa.text("SELECT set_config('enable_sort', 'off', true)"))
     rows = conn.execute(_OLDEST, {"routes": [route.value for route in LANES], "ranks": PRIORITY_RANKS})
     return {Route(row.route): max(0.0, float(row.seconds)) for row in rows}
+
+
+def unconfirmed_line(money: Money) -> str | None:
+    """What was lost this month and what may have been charged, and where the reasons are; None if that is nothing."""
+    parts = (("lost", money.lost), ("maybe charged", money.maybe_charged))
+    shown = [f"{dollars(usd)} USD {what}" for what, usd in parts if usd]
+    return f"{', '.join(shown)} this month; to see why: chunkmill cost adjustments" if shown else None
 
 
 def _money(conn: sa.Connection, settings: Settings) -> Money:
