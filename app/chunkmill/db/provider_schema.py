@@ -17,7 +17,8 @@ from chunkmill.db.schema import NOW, TIMESTAMP, Base, identity, one_of
 from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.states import ProviderBatchState
 
-MONEY = sa.Numeric(18, 10)
+MONEY = sa.Numeric()
+"""US dollars, exactly: a price has as many places as the provider says, and thousands of bookings must add up."""
 
 
 class ProviderLaneRow(Base):
@@ -196,6 +197,10 @@ class AdjustmentRow(Base):
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     usd: Mapped[Decimal] = mapped_column(MONEY)
     reason: Mapped[str] = mapped_column(sa.Text)
+    author: Mapped[str | None] = mapped_column(sa.Text)
+    """Who corrects. NULL if no person did it."""
+    key: Mapped[str | None] = mapped_column(sa.Text)
+    """What tells a correction from every other one, so that a command that runs twice corrects once."""
 
     __table_args__ = (
         one_of("kind", AdjustmentKind),
@@ -203,6 +208,7 @@ class AdjustmentRow(Base):
             "kind = 'correction' OR (contents >= 0 AND tokens >= 0 AND usd >= 0)",
             name="only_corrections_are_negative",
         ),
+        sa.Index("uq_adjustments_key", "key", unique=True),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 
 from chunkmill.domain.states import Route
 
@@ -29,6 +30,10 @@ class Lane:
     held_reason: str | None = None
     max_inputs: int | None = None
     open: Mapping[str, int] | None = None
+    lost_usd: Decimal = Decimal(0)
+    """US dollars of this month (UTC) that were charged for results that could not be used."""
+    maybe_charged_usd: Decimal = Decimal(0)
+    """US dollars of this month that may have been charged."""
 
     @property
     def is_stopped(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from chunkmill.db.schema import EmbedRequestRow
 from chunkmill.domain.reasons import storable
+from chunkmill.domain.states import Route
 
 CHANNEL = "chunkmill_embed_requests"
 LEASE_SECONDS = 30
@@ -97,6 +99,39 @@ def claim_next(
         },
     ).one_or_none()
     return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until) if row else None
+
+
+def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> None:
+    """Note how many tokens of a request are about to be sent to a provider and not charged yet, for the budget.
+
+    They count until the request has an answer or is gone. If the lease was lost, nothing is changed.
+    """
+    if keeps_committed_tokens(conn):
+        conn.execute(
+            sa.text("UPDATE embed_requests SET committed_tokens = :n WHERE id = :id AND lease_until = :lease_until"),
+            {"id": request.id, "lease_until": request.lease_until, "n": tokens},
+        )
+
+
+def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """The tokens that are committed for requests without an answer: ``(space_id, route, tokens)`` of each space."""
+    if not keeps_committed_tokens(conn):
+        return ()
+    return conn.execute(
+        sa.text("""
+            SELECT space_id, CAST(:route AS text) AS route, sum(committed_tokens) AS tokens
+            FROM embed_requests
+            WHERE committed_tokens > 0 AND vectors IS NULL AND error IS NULL
+            GROUP BY space_id
+        """),
+        {"route": Route.OPENAI_SYNC},
+    ).all()
+
+
+def keeps_committed_tokens(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    query = "SELECT FROM pg_attribute WHERE attrelid = to_regclass('embed_requests') AND attname = 'committed_tokens'"
+    return conn.execute(sa.text(query)).one_or_none() is not None
 
 
 def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -> None:

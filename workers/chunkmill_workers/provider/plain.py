@@ -116,7 +116,7 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> 
             attempt.dead.append(DeadContent(item.content_hash, item.code, item.reason))
         else:
             items.append(item)
-    mine = context.transact(lambda conn: _put_in_flight(context, conn, lease, items), "put in flight")
+    mine = context.transact(lambda conn: _put_in_flight(context, conn, space, lease, items), "put in flight")
     if mine is None:
         attempt.release(delay_s=HELD_SECONDS)
         return
@@ -135,14 +135,13 @@ def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> 
 
 
 def _put_in_flight(
-    context: ProviderContext, conn: sa.Connection, lease: Lease, items: list[ProviderInput]
+    context: ProviderContext, conn: sa.Connection, space: Space, lease: Lease, items: list[ProviderInput]
 ) -> set[bytes] | None:
     """The contents that nobody else has in flight, or None if the month's budget is used up."""
     mine = provider_inputs.add_own(conn, lease, items)
-    month = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
-    held = month is not None and mine and month.is_exceeded
-    provider_lanes.hold(conn, Route.OPENAI_SYNC, month.refusal() if month and held else None)
-    if held:
+    held = budget.why_held(conn, context.settings, space.spec) if mine else None
+    provider_lanes.hold(conn, Route.OPENAI_SYNC, held)
+    if held is not None:
         provider_inputs.remove_own(conn, lease)
         return None
     return mine
@@ -186,6 +185,8 @@ def _ask(
     def take_turn(conn: sa.Connection) -> float | None:
         if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
             return None  # another worker has paused or stopped the lane
+        if budget.is_exceeded(conn, settings):
+            return None  # what was in flight has cost more than it was committed for
         return provider_lanes.take_turn(
             conn,
             Route.OPENAI_SYNC,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from decimal import Decimal
 
 import numpy as np
 import sqlalchemy as sa
@@ -13,6 +14,7 @@ from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.domain.states import Route
 from chunkmill.errors import (
+    BudgetExceeded,
     ChunkmillError,
     ProviderBusy,
     ProviderError,
@@ -90,7 +92,7 @@ class ProviderResponder(Responder[ProviderContext]):
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
 
-    def _book(self, space: Space, contents: int, tokens: int) -> None:
+    def _book(self, request: EmbedRequest, space: Space, contents: int, tokens: int, *, still_committed: int) -> None:
         """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
         model = self._context.model(space)
         with self._context.begin() as conn:
@@ -102,6 +104,7 @@ class ProviderResponder(Responder[ProviderContext]):
                 contents=contents,
                 tokens=tokens,
             )
+            embed_requests.commit_tokens(conn, request, still_committed)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
@@ -109,7 +112,6 @@ class ProviderResponder(Responder[ProviderContext]):
         context, spec = self._context, space.spec
         model = context.model(space)
         with context.begin() as conn:
-            budget.require_budget(conn, context.settings)
             lane = provider_lanes.lane(conn, Route.OPENAI_SYNC)
             if lane.is_stopped:
                 raise ProviderError(f"lane {Route.OPENAI_SYNC} is stopped: {lane.stop_reason}")
@@ -125,6 +127,13 @@ class ProviderResponder(Responder[ProviderContext]):
         packer = Packer(1, context.form(model, space), limits)
         for item in items:
             packer.add(item)
+        committed = packer.tokens
+        with context.begin() as conn:
+            price = charges.price_today(conn, model)
+            usd = price.of(committed, Route.OPENAI_SYNC) if price else Decimal(0)
+            if (held := budget.why_held(conn, context.settings, spec, usd)) is not None:
+                raise BudgetExceeded(held)
+            embed_requests.commit_tokens(conn, request, committed)
         for number in range(packer.requests):
             rows = [row for row in packer.rows if row.request_no == number]
             sent = [window.text for row in rows for window in items[int(row.content_hash)].windows]
@@ -136,7 +145,9 @@ class ProviderResponder(Responder[ProviderContext]):
             )
             embedded = read_answer(body, len(sent), space)
             counted = sum(row.sent_tokens for row in rows)
-            self._book(space, len(rows), counted if embedded.prompt_tokens is None else embedded.prompt_tokens)
+            committed -= counted
+            tokens = counted if embedded.prompt_tokens is None else embedded.prompt_tokens
+            self._book(request, space, len(rows), tokens, still_committed=committed)
             made = assemble(embedded, rows, normalize=spec.normalize)
             if made.problems:
                 raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")

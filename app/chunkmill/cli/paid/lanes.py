@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from decimal import Decimal
 
 import click
 from rich.text import Text
 
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.client import Client
+from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.results import Explanation
 from chunkmill.domain.states import Route
@@ -19,7 +21,10 @@ from chunkmill.domain.states import Route
 @json_option
 @click.pass_context
 def lanes(context: click.Context) -> None:
-    """Show the state of the paid lanes (running, paused, stopped or held) and their open ProviderBatches."""
+    """Show the state of the paid lanes (running, paused, stopped or held) and their open ProviderBatches.
+
+    `lost` and `maybe charged` are of this month (UTC); `chunkmill cost adjustments` says why.
+    """
     if context.invoked_subcommand is None:
         with Client.from_env() as client:
             show_lanes(context.obj, client.lanes())
@@ -68,10 +73,11 @@ def show_lanes(screen: Screen, listed: list[Lane]) -> None:
         screen.document([lane_fields(lane) for lane in listed])
         return
     screen.table(
-        ["lane", "state", "open ProviderBatches", "why"],
+        ["lane", "state", "open ProviderBatches", "lost", "maybe charged", "why"],
         [
             (lane.route.value, _styled(lane.state),
-             ", ".join(f"{n:,} {state}" for state, n in sorted((lane.open or {}).items())) or None, why(lane))
+             ", ".join(f"{n:,} {state}" for state, n in sorted((lane.open or {}).items())) or None,
+             _usd(lane.lost_usd), _usd(lane.maybe_charged_usd), why(lane))
             for lane in listed
         ],
     )  # fmt: skip
@@ -105,6 +111,10 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
                 for b in explanation.provider_batches
             ],
         )  # fmt: skip
+
+
+def _usd(usd: Decimal) -> str | None:
+    return f"{dollars(usd)} USD" if usd else None
 
 
 def _styled(state: str) -> Text:

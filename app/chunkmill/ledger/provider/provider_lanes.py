@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ProviderBatchState, Route
+from chunkmill.ledger.money import adjustments
 
 BURST_SECONDS = 10.0
 """This much of a minute's quota may be sent at once, because providers also count in windows shorter than a minute."""
@@ -25,18 +27,23 @@ _SELECT = """
 
 
 def lanes(conn: sa.Connection) -> list[Lane]:
-    """All paid lanes, including those that nobody has used yet."""
+    """All paid lanes, including those that nobody has used yet, with what they lost this month."""
     rows = {row.route: row for row in conn.execute(sa.text(_SELECT), {"route": None})}
     by_state = conn.execute(
         sa.text("SELECT state, count(*) AS n FROM provider_batches WHERE state <> :closed GROUP BY state"),
         {"closed": ProviderBatchState.CLOSED},
     )
     counts = {row.state: row.n for row in by_state}
-    return [_lane(route, rows.get(route), counts if route is Route.OPENAI else None) for route in PAID_ROUTES]
+    listed = [_lane(route, rows.get(route), counts if route is Route.OPENAI else None) for route in PAID_ROUTES]
+    sums = [adjustments.month_adjusted(conn, lane.route) for lane in listed]
+    return [
+        replace(lane, lost_usd=adjusted.lost, maybe_charged_usd=adjusted.maybe_charged)
+        for lane, adjusted in zip(listed, sums, strict=True)
+    ]
 
 
 def lane(conn: sa.Connection, route: Route) -> Lane:
-    """One paid lane, without the count of its ProviderBatches."""
+    """One paid lane, without the count of its ProviderBatches and what it lost."""
     return _lane(route, conn.execute(sa.text(_SELECT), {"route": route}).one_or_none(), None)
 
 

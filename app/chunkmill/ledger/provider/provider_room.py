@@ -33,6 +33,10 @@ class Room:
     usd_per_million: Decimal | None = None
     reason: str | None = None
 
+    def usd_of(self, tokens: int) -> Decimal:
+        """What ``tokens`` cost in a ProviderBatch; 0 if the price is not known."""
+        return tokens * (self.usd_per_million or 0) / MILLION
+
     @property
     def affordable_tokens(self) -> int:
         """What is left of the account's tokens, as far as the month's money goes."""
@@ -83,7 +87,7 @@ def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
         budget.headroom(conn, settings),
         price.batch_api if price else None,
     )
-    return replace(left, reason=_reason(conn, settings, left, used))
+    return replace(left, reason=budget.why_unpriced(settings, space.spec) or _reason(conn, settings, left, used))
 
 
 def _reason(conn: sa.Connection, settings: Settings, left: Room, used: EnqueuedTotals) -> str | None:
