@@ -13,6 +13,7 @@ from chunkmill.domain.costs import Cost, Costs, CostsBy, Estimate, LaneEstimate
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
+    Abandoned,
     Attempt,
     Audit,
     DeadDetails,
@@ -75,6 +76,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Abandoned",
     "Amount",
     "Attempt",
     "Audit",

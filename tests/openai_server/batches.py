@@ -97,7 +97,7 @@ def check_rate(store: Store) -> None:
 
 def make(store: Store, body: dict[str, Any], file: StoredFile, expires: int) -> dict[str, Any]:
     batch_id, created = store.new_batch_id(), time.time()
-    link = store.folder / f"{batch_id}.input"
+    link = store.folder / f"{store.new_id('link_')}.input"  # an id may be given again
     try:
         os.link(file.path, link)
     except FileNotFoundError:  # deleted this moment

@@ -179,7 +179,7 @@ class Life:
                 store.changed.wait(left)
 
     def spool(self, name: str) -> Path:
-        return self.store.folder / f"{self.batch.id}.{name}"
+        return self.batch.input.with_suffix(f".{name}")
 
 
 def counts(total: int = 0, completed: int = 0, failed: int = 0) -> dict[str, int]:

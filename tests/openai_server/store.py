@@ -123,6 +123,10 @@ class Store:
     def forget(self) -> None:
         """Start anew, as a server that keeps nothing over a restart. The bill stays."""
         with self.changed:
+            for batch in self.batches.values():
+                batch.reserved = False
+            self.enqueued_tokens.clear()
+            self.enqueued_requests.clear()
             self.files.clear()
             self.batches.clear()
             self.owners.clear()

@@ -17,7 +17,8 @@ class Lane:
 
     A pause ends by itself, at ``paused_until``; a stop lasts until somebody resumes the lane. ``held_reason`` says why
     work waits although the lane is not stopped, for example because the budget is used up. ``open`` counts its open
-    ProviderBatches by state.
+    ProviderBatches by state. ``max_inputs`` and ``max_tokens`` are limits that the provider's refusals have taught: of
+    the inputs of a ProviderBatch, and of the tokens that are at the provider at a time.
     """
 
     route: Route
@@ -29,6 +30,7 @@ class Lane:
     held_reason: str | None = None
     max_inputs: int | None = None
     open: Mapping[str, int] | None = None
+    max_tokens: int | None = None
 
     @property
     def is_stopped(self) -> bool:

@@ -54,9 +54,7 @@ def test_what_one_project_made_another_does_not_find(asking: Asking) -> None:
                 other.files.content(file_id or "")
         assert batch.id not in [item.id for item in other.batches.list(limit=100).data]
         with pytest.raises(openai.BadRequestError, match="Cannot find file"):
-            other.batches.create(
-                input_file_id=batch.input_file_id, endpoint="/v1/embeddings", completion_window="24h"
-            )
+            other.batches.create(input_file_id=batch.input_file_id, endpoint="/v1/embeddings", completion_window="24h")
     assert asking.client.batches.retrieve(batch.id).status == "completed"
 
 
