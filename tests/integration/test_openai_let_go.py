@@ -75,9 +75,7 @@ def test_unsent_work_of_an_auto_job_moves_when_its_deadline_comes_near(
     other = stage.enqueue(early, route="auto", deadline=timedelta(hours=80), collection="other")
     stage.run_until(lambda: stage.corridor.rows("SELECT FROM provider_batches WHERE state = :state", state=state))
     with stage.corridor.db.begin() as conn:
-        conn.execute(
-            sa.text("UPDATE jobs SET deadline = now() + interval '20 hours' WHERE id = :id"), {"id": job.id}
-        )
+        conn.execute(sa.text("UPDATE jobs SET deadline = now() + interval '20 hours' WHERE id = :id"), {"id": job.id})
 
     stage.run_until(lambda: stage.corridor.client.job(job.id).state.is_final)
 

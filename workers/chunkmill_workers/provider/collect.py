@@ -265,14 +265,15 @@ def collect(context: ProviderContext, step: Step) -> Step:
     step = reader.step
     completed = step.provider_status == RemoteStatus.COMPLETED
     # A torn line means that the download broke off, whatever the status is.
-    if reader.unanswered and not problem and (completed or reader.oddities["not_json"]):
+    torn = bool(problem or reader.oddities["not_json"])
+    if reader.unanswered and not problem and (completed or torn):
         problem = f"{reader.unanswered} requests have no answer in its files"
     if reader.unanswered and problem and step.downloads + 1 < tries:
         pause, downloads = min(300.0, 2.0 * 4**step.downloads), step.downloads + 1
-        if completed and not (step.output_file_id and step.error_file_id):
+        if not torn and not (step.output_file_id and step.error_file_id):
             context.transact(lambda conn: _ask_again(conn, step, pause, problem, downloads), "ask for the files again")
             raise StepReleased
-        raise StepDelayed(pause, problem, downloads=step.downloads + 1)
+        raise StepDelayed(pause, problem, downloads=downloads)
     if reader.oddities or problem:
         logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reader.oddities))
     return context.transact(lambda conn: _end(context, conn, step, reader.oddities, problem), "account")

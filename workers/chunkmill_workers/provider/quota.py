@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.errors import ProviderBusy
+from chunkmill.errors import LeaseLost, ProviderBusy
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_room
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.limits import limit_in
@@ -32,11 +32,8 @@ def names_quota(message: str) -> bool:
 
 def too_many_tokens(context: ProviderContext, step: Step) -> bool:
     """Whether a ProviderBatch that was not sent holds more than may be at the provider at a time, and can be cut."""
-
-    def look(conn: sa.Connection) -> bool:
+    with context.begin() as conn:
         return step.n_tokens > provider_room.max_tokens(conn, context.settings) and _can_be_cut(conn, step)
-
-    return context.transact(look, "look at the limit")
 
 
 def refused_by_quota(context: ProviderContext, step: Step, busy: ProviderBusy) -> Step:
@@ -60,7 +57,11 @@ def refused_by_quota(context: ProviderContext, step: Step, busy: ProviderBusy) -
         provider_batches.release(conn, again, delay_s=0.0)
         return None
 
-    cut = context.transact(decide, "no room")
+    try:
+        cut = context.transact(decide, "no room")
+    except LeaseLost:
+        pause_lane(context, Route.OPENAI, busy, tries=refusals)  # the lane must learn of it all the same
+        raise
     no_room = f"{step.name}: the account's quota has no room for its {step.n_tokens} tokens"
     if cut is not None:
         logger.warning("%s; it is cut: %s", no_room, busy.brief)

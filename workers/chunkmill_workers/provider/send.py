@@ -240,7 +240,8 @@ def submitted(context: ProviderContext, step: Step, made: RemoteBatch) -> Step:
 
 def _given_twice(context: ProviderContext, made: RemoteBatch) -> ProviderError:
     server = context.provider.server
-    other = context.transact(lambda conn: provider_batches.followed_as(conn, server, made.id), "look for the other")
+    with context.begin() as conn:
+        other = provider_batches.followed_as(conn, server, made.id)
     return ProviderSilent(
         f"{server} gave the id {made.id} to a new batch, and ProviderBatch {other} is followed under that id. A server "
         f"does so that counts anew after a restart. ProviderBatch {other} is given up when it is not found any more, "
@@ -273,7 +274,7 @@ def _refused(context: ProviderContext, step: Step, refused: ProviderRefused) -> 
     gone = refused.status == 404 or "file" in str(refused).lower()
     if gone and step.key_digest != context.provider.key_digest:
         # The file was uploaded with another project's key. It costs nothing to upload it again, with this one.
-        return context.transact(lambda conn: provider_batches.advance(conn, step, State.GATHERED), "upload again")
+        return context.transact(lambda conn: provider_batches.advance(conn, step, State.GATHERED), "create refused")
     if step.failures + step.resends >= context.settings.max_attempts:
         return give_up(context, step, code=refused.provider_code, reason=str(refused))
     back = State.GATHERED if gone else State.UPLOADED

@@ -40,6 +40,8 @@ def book_unanswered(
     for job_id, (contents, counted) in sorted(by_job.items()) or [(0, (0, 0))]:
         share = tokens * counted // counted_left if counted_left else tokens
         counted_left, tokens = counted_left - counted, tokens - share
+        # Of contents of which only a part was charged, nobody knows which.
+        contents = min(contents, -(-contents * share // counted)) if counted else contents
         adjustments.add_tokens(
             conn,
             price,
