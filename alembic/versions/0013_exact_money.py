@@ -3,7 +3,7 @@
 numeric(18, 10) rounded each booking; without a limit of digits nothing is rounded. That changes no row, so the tables
 are not written anew. Old code books into the new columns as before.
 
-Revises: 0010
+Revises: 0011
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0013"
-down_revision = "0010"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 oldest_code = "0005"
@@ -20,9 +20,7 @@ oldest_code = "0005"
 
 def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
-    op.add_column(
-        "embed_requests", sa.Column("committed_tokens", sa.BigInteger(), server_default="0", nullable=False)
-    )
+    op.add_column("embed_requests", sa.Column("committed_tokens", sa.BigInteger(), server_default="0", nullable=False))
     op.alter_column("charges", "usd", type_=sa.Numeric())
     op.alter_column("adjustments", "usd", type_=sa.Numeric())
     op.add_column("adjustments", sa.Column("author", sa.Text()))

@@ -22,6 +22,7 @@ from chunkmill.domain.costs import (
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
+    Abandoned,
     Attempt,
     Audit,
     DeadDetails,
@@ -84,6 +85,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Abandoned",
     "Adjustment",
     "AdjustmentKind",
     "Amount",

@@ -73,6 +73,14 @@ def look_before_it_ends(stage: Scene, jobs: list[Job]) -> None:
     stage.server.control(in_progress_seconds=0.0)
 
 
+def let_go(stage: Scene, jobs: list[Job]) -> None:
+    """The batch is at the provider when a person lets go of it, before any of it ran."""
+    stage.run_until(lambda: stage.corridor.rows("SELECT FROM provider_batches WHERE state = 'submitted'"))
+    stage.corridor.client.abandon(stage.corridor.batches()[0]["id"])
+    stage.run_until(lambda: stage.batches()[0]["status"] == "cancelled")
+    stage.server.control(validating_seconds=0.0)
+
+
 def resume(route: str) -> Callable[[Scene, list[Job]], None]:
     def act(stage: Scene, jobs: list[Job]) -> None:
         client = stage.corridor.client
@@ -118,6 +126,19 @@ STORIES = {
     ),
     "a download that ends early": Story(
         ("release a step",), lambda server: server.misbehave("truncated", times=DOWNLOADS - 1, fraction=0.6)
+    ),
+    "a line that is missing": Story(
+        ("ask for the files again",), lambda server: server.misbehave("missing_line", lines=1), n=8
+    ),
+    "result files whose ids come late": Story(
+        ("no result file yet",), lambda server: server.misbehave("late_file_ids", times=3, where=RETRIEVE)
+    ),
+    "a quota without room": Story(
+        ("no room",), lambda server: server.misbehave("fail_validation", times=2, code="token_limit_exceeded")
+    ),
+    "a file that is too large": Story(("too large",), lambda server: server.control(max_file_bytes=600)),
+    "a batch that a person lets go": Story(
+        ("note its files",), lambda server: server.control(validating_seconds=3600.0), act=let_go
     ),
     "a batch that fails validation": Story(
         ("send again", "halve", "bury"),
@@ -193,18 +214,21 @@ def hurry(stage: Scene) -> None:
     """As ever, and what lost the answer to its claim need not wait for the end of its lease: nothing runs here now."""
     Scene.hurry(stage)
     with stage.corridor.db.begin() as conn:
+        conn.execute(sa.text("UPDATE provider_lanes SET paused_until = now()"))
         for table in ("provider_batches", "chunk_batches"):
             conn.execute(sa.text(f"UPDATE {table} SET lease_until = now() - interval '1 s' WHERE lease_until > now()"))
 
 
 def unanswered(stage: Scene) -> dict[str, int]:
-    """What was charged and never answered, by the one story in which that happens."""
-    lost = stage.corridor.rows("SELECT n_contents FROM provider_batches WHERE provider_status = 'vanished'")
-    if not lost:
-        return {}
-    first = stage.charges()[0]
-    stage.server.vanish(stage.batches()[0]["output_file_id"])  # nobody could know of it
-    return {"unanswered_contents": first["inputs"], "unanswered_tokens": first["tokens"]}
+    """What was charged and never answered, which is what was booked as lost or maybe charged."""
+    if stage.corridor.rows("SELECT FROM provider_batches WHERE provider_status = 'vanished'"):
+        stage.server.vanish(stage.batches()[0]["output_file_id"])  # nobody could know of it
+    [booked] = stage.corridor.rows("""
+        SELECT coalesce(sum(contents), 0)::int AS contents, coalesce(sum(tokens), 0)::int AS tokens
+        FROM adjustments
+        WHERE reason NOT LIKE '%was abandoned%'
+    """)
+    return {"unanswered_contents": booked["contents"], "unanswered_tokens": booked["tokens"]}
 
 
 PICTURES = {
@@ -222,6 +246,8 @@ PICTURES = {
     "sum(n_inputs) - sum(n_returned) AS inputs, sum(n_contents) - sum(n_returned) AS contents, "
     "sum(n_written) AS written, sum(n_dead) AS dead, "
     "array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes FROM provider_batches",
+    "adjustments": "SELECT job_id, kind, count(*) AS n, sum(contents)::int AS contents, sum(tokens)::int AS tokens "
+    "FROM adjustments GROUP BY 1, 2 ORDER BY 1, 2",
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",

@@ -108,23 +108,6 @@ def test_completed_with_nothing_but_failures(stage: Scene, server: OpenAIServer,
     assert stage.charged_attempts() == 2
 
 
-@pytest.mark.parametrize("empty_ids", [False, True])
-def test_completed_with_no_file_at_all(stage: Scene, server: OpenAIServer, empty_ids: bool) -> None:
-    """Executed and charged, and no answer to anything: that is lost, once."""
-    server.misbehave("missing_line", lines=N)
-    if empty_ids:
-        server.misbehave("empty_file_ids", times=None)
-    texts = stage.texts(N)
-
-    [job] = stage.finish(stage.enqueue(texts))
-
-    first = stage.charges()[0]
-    stage.check_done(job, texts, unanswered_contents=first["inputs"], unanswered_tokens=first["tokens"])
-    assert stage.bill(texts) == dict.fromkeys(texts, 2)
-    assert stage.oddities() == {"unanswered": N}
-    assert stage.charged_attempts() == 2
-
-
 @pytest.mark.parametrize("error_lines", [True, False])
 def test_expired_keeps_what_was_done_and_sends_the_rest(stage: Scene, server: OpenAIServer, error_lines: bool) -> None:
     server.misbehave("expire", fraction=0.5, error_lines=error_lines)
@@ -361,14 +344,14 @@ def test_an_input_file_that_vanished_before_the_create(stage: Scene, server: Ope
 
 def test_an_upload_that_is_refused_for_good_is_given_up(stage: Scene, server: OpenAIServer) -> None:
     server.misbehave(
-        "http_error", times=None, status=413, message="File is too large.", where={"endpoint": "files.create"}
+        "http_error", times=None, status=400, message="No file of this kind.", where={"endpoint": "files.create"}
     )
     texts = stage.texts(N)
 
     [job] = stage.finish(stage.enqueue(texts))
 
     assert job.state == "failed"
-    assert job.error is not None and "File is too large." in job.error
+    assert job.error is not None and "No file of this kind." in job.error
     assert stage.asked("files.create") == stage.corridor.settings.max_attempts
     stage.check_books()
 

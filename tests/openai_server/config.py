@@ -24,6 +24,14 @@ class Config:
     """False: every ``/batches`` address is a 404, as on servers without the Batch API."""
     fast_tokens: bool = False
     """Count ``len(utf8) // 4 + 1`` tokens in place of cl100k's."""
+    other_keys: list[str] = field(default_factory=list)
+    """Keys of other projects: what one project made is not found with the key of another."""
+    counts_batches: bool = False
+    """Batches are called batch_1, batch_2 and so on since the server last forgot everything."""
+    file_expiry: bool = True
+    """False: ``expires_after`` of a file is an unknown parameter."""
+    too_large_status: int = 400
+    """How a file of more than ``max_file_bytes`` is refused: 400, or a gateway's 413 with a page of HTML."""
     request_errors: str = "line"
     """Where a well-formed line's bad request shows: "line", a 400 in the error file; "batch", validation fails."""
 

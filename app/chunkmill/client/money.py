@@ -11,17 +11,18 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
+from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_usd, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
-from chunkmill.domain.results import Explanation
+from chunkmill.domain.results import Abandoned, Explanation
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.jobs import explain
 from chunkmill.ledger.money import adjustments, budget, charges
-from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider import provider_endings, provider_lanes
 from chunkmill.openai.catalogue import read_twins
 
 
@@ -148,8 +149,23 @@ class Money(ClientPart):
         with self._transaction() as conn:
             return provider_lanes.lanes(conn)
 
+    def abandon(self, provider_batch_id: int) -> Abandoned:
+        """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.
+
+        If they may have been charged, that is booked, and the provider is asked to cancel it. A second call closes it
+        although its files could not be deleted. Raises :class:`NotFound`, and :class:`InvalidInput` if it is closed.
+        """
+        provider_batch_id = as_number("provider_batch_id", provider_batch_id)
+        read_twins(self._settings)
+        with self._transaction() as conn:
+            require_at_least(conn, "0011")
+            return provider_endings.abandon(conn, self._settings, provider_batch_id)
+
     def resume_lane(self, route: Route | str) -> bool:
-        """Let a stopped or paused lane take work again. Returns False if it was neither."""
+        """Let a stopped or paused lane take work again, and forget limits that the provider's refusals have taught.
+
+        Returns False if there was nothing to do.
+        """
         route = as_word(Route, route, "route")
         if not route.is_paid:
             raise InvalidInput(f"route is {route.value!r}; the lanes that can stop are openai and openai-sync.")

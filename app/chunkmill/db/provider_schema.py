@@ -37,6 +37,10 @@ class ProviderLaneRow(Base):
     """Why nothing was gathered the last time although something waits, for example a budget; NULL otherwise."""
     max_inputs: Mapped[int | None] = mapped_column(sa.Integer)
     """The most inputs of a ProviderBatch, if the provider takes fewer than it documents."""
+    max_tokens: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The most tokens that the provider queues for us, if it refused ProviderBatches because of its own limit."""
+    max_tokens_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """Until when this is believed: quotas grow, and another program of the account may have taken up this one."""
     next_request_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     next_token_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """When the buckets of requests and of tokens are full again, by the generic cell rate algorithm."""
@@ -54,6 +58,8 @@ class ProviderBatchRow(Base):
     """A random word. It is in the name of its file and in its metadata, so that we recognize an orphan as ours."""
     server: Mapped[str | None] = mapped_column(sa.Text)
     """The base URL of the server that took its file. Other servers do not know it."""
+    key_digest: Mapped[str | None] = mapped_column(sa.Text)
+    """A digest of the key with which it was made or last seen. With the key of another project it is not found."""
     attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     """The fencing number of the lease on its next step."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
@@ -78,6 +84,14 @@ class ProviderBatchRow(Base):
     provider_status: Mapped[str | None] = mapped_column(sa.Text)
     n_done: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     """How many requests the provider says it has processed."""
+    n_completed: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """How many of them succeeded, as the provider says, and so are charged. NULL if it does not say."""
+    used_tokens: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The tokens that the provider charges for the whole batch, from ``batch.usage``. NULL if it does not say."""
+    looks: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """How often the provider was asked in vain for the result files of the batch after it had ended."""
+    refusals: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """How often the provider refused to queue it because of the account's limits."""
     output_file_id: Mapped[str | None] = mapped_column(sa.Text)
     error_file_id: Mapped[str | None] = mapped_column(sa.Text)
     downloads: Mapped[int] = mapped_column(sa.Integer, server_default="0")
@@ -103,7 +117,13 @@ class ProviderBatchRow(Base):
         ),
         sa.Index("ix_provider_batches_open", "not_before", postgresql_where=sa.text("state <> 'closed'")),
         sa.Index("ix_provider_batches_created", "creating_since"),
-        sa.Index("uq_provider_batches_batch_id", "batch_id", unique=True),
+        sa.Index(
+            "uq_provider_batches_batch_id",
+            "server",
+            "batch_id",
+            unique=True,
+            postgresql_where=sa.text("state IN ('submitted', 'collecting')"),
+        ),
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,9 @@ class Provider:
         self.server = settings.openai_base_url or DEFAULT_BASE_URL
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
+        self.key_digest = hashlib.sha256(f"{self.server}\n{key}".encode()).hexdigest()[:16]
+        """Tells one key from another. With the key of another project the provider does not find our batches."""
+        self._expires = True
         self._openai = openai
         try:
             self._client = openai.OpenAI(
@@ -79,14 +83,24 @@ class Provider:
 
     @counted("upload")
     def upload(self, name: str, file: IO[bytes]) -> str:
-        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it."""
-        made = self._call(
-            lambda: self._client.files.create(
-                file=(name, file, "application/jsonl"),
-                purpose="batch",
-                expires_after={"anchor": "created_at", "seconds": FILE_EXPIRES_S},
-            )
-        )
+        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it.
+
+        A server that does not know ``expires_after`` gets the file without it, and keeps it until it is deleted.
+        """
+
+        def send() -> object:
+            file.seek(0)
+            expiry: dict[str, Any] = {"anchor": "created_at", "seconds": FILE_EXPIRES_S}
+            more: dict[str, Any] = {"expires_after": expiry} if self._expires else {}
+            return self._client.files.create(file=(name, file, "application/jsonl"), purpose="batch", **more)
+
+        try:
+            made = self._call(send)
+        except ProviderRefused as refused:
+            if not self._expires or refused.status not in (400, 422) or "expires" not in str(refused).lower():
+                raise
+            self._expires = False
+            made = self._call(send)
         if not getattr(made, "id", None):
             raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
         return str(made.id)

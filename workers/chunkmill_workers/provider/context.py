@@ -8,7 +8,7 @@ from typing import ClassVar
 import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
-from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
 from chunkmill.openai.catalogue import model_for, read_twins
@@ -45,6 +45,8 @@ class ProviderContext(QueueContext):
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
         require_migrated(db)
+        with db.begin() as conn:
+            require_at_least(conn, "0011")
         read_twins(settings)
         context = cls(settings, db, provider)
         context.become_current()

@@ -16,9 +16,9 @@ from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
 from chunkmill.domain.spaces import SpaceSpec
-from chunkmill.domain.states import ChunkBatchState, JobState, Route
+from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
 from chunkmill.ledger.money import budget, charges
-from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider import provider_endings, provider_lanes
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -112,7 +112,11 @@ WHERE route = :auto AND state IN (:enqueueing, :running)
        OR (cardinality(CAST(:stopped AS text[])) > 0 OR deadline < now() + CAST(:takes AS interval))
           AND EXISTS (
               SELECT FROM chunk_batches b
-              WHERE b.job_id = j.id AND b.state = :available
+              WHERE b.job_id = j.id
+                AND (b.state = :available OR (b.state = :at_work AND b.lease_until IS NULL AND EXISTS (
+                    SELECT FROM provider_batch_members m
+                    JOIN provider_batches p ON p.id = m.provider_batch_id
+                    WHERE m.chunk_batch_id = b.id AND p.state IN (:gathered, :uploaded))))
                 AND (b.route = ANY(CAST(:stopped AS text[]))
                      OR (b.route = :openai AND j.deadline < now() + CAST(:takes AS interval)))))
 ORDER BY id
@@ -123,6 +127,9 @@ FOR NO KEY UPDATE OF j SKIP LOCKED
     enqueueing=JobState.ENQUEUEING,
     running=JobState.RUNNING,
     available=ChunkBatchState.AVAILABLE,
+    at_work=ChunkBatchState.RUNNING,
+    gathered=ProviderBatchState.GATHERED,
+    uploaded=ProviderBatchState.UPLOADED,
 )
 
 
@@ -130,8 +137,8 @@ def reroute(conn: sa.Connection, settings: Settings) -> int:
     """Move ChunkBatches of jobs with route ``auto`` that have not begun to another lane; returns how many.
 
     They are moved away from a lane that stopped, and from the Batch API when the deadline comes near. They are moved
-    back to a better lane that was stopped and takes work again. Nothing is moved if no better lane is left. One call
-    moves a slice of each job: call it again.
+    back to a better lane that was stopped and takes work again. What was gathered for the Batch API and not sent is
+    given back first. Nothing is moved if no better lane is left. One call moves a slice of each job: call it again.
     """
     stopped = [lane.route.value for lane in provider_lanes.lanes(conn) if lane.is_stopped]
     if not settings.openai_batches:
@@ -210,6 +217,8 @@ WHERE b.id = m.id AND b.state = :available
 
 
 def _move(conn: sa.Connection, job_id: int, left: Collection[str], to: Route) -> int:
+    if Route.OPENAI.value in left:
+        provider_endings.give_back_unsent(conn, f"given back, because job {job_id} moves to {to}", of_jobs=[job_id])
     available = ChunkBatchState.AVAILABLE
     parameters = {"id": job_id, "to": to, "left": sorted(left), "slice": SLICE, "available": available}
     return int(conn.execute(_MOVE, parameters).rowcount)

@@ -16,12 +16,20 @@ from chunkmill.ledger.money import adjustments
 BURST_SECONDS = 10.0
 """This much of a minute's quota may be sent at once, because providers also count in windows shorter than a minute."""
 
+LEARNT_SECONDS = 24 * 3600.0
+"""For how long a limit of tokens is believed that a refusal has taught. Another program may have filled the queue."""
+
+# The columns of `max_tokens` are read in a way that also works on the schema of the last release, which has none.
 _SELECT = """
     SELECT route,
            CASE WHEN paused_until > now() THEN paused_until END AS paused_until,
            CASE WHEN paused_until > now() THEN pause_reason END AS pause_reason,
-           stopped_at, stop_code, stop_reason, held_reason, max_inputs
-    FROM provider_lanes
+           stopped_at, stop_code, stop_reason, held_reason, max_inputs,
+           CASE
+               WHEN (to_jsonb(l) ->> 'max_tokens_until')::timestamptz > now()
+               THEN (to_jsonb(l) ->> 'max_tokens')::bigint
+           END AS max_tokens
+    FROM provider_lanes l
     WHERE CAST(:route AS text) IS NULL OR route = :route
 """
 
@@ -76,16 +84,27 @@ def stop(conn: sa.Connection, route: Route, *, code: str, reason: str) -> bool:
 
 
 def resume(conn: sa.Connection, route: Route) -> bool:
-    """Let the lane take work again. Returns False if it was neither stopped nor paused."""
+    """Let the lane take work again, and forget what its provider's refusals have taught.
+
+    Returns False if there was nothing to do.
+    """
     result = conn.execute(
         sa.text("""
             UPDATE provider_lanes
-            SET stopped_at = NULL, stop_code = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL
-            WHERE route = :route AND (stopped_at IS NOT NULL OR paused_until > now())
+            SET stopped_at = NULL, stop_code = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL,
+                max_inputs = NULL
+            WHERE route = :route AND (stopped_at IS NOT NULL OR paused_until > now() OR max_inputs IS NOT NULL)
         """),
         {"route": route},
     )
-    return result.rowcount == 1
+    return _forget_max_tokens(conn, route) or result.rowcount == 1
+
+
+def _forget_max_tokens(conn: sa.Connection, route: Route) -> bool:
+    if lane(conn, route).max_tokens is None:
+        return False
+    conn.execute(sa.text("UPDATE provider_lanes SET max_tokens_until = NULL WHERE route = :route"), {"route": route})
+    return True
 
 
 def hold(conn: sa.Connection, route: Route, reason: str | None) -> bool:
@@ -109,6 +128,20 @@ def learn_max_inputs(conn: sa.Connection, route: Route, inputs: int) -> None:
     conn.execute(
         sa.text("UPDATE provider_lanes SET max_inputs = least(max_inputs, :inputs) WHERE route = :route"),
         {"route": route, "inputs": max(1, inputs)},
+    )
+
+
+def learn_max_tokens(conn: sa.Connection, route: Route, tokens: int) -> None:
+    """Have at most so many tokens at the provider for a day: it refused more. A lower limit that was learnt stays."""
+    _add_row(conn, route)
+    conn.execute(
+        sa.text("""
+            UPDATE provider_lanes
+            SET max_tokens = CASE WHEN max_tokens_until > now() THEN least(max_tokens, :tokens) ELSE :tokens END,
+                max_tokens_until = now() + make_interval(secs => :seconds)
+            WHERE route = :route
+        """),
+        {"route": route, "tokens": max(1, tokens), "seconds": LEARNT_SECONDS},
     )
 
 
@@ -154,6 +187,7 @@ def _lane(route: Route, row: sa.Row[Any] | None, open_batches: Mapping[str, int]
         row.held_reason,
         row.max_inputs,
         open_batches,
+        row.max_tokens,
     )
 
 
