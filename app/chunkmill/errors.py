@@ -25,7 +25,7 @@
     │   ├── ProviderBusy        a rate limit was reached; it passes by itself
     │   ├── ProviderSilent      there was no answer or a broken one; the request may have succeeded
     │   ├── ProviderRefused     the provider refused; the same request will never succeed
-    │   └── ProviderStopped     the provider accepts nothing until somebody pays or fixes the key
+    │   └── ProviderStopped     the provider accepts nothing until somebody pays, or fixes the key or a setting
     └── EngineError           the model could not be loaded or run
         ├── ModelLoadError      a file is missing, unreadable or of an unsupported kind
         ├── DeviceFailed        the device no longer computes even a text that worked before
@@ -192,8 +192,16 @@ class ProviderBusy(ProviderError):
 
 
 class ProviderSilent(ProviderError):
+    """``timed_out`` says that the answer took too long, so that a smaller request may get one. ``was_sent`` is false if
+    the request surely never reached the provider, so that it cannot have been charged."""
+
     code = "provider_silent"
     retryable = True
+
+    def __init__(self, message: str, *, words: str = "", timed_out: bool = False, was_sent: bool = True) -> None:
+        self.timed_out = timed_out
+        self.was_sent = was_sent
+        super().__init__(message, words=words)
 
 
 class ProviderRefused(ProviderError):
@@ -208,7 +216,7 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderStopped(ProviderError):
-    """``provider_code`` is ``insufficient_quota``, or a code that says what is wrong with the key."""
+    """``provider_code`` says what only a person can change, such as ``insufficient_quota`` or ``model_not_found``."""
 
     code = "provider_stopped"
 

@@ -152,10 +152,12 @@ def _send_again(
     """Release the step to send the same contents in a new batch: from the file that is there, or from a new one."""
     columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason}
     if isinstance(verdict, Wait | StopLane):
-        # A limit or the account is the reason and not the contents, so the file stays as it is.
+        # A limit or the account is the reason and not the contents. After a limit, the file stays as it is; after a
+        # stop, a setting may have changed, for example the model's name.
         if isinstance(verdict, StopLane):
             provider_lanes.stop(conn, Route.OPENAI, code=verdict.code, reason=verdict.reason)
-        again = provider_batches.advance(conn, step, State.UPLOADED, **columns)
+        back = State.UPLOADED if isinstance(verdict, Wait) else State.GATHERED
+        again = provider_batches.advance(conn, step, back, **columns)
         provider_batches.release(conn, again, delay_s=context.settings.openai_poll_seconds)
         return
     again = provider_batches.advance(conn, step, State.GATHERED, resends=step.resends + 1, **columns)
