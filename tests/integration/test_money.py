@@ -119,11 +119,11 @@ def test_charges_of_a_day_add_up_and_each_month_stands_alone(db: sa.Engine, spac
         assert conn.execute(sa.text("SELECT contents, tokens, usd FROM charges")).all() == [
             (20, 2000, Decimal("2.0000000001"))
         ]
-        assert charges.month_spent(conn) == Decimal("2.0000000001")
+        assert charges.month_confirmed(conn) == Decimal("2.0000000001")
     last_month(db)
     charge(db, space, "1")
     with db.begin() as conn:
-        assert charges.month_spent(conn) == 1
+        assert charges.month_confirmed(conn) == 1
 
 
 def test_a_charge_is_undone_with_the_transaction_it_is_in(db: sa.Engine, space: registry.Space) -> None:
@@ -134,7 +134,7 @@ def test_a_charge_is_undone_with_the_transaction_it_is_in(db: sa.Engine, space: 
         )  # fmt: skip
         raise RuntimeError("died")
     with db.begin() as conn:
-        assert charges.month_spent(conn) == 0
+        assert charges.month_confirmed(conn) == 0
 
 
 def test_what_is_in_flight_is_committed_at_the_price_of_its_route(

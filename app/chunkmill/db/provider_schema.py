@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from chunkmill.db.schema import NOW, TIMESTAMP, Base, identity, one_of
+from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.states import ProviderBatchState
 
 MONEY = sa.Numeric(18, 10)
@@ -171,7 +172,38 @@ class ChargeRow(Base):
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     usd: Mapped[Decimal] = mapped_column(MONEY)
 
-    __table_args__ = (sa.Index(None, "job_id"),)
+    __table_args__ = (
+        sa.Index(None, "job_id"),
+        sa.CheckConstraint("contents >= 0 AND tokens >= 0 AND usd >= 0", name="nothing_is_negative"),
+    )
+
+
+class AdjustmentRow(Base):
+    """A part of the bill that no answer confirmed. ``job_id`` and ``provider_batch_id`` are as in ``charges``."""
+
+    __tablename__ = "adjustments"
+
+    id: Mapped[int] = identity()
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    day: Mapped[date] = mapped_column(sa.Date, index=True)
+    """The day in UTC on which it counts."""
+    kind: Mapped[str] = mapped_column(sa.Text)
+    route: Mapped[str] = mapped_column(sa.Text)
+    space_id: Mapped[int] = mapped_column(sa.Integer)
+    job_id: Mapped[int] = mapped_column(sa.BigInteger, index=True)
+    provider_batch_id: Mapped[int] = mapped_column(sa.BigInteger)
+    contents: Mapped[int] = mapped_column(sa.BigInteger)
+    tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    usd: Mapped[Decimal] = mapped_column(MONEY)
+    reason: Mapped[str] = mapped_column(sa.Text)
+
+    __table_args__ = (
+        one_of("kind", AdjustmentKind),
+        sa.CheckConstraint(
+            "kind = 'correction' OR (contents >= 0 AND tokens >= 0 AND usd >= 0)",
+            name="only_corrections_are_negative",
+        ),
+    )
 
 
 class BudgetNoticeRow(Base):

@@ -74,6 +74,17 @@ class CostsBy(StrEnum):
     JOB = "job"
 
 
+class AdjustmentKind(StrEnum):
+    """What an adjustment of the bill is: money that no answer confirmed, or what a person says about it."""
+
+    LOST = "lost"
+    """It was charged, and its result cannot be used."""
+    MAYBE_CHARGED = "maybe_charged"
+    """It was sent, and nobody can tell whether it was charged."""
+    CORRECTION = "correction"
+    """A person corrects what was booked. It may be negative."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of one group on one route.

@@ -11,7 +11,7 @@ from chunkmill.domain.budget import Budget, due_percents
 from chunkmill.domain.prices import price_on
 from chunkmill.domain.states import ProviderBatchState, Route
 from chunkmill.errors import BudgetExceeded
-from chunkmill.ledger.money import charges
+from chunkmill.ledger.money import adjustments, charges
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -22,7 +22,8 @@ _COMMITTED = [state for state in ProviderBatchState if state.is_committed]
 def read(conn: sa.Connection, settings: Settings) -> Budget:
     """The budget of this month, with or without a limit."""
     month = conn.execute(sa.text(f"SELECT {charges.MONTH}")).scalar_one()
-    return Budget(month, charges.month_spent(conn), committed(conn, settings), settings.openai_monthly_budget_usd)
+    spent = charges.month_confirmed(conn) + adjustments.month_adjusted(conn)
+    return Budget(month, spent, committed(conn, settings), settings.openai_monthly_budget_usd)
 
 
 def headroom(conn: sa.Connection, settings: Settings) -> Decimal | None:

@@ -1,4 +1,6 @@
-"""What providers charged: booked once, with the vectors it paid for, and read back as sums.
+"""What providers charged, confirmed by their answers: booked once, with the vectors it paid for, and read as sums.
+
+What no answer confirmed is in ``adjustments``.
 
 Days and months are in UTC, by the clock of Postgres, because the provider's invoice is in UTC and a producer's clock
 may show anything.
@@ -93,8 +95,8 @@ def book(
     )
 
 
-def month_spent(conn: sa.Connection) -> Decimal:
-    """US dollars charged in this calendar month."""
+def month_confirmed(conn: sa.Connection) -> Decimal:
+    """US dollars of this calendar month that answers confirmed. Beside them stand the adjustments."""
     spent = conn.execute(sa.text(f"SELECT coalesce(sum(usd), 0) FROM charges WHERE day >= {MONTH}")).scalar_one()
     return Decimal(spent)
 
