@@ -21,6 +21,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.keeper import StepKeeper
 
 
@@ -33,6 +34,7 @@ class ProviderContext(QueueContext):
         super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
         self.steps = StepKeeper(db, settings.lease_seconds)
+        self.health = Health()
         self.unserved = Unserved()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 

@@ -30,6 +30,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import give_back, give_up
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.probe import try_answer
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def upload(context: ProviderContext, step: Step) -> Step:
         return registry.get(conn, step.space_id), noted
 
     space, step = context.transact(begin, "upload")
+    try_answer(context, space)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES) as file:
         try:
             n_bytes = _write(context, step, space, file)

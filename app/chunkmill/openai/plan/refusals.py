@@ -38,8 +38,11 @@ class Refusal:
     advice: str = ""
 
 
+RESUME: Final = "The lane stays stopped until: chunkmill lanes resume"
+
+
 def _stop(what: str) -> Refusal:
-    return Refusal(Meaning.STOP, f"{what}. The lane stays stopped until: chunkmill lanes resume")
+    return Refusal(Meaning.STOP, f"{what}. {RESUME}")
 
 
 _PAY: Final = _stop("Pay or raise the limit")
@@ -64,8 +67,8 @@ _STOP_CODES: Final = {
     **dict.fromkeys(("invalid_api_key", "invalid_authentication", "invalid_organization", "permission_denied"), _KEY),
     **dict.fromkeys(("model_not_found", "model_mismatch"), _MODEL),
     **dict.fromkeys(("url_mismatch", "invalid_endpoint", "unknown_url"), _ADDRESS),
-    **dict.fromkeys(("unsupported_parameter", "unknown_parameter"), _FORM),
 }
+_FORM_CODES: Final = frozenset({"unsupported_parameter", "unknown_parameter"})
 _STOP_PARAMETERS: Final = {"model": _MODEL, "dimensions": _DIMENSIONS, "encoding_format": _FORM}
 _WAIT_CODES: Final = frozenset({"token_limit_exceeded", "request_limit_exceeded", "rate_limit_exceeded"})
 _NOT_RUN_CODES: Final = frozenset({"batch_expired", "batch_cancelled", "batch_canceled", "cancelled", "canceled"})
@@ -115,7 +118,7 @@ def refusal(
         return Refusal(Meaning.OUTAGE)
     if of_all and (status in (405, 501) or (status == 404 and "file" not in said)):
         return _ADDRESS
-    if of_all and (stop := _STOP_PARAMETERS.get(parameter)):
+    if of_all and (stop := _STOP_PARAMETERS.get(parameter, _FORM if words & _FORM_CODES else None)):
         return stop
     if status == 413 or words & _SIZE_CODES or _SIZE_WORDS.search(said):
         return Refusal(Meaning.SIZE)
