@@ -131,6 +131,7 @@ class PlainAttempt(Attempt[ProviderContext]):
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
             removed = provider_inputs.remove_answered(conn, self.lease, sent)
             new = write(conn, self.space, made.rows, made.vectors)
+            provider_inputs.drop_suspects(conn, space.id, written)
             # Else this is the second run of a commit whose answer was lost; or another attempt took the contents over,
             # and has booked that this request may have been charged.
             if removed:
@@ -178,6 +179,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             if done:
                 usage.book(conn, self.lease, self.account, usage.Outcome.COMPLETED)
                 self._forget_in_flight(conn)
+                provider_inputs.drop_suspects(conn, self.space.id, list(self.failed))
             return done
 
         if not self._context.transact(end, "complete"):
@@ -198,7 +200,12 @@ class PlainAttempt(Attempt[ProviderContext]):
         )
 
     def _forget_in_flight(self, conn: sa.Connection) -> None:
-        """Forget what this attempt has in flight, and book the request that it is not known to be charged for."""
+        """Forget what this attempt has in flight, and book the request that it is not known to be charged for.
+
+        What was sent in vain is sent alone the next time, because one text may spoil the vectors of its neighbours.
+        """
+        if self.failed:
+            provider_inputs.add_suspects(conn, self.space.id, sorted(self.failed))
         left = provider_inputs.remove_own(conn, self.lease)
         if self._sent is not None:
             book_unanswered(conn, self._context, self.space, left, kind=self._sent)

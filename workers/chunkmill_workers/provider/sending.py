@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
 from chunkmill.ledger.dead.dead_chunks import DeadContent
-from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider import provider_inputs, provider_lanes
 from chunkmill.openai.plan.endings import Alone, Dead, after_line_error
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.requests import PlainRequest, first_request
@@ -62,7 +62,12 @@ class Sender:
             return
         attempt = self._attempt
         require_answer(self._context, LANE, attempt.space, again=attempt.lane_is_unproved, asked_at=attempt.started_at)
-        self._send(items)
+        with self._context.begin() as conn:
+            suspects = provider_inputs.suspects(conn, attempt.space.id, [item.content_hash for item in items])
+        self._send([item for item in items if item.content_hash not in suspects])
+        for item in items:
+            if item.content_hash in suspects:
+                self._send([item])
         silent = [code for code, _ in attempt.failed.values() if code == NO_ANSWER]
         if len(silent) == len(items) > 1:
             raise ProviderSilent("none of the texts got an answer, neither together nor alone", was_sent=False)
