@@ -78,8 +78,17 @@ class ProviderResponder(Responder[ProviderContext]):
         claimed = self.claim(claim_next)
         if claimed is None:
             return False
-        self._answer(*claimed)
+        self._context.questions += 1
+        try:
+            self._answer(*claimed)
+        finally:
+            self._context.questions -= 1
         return True
+
+    def stop(self) -> None:
+        """End the thread after the question that is with the provider, whose answer is paid for."""
+        self._stop_listening.set()
+        self.join(timeout=self._context.answer_seconds + 5)
 
     @property
     def _lease_seconds(self) -> float:

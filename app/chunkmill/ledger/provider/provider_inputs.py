@@ -273,6 +273,29 @@ def take_sent(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
     return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
+def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, Unanswered]]:
+    """As `take_sent`, for all attempts of a worker, each with the id of its space."""
+    rows = conn.execute(
+        sa.text("""
+            WITH sent AS (
+                UPDATE provider_inputs i
+                SET request_no = 0
+                FROM chunk_batches b
+                WHERE b.lease_owner = :owner AND b.state = :running
+                  AND i.chunk_batch_id = b.id AND i.attempt = b.attempt
+                  AND i.provider_batch_id IS NULL AND i.request_no = 1
+                RETURNING i.space_id, i.job_id, i.sent_tokens
+            )
+            SELECT space_id, job_id, count(*) AS contents, sum(sent_tokens) AS tokens
+            FROM sent
+            GROUP BY space_id, job_id
+            ORDER BY space_id, job_id
+        """),
+        {"owner": owner, "running": ChunkBatchState.RUNNING},
+    )
+    return [(row.space_id, Unanswered(row.job_id, row.contents, int(row.tokens))) for row in rows]
+
+
 def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> int:
     """Take out of flight what a plain request of an attempt was answered; returns how many contents those are.
 
