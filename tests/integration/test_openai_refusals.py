@@ -120,6 +120,43 @@ def test_a_refusal_of_everything_costs_one_request_and_no_text(
     check_paid_once(stage, texts, jobs)
 
 
+def test_a_batch_of_a_model_that_is_not_there_is_not_even_uploaded(stage: Scene, server: OpenAIServer) -> None:
+    server.control(models={"another-model": 1536})
+    texts, jobs = two_jobs(stage, "openai")
+    client = stage.corridor.client
+    stage.run_until(lambda: client.lanes()[0].is_stopped)
+    turns(stage)
+
+    assert (stage.asked("embeddings.create"), stage.asked("files.create")) == (1, 0)
+    assert client.lanes()[0].stop_code == "model_not_found"
+    server.control(models={MODEL: 1536})
+    client.resume_lane("openai")
+    check_paid_once(stage, texts, jobs)
+
+
+@pytest.mark.parametrize("kind", ["rate_limited", "http_error"])
+def test_a_probe_without_an_answer_holds_no_batch_up(stage: Scene, server: OpenAIServer, kind: str) -> None:
+    """Plain requests have limits of their own."""
+    server.misbehave(kind, times=None, where=EMBED)
+    texts, jobs = two_jobs(stage, "openai")
+
+    check_paid_once(stage, texts, jobs)
+
+
+def test_batches_of_a_server_that_fails_wait_as_a_lane(stage: Scene, server: OpenAIServer) -> None:
+    server.misbehave("http_error", times=None, status=503, html=True, where={"endpoint": "files.create"})
+    texts, jobs = two_jobs(stage, "openai")
+    client = stage.corridor.client
+    stage.run_until(lambda: client.lanes()[0].paused_until is not None)
+    asked = stage.asked("files.create")
+    turns(stage)
+    assert stage.asked("files.create") == asked == FAILURES
+
+    server.calm()
+    end_the_pause(stage)
+    check_paid_once(stage, texts, jobs)
+
+
 def test_an_address_without_its_path_stops_the_lane(
     settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
 ) -> None:
