@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -459,6 +460,43 @@ def test_a_late_answer_is_on_the_books_although_another_attempt_has_the_contents
     other.close()
 
     assert stage.bill(texts) == dict.fromkeys(texts, 2)
+    assert booked(stage) == {"charged": 4}
+    assert booked(stage, "adjustments") == {"maybe_charged": 4}
+
+
+def test_an_answer_takes_nothing_that_a_later_attempt_has_in_flight(stage: Scene) -> None:
+    """The later attempt's answer is still to come, and will be charged by itself."""
+    stage.enqueue(stage.texts(4), route="openai-sync")
+    [chunk_batch_id] = stage.corridor.due("chunk_batches", "state = 'available'")
+    late, other = stage.corridor.worker(), stage.corridor.worker()
+    embeds = {worker: worker.provider.embed for worker in (late, other)}
+    taken_over, answered = threading.Event(), threading.Event()
+
+    def wait_for_the_late_answer(model: str, inputs: list[str], **more: Any) -> Any:
+        answer = embeds[other](model, inputs, **more)
+        if len(inputs) > 1:
+            taken_over.set()
+            answered.wait(PATIENCE)
+        return answer
+
+    def overtaken(model: str, inputs: list[str], **more: Any) -> Any:
+        answer = embeds[late](model, inputs, **more)
+        if len(inputs) > 1:
+            lose_the_lease(stage, chunk_batch_id)
+            stage.hurry()
+            calls.append(Call(lambda: request_chunk_batch(other, chunk_batch_id)))
+            assert taken_over.wait(PATIENCE)
+        return answer
+
+    calls: list[Call] = []
+    late.provider.embed = overtaken  # type: ignore[method-assign, assignment]
+    other.provider.embed = wait_for_the_late_answer  # type: ignore[method-assign, assignment]
+    request_chunk_batch(late, chunk_batch_id)
+    answered.set()
+    calls[0].result()
+    late.close()
+    other.close()
+
     assert booked(stage) == {"charged": 4}
     assert booked(stage, "adjustments") == {"maybe_charged": 4}
 

@@ -81,8 +81,8 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
         attempt.release(because=stopped)
     except ProviderSilent as silent:
         # An outage is no fault of the texts. What they may have cost is booked, and the lane waits if it fails.
-        delay = pause_failing_lane(context, Route.OPENAI_SYNC, silent)
-        attempt.release(because=silent, delay_s=backoff(attempt.tries) if delay is None else delay)
+        paused = pause_failing_lane(context, Route.OPENAI_SYNC, silent)
+        attempt.release(because=silent, delay_s=backoff(attempt.tries) if paused is None else paused)
     except Exception as error:
         if is_transient(error):
             raise  # another worker goes on when the lease runs out

@@ -61,7 +61,7 @@ def pause_failing(conn: sa.Connection, route: Route, *, seconds: float, reason: 
     """Let all workers of a lane wait whose requests get no answers. After the pause a probe must succeed first."""
     pause(conn, route, seconds=seconds, reason=reason)
     conn.execute(
-        sa.text("UPDATE provider_lanes SET stop_code = :unproved WHERE route = :route AND stopped_at IS NULL"),
+        sa.text("UPDATE provider_lanes SET stop_code = :unproved WHERE stopped_at IS NULL AND route = :route"),
         {"route": route, "unproved": UNPROVED},
     )
 

@@ -136,8 +136,8 @@ def after_validation_failure(
     first = errors[0] if errors else BatchError("unknown_error", "it failed without saying why")
     if attempts < max_attempts:
         if named := _named_requests(errors, n_requests):
-            told = next(error for error in errors if error.line is not None)
-            return Isolate(named, told.code, _say(told))
+            line = next(error for error in errors if error.line is not None)
+            return Isolate(named, line.code, _say(line))
         return Resend(_say(first))
     return _halves(first, n_inputs)
 
