@@ -58,6 +58,7 @@ class Story:
     route: str = "openai"
     n: int = 10
     act: Callable[[Scene, list[Job]], object] = lambda stage, jobs: None
+    trusting: bool = True
 
 
 def cancel_before_it_is_sent(stage: Scene, jobs: list[Job]) -> None:
@@ -115,8 +116,8 @@ STORIES = {
         lambda server: server.misbehave("http_error", status=503, where=UPLOAD),
         act=cancel_before_it_is_sent,
     ),
-    "a model that is not there": Story(
-        ("give up",), lambda server: server.misbehave("fail_validation", code="model_not_found")
+    "a file that is damaged every time": Story(
+        ("give up",), lambda server: server.misbehave("fail_validation", times=None, code="empty_file")
     ),
     "a batch that is not found for a while": Story(
         ("not found",), lambda server: server.misbehave("http_error", times=4, status=404, where=RETRIEVE)
@@ -154,7 +155,15 @@ STORIES = {
         ],
     ),
     "plain requests": Story(
-        ("claim", "read texts", "put in flight", "take turn", "write vectors", "complete"), route="openai-sync"
+        ("claim", "read texts", "put in flight", "take turn", "about to send", "write vectors", "complete"),
+        route="openai-sync",
+    ),
+    "plain requests without answers": Story(
+        ("book a request without an answer", "pause a failing lane", "prove the lane"),
+        lambda server: server.misbehave("http_error", times=4, after=1, status=503, where=EMBED),
+        route="openai-sync",
+        act=lambda stage, jobs: stage.corridor.client.cancel(jobs[1].id),  # else chance says who takes what they share
+        trusting=False,
     ),
     "a limit on plain requests": Story(
         ("released", "pause the lane"),
@@ -186,7 +195,7 @@ def tell(
     """Tell a story of two jobs that share texts, in a database of its own: how it ended."""
     with ExitStack() as exits:
         settings: Settings = exits.enter_context(fresh_settings(stack))
-        stage = exits.enter_context(scene(settings, server, request))
+        stage = exits.enter_context(scene(settings, server, request, trusting=story.trusting))
         patch = exits.enter_context(pytest.MonkeyPatch.context())
         stage.name = "again"
         texts = {f"c{i}": f"again text {i} of {story.n}" for i in range(story.n)}
@@ -237,6 +246,8 @@ PICTURES = {
     "n_embedded, n_truncated, error_code FROM chunk_batches ORDER BY id",
     "charges": "SELECT job_id, route, count(*) AS n, sum(contents)::int AS contents, sum(tokens)::int AS tokens, "
     "sum(usd) AS usd FROM charges GROUP BY 1, 2 ORDER BY 1, 2",
+    "adjustments": "SELECT job_id, kind, count(*) AS n, sum(contents)::int AS contents, sum(tokens)::int AS tokens, "
+    "sum(usd) AS usd FROM adjustments GROUP BY 1, 2 ORDER BY 1, 2",
     "accounts": "SELECT job_id, sum(contents)::int AS contents, sum(recomputed)::int AS recomputed, "
     "sum(tokens)::int AS tokens, count(*) FILTER (WHERE outcome = 'completed') AS completed, "
     "count(*) FILTER (WHERE outcome = 'failed') AS failed FROM usage GROUP BY 1 ORDER BY 1",
@@ -246,8 +257,6 @@ PICTURES = {
     "sum(n_inputs) - sum(n_returned) AS inputs, sum(n_contents) - sum(n_returned) AS contents, "
     "sum(n_written) AS written, sum(n_dead) AS dead, "
     "array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes FROM provider_batches",
-    "adjustments": "SELECT job_id, kind, count(*) AS n, sum(contents)::int AS contents, sum(tokens)::int AS tokens "
-    "FROM adjustments GROUP BY 1, 2 ORDER BY 1, 2",
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",

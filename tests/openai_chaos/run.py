@@ -22,6 +22,7 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
 from chunkmill.settings import Settings
+from chunkmill_workers.provider.probe import PROBE
 from tests.openai_chaos.odd import ODDITIES, Person, choose, start
 from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
 from tests.openai_server import OpenAIServer, text_hash, vector_for
@@ -221,19 +222,23 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
                 f"{len(wrong)} vectors of {collection} are missing or wrong, the first of {wrong[0]}"
             )
     bill = server.bill()
+    bill.pop(text_hash(PROBE), None)  # each worker sends one before its first ProviderBatch
     twice = sum(times - 1 for times in bill.values())
     never = len({text_hash(text) for text in wanted} - bill.keys())
     with db.begin() as conn:
         one = conn.execute(
             sa.text("""
                 SELECT (SELECT count(*) FROM provider_inputs) AS in_flight,
-                       (SELECT sum(contents) FROM charges) AS charged, (SELECT sum(tokens) FROM charges) AS tokens,
-                       (SELECT coalesce(sum(contents), 0) FROM adjustments) AS unconfirmed,
+                       (SELECT sum(contents) FROM charges WHERE job_id <> 0) AS charged,
+                       (SELECT sum(tokens) FROM charges WHERE job_id <> 0) AS tokens,
+                       (SELECT coalesce(sum(contents), 0) FROM adjustments WHERE job_id <> 0) AS unconfirmed,
                        (SELECT count(*) FROM provider_batches) AS batches,
                        (SELECT count(*) FROM chunk_batches WHERE state = 'running') AS running
             """)
         ).one()
-        rows = conn.execute(sa.text("SELECT kind, sum(tokens)::int AS tokens FROM adjustments GROUP BY kind"))
+        rows = conn.execute(
+            sa.text("SELECT kind, sum(tokens)::int AS tokens FROM adjustments WHERE job_id <> 0 GROUP BY kind")
+        )
         report.booked = {row.kind: row.tokens for row in rows}
     report.provider_batches = one.batches
     if never or len(bill) != len(wanted):
@@ -241,8 +246,9 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
     may_lose = any(ODDITIES[name].books for name in report.odd)
     if twice > one.unconfirmed or (one.unconfirmed and not may_lose):
         report.problems.append(f"{twice} charges too many, and {one.unconfirmed} contents booked without an answer")
-    billed = sum(charge["tokens"] for charge in server.charges())
-    inputs = sum(charge["inputs"] for charge in server.charges())
+    # Plain charges are those of probes, which belong to no job.
+    batches = [charge for charge in server.charges() if charge["kind"] == "batch"]
+    billed, inputs = sum(charge["tokens"] for charge in batches), sum(charge["inputs"] for charge in batches)
     for what, booked, more, right in (
         ("contents", one.charged, one.unconfirmed, inputs),
         ("tokens", one.tokens, sum(report.booked.values()), billed),

@@ -71,6 +71,10 @@ class Config:
     """How much of a batch is executed when it expires or is cancelled in progress."""
 
     # Weaknesses that last.
+    slow_above_inputs: int | None = None
+    """A plain request with more inputs is carried out and charged, and a gateway answers 504 in place of it."""
+    breaks_at: str | None = None
+    """A plain request with a text that holds this is answered 500, and costs nothing."""
     list_lag_seconds: float = 0.0
     """A new batch shows up in the list of batches that late."""
     clock_behind_seconds: float = 0.0

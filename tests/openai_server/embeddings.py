@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from tests.openai_server.answers import embedding_body
-from tests.openai_server.errors import rate_limited
+from tests.openai_server.errors import ApiError, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import BODIES
 from tests.openai_server.requests import count_tokens, read_request
@@ -19,6 +19,9 @@ SYNC_BODIES = {kind: options for kind, options in BODIES.items() if kind != "str
 
 def create(store: Store, request: Request) -> Answer:
     wanted = read_request(request.json(), store.config)
+    breaks_at = store.config.breaks_at
+    if breaks_at is not None and any(breaks_at in text for text in wanted.texts):
+        raise ApiError(500, "The server had an error.", type="server_error")
     tokens = count_tokens(wanted, store.config, counter(store.config.fast_tokens))
     headers = admit(store, wanted.model, tokens)
     facts = {"endpoint": request.endpoint, "id": request.number}
@@ -27,6 +30,9 @@ def create(store: Store, request: Request) -> Answer:
     assert isinstance(body, dict)
     hashes = [text_hash(text) for text in wanted.texts]
     store.bill.charge(request.number, "sync", wanted.model, 1, tokens, hashes)
+    slow_above = store.config.slow_above_inputs
+    if slow_above is not None and len(wanted.texts) > slow_above:
+        return Answer(None, 504)
     return Answer(body, headers=headers)
 
 

@@ -32,6 +32,7 @@ class ProviderLaneRow(Base):
     stopped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """Since when it is stopped. Somebody must resume it, because what stopped it does not pass by itself."""
     stop_code: Mapped[str | None] = mapped_column(sa.Text)
+    """Why it is stopped. If it is not stopped, ``unproved`` says that a probe comes before the next work."""
     stop_reason: Mapped[str | None] = mapped_column(sa.Text)
     held_reason: Mapped[str | None] = mapped_column(sa.Text)
     """Why nothing was gathered the last time although something waits, for example a budget; NULL otherwise."""
@@ -140,6 +141,7 @@ class ProviderInputRow(Base):
     attempt: Mapped[int] = mapped_column(sa.Integer)
     job_id: Mapped[int] = mapped_column(sa.BigInteger)
     request_no: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """The number of its request. In plain requests it is 1 for what was sent and is not accounted for, and else 0."""
     position: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_tokens: Mapped[int] = mapped_column(sa.Integer)
     """How many tokens the whole text has."""

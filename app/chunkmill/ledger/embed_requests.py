@@ -7,7 +7,7 @@ down, and texts stay out of it. ``NOTIFY`` wakes the workers when the transactio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -30,13 +30,17 @@ that does takes it in a second, and a caller waits for 30 s by default."""
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """A request, and the right to answer it: ``lease_until`` tells this claim from every other."""
+    """A request, and the right to answer it: ``lease_until`` tells this claim from every other.
+
+    ``attempt`` counts the claims, from 1.
+    """
 
     id: int
     space_id: int
     kind: str
     texts: tuple[str, ...]
     lease_until: datetime
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +79,17 @@ WHERE id = (
     ORDER BY id
     LIMIT 1
     FOR UPDATE SKIP LOCKED)
-RETURNING id, space_id, kind, texts, lease_until
+RETURNING id, space_id, kind, texts, lease_until, attempts
 """)
 
 
 def claim_next(
-    conn: sa.Connection, *, not_spaces: Sequence[int] = (), spaces: Sequence[int] | None = None, min_age_s: float = 0.0
+    conn: sa.Connection,
+    *,
+    not_spaces: Sequence[int] = (),
+    spaces: Sequence[int] | None = None,
+    min_age_s: float = 0.0,
+    lease_seconds: float = LEASE_SECONDS,
 ) -> EmbedRequest | None:
     """Lease the oldest open request and return it. Each of several workers gets another one (SKIP LOCKED).
 
@@ -91,14 +100,31 @@ def claim_next(
     row = conn.execute(
         _CLAIM_NEXT,
         {
-            "lease": LEASE_SECONDS,
+            "lease": lease_seconds,
             "max_attempts": MAX_ATTEMPTS,
             "not_spaces": list(not_spaces),
             "spaces": None if spaces is None else list(spaces),
             "age": min_age_s,
         },
     ).one_or_none()
-    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until) if row else None
+    if row is None:
+        return None
+    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until, row.attempts)
+
+
+_RENEW = sa.text("""
+UPDATE embed_requests
+SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+WHERE id = :id AND lease_until = :lease_until AND vectors IS NULL AND error IS NULL
+RETURNING lease_until
+""")
+
+
+def renew(conn: sa.Connection, request: EmbedRequest, *, lease_seconds: float) -> EmbedRequest | None:
+    """The request with a lease from now on. None if nobody waits for it any more, or another worker has it."""
+    parameters = {"id": request.id, "lease_until": request.lease_until, "lease": lease_seconds}
+    until = conn.execute(_RENEW, parameters).scalar_one_or_none()
+    return None if until is None else replace(request, lease_until=until)
 
 
 def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> None:

@@ -25,7 +25,7 @@ from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, StopLane, after_line_error
+from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
 from chunkmill.openai.wire.jsonl import Embedded, Refused, Unreadable, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
@@ -148,6 +148,10 @@ class ResultReader:
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         returned.record(conn, step)
+        if returned.limit is not None:
+            # Without a pause, the contents would be sent again at once, in one small ProviderBatch after the other.
+            pause = self._context.settings.openai_poll_seconds
+            provider_lanes.pause(conn, Route.OPENAI, seconds=pause, reason=returned.limit.reason)
         price = charges.price_today(conn, self._model)
         for job_id, (contents, tokens) in sorted(answered.by_job.items()):
             charges.book_tokens(
@@ -185,6 +189,7 @@ class _Returned:
     failed: list[tuple[InFlight, str, str]] = field(default_factory=list)
     uncharged: list[InFlight] = field(default_factory=list)
     stop: StopLane | None = None
+    limit: RetryUncharged | None = None
 
     def add(self, rows: Sequence[InFlight], refusal: Refused) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
@@ -198,6 +203,8 @@ class _Returned:
             self.uncharged += rows
             if isinstance(verdict, StopLane):
                 self.stop = verdict
+            elif verdict.limited:
+                self.limit = verdict
 
     @property
     def all(self) -> list[InFlight]:

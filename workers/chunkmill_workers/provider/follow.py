@@ -269,9 +269,10 @@ def _send_again(
     """Release the step to send the same contents in a new batch: from the file that is there, or from a new one."""
     columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason}
     if isinstance(verdict, StopLane):
-        # The account is the reason and not the contents, so the file stays as it is.
+        # The account or a setting is the reason and not the contents. The setting may have changed when the lane is
+        # resumed, for example the model's name, so that the file is made again.
         provider_lanes.stop(conn, Route.OPENAI, code=verdict.code, reason=verdict.reason)
-        again = provider_batches.advance(conn, step, State.UPLOADED, **columns)
+        again = provider_batches.advance(conn, step, State.GATHERED, **columns)
         provider_batches.release(conn, again, delay_s=context.settings.openai_poll_seconds)
         return
     again = provider_batches.advance(conn, step, State.GATHERED, resends=step.resends + 1, **columns)

@@ -24,6 +24,7 @@ from chunkmill.openai.plan.limits import Headroom
 from chunkmill.openai.plan.packing import Packer
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
+from chunkmill_workers.provider.books import book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import StepDelayed
 
@@ -123,6 +124,7 @@ class _BatchFiller:
 
     def __init__(self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: Room) -> None:
         model = context.model(space)
+        self._context = context
         self._conn, self._step, self._space = conn, step, space
         self._counter = context.counter(model)
         max_inputs = provider_lanes.lane(conn, Route.OPENAI).max_inputs
@@ -166,7 +168,8 @@ class _BatchFiller:
 
     def _pack(self, waiting: Waiting) -> Contribution:
         texts, damaged = provider_work.missing_texts(self._conn, self._space, waiting)
-        provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
+        left = provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
+        book_unanswered(self._conn, self._context, self._space, left)
         taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
         suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
         wanted = [(hash_, texts[hash_]) for hash_ in waiting.hashes if hash_ in texts and hash_ not in taken]

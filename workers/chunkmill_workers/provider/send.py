@@ -31,6 +31,7 @@ from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import give_back, give_up, repack, require_own_key
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.probe import try_answer
 from chunkmill_workers.provider.quota import names_quota, refused_by_quota, too_many_tokens
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def upload(context: ProviderContext, step: Step) -> Step:
         return registry.get(conn, step.space_id), noted
 
     space, step = context.transact(begin, "upload")
+    try_answer(context, space)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES) as file:
         try:
             n_bytes = _write(context, step, space, file)

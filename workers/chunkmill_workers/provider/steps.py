@@ -32,7 +32,7 @@ from chunkmill_workers.process.work_context import ids, step_of
 from chunkmill_workers.provider.collect import collect
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import VANISHED
-from chunkmill_workers.provider.flow import StepDelayed, StepReleased, pause_lane, stop_lane
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased, pause_failing_lane, pause_lane, stop_lane
 from chunkmill_workers.provider.follow import is_ours, poll
 from chunkmill_workers.provider.gather import gather
 from chunkmill_workers.provider.send import adopt, create, file_name, upload
@@ -87,7 +87,10 @@ def _run(context: ProviderContext, step: Step) -> None:
         while following is not None and following.state is not State.CLOSED:
             step = following
             following = _take(context, step)
+            if step.state is not State.GATHERING:
+                context.health.answered(Route.OPENAI)
     except StepReleased:
+        context.health.answered(Route.OPENAI)
         return
     except LeaseLost as lost:
         logger.warning("%s", lost)
@@ -128,6 +131,9 @@ def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
     enough = SILENT_FAILURES if isinstance(error, ProviderSilent) else EQUAL_FAILURES
     if times >= enough and step.error == reason and step.state.spends:
         stop_lane(context, Route.OPENAI, _fails_equally(step, times, reason))
+    elif isinstance(error, ProviderSilent):
+        context.health.failed(Route.OPENAI)
+        pause_failing_lane(context, Route.OPENAI, error)
     if isinstance(error, ChunkmillError):
         said = error.brief if isinstance(error, ProviderError) else error
         logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)

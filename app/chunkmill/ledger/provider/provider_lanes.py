@@ -13,6 +13,8 @@ from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ProviderBatchState, Route
 from chunkmill.ledger.money import adjustments
 
+UNPROVED = "unproved"
+"""The ``stop_code`` of a lane that is not stopped, and that failed or was stopped before: a probe comes first."""
 BURST_SECONDS = 10.0
 """This much of a minute's quota may be sent at once, because providers also count in windows shorter than a minute."""
 
@@ -24,7 +26,8 @@ _SELECT = """
     SELECT route,
            CASE WHEN paused_until > now() THEN paused_until END AS paused_until,
            CASE WHEN paused_until > now() THEN pause_reason END AS pause_reason,
-           stopped_at, stop_code, stop_reason, held_reason, max_inputs,
+           stopped_at, CASE WHEN stopped_at IS NOT NULL THEN stop_code END AS stop_code, stop_reason, held_reason,
+           max_inputs,
            CASE
                WHEN (to_jsonb(l) ->> 'max_tokens_until')::timestamptz > now()
                THEN (to_jsonb(l) ->> 'max_tokens')::bigint
@@ -69,6 +72,29 @@ def pause(conn: sa.Connection, route: Route, *, seconds: float, reason: str) -> 
     )
 
 
+def pause_failing(conn: sa.Connection, route: Route, *, seconds: float, reason: str) -> None:
+    """Let all workers of a lane wait whose requests get no answers. After the pause a probe must succeed first."""
+    pause(conn, route, seconds=seconds, reason=reason)
+    conn.execute(
+        sa.text("UPDATE provider_lanes SET stop_code = :unproved WHERE stopped_at IS NULL AND route = :route"),
+        {"route": route, "unproved": UNPROVED},
+    )
+
+
+def is_unproved(conn: sa.Connection, route: Route) -> bool:
+    """Whether the lane failed or was stopped, and no probe has succeeded since."""
+    query = "SELECT stop_code = :unproved AND stopped_at IS NULL FROM provider_lanes WHERE route = :route"
+    return bool(conn.execute(sa.text(query), {"route": route, "unproved": UNPROVED}).scalar_one_or_none())
+
+
+def prove(conn: sa.Connection, route: Route) -> None:
+    """A probe has succeeded: the lane takes work as before."""
+    conn.execute(
+        sa.text("UPDATE provider_lanes SET stop_code = NULL WHERE route = :route AND stop_code = :unproved"),
+        {"route": route, "unproved": UNPROVED},
+    )
+
+
 def stop(conn: sa.Connection, route: Route, *, code: str, reason: str) -> bool:
     """Spend no more on the lane until somebody resumes it. Returns False if it was stopped already."""
     _add_row(conn, route)
@@ -86,16 +112,16 @@ def stop(conn: sa.Connection, route: Route, *, code: str, reason: str) -> bool:
 def resume(conn: sa.Connection, route: Route) -> bool:
     """Let the lane take work again, and forget what its provider's refusals have taught.
 
-    Returns False if there was nothing to do.
+    After a stop, a probe comes before anything else. Returns False if there was nothing to do.
     """
     result = conn.execute(
         sa.text("""
             UPDATE provider_lanes
-            SET stopped_at = NULL, stop_code = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL,
-                max_inputs = NULL
+            SET stopped_at = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL, max_inputs = NULL,
+                stop_code = CASE WHEN stopped_at IS NULL THEN stop_code ELSE :unproved END
             WHERE route = :route AND (stopped_at IS NOT NULL OR paused_until > now() OR max_inputs IS NOT NULL)
         """),
-        {"route": route},
+        {"route": route, "unproved": UNPROVED},
     )
     return _forget_max_tokens(conn, route) or result.rowcount == 1
 
