@@ -192,8 +192,14 @@ class ProviderBusy(ProviderError):
 
 
 class ProviderSilent(ProviderError):
+    """``answered`` says that a successful answer had begun, so that the request was charged although it is lost."""
+
     code = "provider_silent"
     retryable = True
+
+    def __init__(self, message: str, *, words: str = "", answered: bool = False) -> None:
+        self.answered = answered
+        super().__init__(message, words=words)
 
 
 class ProviderRefused(ProviderError):

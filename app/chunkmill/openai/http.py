@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -20,10 +19,13 @@ from chunkmill.errors import (
     ProviderSilent,
     ProviderStopped,
 )
+from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, within
 from chunkmill.openai.counted import counted
+from chunkmill.openai.wire.answers import Longest, error_of, parse_object
+from chunkmill.openai.wire.bounds import identifier
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
-from chunkmill.openai.wire.status import RemoteBatch, remote_batch
+from chunkmill.openai.wire.status import RemoteBatch, belongs_to, remote_batch
 from chunkmill.settings import Settings
 from chunkmill.settings.provider import DEFAULT_BASE_URL
 
@@ -35,6 +37,8 @@ T = TypeVar("T")
 TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
 LISTED_PAGES = 20
 """Pages of 100 batches that `find` reads at most: two hours of batches at the rate that OpenAI allows."""
+PIECE = 64 * 1024
+"""Bytes of a download that are read at a time."""
 FILE_EXPIRES_S = 30 * 24 * 3600
 STOP_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
 
@@ -61,9 +65,14 @@ class Provider:
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
         self._openai = openai
+        self._timeout_s = timeout = settings.openai_timeout_seconds
         try:
             self._client = openai.OpenAI(
-                api_key=key, base_url=self.server, max_retries=0, timeout=settings.openai_timeout_seconds
+                api_key=key,
+                base_url=self.server,
+                max_retries=0,
+                timeout=timeout,
+                http_client=http_client(openai, self.server, timeout),
             )
         except (ImportError, OSError, ValueError) as error:
             # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a
@@ -85,11 +94,16 @@ class Provider:
                 file=(name, file, "application/jsonl"),
                 purpose="batch",
                 expires_after={"anchor": "created_at", "seconds": FILE_EXPIRES_S},
-            )
+            ),
+            bounds=Bounds(self._timeout_s + file.seek(0, 2) / SLOWEST_BYTES_PER_S),
         )
-        if not getattr(made, "id", None):
+        try:
+            file_id = identifier("id", getattr(made, "id", None), self.secrets)
+        except ValueError as error:
+            raise ProviderSilent(f"{self.server} accepted a file and returned {error}") from None
+        if file_id is None:
             raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
-        return str(made.id)
+        return file_id
 
     @counted("create")
     def create(self, input_file_id: str, token: str) -> RemoteBatch:
@@ -124,10 +138,15 @@ class Provider:
             for _ in range(LISTED_PAGES):
                 batches = []
                 for item in page.data:
-                    with contextlib.suppress(ValueError):
-                        batches.append(remote_batch(item, self.secrets))
-                for batch in batches:
-                    if batch.input_file_id == input_file_id or batch.metadata.get(TOKEN_KEY) == token:
+                    is_ours = belongs_to(item, input_file_id, (TOKEN_KEY, token))
+                    try:
+                        batch = remote_batch(item, self.secrets)
+                    except ValueError:
+                        if is_ours:
+                            raise  # a batch of ours that is passed over would be created, and paid for, again
+                        continue
+                    batches.append(batch)
+                    if is_ours:
                         ours[batch.id] = batch
                 old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
                 if len(old) == len(batches) or not page.has_next_page():
@@ -139,16 +158,27 @@ class Provider:
         return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
 
     @contextlib.contextmanager
-    def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
-        """The lines of a file as they arrive. A download that ends early raises :class:`ProviderSilent` in mid-file."""
-        with counted("download"), contextlib.ExitStack() as stack:
-            with self._errors():
-                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
-            yield self._guarded(split_lines(response.iter_bytes(1 << 20)))
+    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+        """The lines of a file as they arrive, with ``TOO_LONG`` in place of each that is longer than ``longest.line``.
 
-    def _guarded(self, lines: Iterator[bytes]) -> Iterator[bytes]:
-        with self._errors():
-            yield from lines
+        A download that ends early, is too slow or is longer than ``longest.file`` raises :class:`ProviderSilent` in
+        mid-file.
+        """
+        bounds = Bounds(self._timeout_s, longest.file)
+        with counted("download"), contextlib.ExitStack() as stack:
+            with self._errors(), within(bounds):
+                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
+            yield split_lines(self._pieces(response.iter_bytes(PIECE), bounds), longest.line)
+
+    def _pieces(self, pieces: Iterator[bytes], bounds: Bounds) -> Iterator[bytes]:
+        """The pieces of a download. Only the time that is spent in waiting for them is taken from ``bounds``."""
+        while True:
+            with self._errors(), within(bounds):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            bounds.seconds += len(piece) / SLOWEST_BYTES_PER_S
+            yield piece
 
     @counted("delete")
     def delete_file(self, file_id: str) -> None:
@@ -176,11 +206,22 @@ class Provider:
 
     @counted("embed")
     def embed(
-        self, model: str, inputs: Sequence[str], *, dimensions: int | None, idempotency_key: str
+        self,
+        model: str,
+        inputs: Sequence[str],
+        *,
+        dimensions: int | None,
+        idempotency_key: str,
+        longest: int = LONGEST_ANSWER,
     ) -> dict[str, Any]:
-        """The body of the answer to a plain request. OpenAI ignores ``idempotency_key``; some other servers know it."""
+        """The body of the answer to a plain request, of ``longest`` bytes at most.
 
-        def ask() -> bytes:
+        OpenAI ignores ``idempotency_key``; some other servers know it. An error in a successful answer is raised like
+        one with a status of its own.
+        """
+        bounds = Bounds(self._timeout_s, longest)
+
+        def ask() -> dict[str, Any]:
             extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
             answer = self._client.embeddings.with_raw_response.create(
                 model=model,
@@ -189,18 +230,23 @@ class Provider:
                 extra_headers={"Idempotency-Key": idempotency_key},
                 **extra,
             )
-            return bytes(answer.content)
+            parsed = parse_object(answer.content, self.server)
+            if (error := error_of(parsed)) is not None:
+                raise self._error_in(answer.http_response, error)
+            return parsed
 
-        body = self._call(ask)
         try:
-            parsed = json.loads(body)
-        except ValueError:
-            raise ProviderSilent(
-                f"{self.server} answered an embeddings request with something that is not JSON."
-            ) from None
-        if not isinstance(parsed, dict):
-            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is not an object.")
-        return parsed
+            return self._call(ask, bounds=bounds)
+        except ProviderSilent as silent:
+            silent.answered = silent.answered or bounds.status == 200
+            raise
+
+    def _error_in(self, response: Any, error: dict[str, Any]) -> openai.APIStatusError:
+        """The error that stands in a successful answer. Some routers put the status of the server behind them there."""
+        said = self._openai.APIStatusError(error["message"], response=response, body=error)
+        if isinstance(code := error["code"], int):
+            said.status_code = code
+        return said
 
     def _batch(self, ask: Callable[[], object]) -> RemoteBatch:
         given = self._call(ask)
@@ -209,11 +255,11 @@ class Provider:
         except ValueError as error:
             raise ProviderSilent(f"{self.server} answered with something that is not a batch: {error}") from None
 
-    def _call(self, ask: Callable[[], T]) -> T:
-        with self._errors():
+    def _call(self, ask: Callable[[], T], *, bounds: Bounds | None = None) -> T:
+        with self._errors(), within(bounds or Bounds(self._timeout_s)):
             try:
                 return ask()
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, RecursionError, TypeError, ValueError) as error:
                 # The client does not check answers, and fails on one that is not JSON or not an object.
                 raise ProviderSilent(
                     f"{self.server} gave an answer of an unexpected kind", words=self._redact(error)
@@ -232,14 +278,18 @@ class Provider:
         except openai.APITimeoutError:
             raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, ProviderError):  # openai 2 wraps what `bounded` raises
+                raise error.__cause__ from None
             raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
         except openai.OpenAIError as error:
             raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
         except _transport_errors() as error:
+            if "Timeout" in type(error).__name__:
+                raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
 
     def _refusal(self, error: openai.APIStatusError) -> ProviderError:
-        status, code = error.status_code, str(error.code or f"http_{error.status_code}")
+        status, code = error.status_code, self._redact(error.code) or f"http_{error.status_code}"
         said, words = f"{self.server} answered {status} {code[:60]}", self._redact(error.message)
         if code in STOP_CODES or str(error.type) in STOP_CODES:
             advice = "Pay or raise the limit, then: chunkmill lanes resume"
