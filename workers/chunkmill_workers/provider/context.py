@@ -22,6 +22,7 @@ from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.provider.keeper import StepKeeper
+from chunkmill_workers.provider.oddities import Oddities
 
 
 class ProviderContext(QueueContext):
@@ -33,6 +34,7 @@ class ProviderContext(QueueContext):
         super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
         self.steps = StepKeeper(db, settings.lease_seconds)
+        self.oddities = Oddities()
         self.unserved = Unserved()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,13 +25,12 @@ from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.endings import Alone, Dead, after_line_error, backoff
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.packing import PackedInput, Packer
-from chunkmill.openai.wire.jsonl import Embedded
-from chunkmill.openai.wire.vectors import read_embeddings
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
+from chunkmill_workers.provider.asking import ask_plain
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_lane, stop_lane
 from chunkmill_workers.provider.plain_attempt import Answer, PlainAttempt
@@ -199,11 +197,12 @@ def _ask(
         raise _Interrupted
     held.check()
     held.moved()
-    form = context.form(context.model(attempt.space), attempt.space)
-    body = context.provider.embed(
-        form.model, inputs, dimensions=form.dimensions, idempotency_key=_key(attempt.space, rows)
-    )
-    embedded = read_answer(body, len(inputs), attempt.space)
+    try:
+        embedded = ask_plain(context, attempt.space, inputs, tokens=tokens, idempotency_key=_key(attempt.space, rows))
+    except ProviderSilent as silent:
+        if silent.answered:
+            attempt.lose(contents=len(rows), tokens=tokens, reason=silent.brief)
+        raise
     if embedded.prompt_tokens is None:
         embedded = replace(embedded, prompt_tokens=tokens)
     position = 0
@@ -212,18 +211,6 @@ def _ask(
         placed.append(row._replace(position=position))
         position += row.windows
     return Answer(embedded, placed)
-
-
-def read_answer(body: dict[str, Any], n_inputs: int, space: Space) -> Embedded:
-    """Read the body of a plain answer. ``prompt_tokens`` is None if the body does not say how many were charged."""
-    spec = space.spec
-    data = body.get("data")
-    if not isinstance(data, list):
-        raise ProviderSilent("the provider answered an embeddings request without data")
-    vectors, problems = read_embeddings(data, n_inputs, spec.dimensions, normalize=spec.normalize)
-    charged = body.get("usage")
-    tokens = charged.get("prompt_tokens") if isinstance(charged, dict) else None
-    return Embedded(0, vectors, problems, tokens if type(tokens) is int else None, None)
 
 
 def _key(space: Space, rows: Sequence[PackedInput]) -> str:

@@ -11,19 +11,21 @@ import sqlalchemy as sa
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.reasons import code_of, reason_of
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError, ProviderAnswerBad, ProviderError
+from chunkmill.errors import ChunkmillError, ProviderAnswerBad, ProviderError, ProviderStopped
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_inputs
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.attempt import Attempt
+from chunkmill_workers.provider.asking import book_lost
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.writing import write
 
@@ -70,16 +72,26 @@ class PlainAttempt(Attempt[ProviderContext]):
         return 1 if self._written else min(self.lease.attempt, 8)
 
     def commit(self, answer: Answer) -> None:
-        """Commit the vectors, the charge and the account of one answer in one transaction."""
+        """Commit the vectors, the charge and the account of one answer in one transaction.
+
+        Raises :class:`ProviderStopped` if another model answered than the space has vectors of.
+        """
         space = self.space
         made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
         tokens = answer.embedded.prompt_tokens or 0
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
         model = self._context.model(self.space)
+        refusal: str | None = None
 
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
+            nonlocal refusal
             removed = provider_inputs.remove(conn, space_id=self.space.id, hashes=sent, provider_batch_id=None)
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=answer.embedded.model)
+            if refusal is not None:
+                if removed:
+                    self._book_lost(conn, contents=len(answer.rows), tokens=tokens, reason=refusal)
+                return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)
             if removed:  # else this is the second run of a commit whose answer was lost
                 charges.book_tokens(
@@ -97,11 +109,25 @@ class PlainAttempt(Attempt[ProviderContext]):
             return account, new
 
         self._usage, new = self._context.transact(write_all, "write vectors", is_paid=True)
+        if refusal is not None:
+            self._context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
         self._written += written
         self._n_truncated += sum(row.truncated for row in made.rows)
         if made.problems:
             self._problem = made.problems[0][1]
+
+    def lose(self, *, contents: int, tokens: int, reason: str) -> None:
+        """Book a request that was charged, and whose answer cannot be used."""
+        self._context.transact(
+            lambda conn: self._book_lost(conn, contents=contents, tokens=tokens, reason=reason), "book as lost"
+        )
+
+    def _book_lost(self, conn: sa.Connection, *, contents: int, tokens: int, reason: str) -> None:
+        book_lost(
+            conn, self._context, self.space, contents=contents, tokens=tokens, reason=reason, job_id=self.lease.job_id
+        )
 
     def complete(self) -> None:
         """Commit the dead list, the completion and the account; or release the ChunkBatch if others have a part of it.

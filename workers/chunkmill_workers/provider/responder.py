@@ -24,18 +24,20 @@ from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.inputs import RefusedInput, prepare
 from chunkmill.openai.plan.packing import Packer
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.provider.asking import ask_plain, book_lost
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.flow import pause_lane, stop_lane
-from chunkmill_workers.provider.plain import read_answer
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +92,37 @@ class ProviderResponder(Responder[ProviderContext]):
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
 
-    def _book(self, space: Space, contents: int, tokens: int) -> None:
-        """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
+    def _ask(self, space: Space, inputs: list[str], *, contents: int, tokens: int, idempotency_key: str) -> Embedded:
+        """Send one request, and book it as soon as it is answered: the next request of the question may fail."""
+        try:
+            embedded = ask_plain(self._context, space, inputs, tokens=tokens, idempotency_key=idempotency_key)
+        except ProviderSilent as silent:
+            if silent.answered:
+                with self._context.begin() as conn:
+                    book_lost(conn, self._context, space, contents=contents, tokens=tokens, reason=silent.brief)
+            raise
+        self._book(space, embedded, contents, tokens if embedded.prompt_tokens is None else embedded.prompt_tokens)
+        return embedded
+
+    def _book(self, space: Space, embedded: Embedded, contents: int, tokens: int) -> None:
+        """Book a request. Raises :class:`ProviderStopped` if another model answered than the space has vectors of."""
         model = self._context.model(space)
         with self._context.begin() as conn:
-            charges.book_tokens(
-                conn,
-                charges.price_today(conn, model),
-                route=Route.OPENAI_SYNC,
-                space_id=space.id,
-                contents=contents,
-                tokens=tokens,
-            )
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
+            if refusal is not None:
+                book_lost(conn, self._context, space, contents=contents, tokens=tokens, reason=refusal)
+            else:
+                charges.book_tokens(
+                    conn,
+                    charges.price_today(conn, model),
+                    route=Route.OPENAI_SYNC,
+                    space_id=space.id,
+                    contents=contents,
+                    tokens=tokens,
+                )
+        if refusal is not None:
+            self._context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
     def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
@@ -128,15 +149,13 @@ class ProviderResponder(Responder[ProviderContext]):
         for number in range(packer.requests):
             rows = [row for row in packer.rows if row.request_no == number]
             sent = [window.text for row in rows for window in items[int(row.content_hash)].windows]
-            body = context.provider.embed(
-                model.name,
+            embedded = self._ask(
+                space,
                 sent,
-                dimensions=context.form(model, space).dimensions,
+                contents=len(rows),
+                tokens=sum(row.sent_tokens for row in rows),
                 idempotency_key=f"embed-request-{request.id}-{number}-{secrets.token_hex(4)}",
             )
-            embedded = read_answer(body, len(sent), space)
-            counted = sum(row.sent_tokens for row in rows)
-            self._book(space, len(rows), counted if embedded.prompt_tokens is None else embedded.prompt_tokens)
             made = assemble(embedded, rows, normalize=spec.normalize)
             if made.problems:
                 raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")

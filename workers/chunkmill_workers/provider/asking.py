@@ -1,0 +1,65 @@
+"""Sends one plain request and reads its answer within bounds, for documents and for searches alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+
+from chunkmill.domain.costs import AdjustmentKind
+from chunkmill.domain.states import Route
+from chunkmill.ledger.money import adjustments, charges
+from chunkmill.openai.wire.answers import Embedded, Sent, longest_answer, read_plain
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.oddities import tokens_factor
+
+
+def ask_plain(
+    context: ProviderContext, space: Space, inputs: Sequence[str], *, tokens: int, idempotency_key: str
+) -> Embedded:
+    """The answer to one request of ``tokens`` by our own count. Raises the kinds of ``ProviderError``."""
+    model = context.model(space)
+    form = context.form(model, space)
+    body = context.provider.embed(
+        form.model,
+        inputs,
+        dimensions=form.dimensions,
+        idempotency_key=idempotency_key,
+        longest=longest_answer(len(inputs), model.dimensions),
+    )
+    answer = read_plain(
+        body,
+        Sent(len(inputs), tokens),
+        space.spec.dimensions,
+        normalize=space.spec.normalize,
+        tokens_factor=tokens_factor(model),
+        secrets=context.provider.secrets,
+    )
+    context.oddities.count(model, dict.fromkeys(answer.oddities, 1))
+    context.oddities.compare(model, answer, tokens)
+    return answer
+
+
+def book_lost(
+    conn: sa.Connection,
+    context: ProviderContext,
+    space: Space,
+    *,
+    contents: int,
+    tokens: int,
+    reason: str,
+    job_id: int = 0,
+) -> None:
+    """Book what was surely charged, and whose answer cannot be used. ``reason`` holds none of the provider's words."""
+    adjustments.add_tokens(
+        conn,
+        charges.price_today(conn, context.model(space)),
+        kind=AdjustmentKind.LOST,
+        route=Route.OPENAI_SYNC,
+        space_id=space.id,
+        job_id=job_id,
+        contents=contents,
+        tokens=tokens,
+        reason=reason,
+    )
