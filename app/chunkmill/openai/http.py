@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,7 @@ from chunkmill.errors import (
     ProviderSilent,
     ProviderStopped,
 )
-from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, within
+from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, library, within
 from chunkmill.openai.counted import counted
 from chunkmill.openai.wire.answers import Longest, error_of, parse_object
 from chunkmill.openai.wire.bounds import identifier
@@ -30,6 +29,8 @@ from chunkmill.settings import Settings
 from chunkmill.settings.provider import DEFAULT_BASE_URL
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import openai
 
 T = TypeVar("T")
@@ -134,7 +135,8 @@ class Provider:
 
         def read_pages() -> list[RemoteBatch]:
             ours: dict[str, RemoteBatch] = {}
-            page = self._client.batches.list(limit=100)
+            with within(Bounds(self._timeout_s)):
+                page = self._client.batches.list(limit=100)
             for _ in range(LISTED_PAGES):
                 batches = []
                 for item in page.data:
@@ -151,7 +153,8 @@ class Provider:
                 old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
                 if len(old) == len(batches) or not page.has_next_page():
                     break
-                page = page.get_next_page()
+                with within(Bounds(self._timeout_s)):
+                    page = page.get_next_page()
             return list(ours.values())
 
         batches = self._call(read_pages)
@@ -283,7 +286,7 @@ class Provider:
             raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
         except openai.OpenAIError as error:
             raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
-        except _transport_errors() as error:
+        except _transport_errors(openai) as error:
             if "Timeout" in type(error).__name__:
                 raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
@@ -310,12 +313,9 @@ class Provider:
         return type(error.__cause__ or error).__name__
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it.
-
-    openai 3 uses httpx2, and openai 2 uses httpx.
-    """
-    httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+def _transport_errors(openai: ModuleType) -> tuple[type[Exception], ...]:
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
+    httpx = library(openai)
     return (httpx.HTTPError, httpx.StreamError, OSError)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 MAX_COUNT: Final = 2**31 - 1
 """The largest count that is believed, and that a column of the ledger holds."""
 TOKENS_FACTOR: Final = 4.0
-"""How many times our own count of tokens a provider may charge. ``tokens_factor`` in OPENAI_MODELS is another limit."""
+"""How many times our own count of tokens a provider may charge; ``tokens_factor`` in OPENAI_MODELS says otherwise."""
 TOKENS_SLACK: Final = 1_000
 """Tokens that it may charge beyond that, because a short text has a few special tokens."""
 
@@ -44,8 +44,11 @@ def count(field: str, given: object) -> int | None:
 def believed_tokens(usage: object, counted: int, factor: float = TOKENS_FACTOR) -> tuple[int | None, bool]:
     """``(tokens, odd)``: how many tokens the ``usage`` of an answer says, if that can be true of ``counted`` ones.
 
-    ``tokens`` is None if it says nothing that can be true; it is ``odd`` if it says something all the same.
+    ``tokens`` is None if it says nothing that can be true; it is ``odd`` if it says something all the same. With a
+    ``factor`` of 0 nothing that it says is believed, and nothing is odd.
     """
+    if not factor:
+        return None, False
     said = _first(usage, "prompt_tokens", "total_tokens")
     if said is None:
         return None, False

@@ -189,6 +189,7 @@ def test_a_bill_is_believed_within_bounds() -> None:
     assert booked({"prompt_tokens": 5_000}, counted=1_000) == (5_000, ())
     assert believed_tokens({"prompt_tokens": 10_000}, 1_000, 9) == (10_000, False)
     assert believed_tokens({"prompt_tokens": 2_001}, 1_000, 1) == (None, True)
+    assert believed_tokens({"prompt_tokens": 100}, 100, 0) == (None, False)
 
 
 @pytest.mark.parametrize("name", ["", None, 3, ["m"], "\x00", " \u202e "])
