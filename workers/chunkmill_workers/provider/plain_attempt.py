@@ -25,11 +25,13 @@ from chunkmill.errors import (
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
+from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.telemetry import metrics
@@ -119,7 +121,10 @@ class PlainAttempt(Attempt[ProviderContext]):
         book_silence(conn, self._context, self.space, provider_inputs.take_sent(conn, self.lease), silent)
 
     def commit(self, answer: Answer) -> None:
-        """Commit the vectors, the charge and the account of one answer in one transaction."""
+        """Commit the vectors, the charge and the account of one answer in one transaction.
+
+        Raises :class:`ProviderStopped` if another model answered than the space has vectors of.
+        """
         self._sent = AdjustmentKind.LOST  # if it cannot be written
         space = self.space
         made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
@@ -127,9 +132,17 @@ class PlainAttempt(Attempt[ProviderContext]):
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
         model = self._context.model(self.space)
+        refusal: str | None = None
 
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
+            nonlocal refusal
             removed = provider_inputs.remove_answered(conn, self.lease, sent)
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=answer.embedded.model)
+            if refusal is not None:
+                if removed:
+                    lost = Unanswered(self.lease.job_id, len(answer.rows), tokens)
+                    book_unanswered(conn, self._context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
+                return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)
             provider_inputs.drop_suspects(conn, space.id, written)
             # Else this is the second run of a commit whose answer was lost; or another attempt took the contents over,
@@ -150,6 +163,9 @@ class PlainAttempt(Attempt[ProviderContext]):
             return account, new
 
         self._usage, new = self._context.transact(write_all, "write vectors", is_paid=True)
+        if refusal is not None:
+            self._context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
         self._written += written
         self._n_truncated += sum(row.truncated for row in made.rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sqlalchemy as sa
 
@@ -120,6 +121,8 @@ class Sender:
                 tokens=request.tokens,
                 idempotency_key=_key(attempt.space, request),
             )
+            if embedded.prompt_tokens is None:
+                embedded = replace(embedded, prompt_tokens=request.tokens)
             attempt.commit(Answer(embedded, rows))
 
     def _refused(self, request: PlainRequest, refused: ProviderRefused) -> None:
