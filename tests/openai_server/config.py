@@ -24,6 +24,10 @@ class Config:
     """False: every ``/batches`` address is a 404, as on servers without the Batch API."""
     fast_tokens: bool = False
     """Count ``len(utf8) // 4 + 1`` tokens in place of cl100k's."""
+    base64: bool = True
+    """False: a request for base64 is refused, as by some compatible servers."""
+    max_request_bytes: int | None = None
+    """Of a plain request's body. A larger one is refused with a 413, as by a proxy in front of the server."""
     request_errors: str = "line"
     """Where a well-formed line's bad request shows: "line", a 400 in the error file; "batch", validation fails."""
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from tests.openai_server.answers import embedding_body
-from tests.openai_server.errors import rate_limited
+from tests.openai_server.errors import ApiError, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import BODIES
 from tests.openai_server.requests import count_tokens, read_request
@@ -18,6 +18,9 @@ SYNC_BODIES = {kind: options for kind, options in BODIES.items() if kind != "str
 
 
 def create(store: Store, request: Request) -> Answer:
+    limit = store.config.max_request_bytes
+    if limit is not None and int(request.headers["content-length"]) > limit:
+        raise ApiError(413, "Request Entity Too Large")
     wanted = read_request(request.json(), store.config)
     tokens = count_tokens(wanted, store.config, counter(store.config.fast_tokens))
     headers = admit(store, wanted.model, tokens)

@@ -11,15 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.providers import Encoding
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.vectors import read_embeddings
 
-EncodingFormat = Literal["base64", "float"]
 URL: Final = "/v1/embeddings"
 
 _HTTP_ERROR: Final = 400
@@ -36,7 +36,7 @@ class RequestForm:
 
     model: str
     dimensions: int | None = None
-    encoding_format: EncodingFormat = "base64"
+    encoding_format: Encoding = "base64"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
