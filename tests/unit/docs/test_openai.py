@@ -62,10 +62,8 @@ def test_the_example_of_a_file_is_taken(tmp_path: Path) -> None:
 
 def test_every_field_of_a_model_is_in_its_table_and_no_other() -> None:
     table = PAGE[PAGE.index("| field | default | |") : PAGE.index("Nothing needs to be said about")]
-    named = {
-        name for row in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
-    }
-    assert named == set(model_fields._CHECKS)
+    first_cells = " ".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", first_cells)) == set(model_fields._CHECKS)
 
 
 def test_every_state_is_in_the_diagram() -> None:
