@@ -40,10 +40,14 @@ class RealServer:
 
     key = KEY
 
-    def __init__(self, name: str, arguments: list[str], port: int, folder: Path, **env: str) -> None:
+    def __init__(
+        self, name: str, arguments: list[str], port: int, folder: Path, *, prefix: str = "", **env: str
+    ) -> None:
         command = ROOT / name / "bin" / arguments[0]
         if not command.exists():
             pytest.skip(f"{name} is not installed: make real-servers")
+        self.names = {model: f"{prefix}{model}" for model in DIMENSIONS}
+        """What the server calls each model."""
         self.url = f"http://127.0.0.1:{port}/v1"
         self._log = folder / f"{name}.log"
         quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
@@ -59,7 +63,7 @@ class RealServer:
         request = urllib.request.Request(f"{self.url}/models", headers={"Authorization": f"Bearer {KEY}"})  # noqa: S310
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
-                return {model["id"] for model in json.load(answer)["data"]} >= set(DIMENSIONS)
+                return {model["id"] for model in json.load(answer)["data"]} >= {*self.names.values()}
         except OSError:
             return False
 
@@ -154,8 +158,8 @@ def ogx(infinity: RealServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
             "inference": [
                 {
                     "provider_id": "infinity",
-                    "provider_type": "remote::text_embeddings_inference",
-                    "config": {"base_url": infinity.url},
+                    "provider_type": "remote::vllm",
+                    "config": {"base_url": infinity.url, "api_token": "none"},
                 }
             ],
             "files": [
@@ -201,7 +205,7 @@ def ogx(infinity: RealServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "server": {"port": port, "host": "127.0.0.1"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    started = RealServer("ogx", ["ogx", "run", "--insecure", "config.yaml"], port, folder)
+    started = RealServer("ogx", ["ogx", "run", "--insecure", "config.yaml"], port, folder, prefix="infinity/")
     yield started
     started.stop()
 
@@ -211,7 +215,7 @@ def paid(
     settings: Settings, server: RealServer, folders: dict[str, Path], encoding: str | None = None, **changes: Any
 ) -> Iterator[Corridor]:
     models = {
-        name: {
+        server.names[name]: {
             "dimensions": DIMENSIONS[name],
             "max_tokens": 128,
             "tokenizer": str(folder / "tokenizer.json"),
@@ -223,7 +227,11 @@ def paid(
         }
         for name, folder in folders.items()
     }
-    given = {"embedding_model": "minilm", "embedding_dimensions": None, "openai_models": json.dumps(models)}
+    given = {
+        "embedding_model": server.names["minilm"],
+        "embedding_dimensions": None,
+        "openai_models": json.dumps(models),
+    }
     with corridor(settings, server, **given, **changes) as made:  # type: ignore[arg-type]
         yield made
 
@@ -236,8 +244,8 @@ def server(request: pytest.FixtureRequest) -> RealServer:
 
 def check(made: Corridor, expected: dict[str, np.ndarray[Any, Any]], route: str, capsys: Any) -> None:
     """Both models on one route: complete, the right vectors, charged once each, and what the server says of tokens."""
-    for name in DIMENSIONS:
-        job = made.client.enqueue(TEXTS.items(), collection=f"{name} {route}", model=name, route=route)
+    for name, model in made.server.names.items():  # type: ignore[attr-defined]
+        job = made.client.enqueue(TEXTS.items(), collection=f"{name} {route}", model=model, route=route)
         (done,) = made.finish(job)
         assert (done.state, done.dead) == (JobState.COMPLETED, 0), done
         vectors = made.client.vectors(f"{name} {route}")
