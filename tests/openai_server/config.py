@@ -26,6 +26,8 @@ class Config:
     """Count ``len(utf8) // 4 + 1`` tokens in place of cl100k's."""
     base64: bool = True
     """False: a request for base64 is refused, as by some compatible servers."""
+    counts_characters: bool = False
+    """The ``usage`` of an answer counts characters, as Infinity's does. The bill counts tokens all the same."""
     max_request_bytes: int | None = None
     """Of a plain request's body. A larger one is refused with a 413, as by a proxy in front of the server."""
     request_errors: str = "line"

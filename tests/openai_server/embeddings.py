@@ -9,7 +9,7 @@ from tests.openai_server.answers import embedding_body
 from tests.openai_server.errors import ApiError, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import BODIES
-from tests.openai_server.requests import count_tokens, read_request
+from tests.openai_server.requests import count_tokens, read_request, reported_tokens
 from tests.openai_server.store import Store
 from tests.openai_server.tokens import counter
 from tests.openai_server.vectors import text_hash
@@ -26,7 +26,7 @@ def create(store: Store, request: Request) -> Answer:
     headers = admit(store, wanted.model, tokens)
     facts = {"endpoint": request.endpoint, "id": request.number}
     faults = store.misbehaviours.for_lines(SYNC_BODIES, facts).on(0, wanted.texts)
-    body = embedding_body(wanted, tokens, faults)
+    body = embedding_body(wanted, reported_tokens(wanted, store.config, tokens), faults)
     assert isinstance(body, dict)
     hashes = [text_hash(text) for text in wanted.texts]
     store.bill.charge(request.number, "sync", wanted.model, 1, tokens, hashes)

@@ -104,3 +104,8 @@ def count_tokens(request: EmbeddingRequest, config: Config, count: TokenCounter)
             code="max_tokens_per_request",
         )
     return total
+
+
+def reported_tokens(request: EmbeddingRequest, config: Config, tokens: int) -> int:
+    """What the answer says of tokens."""
+    return sum(map(len, request.texts)) if config.counts_characters else tokens

@@ -1,6 +1,6 @@
 """The paid routes against servers that others wrote: Infinity, LiteLLM's proxy and ogx, each with two models.
 
-``make real-servers`` installs them and runs these. Infinity computes the vectors, and each of the others stands in
+``make realservers`` installs them and runs these. Infinity computes the vectors, and each of the others stands in
 front of it. ogx has the Batch API, too. The vectors must be those that sentence-transformers makes of the same files.
 """
 
@@ -45,7 +45,7 @@ class RealServer:
     ) -> None:
         command = ROOT / name / "bin" / arguments[0]
         if not command.exists():
-            pytest.skip(f"{name} is not installed: make real-servers")
+            pytest.skip(f"{name} is not installed: make realservers")
         self.names = {model: f"{prefix}{model}" for model in DIMENSIONS}
         """What the server calls each model."""
         self.url = f"http://127.0.0.1:{port}/v1"

@@ -245,6 +245,8 @@ class Provider:
             ) from None
         if not isinstance(parsed, dict):
             raise ProviderSilent(f"{self.server} answered an embeddings request with something that is not an object.")
+        if model in self._models and not self._models[model].tokens_factor:
+            parsed.pop("usage", None)  # it counts something else than tokens
         return parsed
 
     def _batch(self, ask: Callable[[], object]) -> RemoteBatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -106,6 +106,8 @@ class ResultReader:
         else:
             self._answered.add(answer.request_no)
             if isinstance(answer, Embedded):
+                if not self._model.tokens_factor:
+                    answer = replace(answer, prompt_tokens=None)  # its usage counts something else than tokens
                 self._pending.embedded[answer.request_no] = answer
             else:
                 self._pending.refused[answer.request_no] = answer
