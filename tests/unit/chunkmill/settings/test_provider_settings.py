@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from chunkmill.domain.spaces import OnLong, Precision
@@ -96,6 +98,14 @@ def test_a_wrong_setting_of_the_paid_routes_stops_nothing_else(name: str, monkey
 
 def space_of(settings: Settings, name: str) -> object:
     return resolve_space(settings, name, on_long=OnLong.TRUNCATE, dimensions=None, precision=Precision.FLOAT)
+
+
+def test_no_paid_lane_serves_a_space_while_another_setting_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = {"dimensions": 384, "max_tokens": 256, "tokenizer": "cl100k", "same_as": "all-MiniLM-L6-v2"}
+    monkeypatch.setenv("OPENAI_MODELS", json.dumps({"remote": twin}))
+    assert lanes_of(Settings.from_env(), DEFAULT_SPEC) == (Route.LOCAL, Route.OPENAI, Route.OPENAI_SYNC)
+    monkeypatch.setenv("OPENAI_TIMEOUT_SECONDS", "-1")
+    assert lanes_of(Settings.from_env(), DEFAULT_SPEC) == (Route.LOCAL,)
 
 
 def test_every_wrong_setting_of_the_paid_routes_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
