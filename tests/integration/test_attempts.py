@@ -152,9 +152,12 @@ def test_postgres_being_away_in_the_middle_costs_no_attempt(
     assert client.job(job.id).state is JobState.COMPLETED
 
 
-def test_reject_takes_a_chunk_out_whose_text_was_replaced_by_a_long_one(client: Client, runner: Runner) -> None:
+@pytest.mark.parametrize("first", ["truncate", "reject"])
+def test_reject_takes_a_chunk_out_whose_text_was_replaced_by_a_long_one(
+    client: Client, runner: Runner, first: str
+) -> None:
     """The chunk belongs to the job that replaced its text, beside a chunk that the first job keeps."""
-    runner.finish(client.enqueue([("a", "short"), ("b", "stays")], collection="docs", on_long="reject"))
+    runner.finish(client.enqueue([("a", "short"), ("b", "stays")], collection="docs", on_long=first))
     runner.finish(client.enqueue([("a", "short"), ("c", "unrelated")], collection="others", on_long="reject"))
     job = runner.finish(client.enqueue([("a", LONG)], collection="docs", on_long="reject"))
     assert (job.state, job.dead) == (JobState.COMPLETED, 1)

@@ -60,7 +60,7 @@ def test_a_charge_is_of_the_day_that_it_is_in_utc(abroad: sa.Connection, small: 
     today = utc_day(abroad)
     assert abroad.execute(sa.text("SELECT day FROM charges")).scalar_one() == today
     assert charges.today(abroad) == today
-    assert charges.month_spent(abroad) == 5
+    assert charges.month_confirmed(abroad) == 5
 
 
 def test_a_budget_is_of_the_month_that_it_is_in_utc(abroad: sa.Connection, settings: Settings) -> None:
@@ -118,7 +118,7 @@ def test_a_month_has_its_first_day_and_not_the_last_of_the_month_before(
     with db.begin() as conn:
         add_charge(conn, small, "4", on=str(month), batch=3)
         add_charge(conn, small, "2", on=str(month - timedelta(days=1)), batch=3)
-        assert charges.month_spent(conn) == 4
+        assert charges.month_confirmed(conn) == 4
 
     assert [(row.key, row.usd) for row in client.usage(CostsBy.MONTH).rows] == [
         (f"{month - timedelta(days=1):%Y-%m}", 2), (f"{month:%Y-%m}", 4),

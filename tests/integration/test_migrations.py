@@ -16,6 +16,7 @@ from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.canaries import Canary, Maker
 from chunkmill.store.search import build_index
 from tests.conftest import admin, url_of
+from tests.support.installations import install_as_before
 
 SPEC = SpaceSpec("local", "m", "sha256:00", 8, 256, Pooling.MEAN, normalize=True)
 
@@ -137,3 +138,21 @@ def test_vector_tables_keep_what_fits_a_page_inline(
             {"t": space.table_name},
         ).scalar_one()
     assert found == strategy
+
+
+def test_a_negative_charge_of_an_older_release_becomes_nothing(empty: str) -> None:
+    db = create_db(empty, role="test")
+    install_as_before(empty, "0009")
+    with db.begin() as conn:
+        conn.execute(
+            sa.text("""
+                INSERT INTO charges VALUES
+                ('2026-01-01', 'openai', 1, 1, 0, 1, -5, -20),
+                ('2026-01-01', 'openai', 2, 2, 0, 2, 6, 30)
+            """)
+        )
+    migrate(empty)
+    with db.connect() as conn:
+        rows = conn.execute(sa.text("SELECT job_id, contents, tokens, usd FROM charges ORDER BY job_id"))
+        assert [tuple(row) for row in rows] == [(1, 1, 0, 0), (2, 2, 6, 30)]
+    db.dispose()

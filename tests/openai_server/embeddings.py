@@ -22,6 +22,9 @@ def create(store: Store, request: Request) -> Answer:
     if limit is not None and int(request.headers["content-length"]) > limit:
         raise ApiError(413, "Request Entity Too Large")
     wanted = read_request(request.json(), store.config)
+    breaks_at = store.config.breaks_at
+    if breaks_at is not None and any(breaks_at in text for text in wanted.texts):
+        raise ApiError(500, "The server had an error.", type="server_error")
     tokens = count_tokens(wanted, store.config, counter(store.config.fast_tokens))
     headers = admit(store, wanted.model, tokens)
     facts = {"endpoint": request.endpoint, "id": request.number}
@@ -30,6 +33,9 @@ def create(store: Store, request: Request) -> Answer:
     assert isinstance(body, dict)
     hashes = [text_hash(text) for text in wanted.texts]
     store.bill.charge(request.number, "sync", wanted.model, 1, tokens, hashes)
+    slow_above = store.config.slow_above_inputs
+    if slow_above is not None and len(wanted.texts) > slow_above:
+        return Answer(None, 504)
     return Answer(body, headers=headers)
 
 

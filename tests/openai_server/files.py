@@ -18,6 +18,8 @@ def create(store: Store, request: Request) -> Answer:
         form = read_form(request.body, request.headers.get("content-type", ""), path)
         if unknown := sorted(set(form.fields) - FORM_FIELDS):
             raise bad(f"Unknown parameter: '{unknown[0]}'.", param=unknown[0], code="unknown_parameter")
+        if not store.config.file_expiry and any(name.startswith("expires_after") for name in form.fields):
+            raise bad("Unknown parameter: 'expires_after'.", param="expires_after", code="unknown_parameter")
         if form.filename is None:
             raise bad("Missing required parameter: 'file'.", param="file", code="missing_required_parameter")
         if form.fields.get("purpose") != "batch":
@@ -25,6 +27,8 @@ def create(store: Store, request: Request) -> Answer:
         if not form.filename.endswith(".jsonl"):
             raise bad("Invalid file format for Batch API. Must be .jsonl", param="file")
         if path.stat().st_size > store.config.max_file_bytes:
+            if store.config.too_large_status == 413:
+                return Answer(None, 413)  # a gateway's page
             raise bad("File is too large.")
         seconds = EXPIRES_AFTER_SECONDS
         if "expires_after[anchor]" in form.fields or "expires_after[seconds]" in form.fields:

@@ -40,11 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "null_counts": {},
     "null_usage": {},
     "empty_file_ids": {},  # "" where a file id would be null
+    "late_file_ids": {},  # null for both file ids of a batch that has ended
+    "no_expiry": {},  # null for expires_at, as on Azure
 }
 # How a batch goes; each batch is a chance. Its endpoint is "batches.create".
 ENDINGS: dict[str, dict[str, Any]] = {
     "fail_validation": {"code": "invalid_request", "message": None, "line": None, "param": None},
     "cannot_find_file": {},
+    "failed_after_running": {"usage": True},  # executed and charged, then failed, without files; counts say so
+    "stuck": {"status": "in_progress"},  # executed and charged, and then nothing; after a cancel cancelling, for ever
     "expire": {"fraction": None, "error_lines": True},
     "cancelled_by_other": {"fraction": None},
     "all_failed": {"status": 500, "code": None, "message": "The server had an error."},  # completed, no output file

@@ -116,6 +116,12 @@ def beginning(text: str, limit: int) -> str:
     return words.plain
 
 
+def exact(number: Decimal) -> str:
+    """The number in digits, without an exponent and without zeros at the end of its places."""
+    digits = f"{number:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
 def count(number: int, one: str, many: str | None = None) -> str:
     """`1 chunk`, `2,000 chunks`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
@@ -159,7 +165,7 @@ def _jsonable(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Decimal):
-        return float(value)
+        return exact(value)  # a number of JSON would be read as a float
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, PurePath):

@@ -18,7 +18,7 @@ from chunkmill.embedded import Stack, StackStatus
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Status, read_database, read_status
-from chunkmill.monitor.snapshot import Fault
+from chunkmill.monitor.snapshot import Fault, unconfirmed_line
 from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import without_passwords
 
@@ -226,6 +226,7 @@ def _status_fields(status: Status) -> dict[str, object]:
             "open_jobs": status.open_jobs,
             "lanes": [lane_fields(lane) for lane in lanes],
             "faults": [asdict(fault) for fault in faults],
+            "money_usd": asdict(status.snapshot.money) if status.snapshot else None,
         }
     broker: dict[str, object] = {"error": status.redis_error}
     if status.redis and status.doorbells is not None:
@@ -254,6 +255,8 @@ def _show_status(screen: Screen, status: Status) -> None:
         shown["pollers"] = _connected(connections.pollers, "chunkmill poller")
         shown["open jobs"] = status.open_jobs
         shown |= lane_lines(lanes)
+        if status.snapshot and (unconfirmed := unconfirmed_line(status.snapshot.money)):
+            shown["money"] = unconfirmed
     if status.doorbells is None:
         shown["Redis"] = status.redis_error
     else:

@@ -18,6 +18,10 @@ NOTICE_LOCK = 0x63686D04
 GATHER_LOCK = 0x63686D05
 """One transaction at a time fills a ProviderBatch, so that the budgets are counted exactly."""
 
+BUDGET_LOCK = 0x63686D06
+"""One transaction at a time looks whether the budget allows what it is about to send. It is the last lock that a
+transaction takes, so that nobody who holds it waits."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""

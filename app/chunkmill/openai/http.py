@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -24,6 +25,7 @@ from chunkmill.errors import (
     ProviderStopped,
 )
 from chunkmill.openai.counted import counted
+from chunkmill.openai.plan.refusals import Meaning, refusal
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
 from chunkmill.openai.wire.status import RemoteBatch, remote_batch
@@ -41,7 +43,10 @@ TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata 
 LISTED_PAGES = 20
 """Pages of 100 batches that `find` reads at most: two hours of batches at the rate that OpenAI allows."""
 FILE_EXPIRES_S = 30 * 24 * 3600
-STOP_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
+_TIMEOUTS = frozenset({408, 504, 524})
+"""Statuses with which a gateway says that the server behind it took too long."""
+_NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol"})
+"""What the HTTP library raises before a request is sent, by the name of the class."""
 
 
 class Provider:
@@ -71,6 +76,9 @@ class Provider:
         query = dict(parse_qsl(base_url.query))
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
+        self.key_digest = hashlib.sha256(f"{self.server}\n{key}".encode()).hexdigest()[:16]
+        """Tells one key from another. With the key of another project the provider does not find our batches."""
+        self._expires = True
         self._openai = openai
         try:
             self._client = openai.OpenAI(
@@ -107,14 +115,24 @@ class Provider:
 
     @counted("upload")
     def upload(self, name: str, file: IO[bytes]) -> str:
-        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it."""
-        made = self._call(
-            lambda: self._client.files.create(
-                file=(name, file, "application/jsonl"),
-                purpose="batch",
-                expires_after={"anchor": "created_at", "seconds": FILE_EXPIRES_S},
-            )
-        )
+        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it.
+
+        A server that does not know ``expires_after`` gets the file without it, and keeps it until it is deleted.
+        """
+
+        def send() -> object:
+            file.seek(0)
+            expiry: dict[str, Any] = {"anchor": "created_at", "seconds": FILE_EXPIRES_S}
+            more: dict[str, Any] = {"expires_after": expiry} if self._expires else {}
+            return self._client.files.create(file=(name, file, "application/jsonl"), purpose="batch", **more)
+
+        try:
+            made = self._call(send, of_all=True)
+        except (ProviderRefused, ProviderStopped) as refused:
+            if not self._expires or "expires_after" not in str(refused).lower():
+                raise
+            self._expires = False
+            made = self._call(send, of_all=True)
         if not getattr(made, "id", None):
             raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
         return str(made.id)
@@ -128,7 +146,8 @@ class Provider:
                 endpoint=URL,
                 completion_window="24h",
                 metadata={TOKEN_KEY: token},
-            )
+            ),
+            of_all=True,
         )
 
     @counted("retrieve")
@@ -236,7 +255,7 @@ class Provider:
             logger.info("%s refuses base64 for model %s: it is asked for floats from now on", self.server, model)
             return body
 
-        body = self._call(ask)
+        body = self._call(ask, of_all=True)
         try:
             parsed = json.loads(body)
         except ValueError:
@@ -249,15 +268,15 @@ class Provider:
             parsed.pop("usage", None)  # it counts something else than tokens
         return parsed
 
-    def _batch(self, ask: Callable[[], object]) -> RemoteBatch:
-        given = self._call(ask)
+    def _batch(self, ask: Callable[[], object], *, of_all: bool = False) -> RemoteBatch:
+        given = self._call(ask, of_all=of_all)
         try:
             return remote_batch(given, self.secrets)
         except ValueError as error:
             raise ProviderSilent(f"{self.server} answered with something that is not a batch: {error}") from None
 
-    def _call(self, ask: Callable[[], T]) -> T:
-        with self._errors():
+    def _call(self, ask: Callable[[], T], *, of_all: bool = False) -> T:
+        with self._errors(of_all=of_all):
             try:
                 return ask()
             except (AttributeError, TypeError, ValueError) as error:
@@ -267,38 +286,49 @@ class Provider:
                 ) from None
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raises the client's errors as our own, and not ``from`` them, because their texts may hold the key."""
+    def _errors(self, *, of_all: bool = False) -> Iterator[None]:
+        """Raises the client's errors as our own, and not ``from`` them, because their texts may hold the key.
+
+        ``of_all`` is true for calls that every piece of work needs: a 404 there concerns everybody.
+        """
         openai = self._openai
         try:
             yield
         except ProviderError:
             raise
         except openai.APIStatusError as error:
-            raise self._refusal(error) from None
-        except openai.APITimeoutError:
-            raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
+            raise self._refusal(error, of_all=of_all) from None
+        except openai.APITimeoutError as error:
+            raise ProviderSilent(
+                f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).",
+                timed_out=True,
+                was_sent=self._why(error) not in _NOT_SENT,
+            ) from None
         except openai.APIConnectionError as error:
-            raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
+            raise ProviderSilent(
+                f"{self.server} could not be reached, or hung up: {self._why(error)}",
+                was_sent=self._why(error) not in _NOT_SENT,
+            ) from None
         except openai.OpenAIError as error:
             raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
         except _transport_errors() as error:
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
 
-    def _refusal(self, error: openai.APIStatusError) -> ProviderError:
-        status, code = error.status_code, str(error.code or f"http_{error.status_code}")
-        said, words = f"{self.server} answered {status} {code[:60]}", self._redact(error.message)
-        if code in STOP_CODES or str(error.type) in STOP_CODES:
-            advice = "Pay or raise the limit, then: chunkmill lanes resume"
-            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
-        if status in (401, 403):
-            advice = "Fix OPENAI_API_KEY, then: chunkmill lanes resume"
-            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
-        if status == 429 or code == "token_limit_exceeded":
-            return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
-        if status >= 500 or status in (408, 409):
-            return ProviderSilent(said, words=words)
-        return ProviderRefused(said, words=words, status=status, provider_code=code)
+    def _refusal(self, error: openai.APIStatusError, *, of_all: bool) -> ProviderError:
+        status, words = error.status_code, self._redact(error.message)
+        code, kind = _word(error.code), _word(error.type)
+        told = refusal(status, code, words, kind=kind, parameter=str(error.param or ""), of_all=of_all)
+        code = code or (kind if told.meaning is Meaning.STOP and kind else f"http_{status}")
+        said = f"{self.server} answered {status} {code[:60]}"
+        match told.meaning:
+            case Meaning.STOP:
+                return ProviderStopped(said, words=words, advice=told.advice, provider_code=code)
+            case Meaning.WAIT:
+                return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
+            case Meaning.OUTAGE:
+                return ProviderSilent(said, words=words, timed_out=status in _TIMEOUTS)
+            case Meaning.NOT_RUN | Meaning.SIZE | Meaning.TEXT:
+                return ProviderRefused(said, words=words, status=status, provider_code=code)
 
     def _redact(self, message: object) -> str:
         return redact(message, self.secrets)
@@ -313,6 +343,11 @@ def _refuses_base64(error: openai.APIStatusError) -> bool:
     return (400 <= error.status_code < 500 or error.status_code == 501) and (
         "base64" in said or "encoding_format" in said
     )
+
+
+def _word(given: object) -> str:
+    """A code or a type of an error, in the provider's word; empty if there is none, or only the status as a number."""
+    return given if isinstance(given, str) and not given.isdigit() else ""
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

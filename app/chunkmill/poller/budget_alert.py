@@ -55,9 +55,11 @@ def _post(url: str, budget: Budget, percent: int) -> str | None:
     body = {
         "event": "budget",
         "percent": percent,
-        "spent_usd": str(budget.spent),
-        "committed_usd": str(budget.committed),
-        "limit_usd": str(budget.limit),
+        "spent_usd": f"{budget.spent:f}",
+        "committed_usd": f"{budget.committed:f}",
+        "lost_usd": f"{budget.lost:f}",
+        "maybe_charged_usd": f"{budget.maybe_charged:f}",
+        "limit_usd": f"{budget.limit:f}",
         "month": f"{budget.month:%Y-%m}",
     }
     headers = {"Content-Type": "application/json"}

@@ -172,6 +172,13 @@ class ProviderSettings(BaseSettings):
         description="How many seconds to search the provider's list for a ProviderBatch whose creation got no answer, "
         "before it is created again.",
     )
+    openai_batch_hours: float = Field(
+        48.0,
+        ge=24,
+        le=168,
+        description="How many hours a ProviderBatch may take if the provider does not say when it expires. An hour "
+        "later it is cancelled, and six hours after that it is given up.",
+    )
     openai_timeout_seconds: float = Field(
         120.0, gt=0, description="How many seconds to wait for an answer of the provider."
     )

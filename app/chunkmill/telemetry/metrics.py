@@ -200,9 +200,15 @@ RECENT_FAULTS = _gauge(
 )
 CHARGED = _gauge(
     "charged_usd",
-    "US dollars that providers charged today and in this month (UTC).",
+    "US dollars that providers charged or may have charged today and in this month (UTC), with corrections.",
     _POLLER,
     Label("period", ("today", "month")),
+)
+ADJUSTED = _gauge(
+    "adjusted_usd",
+    "The part of this month's charged_usd that no answer confirmed: charged and lost, maybe charged, corrected.",
+    _POLLER,
+    Label("kind", ("lost", "maybe_charged", "correction")),
 )
 COMMITTED = _gauge("committed_usd", "Estimated US dollars for what is in flight and not charged yet.", _POLLER)
 BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent if it is not set.", _POLLER)

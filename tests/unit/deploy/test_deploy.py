@@ -106,7 +106,7 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
         worker = services[name]
         if NOT_A_DRAIN.search(json.dumps(worker)) or worker.get("stop_signal") != "SIGTERM":
             found.append(f"{name} is stopped by something else than SIGTERM")
-        if seconds(worker.get("stop_grace_period", "0s")) < 30:
+        if seconds(worker.get("stop_grace_period", "0s")) < (130 if name == "worker-openai" else 30):
             found.append(f"{name} has no time to drain")
         node = worker["command"][worker["command"].index("-n") + 1] if "-n" in worker["command"] else "celery@%h"
         if f"--destination {node.replace('%h', '$$HOSTNAME')} " not in str(worker["healthcheck"].get("test")):
@@ -464,9 +464,9 @@ def unit_problems(text: str) -> list[str]:
     }
     found = [f"{key} is not {value}" for key, value in expected.items() if values.get(key) != value]
     stop = int(values.get("TimeoutStopSec", "0"))
-    if stop < 18:
+    if stop < (130 if paid else 18):
         found.append("the service has no time to drain")
-    if stop > (25 if worker else 30):
+    if stop > (25 if worker else 150 if paid else 30):
         found.append("the service may outlast its machine")
     if "RestartPreventExitStatus" in values or "RestartForceExitStatus" in values:
         found.append("an exit code has a rule of its own")

@@ -15,23 +15,25 @@ from typing import TypeVar
 import numpy as np
 import sqlalchemy as sa
 
+from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, StopLane, after_line_error
+from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
 from chunkmill.openai.wire.jsonl import Embedded, Refused, Unreadable, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import settle
-from chunkmill_workers.provider.flow import StepDelayed
+from chunkmill_workers.provider.endings import VANISHED, book_unanswered, require_own_key
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased
 from chunkmill_workers.provider.writing import write
 
 K = TypeVar("K")
@@ -148,6 +150,10 @@ class ResultReader:
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         returned.record(conn, step)
+        if returned.limit is not None:
+            # Without a pause, the contents would be sent again at once, in one small ProviderBatch after the other.
+            pause = self._context.settings.openai_poll_seconds
+            provider_lanes.pause(conn, Route.OPENAI, seconds=pause, reason=returned.limit.reason)
         price = charges.price_today(conn, self._model)
         for job_id, (contents, tokens) in sorted(answered.by_job.items()):
             charges.book_tokens(
@@ -185,6 +191,7 @@ class _Returned:
     failed: list[tuple[InFlight, str, str]] = field(default_factory=list)
     uncharged: list[InFlight] = field(default_factory=list)
     stop: StopLane | None = None
+    limit: RetryUncharged | None = None
 
     def add(self, rows: Sequence[InFlight], refusal: Refused) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
@@ -198,6 +205,8 @@ class _Returned:
             self.uncharged += rows
             if isinstance(verdict, StopLane):
                 self.stop = verdict
+            elif verdict.limited:
+                self.limit = verdict
 
     @property
     def all(self) -> list[InFlight]:
@@ -242,7 +251,10 @@ def _add(sums: dict[K, tuple[int, int]], key: K, tokens: int) -> None:
 
 
 def collect(context: ProviderContext, step: Step) -> Step:
-    """``collecting`` → ``cleaning``: read both files, whatever the status is, and return what they do not answer."""
+    """``collecting`` → ``cleaning``: read both files, whatever the status is, and return what they do not answer.
+
+    While a file that may have the missing answers has no id yet, it goes back to ``submitted``, to ask for the id.
+    """
     reader = ResultReader(context, step)
     problem: str | None = None
     tries = DOWNLOADS
@@ -255,31 +267,47 @@ def collect(context: ProviderContext, step: Step) -> Step:
             except ProviderRefused as refused:
                 if refused.status != 404:
                     raise
+                require_own_key(context, step, f"file {file_id}")
                 problem = f"file {file_id} is gone: {refused.brief}"
             finally:
                 reader.flush()
     step = reader.step
     completed = step.provider_status == RemoteStatus.COMPLETED
     # A torn line means that the download broke off, whatever the status is.
-    if reader.unanswered and not problem and (completed or reader.oddities["not_json"]):
+    torn = bool(problem or reader.oddities["not_json"])
+    if reader.unanswered and not problem and (completed or torn):
         problem = f"{reader.unanswered} requests have no answer in its files"
     if reader.unanswered and problem and step.downloads + 1 < tries:
-        raise StepDelayed(min(300.0, 2.0 * 4**step.downloads), problem, downloads=step.downloads + 1)
+        pause, downloads = min(300.0, 2.0 * 4**step.downloads), step.downloads + 1
+        if not torn and not (step.output_file_id and step.error_file_id):
+            context.transact(lambda conn: _ask_again(conn, step, pause, problem, downloads), "ask for the files again")
+            raise StepReleased
+        raise StepDelayed(pause, problem, downloads=downloads)
     if reader.oddities or problem:
         logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reader.oddities))
-    return context.transact(lambda conn: _end(conn, step, reader.oddities, problem), "account")
+    return context.transact(lambda conn: _end(context, conn, step, reader.oddities, problem), "account")
 
 
-def _end(conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None) -> Step:
-    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt."""
+def _ask_again(conn: sa.Connection, step: Step, pause_s: float, problem: str, downloads: int) -> None:
+    again = provider_batches.advance(conn, step, State.SUBMITTED, downloads=downloads, error=problem)
+    provider_batches.release(conn, again, delay_s=pause_s)
+
+
+def _end(
+    context: ProviderContext, conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None
+) -> Step:
+    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt, and booked."""
     left = provider_inputs.remove_all(conn, step.id)
+    reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
     if left:
         oddities = oddities + Counter({"unanswered": len(left)})
         # What we cancelled is not charged either: the attempts that brought it had ended before.
         if problem or step.provider_status != RemoteStatus.EXPIRED:
-            reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
             provider_work.charge_failure(
                 conn, {(row.chunk_batch_id, row.attempt): ("no_answer", reason) for row in left}
             )
+    may_have_run = problem is not None or step.provider_status in (RemoteStatus.COMPLETED, VANISHED)
+    book_unanswered(conn, context, step, left, may_have_run=may_have_run, reason=reason)
     provider_batches.count_oddities(conn, step, dict(oddities))
-    return settle(conn, step, n_returned=provider_batches.plus("n_returned", len(left)))
+    returned = provider_batches.plus("n_returned", len(left))
+    return settle(conn, step, n_returned=returned, error=problem or step.error)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import ClassVar
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
-from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
+from chunkmill.ledger.provider import provider_inputs
 from chunkmill.openai.catalogue import model_for, read_twins, request_limits
 from chunkmill.openai.http import Provider
 from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
 from chunkmill.openai.wire.jsonl import RequestForm
 from chunkmill.settings import Settings
+from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.keeper import StepKeeper
+
+logger = logging.getLogger(__name__)
 
 
 def make_provider(settings: Settings) -> Provider:
@@ -39,6 +45,9 @@ class ProviderContext(QueueContext):
         super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
         self.steps = StepKeeper(db, settings.lease_seconds)
+        self.health = Health()
+        self.questions = 0
+        """How many questions (searches and ``client.embed``) are with the provider. One thread answers them."""
         self.unserved = Unserved()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 
@@ -50,6 +59,8 @@ class ProviderContext(QueueContext):
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
         require_migrated(db)
+        with db.begin() as conn:
+            require_at_least(conn, "0011")
         read_twins(settings)
         context = cls(settings, db, provider)
         context.become_current()
@@ -78,6 +89,21 @@ class ProviderContext(QueueContext):
         """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
         dimensions = space.spec.dimensions if model.can_cut else None
         return RequestForm(model.name, dimensions, self.provider.encoding(model.name))
+
+    @property
+    def answer_seconds(self) -> float:
+        """The time of one request, while a ChunkBatch or a question is with the provider; else 0."""
+        return self.settings.openai_timeout_seconds if self.leases.n_held or self.questions else 0.0
+
+    def book_abandoned(self) -> None:
+        from chunkmill_workers.provider.books import book_unanswered
+
+        try:
+            with self.db.begin() as conn:
+                for space_id, sent in provider_inputs.take_sent_by(conn, self.name):
+                    book_unanswered(conn, self, registry.get(conn, space_id), [sent])
+        except Exception:
+            logger.exception("requests without an answer are booked by the next attempt")
 
     def become_current(self) -> None:
         self.steps.start()

@@ -146,6 +146,10 @@ def _money(money: Money) -> Text:
     if money.committed:
         line.append("committed ", style="dim")
         line.append(f"about {dollars(money.committed)} USD   ")
+    for name, usd in (("lost", money.lost), ("maybe charged", money.maybe_charged)):
+        if usd:
+            line.append(f"{name} ", style="dim")
+            line.append(f"{dollars(usd)} USD   ", style="red")
     if money.limit is not None:
         share = (money.month + money.committed) / money.limit if money.limit else 1
         line.append("of ", style="dim")

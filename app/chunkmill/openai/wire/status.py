@@ -27,6 +27,10 @@ class RemoteStatus(StrEnum):
     UNKNOWN = "unknown"
     """A status that we do not know; the batch may still be running."""
 
+    @property
+    def is_terminal(self) -> bool:
+        return self in _TERMINAL
+
 
 _TERMINAL: Final = {RemoteStatus.COMPLETED, RemoteStatus.FAILED, RemoteStatus.EXPIRED, RemoteStatus.CANCELLED}
 _BY_LETTERS: Final = {status.replace("_", ""): status for status in RemoteStatus} | {
@@ -66,7 +70,7 @@ class RemoteBatch:
     @property
     def is_terminal(self) -> bool:
         """Whether it has ended. With any of these statuses either file may be there, and the counts may not add up."""
-        return self.status in _TERMINAL
+        return self.status.is_terminal
 
 
 def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
