@@ -15,7 +15,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock realservers gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -27,6 +27,7 @@ help:
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
+	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
 	@echo "make floors  test a producer with the lowest versions that pyproject.toml allows"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
@@ -115,6 +116,26 @@ AIMOCK := .aimock
 aimock: $(VENV)/.dev $(AIMOCK)/node_modules
 	@$(BIN)/python -m pytest -q -rs tests/independent
 
+# Servers of embeddings that others wrote, each in an environment of its own. Infinity also sees the packages of $(VENV), so
+# that torch is not installed twice; ogx needs Python 3.12, and its tests are skipped without it.
+REAL_SERVERS := .real-servers
+PYTHON312 ?= python3.12
+realservers: $(VENV)/.dev $(REAL_SERVERS)/.installed
+	@$(BIN)/python -m pytest -q -rs tests/real_servers
+
+$(REAL_SERVERS)/.installed: tests/real_servers/infinity.txt
+	@echo "== installing servers of embeddings into $(REAL_SERVERS)"
+	@$(PYTHON) -m venv $(REAL_SERVERS)/infinity
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(REAL_SERVERS)/infinity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	@$(REAL_SERVERS)/infinity/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		-r tests/real_servers/infinity.txt
+	@$(PYTHON) -m venv $(REAL_SERVERS)/litellm
+	@$(REAL_SERVERS)/litellm/bin/python -m pip --disable-pip-version-check install --quiet 'litellm[proxy]==1.108.7'
+	@if command -v $(PYTHON312) > /dev/null; then $(PYTHON312) -m venv $(REAL_SERVERS)/ogx && \
+		$(REAL_SERVERS)/ogx/bin/python -m pip --disable-pip-version-check install --quiet ogx==1.5.0; fi
+	@touch $@
+
 $(AIMOCK)/node_modules:
 	@echo "== installing @copilotkit/aimock into $(AIMOCK)"
 	@npm install --silent --no-save --prefix $(AIMOCK) @copilotkit/aimock@1.43.0
@@ -135,7 +156,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m chunkmill_workers.benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) .floors $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .floors $(GPU_SITE) $(AIMOCK) $(REAL_SERVERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

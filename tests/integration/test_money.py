@@ -277,6 +277,24 @@ def test_what_a_webhook_did_not_take_is_given_again_and_its_address_is_not_logge
     assert SECRET not in caplog.text
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
+def test_a_webhook_that_is_asked_by_http_is_asked_through_no_proxy(
+    variable: str,
+    db: sa.Engine,
+    space: registry.Space,
+    settings: Settings,
+    webhook: tuple[str, list[dict[str, Any]], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy would read its address, which may be a secret."""
+    url, received, _ = webhook
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    limited = settings.model_copy(update={"openai_monthly_budget_usd": Decimal(1), "budget_webhook_url": url})
+    charge(db, space, "3")
+    assert watch_budget(db, limited) == 100
+    assert len(received) == 1
+
+
 # Estimates
 
 

@@ -24,6 +24,12 @@ class Config:
     """False: every ``/batches`` address is a 404, as on servers without the Batch API."""
     fast_tokens: bool = False
     """Count ``len(utf8) // 4 + 1`` tokens in place of cl100k's."""
+    base64: bool = True
+    """False: a request for base64 is refused, as by some compatible servers."""
+    counts_characters: bool = False
+    """The ``usage`` of an answer counts characters, as Infinity's does. The bill counts tokens all the same."""
+    max_request_bytes: int | None = None
+    """Of a plain request's body. A larger one is refused with a 413, as by a proxy in front of the server."""
     other_keys: list[str] = field(default_factory=list)
     """Keys of other projects: what one project made is not found with the key of another."""
     counts_batches: bool = False

@@ -49,6 +49,7 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
     with fatal_errors():
         Environment.load()  # a worker needs both addresses
         require_usable(worker.queues, autoscale=given.get("autoscale"), pool=given.get("pool"))
+        worker.leave_out_provider()
         tracing.configure("chunkmill-worker")
         if QUEUE in worker.queues:
             worker.claim_device()

@@ -64,7 +64,7 @@ def within(bounds: Bounds) -> Iterator[Bounds]:
         bounds.seconds -= time.monotonic() - started
 
 
-def http_client(openai: ModuleType, server: str, timeout_s: float) -> Any:
+def http_client(openai: ModuleType, server: str, timeout_s: float, *, trust_env: bool = True) -> Any:
     """A client for ``openai.OpenAI``, whose errors name ``server``.
 
     Raises what the HTTP library raises if the environment names a wrong proxy or certificate.
@@ -117,6 +117,7 @@ def http_client(openai: ModuleType, server: str, timeout_s: float) -> Any:
         timeout=timeout_s,
         headers={"Accept-Encoding": "identity"},
         event_hooks={"response": [bound]},
+        trust_env=trust_env,
     )
     for transport in (client._transport, *client._mounts.values()):
         # A mount of None goes past the proxies. The names are private: a test sees whether they are still there.

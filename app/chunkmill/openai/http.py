@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
+from chunkmill.domain.providers import Encoding
 from chunkmill.errors import (
     InvalidSetting,
     ProviderBusy,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     import openai
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
 LISTED_PAGES = 20
@@ -63,11 +68,17 @@ class Provider:
             raise InvalidSetting(
                 "the paid routes need the package openai. Run: pip install 'chunkmill[openai]'"
             ) from None
+        settings.require_provider()
         if settings.openai_api_key is None:
             raise InvalidSetting(
                 "OPENAI_API_KEY is not set, and a worker on queue `openai` needs it. Set it and start the worker again."
             )
-        self.server = settings.openai_base_url or DEFAULT_BASE_URL
+        self._models = settings.provider_models
+        self._floats: set[str] = set()
+        base_url = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL)
+        self.server = base_url._replace(query="").geturl()
+        """The address without its query, by which the ledger knows the server."""
+        query = dict(parse_qsl(base_url.query))
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
         self.key_digest = hashlib.sha256(f"{self.server}\n{key}".encode()).hexdigest()[:16]
@@ -81,7 +92,11 @@ class Provider:
                 base_url=self.server,
                 max_retries=0,
                 timeout=timeout,
-                http_client=http_client(openai, self.server, timeout),
+                default_query=query,
+                # Addresses with an api-version are Azure's, which reads a key from this header only.
+                default_headers={"api-key": key} if query else {},
+                # A proxy of the environment would read what goes to a private host by http, with the key.
+                http_client=http_client(openai, self.server, timeout, trust_env=base_url.scheme == "https"),
             )
         except (ImportError, OSError, ValueError) as error:
             # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a
@@ -94,6 +109,13 @@ class Provider:
 
     def close(self) -> None:
         self._client.close()
+
+    def encoding(self, model: str) -> Encoding:
+        """In which form vectors of the model are asked for: as OPENAI_MODELS says, or as this process has learnt."""
+        described = self._models.get(model)
+        if described is not None and described.encoding is not None:
+            return described.encoding
+        return "float" if model in self._floats else "base64"
 
     @counted("upload")
     def upload(self, name: str, file: IO[bytes]) -> str:
@@ -238,17 +260,18 @@ class Provider:
     ) -> dict[str, Any]:
         """The body of the answer to a plain request, of ``longest`` bytes at most.
 
-        OpenAI ignores ``idempotency_key``; some other servers know it. An error in a successful answer is raised like
-        one with a status of its own.
+        OpenAI ignores ``idempotency_key``; some other servers know it. A server that refuses base64 is asked again for
+        floats, which costs nothing, and from then on at once. An error in a successful answer is raised like one with a
+        status of its own.
         """
         bounds = Bounds(self._timeout_s, longest)
 
-        def ask() -> dict[str, Any]:
+        def ask_for(encoding: Encoding) -> dict[str, Any]:
             extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
             answer = self._client.embeddings.with_raw_response.create(
                 model=model,
                 input=list(inputs),
-                encoding_format="base64",
+                encoding_format=encoding,
                 extra_headers={"Idempotency-Key": idempotency_key},
                 **extra,
             )
@@ -256,6 +279,20 @@ class Provider:
             if (error := error_of(parsed)) is not None:
                 raise self._error_in(answer.http_response, error)
             return parsed
+
+        def ask() -> dict[str, Any]:
+            encoding = self.encoding(model)
+            try:
+                return ask_for(encoding)
+            except self._openai.APIStatusError as error:
+                described = self._models.get(model)
+                is_told = described is not None and described.encoding is not None
+                if encoding == "float" or is_told or not _refuses_base64(error):
+                    raise
+            body = ask_for("float")
+            self._floats.add(model)
+            logger.info("%s refuses base64 for model %s: it is asked for floats from now on", self.server, model)
+            return body
 
         try:
             return self._call(ask, bounds=bounds, of_all=True)
@@ -343,6 +380,14 @@ class Provider:
 
     def _why(self, error: BaseException) -> str:
         return type(error.__cause__ or error).__name__
+
+
+def _refuses_base64(error: openai.APIStatusError) -> bool:
+    """Whether a refusal may be about the encoding. A text may hold the same words, so only a second try is proof."""
+    said = f"{error.message} {error.param} {error.body}".lower()
+    return (400 <= error.status_code < 500 or error.status_code == 501) and (
+        "base64" in said or "encoding_format" in said
+    )
 
 
 def _word(given: object) -> str:

@@ -13,7 +13,7 @@ from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
 from chunkmill.ledger.provider import provider_inputs
-from chunkmill.openai.catalogue import model_for, read_twins
+from chunkmill.openai.catalogue import model_for, read_twins, request_limits
 from chunkmill.openai.http import Provider
 from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
@@ -29,6 +29,12 @@ from chunkmill_workers.provider.keeper import StepKeeper
 from chunkmill_workers.provider.oddities import Oddities
 
 logger = logging.getLogger(__name__)
+
+
+def make_provider(settings: Settings) -> Provider:
+    """The provider that the settings name. Raises :class:`InvalidSetting` without a key or a package, too."""
+    cl100k()  # a missing package is reported now and not in the middle of a job
+    return Provider(settings)
 
 
 class ProviderContext(QueueContext):
@@ -50,8 +56,7 @@ class ProviderContext(QueueContext):
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
-        provider = Provider(settings)
-        cl100k()  # a missing package is reported now and not in the middle of a job
+        provider = make_provider(settings)
         db = create_db(
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
@@ -80,20 +85,12 @@ class ProviderContext(QueueContext):
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
     def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
-        """The limits of requests. A text is cut where its space cuts it, even if the model takes longer ones."""
-        settings = self.settings
-        return BatchLimits(
-            inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
-            bytes=settings.openai_batch_max_bytes,
-            inputs_per_request=settings.openai_request_inputs,
-            tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
-            tokens_per_input=min(model.max_tokens, space.spec.max_tokens),
-        )
+        return request_limits(self.settings, model, space.spec, max_inputs=max_inputs)
 
-    @staticmethod
-    def form(model: ProviderModel, space: Space) -> RequestForm:
+    def form(self, model: ProviderModel, space: Space) -> RequestForm:
         """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
-        return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
+        dimensions = space.spec.dimensions if model.can_cut else None
+        return RequestForm(model.name, dimensions, self.provider.encoding(model.name))
 
     @property
     def answer_seconds(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
 from chunkmill.telemetry.metrics import Role
+
+logger = logging.getLogger(__name__)
 
 PASS_THROUGH = {"ignore_unknown_options": True}
 
@@ -78,6 +81,8 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     configure(settings.log_level, settings.log_format)
+    if settings.provider_problem is not None:
+        logger.error("%s", settings.provider_problem)
     db = create_db(settings.require_database_url(), role="poller")
     broker = Broker.connect(settings)
     try:

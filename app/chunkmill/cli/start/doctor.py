@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import redis
@@ -18,13 +19,16 @@ import sqlalchemy as sa
 
 from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
+from chunkmill.domain.providers import CL100K
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import ChunkmillError, UnknownModel
+from chunkmill.errors import ChunkmillError, InvalidSetting, UnknownModel
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
+from chunkmill.openai.plan.tokens import from_tokenizer_file
 from chunkmill.settings import Settings
+from chunkmill.settings.provider import DEFAULT_BASE_URL
 from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
 EXTRAS = {
@@ -59,7 +63,7 @@ class Check:
 @click.pass_obj
 def doctor(screen: Screen) -> None:
     """Check this machine, its settings and its servers, and say what to fix. Exits with 1 if a check fails."""
-    checks = [*machine_checks(), *profile_checks(), *server_checks()]
+    checks = [*machine_checks(), *profile_checks(), *provider_checks(), *server_checks()]
     failed = sum(check.state == "fail" for check in checks)
     if screen.json:
         screen.document({"ok": not failed, "checks": [asdict(check) for check in checks]})
@@ -122,6 +126,28 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
         return Check("profile", "ok" if lookup.overridden else "warn", f"not used: {lookup.path}", lookup.problem)
     why = "EMBEDDING_PROFILE is off, or there is no home" if lookup.path is None else "chunkmill tune finds faster ones"
     return Check("profile", "ok", f"none: workers use the device's default settings ({why})")
+
+
+def provider_checks() -> Iterator[Check]:
+    """The check of the paid routes' settings, and of the tokenizers that they name. It sends nothing."""
+    try:
+        settings = Settings.from_env()
+    except ChunkmillError:
+        return  # the check of the servers says what is wrong
+    if settings.provider_problem is not None:
+        yield Check("paid routes", "fail", "off", settings.provider_problem)
+        return
+    described = settings.openai_models or {}
+    problems = []
+    for model in described.values():
+        try:
+            if model.tokenizer != CL100K:
+                from_tokenizer_file(model.tokenizer)
+        except InvalidSetting as error:
+            problems.append(f"{model.name}: {error}")
+    server = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL).netloc
+    state = f"{server}, {count(len(described), 'described model')}"
+    yield Check("paid routes", "warn" if problems else "ok", state, " ".join(problems))
 
 
 def server_checks() -> Iterator[Check]:

@@ -14,6 +14,7 @@ from chunkmill.db.connect import connections
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.prices import MILLION
+from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
@@ -30,15 +31,21 @@ MEASURED_ATTEMPTS = 10_000
 
 
 def lanes_of(settings: Settings, spec: SpaceSpec) -> tuple[Route, ...]:
-    """The lanes that serve a space under these settings."""
-    model = None if settings.embedding_provider == "local" else model_for(settings, spec)
+    """The lanes that serve a space under these settings. Paid ones do not if their settings are wrong."""
+    no_provider = settings.embedding_provider == "local" or settings.provider_problem is not None
+    model = None if no_provider else model_for(settings, spec)
     return serving(spec, model, batches=settings.openai_batches)
 
 
 def decide(
     conn: sa.Connection, settings: Settings, spec: SpaceSpec, asked: Route, deadline: datetime | None = None
 ) -> Choice:
-    """The lane of a new job. Raises :class:`UnknownRoute`. The caller checks whether the budget allows it."""
+    """The lane of a new job. The caller checks whether the budget allows it.
+
+    Raises :class:`UnknownRoute`, and :class:`InvalidSetting` if it needs a paid lane, whose settings are wrong.
+    """
+    if asked not in (Route.LOCAL, Route.AUTO) or spec.provider == OPENAI:
+        settings.require_provider()
     require_served(asked, lanes_of(settings, spec), spec)
     now = conn.execute(sa.text("SELECT now()")).scalar_one()
     return choose(asked, offers(conn, settings, spec), now=now, deadline=deadline)

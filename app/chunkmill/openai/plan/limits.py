@@ -47,6 +47,7 @@ class BatchLimits:
     inputs_per_request: int = 128
     tokens_per_request: int = MAX_TOKENS_PER_REQUEST
     tokens_per_input: int = MAX_TOKENS_PER_INPUT
+    bytes_per_request: int = MAX_BYTES
 
     def __post_init__(self) -> None:
         for name in ("inputs", "requests", "inputs_per_request", "tokens_per_request"):
@@ -54,9 +55,10 @@ class BatchLimits:
                 raise InvalidSetting(
                     f"the limit on {name} of a ProviderBatch is {getattr(self, name)}; it must be at least 1."
                 )
-        if self.bytes < LEAST_BYTES:
+        if min(self.bytes, self.bytes_per_request) < LEAST_BYTES:
             raise InvalidSetting(
-                f"the limit on bytes of a ProviderBatch is {self.bytes}; it must be at least {LEAST_BYTES}."
+                f"the limit on bytes of a ProviderBatch is {self.bytes}, and on those of a request "
+                f"{self.bytes_per_request}; both must be at least {LEAST_BYTES}."
             )
         if self.inputs_per_request > MAX_INPUTS_PER_REQUEST:
             raise InvalidSetting(

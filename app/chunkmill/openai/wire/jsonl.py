@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from chunkmill.domain.providers import Encoding
 from chunkmill.openai.wire.answers import Embedded, Sent, parse, read_answer
 from chunkmill.openai.wire.bounds import TOKENS_FACTOR
 from chunkmill.openai.wire.redaction import redact
 
-EncodingFormat = Literal["base64", "float"]
 URL: Final = "/v1/embeddings"
 
 _HTTP_ERROR: Final = 400
@@ -34,7 +34,7 @@ class RequestForm:
 
     model: str
     dimensions: int | None = None
-    encoding_format: EncodingFormat = "base64"
+    encoding_format: Encoding = "base64"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from chunkmill.cli.start.doctor import (
     clock_check,
     database_checks,
     gpu_check,
+    provider_checks,
     redis_checks,
     session_check,
 )
@@ -115,3 +117,30 @@ def test_shared_sessions_fail_with_what_to_do() -> None:
     failed = session_check(shared=True)
     assert failed.state == "fail"
     assert "pool_mode = session" in failed.advice
+
+
+# The paid routes
+
+
+def test_the_server_of_the_paid_routes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(check.state, check.found) for check in provider_checks()] == [("ok", "api.openai.com, 0 described models")]
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://name.openai.azure.com/openai/v1")
+    monkeypatch.setenv("OPENAI_MODELS", '{"a": {"dimensions": 8}}')
+    [check] = provider_checks()
+    assert (check.state, check.found) == ("ok", "name.openai.azure.com, 1 described model")
+
+
+def test_wrong_settings_of_the_paid_routes_are_a_failure_and_missing_tokenizers_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {name: {"dimensions": 8, "tokenizer": f"/nowhere/{name}.json"} for name in ("a", "b")}
+    monkeypatch.setenv("OPENAI_MODELS", json.dumps(models))
+    [check] = provider_checks()
+    assert check.state == "warn"
+    assert all(f"{name}: the tokenizer /nowhere/{name}.json cannot be read" in check.advice for name in models)
+    monkeypatch.setenv("OPENAI_MODELS", '{"a": {}}')
+    [check] = provider_checks()
+    assert (check.state, check.found) == ("fail", "off")
+    assert "model 'a': dimensions is missing" in check.advice
+    monkeypatch.setenv("LEASE_SECONDS", "-1")  # which the check of the servers says
+    assert list(provider_checks()) == []
