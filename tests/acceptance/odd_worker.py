@@ -48,9 +48,17 @@ def _break(*_: object, **__: object) -> None:
     raise DeviceFailed("the model no longer runs on cuda:0: CUDA error: an illegal memory access was encountered")
 
 
+def _go_deaf(sender: Any, **_: Any) -> None:
+    sender.cancel_task_queue("gpu")
+
+
 if __name__ == "__main__":
     Engine.stream = stream  # type: ignore[method-assign]
+    from celery import signals
     from celery.__main__ import main
+
+    if os.environ["ODD"] == "deaf":
+        signals.worker_ready.connect(_go_deaf)
 
     drain.LIMIT_S = float(os.environ.get("ODD_DRAIN_SECONDS", drain.LIMIT_S))
     sys.argv = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *sys.argv[1:]]
