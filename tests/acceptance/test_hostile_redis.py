@@ -12,13 +12,14 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from chunkmill.broker import PRIORITY_STEPS, Broker, keys_of
+from chunkmill.broker import PRIORITY_STEPS, Broker, Doorbell, keys_of
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.states import JobState
 from chunkmill.door import LARGEST_REPLY
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
+from tests.acceptance.odd_worker import ODD_BELL
 from tests.support.hostile import MARK, hostile_bells, hostile_commands, hostile_events, random_messages
 from tests.support.waiting import PATIENCE, until
 
@@ -159,6 +160,23 @@ def test_a_worker_is_not_kept_from_its_queue(
         assert worker.popen.poll() is None, worker.output()
     assert client.job(job.id).state is JobState.COMPLETED
     assert worker.terminate() == 0
+
+
+@pytest.mark.slow  # four starts of a worker; tests of the supervisor do it with small processes
+def test_a_supervisor_whose_workers_end_again_and_again_says_why_and_clears_the_queue(
+    processes: Processes, client: Client, store: redis.Redis
+) -> None:
+    """Each doorbell here passes the door and ends whoever takes it. The poller rings again for the job."""
+    client._broker.ring([Doorbell(ODD_BELL, 0)] * 20)
+    job = client.enqueue([("a", "a text behind them")], collection="docs")
+    supervisor = processes.start("tests.acceptance.odd_supervisor", ODD="bell", EMBEDDING_DEVICE="cpu")
+    supervisor.wait_for("worker on the CPU ended 3 times in a row soon after its start")
+    assert re.search(r"queue gpu was cleared: 1\d doorbells were deleted", supervisor.output())
+    processes.poller()
+    until(lambda: client.job(job.id).state.is_final, supervisor.output)
+    assert client.job(job.id).state is JobState.COMPLETED
+    assert supervisor.output().count("started, pid") == 4
+    assert supervisor.terminate() == 0
 
 
 @pytest.mark.slow
