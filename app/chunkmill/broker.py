@@ -244,7 +244,7 @@ def keys_of(queue: str) -> list[str]:
 
 def is_wrong_type(error: redis.ResponseError) -> bool:
     """Whether a command found another type of value than its own."""
-    return str(error).startswith("WRONGTYPE")
+    return "WRONGTYPE" in str(error)  # the error of a pipeline begins with the command
 
 
 def delete_wrong_types(client: redis.Redis) -> None:

@@ -223,7 +223,7 @@ def _is_load(value: Any) -> Any:
 
 
 def _is_zone(value: Any) -> Any:
-    _require(type(value) is int and -24 <= value <= 24)
+    _require(type(value) in (int, float) and -24 <= value <= 24)
     return value
 
 

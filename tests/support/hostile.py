@@ -83,7 +83,7 @@ _TASK_HEADERS = (
 def event(kind: Any = "worker-heartbeat", *, body: Any = None, **fields: Any) -> dict[str, Any]:
     """An event of a worker, with changes."""
     said: dict[str, Any] = {
-        "type": kind, "hostname": "cpu-1@host", "timestamp": 1_700_000_000.5, "utcoffset": 0, "pid": 77, "clock": 12,
+        "type": kind, "hostname": "cpu-1@host", "timestamp": 1_700_000_000.5, "utcoffset": 5.5, "pid": 77, "clock": 12,
         "freq": 2.0, "active": 0, "processed": 3, "loadavg": [0.1, 0.2, 0.3], "sw_ident": "py-celery",
         "sw_ver": "5.7.0", "sw_sys": "Linux",
     }  # fmt: skip
