@@ -252,7 +252,9 @@ def delete_wrong_types(client: redis.Redis) -> None:
     wrong = [key for queue in QUEUES for key in keys_of(queue) if client.type(key) not in (b"list", b"none")]
     if wrong:
         client.delete(*wrong)
-        logger.warning("deleted %s in Redis: no list, so that no doorbell could be sent there", ", ".join(map(repr, wrong)))
+        logger.warning(
+            "deleted %s in Redis: no list, so that no doorbell could be sent there", ", ".join(map(repr, wrong))
+        )
 
 
 def _batch(producer: Any) -> AbstractContextManager[object]:

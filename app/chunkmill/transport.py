@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from queue import Empty
 from typing import Any
 

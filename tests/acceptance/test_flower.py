@@ -349,7 +349,10 @@ def publish(scene: Scene, exchange: str, messages: Iterable[bytes]) -> None:
 def test_forged_events_and_replies_break_no_page(scene: Scene) -> None:
     """A heartbeat with a text in the place of a number would break the list of workers until the next start."""
     forged = "forged@nowhere"
-    odd = (event(hostname=forged, heartbeats="x", alive="x", event="x", update=1, __class__="x"), event(hostname="last@x"))
+    odd = (
+        event(hostname=forged, heartbeats="x", alive="x", event="x", update=1, __class__="x"),
+        event(hostname="last@x"),
+    )
     publish(
         scene,
         "celeryev/worker.heartbeat",
@@ -373,7 +376,12 @@ def test_a_flower_that_may_control_cannot_steer_a_worker(scene: Scene) -> None:
     """Workers do not have the commands. Flower reads what they are, and that is all."""
     port = free_port()
     flower = scene.processes.start(
-        "chunkmill.cli", "flower", f"--port={port}", "--read_only=False", "--inspect_timeout=500", FLOWER_BASIC_AUTH=LOGIN
+        "chunkmill.cli",
+        "flower",
+        f"--port={port}",
+        "--read_only=False",
+        "--inspect_timeout=500",
+        FLOWER_BASIC_AUTH=LOGIN,
     )
     until(lambda: is_up(port) or flower.popen.poll() is not None, flower.output)
     name = next(iter(scene.workers))

@@ -126,7 +126,12 @@ def test_nothing_in_redis_ends_a_worker_or_makes_it_deaf(
 def test_a_key_of_another_type_in_the_place_of_a_queue_is_deleted(
     processes: Processes, client: Client, store: redis.Redis
 ) -> None:
-    kinds = [store.set, store.sadd, lambda key, value: store.hset(key, value, value), lambda key, value: store.zadd(key, {value: 1})]
+    kinds = [
+        store.set,
+        store.sadd,
+        lambda key, value: store.hset(key, value, value),
+        lambda key, value: store.zadd(key, {value: 1}),
+    ]
     for make, key in zip(kinds, keys_of("gpu"), strict=True):
         make(key, MARK)
     worker = processes.worker()

@@ -78,13 +78,15 @@ TABLE: list[tuple[str, set[str]]] = [
     ("PUBLISH /0.celeryev/worker.heartbeat x", {"chunkmill", *([] if READS_QUEUES else ["flower"])}),
     # Nobody.
     *((command, set()) for command in (
-        "PSUBSCRIBE *", "SUBSCRIBE other", "PUBLISH other x", "PUBLISH /1.celery.pidbox x", "LPUSH other x", "DEL unacked",
-        "DEL _kombu.binding.gpu", "SET gpu x", "GET anything", "LRANGE gpu 0 -1", "LPOP gpu", "RENAME gpu gpu2", "DUMP gpu",
-        "RESTORE gpu 0 x", "MIGRATE h 1 gpu 0 1", "SORT gpu", "COPY gpu gpu2", "OBJECT ENCODING gpu", "MEMORY USAGE gpu", "SCAN 0",
-        "KEYS *", "RANDOMKEY", "DBSIZE", "FLUSHALL", "FLUSHDB", "SWAPDB 0 1", "EVAL 1 0", "EVALSHA x 0", "SCRIPT LOAD x", "SCRIPT KILL",
-        "CLIENT KILL TYPE normal", "CLIENT PAUSE 1000", "CLIENT LIST", "CLIENT UNBLOCK 1", "CONFIG GET *", "CONFIG SET dir /tmp", "ACL LIST",
-        "ACL SETUSER flower +@all", "SAVE", "BGSAVE", "BGREWRITEAOF", "SHUTDOWN", "DEBUG SLEEP 0", "MONITOR", "REPLICAOF NO ONE",
-        "SLOWLOG GET", "LATENCY RESET", "MODULE LIST", "CLUSTER INFO", "WAIT 1 1", "SYNC", "PSYNC x 0",
+        "PSUBSCRIBE *", "SUBSCRIBE other", "PUBLISH other x", "PUBLISH /1.celery.pidbox x", "LPUSH other x",
+        "DEL unacked", "DEL _kombu.binding.gpu", "SET gpu x", "GET anything", "LRANGE gpu 0 -1", "LPOP gpu",
+        "RENAME gpu gpu2", "DUMP gpu", "RESTORE gpu 0 x", "MIGRATE h 1 gpu 0 1", "SORT gpu", "COPY gpu gpu2",
+        "OBJECT ENCODING gpu", "MEMORY USAGE gpu", "SCAN 0", "KEYS *", "RANDOMKEY", "DBSIZE", "FLUSHALL",
+        "FLUSHDB", "SWAPDB 0 1", "EVAL 1 0", "EVALSHA x 0", "SCRIPT LOAD x", "SCRIPT KILL",
+        "CLIENT KILL TYPE normal", "CLIENT PAUSE 1000", "CLIENT LIST", "CLIENT UNBLOCK 1", "CONFIG GET *",
+        "CONFIG SET dir /tmp", "ACL LIST", "ACL SETUSER flower +@all", "SAVE", "BGSAVE", "BGREWRITEAOF",
+        "SHUTDOWN", "DEBUG SLEEP 0", "MONITOR", "REPLICAOF NO ONE", "SLOWLOG GET", "LATENCY RESET", "MODULE LIST",
+        "CLUSTER INFO", "WAIT 1 1", "SYNC", "PSYNC x 0",
     )),
 ]  # fmt: skip
 """Commands, and the users that may run them. docs/security.md says the same in words."""

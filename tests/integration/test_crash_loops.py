@@ -35,7 +35,9 @@ def test_the_queue_is_cleared_at_the_third_end_and_the_log_says_why(
     broker.ring([Doorbell(1, 0), Doorbell(2, 3), Doorbell(3, 9)])
     broker.ring([Doorbell(4, 3)] * 2, SYNC_BELLS)
     ends = [sys.executable, "-c", "raise SystemExit(1)", *arguments]
-    supervisor = Supervisor([Place("the CPU", {})], ends, lambda pid, evidence: None, QueueClearing(settings, ends).start)
+    supervisor = Supervisor(
+        [Place("the CPU", {})], ends, lambda pid, evidence: None, QueueClearing(settings, ends).start
+    )
 
     def end_once() -> None:
         supervisor._start_due()

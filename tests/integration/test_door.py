@@ -1,4 +1,4 @@
-"""What our own processes write to Redis comes through the door: a producer's doorbells, and events as Celery sends them."""
+"""What our own processes write to Redis comes through the door: a producer's doorbells, and Celery's events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from chunkmill.broker import LOCAL_BELLS, SYNC_BELLS, Bells, Broker, Doorbell, S
 from chunkmill.door import LARGEST_DOORBELL, Refusal
 from tests.support.waiting import PATIENCE
 
-LONGEST = {"job": 2**31, "collection": "\N{ELEPHANT}" * 200, "contents": 2**31, "model": "\u202e" * 200, "state": "gathering"}
+LONGEST = {
+    "job": 2**31,
+    "collection": "\N{ELEPHANT}" * 200,
+    "contents": 2**31,
+    "model": "\u202e" * 200,
+    "state": "gathering",
+}
 
 
 def opened(made: bytes | Refusal) -> tuple[dict[str, Any], Any]:
@@ -53,13 +59,19 @@ def test_a_producer_leaves_nothing_else_in_redis(broker: Broker) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        ("worker-online", {"freq": 2.0, "active": 0, "processed": 0, "loadavg": (0.1, 0.2, 0.3), "sw_ident": "py-celery"}),
+        (
+            "worker-online",
+            {"freq": 2.0, "active": 0, "processed": 0, "loadavg": (0.1, 0.2, 0.3), "sw_ident": "py-celery"},
+        ),
         ("worker-offline", {"freq": 2.0}),
-        ("task-received", {"name": "workers.embed_chunk_batch", "args": "ChunkBatch 3", "kwargs": "{}", "retries": 0, "eta": None}),
+        (
+            "task-received",
+            {"name": "workers.embed_chunk_batch", "args": "ChunkBatch 3", "kwargs": "{}", "retries": 0, "eta": None},
+        ),
         ("task-failed", {"exception": "ValueError('x')", "traceback": "Traceback:\n  x\n"}),
         ("task-succeeded", {"result": "None", "runtime": 0.25}),
     ],
-)  # fmt: skip
+)
 def test_each_event_of_celery_comes_in_as_it_was_sent(kind: str, fields: dict[str, Any], broker: Broker) -> None:
     with broker.client.pubsub() as listener:
         listener.psubscribe("*celeryev*")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chunkmill import door
 from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, NEXT_NAMES, REQUEST_TASK
-from chunkmill.door import READS, REPLIES, SIGNALS, Refusal
+from chunkmill.door import READS, SIGNALS, Refusal
 from tests.support.hostile import (
     bell,
     command,
@@ -63,7 +63,9 @@ def test_a_doorbell_of_each_task_comes_in_on_its_queue_alone(queue: str, task: s
 
 def test_what_tracing_libraries_add_is_left_out() -> None:
     """A host program with OpenTelemetry or Sentry adds headers to what its Celery sends. They are not handed on."""
-    made = door.doorbell(raw(bell(headers={"traceparent": "00-1", "sentry-trace": "x", "baggage": {"a": [1]}})), "gpu", 0)
+    made = door.doorbell(
+        raw(bell(headers={"traceparent": "00-1", "sentry-trace": "x", "baggage": {"a": [1]}})), "gpu", 0
+    )
     assert isinstance(made, bytes)
     assert b"trace" not in made
     assert b"baggage" not in made
@@ -108,7 +110,9 @@ def test_the_table_has_more_than_a_hundred_messages_and_names_each_reason() -> N
 
 @pytest.mark.parametrize("method", sorted(READS | SIGNALS))
 def test_what_flower_asks_comes_in_without_arguments(method: str) -> None:
-    asked = body_of(door.command(raw(command(method, arguments={"with_defaults": True, "x": [1]}, destination=["a@b"]))))
+    asked = body_of(
+        door.command(raw(command(method, arguments={"with_defaults": True, "x": [1]}, destination=["a@b"])))
+    )
     assert (asked["method"], asked["destination"]) == (method, ["a@b"])
     assert asked["arguments"] == ({"safe": True} if method == "active" else {})
 

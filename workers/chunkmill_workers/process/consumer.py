@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery.worker import control
 from celery.worker import consumer as celerys
+from celery.worker import control
 
 from chunkmill.door import READS, SIGNALS
 

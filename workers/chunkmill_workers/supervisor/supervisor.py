@@ -295,9 +295,9 @@ class QueueClearing:
             for queue in QUEUES:
                 if any(queue in argument for argument in self._command):
                     logger.error(
-                        "%s soon after its start. In case something in Redis ends it, queue %s was cleared: %s doorbells "
-                        "were deleted, and the poller rings again for what is due. If it goes on, its messages above say "
-                        "why.",
+                        "%s soon after its start. In case something in Redis ends it, queue %s was cleared: %s "
+                        "doorbells were deleted, and the poller rings again for what is due. If it goes on, its "
+                        "messages above say why.",
                         what_happened, queue, broker.clear(queue),
                     )  # fmt: skip
         except PUBLISH_ERRORS as error:

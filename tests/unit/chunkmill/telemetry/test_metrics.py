@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings import Settings
+from chunkmill.telemetry import exposition
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import Counts
-from chunkmill.telemetry import exposition
 from chunkmill.telemetry.exposition import MOST_CONNECTIONS, REQUEST_SECONDS, MetricsServer, Process
 from chunkmill.telemetry.metrics import METRICS, Kind, Role
 from tests.support.waiting import PATIENCE, until
