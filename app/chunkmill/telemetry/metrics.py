@@ -120,6 +120,14 @@ WRITE_SECONDS = _counter(
     "Seconds spent in transactions that wrote vectors or completed a ChunkBatch, waiting for Postgres included.",
     _WORKER,
 )
+REFUSED = _counter(
+    "refused_messages",
+    "Messages in Redis that no process of ours writes. They were deleted and not answered. "
+    "place is a queue, or control for Celery's remote control.",
+    _WORKERS,
+    Label("place", ("gpu", "openai", "control", "unknown")),
+    Label("reason", ("size", "shape", "task", "options")),
+)
 CONTENTS = _counter("contents", "Contents whose vector this process committed.", _WORKERS)
 RECOMPUTED = _counter("recomputed_contents", "Contents that already had a vector when theirs was written.", _WORKER)
 POSTGRES_RETRIES = _counter(
