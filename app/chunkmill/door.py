@@ -73,7 +73,7 @@ class _Refused(Exception):
 
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_EMPTY = (None, "", [], {}, [None, None])
+_EMPTY: tuple[object, ...] = (None, "", [], {}, [None, None])
 _OPTIONS = (
     "compression", "eta", "expires", "timelimit", "shadow", "group", "group_index", "parent_id", "chain", "chord",
     "callbacks", "errbacks", "stamps", "stamped_headers",
