@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
 
+from chunkmill.cli.__main__ import cli
 from chunkmill.errors import EngineError
+from chunkmill.openai import http
+from chunkmill.openai.wire import answers
 from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
+from chunkmill_workers.provider import collect
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer
 from tests.support.corridor import MODEL, Corridor, corridor
@@ -194,6 +200,27 @@ def test_a_result_line_without_end_costs_only_itself(stage: Scene, server: OpenA
     assert stage.oddities() == {"too_long": 1}
 
 
+def test_a_file_is_read_to_its_end_although_most_of_it_was_committed_before(
+    stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file can have follows from what was sent, and not from what is still in flight."""
+    for name, size in (("SLACK_BYTES", 100), ("LINE_BYTES", 500), ("DIMENSIONS", 8), ("NUMBER_BYTES", 0.25)):
+        monkeypatch.setattr(answers, name, size)
+    monkeypatch.setattr(collect, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(http, "PIECE", 256)
+    server.misbehave("cut_body", where={"purpose": "batch_output"}, fraction=0.95)
+    texts = stage.texts(80)
+
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: server.fired("cut_body"))
+    [batch] = stage.corridor.batches()
+    assert batch["n_written"] > 60
+    [job] = stage.finish(job)
+
+    stage.check_done(job, texts)
+    assert stage.oddities() == {}
+
+
 # What was charged and cannot be used
 
 
@@ -320,3 +347,37 @@ def test_a_search_does_not_compare_vectors_of_two_models(searched: Corridor, ser
 
     assert [(kind, n) for kind, n, _ in adjusted(searched)] == [("lost", 1)]
     assert searched.client.lanes()[1].is_stopped
+
+
+def test_a_model_that_was_only_renamed_enters_after_somebody_says_so(
+    stage: Scene, server: OpenAIServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.finish(stage.enqueue(stage.texts(2)))
+    server.misbehave("other_model", times=None, lines=N, name="m-2")
+    texts = stage.texts(2, first=10)
+    job = stage.enqueue(texts)
+    client = stage.corridor.client
+    stage.run_until(lambda: client.lanes()[0].is_stopped)
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+
+    said = CliRunner().invoke(cli, ["models", "canary", "--reset", MODEL])
+
+    assert said.exit_code == 0 and "Deleted the reference" in said.output, said.output
+    assert answering_models(stage.corridor) == []
+    client.resume_lane("openai")
+    [job] = stage.finish(job)
+    assert job.state == "completed"
+    assert answering_models(stage.corridor) == ["m-2"]
+
+
+def test_a_schema_of_the_last_release_compares_nothing(stage: Scene, server: OpenAIServer) -> None:
+    """During an upgrade this code runs on it too."""
+    with stage.corridor.db.begin() as conn:
+        conn.execute(sa.text("DROP TABLE answering_models"))
+    server.misbehave("other_model", times=1, name="m-2")
+    texts = stage.texts(N)
+
+    for route in ROUTES:
+        [job] = stage.finish(stage.enqueue(texts, route=route))
+        assert job.state == "completed"

@@ -297,7 +297,7 @@ class Provider:
         try:
             return self._call(ask, bounds=bounds, of_all=True)
         except ProviderSilent as silent:
-            silent.answered = silent.answered or bounds.status == 200
+            silent.answered = silent.answered or (bounds.status or 500) < 300
             raise
 
     def _error_in(self, response: Any, error: dict[str, Any]) -> openai.APIStatusError:

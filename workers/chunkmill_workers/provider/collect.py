@@ -71,7 +71,9 @@ class ResultReader:
             self._space = registry.get(conn, step.space_id)
             self._sent = provider_inputs.sent(conn, step.id)
         self.model = self._model = context.model(self._space)
-        self._longest = longest_file(self._sent, self._model.dimensions)
+        # The file also has the lines of requests that an earlier reading has committed.
+        widest = max([context.settings.openai_request_inputs, *(sent.inputs for sent in self._sent.values())])
+        self._longest = longest_file(step.n_requests, step.n_inputs, widest, self._model.dimensions)
         self._pending = _Pending()
         self._answered: set[int] = set()
         self.oddities: Counter[str] = Counter()

@@ -65,11 +65,12 @@ def longest_answer(inputs: int, dimensions: int) -> int:
     return inputs * max(dimensions, DIMENSIONS) * NUMBER_BYTES + SLACK_BYTES
 
 
-def longest_file(requests: Mapping[int, Sent], dimensions: int) -> Longest:
-    """How many bytes a result file of these requests, and each of its lines, can have. Any line may come twice."""
-    inputs = sum(sent.inputs for sent in requests.values())
-    widest = max((sent.inputs for sent in requests.values()), default=0)
-    whole = longest_answer(inputs, dimensions) + len(requests) * LINE_BYTES
+def longest_file(requests: int, inputs: int, widest: int, dimensions: int) -> Longest:
+    """How many bytes a result file, and each of its lines, can have. Any line may come twice.
+
+    ``inputs`` are those of all ``requests`` of the file, and ``widest`` those of the largest.
+    """
+    whole = longest_answer(inputs, dimensions) + requests * LINE_BYTES
     return Longest(longest_answer(widest, dimensions), 2 * whole)
 
 

@@ -12,7 +12,7 @@ import pytest
 from chunkmill.errors import ProviderError, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.openai.bounded import LONGEST_ERROR
 from chunkmill.openai.http import Provider
-from chunkmill.openai.wire.answers import Longest, Sent, longest_answer, longest_file
+from chunkmill.openai.wire.answers import Longest, longest_answer, longest_file
 from chunkmill.openai.wire.jsonl import TOO_LONG
 from chunkmill.settings import Settings
 from tests.openai_server import OpenAIServer
@@ -191,13 +191,13 @@ def test_a_file_without_end_is_left(server: OpenAIServer, provider: Provider) ->
 
 
 def test_what_a_file_may_have_follows_from_what_was_sent() -> None:
-    few = longest_file({0: Sent(2, 9), 1: Sent(5, 9)}, 3_072)
-    many = longest_file({n: Sent(5, 9) for n in range(1_000)}, 3_072)
+    few = longest_file(2, 7, 5, 3_072)
+    many = longest_file(1_000, 5_000, 5, 3_072)
 
     assert few.line == many.line == longest_answer(5, 3_072)
     assert few.line > 5 * 3_072 * 25
     assert few.file < many.file < 2_000 * longest_answer(5, 3_072)
-    assert longest_file({}, 8).file > 0
+    assert longest_file(0, 0, 0, 8).file > 0
 
 
 # Answers without haste
