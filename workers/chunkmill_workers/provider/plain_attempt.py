@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 
 BAD_VECTOR, NO_ANSWER = "bad_vector", "no_answer"
 """Why a content that was sent has no vector, as codes of the dead list."""
-LOST_TRIES = 2
-"""How many charged attempts at a ChunkBatch may fail because an answer that was paid for could not be written."""
+PAID_TRIES = 3
+"""How many attempts at a ChunkBatch may fail after an answer that was paid for, or may have been: it had no usable
+vector, could not be written, or never came. ``MAX_ATTEMPTS`` may allow fewer."""
 AGAIN_SECONDS = 5.0
 """How long a ChunkBatch waits for its next attempt if others have some of its contents in flight."""
 
@@ -177,7 +178,7 @@ class PlainAttempt(Attempt[ProviderContext]):
 
         If contents were sent in vain, the attempt fails, and in the last one they are dead.
         """
-        if self.failed and self.lease.attempt < self.lease.max_attempts:
+        if self.failed and self._may_pay_again:
             code, reason = next(iter(self.failed.values()))
             self._log_failure(f"{len(self.failed)} contents have no vector ({code})")
             self.fail(code=code, error=reason, retryable=True)
@@ -186,7 +187,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             self.release(delay_s=AGAIN_SECONDS)
             return
         self.dead += [
-            DeadContent(content_hash, code, f"no vector after {self.lease.attempt} attempts: {reason}")
+            DeadContent(content_hash, code, f"no vector after {self._charged} attempts: {reason}")
             for content_hash, (code, reason) in self.failed.items()
         ]
 
@@ -206,9 +207,17 @@ class PlainAttempt(Attempt[ProviderContext]):
         known = isinstance(error, ChunkmillError)
         message = reason_of(error)
         self._log_failure(error.brief if isinstance(error, ProviderError) else message, None if known else error)
-        charged = self.lease.attempt - (self.lease.max_attempts - self._context.settings.max_attempts)
         is_lost = self._sent is AdjustmentKind.LOST
-        self.fail(code=code_of(error), error=message, retryable=not is_lost or charged < LOST_TRIES)
+        self.fail(code=code_of(error), error=message, retryable=not is_lost or self._may_pay_again)
+
+    @property
+    def _charged(self) -> int:
+        """How many attempts at the ChunkBatch count, with this one. Each that was released has raised the limit."""
+        return self.lease.attempt - (self.lease.max_attempts - self._context.settings.max_attempts)
+
+    @property
+    def _may_pay_again(self) -> bool:
+        return self._charged < PAID_TRIES and self.lease.attempt < self.lease.max_attempts
 
     def _log_failure(self, why: str, error: Exception | None = None) -> None:
         logger.error(
