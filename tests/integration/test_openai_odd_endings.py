@@ -196,7 +196,8 @@ def test_a_second_batch_that_ran_is_booked_once(stage: Scene, server: OpenAIServ
     server.misbehave("http_error", times=3, status=503, where=RETRIEVE)
     texts = stage.texts(N)
     job = stage.enqueue(texts)
-    stage.run_until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2, hurry=False)
+    stage.run_until(lambda: len(stage.batches()) == 2, hurry=False)
+    until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2)
 
     [job] = stage.finish(job)
 

@@ -88,7 +88,7 @@ class Provider:
         A server that does not know ``expires_after`` gets the file without it, and keeps it until it is deleted.
         """
 
-        def send() -> object:
+        def send() -> Any:
             file.seek(0)
             expiry: dict[str, Any] = {"anchor": "created_at", "seconds": FILE_EXPIRES_S}
             more: dict[str, Any] = {"expires_after": expiry} if self._expires else {}
