@@ -25,6 +25,7 @@ from chunkmill_workers.provider.context import ProviderContext
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import until
 
 WORKERS = Path(__file__).parents[2] / "workers" / "chunkmill_workers"
 TIMES = 2
@@ -82,8 +83,9 @@ def let_go(stage: Scene, jobs: list[Job]) -> None:
     stage.server.control(validating_seconds=0.0)
 
 
-def both_ran(stage: Scene) -> bool:
-    return [batch["status"] for batch in stage.batches()] == ["completed"] * 2
+def let_both_run(stage: Scene) -> None:
+    stage.run_until(lambda: len(stage.batches()) == 2, hurry=False)
+    until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2)
 
 
 def resume(route: str) -> Callable[[Scene, list[Job]], None]:
@@ -144,7 +146,7 @@ STORIES = {
     "a batch that was made twice": Story(
         ("book the second batch",),
         lambda server: [server.misbehave("created_twice"), server.misbehave("cut", where=CREATE, applied=True)],
-        act=lambda stage, jobs: stage.run_until(lambda: both_ran(stage), hurry=False),
+        act=lambda stage, jobs: let_both_run(stage),
     ),
     "a file that is too large": Story(("too large",), lambda server: server.control(max_file_bytes=600)),
     "a batch that a person lets go": Story(

@@ -18,6 +18,12 @@ N = 10
 RETRIEVE, CREATE, LIST = ({"endpoint": f"batches.{name}"} for name in ("retrieve", "create", "list"))
 
 
+@pytest.fixture(autouse=True)
+def few_last_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was let go and never ends is looked at a few times only."""
+    monkeypatch.setattr(steps, "LAST_LOOKS", 5)
+
+
 def adjustments(stage: Scene) -> dict[str, tuple[int, int]]:
     """``kind → (contents, tokens)`` of what was booked without an answer."""
     rows = stage.corridor.rows("""
@@ -96,7 +102,7 @@ def test_an_error_file_whose_id_comes_late_is_read_too(stage: Scene, server: Ope
 def test_what_ran_and_names_no_result_is_booked_and_not_sent_again(
     stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, kind: str, usage: bool
 ) -> None:
-    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 4, raising=False)
+    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 4)
     if kind == "late_file_ids":
         server.misbehave(kind, times=None)
         if not usage:
@@ -127,7 +133,7 @@ def test_what_ran_and_names_no_result_is_booked_and_not_sent_again(
 def test_a_batch_in_which_nothing_succeeded_and_without_files_is_sent_again(
     stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 3, raising=False)
+    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 3)
     server.misbehave("all_failed")
     server.misbehave("late_file_ids", times=None, where=RETRIEVE)
     texts = stage.texts(N)
@@ -158,7 +164,7 @@ def test_a_batch_in_which_nothing_succeeded_and_without_files_is_sent_again(
 def test_what_was_charged_and_lost_is_booked_as_lost(
     stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 3, raising=False)
+    monkeypatch.setattr(follow, "LOOKS_FOR_RESULTS", 3)
     server.misbehave(kind, **options)
     texts = stage.texts(N)
     other = stage.texts(N, first=50)
@@ -196,7 +202,8 @@ def test_a_second_batch_that_ran_is_booked_once(stage: Scene, server: OpenAIServ
     server.misbehave("http_error", times=3, status=503, where=RETRIEVE)
     texts = stage.texts(N)
     job = stage.enqueue(texts)
-    stage.run_until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2, hurry=False)
+    stage.run_until(lambda: len(stage.batches()) == 2, hurry=False)
+    until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2)
 
     [job] = stage.finish(job)
 
@@ -623,7 +630,7 @@ def test_a_create_without_an_answer_and_without_a_list_stops_the_lane(stage: Sce
 def test_a_step_that_fails_equally_stops_its_lane_with_the_reason(
     stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "EQUAL_FAILURES", 4, raising=False)
+    monkeypatch.setattr(steps, "EQUAL_FAILURES", 4)
     server.misbehave("http_error", times=None, status=418, message="I am a teapot.", where={"endpoint": "files.create"})
     context = stage.corridor.context
     context.settings = context.settings.model_copy(update={"max_attempts": 100})
@@ -640,7 +647,7 @@ def test_a_step_that_fails_equally_stops_its_lane_with_the_reason(
 
 
 def test_an_outage_stops_no_lane_for_hours(stage: Scene, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "EQUAL_FAILURES", 4, raising=False)
+    monkeypatch.setattr(steps, "EQUAL_FAILURES", 4)
     server.misbehave("http_error", times=9, status=503, where={"endpoint": "files.create"})
     texts = stage.texts(N)
 

@@ -125,7 +125,7 @@ class Provider:
         """
         bounds = Bounds(self._timeout_s + file.seek(0, 2) / SLOWEST_BYTES_PER_S)
 
-        def send() -> object:
+        def send() -> Any:
             file.seek(0)
             expiry: dict[str, Any] = {"anchor": "created_at", "seconds": FILE_EXPIRES_S}
             more: dict[str, Any] = {"expires_after": expiry} if self._expires else {}
