@@ -20,9 +20,7 @@ oldest_code = "0005"
 
 def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
-    op.add_column(
-        "embed_requests", sa.Column("committed_tokens", sa.BigInteger(), server_default="0", nullable=False)
-    )
+    op.add_column("embed_requests", sa.Column("committed_tokens", sa.BigInteger(), server_default="0", nullable=False))
     op.alter_column("charges", "usd", type_=sa.Numeric())
     op.alter_column("adjustments", "usd", type_=sa.Numeric())
     op.add_column("adjustments", sa.Column("author", sa.Text()))

@@ -43,7 +43,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     "embed": {"texts": ["a text"]},
     "resume_lane": {"route": "openai"},
     "correct_charge": {
-        "usd": "1", "route": "openai", "day": date(2026, 1, 1), "reason": "the invoice", "author": "ada",
+        "usd": "1",
+        "route": "openai",
+        "day": date(2026, 1, 1),
+        "reason": "the invoice",
+        "author": "ada",
     },
     "dead_chunk": {"dead_id": 501},
     "evict": {"older_than": 1},
