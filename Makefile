@@ -15,7 +15,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock realservers gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy fuzz aimock realservers gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -25,6 +25,7 @@ help:
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
+	@echo "make fuzz    send 10,000 random messages to the door and to a worker"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
@@ -101,6 +102,11 @@ mutants: $(VENV)/.dev
 # ONLY="tests/acceptance/test_logs.py ..." runs a part of them.
 busy: $(VENV)/.dev
 	@$(BIN)/python -m tests.support.busy $(ONLY)
+
+# `make test` sends 200 of them to the door.
+fuzz: $(VENV)/.dev
+	@FUZZ=10000 $(BIN)/python -m pytest -q tests/unit/chunkmill/test_door.py \
+		tests/acceptance/test_hostile_redis.py::test_ten_thousand_random_messages_change_nothing
 
 # The files that cover a whole job, its SQL, the migrations and the roles; the other tests say nothing new of a server.
 ON_A_SERVER := test_pipeline test_enqueue test_search test_store test_writers test_audit test_claims test_cancel test_prune \

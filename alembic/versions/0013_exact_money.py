@@ -3,7 +3,7 @@
 numeric(18, 10) rounded each booking; without a limit of digits nothing is rounded. That changes no row, so the tables
 are not written anew. Old code books into the new columns as before.
 
-Revises: 0011
+Revises: 0012
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0013"
-down_revision = "0011"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 oldest_code = "0005"

@@ -20,6 +20,7 @@ import yaml
 
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
+from tests.acceptance.test_least_privilege import acl_file
 from tests.conftest import admin, url_of
 from tests.support.waiting import PATIENCE, until
 
@@ -77,7 +78,12 @@ def server(tmp_path: Path, values: dict[str, str]) -> Iterator[Path]:
     entrypoint = bin_ / "docker-entrypoint.sh"
     entrypoint.write_text(f'#!/bin/sh\nshift\nexec {find_program()} "$@" --dir {data} --port 0 --unixsocket {tmp}/s\n')
     entrypoint.chmod(0o755)
-    here = {"/tmp/": f"{tmp}/", "/etc/chunkmill/": f"{ROOT}/deploy/", "$$": "$", "${REDIS_MAXMEMORY:-256mb}": "9mb"}  # noqa: S108
+    here = {
+        "/tmp/": f"{tmp}/",  # noqa: S108
+        "/etc/chunkmill/redis-acl.conf": str(acl_file()),
+        "$$": "$",
+        "${REDIS_MAXMEMORY:-256mb}": "9mb",
+    }
     command = SERVICES["redis"]["command"]
     for old, new in here.items():
         command = [word.replace(old, new) for word in command]

@@ -82,6 +82,10 @@ def let_go(stage: Scene, jobs: list[Job]) -> None:
     stage.server.control(validating_seconds=0.0)
 
 
+def both_ran(stage: Scene) -> bool:
+    return [batch["status"] for batch in stage.batches()] == ["completed"] * 2
+
+
 def resume(route: str) -> Callable[[Scene, list[Job]], None]:
     def act(stage: Scene, jobs: list[Job]) -> None:
         client = stage.corridor.client
@@ -129,13 +133,18 @@ STORIES = {
         ("release a step",), lambda server: server.misbehave("truncated", times=DOWNLOADS - 1, fraction=0.6)
     ),
     "a line that is missing": Story(
-        ("ask for the files again",), lambda server: server.misbehave("missing_line", lines=1), n=8
+        ("ask for the files again",), lambda server: server.misbehave("missing_line", marker="again text 1 of"), n=8
     ),
     "result files whose ids come late": Story(
         ("no result file yet",), lambda server: server.misbehave("late_file_ids", times=3, where=RETRIEVE)
     ),
     "a quota without room": Story(
         ("no room",), lambda server: server.misbehave("fail_validation", times=2, code="token_limit_exceeded")
+    ),
+    "a batch that was made twice": Story(
+        ("book the second batch",),
+        lambda server: [server.misbehave("created_twice"), server.misbehave("cut", where=CREATE, applied=True)],
+        act=lambda stage, jobs: stage.run_until(lambda: both_ran(stage), hurry=False),
     ),
     "a file that is too large": Story(("too large",), lambda server: server.control(max_file_bytes=600)),
     "a batch that a person lets go": Story(

@@ -550,9 +550,9 @@ def test_a_line_without_an_answer_is_paid_and_lost(
 
 def test_vectors_that_are_none_are_paid_again(stage: Scene, server: OpenAIServer) -> None:
     """They were answered, so they are booked as well as charged; and an attempt is charged for each."""
-    kinds = ["wrong_dimensions", "not_finite", "zero_vector", "missing_index"]
-    for passed, kind in enumerate(kinds):
-        server.misbehave(kind, after=passed, lines=1)
+    kinds = {"wrong_dimensions": {}, "not_finite": {}, "zero_vector": {}, "odd_index": {"how": "zero"}}
+    for passed, (kind, options) in enumerate(kinds.items()):
+        server.misbehave(kind, after=passed, lines=1, **options)
     texts = stage.texts(4)
 
     [job] = stage.finish(stage.enqueue(texts))

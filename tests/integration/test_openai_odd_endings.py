@@ -189,6 +189,23 @@ def test_what_may_have_been_charged_is_booked_if_the_provider_does_not_say(stage
     assert booked + adjustments(stage)["maybe_charged"][1] == tokens_of(stage.charges())
 
 
+def test_a_second_batch_that_ran_is_booked_once(stage: Scene, server: OpenAIServer) -> None:
+    """A create without an answer made two, and both ran before anybody saw them."""
+    server.misbehave("created_twice")
+    server.misbehave("cut", where=CREATE, applied=True)
+    server.misbehave("http_error", times=3, status=503, where=RETRIEVE)
+    texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    stage.run_until(lambda: [batch["status"] for batch in stage.batches()] == ["completed"] * 2, hurry=False)
+
+    [job] = stage.finish(job)
+
+    assert job.state == "completed"
+    assert server.state()["files"] == []
+    assert adjustments(stage) == {"lost": (N, stage.charges()[1]["tokens"])}
+    assert stage.corridor.one("SELECT sum(tokens)::int FROM charges") == stage.charges()[0]["tokens"]
+
+
 def test_a_usage_that_cannot_be_is_not_believed(stage: Scene, server: OpenAIServer) -> None:
     """The one says thousand times as much as was sent, and all of its lines were read."""
     retrieve = stage.corridor.context.provider.retrieve

@@ -16,7 +16,7 @@ from chunkmill.settings import Settings
 from chunkmill_workers.provider import plain_attempt
 from chunkmill_workers.provider.health import FAILURES, HOPELESS, Health
 from chunkmill_workers.provider.plain import request_chunk_batch
-from chunkmill_workers.provider.plain_attempt import LOST_TRIES
+from chunkmill_workers.provider.plain_attempt import PAID_TRIES
 from chunkmill_workers.provider.probe import PROBE
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer, text_hash, vector_for
@@ -193,6 +193,19 @@ def test_wrong_dimensions_are_found_for_the_price_of_one_word(stage: Scene, serv
     check_paid_once(stage, texts, jobs)
 
 
+def test_vectors_that_become_wrong_stop_the_lane_after_one_request(stage: Scene, server: OpenAIServer) -> None:
+    """The probe went well, and then the server changed its model."""
+    server.misbehave("wrong_dimensions", times=None, after=1, dimensions=5)
+    _, jobs = two_jobs(stage)
+    client = stage.corridor.client
+    stage.run_until(lambda: client.lanes()[PLAIN].is_stopped)
+    turns(stage)
+
+    assert sum(each["inputs"] for each in stage.charges()) == 1 + 4 + 1
+    stage.check_books()
+    assert [client.job(job.id).dead for job in jobs] == [0, 0]
+
+
 def test_each_model_and_each_worker_is_probed_once(
     stage: Scene, server: OpenAIServer, settings: Settings, request: pytest.FixtureRequest
 ) -> None:
@@ -342,7 +355,7 @@ def test_a_text_that_breaks_the_server_is_named_and_its_neighbours_are_paid_once
     assert (dead.chunk_id, dead.code) == ("c5", "no_answer")
     assert "POISON" not in dead.reason
     assert stage.bill(texts) == {name: 1 for name in texts if name != "c5"}
-    assert stage.charged_attempts() == stage.corridor.settings.max_attempts
+    assert stage.charged_attempts() == PAID_TRIES
     assert stage.asked("embeddings.create") < 40
 
 
@@ -375,6 +388,8 @@ def test_a_text_that_never_has_a_vector_is_named_by_plain_requests_too(stage: Sc
 
     [dead] = stage.corridor.client.dead_chunks(job.id)
     assert (dead.chunk_id, dead.code) == ("c9", "bad_vector")
+    assert f"no vector after {PAID_TRIES} attempts" in dead.reason
+    assert stage.bill({"c9": texts["c9"]}) == {"c9": PAID_TRIES}
     assert stage.corridor.one("SELECT state FROM chunk_batches") == "completed"
     stage.check_books()
 
@@ -513,8 +528,8 @@ def test_an_answer_that_cannot_be_written_is_booked_as_lost_and_not_paid_for_eve
     [job] = stage.finish(stage.enqueue(texts, route="openai-sync"))
 
     assert job.state == "failed"
-    assert stage.bill(texts) == dict.fromkeys(texts, LOST_TRIES)
-    assert booked(stage, "adjustments") == {"lost": 4 * LOST_TRIES}
+    assert stage.bill(texts) == dict.fromkeys(texts, PAID_TRIES)
+    assert booked(stage, "adjustments") == {"lost": 4 * PAID_TRIES}
 
 
 # Questions

@@ -137,7 +137,7 @@ class Person:
             return
         if "never ends" in self._names:
             self._let_time_pass()
-        if "forgets everything" in self._names and not self._forgot and len(self._server.state()["batches"]) >= 2:
+        if "forgets everything" in self._names and not self._forgot and self._server.state()["batches"]:
             self._forgot = True
             self._server.forget()
         for job in jobs:

@@ -259,7 +259,7 @@ def _prove(client: Client, db: sa.Engine, server: OpenAIServer, report: Report, 
             report.problems.append(f"{what}: {booked} charged and {more} lost or maybe charged, but billed are {right}")
     left = {"in flight": one.in_flight, "running": one.running}
     report.problems += [f"{what}: {n} are left" for what, n in left.items() if n]
-    files = [file for file in server.state()["files"] if file["purpose"] == "batch" or not report.odd]
+    files = [file for file in server.state()["files"] if file["purpose"] == "batch" or not may_lose]
     if files:
         report.problems.append(f"{len(files)} files are left at the provider")
 

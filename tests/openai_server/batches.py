@@ -11,6 +11,7 @@ from typing import Any
 from tests.openai_server.errors import ApiError, bad, cannot_find_file, rate_limited
 from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.lifecycle import STAMPS, TERMINAL, Life, counts, move, usage
+from tests.openai_server.odd import IDS, NUMBERS, WORDS, drawn, put
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Batch, Store, StoredFile, enqueued_message
 from tests.openai_server.validation import read_plan
 from tests.support.waiting import PATIENCE
@@ -199,6 +200,12 @@ def shown(store: Store, batch: Batch, endpoint: str) -> dict[str, Any]:
         seen |= {"output_file_id": None, "error_file_id": None}
     if strike("no_expiry", facts) is not None:
         seen["expires_at"] = None
+    for kind, values in (("odd_id", IDS), ("odd_count", NUMBERS)):
+        if (wish := strike(kind, facts)) is not None:
+            seen = put(seen, wish["field"], drawn(wish["value"], values, kind, store.config.seed))
+    if (wish := strike("odd_words", facts)) is not None:
+        words = drawn(wish["value"], WORDS, store.config.seed)
+        seen["errors"] = {"object": "list", "data": [{"code": words, "message": words, "line": None, "param": None}]}
     if strike("iso_dates", facts) is not None:
         times = {name: value for name, value in seen.items() if name.endswith("_at") and value is not None}
         seen |= {name: datetime.fromtimestamp(value, UTC).isoformat() for name, value in times.items()}

@@ -105,6 +105,10 @@ class Execution:
             results.write(whole[: len(whole) // 2].encode() + b"\n")
             if not faults["garbage_line"]["extra"]:
                 return
+        if (wish := faults.get("long_line")) is not None:
+            results.write(b"x" * wish["bytes"] + b"\n")
+            if not wish["extra"]:
+                return
         if "missing_line" in faults:
             return
         if "null_custom_id" in faults:

@@ -7,6 +7,7 @@ import time
 from tests.openai_server.errors import ApiError, bad, no_such_file
 from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.multipart import read_form
+from tests.openai_server.odd import IDS, drawn
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Store
 
 FORM_FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
@@ -35,7 +36,11 @@ def create(store: Store, request: Request) -> Answer:
             text = form.fields.get("expires_after[seconds]", "")
             wanted = int(text) if text.isdecimal() else None
             seconds = expiry(form.fields.get("expires_after[anchor]"), wanted, "expires_after")
-        return Answer(store.add_file(path, form.filename, "batch", seconds).as_json())
+        made = store.add_file(path, form.filename, "batch", seconds).as_json()
+        facts = {"endpoint": request.endpoint, "id": made["id"], "filename": form.filename, "purpose": "batch"}
+        if (wish := store.misbehaviours.strike("odd_file_id", facts)) is not None:
+            made["id"] = drawn(wish["value"], IDS, "file", store.config.seed)
+        return Answer(made)
     finally:
         path.unlink(missing_ok=True)
 

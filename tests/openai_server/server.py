@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.openai_server import control, routes
+from tests.openai_server import control, odd, routes
 from tests.openai_server.errors import ApiError, bad, cannot_find_file, no_such_file, rate_limited
 from tests.openai_server.exchange import Answer, Request
+from tests.openai_server.kinds import ODD
 from tests.openai_server.misbehaviours import Facts
 from tests.openai_server.store import Store
 
@@ -86,6 +87,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.check_owner(request)
                 answer = route.answer(store, request)
                 self.own(request, answer)
+            if kind in ODD:
+                store.count(request.endpoint, kind)
+                odd.send(self, kind, wish, answer if wish["applied"] else None)
+                return
             if kind is not None:
                 answer = self.spoilt(kind, wish)
         except ApiError as error:
@@ -157,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def spoiling(self, facts: Facts) -> tuple[str | None, dict[str, Any]]:
         """What happens to the answer, if anything."""
-        for kind in ("http_error", "hang", "cut"):
+        for kind in ("http_error", "hang", "cut", *ODD):
             wish = self.server.store.misbehaviours.strike(kind, facts)
             if wish is not None:
                 return kind, wish

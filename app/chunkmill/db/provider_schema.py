@@ -128,6 +128,16 @@ class ProviderBatchRow(Base):
     )
 
 
+class AnsweringModelRow(Base):
+    """The model that the provider named in its first answer for a space. Vectors of another do not enter the space."""
+
+    __tablename__ = "answering_models"
+
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"), primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
 class ProviderInputRow(Base):
     """A content that is at a provider or about to be sent. By the key, a space sends it only once at a time."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -24,15 +22,20 @@ from chunkmill.errors import (
     ProviderSilent,
     ProviderStopped,
 )
+from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, library, within
 from chunkmill.openai.counted import counted
 from chunkmill.openai.plan.refusals import Meaning, refusal
+from chunkmill.openai.wire.answers import Longest, error_of, parse_object
+from chunkmill.openai.wire.bounds import identifier
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
-from chunkmill.openai.wire.status import RemoteBatch, remote_batch
+from chunkmill.openai.wire.status import RemoteBatch, belongs_to, remote_batch
 from chunkmill.settings import Settings
 from chunkmill.settings.provider import DEFAULT_BASE_URL
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import openai
 
 T = TypeVar("T")
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
 LISTED_PAGES = 20
 """Pages of 100 batches that `find` reads at most: two hours of batches at the rate that OpenAI allows."""
+PIECE = 64 * 1024
+"""Bytes of a download that are read at a time."""
 FILE_EXPIRES_S = 30 * 24 * 3600
 _TIMEOUTS = frozenset({408, 504, 524})
 """Statuses with which a gateway says that the server behind it took too long."""
@@ -80,19 +85,18 @@ class Provider:
         """Tells one key from another. With the key of another project the provider does not find our batches."""
         self._expires = True
         self._openai = openai
+        self._timeout_s = timeout = settings.openai_timeout_seconds
         try:
             self._client = openai.OpenAI(
                 api_key=key,
                 base_url=self.server,
                 max_retries=0,
-                timeout=settings.openai_timeout_seconds,
+                timeout=timeout,
                 default_query=query,
                 # Addresses with an api-version are Azure's, which reads a key from this header only.
                 default_headers={"api-key": key} if query else {},
                 # A proxy of the environment would read what goes to a private host by http, with the key.
-                http_client=openai.DefaultHttpxClient(
-                    timeout=settings.openai_timeout_seconds, trust_env=base_url.scheme == "https"
-                ),
+                http_client=http_client(openai, self.server, timeout, trust_env=base_url.scheme == "https"),
             )
         except (ImportError, OSError, ValueError) as error:
             # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a
@@ -119,6 +123,7 @@ class Provider:
 
         A server that does not know ``expires_after`` gets the file without it, and keeps it until it is deleted.
         """
+        bounds = Bounds(self._timeout_s + file.seek(0, 2) / SLOWEST_BYTES_PER_S)
 
         def send() -> object:
             file.seek(0)
@@ -127,15 +132,19 @@ class Provider:
             return self._client.files.create(file=(name, file, "application/jsonl"), purpose="batch", **more)
 
         try:
-            made = self._call(send, of_all=True)
+            made = self._call(send, bounds=bounds, of_all=True)
         except (ProviderRefused, ProviderStopped) as refused:
             if not self._expires or "expires_after" not in str(refused).lower():
                 raise
             self._expires = False
-            made = self._call(send, of_all=True)
-        if not getattr(made, "id", None):
+            made = self._call(send, bounds=bounds, of_all=True)
+        try:
+            file_id = identifier("id", getattr(made, "id", None), self.secrets)
+        except ValueError as error:
+            raise ProviderSilent(f"{self.server} accepted a file and returned {error}") from None
+        if file_id is None:
             raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
-        return str(made.id)
+        return file_id
 
     @counted("create")
     def create(self, input_file_id: str, token: str) -> RemoteBatch:
@@ -167,35 +176,53 @@ class Provider:
 
         def read_pages() -> list[RemoteBatch]:
             ours: dict[str, RemoteBatch] = {}
-            page = self._client.batches.list(limit=100)
+            with within(Bounds(self._timeout_s)):
+                page = self._client.batches.list(limit=100)
             for _ in range(LISTED_PAGES):
                 batches = []
                 for item in page.data:
-                    with contextlib.suppress(ValueError):
-                        batches.append(remote_batch(item, self.secrets))
-                for batch in batches:
-                    if batch.input_file_id == input_file_id or batch.metadata.get(TOKEN_KEY) == token:
+                    is_ours = belongs_to(item, input_file_id, (TOKEN_KEY, token))
+                    try:
+                        batch = remote_batch(item, self.secrets)
+                    except ValueError:
+                        if is_ours:
+                            raise  # a batch of ours that is passed over would be created, and paid for, again
+                        continue
+                    batches.append(batch)
+                    if is_ours:
                         ours[batch.id] = batch
                 old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
                 if len(old) == len(batches) or not page.has_next_page():
                     break
-                page = page.get_next_page()
+                with within(Bounds(self._timeout_s)):
+                    page = page.get_next_page()
             return list(ours.values())
 
         batches = self._call(read_pages)
         return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
 
     @contextlib.contextmanager
-    def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
-        """The lines of a file as they arrive. A download that ends early raises :class:`ProviderSilent` in mid-file."""
-        with counted("download"), contextlib.ExitStack() as stack:
-            with self._errors():
-                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
-            yield self._guarded(split_lines(response.iter_bytes(1 << 20)))
+    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+        """The lines of a file as they arrive, with ``TOO_LONG`` in place of each that is longer than ``longest.line``.
 
-    def _guarded(self, lines: Iterator[bytes]) -> Iterator[bytes]:
-        with self._errors():
-            yield from lines
+        A download that ends early, is too slow or is longer than ``longest.file`` raises :class:`ProviderSilent` in
+        mid-file.
+        """
+        bounds = Bounds(self._timeout_s, longest.file)
+        with counted("download"), contextlib.ExitStack() as stack:
+            with self._errors(), within(bounds):
+                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
+            yield split_lines(self._pieces(response.iter_bytes(PIECE), bounds), longest.line)
+
+    def _pieces(self, pieces: Iterator[bytes], bounds: Bounds) -> Iterator[bytes]:
+        """The pieces of a download. Only the time that is spent in waiting for them is taken from ``bounds``."""
+        while True:
+            with self._errors(), within(bounds):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            bounds.seconds += len(piece) / SLOWEST_BYTES_PER_S
+            yield piece
 
     @counted("delete")
     def delete_file(self, file_id: str) -> None:
@@ -223,14 +250,23 @@ class Provider:
 
     @counted("embed")
     def embed(
-        self, model: str, inputs: Sequence[str], *, dimensions: int | None, idempotency_key: str
+        self,
+        model: str,
+        inputs: Sequence[str],
+        *,
+        dimensions: int | None,
+        idempotency_key: str,
+        longest: int = LONGEST_ANSWER,
     ) -> dict[str, Any]:
-        """The body of the answer to a plain request. OpenAI ignores ``idempotency_key``; some other servers know it.
+        """The body of the answer to a plain request, of ``longest`` bytes at most.
 
-        A server that refuses base64 is asked again for floats, which costs nothing, and from then on at once.
+        OpenAI ignores ``idempotency_key``; some other servers know it. A server that refuses base64 is asked again for
+        floats, which costs nothing, and from then on at once. An error in a successful answer is raised like one with a
+        status of its own.
         """
+        bounds = Bounds(self._timeout_s, longest)
 
-        def ask_for(encoding: Encoding) -> bytes:
+        def ask_for(encoding: Encoding) -> dict[str, Any]:
             extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
             answer = self._client.embeddings.with_raw_response.create(
                 model=model,
@@ -239,9 +275,12 @@ class Provider:
                 extra_headers={"Idempotency-Key": idempotency_key},
                 **extra,
             )
-            return bytes(answer.content)
+            parsed = parse_object(answer.content, self.server)
+            if (error := error_of(parsed)) is not None:
+                raise self._error_in(answer.http_response, error)
+            return parsed
 
-        def ask() -> bytes:
+        def ask() -> dict[str, Any]:
             encoding = self.encoding(model)
             try:
                 return ask_for(encoding)
@@ -255,18 +294,18 @@ class Provider:
             logger.info("%s refuses base64 for model %s: it is asked for floats from now on", self.server, model)
             return body
 
-        body = self._call(ask, of_all=True)
         try:
-            parsed = json.loads(body)
-        except ValueError:
-            raise ProviderSilent(
-                f"{self.server} answered an embeddings request with something that is not JSON."
-            ) from None
-        if not isinstance(parsed, dict):
-            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is not an object.")
-        if model in self._models and not self._models[model].tokens_factor:
-            parsed.pop("usage", None)  # it counts something else than tokens
-        return parsed
+            return self._call(ask, bounds=bounds, of_all=True)
+        except ProviderSilent as silent:
+            silent.answered = silent.answered or (bounds.status or 500) < 300
+            raise
+
+    def _error_in(self, response: Any, error: dict[str, Any]) -> openai.APIStatusError:
+        """The error that stands in a successful answer. Some routers put the status of the server behind them there."""
+        said = self._openai.APIStatusError(error["message"], response=response, body=error)
+        if isinstance(code := error["code"], int):
+            said.status_code = code
+        return said
 
     def _batch(self, ask: Callable[[], object], *, of_all: bool = False) -> RemoteBatch:
         given = self._call(ask, of_all=of_all)
@@ -275,11 +314,11 @@ class Provider:
         except ValueError as error:
             raise ProviderSilent(f"{self.server} answered with something that is not a batch: {error}") from None
 
-    def _call(self, ask: Callable[[], T], *, of_all: bool = False) -> T:
-        with self._errors(of_all=of_all):
+    def _call(self, ask: Callable[[], T], *, bounds: Bounds | None = None, of_all: bool = False) -> T:
+        with self._errors(of_all=of_all), within(bounds or Bounds(self._timeout_s)):
             try:
                 return ask()
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, RecursionError, TypeError, ValueError) as error:
                 # The client does not check answers, and fails on one that is not JSON or not an object.
                 raise ProviderSilent(
                     f"{self.server} gave an answer of an unexpected kind", words=self._redact(error)
@@ -305,18 +344,24 @@ class Provider:
                 was_sent=self._why(error) not in _NOT_SENT,
             ) from None
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, ProviderError):  # openai 2 wraps what `bounded` raises
+                raise error.__cause__ from None
             raise ProviderSilent(
                 f"{self.server} could not be reached, or hung up: {self._why(error)}",
                 was_sent=self._why(error) not in _NOT_SENT,
             ) from None
         except openai.OpenAIError as error:
             raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
-        except _transport_errors() as error:
+        except _transport_errors(openai) as error:
+            if "Timeout" in type(error).__name__:
+                raise ProviderSilent(
+                    f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).", timed_out=True
+                ) from None
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
 
     def _refusal(self, error: openai.APIStatusError, *, of_all: bool) -> ProviderError:
         status, words = error.status_code, self._redact(error.message)
-        code, kind = _word(error.code), _word(error.type)
+        code, kind = _word(self._redact(error.code)), _word(self._redact(error.type))
         told = refusal(status, code, words, kind=kind, parameter=str(error.param or ""), of_all=of_all)
         code = code or (kind if told.meaning is Meaning.STOP and kind else f"http_{status}")
         said = f"{self.server} answered {status} {code[:60]}"
@@ -350,12 +395,9 @@ def _word(given: object) -> str:
     return given if isinstance(given, str) and not given.isdigit() else ""
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it.
-
-    openai 3 uses httpx2, and openai 2 uses httpx.
-    """
-    httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+def _transport_errors(openai: ModuleType) -> tuple[type[Exception], ...]:
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
+    httpx = library(openai)
     return (httpx.HTTPError, httpx.StreamError, OSError)
 
 

@@ -180,7 +180,9 @@ class ProviderSettings(BaseSettings):
         "later it is cancelled, and six hours after that it is given up.",
     )
     openai_timeout_seconds: float = Field(
-        120.0, gt=0, description="How many seconds to wait for an answer of the provider."
+        120.0,
+        gt=0,
+        description="How many seconds a whole request to the provider may take. A file gets one more for each 100 kB.",
     )
     openai_sync_requests_per_minute: int = Field(
         0,

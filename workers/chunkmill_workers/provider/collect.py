@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -20,13 +20,15 @@ from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
-from chunkmill.openai.wire.jsonl import Embedded, Refused, Unreadable, decode_line
+from chunkmill.openai.wire.answers import Embedded, longest_file
+from chunkmill.openai.wire.jsonl import Refused, Unreadable, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
@@ -34,6 +36,7 @@ from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.endings import VANISHED, book_unanswered, require_own_key
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.oddities import tokens_factor
 from chunkmill_workers.provider.writing import write
 
 K = TypeVar("K")
@@ -66,8 +69,11 @@ class ResultReader:
         self._step = step
         with context.begin() as conn:
             self._space = registry.get(conn, step.space_id)
-            self._widths = provider_inputs.widths(conn, step.id)
-        self._model = context.model(self._space)
+            self._sent = provider_inputs.sent(conn, step.id)
+        self.model = self._model = context.model(self._space)
+        # The file also has the lines of requests that an earlier reading has committed.
+        widest = max([context.settings.openai_request_inputs, *(sent.inputs for sent in self._sent.values())])
+        self._longest = longest_file(step.n_requests, step.n_inputs, widest, self._model.dimensions)
         self._pending = _Pending()
         self._answered: set[int] = set()
         self.oddities: Counter[str] = Counter()
@@ -75,7 +81,7 @@ class ResultReader:
 
     def read(self, file_id: str) -> None:
         """Read a file to its end. Raises ProviderError; what was read before stays committed."""
-        with self._context.provider.lines(file_id) as lines:
+        with self._context.provider.lines(file_id, self._longest) as lines:
             for line in lines:
                 self._take(line)
                 if self._pending.bytes >= FLUSH_BYTES:
@@ -88,16 +94,17 @@ class ResultReader:
     @property
     def unanswered(self) -> int:
         """How many requests no line has answered."""
-        return len(self._widths.keys() - self._answered)
+        return len(self._sent.keys() - self._answered)
 
     def _take(self, line: bytes) -> None:
         spec = self._space.spec
         answer = decode_line(
             line,
             batch_id=self._step.id,
-            inputs=self._widths.get,
+            sent=self._sent.get,
             dimensions=spec.dimensions,
             normalize=spec.normalize,
+            tokens_factor=tokens_factor(self._model),
             secrets=self._context.provider.secrets,
         )
         if isinstance(answer, Unreadable):
@@ -108,8 +115,8 @@ class ResultReader:
         else:
             self._answered.add(answer.request_no)
             if isinstance(answer, Embedded):
-                if not self._model.tokens_factor:
-                    answer = replace(answer, prompt_tokens=None)  # its usage counts something else than tokens
+                self.oddities.update(answer.oddities)
+                self._context.oddities.compare(self._model, answer, self._sent[answer.request_no].tokens)
                 self._pending.embedded[answer.request_no] = answer
             else:
                 self._pending.refused[answer.request_no] = answer
@@ -117,7 +124,7 @@ class ResultReader:
 
     def _was_answered_before(self, request_no: int | None) -> bool:
         """Whether an earlier reading has committed this request: its contents are not in flight any more."""
-        return request_no is not None and request_no < self._step.n_requests and request_no not in self._widths
+        return request_no is not None and request_no < self._step.n_requests and request_no not in self._sent
 
     def flush(self) -> None:
         """Commit the answers that were read since the last commit."""
@@ -135,16 +142,25 @@ class ResultReader:
         vectors: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
         returned = _Returned()
         answered = _Answered()
+        refusals = {
+            name: refuse_model(conn, space.id, asked=self._model.name, answered=name)
+            for name in dict.fromkeys(answer.model for answer in pending.embedded.values())
+        }
         for number, answer in pending.embedded.items():
             rows = sent.get(number, [])
+            if (refusal := refusals[answer.model]) is not None:
+                answered.add(rows, answer.prompt_tokens)
+                returned.refuse(rows, f"{refusal} Then: chunkmill lanes resume {Route.OPENAI}")
+                self.oddities[OTHER_MODEL] += 1
+                continue
             by_place = {row.packed.position: row for row in rows}
             made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize, half=space.is_half)
             written += [by_place[row.position] for row in made.rows]
             vectors.append(made.vectors)
             returned.failed += [(by_place[row.position], "bad_vector", why) for row, why in made.problems]
             answered.add(rows, answer.prompt_tokens)
-        for number, refusal in pending.refused.items():
-            returned.add(sent.get(number, []), refusal)
+        for number, refused in pending.refused.items():
+            returned.add(sent.get(number, []), refused)
         n_written = write(conn, space, [row.packed for row in written], np.concatenate(vectors)) if written else 0
         gone = [row.content_hash for row in (*written, *returned.all)]
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
@@ -207,6 +223,11 @@ class _Returned:
                 self.stop = verdict
             elif verdict.limited:
                 self.limit = verdict
+
+    def refuse(self, rows: Sequence[InFlight], reason: str) -> None:
+        """Take no vectors of another model. Every answer would be the same, so the lane stops."""
+        self.failed += [(row, OTHER_MODEL, reason) for row in rows]
+        self.stop = StopLane(OTHER_MODEL, reason)
 
     @property
     def all(self) -> list[InFlight]:
@@ -283,6 +304,7 @@ def collect(context: ProviderContext, step: Step) -> Step:
             context.transact(lambda conn: _ask_again(conn, step, pause, problem, downloads), "ask for the files again")
             raise StepReleased
         raise StepDelayed(pause, problem, downloads=downloads)
+    context.oddities.count(reader.model, reader.oddities)
     if reader.oddities or problem:
         logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reader.oddities))
     return context.transact(lambda conn: _end(context, conn, step, reader.oddities, problem), "account")

@@ -26,6 +26,7 @@ from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 from chunkmill_workers.process.unserved import Unserved
 from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.keeper import StepKeeper
+from chunkmill_workers.provider.oddities import Oddities
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class ProviderContext(QueueContext):
         self.health = Health()
         self.questions = 0
         """How many questions (searches and ``client.embed``) are with the provider. One thread answers them."""
+        self.oddities = Oddities()
         self.unserved = Unserved()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 

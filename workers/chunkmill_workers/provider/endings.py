@@ -19,6 +19,8 @@ from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.plan.endings import Isolate, Split
+from chunkmill.openai.plan.limits import most_tokens
+from chunkmill.openai.wire.status import RemoteBatch
 from chunkmill.spaces import registry
 from chunkmill_workers.provider.context import ProviderContext
 
@@ -87,6 +89,24 @@ def book_unanswered(
     """Book what a ProviderBatch cost beyond what its lines confirmed (`provider_losses.book_unanswered`)."""
     price = charges.price_today(conn, model_for(context.settings, registry.get(conn, step.space_id).spec))
     provider_losses.book_unanswered(conn, price, step, left, may_have_run=may_have_run, reason=reason)
+
+
+def book_doubled(context: ProviderContext, step: Step, other: RemoteBatch) -> None:
+    """Book what a second batch of the same file cost, once for each such batch. Its files are deleted."""
+    used = other.used_tokens or (step.n_tokens if other.completed else 0)
+    if not 0 < used <= most_tokens(step.n_tokens):
+        return
+
+    def book(conn: sa.Connection) -> None:
+        price = charges.price_today(conn, model_for(context.settings, registry.get(conn, step.space_id).spec))
+        provider_losses.book_doubled(
+            conn, price, step, used, reason=f"{step.name} was at the provider twice: {other.id}"
+        )
+
+    context.transact(book, "book the second batch")
+    for file_id in (other.output_file_id, other.error_file_id):
+        if file_id:
+            context.provider.delete_file(file_id)
 
 
 def return_all(conn: sa.Connection, step: Step, reason: str) -> Step:

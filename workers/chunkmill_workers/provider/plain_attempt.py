@@ -25,11 +25,13 @@ from chunkmill.errors import (
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
+from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.telemetry import metrics
@@ -43,8 +45,9 @@ logger = logging.getLogger(__name__)
 
 BAD_VECTOR, NO_ANSWER = "bad_vector", "no_answer"
 """Why a content that was sent has no vector, as codes of the dead list."""
-LOST_TRIES = 2
-"""How many charged attempts at a ChunkBatch may fail because an answer that was paid for could not be written."""
+PAID_TRIES = 3
+"""How many attempts at a ChunkBatch may fail after an answer that was paid for, or may have been: it had no usable
+vector, could not be written, or never came. ``MAX_ATTEMPTS`` may allow fewer."""
 AGAIN_SECONDS = 5.0
 """How long a ChunkBatch waits for its next attempt if others have some of its contents in flight."""
 
@@ -119,7 +122,10 @@ class PlainAttempt(Attempt[ProviderContext]):
         book_silence(conn, self._context, self.space, provider_inputs.take_sent(conn, self.lease), silent)
 
     def commit(self, answer: Answer) -> None:
-        """Commit the vectors, the charge and the account of one answer in one transaction."""
+        """Commit the vectors, the charge and the account of one answer in one transaction.
+
+        Raises :class:`ProviderStopped` if another model answered than the space has vectors of.
+        """
         self._sent = AdjustmentKind.LOST  # if it cannot be written
         space = self.space
         made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
@@ -127,9 +133,17 @@ class PlainAttempt(Attempt[ProviderContext]):
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
         model = self._context.model(self.space)
+        refusal: str | None = None
 
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
+            nonlocal refusal
             removed = provider_inputs.remove_answered(conn, self.lease, sent)
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=answer.embedded.model)
+            if refusal is not None:
+                if removed:
+                    lost = Unanswered(self.lease.job_id, len(answer.rows), tokens)
+                    book_unanswered(conn, self._context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
+                return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)
             provider_inputs.drop_suspects(conn, space.id, written)
             # Else this is the second run of a commit whose answer was lost; or another attempt took the contents over,
@@ -150,6 +164,9 @@ class PlainAttempt(Attempt[ProviderContext]):
             return account, new
 
         self._usage, new = self._context.transact(write_all, "write vectors", is_paid=True)
+        if refusal is not None:
+            self._context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
         self._written += written
         self._n_truncated += sum(row.truncated for row in made.rows)
@@ -161,7 +178,7 @@ class PlainAttempt(Attempt[ProviderContext]):
 
         If contents were sent in vain, the attempt fails, and in the last one they are dead.
         """
-        if self.failed and self.lease.attempt < self.lease.max_attempts:
+        if self.failed and self._may_pay_again:
             code, reason = next(iter(self.failed.values()))
             self._log_failure(f"{len(self.failed)} contents have no vector ({code})")
             self.fail(code=code, error=reason, retryable=True)
@@ -170,7 +187,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             self.release(delay_s=AGAIN_SECONDS)
             return
         self.dead += [
-            DeadContent(content_hash, code, f"no vector after {self.lease.attempt} attempts: {reason}")
+            DeadContent(content_hash, code, f"no vector after {self._charged} attempts: {reason}")
             for content_hash, (code, reason) in self.failed.items()
         ]
 
@@ -190,9 +207,17 @@ class PlainAttempt(Attempt[ProviderContext]):
         known = isinstance(error, ChunkmillError)
         message = reason_of(error)
         self._log_failure(error.brief if isinstance(error, ProviderError) else message, None if known else error)
-        charged = self.lease.attempt - (self.lease.max_attempts - self._context.settings.max_attempts)
         is_lost = self._sent is AdjustmentKind.LOST
-        self.fail(code=code_of(error), error=message, retryable=not is_lost or charged < LOST_TRIES)
+        self.fail(code=code_of(error), error=message, retryable=not is_lost or self._may_pay_again)
+
+    @property
+    def _charged(self) -> int:
+        """How many attempts at the ChunkBatch count, with this one. Each that was released has raised the limit."""
+        return self.lease.attempt - (self.lease.max_attempts - self._context.settings.max_attempts)
+
+    @property
+    def _may_pay_again(self) -> bool:
+        return self._charged < PAID_TRIES and self.lease.attempt < self.lease.max_attempts
 
     def _log_failure(self, why: str, error: Exception | None = None) -> None:
         logger.error(

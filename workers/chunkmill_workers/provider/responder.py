@@ -10,6 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.domain.states import Route
@@ -27,10 +28,12 @@ from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
 from chunkmill.openai.plan.requests import PlainRequest, first_request
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
@@ -202,16 +205,30 @@ class _Question:
                 book_silence(conn, context, space, [Unanswered(0, len(part.items), part.tokens)], silent)
             raise
         context.health.answered(Route.OPENAI_SYNC)
-        tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
-        self._committed -= part.tokens
-        with context.begin() as conn:
-            book_answer(conn, context, space, contents=len(part.items), tokens=tokens)
-            embed_requests.commit_tokens(conn, self.request, self._committed)
-        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, len(part.items))))
+        self._book(part, embedded)
         made = assemble(embedded, part.rows, normalize=space.spec.normalize)
         if made.problems:
             raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
         return made.vectors
+
+    def _book(self, part: PlainRequest, embedded: Embedded) -> None:
+        """Book a request. Raises :class:`ProviderStopped` if another model answered than the space has vectors of."""
+        context, space, model = self._context, self._space, self._context.model(self._space)
+        contents = len(part.items)
+        tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
+        self._committed -= part.tokens
+        with context.begin() as conn:
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
+            if refusal is None:
+                book_answer(conn, context, space, contents=contents, tokens=tokens)
+            else:
+                lost = Unanswered(0, contents, tokens)
+                book_unanswered(conn, context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
+            embed_requests.commit_tokens(conn, self.request, self._committed)
+        if refusal is not None:
+            context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
+        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
 
 _POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

@@ -29,7 +29,7 @@ from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import give_back, give_up, repack, require_own_key
+from chunkmill_workers.provider.endings import book_doubled, give_back, give_up, repack, require_own_key
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
 from chunkmill_workers.provider.probe import try_answer
 from chunkmill_workers.provider.quota import names_quota, refused_by_quota, too_many_tokens
@@ -252,12 +252,19 @@ def _given_twice(context: ProviderContext, made: RemoteBatch) -> ProviderError:
 
 
 def cancel_doubled(context: ProviderContext, step: Step) -> None:
-    """Cancel any other batch of the same file: a create without an answer may have succeeded late."""
+    """Cancel any other batch of the same file: a create without an answer may have succeeded late.
+
+    One that has run already is booked as lost.
+    """
     if step.submitted_for_s > LOOK_FOR_DOUBLES_S:
         return
     try:
         for other in _find(context, step):
-            if other.id == step.batch_id or other.is_terminal or other.status in _CANCELLED:
+            if other.id == step.batch_id:
+                continue
+            if other.is_terminal:
+                book_doubled(context, step, other)
+            if other.is_terminal or other.status in _CANCELLED:
                 continue
             logger.warning("%s: it is at the provider twice; cancelling %s", step.name, other.id)
             context.provider.cancel(other.id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sqlalchemy as sa
 
@@ -88,6 +89,9 @@ class Sender:
                 self._refusal = ("", 0)
                 self._context.health.answered(LANE)
                 self._context.health.fits(self._model.name, request.inputs)
+                if len(request.items) > 1 and all(item.content_hash in self._attempt.failed for item in request.items):
+                    # Each of them was paid for, so a probe tells whether the next ones would be in vain, too.
+                    require_answer(self._context, LANE, self._attempt.space, again=True)
 
     def _ask(self, request: PlainRequest) -> None:
         """Send one request and commit its answer."""
@@ -120,6 +124,8 @@ class Sender:
                 tokens=request.tokens,
                 idempotency_key=_key(attempt.space, request),
             )
+            if embedded.prompt_tokens is None:
+                embedded = replace(embedded, prompt_tokens=request.tokens)
             attempt.commit(Answer(embedded, rows))
 
     def _refused(self, request: PlainRequest, refused: ProviderRefused) -> None:

@@ -157,8 +157,8 @@ def _wait(
     if blocked := _blocked(lane):
         return f"{waits} because {blocked}"
     if elsewhere:
-        ids = [str(row.id) for row in elsewhere if row.id is not None]
-        who = f"ProviderBatch {', '.join(ids)} has" if ids else "plain requests of other jobs have"
+        others = [str(row.id) for row in elsewhere if row.id is not None]
+        who = f"ProviderBatch {', '.join(others)} has" if others else "plain requests of other jobs have"
         unsent = any(row.state and ProviderBatchState(row.state).spends for row in elsewhere)
         blocked = _blocked(lanes[Route.OPENAI]) if unsent else None
         because = f", which is not sent because {blocked}" if blocked else ""

@@ -18,6 +18,7 @@ from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.packing import PackedInput
+from chunkmill.openai.wire.answers import Sent
 
 
 class InFlight(NamedTuple):
@@ -189,18 +190,18 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
     return [_in_flight(row) for row in rows]
 
 
-def widths(conn: sa.Connection, provider_batch_id: int) -> dict[int, int]:
-    """``request_no → number of inputs``, of the requests that have something in flight. Each window is one input."""
+def sent(conn: sa.Connection, provider_batch_id: int) -> dict[int, Sent]:
+    """``request_no → what was sent``, of the requests that have something in flight. Each window is one input."""
     rows = conn.execute(
         sa.text("""
-            SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n_inputs
+            SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n_inputs, sum(sent_tokens) AS n_tokens
             FROM provider_inputs
             WHERE provider_batch_id = :id
             GROUP BY request_no
         """),
         {"id": provider_batch_id},
     )
-    return {row.request_no: int(row.n_inputs) for row in rows}
+    return {row.request_no: Sent(int(row.n_inputs), int(row.n_tokens)) for row in rows}
 
 
 def remove(conn: sa.Connection, *, space_id: int, hashes: Sequence[bytes], provider_batch_id: int | None) -> int:

@@ -10,6 +10,7 @@ from chunkmill.domain.costs import AdjustmentKind as Kind
 from chunkmill.domain.prices import Price
 from chunkmill.domain.states import Route
 from chunkmill.ledger.money import adjustments
+from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
 
@@ -54,6 +55,25 @@ def book_unanswered(
             tokens=share,
             reason=reason,
         )
+
+
+def book_doubled(conn: sa.Connection, price: Price | None, step: Step, tokens: int, *, reason: str) -> None:
+    """Book the tokens of a second batch that ran for the same contents, unless it was booked with this reason."""
+    provider_batches.note(conn, step, failures=step.failures)  # nobody else books for this ProviderBatch meanwhile
+    booked = sa.text("SELECT EXISTS (SELECT FROM adjustments WHERE provider_batch_id = :id AND reason = :reason)")
+    if conn.execute(booked, {"id": step.id, "reason": reason}).scalar_one():
+        return
+    adjustments.add_tokens(
+        conn,
+        price,
+        kind=Kind.LOST,
+        route=Route.OPENAI,
+        space_id=step.space_id,
+        provider_batch_id=step.id,
+        contents=step.n_inputs,
+        tokens=tokens,
+        reason=reason,
+    )
 
 
 def _sent(left: Sequence[InFlight]) -> int:
