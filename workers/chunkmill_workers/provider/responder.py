@@ -161,7 +161,7 @@ class _Question:
         vectors, number = [], 0
         while items:
             most = context.health.most_inputs(model.name, limits.inputs_per_request)
-            part = first_request(items, inputs=most, tokens=limits.tokens_per_request)
+            part = first_request(items, limits, inputs=most)
             items = items[len(part.items) :]
             vectors.append(self._ask(part, number))
             number += 1

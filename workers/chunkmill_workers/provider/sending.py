@@ -77,7 +77,7 @@ class Sender:
     def _send(self, items: Sequence[ProviderInput]) -> None:
         while items:
             most = self._context.health.most_inputs(self._model.name, self._limits.inputs_per_request)
-            request = first_request(items, inputs=most, tokens=self._limits.tokens_per_request)
+            request = first_request(items, self._limits, inputs=most)
             items = items[len(request.items) :]
             try:
                 self._ask(request)

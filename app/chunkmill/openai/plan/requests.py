@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from chunkmill.openai.plan.inputs import ProviderInput
+from chunkmill.openai.plan.limits import OVERHEAD_BYTES, BatchLimits
 from chunkmill.openai.plan.packing import PackedInput
+from chunkmill.openai.wire.jsonl import text_bytes
 
 GROW_AFTER = 64
 """After so many full requests that were accepted, a limit that was learnt is doubled: what it was learnt from may have
@@ -48,13 +50,15 @@ class PlainRequest(NamedTuple):
         return self.items[:middle], self.items[middle:]
 
 
-def first_request(items: Sequence[ProviderInput], *, inputs: int, tokens: int) -> PlainRequest:
-    """The first contents that fit one request of ``inputs`` inputs and ``tokens`` tokens, and at least one content."""
+def first_request(items: Sequence[ProviderInput], limits: BatchLimits, *, inputs: int) -> PlainRequest:
+    """The first contents that fit one request under ``limits`` with at most ``inputs`` inputs; at least one content."""
     taken: list[ProviderInput] = []
+    tokens, size = limits.tokens_per_request, limits.bytes_per_request - OVERHEAD_BYTES
     for item in items:
         inputs -= len(item.windows)
         tokens -= item.sent_tokens
-        if taken and (inputs < 0 or tokens < 0):
+        size -= sum(text_bytes(window.text) + 1 for window in item.windows)
+        if taken and min(inputs, tokens, size) < 0:
             break
         taken.append(item)
     return PlainRequest(taken)
