@@ -71,15 +71,16 @@ class _TooLarge(redis.exceptions.InvalidResponse):
 
 class _BoundedParser(_RESP2Parser):
     def on_connect(self, connection: Any) -> None:
-        super().on_connect(connection)
-        read = self._buffer.read
+        super().on_connect(connection)  # type: ignore[no-untyped-call]
+        buffer: Any = self._buffer
+        read = buffer.read
 
         def read_bounded(length: int, *arguments: Any, **options: Any) -> bytes:
             if length > door.LARGEST_REPLY:
                 raise _TooLarge(f"an answer of Redis has {length} bytes")
             return bytes(read(length, *arguments, **options))
 
-        self._buffer.read = read_bounded
+        buffer.read = read_bounded
 
 
 class _PubSub(PubSub):
@@ -147,6 +148,7 @@ class _QoS(virtual.QoS):  # type: ignore[misc]
 
 class _Channel(redis_transport.Channel):  # type: ignore[misc]
     QoS = _QoS
+    _in_listen: Any = None
     _is_behind = False
     """Whether published messages may lie in the buffer of the connection, which no longer says that it is readable."""
 
@@ -203,7 +205,7 @@ class _Channel(redis_transport.Channel):  # type: ignore[misc]
         return delivered
 
     def receive_the_rest(self) -> None:
-        if self._is_behind and self._in_listen:
+        if self._is_behind and self._in_listen:  # on a connection that was lost, kombu would wait for a message
             self._receive()
 
     def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
