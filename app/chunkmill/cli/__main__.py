@@ -12,6 +12,7 @@ import click
 
 from chunkmill.cli.output import Screen, json_option, prepare_streams
 from chunkmill.errors import ChunkmillError
+from chunkmill.python import keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told
 
 SECTIONS = {
@@ -152,6 +153,7 @@ def cli() -> None:
 
 
 def main() -> None:
+    keep_children_out_of_the_folder()
     prepare_streams()
     sys.excepthook = _show_uncaught
     cli(prog_name="chunkmill")

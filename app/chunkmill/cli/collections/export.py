@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.errors import ModelLoadError
+from chunkmill.python import module_command
 
 _TAIL_LINES = 15
 
@@ -49,7 +49,7 @@ def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
     """The answer of the process that exports the model, because `chunkmill` itself never imports torch."""
     options = ["--backend", backend, *(["--force"] if force else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "chunkmill_workers.engine.backends.export", *options, "--", model],
+        module_command("chunkmill_workers.engine.backends.export", *options, "--", model),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

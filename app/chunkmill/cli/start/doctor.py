@@ -24,6 +24,7 @@ from chunkmill.errors import ChunkmillError, UnknownModel
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
@@ -272,7 +273,7 @@ def gpu_check(torch: str | None) -> Check:
 
 def _cuda_problem() -> str:
     """Why torch cannot use the GPU; empty if it can. A process of its own asks, because a driver may hang."""
-    command = [sys.executable, "-m", "chunkmill_workers.host.cuda"]
+    command = module_command("chunkmill_workers.host.cuda")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CUDA_SECONDS, check=False)
     except subprocess.TimeoutExpired:
