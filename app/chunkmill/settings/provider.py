@@ -46,7 +46,7 @@ def _models(given: object) -> object:
         return given
     try:
         parsed = json.loads(given)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("it must be a JSON object that maps model names to fields") from None
     if not isinstance(parsed, dict):
         raise ValueError("it must be a JSON object that maps model names to fields")  # noqa: TRY004 - pydantic expects it

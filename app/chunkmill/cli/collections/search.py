@@ -200,7 +200,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
         return None
     try:
         metadata = json.loads(given)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"not valid JSON: {error}", param_hint="--where") from None
     if not isinstance(metadata, dict):
         raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
