@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,16 +17,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import pytest
 
-from chunkmill.cli.__main__ import cli
 from chunkmill.embedded import StackStatus
 from chunkmill.models.locate import bundled_folder
 from tests.acceptance.conftest import Processes
 from tests.conftest import fresh_settings
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
+from tests.support.every_command import END, OWN_PROCESS, Words, commands
 from tests.support.waiting import PATIENCE, until
 
 OURS = ("app", "benchmarks", "chunkmill", "workers")
@@ -36,44 +36,9 @@ with open({mark!r}, "a") as file:
 raise SystemExit("hijacked by {name}")
 """
 
-Path_ = tuple[str, ...]
-"""The words of a command: ``("models", "export")``."""
-
-GIVEN: dict[Path_, list[str]] = {
-    ("bench",): ["--list"],
-    ("cache", "evict"): ["--older-than=30d"],
-    ("dead", "drop"): ["--yes"],
-    ("demo",): ["--limit=2"],
-    ("flower",): ["--no-auth", "--port=0"],
-    ("search",): ["--timeout=0.1"],
-    ("tune",): ["--dry-run", "--texts=texts.jsonl", "--backend=native", "--dtype=fp32", "--budget=256", "--threads=1",
-                "--seconds=0.1"],
-}  # fmt: skip
-"""What a command needs beside the arguments that it requires, to come far and to end soon."""
-
-OWN_PROCESS: dict[Path_, str | None] = {
-    ("bench",): None,
-    ("demo",): None,
-    ("flower",): "Connected to",
-    ("models", "export"): None,
-    ("poller",): "poller: keeps at most",
-    ("tune",): None,
-    ("worker",): "ready.",
-}
-"""The commands that become other processes or run until they are stopped, and what those say once they have started."""
 SLOW = [("demo",), ("models", "export"), ("tune",)]
 
-ALL_OTHERS = """
-import json, sys
-from click.testing import CliRunner
-from chunkmill.cli.__main__ import cli
-codes = []
-embedded = {"DATABASE_URL": "", "REDIS_URL": ""}
-for arguments in json.loads(sys.argv[1]):
-    done = CliRunner().invoke(cli, arguments, env=embedded if arguments[0] in ("up", "down") else {})
-    codes.append([arguments, done.exit_code, done.output])
-print(json.dumps(codes))
-"""
+VALUES = {"sources": ".", "model": "."}
 
 
 @dataclass
@@ -151,51 +116,24 @@ def lay_traps(folder: Path, mark: Path) -> None:
         file.write_text(TRAP.format(mark=str(mark), name=name))
 
 
-def commands(command: click.Command = cli, path: Path_ = ()) -> Iterator[tuple[Path_, list[str]]]:
-    """Every command that the parser knows, with a value for each argument and each required option."""
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield from commands(below, (*path, name))
-    if not isinstance(command, click.Group) or command.invoke_without_command:
-        arguments = [*path, *GIVEN.get(path, [])]
-        for parameter in command.params:
-            if isinstance(parameter, click.Argument) and parameter.type is not click.UNPROCESSED:
-                arguments.append(a_value(parameter))
-            elif parameter.required:
-                arguments += [parameter.opts[-1], a_value(parameter)]
-        yield path, arguments
-
-
-def a_value(parameter: click.Parameter) -> str:
-    if isinstance(parameter.type, click.Choice):
-        return str(parameter.type.choices[0])
-    if isinstance(parameter.type, click.IntRange):
-        return "1"
-    return "." if parameter.name in ("sources", "model") else "docs"
-
-
 def test_no_command_imports_from_the_folder_in_which_it_is_started(scene: Scene, with_our_package: None) -> None:
-    others = [arguments for path, arguments in commands() if path not in OWN_PROCESS]
-    _, output = scene.run(["-c", ALL_OTHERS, json.dumps(others)])
-    done = json.loads(output.splitlines()[-1])
-    assert len(done) == len(others) > 20
-    refused = [(arguments, said) for arguments, code, said in done if code == 2]
-    assert refused == [], "these refuse their arguments, so they did nothing: add them to GIVEN"
+    others = [arguments for path, arguments in commands(VALUES) if path not in OWN_PROCESS]
+    _, output = scene.run(["-m", "tests.support.every_command", json.dumps(others)])
+    codes = re.findall(rf"^{END} (.*): (\w+)$", output, re.MULTILINE)
+    assert len(codes) == len(others) > 20
+    assert [what for what, code in codes if code == "2"] == [], "they did nothing: give their arguments in GIVEN"
 
 
 @pytest.mark.parametrize(
     ("path", "arguments"),
     [
         pytest.param(path, arguments, id=" ".join(path), marks=[pytest.mark.slow] if path in SLOW else [])
-        for path, arguments in commands()
+        for path, arguments in commands(VALUES)
         if path in OWN_PROCESS
     ],
 )
 def test_no_process_of_a_command_imports_from_the_folder(
-    scene: Scene, with_our_package: None, path: Path_, arguments: list[str]
+    scene: Scene, with_our_package: None, path: Words, arguments: list[str]
 ) -> None:
     code, output = scene.run(["-m", "chunkmill.cli", *arguments], OWN_PROCESS[path])
     assert code in (0, -signal.SIGTERM), output

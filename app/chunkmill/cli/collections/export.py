@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from chunkmill.cli.output import Screen, json_option
+from chunkmill.cli.output import Screen, json_option, shown
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.errors import ModelLoadError
 from chunkmill.python import module_command
@@ -60,7 +60,7 @@ def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
     except ValueError:
         # The process was killed or has a defect, so what it wrote to stderr is all that is known.
         tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
-        click.echo(tail, err=True)
+        click.echo(shown(tail, lines=True), err=True)
         raise ModelLoadError(
             f"the process that exports {model!r} ended early with exit code {done.returncode}; the end of its "
             "output is above. Exit code -9 means that it was killed: the machine has too little memory for it."

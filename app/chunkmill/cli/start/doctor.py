@@ -16,7 +16,7 @@ import click
 import redis
 import sqlalchemy as sa
 
-from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
+from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option
 from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
@@ -289,9 +289,9 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         style = STATE_STYLES[check.state]
-        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), shown(check.found))
+        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), check.found)
         if check.advice:
-            screen.say(" " * (width + 4), (shown(check.advice), style))
+            screen.say(" " * (width + 4), (check.advice, style))
     failed = sum(check.state == "fail" for check in checks)
     screen.say("")
     if failed:
