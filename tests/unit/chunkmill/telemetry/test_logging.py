@@ -268,10 +268,7 @@ def test_no_password_is_shown(url: str, expected: str) -> None:
 def test_a_line_of_the_log_for_people_is_one_line_and_steers_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     evil = "x\x1b]52;c;QUFB\x07\x9b2J\u202e\nINFO forged\r\nforged"
     configure("info", "text")
-    try:
-        raise NotFound(evil)
-    except NotFound:
-        logging.getLogger("a").info("message %s", evil, extra={"collection": evil}, exc_info=True)
+    logging.getLogger("a").info("message %s", evil, extra={"collection": evil}, exc_info=NotFound(evil))
     written = capfd.readouterr().err
     assert written.count("forged") == 6
     assert not [line for line in written.splitlines() if line.startswith(("INFO", "forged"))]
