@@ -15,7 +15,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel bench chaos mutants fuzz busy aimock gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
+	@echo "make fuzz    read two thousand folders of documents and of models that were made at random, from a fixed seed"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
@@ -96,6 +97,9 @@ chaos: $(VENV)/.dev
 # ONLY="area-or-mutant ..." runs some of them; see tests/mutants/README.md.
 mutants: $(VENV)/.dev
 	@$(BIN)/python -m tests.mutants $(ONLY)
+
+fuzz: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -m slow tests/engine/test_fuzzed_folders.py
 
 # ONLY="tests/acceptance/test_logs.py ..." runs a part of them.
 busy: $(VENV)/.dev
