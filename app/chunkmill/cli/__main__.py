@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from chunkmill.cli.output import Screen, json_option, prepare_streams, shown
+from chunkmill.cli.output import Screen, json_option, prepare_streams
+from chunkmill.domain.shown import shown
 from chunkmill.errors import ChunkmillError
 from chunkmill.python import keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told

@@ -10,7 +10,8 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from chunkmill.cli.output import Screen, duration, shown
+from chunkmill.cli.output import Screen, duration
+from chunkmill.domain.shown import shown
 from chunkmill.telemetry.pace import Pace
 
 LINE_SECONDS = 5.0

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from chunkmill.cli.output import Screen, json_option, shown
+from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
+from chunkmill.domain.shown import shown
 from chunkmill.errors import ModelLoadError
 from chunkmill.python import module_command
 

@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from chunkmill.broker import Broker
 from chunkmill.cli.collections.search import audit_fields, show_hits
 from chunkmill.cli.jobs.jobs import follow, job_fields
-from chunkmill.cli.output import Screen, count, duration, json_option, shown
+from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
 from chunkmill.cli.start.corpus import stdlib_docstrings
@@ -28,6 +28,7 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
+from chunkmill.domain.shown import shown
 from chunkmill.embedded import Stack
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.python import module_command

@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chunkmill.cli.output import NOTHING, duration, line_of, shown
+from chunkmill.cli.output import NOTHING, duration, line_of
 from chunkmill.cli.paid.lanes import why
 from chunkmill.domain.budget import dollars
+from chunkmill.domain.shown import shown
 from chunkmill.monitor.reports import Report
 from chunkmill.monitor.snapshot import LANES, Money, Snapshot, Totals, lane_states
 from chunkmill.monitor.watcher import View

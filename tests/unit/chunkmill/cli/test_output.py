@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from chunkmill.cli.__main__ import COMMANDS, cli
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
-from chunkmill.cli.output import beginning, count, duration, shown
-from chunkmill.domain.shown import shown_json
+from chunkmill.cli.output import beginning, count, duration
+from chunkmill.domain.shown import shown, shown_json
 
 SIZES = BYTES | {"b": 1.0}
 
