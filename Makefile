@@ -25,7 +25,7 @@ help:
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
-	@echo "make fuzz    send 10,000 random messages to the door and to a worker"
+	@echo "make fuzz    send 10,000 random messages to the door and to a worker, and read 2,000 random folders; from fixed seeds"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
@@ -107,6 +107,7 @@ busy: $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	@FUZZ=10000 $(BIN)/python -m pytest -q tests/unit/chunkmill/test_door.py \
 		tests/acceptance/test_hostile_redis.py::test_ten_thousand_random_messages_change_nothing
+	@$(BIN)/python -m pytest -q -m slow tests/engine/test_fuzzed_folders.py
 
 # The files that cover a whole job, its SQL, the migrations and the roles; the other tests say nothing new of a server.
 ON_A_SERVER := test_pipeline test_enqueue test_search test_store test_writers test_audit test_claims test_cancel test_prune \

@@ -10,7 +10,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import sqlalchemy as sa
 
 from chunkmill.cli.start.children import Child
 from chunkmill.domain.states import JobState, ProviderBatchState
+from chunkmill.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document
@@ -80,10 +80,10 @@ def _job(
     servers: Servers, db: sa.Engine, settings: Mapping[str, str], count: int, first: int, say: Say
 ) -> list[dict[str, Any]]:
     """Samples of a job, one every 0.2 s. A producer enqueues new contents, with a fresh worker and poller."""
-    worker = [sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "openai"]
+    worker = module_command("chunkmill_workers", "worker", "-Q", "openai")
     say("starting a worker and a poller")
     with (
-        process(servers, "poller", [sys.executable, "-m", "chunkmill.cli", "poller"], settings) as polling,
+        process(servers, "poller", module_command("chunkmill.cli", "poller"), settings) as polling,
         process(servers, "worker", worker, settings) as working,
     ):
         children = {"worker": working, "poller": polling}
@@ -100,7 +100,7 @@ def _follow(
     say: Say,
 ) -> Iterator[dict[str, Any]]:
     """A sample every 0.2 s, while a producer enqueues and until every ProviderBatch is closed."""
-    arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), str(first), "paid", "openai"]
+    arguments = module_command("chunkmill_workers.benchmarks.enqueue", str(count), str(first), "paid", "openai")
     env = os.environ | servers.env | settings
     before = _count(db, "SELECT count(*) FROM jobs")
     with subprocess.Popen(

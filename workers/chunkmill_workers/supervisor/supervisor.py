@@ -29,6 +29,7 @@ from chunkmill.errors import ChunkmillError
 from chunkmill.ledger.dead.deaths import TakenBack, take_back_from
 from chunkmill.ledger.work.chunk_batches import release_all
 from chunkmill.ledger.work.usage import book_released
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers.host.gpu import visible_gpus
@@ -45,7 +46,7 @@ from chunkmill_workers.supervisor.supervision import (
 
 logger = logging.getLogger("chunkmill_workers.supervisor.supervisor")  # also where this file is `__main__`
 
-WORKER = (sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu")
+WORKER = module_command("chunkmill_workers", "worker", "-Q", "gpu")
 PARENT = "CHUNKMILL_SUPERVISOR_PID"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

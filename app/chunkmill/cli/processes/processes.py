@@ -24,6 +24,7 @@ from chunkmill.errors import InvalidInput
 from chunkmill.monitor.gauges import Gauges
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
@@ -139,4 +140,4 @@ def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process with ``module``, so that signals that are meant for this process reach it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is needed
+    os.execv(sys.executable, module_command(module, *arguments))  # noqa: S606 - no shell is needed

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from rich.cells import cell_len
 from chunkmill.broker import Broker
 from chunkmill.cli.collections.search import audit_fields, show_hits
 from chunkmill.cli.jobs.jobs import follow, job_fields
-from chunkmill.cli.output import Screen, count, duration, json_option, shown
+from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
 from chunkmill.cli.start.corpus import stdlib_docstrings
@@ -29,8 +28,10 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
+from chunkmill.domain.shown import shown
 from chunkmill.embedded import Stack
 from chunkmill.errors import InvalidInput, WaitTimeout
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 
 COLLECTION = "python-stdlib"
@@ -113,8 +114,8 @@ class _Run:
     def _start_processes(self) -> None:
         env = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
         env["CHUNKMILL_HOME"] = str(self.stack.home)
-        celery = [sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"]
-        poller = [sys.executable, "-m", "chunkmill.cli", "poller"]
+        celery = module_command("chunkmill_workers", "worker", "-Q", "gpu")
+        poller = module_command("chunkmill.cli", "poller")
         for name, argv in (("worker", celery), ("poller", poller)):
             self.children.append(Child(name, argv, env=env, log=self.folder / f"{name}.log"))
 

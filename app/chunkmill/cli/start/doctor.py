@@ -17,7 +17,7 @@ import click
 import redis
 import sqlalchemy as sa
 
-from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
+from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option
 from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
 from chunkmill.domain.providers import CL100K
 from chunkmill.embedded import Stack
@@ -27,6 +27,7 @@ from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_ma
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
 from chunkmill.openai.plan.tokens import from_tokenizer_file
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.settings.provider import DEFAULT_BASE_URL
 from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
@@ -298,7 +299,7 @@ def gpu_check(torch: str | None) -> Check:
 
 def _cuda_problem() -> str:
     """Why torch cannot use the GPU; empty if it can. A process of its own asks, because a driver may hang."""
-    command = [sys.executable, "-m", "chunkmill_workers.host.cuda"]
+    command = module_command("chunkmill_workers.host.cuda")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CUDA_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -314,9 +315,9 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         style = STATE_STYLES[check.state]
-        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), shown(check.found))
+        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), check.found)
         if check.advice:
-            screen.say(" " * (width + 4), (shown(check.advice), style))
+            screen.say(" " * (width + 4), (check.advice, style))
     failed = sum(check.state == "fail" for check in checks)
     screen.say("")
     if failed:

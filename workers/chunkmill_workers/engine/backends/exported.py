@@ -14,7 +14,9 @@ import platformdirs
 from numpy.typing import NDArray
 
 from chunkmill.errors import ModelLoadError
+from chunkmill.files import read_at_most
 from chunkmill.models import ModelFolder
+from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 from chunkmill_workers.engine.windows import Ids
 
 Target = Literal["onnx", "openvino"]
@@ -153,7 +155,8 @@ def _all(target: Target) -> Iterator[Statement]:
 def _read(at: Path) -> Statement | None:
     """The content of export.json; None if it cannot be read or is not one of ours."""
     try:
-        content: Any = json.loads((at / _STATEMENT).read_text(encoding="utf-8"))
-        return Statement(**content)
+        content: Any = parse_json(read_at_most(at / _STATEMENT, MOST_JSON_BYTES))
+        statement = Statement(**content)
     except (OSError, ValueError, TypeError):
         return None
+    return statement if type(statement.embedding_rows) is int else None
