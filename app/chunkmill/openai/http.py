@@ -19,6 +19,7 @@ from chunkmill.errors import (
     ProviderRefused,
     ProviderSilent,
     ProviderStopped,
+    install_command,
 )
 from chunkmill.openai.counted import counted
 from chunkmill.openai.wire.jsonl import URL, split_lines
@@ -50,9 +51,7 @@ class Provider:
         try:
             import openai
         except ImportError:
-            raise InvalidSetting(
-                "the paid routes need the package openai. Run: pip install 'chunkmill[openai]'"
-            ) from None
+            raise InvalidSetting(f"the paid routes need the package openai. Run: {install_command('openai')}") from None
         if settings.openai_api_key is None:
             raise InvalidSetting(
                 "OPENAI_API_KEY is not set, and a worker on queue `openai` needs it. Set it and start the worker again."

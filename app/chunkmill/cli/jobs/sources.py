@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from uuid import UUID
 
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
-from chunkmill.errors import InvalidChunk, InvalidInput
+from chunkmill.errors import InvalidChunk, InvalidInput, install_command
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""
@@ -193,7 +193,7 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: pip install 'chunkmill[parquet]'") from None
+        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: {install_command('parquet')}") from None
     arrow = importlib.import_module("pyarrow")
     arrow_error = arrow.ArrowException
     try:

@@ -20,7 +20,7 @@ from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
 from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import ChunkmillError, UnknownModel
+from chunkmill.errors import ChunkmillError, UnknownModel, install_command
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
@@ -80,7 +80,7 @@ def machine_checks() -> Iterator[Check]:
         "extras",
         "warn" if "worker" in absent else "ok",
         ", ".join(installed) or "none",
-        f"Not installed: {', '.join(absent)}. If you need them here: pip install 'chunkmill[{','.join(absent)}]'"
+        f"Not installed: {', '.join(absent)}. If you need them here: {install_command(','.join(absent))}"
         if absent
         else "",
     )
