@@ -233,7 +233,20 @@ ProtectControlGroups=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 CapabilityBoundingSet=
-ReadWritePaths=-/run/lock /tmp
+LimitCORE=0
+UMask=0077
+PrivateTmp=yes
+ProtectProc=invisible
+ProtectHostname=yes
+ProtectKernelLogs=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+ReadWritePaths=-/run/lock
 
 [Install]
 WantedBy=multi-user.target
@@ -327,7 +340,21 @@ RestrictSUIDSGID=yes
 LockPersonality=yes
 CapabilityBoundingSet=
 PrivateDevices=yes
+LimitCORE=0
+UMask=0077
 PrivateTmp=yes
+ProtectProc=invisible
+ProtectHostname=yes
+ProtectKernelLogs=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+ProtectClock=yes
+PrivateUsers=yes
 
 [Install]
 WantedBy=multi-user.target

