@@ -124,7 +124,9 @@ BEGIN
             ('^(charges|adjustments)$', 'INSERT, UPDATE', 'chunkmill_producers'),
             ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
             ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
-            ('^(contents|collections|spaces)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^(contents|collections)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^spaces$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
+            ('^spaces$', 'UPDATE, DELETE', 'chunkmill_workers'), -- a worker registers the space of its own model
             ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
             ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
@@ -182,6 +184,6 @@ BEGIN
     $create$, home, types);
     EXECUTE format('ALTER FUNCTION %I.create_vector_table(integer) OWNER TO chunkmill_migrator', home);
     EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC', home);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers', home);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers, chunkmill_workers', home);
 END
 $$;

@@ -247,7 +247,8 @@ MAY = {
     "INSERT INTO embed_requests (space_id, kind, texts) VALUES (1, 'query', '{a}')": "producer worker poller reader",
     "DELETE FROM worker_reports": "producer worker poller",
     "DELETE FROM dead_chunks": "producer worker poller",
-    "SELECT create_vector_table(1)": "producer",
+    "SELECT create_vector_table(1)": "producer worker",
+    "UPDATE spaces SET model = model": "producer",
 }
 """Which purposes may run a statement."""
 
