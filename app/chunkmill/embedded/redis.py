@@ -117,9 +117,14 @@ class Redis:
     def _ask(self, *, login: bool = True) -> dict[str, Any] | None:
         """The answer to INFO server; None if there is none (yet). Without `login` also if it asks for a password."""
         answer: dict[str, Any]
-        for who in ({}, {"username": kept.USER, "password": kept.password(self._home, "redis")})[: 1 + login]:
-            once = Retry(NoBackoff(), 0)
-            with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=once, **who) as client:
+        for user, password in ((None, None), (kept.USER, kept.password(self._home, "redis")))[: 1 + login]:
+            with redis.Redis(
+                unix_socket_path=str(self._socket),
+                username=user,
+                password=password,
+                socket_timeout=5,
+                retry=Retry(NoBackoff(), 0),
+            ) as client:
                 try:
                     answer = client.info("server")
                 except redis.AuthenticationError:
