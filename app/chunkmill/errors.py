@@ -41,6 +41,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra, for messages.
+
+    It names no package of an index, because nobody owns the name there: whoever registers it would be installed.
+    """
+    return f"pip install -c constraints.txt '.[{extra}]' (in a checkout; docs/running.md says how with a wheel)"
+
+
 class ChunkmillError(Exception):
     """The base class of all errors. ``str(error)`` is the whole message, including what to do next."""
 

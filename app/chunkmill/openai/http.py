@@ -21,6 +21,7 @@ from chunkmill.errors import (
     ProviderRefused,
     ProviderSilent,
     ProviderStopped,
+    install_command,
 )
 from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, library, within
 from chunkmill.openai.counted import counted
@@ -65,9 +66,7 @@ class Provider:
         try:
             import openai
         except ImportError:
-            raise InvalidSetting(
-                "the paid routes need the package openai. Run: pip install 'chunkmill[openai]'"
-            ) from None
+            raise InvalidSetting(f"the paid routes need the package openai. Run: {install_command('openai')}") from None
         settings.require_provider()
         if settings.openai_api_key is None:
             raise InvalidSetting(

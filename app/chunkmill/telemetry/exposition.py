@@ -16,7 +16,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS, Counts
@@ -154,7 +154,7 @@ def _page(process: Process, counts: Counts) -> Any:
     except ImportError as error:
         raise InvalidSetting(
             f"METRICS_PORT is set, but the package for metrics is not installed, or is too old ({error}). "
-            "Run: pip install 'chunkmill[metrics]', or unset METRICS_PORT."
+            f"Run: {install_command('metrics')}, or unset METRICS_PORT."
         ) from None
     families = {Kind.COUNTER: core.CounterMetricFamily, Kind.GAUGE: core.GaugeMetricFamily}
     counts.set(

@@ -20,7 +20,7 @@ from uuid import UUID
 from chunkmill.cli.jobs.folders import Document, Skipped, documents
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.reasons import printable
-from chunkmill.errors import InvalidChunk, InvalidInput
+from chunkmill.errors import InvalidChunk, InvalidInput, install_command
 from chunkmill.files import NOT_REGULAR, open_regular
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
@@ -241,7 +241,7 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: pip install 'chunkmill[parquet]'") from None
+        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: {install_command('parquet')}") from None
     arrow = importlib.import_module("pyarrow")
     arrow_error = arrow.ArrowException
     try:

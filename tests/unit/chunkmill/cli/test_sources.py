@@ -141,7 +141,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         raise ImportError(name)
 
     monkeypatch.setattr(sources.importlib, "import_module", absent)
-    with pytest.raises(InvalidInput, match=r"pip install 'chunkmill\[parquet\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install -c constraints.txt '\.\[parquet\]'"):
         read(path)
 
 

@@ -63,7 +63,7 @@ def test_the_vocabulary_is_openais() -> None:
 def test_without_its_packages_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
 
-    with pytest.raises(InvalidSetting, match=r"pip install 'chunkmill\[openai\]'"):
+    with pytest.raises(InvalidSetting, match=r"pip install -c constraints.txt '\.\[openai\]'"):
         tokens._cl100k.__wrapped__()
 
 

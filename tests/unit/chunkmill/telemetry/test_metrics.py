@@ -157,7 +157,7 @@ def test_without_the_package_the_command_that_installs_it_is_named(
     counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(InvalidSetting, match=r"pip install 'chunkmill\[metrics\]'"):
+    with pytest.raises(InvalidSetting, match=r"pip install -c constraints.txt '\.\[metrics\]'"):
         MetricsServer.start(Settings(metrics_port=FIRST_PORT), WORKER, counts)
 
 

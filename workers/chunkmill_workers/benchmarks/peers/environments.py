@@ -29,7 +29,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 INSTALL = "chunkmill bench --install-peers"
-EXTRA = "pip install 'chunkmill[bench]'"
+EXTRA = "pip install -c constraints.txt '.[bench]'"
 
 
 def cache() -> Path:

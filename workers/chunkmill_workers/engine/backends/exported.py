@@ -13,7 +13,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from chunkmill.errors import ModelLoadError
+from chunkmill.errors import ModelLoadError, install_command
 from chunkmill.files import read_at_most
 from chunkmill.models import ModelFolder
 from chunkmill.models.files import MOST_JSON_BYTES, parse_json
@@ -124,7 +124,7 @@ def require(target: Target, *, to_export: bool = False) -> None:
     """Raise ModelLoadError, with the command to run, if packages for ``target`` are missing."""
     needed = RUN[target] + (MAKE[target] if to_export else ())
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
-        raise ModelLoadError(f"backend {target} needs {', '.join(missing)}. Run: pip install 'chunkmill[{target}]'")
+        raise ModelLoadError(f"backend {target} needs {', '.join(missing)}. Run: {install_command(target)}")
 
 
 def pad(rows: Sequence[Ids], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
