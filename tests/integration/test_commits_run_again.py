@@ -135,6 +135,9 @@ STORIES = {
     "plain requests": Story(
         ("claim", "read texts", "put in flight", "take turn", "write vectors", "complete"), route="openai-sync"
     ),
+    "a plain answer that cannot be read": Story(
+        ("book as lost",), lambda server: server.misbehave("deep", where=EMBED), route="openai-sync"
+    ),
     "a limit on plain requests": Story(
         ("released", "pause the lane"),
         lambda server: server.misbehave("rate_limited", where=EMBED, retry_after_ms=100, after=1),
@@ -198,7 +201,10 @@ def hurry(stage: Scene) -> None:
 
 
 def unanswered(stage: Scene) -> dict[str, int]:
-    """What was charged and never answered, by the one story in which that happens."""
+    """What was charged and never answered, by the two stories in which that happens."""
+    if stage.corridor.rows("SELECT FROM adjustments"):
+        first = stage.charges()[0]
+        return {"unanswered_contents": first["inputs"], "unanswered_tokens": first["tokens"]}
     lost = stage.corridor.rows("SELECT n_contents FROM provider_batches WHERE provider_status = 'vanished'")
     if not lost:
         return {}
@@ -224,6 +230,7 @@ PICTURES = {
     "array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes FROM provider_batches",
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
+    "adjustments": "SELECT kind, route, contents, tokens, usd FROM adjustments ORDER BY id",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",
     "lanes": "SELECT route, stop_code, max_inputs FROM provider_lanes ORDER BY 1",
 }

@@ -201,7 +201,7 @@ def _ask(
         embedded = ask_plain(context, attempt.space, inputs, tokens=tokens, idempotency_key=_key(attempt.space, rows))
     except ProviderSilent as silent:
         if silent.answered:
-            attempt.lose(contents=len(rows), tokens=tokens, reason=silent.brief)
+            attempt.lose(rows, tokens=tokens, reason=silent.brief)
         raise
     if embedded.prompt_tokens is None:
         embedded = replace(embedded, prompt_tokens=tokens)

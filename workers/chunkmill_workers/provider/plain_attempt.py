@@ -118,11 +118,15 @@ class PlainAttempt(Attempt[ProviderContext]):
         if made.problems:
             self._problem = made.problems[0][1]
 
-    def lose(self, *, contents: int, tokens: int, reason: str) -> None:
-        """Book a request that was charged, and whose answer cannot be used."""
-        self._context.transact(
-            lambda conn: self._book_lost(conn, contents=contents, tokens=tokens, reason=reason), "book as lost"
-        )
+    def lose(self, rows: Sequence[PackedInput], *, tokens: int, reason: str) -> None:
+        """Book once a request that was charged and whose answer cannot be used: its contents leave flight with it."""
+        sent = [row.content_hash for row in rows]
+
+        def book(conn: sa.Connection) -> None:
+            if provider_inputs.remove(conn, space_id=self.space.id, hashes=sent, provider_batch_id=None):
+                self._book_lost(conn, contents=len(rows), tokens=tokens, reason=reason)
+
+        self._context.transact(book, "book as lost")
 
     def _book_lost(self, conn: sa.Connection, *, contents: int, tokens: int, reason: str) -> None:
         book_lost(
