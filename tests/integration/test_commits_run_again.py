@@ -176,6 +176,11 @@ STORIES = {
         act=lambda stage, jobs: stage.corridor.client.cancel(jobs[1].id),  # else chance says who takes what they share
         trusting=False,
     ),
+    "a plain answer that cannot be read": Story(
+        ("book a request without an answer",),
+        lambda server: server.misbehave("deep", where=EMBED),
+        route="openai-sync",
+    ),
     "a limit on plain requests": Story(
         ("released", "pause the lane"),
         lambda server: server.misbehave("rate_limited", where=EMBED, retry_after_ms=100, after=1),
@@ -270,6 +275,7 @@ PICTURES = {
     "array_agg(DISTINCT state) AS states, array_agg(DISTINCT error_code) AS codes FROM provider_batches",
     "oddities": "SELECT o.key, sum(o.value::int) AS n FROM provider_batches, jsonb_each_text(oddities) o GROUP BY 1",
     "dead": "SELECT job_id, chunk_id, code FROM dead_chunks ORDER BY 1, 2",
+    "adjustments": "SELECT kind, route, contents, tokens, usd FROM adjustments ORDER BY id",
     "suspects": "SELECT encode(content_hash, 'hex') AS suspect FROM provider_suspects ORDER BY 1",
     "lanes": "SELECT route, stop_code, max_inputs FROM provider_lanes ORDER BY 1",
 }

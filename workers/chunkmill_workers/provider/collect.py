@@ -76,6 +76,7 @@ class ResultReader:
         self._longest = longest_file(step.n_requests, step.n_inputs, widest, self._model.dimensions)
         self._pending = _Pending()
         self._answered: set[int] = set()
+        self._of_another_model: set[int] = set()
         self.oddities: Counter[str] = Counter()
         """How many lines should not be there, by kind."""
 
@@ -151,7 +152,8 @@ class ResultReader:
             if (refusal := refusals[answer.model]) is not None:
                 answered.add(rows, answer.prompt_tokens)
                 returned.refuse(rows, f"{refusal} Then: chunkmill lanes resume {Route.OPENAI}")
-                self.oddities[OTHER_MODEL] += 1
+                self._of_another_model.add(number)
+                self.oddities[OTHER_MODEL] = len(self._of_another_model)  # also if this commit is run again
                 continue
             by_place = {row.packed.position: row for row in rows}
             made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize, half=space.is_half)
