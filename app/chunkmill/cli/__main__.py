@@ -98,8 +98,8 @@ class Cli(click.Group):
             ctx.exit(130)
         except click.UsageError as error:
             if not screen.json:
-                error.message = shown(error.message)  # it quotes what was typed, or pasted
-                raise
+                # It quotes what was typed, or pasted.
+                raise click.UsageError(shown(error.format_message()), error.ctx) from None
             screen.error("usage", error.format_message())
             ctx.exit(2)
         except Exception as error:
