@@ -18,7 +18,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 # resolved or built.
 FROM base AS stub
 WORKDIR /src
-RUN python -m venv /opt/venv
+RUN mkdir -p app/chunkmill && python -m venv /opt/venv
 COPY requirements.lock ./
 COPY app/chunkmill/locked.py app/chunkmill/
 
