@@ -121,7 +121,9 @@ BEGIN
             ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
-            ('^(charges|adjustments)$', 'INSERT, UPDATE', 'chunkmill_producers'),
+            ('^charges$', 'INSERT, UPDATE', 'chunkmill_producers'),
+            -- A person corrects the bill and lets ProviderBatches go as a producer, and takes nothing back out of it.
+            ('^adjustments$', 'UPDATE', 'chunkmill_producers'),
             ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
             ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^(contents|collections)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
