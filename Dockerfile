@@ -13,35 +13,42 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 
-# This stage is a package with our metadata and no code. The dependencies are installed from it, so that their layer
-# (gigabytes for the worker) stays the same, in the cache and on every machine that pulls it, when only our code changed.
+# The dependencies are installed without our code, so that their layer (gigabytes for the worker) stays the same, in the
+# cache and on every machine that pulls it, when only our code changed. Each file is known by its digest, and nothing is
+# resolved or built.
 FROM base AS stub
 WORKDIR /src
-RUN mkdir -p app/chunkmill workers/chunkmill_workers alembic && \
-    touch README.md app/chunkmill/__init__.py workers/chunkmill_workers/__init__.py
-RUN python -m venv /opt/venv
-COPY pyproject.toml constraints.txt ./
+RUN mkdir -p app/chunkmill && python -m venv /opt/venv
+COPY requirements.lock ./
+COPY app/chunkmill/locked.py app/chunkmill/
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[flower,metrics,openai,tracing]"
+    python app/chunkmill/locked.py flower,metrics,openai,tracing > requirements.txt && \
+    pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt
 
 FROM stub AS worker-deps
-# An additional package index, such as PyTorch's index of CPU-only wheels, which makes the image about 4 GB smaller.
-# Empty means none. Of equal versions pip prefers the one with a local part, so it takes `2.13.0+cpu`.
+# An additional package index, such as PyTorch's index of CPU-only wheels, which makes the image about 4 GB smaller, and
+# the digest of the wheel that it gives, which its page shows behind the file's name. Empty means none.
 ARG PIP_EXTRA_INDEX_URL=
+ARG TORCH_SHA256=
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt ".[worker,tracing]"
+    python app/chunkmill/locked.py worker,tracing > requirements.txt && \
+    python app/chunkmill/locked.py --torch "$([ -z "${TORCH_SHA256:-}" ] && echo cuda || echo cpu)" worker > torch.txt && \
+    pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt && \
+    pip install --require-hashes --no-deps --only-binary :all: -r torch.txt
 
 
 FROM base AS wheel
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt requirements.lock README.md LICENSE ./
 COPY app app
 COPY workers workers
 COPY alembic alembic
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip wheel --no-deps --wheel-dir /dist .
+    python app/chunkmill/locked.py build > build.txt && \
+    pip install --require-hashes --no-deps --only-binary :all: -r build.txt && \
+    pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
 
 
 # Both images share this stage. It has no HEALTHCHECK, because one image runs several commands and each has its own

@@ -8,25 +8,43 @@ ifdef WHEELS
 VENV :=
 endif
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+# $(call install,EXTRAS,TORCH): exactly what requirements.lock lists for these extras, by digest, then the checkout itself.
+# Nothing is resolved or built on the way, so nothing else can come in. TORCH is cpu or cuda. A build of torch for the CPU
+# is taken where pip finds one, such as in a folder of PIP_FIND_LINKS, and else the one of the index.
+LOCKED := $(BIN)/python app/chunkmill/locked.py
+BY_DIGEST := $(PIP) --require-hashes --no-deps --only-binary :all: -r
+define install
+	@$(LOCKED) build,$(1) > $(VENV)/requirements.txt
+	@$(BY_DIGEST) $(VENV)/requirements.txt
+	@$(LOCKED) --torch $(2) $(1) > $(VENV)/torch.txt
+	@$(BY_DIGEST) $(VENV)/torch.txt $(if $(filter cpu,$(2)),2> /dev/null || { \
+		$(LOCKED) --torch cuda $(1) > $(VENV)/torch.txt && $(BY_DIGEST) $(VENV)/torch.txt; })
+	@$(PIP) --no-deps --no-build-isolation -e .
+endef
+comma := ,
 # pip compiles with one core. Some packages have files for other versions of Python, which cannot be compiled.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel bench chaos mutants busy aimock gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel release lock bench chaos mutants busy fuzz aimock realservers gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
 	@echo "make test    install, then run everything that CI runs"
-	@echo "make wheel   build the wheel that the scripts in deploy install, into dist"
+	@echo "make wheel   build the wheel that the scripts in deploy install, into dist, and print its digest"
+	@echo "make release the same, with a list of its parts (SBOM, CycloneDX), their licences, and the digests of all of it"
+	@echo "make lock    write requirements.lock again, after a change of constraints.txt or of the dependencies"
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
+	@echo "make fuzz    send 10,000 random messages to the door and to a worker, and read 2,000 random folders; from fixed seeds"
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
+	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
 	@echo "make floors  test a producer with the lowest versions that pyproject.toml allows"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
@@ -56,8 +74,21 @@ types: $(VENV)/.dev
 	@$(BIN)/mypy
 
 wheel: | $(BIN)/python
-	@$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
-	@ls dist/*.whl
+	@$(LOCKED) build > $(VENV)/build.txt
+	@$(BY_DIGEST) $(VENV)/build.txt
+	@$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@for wheel in dist/*.whl; do \
+		echo "CHUNKMILL_WHEEL=$(CURDIR)/$$wheel CHUNKMILL_WHEEL_SHA256=$$(sha256sum < $$wheel | cut -d' ' -f1)"; done
+
+# What goes with a release, all in dist: the wheel, its digest, its parts (CycloneDX) and their licences.
+release: wheel $(VENV)/.dev
+	@$(BIN)/python -m tests.support.parts dist
+	@cd dist && sha256sum *.whl *.json *.txt > SHA256SUMS && cat SHA256SUMS
+
+# uv asks the index for the digests of all files; it is in an environment of its own.
+lock: $(VENV)/.dev
+	@$(PYTHON) -m venv .uv && .uv/bin/python -m pip --disable-pip-version-check install --quiet uv
+	@$(BIN)/python -m tests.support.make_lock .uv/bin/uv
 
 # The lowest versions that pyproject.toml allows to a producer, in an environment of their own.
 FLOOR_EXTRAS := flower metrics openai
@@ -101,6 +132,12 @@ mutants: $(VENV)/.dev
 busy: $(VENV)/.dev
 	@$(BIN)/python -m tests.support.busy $(ONLY)
 
+# `make test` sends 200 of them to the door.
+fuzz: $(VENV)/.dev
+	@FUZZ=10000 $(BIN)/python -m pytest -q tests/unit/chunkmill/test_door.py \
+		tests/acceptance/test_hostile_redis.py::test_ten_thousand_random_messages_change_nothing
+	@$(BIN)/python -m pytest -q -m slow tests/engine/test_fuzzed_folders.py
+
 # The files that cover a whole job, its SQL, the migrations and the roles; the other tests say nothing new of a server.
 ON_A_SERVER := test_pipeline test_enqueue test_search test_store test_writers test_audit test_claims test_cancel test_prune \
 	test_deletions test_money test_provider_work test_migrations test_downgrades test_upgrades test_encodings \
@@ -114,6 +151,26 @@ servers: $(VENV)/.dev
 AIMOCK := .aimock
 aimock: $(VENV)/.dev $(AIMOCK)/node_modules
 	@$(BIN)/python -m pytest -q -rs tests/independent
+
+# Servers of embeddings that others wrote, each in an environment of its own. Infinity also sees the packages of $(VENV), so
+# that torch is not installed twice; ogx needs Python 3.12, and its tests are skipped without it.
+REAL_SERVERS := .real-servers
+PYTHON312 ?= python3.12
+realservers: $(VENV)/.dev $(REAL_SERVERS)/.installed
+	@$(BIN)/python -m pytest -q -rs tests/real_servers
+
+$(REAL_SERVERS)/.installed: tests/real_servers/infinity.txt
+	@echo "== installing servers of embeddings into $(REAL_SERVERS)"
+	@$(PYTHON) -m venv $(REAL_SERVERS)/infinity
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(REAL_SERVERS)/infinity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	@$(REAL_SERVERS)/infinity/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		-r tests/real_servers/infinity.txt
+	@$(PYTHON) -m venv $(REAL_SERVERS)/litellm
+	@$(REAL_SERVERS)/litellm/bin/python -m pip --disable-pip-version-check install --quiet 'litellm[proxy]==1.108.7'
+	@if command -v $(PYTHON312) > /dev/null; then $(PYTHON312) -m venv $(REAL_SERVERS)/ogx && \
+		$(REAL_SERVERS)/ogx/bin/python -m pip --disable-pip-version-check install --quiet ogx==1.5.0; fi
+	@touch $@
 
 $(AIMOCK)/node_modules:
 	@echo "== installing @copilotkit/aimock into $(AIMOCK)"
@@ -135,7 +192,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m chunkmill_workers.benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) .floors $(GPU_SITE) $(AIMOCK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .floors .uv $(GPU_SITE) $(AIMOCK) $(REAL_SERVERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -144,26 +201,26 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "== installing from constraints.txt (about 350 MB; a minute or two)"
-	@$(PIP) --no-compile -e '.[worker,embedded,flower,parquet]'
+$(VENV)/.demo: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+	@echo "== installing from requirements.lock (about 350 MB; a minute or two)"
+	$(call install,worker$(comma)embedded$(comma)flower$(comma)parquet,cpu)
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "== installing from constraints.txt (about 400 MB; a minute or two)"
-	@$(PIP) --no-compile -e '.[dev]'
+$(VENV)/.dev: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+	@echo "== installing from requirements.lock (about 400 MB; a minute or two)"
+	$(call install,dev,cpu)
 	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 
-$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
-	@echo "== installing the peers of the benchmark from constraints.txt (about 150 MB)"
-	@$(PIP) -e '.[dev,bench]'
+$(VENV)/.bench: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/.dev
+	@echo "== installing the peers of the benchmark from requirements.lock (about 150 MB)"
+	$(call install,dev$(comma)bench,cpu)
 	@touch $@
 
-$(VENV)/.gpu: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "== installing from constraints.txt (about 3 GB with CUDA; two minutes or so)"
-	@$(PIP) -e '.[gpu]'
+$(VENV)/.gpu: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
+	@echo "== installing from requirements.lock (about 3 GB with CUDA; two minutes or so)"
+	$(call install,gpu,cuda)
 	@touch $@
 
 $(GPU_SITE): $(WHEELS)

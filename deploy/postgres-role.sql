@@ -1,36 +1,70 @@
--- Two Postgres roles for Chunkmill. Run this file as a superuser (or as the database's owner with CREATEROLE), in
--- Chunkmill's database, before the first `chunkmill migrate` and again after it. It is always safe to run it again:
+-- Postgres roles for Chunkmill, one for each purpose. Run this file as a superuser (or as the database's owner with
+-- CREATEROLE), in Chunkmill's database, before the first `chunkmill migrate` and again after each. It is always safe to
+-- run it again:
 --
 --   psql "$ADMIN_URL" -v ON_ERROR_STOP=1 --single-transaction -f deploy/postgres-role.sql
 --   \password chunkmill_migrator
---   \password chunkmill_runtime
+--
+-- chunkmill_migrator owns the tables. Only `chunkmill migrate` uses it, by hand or in a deployment.
+-- The others are groups, which nobody can log in as. Give each machine or program a login of its own in one of them:
+--
+--   CREATE ROLE gpu_7 LOGIN IN ROLE chunkmill_workers;
+--   \password gpu_7
+--
+--   chunkmill_producers  enqueue, cancel, delete, prune and search; they read and write every row but vectors and charges
+--   chunkmill_workers    compute and send: they read texts, and write vectors, charges and the state of work
+--   chunkmill_pollers    ring, take back and finish: they read no text, no metadata and no vector
+--   chunkmill_readers    search and look: they change nothing but their own questions
+--
+-- A login is in several groups if its program does several things. Any role may change its own password and its own
+-- settings, which Postgres cannot forbid. With a login for each machine that touches no other machine: `chunkmill doctor`
+-- names such settings, and after a theft DROP ROLE gpu_7 ends everything that the thief can do with it.
 --
 -- If DATABASE_SCHEMA is not `chunkmill`, name it: PGOPTIONS='-c chunkmill.schema=mine' psql …
 --
--- chunkmill_migrator owns the tables. Only `chunkmill migrate` uses it, by hand or in a deployment.
--- chunkmill_runtime is the role of producers, workers and pollers. It reads and writes rows and creates nothing. The only
--- table that is created at run time is the vector table of a new space, and a function of the migrator's creates it.
---
--- In a database that other programs use too, leave out the REVOKE on the database, which shuts out their roles, and
--- grant it to them by name first: docs/running.md.
+-- In a database that other programs use too, leave out the REVOKE on the database, which shuts out their roles, and the
+-- one on large objects, and grant both to them by name first: docs/running.md.
 
 DO $$
+DECLARE
+    wanted text;
+    large record;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_migrator') THEN
         CREATE ROLE chunkmill_migrator LOGIN;
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_runtime') THEN
-        CREATE ROLE chunkmill_runtime LOGIN;
+    FOREACH wanted IN ARRAY ARRAY['chunkmill_producers', 'chunkmill_workers', 'chunkmill_pollers', 'chunkmill_readers']
+    LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
+            EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
+        END IF;
+    END LOOP;
+    -- The one role of earlier versions keeps all that it could do.
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_runtime') THEN
+        GRANT chunkmill_producers, chunkmill_workers, chunkmill_pollers TO chunkmill_runtime;
     END IF;
     EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
-    -- TEMPORARY is needed because an enqueue stages its window in a temporary table.
-    EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO chunkmill_runtime, chunkmill_migrator', current_database());
+    -- TEMPORARY is needed because an enqueue stages its window in a temporary table, and a worker its vectors.
+    EXECUTE format(
+        'GRANT CONNECT, TEMPORARY ON DATABASE %I TO '
+        'chunkmill_migrator, chunkmill_producers, chunkmill_workers, chunkmill_pollers', current_database()
+    );
+    EXECUTE format('GRANT CONNECT ON DATABASE %I TO chunkmill_readers', current_database());
+    -- Chunkmill has no large objects, and with them any role could fill the disk. Only a superuser can forbid them.
+    IF current_setting('is_superuser')::boolean THEN
+        FOR large IN
+            SELECT oid::regprocedure AS name FROM pg_proc
+            WHERE pronamespace = 'pg_catalog'::regnamespace AND proname ~ '^(lo_|loread$|lowrite$)'
+        LOOP
+            EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', large.name);
+        END LOOP;
+    END IF;
 END
 $$;
 
 CREATE EXTENSION IF NOT EXISTS vector SCHEMA public;
 
-REVOKE CREATE ON SCHEMA public FROM PUBLIC, chunkmill_runtime;
+REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 
 DO $$
 DECLARE
@@ -39,7 +73,11 @@ DECLARE
     types text := (
         SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'
     );
+    everybody text := 'chunkmill_producers, chunkmill_workers, chunkmill_pollers, chunkmill_readers';
+    writers text := 'chunkmill_producers, chunkmill_workers, chunkmill_pollers';
     owned record;
+    refused record;
+    shown record;
 BEGIN
     -- Tables that a release before the schema `chunkmill` created stay in `public`.
     IF home = 'chunkmill' AND to_regclass('chunkmill.chunk_batches') IS NULL AND EXISTS (
@@ -50,26 +88,20 @@ BEGIN
     IF to_regnamespace(quote_ident(home)) IS NULL THEN
         EXECUTE format('CREATE SCHEMA %I AUTHORIZATION chunkmill_migrator', home);
     END IF;
-    EXECUTE format('GRANT USAGE ON SCHEMA %I, %I TO chunkmill_runtime, chunkmill_migrator', home, types);
+    EXECUTE format('GRANT USAGE ON SCHEMA %I, %I TO chunkmill_migrator, %s', home, types, everybody);
     EXECUTE format('GRANT CREATE ON SCHEMA %I TO chunkmill_migrator', home);
 
-    -- These rights cover the existing tables and those that later migrations create.
-    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO chunkmill_runtime', home);
-    EXECUTE format('GRANT SELECT, USAGE ON ALL SEQUENCES IN SCHEMA %I TO chunkmill_runtime', home);
-    EXECUTE format(
-        'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
-        'GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO chunkmill_runtime', home
-    );
-    EXECUTE format(
-        'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
-        'GRANT SELECT, USAGE ON SEQUENCES TO chunkmill_runtime', home
-    );
-    -- The functions of a migration take a number, and make or drop the table of that segment and nothing else.
-    EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %I TO chunkmill_runtime', home);
-    EXECUTE format(
-        'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
-        'GRANT EXECUTE ON FUNCTIONS TO chunkmill_runtime', home
-    );
+    -- These rights cover the existing tables and those that later migrations create. What is taken away below is the
+    -- exception, so a table that this file does not know yet stops nobody.
+    EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA %I TO %s', home, everybody);
+    EXECUTE format('GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO %s', home, writers);
+    EXECUTE format('GRANT SELECT, USAGE ON ALL SEQUENCES IN SCHEMA %I TO %s', home, everybody);
+    EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I GRANT SELECT ON TABLES TO %s', home, everybody);
+    EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I GRANT INSERT, UPDATE, DELETE ON TABLES TO %s', home, writers);
+    EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I GRANT SELECT, USAGE ON SEQUENCES TO %s', home, everybody);
+    -- The functions of the migrations build serving indexes. They take numbers and a word, and no SQL.
+    EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %I TO %s', home, writers);
+    EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I GRANT EXECUTE ON FUNCTIONS TO %s', home, writers);
 
     -- If another role migrated the database, its tables become the migrator's.
     FOR owned IN
@@ -82,22 +114,59 @@ BEGIN
     END LOOP;
     FOR owned IN
         SELECT p.oid::regprocedure AS name FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(quote_ident(home))
-        AND p.proname IN ('create_segment', 'finish_segment', 'drop_segment', 'watch_collection', 'note_vectors',
-                          'note_chunks', 'note_chunk_batch')
+        WHERE p.pronamespace = to_regnamespace(quote_ident(home)) AND p.proowner <> 'chunkmill_migrator'::regrole
+        AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
     LOOP
         EXECUTE format('ALTER FUNCTION %s OWNER TO chunkmill_migrator', owned.name);
     END LOOP;
     IF to_regclass(format('%I.deletions', home)) IS NOT NULL THEN
         EXECUTE format('ALTER SEQUENCE %I.deletions OWNER TO chunkmill_migrator', home);
     END IF;
-    -- Only the migrator may write the tables that say which code may run.
-    FOR owned IN
-        SELECT c.oid::regclass AS name FROM pg_class c
-        WHERE c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname IN ('alembic_version', 'chunkmill_alembic_version', 'schema_compatibility')
+
+    -- What a role need not write. Only the migrator may write the tables that say which code may run.
+    FOR refused IN
+        SELECT c.oid::regclass AS name, r.rights, r.roles
+        FROM (VALUES
+            ('^(alembic_version|chunkmill_alembic_version|schema_compatibility)$', 'INSERT, UPDATE, DELETE', writers),
+            -- Serving indexes are written by functions of the migrator's alone, and by its triggers.
+            ('^(serving_indexes|serving_tail|segments|segment_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
+            ('^segment_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),
+            ('^vectors_[0-9]+$', 'UPDATE, DELETE', 'chunkmill_workers'),
+            ('^vectors_[0-9]+$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
+            ('^charges$', 'INSERT, UPDATE', 'chunkmill_producers'),
+            -- A person corrects the bill and lets ProviderBatches go as a producer, and takes nothing back out of it.
+            ('^adjustments$', 'UPDATE', 'chunkmill_producers'),
+            ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
+            ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
+            ('^(contents|collections)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^spaces$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
+            ('^spaces$', 'UPDATE, DELETE', 'chunkmill_workers'), -- a worker registers the space of its own model
+            ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
+            ('^space_canaries$', 'UPDATE, DELETE', 'chunkmill_workers'),
+            ('^worker_reports$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers')
+        ) AS r (tables, rights, roles)
+        JOIN pg_class c ON c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home)) AND c.relname ~ r.tables
     LOOP
-        EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON %s FROM chunkmill_runtime', owned.name);
+        EXECUTE format('REVOKE %s ON %s FROM %s', refused.rights, refused.name, refused.roles);
+    END LOOP;
+    -- A reader's question goes through a table, to a worker.
+    IF to_regclass(format('%I.embed_requests', home)) IS NOT NULL THEN
+        EXECUTE format('GRANT INSERT, DELETE ON %I.embed_requests TO chunkmill_readers', home);
+    END IF;
+    -- Pollers may read every column but these.
+    FOR shown IN
+        SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
+        FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
+        AND c.relname ~ '^(contents|chunks|embed_requests|vectors_[0-9]+)$'
+        AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding')
+        GROUP BY c.oid
+    LOOP
+        EXECUTE format('REVOKE SELECT ON %s FROM chunkmill_pollers', shown.name);
+        EXECUTE format('GRANT SELECT (%s) ON %s TO chunkmill_pollers', shown.columns, shown.name);
     END LOOP;
 
     -- Creates the vector table of a registered space, exactly as app/chunkmill/spaces/registry.py does if its role may
@@ -120,11 +189,16 @@ BEGIN
                 'ALTER TABLE vectors_%%s ALTER COLUMN embedding SET STORAGE %%s',
                 wanted.id, CASE WHEN wanted.dimensions * wanted.width + 90 <= 4000 THEN 'PLAIN' ELSE 'EXTERNAL' END
             );
+            -- The same rights as above.
+            EXECUTE format('REVOKE INSERT, UPDATE ON vectors_%%s FROM chunkmill_producers', wanted.id);
+            EXECUTE format('REVOKE UPDATE, DELETE ON vectors_%%s FROM chunkmill_workers', wanted.id);
+            EXECUTE format('REVOKE ALL ON vectors_%%s FROM chunkmill_pollers', wanted.id);
+            EXECUTE format('GRANT SELECT (content_hash, n_tokens, truncated) ON vectors_%%s TO chunkmill_pollers', wanted.id);
         END
         $body$
     $create$, home, types);
     EXECUTE format('ALTER FUNCTION %I.create_vector_table(integer) OWNER TO chunkmill_migrator', home);
     EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC', home);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_runtime', home);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers, chunkmill_workers', home);
 END
 $$;

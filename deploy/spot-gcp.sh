@@ -11,9 +11,10 @@
 #   CHUNKMILL_SECRET   secret in Secret Manager, lines as in chunkmill.env.example. Default: chunkmill-env
 #   CHUNKMILL_WHEEL    required: gs://bucket/chunkmill-VERSION-py3-none-any.whl, https://... or a path
 #   CHUNKMILL_VERSION  instead of a wheel: a version on PIP_INDEX_URL, which must be your own index
+#   CHUNKMILL_WHEEL_SHA256   required: the wheel's digest, which `make wheel` prints
 #   CHUNKMILL_DEVICE   cuda (default) or cpu
 #   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL   pip's own: your index
-#   PIP_CONSTRAINT     versions of dependencies to take instead of those that the wheel was tested with
+#   PIP_CONSTRAINT     versions of dependencies to take, without digests, instead of those that the wheel was tested with
 #   MIN_DRIVER (580), DRIVER_WAIT (600 s), PYTHON, DESTDIR (a folder to write below)
 #
 # Run once for the project:
@@ -33,7 +34,7 @@
 #       --image-family=common-cu129-ubuntu-2404-nvidia-580 --image-project=deeplearning-platform-release \
 #       --boot-disk-size=100GB --boot-disk-type=pd-balanced \
 #       --service-account=chunkmill-worker@PROJECT.iam.gserviceaccount.com --scopes=cloud-platform \
-#       --metadata=install-nvidia-driver=True,chunkmill-wheel=gs://BUCKET/chunkmill-0.1.0-py3-none-any.whl \
+#       --metadata=install-nvidia-driver=True,chunkmill-wheel=gs://BUCKET/chunkmill-0.1.0-py3-none-any.whl,chunkmill-wheel-sha256=DIGEST \
 #       --metadata-from-file=startup-script=deploy/spot-gcp.sh
 #
 # For a fleet that replaces lost machines, `gcloud compute instance-templates create chunkmill-l4` takes the same options
@@ -125,16 +126,38 @@ has() {
     [[ -f $1/.installed-from && $(< "$1/.installed-from") == "$2" ]] && "$1/bin/chunkmill" --version &> /dev/null
 }
 
+check_digest() {
+    sha256sum --check --status <<< "$CHUNKMILL_WHEEL_SHA256  $1" ||
+        die "${1##*/} has another digest than CHUNKMILL_WHEEL_SHA256: $(sha256sum < "$1")"
+}
+
+# install_locked EXTRAS: what the wheel's requirements.lock lists for them, each file by its digest and nothing else. On
+# a machine without a GPU a build of torch for the CPU is taken, if pip finds one whose digest is known.
+install_locked() {
+    local lock=("$release/bin/python" "$scratch/wheel/chunkmill/locked.py") build
+    local by_digest=("${pip[@]}" install --quiet --require-hashes --no-deps --only-binary :all: --requirement)
+    "${lock[@]}" "$1" > "$scratch/requirements.txt"
+    "${by_digest[@]}" "$scratch/requirements.txt"
+    for build in cpu cuda; do
+        [[ $build != cpu || $CHUNKMILL_DEVICE == cpu ]] || continue
+        "${lock[@]}" --torch "$build" "$1" > "$scratch/torch.txt"
+        [[ -s $scratch/torch.txt ]] || return 0
+        if "${by_digest[@]}" "$scratch/torch.txt"; then return; fi
+    done
+    die "torch could not be installed"
+}
+
 # Installs into a folder of its own. The services go on with the one they have until switch_release, so if anything
 # fails before that, nothing has changed for them.
 install_package() {
     local source=${CHUNKMILL_WHEEL:-${CHUNKMILL_VERSION:+chunkmill==$CHUNKMILL_VERSION}}
-    local releases=$DESTDIR$RELEASES stamp each python wheel constraints=()
-    [[ $source ]] || die "set CHUNKMILL_WHEEL; \`make wheel\` in a checkout makes one, in dist"
+    local releases=$DESTDIR$RELEASES stamp each python wheel
+    [[ $source ]] || die "set CHUNKMILL_WHEEL and CHUNKMILL_WHEEL_SHA256; \`make wheel\` in a checkout prints both"
     [[ $source != chunkmill==* || ${PIP_INDEX_URL:-} ]] ||
         die "CHUNKMILL_VERSION needs PIP_INDEX_URL, your own index: on a public one anybody may own the name chunkmill"
-    stamp="${source}[$CHUNKMILL_EXTRAS]"
-    [[ ! -f $source ]] || stamp+=" $(sha256sum < "$source")"
+    [[ ${CHUNKMILL_WHEEL_SHA256:-} =~ ^[0-9a-f]{64}$ ]] ||
+        die "set CHUNKMILL_WHEEL_SHA256 to the digest of the wheel: \`make wheel\` and \`sha256sum FILE\` print it"
+    stamp="${source}[$CHUNKMILL_EXTRAS] $CHUNKMILL_WHEEL_SHA256"
     umask 022 # the service's user reads what root installs
     if [[ $DRY_RUN != 1 ]]; then
         mkdir -p "$releases"
@@ -166,11 +189,14 @@ install_package() {
         *) run "${pip[@]}" download --quiet --no-deps --only-binary :all: --dest "$scratch" "$source" ;;
     esac
     wheel=$(echo "$scratch"/*.whl)
-    if [[ -z ${PIP_CONSTRAINT:-} ]]; then
+    run check_digest "$wheel"
+    if [[ ${PIP_CONSTRAINT:-} ]]; then
+        run "${pip[@]}" install --quiet "${wheel}[$CHUNKMILL_EXTRAS]"
+    else
         run "$release/bin/python" -m zipfile -e "$wheel" "$scratch/wheel"
-        constraints=(--constraint "$scratch/wheel/chunkmill/constraints.txt")
+        run install_locked "$CHUNKMILL_EXTRAS"
+        run "${pip[@]}" install --quiet --no-deps "$wheel"
     fi
-    run "${pip[@]}" install --quiet ${constraints[@]+"${constraints[@]}"} "${wheel}[$CHUNKMILL_EXTRAS]"
     run "$release/bin/chunkmill" --version
     [[ $DRY_RUN == 1 ]] || printf '%s\n' "$stamp" > "$release/.installed-from"
     unfinished=''
@@ -247,7 +273,20 @@ ProtectControlGroups=yes
 RestrictSUIDSGID=yes
 LockPersonality=yes
 CapabilityBoundingSet=
-ReadWritePaths=-/run/lock /tmp
+LimitCORE=0
+UMask=0077
+PrivateTmp=yes
+ProtectProc=invisible
+ProtectHostname=yes
+ProtectKernelLogs=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+ReadWritePaths=-/run/lock
 
 [Install]
 WantedBy=multi-user.target
@@ -351,7 +390,7 @@ setting() {
     [[ -z $value ]] || export "$1=$value"
 }
 
-for name in CHUNKMILL_{SECRET,WHEEL,VERSION,DEVICE} PIP_{INDEX_URL,EXTRA_INDEX_URL,CONSTRAINT}; do setting "$name"; done
+for name in CHUNKMILL_{SECRET,WHEEL,WHEEL_SHA256,VERSION,DEVICE} PIP_{INDEX_URL,EXTRA_INDEX_URL,CONSTRAINT}; do setting "$name"; done
 CHUNKMILL_SECRET=${CHUNKMILL_SECRET:-chunkmill-env}
 CHUNKMILL_DEVICE=${CHUNKMILL_DEVICE:-cuda}
 CHUNKMILL_EXTRAS=${CHUNKMILL_EXTRAS:-worker}

@@ -58,8 +58,8 @@ SECTIONS = {
     "What comes back: collections": ["SearchHit", "Audit", "Index"],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
-        "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Lane", "Explanation", "RoutingStep",
-        "OpenWork", "JobProviderBatch", "ProviderBatchState",
+        "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
+        "Lane", "Explanation", "RoutingStep", "OpenWork", "JobProviderBatch", "ProviderBatchState", "Abandoned",
     ],
     "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
 }  # fmt: skip

@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
-from chunkmill.domain.costs import Cost, Costs, CostsBy, Estimate, LaneEstimate
+from chunkmill.domain.costs import (
+    Adjustment,
+    AdjustmentKind,
+    Correction,
+    Cost,
+    Costs,
+    CostsBy,
+    Estimate,
+    LaneEstimate,
+)
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
+    Abandoned,
     Attempt,
     Audit,
     DeadDetails,
@@ -75,6 +85,9 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Abandoned",
+    "Adjustment",
+    "AdjustmentKind",
     "Amount",
     "Attempt",
     "Audit",
@@ -85,6 +98,7 @@ __all__ = [
     "ChunkBatchState",
     "ChunkmillError",
     "Client",
+    "Correction",
     "Cost",
     "Costs",
     "CostsBy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,15 +13,16 @@ import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import KombuError
-from kombu.transport import TRANSPORT_ALIASES, virtual
-from kombu.transport import redis as redis_transport
 
 from chunkmill.domain.states import Route
 from chunkmill.settings import Settings
 from chunkmill.settings.addresses import redis_tls
 
+logger = logging.getLogger(__name__)
+
 QUEUE = "gpu"
 PROVIDER_QUEUE = "openai"
+QUEUES = (QUEUE, PROVIDER_QUEUE)
 EMBED_TASK = "workers.embed_chunk_batch"
 REQUEST_TASK = "workers.request_chunk_batch"
 ADVANCE_TASK = "workers.advance_provider_batch"
@@ -45,53 +47,8 @@ its users (OOM, READONLY, MISCONF, NOREPLICAS, NOPERM, and whatever a newer serv
 All of them count as an outage, because all pass by themselves or with an operator's help, and our commands are always
 the same: none is refused for what it says. kombu takes them for errors of a channel, which end a worker.
 """
-
-
-class _QoS(redis_transport.QoS):  # type: ignore[misc]
-    """kombu's record in Redis of unacknowledged messages. Work continues if it cannot be written.
-
-    The ledger knows which ChunkBatches are in work. If an entry cannot be written, nothing is missing. If it cannot be
-    removed, its doorbell comes again, and the claim finds nothing to do.
-    """
-
-    def append(self, message: Any, delivery_tag: str) -> None:
-        try:
-            super().append(message, delivery_tag)
-        except REFUSALS:
-            virtual.QoS.append(self, message, delivery_tag)
-
-    def ack(self, delivery_tag: str) -> None:
-        try:
-            super().ack(delivery_tag)
-        except REFUSALS:
-            virtual.QoS.ack(self, delivery_tag)
-
-
-class _Channel(redis_transport.Channel):  # type: ignore[misc]
-    QoS = _QoS
-
-
-class RedisTransport(redis_transport.Transport):  # type: ignore[misc]
-    """kombu's transport, except that it treats a Redis that refuses like one that is away for a while."""
-
-    Channel = _Channel
-    connection_errors = (*redis_transport.Transport.connection_errors, *REFUSALS)
-
-
-def outlive_refusals() -> None:
-    """Let the Celery apps of this process use :class:`RedisTransport`. Call it before the first connection.
-
-    It is for processes of our own that consume: workers and Flower. It changes a table of kombu's that is shared with
-    the Celery of a host program, so a producer does not call it. A producer needs it neither, because whoever rings
-    handles ``PUBLISH_ERRORS``.
-    """
-    for scheme in ("redis", "rediss"):
-        TRANSPORT_ALIASES[scheme] = f"{__name__}:{RedisTransport.__name__}"
-
-
 PUBLISH_ERRORS = (redis.RedisError, KombuError, OSError)
 """What publishing raises while Redis is away. A publisher may log it and continue, because the poller rings again."""
-
 
 Shown = Mapping[str, int | str]
 """A doorbell's label, which Flower shows beside its id: ``{"job": 3, "collection": "docs", "contents": 64}``.
@@ -163,11 +120,6 @@ def make_celery(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_connection_timeout=5,
         broker_transport_options={
-            # The shortest visibility timeout of all connected apps applies, so it is set here for all of them. It
-            # only collects garbage, because recovery depends on the leases in Postgres.
-            "visibility_timeout": 1800,
-            "unacked_restore_interval": 10,
-            "unacked_restore_throttle": 3,
             "socket_timeout": 30,  # without it a frozen Redis hangs every synchronous command
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
@@ -213,12 +165,28 @@ class Broker:
         """How many doorbells wait in Redis, by priority rank.
 
         Doorbells that were delivered and not acknowledged do not count: their ChunkBatches are running, or their
-        worker was killed and nobody will answer them.
+        worker was killed and nobody will answer them. What stands in the place of a list is deleted.
         """
+        try:
+            return self._lengths(bells.queue)
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+        delete_wrong_types(self.client)
+        return self._lengths(bells.queue)
+
+    def _lengths(self, queue: str) -> dict[int, int]:
         with self.client.pipeline(transaction=False) as pipe:
-            for step in PRIORITY_STEPS:
-                pipe.llen(bells.queue if step == 0 else f"{bells.queue}\x06\x16{step}")
+            for key in keys_of(queue):
+                pipe.llen(key)
             return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
+
+    def clear(self, queue: str) -> int:
+        """Delete all doorbells of a queue; returns their number. No work is lost, because the poller rings again."""
+        delete_wrong_types(self.client)
+        number = sum(self._lengths(queue).values())
+        self.client.delete(*keys_of(queue))
+        return number
 
     def doorbells_by_queue(self) -> dict[str, int]:
         """How many doorbells of ChunkBatches wait in Redis, by queue."""
@@ -261,11 +229,32 @@ class Broker:
                     producer=producer,
                     retry=False,
                     ignore_result=True,
+                    declare=[],  # kombu would note the queue in a table in Redis, which nobody reads
                 )
 
     def close(self) -> None:
         self.client.close()
         self.celery.close()
+
+
+def keys_of(queue: str) -> list[str]:
+    """The keys in Redis of a queue's lists, one for each of ``PRIORITY_STEPS``."""
+    return [queue if step == 0 else f"{queue}\x06\x16{step}" for step in PRIORITY_STEPS]
+
+
+def is_wrong_type(error: redis.ResponseError) -> bool:
+    """Whether a command found another type of value than its own."""
+    return "WRONGTYPE" in str(error)  # the error of a pipeline begins with the command
+
+
+def delete_wrong_types(client: redis.Redis) -> None:
+    """Delete what stands in the place of a queue's list and is none. Nobody could take or send a doorbell there."""
+    wrong = [key for queue in QUEUES for key in keys_of(queue) if client.type(key) not in (b"list", b"none")]
+    if wrong:
+        client.delete(*wrong)
+        logger.warning(
+            "deleted %s in Redis: no list, so that no doorbell could be sent there", ", ".join(map(repr, wrong))
+        )
 
 
 def _batch(producer: Any) -> AbstractContextManager[object]:

@@ -20,12 +20,11 @@
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
     │   └── DeviceTaken         every GPU has a worker; one of them may end soon
-    ├── ProviderAnswerBad     a provider answered a text without a usable vector
     ├── ProviderError         a provider of embeddings did not do what it was asked to do
     │   ├── ProviderBusy        a rate limit was reached; it passes by itself
     │   ├── ProviderSilent      there was no answer or a broken one; the request may have succeeded
     │   ├── ProviderRefused     the provider refused; the same request will never succeed
-    │   └── ProviderStopped     the provider accepts nothing until somebody pays or fixes the key
+    │   └── ProviderStopped     the provider accepts nothing until somebody pays, or fixes the key or a setting
     └── EngineError           the model could not be loaded or run
         ├── ModelLoadError      a file is missing, unreadable or of an unsupported kind
         ├── DeviceFailed        the device no longer computes even a text that worked before
@@ -40,6 +39,14 @@ where, and what to do next. No message contains a chunk's text.
 from __future__ import annotations
 
 from typing import ClassVar
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra, for messages.
+
+    It names no package of an index, because nobody owns the name there: whoever registers it would be installed.
+    """
+    return f"pip install -c constraints.txt '.[{extra}]' (in a checkout; docs/running.md says how with a wheel)"
 
 
 class ChunkmillError(Exception):
@@ -161,12 +168,6 @@ class DeviceTaken(DeviceUnavailable):
     retryable = True
 
 
-class ProviderAnswerBad(ChunkmillError):
-    code = "bad_vector"
-    retryable = True
-    http_status = 502
-
-
 class ProviderError(ChunkmillError):
     """``words`` is the provider's own message, without keys. It may quote a text, so it is written into the ledger but
     never into a log. ``brief`` is the message without it."""
@@ -175,6 +176,7 @@ class ProviderError(ChunkmillError):
     http_status = 502
 
     def __init__(self, message: str, *, words: str = "", advice: str = "") -> None:
+        self.words = words
         self.brief = f"{message}. {advice}" if advice else message
         said = f"{message}: {words}" if words else message
         super().__init__(f"{said} {advice}" if advice else said)
@@ -192,8 +194,26 @@ class ProviderBusy(ProviderError):
 
 
 class ProviderSilent(ProviderError):
+    """``timed_out`` says that the answer took too long, so that a smaller request may get one. ``was_sent`` is false if
+    the request surely never reached the provider, so that it cannot have been charged. ``answered`` says that a
+    successful answer had begun, so that the request was charged although it is lost."""
+
     code = "provider_silent"
     retryable = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        words: str = "",
+        timed_out: bool = False,
+        was_sent: bool = True,
+        answered: bool = False,
+    ) -> None:
+        self.timed_out = timed_out
+        self.was_sent = was_sent
+        self.answered = answered
+        super().__init__(message, words=words)
 
 
 class ProviderRefused(ProviderError):
@@ -208,7 +228,7 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderStopped(ProviderError):
-    """``provider_code`` is ``insufficient_quota``, or a code that says what is wrong with the key."""
+    """``provider_code`` says what only a person can change, such as ``insufficient_quota`` or ``model_not_found``."""
 
     code = "provider_stopped"
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from chunkmill import door
+from chunkmill.door import Refusal
 from chunkmill.errors import DeviceFailed
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.results import TokenBatchResult
@@ -22,7 +24,9 @@ from chunkmill_workers.process import drain
 
 MARK = "the text that kills"
 HANGS = "the odd worker hangs"
+ODD_BELL = 424242
 real_stream = Engine.stream
+real_doorbell = door.doorbell
 
 
 def stream(self: Engine, texts: Sequence[str], *args: Any, **kwargs: Any) -> Iterator[TokenBatchResult]:
@@ -48,9 +52,27 @@ def _break(*_: object, **__: object) -> None:
     raise DeviceFailed("the model no longer runs on cuda:0: CUDA error: an illegal memory access was encountered")
 
 
+def _end_at_odd_bell(raw: bytes, queue: str, priority: int) -> bytes | Refusal:
+    """As a fault of ours, or of Celery, that the door does not know."""
+    made = real_doorbell(raw, queue, priority)
+    if isinstance(made, bytes) and f"ChunkBatch {ODD_BELL}".encode() in made:
+        os._exit(1)
+    return made
+
+
+def _go_deaf(sender: Any, **_: Any) -> None:
+    sender.cancel_task_queue("gpu")
+
+
 if __name__ == "__main__":
     Engine.stream = stream  # type: ignore[method-assign]
+    from celery import signals
     from celery.__main__ import main
+
+    if os.environ["ODD"] == "bell":
+        door.doorbell = _end_at_odd_bell
+    if os.environ["ODD"] == "deaf":
+        signals.worker_ready.connect(_go_deaf)
 
     drain.LIMIT_S = float(os.environ.get("ODD_DRAIN_SECONDS", drain.LIMIT_S))
     sys.argv = ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *sys.argv[1:]]

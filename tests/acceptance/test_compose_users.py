@@ -20,6 +20,7 @@ import yaml
 
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
+from tests.acceptance.test_least_privilege import acl_file
 from tests.conftest import admin, url_of
 from tests.support.waiting import PATIENCE, until
 
@@ -77,7 +78,12 @@ def server(tmp_path: Path, values: dict[str, str]) -> Iterator[Path]:
     entrypoint = bin_ / "docker-entrypoint.sh"
     entrypoint.write_text(f'#!/bin/sh\nshift\nexec {find_program()} "$@" --dir {data} --port 0 --unixsocket {tmp}/s\n')
     entrypoint.chmod(0o755)
-    here = {"/tmp/": f"{tmp}/", "/etc/chunkmill/": f"{ROOT}/deploy/", "$$": "$", "${REDIS_MAXMEMORY:-256mb}": "9mb"}  # noqa: S108
+    here = {
+        "/tmp/": f"{tmp}/",  # noqa: S108
+        "/etc/chunkmill/redis-acl.conf": str(acl_file()),
+        "$$": "$",
+        "${REDIS_MAXMEMORY:-256mb}": "9mb",
+    }
     command = SERVICES["redis"]["command"]
     for old, new in here.items():
         command = [word.replace(old, new) for word in command]
@@ -130,17 +136,27 @@ def test_the_roles_get_the_passwords_of_env_and_again_without_harm(stack: StackS
             command = [word.replace("/etc/chunkmill/", f"{ROOT}/deploy/") for word in SERVICES[service]["command"]]
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
             assert done.returncode == 0, done.stderr
-            assert values["POSTGRES_RUNTIME_PASSWORD"] not in done.stdout + done.stderr
+            assert values["POSTGRES_WORKER_PASSWORD"] not in done.stdout + done.stderr
         with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as conn:
             rows = conn.execute(
                 """
                 SELECT rolname, rolsuper, rolpassword LIKE 'SCRAM-SHA-256$%'
                 FROM pg_authid
-                WHERE rolname LIKE 'chunkmill\\_%'
+                WHERE rolname LIKE 'chunkmill\\_%' AND rolcanlogin AND rolname <> 'chunkmill_runtime'
                 ORDER BY 1
                 """
             ).fetchall()
-        assert rows == [("chunkmill_migrator", False, True), ("chunkmill_runtime", False, True)]
+            groups = conn.execute(
+                """
+                SELECT m.member::regrole::text, m.roleid::regrole::text
+                FROM pg_auth_members m
+                WHERE m.member::regrole::text ~ '^chunkmill_(producer|worker|poller|reader)$'
+                ORDER BY 1
+                """
+            ).fetchall()
+        purposes = ["poller", "producer", "reader", "worker"]
+        assert rows == [(f"chunkmill_{name}", False, True) for name in sorted(["migrator", *purposes])]
+        assert groups == [(f"chunkmill_{name}", f"chunkmill_{name}s") for name in purposes]
     finally:
         admin(stack, "DROP DATABASE compose_roles WITH (FORCE)")
 

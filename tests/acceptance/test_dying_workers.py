@@ -88,11 +88,8 @@ def test_the_watchdog_ends_a_worker_whose_device_is_lost(
 
 
 def test_the_watchdog_ends_a_worker_that_no_longer_consumes(processes: Processes, client: Client) -> None:
-    worker = processes.worker(STALL_SECONDS="2")
-    assert (
-        processes.start("celery", "-A", "chunkmill_workers", "control", "cancel_consumer", "gpu").popen.wait(PATIENCE)
-        == 0
-    )
+    worker = odd(processes, "deaf", STALL_SECONDS="2")
+    worker.wait_for("Canceling queue gpu")
     processes.poller()
     client.enqueue(documents(3), collection="docs")
     until(lambda: worker.popen.poll() is not None, worker.output)

@@ -18,22 +18,25 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import redis
 
 from chunkmill import Chunk, Client
 from chunkmill.broker import ADVANCE_TASK, EMBED_TASK, Broker
 from chunkmill.db.connect import create_db
+from chunkmill.door import LARGEST_REPLY
 from chunkmill.embedded import StackStatus
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.conftest import fresh_settings
 from tests.openai_server import OpenAIServer
+from tests.support.hostile import MARK, event, hostile_commands, hostile_events
 from tests.support.waiting import PATIENCE, until
 
 LOGIN = "operator:not-for-strangers"
@@ -329,3 +332,61 @@ def test_what_a_person_sees(scene: Scene, browser: Any, tmp_path: Path) -> None:
     until(lambda: "gpu" in shown(), shown)
     pages.append(browser.page_source)
     assert not any(WORD in page for page in pages)
+
+
+# --- somebody else writes to Redis; these come last, because Flower keeps what it saw -------------------------
+
+
+def publish(scene: Scene, exchange: str, messages: Iterable[bytes]) -> None:
+    url = scene.processes.env["REDIS_URL"]
+    with redis.Redis.from_url(url) as client:
+        number = client.connection_pool.connection_kwargs.get("db", 0)
+        for message in messages:
+            if len(message) <= LARGEST_REPLY:  # over a larger one the connection is made anew, and what follows is lost
+                assert client.publish(f"/{number}.{exchange}", message) >= 1
+
+
+def test_forged_events_and_replies_break_no_page(scene: Scene) -> None:
+    """A heartbeat with a text in the place of a number would break the list of workers until the next start."""
+    forged = "forged@nowhere"
+    odd = (
+        event(hostname=forged, heartbeats="x", alive="x", event="x", update=1, __class__="x"),
+        event(hostname="last@x"),
+    )
+    publish(
+        scene,
+        "celeryev/worker.heartbeat",
+        [*hostile_events().values(), *hostile_commands().values(), *(json.dumps(one).encode() for one in odd)],
+    )
+    publish(scene, "celery.pidbox", hostile_commands().values())
+    until(lambda: "last@x" in scene.ask("/workers?json=1")[1], lambda: scene.ask("/workers?json=1")[1])
+    rows = {row["hostname"]: row for row in json.loads(scene.ask("/workers?json=1")[1])["data"]}
+    assert rows[forged]["heartbeats"] != "x"
+    assert online(scene) >= set(scene.workers)
+    for path in (*PAGES, *API, *(f"/worker/{name}" for name in scene.workers)):
+        assert scene.ask(path)[0] == 200, path
+    assert MARK not in scene.flower.output()
+    assert "Traceback" not in scene.flower.output()
+    for worker in scene.workers.values():
+        assert worker.popen.poll() is None
+        assert MARK not in worker.output()
+
+
+def test_a_flower_that_may_control_cannot_steer_a_worker(scene: Scene) -> None:
+    """Workers do not have the commands. Flower reads what they are, and that is all."""
+    port = free_port()
+    flower = scene.processes.start(
+        "chunkmill.cli",
+        "flower",
+        f"--port={port}",
+        "--read_only=False",
+        "--inspect_timeout=500",
+        FLOWER_BASIC_AUTH=LOGIN,
+    )
+    until(lambda: is_up(port) or flower.popen.poll() is not None, flower.output)
+    name = next(iter(scene.workers))
+    until(lambda: name in ask(port, "/workers?json=1", LOGIN)[1], flower.output)
+    until(lambda: ask(port, f"/api/worker/shutdown/{name}", LOGIN, x=1)[0] == 200, flower.output)  # it was sent
+    assert scene.ask(f"/api/workers?refresh=1&workername={name}")[0] == 200  # the worker answers what came after it
+    assert scene.workers[name].popen.poll() is None
+    assert flower.terminate() == 0

@@ -73,7 +73,7 @@ class Child:
             return None
         if not self.supervised:
             return self.pid
-        return next((pid for pid in children_of(self.pid) if "celery" in command_line(pid)), None)
+        return next((pid for pid in children_of(self.pid) if "-m chunkmill_workers worker" in command_line(pid)), None)
 
     def ready_pid(self) -> int | None:
         """The worker's pid once it takes doorbells: Celery says so in its log, under the worker's name."""

@@ -8,12 +8,10 @@ import shlex
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,7 +20,7 @@ import sqlalchemy as sa
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db, migrate
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.settings import Settings
 from tests.chaos import server_faults  # noqa: F401 - adds its kinds
 from tests.chaos.executions import count, read_passes
@@ -72,7 +70,7 @@ class Run:
     def __init__(self, options: Options, screen: Screen) -> None:
         self._options = options
         self._screen = screen
-        self.folder = Path(tempfile.mkdtemp(prefix="cm-chaos-"))
+        self.folder = temporary_folder("cm-chaos-")
         self._stack = Stack(self.folder / "stack")
         self._problems: list[str] = []
         self._results: list[Result] = []

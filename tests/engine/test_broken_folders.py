@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from chunkmill.domain.trust import Trust
 from chunkmill.errors import ChunkmillError, ModelLoadError, UnknownModel
 from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends.exported import export_folder, find
 
 from .conftest import sample
 
@@ -168,3 +170,38 @@ def test_code_in_the_folder_is_run_only_where_it_is_trusted(
     trusted = load(folder, Trust(remote_code={str(folder)}))
     assert marker.exists()
     np.testing.assert_allclose(trusted.embed(texts).vectors, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 10**9},
+        {"max_position_embeddings": 10**9, "vocab_size": 500},
+        {"num_hidden_layers": 100, "intermediate_size": 100_000},
+    ],
+    ids=["wide", "long", "many"],
+)
+def test_a_config_that_asks_for_more_than_the_files_hold_takes_no_memory(
+    folder: Path, changes: dict[str, object]
+) -> None:
+    """transformers would make up what is missing, and the worker would be killed for its memory."""
+    configure(folder, **changes)
+    with pytest.raises(ModelLoadError, match=r"asks for [\d,]+ numbers, and the weights hold [\d,]+"):
+        load(folder)
+
+
+def test_kernels_of_the_hub_are_not_used() -> None:
+    assert os.environ["USE_HUB_KERNELS"] == "NO"
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a": 1}', "{}", "null"])
+def test_a_statement_of_an_export_that_cannot_be_read_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = resolve_model(str(folder))
+    at = export_folder(model, "onnx")
+    at.mkdir(parents=True)
+    (at / "export.json").write_text(content)
+    with pytest.raises(ModelLoadError, match="does not state an export"):
+        find(model, "onnx")

@@ -62,7 +62,7 @@ POOLINGS = {
 def needs(target: Target) -> Any:
     """A parameter that is skipped where the packages are missing; all of a target's tests share its exports."""
     missing = [package for package in (*RUN[target], *MAKE[target]) if importlib.util.find_spec(package) is None]
-    reason = f"needs {', '.join(missing)}: pip install 'chunkmill[{target}]'"
+    reason = f"needs {', '.join(missing)}: pip install -c constraints.txt '.[{target}]'"
     return pytest.param(target, marks=pytest.mark.skipif(bool(missing), reason=reason))
 
 
@@ -341,9 +341,11 @@ def test_a_missing_extra_is_named(target: Target, monkeypatch: pytest.MonkeyPatc
     for package in (*RUN[target], *MAKE[target]):
         monkeypatch.setitem(sys.modules, package, None)  # which is how Python remembers what is not there
 
-    with pytest.raises(ModelLoadError, match=rf"needs {RUN[target][0]}.*pip install 'chunkmill\[{target}\]'"):
+    with pytest.raises(
+        ModelLoadError, match=rf"needs {RUN[target][0]}.*pip install -c constraints.txt '\.\[{target}\]'"
+    ):
         load(folder, target)
-    with pytest.raises(ModelLoadError, match=rf"pip install 'chunkmill\[{target}\]'"):
+    with pytest.raises(ModelLoadError, match=rf"pip install -c constraints.txt '\.\[{target}\]'"):
         export(folder, target)
 
 

@@ -24,6 +24,7 @@ from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
 from chunkmill.openai.http import Provider
+from chunkmill.openai.wire.answers import Longest
 from chunkmill.openai.wire.status import RemoteBatch
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.context import ProviderContext
@@ -88,8 +89,8 @@ class Mocked(Provider):
         return made
 
     @contextmanager
-    def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
-        with super().lines(file_id) as lines:
+    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+        with super().lines(file_id, longest) as lines:
             yield lines if self._zeros else (line.replace(ZERO, OTHER) for line in lines)
 
 

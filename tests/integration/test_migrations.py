@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -160,4 +161,27 @@ def test_a_negative_charge_of_an_older_release_becomes_nothing(empty: str) -> No
     with db.connect() as conn:
         rows = conn.execute(sa.text("SELECT job_id, contents, tokens, usd FROM charges ORDER BY job_id"))
         assert [tuple(row) for row in rows] == [(1, 1, 0, 0), (2, 2, 6, 30)]
+    db.dispose()
+
+
+def test_exact_money_rewrites_no_table_and_keeps_every_amount(empty: str) -> None:
+    """Both tables grow for ever, and a rewrite would keep every worker waiting."""
+    db = create_db(empty, role="test")
+    install_as_before(empty, "0010")
+    with db.begin() as conn:
+        conn.execute(
+            sa.text("""
+                INSERT INTO charges VALUES
+                ('2026-01-01', 'openai', 1, 1, 0, 1, 5, 0.0000000001),
+                ('2026-02-01', 'openai', 2, 2, 0, 2, 6, 12345678.0000000001)
+            """)
+        )
+        files = sa.text("SELECT pg_relation_filenode(t) FROM unnest(ARRAY['charges', 'adjustments']::regclass[]) t")
+        before = conn.execute(files).scalars().all()
+    migrate(empty)
+    with db.begin() as conn:
+        assert conn.execute(files).scalars().all() == before
+        conn.execute(sa.text("UPDATE charges SET usd = usd + 0.00000000000001 WHERE job_id = 1"))
+        rows = conn.execute(sa.text("SELECT usd FROM charges ORDER BY job_id")).scalars()
+        assert list(rows) == [Decimal("0.00000000010001"), Decimal("12345678.0000000001")]
     db.dispose()

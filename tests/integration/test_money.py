@@ -277,6 +277,24 @@ def test_what_a_webhook_did_not_take_is_given_again_and_its_address_is_not_logge
     assert SECRET not in caplog.text
 
 
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
+def test_a_webhook_that_is_asked_by_http_is_asked_through_no_proxy(
+    variable: str,
+    db: sa.Engine,
+    space: registry.Space,
+    settings: Settings,
+    webhook: tuple[str, list[dict[str, Any]], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy would read its address, which may be a secret."""
+    url, received, _ = webhook
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    limited = settings.model_copy(update={"openai_monthly_budget_usd": Decimal(1), "budget_webhook_url": url})
+    charge(db, space, "3")
+    assert watch_budget(db, limited) == 100
+    assert len(received) == 1
+
+
 # Estimates
 
 
@@ -441,8 +459,10 @@ def test_the_cost_command(
     assert "8.50 USD spent and about 0.00 USD committed to work at the provider of 10 USD" in shown
     assert "85 %" in shown
     document = json.loads(call("cost", "--json").stdout)
-    assert [(row["route"], row["usd"], row["usd_per_million"]) for row in document["rows"]] == [("openai", 8.5, 0.01)]
-    assert (document["budget"]["percent"], document["budget"]["headroom"]) == (85, 1.5)
+    assert [(row["route"], row["usd"], row["usd_per_million"]) for row in document["rows"]] == [
+        ("openai", "8.5", "0.01")
+    ]
+    assert (document["budget"]["percent"], document["budget"]["headroom"]) == (85, "1.5")
     assert "Nothing has been embedded since then." in call("cost", "--since", "2999-01-01").stdout
 
 
@@ -454,7 +474,10 @@ def test_a_dry_run(
     arguments = ("enqueue", "-", "-c", "docs", "--model", SMALL, "--dry-run")
     document = json.loads(call(*arguments, "--json", input=lines).stdout)
     assert (document["chunks"], document["contents"], document["to_embed"], document["tokens"]) == (4, 2, 2, 6)
-    assert {lane["route"]: lane["usd"] for lane in document["lanes"]} == {"openai": 6e-8, "openai-sync": 1.2e-7}
+    assert {lane["route"]: lane["usd"] for lane in document["lanes"]} == {
+        "openai": "0.00000006",
+        "openai-sync": "0.00000012",
+    }
     shown = call(*arguments, "--deadline", "2h", input=lines).stdout
     assert "openai-sync: the only one left" in shown
     assert "4 of 2 distinct texts" in shown

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from chunkmill.settings import Settings
 from chunkmill_workers.provider.collect import DOWNLOADS, SILENT_DOWNLOADS
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support.corridor import DIMENSIONS
-from tests.support.corridor_scene import Scene
+from tests.support.corridor_scene import Scene, scene
+from tests.support.waiting import PATIENCE
 
 N = 10
 """Contents: requests of 4, 4 and 2."""
@@ -105,23 +107,6 @@ def test_completed_with_nothing_but_failures(stage: Scene, server: OpenAIServer,
 
     stage.check_done(job, texts)
     assert stage.batches()[0]["output_file_id"] is None
-    assert stage.charged_attempts() == 2
-
-
-@pytest.mark.parametrize("empty_ids", [False, True])
-def test_completed_with_no_file_at_all(stage: Scene, server: OpenAIServer, empty_ids: bool) -> None:
-    """Executed and charged, and no answer to anything: that is lost, once."""
-    server.misbehave("missing_line", lines=N)
-    if empty_ids:
-        server.misbehave("empty_file_ids", times=None)
-    texts = stage.texts(N)
-
-    [job] = stage.finish(stage.enqueue(texts))
-
-    first = stage.charges()[0]
-    stage.check_done(job, texts, unanswered_contents=first["inputs"], unanswered_tokens=first["tokens"])
-    assert stage.bill(texts) == dict.fromkeys(texts, 2)
-    assert stage.oddities() == {"unanswered": N}
     assert stage.charged_attempts() == 2
 
 
@@ -226,21 +211,77 @@ def test_validations_that_failed_one_after_the_other(stage: Scene, server: OpenA
     assert stage.corridor.client.lanes()[0].max_inputs is None
 
 
-def test_validations_that_would_fail_for_all(stage: Scene, server: OpenAIServer) -> None:
+def test_a_validation_that_would_fail_for_all_stops_the_lane_and_kills_no_text(
+    stage: Scene, server: OpenAIServer
+) -> None:
     texts = stage.texts(N)
     job = stage.enqueue(texts)
+    client = stage.corridor.client
     codes = ["url_mismatch", "model_mismatch", "model_not_found"]
     for tried, code in enumerate(codes, 1):
         server.misbehave("fail_validation", code=code, message="The model is not here.")
-        [job] = stage.finish(job)
-        assert job.state == "failed"
-        assert job.error is not None and code in job.error and "The model is not here." in job.error
+        stage.run_until(lambda: client.lanes()[0].is_stopped)
+        for _ in range(3):
+            stage.hurry()
+            stage.corridor.turn()
         assert len(stage.batches()) == tried
-        assert stage.corridor.batches()[-1]["error_code"] == code
-        job = stage.corridor.client.retry(job.id)
+        lane = client.lanes()[0]
+        assert lane.stop_code == code
+        assert lane.stop_reason is not None
+        assert "The model is not here." in lane.stop_reason and "chunkmill lanes resume" in lane.stop_reason
+        client.resume_lane("openai")
 
     [job] = stage.finish(job)
     stage.check_done(job, texts)
+    assert stage.asked("files.create") == len(codes) + 1, "a setting may have changed, so the file is made again"
+    assert stage.charged_attempts() == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "model_not_found", "The model does not exist."),
+        (400, None, "This model does not support specifying dimensions."),
+        (403, "billing_not_active", "Pay."),
+    ],
+)
+def test_lines_that_are_refused_for_everybody_stop_the_lane_and_kill_no_text(
+    stage: Scene, server: OpenAIServer, status: int, code: str | None, message: str
+) -> None:
+    server.misbehave("line_failures", lines=N, status=status, code=code, message=message)
+    texts = stage.texts(N)
+    job = stage.enqueue(texts)
+    client = stage.corridor.client
+    stage.run_until(lambda: client.lanes()[0].is_stopped)
+
+    assert message in str(client.lanes()[0].stop_reason)
+    assert client.job(job.id).dead == 0
+    client.resume_lane("openai")
+    [job] = stage.finish(job)
+    stage.check_done(job, texts)
+    assert stage.charged_attempts() == 1
+
+
+def test_lines_that_all_meet_a_limit_pause_the_lane(
+    settings: Settings, server: OpenAIServer, request: pytest.FixtureRequest
+) -> None:
+    with scene(settings, server, request, openai_poll_seconds=PATIENCE) as stage:
+        server.misbehave("line_failures", times=None, lines=N, status=429, code="rate_limit_exceeded", message="Slow.")
+        texts = stage.texts(N)
+        job = stage.enqueue(texts)
+        client = stage.corridor.client
+        stage.run_until(lambda: client.lanes()[0].paused_until is not None)
+        for _ in range(3):
+            stage.hurry()
+            stage.corridor.turn()
+
+        assert len(stage.batches()) == 1
+        assert "Slow." in str(client.lanes()[0].pause_reason)
+        server.calm()
+        client.resume_lane("openai")
+        [job] = stage.finish(job)
+        stage.check_done(job, texts)
+        assert stage.charged_attempts() == 1
 
 
 def test_too_many_inputs_are_split_and_the_lane_learns(stage: Scene, server: OpenAIServer) -> None:
@@ -361,14 +402,14 @@ def test_an_input_file_that_vanished_before_the_create(stage: Scene, server: Ope
 
 def test_an_upload_that_is_refused_for_good_is_given_up(stage: Scene, server: OpenAIServer) -> None:
     server.misbehave(
-        "http_error", times=None, status=413, message="File is too large.", where={"endpoint": "files.create"}
+        "http_error", times=None, status=400, message="No file of this kind.", where={"endpoint": "files.create"}
     )
     texts = stage.texts(N)
 
     [job] = stage.finish(stage.enqueue(texts))
 
     assert job.state == "failed"
-    assert job.error is not None and "File is too large." in job.error
+    assert job.error is not None and "No file of this kind." in job.error
     assert stage.asked("files.create") == stage.corridor.settings.max_attempts
     stage.check_books()
 
@@ -509,9 +550,9 @@ def test_a_line_without_an_answer_is_paid_and_lost(
 
 def test_vectors_that_are_none_are_paid_again(stage: Scene, server: OpenAIServer) -> None:
     """They were answered, so they are booked as well as charged; and an attempt is charged for each."""
-    kinds = ["wrong_dimensions", "not_finite", "zero_vector", "missing_index"]
-    for passed, kind in enumerate(kinds):
-        server.misbehave(kind, after=passed, lines=1)
+    kinds = {"wrong_dimensions": {}, "not_finite": {}, "zero_vector": {}, "odd_index": {"how": "zero"}}
+    for passed, (kind, options) in enumerate(kinds.items()):
+        server.misbehave(kind, after=passed, lines=1, **options)
     texts = stage.texts(4)
 
     [job] = stage.finish(stage.enqueue(texts))

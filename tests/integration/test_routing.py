@@ -299,6 +299,96 @@ def test_what_a_producer_adds_after_the_move_follows(make: Make, db: sa.Engine, 
     assert len(client.explain(job.id).routing) == 2
 
 
+def resume(db: sa.Engine, route: Route) -> None:
+    with db.begin() as conn:
+        assert provider_lanes.resume(conn, route)
+
+
+def test_auto_returns_to_the_cheaper_lane_when_it_takes_work_again(
+    make: Make, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job is moved away and one is enqueued meanwhile. Both return, slice by slice; what has begun stays."""
+    monkeypatch.setattr(routing, "SLICE", 3)
+    client = make(chunk_batch_size=2)
+    job = client.enqueue(texts(20), collection="docs", model=SMALL)
+    stop(db, Route.OPENAI)
+    while reroute(db, settings):
+        pass
+    late = client.enqueue(texts(8, "late"), collection="docs", model=SMALL)
+    named = client.enqueue(texts(2, "named"), collection="docs", model=SMALL, route="openai-sync")
+    with db.begin() as conn:
+        conn.execute(
+            sa.text(
+                "UPDATE chunk_batches SET state = 'running', attempt = 1 WHERE id = "
+                "(SELECT min(id) FROM chunk_batches WHERE job_id = :id)"
+            ),
+            {"id": job.id},
+        )
+    assert reroute(db, settings) == 0
+    resume(db, Route.OPENAI)
+
+    assert reroute(db, settings) == 3 + 3
+    while reroute(db, settings):
+        pass
+
+    assert routes(db, job.id) == {("openai-sync", "running"): 1, ("openai", "available"): 9}
+    assert routes(db, late.id) == {("openai", "available"): 4}
+    assert routes(db, named.id) == {("openai-sync", "available"): 1}
+    assert [step.route.value for step in client.explain(job.id).routing] == ["openai", "openai-sync", "openai"]
+    told = client.explain(late.id).routing
+    assert [step.route.value for step in told] == ["openai-sync", "openai"]
+    assert told[1].because.startswith("moved from openai-sync because openai takes work again; the cheapest (openai at")
+    with db.begin() as conn:  # so that no later round looks at them
+        kept = conn.execute(sa.text("SELECT routing -> -1 FROM jobs WHERE route = 'auto'")).scalars()
+        assert all(entry.keys() == {"at", "route", "because"} for entry in kept)
+
+
+def test_what_a_producer_adds_after_the_return_follows(make: Make, db: sa.Engine, settings: Settings) -> None:
+    client = make(enqueue_window=2, chunk_batch_size=1)
+    stop(db, Route.OPENAI)
+
+    def stream() -> Iterator[object]:
+        yield from texts(2)
+        resume(db, Route.OPENAI)
+        assert (reroute(db, settings), reroute(db, settings)) == (2, 0)
+        yield from texts(2, "later")
+
+    job = client.enqueue(stream(), collection="docs", model=SMALL, on_invalid="skip")
+    assert routes(db, job.id) == {("openai", "available"): 2, ("openai-sync", "available"): 2}
+    assert (reroute(db, settings), reroute(db, settings)) == (2, 0)
+    assert routes(db, job.id) == {("openai", "available"): 4}
+    assert len(client.explain(job.id).routing) == 2
+
+
+def test_nothing_returns_to_a_lane_that_would_be_too_late_or_is_stopped_again(
+    make: Make, db: sa.Engine, settings: Settings
+) -> None:
+    client = make()
+    stop(db, Route.OPENAI)
+    jobs = [client.enqueue(texts(3, name), collection="docs", model=SMALL, deadline=LONG) for name in ("a", "b")]
+    set_deadline(db, jobs[0].id, 23)
+    resume(db, Route.OPENAI)
+    assert reroute(db, settings) == 1
+    stop(db, Route.OPENAI)
+    stop(db, Route.OPENAI_SYNC)
+    assert reroute(db, settings) == 0
+    assert routes(db, jobs[0].id) == {("openai-sync", "available"): 1}
+    assert routes(db, jobs[1].id) == {("openai", "available"): 1}
+
+
+def test_the_reason_of_a_move_names_every_route_that_serves_the_space(
+    make: Make, db: sa.Engine, settings: Settings
+) -> None:
+    client = make()
+    job = client.enqueue(texts(3), collection="docs", model=SMALL)
+    stop(db, Route.OPENAI)
+    assert reroute(db, settings) == 1
+    because = client.explain(job.id).routing[-1].because
+    assert "the only route that serves the space" not in because
+    assert "the only one left (openai-sync at 0.020" in because
+    assert "openai is out: stopped (insufficient_quota) until `chunkmill lanes resume openai`" in because
+
+
 # What is said
 
 

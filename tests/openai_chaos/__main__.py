@@ -8,7 +8,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkmill.db.connect import migrate
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.settings import Settings
 from tests.openai_chaos.points import POLLER_POINTS, WORKER_POINTS
 from tests.openai_chaos.run import Report, run
@@ -34,12 +33,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--kills", type=int, default=12, help="deaths of workers that each seed plans")
     parser.add_argument("--contents", type=int, default=900)
+    parser.add_argument("--odd", action="store_true", help="the provider misbehaves too, as each seed chooses")
     parser.add_argument("--together", type=int, default=2, help="seeds at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     options = parser.parse_args()
     for name in {field.upper() for field in Settings.model_fields} & os.environ.keys():
         del os.environ[name]
-    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    home = temporary_folder("cm-")
     stack = Stack(home, fsync=False)
     console = Console(stderr=True)
     reports: list[Report] = []
@@ -58,10 +58,12 @@ def main() -> int:
                 seed,
                 kills=options.kills,
                 contents=options.contents,
+                odd=options.odd,
             )
             console.print(
                 f"seed {seed}: {report.kills.total()} kills, {report.provider_batches} ProviderBatches, "
-                f"{report.seconds:.0f} s, {'; '.join(report.problems) or 'complete, and paid once'}"
+                f"{report.seconds:.0f} s, {report.peak_mb} MB{''.join(f', {name}' for name in report.odd)}; booked "
+                f"{report.booked or 'all by answers'}: {'; '.join(report.problems) or 'complete, and no charge unseen'}"
             )
             return report
 
@@ -91,6 +93,8 @@ def _end(reports: list[Report], json_file: Path | None) -> int:
         "contents": sum(report.contents for report in reports),
         "provider_batches": sum(report.provider_batches for report in reports),
         "seconds_per_seed": statistics.median(report.seconds for report in reports),
+        "peak_mb": max(report.peak_mb for report in reports),
+        "odd": dict(Counter(name for report in reports for name in report.odd).most_common()),
         "points": dict(sorted(kills.items())),
         "points_nobody_came_to": never,
         "problems": problems,

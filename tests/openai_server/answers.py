@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.openai_server.odd import NUMBERS, drawn
 from tests.openai_server.requests import EmbeddingRequest
 from tests.openai_server.vectors import Vector, encoded, vector_for
 
@@ -31,6 +32,8 @@ def embedding_body(request: EmbeddingRequest, tokens: int, faults: Faults) -> di
     if "missing_index" in faults:
         for item in data:
             del item["index"]
+    if "odd_index" in faults:
+        _number_oddly(data, faults["odd_index"]["how"])
     if "missing_item" in faults:
         data.pop()
     if "shuffled_data" in faults:
@@ -43,7 +46,23 @@ def embedding_body(request: EmbeddingRequest, tokens: int, faults: Faults) -> di
     }
     if "missing_usage" in faults:
         del body["usage"]
+    if (wish := faults.get("odd_usage")) is not None:
+        factor, first = wish["factor"], request.texts[0]
+        said = int(tokens * factor) if factor is not None else drawn(wish["value"], NUMBERS, "usage", first)
+        body["usage"] = {"prompt_tokens": said, "total_tokens": said}
+    if "other_model" in faults:
+        body["model"] = faults["other_model"]["name"]
     return json.dumps(body) if "string_body" in faults else body
+
+
+def _number_oddly(data: list[dict[str, Any]], how: str) -> None:
+    if how == "first":
+        del data[0]["index"]
+    elif how == "one":
+        data[1]["index"] = 0
+    else:
+        for item in data:
+            item["index"] = 0
 
 
 def _vector(request: EmbeddingRequest, text: str, faults: Faults) -> Vector:

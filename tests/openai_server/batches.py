@@ -11,6 +11,7 @@ from typing import Any
 from tests.openai_server.errors import ApiError, bad, cannot_find_file, rate_limited
 from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.lifecycle import STAMPS, TERMINAL, Life, counts, move, usage
+from tests.openai_server.odd import IDS, NUMBERS, WORDS, drawn, put
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Batch, Store, StoredFile, enqueued_message
 from tests.openai_server.validation import read_plan
 from tests.support.waiting import PATIENCE
@@ -96,8 +97,8 @@ def check_rate(store: Store) -> None:
 
 
 def make(store: Store, body: dict[str, Any], file: StoredFile, expires: int) -> dict[str, Any]:
-    batch_id, created = store.new_id("batch_"), time.time()
-    link = store.folder / f"{batch_id}.input"
+    batch_id, created = store.new_batch_id(), time.time()
+    link = store.folder / f"{store.new_id('link_')}.input"  # an id may be given again
     try:
         os.link(file.path, link)
     except FileNotFoundError:  # deleted this moment
@@ -195,6 +196,16 @@ def shown(store: Store, batch: Batch, endpoint: str) -> dict[str, Any]:
         seen["usage"] = None
     if strike("empty_file_ids", facts) is not None:
         seen |= {name: seen[name] or "" for name in ("output_file_id", "error_file_id")}
+    if seen["status"] in TERMINAL and strike("late_file_ids", facts) is not None:
+        seen |= {"output_file_id": None, "error_file_id": None}
+    if strike("no_expiry", facts) is not None:
+        seen["expires_at"] = None
+    for kind, values in (("odd_id", IDS), ("odd_count", NUMBERS)):
+        if (wish := strike(kind, facts)) is not None:
+            seen = put(seen, wish["field"], drawn(wish["value"], values, kind, store.config.seed))
+    if (wish := strike("odd_words", facts)) is not None:
+        words = drawn(wish["value"], WORDS, store.config.seed)
+        seen["errors"] = {"object": "list", "data": [{"code": words, "message": words, "line": None, "param": None}]}
     if strike("iso_dates", facts) is not None:
         times = {name: value for name, value in seen.items() if name.endswith("_at") and value is not None}
         seen |= {name: datetime.fromtimestamp(value, UTC).isoformat() for name, value in times.items()}

@@ -24,6 +24,20 @@ class Config:
     """False: every ``/batches`` address is a 404, as on servers without the Batch API."""
     fast_tokens: bool = False
     """Count ``len(utf8) // 4 + 1`` tokens in place of cl100k's."""
+    base64: bool = True
+    """False: a request for base64 is refused, as by some compatible servers."""
+    counts_characters: bool = False
+    """The ``usage`` of an answer counts characters, as Infinity's does. The bill counts tokens all the same."""
+    max_request_bytes: int | None = None
+    """Of a plain request's body. A larger one is refused with a 413, as by a proxy in front of the server."""
+    other_keys: list[str] = field(default_factory=list)
+    """Keys of other projects: what one project made is not found with the key of another."""
+    counts_batches: bool = False
+    """Batches are called batch_1, batch_2 and so on since the server last forgot everything."""
+    file_expiry: bool = True
+    """False: ``expires_after`` of a file is an unknown parameter."""
+    too_large_status: int = 400
+    """How a file of more than ``max_file_bytes`` is refused: 400, or a gateway's 413 with a page of HTML."""
     request_errors: str = "line"
     """Where a well-formed line's bad request shows: "line", a 400 in the error file; "batch", validation fails."""
 
@@ -63,6 +77,10 @@ class Config:
     """How much of a batch is executed when it expires or is cancelled in progress."""
 
     # Weaknesses that last.
+    slow_above_inputs: int | None = None
+    """A plain request with more inputs is carried out and charged, and a gateway answers 504 in place of it."""
+    breaks_at: str | None = None
+    """A plain request with a text that holds this is answered 500, and costs nothing."""
     list_lag_seconds: float = 0.0
     """A new batch shows up in the list of batches that late."""
     clock_behind_seconds: float = 0.0

@@ -30,6 +30,9 @@ def answer(store: Store, method: str, name: str, body: dict[str, Any]) -> dict[s
         case "POST", "calm":
             store.misbehaviours.calm()
             return {}
+        case "POST", "forget":
+            store.forget()
+            return {}
         case "POST", "vanish":
             if body["file_id"] not in store.files:
                 raise LookupError(f"no file {body['file_id']}")

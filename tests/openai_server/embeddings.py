@@ -6,10 +6,10 @@ import time
 from collections import deque
 
 from tests.openai_server.answers import embedding_body
-from tests.openai_server.errors import rate_limited
+from tests.openai_server.errors import ApiError, rate_limited
 from tests.openai_server.exchange import Answer, Request
 from tests.openai_server.kinds import BODIES
-from tests.openai_server.requests import count_tokens, read_request
+from tests.openai_server.requests import count_tokens, read_request, reported_tokens
 from tests.openai_server.store import Store
 from tests.openai_server.tokens import counter
 from tests.openai_server.vectors import text_hash
@@ -18,15 +18,24 @@ SYNC_BODIES = {kind: options for kind, options in BODIES.items() if kind != "str
 
 
 def create(store: Store, request: Request) -> Answer:
+    limit = store.config.max_request_bytes
+    if limit is not None and int(request.headers["content-length"]) > limit:
+        raise ApiError(413, "Request Entity Too Large")
     wanted = read_request(request.json(), store.config)
+    breaks_at = store.config.breaks_at
+    if breaks_at is not None and any(breaks_at in text for text in wanted.texts):
+        raise ApiError(500, "The server had an error.", type="server_error")
     tokens = count_tokens(wanted, store.config, counter(store.config.fast_tokens))
     headers = admit(store, wanted.model, tokens)
     facts = {"endpoint": request.endpoint, "id": request.number}
     faults = store.misbehaviours.for_lines(SYNC_BODIES, facts).on(0, wanted.texts)
-    body = embedding_body(wanted, tokens, faults)
+    body = embedding_body(wanted, reported_tokens(wanted, store.config, tokens), faults)
     assert isinstance(body, dict)
     hashes = [text_hash(text) for text in wanted.texts]
     store.bill.charge(request.number, "sync", wanted.model, 1, tokens, hashes)
+    slow_above = store.config.slow_above_inputs
+    if slow_above is not None and len(wanted.texts) > slow_above:
+        return Answer(None, 504)
     return Answer(body, headers=headers)
 
 

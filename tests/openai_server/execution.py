@@ -14,7 +14,7 @@ from tests.openai_server.answers import Faults, embedding_body
 from tests.openai_server.config import Config
 from tests.openai_server.errors import ApiError
 from tests.openai_server.misbehaviours import LineStrikes
-from tests.openai_server.requests import read_request
+from tests.openai_server.requests import read_request, reported_tokens
 from tests.openai_server.validation import Plan
 from tests.openai_server.vectors import text_hash
 
@@ -94,7 +94,7 @@ class Execution:
         outcome.completed += 1
         outcome.tokens += tokens
         outcome.texts += [text_hash(text) for text in request.texts]
-        body = embedding_body(request, tokens, faults)
+        body = embedding_body(request, reported_tokens(request, self.config, tokens), faults)
         self.write_result(results, self.result(custom_id, response(200, body)), faults)
 
     def write_result(self, results: IO[bytes], result: dict[str, Any], faults: Faults) -> None:
@@ -104,6 +104,10 @@ class Execution:
             whole = json.dumps(result)
             results.write(whole[: len(whole) // 2].encode() + b"\n")
             if not faults["garbage_line"]["extra"]:
+                return
+        if (wish := faults.get("long_line")) is not None:
+            results.write(b"x" * wish["bytes"] + b"\n")
+            if not wish["extra"]:
                 return
         if "missing_line" in faults:
             return

@@ -7,6 +7,7 @@ import time
 from tests.openai_server.errors import ApiError, bad, no_such_file
 from tests.openai_server.exchange import Answer, Request, expiry, page
 from tests.openai_server.multipart import read_form
+from tests.openai_server.odd import IDS, drawn
 from tests.openai_server.store import EXPIRES_AFTER_SECONDS, Store
 
 FORM_FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
@@ -18,6 +19,8 @@ def create(store: Store, request: Request) -> Answer:
         form = read_form(request.body, request.headers.get("content-type", ""), path)
         if unknown := sorted(set(form.fields) - FORM_FIELDS):
             raise bad(f"Unknown parameter: '{unknown[0]}'.", param=unknown[0], code="unknown_parameter")
+        if not store.config.file_expiry and any(name.startswith("expires_after") for name in form.fields):
+            raise bad("Unknown parameter: 'expires_after'.", param="expires_after", code="unknown_parameter")
         if form.filename is None:
             raise bad("Missing required parameter: 'file'.", param="file", code="missing_required_parameter")
         if form.fields.get("purpose") != "batch":
@@ -25,13 +28,19 @@ def create(store: Store, request: Request) -> Answer:
         if not form.filename.endswith(".jsonl"):
             raise bad("Invalid file format for Batch API. Must be .jsonl", param="file")
         if path.stat().st_size > store.config.max_file_bytes:
+            if store.config.too_large_status == 413:
+                return Answer(None, 413)  # a gateway's page
             raise bad("File is too large.")
         seconds = EXPIRES_AFTER_SECONDS
         if "expires_after[anchor]" in form.fields or "expires_after[seconds]" in form.fields:
             text = form.fields.get("expires_after[seconds]", "")
             wanted = int(text) if text.isdecimal() else None
             seconds = expiry(form.fields.get("expires_after[anchor]"), wanted, "expires_after")
-        return Answer(store.add_file(path, form.filename, "batch", seconds).as_json())
+        made = store.add_file(path, form.filename, "batch", seconds).as_json()
+        facts = {"endpoint": request.endpoint, "id": made["id"], "filename": form.filename, "purpose": "batch"}
+        if (wish := store.misbehaviours.strike("odd_file_id", facts)) is not None:
+            made["id"] = drawn(wish["value"], IDS, "file", store.config.seed)
+        return Answer(made)
     finally:
         path.unlink(missing_ok=True)
 

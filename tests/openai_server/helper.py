@@ -123,6 +123,10 @@ class OpenAIServer:
         """The file is gone, and no client asked for it."""
         self._call("POST", "vanish", {"file_id": file_id})
 
+    def forget(self) -> None:
+        """The server starts anew, as one that keeps nothing over a restart."""
+        self._call("POST", "forget", {})
+
     def cancel(self, batch_id: str) -> None:
         """Somebody else cancels the batch."""
         self._call("POST", "cancel", {"batch_id": batch_id})

@@ -22,6 +22,14 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "cut": {"applied": False},  # the connection is cut in place of an answer
     "slow": {"seconds": 1.0},
 }
+# Answers that break the protocol or our patience, also of any endpoint.
+ODD: dict[str, dict[str, Any]] = {
+    "redirect": {"status": 307, "location": "https://elsewhere.example/v1/x", "applied": False},
+    "encoded": {"encoding": "gzip", "bytes": 0, "status": 200, "applied": True},  # bytes: blanks in place of the answer
+    "drip": {"headers": False, "seconds": 0.01, "applied": True},  # a byte at a time
+    "endless": {"bytes": 1 << 26, "status": 200, "applied": True},  # a body of one line
+    "deep": {"levels": 100_000, "applied": True},  # nested JSON
+}
 # One endpoint each, known without a ``where``.
 ENDPOINTS: dict[str, dict[str, Any]] = {
     "enqueued_on_create": {"status": 429},  # token_limit_exceeded as an answer to create
@@ -29,6 +37,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "created_twice": {},  # one create makes two batches, the older is answered
     "metadata_dropped": {},
     "delete_fails": {"status": 500},
+    "odd_file_id": {"value": None},  # of an uploaded file
     "output_vanished": {},  # 404 for a result file's content, and the file is gone
     "truncated": {"fraction": 0.5},  # content ends early in mid-line, and Content-Length agrees
     "cut_body": {"fraction": 0.5},  # content's connection is cut in mid-body
@@ -40,11 +49,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "null_counts": {},
     "null_usage": {},
     "empty_file_ids": {},  # "" where a file id would be null
+    "late_file_ids": {},  # null for both file ids of a batch that has ended
+    "no_expiry": {},  # null for expires_at, as on Azure
+    "odd_id": {"field": "output_file_id", "value": None},  # None: one that the server's seed chooses
+    "odd_count": {"field": "request_counts.total", "value": None},
+    "odd_words": {"value": None},  # in errors, for whatever status
 }
 # How a batch goes; each batch is a chance. Its endpoint is "batches.create".
 ENDINGS: dict[str, dict[str, Any]] = {
     "fail_validation": {"code": "invalid_request", "message": None, "line": None, "param": None},
     "cannot_find_file": {},
+    "failed_after_running": {"usage": True},  # executed and charged, then failed, without files; counts say so
+    "stuck": {"status": "in_progress"},  # executed and charged, and then nothing; after a cancel cancelling, for ever
     "expire": {"fraction": None, "error_lines": True},
     "cancelled_by_other": {"fraction": None},
     "all_failed": {"status": 500, "code": None, "message": "The server had an error."},  # completed, no output file
@@ -60,6 +76,7 @@ LINES: dict[str, dict[str, Any]] = {
     "missing_line": _CHOICE,
     "unknown_line": _CHOICE,  # one more, with a custom_id nobody sent
     "null_custom_id": _CHOICE,
+    "long_line": {**_CHOICE, "bytes": 1 << 22, "extra": False},  # in place of the result, or beside it
 }
 # The body of a result line or of a sync answer; each batch with such a line and each sync request is a chance.
 BODIES: dict[str, dict[str, Any]] = {
@@ -72,5 +89,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "other_encoding": _CHOICE,  # base64 where numbers were asked for, and the other way round
     "string_body": _CHOICE,  # batches only: response.body is JSON in a string
     "missing_usage": _CHOICE,
+    "odd_usage": {**_CHOICE, "value": None, "factor": None},  # that value, or so many times what is right
+    "odd_index": {**_CHOICE, "how": "first"},  # "first" has none, "zero": all are 0, "one": item 1 says 0, as 0 does
+    "other_model": {**_CHOICE, "name": "text-embedding-ada-002"},
 }
-KINDS = {**ANSWERS, **ENDPOINTS, **SHAPES, **ENDINGS, **LINES, **BODIES}
+KINDS = {**ANSWERS, **ODD, **ENDPOINTS, **SHAPES, **ENDINGS, **LINES, **BODIES}

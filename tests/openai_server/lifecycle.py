@@ -90,6 +90,13 @@ class Life:
         other = store.misbehaviours.strike("cancelled_by_other", batch.facts)
         if other is not None:
             move(store, batch, ("in_progress",), "cancelling")
+        if (wish := store.misbehaviours.strike("stuck", batch.facts)) is not None:
+            self.execute(plan, 1.0)
+            if wish["status"] == "finalizing":
+                move(store, batch, ("in_progress",), "finalizing")
+            with store.changed:
+                store.changed.wait_for(lambda: batch.id not in store.batches)
+            return
         self.wait("in_progress")
         overdue = time.time() >= batch.created + store.config.window_seconds
         if batch.status == "cancelling":
@@ -105,6 +112,13 @@ class Life:
             return
         else:
             outcome = self.execute(plan, 1.0)
+        if (wish := store.misbehaviours.strike("failed_after_running", batch.facts)) is not None:
+            ran = {"request_counts": counts(plan.lines, outcome.completed, outcome.failed)}
+            said = {"code": "server_error", "message": "Something failed.", "line": None, "param": None}
+            errors = {"object": "list", "data": [said]}
+            more = {"usage": usage(outcome.tokens)} if wish["usage"] else {}
+            move(store, batch, ("in_progress",), "failed", {**ran, **more, "errors": errors})
+            return
         move(store, batch, ("in_progress",), "finalizing")
         self.wait("finalizing")
         published = self.publish(plan, outcome)
@@ -165,7 +179,7 @@ class Life:
                 store.changed.wait(left)
 
     def spool(self, name: str) -> Path:
-        return self.store.folder / f"{self.batch.id}.{name}"
+        return self.batch.input.with_suffix(f".{name}")
 
 
 def counts(total: int = 0, completed: int = 0, failed: int = 0) -> dict[str, int]:

@@ -36,6 +36,8 @@ def read_request(body: Any, config: Config) -> EmbeddingRequest:
     encoding_format = body.get("encoding_format", "float")
     if encoding_format not in ("float", "base64"):
         raise bad(f"Invalid value: '{encoding_format}'. Supported values are: 'float' and 'base64'.", "encoding_format")
+    if encoding_format == "base64" and not config.base64:
+        raise bad("base64 encoding is not currently supported", "encoding_format")
     if not isinstance(body.get("user", ""), str):
         raise bad("Invalid type for 'user': expected a string.", param="user", code="invalid_type")
     return EmbeddingRequest(model, _texts(body["input"], config), _dimensions(body, model, config), encoding_format)
@@ -102,3 +104,8 @@ def count_tokens(request: EmbeddingRequest, config: Config, count: TokenCounter)
             code="max_tokens_per_request",
         )
     return total
+
+
+def reported_tokens(request: EmbeddingRequest, config: Config, tokens: int) -> int:
+    """What the answer says of tokens."""
+    return sum(map(len, request.texts)) if config.counts_characters else tokens

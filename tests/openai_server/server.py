@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.openai_server import control, routes
-from tests.openai_server.errors import ApiError, no_such_file, rate_limited
+from tests.openai_server import control, odd, routes
+from tests.openai_server.errors import ApiError, bad, cannot_find_file, no_such_file, rate_limited
 from tests.openai_server.exchange import Answer, Request
+from tests.openai_server.kinds import ODD
 from tests.openai_server.misbehaviours import Facts
 from tests.openai_server.store import Store
 
@@ -38,6 +39,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or the client's delayed acknowledgement makes every answer 40 ms late
     server: Server
+    key_given: str
 
     def log_message(self, *_: Any) -> None:
         """The books say more than a log would."""
@@ -82,7 +84,13 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(facts)
             kind, wish = self.spoiling(facts)
             if kind is None or wish["applied"]:
+                self.check_owner(request)
                 answer = route.answer(store, request)
+                self.own(request, answer)
+            if kind in ODD:
+                store.count(request.endpoint, kind)
+                odd.send(self, kind, wish, answer if wish["applied"] else None)
+                return
             if kind is not None:
                 answer = self.spoilt(kind, wish)
         except ApiError as error:
@@ -108,10 +116,35 @@ class Handler(BaseHTTPRequestHandler):
         given = request.headers.get("api-key", given)
         if not given:
             raise ApiError(401, "You didn't provide an API key.")
-        if given != self.server.store.key:
+        self.key_given = given
+        if given != self.server.store.key and given not in self.server.store.config.other_keys:
             raise ApiError(401, f"Incorrect API key provided: {given[:7]}***.", code="invalid_api_key")
         if self.server.store.misbehaviours.strike("unauthorized", {"endpoint": request.endpoint}) is not None:
             raise ApiError(401, f"Incorrect API key provided: {given}.", code="invalid_api_key")
+
+    def check_owner(self, request: Request) -> None:
+        """ApiError if the file or batch belongs to another project, whose existence is not admitted."""
+        store = self.server.store
+        if request.id and store.owner(request.id) not in (None, self.key_given):
+            if request.endpoint.startswith("batches."):
+                raise ApiError(404, f"No batch found with id '{request.id}'.", param="batch_id")
+            raise no_such_file(request.id)
+        if request.endpoint == "batches.create":
+            file_id = request.json().get("input_file_id")
+            if store.owner(str(file_id)) not in (None, self.key_given):
+                raise bad(cannot_find_file(str(file_id)), param="file_id")
+
+    def own(self, request: Request, answer: Answer) -> None:
+        """Note whose the new object is, and list only what is the asking project's."""
+        store = self.server.store
+        if answer.body is None:
+            return
+        if request.endpoint in ("files.create", "batches.create"):
+            with store.changed:
+                store.owners[answer.body["id"]] = self.key_given
+        elif request.endpoint in ("files.list", "batches.list"):
+            ours = [item for item in answer.body["data"] if store.owner(item["id"]) in (None, self.key_given)]
+            answer.body["data"] = ours
 
     def refuse(self, facts: Facts) -> None:
         """ApiError where the organisation's limits are said to be reached; or a wait before all goes on."""
@@ -129,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def spoiling(self, facts: Facts) -> tuple[str | None, dict[str, Any]]:
         """What happens to the answer, if anything."""
-        for kind in ("http_error", "hang", "cut"):
+        for kind in ("http_error", "hang", "cut", *ODD):
             wish = self.server.store.misbehaviours.strike(kind, facts)
             if wish is not None:
                 return kind, wish

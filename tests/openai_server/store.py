@@ -103,12 +103,43 @@ class Store:
         self.sync_lately: dict[str, deque[tuple[float, int]]] = {}
         self.misbehaviours = Misbehaviours()
         self.bill = Bill()
+        self.owners: dict[str, str] = {}
+        """Files and batches to the key that made them."""
         self._numbers = 0
+        self._batches_counted = 0
 
     def new_id(self, prefix: str) -> str:
         with self.changed:
             self._numbers += 1
             return f"{prefix}{self._numbers:024x}"
+
+    def new_batch_id(self) -> str:
+        if not self.config.counts_batches:
+            return self.new_id("batch_")
+        with self.changed:
+            self._batches_counted += 1
+            return f"batch_{self._batches_counted}"
+
+    def forget(self) -> None:
+        """Start anew, as a server that keeps nothing over a restart. The bill stays."""
+        with self.changed:
+            for batch in self.batches.values():
+                batch.reserved = False
+            self.enqueued_tokens.clear()
+            self.enqueued_requests.clear()
+            self.files.clear()
+            self.batches.clear()
+            self.owners.clear()
+            self._batches_counted = 0
+            self.changed.notify_all()
+
+    def owner(self, object_id: str) -> str | None:
+        """The key with which a file or batch was made; that of a result file is its batch's. None: nobody's."""
+        with self.changed:
+            file = self.files.get(object_id)
+            if file is not None and file.purpose == "batch_output":
+                object_id = file.filename.rpartition("_")[0]
+            return self.owners.get(object_id)
 
     # Files
 

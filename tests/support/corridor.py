@@ -16,10 +16,12 @@ from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
+from chunkmill.domain.states import Route
 from chunkmill.openai.http import Provider
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.health import Form, Health
 from chunkmill_workers.provider.plain import request_chunk_batch
 from chunkmill_workers.provider.steps import advance_provider_batch
 from tests.openai_server import OpenAIServer, vector_for
@@ -46,9 +48,22 @@ def settings_for(settings: Settings, server: OpenAIServer, **changes: Any) -> Se
     )
 
 
+class Trusting(Health):
+    """Sends no probes and pauses no lane, so that a test counts its own requests and waits for no pause."""
+
+    def proves(self, form: Form, *, since: float = 0.0) -> bool:
+        return True
+
+    def pause(self, route: Route) -> int | None:
+        return None
+
+
 class Corridor:
-    def __init__(self, settings: Settings, server: OpenAIServer) -> None:
+    """``trusting=False`` is for tests of probes, and of lanes that fail."""
+
+    def __init__(self, settings: Settings, server: OpenAIServer, *, trusting: bool = True) -> None:
         self.settings = settings
+        self.trusting = trusting
         self.server = server
         url = settings.require_database_url()
         self.db = create_db(url, role="test")
@@ -62,6 +77,8 @@ class Corridor:
         context = ProviderContext(
             self.settings, create_db(self.settings.require_database_url(), role="w"), Provider(self.settings)
         )
+        if self.trusting:
+            context.health = Trusting()
         context.leases.start()
         context.steps.start()
         return context
@@ -134,8 +151,8 @@ class Corridor:
 
 
 @contextmanager
-def corridor(settings: Settings, server: OpenAIServer, **changes: Any) -> Iterator[Corridor]:
-    made = Corridor(settings_for(settings, server, **changes), server)
+def corridor(settings: Settings, server: OpenAIServer, *, trusting: bool = True, **changes: Any) -> Iterator[Corridor]:
+    made = Corridor(settings_for(settings, server, **changes), server, trusting=trusting)
     try:
         yield made
     finally:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from tests.support.waiting import until
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - each folder in it gets a name of its own
@@ -31,7 +30,7 @@ def folder_for_homes(prefix: str = "chunkmill-test-") -> Iterator[Path]:
     `tmp_path` does not work here: every pytest that starts takes the execute bits off root's shared temporary folder,
     and a Postgres that another pytest is starting could not reach its files.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place_for_homes())).resolve()
+    folder = temporary_folder(prefix, place_for_homes())
     try:
         yield folder
     finally:

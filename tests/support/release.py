@@ -179,7 +179,9 @@ def main(target: Path) -> None:
     from chunkmill_workers.local.pipeline import run_chunk_batch
     from chunkmill_workers.process.lease import LeaseKeeper
 
-    stack = Stack(Path(tempfile.mkdtemp(prefix="cm-")), fsync=False)
+    home = Path(tempfile.mkdtemp(prefix="cm-"))
+    home.chmod(0o711)  # root's servers run as another user
+    stack = Stack(home, fsync=False)
     status = stack.up()
     try:
         migrate(status.database_url)

@@ -8,18 +8,20 @@ import click
 from celery import signals
 from click.core import ParameterSource
 
-from chunkmill.broker import QUEUE, make_celery, outlive_refusals
+from chunkmill.broker import QUEUE, make_celery
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import configure
+from chunkmill.transport import use_our_transport
 from chunkmill_workers import tasks
 from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name, require_usable
 
-outlive_refusals()
+use_our_transport()
 with fatal_errors():
     # Flower and `celery inspect` come here, too, and need only Redis.
     environment = Environment.load(needs_database=False)
     app = make_celery(environment.settings)
+    app.conf.worker_consumer = "chunkmill_workers.process.consumer:Consumer"
 tasks.register(app)
 worker = WorkerProcess(environment.settings, {QUEUE})
 """This process, if Celery starts it as a worker."""
@@ -49,6 +51,7 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
     with fatal_errors():
         Environment.load()  # a worker needs both addresses
         require_usable(worker.queues, autoscale=given.get("autoscale"), pool=given.get("pool"))
+        worker.leave_out_provider()
         tracing.configure("chunkmill-worker")
         if QUEUE in worker.queues:
             worker.claim_device()

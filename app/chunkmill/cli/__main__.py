@@ -11,7 +11,9 @@ from typing import Any
 import click
 
 from chunkmill.cli.output import Screen, json_option, prepare_streams
+from chunkmill.domain.shown import shown
 from chunkmill.errors import ChunkmillError
+from chunkmill.python import keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told
 
 SECTIONS = {
@@ -96,7 +98,8 @@ class Cli(click.Group):
             ctx.exit(130)
         except click.UsageError as error:
             if not screen.json:
-                raise
+                # It quotes what was typed, or pasted.
+                raise click.UsageError(shown(error.format_message()), error.ctx) from None
             screen.error("usage", error.format_message())
             ctx.exit(2)
         except Exception as error:
@@ -137,7 +140,7 @@ def _show_uncaught(kind: type[BaseException], error: BaseException, trace: Trace
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     else:
-        click.echo(told(error), err=True)
+        click.echo(shown(told(error), lines=True), err=True)
 
 
 @click.group(
@@ -152,6 +155,7 @@ def cli() -> None:
 
 
 def main() -> None:
+    keep_children_out_of_the_folder()
     prepare_streams()
     sys.excepthook = _show_uncaught
     cli(prog_name="chunkmill")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chunkmill.domain.shown import shown, shown_json
 from chunkmill.telemetry.logging import without_passwords
 
 PIPE_WIDTH = 10_000
@@ -46,23 +47,26 @@ class Screen:
 
     def document(self, data: object) -> None:
         """Print one JSON document."""
-        # JSON's own escapes keep a character that the encoding of stdout lacks.
-        ascii_only = not self.out.encoding.startswith("utf")
-        click.echo(json.dumps(data, indent=2, ensure_ascii=ascii_only, default=_jsonable))
+        click.echo(self._json(data, indent=2))
 
     def line(self, data: object) -> None:
         """Print one JSON document on one line, because another document follows."""
-        click.echo(json.dumps(data, ensure_ascii=not self.out.encoding.startswith("utf"), default=_jsonable))
+        click.echo(self._json(data))
 
     def say(self, *parts: str | tuple[str, str]) -> None:
         """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed."""
         if not self.json:
-            self.out.print(Text.assemble(*parts), soft_wrap=True)
+            self.out.print(line_of(*parts), soft_wrap=True)
+
+    def text(self, text: str) -> None:
+        """Print a text that may have lines. With ``--json`` nothing is printed."""
+        if not self.json:
+            self.out.print(Text(shown(text, lines=True)), soft_wrap=True)
 
     def hint(self, message: str) -> None:
         """Print one line on stderr about what to do next. With ``--json`` nothing is printed."""
         if not self.json:
-            self.err.print(Text(message, style="yellow"), soft_wrap=True)
+            self.err.print(Text(shown(message), style="yellow"), soft_wrap=True)
 
     def error(self, code: str, message: str) -> None:
         message = without_passwords(" ".join(message.split()))
@@ -73,7 +77,7 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print rows under column heads. Numbers stand to the right, and a long text continues on the next line."""
-        cells = [[_cell(value) for value in row] for row in rows]
+        cells = [[cell_of(value) for value in row] for row in rows]
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for index, head in enumerate(columns):
             values = [row[index] for row in cells if row[index].plain != NOTHING]
@@ -87,8 +91,13 @@ class Screen:
         """Print one name and value per line. The terminal breaks long lines, so a URL can be copied whole."""
         width = max(map(len, fields))
         for name, value in fields.items():
-            cell = _cell(value)
+            cell = cell_of(value)
             self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
+
+    def _json(self, data: object, *, indent: int | None = None) -> str:
+        # JSON's own escapes keep a character that the encoding of stdout lacks.
+        ascii_only = not self.out.encoding.startswith("utf")
+        return shown_json(data, indent=indent, ascii_only=ascii_only, default=_jsonable)
 
     def _print(self, table: Table) -> None:
         if self.out.is_terminal:
@@ -100,20 +109,17 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-_HARMLESS = "\n\u200c\u200d"
-"""The joiners spell words of Persian and Hindi, and hold emoji together. They move no cursor and turn no text round."""
-
-
-def shown(text: str) -> str:
-    """The text with control and format characters replaced, because these could steer a terminal. A tab is a space."""
-    return "".join(c if c.isprintable() or c in _HARMLESS else "\ufffd" for c in text.replace("\t", " "))
-
-
 def beginning(text: str, limit: int) -> str:
     """The beginning of the first paragraph, on one line of at most ``limit`` columns."""
-    words = Text(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split()))
+    words = Text(shown(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split())))
     words.truncate(limit, overflow="ellipsis")  # counts columns: a Chinese character takes two
     return words.plain
+
+
+def exact(number: Decimal) -> str:
+    """The number in digits, without an exponent and without zeros at the end of its places."""
+    digits = f"{number:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
 def count(number: int, one: str, many: str | None = None) -> str:
@@ -140,7 +146,13 @@ def prepare_streams() -> None:
             reconfigure(errors="backslashreplace")
 
 
-def _cell(value: object) -> Text:
+def line_of(*parts: str | tuple[str, str]) -> Text:
+    """One line of parts, some of which have a style."""
+    return Text.assemble(*[shown(part) if isinstance(part, str) else (shown(part[0]), part[1]) for part in parts])
+
+
+def cell_of(value: object) -> Text:
+    """A value as a table shows it. A Text is shown as it is."""
     if isinstance(value, Text):
         return value
     if value is None:
@@ -159,7 +171,7 @@ def _jsonable(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Decimal):
-        return float(value)
+        return exact(value)  # a number of JSON would be read as a float
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, PurePath):

@@ -10,7 +10,8 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from chunkmill.cli.output import Screen, duration, shown
+from chunkmill.cli.output import Screen, duration
+from chunkmill.domain.shown import shown
 from chunkmill.telemetry.pace import Pace
 
 LINE_SECONDS = 5.0
@@ -29,15 +30,15 @@ class Bar:
         self._progress: Progress | None = None
         if screen.err.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=screen.err,
                 transient=True,
                 expand=True,
                 refresh_per_second=5,
             )
-            self._task = self._progress.add_task(what, total=None, numbers="")
+            self._task = self._progress.add_task(shown(what), total=None, numbers="")
         else:
             self._next = time.monotonic() + LINE_SECONDS
 
@@ -81,7 +82,7 @@ class Bar:
         """Continue under another name, with a total that is not known."""
         self._what = what
         if self._progress:
-            self._progress.update(self._task, description=what, total=None)
+            self._progress.update(self._task, description=shown(what), total=None)
 
 
 def rates(pace: Pace, done: int, left: int, tokens: int) -> dict[str, float]:

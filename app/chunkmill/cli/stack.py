@@ -16,9 +16,10 @@ from chunkmill.db.connect import write_migrations
 from chunkmill.domain.lanes import Lane
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.embedded.environment import Environment
+from chunkmill.embedded.paths import user_name
 from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Status, read_database, read_status
-from chunkmill.monitor.snapshot import Fault
+from chunkmill.monitor.snapshot import Fault, unconfirmed_line
 from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import without_passwords
 
@@ -26,15 +27,27 @@ SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Postgres listens too.")
-@click.option("--redis-port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1 at which Redis listens too.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="TCP port on 127.0.0.1 at which Postgres listens too. Every user of this machine can reach it.",
+)
+@click.option(
+    "--redis-port", type=click.IntRange(1, 65535),
+    help="TCP port on 127.0.0.1 at which Redis listens too. Every user of this machine can reach it.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
     """Start the embedded Postgres and Redis, and create or update the tables.
 
     The servers keep running after this command; `chunkmill down` stops them. Servers that already run are left as
-    they are. The data is kept in CHUNKMILL_HOME or, if that is not set, in the user's data folder.
+    they are. The data is kept in CHUNKMILL_HOME or, if that is not set, in the user's data folder; root's is
+    /var/lib/chunkmill-stack, and its servers run as the system user chunkmill.
+
+    Without a port, only you can connect. Every user of this machine can reach a port, so it asks for a password. The
+    password is made once and written into addresses.env in the data folder, a file that only you can read. Whoever has
+    it can read and change everything in this stack, but is no superuser and can neither write files nor run programs.
     """
     settings = Settings.from_env()
     status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
@@ -181,7 +194,13 @@ def _stack_fields(status: StackStatus) -> dict[str, object]:
         }
         for s in (status.postgres, status.redis)
     }
-    return {"embedded": True, "home": status.home, "running": status.running, **servers}
+    return {
+        "embedded": True,
+        "home": status.home,
+        "running": status.running,
+        "addresses": status.addresses,
+        **servers,
+    }
 
 
 def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None) -> None:
@@ -194,14 +213,19 @@ def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None)
     rows = [(s.name, _state(s.running, s.pid), s.version, str(s.pid) if s.pid else None) for s in servers]
     screen.table(["server", "state", "version", "pid"], rows)
     screen.say("")
-    screen.fields(
-        {
-            "DATABASE_URL": without_passwords(status.database_url),
-            "REDIS_URL": without_passwords(status.redis_url),
-            "logs": status.postgres.log,
-            "": status.redis.log,
-        }
-    )
+    addresses = {
+        "DATABASE_URL": without_passwords(status.database_url),
+        "REDIS_URL": without_passwords(status.redis_url),
+    }
+    if status.addresses:
+        addresses["with passwords"] = str(status.addresses)
+    screen.fields({**addresses, "logs": status.postgres.log, "": status.redis.log})
+    if status.addresses:
+        screen.say("")
+        screen.hint(
+            "Every user of this machine can reach these ports, and whoever has the password of one can read and change "
+            f"everything behind it. Only {user_name(os.geteuid())} can read the file with the passwords."
+        )
     if live is not None:
         _show_status(screen, live)
 
@@ -226,6 +250,7 @@ def _status_fields(status: Status) -> dict[str, object]:
             "open_jobs": status.open_jobs,
             "lanes": [lane_fields(lane) for lane in lanes],
             "faults": [asdict(fault) for fault in faults],
+            "money_usd": asdict(status.snapshot.money) if status.snapshot else None,
         }
     broker: dict[str, object] = {"error": status.redis_error}
     if status.redis and status.doorbells is not None:
@@ -254,6 +279,8 @@ def _show_status(screen: Screen, status: Status) -> None:
         shown["pollers"] = _connected(connections.pollers, "chunkmill poller")
         shown["open jobs"] = status.open_jobs
         shown |= lane_lines(lanes)
+        if status.snapshot and (unconfirmed := unconfirmed_line(status.snapshot.money)):
+            shown["money"] = unconfirmed
     if status.doorbells is None:
         shown["Redis"] = status.redis_error
     else:

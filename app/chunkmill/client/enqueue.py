@@ -127,7 +127,7 @@ def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> t
         collection = collections.lock_for_enqueue(conn, request.collection, request.space)
         if job is None:
             if request.choice.route.is_paid:
-                budget.require_budget(conn, settings)
+                budget.require_budget(conn, settings, request.space.spec)
             job = jobs.open_job(
                 conn,
                 collection=collection,

@@ -23,9 +23,8 @@ from chunkmill.errors import InvalidChunk, InvalidSetting, UnknownModel
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget, charges
 from chunkmill.models import resolve_model
-from chunkmill.openai.catalogue import model_for
+from chunkmill.openai.catalogue import model_for, request_limits
 from chunkmill.openai.plan import inputs, tokens
-from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 
@@ -183,11 +182,7 @@ def _provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
     model = model_for(settings, request.spec)
     assert model is not None  # noqa: S101 - a paid lane serves the space
     counter = tokens.cl100k() if model.tokenizer == CL100K else tokens.from_tokenizer_file(model.tokenizer)
-    limits = BatchLimits(
-        inputs_per_request=settings.openai_request_inputs,
-        tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
-        tokens_per_input=min(model.max_tokens, request.spec.max_tokens),
-    )
+    limits = request_limits(settings, model, request.spec)
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
         prepared = inputs.prepare(contents, counter, limits, request.on_long)

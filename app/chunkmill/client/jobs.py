@@ -105,7 +105,7 @@ class Jobs(ClientPart):
             choice = routing.decide(conn, self._settings, space.spec, route, due)
             again = idempotency_key is not None and jobs.is_key_used(conn, idempotency_key)
             if choice.route.is_paid and not again:
-                budget.require_budget(conn, self._settings)
+                budget.require_budget(conn, self._settings, space.spec)
         request = EnqueueRequest(
             collection,
             space,

@@ -18,9 +18,12 @@ NOTICE_LOCK = 0x63686D04
 GATHER_LOCK = 0x63686D05
 """One transaction at a time fills a ProviderBatch, so that the budgets are counted exactly."""
 
-FLUSH_LOCK = 0x63686D06
+BUDGET_LOCK = 0x63686D06
+"""One transaction at a time looks whether the budget allows what it is about to send. It is the last lock that a
+transaction takes, so that nobody who holds it waits."""
+FLUSH_LOCK = 0x63686D07
 """The first of two keys; the second is the collection. One connection at a time flushes its tail."""
-MERGE_LOCK = 0x63686D07
+MERGE_LOCK = 0x63686D08
 """The first of two keys; the second is the collection. One connection at a time merges its segments."""
 
 

@@ -17,7 +17,8 @@ from chunkmill.db.schema import NOW, TIMESTAMP, Base, identity, one_of
 from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.states import ProviderBatchState
 
-MONEY = sa.Numeric(18, 10)
+MONEY = sa.Numeric()
+"""US dollars, exactly: a price has as many places as the provider says, and thousands of bookings must add up."""
 
 
 class ProviderLaneRow(Base):
@@ -31,11 +32,16 @@ class ProviderLaneRow(Base):
     stopped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """Since when it is stopped. Somebody must resume it, because what stopped it does not pass by itself."""
     stop_code: Mapped[str | None] = mapped_column(sa.Text)
+    """Why it is stopped. If it is not stopped, ``unproved`` says that a probe comes before the next work."""
     stop_reason: Mapped[str | None] = mapped_column(sa.Text)
     held_reason: Mapped[str | None] = mapped_column(sa.Text)
     """Why nothing was gathered the last time although something waits, for example a budget; NULL otherwise."""
     max_inputs: Mapped[int | None] = mapped_column(sa.Integer)
     """The most inputs of a ProviderBatch, if the provider takes fewer than it documents."""
+    max_tokens: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The most tokens that the provider queues for us, if it refused ProviderBatches because of its own limit."""
+    max_tokens_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """Until when this is believed: quotas grow, and another program of the account may have taken up this one."""
     next_request_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     next_token_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """When the buckets of requests and of tokens are full again, by the generic cell rate algorithm."""
@@ -53,6 +59,8 @@ class ProviderBatchRow(Base):
     """A random word. It is in the name of its file and in its metadata, so that we recognize an orphan as ours."""
     server: Mapped[str | None] = mapped_column(sa.Text)
     """The base URL of the server that took its file. Other servers do not know it."""
+    key_digest: Mapped[str | None] = mapped_column(sa.Text)
+    """A digest of the key with which it was made or last seen. With the key of another project it is not found."""
     attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     """The fencing number of the lease on its next step."""
     lease_owner: Mapped[str | None] = mapped_column(sa.Text)
@@ -77,6 +85,14 @@ class ProviderBatchRow(Base):
     provider_status: Mapped[str | None] = mapped_column(sa.Text)
     n_done: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     """How many requests the provider says it has processed."""
+    n_completed: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """How many of them succeeded, as the provider says, and so are charged. NULL if it does not say."""
+    used_tokens: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The tokens that the provider charges for the whole batch, from ``batch.usage``. NULL if it does not say."""
+    looks: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """How often the provider was asked in vain for the result files of the batch after it had ended."""
+    refusals: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """How often the provider refused to queue it because of the account's limits."""
     output_file_id: Mapped[str | None] = mapped_column(sa.Text)
     error_file_id: Mapped[str | None] = mapped_column(sa.Text)
     downloads: Mapped[int] = mapped_column(sa.Integer, server_default="0")
@@ -102,8 +118,24 @@ class ProviderBatchRow(Base):
         ),
         sa.Index("ix_provider_batches_open", "not_before", postgresql_where=sa.text("state <> 'closed'")),
         sa.Index("ix_provider_batches_created", "creating_since"),
-        sa.Index("uq_provider_batches_batch_id", "batch_id", unique=True),
+        sa.Index(
+            "uq_provider_batches_batch_id",
+            "server",
+            "batch_id",
+            unique=True,
+            postgresql_where=sa.text("state IN ('submitted', 'collecting')"),
+        ),
     )
+
+
+class AnsweringModelRow(Base):
+    """The model that the provider named in its first answer for a space. Vectors of another do not enter the space."""
+
+    __tablename__ = "answering_models"
+
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"), primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
 
 class ProviderInputRow(Base):
@@ -119,6 +151,7 @@ class ProviderInputRow(Base):
     attempt: Mapped[int] = mapped_column(sa.Integer)
     job_id: Mapped[int] = mapped_column(sa.BigInteger)
     request_no: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """The number of its request. In plain requests it is 1 for what was sent and is not accounted for, and else 0."""
     position: Mapped[int] = mapped_column(sa.Integer, server_default="0")
     n_tokens: Mapped[int] = mapped_column(sa.Integer)
     """How many tokens the whole text has."""
@@ -196,6 +229,10 @@ class AdjustmentRow(Base):
     tokens: Mapped[int] = mapped_column(sa.BigInteger)
     usd: Mapped[Decimal] = mapped_column(MONEY)
     reason: Mapped[str] = mapped_column(sa.Text)
+    author: Mapped[str | None] = mapped_column(sa.Text)
+    """Who corrects. NULL if no person did it."""
+    key: Mapped[str | None] = mapped_column(sa.Text)
+    """What tells a correction from every other one, so that a command that runs twice corrects once."""
 
     __table_args__ = (
         one_of("kind", AdjustmentKind),
@@ -203,6 +240,7 @@ class AdjustmentRow(Base):
             "kind = 'correction' OR (contents >= 0 AND tokens >= 0 AND usd >= 0)",
             name="only_corrections_are_negative",
         ),
+        sa.Index("uq_adjustments_key", "key", unique=True),
     )
 
 

@@ -411,6 +411,8 @@ class EmbedRequestRow(Base):
     lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     attempts: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    committed_tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """How many of its tokens a provider is about to charge. The budget counts them while there is no answer."""
 
     __table_args__ = (
         sa.CheckConstraint("kind IN ('document', 'query')", name="kind"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
+from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import TypeVar
 
@@ -78,6 +79,29 @@ def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: 
         bound = f"at least {least}" if given < least else f"at most {most}"
         raise InvalidInput(f"{argument} is {_shown(given)}; it must be {bound}.")
     return given
+
+
+def as_usd(argument: str, given: object) -> Decimal:
+    """An amount of US dollars that is not 0, exactly as it is given. Raises :class:`InvalidInput`.
+
+    A float is refused, because 0.1 is not a tenth.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | str | Decimal):
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be a Decimal, or a text such as '-1.25'.")
+    try:
+        usd = Decimal(given)
+    except InvalidOperation:
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be an amount such as -1.25.") from None
+    if not usd.is_finite() or not usd or abs(usd) > MOST_USD or usd.as_tuple().exponent < -USD_DIGITS:  # type: ignore[operator]
+        raise InvalidInput(
+            f"{argument} is {_shown(given)}; it must be an amount other than 0, at most {MOST_USD:,}, with at most "
+            f"{USD_DIGITS} places."
+        )
+    return usd
+
+
+MOST_USD = 1_000_000_000
+USD_DIGITS = 18
 
 
 def as_seconds(argument: str, given: object) -> float:

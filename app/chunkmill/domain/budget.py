@@ -11,8 +11,9 @@ from decimal import Decimal
 class Budget:
     """The money of one calendar month (UTC), in US dollars.
 
-    ``spent`` is what providers charged, and ``committed`` is the estimate for what is at a provider and not charged
-    yet. ``limit`` is None if there is no limit.
+    ``spent`` is what providers charged or may have charged, with corrections. ``lost``, ``maybe_charged`` and
+    ``corrected`` are the parts of it that no answer confirmed. ``committed`` is the estimate for what is at a provider
+    and not charged yet. ``limit`` is None if there is no limit.
     """
 
     month: date
@@ -20,6 +21,9 @@ class Budget:
     spent: Decimal
     committed: Decimal
     limit: Decimal | None = None
+    lost: Decimal = Decimal(0)
+    maybe_charged: Decimal = Decimal(0)
+    corrected: Decimal = Decimal(0)
 
     @property
     def headroom(self) -> Decimal | None:
@@ -32,9 +36,9 @@ class Budget:
     def is_used_up(self) -> bool:
         return self.headroom == 0
 
-    @property
-    def is_exceeded(self) -> bool:
-        return self.limit is not None and self.spent + self.committed > self.limit
+    def exceeds(self, usd: Decimal = Decimal(0)) -> bool:
+        """Whether the limit is exceeded once ``usd`` more is committed."""
+        return self.limit is not None and self.spent + self.committed + usd > self.limit
 
     @property
     def percent(self) -> int | None:
@@ -49,12 +53,17 @@ class Budget:
         return date(self.month.year + self.month.month // 12, self.month.month % 12 + 1, 1)
 
     def sentence(self) -> str:
-        """One sentence with what is spent, what is committed, and the limit."""
+        """One sentence with what is spent, what of it no answer confirmed, what is committed, and the limit."""
         limit = "" if self.limit is None else f" of {self.limit:f} USD (OPENAI_MONTHLY_BUDGET_USD)"
         return (
-            f"{self.month:%Y-%m} (UTC): {dollars(self.spent)} USD spent and about {dollars(self.committed)} USD "
-            f"committed to work at the provider{limit}"
+            f"{self.month:%Y-%m} (UTC): {dollars(self.spent)} USD spent{self._parts()} and about "
+            f"{dollars(self.committed)} USD committed to work at the provider{limit}"
         )
+
+    def _parts(self) -> str:
+        parts = (("lost", self.lost), ("maybe charged", self.maybe_charged), ("of corrections", self.corrected))
+        shown = [f"{dollars(usd)} {what}" for what, usd in parts if usd]
+        return f" (with {', '.join(shown)})" if shown else ""
 
     def refusal(self) -> str:
         """Why new paid work is refused, and what to do."""

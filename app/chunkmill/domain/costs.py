@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
+from typing import Final
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.prices import MILLION
@@ -90,16 +91,24 @@ class Cost:
     """The cost of one group on one route.
 
     ``key`` is a day, a month, a model, a route or a job's id. Job 0 stands for calls that waited for their answer, such
-    as searches. On a paid route, ``usd`` is what was charged; on the local one, it is ``engine_seconds`` at
-    GPU_HOUR_USD, and None if that is not set.
+    as searches, and for corrections that name no job. On a paid route, ``usd`` is what was charged or may have been; on
+    the local one, it is ``engine_seconds`` at GPU_HOUR_USD, and None if that is not set.
     """
 
     key: str
     route: Route
     contents: int
+    """How many were embedded."""
     tokens: int
     usd: Decimal | None
+    """The whole amount, with the three parts below."""
     engine_seconds: float | None
+    lost_usd: Decimal = Decimal(0)
+    """The part of ``usd`` that was charged for results that could not be used."""
+    maybe_charged_usd: Decimal = Decimal(0)
+    """The part that may have been charged: nobody can tell until the invoice comes."""
+    corrected_usd: Decimal = Decimal(0)
+    """The sum of the corrections in ``usd``, negative if they lowered it."""
 
     @property
     def usd_per_million(self) -> Decimal | None:
@@ -117,6 +126,57 @@ class Costs:
     budget: Budget
 
 
+@dataclass(frozen=True, slots=True)
+class Adjusted:
+    """Parts of a sum of US dollars that no answer confirmed."""
+
+    lost: Decimal = Decimal(0)
+    maybe_charged: Decimal = Decimal(0)
+    corrected: Decimal = Decimal(0)
+
+    @property
+    def total(self) -> Decimal:
+        return self.lost + self.maybe_charged + self.corrected
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """A part of the bill that no answer confirmed, and its reason."""
+
+    id: int
+    created_at: datetime
+    day: date
+    """The day in UTC on which it counts."""
+    kind: AdjustmentKind
+    route: Route
+    model: str | None
+    """None for a correction that names neither a model nor a job."""
+    job_id: int
+    """0 if it belongs to no job."""
+    contents: int
+    tokens: int
+    usd: Decimal
+    reason: str
+    author: str | None
+    """Who corrects; None if no person booked it."""
+    key: str | None
+    """What tells a correction from every other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What :meth:`Client.correct_charge` did. ``is_new`` is False if the correction had been booked before."""
+
+    adjustment: Adjustment
+    is_new: bool
+
+
+USD_PLACES: Final = Decimal("1e-10")
+"""To how many places a price of computed time is rounded. What is booked is never rounded."""
+
+
 def machine_usd(engine_seconds: float, gpu_hour_usd: Decimal | None) -> Decimal | None:
     """US dollars for ``engine_seconds`` of a local worker; None if GPU_HOUR_USD is not set."""
-    return None if gpu_hour_usd is None else gpu_hour_usd * Decimal(engine_seconds) / 3600
+    if gpu_hour_usd is None:
+        return None
+    return (gpu_hour_usd * Decimal(repr(float(engine_seconds))) / 3600).quantize(USD_PLACES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 
 from chunkmill.domain.states import Route
 
@@ -17,7 +18,8 @@ class Lane:
 
     A pause ends by itself, at ``paused_until``; a stop lasts until somebody resumes the lane. ``held_reason`` says why
     work waits although the lane is not stopped, for example because the budget is used up. ``open`` counts its open
-    ProviderBatches by state.
+    ProviderBatches by state. ``max_inputs`` and ``max_tokens`` are limits that the provider's refusals have taught: of
+    the inputs of a ProviderBatch, and of the tokens that are at the provider at a time.
     """
 
     route: Route
@@ -29,6 +31,11 @@ class Lane:
     held_reason: str | None = None
     max_inputs: int | None = None
     open: Mapping[str, int] | None = None
+    lost_usd: Decimal = Decimal(0)
+    """US dollars of this month (UTC) that were charged for results that could not be used."""
+    maybe_charged_usd: Decimal = Decimal(0)
+    """US dollars of this month that may have been charged."""
+    max_tokens: int | None = None
 
     @property
     def is_stopped(self) -> bool:

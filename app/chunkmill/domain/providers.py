@@ -7,11 +7,11 @@ vectors as a local model (``same_as``), both have one space.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import date
-from decimal import Decimal, InvalidOperation
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any, Final, Literal
 
+from chunkmill.domain.model_fields import WrongModels, check_fields
 from chunkmill.domain.prices import OPENAI_PRICES, Price
 from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
 from chunkmill.errors import InvalidInput
@@ -20,6 +20,8 @@ OPENAI: Final = "openai"
 """The value of ``SpaceSpec.provider`` if only a provider serves the space."""
 CL100K: Final = "cl100k"
 """The tokenizer of OpenAI's embedding models."""
+Encoding = Literal["base64", "float"]
+"""The form of the vectors in a provider's answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,11 @@ class ProviderModel:
 
     ``dimensions`` are those of its full vectors; ``can_cut`` says whether it takes ``dimensions=``. ``tokenizer`` is
     ``cl100k`` or the path of a ``tokenizer.json``. ``same_as`` names the local model whose space it shares.
+
+    The other fields say how the server differs from OpenAI's. ``encoding`` is the form of the vectors in answers; if it
+    is None, it is base64 until the server refuses that. ``request_inputs`` and ``request_bytes`` are the most inputs
+    and bytes of JSON of one request; None: as the settings say. The server's count of tokens is believed up to
+    ``tokens_factor`` times our own (and some more for short texts), and not at all if it is 0.
     """
 
     name: str
@@ -37,6 +44,10 @@ class ProviderModel:
     tokenizer: str = CL100K
     prices: tuple[Price, ...] = ()
     same_as: str | None = None
+    encoding: Encoding | None = None
+    request_inputs: int | None = None
+    request_bytes: int | None = None
+    tokens_factor: Decimal = Decimal(4)
 
     def space(self, on_long: OnLong, dimensions: int | None) -> SpaceSpec:
         """The space of its vectors, which the provider cuts to ``dimensions``. Raises :class:`InvalidInput`.
@@ -72,54 +83,36 @@ OPENAI_MODELS: Final = {
     )
 }
 
-_FIELDS: Final = frozenset({"dimensions", "max_tokens", "can_cut", "tokenizer", "usd", "batch_usd", "same_as"})
-
 
 def read_models(given: Mapping[str, Any]) -> dict[str, ProviderModel]:
     """The models of ``OPENAI_MODELS``: ``{"name": {"dimensions": 384, "max_tokens": 512, "usd": 0.02, ...}}``.
 
     ``usd`` and ``batch_usd`` are US dollars per million tokens; if the second is left out, it is half of the first.
-    Raises a ValueError that names the model and the field.
+    ``prices`` is a list of both, each ``from`` a day on. Of a model that OpenAI has, only what differs need be said.
+    Raises :class:`WrongModels`, which names every wrong field of every model.
     """
     models = {}
+    problems = []
     for name, fields in given.items():
-        known = OPENAI_MODELS.get(name)
+        if not name.strip() or not name.isprintable():
+            problems.append(f"{name[:40]!r} is not the name of a model; write the name that the server has for it")
+            continue
         if not isinstance(fields, Mapping):
-            raise ValueError(f"{name!r} must be an object with at least dimensions")  # noqa: TRY004 - pydantic's kind
-        if unknown := sorted(set(fields) - _FIELDS):
-            raise ValueError(f"{name!r}: there is no field {unknown[0]!r}; the fields are {', '.join(sorted(_FIELDS))}")
-        if known is None and "dimensions" not in fields:
-            raise ValueError(f"{name!r} must say its dimensions")
-        if fields.get("same_as") is not None and "tokenizer" not in fields:
-            raise ValueError(
-                f"{name!r} is same_as a local model and must say its tokenizer, the path of that model's "
-                "tokenizer.json, because texts must be counted and truncated as local workers do it"
+            problems.append(f"model {name!r} must be an object with at least dimensions")
+            continue
+        values, wrong = check_fields(fields)
+        known = OPENAI_MODELS.get(name)
+        if known is None and fields.get("dimensions") is None:
+            wrong.append("dimensions is missing; say how many numbers a vector has")
+        if fields.get("same_as") is not None and fields.get("tokenizer") is None:
+            wrong.append(
+                "tokenizer is missing; with same_as it is the path of the local model's tokenizer.json, because texts "
+                "must be counted and truncated as local workers do it"
             )
-        dimensions = _whole(name, "dimensions", fields.get("dimensions", known.dimensions if known else 0))
-        models[name] = ProviderModel(
-            name,
-            dimensions,
-            max_tokens=_whole(name, "max_tokens", fields.get("max_tokens", known.max_tokens if known else 8192)),
-            can_cut=bool(fields.get("can_cut", known.can_cut if known else False)),
-            tokenizer=str(fields.get("tokenizer", CL100K)),
-            prices=_prices(name, fields) if "usd" in fields else known.prices if known else (),
-            same_as=None if fields.get("same_as") is None else str(fields["same_as"]),
-        )
+        problems += [f"model {name!r}: {problem}" for problem in wrong]
+        if not wrong:
+            models[name] = ProviderModel(name=name, **values) if known is None else replace(known, **values)
+    if problems:
+        counted = f"{len(problems)} faults: " if len(problems) > 1 else ""
+        raise WrongModels(counted + "; ".join(problems), frozenset(given))
     return models
-
-
-def _whole(model: str, field: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{model!r}: {field} is {value!r}; it must be a whole number above 0")
-    return value
-
-
-def _prices(model: str, fields: Mapping[str, Any]) -> tuple[Price, ...]:
-    try:
-        standard = Decimal(str(fields["usd"]))
-        batch = Decimal(str(fields["batch_usd"])) if "batch_usd" in fields else standard / 2
-    except InvalidOperation:
-        raise ValueError(f"{model!r}: usd and batch_usd must be numbers") from None
-    if not (standard.is_finite() and batch.is_finite()) or standard < 0 or batch < 0:
-        raise ValueError(f"{model!r}: usd and batch_usd must not be negative")
-    return (Price(date(1970, 1, 1), standard, batch),)

@@ -312,6 +312,17 @@ class JobProviderBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandoned:
+    """What was done to let go of a ProviderBatch."""
+
+    provider_batch_id: int
+    contents: int
+    """Contents that are in flight no more. Jobs that wait for them send them again."""
+    may_be_charged: bool
+    """Whether they may have been sent. Then they are booked as lost or as maybe charged."""
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Where a job's work is, and what it waits for."""
 

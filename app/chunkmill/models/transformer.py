@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from chunkmill.errors import UnknownModel
+from chunkmill.models.choices import check_choices
 from chunkmill.models.files import broken, read_object, unsupported
 
 # Models of RoBERTa's kind: a token's position is counted from padding_idx + 1, over the tokens that are not padding.
@@ -23,6 +24,9 @@ _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
 }
 # Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder.
 _NATIVE: Final = frozenset({*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"})
+_MOST_TOKENS: Final = 2**20
+"""A larger limit states nothing: tokenizers without a limit have 10^30. Tables of positions are made for each token."""
+_MOST_HIDDEN: Final = 65_536
 _ENCODER_DECODER: Final = frozenset({"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"})
 
 _SENTENCE_CONFIGS: Final = tuple(
@@ -71,7 +75,10 @@ def read_config(name: str, transformer: Path, *, remote_code: bool) -> tuple[dic
     if not (transformer / "config.json").is_file():
         raise UnknownModel(f"model {name!r}: {transformer} has no config.json, so it is not a model folder")
     config = read_object(transformer / "config.json")
+    check_choices(name, config, transformer / "config.json")
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise broken(transformer / "config.json", "does not state a model_type")
     if kind in _ENCODER_DECODER or config.get("is_encoder_decoder"):
         raise unsupported(name, f"architecture {kind}, which is an encoder with a decoder")
     code: list[Path] = []
@@ -143,6 +150,8 @@ def hidden_size(name: str, config: Mapping[str, Any]) -> int:
     """Numbers in a token vector, which architectures call by different names. Raises UnknownModel."""
     for key in ("hidden_size", "d_model", "n_embd", "dim"):
         if isinstance(config.get(key), int):
+            if not 0 < config[key] <= _MOST_HIDDEN:
+                raise UnknownModel(f"model {name!r}: {key} in its config.json must be from 1 to {_MOST_HIDDEN:,}")
             return int(config[key])
     raise UnknownModel(f"model {name!r}: its config.json does not state hidden_size")
 
@@ -174,7 +183,7 @@ def max_tokens(name: str, transformer: Path, config: Mapping[str, Any], sentence
     rows = _limit(config.get("max_position_embeddings"), config_file, "max_position_embeddings")
     if config.get("model_type") in _LEARNED_POSITIONS and rows is not None:
         limits.append(rows - _LEARNED_POSITIONS[config["model_type"]])
-    stated = [limit for limit in limits if limit is not None and 0 < limit < 10**9]
+    stated = [limit for limit in limits if limit is not None and 0 < limit <= _MOST_TOKENS]
     if not stated:
         raise UnknownModel(
             f"model {name!r}: nothing in {transformer} states the most tokens that it reads: write model_max_length "
@@ -192,8 +201,8 @@ def _limit(value: Any, file: Path, key: str) -> int | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not number.is_integer():
-        raise broken(file, f"has a {key} that is not a number of tokens ({value!r})")
+        raise broken(file, f"has a {key} that is not a number of tokens ({str(value)[:40]!r})")
     return int(number)

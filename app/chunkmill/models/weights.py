@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from chunkmill.errors import UnknownModel
-from chunkmill.models.files import broken, read_object, unreadable
+from chunkmill.files import open_regular
+from chunkmill.models.files import broken, parse_json, read_object, unreadable
 
-# The safetensors format: header length (8 bytes, little endian), JSON header, data. The library limits the header too.
+# The safetensors format: header length (8 bytes, little endian), JSON header, data. The library allows headers of 100
+# million bytes, and needs minutes for their million tensors. Models have a few hundred, those of many experts 20,000.
 _LENGTH_BYTES: Final = 8
-_LONGEST_HEADER: Final = 100_000_000
+_LONGEST_HEADER: Final = 16_000_000
+_MOST_TENSORS: Final = 100_000
+_BITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 _LFS_POINTER: Final = b"version https://git-lfs"
 
 # The names of the matrix whose rows are tokens, and the keys of config.json that may state its width.
@@ -63,27 +76,57 @@ def read_header(path: Path) -> tuple[bytes, Mapping[str, Any]]:
     Raises UnknownModel for a file that is not complete, so that producer and worker notice it in the same way.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             first = file.read(_LENGTH_BYTES)
             length = int.from_bytes(first, "little")
             if first + file.read(len(_LFS_POINTER) - len(first)) == _LFS_POINTER:
                 raise UnknownModel(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-            if len(first) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+            if len(first) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
                 raise broken(path, "is not a safetensors file, or is cut off in its header")
+            if length > _LONGEST_HEADER:
+                raise broken(path, f"has a header of {length:,} bytes, and at most {_LONGEST_HEADER:,} are read")
             file.seek(_LENGTH_BYTES)
             header = file.read(length)
     except OSError as error:
         raise unreadable(path, error) from error
     try:
-        tensors = json.loads(header)
-        end = max((tensor["data_offsets"][1] for key, tensor in tensors.items() if key != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        tensors = {key: tensor for key, tensor in parse_json(header).items() if key != "__metadata__"}
+        if len(tensors) > _MOST_TENSORS:
+            raise broken(path, f"has {len(tensors):,} tensors, and at most {_MOST_TENSORS:,} are read")
+        end = _end_of(tensors)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise broken(path, "is not a safetensors file: its header cannot be read") from error
     held = size - _LENGTH_BYTES - length
     if end != held:
         raise broken(path, f"holds {held:,} bytes of tensors, but its header states {end:,}")
     return header, tensors
+
+
+def _end_of(tensors: Mapping[str, Any]) -> int:
+    """The end of the last tensor. Raises ValueError, TypeError or KeyError unless each begins where another one ends
+    and has the length of its shape."""
+    places = []
+    for tensor in tensors.values():
+        begin, stop = map(_whole, tensor["data_offsets"])
+        places.append((begin, stop, math.prod(map(_whole, tensor["shape"])) * _BITS[tensor["dtype"]]))
+    end = 0
+    for begin, stop, bits in sorted(places):
+        if begin != end or (stop - begin) * 8 != bits:
+            raise ValueError("its tensors overlap, or do not have the lengths of their shapes")
+        end = stop
+    return end
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 2**63:
+        raise ValueError("it is not a length")
+    return number
+
+
+def n_elements(files: Sequence[Path]) -> int:
+    """How many numbers the safetensors ``files`` hold. Raises UnknownModel."""
+    return sum(math.prod(tensor["shape"]) for file in files for tensor in read_header(file)[1].values())
 
 
 def check_shapes(name: str, files: list[Path], config: Mapping[str, Any]) -> None:

@@ -79,6 +79,9 @@ def _of_snapshot(snapshot: Snapshot) -> list[Sample]:
     values += [
         (m.CHARGED, ("today",), float(money.today)),
         (m.CHARGED, ("month",), float(money.month)),
+        (m.ADJUSTED, ("lost",), float(money.lost)),
+        (m.ADJUSTED, ("maybe_charged",), float(money.maybe_charged)),
+        (m.ADJUSTED, ("correction",), float(money.corrected)),
         (m.COMMITTED, (), float(money.committed)),
     ]
     if money.limit is not None:

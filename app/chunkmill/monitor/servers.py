@@ -49,6 +49,8 @@ class Database:
     connections: Connections
     clock_ahead: float
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
+    altered_roles: tuple[str, ...] = ()
+    """Settings of sessions that somebody gave to a role of Chunkmill or to this database: ``role: name=value``."""
 
     def start_for(self, route: Route) -> str | None:
         """The command that starts a worker of a route; None if one is connected."""
@@ -73,6 +75,8 @@ class RedisServer:
     appendonly: str | None
     clock_ahead: float
     """As in :class:`Database`."""
+    kind: str = "redis"
+    """``redis`` or ``valkey``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,27 @@ _SERVER = sa.text(
 )
 
 
+_ALTERED = sa.text(
+    """
+    SELECT coalesce(r.rolname, 'every role') || ': ' || left(setting, 80) AS altered
+    FROM pg_db_role_setting s
+    CROSS JOIN LATERAL unnest(s.setconfig) AS setting
+    LEFT JOIN pg_roles r ON r.oid = s.setrole
+    WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+    AND (
+        r.rolname IS NULL
+        OR r.rolname = current_user
+        OR r.rolname ~ '^chunkmill(_|$)'
+        OR EXISTS (
+            SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+            WHERE m.member = r.oid AND g.rolname ~ '^chunkmill_(producer|worker|poller|reader)s$'
+        )
+    )
+    ORDER BY 1
+    """
+)
+
+
 def _database(conn: sa.Connection) -> Database:
     sent = time.time()
     clock = float(conn.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
@@ -204,6 +229,7 @@ def _database(conn: sa.Connection) -> Database:
         is_newer=level.is_newer,
         connections=connections(conn),
         clock_ahead=ahead,
+        altered_roles=tuple(conn.execute(_ALTERED).scalars()),
     )
 
 
@@ -212,11 +238,18 @@ def _has_table(conn: sa.Connection, name: str) -> bool:
 
 
 def _redis(client: redis.Redis) -> RedisServer:
-    version = str(client.info("server")["redis_version"])
+    info = client.info("server")
+    kind = "valkey" if "valkey_version" in info else "redis"  # Valkey also names a Redis, always the same one
     sent = time.time()
     seconds, micros = client.time()
     ahead = seconds + micros / 1e6 - (sent + time.time()) / 2
-    return RedisServer(version, _config(client, "maxmemory-policy"), _config(client, "appendonly"), ahead)
+    return RedisServer(
+        version=str(info[f"{kind}_version"]),
+        eviction=_config(client, "maxmemory-policy"),
+        appendonly=_config(client, "appendonly"),
+        clock_ahead=ahead,
+        kind=kind,
+    )
 
 
 def _config(client: redis.Redis, name: str) -> str | None:

@@ -16,9 +16,10 @@ from decimal import Decimal
 import sqlalchemy as sa
 
 from chunkmill.db.connect import Connections, connections
+from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
-from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.money import adjustments, budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.monitor import reports
 from chunkmill.monitor.reports import Kind, Report
@@ -36,12 +37,19 @@ PRIORITY_RANKS = [3, 6, 9]
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """US dollars; days and months are those of UTC. ``limit`` is None if no budget is set."""
+    """US dollars; days and months are those of UTC. ``limit`` is None if no budget is set.
+
+    ``today`` and ``month`` are what was charged or may have been. The last three are the parts of ``month`` that no
+    answer confirmed.
+    """
 
     today: Decimal
     month: Decimal
     committed: Decimal
     limit: Decimal | None
+    lost: Decimal = Decimal(0)
+    maybe_charged: Decimal = Decimal(0)
+    corrected: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +252,25 @@ def _oldest(conn: sa.Connection) -> dict[Route, float]:
     return {Route(row.route): max(0.0, float(row.seconds)) for row in rows}
 
 
+def unconfirmed_line(money: Money) -> str | None:
+    """What was lost this month and what may have been charged, and where the reasons are; None if that is nothing."""
+    parts = (("lost", money.lost), ("maybe charged", money.maybe_charged))
+    shown = [f"{dollars(usd)} USD {what}" for what, usd in parts if usd]
+    return f"{', '.join(shown)} this month; to see why: chunkmill cost adjustments" if shown else None
+
+
 def _money(conn: sa.Connection, settings: Settings) -> Money:
     today = conn.execute(sa.text(f"SELECT coalesce(sum(usd), 0) FROM charges WHERE day = {charges.TODAY}")).scalar_one()
     month = budget.read(conn, settings)
-    return Money(Decimal(today), month.spent, month.committed, month.limit)
+    return Money(
+        Decimal(today) + adjustments.day_adjusted(conn).total,
+        month.spent,
+        month.committed,
+        month.limit,
+        month.lost,
+        month.maybe_charged,
+        month.corrected,
+    )
 
 
 # The states and outcomes in the statements below are written out, because the partial indexes are found by them.

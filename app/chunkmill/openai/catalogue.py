@@ -7,16 +7,22 @@ from dataclasses import replace
 from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from chunkmill.domain.trust import Trust
-from chunkmill.errors import InvalidInput, UnknownModel
+from chunkmill.errors import ChunkmillError, InvalidInput, UnknownModel
 from chunkmill.models import resolve_spec
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES
+from chunkmill.openai.plan.limits import MAX_BYTES, BatchLimits
 from chunkmill.settings import Settings
 
 
 def provider_model(settings: Settings, name: str) -> ProviderModel | None:
-    """The provider's model of this name; None if it is a local model. Raises :class:`UnknownModel`."""
+    """The provider's model of this name; None if it is a local model.
+
+    Raises :class:`UnknownModel`, and :class:`InvalidSetting` if the provider's settings are wrong.
+    """
     if settings.embedding_provider == "local":
         return None
+    if settings.embedding_provider == "openai" or settings.may_be_described(name):
+        settings.require_provider()  # whatever this name means, it is not another model
     model = settings.provider_models.get(name)
     if model is None and settings.embedding_provider == "openai":
         raise UnknownModel(
@@ -49,14 +55,20 @@ def resolve_space(
         )
     if model is not None and model.same_as is None:
         return model.space(on_long, dimensions)
-    spec = resolve_spec(
-        name if model is None or model.same_as is None else model.same_as,
-        pooling=settings.embedding_pooling,
-        on_long=on_long,
-        dimensions=dimensions,
-        precision=precision,
-        trust=settings.trust,
-    )
+    try:
+        spec = resolve_spec(
+            name if model is None or model.same_as is None else model.same_as,
+            pooling=settings.embedding_pooling,
+            on_long=on_long,
+            dimensions=dimensions,
+            precision=precision,
+            trust=settings.trust,
+        )
+    except UnknownModel as error:
+        if settings.provider_problem is None:
+            raise
+        known = str(error).rstrip(".")
+        raise UnknownModel(f"{known}. If it is the provider's model: {settings.provider_problem}") from error
     if model is not None and (problem := why_unfit(model, spec)):
         raise InvalidInput(
             f"model {name!r} cannot serve the space of {spec.model!r}: {problem}. Fix its entry in OPENAI_MODELS, "
@@ -100,8 +112,25 @@ def _twin_key(settings: Settings, model: ProviderModel) -> _TwinKey:
 def _read_twin(settings: Settings, model: ProviderModel) -> SpaceSpec | None:
     try:
         return resolve_spec(model.same_as or "", pooling=settings.embedding_pooling, trust=settings.trust)
-    except InvalidInput:
-        return None
+    except (ChunkmillError, OSError):
+        return None  # what is wrong with one model's files is no reason to stop the others
+
+
+def request_limits(
+    settings: Settings, model: ProviderModel, spec: SpaceSpec, *, max_inputs: int | None = None
+) -> BatchLimits:
+    """The limits of requests. A text is cut where its space cuts it, even if the model takes longer ones.
+
+    ``max_inputs`` is a limit on the inputs of a ProviderBatch that the server itself has named.
+    """
+    return BatchLimits(
+        inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
+        bytes=settings.openai_batch_max_bytes,
+        inputs_per_request=model.request_inputs or settings.openai_request_inputs,
+        tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
+        tokens_per_input=min(model.max_tokens, spec.max_tokens),
+        bytes_per_request=model.request_bytes or MAX_BYTES,
+    )
 
 
 def why_unfit(model: ProviderModel, spec: SpaceSpec) -> str | None:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
+from chunkmill.domain.providers import Encoding
 from chunkmill.errors import (
     InvalidSetting,
     ProviderBusy,
@@ -19,24 +21,38 @@ from chunkmill.errors import (
     ProviderRefused,
     ProviderSilent,
     ProviderStopped,
+    install_command,
 )
+from chunkmill.openai.bounded import LONGEST_ANSWER, SLOWEST_BYTES_PER_S, Bounds, http_client, library, within
 from chunkmill.openai.counted import counted
+from chunkmill.openai.plan.refusals import Meaning, refusal
+from chunkmill.openai.wire.answers import Longest, error_of, parse_object
+from chunkmill.openai.wire.bounds import identifier
 from chunkmill.openai.wire.jsonl import URL, split_lines
 from chunkmill.openai.wire.redaction import redact
-from chunkmill.openai.wire.status import RemoteBatch, remote_batch
+from chunkmill.openai.wire.status import RemoteBatch, belongs_to, remote_batch
 from chunkmill.settings import Settings
 from chunkmill.settings.provider import DEFAULT_BASE_URL
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import openai
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 TOKEN_KEY = "chunkmill"  # noqa: S105 - the word under which a batch's metadata has its token
 LISTED_PAGES = 20
 """Pages of 100 batches that `find` reads at most: two hours of batches at the rate that OpenAI allows."""
+PIECE = 64 * 1024
+"""Bytes of a download that are read at a time."""
 FILE_EXPIRES_S = 30 * 24 * 3600
-STOP_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
+_TIMEOUTS = frozenset({408, 504, 524})
+"""Statuses with which a gateway says that the server behind it took too long."""
+_NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol"})
+"""What the HTTP library raises before a request is sent, by the name of the class."""
 
 
 class Provider:
@@ -50,20 +66,36 @@ class Provider:
         try:
             import openai
         except ImportError:
-            raise InvalidSetting(
-                "the paid routes need the package openai. Run: pip install 'chunkmill[openai]'"
-            ) from None
+            raise InvalidSetting(f"the paid routes need the package openai. Run: {install_command('openai')}") from None
+        settings.require_provider()
         if settings.openai_api_key is None:
             raise InvalidSetting(
                 "OPENAI_API_KEY is not set, and a worker on queue `openai` needs it. Set it and start the worker again."
             )
-        self.server = settings.openai_base_url or DEFAULT_BASE_URL
+        self._models = settings.provider_models
+        self._floats: set[str] = set()
+        base_url = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL)
+        self.server = base_url._replace(query="").geturl()
+        """The address without its query, by which the ledger knows the server."""
+        query = dict(parse_qsl(base_url.query))
         key = settings.openai_api_key.get_secret_value()
         self.secrets = (key,)
+        self.key_digest = hashlib.sha256(f"{self.server}\n{key}".encode()).hexdigest()[:16]
+        """Tells one key from another. With the key of another project the provider does not find our batches."""
+        self._expires = True
         self._openai = openai
+        self._timeout_s = timeout = settings.openai_timeout_seconds
         try:
             self._client = openai.OpenAI(
-                api_key=key, base_url=self.server, max_retries=0, timeout=settings.openai_timeout_seconds
+                api_key=key,
+                base_url=self.server,
+                max_retries=0,
+                timeout=timeout,
+                default_query=query,
+                # Addresses with an api-version are Azure's, which reads a key from this header only.
+                default_headers={"api-key": key} if query else {},
+                # A proxy of the environment would read what goes to a private host by http, with the key.
+                http_client=http_client(openai, self.server, timeout, trust_env=base_url.scheme == "https"),
             )
         except (ImportError, OSError, ValueError) as error:
             # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a
@@ -77,19 +109,41 @@ class Provider:
     def close(self) -> None:
         self._client.close()
 
+    def encoding(self, model: str) -> Encoding:
+        """In which form vectors of the model are asked for: as OPENAI_MODELS says, or as this process has learnt."""
+        described = self._models.get(model)
+        if described is not None and described.encoding is not None:
+            return described.encoding
+        return "float" if model in self._floats else "base64"
+
     @counted("upload")
     def upload(self, name: str, file: IO[bytes]) -> str:
-        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it."""
-        made = self._call(
-            lambda: self._client.files.create(
-                file=(name, file, "application/jsonl"),
-                purpose="batch",
-                expires_after={"anchor": "created_at", "seconds": FILE_EXPIRES_S},
-            )
-        )
-        if not getattr(made, "id", None):
+        """Upload the input file of a batch and return its id. It expires by itself if nobody deletes it.
+
+        A server that does not know ``expires_after`` gets the file without it, and keeps it until it is deleted.
+        """
+        bounds = Bounds(self._timeout_s + file.seek(0, 2) / SLOWEST_BYTES_PER_S)
+
+        def send() -> Any:
+            file.seek(0)
+            expiry: dict[str, Any] = {"anchor": "created_at", "seconds": FILE_EXPIRES_S}
+            more: dict[str, Any] = {"expires_after": expiry} if self._expires else {}
+            return self._client.files.create(file=(name, file, "application/jsonl"), purpose="batch", **more)
+
+        try:
+            made = self._call(send, bounds=bounds, of_all=True)
+        except (ProviderRefused, ProviderStopped) as refused:
+            if not self._expires or "expires_after" not in str(refused).lower():
+                raise
+            self._expires = False
+            made = self._call(send, bounds=bounds, of_all=True)
+        try:
+            file_id = identifier("id", getattr(made, "id", None), self.secrets)
+        except ValueError as error:
+            raise ProviderSilent(f"{self.server} accepted a file and returned {error}") from None
+        if file_id is None:
             raise ProviderSilent(f"{self.server} accepted a file and did not return its id.")
-        return str(made.id)
+        return file_id
 
     @counted("create")
     def create(self, input_file_id: str, token: str) -> RemoteBatch:
@@ -100,7 +154,8 @@ class Provider:
                 endpoint=URL,
                 completion_window="24h",
                 metadata={TOKEN_KEY: token},
-            )
+            ),
+            of_all=True,
         )
 
     @counted("retrieve")
@@ -120,35 +175,53 @@ class Provider:
 
         def read_pages() -> list[RemoteBatch]:
             ours: dict[str, RemoteBatch] = {}
-            page = self._client.batches.list(limit=100)
+            with within(Bounds(self._timeout_s)):
+                page = self._client.batches.list(limit=100)
             for _ in range(LISTED_PAGES):
                 batches = []
                 for item in page.data:
-                    with contextlib.suppress(ValueError):
-                        batches.append(remote_batch(item, self.secrets))
-                for batch in batches:
-                    if batch.input_file_id == input_file_id or batch.metadata.get(TOKEN_KEY) == token:
+                    is_ours = belongs_to(item, input_file_id, (TOKEN_KEY, token))
+                    try:
+                        batch = remote_batch(item, self.secrets)
+                    except ValueError:
+                        if is_ours:
+                            raise  # a batch of ours that is passed over would be created, and paid for, again
+                        continue
+                    batches.append(batch)
+                    if is_ours:
                         ours[batch.id] = batch
                 old = [batch for batch in batches if batch.created_at is not None and batch.created_at < since]
                 if len(old) == len(batches) or not page.has_next_page():
                     break
-                page = page.get_next_page()
+                with within(Bounds(self._timeout_s)):
+                    page = page.get_next_page()
             return list(ours.values())
 
         batches = self._call(read_pages)
         return sorted(batches, key=lambda batch: (batch.created_at is None, batch.created_at, batch.id))
 
     @contextlib.contextmanager
-    def lines(self, file_id: str) -> Iterator[Iterator[bytes]]:
-        """The lines of a file as they arrive. A download that ends early raises :class:`ProviderSilent` in mid-file."""
-        with counted("download"), contextlib.ExitStack() as stack:
-            with self._errors():
-                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
-            yield self._guarded(split_lines(response.iter_bytes(1 << 20)))
+    def lines(self, file_id: str, longest: Longest) -> Iterator[Iterator[bytes]]:
+        """The lines of a file as they arrive, with ``TOO_LONG`` in place of each that is longer than ``longest.line``.
 
-    def _guarded(self, lines: Iterator[bytes]) -> Iterator[bytes]:
-        with self._errors():
-            yield from lines
+        A download that ends early, is too slow or is longer than ``longest.file`` raises :class:`ProviderSilent` in
+        mid-file.
+        """
+        bounds = Bounds(self._timeout_s, longest.file)
+        with counted("download"), contextlib.ExitStack() as stack:
+            with self._errors(), within(bounds):
+                response = stack.enter_context(self._client.files.with_streaming_response.content(file_id))
+            yield split_lines(self._pieces(response.iter_bytes(PIECE), bounds), longest.line)
+
+    def _pieces(self, pieces: Iterator[bytes], bounds: Bounds) -> Iterator[bytes]:
+        """The pieces of a download. Only the time that is spent in waiting for them is taken from ``bounds``."""
+        while True:
+            with self._errors(), within(bounds):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            bounds.seconds += len(piece) / SLOWEST_BYTES_PER_S
+            yield piece
 
     @counted("delete")
     def delete_file(self, file_id: str) -> None:
@@ -176,82 +249,130 @@ class Provider:
 
     @counted("embed")
     def embed(
-        self, model: str, inputs: Sequence[str], *, dimensions: int | None, idempotency_key: str
+        self,
+        model: str,
+        inputs: Sequence[str],
+        *,
+        dimensions: int | None,
+        idempotency_key: str,
+        longest: int = LONGEST_ANSWER,
     ) -> dict[str, Any]:
-        """The body of the answer to a plain request. OpenAI ignores ``idempotency_key``; some other servers know it."""
+        """The body of the answer to a plain request, of ``longest`` bytes at most.
 
-        def ask() -> bytes:
+        OpenAI ignores ``idempotency_key``; some other servers know it. A server that refuses base64 is asked again for
+        floats, which costs nothing, and from then on at once. An error in a successful answer is raised like one with a
+        status of its own.
+        """
+        bounds = Bounds(self._timeout_s, longest)
+
+        def ask_for(encoding: Encoding) -> dict[str, Any]:
             extra: dict[str, Any] = {} if dimensions is None else {"dimensions": dimensions}
             answer = self._client.embeddings.with_raw_response.create(
                 model=model,
                 input=list(inputs),
-                encoding_format="base64",
+                encoding_format=encoding,
                 extra_headers={"Idempotency-Key": idempotency_key},
                 **extra,
             )
-            return bytes(answer.content)
+            parsed = parse_object(answer.content, self.server)
+            if (error := error_of(parsed)) is not None:
+                raise self._error_in(answer.http_response, error)
+            return parsed
 
-        body = self._call(ask)
+        def ask() -> dict[str, Any]:
+            encoding = self.encoding(model)
+            try:
+                return ask_for(encoding)
+            except self._openai.APIStatusError as error:
+                described = self._models.get(model)
+                is_told = described is not None and described.encoding is not None
+                if encoding == "float" or is_told or not _refuses_base64(error):
+                    raise
+            body = ask_for("float")
+            self._floats.add(model)
+            logger.info("%s refuses base64 for model %s: it is asked for floats from now on", self.server, model)
+            return body
+
         try:
-            parsed = json.loads(body)
-        except ValueError:
-            raise ProviderSilent(
-                f"{self.server} answered an embeddings request with something that is not JSON."
-            ) from None
-        if not isinstance(parsed, dict):
-            raise ProviderSilent(f"{self.server} answered an embeddings request with something that is not an object.")
-        return parsed
+            return self._call(ask, bounds=bounds, of_all=True)
+        except ProviderSilent as silent:
+            silent.answered = silent.answered or (bounds.status or 500) < 300
+            raise
 
-    def _batch(self, ask: Callable[[], object]) -> RemoteBatch:
-        given = self._call(ask)
+    def _error_in(self, response: Any, error: dict[str, Any]) -> openai.APIStatusError:
+        """The error that stands in a successful answer. Some routers put the status of the server behind them there."""
+        said = self._openai.APIStatusError(error["message"], response=response, body=error)
+        if isinstance(code := error["code"], int):
+            said.status_code = code
+        return said
+
+    def _batch(self, ask: Callable[[], object], *, of_all: bool = False) -> RemoteBatch:
+        given = self._call(ask, of_all=of_all)
         try:
             return remote_batch(given, self.secrets)
         except ValueError as error:
             raise ProviderSilent(f"{self.server} answered with something that is not a batch: {error}") from None
 
-    def _call(self, ask: Callable[[], T]) -> T:
-        with self._errors():
+    def _call(self, ask: Callable[[], T], *, bounds: Bounds | None = None, of_all: bool = False) -> T:
+        with self._errors(of_all=of_all), within(bounds or Bounds(self._timeout_s)):
             try:
                 return ask()
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, RecursionError, TypeError, ValueError) as error:
                 # The client does not check answers, and fails on one that is not JSON or not an object.
                 raise ProviderSilent(
                     f"{self.server} gave an answer of an unexpected kind", words=self._redact(error)
                 ) from None
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raises the client's errors as our own, and not ``from`` them, because their texts may hold the key."""
+    def _errors(self, *, of_all: bool = False) -> Iterator[None]:
+        """Raises the client's errors as our own, and not ``from`` them, because their texts may hold the key.
+
+        ``of_all`` is true for calls that every piece of work needs: a 404 there concerns everybody.
+        """
         openai = self._openai
         try:
             yield
         except ProviderError:
             raise
         except openai.APIStatusError as error:
-            raise self._refusal(error) from None
-        except openai.APITimeoutError:
-            raise ProviderSilent(f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).") from None
+            raise self._refusal(error, of_all=of_all) from None
+        except openai.APITimeoutError as error:
+            raise ProviderSilent(
+                f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).",
+                timed_out=True,
+                was_sent=self._why(error) not in _NOT_SENT,
+            ) from None
         except openai.APIConnectionError as error:
-            raise ProviderSilent(f"{self.server} could not be reached, or hung up: {self._why(error)}") from None
+            if isinstance(error.__cause__, ProviderError):  # openai 2 wraps what `bounded` raises
+                raise error.__cause__ from None
+            raise ProviderSilent(
+                f"{self.server} could not be reached, or hung up: {self._why(error)}",
+                was_sent=self._why(error) not in _NOT_SENT,
+            ) from None
         except openai.OpenAIError as error:
             raise ProviderSilent(f"{self.server}: {type(error).__name__}", words=self._redact(error)) from None
-        except _transport_errors() as error:
+        except _transport_errors(openai) as error:
+            if "Timeout" in type(error).__name__:
+                raise ProviderSilent(
+                    f"{self.server} did not answer in time (OPENAI_TIMEOUT_SECONDS).", timed_out=True
+                ) from None
             raise ProviderSilent(f"{self.server} broke off its answer: {type(error).__name__}") from None
 
-    def _refusal(self, error: openai.APIStatusError) -> ProviderError:
-        status, code = error.status_code, str(error.code or f"http_{error.status_code}")
-        said, words = f"{self.server} answered {status} {code[:60]}", self._redact(error.message)
-        if code in STOP_CODES or str(error.type) in STOP_CODES:
-            advice = "Pay or raise the limit, then: chunkmill lanes resume"
-            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
-        if status in (401, 403):
-            advice = "Fix OPENAI_API_KEY, then: chunkmill lanes resume"
-            return ProviderStopped(said, words=words, advice=advice, provider_code=code)
-        if status == 429 or code == "token_limit_exceeded":
-            return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
-        if status >= 500 or status in (408, 409):
-            return ProviderSilent(said, words=words)
-        return ProviderRefused(said, words=words, status=status, provider_code=code)
+    def _refusal(self, error: openai.APIStatusError, *, of_all: bool) -> ProviderError:
+        status, words = error.status_code, self._redact(error.message)
+        code, kind = _word(self._redact(error.code)), _word(self._redact(error.type))
+        told = refusal(status, code, words, kind=kind, parameter=str(error.param or ""), of_all=of_all)
+        code = code or (kind if told.meaning is Meaning.STOP and kind else f"http_{status}")
+        said = f"{self.server} answered {status} {code[:60]}"
+        match told.meaning:
+            case Meaning.STOP:
+                return ProviderStopped(said, words=words, advice=told.advice, provider_code=code)
+            case Meaning.WAIT:
+                return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
+            case Meaning.OUTAGE:
+                return ProviderSilent(said, words=words, timed_out=status in _TIMEOUTS)
+            case Meaning.NOT_RUN | Meaning.SIZE | Meaning.TEXT:
+                return ProviderRefused(said, words=words, status=status, provider_code=code)
 
     def _redact(self, message: object) -> str:
         return redact(message, self.secrets)
@@ -260,12 +381,22 @@ class Provider:
         return type(error.__cause__ or error).__name__
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it.
+def _refuses_base64(error: openai.APIStatusError) -> bool:
+    """Whether a refusal may be about the encoding. A text may hold the same words, so only a second try is proof."""
+    said = f"{error.message} {error.param} {error.body}".lower()
+    return (400 <= error.status_code < 500 or error.status_code == 501) and (
+        "base64" in said or "encoding_format" in said
+    )
 
-    openai 3 uses httpx2, and openai 2 uses httpx.
-    """
-    httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
+def _word(given: object) -> str:
+    """A code or a type of an error, in the provider's word; empty if there is none, or only the status as a number."""
+    return given if isinstance(given, str) and not given.isdigit() else ""
+
+
+def _transport_errors(openai: ModuleType) -> tuple[type[Exception], ...]:
+    """What the HTTP library below the client raises in the middle of a body, where the client does not handle it."""
+    httpx = library(openai)
     return (httpx.HTTPError, httpx.StreamError, OSError)
 
 

@@ -55,16 +55,20 @@ def _post(url: str, budget: Budget, percent: int) -> str | None:
     body = {
         "event": "budget",
         "percent": percent,
-        "spent_usd": str(budget.spent),
-        "committed_usd": str(budget.committed),
-        "limit_usd": str(budget.limit),
+        "spent_usd": f"{budget.spent:f}",
+        "committed_usd": f"{budget.committed:f}",
+        "lost_usd": f"{budget.lost:f}",
+        "maybe_charged_usd": f"{budget.maybe_charged:f}",
+        "limit_usd": f"{budget.limit:f}",
         "month": f"{budget.month:%Y-%m}",
     }
     headers = {"Content-Type": "application/json"}
     # The settings accept only https, and http on loopback.
     request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")  # noqa: S310
+    # A proxy of the environment would read what goes by http, and the address may be a secret.
+    handlers = [urllib.request.ProxyHandler({})] if url.startswith("http:") else []
     try:
-        with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):  # noqa: S310
+        with urllib.request.build_opener(*handlers).open(request, timeout=WEBHOOK_SECONDS):
             return None
     except urllib.error.HTTPError as error:
         error.close()

@@ -14,7 +14,7 @@ from chunkmill.broker import STEP_PRIORITY, SYNC_BELLS, Broker
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.domain.states import Route
 from chunkmill.ledger.jobs.routing import reroute
-from chunkmill.ledger.provider import provider_batches, provider_lanes, provider_work
+from chunkmill.ledger.provider import provider_batches, provider_endings, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_room import room
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.openai.catalogue import read_twins
@@ -53,6 +53,7 @@ class ProviderRounds:
             self._settle()
             step("the routing of jobs", self._reroute)
             step("the abandoning of ProviderBatches", self._abandon)
+            step("the giving back of what a stopped lane cannot send", self._give_back)
             self._seldom_at = now + SELDOM_SECONDS
         if now >= self._budget_at:
             step("the budget's warnings", partial(watch_budget, self._db, self._settings))
@@ -71,6 +72,14 @@ class ProviderRounds:
     def _abandon(self) -> None:
         with self._db.begin() as conn:
             provider_batches.abandon_unwanted(conn)
+
+    def _give_back(self) -> None:
+        """What was not sent is given back while the lane is stopped: other lanes and jobs may have the same texts."""
+        with self._db.begin() as conn:
+            lane = provider_lanes.lane(conn, Route.OPENAI)
+            if lane.is_stopped:
+                why = f"given back, because {lane.route} stopped ({lane.stop_code}) before it was sent"
+                provider_endings.give_back_unsent(conn, why)
 
     def _open_gatherings(self) -> None:
         for space_id in self._steps.run("the search for spaces to gather", self._spaces_to_gather) or ():

@@ -10,11 +10,15 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from chunkmill.domain.model_fields import WrongModels
 from chunkmill.domain.spaces import Pooling, Precision
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings.addresses import one_line, read_postgres_url, read_redis_url
 from chunkmill.settings.provider import ProviderSettings
+
+OF_THE_PROVIDER = frozenset(ProviderSettings.model_fields) - {"embedding_provider", "gpu_hour_usd"}
+"""The settings that only the paid routes need. The first of the others says what a model's name means everywhere."""
 
 
 def _schema_name(name: str) -> str:
@@ -61,6 +65,12 @@ def _names(given: object) -> object:
             f"{blanket[0]!r} is not the name of a model: write the name of each model, separated by commas"
         )
     return names
+
+
+def _names_of(error: Any) -> frozenset[str]:
+    """The models that OPENAI_MODELS describes, from pydantic's report of what is wrong with it."""
+    wrong = error.get("ctx", {}).get("error")
+    return wrong.names if isinstance(wrong, WrongModels) else frozenset()
 
 
 ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
@@ -289,15 +299,37 @@ class Settings(ProviderSettings):
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:
-        """Read the environment. Raises an :class:`InvalidSetting` that names each wrong variable."""
-        try:
-            return cls(**overrides)
-        except ValidationError as error:
-            # pydantic's own message would print the value, which may hold a password.
-            problems = "; ".join(
-                f"{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+        """Read the environment. Raises an :class:`InvalidSetting` that names each wrong variable.
+
+        If only settings of the paid routes are wrong, it raises nothing: those routes are off then, and everything else
+        goes on. ``provider_problem`` says what is wrong.
+        """
+        given, problem, described = dict(overrides), None, frozenset[str]()
+        while True:
+            try:
+                settings = cls(**given)
+            except ValidationError as error:
+                wrong = {str(e["loc"][0]): e for e in error.errors()}
+                # pydantic's own message would print the value, which may hold a password.
+                problems = "; ".join(
+                    f"{name.upper()}: {e['msg'].removeprefix('Value error, ')}" for name, e in wrong.items()
+                )
+                if not wrong.keys() <= OF_THE_PROVIDER - given.keys():
+                    raise InvalidSetting(
+                        f"{problems}. Fix the environment; docs/settings.md lists every setting."
+                    ) from None
+                problem = problem or problems
+                described = next((names for e in wrong.values() if (names := _names_of(e))), described)
+                given |= {name: cls.model_fields[name].default for name in wrong}
+            else:
+                break
+        if problem is not None:
+            settings._provider_problem = (
+                f"the paid routes are off in this process, because their settings are wrong: {problem}. Fix the "
+                "environment and start the process again; docs/settings.md lists every setting."
             )
-            raise InvalidSetting(f"{problems}. Fix the environment; docs/settings.md lists every setting.") from None
+            settings._described = described
+        return settings
 
     def require_database_url(self) -> str:
         """The URL for ``chunkmill.db.connect.create_db``: with ``schema=…`` if DATABASE_SCHEMA is not the default."""

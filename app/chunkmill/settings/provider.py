@@ -2,35 +2,92 @@
 
 from __future__ import annotations
 
-import json
+import re
 from decimal import Decimal
+from ipaddress import ip_address
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationInfo
 from pydantic_settings import BaseSettings, NoDecode
 
-from chunkmill.domain.providers import OPENAI_MODELS, ProviderModel, read_models
+from chunkmill.domain.providers import OPENAI_MODELS, ProviderModel
+from chunkmill.errors import InvalidSetting
 from chunkmill.settings.addresses import one_line
+from chunkmill.settings.models_file import described_models
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_API_VERSION = re.compile(r"api-version=[\w.-]+", re.ASCII)
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.ASCII)
+_EVERYTHING = frozenset({"all", "any", "false", "no", "none", "off", "on", "true", "yes"})
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether it is ``localhost``, or an address in 127.0.0.0/8 or ::1, which no network carries."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _base_url(url: str) -> str:
-    """The URL, if it is https or on loopback: a key must not cross a network unencrypted."""
-    problem = "it must be a URL such as https://api.openai.com/v1; http is allowed only on loopback"
+    """The URL, if it is https or on loopback: a secret must not cross a network unencrypted."""
+    return _checked_url(
+        url, frozenset(), "it must be a URL such as https://example.com/hook; http is allowed only on loopback"
+    )
+
+
+def _provider_url(url: str, info: ValidationInfo) -> str:
+    """The URL, if it is https, on loopback, or of a host in OPENAI_HTTP_HOSTS. Its query may be an api-version."""
+    problem = (
+        "it must be a URL such as https://api.openai.com/v1, with no query but ?api-version=; http is allowed only on "
+        "loopback, and to the hosts that OPENAI_HTTP_HOSTS names"
+    )
+    # If the hosts themselves are wrong, they are missing here. That is said of OPENAI_HTTP_HOSTS and not of this URL.
+    hosts = info.data["openai_http_hosts"] or frozenset() if "openai_http_hosts" in info.data else None
+    return _checked_url(url, hosts, problem, query=_API_VERSION)
+
+
+def _checked_url(
+    url: str, http_hosts: frozenset[str] | None, problem: str, *, query: re.Pattern[str] | None = None
+) -> str:
+    """``http_hosts`` may have http; None if it is not known which hosts may."""
     url = one_line(url)
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises if it is not a port
     except ValueError:
         raise ValueError(problem) from None
-    if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+    host = parts.hostname or ""
+    is_safe = parts.scheme == "https" or _is_loopback(host) or http_hosts is None or host in http_hosts
+    if not host or "@" in parts.netloc or "#" in url or parts.scheme not in ("http", "https") or not is_safe:
         raise ValueError(problem)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACK):
+    if parts.query and not (query and query.fullmatch(parts.query)):
         raise ValueError(problem)
-    return url.rstrip("/")
+    return urlunsplit((*parts[:2], parts.path.rstrip("/"), parts.query, ""))
+
+
+def _http_hosts(given: object) -> object:
+    """The host names in a list with commas. Only names of single hosts are taken, and no address of the internet."""
+    if not isinstance(given, str):
+        return given
+    hosts = frozenset(host.strip().lower().removeprefix("[").removesuffix("]") for host in given.split(",")) - {""}
+    for host in sorted(hosts):
+        try:
+            address = ip_address(host)
+        except ValueError:
+            if host in _EVERYTHING or not _HOST.fullmatch(host):
+                raise ValueError(
+                    "each entry must be the name or the IP address of one host, without http://, port and path, such "
+                    "as tei or 10.0.0.7; there is no word for all hosts"
+                ) from None
+            continue
+        if address.is_global or address.is_unspecified or address.is_multicast:
+            raise ValueError(
+                f"{host} is not the address of a host on a private network, so the key would cross the internet "
+                "unencrypted: use https"
+            )
+    return hosts
 
 
 def _key(key: SecretStr) -> SecretStr:
@@ -42,15 +99,7 @@ def _key(key: SecretStr) -> SecretStr:
 
 
 def _models(given: object) -> object:
-    if not isinstance(given, str):
-        return given
-    try:
-        parsed = json.loads(given)
-    except ValueError:
-        raise ValueError("it must be a JSON object that maps model names to fields") from None
-    if not isinstance(parsed, dict):
-        raise ValueError("it must be a JSON object that maps model names to fields")  # noqa: TRY004 - pydantic expects it
-    return read_models(parsed)
+    return described_models(given) if isinstance(given, str) else given
 
 
 class ProviderSettings(BaseSettings):
@@ -64,12 +113,21 @@ class ProviderSettings(BaseSettings):
     openai_api_key: Annotated[SecretStr, AfterValidator(_key)] | None = Field(
         None, repr=False, description="Key for the paid routes. Only workers on queue `openai` need it."
     )
-    openai_base_url: Annotated[str, AfterValidator(_base_url)] | None = Field(
-        None, description="Address of a server that speaks OpenAI's API. If unset, it is OpenAI's own."
+    openai_http_hosts: Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_http_hosts)] = Field(
+        None,
+        description="Names or IP addresses, separated by commas, of hosts on a private network to which "
+        "OPENAI_BASE_URL may use http, such as `tei,10.0.0.7`. The key and the texts cross that network unencrypted.",
+    )
+    openai_base_url: Annotated[str, AfterValidator(_provider_url)] | None = Field(
+        None,
+        description="Address of a server that speaks OpenAI's API. If unset, it is OpenAI's own. An `?api-version=` of "
+        "Azure's is sent with each request.",
     )
     openai_batches: bool = Field(True, description="Whether the server has a Batch API. Azure has none for embeddings.")
     openai_models: Annotated[dict[str, ProviderModel] | None, NoDecode, BeforeValidator(_models)] = Field(
-        None, description="Models besides OpenAI's, or other prices for OpenAI's, as a JSON object: docs/openai.md."
+        None,
+        description="Models besides OpenAI's, or other prices for OpenAI's: a JSON object, or the path of a `.json` or "
+        "`.toml` file. docs/openai.md has the fields.",
     )
     openai_batch_max_inputs: int = Field(
         50_000, ge=1, le=50_000, description="Maximum number of inputs in one ProviderBatch."
@@ -114,8 +172,17 @@ class ProviderSettings(BaseSettings):
         description="How many seconds to search the provider's list for a ProviderBatch whose creation got no answer, "
         "before it is created again.",
     )
+    openai_batch_hours: float = Field(
+        48.0,
+        ge=24,
+        le=168,
+        description="How many hours a ProviderBatch may take if the provider does not say when it expires. An hour "
+        "later it is cancelled, and six hours after that it is given up.",
+    )
     openai_timeout_seconds: float = Field(
-        120.0, gt=0, description="How many seconds to wait for an answer of the provider."
+        120.0,
+        gt=0,
+        description="How many seconds a whole request to the provider may take. A file gets one more for each 100 kB.",
     )
     openai_sync_requests_per_minute: int = Field(
         0,
@@ -156,3 +223,20 @@ class ProviderSettings(BaseSettings):
     def provider_models(self) -> dict[str, ProviderModel]:
         """OpenAI's models and those of ``OPENAI_MODELS``, by name."""
         return {**OPENAI_MODELS, **(self.openai_models or {})}
+
+    _provider_problem: str | None = PrivateAttr(None)
+    _described: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def provider_problem(self) -> str | None:
+        """What is wrong with the settings of the paid routes, which are off in this process then; None if nothing."""
+        return self._provider_problem
+
+    def require_provider(self) -> None:
+        """Raise :class:`InvalidSetting` if the settings of the paid routes are wrong."""
+        if self._provider_problem is not None:
+            raise InvalidSetting(self._provider_problem)
+
+    def may_be_described(self, name: str) -> bool:
+        """Whether a model may be the provider's, if OPENAI_MODELS is wrong."""
+        return name in OPENAI_MODELS or name in self._described

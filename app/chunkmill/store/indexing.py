@@ -8,9 +8,10 @@ left half built. No producer, worker or search waits for a builder, but for the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import psycopg
 import sqlalchemy as sa
 
 from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, lock
@@ -21,13 +22,11 @@ from chunkmill.domain.serving import (
     BuilderKind,
     Segment,
     SegmentKind,
-    SegmentState,
     kind_for,
     segments_to_merge,
 )
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
-from chunkmill.store.segments import ServingIndex
 
 BEGIN_PATIENCE_S = 10
 """How many seconds the beginning of an index waits for transactions that write. It is tried again later."""
@@ -63,14 +62,21 @@ def flush(db: sa.Engine, space: Space, collection_id: int) -> Built | None:
             index = segments.find(conn, collection_id, space.id)
             if index is None and not _has_chunks(conn, collection_id, MIN_ROWS):
                 return None
+            if index is not None and index.is_ready and not _has_tail(conn, space, collection_id, MIN_ROWS):
+                return None
         if index is None or not index.is_ready:
             return _build_first(conn, space, collection_id)
         with conn.begin():
-            if not _has_tail(conn, space, collection_id, MIN_ROWS):
-                return None
             new = segments.create(conn, collection_id, space, SegmentKind.FLAT, BuilderKind.FLUSH)
-        rows, useless = _fill_from_tail(conn, space, collection_id, new)
-        return _publish_tail(conn, space, collection_id, new, rows=rows, useless=useless)
+        with conn.begin():
+            # What is in the tail and cannot be in the segment is of the same moment as what is in it.
+            conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            fill = "SELECT filled, useless FROM fill_segment_from_tail(:id, :most)"
+            rows, useless = conn.execute(sa.text(fill), {"id": new.id, "most": MAX_FLUSH_ROWS}).one()
+        _finish(conn, new)
+        with conn.begin():
+            segments.publish(conn, new, rows, useless=useless or ())
+        return Built(Segment(new.id, new.kind, rows))
 
 
 def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int) -> Built | None:
@@ -87,19 +93,20 @@ def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int) ->
             index = segments.find(conn, collection_id, space.id)
             if index is None:
                 return None
-            stale = _stale_segments(conn, space, collection_id, index)
+            stale = _stale_segments(conn, space, collection_id)
             old = segments_to_merge(index.segments, dimensions=space.spec.dimensions, stale=stale)
             if not old:
                 return None
             kind = kind_for(sum(segment.rows for segment in old), space.spec.dimensions)
             new = segments.create(conn, collection_id, space, kind, BuilderKind.MERGE)
-        rows = _fill_from_segments(conn, collection_id, new, old)
+        with conn.begin():
+            # Two segments may hold the same content, with the same vector. What belongs to no chunk is left out.
+            fill = "SELECT fill_segment_from_others(:id, CAST(:old AS bigint[]))"
+            parameters = {"id": new.id, "old": [segment.id for segment in old]}
+            rows = conn.execute(sa.text(fill), parameters).scalar_one()
         _finish(conn, new, memory_mb=memory_mb)
         with conn.begin():
-            _go_live(conn, new, rows)
-            retire = "UPDATE segments SET state = :retired, retired_at = now() WHERE id = ANY(:old)"
-            ids = [segment.id for segment in old]
-            conn.execute(sa.text(retire), {"retired": SegmentState.RETIRED, "old": ids})
+            segments.publish(conn, new, rows, replaces=old)
         return Built(Segment(new.id, kind, rows), tuple(old))
 
 
@@ -122,32 +129,30 @@ def _alone(db: sa.Engine, key: int, collection_id: int) -> Iterator[sa.Connectio
 def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built | None:
     """Begin the tail of a collection, and put into its first segment what has a chunk and a vector already.
 
-    If an earlier builder died in between, this begins again. Until the end, searches are exact.
+    If an earlier builder died in between, this begins again. Until the end, searches are exact. Returns None if writers
+    left no moment for it, so that it is tried again later.
     """
-    with conn.begin():
-        conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
-        watch = "SELECT watch_collection(:collection, :space)"
-        conn.execute(sa.text(watch), {"collection": collection_id, "space": space.id})
-    with conn.begin():
-        # Everyone who writes chunks or vectors holds the shared side of this lock until the end of the transaction. So
-        # whoever has not seen the index has committed, and everybody else fills the tail.
-        conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
-        lock(conn, DELETE_LOCK)
+    try:
+        with conn.begin():
+            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
+            watch = "SELECT watch_collection(:collection, :space)"
+            conn.execute(sa.text(watch), {"collection": collection_id, "space": space.id})
+        with conn.begin():
+            # Everyone who writes chunks or vectors holds the shared side of this lock until the end of the transaction.
+            # So whoever has not seen the index has committed, and everybody else fills the tail.
+            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
+            lock(conn, DELETE_LOCK)
+    except sa.exc.OperationalError as error:
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            return None
+        raise
     with conn.begin():
         new = segments.create(conn, collection_id, space, SegmentKind.FLAT, BuilderKind.FLUSH)
-    fill = f"""
-        INSERT INTO {new.table_name} (content_hash, embedding)
-        SELECT v.content_hash, v.embedding::halfvec({space.spec.dimensions})
-        FROM (SELECT DISTINCT content_hash FROM chunks WHERE collection_id = :collection) c
-        JOIN {space.table_name} v USING (content_hash)
-    """
     with conn.begin():
-        rows = conn.execute(sa.text(fill), {"collection": collection_id}).rowcount
+        rows = conn.execute(sa.text("SELECT fill_first_segment(:id)"), {"id": new.id}).scalar_one()
     _finish(conn, new)
     with conn.begin():
-        _go_live(conn, new, rows)
-        be_ready = "UPDATE serving_indexes SET is_ready = true WHERE collection_id = :collection AND space_id = :space"
-        conn.execute(sa.text(be_ready), {"collection": collection_id, "space": space.id})
+        segments.publish(conn, new, rows)
     return Built(Segment(new.id, new.kind, rows))
 
 
@@ -213,67 +218,6 @@ def _has_tail(conn: sa.Connection, space: Space, collection_id: int, least: int)
     return bool(conn.execute(sa.text(query), parameters).scalar_one())
 
 
-def _fill_from_tail(conn: sa.Connection, space: Space, collection_id: int, new: Segment) -> tuple[int, list[int]]:
-    """Copy vectors of the tail. Returns how many, and the ids of the tail's rows that have no chunk or no vector."""
-    some = """
-        SELECT id, content_hash
-        FROM serving_tail
-        WHERE collection_id = :collection AND space_id = :space
-        ORDER BY id
-        LIMIT :most
-    """
-    has_chunk = "EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash AND c.collection_id = :collection)"
-    fill = f"""
-        INSERT INTO {new.table_name} (content_hash, embedding)
-        SELECT v.content_hash, v.embedding::halfvec({space.spec.dimensions})
-        FROM (SELECT DISTINCT content_hash FROM ({some}) t WHERE {has_chunk}) t
-        JOIN {space.table_name} v USING (content_hash)
-    """
-    select_useless = f"""
-        SELECT t.id
-        FROM ({some}) t
-        WHERE NOT {has_chunk}
-           OR NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = t.content_hash)
-    """
-    parameters = {"collection": collection_id, "space": space.id, "most": MAX_FLUSH_ROWS}
-    with conn.begin():
-        conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-        rows = conn.execute(sa.text(fill), parameters).rowcount
-        useless = list(conn.execute(sa.text(select_useless), parameters).scalars())
-    _finish(conn, new)
-    return rows, useless
-
-
-def _publish_tail(
-    conn: sa.Connection, space: Space, collection_id: int, new: Segment, *, rows: int, useless: Sequence[int]
-) -> Built:
-    """Let searches read the new segment, and take what it holds out of the tail."""
-    take_out = f"""
-        DELETE FROM serving_tail t
-        USING {new.table_name} s
-        WHERE t.collection_id = :collection AND t.space_id = :space AND t.content_hash = s.content_hash
-    """
-    with conn.begin():
-        _go_live(conn, new, rows)
-        conn.execute(sa.text(take_out), {"collection": collection_id, "space": space.id})
-        # By their numbers: if such a content has got what it lacked, a new row says so.
-        conn.execute(sa.text("DELETE FROM serving_tail WHERE id = ANY(:useless)"), {"useless": list(useless)})
-    return Built(Segment(new.id, new.kind, rows))
-
-
-def _fill_from_segments(conn: sa.Connection, collection_id: int, new: Segment, old: Sequence[Segment]) -> int:
-    """Copy the rows that belong to a chunk. Two segments may hold the same content, with the same vector."""
-    rows_of_all = " UNION ALL ".join(f"SELECT content_hash, embedding FROM {segment.table_name}" for segment in old)
-    fill = f"""
-        INSERT INTO {new.table_name} (content_hash, embedding)
-        SELECT DISTINCT ON (s.content_hash) s.content_hash, s.embedding
-        FROM ({rows_of_all}) s
-        WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = s.content_hash AND c.collection_id = :collection)
-    """
-    with conn.begin():
-        return conn.execute(sa.text(fill), {"collection": collection_id}).rowcount
-
-
 def _finish(conn: sa.Connection, new: Segment, *, memory_mb: int | None = None) -> None:
     with conn.begin():
         if memory_mb is not None:
@@ -281,40 +225,17 @@ def _finish(conn: sa.Connection, new: Segment, *, memory_mb: int | None = None) 
         conn.execute(sa.text("SELECT finish_segment(:id)"), {"id": new.id})
 
 
-def _go_live(conn: sa.Connection, new: Segment, rows: int) -> None:
-    go_live = "UPDATE segments SET state = :live, live_since = now(), n_rows = :rows WHERE id = :id"
-    conn.execute(sa.text(go_live), {"live": SegmentState.LIVE, "rows": rows, "id": new.id})
-
-
-def _stale_segments(conn: sa.Connection, space: Space, collection_id: int, index: ServingIndex) -> list[int]:
+def _stale_segments(conn: sa.Connection, space: Space, collection_id: int) -> list[int]:
     """The ids of segments of which too many rows belong to no chunk.
 
     They are looked for if chunks were deleted or replaced since the last look; what replaces a chunk comes with a newer
     segment.
     """
-    has_changed = """
-        UPDATE serving_indexes i
-        SET checked_at = now(), deletions = (SELECT last_value FROM deletions)
-        WHERE i.collection_id = :collection AND i.space_id = :space
-          AND i.checked_at < now() - make_interval(secs => :pause)
-          AND (i.deletions <> (SELECT last_value FROM deletions)
-               OR EXISTS (
-                   SELECT
-                   FROM segments s
-                   WHERE s.collection_id = i.collection_id AND s.space_id = i.space_id AND s.live_since > i.checked_at))
-    """
-    parameters = {"collection": collection_id, "space": space.id, "pause": STALE_PAUSE_S}
-    if conn.execute(sa.text(has_changed), parameters).rowcount == 0:
-        return []
-    stale = []
-    for segment in index.segments:
-        count = f"""
-            SELECT count(*)
-            FROM {segment.table_name} s
-            WHERE NOT EXISTS (
-                SELECT FROM chunks c WHERE c.content_hash = s.content_hash AND c.collection_id = :collection)
-        """
-        gone = conn.execute(sa.text(count), parameters).scalar_one()
-        if gone > STALE_SHARE * segment.rows:
-            stale.append(segment.id)
-    return stale
+    call = "SELECT stale_segments(:collection, :space, :pause, :share)"
+    parameters = {
+        "collection": collection_id,
+        "space": space.id,
+        "pause": float(STALE_PAUSE_S),
+        "share": STALE_SHARE,
+    }
+    return list(conn.execute(sa.text(call), parameters).scalar_one())

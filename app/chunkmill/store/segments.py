@@ -5,6 +5,7 @@ On the schema of the last release there are none, and every search is exact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -66,21 +67,28 @@ def find(conn: sa.Connection, collection_id: int, space_id: int) -> ServingIndex
 
 def create(conn: sa.Connection, collection_id: int, space: Space, kind: SegmentKind, builder: BuilderKind) -> Segment:
     """Register a segment that is going to be built, and create its table."""
-    insert = """
-        INSERT INTO segments (collection_id, space_id, kind, state, builder)
-        VALUES (:collection, :space, :kind, :building, :builder)
-        RETURNING id
+    call = "SELECT create_segment(:collection, :space, :kind, :builder)"
+    parameters = {"collection": collection_id, "space": space.id, "kind": kind, "builder": builder}
+    return Segment(conn.execute(sa.text(call), parameters).scalar_one(), kind, 0)
+
+
+def publish(
+    conn: sa.Connection, segment: Segment, rows: int, *, replaces: Sequence[Segment] = (), useless: Sequence[int] = ()
+) -> None:
+    """Let searches read a segment in place of those that it ``replaces``.
+
+    After a flush, what it holds leaves the tail, and so do the ``useless`` rows of the tail (their ids).
+    """
+    call = """
+        SELECT publish_segment(:id, :rows, CAST(:replaces AS bigint[]), CAST(:useless AS bigint[]))
     """
     parameters = {
-        "collection": collection_id,
-        "space": space.id,
-        "kind": kind,
-        "building": SegmentState.BUILDING,
-        "builder": builder,
+        "id": segment.id,
+        "rows": rows,
+        "replaces": [old.id for old in replaces],
+        "useless": list(useless),
     }
-    segment_id: int = conn.execute(sa.text(insert), parameters).scalar_one()
-    conn.execute(sa.text("SELECT create_segment(:id)"), {"id": segment_id})
-    return Segment(segment_id, kind, 0)
+    conn.execute(sa.text(call), parameters)
 
 
 def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -> int:
@@ -88,25 +96,16 @@ def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -
 
     Only who holds the lock of that builder may call it. Returns how many segments were dropped.
     """
-    query = """
-        SELECT id
-        FROM segments
-        WHERE collection_id = :collection
-          AND (state = :building AND builder = :builder
-               OR state = :retired AND retired_at < now() - make_interval(secs => :grace))
-        FOR UPDATE SKIP LOCKED
-    """
-    parameters = {
-        "collection": collection_id,
-        "building": SegmentState.BUILDING,
-        "builder": builder,
-        "retired": SegmentState.RETIRED,
-        "grace": GRACE_S,
-    }
-    ids = conn.execute(sa.text(query), parameters).scalars().all()
-    for segment_id in ids:
-        conn.execute(sa.text("SELECT drop_segment(:id)"), {"id": segment_id})
-    return len(ids)
+    call = "SELECT drop_unread_segments(:collection, :builder, :grace)"
+    parameters = {"collection": collection_id, "builder": builder, "grace": float(GRACE_S)}
+    dropped: int = conn.execute(sa.text(call), parameters).scalar_one()
+    return dropped
+
+
+def forget(conn: sa.Connection, collection_id: int, space_id: int) -> None:
+    """Let nobody search through the index of a collection any more. Its segments are dropped later."""
+    call = "SELECT forget_serving_index(:collection, :space)"
+    conn.execute(sa.text(call), {"collection": collection_id, "space": space_id})
 
 
 def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
@@ -133,23 +132,3 @@ def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
     }
     row = conn.execute(sa.text(query), parameters).one()
     return Index(row.is_ready, row.segments, row.rows, row.graph_rows, row.tail, row.bytes)
-
-
-def forget(conn: sa.Connection, collection_id: int, space_id: int) -> None:
-    """Let nobody search through the index of a collection any more. Its segments are dropped later."""
-    parameters = {
-        "collection": collection_id,
-        "space": space_id,
-        "live": SegmentState.LIVE,
-        "retired": SegmentState.RETIRED,
-    }
-    for statement in (
-        "DELETE FROM serving_indexes WHERE collection_id = :collection AND space_id = :space",
-        "DELETE FROM serving_tail WHERE collection_id = :collection AND space_id = :space",
-        """
-            UPDATE segments
-            SET state = :retired, retired_at = now()
-            WHERE collection_id = :collection AND space_id = :space AND state = :live
-        """,
-    ):
-        conn.execute(sa.text(statement), parameters)

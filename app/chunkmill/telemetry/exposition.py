@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS, Counts
@@ -24,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 PORTS = 32
 """How many ports are tried, from METRICS_PORT on: as many processes of one machine can serve metrics."""
+
+MOST_CONNECTIONS = 16
+REQUEST_SECONDS = 10.0
+"""How long a request may take. A client that sends a byte now and then must not keep a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,46 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
+    """A thread for each connection, but for ``MOST_CONNECTIONS`` and ``REQUEST_SECONDS`` at most.
+
+    A connection too many ends the oldest one: whoever holds connections open loses them, and a scrape, which takes
+    milliseconds, is hardly ever the oldest.
+    """
+
     daemon_threads = True
     # With it, two processes could share one port, and a scrape would reach one of them at random.
     allow_reuse_port = False
+
+    def __init__(self, *arguments: Any) -> None:
+        self._mutex = threading.Lock()
+        self._open: dict[socket.socket, float] = {}
+        """Open connections, the oldest first, and when they were made."""
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._mutex:
+            while len(self._open) >= MOST_CONNECTIONS:
+                self._hang_up(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._mutex:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End connections that are too old. ``serve_forever`` calls this twice a second."""
+        now = time.monotonic()
+        with self._mutex:
+            for connection in [one for one, since in self._open.items() if now - since > REQUEST_SECONDS]:
+                self._hang_up(connection)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        """End a connection. Its thread, which waits for it, ends too, and closes it."""
+        del self._open[connection]
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A scraper that hangs up is not worth a warning. Everything else is a fault of ours."""
@@ -111,7 +154,7 @@ def _page(process: Process, counts: Counts) -> Any:
     except ImportError as error:
         raise InvalidSetting(
             f"METRICS_PORT is set, but the package for metrics is not installed, or is too old ({error}). "
-            "Run: pip install 'chunkmill[metrics]', or unset METRICS_PORT."
+            f"Run: {install_command('metrics')}, or unset METRICS_PORT."
         ) from None
     families = {Kind.COUNTER: core.CounterMetricFamily, Kind.GAUGE: core.GaugeMetricFamily}
     counts.set(
@@ -147,7 +190,7 @@ def _page(process: Process, counts: Counts) -> Any:
 
 def _handler(page: Any) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # a client that sends nothing must not keep a thread
+        timeout = REQUEST_SECONDS
         server_version = "chunkmill"
         sys_version = ""
 

@@ -19,6 +19,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 from chunkmill.domain.reasons import printable, reason_of
+from chunkmill.domain.shown import shown
 
 Format = Literal["auto", "json", "text"]
 
@@ -87,7 +88,7 @@ class _Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         fields = " ".join(f"{key}={value}" for key, value in _fields_of(record).items())
-        return without_passwords(super().formatMessage(record) + (f"  [{fields}]" if fields else ""))
+        return shown(without_passwords(super().formatMessage(record) + (f"  [{fields}]" if fields else "")))
 
     def format(self, record: logging.LogRecord) -> str:
         record.exc_text = None  # another handler may have kept the whole message there
@@ -122,7 +123,7 @@ def told(error: BaseException) -> str:
     parts: list[str] = []
     at: BaseException | None = error
     while at is not None:
-        name, said = type(at).__qualname__, reason_of(at)
+        name, said = type(at).__qualname__, shown(reason_of(at))
         parts.append(
             "".join(traceback.format_tb(at.__traceback__)) + (said if said.startswith(name) else f"{name}: {said}")
         )

@@ -60,6 +60,17 @@ LANES = (Route.LOCAL, Route.OPENAI, Route.OPENAI_SYNC)
 _LANE = Label("lane", tuple(route.value for route in LANES))
 LANE_STATES = ("running", "idle", "paused", "stopped", "held")
 OPERATIONS = ("upload", "create", "retrieve", "cancel", "list", "download", "delete", "embed")
+ODDITIES = (
+    "usage",
+    "other_model",
+    "no_answer",
+    "no_custom_id",
+    "unknown_custom_id",
+    "not_json",
+    "too_long",
+    "duplicate",
+    "unanswered",
+)
 FAULTS = ("died", "failed", "discarded")
 
 
@@ -109,6 +120,14 @@ WRITE_SECONDS = _counter(
     "Seconds spent in transactions that wrote vectors or completed a ChunkBatch, waiting for Postgres included.",
     _WORKER,
 )
+REFUSED = _counter(
+    "refused_messages",
+    "Messages in Redis that no process of ours writes. They were deleted and not answered. "
+    "place is a queue, or control for Celery's remote control.",
+    _WORKERS,
+    Label("place", ("gpu", "openai", "control", "unknown")),
+    Label("reason", ("size", "shape", "task", "options")),
+)
 CONTENTS = _counter("contents", "Contents whose vector this process committed.", _WORKERS)
 RECOMPUTED = _counter("recomputed_contents", "Contents that already had a vector when theirs was written.", _WORKER)
 POSTGRES_RETRIES = _counter(
@@ -123,6 +142,13 @@ PROVIDER_REQUESTS = _counter(
 )
 PROVIDER_SECONDS = _counter(
     "provider_request_seconds", "Seconds spent in requests to the provider.", _PROVIDER, Label("operation", OPERATIONS)
+)
+PROVIDER_ODDITIES = _counter(
+    "provider_oddities",
+    "Odd answers of the provider. kind: usage is a count of tokens that cannot be true, other_model the answer of "
+    "another model than the space has vectors of; the others are lines of result files that should not be there.",
+    _PROVIDER,
+    Label("kind", ODDITIES),
 )
 HELD = _gauge("held_chunk_batches", "ChunkBatches that this process has leased.", _WORKERS)
 LAST_PROGRESS = _gauge(
@@ -200,9 +226,15 @@ RECENT_FAULTS = _gauge(
 )
 CHARGED = _gauge(
     "charged_usd",
-    "US dollars that providers charged today and in this month (UTC).",
+    "US dollars that providers charged or may have charged today and in this month (UTC), with corrections.",
     _POLLER,
     Label("period", ("today", "month")),
+)
+ADJUSTED = _gauge(
+    "adjusted_usd",
+    "The part of this month's charged_usd that no answer confirmed: charged and lost, maybe charged, corrected.",
+    _POLLER,
+    Label("kind", ("lost", "maybe_charged", "correction")),
 )
 COMMITTED = _gauge("committed_usd", "Estimated US dollars for what is in flight and not charged yet.", _POLLER)
 BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent if it is not set.", _POLLER)

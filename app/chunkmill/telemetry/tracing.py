@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import InvalidSetting, install_command
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -48,7 +48,7 @@ def configure(service: str) -> None:
     if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None:
         raise InvalidSetting(
             "the environment asks for traces (OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_TRACES_EXPORTER), but OpenTelemetry "
-            "is not installed. Run: pip install 'chunkmill[tracing]', or set OTEL_TRACES_EXPORTER=none."
+            f"is not installed. Run: {install_command('tracing')}, or set OTEL_TRACES_EXPORTER=none."
         )
     from opentelemetry import trace
     from opentelemetry.sdk.resources import Resource

@@ -21,7 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.embedded.paths import default_home
 from chunkmill.errors import ChunkmillError, EmbeddedStackError, InvalidSetting
+from chunkmill.files import read_at_most
 from chunkmill.machine import Machine, versions
+from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 from chunkmill.settings import Settings
 from chunkmill.tuning.choose import SHORT, Constraints, Measured, Setup
 
@@ -89,8 +91,8 @@ def memory_limit(settings: Settings, fingerprint: str, setup: Setup) -> tuple[Pa
         return None
     for file in sorted(folder.glob(f"*-{fingerprint[:16]}-{setup.backend}-{setup.dtype}.json")):
         try:
-            tokens = int(json.loads(file.read_text(encoding="utf-8"))["batch_tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
+            tokens = int(parse_json(read_at_most(file, MOST_JSON_BYTES))["batch_tokens"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue  # the engine logs this, and ignores the file
         if tokens < setup.batch_tokens:
             return file, tokens
@@ -165,7 +167,7 @@ def with_profile(settings: Settings, profile: Profile | None) -> Settings:
 
 def read_profile(path: Path) -> Profile:
     """The profile in a file. Raises OSError, or ValueError if the file is not a profile of this format."""
-    text = path.read_text(encoding="utf-8")
+    text = read_at_most(path, MOST_JSON_BYTES)
     try:
         profile = TypeAdapter(Profile).validate_json(text)
     except ValidationError as error:

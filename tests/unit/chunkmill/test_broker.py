@@ -12,9 +12,10 @@ import pytest
 from celery import Celery
 from redis._parsers.base import BaseParser
 
-from chunkmill.broker import PRIORITY_STEPS, Broker, RedisTransport, make_celery
+from chunkmill.broker import PRIORITY_STEPS, Broker, make_celery
 from chunkmill.domain.states import Priority
 from chunkmill.settings import Settings
+from chunkmill.transport import RedisTransport
 
 URL = "redis://127.0.0.1:1/0"
 """Nothing listens there, and nothing connects: what is tested is what would be sent."""
@@ -22,7 +23,7 @@ URL = "redis://127.0.0.1:1/0"
 CONFIGURATION = [
     ("broker_url", URL, "the server that REDIS_URL names"),
     ("task_default_queue", "gpu", "a bell without a queue of its own goes to the local workers"),
-    ("task_acks_late", True, "the bell of a worker that is killed at work is kept, and comes again"),
+    ("task_acks_late", True, "a worker that drains can put back the bells of what it gives back"),
     ("task_ignore_result", True, "results are in Postgres; Redis would keep a second, stale copy"),
     ("task_serializer", "json", "a message is an id, and nothing in it can be run"),
     ("accept_content", ["json"], "pickle would run what anybody who can write to Redis put there"),
@@ -39,12 +40,6 @@ CONFIGURATION = [
 ]
 
 TRANSPORT = {
-    # Seconds. The shortest of all that are connected holds for all. A bell that a worker still answers after this
-    # time is given to another, so that it must be long against a ChunkBatch: leases bring work back, not Redis.
-    "visibility_timeout": 1800,
-    # Every third sweep, each of 10 seconds, gives back what was not acknowledged.
-    "unacked_restore_interval": 10,
-    "unacked_restore_throttle": 3,
     # Seconds. Without it a frozen Redis hangs whoever sends a command, for ever.
     "socket_timeout": 30,
     "socket_connect_timeout": 5,
@@ -85,14 +80,6 @@ def test_each_queue_is_declared() -> None:
     assert [queue.name for queue in make_celery(settings()).conf.task_queues] == ["gpu", "openai"]
 
 
-def test_nothing_waits_for_an_answer_longer_than_a_bell_stays_hidden() -> None:
-    """Otherwise the bells of a worker that works would be given to another, again and again."""
-    defaults = Settings.from_env()
-    hidden = make_celery(settings()).conf.broker_transport_options["visibility_timeout"]
-    assert hidden > 10 * defaults.step_deadline_seconds
-    assert hidden > 10 * defaults.lease_seconds
-
-
 def test_every_rank_has_a_list_in_redis() -> None:
     """kombu would put any other rank into the list below it, and the poller counts the bells of each list."""
     assert {priority.rank for priority in Priority} < set(PRIORITY_STEPS)
@@ -125,7 +112,7 @@ def test_the_look_at_the_queue_gives_up_sooner_than_the_workers() -> None:
 
 
 def test_workers_and_publishers_have_one_configuration() -> None:
-    """The shortest visibility timeout of all apps on a Redis wins, so that one app of another kind would break all."""
+    """Otherwise they would not find one another's lists, or wait for one another."""
     names = ["broker_transport_options", *(name for name, _, _ in CONFIGURATION)]
     code = (
         "import json, sys; from chunkmill_workers.celery import app; "
@@ -141,7 +128,7 @@ def test_workers_and_publishers_have_one_configuration() -> None:
     ("imports", "module"),
     [
         ("chunkmill.client, chunkmill.poller.poller, chunkmill_workers.tasks", "kombu.transport.redis"),
-        ("chunkmill_workers.celery", "chunkmill.broker"),
+        ("chunkmill_workers.celery", "chunkmill.transport"),
     ],
     ids=["a host program", "a worker"],
 )

@@ -17,6 +17,7 @@ import zipfile
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -165,7 +166,7 @@ printf '%s\\n' "${0##*/} $*" >> "$LOG"
 PYTHON_STUB = f"""{STUB}
 case "$1 $2" in
     "-m venv") mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
-    "-m zipfile") mkdir -p "${{!#}}/chunkmill"; echo celery==5.7.0 > "${{!#}}/chunkmill/constraints.txt" ;;
+    "-m zipfile") mkdir -p "${{!#}}/chunkmill"; echo "$LOCKED" > "${{!#}}/chunkmill/locked.py" ;;
     "-m pip")
         [[ -z ${{PIP_FAILS-}} ]] || {{ echo 'No matching distribution found' >&2; exit 1; }}
         while [[ $1 != download && $1 != install ]]; do shift; done
@@ -213,6 +214,7 @@ class Machine:
             "TMPDIR": str(self.folder / "tmp"),
             "HOME": str(self.folder / "home"),
             "LOG": str(self.folder / "log"),
+            "LOCKED": "import sys; print(sys.argv[1:])",
             "STORE": str(self.folder),
             "PYTHON": str(self.folder / "stubs/python3"),
             "DRIVER_WAIT": "0",
@@ -282,8 +284,19 @@ def systemctl(services: str, *, restart: bool) -> list[str]:
 BOTH = "chunkmill-worker.service chunkmill-poller.service"
 START, RESTART = systemctl(BOTH, restart=False), systemctl(BOTH, restart=True)
 SPOT_START, SPOT_RESTART = (systemctl("chunkmill-worker.service", restart=restart) for restart in (False, True))
-FIRST = {"CHUNKMILL_VERSION": "0.1.0", "PIP_INDEX_URL": "https://pypi.example/simple"}
-SECOND = FIRST | {"CHUNKMILL_VERSION": "0.2.0"}
+
+
+def digest(content: str) -> dict[str, str]:
+    """The digest of a wheel, as the operator gives it. The stubs write other things than wheels."""
+    return {"CHUNKMILL_WHEEL_SHA256": sha256(content.encode()).hexdigest()}
+
+
+def version(number: str) -> dict[str, str]:
+    index = {"CHUNKMILL_VERSION": number, "PIP_INDEX_URL": "https://pypi.example/simple"}
+    return index | digest(f"chunkmill=={number}\n")
+
+
+FIRST, SECOND = version("0.1.0"), version("0.2.0")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -296,7 +309,8 @@ def test_a_dry_run_says_everything_and_changes_nothing(machine: Machine, name: s
             "would check: nvidia-smi",
             f"-m venv {machine.root}/opt/chunkmill-releases/",
             "download --quiet --no-deps --only-binary :all:",
-            "/wheel/chunkmill/constraints.txt",
+            "would run: check_digest ",
+            "would run: install_locked worker",
             f"would run: mv -fT {machine.root}/opt/chunkmill.new {machine.root}/opt/chunkmill",
             "would read: ",
             f"would write: {machine.env_file}, mode 0600",
@@ -326,9 +340,14 @@ def write_wheel(path: Path) -> Path:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\n{name}")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\nchunkmill = gc:enable\n")
-        wheel.writestr("chunkmill/constraints.txt", "chunkmill==0.1.0\n")
-        files = (*(f"{info}/{file}" for file in ("METADATA", "WHEEL", "entry_points.txt", "RECORD")),)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*files, "chunkmill/constraints.txt")))
+        wheel.writestr("chunkmill/locked.py", (ROOT / "app/chunkmill/locked.py").read_text())
+        wheel.writestr("chunkmill/requirements.lock", "# for: producer worker\n# nothing\n")
+        files = [f"{info}/{file}" for file in ("METADATA", "WHEEL", "entry_points.txt", "RECORD")]
+        files += ["chunkmill/locked.py", "chunkmill/requirements.lock"]
+        wheel.writestr(
+            f"{info}/RECORD",
+            "".join(f"{file},,\n" for file in (*files, "chunkmill/locked.py", "chunkmill/requirements.lock")),
+        )
     return path
 
 
@@ -338,8 +357,9 @@ def test_a_machine_of_ones_own_really_installed(machine: Machine, tmp_path: Path
     wheel = write_wheel(tmp_path / WHEEL)
 
     done = machine.run(
-        "plain.sh", CHUNKMILL_ENV=str(given), CHUNKMILL_WHEEL=str(wheel), PYTHON=sys.executable, PIP_NO_INDEX="1"
-    )
+        "plain.sh", CHUNKMILL_ENV=str(given), CHUNKMILL_WHEEL=str(wheel), PYTHON=sys.executable, PIP_NO_INDEX="1",
+        CHUNKMILL_WHEEL_SHA256=sha256(wheel.read_bytes()).hexdigest(),
+    )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     assert (machine.root / "opt/chunkmill/bin/chunkmill").stat().st_mode & 0o005 == 0o005, "the service's user runs it"
@@ -369,8 +389,10 @@ def test_a_second_run_changes_only_what_is_not_as_it_should_be(ready: Machine) -
     assert ready.run("plain.sh", **FIRST).returncode == 0
     assert ready.called("systemctl") == RESTART
     assert "chunkmill==0.1.0" in ready.commands, "pip got another wheel"
-    assert "/wheel/chunkmill/constraints.txt " in ready.installed[0]
-    assert ready.installed[0].endswith("[worker]")
+    by_digest = "--require-hashes --no-deps --only-binary :all: --requirement "
+    assert [by_digest in command for command in ready.installed] == [True, True, False]
+    assert {"['worker']", "['--torch', 'cuda', 'worker']"} <= set(ready.commands)
+    assert "--no-deps" in ready.installed[-1]
     assert stat.S_IMODE(ready.env_file.stat().st_mode) == 0o600
 
     assert ready.run("plain.sh", **FIRST).returncode == 0
@@ -387,17 +409,17 @@ def test_a_second_run_changes_only_what_is_not_as_it_should_be(ready: Machine) -
 
 def test_an_upgrade_switches_at_the_end_and_the_way_back_needs_no_installation(ready: Machine) -> None:
     runs = []
-    for version in ("0.1.0", "0.2.0", "0.3.0"):
-        assert ready.run("plain.sh", **FIRST | {"CHUNKMILL_VERSION": version}).returncode == 0
+    for number in ("0.1.0", "0.2.0", "0.3.0"):
+        assert ready.run("plain.sh", **version(number)).returncode == 0
         assert ready.called("systemctl") == RESTART, "nothing stops before there is something to start"
-        assert len(ready.installed) == 1
+        assert len(ready.installed) == 3
         runs.append(ready.runs)
     assert len(set(runs)) == 3
     assert ready.releases == {runs[1].name, runs[2].name}, "the one before stays, older ones do not fill the disk"
 
     for expected in (runs[1], runs[2]):
-        version = {runs[1]: "0.2.0", runs[2]: "0.3.0"}[expected]
-        assert ready.run("plain.sh", **FIRST | {"CHUNKMILL_VERSION": version}).returncode == 0
+        number = {runs[1]: "0.2.0", runs[2]: "0.3.0"}[expected]
+        assert ready.run("plain.sh", **version(number)).returncode == 0
         assert (ready.runs, ready.installed, ready.called("systemctl")) == (expected, [], RESTART)
         assert ready.releases == {runs[1].name, runs[2].name}
 
@@ -442,7 +464,7 @@ def test_a_release_that_stopped_working_is_installed_again(ready: Machine) -> No
     before = ready.runs
     (before / "bin/chunkmill").write_text("#!/nowhere/python3.11\n")  # as after an upgrade of the system's Python
     assert ready.run("plain.sh", **FIRST).returncode == 0
-    assert len(ready.installed) == 1
+    assert len(ready.installed) == 3
     assert ready.runs != before
 
 
@@ -470,10 +492,28 @@ def test_a_machine_of_an_earlier_version_of_the_script_is_taken_over(ready: Mach
 
 def test_a_wheel_that_was_built_again_under_its_name_is_installed(ready: Machine, tmp_path: Path) -> None:
     wheel = tmp_path / WHEEL
-    for text, installations in (("one", 1), ("one", 0), ("two", 1)):
+    for text, installations in (("one", 3), ("one", 0), ("two", 3)):
         wheel.write_text(text)
-        assert ready.run("plain.sh", CHUNKMILL_WHEEL=str(wheel)).returncode == 0
+        assert ready.run("plain.sh", CHUNKMILL_WHEEL=str(wheel), **digest(text)).returncode == 0
         assert len(ready.installed) == installations
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wheel_with_another_digest_is_not_installed(
+    ready: Machine, google: type[Google], script: str, tmp_path: Path
+) -> None:
+    wheel = tmp_path / WHEEL
+    wheel.write_text("one")
+    done = ready.run(script, CHUNKMILL_WHEEL=str(wheel), **digest("two"))
+    assert (done.returncode, "has another digest than CHUNKMILL_WHEEL_SHA256" in done.stderr) == (1, True), done.stderr
+    assert sha256(b"one").hexdigest() in done.stderr
+    assert (ready.installed, ready.releases, ready.called("systemctl")) == ([], set(), [])
+
+
+def test_a_machine_without_a_gpu_tries_a_torch_for_the_cpu_first(ready: Machine) -> None:
+    assert ready.run("plain.sh", **FIRST, CHUNKMILL_DEVICE="cpu").returncode == 0
+    assert "['--torch', 'cpu', 'worker']" in ready.commands
+    assert "['--torch', 'cuda', 'worker']" not in ready.commands
 
 
 def test_a_machine_for_a_poller_alone_needs_no_gpu_and_no_torch(ready: Machine) -> None:
@@ -481,7 +521,7 @@ def test_a_machine_for_a_poller_alone_needs_no_gpu_and_no_torch(ready: Machine) 
     assert ready.run("plain.sh", **FIRST, CHUNKMILL_SERVICES="poller").returncode == 0
     assert ready.called("systemctl") == systemctl("chunkmill-poller.service", restart=True)
     assert ready.called("nvidia-smi") == []
-    assert ready.installed[0].endswith("[metrics]")
+    assert "['metrics']" in ready.commands
     refused = ready.run("plain.sh", **FIRST, CHUNKMILL_SERVICES="pollers")
     assert (refused.returncode, "pollers is neither worker nor poller" in refused.stderr) == (1, True)
 
@@ -490,7 +530,10 @@ def test_a_machine_for_a_poller_alone_needs_no_gpu_and_no_torch(ready: Machine) 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "set CHUNKMILL_WHEEL; `make wheel`"),
+        ({}, "set CHUNKMILL_WHEEL and CHUNKMILL_WHEEL_SHA256; `make wheel`"),
+        ({"CHUNKMILL_WHEEL": "https://wheels.example/chunkmill.whl"}, "set CHUNKMILL_WHEEL_SHA256 to the digest"),
+        ({"CHUNKMILL_WHEEL": "/x.whl", "CHUNKMILL_WHEEL_SHA256": "abc"}, "set CHUNKMILL_WHEEL_SHA256 to the digest"),
+        (FIRST | {"CHUNKMILL_WHEEL_SHA256": ""}, "set CHUNKMILL_WHEEL_SHA256 to the digest"),
         ({"CHUNKMILL_VERSION": "0.1.0"}, "CHUNKMILL_VERSION needs PIP_INDEX_URL"),
     ],
 )
@@ -599,7 +642,11 @@ def google(machine: Machine) -> Iterator[type[Google]]:
 def test_a_gcp_machine_takes_settings_from_metadata_and_secrets_from_secret_manager(
     machine: Machine, google: type[Google]
 ) -> None:
-    google.attributes = {"chunkmill-wheel": f"gs://bucket/wheels/{WHEEL}", "pip-constraint": "/etc/constraints.txt"}
+    google.attributes = {
+        "chunkmill-wheel": f"gs://bucket/wheels/{WHEEL}",
+        "chunkmill-wheel-sha256": digest("WHEEL\n")["CHUNKMILL_WHEEL_SHA256"],
+        "pip-constraint": "/etc/constraints.txt",
+    }
 
     done = machine.run("spot-gcp.sh")
 
@@ -637,11 +684,13 @@ def test_an_aws_machine_takes_secrets_with_its_role(machine: Machine, secret: st
     machine.stub("aws", AWS_STUB)
     (machine.folder / store).write_text(f"{ENVIRONMENT}\n")
 
-    done = machine.run("spot-aws.sh", CHUNKMILL_SECRET=secret, CHUNKMILL_WHEEL=f"s3://bucket/{WHEEL}")
+    done = machine.run(
+        "spot-aws.sh", CHUNKMILL_SECRET=secret, CHUNKMILL_WHEEL=f"s3://bucket/{WHEEL}", **digest("WHEEL\n")
+    )
 
     assert done.returncode == 0, done.stderr
     assert machine.env_file.read_text() == f"{ENVIRONMENT}\n\nEMBEDDING_DEVICE=cuda\n"
-    assert machine.installed[0].endswith(f"/{WHEEL}[worker]")
+    assert machine.installed[-1].endswith(f"/{WHEEL}")
     assert "WHEEL" in machine.commands
     assert machine.called("systemctl") == SPOT_RESTART
 

@@ -105,6 +105,7 @@ def test_the_rules_cover_what_must_not_go_unseen() -> None:
         "chunkmill_recent_faults",
         "chunkmill_lane_state",
         "chunkmill_budget_usd",
+        "chunkmill_adjusted_usd",
         "chunkmill_store_up",
         "chunkmill_poller_last_round_timestamp_seconds",
         "chunkmill_last_progress_timestamp_seconds",

@@ -6,8 +6,9 @@ import re
 from decimal import Decimal
 from pathlib import Path
 
+from chunkmill.domain import model_fields
 from chunkmill.domain.prices import OPENAI_PRICES
-from chunkmill.domain.providers import OPENAI_MODELS, read_models
+from chunkmill.domain.providers import OPENAI_MODELS
 from chunkmill.domain.states import ProviderBatchState
 from chunkmill.settings import Settings
 from chunkmill.settings.provider import ProviderSettings
@@ -49,7 +50,20 @@ def test_the_examples_of_models_are_taken() -> None:
     assert len(examples) == 3
     for example in examples:
         assert ProviderSettings(openai_models=example).provider_models.keys() > OPENAI_MODELS.keys()
-    assert read_models({"a": {"dimensions": 1}}).keys() == {"a"}
+
+
+def test_the_example_of_a_file_is_taken(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "models.toml").write_text(example)
+    models = ProviderSettings(openai_models=str(tmp_path / "models.toml")).provider_models
+    assert models["Qwen/Qwen3-Embedding-0.6B"].dimensions == 1024
+    assert [str(price.plain) for price in models["text-embedding-3-small"].prices] == ["0.02", "0.015"]
+
+
+def test_every_field_of_a_model_is_in_its_table_and_no_other() -> None:
+    table = PAGE[PAGE.index("| field | default | |") : PAGE.index("Nothing needs to be said about")]
+    first_cells = " ".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", first_cells)) == set(model_fields._CHECKS)
 
 
 def test_every_state_is_in_the_diagram() -> None:

@@ -97,6 +97,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "shuffled_data": {},
     "other_encoding": {},
     "missing_usage": {},
+    "odd_usage": {"value": -5},
+    "odd_index": {"how": "first"},
+    "other_model": {"name": "m"},
 }
 
 
@@ -117,6 +120,12 @@ def wrong(kind: str, body: dict[str, Any]) -> bool:
             return sorted(each["index"] for each in data) == [0, 1, 2, 3] != [each["index"] for each in data]
         case "other_encoding":
             return isinstance(data[0]["embedding"], str)
+        case "odd_usage":
+            return body["usage"]["prompt_tokens"] == -5
+        case "odd_index":
+            return [each.get("index") for each in data] == [None, 1, 2, 3]
+        case "other_model":
+            return body["model"] == "m"
     return "usage" not in body
 
 

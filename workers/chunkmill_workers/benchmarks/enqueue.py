@@ -20,6 +20,7 @@ from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db
 from chunkmill.domain.chunks import content_hash
 from chunkmill.models import resolve_spec
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.write import write_vectors
@@ -139,7 +140,7 @@ def _fill_cache(servers: Servers, count: int) -> None:
 
 def _produce(servers: Servers, count: int, first: int, collection: str, say: Say | None = None) -> dict[str, Any]:
     """Enqueue in a fresh process. Returns its answer, with all measurements of its memory in ``samples``."""
-    arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), str(first), collection]
+    arguments = module_command("chunkmill_workers.benchmarks.enqueue", str(count), str(first), collection)
     env = os.environ | servers.env
     with subprocess.Popen(
         arguments, env=env, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

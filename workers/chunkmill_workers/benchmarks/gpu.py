@@ -26,6 +26,7 @@ from chunkmill import Chunk, Client
 from chunkmill.cli.start.children import Child
 from chunkmill.errors import DeviceUnavailable
 from chunkmill.models import DEFAULT_MODEL, resolve_model
+from chunkmill.python import module_command
 from chunkmill_workers.benchmarks import contest
 from chunkmill_workers.benchmarks.contest import Ground
 from chunkmill_workers.benchmarks.engine import Limit
@@ -286,12 +287,12 @@ def _clock(way: Callable[[], object]) -> float:
 def _process(servers: Servers, on: Ground, kind: str, variables: dict[str, str] | None = None) -> Iterator[Child]:
     """A worker or a poller, as a user starts it. It is stopped by its own process id."""
     module = {
-        "worker": ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"],
+        "worker": ["chunkmill_workers", "worker", "-Q", "gpu"],
         "poller": ["chunkmill.cli", "poller"],
     }[kind]
     device = "cpu" if on.device == "cpu" else "cuda"
     env = os.environ | servers.env | {"EMBEDDING_DEVICE": device, "EMBEDDING_MODEL": on.folder.name} | (variables or {})
-    child = Child(kind, [sys.executable, "-m", *module], env=env, log=servers.folder / f"{kind}.log")
+    child = Child(kind, module_command(*module), env=env, log=servers.folder / f"{kind}.log")
     try:
         yield child
     except Exception:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.domain.states import JobState
+from chunkmill.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.pipeline import process
 from chunkmill_workers.benchmarks.report import Say, document
@@ -35,10 +35,8 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
     with temporary_stack() as servers:
         say("starting a worker and a poller")
         with (
-            process(servers, "poller", [sys.executable, "-m", "chunkmill.cli", "poller"], {}) as poller,
-            process(
-                servers, "worker", [sys.executable, "-m", "chunkmill_workers.benchmarks.instant_worker"], {}
-            ) as worker,
+            process(servers, "poller", module_command("chunkmill.cli", "poller"), {}) as poller,
+            process(servers, "worker", module_command("chunkmill_workers.benchmarks.instant_worker"), {}) as worker,
         ):
             began = time.perf_counter()
             samples = list(_follow(servers, count, {"worker": worker.pid, "poller": poller.pid}, say))
@@ -64,7 +62,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
 
 def _follow(servers: Servers, count: int, pids: Mapping[str, int], say: Say) -> Iterator[dict[str, Any]]:
     """A sample every second, while a producer enqueues and until the job is complete."""
-    arguments = [sys.executable, "-m", "chunkmill_workers.benchmarks.enqueue", str(count), "0", "million"]
+    arguments = module_command("chunkmill_workers.benchmarks.enqueue", str(count), "0", "million")
     with (
         subprocess.Popen(
             arguments,

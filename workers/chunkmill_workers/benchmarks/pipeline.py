@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chunkmill import Chunk, Client
 from chunkmill.cli.start.children import Child
 from chunkmill.models import DEFAULT_MODEL
+from chunkmill.python import module_command
 from chunkmill_workers.benchmarks import contest
 from chunkmill_workers.benchmarks.contest import Contender, Field, Ground
 from chunkmill_workers.benchmarks.engine import gated
@@ -149,10 +150,10 @@ def process(servers: Servers, kind: str, argv: Sequence[str], env: Mapping[str, 
 def _process(servers: Servers, kind: str, threads: int) -> contextlib.AbstractContextManager[Child]:
     """A worker or a poller, as a user starts it."""
     module = {
-        "worker": ["celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"],
+        "worker": ["chunkmill_workers", "worker", "-Q", "gpu"],
         "poller": ["chunkmill.cli", "poller"],
     }[kind]
-    return process(servers, kind, [sys.executable, "-m", *module], {"OMP_NUM_THREADS": str(threads)})
+    return process(servers, kind, module_command(*module), {"OMP_NUM_THREADS": str(threads)})
 
 
 def _cold_start(servers: Servers, client: Client, threads: int, say: Say) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import sqlalchemy as sa
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
-from chunkmill.embedded import Stack
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.settings import Settings
 
 
@@ -62,7 +61,7 @@ def temporary_stack() -> Iterator[Servers]:
 
     The folder's name is short, because the length of a socket's path is limited.
     """
-    folder = Path(tempfile.mkdtemp(prefix="cm-bench-"))
+    folder = temporary_folder("cm-bench-")
     stack = Stack(folder / "stack", fsync=True)
     try:
         status = stack.up()

@@ -9,6 +9,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+from chunkmill.files import read_at_most
+from chunkmill.models.files import MOST_JSON_BYTES, parse_json
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +84,7 @@ class TokenBudget:
 def _read(file: Path) -> int | None:
     """The number in ``file``; None if the file does not exist or is not one of ours."""
     try:
-        tokens = json.loads(file.read_text(encoding="utf-8"))["batch_tokens"]
+        tokens = parse_json(read_at_most(file, MOST_JSON_BYTES))["batch_tokens"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, normalizers, processors
 
-from chunkmill.errors import ModelLoadError, TokenizerMismatch
-from chunkmill.models.files import read_json
+from chunkmill.errors import ChunkmillError, ModelLoadError, TokenizerMismatch
+from chunkmill.files import read_at_most
+from chunkmill.models.files import MOST_FILE_BYTES, read_json
+from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic, require_bounded
 from chunkmill.models.transformer import POSITIONS_FROM_PAD
 from chunkmill_workers.engine import long_texts
 from chunkmill_workers.engine.long_texts import LONG_TEXT
@@ -33,8 +35,6 @@ class TextTokenizer:
     """The tokenizer of one model folder."""
 
     def __init__(self, tokenizer: Any, *, pad_id: int | None, cut_left: bool = False) -> None:
-        tokenizer.no_padding()  # the default model's tokenizer.json pads and truncates to 128
-        tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.pad_id = pad_id
         self._cut_left = cut_left
@@ -61,15 +61,27 @@ class TextTokenizer:
         ``lowercase`` turns texts into lower case first. Raises ModelLoadError.
         """
         try:
-            if (folder / "tokenizer.json").is_file():
-                tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            else:
-                tokenizer = _convert(folder)
-        except Exception as error:
+            return cls._load(folder, lowercase=lowercase)
+        except ChunkmillError:
+            raise
+        except BaseException as error:
+            raise_unless_panic(error)
             raise ModelLoadError(
-                f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): save it once "
+                f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:500]}): save it once "
                 "with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             ) from error
+
+    @classmethod
+    def _load(cls, folder: Path, *, lowercase: bool) -> TextTokenizer:
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            tokenizer = load_tokenizer(Tokenizer, read_at_most(file, MOST_FILE_BYTES))
+        else:
+            tokenizer = _convert(folder)
+            require_bounded(tokenizer)
+        padding = tokenizer.padding or {}
+        tokenizer.no_padding()  # the default model's tokenizer.json pads and truncates to 128
+        tokenizer.no_truncation()
         settings = _optional(folder / "tokenizer_config.json")
         names = _optional(folder / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
         _follow(tokenizer, folder, settings, names)
@@ -78,7 +90,7 @@ class TextTokenizer:
             own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         pad = _content(names.get("pad_token"))
-        pad_id = tokenizer.token_to_id(pad) if pad else (tokenizer.padding or {}).get("pad_id")
+        pad_id = tokenizer.token_to_id(pad) if pad else padding.get("pad_id")
         return cls(tokenizer, pad_id=pad_id, cut_left=settings.get("truncation_side") == "left")
 
     def encode(
@@ -108,7 +120,7 @@ class TextTokenizer:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts)
         except BaseException as error:  # noqa: BLE001 - a panic is one
-            _raise_unless_of_text(error)
+            raise_unless_panic(error)
             if len(texts) == 1:
                 return [TextFailure(first, "tokenize_failed", _reason(error))]
         else:
@@ -133,7 +145,7 @@ class TextTokenizer:
                 text = long_texts.squeeze(text, self._tokenizer, self._bodies)
                 ids = self._framed(long_texts.joined(long_texts.pieces(text, at_spaces=self._at_spaces), self._bodies))
             except BaseException as error:  # noqa: BLE001 - a panic is one
-                _raise_unless_of_text(error)
+                raise_unless_panic(error)
                 return TextFailure(at, "tokenize_failed", _reason(error))
             finally:
                 long_texts.give_back_memory()
@@ -194,6 +206,10 @@ class TextTokenizer:
 def _convert(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    for key, value in _optional(folder / "tokenizer_config.json").items():
+        # transformers reads the file that such a key names, wherever it is.
+        if key.endswith("_file") and value is not None:
+            raise ModelLoadError(f"tokenizer_config.json in {folder} names a file ({key}): remove that key")
     loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return loaded.backend_tokenizer
 
@@ -248,12 +264,6 @@ def _content(token: Any) -> Any:
 def _optional(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     return settings
-
-
-def _raise_unless_of_text(error: BaseException) -> None:
-    """Raise ``error`` again unless a text can be its cause. A panic of the Rust tokenizer is not an Exception."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
 
 
 def _no_token(at: int) -> TextFailure:

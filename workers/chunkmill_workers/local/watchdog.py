@@ -13,6 +13,8 @@ import time
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
 from chunkmill.ledger.dead import deaths
+from chunkmill.telemetry import metrics
+from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.process.drain import Drain, leave, with_last_words
 from chunkmill_workers.supervisor.supervisor import supervisor_is_gone
@@ -35,6 +37,8 @@ class Watchdog(threading.Thread):
         self._ended = threading.Event()
         self._looked_at = 0.0
         self._waiting_since: float | None = None
+        self._refused = 0.0
+        """How many messages the door had refused at the last look. Who refuses messages consumes."""
         self._failed: set[str] = set()
         """The checks that failed when they were last made."""
 
@@ -104,7 +108,8 @@ class Watchdog(threading.Thread):
             waiting = sum(self._broker.queued_doorbells().values())
         except PUBLISH_ERRORS:
             waiting = 0  # Redis is away, so no worker can consume
-        if not waiting or context.room.inside:
+        refused, self._refused = self._refused, COUNTS.total(metrics.REFUSED)
+        if not waiting or context.room.inside or refused != self._refused:
             self._waiting_since = None
             return None
         since = self._waiting_since = max(self._waiting_since or now, context.last_doorbell)

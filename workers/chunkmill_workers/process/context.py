@@ -109,6 +109,14 @@ class QueueContext:
                 "the poller will end job %s, because this worker could not: %s", lease.job_id, refusal(error)
             )
 
+    @property
+    def answer_seconds(self) -> float:
+        """How much longer than usual a drain may take, because an answer is on its way that is paid for."""
+        return 0.0
+
+    def book_abandoned(self) -> None:
+        """Book what this worker leaves without an answer. It raises nothing, because the leases come next."""
+
     def close(self) -> None:
         """Stop renewing leases and close the connections. What is still held waits until its lease ends."""
         self.leases.stop()

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 LIMIT_S = 8.0
 """How long a drain may take, in seconds. Some platforms leave 15 s between the notice and the end. A TokenBatch takes
-well under a second, so what is not done by then hangs in the device or in Postgres."""
+well under a second, so what is not done by then hangs in the device or in Postgres. A worker that waits for a provider
+may take longer, because the answer is paid for, but not after a notice."""
 LAST_WORDS_S = 3.0
 """How long a worker that must leave waits for Postgres to take its leases back, in seconds."""
 SECOND_TIME = 128 + 15
@@ -32,14 +33,16 @@ class Drain:
     def __init__(self, contexts: Sequence[QueueContext]) -> None:
         self._contexts = contexts
         self._begun = self._told_itself = False
+        self._noticed_at: float | None = None
         self._reader, self._writer = os.pipe()
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def tell_itself(self) -> None:
-        """Start to leave as if SIGTERM had come. The platform's own signal, which comes with the notice or after it,
-        does not count as the second one then."""
+        """Start to leave as if SIGTERM had come, and soon: the machine will be taken. The platform's own signal, which
+        comes with the notice or after it, does not count as the second one then."""
+        self._noticed_at = time.monotonic()
+        self._told_itself = True
         if not self._begun:
-            self._told_itself = True
             os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self) -> None:
@@ -59,13 +62,27 @@ class Drain:
         os.read(self._reader, 1)
         for context in self._contexts:
             context.stopping.set()
-        logger.info("draining: tasks stop after their TokenBatch and release their leases")
-        time.sleep(LIMIT_S)  # a worker that is done earlier ends the process, and this thread with it
-        logger.warning("not done %g s after the notice: the worker gives back what it holds, and leaves", LIMIT_S)
+        logger.info("draining: tasks stop after their TokenBatch or their request, and release their leases")
+        began = time.monotonic()
+        # A worker that is done earlier ends the process, and this thread with it.
+        while (left := self._ends_at(began) - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        logger.warning(
+            "not done %.0f s after the notice: the worker gives back what it holds, and leaves",
+            time.monotonic() - began,
+        )
         with_last_words(self._give_back)
         leave(0)
 
+    def _ends_at(self, began: float) -> float:
+        """When the drain ends, by ``time.monotonic``, as things are now."""
+        if self._noticed_at is not None:
+            return self._noticed_at + LIMIT_S
+        return began + LIMIT_S + max(context.answer_seconds for context in self._contexts)
+
     def _give_back(self) -> None:
+        for context in self._contexts:
+            context.book_abandoned()
         context = self._contexts[0]  # all contexts of a process have the same name
         with context.db.begin() as conn:
             book_released(conn, context.name)

@@ -73,6 +73,21 @@ class WorkerProcess:
         self._drain: Drain | None = None
         self._metrics: MetricsServer | None = None
 
+    def leave_out_provider(self) -> None:
+        """Take no work of the paid routes if this worker has another queue, and what the routes need is wrong here.
+
+        A worker of queue ``openai`` alone ends with the same error when it starts.
+        """
+        if self.queues != {QUEUE, PROVIDER_QUEUE}:
+            return
+        from chunkmill_workers.provider.context import make_provider
+
+        try:
+            make_provider(self.settings).close()
+        except InvalidSetting as error:
+            logger.error("queue %s is left to other workers: %s", PROVIDER_QUEUE, error)  # noqa: TRY400
+            self.queues = {QUEUE}
+
     def claim_device(self) -> None:
         """Claim a GPU and set the number of threads. Call it before torch is imported.
 

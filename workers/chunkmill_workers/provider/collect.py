@@ -15,23 +15,28 @@ from typing import TypeVar
 import numpy as np
 import sqlalchemy as sa
 
+from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderRefused, ProviderSilent
 from chunkmill.ledger.money import charges
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
 from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
 from chunkmill.ledger.work import usage
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, StopLane, after_line_error
-from chunkmill.openai.wire.jsonl import Embedded, Refused, Unreadable, decode_line
+from chunkmill.openai.plan.endings import Alone, Dead, RetryCharged, RetryUncharged, StopLane, after_line_error
+from chunkmill.openai.wire.answers import Embedded, longest_file
+from chunkmill.openai.wire.jsonl import Refused, Unreadable, decode_line
 from chunkmill.openai.wire.status import RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import settle
-from chunkmill_workers.provider.flow import StepDelayed
+from chunkmill_workers.provider.endings import VANISHED, book_unanswered, require_own_key
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.oddities import tokens_factor
 from chunkmill_workers.provider.writing import write
 
 K = TypeVar("K")
@@ -64,16 +69,20 @@ class ResultReader:
         self._step = step
         with context.begin() as conn:
             self._space = registry.get(conn, step.space_id)
-            self._widths = provider_inputs.widths(conn, step.id)
-        self._model = context.model(self._space)
+            self._sent = provider_inputs.sent(conn, step.id)
+        self.model = self._model = context.model(self._space)
+        # The file also has the lines of requests that an earlier reading has committed.
+        widest = max([context.settings.openai_request_inputs, *(sent.inputs for sent in self._sent.values())])
+        self._longest = longest_file(step.n_requests, step.n_inputs, widest, self._model.dimensions)
         self._pending = _Pending()
         self._answered: set[int] = set()
+        self._of_another_model: set[int] = set()
         self.oddities: Counter[str] = Counter()
         """How many lines should not be there, by kind."""
 
     def read(self, file_id: str) -> None:
         """Read a file to its end. Raises ProviderError; what was read before stays committed."""
-        with self._context.provider.lines(file_id) as lines:
+        with self._context.provider.lines(file_id, self._longest) as lines:
             for line in lines:
                 self._take(line)
                 if self._pending.bytes >= FLUSH_BYTES:
@@ -86,16 +95,17 @@ class ResultReader:
     @property
     def unanswered(self) -> int:
         """How many requests no line has answered."""
-        return len(self._widths.keys() - self._answered)
+        return len(self._sent.keys() - self._answered)
 
     def _take(self, line: bytes) -> None:
         spec = self._space.spec
         answer = decode_line(
             line,
             batch_id=self._step.id,
-            inputs=self._widths.get,
+            sent=self._sent.get,
             dimensions=spec.dimensions,
             normalize=spec.normalize,
+            tokens_factor=tokens_factor(self._model),
             secrets=self._context.provider.secrets,
         )
         if isinstance(answer, Unreadable):
@@ -106,6 +116,8 @@ class ResultReader:
         else:
             self._answered.add(answer.request_no)
             if isinstance(answer, Embedded):
+                self.oddities.update(answer.oddities)
+                self._context.oddities.compare(self._model, answer, self._sent[answer.request_no].tokens)
                 self._pending.embedded[answer.request_no] = answer
             else:
                 self._pending.refused[answer.request_no] = answer
@@ -113,7 +125,7 @@ class ResultReader:
 
     def _was_answered_before(self, request_no: int | None) -> bool:
         """Whether an earlier reading has committed this request: its contents are not in flight any more."""
-        return request_no is not None and request_no < self._step.n_requests and request_no not in self._widths
+        return request_no is not None and request_no < self._step.n_requests and request_no not in self._sent
 
     def flush(self) -> None:
         """Commit the answers that were read since the last commit."""
@@ -131,21 +143,35 @@ class ResultReader:
         vectors: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
         returned = _Returned()
         answered = _Answered()
+        refusals = {
+            name: refuse_model(conn, space.id, asked=self._model.name, answered=name)
+            for name in dict.fromkeys(answer.model for answer in pending.embedded.values())
+        }
         for number, answer in pending.embedded.items():
             rows = sent.get(number, [])
+            if (refusal := refusals[answer.model]) is not None:
+                answered.add(rows, answer.prompt_tokens)
+                returned.refuse(rows, f"{refusal} Then: chunkmill lanes resume {Route.OPENAI}")
+                self._of_another_model.add(number)
+                self.oddities[OTHER_MODEL] = len(self._of_another_model)  # also if this commit is run again
+                continue
             by_place = {row.packed.position: row for row in rows}
             made = assemble(answer, [row.packed for row in rows], normalize=space.spec.normalize, half=space.is_half)
             written += [by_place[row.position] for row in made.rows]
             vectors.append(made.vectors)
             returned.failed += [(by_place[row.position], "bad_vector", why) for row, why in made.problems]
             answered.add(rows, answer.prompt_tokens)
-        for number, refusal in pending.refused.items():
-            returned.add(sent.get(number, []), refusal)
+        for number, refused in pending.refused.items():
+            returned.add(sent.get(number, []), refused)
         n_written = write(conn, space, [row.packed for row in written], np.concatenate(vectors)) if written else 0
         gone = [row.content_hash for row in (*written, *returned.all)]
         provider_inputs.remove(conn, space_id=space.id, hashes=gone, provider_batch_id=step.id)
         provider_inputs.drop_suspects(conn, space.id, [row.content_hash for row in written])
         returned.record(conn, step)
+        if returned.limit is not None:
+            # Without a pause, the contents would be sent again at once, in one small ProviderBatch after the other.
+            pause = self._context.settings.openai_poll_seconds
+            provider_lanes.pause(conn, Route.OPENAI, seconds=pause, reason=returned.limit.reason)
         price = charges.price_today(conn, self._model)
         for job_id, (contents, tokens) in sorted(answered.by_job.items()):
             charges.book_tokens(
@@ -183,6 +209,7 @@ class _Returned:
     failed: list[tuple[InFlight, str, str]] = field(default_factory=list)
     uncharged: list[InFlight] = field(default_factory=list)
     stop: StopLane | None = None
+    limit: RetryUncharged | None = None
 
     def add(self, rows: Sequence[InFlight], refusal: Refused) -> None:
         verdict = after_line_error(refusal.status, refusal.code, refusal.message, n_inputs_in_request=len(rows))
@@ -196,6 +223,13 @@ class _Returned:
             self.uncharged += rows
             if isinstance(verdict, StopLane):
                 self.stop = verdict
+            elif verdict.limited:
+                self.limit = verdict
+
+    def refuse(self, rows: Sequence[InFlight], reason: str) -> None:
+        """Take no vectors of another model. Every answer would be the same, so the lane stops."""
+        self.failed += [(row, OTHER_MODEL, reason) for row in rows]
+        self.stop = StopLane(OTHER_MODEL, reason)
 
     @property
     def all(self) -> list[InFlight]:
@@ -240,7 +274,10 @@ def _add(sums: dict[K, tuple[int, int]], key: K, tokens: int) -> None:
 
 
 def collect(context: ProviderContext, step: Step) -> Step:
-    """``collecting`` → ``cleaning``: read both files, whatever the status is, and return what they do not answer."""
+    """``collecting`` → ``cleaning``: read both files, whatever the status is, and return what they do not answer.
+
+    While a file that may have the missing answers has no id yet, it goes back to ``submitted``, to ask for the id.
+    """
     reader = ResultReader(context, step)
     problem: str | None = None
     tries = DOWNLOADS
@@ -253,31 +290,48 @@ def collect(context: ProviderContext, step: Step) -> Step:
             except ProviderRefused as refused:
                 if refused.status != 404:
                     raise
+                require_own_key(context, step, f"file {file_id}")
                 problem = f"file {file_id} is gone: {refused.brief}"
             finally:
                 reader.flush()
     step = reader.step
     completed = step.provider_status == RemoteStatus.COMPLETED
     # A torn line means that the download broke off, whatever the status is.
-    if reader.unanswered and not problem and (completed or reader.oddities["not_json"]):
+    torn = bool(problem or reader.oddities["not_json"])
+    if reader.unanswered and not problem and (completed or torn):
         problem = f"{reader.unanswered} requests have no answer in its files"
     if reader.unanswered and problem and step.downloads + 1 < tries:
-        raise StepDelayed(min(300.0, 2.0 * 4**step.downloads), problem, downloads=step.downloads + 1)
+        pause, downloads = min(300.0, 2.0 * 4**step.downloads), step.downloads + 1
+        if not torn and not (step.output_file_id and step.error_file_id):
+            context.transact(lambda conn: _ask_again(conn, step, pause, problem, downloads), "ask for the files again")
+            raise StepReleased
+        raise StepDelayed(pause, problem, downloads=downloads)
+    context.oddities.count(reader.model, reader.oddities)
     if reader.oddities or problem:
         logger.warning("%s: %s; in its files: %s", step.name, problem or "all is answered", dict(reader.oddities))
-    return context.transact(lambda conn: _end(conn, step, reader.oddities, problem), "account")
+    return context.transact(lambda conn: _end(context, conn, step, reader.oddities, problem), "account")
 
 
-def _end(conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None) -> Step:
-    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt."""
+def _ask_again(conn: sa.Connection, step: Step, pause_s: float, problem: str, downloads: int) -> None:
+    again = provider_batches.advance(conn, step, State.SUBMITTED, downloads=downloads, error=problem)
+    provider_batches.release(conn, again, delay_s=pause_s)
+
+
+def _end(
+    context: ProviderContext, conn: sa.Connection, step: Step, oddities: Counter[str], problem: str | None
+) -> Step:
+    """Return what no line has answered: uncharged if it surely never ran, else as a failed attempt, and booked."""
     left = provider_inputs.remove_all(conn, step.id)
+    reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
     if left:
         oddities = oddities + Counter({"unanswered": len(left)})
         # What we cancelled is not charged either: the attempts that brought it had ended before.
         if problem or step.provider_status != RemoteStatus.EXPIRED:
-            reason = f"{step.name} ended {step.provider_status}: {problem or step.error or 'without an answer to it'}"
             provider_work.charge_failure(
                 conn, {(row.chunk_batch_id, row.attempt): ("no_answer", reason) for row in left}
             )
+    may_have_run = problem is not None or step.provider_status in (RemoteStatus.COMPLETED, VANISHED)
+    book_unanswered(conn, context, step, left, may_have_run=may_have_run, reason=reason)
     provider_batches.count_oddities(conn, step, dict(oddities))
-    return settle(conn, step, n_returned=provider_batches.plus("n_returned", len(left)))
+    returned = provider_batches.plus("n_returned", len(left))
+    return settle(conn, step, n_returned=returned, error=problem or step.error)

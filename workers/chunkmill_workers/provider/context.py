@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import ClassVar
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
-from chunkmill.db.connect import create_db, require_migrated
+from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import UnknownModel
-from chunkmill.openai.catalogue import model_for, read_twins
+from chunkmill.ledger.provider import provider_inputs
+from chunkmill.openai.catalogue import model_for, read_twins, request_limits
 from chunkmill.openai.http import Provider
 from chunkmill.openai.plan.limits import BatchLimits
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
 from chunkmill.openai.wire.jsonl import RequestForm
 from chunkmill.settings import Settings
+from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.context import QueueContext
 from chunkmill_workers.process.lease import LeaseKeeper, owner_name
 from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.provider.health import Health
 from chunkmill_workers.provider.keeper import StepKeeper
+from chunkmill_workers.provider.oddities import Oddities
+
+logger = logging.getLogger(__name__)
+
+
+def make_provider(settings: Settings) -> Provider:
+    """The provider that the settings name. Raises :class:`InvalidSetting` without a key or a package, too."""
+    cl100k()  # a missing package is reported now and not in the middle of a job
+    return Provider(settings)
 
 
 class ProviderContext(QueueContext):
@@ -33,18 +46,23 @@ class ProviderContext(QueueContext):
         super().__init__(settings, db, LeaseKeeper(db, settings.lease_seconds), name=owner_name(os.getpid()))
         self.provider = provider
         self.steps = StepKeeper(db, settings.lease_seconds)
+        self.health = Health()
+        self.questions = 0
+        """How many questions (searches and ``client.embed``) are with the provider. One thread answers them."""
+        self.oddities = Oddities()
         self.unserved = Unserved()
         """The spaces that this worker leaves to other workers, because its OPENAI_MODELS does not describe them."""
 
     @classmethod
     def start(cls, settings: Settings) -> ProviderContext:
         """Connect and start the lease keepers. Raises :class:`InvalidSetting` without a key or the package."""
-        provider = Provider(settings)
-        cl100k()  # a missing package is reported now and not in the middle of a job
+        provider = make_provider(settings)
         db = create_db(
             settings.require_database_url(), role="worker-openai", pool_size=settings.openai_parallel_requests + 4
         )
         require_migrated(db)
+        with db.begin() as conn:
+            require_at_least(conn, "0011")
         read_twins(settings)
         context = cls(settings, db, provider)
         context.become_current()
@@ -67,20 +85,27 @@ class ProviderContext(QueueContext):
         return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
     def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
-        """The limits of requests. A text is cut where its space cuts it, even if the model takes longer ones."""
-        settings = self.settings
-        return BatchLimits(
-            inputs=min(settings.openai_batch_max_inputs, max_inputs or settings.openai_batch_max_inputs),
-            bytes=settings.openai_batch_max_bytes,
-            inputs_per_request=settings.openai_request_inputs,
-            tokens_per_request=max(settings.openai_request_tokens, model.max_tokens),
-            tokens_per_input=min(model.max_tokens, space.spec.max_tokens),
-        )
+        return request_limits(self.settings, model, space.spec, max_inputs=max_inputs)
 
-    @staticmethod
-    def form(model: ProviderModel, space: Space) -> RequestForm:
+    def form(self, model: ProviderModel, space: Space) -> RequestForm:
         """What requests say of the model. ``dimensions`` is sent only to models that can cut; others refuse it."""
-        return RequestForm(model.name, space.spec.dimensions if model.can_cut else None)
+        dimensions = space.spec.dimensions if model.can_cut else None
+        return RequestForm(model.name, dimensions, self.provider.encoding(model.name))
+
+    @property
+    def answer_seconds(self) -> float:
+        """The time of one request, while a ChunkBatch or a question is with the provider; else 0."""
+        return self.settings.openai_timeout_seconds if self.leases.n_held or self.questions else 0.0
+
+    def book_abandoned(self) -> None:
+        from chunkmill_workers.provider.books import book_unanswered
+
+        try:
+            with self.db.begin() as conn:
+                for space_id, sent in provider_inputs.take_sent_by(conn, self.name):
+                    book_unanswered(conn, self, registry.get(conn, space_id), [sent])
+        except Exception:
+            logger.exception("requests without an answer are booked by the next attempt")
 
     def become_current(self) -> None:
         self.steps.start()

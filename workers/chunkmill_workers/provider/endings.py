@@ -11,24 +11,39 @@ import sqlalchemy as sa
 
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
+from chunkmill.errors import ProviderStopped
+from chunkmill.ledger.money import charges
+from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_losses, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.provider.provider_endings import settle
 from chunkmill.ledger.provider.provider_inputs import InFlight
+from chunkmill.openai.catalogue import model_for
 from chunkmill.openai.plan.endings import Isolate, Split
+from chunkmill.openai.plan.limits import most_tokens
+from chunkmill.openai.wire.status import RemoteBatch
 from chunkmill.spaces import registry
 from chunkmill_workers.provider.context import ProviderContext
 
 logger = logging.getLogger(__name__)
 
+VANISHED = "vanished"
+"""The ``provider_status`` of a batch that the provider does not know any more."""
 
-def settle(conn: sa.Connection, step: Step, **columns: Any) -> Step:
-    """Move the ProviderBatch to ``cleaning`` and settle the ChunkBatches that waited for it.
 
-    Call it after its contents have left flight. Its files may still be at the provider, and ``cleaning`` deletes them.
+def require_own_key(context: ProviderContext, step: Step, what: str) -> None:
+    """Raise :class:`ProviderStopped` if the ProviderBatch is followed with another key than this worker's.
+
+    Then it proves nothing that the provider does not find it: keys of another project do not see it.
     """
-    cleaning = provider_batches.advance(conn, step, State.CLEANING, **columns)
-    provider_work.settle(conn, registry.get(conn, step.space_id), provider_work.members(conn, step.id))
-    return cleaning
+    if step.key_digest in (None, context.provider.key_digest):
+        return
+    raise ProviderStopped(
+        f"{step.name} was made with another key of {context.provider.server}, and with this worker's key the provider "
+        f"does not find {what}",
+        provider_code="other_key",
+        advice="Give all workers on queue openai a key of the project that made it, or let go of it (chunkmill lanes "
+        f"abandon {step.id}), then: chunkmill lanes resume openai",
+    )
 
 
 def give_back(context: ProviderContext, step: Step, why: str) -> Step:
@@ -42,17 +57,62 @@ def give_back(context: ProviderContext, step: Step, why: str) -> Step:
     return context.transact(end, "give back")
 
 
-def give_up(context: ProviderContext, step: Step, *, code: str, reason: str) -> Step:
-    """End a ProviderBatch for good. Its ChunkBatches are discarded with the reason; ``retry`` takes them up again."""
+def give_up(
+    context: ProviderContext, step: Step, *, code: str, reason: str, may_have_run: bool = False, **columns: Any
+) -> Step:
+    """End a ProviderBatch for good. Its ChunkBatches are discarded with the reason; ``retry`` takes them up again.
+
+    With ``may_have_run``, what the provider charged for it, or may have charged, is booked.
+    """
     logger.error("%s: given up, %s; the ledger has the provider's words", step.name, code)
 
     def end(conn: sa.Connection) -> Step:
-        provider_inputs.remove_all(conn, step.id)
-        cleaning = provider_batches.advance(conn, step, State.CLEANING, error_code=code, error=reason)
+        left = provider_inputs.remove_all(conn, step.id)
+        given_up = provider_batches.note(conn, step, **columns) if columns else step
+        book_unanswered(conn, context, given_up, left, may_have_run=may_have_run, reason=f"{step.name}: {reason}")
+        cleaning = provider_batches.advance(conn, given_up, State.CLEANING, error_code=code, error=reason)
         provider_work.discard(conn, provider_work.members(conn, step.id), code=code, reason=f"{step.name}: {reason}")
         return cleaning
 
     return context.transact(end, "give up")
+
+
+def book_unanswered(
+    conn: sa.Connection,
+    context: ProviderContext,
+    step: Step,
+    left: Sequence[InFlight],
+    *,
+    may_have_run: bool,
+    reason: str,
+) -> None:
+    """Book what a ProviderBatch cost beyond what its lines confirmed (`provider_losses.book_unanswered`)."""
+    price = charges.price_today(conn, model_for(context.settings, registry.get(conn, step.space_id).spec))
+    provider_losses.book_unanswered(conn, price, step, left, may_have_run=may_have_run, reason=reason)
+
+
+def book_doubled(context: ProviderContext, step: Step, other: RemoteBatch) -> None:
+    """Book what a second batch of the same file cost, once for each such batch. Its files are deleted."""
+    used = other.used_tokens or (step.n_tokens if other.completed else 0)
+    if not 0 < used <= most_tokens(step.n_tokens):
+        return
+
+    def book(conn: sa.Connection) -> None:
+        price = charges.price_today(conn, model_for(context.settings, registry.get(conn, step.space_id).spec))
+        provider_losses.book_doubled(
+            conn, price, step, used, reason=f"{step.name} was at the provider twice: {other.id}"
+        )
+
+    context.transact(book, "book the second batch")
+    for file_id in (other.output_file_id, other.error_file_id):
+        if file_id:
+            context.provider.delete_file(file_id)
+
+
+def return_all(conn: sa.Connection, step: Step, reason: str) -> Step:
+    """End a ProviderBatch of which nothing ran. Its contents wait again, uncharged, to be packed differently."""
+    returned = provider_inputs.remove_all(conn, step.id)
+    return settle(conn, step, n_returned=len(returned), error=reason, provider_status="failed")
 
 
 def repack(conn: sa.Connection, step: Step, verdict: Split | Isolate) -> Step:

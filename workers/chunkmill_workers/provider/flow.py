@@ -6,10 +6,12 @@ import logging
 from typing import Any
 
 from chunkmill.domain.states import Route
-from chunkmill.errors import ProviderBusy, ProviderStopped
+from chunkmill.errors import ProviderBusy, ProviderSilent, ProviderStopped
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.openai.plan.endings import backoff
+from chunkmill.openai.plan.refusals import RESUME
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.health import HOPELESS
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,35 @@ def pause_lane(context: ProviderContext, route: Route, busy: ProviderBusy, *, tr
     return delay_s
 
 
+def pause_failing_lane(context: ProviderContext, route: Route, silent: ProviderSilent) -> float | None:
+    """Pause a lane for all workers if its requests get no answers. Returns the seconds of the pause; None if it works.
+
+    The pauses grow until some work is answered. A lane of which only the probes get answers is stopped in the end.
+    """
+    pauses = context.health.pause(route)
+    if pauses is None:
+        return None
+    if context.health.is_hopeless(route):
+        advice = f"Look at the server, and at OPENAI_REQUEST_INPUTS and OPENAI_TIMEOUT_SECONDS. {RESUME}"
+        message = f"{HOPELESS} requests in a row got no answer, although one word did. The last: {silent.brief}"
+        context.health.answered(route)  # whoever resumes the lane may have fixed it
+        stop_lane(context, route, ProviderStopped(message, advice=advice, provider_code=silent.code))
+        return None
+    delay_s = max(LEAST_PAUSE_S, backoff(pauses))
+    reason = f"requests got no answer, so one word is sent before anything else. The last: {silent}"
+    context.health.forget()
+    context.transact(
+        lambda conn: provider_lanes.pause_failing(conn, route, seconds=delay_s, reason=reason), "pause a failing lane"
+    )
+    logger.warning("lane %s pauses %.0f s because its requests get no answers: %s", route, delay_s, silent.brief)
+    return delay_s
+
+
 def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) -> None:
     """Stop a lane for all workers until somebody resumes it. The first worker that does so logs the reason."""
     first = context.transact(
         lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
     )
+    context.health.forget()
     if first:
         logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
 
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
-from chunkmill.errors import ProviderRefused
+from chunkmill.errors import ProviderBusy, ProviderRefused, ProviderSilent
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.openai.http import TOKEN_KEY
 from chunkmill.openai.plan.endings import (
     GiveUp,
     Isolate,
@@ -21,19 +22,31 @@ from chunkmill.openai.plan.endings import (
     StopLane,
     Wait,
     after_validation_failure,
+    backoff,
     poll_pause,
 )
+from chunkmill.openai.plan.limits import most_tokens
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import bury, give_up, repack
-from chunkmill_workers.provider.flow import StepReleased
+from chunkmill_workers.provider.endings import VANISHED, bury, give_up, repack, require_own_key
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.quota import refused_by_quota
 from chunkmill_workers.provider.send import cancel_doubled
 
 logger = logging.getLogger(__name__)
 
 LOST_AFTER = 5
 """How many polls must find that the provider does not know a batch before it counts as lost and is paid for again."""
-VANISHED = "vanished"
+LOOKS_FOR_RESULTS = 60
+"""How often a batch that ended is asked for result files that it does not name, which takes about five hours."""
+LONGEST_HOURS = 7 * 24.0
+"""A batch counts as overdue after this time at the latest, whatever the provider says of when it expires."""
+WINDOW_HOURS = 24.0
+"""The ``completion_window`` of our batches. None counts as overdue before."""
+CANCEL_AFTER_S = 3600.0
+"""How long after a batch should have ended it is cancelled."""
+GIVE_UP_AFTER_S = 6 * 3600.0
+"""How long after its cancellation was requested a batch that has not ended is given up."""
 TOO_MANY = "too_many_tasks"
 """The only code that says something about the provider: how much a batch may hold."""
 
@@ -44,26 +57,27 @@ def poll(context: ProviderContext, step: Step) -> Step:
     cancel_doubled(context, step)
     try:
         remote = context.provider.retrieve(step.batch_id)
-        if step.cancel_requested and not remote.is_terminal and remote.status is not RemoteStatus.CANCELLING:
-            logger.info("%s: cancelling %s, which nobody waits for any more", step.name, step.batch_id)
-            remote = context.provider.cancel(step.batch_id)
     except ProviderRefused as refused:
         if refused.status != 404:
             raise
-        return _vanished(context, step, refused)
-    n_done = (remote.completed or 0) + (remote.failed or 0)
-    progress: dict[str, Any] = {"provider_status": remote.status, "n_done": n_done}
+        return _not_found(context, step, str(refused))
+    if not is_ours(remote, step):
+        return _not_found(context, step, f"{context.provider.server} has another batch under the id {step.batch_id}")
     if not remote.is_terminal:
-        pause = poll_pause(step.submitted_for_s, longest_s=context.settings.openai_poll_seconds)
-        context.transact(
-            lambda conn: provider_batches.release(conn, step, delay_s=pause, failures=0, **progress), "look again later"
-        )
-        raise StepReleased
+        remote = _await_end(context, step, remote)
+    seen = _seen(context, step, remote)
     logger.info(
         "%s: %s is %s: %s of %s requests", step.name, step.batch_id, remote.status, remote.completed, remote.total
     )
-    if remote.status is RemoteStatus.FAILED and not (remote.output_file_id or remote.error_file_id):
+    has_file = bool(remote.output_file_id or remote.error_file_id)
+    ran = bool(seen["n_completed"] or seen["used_tokens"])
+    if remote.status is RemoteStatus.FAILED and not has_file and not ran:
         return _failed_validation(context, step, remote)
+    if not remote.output_file_id and (ran or (remote.status is RemoteStatus.COMPLETED and not has_file)):
+        if step.looks + 1 < LOOKS_FOR_RESULTS:
+            _look_for_results(context, step, remote, seen)
+        elif ran or remote.completed != 0:
+            return _without_results(context, step, remote, seen)
     return context.transact(
         lambda conn: provider_batches.advance(
             conn,
@@ -73,25 +87,124 @@ def poll(context: ProviderContext, step: Step) -> Step:
             error_file_id=remote.error_file_id,
             ended_at=sa.func.now(),
             error="; ".join(f"{error.code}: {error.message}" for error in remote.errors) or None,
-            **progress,
+            **seen,
         ),
         "ended",
     )
 
 
-def _vanished(context: ProviderContext, step: Step, refused: ProviderRefused) -> Step:
+def is_ours(remote: RemoteBatch, step: Step) -> bool:
+    """Whether a batch is the one that we created. A server that counts anew after a restart gives its id to another."""
+    token = remote.metadata.get(TOKEN_KEY)
+    if token is not None:
+        return token == step.token
+    return remote.input_file_id in (None, step.input_file_id)
+
+
+def _seen(context: ProviderContext, step: Step, remote: RemoteBatch) -> dict[str, Any]:
+    """The columns that say what the provider says of the batch, as far as it can be true."""
+    n_done = (remote.completed or 0) + (remote.failed or 0)
+    used = remote.used_tokens if remote.is_terminal else None
+    return {
+        "provider_status": remote.status,
+        "key_digest": context.provider.key_digest,
+        "n_done": min(n_done, step.n_requests),
+        "n_completed": None if remote.completed is None else min(remote.completed, step.n_requests),
+        "used_tokens": used if used is None or used <= most_tokens(step.n_tokens) else None,
+    }
+
+
+def _await_end(context: ProviderContext, step: Step, remote: RemoteBatch) -> RemoteBatch:
+    """Look again later at a batch that runs. One that never ends is warned of, cancelled, and at last given up.
+
+    Returns the batch if it has ended by being cancelled.
+    """
+    overdue_s = step.submitted_for_s - allowed_s(remote, context.settings.openai_batch_hours)
+    too_late, since = overdue_s > CANCEL_AFTER_S, step.cancelled_for_s
+    columns: dict[str, Any] = {}
+    if too_late and not step.cancel_requested:
+        columns["cancel_requested_at"] = sa.func.now()
+    if (too_late or step.cancel_requested) and remote.status is not RemoteStatus.CANCELLING:
+        remote = _cancel(context, step, remote)
+        if remote.is_terminal:
+            return remote
+    seen = _seen(context, step, remote)
+    if since > GIVE_UP_AFTER_S:
+        reason = (
+            f"it was cancelled {since / 3600:.0f} hours ago, and the provider still says {remote.status}. It may have "
+            "been charged. To send its texts again: chunkmill retry"
+        )
+        give_up(context, step, code="never_ended", reason=f"given up: {reason}", may_have_run=True, **seen)
+        raise StepDelayed(0.0)
+    error = None
+    if overdue_s > 0:
+        error = (
+            f"it should have ended {overdue_s / 3600:.0f} hours ago, and the provider still says {remote.status}. An "
+            "hour after its end it is cancelled, and six hours later given up. To let go of it now: chunkmill lanes "
+            f"abandon {step.id}"
+        )
+        if step.error is None or not step.error.startswith("it should have ended"):
+            logger.warning("%s: %s", step.name, error)
+    pause = poll_pause(step.submitted_for_s, longest_s=context.settings.openai_poll_seconds)
+    columns |= {"failures": 0, "error": error, **seen}
+    context.transact(lambda conn: provider_batches.release(conn, step, delay_s=pause, **columns), "look again later")
+    raise StepReleased
+
+
+def _cancel(context: ProviderContext, step: Step, remote: RemoteBatch) -> RemoteBatch:
+    """Ask the provider to cancel it. If that fails, the next look asks again; until then the batch is as it was."""
+    logger.info("%s: cancelling %s, which nobody waits for any more or which never ends", step.name, remote.id)
+    try:
+        return context.provider.cancel(remote.id)
+    except (ProviderSilent, ProviderRefused) as error:
+        logger.warning("%s: it could not be cancelled: %s", step.name, error.brief)
+        return remote
+
+
+def allowed_s(remote: RemoteBatch, hours: float) -> float:
+    """How many seconds a batch may take: what the provider says, within reason, or ``hours`` if it does not say.
+
+    Both times are by the provider's clock, which may differ from ours.
+    """
+    if remote.expires_at is not None and remote.created_at is not None:
+        hours = (remote.expires_at - remote.created_at).total_seconds() / 3600
+    return 3600 * min(LONGEST_HOURS, max(WINDOW_HOURS, hours))
+
+
+def _look_for_results(context: ProviderContext, step: Step, remote: RemoteBatch, seen: dict[str, Any]) -> NoReturn:
+    """Look again later: it ended, and names no result file, which some providers do for a while."""
+    looks = step.looks + 1
+    said = f"it is {remote.status} with {remote.completed} requests done, and names no result file yet"
+    columns: dict[str, Any] = {**seen, "failures": 0, "looks": looks, "error": said}
+    context.transact(
+        lambda conn: provider_batches.release(conn, step, delay_s=backoff(looks), **columns), "no result file yet"
+    )
+    raise StepReleased
+
+
+def _without_results(context: ProviderContext, step: Step, remote: RemoteBatch, seen: dict[str, Any]) -> Step:
+    """Give up a batch that ran and whose results cannot be found. It is not sent again before a person says so."""
+    reason = (
+        f"it ended {remote.status} with {remote.completed} of {remote.total} requests done, and named no result file. "
+        "It was charged, and is not sent again by itself. To pay for it again: chunkmill retry"
+    )
+    return give_up(context, step, code="no_results", reason=reason, may_have_run=True, ended_at=sa.func.now(), **seen)
+
+
+def _not_found(context: ProviderContext, step: Step, why: str) -> Step:
     """Look again later, or collect without a result after the provider has not known the batch often enough."""
+    require_own_key(context, step, f"batch {step.batch_id}")
     # Failures of another kind do not count: `failures` is theirs until the first poll that did not find the batch.
     looks = 1 + (step.failures if step.provider_status == VANISHED else 0)
     if looks < LOST_AFTER:
-        missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": str(refused)}
+        missing: dict[str, Any] = {"failures": looks, "provider_status": VANISHED, "error": why}
         pause = context.settings.openai_poll_seconds
         context.transact(lambda conn: provider_batches.release(conn, step, delay_s=pause, **missing), "not found")
         raise StepReleased
     logger.error("%s: the provider does not know %s any more", step.name, step.batch_id)
     return context.transact(
         lambda conn: provider_batches.advance(
-            conn, step, State.COLLECTING, provider_status=VANISHED, ended_at=sa.func.now(), error=str(refused)
+            conn, step, State.COLLECTING, provider_status=VANISHED, ended_at=sa.func.now(), error=why
         ),
         "vanished",
     )
@@ -109,7 +222,11 @@ def _failed_validation(context: ProviderContext, step: Step, remote: RemoteBatch
     if isinstance(verdict, GiveUp):
         if step.n_inputs == 1:
             return context.transact(lambda conn: bury(conn, step, verdict.code, verdict.reason), "bury")
-        return give_up(context, step, code=verdict.code, reason=verdict.reason)
+        return give_up(
+            context, step, code=verdict.code, reason=verdict.reason, provider_status=RemoteStatus.FAILED.value
+        )
+    if isinstance(verdict, Wait):
+        return refused_by_quota(context, step, ProviderBusy(verdict.reason))
     codes = ", ".join(sorted({error.code for error in remote.errors})) or "no code"
     logger.warning("%s: the provider refused it (%s): %s", step.name, codes, type(verdict).__name__)
     if isinstance(verdict, Split) and all(error.code.lower() != TOO_MANY for error in remote.errors):
@@ -147,15 +264,15 @@ def _halve(context: ProviderContext, step: Step, verdict: Split, remote: RemoteB
 
 
 def _send_again(
-    conn: sa.Connection, context: ProviderContext, step: Step, verdict: Resend | Reupload | Wait | StopLane
+    conn: sa.Connection, context: ProviderContext, step: Step, verdict: Resend | Reupload | StopLane
 ) -> None:
     """Release the step to send the same contents in a new batch: from the file that is there, or from a new one."""
     columns: dict[str, Any] = {"batch_id": None, "submitted_at": None, "error": verdict.reason}
-    if isinstance(verdict, Wait | StopLane):
-        # A limit or the account is the reason and not the contents, so the file stays as it is.
-        if isinstance(verdict, StopLane):
-            provider_lanes.stop(conn, Route.OPENAI, code=verdict.code, reason=verdict.reason)
-        again = provider_batches.advance(conn, step, State.UPLOADED, **columns)
+    if isinstance(verdict, StopLane):
+        # The account or a setting is the reason and not the contents. The setting may have changed when the lane is
+        # resumed, for example the model's name, so that the file is made again.
+        provider_lanes.stop(conn, Route.OPENAI, code=verdict.code, reason=verdict.reason)
+        again = provider_batches.advance(conn, step, State.GATHERED, **columns)
         provider_batches.release(conn, again, delay_s=context.settings.openai_poll_seconds)
         return
     again = provider_batches.advance(conn, step, State.GATHERED, resends=step.resends + 1, **columns)

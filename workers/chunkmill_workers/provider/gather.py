@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.ledger.dead.dead_chunks import DeadContent, damaged_content
+from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_batches, provider_inputs, provider_lanes, provider_work
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
@@ -23,7 +24,9 @@ from chunkmill.openai.plan.limits import Headroom
 from chunkmill.openai.plan.packing import Packer
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
+from chunkmill_workers.provider.books import book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
+from chunkmill_workers.provider.flow import StepDelayed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,8 @@ class Contribution:
 def gather(context: ProviderContext, step: Step) -> Step | None:
     """``gathering`` → ``gathered``, or None if there was nothing to gather or the budgets leave no room.
 
-    If a plain request takes one of the contents meanwhile, the transaction fails. It is run again and leaves that out.
+    If a plain request takes one of the contents meanwhile, or some of the month's money, the transaction is undone. It
+    is run again and leaves that out.
     """
     for tries_left in reversed(range(TRIES)):
         try:
@@ -55,7 +59,14 @@ def gather(context: ProviderContext, step: Step) -> Step | None:
         except sa.exc.IntegrityError:
             if not tries_left:
                 raise
+        except _MoneyTaken as taken:
+            if not tries_left:
+                raise StepDelayed(LATER_SECONDS) from taken
     raise AssertionError("the last try returned or raised")
+
+
+class _MoneyTaken(Exception):
+    """Plain requests have committed money that this ProviderBatch was filled for. The message is the budget's."""
 
 
 def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step | None:
@@ -75,6 +86,10 @@ def _gather(context: ProviderContext, conn: sa.Connection, step: Step) -> Step |
         provider_lanes.hold(conn, Route.OPENAI, filler.too_little)
         return None
     packer = filler.packer
+    # Searches and plain requests go on while it is filled. Only this last look keeps them waiting.
+    held = budget.why_held(conn, context.settings, space.spec, left.usd_of(packer.tokens))
+    if held is not None:
+        raise _MoneyTaken(held)
     provider_lanes.hold(conn, Route.OPENAI, None)
     logger.info(
         "%s: gathered %s contents of space %s in %s requests, %s tokens, %.1f MB",
@@ -109,6 +124,7 @@ class _BatchFiller:
 
     def __init__(self, context: ProviderContext, conn: sa.Connection, step: Step, space: Space, left: Room) -> None:
         model = context.model(space)
+        self._context = context
         self._conn, self._step, self._space = conn, step, space
         self._counter = context.counter(model)
         max_inputs = provider_lanes.lane(conn, Route.OPENAI).max_inputs
@@ -152,7 +168,8 @@ class _BatchFiller:
 
     def _pack(self, waiting: Waiting) -> Contribution:
         texts, damaged = provider_work.missing_texts(self._conn, self._space, waiting)
-        provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
+        left = provider_inputs.drop_left_behind(self._conn, self._space.id, waiting.hashes)
+        book_unanswered(self._conn, self._context, self._space, left)
         taken = provider_inputs.carriers(self._conn, self._space.id, waiting.hashes)
         suspects = provider_inputs.suspects(self._conn, self._space.id, list(texts))
         wanted = [(hash_, texts[hash_]) for hash_ in waiting.hashes if hash_ in texts and hash_ not in taken]

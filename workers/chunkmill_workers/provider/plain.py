@@ -2,51 +2,40 @@
 
 The ChunkBatch is claimed, written and completed like a local one. The contents of a request are in flight before it is
 sent, and are charged when its vectors are committed. If a worker is killed in between, the answer to one request is
-paid for and lost.
+paid for and lost; the next attempt books it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import sqlalchemy as sa
 
 from chunkmill.db.retry import is_transient
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import ChunkmillError, LeaseLost, ProviderBusy, ProviderSilent, ProviderStopped
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.provider import provider_inputs, provider_lanes
 from chunkmill.ledger.work.chunk_batches import Lease
-from chunkmill.openai.plan.endings import Alone, Dead, after_line_error, backoff
+from chunkmill.openai.plan.endings import backoff
 from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
-from chunkmill.openai.plan.packing import PackedInput, Packer
-from chunkmill.openai.wire.jsonl import Embedded
-from chunkmill.openai.wire.vectors import read_embeddings
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.process.claims import claim
 from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.lease import HeldLease
 from chunkmill_workers.process.work_context import attempt_at
+from chunkmill_workers.provider.books import book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.flow import pause_lane, stop_lane
-from chunkmill_workers.provider.plain_attempt import Answer, PlainAttempt
+from chunkmill_workers.provider.flow import pause_failing_lane, pause_lane, stop_lane
+from chunkmill_workers.provider.plain_attempt import PlainAttempt
+from chunkmill_workers.provider.sending import Interrupted, Sender
 
 logger = logging.getLogger(__name__)
 
 HELD_SECONDS = 60.0
 """How long a ChunkBatch waits for its next attempt if the month's budget is used up."""
-SILENT_TRIES = 20
-"""Up to this attempt, one that gets no answer is not charged, because it is the provider's fault."""
-
-
-class _Interrupted(Exception):
-    """The worker was told to leave, or its lane was paused or stopped."""
 
 
 def request_chunk_batch(context: ProviderContext, chunk_batch_id: int) -> None:
@@ -80,7 +69,7 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
     try:
         attempt.start()
         _embed(context, held, attempt)
-    except _Interrupted:
+    except Interrupted:
         attempt.release()
     except LeaseLost as lost:
         logger.warning("%s", lost)
@@ -91,10 +80,9 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
         stop_lane(context, Route.OPENAI_SYNC, stopped)
         attempt.release(because=stopped)
     except ProviderSilent as silent:
-        if attempt.has_written or lease.attempt <= SILENT_TRIES:
-            attempt.release(because=silent, delay_s=backoff(attempt.tries))
-        else:
-            attempt.fail_with(silent)
+        # An outage is no fault of the texts. What they may have cost is booked, and the lane waits if it fails.
+        paused = pause_failing_lane(context, Route.OPENAI_SYNC, silent)
+        attempt.release(because=silent, delay_s=backoff(attempt.tries) if paused is None else paused)
     except Exception as error:
         if is_transient(error):
             raise  # another worker goes on when the lease runs out
@@ -109,126 +97,31 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
 def _embed(context: ProviderContext, held: HeldLease, attempt: PlainAttempt) -> None:
     space, lease = attempt.space, attempt.lease
     model = context.model(space)
-    limits = replace(context.limits(model, space), inputs=len(attempt.work.texts) * 2048 + 1)
     items: list[ProviderInput] = []
-    for item in prepare(attempt.work.texts, context.counter(model), limits, lease.on_long):
+    for item in prepare(attempt.work.texts, context.counter(model), context.limits(model, space), lease.on_long):
         if isinstance(item, RefusedInput):
             attempt.dead.append(DeadContent(item.content_hash, item.code, item.reason))
         else:
             items.append(item)
-    mine = context.transact(lambda conn: _put_in_flight(context, conn, lease, items), "put in flight")
+    mine = context.transact(lambda conn: _put_in_flight(context, conn, space, lease, items), "put in flight")
     if mine is None:
         attempt.release(delay_s=HELD_SECONDS)
         return
     attempt.n_elsewhere = len(items) - len(mine)
-    packer = Packer(1, context.form(model, space), limits)
-    for item in items:
-        if item.content_hash in mine:
-            packer.add(item)
-    texts = {item.content_hash: [window.text for window in item.windows] for item in items}
-    requests: dict[int, list[PackedInput]] = {}
-    for row in packer.rows:
-        requests.setdefault(row.request_no, []).append(row)
-    for rows in requests.values():
-        _send(context, held, attempt, rows, texts)
+    Sender(context, held, attempt).send([item for item in items if item.content_hash in mine])
     attempt.complete()
 
 
 def _put_in_flight(
-    context: ProviderContext, conn: sa.Connection, lease: Lease, items: list[ProviderInput]
+    context: ProviderContext, conn: sa.Connection, space: Space, lease: Lease, items: list[ProviderInput]
 ) -> set[bytes] | None:
     """The contents that nobody else has in flight, or None if the month's budget is used up."""
+    left = provider_inputs.drop_left_behind(conn, lease.space_id, [item.content_hash for item in items])
+    book_unanswered(conn, context, space, left)
     mine = provider_inputs.add_own(conn, lease, items)
-    month = budget.read(conn, context.settings) if context.settings.openai_monthly_budget_usd is not None else None
-    held = month is not None and mine and month.is_exceeded
-    provider_lanes.hold(conn, Route.OPENAI_SYNC, month.refusal() if month and held else None)
-    if held:
+    held = budget.why_held(conn, context.settings, space.spec) if mine else None
+    provider_lanes.hold(conn, Route.OPENAI_SYNC, held)
+    if held is not None:
         provider_inputs.remove_own(conn, lease)
         return None
     return mine
-
-
-def _send(
-    context: ProviderContext,
-    held: HeldLease,
-    attempt: PlainAttempt,
-    rows: Sequence[PackedInput],
-    texts: dict[bytes, list[str]],
-) -> None:
-    """Send one request and commit its answer. A refused one costs nothing and is halved until one content is left."""
-    try:
-        answer = _ask(context, held, attempt, rows, texts)
-    except ProviderRefused as refused:
-        verdict = after_line_error(refused.status, refused.provider_code, str(refused), n_inputs_in_request=len(rows))
-        if isinstance(verdict, Alone):
-            middle = len(rows) // 2
-            for half in (rows[:middle], rows[middle:]):
-                _send(context, held, attempt, half, texts)
-            return
-        if not isinstance(verdict, Dead):
-            raise
-        attempt.dead += [DeadContent(row.content_hash, verdict.code, verdict.reason) for row in rows]
-        return
-    attempt.commit(answer)
-
-
-def _ask(
-    context: ProviderContext,
-    held: HeldLease,
-    attempt: PlainAttempt,
-    rows: Sequence[PackedInput],
-    texts: dict[bytes, list[str]],
-) -> Answer:
-    settings = context.settings
-    inputs = [text for row in rows for text in texts[row.content_hash]]
-    tokens = sum(row.sent_tokens for row in rows)
-
-    def take_turn(conn: sa.Connection) -> float | None:
-        if not provider_lanes.lane(conn, Route.OPENAI_SYNC).is_healthy:
-            return None  # another worker has paused or stopped the lane
-        return provider_lanes.take_turn(
-            conn,
-            Route.OPENAI_SYNC,
-            tokens=tokens,
-            requests_per_minute=settings.openai_sync_requests_per_minute,
-            tokens_per_minute=settings.openai_sync_tokens_per_minute,
-        )
-
-    wait = context.transact(take_turn, "take turn")
-    if wait is None or context.stopping.wait(wait):
-        raise _Interrupted
-    held.check()
-    held.moved()
-    form = context.form(context.model(attempt.space), attempt.space)
-    body = context.provider.embed(
-        form.model, inputs, dimensions=form.dimensions, idempotency_key=_key(attempt.space, rows)
-    )
-    embedded = read_answer(body, len(inputs), attempt.space)
-    if embedded.prompt_tokens is None:
-        embedded = replace(embedded, prompt_tokens=tokens)
-    position = 0
-    placed = []
-    for row in rows:  # in a halved request the positions start at 0 again
-        placed.append(row._replace(position=position))
-        position += row.windows
-    return Answer(embedded, placed)
-
-
-def read_answer(body: dict[str, Any], n_inputs: int, space: Space) -> Embedded:
-    """Read the body of a plain answer. ``prompt_tokens`` is None if the body does not say how many were charged."""
-    spec = space.spec
-    data = body.get("data")
-    if not isinstance(data, list):
-        raise ProviderSilent("the provider answered an embeddings request without data")
-    vectors, problems = read_embeddings(data, n_inputs, spec.dimensions, normalize=spec.normalize)
-    charged = body.get("usage")
-    tokens = charged.get("prompt_tokens") if isinstance(charged, dict) else None
-    return Embedded(0, vectors, problems, tokens if type(tokens) is int else None, None)
-
-
-def _key(space: Space, rows: Sequence[PackedInput]) -> str:
-    """The idempotency key of a request. A server that knows such keys does not charge the same request twice."""
-    digest = hashlib.sha256(space.spec.fingerprint.encode())
-    for row in rows:
-        digest.update(row.content_hash)
-    return digest.hexdigest()

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.reasons import code_of, reason_of
 from chunkmill.domain.states import Route
-from chunkmill.errors import ChunkmillError, ProviderAnswerBad, ProviderError
+from chunkmill.errors import (
+    ChunkmillError,
+    ProviderBusy,
+    ProviderError,
+    ProviderRefused,
+    ProviderSilent,
+    ProviderStopped,
+)
+from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.money import charges
-from chunkmill.ledger.provider import provider_inputs
+from chunkmill.ledger.provider import provider_inputs, provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
+from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.ledger.work import usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.attempt import Attempt
+from chunkmill_workers.provider.books import book_silence, book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.writing import write
 
 logger = logging.getLogger(__name__)
 
+BAD_VECTOR, NO_ANSWER = "bad_vector", "no_answer"
+"""Why a content that was sent has no vector, as codes of the dead list."""
+PAID_TRIES = 3
+"""How many attempts at a ChunkBatch may fail after an answer that was paid for, or may have been: it had no usable
+vector, could not be written, or never came. ``MAX_ATTEMPTS`` may allow fewer."""
 AGAIN_SECONDS = 5.0
 """How long a ChunkBatch waits for its next attempt if others have some of its contents in flight."""
 
@@ -48,17 +67,24 @@ class PlainAttempt(Attempt[ProviderContext]):
         super().__init__(context, lease)
         self.n_elsewhere = 0
         """How many contents others have in flight."""
-        self._problem: str | None = None
-        """Why a content that was answered has no vector."""
+        self.failed: dict[bytes, tuple[str, str]] = {}
+        """``content_hash → (code, reason)`` of contents that were sent and have no vector. They may be tried again."""
+        self.started_at = time.monotonic()
+        self.lane_is_unproved = False
+        """Whether a probe must come first: the lane failed or was stopped before this attempt."""
+        self._sent: AdjustmentKind | None = None
+        """How to book the request that was sent and is not accounted for; None if there is none."""
 
     def start(self) -> None:
-        """Open the attempt. What an earlier attempt left in flight is forgotten, because its answer is lost."""
+        """Open the attempt. What an earlier attempt left in flight is booked, because its answer is lost."""
 
-        def read(conn: sa.Connection) -> tuple[Space, Work]:
-            self._forget_in_flight(conn)
-            return self.open(conn, OPENAI)
+        def read(conn: sa.Connection) -> tuple[Space, Work, bool]:
+            space, work = self.open(conn, OPENAI)
+            book_unanswered(conn, self._context, space, provider_inputs.remove_own(conn, self.lease))
+            return space, work, provider_lanes.is_unproved(conn, Route.OPENAI_SYNC)
 
-        self.begin(*self._context.transact(read, "read texts"))
+        space, work, self.lane_is_unproved = self._context.transact(read, "read texts")
+        self.begin(space, work)
 
     @property
     def has_written(self) -> bool:
@@ -69,19 +95,60 @@ class PlainAttempt(Attempt[ProviderContext]):
         """How many attempts in a row came to nothing, as far as is known. One that has written counts as the first."""
         return 1 if self._written else min(self.lease.attempt, 8)
 
+    @property
+    def n_failed(self) -> int:
+        """How many contents were refused, or sent in vain."""
+        return len(self.dead) + len(self.failed)
+
+    @contextlib.contextmanager
+    def sending(self, rows: Sequence[PackedInput]) -> Iterator[None]:
+        """Send a request in this block, and commit its answer: however the block ends, the request is accounted for."""
+        sent = [row.content_hash for row in rows]
+        self._context.transact(lambda conn: provider_inputs.mark_sent(conn, self.lease, sent), "about to send")
+        self._sent = AdjustmentKind.MAYBE_CHARGED
+        try:
+            yield
+        except (ProviderRefused, ProviderBusy, ProviderStopped):
+            self._sent = None  # it costs nothing
+            raise
+        except ProviderSilent as silent:
+            silence = silent
+            self._context.transact(lambda conn: self._book_silence(conn, silence), "book a request without an answer")
+            self._sent = None
+            raise
+        self._sent = None
+
+    def _book_silence(self, conn: sa.Connection, silent: ProviderSilent) -> None:
+        book_silence(conn, self._context, self.space, provider_inputs.take_sent(conn, self.lease), silent)
+
     def commit(self, answer: Answer) -> None:
-        """Commit the vectors, the charge and the account of one answer in one transaction."""
+        """Commit the vectors, the charge and the account of one answer in one transaction.
+
+        Raises :class:`ProviderStopped` if another model answered than the space has vectors of.
+        """
+        self._sent = AdjustmentKind.LOST  # if it cannot be written
         space = self.space
         made = assemble(answer.embedded, answer.rows, normalize=space.spec.normalize, half=space.is_half)
         tokens = answer.embedded.prompt_tokens or 0
         sent = [row.content_hash for row in answer.rows]
         written = [row.content_hash for row in made.rows]
         model = self._context.model(self.space)
+        refusal: str | None = None
 
         def write_all(conn: sa.Connection) -> tuple[usage.Usage, int]:
-            removed = provider_inputs.remove(conn, space_id=self.space.id, hashes=sent, provider_batch_id=None)
+            nonlocal refusal
+            removed = provider_inputs.remove_answered(conn, self.lease, sent)
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=answer.embedded.model)
+            if refusal is not None:
+                if removed:
+                    lost = Unanswered(self.lease.job_id, len(answer.rows), tokens)
+                    book_unanswered(conn, self._context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
+                return self.account, 0
             new = write(conn, self.space, made.rows, made.vectors)
-            if removed:  # else this is the second run of a commit whose answer was lost
+            provider_inputs.drop_suspects(conn, space.id, written)
+            # Else this is the second run of a commit whose answer was lost; or another attempt took the contents over,
+            # and has booked that this request may have been charged.
+            if removed:
                 charges.book_tokens(
                     conn,
                     charges.price_today(conn, model),
@@ -97,45 +164,73 @@ class PlainAttempt(Attempt[ProviderContext]):
             return account, new
 
         self._usage, new = self._context.transact(write_all, "write vectors", is_paid=True)
+        if refusal is not None:
+            self._context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
         COUNTS.add_all(((metrics.CONTENTS, new), (metrics.TOKENS, tokens)))
         self._written += written
         self._n_truncated += sum(row.truncated for row in made.rows)
-        if made.problems:
-            self._problem = made.problems[0][1]
+        for row, why in made.problems:
+            self.failed[row.content_hash] = (BAD_VECTOR, f"the provider answered without a usable vector: {why}")
 
     def complete(self) -> None:
         """Commit the dead list, the completion and the account; or release the ChunkBatch if others have a part of it.
 
-        Raises :class:`ProviderAnswerBad` if the provider answered a content without a usable vector.
+        If contents were sent in vain, the attempt fails, and in the last one they are dead.
         """
-        if self._problem is not None:
-            raise ProviderAnswerBad(f"the provider answered without a usable vector: {self._problem}")
+        if self.failed and self._may_pay_again:
+            code, reason = next(iter(self.failed.values()))
+            self._log_failure(f"{len(self.failed)} contents have no vector ({code})")
+            self.fail(code=code, error=reason, retryable=True)
+            return
         if self.n_elsewhere:
             self.release(delay_s=AGAIN_SECONDS)
             return
+        self.dead += [
+            DeadContent(content_hash, code, f"no vector after {self._charged} attempts: {reason}")
+            for content_hash, (code, reason) in self.failed.items()
+        ]
 
         def end(conn: sa.Connection) -> bool:
             done = self._complete_if_held(conn)
             if done:
                 usage.book(conn, self.lease, self.account, usage.Outcome.COMPLETED)
                 self._forget_in_flight(conn)
+                provider_inputs.drop_suspects(conn, self.space.id, list(self.failed))
             return done
 
         if not self._context.transact(end, "complete"):
             raise self._superseded()
 
     def fail_with(self, error: Exception) -> None:
-        """Log why the attempt failed, and charge it."""
+        """Log why the attempt failed, and charge it. What costs money again and again is not tried for ever."""
         known = isinstance(error, ChunkmillError)
         message = reason_of(error)
+        self._log_failure(error.brief if isinstance(error, ProviderError) else message, None if known else error)
+        is_lost = self._sent is AdjustmentKind.LOST
+        self.fail(code=code_of(error), error=message, retryable=not is_lost or self._may_pay_again)
+
+    @property
+    def _charged(self) -> int:
+        """How many attempts at the ChunkBatch count, with this one. Each that was released has raised the limit."""
+        return self.lease.attempt - (self.lease.max_attempts - self._context.settings.max_attempts)
+
+    @property
+    def _may_pay_again(self) -> bool:
+        return self._charged < PAID_TRIES and self.lease.attempt < self.lease.max_attempts
+
+    def _log_failure(self, why: str, error: Exception | None = None) -> None:
         logger.error(
-            "ChunkBatch %s, attempt %s failed: %s",
-            self.lease.chunk_batch_id,
-            self.lease.attempt,
-            error.brief if isinstance(error, ProviderError) else message,
-            exc_info=None if known else error,
+            "ChunkBatch %s, attempt %s failed: %s", self.lease.chunk_batch_id, self.lease.attempt, why, exc_info=error
         )
-        self.fail(code=code_of(error), error=message, retryable=True)
 
     def _forget_in_flight(self, conn: sa.Connection) -> None:
-        provider_inputs.remove_own(conn, self.lease)
+        """Forget what this attempt has in flight, and book the request that it is not known to be charged for.
+
+        What was sent in vain is sent alone the next time, because one text may spoil the vectors of its neighbours.
+        """
+        if self.failed:
+            provider_inputs.add_suspects(conn, self.space.id, sorted(self.failed))
+        left = provider_inputs.remove_own(conn, self.lease)
+        if self._sent is not None:
+            book_unanswered(conn, self._context, self.space, left, kind=self._sent)

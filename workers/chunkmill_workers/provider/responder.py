@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import secrets
+from decimal import Decimal
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from chunkmill.domain.costs import AdjustmentKind
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.domain.states import Route
 from chunkmill.errors import (
+    BudgetExceeded,
     ChunkmillError,
+    LeaseLost,
     ProviderBusy,
     ProviderError,
     ProviderRefused,
@@ -24,18 +28,23 @@ from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import EmbedRequest
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider.answering import OTHER_MODEL, refuse_model
+from chunkmill.ledger.provider.provider_inputs import Unanswered
 from chunkmill.openai.plan.assemble import assemble
-from chunkmill.openai.plan.inputs import RefusedInput, prepare
-from chunkmill.openai.plan.packing import Packer
+from chunkmill.openai.plan.inputs import ProviderInput, RefusedInput, prepare
+from chunkmill.openai.plan.requests import PlainRequest, first_request
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.process.unserved import Unserved
+from chunkmill_workers.provider.asking import ask_plain
+from chunkmill_workers.provider.books import book_answer, book_silence, book_unanswered
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.flow import pause_lane, stop_lane
-from chunkmill_workers.provider.plain import read_answer
+from chunkmill_workers.provider.flow import pause_failing_lane, pause_lane, stop_lane
+from chunkmill_workers.provider.probe import require_answer
 
 logger = logging.getLogger(__name__)
 
@@ -65,83 +74,161 @@ class ProviderResponder(Responder[ProviderContext]):
             served = [space for space in spaces if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
-            return embed_requests.claim_next(conn, spaces=own) or embed_requests.claim_next(
-                conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS
+            return embed_requests.claim_next(
+                conn, spaces=own, lease_seconds=self._lease_seconds
+            ) or embed_requests.claim_next(
+                conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS, lease_seconds=self._lease_seconds
             )
 
         claimed = self.claim(claim_next)
         if claimed is None:
             return False
-        self._answer(*claimed)
+        self._context.questions += 1
+        try:
+            self._answer(*claimed)
+        finally:
+            self._context.questions -= 1
         return True
 
+    def stop(self) -> None:
+        """End the thread after the question that is with the provider, whose answer is paid for."""
+        self._stop_listening.set()
+        self.join(timeout=self._context.answer_seconds + 5)
+
+    @property
+    def _lease_seconds(self) -> float:
+        """Longer than one request may take: a question that is still asked must not be asked, and paid for, twice."""
+        return self._context.settings.openai_timeout_seconds + embed_requests.LEASE_SECONDS
+
     def _answer(self, request: EmbedRequest, space: Space) -> None:
+        question = _Question(self._context, request, space, self._lease_seconds)
         try:
-            vectors = self._embed(request, space)
+            vectors = question.vectors()
+        except LeaseLost as lost:
+            logger.warning("%s", lost)
+            return
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
             if isinstance(error, ProviderBusy):
                 pause_lane(self._context, Route.OPENAI_SYNC, error, tries=1)
             elif isinstance(error, ProviderStopped):
                 stop_lane(self._context, Route.OPENAI_SYNC, error)
+            elif isinstance(error, ProviderSilent):
+                pause_failing_lane(self._context, Route.OPENAI_SYNC, error)
             if isinstance(error, ChunkmillError) and error.elsewhere:
                 self._context.unserved.leave(space.id, error)
-            self.end_without_vectors(request, error)
+            self.end_without_vectors(question.request, error)
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
 
-    def _book(self, space: Space, contents: int, tokens: int) -> None:
-        """Book a request as soon as it is answered: it was charged even if the next request of the question fails."""
-        model = self._context.model(space)
-        with self._context.begin() as conn:
-            charges.book_tokens(
-                conn,
-                charges.price_today(conn, model),
-                route=Route.OPENAI_SYNC,
-                space_id=space.id,
-                contents=contents,
-                tokens=tokens,
-            )
-        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
-    def _embed(self, request: EmbedRequest, space: Space) -> NDArray[np.float32]:
+class _Question:
+    """One request for vectors while it is asked. ``request`` has the lease as it is now."""
+
+    def __init__(self, context: ProviderContext, request: EmbedRequest, space: Space, lease_seconds: float) -> None:
+        self.request = request
+        self._context = context
+        self._space = space
+        self._lease_seconds = lease_seconds
+        self._committed = 0
+        """How many tokens the budget counts for what is not answered yet."""
+
+    def vectors(self) -> NDArray[np.float32]:
         """One vector per text. A text that is too long is treated as the space treats long documents."""
-        context, spec = self._context, space.spec
+        context, space, spec = self._context, self._space, self._space.spec
         model = context.model(space)
         with context.begin() as conn:
-            budget.require_budget(conn, context.settings)
             lane = provider_lanes.lane(conn, Route.OPENAI_SYNC)
             if lane.is_stopped:
                 raise ProviderError(f"lane {Route.OPENAI_SYNC} is stopped: {lane.stop_reason}")
-        prompt = spec.query_prompt if request.kind == "query" else spec.document_prompt
-        texts = [(str(i).encode(), prompt + text) for i, text in enumerate(request.texts)]
+            unproved = provider_lanes.is_unproved(conn, Route.OPENAI_SYNC)
+        prompt = spec.query_prompt if self.request.kind == "query" else spec.document_prompt
+        texts = [(str(i).encode(), prompt + text) for i, text in enumerate(self.request.texts)]
         limits = context.limits(model, space)
-        items = []
+        items: list[ProviderInput] = []
         for item in prepare(texts, context.counter(model), limits, _POLICIES[spec.long_text]):
             if isinstance(item, RefusedInput):
                 raise ProviderRefused(item.reason, status=400, provider_code=item.code)
             items.append(item)
-        vectors = []
-        packer = Packer(1, context.form(model, space), limits)
-        for item in items:
-            packer.add(item)
-        for number in range(packer.requests):
-            rows = [row for row in packer.rows if row.request_no == number]
-            sent = [window.text for row in rows for window in items[int(row.content_hash)].windows]
-            body = context.provider.embed(
-                model.name,
-                sent,
-                dimensions=context.form(model, space).dimensions,
+        self._commit_money(sum(item.sent_tokens for item in items))
+        if self.request.attempt > 1 and spec.provider == OPENAI:
+            # Whoever had it before may have sent it all, and has not come back.
+            earlier = Unanswered(0, len(items), sum(item.sent_tokens for item in items))
+            with context.begin() as conn:
+                book_unanswered(conn, context, space, [earlier])
+        if unproved or len(items) > 1:
+            require_answer(context, Route.OPENAI_SYNC, space, again=unproved)
+        vectors, number = [], 0
+        while items:
+            most = context.health.most_inputs(model.name, limits.inputs_per_request)
+            part = first_request(items, limits, inputs=most)
+            items = items[len(part.items) :]
+            vectors.append(self._ask(part, number))
+            number += 1
+        return np.concatenate(vectors)
+
+    def _commit_money(self, tokens: int) -> None:
+        """Let the budget count the question before it is sent. Raises :class:`BudgetExceeded`."""
+        context, space = self._context, self._space
+        with context.begin() as conn:
+            price = charges.price_today(conn, context.model(space))
+            usd = price.of(tokens, Route.OPENAI_SYNC) if price else Decimal(0)
+            if (held := budget.why_held(conn, context.settings, space.spec, usd)) is not None:
+                raise BudgetExceeded(held)
+            embed_requests.commit_tokens(conn, self.request, tokens)
+        self._committed = tokens
+
+    def _ask(self, part: PlainRequest, number: int) -> NDArray[np.float32]:
+        """Send one request and book it as soon as it is answered, because the next one of the question may fail.
+
+        Raises :class:`LeaseLost` if nobody waits for the question any more.
+        """
+        context, request, space = self._context, self.request, self._space
+        with context.begin() as conn:
+            renewed = embed_requests.renew(conn, request, lease_seconds=self._lease_seconds)
+        if renewed is None:
+            raise LeaseLost(f"embed request {request.id}: nobody waits for it any more, or another worker has it")
+        self.request = renewed
+        try:
+            embedded = ask_plain(
+                context,
+                space,
+                part.texts,
+                tokens=part.tokens,
                 idempotency_key=f"embed-request-{request.id}-{number}-{secrets.token_hex(4)}",
             )
-            embedded = read_answer(body, len(sent), space)
-            counted = sum(row.sent_tokens for row in rows)
-            self._book(space, len(rows), counted if embedded.prompt_tokens is None else embedded.prompt_tokens)
-            made = assemble(embedded, rows, normalize=spec.normalize)
-            if made.problems:
-                raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
-            vectors.append(made.vectors)
-        return np.concatenate(vectors)
+        except ProviderSilent as silent:
+            context.health.failed(Route.OPENAI_SYNC)
+            if silent.timed_out:
+                context.health.too_large(context.model(space).name, part.inputs)
+            with context.begin() as conn:
+                book_silence(conn, context, space, [Unanswered(0, len(part.items), part.tokens)], silent)
+            raise
+        context.health.answered(Route.OPENAI_SYNC)
+        self._book(part, embedded)
+        made = assemble(embedded, part.rows, normalize=space.spec.normalize)
+        if made.problems:
+            raise ProviderSilent(f"the provider answered without a usable vector: {made.problems[0][1]}")
+        return made.vectors
+
+    def _book(self, part: PlainRequest, embedded: Embedded) -> None:
+        """Book a request. Raises :class:`ProviderStopped` if another model answered than the space has vectors of."""
+        context, space, model = self._context, self._space, self._context.model(self._space)
+        contents = len(part.items)
+        tokens = part.tokens if embedded.prompt_tokens is None else embedded.prompt_tokens
+        self._committed -= part.tokens
+        with context.begin() as conn:
+            refusal = refuse_model(conn, space.id, asked=model.name, answered=embedded.model)
+            if refusal is None:
+                book_answer(conn, context, space, contents=contents, tokens=tokens)
+            else:
+                lost = Unanswered(0, contents, tokens)
+                book_unanswered(conn, context, space, [lost], kind=AdjustmentKind.LOST, reason=refusal)
+            embed_requests.commit_tokens(conn, self.request, self._committed)
+        if refusal is not None:
+            context.oddities.count(model, {OTHER_MODEL: 1})
+            raise ProviderStopped(refusal, advice="Then: chunkmill lanes resume", provider_code=OTHER_MODEL)
+        COUNTS.add_all(((metrics.TOKENS, tokens), (metrics.URGENT_TEXTS, contents)))
 
 
 _POLICIES = {LongText.TRUNCATE: OnLong.TRUNCATE, LongText.SPLIT: OnLong.SPLIT, LongText.SPLIT_APART: OnLong.SPLIT}

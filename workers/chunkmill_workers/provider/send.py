@@ -18,22 +18,27 @@ import sqlalchemy as sa
 
 from chunkmill.domain.spaces import LongText, OnLong
 from chunkmill.domain.states import ProviderBatchState as State
-from chunkmill.errors import LeaseLost, ProviderBusy, ProviderRefused, ProviderSilent, ProviderStopped
+from chunkmill.errors import LeaseLost, ProviderBusy, ProviderError, ProviderRefused, ProviderSilent, ProviderStopped
 from chunkmill.ledger.provider import provider_batches, provider_inputs
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.ledger.provider.provider_inputs import InFlight
+from chunkmill.openai.plan.endings import Split
 from chunkmill.openai.plan.inputs import ProviderInput, prepare
 from chunkmill.openai.wire.jsonl import custom_id, encode_request
 from chunkmill.openai.wire.status import RemoteBatch, RemoteStatus
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.endings import give_back, give_up
+from chunkmill_workers.provider.endings import book_doubled, give_back, give_up, repack, require_own_key
 from chunkmill_workers.provider.flow import StepDelayed, StepReleased
+from chunkmill_workers.provider.probe import try_answer
+from chunkmill_workers.provider.quota import names_quota, refused_by_quota, too_many_tokens
 
 logger = logging.getLogger(__name__)
 
 REQUESTS_AT_A_TIME = 64
+UNKNOWN_FOR_S = 3600.0
+"""For how long the provider's list may fail while a batch is looked for whose creation got no answer."""
 LOOK_FOR_DOUBLES_S = 600.0
 """For how long after its creation a ProviderBatch is searched for duplicates: the provider's list may be behind."""
 CLOCKS_APART = timedelta(hours=1)
@@ -51,13 +56,17 @@ def upload(context: ProviderContext, step: Step) -> Step:
     """``gathered`` → ``uploaded``: make the file from the contents in flight, and upload it."""
     if step.cancel_requested:
         return give_back(context, step, "cancelled before it was sent")
+    if too_many_tokens(context, step):
+        return give_back(context, step, "the limit of tokens at the provider is lower than when it was gathered")
 
     def begin(conn: sa.Connection) -> tuple[Space, Step]:
         provider_inputs.remove_deleted(conn, step.id)
-        noted = provider_batches.note(conn, step, uploads=step.uploads + 1, server=context.provider.server)
+        server, key = context.provider.server, context.provider.key_digest
+        noted = provider_batches.note(conn, step, uploads=step.uploads + 1, server=server, key_digest=key)
         return registry.get(conn, step.space_id), noted
 
     space, step = context.transact(begin, "upload")
+    try_answer(context, space)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES) as file:
         try:
             n_bytes = _write(context, step, space, file)
@@ -69,6 +78,9 @@ def upload(context: ProviderContext, step: Step) -> Step:
         try:
             file_id = context.provider.upload(file_name(step, step.uploads), file)
         except ProviderRefused as refused:
+            if step.n_inputs > 1 and (refused.status == 413 or "too large" in str(refused).lower()):
+                smaller = Split(-(-step.n_inputs // 2), str(refused))
+                return context.transact(lambda conn: repack(conn, step, smaller), "too large")
             if step.failures + 1 < context.settings.max_attempts:
                 raise
             return give_up(context, step, code=refused.provider_code, reason=str(refused))
@@ -136,6 +148,8 @@ def create(context: ProviderContext, step: Step) -> Step:
     """``uploaded`` → ``creating`` → ``submitted``: commit the intention, then create the batch."""
     if step.cancel_requested:
         return give_back(context, step, "cancelled before it was created")
+    if too_many_tokens(context, step):
+        return give_back(context, step, "the limit of tokens at the provider is lower than when it was gathered")
 
     def intend(conn: sa.Connection) -> Step:
         return provider_batches.advance(
@@ -156,7 +170,9 @@ def _create(context: ProviderContext, step: Step) -> Step:
     except ProviderSilent as silent:
         # The batch may exist. `adopt` finds it, or creates it if it does not appear in the list for long enough.
         raise StepDelayed(min(1.0, context.settings.openai_adopt_seconds), str(silent)) from None
-    except (ProviderBusy, ProviderStopped):
+    except (ProviderBusy, ProviderStopped) as none_made:
+        if isinstance(none_made, ProviderBusy) and names_quota(str(none_made)):
+            return refused_by_quota(context, step, none_made)
         # Nothing was created, and the contents are not the reason. The lane must learn of it even if the lease is lost.
         with contextlib.suppress(LeaseLost):
             context.transact(lambda conn: provider_batches.advance(conn, step, State.UPLOADED), "not created")
@@ -169,15 +185,21 @@ def _create(context: ProviderContext, step: Step) -> Step:
 def adopt(context: ProviderContext, step: Step) -> Step:
     """``creating`` after a restart or without an answer: take the batch that exists, or finally create it again."""
     assert step.input_file_id is not None  # noqa: S101 - a state of the row
+    grace = context.settings.openai_adopt_seconds
     # A batch that failed validation was not charged, and may come from an earlier create.
-    existing = [remote for remote in _find(context, step) if remote.status is not RemoteStatus.FAILED]
+    try:
+        existing = [remote for remote in _find(context, step) if remote.status is not RemoteStatus.FAILED]
+    except (ProviderRefused, ProviderSilent) as error:
+        if step.creating_for_s < (grace if isinstance(error, ProviderRefused) else max(grace, UNKNOWN_FOR_S)):
+            raise
+        raise _unknown(step, error) from None
     if existing:
         best = min(existing, key=lambda remote: remote.status in _CANCELLED)  # the oldest of equals
         logger.info("%s: found it at the provider as %s", step.name, best.id)
         return submitted(context, step, best)
-    grace = context.settings.openai_adopt_seconds
     if step.creating_for_s < grace:
         raise StepDelayed(min(grace / 4, grace - step.creating_for_s) + 0.01)
+    require_own_key(context, step, "a batch that it may have created without an answer")
     logger.info("%s: %.0f s after the create the provider does not list it", step.name, step.creating_for_s)
     back = context.transact(
         lambda conn: provider_batches.advance(conn, step, State.UPLOADED, error=None), "create again"
@@ -185,10 +207,22 @@ def adopt(context: ProviderContext, step: Step) -> Step:
     return create(context, back)
 
 
+def _unknown(step: Step, error: ProviderError) -> ProviderStopped:
+    """What stops the lane if a create got no answer and the list of batches cannot say whether there is a batch."""
+    return ProviderStopped(
+        f"the create of {step.name} got no answer, and the provider's list cannot say whether there is a batch "
+        f"({error.brief})",
+        provider_code="create_unknown",
+        advice=f"Look for a batch of file {step.input_file_id} on the provider's page and cancel it. Let go of ours, "
+        f"which books it as maybe charged (chunkmill lanes abandon {step.id}), and: chunkmill lanes resume openai",
+    )
+
+
 def submitted(context: ProviderContext, step: Step, made: RemoteBatch) -> Step:
     """``creating`` → ``submitted``: note the batch that the provider has. ``cancel_doubled`` looks for a second one."""
-    following = context.transact(
-        lambda conn: provider_batches.advance(
+
+    def note(conn: sa.Connection) -> Step:
+        return provider_batches.advance(
             conn,
             step,
             State.SUBMITTED,
@@ -196,21 +230,41 @@ def submitted(context: ProviderContext, step: Step, made: RemoteBatch) -> Step:
             provider_status=made.status,
             submitted_at=sa.func.now(),
             error_code=None,
-            error=None,
-        ),
-        "submitted",
-    )
+        )
+
+    try:
+        following = context.transact(note, "submitted")
+    except sa.exc.IntegrityError:
+        raise _given_twice(context, made) from None
     logger.info("%s: the provider has it as %s", step.name, made.id)
     return following
 
 
+def _given_twice(context: ProviderContext, made: RemoteBatch) -> ProviderError:
+    server = context.provider.server
+    with context.begin() as conn:
+        other = provider_batches.followed_as(conn, server, made.id)
+    return ProviderSilent(
+        f"{server} gave the id {made.id} to a new batch, and ProviderBatch {other} is followed under that id. A server "
+        f"does so that counts anew after a restart. ProviderBatch {other} is given up when it is not found any more, "
+        f"or by: chunkmill lanes abandon {other}"
+    )
+
+
 def cancel_doubled(context: ProviderContext, step: Step) -> None:
-    """Cancel any other batch of the same file: a create without an answer may have succeeded late."""
+    """Cancel any other batch of the same file: a create without an answer may have succeeded late.
+
+    One that has run already is booked as lost.
+    """
     if step.submitted_for_s > LOOK_FOR_DOUBLES_S:
         return
     try:
         for other in _find(context, step):
-            if other.id == step.batch_id or other.is_terminal or other.status in _CANCELLED:
+            if other.id == step.batch_id:
+                continue
+            if other.is_terminal:
+                book_doubled(context, step, other)
+            if other.is_terminal or other.status in _CANCELLED:
                 continue
             logger.warning("%s: it is at the provider twice; cancelling %s", step.name, other.id)
             context.provider.cancel(other.id)
@@ -227,6 +281,9 @@ def _find(context: ProviderContext, step: Step) -> list[RemoteBatch]:
 def _refused(context: ProviderContext, step: Step, refused: ProviderRefused) -> Step:
     """Release the step to create the batch again, as none was created. A file that is not found is uploaded again."""
     gone = refused.status == 404 or "file" in str(refused).lower()
+    if gone and step.key_digest != context.provider.key_digest:
+        # The file was uploaded with another project's key. It costs nothing to upload it again, with this one.
+        return context.transact(lambda conn: provider_batches.advance(conn, step, State.GATHERED), "create refused")
     if step.failures + step.resends >= context.settings.max_attempts:
         return give_up(context, step, code=refused.provider_code, reason=str(refused))
     back = State.GATHERED if gone else State.UPLOADED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -18,23 +19,33 @@ from chunkmill.errors import (
     ProviderBusy,
     ProviderError,
     ProviderRefused,
+    ProviderSilent,
     ProviderStopped,
 )
 from chunkmill.ledger.provider import provider_batches, provider_lanes
 from chunkmill.ledger.provider.provider_batches import Step
 from chunkmill.openai.plan.endings import backoff
+from chunkmill.openai.wire.status import RemoteStatus, read_status
 from chunkmill.telemetry.logging import bound
 from chunkmill_workers.process.context import saying_limits
 from chunkmill_workers.process.work_context import ids, step_of
 from chunkmill_workers.provider.collect import collect
 from chunkmill_workers.provider.context import ProviderContext
-from chunkmill_workers.provider.flow import StepDelayed, StepReleased, pause_lane, stop_lane
-from chunkmill_workers.provider.follow import poll
+from chunkmill_workers.provider.endings import VANISHED
+from chunkmill_workers.provider.flow import StepDelayed, StepReleased, pause_failing_lane, pause_lane, stop_lane
+from chunkmill_workers.provider.follow import is_ours, poll
 from chunkmill_workers.provider.gather import gather
 from chunkmill_workers.provider.send import adopt, create, file_name, upload
 
 logger = logging.getLogger(__name__)
 
+EQUAL_FAILURES = 10
+"""After how many failures in a row, the last of them equal, a step stops its lane. That takes about a quarter of an
+hour."""
+SILENT_FAILURES = 60
+"""The same if the provider gives no answer or a broken one, which takes about five hours: most outages pass."""
+LAST_LOOKS = 60
+"""How often a batch that was let go is looked at until it has ended and its result files can be deleted."""
 CLEAN_TRIES = 5
 """How often deleting a ProviderBatch's files may fail before they are left to the provider, which expires them."""
 
@@ -76,7 +87,10 @@ def _run(context: ProviderContext, step: Step) -> None:
         while following is not None and following.state is not State.CLOSED:
             step = following
             following = _take(context, step)
+            if step.state is not State.GATHERING:
+                context.health.answered(Route.OPENAI)
     except StepReleased:
+        context.health.answered(Route.OPENAI)
         return
     except LeaseLost as lost:
         logger.warning("%s", lost)
@@ -113,13 +127,28 @@ def _fail(context: ProviderContext, step: Step, error: Exception) -> None:
         logger.warning("%s, step %s is left to other workers: %s", step.name, step.state, error)
         _release(context, step, 0.0, None, error=f"{context.name}: {error}")
         return
-    delay = backoff(step.failures + 1)
+    delay, reason, times = backoff(step.failures + 1), reason_of(error), step.failures + 1
+    enough = SILENT_FAILURES if isinstance(error, ProviderSilent) else EQUAL_FAILURES
+    if times >= enough and step.error == reason and step.state.spends:
+        stop_lane(context, Route.OPENAI, _fails_equally(step, times, reason))
+    elif isinstance(error, ProviderSilent):
+        context.health.failed(Route.OPENAI)
+        pause_failing_lane(context, Route.OPENAI, error)
     if isinstance(error, ChunkmillError):
         said = error.brief if isinstance(error, ProviderError) else error
         logger.warning("%s, step %s: %s. Again in %.0f s", step.name, step.state, said, delay)
     else:
         logger.error("%s, step %s: again in %.0f s", step.name, step.state, delay, exc_info=error)
-    _release(context, step, delay, reason_of(error))
+    _release(context, step, delay, reason)
+
+
+def _fails_equally(step: Step, times: int, reason: str) -> ProviderStopped:
+    return ProviderStopped(
+        f"{step.name} failed {times} times in a row at step {step.state}, the last times equally",
+        words=reason,
+        provider_code="step_failed",
+        advice=f"Fix that, or let go of it (chunkmill lanes abandon {step.id}), then: chunkmill lanes resume openai",
+    )
 
 
 def _release(context: ProviderContext, step: Step, delay_s: float, failed: str | None, **columns: object) -> None:
@@ -134,6 +163,7 @@ def _release(context: ProviderContext, step: Step, delay_s: float, failed: str |
 
 def _clean(context: ProviderContext, step: Step) -> Step | None:
     """``cleaning`` → ``closed``: delete the files at the provider. They hold texts and expire only after a month."""
+    step = _let_go(context, step)
     files = {step.input_file_id, step.output_file_id, step.error_file_id} - {None}
     try:
         if step.uploads > 1 or (step.uploads and step.input_file_id is None):
@@ -148,6 +178,32 @@ def _clean(context: ProviderContext, step: Step) -> Step | None:
         logger.warning("%s: files are left at the provider until they expire: %s", step.name, error.brief)
     context.transact(lambda conn: provider_batches.close(conn, step), "close")
     return None
+
+
+def _let_go(context: ProviderContext, step: Step) -> Step:
+    """Cancel a batch that was abandoned or given up, and wait until it has ended, to learn the ids of its files.
+
+    What it says is only used to delete them. If it never ends, they are left to the provider.
+    """
+    if step.batch_id is None or step.provider_status is None or step.provider_status == VANISHED:
+        return step
+    if read_status(step.provider_status).is_terminal or step.looks >= LAST_LOOKS:
+        return step
+    try:
+        remote = context.provider.retrieve(step.batch_id)
+        if not is_ours(remote, step):
+            return step
+        if not remote.is_terminal and remote.status is not RemoteStatus.CANCELLING:
+            remote = context.provider.cancel(step.batch_id)
+    except (ProviderSilent, ProviderRefused) as error:
+        if isinstance(error, ProviderRefused) and error.status == 404:
+            return step
+        raise StepDelayed(backoff(step.looks + 1), looks=step.looks + 1) from None
+    seen: dict[str, Any] = {"provider_status": remote.status, "looks": step.looks + 1}
+    if not remote.is_terminal:
+        raise StepDelayed(backoff(step.looks + 1), **seen)
+    seen |= {"output_file_id": remote.output_file_id, "error_file_id": remote.error_file_id}
+    return context.transact(lambda conn: provider_batches.note(conn, step, **seen), "note its files")
 
 
 _STEPS: dict[State, Callable[[ProviderContext, Step], Step | None]] = {

@@ -15,6 +15,8 @@ RAN_WELL_SECONDS = 60.0
 MAX_DELAY_SECONDS = 60.0
 USAGE_ERROR = 2
 """Click's exit code for an option that Celery does not know."""
+CRASH_LOOP = 3
+"""After so many failures in a row soon after a start, what waits in the queue is under suspicion."""
 NAME_OPTION = re.compile(r"(-n|--hostname=)(.+)", re.DOTALL)
 SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 
@@ -106,3 +108,12 @@ def back_off(failures: int, ran_seconds: float) -> tuple[int, float]:
     """The failures in a row, including the one after ``ran_seconds``, and the seconds to wait: 1, 2, 4 … 60."""
     failures = 1 if ran_seconds >= RAN_WELL_SECONDS else failures + 1
     return failures, min(MAX_DELAY_SECONDS, 2.0 ** min(failures - 1, 10))
+
+
+def is_suspicious(failures: int, returncode: int) -> bool:
+    """Whether a worker that ended may have been ended by something in its queue: after 3, 6, 12 … failures in a row.
+
+    Not if a server was away (75). Seldom, because workers of other machines take doorbells from the same queue.
+    """
+    repeats, rest = divmod(failures, CRASH_LOOP)
+    return returncode != os.EX_TEMPFAIL and rest == 0 and repeats.bit_count() == 1

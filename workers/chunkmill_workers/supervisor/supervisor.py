@@ -29,14 +29,24 @@ from chunkmill.errors import ChunkmillError
 from chunkmill.ledger.dead.deaths import TakenBack, take_back_from
 from chunkmill.ledger.work.chunk_batches import release_all
 from chunkmill.ledger.work.usage import book_released
+from chunkmill.python import module_command
+from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import configure
 from chunkmill_workers.host.gpu import visible_gpus
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervision import AfterExit, Place, arguments_for, back_off, plan_places, read_ending
+from chunkmill_workers.supervisor.supervision import (
+    AfterExit,
+    Place,
+    arguments_for,
+    back_off,
+    is_suspicious,
+    plan_places,
+    read_ending,
+)
 
 logger = logging.getLogger("chunkmill_workers.supervisor.supervisor")  # also where this file is `__main__`
 
-WORKER = (sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu")
+WORKER = module_command("chunkmill_workers", "worker", "-Q", "gpu")
 PARENT = "CHUNKMILL_SUPERVISOR_PID"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -73,15 +83,21 @@ class Supervisor:
     """Keeps a process in each place until it is told to stop. It runs in the main thread and handles the signals.
 
     ``on_end`` is called with the pid of each process that ended and how it ended, or None if it was told to stop, as
-    its end says nothing about the work then. ``on_end`` must not wait.
+    its end says nothing about the work then. ``on_crash_loop`` is called if a worker ends again and again, with the
+    words for a log. Neither may wait.
     """
 
     def __init__(
-        self, places: Sequence[Place], command: Sequence[str], on_end: Callable[[int, str | None], None]
+        self,
+        places: Sequence[Place],
+        command: Sequence[str],
+        on_end: Callable[[int, str | None], None],
+        on_crash_loop: Callable[[str], None] = logger.error,
     ) -> None:
         alone = len(places) == 1
         self._posts = [_Post(place, arguments_for(place, command, alone=alone)) for place in places]
         self._on_end = on_end
+        self._on_crash_loop = on_crash_loop
         self._stop_at: float | None = None
         """When the first signal to stop came."""
         self._killed = False
@@ -151,6 +167,8 @@ class Supervisor:
                 logger.info("%s: %s", who, evidence)
             elif ending.then is AfterExit.RESTART:
                 self._start_later(post, f"{who}: {evidence}")
+                if is_suspicious(post.failures, returncode):
+                    self._on_crash_loop(f"worker on {post.place.name} ended {post.failures} times in a row")
             elif ending.then is AfterExit.MISCONFIGURED:
                 self._code = os.EX_CONFIG
                 logger.error("%s: %s, wrong configuration: its message above says what to fix", who, evidence)
@@ -255,6 +273,40 @@ class TakeBack:
                 )  # fmt: skip
 
 
+class QueueClearing:
+    """Clears the queues of workers that end again and again, in a thread of its own because Redis may be away.
+
+    What passes the door may still end a worker, by a fault of ours or of a library, and would meet the next one too. No
+    work is lost, because the poller rings again for what is due.
+    """
+
+    def __init__(self, settings: Settings, command: Sequence[str]) -> None:
+        self._settings = settings
+        self._command = command
+
+    def start(self, what_happened: str) -> None:
+        threading.Thread(target=self._clear, args=(what_happened,), name="clear-queue", daemon=True).start()
+
+    def _clear(self, what_happened: str) -> None:
+        # Imported here because the supervisor stays small until it is needed.
+        from chunkmill.broker import PUBLISH_ERRORS, QUEUES, Broker
+
+        broker = Broker.connect(self._settings)
+        try:
+            for queue in QUEUES:
+                if any(queue in argument for argument in self._command):
+                    logger.error(
+                        "%s soon after its start. In case something in Redis ends it, queue %s was cleared: %s "
+                        "doorbells were deleted, and the poller rings again for what is due. If it goes on, its "
+                        "messages above say why.",
+                        what_happened, queue, broker.clear(queue),
+                    )  # fmt: skip
+        except PUBLISH_ERRORS as error:
+            logger.error("%s, and its queue cannot be cleared: %s", what_happened, refusal(error))  # noqa: TRY400
+        finally:
+            broker.close()
+
+
 def main(arguments: Sequence[str]) -> int:
     configure()
     try:
@@ -266,7 +318,8 @@ def main(arguments: Sequence[str]) -> int:
     device = settings.embedding_device
     places = plan_places(device, [] if device == "cpu" else visible_gpus())
     ledger = TakeBack(create_db(settings.require_database_url(), role="supervisor", pool_size=1))
-    code = Supervisor(places, [*WORKER, *arguments], ledger.report).run()
+    command = [*WORKER, *arguments]
+    code = Supervisor(places, command, ledger.report, QueueClearing(settings, command).start).run()
     ledger.close(REPORT_SECONDS)
     return code
 

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -18,6 +17,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.python import module_command
 from chunkmill.tuning.choose import Setup
 from chunkmill_workers.tuning.tuned import thread_variables
 
@@ -82,7 +82,7 @@ class CandidateProcess:
     def __init__(self, task: Task, setup: Setup, *, backend: str | None = None) -> None:
         """``backend``, such as ``auto``, replaces the setup's."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chunkmill_workers.tuning.candidate"],
+            module_command("chunkmill_workers.tuning.candidate"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

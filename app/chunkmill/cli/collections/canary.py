@@ -10,6 +10,7 @@ from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.embedded.environment import Environment
+from chunkmill.ledger.provider.answering import forget_model
 from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.registry import Space
 
@@ -24,7 +25,7 @@ def canary(screen: Screen, reset: str | None) -> None:
     It also shows the worker's device and its versions. A worker embeds the golden texts before it serves a space, and
     refuses to serve it if its vectors differ too much from the reference, which the first worker made. If that first
     worker was the faulty one, delete its reference with --reset, start a worker that you trust, and then start the
-    others.
+    others. In a space that a provider serves, --reset forgets which model answered: its next answer says it.
     """
     with Client.from_env():  # checks that the database is migrated and reachable
         settings = Environment.load().settings
@@ -35,7 +36,7 @@ def canary(screen: Screen, reset: str | None) -> None:
             if reset is not None:
                 of_model = [space for space in registered if space.spec.model == reset]
                 chosen = of_model or [registry.find_by_prefix(conn, reset)]
-                deleted = [space for space in chosen if canaries.forget(conn, space.id)]
+                deleted = [space for space in chosen if canaries.forget(conn, space.id) + forget_model(conn, space.id)]
             else:
                 kept = canaries.all_kept(conn)
     finally:
@@ -77,5 +78,5 @@ def _show_reset(screen: Screen, chosen: list[Space], deleted: list[Space]) -> No
         named = ", ".join(space.spec.fingerprint[:12] for space in deleted)
         screen.say(
             f"Deleted the reference of {named}. The next worker that serves the space makes a new one: start one that "
-            "you trust."
+            "you trust. In a provider's space, the model of its next answer is the reference."
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from typing import Any
 
 import click
 
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
+from chunkmill.domain.shown import shown
 from chunkmill.errors import ModelLoadError
+from chunkmill.python import module_command
 
 _TAIL_LINES = 15
 
@@ -49,7 +50,7 @@ def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
     """The answer of the process that exports the model, because `chunkmill` itself never imports torch."""
     options = ["--backend", backend, *(["--force"] if force else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "chunkmill_workers.engine.backends.export", *options, "--", model],
+        module_command("chunkmill_workers.engine.backends.export", *options, "--", model),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -60,7 +61,7 @@ def _export(model: str, backend: str, *, force: bool) -> dict[str, Any]:
     except ValueError:
         # The process was killed or has a defect, so what it wrote to stderr is all that is known.
         tail = "\n".join(done.stderr.splitlines()[-_TAIL_LINES:])
-        click.echo(tail, err=True)
+        click.echo(shown(tail, lines=True), err=True)
         raise ModelLoadError(
             f"the process that exports {model!r} ended early with exit code {done.returncode}; the end of its "
             "output is above. Exit code -9 means that it was killed: the machine has too little memory for it."

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
-from chunkmill.cli.output import Screen, beginning, count, duration, json_option, shown
+from chunkmill.cli.output import Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit
 from chunkmill.domain.states import Route
@@ -175,8 +175,8 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     """Print each hit on two lines, so that a long id and the text do not take each other's place."""
     width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
-        screen.say((f"{hit.score:6.3f}  ", "green"), (shown(hit.chunk_id), "bold"))
-        screen.say(" " * 8, beginning(shown(hit.text), width))
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"))
+        screen.say(" " * 8, beginning(hit.text, width))
 
 
 def show_audits(screen: Screen, audits: list[Audit]) -> None:
@@ -191,9 +191,9 @@ def show_audits(screen: Screen, audits: list[Audit]) -> None:
     for audit in audits:
         if audit.missing_ids:
             screen.say("")
-            screen.say((f"Missing in {shown(audit.collection)}:", "red"))
+            screen.say((f"Missing in {audit.collection}:", "red"))
             for chunk_id in audit.missing_ids:
-                screen.say("  ", shown(chunk_id))
+                screen.say("  ", chunk_id)
             if more := audit.missing - len(audit.missing_ids):
                 screen.say(f"  and {more:,} more")
 
@@ -207,7 +207,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
         return None
     try:
         metadata = json.loads(given)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"not valid JSON: {error}", param_hint="--where") from None
     if not isinstance(metadata, dict):
         raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")

@@ -12,7 +12,7 @@ import click
 
 from chunkmill.cli.jobs.attempts import moment
 from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
-from chunkmill.cli.output import Screen, beginning, count, json_option, shown
+from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
 from chunkmill.domain.states import JobState
@@ -153,7 +153,7 @@ def _show_list(screen: Screen, listed: Sequence[DeadEntry], codes: dict[str, int
     ]
     used = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(heads, *rows, strict=True))
     width = max(NARROWEST, screen.out.width - used)
-    reasons = [beginning(shown(entry.reason), width) for entry in listed]
+    reasons = [beginning(entry.reason, width) for entry in listed]
     screen.table([*heads, "reason"], [[*row, reason] for row, reason in zip(rows, reasons, strict=True)])
     total = sum(codes.values())
     screen.say("")
@@ -189,7 +189,7 @@ def _show_details(screen: Screen, details: DeadDetails) -> None:
         )
     if details.text is not None:
         screen.say("")
-        screen.say(shown(details.text))
+        screen.text(details.text)
     elif stored:
         screen.hint(f"To see the text: chunkmill dead show {entry.id} --text")
 

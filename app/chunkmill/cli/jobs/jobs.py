@@ -131,7 +131,8 @@ def enqueue(
 
     SOURCE is a .jsonl, .ndjson, .csv or .parquet file, a folder, or - for JSON lines on stdin. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
-    and .rst file is one chunk, whose id is its path inside the folder. If an id comes twice, the last one counts.
+    and .rst file is one chunk, whose id is its path inside the folder; a link that leads out of the folder, and what
+    is not a regular file, is named and skipped. If an id comes twice, the last one counts.
     Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field, metadata_fields or None)
@@ -150,6 +151,8 @@ def enqueue(
                     f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written. Fix the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
+            if reader.skipped.count:
+                bar.note(str(reader.skipped))
         if dry_run:
             show_estimate(screen, estimate)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 import math
 import os
@@ -13,16 +14,21 @@ from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self, TextIO
 from uuid import UUID
 
+from chunkmill.cli.jobs.folders import Document, Skipped, documents
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
-from chunkmill.errors import InvalidChunk, InvalidInput
+from chunkmill.domain.reasons import printable
+from chunkmill.errors import InvalidChunk, InvalidInput, install_command
+from chunkmill.files import NOT_REGULAR, open_regular
 
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""
-TEXT_SUFFIXES = {".txt", ".md", ".rst"}
-PARQUET_ROWS = 1000
+PARQUET_ROWS = 100
+"""How many rows are in memory at a time."""
+NAMED_COLUMNS = 20
+"""How many columns an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,8 @@ class Fields:
 class Reader:
     """The chunks of several sources, one source after the other.
 
-    ``place`` says where the last one came from, such as ``docs.jsonl:17``. With ``skip``, a record that cannot be
+    ``place`` says where the last one came from, such as ``docs.jsonl:17``, and ``skipped`` what was left out of folders
+    because it is no file of the folder's own. With ``skip``, a record that cannot be
     read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with its
     place and the reason. Without ``skip``, it raises :class:`InvalidInput`.
     """
@@ -64,6 +71,7 @@ class Reader:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
         _require_distinct([Path(source) for source in sources if source != "-" and Path(source).is_dir()])
         self.place = ""
+        self.skipped = Skipped()
         self._read = -1
         self._sources = sources
         self._fields = fields
@@ -78,7 +86,9 @@ class Reader:
                 if isinstance(record, Chunk):
                     yield record
                 elif self._skip:
-                    yield InvalidChunk(record.problem, chunk_id=place, position=self._read, reason="unreadable")
+                    yield InvalidChunk(
+                        record.problem, chunk_id=printable(place), position=self._read, reason="unreadable"
+                    )
                 else:
                     raise InvalidInput(
                         f"{place}: {record.problem}. Nothing was written. Fix it, or pass --on-invalid skip to put "
@@ -90,7 +100,7 @@ class Reader:
         if source == "-":
             return _jsonl("stdin", self._stdin, self._fields)
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, self.skipped)
         if path.suffix.lower() == ".csv":
             return _csv(path, self._fields)
         if path.suffix.lower() == ".parquet":
@@ -109,6 +119,8 @@ def _require_readable(source: str) -> None:
             f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .csv or .parquet "
             "file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
         )
+    if not path.is_file():
+        raise InvalidInput(f"{source}: {NOT_REGULAR}. To read from a pipe, name - and pipe it into stdin.")
     if not os.access(path, os.R_OK):
         raise InvalidInput(f"{source} cannot be read: permission denied. Give this user the right to read it.")
 
@@ -122,7 +134,7 @@ def _opened(source: str, records: Iterator[tuple[str, Record]]) -> Iterator[tupl
 
 
 def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         yield from _jsonl(str(path), file, fields)
 
 
@@ -160,9 +172,10 @@ def _from_line(line: bytes, fields: Fields) -> Record:
 def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     # Bytes that are not UTF-8 become surrogates, which the client refuses record by record.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:
         # Strict, because otherwise a quote that is never closed silently takes the rest of the file into one text.
-        reader = csv.reader(file, strict=True)
+        lines = _BoundedLines(file)
+        reader = csv.reader(lines, strict=True)
         try:
             heads = next(reader, [])
         except csv.Error as error:
@@ -171,15 +184,15 @@ def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
             ) from None
         _require_columns(f"{path}:1", heads, fields)
         while True:
-            first = reader.line_num + 1
+            first = lines.begin_record()
             place = f"{path}:{first}"
             try:
                 row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                several = f"; lines {first} to {reader.line_num} were read as one record: is a quote not closed?"
-                yield place, Unreadable(f"not valid CSV: {error}{several if reader.line_num > first else ''}")
+                several = f"; lines {first} to {lines.number} were read as one record: is a quote not closed?"
+                yield place, Unreadable(f"not valid CSV: {error}{several if lines.number > first else ''}")
                 continue
             if not row:
                 continue
@@ -189,15 +202,50 @@ def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
             yield place, _from_mapping(dict(zip(heads, row, strict=True)), fields)
 
 
+class _BoundedLines:
+    """The lines of a text file. A record of more than MAX_RECORD_BYTES characters raises `csv.Error`.
+
+    The limit of the module `csv` is for one field, and a record may have any number of them.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._left = MAX_RECORD_BYTES
+        self.number = 0
+        """Of the line that was read last, from 1 on."""
+
+    def begin_record(self) -> int:
+        """Allow another record, and return the number of its first line."""
+        self._left = MAX_RECORD_BYTES
+        return self.number + 1
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._left)
+        if not line:
+            if not self._left:
+                raise csv.Error(f"the record is longer than {MAX_RECORD_BYTES:,} characters")
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if not self._left and not line.endswith(("\r", "\n")):
+            while (rest := self._file.readline(MAX_RECORD_BYTES)) and not rest.endswith(("\r", "\n")):
+                pass
+            raise csv.Error(f"the record is longer than {MAX_RECORD_BYTES:,} characters")
+        return line
+
+
 def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: pip install 'chunkmill[parquet]'") from None
+        raise InvalidInput(f"{path}: reading Parquet needs pyarrow. Run: {install_command('parquet')}") from None
     arrow = importlib.import_module("pyarrow")
     arrow_error = arrow.ArrowException
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with open_regular(path) as opened, parquet.ParquetFile(opened, pre_buffer=False) as file:
             _require_columns(str(path), file.schema_arrow.names, fields)
             columns = None if fields.metadata is None else [fields.id, fields.text, *fields.metadata]
             number = 0
@@ -211,23 +259,14 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
 
-def _folder(root: Path) -> Iterator[tuple[str, Record]]:
+def _folder(root: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
     is_empty = True
-    for path in _text_files(root):
+    for document in documents(root, skipped):
         is_empty = False
-        yield str(path), _from_text_file(path, path.relative_to(root).as_posix())
+        yield str(root / document.name), _from_document(document)
     if is_empty:
-        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file. Name another folder.")
-
-
-def _text_files(root: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
-        # In order, so that two runs give the same job. Hidden folders belong to tools and hold no documents.
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.suffix.lower() in TEXT_SUFFIXES and not name.startswith("."):
-                yield path
+        why = f" ({skipped})" if skipped.count else ""
+        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file{why}. Name another folder.")
 
 
 def _require_distinct(folders: Sequence[Path]) -> None:
@@ -237,24 +276,26 @@ def _require_distinct(folders: Sequence[Path]) -> None:
     """
     if len(folders) < 2:
         return
-    paths: dict[str, Path] = {}
+    roots: dict[str, Path] = {}
     for root in folders:
-        for path in _text_files(root):
-            chunk_id = path.relative_to(root).as_posix()
-            if (other := paths.setdefault(chunk_id, path)) is not path:
+        for document in documents(root, Skipped()):
+            if (other := roots.setdefault(document.name, root)) is not root:
                 raise InvalidInput(
-                    f"{other} and {path} would have the same id {chunk_id!r}, and one would replace the other. Name "
-                    "the folder above both, so that their ids begin with their folders, or use two collections."
+                    f"{other / document.name} and {root / document.name} would have the same id {document.name!r}, "
+                    "and one would replace the other. Name the folder above both, so that their ids begin with their "
+                    "folders, or use two collections."
                 )
 
 
-def _from_text_file(path: Path, chunk_id: str) -> Record:
+def _from_document(document: Document) -> Record:
+    if document.problem is not None:
+        return Unreadable(document.problem)
     try:
-        with path.open("rb") as file:
+        with document.open() as file:
             content = file.read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
             return Unreadable(f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks")
-        return Chunk(chunk_id, content.decode("utf-8-sig"), {"path": chunk_id})
+        return Chunk(document.name, content.decode("utf-8-sig"), {"path": document.name})
     except UnicodeDecodeError as error:
         return Unreadable(f"not valid UTF-8 at byte {error.start + 1}")
     except OSError as error:
@@ -265,11 +306,15 @@ def _require_columns(place: str, columns: Sequence[str], fields: Fields) -> None
     for option, column in [*fields.named, *(("--metadata-field", name) for name in fields.metadata or ())]:
         if column not in columns:
             raise InvalidInput(
-                f"{place}: there is no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}. "
-                f"Name the right one with {option}."
+                f"{place}: there is no column {column!r}; it has {_listed(columns)}. Name the right one with {option}."
             )
     if twice := [column for column, n in Counter(columns).items() if n > 1]:
         raise InvalidInput(f"{place}: several columns are called {twice[0]!r}. Give each a name of its own.")
+
+
+def _listed(columns: Sequence[str]) -> str:
+    more = f" and {len(columns) - NAMED_COLUMNS:,} more" if len(columns) > NAMED_COLUMNS else ""
+    return (", ".join(repr(column[:100]) for column in columns[:NAMED_COLUMNS]) or "none") + more
 
 
 def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:

@@ -7,6 +7,7 @@ we let Flower's own code evaluate all three, and refuse a result that would be o
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import secrets
@@ -27,6 +28,8 @@ DEFAULTS = {
     "FLOWER_ADDRESS": "127.0.0.1",
     "FLOWER_READ_ONLY": "True",
     "FLOWER_PURGE_OFFLINE_WORKERS": "600",
+    # Flower runs its configuration file as Python, and by default that is flowerconfig.py of the current folder.
+    "FLOWER_CONF": os.devnull,
     # Flower's own columns, and those of a doorbell's label: chunkmill.broker.Shown.
     "FLOWER_TASKS_COLUMNS": "name,args,kwargs,state,runtime,worker,received,uuid",
 }
@@ -145,7 +148,7 @@ def require_no_secret(arguments: tuple[str, ...]) -> None:
 
 
 def read_opening(arguments: tuple[str, ...]) -> Opening:
-    """Where Flower would listen, given its variables, its configuration file and ``arguments``."""
+    """Where Flower would listen, given its variables, the configuration file that they name, and ``arguments``."""
     from flower import command
     from tornado.options import Error
 
@@ -194,10 +197,13 @@ def prepare(arguments: tuple[str, ...], *, no_auth: bool, environ: MutableMappin
 def _run(arguments: tuple[str, ...]) -> None:
     """Run Flower in this process until a signal ends it."""
     from celery.bin.celery import main
+    from celery.utils import imports
     from flower.views.monitor import Metrics
     from tornado.web import authenticated
 
     # The metrics page names hosts and tasks, and is the only one of Flower's pages with content that asks for no login.
     Metrics.get = authenticated(Metrics.get)
+    # Celery would look for chunkmill_workers in the current folder first.
+    imports.cwd_in_path = contextlib.nullcontext
     sys.argv = ["celery", "-A", "chunkmill_workers", "flower", *arguments]
     raise SystemExit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -19,15 +20,18 @@ from chunkmill.broker import Broker
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput
+from chunkmill.errors import InvalidInput, install_command
 from chunkmill.monitor.gauges import Gauges
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.indexer import Indexer
 from chunkmill.poller.poller import Poller
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
 from chunkmill.telemetry.metrics import Role
+
+logger = logging.getLogger(__name__)
 
 PASS_THROUGH = {"ignore_unknown_options": True}
 
@@ -79,6 +83,8 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     configure(settings.log_level, settings.log_format)
+    if settings.provider_problem is not None:
+        logger.error("%s", settings.provider_problem)
     db = create_db(settings.require_database_url(), role="poller")
     broker = Broker.connect(settings)
     try:
@@ -129,11 +135,11 @@ def _with_metrics(settings: Settings) -> Iterator[None]:
 def require_extra(extra: str, module: str, what: str) -> None:
     """Raise :class:`InvalidInput` with the command that installs ``extra`` if its ``module`` is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise InvalidInput(f"{what} needs packages that are not installed. Run: pip install 'chunkmill[{extra}]'")
+        raise InvalidInput(f"{what} needs packages that are not installed. Run: {install_command(extra)}")
 
 
 def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process with ``module``, so that signals that are meant for this process reach it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is needed
+    os.execv(sys.executable, module_command(module, *arguments))  # noqa: S606 - no shell is needed

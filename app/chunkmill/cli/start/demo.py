@@ -7,8 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +19,7 @@ from rich.cells import cell_len
 from chunkmill.broker import Broker
 from chunkmill.cli.collections.search import audit_fields, show_hits
 from chunkmill.cli.jobs.jobs import follow, job_fields
-from chunkmill.cli.output import Screen, count, duration, json_option, shown
+from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
 from chunkmill.cli.start.corpus import stdlib_docstrings
@@ -29,8 +27,10 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
-from chunkmill.embedded import Stack
+from chunkmill.domain.shown import shown
+from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.errors import InvalidInput, WaitTimeout
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
 
 COLLECTION = "python-stdlib"
@@ -113,8 +113,8 @@ class _Run:
     def _start_processes(self) -> None:
         env = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
         env["CHUNKMILL_HOME"] = str(self.stack.home)
-        celery = [sys.executable, "-m", "celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"]
-        poller = [sys.executable, "-m", "chunkmill.cli", "poller"]
+        celery = module_command("chunkmill_workers", "worker", "-Q", "gpu")
+        poller = module_command("chunkmill.cli", "poller")
         for name, argv in (("worker", celery), ("poller", poller)):
             self.children.append(Child(name, argv, env=env, log=self.folder / f"{name}.log"))
 
@@ -210,7 +210,7 @@ class _Run:
 
 def _new_folder(home: Path | None) -> Path:
     if home is None:
-        return Path(tempfile.mkdtemp(prefix="chunkmill-demo-"))
+        return temporary_folder("chunkmill-demo-")
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise InvalidInput(
             f"{home} is not empty. The demo deletes its folder at the end, so name a new or an empty one."
@@ -238,8 +238,11 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
         screen.document(run.results | ({"home": run.folder} if keep else {}))
         return
     kept = f"The data is in {run.folder}: CHUNKMILL_HOME={run.stack.home} chunkmill up"
+    if not keep:
+        of_root = ", but for the system user chunkmill, which runs the servers of root" if os.geteuid() == 0 else ""
+        kept = f"Nothing is left behind{of_root}."
     screen.say("")
-    screen.say(("✓ ", "green"), "everything stopped. ", kept if keep else "Nothing is left behind.")
+    screen.say(("✓ ", "green"), "everything stopped. ", kept)
     screen.say("")
     screen.say(("With your own texts", "bold"))
     for command, what in (

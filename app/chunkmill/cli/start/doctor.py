@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import os
 import platform
 import shutil
+import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 import redis
 import sqlalchemy as sa
 
-from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option, shown
+from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option
 from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
+from chunkmill.domain.fixes import FIXES
+from chunkmill.domain.providers import CL100K
 from chunkmill.embedded import Stack
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import ChunkmillError, UnknownModel
+from chunkmill.errors import ChunkmillError, InvalidSetting, UnknownModel, install_command
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
 from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
+from chunkmill.openai.plan.tokens import from_tokenizer_file
+from chunkmill.python import module_command
 from chunkmill.settings import Settings
+from chunkmill.settings.addresses import redis_tls
+from chunkmill.settings.provider import DEFAULT_BASE_URL
 from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
 EXTRAS = {
@@ -59,7 +68,7 @@ class Check:
 @click.pass_obj
 def doctor(screen: Screen) -> None:
     """Check this machine, its settings and its servers, and say what to fix. Exits with 1 if a check fails."""
-    checks = [*machine_checks(), *profile_checks(), *server_checks()]
+    checks = [*machine_checks(), *profile_checks(), *provider_checks(), *server_checks()]
     failed = sum(check.state == "fail" for check in checks)
     if screen.json:
         screen.document({"ok": not failed, "checks": [asdict(check) for check in checks]})
@@ -80,7 +89,7 @@ def machine_checks() -> Iterator[Check]:
         "extras",
         "warn" if "worker" in absent else "ok",
         ", ".join(installed) or "none",
-        f"Not installed: {', '.join(absent)}. If you need them here: pip install 'chunkmill[{','.join(absent)}]'"
+        f"Not installed: {', '.join(absent)}. If you need them here: {install_command(','.join(absent))}"
         if absent
         else "",
     )
@@ -124,6 +133,28 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
     return Check("profile", "ok", f"none: workers use the device's default settings ({why})")
 
 
+def provider_checks() -> Iterator[Check]:
+    """The check of the paid routes' settings, and of the tokenizers that they name. It sends nothing."""
+    try:
+        settings = Settings.from_env()
+    except ChunkmillError:
+        return  # the check of the servers says what is wrong
+    if settings.provider_problem is not None:
+        yield Check("paid routes", "fail", "off", settings.provider_problem)
+        return
+    described = settings.openai_models or {}
+    problems = []
+    for model in described.values():
+        try:
+            if model.tokenizer != CL100K:
+                from_tokenizer_file(model.tokenizer)
+        except InvalidSetting as error:
+            problems.append(f"{model.name}: {error}")
+    server = urlsplit(settings.openai_base_url or DEFAULT_BASE_URL).netloc
+    state = f"{server}, {count(len(described), 'described model')}"
+    yield Check("paid routes", "warn" if problems else "ok", state, " ".join(problems))
+
+
 def server_checks() -> Iterator[Check]:
     try:
         environment = Environment.load()
@@ -141,12 +172,16 @@ def server_checks() -> Iterator[Check]:
         yield Check("Postgres", "fail", "cannot be reached", str(error))
     except sa.exc.DBAPIError as error:
         yield Check("Postgres", "fail", "refuses to answer", str(error.orig).splitlines()[0])
-    yield from _redis_checks_of(settings)
+    yield from _redis_checks_of(settings, is_embedded=environment.is_embedded)
+    yield from tls_checks(settings, os.environ)
 
 
 def database_checks(database: Database) -> Iterator[Check]:
     problem = version_problem(database.version)
-    yield Check("Postgres", "fail" if problem else "ok", database.version, problem or "")
+    if problem:
+        yield Check("Postgres", "fail", database.version, problem)
+    else:
+        yield version_check("Postgres", "postgres", database.version)
     problem = encoding_problem(database.encoding)
     yield Check("encoding", "fail" if problem else "ok", database.encoding, problem or "")
     yield _pgvector_check(database)
@@ -160,6 +195,7 @@ def database_checks(database: Database) -> Iterator[Check]:
     else:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)
+    yield roles_check(database.altered_roles)
     for name, connections, command in (
         ("worker", database.connections.workers, "Start one on each machine with GPUs: chunkmill worker"),
         (
@@ -185,9 +221,82 @@ def session_check(shared: bool) -> Check:
     )
 
 
-def redis_checks(server: RedisServer) -> Iterator[Check]:
-    old = numbers(server.version) < (6, 2)
-    yield Check("Redis", "fail" if old else "ok", server.version, "Chunkmill needs 6.2 or later." if old else "")
+def version_check(name: str, server: str, version: str, *, is_embedded: bool = False) -> Check:
+    """Whether a server has the security fixes of :mod:`chunkmill.domain.fixes`."""
+    fixes = FIXES[server]
+    if fixes.are_in(numbers(version)):
+        return Check(name, "ok", version)
+    advice = f"This version lacks {fixes.what}. Upgrade to {fixes.releases()} or later"
+    if is_embedded:
+        advice += "; if this system has such a redis-server or valkey-server, `chunkmill up` takes it"
+    return Check(
+        name,
+        "warn",
+        version,
+        f"{advice}. Your distribution may have put the fixes into it: then all is well.",
+    )
+
+
+def roles_check(altered: tuple[str, ...]) -> Check:
+    """Every role may change the settings of its own sessions, also for whoever logs in as it later."""
+    if not altered:
+        return Check("roles", "ok", "no role has settings of its own")
+    return Check(
+        "roles",
+        "warn",
+        "; ".join(altered),
+        "These settings apply to every new session. If it was not you who made one, somebody has had the role's "
+        "password: docs/runbook.md, stolen machine. ALTER ROLE … RESET ALL removes them.",
+    )
+
+
+def tls_checks(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check]:
+    """Whether passwords and texts cross a network unencrypted, or to a server that nobody verified."""
+    database = sa.make_url(settings.require_database_url())
+    listed = database.query.get("host", database.host or "")
+    hosts = ",".join(listed if isinstance(listed, tuple) else (listed,)).split(",")
+    mode = str(database.query.get("sslmode") or environ.get("PGSSLMODE") or "prefer")
+    yield _tls_check(
+        "Postgres TLS", hosts, mode == "verify-full", f"sslmode is {mode}",
+        "Add ?sslmode=verify-full&sslrootcert=system to DATABASE_URL, or name your own certificate authority.",
+    )  # fmt: skip
+    url = settings.require_redis_url()
+    tls = redis_tls(url)
+    verified = bool(tls) and tls["ssl_cert_reqs"] == ssl.CERT_REQUIRED and tls["ssl_check_hostname"]
+    yield _tls_check(
+        "Redis TLS", [urlsplit(url).hostname or ""], verified, "not verified" if tls else "none",
+        "Write rediss:// in REDIS_URL, without ssl_cert_reqs and ssl_check_hostname.",
+    )  # fmt: skip
+
+
+def _tls_check(name: str, hosts: list[str], verified: bool, found: str, advice: str) -> Check:
+    reached = [host for host in hosts if not _is_local(host)]
+    if not reached:
+        return Check(name, "ok", "not needed: the server is on this machine")
+    if verified:
+        return Check(name, "ok", "verified")
+    return Check(
+        name, "warn", found,
+        f"Whoever is on the network between here and {', '.join(reached)} can read passwords and texts, or pose as the "
+        f"server. {advice} In a network of yours alone, such as Compose's own, that is no danger.",
+    )  # fmt: skip
+
+
+def _is_local(host: str) -> bool:
+    if not host or host.startswith("/") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def redis_checks(server: RedisServer, *, is_embedded: bool = False) -> Iterator[Check]:
+    if numbers(server.version) < (6, 2):
+        yield Check("Redis", "fail", server.version, "Chunkmill needs 6.2 or later.")
+    else:
+        name = "Valkey" if server.kind == "valkey" else "Redis"
+        yield version_check(name, server.kind, server.version, is_embedded=is_embedded)
     if server.eviction is None:
         yield Check("Redis eviction", "warn", "hidden by the server", "Make sure that maxmemory-policy is noeviction.")
     else:
@@ -219,13 +328,13 @@ def disk_check(home: Path) -> Check:
     return Check("disk", state, f"{free / (1 << 30):,.1f} GiB free for {home}", advice)
 
 
-def _redis_checks_of(settings: Settings) -> Iterator[Check]:
+def _redis_checks_of(settings: Settings, *, is_embedded: bool) -> Iterator[Check]:
     try:
         server = read_redis(settings)
     except (redis.RedisError, OSError) as error:
         yield Check("Redis", "fail", "cannot be reached", f"{error}. Check REDIS_URL, and that the server runs.")
     else:
-        yield from redis_checks(server)
+        yield from redis_checks(server, is_embedded=is_embedded)
 
 
 def _pgvector_check(database: Database) -> Check:
@@ -272,7 +381,7 @@ def gpu_check(torch: str | None) -> Check:
 
 def _cuda_problem() -> str:
     """Why torch cannot use the GPU; empty if it can. A process of its own asks, because a driver may hang."""
-    command = [sys.executable, "-m", "chunkmill_workers.host.cuda"]
+    command = module_command("chunkmill_workers.host.cuda")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CUDA_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -288,9 +397,9 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         style = STATE_STYLES[check.state]
-        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), shown(check.found))
+        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), check.found)
         if check.advice:
-            screen.say(" " * (width + 4), (shown(check.advice), style))
+            screen.say(" " * (width + 4), (check.advice, style))
     failed = sum(check.state == "fail" for check in checks)
     screen.say("")
     if failed:

@@ -18,6 +18,7 @@ from chunkmill.cli.progress import Bar
 from chunkmill.cli.start.corpus import stdlib_docstrings
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import ChunkmillError, DeviceUnavailable, EngineError, InvalidInput, InvalidSetting, UnknownModel
+from chunkmill.python import module_command
 
 MOST_TEXTS = 20_000
 SEED = 20_240
@@ -80,7 +81,7 @@ def _known(code: str, message: str) -> ChunkmillError:
 def _process(log: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """The process that measures. It has a session of its own, so that a Ctrl-C reaches only the present process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "chunkmill_workers.tuning.tune"],
+        module_command("chunkmill_workers.tuning.tune"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from chunkmill.cli.output import Screen, shown
+from chunkmill.cli.output import Screen
 from chunkmill.tuning.choose import Candidate, Constraints, choose, pareto, ranked
 
 WINNER, FRONT = "★", "◆"
@@ -40,7 +40,7 @@ def show(screen: Screen, candidates: Sequence[Candidate], constraints: Constrain
     screen.table(heads, rows)
     screen.say("")
     for reason, setups in _reasons(broken).items():
-        screen.say((f"{', '.join(setups)}: ", "dim"), shown(reason))
+        screen.say((f"{', '.join(setups)}: ", "dim"), reason)
     if winner is None:
         screen.say(("No candidate meets all constraints: ", "bold red"), _stated(constraints), ". Nothing was written.")
     else:

@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chunkmill.cli.output import NOTHING, duration, shown
+from chunkmill.cli.output import NOTHING, duration, line_of
 from chunkmill.cli.paid.lanes import why
 from chunkmill.domain.budget import dollars
+from chunkmill.domain.shown import shown
 from chunkmill.monitor.reports import Report
 from chunkmill.monitor.snapshot import LANES, Money, Snapshot, Totals, lane_states
 from chunkmill.monitor.watcher import View
@@ -146,6 +147,10 @@ def _money(money: Money) -> Text:
     if money.committed:
         line.append("committed ", style="dim")
         line.append(f"about {dollars(money.committed)} USD   ")
+    for name, usd in (("lost", money.lost), ("maybe charged", money.maybe_charged)):
+        if usd:
+            line.append(f"{name} ", style="dim")
+            line.append(f"{dollars(usd)} USD   ", style="red")
     if money.limit is not None:
         share = (money.month + money.committed) / money.limit if money.limit else 1
         line.append("of ", style="dim")
@@ -200,9 +205,7 @@ def _faults(snapshot: Snapshot) -> list[RenderableType]:
     recent = ", ".join(f"{n:,} {kind}" for kind, n in sorted(snapshot.recent.items()) if n)
     lines: list[RenderableType] = [Text.assemble(("faults", "bold"), f"   in the last ten minutes: {recent or 'none'}")]
     for fault in snapshot.faults:
-        line = Text.assemble(
-            (f"{fault.at.astimezone():%m-%d %H:%M:%S}  ", "dim"), (f"{fault.what:<9}  ", "red"), shown(fault.line)
-        )
+        line = line_of((f"{fault.at.astimezone():%m-%d %H:%M:%S}  ", "dim"), (f"{fault.what:<9}  ", "red"), fault.line)
         line.no_wrap, line.overflow = True, "ellipsis"
         lines.append(line)
     return lines

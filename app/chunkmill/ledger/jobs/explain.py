@@ -14,6 +14,8 @@ from chunkmill.errors import NotFound
 from chunkmill.ledger.provider import provider_lanes
 
 SHOWN_PROVIDER_BATCHES = 100
+LOOKED_AT = 20
+"""Of how many waiting ChunkBatches it is looked up whether others have their contents in flight."""
 
 
 def explain(conn: sa.Connection, job_id: int) -> Explanation:
@@ -32,7 +34,7 @@ def explain(conn: sa.Connection, job_id: int) -> Explanation:
         job.deadline,
         tuple(_step(entry) for entry in job.routing),
         work,
-        tuple(_wait(part, lanes, provider_batches) for part in work),
+        tuple(_wait(part, lanes, provider_batches, _in_flight_elsewhere(conn, job_id, part)) for part in work),
         tuple(lanes.values()),
         provider_batches,
     )
@@ -94,28 +96,73 @@ def _provider_batches(conn: sa.Connection, job_id: int) -> tuple[JobProviderBatc
     )
 
 
-def _wait(work: OpenWork, lanes: dict[Route, Lane], provider_batches: tuple[JobProviderBatch, ...]) -> str:
+_IN_FLIGHT_ELSEWHERE = sa.text("""
+WITH first AS (
+    SELECT id, space_id, content_hashes
+    FROM chunk_batches
+    WHERE job_id = :id AND state = :available AND route = :plain
+    ORDER BY id
+    LIMIT :looked)
+SELECT i.provider_batch_id AS id, p.state, count(*) AS contents
+FROM first f
+CROSS JOIN unnest(f.content_hashes) AS h(content_hash)
+JOIN provider_inputs i ON i.space_id = f.space_id AND i.content_hash = h.content_hash AND i.chunk_batch_id <> f.id
+LEFT JOIN provider_batches p ON p.id = i.provider_batch_id
+GROUP BY i.provider_batch_id, p.state
+ORDER BY i.provider_batch_id
+""")
+
+
+def _in_flight_elsewhere(conn: sa.Connection, job_id: int, work: OpenWork) -> list[sa.Row[Any]]:
+    """Who has contents in flight for which plain requests of the job wait: ProviderBatches, or others' requests."""
+    if work.route is not Route.OPENAI_SYNC or work.state is not ChunkBatchState.AVAILABLE:
+        return []
+    facts = {"id": job_id, "available": ChunkBatchState.AVAILABLE, "plain": work.route, "looked": LOOKED_AT}
+    return list(conn.execute(_IN_FLIGHT_ELSEWHERE, facts))
+
+
+def _blocked(lane: Lane) -> str | None:
+    """Why a lane sends nothing now; None if it does."""
+    if lane.stopped_at:
+        return (
+            f"{lane.route} stopped at {_moment(lane.stopped_at)} ({lane.stop_code}): {lane.stop_reason}. Resume it: "
+            f"chunkmill lanes resume {lane.route}"
+        )
+    if lane.paused_until:
+        return f"{lane.route} pauses until {_moment(lane.paused_until)}: {lane.pause_reason}"
+    return None
+
+
+def _wait(
+    work: OpenWork,
+    lanes: dict[Route, Lane],
+    provider_batches: tuple[JobProviderBatch, ...],
+    elsewhere: list[sa.Row[Any]],
+) -> str:
     one = work.chunk_batches == 1
     who = f"{work.chunk_batches:,} ChunkBatch{'' if one else 'es'} ({work.contents:,} contents)"
     waits = f"{who} {'waits' if one else 'wait'}"
     if work.at_provider:
-        open_ids = [
-            str(provider_batch.id) for provider_batch in provider_batches if provider_batch.next_look is not None
-        ]
-        return f"{waits} for ProviderBatch {', '.join(open_ids) or 'results being collected'}"
+        still_open = [provider_batch for provider_batch in provider_batches if provider_batch.next_look is not None]
+        ids = ", ".join(str(provider_batch.id) for provider_batch in still_open)
+        blocked = _blocked(lanes[Route.OPENAI]) if any(batch.state.spends for batch in still_open) else None
+        because = f", which is not sent because {blocked}" if blocked else ""
+        return f"{waits} for ProviderBatch {ids or 'results being collected'}{because}"
     if work.state is ChunkBatchState.RUNNING:
         return f"{who} {'is' if one else 'are'} with a worker of {work.route}"
     lane = lanes.get(work.route)
     tried = f". The latest try of the first of them: {work.because}" if work.because else ""
     if lane is None:
         return f"{waits} for a local worker{tried}"
-    if lane.stopped_at:
-        return (
-            f"{waits} because {lane.route} stopped at {_moment(lane.stopped_at)} ({lane.stop_code}): "
-            f"{lane.stop_reason}. Resume it: chunkmill lanes resume {lane.route}"
-        )
-    if lane.paused_until:
-        return f"{waits} because {lane.route} pauses until {_moment(lane.paused_until)}: {lane.pause_reason}"
+    if blocked := _blocked(lane):
+        return f"{waits} because {blocked}"
+    if elsewhere:
+        others = [str(row.id) for row in elsewhere if row.id is not None]
+        who = f"ProviderBatch {', '.join(others)} has" if others else "plain requests of other jobs have"
+        unsent = any(row.state and ProviderBatchState(row.state).spends for row in elsewhere)
+        blocked = _blocked(lanes[Route.OPENAI]) if unsent else None
+        because = f", which is not sent because {blocked}" if blocked else ""
+        return f"{waits} because {who} some of the same texts in flight, and a text is paid for once{because}"
     if lane.held_reason:
         return f"{waits} because {lane.route} is held: {lane.held_reason}"
     if work.route is Route.OPENAI:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -13,11 +14,12 @@ from chunkmill.db.connect import connections
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.prices import MILLION
+from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.routing import BATCH_TAKES, Choice, Offer, choose, is_late, require_served, serving
 from chunkmill.domain.spaces import SpaceSpec
-from chunkmill.domain.states import ChunkBatchState, JobState, Route
+from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
 from chunkmill.ledger.money import budget, charges
-from chunkmill.ledger.provider import provider_lanes
+from chunkmill.ledger.provider import provider_endings, provider_lanes
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -29,15 +31,21 @@ MEASURED_ATTEMPTS = 10_000
 
 
 def lanes_of(settings: Settings, spec: SpaceSpec) -> tuple[Route, ...]:
-    """The lanes that serve a space under these settings."""
-    model = None if settings.embedding_provider == "local" else model_for(settings, spec)
+    """The lanes that serve a space under these settings. Paid ones do not if their settings are wrong."""
+    no_provider = settings.embedding_provider == "local" or settings.provider_problem is not None
+    model = None if no_provider else model_for(settings, spec)
     return serving(spec, model, batches=settings.openai_batches)
 
 
 def decide(
     conn: sa.Connection, settings: Settings, spec: SpaceSpec, asked: Route, deadline: datetime | None = None
 ) -> Choice:
-    """The lane of a new job. Raises :class:`UnknownRoute`. The caller checks whether the budget allows it."""
+    """The lane of a new job. The caller checks whether the budget allows it.
+
+    Raises :class:`UnknownRoute`, and :class:`InvalidSetting` if it needs a paid lane, whose settings are wrong.
+    """
+    if asked not in (Route.LOCAL, Route.AUTO) or spec.provider == OPENAI:
+        settings.require_provider()
     require_served(asked, lanes_of(settings, spec), spec)
     now = conn.execute(sa.text("SELECT now()")).scalar_one()
     return choose(asked, offers(conn, settings, spec), now=now, deadline=deadline)
@@ -51,6 +59,7 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
     paid = {lane.route: lane for lane in provider_lanes.lanes(conn)}
     price = charges.price_today(conn, model_for(settings, spec))
     used_up = settings.openai_monthly_budget_usd is not None and budget.read(conn, settings).is_used_up
+    unpriced = budget.why_unpriced(settings, spec)
     found = []
     for route in lanes:
         if route is Route.LOCAL:
@@ -58,7 +67,7 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
             usd = None if seconds is None else machine_usd(seconds * int(MILLION), settings.gpu_hour_usd)
             found.append(Offer(route, usd, idle=not connections(conn).workers))
             continue
-        stopped = "the month's budget is used up" if used_up else None
+        stopped = unpriced or ("the month's budget is used up" if used_up else None)
         if paid[route].is_stopped:
             stopped = f"stopped ({paid[route].stop_code}) until `chunkmill lanes resume {route}`"
         found.append(Offer(route, price.of(int(MILLION), route) if price else None, stopped))
@@ -84,7 +93,8 @@ def seconds_per_token(conn: sa.Connection, spec: SpaceSpec) -> float | None:
 
 def entry(choice: Choice, at: datetime) -> dict[str, str]:
     """A choice as the column ``jobs.routing`` keeps it."""
-    return {"at": at.isoformat(), "route": choice.route.value, "because": choice.because}
+    kept = {"at": at.isoformat(), "route": choice.route.value, "because": choice.because}
+    return kept if choice.instead_of is None else {**kept, "instead_of": choice.instead_of.value}
 
 
 def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:
@@ -97,19 +107,25 @@ def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:
     return Route(routing[-1]["route"]) if routing else Route.LOCAL
 
 
-# The first condition on :stopped and the deadline spares the look at the ChunkBatches while no lane is stopped and no
-# deadline is near.
+# The first conditions spare the look at the ChunkBatches while no lane is stopped, no deadline is near, and no job is
+# in a lane only because a better one was stopped.
 _JOBS_TO_MOVE = with_constants(
     """
-SELECT id, space_id, deadline, routing, now() AS now
+SELECT id, space_id, state, deadline, routing, now() AS now
 FROM jobs j
 WHERE route = :auto AND state IN (:enqueueing, :running)
-  AND (cardinality(CAST(:stopped AS text[])) > 0 OR deadline < now() + CAST(:takes AS interval))
-  AND EXISTS (
-      SELECT FROM chunk_batches b
-      WHERE b.job_id = j.id AND b.state = :available
-        AND (b.route = ANY(CAST(:stopped AS text[]))
-             OR (b.route = :openai AND j.deadline < now() + CAST(:takes AS interval))))
+  AND (routing -> -1 ->> 'instead_of' = ANY(CAST(:open AS text[]))
+       OR routing -> -1 ? 'leaving'
+       OR (cardinality(CAST(:stopped AS text[])) > 0 OR deadline < now() + CAST(:takes AS interval))
+          AND EXISTS (
+              SELECT FROM chunk_batches b
+              WHERE b.job_id = j.id
+                AND (b.state = :available OR (b.state = :at_work AND b.lease_until IS NULL AND EXISTS (
+                    SELECT FROM provider_batch_members m
+                    JOIN provider_batches p ON p.id = m.provider_batch_id
+                    WHERE m.chunk_batch_id = b.id AND p.state IN (:gathered, :uploaded))))
+                AND (b.route = ANY(CAST(:stopped AS text[]))
+                     OR (b.route = :openai AND j.deadline < now() + CAST(:takes AS interval)))))
 ORDER BY id
 FOR NO KEY UPDATE OF j SKIP LOCKED
 """,
@@ -118,60 +134,98 @@ FOR NO KEY UPDATE OF j SKIP LOCKED
     enqueueing=JobState.ENQUEUEING,
     running=JobState.RUNNING,
     available=ChunkBatchState.AVAILABLE,
+    at_work=ChunkBatchState.RUNNING,
+    gathered=ProviderBatchState.GATHERED,
+    uploaded=ProviderBatchState.UPLOADED,
 )
 
 
 def reroute(conn: sa.Connection, settings: Settings) -> int:
     """Move ChunkBatches of jobs with route ``auto`` that have not begun to another lane; returns how many.
 
-    They are moved away from a lane that stopped, and from the Batch API when the deadline comes near. Nothing is moved
-    if no better lane is left. One call moves a slice of each job: call it again.
+    They are moved away from a lane that stopped, and from the Batch API when the deadline comes near. They are moved
+    back to a better lane that was stopped and takes work again. What was gathered for the Batch API and not sent is
+    given back first. Nothing is moved if no better lane is left. One call moves a slice of each job: call it again.
     """
     stopped = [lane.route.value for lane in provider_lanes.lanes(conn) if lane.is_stopped]
     if not settings.openai_batches:
         stopped.append(Route.OPENAI.value)
-    jobs = conn.execute(_JOBS_TO_MOVE, {"stopped": stopped, "takes": BATCH_TAKES}).all()
+    lanes_open = [route.value for route in Route if route.value not in stopped]
+    parameters = {"stopped": stopped, "open": lanes_open, "takes": BATCH_TAKES}
+    jobs = conn.execute(_JOBS_TO_MOVE, parameters).all()
     return sum(_reroute(conn, settings, job, stopped) for job in jobs)
 
 
-# What is at a provider is paid for there, so it stays.
+def _reroute(conn: sa.Connection, settings: Settings, job: sa.Row[Any], stopped: Sequence[str]) -> int:
+    space = registry.get_if_readable(conn, job.space_id)
+    if space is None:
+        return 0  # pollers of its own release move it
+    late = is_late(job.deadline, job.now)
+    last = job.routing[-1] if job.routing else {}
+    current = lane_of(Route.AUTO, job.routing)
+    all_offers = offers(conn, settings, space.spec)
+    can_take = {offer.route for offer in all_offers if not offer.stopped and offer.route.value not in stopped}
+    best = choose(Route.AUTO, all_offers, now=job.now, deadline=job.deadline)
+    left = {*stopped, *((Route.OPENAI.value,) if late else ())}
+    if best.route is not current and best.route in can_take:
+        if current.value in left:
+            why = "it stopped" if current.value in stopped else f"the deadline {job.deadline:%Y-%m-%d %H:%M %Z} is near"
+            _note(conn, job, replace(best, because=f"moved from {current} because {why}; {best.because}"))
+            return _move(conn, job.id, left, best.route)
+        if best.route == last.get("instead_of"):
+            because = f"moved from {current} because {best.route} takes work again; {best.because}"
+            # The ChunkBatches that are to follow may be more than a slice, or be added later.
+            _note(conn, job, replace(best, because=because), leaving=current)
+            return _move(conn, job.id, left | {current.value}, best.route)
+    if best.instead_of is None and "instead_of" in last:
+        _forget(conn, job.id, "instead_of")  # nothing is out any more, and yet this lane is the best one
+    if current not in can_take:
+        return 0
+    # The job was moved before. This is the next slice, or what its producer has added since.
+    moved_now = _move(conn, job.id, (left | {last.get("leaving", "")}) - {current.value, ""}, current)
+    if not moved_now and "leaving" in last and job.state != JobState.ENQUEUEING:
+        _forget(conn, job.id, "leaving")
+    return moved_now
+
+
+def _note(conn: sa.Connection, job: sa.Row[Any], moved: Choice, *, leaving: Route | None = None) -> None:
+    """Keep the new choice of a job, and the lane from which ChunkBatches are still to be moved back."""
+    kept = entry(moved, job.now) | ({} if leaving is None else {"leaving": leaving.value})
+    conn.execute(
+        sa.text("UPDATE jobs SET routing = routing || CAST(:entry AS jsonb) WHERE id = :id"),
+        {"id": job.id, "entry": json.dumps(kept)},
+    )
+
+
+def _forget(conn: sa.Connection, job_id: int, field: str) -> None:
+    """Delete a field of a job's latest choice."""
+    conn.execute(
+        sa.text("UPDATE jobs SET routing = routing #- ARRAY['-1', CAST(:field AS text)] WHERE id = :id"),
+        {"id": job_id, "field": field},
+    )
+
+
+# What is at a provider is paid for there, so it stays. MATERIALIZED, because a plan that reads the slice again for each
+# row of a job finds another slice each time.
 _MOVE = sa.text("""
-UPDATE chunk_batches b
-SET route = :to, rung_at = NULL
-FROM (
+WITH moved AS MATERIALIZED (
     SELECT id
     FROM chunk_batches c
     WHERE job_id = :id AND state = :available AND route = ANY(CAST(:left AS text[]))
       AND NOT EXISTS (SELECT FROM provider_inputs i WHERE i.chunk_batch_id = c.id)
     LIMIT :slice
-    FOR NO KEY UPDATE SKIP LOCKED) m
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE chunk_batches b
+SET route = :to, rung_at = NULL
+FROM moved m
 WHERE b.id = m.id AND b.state = :available
 """)
 
 
-def _reroute(conn: sa.Connection, settings: Settings, job: sa.Row[Any], stopped: Sequence[str]) -> int:
-    left = {*stopped, *((Route.OPENAI.value,) if is_late(job.deadline, job.now) else ())}
-    space = registry.get_if_readable(conn, job.space_id)
-    if space is None:
-        return 0  # pollers of its own release move it
-    open_offers = [
-        offer for offer in offers(conn, settings, space.spec) if offer.route not in left and not offer.stopped
-    ]
-    if not open_offers:
-        return 0
-    current = lane_of(Route.AUTO, job.routing)
-    if any(offer.route is current for offer in open_offers):
-        to = current  # the job was moved before; this is what its producer has added since, or the next slice
-    else:
-        choice = choose(Route.AUTO, open_offers, now=job.now, deadline=job.deadline)
-        to = choice.route
-        late = is_late(job.deadline, job.now) and current is Route.OPENAI and current.value not in stopped
-        why = f"the deadline {job.deadline:%Y-%m-%d %H:%M %Z} is near" if late else "it stopped"
-        moved = Choice(to, f"moved from {current} because {why}; {choice.because}")
-        conn.execute(
-            sa.text("UPDATE jobs SET routing = routing || CAST(:entry AS jsonb) WHERE id = :id"),
-            {"id": job.id, "entry": json.dumps(entry(moved, job.now))},
-        )
+def _move(conn: sa.Connection, job_id: int, left: Collection[str], to: Route) -> int:
+    if Route.OPENAI.value in left:
+        provider_endings.give_back_unsent(conn, f"given back, because job {job_id} moves to {to}", of_jobs=[job_id])
     available = ChunkBatchState.AVAILABLE
-    result = conn.execute(_MOVE, {"id": job.id, "to": to, "left": sorted(left), "slice": SLICE, "available": available})
-    return int(result.rowcount)
+    parameters = {"id": job_id, "to": to, "left": sorted(left), "slice": SLICE, "available": available}
+    return int(conn.execute(_MOVE, parameters).rowcount)

@@ -13,12 +13,14 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
-from chunkmill.domain.costs import Cost, CostsBy, machine_usd
+from chunkmill.domain.costs import AdjustmentKind, Cost, CostsBy, machine_usd
 from chunkmill.domain.prices import Price, price_on
 from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.states import Route
 
 TODAY = "(now() AT TIME ZONE 'UTC')::date"
+NO_MODEL = "(no model)"
+"""The key of corrections that name neither a model nor a job, if costs are summed by model."""
 MONTH = f"date_trunc('month', {TODAY})::date"
 
 
@@ -102,15 +104,18 @@ def month_confirmed(conn: sa.Connection) -> Decimal:
 
 
 def report(conn: sa.Connection, by: CostsBy, *, since: date | None, gpu_hour_usd: Decimal | None) -> tuple[Cost, ...]:
-    """What was charged, and beside it what local workers embedded, per group and route."""
+    """What was charged or adjusted, and beside it what local workers embedded, per group and route."""
+    adjusted = "SELECT day, route, space_id, job_id, 0, 0, usd, NULL, kind FROM adjustments"
     rows = conn.execute(
-        sa.text("""
+        sa.text(f"""
             WITH embedded AS (
-                SELECT day, route, space_id, job_id, contents, tokens, usd, NULL::float8 AS engine_seconds
+                SELECT day, route, space_id, job_id, contents, tokens, usd, NULL::float8 AS engine_seconds,
+                       NULL::text AS kind
                 FROM charges
+                {f"UNION ALL {adjusted}" if keeps_adjustments(conn) else ""}
                 UNION ALL
                 SELECT (created_at AT TIME ZONE 'UTC')::date, :local, space_id, job_id, contents, tokens, NULL,
-                       engine_seconds
+                       engine_seconds, NULL
                 FROM usage
                 WHERE engine_seconds > 0 AND provider <> :openai
             ),
@@ -118,21 +123,33 @@ def report(conn: sa.Connection, by: CostsBy, *, since: date | None, gpu_hour_usd
                 SELECT CASE CAST(:by AS text)
                            WHEN 'day' THEN to_char(e.day, 'YYYY-MM-DD')
                            WHEN 'month' THEN to_char(e.day, 'YYYY-MM')
-                           WHEN 'model' THEN s.model
+                           WHEN 'model' THEN coalesce(s.model, :no_model)
                            WHEN 'route' THEN e.route
                            WHEN 'job' THEN e.job_id::text
                        END AS key, e.*
                 FROM embedded e
-                JOIN spaces s ON s.id = e.space_id
+                LEFT JOIN spaces s ON s.id = e.space_id
                 WHERE CAST(:since AS date) IS NULL OR e.day >= :since
             )
             SELECT key, route, sum(contents)::bigint AS contents, sum(tokens)::bigint AS tokens, sum(usd) AS usd,
-                   sum(engine_seconds) AS engine_seconds
+                   sum(engine_seconds) AS engine_seconds,
+                   coalesce(sum(usd) FILTER (WHERE kind = :lost), 0) AS lost,
+                   coalesce(sum(usd) FILTER (WHERE kind = :maybe_charged), 0) AS maybe_charged,
+                   coalesce(sum(usd) FILTER (WHERE kind = :correction), 0) AS corrected
             FROM grouped
             GROUP BY key, route
             ORDER BY CASE CAST(:by AS text) WHEN 'job' THEN min(job_id) END, key, route
         """),
-        {"by": by, "since": since, "local": Route.LOCAL, "openai": OPENAI},
+        {
+            "by": by,
+            "since": since,
+            "local": Route.LOCAL,
+            "openai": OPENAI,
+            "no_model": NO_MODEL,
+            "lost": AdjustmentKind.LOST,
+            "maybe_charged": AdjustmentKind.MAYBE_CHARGED,
+            "correction": AdjustmentKind.CORRECTION,
+        },
     )
     return tuple(
         Cost(
@@ -142,6 +159,14 @@ def report(conn: sa.Connection, by: CostsBy, *, since: date | None, gpu_hour_usd
             row.tokens,
             row.usd if row.engine_seconds is None else machine_usd(row.engine_seconds, gpu_hour_usd),
             row.engine_seconds,
+            row.lost,
+            row.maybe_charged,
+            row.corrected,
         )
         for row in rows
     )
+
+
+def keeps_adjustments(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    return bool(conn.execute(sa.text("SELECT to_regclass('adjustments') IS NOT NULL")).scalar_one())

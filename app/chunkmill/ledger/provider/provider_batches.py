@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,8 @@ from chunkmill.errors import LeaseLost
 
 _SPENDING = [state for state in State if state.spends]
 _ENQUEUED = [state for state in State if state.is_enqueued]
+UNSENT_AT_A_TIME = 20
+"""How many ProviderBatches one transaction takes over: each may hold 50,000 contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,16 @@ class Step:
     downloads: int
     n_requests: int
     n_inputs: int
+    n_tokens: int
+    looks: int
+    refusals: int
+    key_digest: str | None
     input_file_id: str | None
     batch_id: str | None
     provider_status: str | None
     n_done: int
+    n_completed: int | None
+    used_tokens: int | None
     output_file_id: str | None
     error_file_id: str | None
     cancel_requested: bool
@@ -53,6 +62,10 @@ class Step:
     """Seconds since the latest request to create it was about to be sent, by Postgres' clock."""
     submitted_for_s: float
     """Seconds since the provider confirmed it, by Postgres' clock."""
+    cancelled_for_s: float
+    """Seconds since its cancellation was requested, by Postgres' clock; 0 if it was not."""
+    created_on: date
+    """The day on which it was gathered, in UTC."""
 
     @property
     def name(self) -> str:
@@ -61,12 +74,17 @@ class Step:
 
 _COLUMNS = """
     id, attempt, state, space_id, token, failures, uploads, creates, resends, downloads, n_requests, n_inputs,
-    input_file_id, batch_id, provider_status, n_done, output_file_id, error_file_id,
+    n_tokens, looks, refusals, key_digest,
+    input_file_id, batch_id, provider_status, n_done, n_completed, used_tokens, output_file_id, error_file_id,
     cancel_requested_at IS NOT NULL AS cancel_requested, error_code, error,
     coalesce(extract(epoch FROM clock_timestamp() - creating_since), 0)::float AS creating_for_s,
-    coalesce(extract(epoch FROM clock_timestamp() - submitted_at), 0)::float AS submitted_for_s
+    coalesce(extract(epoch FROM clock_timestamp() - submitted_at), 0)::float AS submitted_for_s,
+    coalesce(extract(epoch FROM clock_timestamp() - cancel_requested_at), 0)::float AS cancelled_for_s,
+    (created_at AT TIME ZONE 'UTC')::date AS created_on
 """
 """The columns of a `Step`."""
+_QUALIFIED = _COLUMNS.replace("    id,", "    p.id,", 1)
+"""The same in a statement that joins another table with the column ``id``."""
 
 
 def spaces_to_gather(conn: sa.Connection, *, wait_seconds: float, full: int) -> list[int]:
@@ -253,7 +271,8 @@ def renew_if_held(conn: sa.Connection, steps: Sequence[Step], *, lease_seconds: 
 
 def advance(conn: sa.Connection, step: Step, state: State, **columns: Any) -> Step:
     """Complete the step: the ProviderBatch is in ``state`` now and has the new ``columns``. Raises LeaseLost."""
-    return _change(conn, step, {"failures": 0, "state": state, **columns})
+    fresh = {} if state is State.CLEANING else {"error": None}  # why it ended stays on record
+    return _change(conn, step, {"failures": 0, "state": state, **fresh, **columns})
 
 
 def note(conn: sa.Connection, step: Step, **columns: Any) -> Step:
@@ -288,6 +307,90 @@ def release_all(conn: sa.Connection, owner: str) -> None:
         """),
         {"owner": owner, "closed": State.CLOSED},
     )
+
+
+def can_be_taken_over(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, whose poller this may be during an upgrade."""
+    query = sa.text("""
+        SELECT EXISTS (
+            SELECT FROM pg_attribute WHERE attrelid = to_regclass('provider_batches') AND attname = 'key_digest'
+        )
+    """)
+    return bool(conn.execute(query).scalar_one())
+
+
+def take_over(conn: sa.Connection, provider_batch_id: int) -> Step | None:
+    """Take a ProviderBatch away from whoever holds it, to end it in this transaction. None if there is none."""
+    row = conn.execute(
+        sa.text(f"""
+            UPDATE provider_batches
+            SET attempt = attempt + 1, lease_owner = NULL, lease_until = NULL, rung_at = NULL, not_before = now()
+            WHERE id = :id
+            RETURNING {_COLUMNS}
+        """),
+        {"id": provider_batch_id},
+    ).one_or_none()
+    return None if row is None else _step(row)
+
+
+def take_over_unsent(
+    conn: sa.Connection, *, of_jobs: Sequence[int] | None = None, limit: int = UNSENT_AT_A_TIME
+) -> list[Step]:
+    """Take over ProviderBatches of which nothing was created and that nobody works on now, to give them back.
+
+    With ``of_jobs``, only those for which a ChunkBatch of these jobs waits.
+    """
+    rows = conn.execute(
+        sa.text(f"""
+            WITH unsent AS (
+                SELECT id
+                FROM provider_batches p
+                WHERE state IN (:gathered, :uploaded) AND (lease_until IS NULL OR lease_until < now())
+                  AND (CAST(:jobs AS bigint[]) IS NULL OR EXISTS (
+                      SELECT FROM provider_batch_members m
+                      JOIN chunk_batches b ON b.id = m.chunk_batch_id
+                      WHERE m.provider_batch_id = p.id AND b.job_id = ANY(CAST(:jobs AS bigint[]))
+                        AND b.state = :running
+                  ))
+                ORDER BY id
+                LIMIT :limit
+                FOR UPDATE SKIP LOCKED
+            )
+            UPDATE provider_batches p
+            SET attempt = attempt + 1, lease_owner = NULL, lease_until = NULL, rung_at = NULL, not_before = now()
+            FROM unsent
+            WHERE p.id = unsent.id
+            RETURNING {_QUALIFIED}
+        """),
+        {
+            "gathered": State.GATHERED,
+            "uploaded": State.UPLOADED,
+            "running": ChunkBatchState.RUNNING,
+            "jobs": None if of_jobs is None else list(of_jobs),
+            "limit": limit,
+        },
+    )
+    return [_step(row) for row in rows]
+
+
+def any_other_at_provider(conn: sa.Connection, step: Step) -> bool:
+    """Whether the provider has, or may have, another ProviderBatch of ours in its queue."""
+    query = sa.text("SELECT EXISTS (SELECT FROM provider_batches WHERE state IN (:creating, :submitted) AND id <> :id)")
+    return bool(
+        conn.execute(query, {"creating": State.CREATING, "submitted": State.SUBMITTED, "id": step.id}).scalar_one()
+    )
+
+
+def followed_as(conn: sa.Connection, server: str, batch_id: str) -> int | None:
+    """The ProviderBatch that is followed at a server under an id of the provider; None if there is none."""
+    query = sa.text("""
+        SELECT id
+        FROM provider_batches
+        WHERE server = :server AND batch_id = :batch AND state IN (:submitted, :collecting)
+    """)
+    facts = {"server": server, "batch": batch_id, "submitted": State.SUBMITTED, "collecting": State.COLLECTING}
+    found: int | None = conn.execute(query, facts).scalar_one_or_none()
+    return found
 
 
 def close(conn: sa.Connection, step: Step) -> None:

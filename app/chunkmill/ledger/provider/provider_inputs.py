@@ -18,6 +18,7 @@ from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.openai.plan.inputs import ProviderInput
 from chunkmill.openai.plan.packing import PackedInput
+from chunkmill.openai.wire.answers import Sent
 
 
 class InFlight(NamedTuple):
@@ -31,6 +32,14 @@ class InFlight(NamedTuple):
     @property
     def content_hash(self) -> bytes:
         return self.packed.content_hash
+
+
+class Unanswered(NamedTuple):
+    """What was in plain requests that were sent and not answered: they may have been charged."""
+
+    job_id: int
+    contents: int
+    tokens: int
 
 
 _COLUMNS = """
@@ -106,20 +115,32 @@ def add_own(conn: sa.Connection, lease: Lease, inputs: Sequence[ProviderInput]) 
     return set(rows.scalars())
 
 
-def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> None:
-    """Take contents out of flight that plain requests of a killed worker left there: the answers are lost."""
-    conn.execute(
+def drop_left_behind(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> list[Unanswered]:
+    """Take contents out of flight that plain requests of a killed worker left there; returns what was sent of them.
+
+    The answers are lost.
+    """
+    rows = conn.execute(
         sa.text("""
-            DELETE FROM provider_inputs i
-            WHERE space_id = :space AND content_hash = ANY(:hashes)
-              AND provider_batch_id IS NULL
-              AND NOT EXISTS (
-                  SELECT FROM chunk_batches b
-                  WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = :running
-              )
+            WITH left_behind AS (
+                DELETE FROM provider_inputs i
+                WHERE space_id = :space AND content_hash = ANY(:hashes)
+                  AND provider_batch_id IS NULL
+                  AND NOT EXISTS (
+                      SELECT FROM chunk_batches b
+                      WHERE b.id = i.chunk_batch_id AND b.attempt = i.attempt AND b.state = :running
+                  )
+                RETURNING job_id, sent_tokens, request_no
+            )
+            SELECT job_id, count(*) AS contents, sum(sent_tokens) AS tokens
+            FROM left_behind
+            WHERE request_no = 1
+            GROUP BY job_id
+            ORDER BY job_id
         """),
         {"space": space_id, "hashes": list(hashes), "running": ChunkBatchState.RUNNING},
     )
+    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
 def carriers(conn: sa.Connection, space_id: int, hashes: Sequence[bytes]) -> dict[bytes, int | None]:
@@ -169,18 +190,18 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
     return [_in_flight(row) for row in rows]
 
 
-def widths(conn: sa.Connection, provider_batch_id: int) -> dict[int, int]:
-    """``request_no → number of inputs``, of the requests that have something in flight. Each window is one input."""
+def sent(conn: sa.Connection, provider_batch_id: int) -> dict[int, Sent]:
+    """``request_no → what was sent``, of the requests that have something in flight. Each window is one input."""
     rows = conn.execute(
         sa.text("""
-            SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n_inputs
+            SELECT request_no, sum(coalesce(cardinality(weights), 1)) AS n_inputs, sum(sent_tokens) AS n_tokens
             FROM provider_inputs
             WHERE provider_batch_id = :id
             GROUP BY request_no
         """),
         {"id": provider_batch_id},
     )
-    return {row.request_no: int(row.n_inputs) for row in rows}
+    return {row.request_no: Sent(int(row.n_inputs), int(row.n_tokens)) for row in rows}
 
 
 def remove(conn: sa.Connection, *, space_id: int, hashes: Sequence[bytes], provider_batch_id: int | None) -> int:
@@ -218,15 +239,105 @@ def texts(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
     return {row.content_hash: row.text for row in rows}
 
 
-def remove_own(conn: sa.Connection, lease: Lease) -> None:
-    """Take out of flight what an attempt with plain requests did not send, or got no answer for."""
+def mark_sent(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> None:
+    """Note which contents are in the plain request that an attempt is about to send. It sends one at a time.
+
+    In a plain request, ``request_no`` is 1 for what was sent and is not accounted for, and else 0.
+    """
     conn.execute(
         sa.text("""
-            DELETE FROM provider_inputs
-            WHERE chunk_batch_id = :id AND attempt <= :attempt AND provider_batch_id IS NULL
+            UPDATE provider_inputs
+            SET request_no = CASE WHEN content_hash = ANY(:hashes) THEN 1 ELSE 0 END
+            WHERE chunk_batch_id = :id AND attempt = :attempt AND provider_batch_id IS NULL
+              AND (request_no = 1 OR content_hash = ANY(:hashes))
+        """),
+        {"id": lease.chunk_batch_id, "attempt": lease.attempt, "hashes": list(hashes)},
+    )
+
+
+def take_sent(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
+    """Return what an attempt has sent without an answer, once: after that it does not count as sent any more."""
+    rows = conn.execute(
+        sa.text("""
+            WITH sent AS (
+                UPDATE provider_inputs
+                SET request_no = 0
+                WHERE chunk_batch_id = :id AND attempt = :attempt AND provider_batch_id IS NULL AND request_no = 1
+                RETURNING job_id, sent_tokens
+            )
+            SELECT job_id, count(*) AS contents, sum(sent_tokens) AS tokens
+            FROM sent
+            GROUP BY job_id
         """),
         {"id": lease.chunk_batch_id, "attempt": lease.attempt},
     )
+    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
+
+
+def take_sent_by(conn: sa.Connection, owner: str) -> list[tuple[int, Unanswered]]:
+    """As `take_sent`, for all attempts of a worker, each with the id of its space."""
+    rows = conn.execute(
+        sa.text("""
+            WITH sent AS (
+                UPDATE provider_inputs i
+                SET request_no = 0
+                FROM chunk_batches b
+                WHERE b.lease_owner = :owner AND b.state = :running
+                  AND i.chunk_batch_id = b.id AND i.attempt = b.attempt
+                  AND i.provider_batch_id IS NULL AND i.request_no = 1
+                RETURNING i.space_id, i.job_id, i.sent_tokens
+            )
+            SELECT space_id, job_id, count(*) AS contents, sum(sent_tokens) AS tokens
+            FROM sent
+            GROUP BY space_id, job_id
+            ORDER BY space_id, job_id
+        """),
+        {"owner": owner, "running": ChunkBatchState.RUNNING},
+    )
+    return [(row.space_id, Unanswered(row.job_id, row.contents, int(row.tokens))) for row in rows]
+
+
+def remove_answered(conn: sa.Connection, lease: Lease, hashes: Sequence[bytes]) -> int:
+    """Take out of flight what a plain request of an attempt was answered; returns how many contents those are.
+
+    It leaves what another attempt has taken over, which will have an answer of its own.
+    """
+    result = conn.execute(
+        sa.text("""
+            DELETE FROM provider_inputs
+            WHERE space_id = :space AND content_hash = ANY(:hashes)
+              AND chunk_batch_id = :id AND attempt = :attempt AND provider_batch_id IS NULL
+        """),
+        {
+            "space": lease.space_id,
+            "hashes": list(hashes),
+            "id": lease.chunk_batch_id,
+            "attempt": lease.attempt,
+        },
+    )
+    return int(result.rowcount)
+
+
+def remove_own(conn: sa.Connection, lease: Lease) -> list[Unanswered]:
+    """Take out of flight what an attempt with plain requests, or one before it, did not send or got no answer for.
+
+    Returns what was sent of it.
+    """
+    rows = conn.execute(
+        sa.text("""
+            WITH own AS (
+                DELETE FROM provider_inputs
+                WHERE chunk_batch_id = :id AND attempt <= :attempt AND provider_batch_id IS NULL
+                RETURNING job_id, sent_tokens, request_no
+            )
+            SELECT job_id, count(*) AS contents, sum(sent_tokens) AS tokens
+            FROM own
+            WHERE request_no = 1
+            GROUP BY job_id
+        """),
+        {"id": lease.chunk_batch_id, "attempt": lease.attempt},
+    )
+    return [Unanswered(row.job_id, row.contents, int(row.tokens)) for row in rows]
 
 
 def remove_deleted(conn: sa.Connection, provider_batch_id: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,33 +11,50 @@ import sqlalchemy as sa
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ProviderBatchState, Route
+from chunkmill.ledger.money import adjustments
 
+UNPROVED = "unproved"
+"""The ``stop_code`` of a lane that is not stopped, and that failed or was stopped before: a probe comes first."""
 BURST_SECONDS = 10.0
 """This much of a minute's quota may be sent at once, because providers also count in windows shorter than a minute."""
 
+LEARNT_SECONDS = 24 * 3600.0
+"""For how long a limit of tokens is believed that a refusal has taught. Another program may have filled the queue."""
+
+# The columns of `max_tokens` are read in a way that also works on the schema of the last release, which has none.
 _SELECT = """
     SELECT route,
            CASE WHEN paused_until > now() THEN paused_until END AS paused_until,
            CASE WHEN paused_until > now() THEN pause_reason END AS pause_reason,
-           stopped_at, stop_code, stop_reason, held_reason, max_inputs
-    FROM provider_lanes
+           stopped_at, CASE WHEN stopped_at IS NOT NULL THEN stop_code END AS stop_code, stop_reason, held_reason,
+           max_inputs,
+           CASE
+               WHEN (to_jsonb(l) ->> 'max_tokens_until')::timestamptz > now()
+               THEN (to_jsonb(l) ->> 'max_tokens')::bigint
+           END AS max_tokens
+    FROM provider_lanes l
     WHERE CAST(:route AS text) IS NULL OR route = :route
 """
 
 
 def lanes(conn: sa.Connection) -> list[Lane]:
-    """All paid lanes, including those that nobody has used yet."""
+    """All paid lanes, including those that nobody has used yet, with what they lost this month."""
     rows = {row.route: row for row in conn.execute(sa.text(_SELECT), {"route": None})}
     by_state = conn.execute(
         sa.text("SELECT state, count(*) AS n FROM provider_batches WHERE state <> :closed GROUP BY state"),
         {"closed": ProviderBatchState.CLOSED},
     )
     counts = {row.state: row.n for row in by_state}
-    return [_lane(route, rows.get(route), counts if route is Route.OPENAI else None) for route in PAID_ROUTES]
+    listed = [_lane(route, rows.get(route), counts if route is Route.OPENAI else None) for route in PAID_ROUTES]
+    sums = [adjustments.month_adjusted(conn, lane.route) for lane in listed]
+    return [
+        replace(lane, lost_usd=adjusted.lost, maybe_charged_usd=adjusted.maybe_charged)
+        for lane, adjusted in zip(listed, sums, strict=True)
+    ]
 
 
 def lane(conn: sa.Connection, route: Route) -> Lane:
-    """One paid lane, without the count of its ProviderBatches."""
+    """One paid lane, without the count of its ProviderBatches and what it lost."""
     return _lane(route, conn.execute(sa.text(_SELECT), {"route": route}).one_or_none(), None)
 
 
@@ -51,6 +69,29 @@ def pause(conn: sa.Connection, route: Route, *, seconds: float, reason: str) -> 
               AND (paused_until IS NULL OR paused_until < now() + make_interval(secs => :seconds))
         """),
         {"route": route, "seconds": seconds, "reason": storable(reason, 500)},
+    )
+
+
+def pause_failing(conn: sa.Connection, route: Route, *, seconds: float, reason: str) -> None:
+    """Let all workers of a lane wait whose requests get no answers. After the pause a probe must succeed first."""
+    pause(conn, route, seconds=seconds, reason=reason)
+    conn.execute(
+        sa.text("UPDATE provider_lanes SET stop_code = :unproved WHERE stopped_at IS NULL AND route = :route"),
+        {"route": route, "unproved": UNPROVED},
+    )
+
+
+def is_unproved(conn: sa.Connection, route: Route) -> bool:
+    """Whether the lane failed or was stopped, and no probe has succeeded since."""
+    query = "SELECT stop_code = :unproved AND stopped_at IS NULL FROM provider_lanes WHERE route = :route"
+    return bool(conn.execute(sa.text(query), {"route": route, "unproved": UNPROVED}).scalar_one_or_none())
+
+
+def prove(conn: sa.Connection, route: Route) -> None:
+    """A probe has succeeded: the lane takes work as before."""
+    conn.execute(
+        sa.text("UPDATE provider_lanes SET stop_code = NULL WHERE route = :route AND stop_code = :unproved"),
+        {"route": route, "unproved": UNPROVED},
     )
 
 
@@ -69,16 +110,27 @@ def stop(conn: sa.Connection, route: Route, *, code: str, reason: str) -> bool:
 
 
 def resume(conn: sa.Connection, route: Route) -> bool:
-    """Let the lane take work again. Returns False if it was neither stopped nor paused."""
+    """Let the lane take work again, and forget what its provider's refusals have taught.
+
+    After a stop, a probe comes before anything else. Returns False if there was nothing to do.
+    """
     result = conn.execute(
         sa.text("""
             UPDATE provider_lanes
-            SET stopped_at = NULL, stop_code = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL
-            WHERE route = :route AND (stopped_at IS NOT NULL OR paused_until > now())
+            SET stopped_at = NULL, stop_reason = NULL, paused_until = NULL, pause_reason = NULL, max_inputs = NULL,
+                stop_code = CASE WHEN stopped_at IS NULL THEN stop_code ELSE :unproved END
+            WHERE route = :route AND (stopped_at IS NOT NULL OR paused_until > now() OR max_inputs IS NOT NULL)
         """),
-        {"route": route},
+        {"route": route, "unproved": UNPROVED},
     )
-    return result.rowcount == 1
+    return _forget_max_tokens(conn, route) or result.rowcount == 1
+
+
+def _forget_max_tokens(conn: sa.Connection, route: Route) -> bool:
+    if lane(conn, route).max_tokens is None:
+        return False
+    conn.execute(sa.text("UPDATE provider_lanes SET max_tokens_until = NULL WHERE route = :route"), {"route": route})
+    return True
 
 
 def hold(conn: sa.Connection, route: Route, reason: str | None) -> bool:
@@ -102,6 +154,20 @@ def learn_max_inputs(conn: sa.Connection, route: Route, inputs: int) -> None:
     conn.execute(
         sa.text("UPDATE provider_lanes SET max_inputs = least(max_inputs, :inputs) WHERE route = :route"),
         {"route": route, "inputs": max(1, inputs)},
+    )
+
+
+def learn_max_tokens(conn: sa.Connection, route: Route, tokens: int) -> None:
+    """Have at most so many tokens at the provider for a day: it refused more. A lower limit that was learnt stays."""
+    _add_row(conn, route)
+    conn.execute(
+        sa.text("""
+            UPDATE provider_lanes
+            SET max_tokens = CASE WHEN max_tokens_until > now() THEN least(max_tokens, :tokens) ELSE :tokens END,
+                max_tokens_until = now() + make_interval(secs => :seconds)
+            WHERE route = :route
+        """),
+        {"route": route, "tokens": max(1, tokens), "seconds": LEARNT_SECONDS},
     )
 
 
@@ -147,6 +213,7 @@ def _lane(route: Route, row: sa.Row[Any] | None, open_batches: Mapping[str, int]
         row.held_reason,
         row.max_inputs,
         open_batches,
+        row.max_tokens,
     )
 
 

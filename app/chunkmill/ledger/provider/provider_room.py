@@ -9,7 +9,9 @@ import sqlalchemy as sa
 
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.states import ProviderBatchState as State
+from chunkmill.domain.states import Route
 from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.provider import provider_lanes
 from chunkmill.openai.catalogue import model_for
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
@@ -32,6 +34,10 @@ class Room:
     usd: Decimal | None = None
     usd_per_million: Decimal | None = None
     reason: str | None = None
+
+    def usd_of(self, tokens: int) -> Decimal:
+        """What ``tokens`` cost in a ProviderBatch; 0 if the price is not known."""
+        return tokens * (self.usd_per_million or 0) / MILLION
 
     @property
     def affordable_tokens(self) -> int:
@@ -75,26 +81,38 @@ def enqueued(conn: sa.Connection) -> EnqueuedTotals:
 
 def room(conn: sa.Connection, settings: Settings, space: Space) -> Room:
     """The room for one more ProviderBatch of a space."""
-    used = enqueued(conn)
+    used, most = enqueued(conn), max_tokens(conn, settings)
     price = charges.price_today(conn, model_for(settings, space.spec))
     left = Room(
-        settings.openai_max_enqueued_tokens - used.tokens,
+        most - used.tokens,
         settings.openai_max_enqueued_requests - used.requests,
         budget.headroom(conn, settings),
         price.batch_api if price else None,
     )
-    return replace(left, reason=_reason(conn, settings, left, used))
+    return replace(left, reason=budget.why_unpriced(settings, space.spec) or _reason(conn, settings, left, used, most))
 
 
-def _reason(conn: sa.Connection, settings: Settings, left: Room, used: EnqueuedTotals) -> str | None:
+def max_tokens(conn: sa.Connection, settings: Settings) -> int:
+    """How many tokens may be at the provider at a time: what the setting allows, or less if the provider refused it."""
+    learnt = provider_lanes.lane(conn, Route.OPENAI).max_tokens
+    return min(settings.openai_max_enqueued_tokens, learnt or settings.openai_max_enqueued_tokens)
+
+
+def _limit(settings: Settings, most: int) -> str:
+    if most == settings.openai_max_enqueued_tokens:
+        return "OPENAI_MAX_ENQUEUED_TOKENS"
+    return f"the limit of {most:,} that the provider's refusals have taught (chunkmill lanes resume openai forgets it)"
+
+
+def _reason(conn: sa.Connection, settings: Settings, left: Room, used: EnqueuedTotals, most: int) -> str | None:
     if left.usd is not None and left.usd_per_million and left.usd <= 0:
         return budget.read(conn, settings).refusal()
     if used.made_in_an_hour >= settings.openai_max_batches_per_hour:
         return f"{used.made_in_an_hour} ProviderBatches in the last hour (OPENAI_MAX_BATCHES_PER_HOUR)"
-    if used.provider_batches and left.tokens < settings.openai_max_enqueued_tokens / LEAST_SHARE:
+    if used.provider_batches and left.tokens < most / LEAST_SHARE:
         return (
-            f"{used.tokens:,} tokens are at the provider (OPENAI_MAX_ENQUEUED_TOKENS); work continues as "
-            "ProviderBatches end"
+            f"{used.tokens:,} tokens are at the provider, which is all that {_limit(settings, most)} allows; work "
+            "continues as ProviderBatches end"
         )
     if left.requests <= 0:
         return f"{used.requests:,} requests are at the provider (OPENAI_MAX_ENQUEUED_REQUESTS)"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from chunkmill.domain.vectors import unfit, why_unfit
 from chunkmill.openai.plan.packing import PackedInput
-from chunkmill.openai.wire.jsonl import Embedded
+from chunkmill.openai.wire.answers import Embedded
 from chunkmill.openai.wire.vectors import pool
 
 

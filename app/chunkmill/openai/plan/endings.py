@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from chunkmill.domain.retries import BASE_DELAY_S, MAX_DELAY_S
+from chunkmill.openai.plan.refusals import Meaning, Refusal, refusal
 from chunkmill.openai.wire.status import BatchError
 
-# Only the operator can help, for every batch alike.
-_QUOTA: Final = frozenset(
-    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
-)
-_KEY: Final = frozenset({"invalid_api_key", "invalid_authentication", "invalid_organization", "permission_denied"})
-# A limit on what may be queued or sent now, which passes by itself.
-_LIMITS: Final = frozenset({"token_limit_exceeded", "request_limit_exceeded", "rate_limit_exceeded"})
-# Every content of the batch would fail in the same way, because the model or the address is wrong.
-_FOR_ALL: Final = frozenset({"model_not_found", "model_mismatch", "url_mismatch", "invalid_endpoint"})
 # Our files have none of these faults, so this one was damaged on its way.
 _DAMAGED: Final = frozenset({"empty_file", "duplicate_custom_id", "file_not_found", "invalid_file"})
-# The provider never ran these requests, or stopped.
-_NOT_RUN: Final = frozenset({"batch_expired", "batch_cancelled", "batch_canceled", "cancelled", "canceled"})
 _TOO_LONG_WAIT_S: Final = 3_600.0
 
 
@@ -84,9 +74,13 @@ class StopLane:
 
 @dataclass(frozen=True, slots=True)
 class RetryUncharged:
-    """Send the request's contents again. It does not count as an attempt."""
+    """Send the request's contents again. It does not count as an attempt.
+
+    ``limited`` says that a limit is the reason: the lane should pause first.
+    """
 
     reason: str
+    limited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +92,13 @@ class RetryCharged:
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """Send each content in a request of its own: one of them is at fault, or all together. Counts as an attempt."""
+    """Send each content in a request of its own: one of them is at fault, or all together. Counts as an attempt.
+
+    ``too_large`` says that the request was too large, so that smaller ones are enough.
+    """
 
     reason: str
+    too_large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +123,21 @@ def after_validation_failure(
     failure nothing explains is sent ``max_attempts`` times as it is, and then in halves, down to the content at fault.
     """
     by_code = {error.code.lower(): error for error in reversed(errors)}
-
-    def of(codes: frozenset[str]) -> BatchError | None:
-        return next((error for code, error in by_code.items() if code in codes), None)
-
-    if error := of(_QUOTA | _KEY):
-        return StopLane(error.code, _say(error))
-    if (error := of(_LIMITS)) or (error := next(filter(_names_a_limit, errors), None)):
-        return Wait(_say(error))
-    if error := of(_FOR_ALL):
-        return GiveUp(error.code, f"{_say(error)} (check the model and OPENAI_BASE_URL, then `chunkmill retry`)")
+    meant = [(error, refusal(None, error.code, error.message)) for error in errors]
+    if told := _first(meant, Meaning.STOP):
+        return StopLane(told[0].code, f"{_say(told[0])} {told[1].advice}")
+    if told := _first(meant, Meaning.WAIT):
+        return Wait(_say(told[0]))
     if error := by_code.get("too_many_tasks"):
         return _halves(error, n_inputs)
-    if (error := of(_DAMAGED)) or (error := next(filter(_lost_a_file, errors), None)):
+    damaged = next((error for code, error in by_code.items() if code in _DAMAGED), None)
+    if (error := damaged) or (error := next(filter(_lost_a_file, errors), None)):
         return Reupload(_say(error)) if attempts < max_attempts else GiveUp(error.code, _say(error))
     first = errors[0] if errors else BatchError("unknown_error", "it failed without saying why")
     if attempts < max_attempts:
         if named := _named_requests(errors, n_requests):
-            told = next(error for error in errors if error.line is not None)
-            return Isolate(named, told.code, _say(told))
+            line = next(error for error in errors if error.line is not None)
+            return Isolate(named, line.code, _say(line))
         return Resend(_say(first))
     return _halves(first, n_inputs)
 
@@ -156,10 +150,8 @@ def _say(error: BatchError) -> str:
     return f"the provider refused the batch: {error.code}: {error.message or 'no message'}"
 
 
-def _names_a_limit(error: BatchError) -> bool:
-    """Whether it says "Enqueued token limit reached for …", a message that comes with several codes."""
-    message = error.message.lower()
-    return "enqueued" in message and "limit" in message
+def _first(meant: Sequence[tuple[BatchError, Refusal]], meaning: Meaning) -> tuple[BatchError, Refusal] | None:
+    return next((told for told in meant if told[1].meaning is meaning), None)
 
 
 def _lost_a_file(error: BatchError) -> bool:
@@ -178,14 +170,20 @@ def _named_requests(errors: Sequence[BatchError], n_requests: int) -> tuple[int,
 def after_line_error(status: int | None, code: str, message: str, *, n_inputs_in_request: int) -> AfterLine:
     """What to do after a request failed in a batch that ran. The windows of one content count as one input."""
     reason = f"the provider refused the request: {code}: {message}" + (f" (HTTP {status})" if status else "")
-    word = code.lower()
-    if word in _QUOTA | _KEY or status in (401, 402, 403) or "exceeded your current quota" in message.lower():
-        return StopLane(code, reason)
-    if word in _NOT_RUN or word in _LIMITS or status == 429:
-        return RetryUncharged(reason)
-    if status is None or status in (408, 409, 425) or status >= 500 or status < 400:
-        return RetryCharged(reason)
-    return Alone(reason) if n_inputs_in_request > 1 else Dead(code, reason)
+    refused = refusal(status, code, message)
+    match refused.meaning:
+        case Meaning.STOP:
+            return StopLane(code, f"{reason} {refused.advice}")
+        case Meaning.WAIT:
+            return RetryUncharged(reason, limited=True)
+        case Meaning.NOT_RUN:
+            return RetryUncharged(reason)
+        case Meaning.OUTAGE:
+            return RetryCharged(reason)
+        case Meaning.SIZE | Meaning.TEXT:
+            if n_inputs_in_request == 1:
+                return Dead(code, reason)
+            return Alone(reason, too_large=refused.meaning is Meaning.SIZE)
 
 
 def poll_pause(age_s: float, *, longest_s: float) -> float:

@@ -100,13 +100,13 @@ def _too_much(windows: Sequence[Window], n_tokens: int, limits: BatchLimits) -> 
             f"fit one request of at most {most} inputs and {limits.tokens_per_request} tokens; shorten it, or enqueue "
             "with on_long='truncate'"
         )
-    room = limits.bytes - OVERHEAD_BYTES
+    largest = min(limits.bytes, limits.bytes_per_request)
+    room = largest - OVERHEAD_BYTES
     if sum(len(window.text) for window in windows) * _MOST_BYTES > room:
         size = sum(text_bytes(window.text) + 1 for window in windows)
         if size > room:
             return "too_large", (
-                f"the text has {size} bytes as JSON, and a file for this provider holds {limits.bytes} at most; "
-                "shorten it"
+                f"the text has {size} bytes as JSON, and a request to this provider holds {largest} at most; shorten it"
             )
     return None
 

@@ -6,6 +6,7 @@ Compatible servers differ, so each limit is a setting.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,6 +47,7 @@ class BatchLimits:
     inputs_per_request: int = 128
     tokens_per_request: int = MAX_TOKENS_PER_REQUEST
     tokens_per_input: int = MAX_TOKENS_PER_INPUT
+    bytes_per_request: int = MAX_BYTES
 
     def __post_init__(self) -> None:
         for name in ("inputs", "requests", "inputs_per_request", "tokens_per_request"):
@@ -53,9 +55,10 @@ class BatchLimits:
                 raise InvalidSetting(
                     f"the limit on {name} of a ProviderBatch is {getattr(self, name)}; it must be at least 1."
                 )
-        if self.bytes < LEAST_BYTES:
+        if min(self.bytes, self.bytes_per_request) < LEAST_BYTES:
             raise InvalidSetting(
-                f"the limit on bytes of a ProviderBatch is {self.bytes}; it must be at least {LEAST_BYTES}."
+                f"the limit on bytes of a ProviderBatch is {self.bytes}, and on those of a request "
+                f"{self.bytes_per_request}; both must be at least {LEAST_BYTES}."
             )
         if self.inputs_per_request > MAX_INPUTS_PER_REQUEST:
             raise InvalidSetting(
@@ -67,6 +70,21 @@ class BatchLimits:
                 f"the limit on tokens per input is {self.tokens_per_input}; it must be from "
                 f"{_LEAST_TOKENS_PER_INPUT} to the limit on tokens per request, {self.tokens_per_request}."
             )
+
+
+def most_tokens(counted: int) -> int:
+    """The most tokens that a provider is believed to charge for what we count as ``counted``."""
+    return 4 * counted + 1_000
+
+
+_LIMIT = re.compile(r"\blimit\b(?: (?:is|of))? ?[:=]? ?([0-9][0-9,._ ]*)", re.IGNORECASE | re.ASCII)
+
+
+def limit_in(message: str) -> int | None:
+    """The number that a refusal calls the limit, as in "Limit: 3,000,000 enqueued tokens"; None if there is none."""
+    numbers = [re.sub("[^0-9]", "", match) for match in _LIMIT.findall(message)]
+    limits = [int(number) for number in numbers if 0 < len(number) <= 15]
+    return limits[-1] if limits and limits[-1] > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

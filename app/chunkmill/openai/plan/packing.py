@@ -45,6 +45,7 @@ class Packer:
         self._inputs_of: list[int] = []
         self._open = False  # whether the last request takes more
         self._open_tokens = 0
+        self._open_bytes = 0
         self.rows: list[PackedInput] = []
         """In the order in which they were added, and so by request and position."""
         self.inputs = 0
@@ -78,6 +79,7 @@ class Packer:
             and not alone
             and self._inputs_of[-1] + count <= limits.inputs_per_request
             and self._open_tokens + tokens <= limits.tokens_per_request
+            and self._open_bytes + size + 1 <= limits.bytes_per_request
         )
         if joins:
             size += 1  # the comma
@@ -94,7 +96,7 @@ class Packer:
     def _put(self, item: ProviderInput, size: int, *, joins: bool) -> None:
         if not joins:
             self._inputs_of.append(0)
-            self._open_tokens = 0
+            self._open_tokens = self._open_bytes = 0
         count, tokens = len(item.windows), item.sent_tokens
         row = PackedInput(
             item.content_hash,
@@ -109,6 +111,7 @@ class Packer:
         self.rows.append(row)
         self._inputs_of[-1] += count
         self._open_tokens += tokens
+        self._open_bytes += size
         self.inputs += count
         self.tokens += tokens
         self.bytes += size

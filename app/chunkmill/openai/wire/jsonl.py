@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from chunkmill.domain.providers import Encoding
+from chunkmill.openai.wire.answers import Embedded, Sent, parse, read_answer
+from chunkmill.openai.wire.bounds import TOKENS_FACTOR
 from chunkmill.openai.wire.redaction import redact
-from chunkmill.openai.wire.vectors import read_embeddings
 
-EncodingFormat = Literal["base64", "float"]
 URL: Final = "/v1/embeddings"
 
 _HTTP_ERROR: Final = 400
@@ -36,22 +34,7 @@ class RequestForm:
 
     model: str
     dimensions: int | None = None
-    encoding_format: EncodingFormat = "base64"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Embedded:
-    """A request that was answered, and therefore charged."""
-
-    request_no: int
-    vectors: NDArray[np.float32]
-    """(inputs, dimensions) float32 in the order of the inputs. The rows of the positions in ``problems`` are zero."""
-    problems: Mapping[int, str]
-    """position → what is wrong with the vector, without its numbers."""
-    prompt_tokens: int | None
-    """How many tokens are billed; None if the provider does not say."""
-    model: str | None
-    """The name of the model that answered, as the provider gives it."""
+    encoding_format: Encoding = "base64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +49,14 @@ class Refused:
     message: str
 
 
+UNREADABLE: Final = ("not_json", "too_long", "no_custom_id", "unknown_custom_id", "no_answer")
+TOO_LONG: Final = b""
+"""Stands for a line that is longer than any answer can be. Blank lines are left out, so that no other line is empty."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A line without an answer. Its code is ``not_json``, ``no_custom_id``, ``unknown_custom_id`` or ``no_answer``."""
+    """A line without an answer. Its code is one of ``UNREADABLE``."""
 
     code: str
     reason: str
@@ -110,28 +98,38 @@ def _encode_text(text: str) -> str:
     return encoded
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes], longest: int) -> Iterator[bytes]:
     """The lines of a streamed file without their newlines; blank lines and a byte order mark are left out.
 
-    Only ``\\n`` ends a line; the line reader of an HTTP client may split at other characters. If a download ends early,
-    the last line may be incomplete. One line and one chunk are in memory at a time.
+    ``TOO_LONG`` is in the place of a line of more than ``longest`` bytes. Only ``\\n`` ends a line; the line reader of
+    an HTTP client may split at other characters. If a download ends early, the last line may be incomplete. One line
+    and one chunk are in memory at a time.
     """
     parts: list[bytes] = []
-    begun = False
+    size, begun = 0, False
     for chunk in chunks:
         start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            parts.append(chunk[start:end])
+        while start < len(chunk):
+            end = chunk.find(b"\n", start)
+            piece = chunk[start : len(chunk) if end < 0 else end]
+            size += len(piece)
+            if size > longest:
+                parts.clear()
+            else:
+                parts.append(piece)
+            if end < 0:
+                break
             start = end + 1
-            line = _whole(parts, first=not begun)
-            begun = True
-            parts.clear()
-            if line:
+            if line := _whole(parts, first=not begun):
                 yield line
-        if start < len(chunk):
-            parts.append(chunk[start:])
+            elif size > longest:
+                yield TOO_LONG
+            size, begun = 0, True
+            parts.clear()
     if line := _whole(parts, first=not begun):
         yield line
+    elif size > longest:
+        yield TOO_LONG
 
 
 def _whole(parts: Sequence[bytes], *, first: bool) -> bytes:
@@ -143,62 +141,63 @@ def decode_line(
     line: bytes,
     *,
     batch_id: int,
-    inputs: Callable[[int], int | None],
+    sent: Callable[[int], Sent | None],
     dimensions: int,
     normalize: bool,
+    tokens_factor: float = TOKENS_FACTOR,
     secrets: Sequence[str] = (),
 ) -> Embedded | Refused | Unreadable:
     """Read one line of an output or error file.
 
-    ``inputs(request_no)`` is the number of inputs that were sent in the request; None if there was no such request.
-    ``dimensions`` are those of the space. ``secrets`` are removed from messages. Raises nothing for any bytes.
+    ``sent(request_no)`` is what was sent in the request; None if there was no such request. ``dimensions`` are those of
+    the space. ``secrets`` are removed from messages. Raises nothing for any bytes.
     """
-    answer = _json(line)
+    if line == TOO_LONG:
+        return Unreadable("too_long", "a line is longer than the answer to any request of this ProviderBatch")
+    answer = parse(line)
     if not isinstance(answer, dict):
         return Unreadable("not_json", f"a line of {len(line)} bytes is not a JSON object")
     given = answer.get("custom_id")
     if given is None or given == "":
         return Unreadable("no_custom_id", "a line has no custom_id")
     ids = parse_custom_id(given)
-    count = inputs(ids[1]) if ids and ids[0] == batch_id else None
-    if ids is None or count is None:
+    request = sent(ids[1]) if ids and ids[0] == batch_id else None
+    if ids is None or request is None:
         ours = ids[1] if ids and ids[0] == batch_id else None
         return Unreadable("unknown_custom_id", f"a line answers {redact(given, secrets)!r}, which was not sent", ours)
     response = answer.get("response")
     status = _status(response)
     body = _body(response)
-    if isinstance(body, dict) and isinstance(body.get("data"), list) and (status is None or status < _HTTP_ERROR):
-        vectors, problems = read_embeddings(body["data"], count, dimensions, normalize=normalize)
-        model = body.get("model")
-        return Embedded(
-            ids[1], vectors, problems, _prompt_tokens(body), model[:200] if isinstance(model, str) else None
+    if isinstance(body, dict) and (status is None or status < _HTTP_ERROR):
+        embedded = read_answer(
+            body,
+            request,
+            dimensions,
+            normalize=normalize,
+            request_no=ids[1],
+            tokens_factor=tokens_factor,
+            secrets=secrets,
         )
+        if embedded is not None:
+            return embedded
     error = answer.get("error") or _error_in(body, status)
     if not error and (status is None or status < _HTTP_ERROR):
         return Unreadable("no_answer", "a line has neither vectors nor an error", ids[1])
     return _refused(ids[1], status, error, secrets)
 
 
-def _json(data: bytes | str) -> Any:
-    """The decoded JSON; None if the data is not JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):  # wrong Unicode and endless digits also raise ValueError
-        return None
-
-
 def _status(response: object) -> int | None:
     status = response.get("status_code") if isinstance(response, dict) else None
     if isinstance(status, str) and re.fullmatch("[0-9]{3}", status, re.ASCII):
         return int(status)
-    return status if type(status) is int and status > 0 else None
+    return status if type(status) is int and 0 < status < 1000 else None
 
 
 def _body(response: object) -> Any:
     """The body of a response. Some servers encode it twice, so that it is a text with JSON."""
     body = response.get("body") if isinstance(response, dict) else None
     if isinstance(body, str):
-        decoded = _json(body)
+        decoded = parse(body)
         return body if decoded is None else decoded
     return body
 
@@ -220,11 +219,3 @@ def _refused(request_no: int, status: int | None, error: object, secrets: Sequen
     fallback = f"http_{status}" if status is not None else "unknown_error"
     code = next((word for word in named if _CODE.fullmatch(word)), fallback)
     return Refused(request_no, status, code, redact(message, secrets) or "no message")
-
-
-def _prompt_tokens(body: Mapping[str, Any]) -> int | None:
-    usage = body.get("usage")
-    if not isinstance(usage, dict):
-        return None
-    counts = (usage.get(key) for key in ("prompt_tokens", "total_tokens"))
-    return next((count for count in counts if type(count) is int and count >= 0), None)

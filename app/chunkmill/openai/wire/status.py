@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from chunkmill.openai.wire.redaction import redact
+from chunkmill.openai.wire.bounds import count, identifier
+from chunkmill.openai.wire.redaction import clean, redact
 
 
 class RemoteStatus(StrEnum):
@@ -27,7 +28,13 @@ class RemoteStatus(StrEnum):
     UNKNOWN = "unknown"
     """A status that we do not know; the batch may still be running."""
 
+    @property
+    def is_terminal(self) -> bool:
+        return self in _TERMINAL
 
+
+MAX_ERRORS: Final = 1_000
+"""How many errors of a batch are read. The first of them say what to do."""
 _TERMINAL: Final = {RemoteStatus.COMPLETED, RemoteStatus.FAILED, RemoteStatus.EXPIRED, RemoteStatus.CANCELLED}
 _BY_LETTERS: Final = {status.replace("_", ""): status for status in RemoteStatus} | {
     "canceling": RemoteStatus.CANCELLING,
@@ -66,12 +73,15 @@ class RemoteBatch:
     @property
     def is_terminal(self) -> bool:
         """Whether it has ended. With any of these statuses either file may be there, and the counts may not add up."""
-        return self.status in _TERMINAL
+        return self.status.is_terminal
 
 
 def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
-    """Read a batch from the client's object or a mapping, without ``secrets``. Raises ValueError if it has no id."""
-    batch_id = _text(_get(given, "id"))
+    """Read a batch from the client's object or a mapping, without ``secrets``.
+
+    Raises a ValueError if it has no id, or that names the field if an id or a count is out of bounds.
+    """
+    batch_id = identifier("id", _get(given, "id"), secrets)
     if batch_id is None:
         raise ValueError("a batch without an id")
     status = read_status(_get(given, "status"))
@@ -79,24 +89,31 @@ def remote_batch(given: object, secrets: Sequence[str] = ()) -> RemoteBatch:
     return RemoteBatch(
         id=batch_id,
         status=status,
-        input_file_id=_text(_get(given, "input_file_id")),
-        output_file_id=_text(_get(given, "output_file_id")),
-        error_file_id=_text(_get(given, "error_file_id")),
+        input_file_id=identifier("input_file_id", _get(given, "input_file_id"), secrets),
+        output_file_id=identifier("output_file_id", _get(given, "output_file_id"), secrets),
+        error_file_id=identifier("error_file_id", _get(given, "error_file_id"), secrets),
         created_at=read_time(_get(given, "created_at")),
         expires_at=read_time(_get(given, "expires_at")),
         ended_at=read_time(_get(given, f"{status}_at")) if status in _TERMINAL else None,
-        total=_count(_get(counts, "total")),
-        completed=_count(_get(counts, "completed")),
-        failed=_count(_get(counts, "failed")),
+        total=count("request_counts.total", _get(counts, "total")),
+        completed=count("request_counts.completed", _get(counts, "completed")),
+        failed=count("request_counts.failed", _get(counts, "failed")),
         errors=_errors(_get(given, "errors"), secrets),
-        used_tokens=_count(_get(usage, "total_tokens")),
-        metadata=_metadata(_get(given, "metadata")),
+        used_tokens=count("usage.total_tokens", _get(usage, "total_tokens")),
+        metadata=_metadata(_get(given, "metadata"), secrets),
+    )
+
+
+def belongs_to(given: object, input_file_id: str, pair: tuple[str, str]) -> bool:
+    """Whether a batch was made of this input file, or has this pair in its metadata, whatever else is odd about it."""
+    return (
+        _get(given, "input_file_id") == input_file_id or _metadata(_get(given, "metadata"), ()).get(pair[0]) == pair[1]
     )
 
 
 def read_status(given: object) -> RemoteStatus:
     """The status that is meant; ``Validating``, ``in-progress`` and ``canceled`` are understood too."""
-    letters = re.sub("[^a-z]", "", str(getattr(given, "value", given)).lower())
+    letters = re.sub("[^a-z]", "", clean(getattr(given, "value", given))[:40].lower())
     return _BY_LETTERS.get(letters, RemoteStatus.UNKNOWN)
 
 
@@ -116,26 +133,23 @@ def _get(given: object, name: str) -> Any:
     return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
 
 
-def _text(given: object) -> str | None:
-    return given if isinstance(given, str) and given else None
-
-
-def _count(given: object) -> int | None:
-    return given if type(given) is int and given >= 0 else None
-
-
 def _errors(given: object, secrets: Sequence[str]) -> tuple[BatchError, ...]:
     """The errors in a list, or in an object with the list ``data``. One without a code is ``unknown_error``."""
     data = given if isinstance(given, list | tuple) else _get(given, "data")
     return tuple(
         BatchError(
-            redact(_text(_get(error, "code")), secrets) or "unknown_error",
+            redact(_code(_get(error, "code")), secrets) or "unknown_error",
             redact(_get(error, "message"), secrets),
-            _count(_get(error, "line")),
+            count("errors.line", _get(error, "line")),
         )
-        for error in (data if isinstance(data, list | tuple) else ())
+        for error in (data[:MAX_ERRORS] if isinstance(data, list | tuple) else ())
     )
 
 
-def _metadata(given: object) -> dict[str, str]:
-    return {str(key): str(value) for key, value in given.items()} if isinstance(given, Mapping) else {}
+def _code(given: object) -> str | None:
+    return given if isinstance(given, str) else None
+
+
+def _metadata(given: object, secrets: Sequence[str]) -> dict[str, str]:
+    pairs = given.items() if isinstance(given, Mapping) else ()
+    return {redact(key, secrets): redact(value, secrets) for key, value in pairs}

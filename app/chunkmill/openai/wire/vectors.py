@@ -17,15 +17,19 @@ def read_embeddings(
     """``(vectors, problems)`` in the ``data`` of an answer to ``count`` inputs, whether base64 or float.
 
     ``vectors`` is (count, dimensions) float32, ordered by the ``index`` of the items; the rows with a problem are zero.
-    Two items with the same index are a problem of that position, because nothing says which is right.
+    Two items with the same index are a problem of that position, because nothing says which is right. An item without
+    an index is at its place in ``data`` if the answer is complete and no other item says that it is not in order.
     """
+    ordered = _is_ordered(data, count)
     vectors = np.zeros((count, dimensions), np.float32)
     problems = dict.fromkeys(range(count), "the answer has no vector for this input")
     seen: set[int] = set()
-    for item in data:
+    for place, item in enumerate(data):
         if not isinstance(item, dict):
             continue
         index = item.get("index")
+        if index is None and ordered:
+            index = place
         if type(index) is not int or not 0 <= index < count:
             continue  # the input that it was meant for stays without a vector
         if index in seen:
@@ -49,6 +53,21 @@ def read_embeddings(
         lengths[list(problems)] = 1
         vectors = (vectors / lengths[:, None]).astype(np.float32)
     return vectors, problems
+
+
+def _is_ordered(data: Sequence[object], count: int) -> bool:
+    """Whether the items are as many as the inputs and each says that it is in its place, or says nothing.
+
+    Some servers leave ``index`` out, and some only where it is 0.
+    """
+    return len(data) == count and all(
+        isinstance(item, dict) and (item.get("index") is None or _is(item["index"], place))
+        for place, item in enumerate(data)
+    )
+
+
+def _is(index: object, place: int) -> bool:
+    return type(index) is int and index == place
 
 
 def _read(embedding: object, dimensions: int) -> NDArray[np.float32] | str:

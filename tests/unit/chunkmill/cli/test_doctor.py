@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,17 @@ from chunkmill.cli.start.doctor import (
     clock_check,
     database_checks,
     gpu_check,
+    provider_checks,
     redis_checks,
     session_check,
+    tls_checks,
 )
 from chunkmill.db.connect import Connections
 from chunkmill.monitor.servers import Database, RedisServer
+from chunkmill.settings import Settings
 
 WELL = Database(
-    version="16.4",
+    version="16.14",
     encoding="UTF8",
     pgvector="0.8.0",
     pgvector_available="0.8.0",
@@ -44,6 +48,11 @@ def test_a_database_in_order() -> None:
     ("change", "name", "state"),
     [
         ({"version": "14.11"}, "Postgres", "fail"),
+        ({"version": "16.13"}, "Postgres", "warn"),
+        ({"version": "18.3"}, "Postgres", "warn"),
+        ({"version": "18.4"}, "Postgres", "ok"),
+        ({"version": "19.0"}, "Postgres", "ok"),
+        ({"altered_roles": ("gpu_7: search_path=evil",)}, "roles", "warn"),
         ({"encoding": "SQL_ASCII"}, "encoding", "fail"),
         ({"pgvector": "0.7.4"}, "pgvector", "fail"),
         ({"pgvector": "0.10.0"}, "pgvector", "ok"),
@@ -67,10 +76,18 @@ def test_a_database_with_one_thing_wrong(change: dict[str, object], name: str, s
 @pytest.mark.parametrize(
     ("facts", "wrong"),
     [
-        (RedisServer("7.2.4", "noeviction", "yes", 0.0), {}),
+        (RedisServer("7.2.11", "noeviction", "yes", 0.0), {}),
+        (RedisServer("6.2.14", "noeviction", "yes", 0.0), {"Redis": "warn"}),
+        (RedisServer("6.2.20", "noeviction", "yes", 0.0), {}),
+        (RedisServer("7.0.15", "noeviction", "yes", 0.0), {"Redis": "warn"}),
+        (RedisServer("8.2.1", "noeviction", "yes", 0.0), {"Redis": "warn"}),
+        (RedisServer("8.10.0", "noeviction", "yes", 0.0), {}),
+        (RedisServer("8.1.3", "noeviction", "yes", 0.0, "valkey"), {"Valkey": "warn"}),
+        (RedisServer("8.1.4", "noeviction", "yes", 0.0, "valkey"), {}),
+        (RedisServer("9.0.0", "noeviction", "yes", 0.0, "valkey"), {}),
         (RedisServer("6.0.16", "noeviction", "yes", 0.0), {"Redis": "fail"}),
-        (RedisServer("8.0.0", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
-        (RedisServer("7.2.4", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
+        (RedisServer("8.0.4", "allkeys-lru", "no", 0.0), {"Redis eviction": "fail", "Redis AOF": "warn"}),
+        (RedisServer("7.4.6", None, None, 100.0), {"Redis eviction": "warn", "Redis clock": "fail"}),
     ],
 )
 def test_redis(facts: RedisServer, wrong: dict[str, str]) -> None:
@@ -115,3 +132,56 @@ def test_shared_sessions_fail_with_what_to_do() -> None:
     failed = session_check(shared=True)
     assert failed.state == "fail"
     assert "pool_mode = session" in failed.advice
+
+
+# The paid routes
+
+
+def test_the_server_of_the_paid_routes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(check.state, check.found) for check in provider_checks()] == [("ok", "api.openai.com, 0 described models")]
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://name.openai.azure.com/openai/v1")
+    monkeypatch.setenv("OPENAI_MODELS", '{"a": {"dimensions": 8}}')
+    [check] = provider_checks()
+    assert (check.state, check.found) == ("ok", "name.openai.azure.com, 1 described model")
+
+
+def test_wrong_settings_of_the_paid_routes_are_a_failure_and_missing_tokenizers_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {name: {"dimensions": 8, "tokenizer": f"/nowhere/{name}.json"} for name in ("a", "b")}
+    monkeypatch.setenv("OPENAI_MODELS", json.dumps(models))
+    [check] = provider_checks()
+    assert check.state == "warn"
+    assert all(f"{name}: the tokenizer /nowhere/{name}.json cannot be read" in check.advice for name in models)
+    monkeypatch.setenv("OPENAI_MODELS", '{"a": {}}')
+    [check] = provider_checks()
+    assert (check.state, check.found) == ("fail", "off")
+    assert "model 'a': dimensions is missing" in check.advice
+    monkeypatch.setenv("LEASE_SECONDS", "-1")  # which the check of the servers says
+    assert list(provider_checks()) == []
+
+
+@pytest.mark.parametrize(
+    ("database", "redis", "environ", "wrong"),
+    [
+        ("postgresql://me@/chunkmill?host=/run/postgresql", "unix:///run/redis.sock?db=0", {}, set()),
+        ("postgresql://me@127.0.0.1/chunkmill", "redis://localhost:6379/0", {}, set()),
+        ("postgresql://me@[::1]/chunkmill", "redis://[::1]:6379/0", {}, set()),
+        ("postgresql://me@db.example/chunkmill", "redis://redis.example/0", {}, {"Postgres TLS", "Redis TLS"}),
+        ("postgresql://me@db.example/chunkmill?sslmode=require", "rediss://redis.example/0", {}, {"Postgres TLS"}),
+        ("postgresql://me@db.example/chunkmill?sslmode=verify-full", "rediss://redis.example/0", {}, set()),
+        ("postgresql://me@db.example/chunkmill", "rediss://redis.example/0", {"PGSSLMODE": "verify-full"}, set()),
+        ("postgresql://me@127.0.0.1,10.0.0.7/chunkmill", "redis://127.0.0.1/0", {}, {"Postgres TLS"}),
+        ("postgresql://me@localhost/x", "rediss://redis.example/0?ssl_cert_reqs=none", {}, {"Redis TLS"}),
+        ("postgresql://me@localhost/x", "rediss://redis.example/0?ssl_check_hostname=false", {}, {"Redis TLS"}),
+        ("postgresql://me@localhost.example/x", "redis://127.0.0.1.example/0", {}, {"Postgres TLS", "Redis TLS"}),
+    ],
+)
+def test_a_password_that_crosses_a_network_without_verified_tls_is_warned_of(
+    database: str, redis: str, environ: dict[str, str], wrong: set[str]
+) -> None:
+    settings = Settings.from_env(database_url=database, redis_url=redis)
+    checks = list(tls_checks(settings, environ))
+    assert len(checks) == 2
+    assert {check.name for check in checks if check.state == "warn"} == wrong
+    assert all(bool(check.advice) == (check.state != "ok") for check in checks)

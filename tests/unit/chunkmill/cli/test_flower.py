@@ -24,7 +24,8 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Prepare]:
     """`chunkmill flower` up to its start: what it would open, the password it made, and the variables Flower gets."""
     known = command.options._options
     before = {name: option._value for name, option in known.items()}
-    monkeypatch.chdir(tmp_path)  # where Flower looks for its configuration file
+    monkeypatch.chdir(tmp_path)  # where Flower looks for a configuration file that nobody named
+    (tmp_path / "flowerconfig.py").write_text("raise SystemExit('a file of the current folder was run')\n")
     environ: dict[str, str] = {}
     monkeypatch.setattr("os.environ", environ)
 
@@ -33,7 +34,10 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Prepare]:
             option._value = before[name]
         environ.clear()
         environ.update({f"FLOWER_{name.upper()}": value for name, value in given.items()})
-        (tmp_path / "flowerconfig.py").write_text(config)
+        file = tmp_path / "config.py"
+        file.write_text(config)
+        if config:
+            environ["FLOWER_CONF"] = str(file)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
         return *prepare(arguments, no_auth=no_auth, environ=environ), environ
 
@@ -60,6 +64,13 @@ def test_what_the_operator_says_comes_before_our_defaults(start: Prepare) -> Non
     assert opening.url == "http://localhost:5555/flower/"
     opening, _, environ = start(address="127.0.0.2", read_only="False", no_auth=True)
     assert (opening.address, environ["FLOWER_READ_ONLY"]) == ("127.0.0.2", "False")
+
+
+def test_a_configuration_file_is_run_only_if_it_is_named(start: Prepare) -> None:
+    opening, _, _ = start(no_auth=True)
+    assert opening.address == "127.0.0.1"
+    with pytest.raises(SystemExit, match="was run"):
+        start("--conf=flowerconfig.py", no_auth=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 
 import click
 import psycopg
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from chunkmill.cli.__main__ import COMMANDS, cli
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
-from chunkmill.cli.output import beginning, count, duration, shown
+from chunkmill.cli.output import beginning, count, duration
+from chunkmill.domain.shown import shown, shown_json
 
 SIZES = BYTES | {"b": 1.0}
 
@@ -25,7 +27,13 @@ def test_what_could_steer_a_terminal_is_replaced() -> None:
 def test_what_spells_a_word_is_left_in() -> None:
     for text in ("\u0645\u06cc\u200c\u062e", "👩\u200d👩\u200d👧\u200d👦", "क्\u200dष"):
         assert shown(text) == text
-    assert shown("a\tb\nc") == "a b\nc"
+    assert shown("a\tb\u00a0c\u3000d") == "a b c d"
+
+
+@pytest.mark.parametrize("between", ["\n", "\r", "\r\n", "\x85", "\u2028", "\x1e", "\v"])
+def test_a_name_draws_no_line_of_its_own(between: str) -> None:
+    assert shown(f"a{between}b") == "a⏎b"
+    assert shown(f"a{between}b", lines=True) == "a\nb"
 
 
 def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
@@ -110,3 +118,11 @@ def test_what_postgres_quotes_of_a_row_is_not_shown(monkeypatch: pytest.MonkeyPa
 def test_ages_are_in_days_and_sizes_in_bytes(units: dict[str, float], unit: str, given: str, expected: float) -> None:
     """A unit that is mistaken deletes what should have stayed."""
     assert Quantity("amount", units, unit, "30d").convert(given, None, None) == pytest.approx(expected)
+
+
+def test_json_steers_no_terminal_and_reads_back_as_it_was() -> None:
+    data = {"a\x9b2J\u202e": ["b\x1b\x7f\u2028\n", "naïve 文字 👩\u200d👩", "\U000e0041"]}
+    for ascii_only in (False, True):
+        written = shown_json(data, indent=2, ascii_only=ascii_only, default=str)
+        assert json.loads(written) == data
+        assert [c for c in written if not c.isprintable() and c not in "\n\u200d"] == []

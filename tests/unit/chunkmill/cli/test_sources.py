@@ -141,7 +141,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         raise ImportError(name)
 
     monkeypatch.setattr(sources.importlib, "import_module", absent)
-    with pytest.raises(InvalidInput, match=r"pip install 'chunkmill\[parquet\]'"):
+    with pytest.raises(InvalidInput, match=r"pip install -c constraints.txt '\.\[parquet\]'"):
         read(path)
 
 
@@ -296,3 +296,29 @@ def test_the_standard_library_as_a_corpus() -> None:
     assert found["abc:ABC"].metadata == {"module": "abc", "kind": "class"}
     assert found["abc:ABCMeta.register"].text.startswith("Register a virtual subclass")
     assert not any(id_.startswith(("test.", "idlelib.idle_test", "site-packages")) for id_ in found)
+
+
+def test_a_csv_record_has_a_limit_however_many_fields_and_lines_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 100)
+    path = tmp_path / "wide.csv"
+    path.write_text("id,text\na," + "x," * 80 + '\nc,short\nb,"' + "line\n" * 30)
+    with pytest.raises(InvalidInput, match=r"wide\.csv:2: not valid CSV: the record is longer than 100 characters"):
+        read(path)
+    wide, short, *lines = read(path, skip=True)
+    assert isinstance(wide, InvalidChunk)
+    assert short == Chunk("c", "short", {})
+    assert lines
+    assert all(isinstance(item, InvalidChunk) for item in lines)
+    path.write_text("x," * 80)
+    with pytest.raises(InvalidInput, match="not a CSV header: the record is longer"):
+        read(path)
+
+
+def test_an_error_about_columns_names_a_few_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"column{n}" for n in range(10_000)) + "\n")
+    with pytest.raises(InvalidInput, match="and 9,980 more") as refused:
+        read(path)
+    assert len(str(refused.value)) < 1_000

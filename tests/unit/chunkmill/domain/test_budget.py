@@ -35,7 +35,7 @@ def test_when_it_is_used_up_and_when_exceeded(
     spent: str, committed: str, limit: str | None, used_up: bool, exceeded: bool, percent: int | None
 ) -> None:
     given = budget(spent, committed, limit)
-    assert (given.is_used_up, given.is_exceeded, given.percent) == (used_up, exceeded, percent)
+    assert (given.is_used_up, given.exceeds(), given.percent) == (used_up, exceeded, percent)
 
 
 def test_a_month_ends_with_the_first_of_the_next() -> None:

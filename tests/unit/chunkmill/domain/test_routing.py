@@ -83,11 +83,16 @@ def test_by_name_it_is_what_was_asked_for_whatever_it_costs() -> None:
         ([batch, sync], 23.999, SYNC, "the only one left.*openai is out: it takes up to 24 h"),
         ([batch, sync], 23, SYNC, "the only one left.*openai is out: it takes up to 24 h, and the deadline is in 23 h"),
         ([replace(batch, stopped="stopped (insufficient_quota)"), sync], None, SYNC, "openai is out: stopped .insuff"),
-        ([local, batch, sync], None, LOCAL, "local without a known price"),
+        ([local, batch, sync], None, LOCAL, "local workers count as free while .*local without a known price"),
+        # What has no price may cost anything.
+        ([Offer(LOCAL, Decimal(9)), Offer(BATCH), Offer(SYNC)], None, LOCAL, "the cheapest .local at 9.00 USD"),
+        ([Offer(BATCH), sync], None, SYNC, "the cheapest .openai-sync at 0.020 .*openai without a known price"),
+        ([Offer(BATCH), Offer(SYNC)], None, BATCH, "no route that is left has a known price"),
+        ([Offer(LOCAL, Decimal(9), idle=True), Offer(BATCH)], 30, BATCH, "the only one left"),
         ([Offer(LOCAL, Decimal("0.5")), batch, sync], None, BATCH, "local at 0.50 USD"),
         ([Offer(LOCAL, Decimal("0.001")), batch, sync], None, LOCAL, "the cheapest .local at 0.0010 USD"),
         # Workers come and go: only a deadline makes their absence count.
-        ([Offer(LOCAL, None, idle=True), batch, sync], None, LOCAL, "the cheapest"),
+        ([Offer(LOCAL, None, idle=True), batch, sync], None, LOCAL, "local workers count as free"),
         ([Offer(LOCAL, None, idle=True), batch, sync], 30, BATCH, "local is out: none of its workers is connected"),
         # Nothing is left: a late lane is better than one that nobody serves, and that better than a stopped one.
         ([batch, replace(sync, stopped="stopped")], 1, BATCH, "it may be late, and no better route is left"),
@@ -100,6 +105,25 @@ def test_what_auto_chooses_and_says(offers: list[Offer], hours: float | None, ro
     chosen = choose(AUTO, offers, now=NOW, deadline=deadline)
     assert chosen.route is route
     assert re.search(said, chosen.because), chosen.because
+
+
+@pytest.mark.parametrize(
+    ("offers", "hours", "route", "instead_of"),
+    [
+        ([batch, sync], None, BATCH, None),
+        ([replace(batch, stopped="x"), sync], None, SYNC, BATCH),
+        ([replace(batch, stopped="x"), sync], 23, SYNC, None),  # it would be too late
+        ([batch, replace(sync, stopped="x")], None, BATCH, None),  # it would cost more
+        ([Offer(LOCAL, Decimal(9)), replace(batch, stopped="x"), replace(sync, stopped="y")], None, LOCAL, BATCH),
+        ([replace(batch, stopped="x"), replace(sync, stopped="y")], None, BATCH, None),
+    ],
+)
+def test_a_choice_says_which_better_route_is_stopped(
+    offers: list[Offer], hours: float | None, route: Route, instead_of: Route | None
+) -> None:
+    deadline = None if hours is None else NOW + timedelta(hours=hours)
+    chosen = choose(AUTO, offers, now=NOW, deadline=deadline)
+    assert (chosen.route, chosen.instead_of) == (route, instead_of)
 
 
 @pytest.mark.parametrize(

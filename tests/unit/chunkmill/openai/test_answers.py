@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from chunkmill.openai.wire.jsonl import Embedded, Refused, Unreadable, decode_line
+from chunkmill.openai.wire.answers import Embedded, Sent
+from chunkmill.openai.wire.bounds import believed_tokens
+from chunkmill.openai.wire.jsonl import TOO_LONG, Refused, Unreadable, decode_line
 
 DIMENSIONS = 4
 VECTORS = np.array([[3, 4, 0, 0], [0, 0, 0.5, 0], [1, -1, 1, -1]], np.float32)
@@ -37,11 +39,13 @@ def answer(response: Any, **changes: Any) -> bytes:
     return json.dumps({"id": "b", "custom_id": "pb5-2", "response": response, "error": None} | changes).encode()
 
 
-def decode(line: bytes, count: int = 3, *, normalize: bool = False, dimensions: int = DIMENSIONS) -> Any:
+def decode(
+    line: bytes, count: int = 3, *, normalize: bool = False, dimensions: int = DIMENSIONS, tokens: int = 10
+) -> Any:
     return decode_line(
         line,
         batch_id=5,
-        inputs={2: count}.get,
+        sent={2: Sent(count, tokens)}.get,
         dimensions=dimensions,
         normalize=normalize,
         secrets=("very-secret-token",),
@@ -125,6 +129,76 @@ def test_an_index_that_is_there_twice_or_not_at_all_is_a_problem_of_its_input_al
         np.testing.assert_array_equal(read.vectors[:2], VECTORS[:2])
 
 
+@pytest.mark.parametrize("without", [[0], [1], [2], [0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("null", [False, True])
+def test_an_item_without_an_index_is_at_its_place(without: list[int], null: bool) -> None:
+    items = data()
+    for place in without:
+        del items[place]["index"]
+        items[place] |= {"index": None} if null else {}
+
+    read = decode(line_of(items))
+
+    assert read.problems == {}
+    np.testing.assert_array_equal(read.vectors, VECTORS)
+
+
+@pytest.mark.parametrize(
+    ("indexes", "good"),
+    [
+        ((1, None, 2), [1, 2]),  # one that is in another place says that there is no order
+        ((None, None, 1), [1]),
+        ((None, 1, "2"), [1]),
+        ((None, 1.0, 2), [2]),
+        ((None, 1, 2, 3), [1, 2]),  # one too many
+        ((None, 1), [1]),  # one too few
+        ((None, None), []),
+        ((0, 0, 0), []),
+        ((None, True, 2), [2]),
+    ],
+)
+def test_an_item_without_an_index_is_nowhere_if_the_answer_has_no_order(
+    indexes: tuple[Any, ...], good: list[int]
+) -> None:
+    vectors = np.vstack([VECTORS, VECTORS])[: len(indexes)]
+    items = [item | {"index": index} for item, index in zip(data(vectors), indexes, strict=True)]
+
+    read = decode(line_of(items))
+
+    assert sorted(set(range(3)) - read.problems.keys()) == good
+    assert all("for this input" in problem for problem in read.problems.values())
+
+
+def test_an_item_that_is_none_leaves_no_order() -> None:
+    items: list[Any] = data()
+    del items[2]["index"]
+
+    assert sorted(decode(line_of([items[0], "x", items[2]])).problems) == [1, 2]
+
+
+def test_a_bill_is_believed_within_bounds() -> None:
+    def booked(said: object, *, counted: int = 100) -> tuple[int | None, tuple[str, ...]]:
+        read = decode(answer({"status_code": 200, "body": {"data": data(), "usage": said}}), tokens=counted)
+        return read.prompt_tokens, read.oddities
+
+    for tokens in (0, 100, 1_400):
+        assert booked({"prompt_tokens": tokens}) == (tokens, ())
+        assert booked({"prompt_tokens": None, "total_tokens": tokens}) == (tokens, ())
+    for odd in (-1, 1_401, 10**30, 12.0, "12", True, [12]):
+        assert booked({"prompt_tokens": odd, "total_tokens": 100}) == (None, ("usage",))
+    assert booked({"prompt_tokens": 5_000}, counted=1_000) == (5_000, ())
+    assert believed_tokens({"prompt_tokens": 10_000}, 1_000, 9) == (10_000, False)
+    assert believed_tokens({"prompt_tokens": 2_001}, 1_000, 1) == (None, True)
+    assert believed_tokens({"prompt_tokens": 100}, 100, 0) == (None, False)
+
+
+@pytest.mark.parametrize("name", ["", None, 3, ["m"], "\x00", " \u202e "])
+def test_a_model_without_a_name_has_none(name: Any) -> None:
+    read = decode(answer({"status_code": 200, "body": {"data": data(), "model": name}}))
+
+    assert read.model is None
+
+
 def test_a_paid_answer_without_a_single_vector_keeps_its_bill() -> None:
     read = decode(line_of([None, 3, "x", {"embedding": []}]))
 
@@ -191,7 +265,7 @@ def test_every_shape_of_an_error_is_read(line: bytes, expected: tuple[int | None
 
 UNREADABLE: list[tuple[str, bytes, str, int | None]] = [
     ("cut off", line_of(data())[:100], "not_json", None),
-    ("nothing", b"", "not_json", None),
+    ("longer than any answer", TOO_LONG, "too_long", None),
     ("not UTF-8", b'{"custom_id": "\xff\xfe"}', "not_json", None),
     ("a list", b"[1, 2]", "not_json", None),
     ("nested without end", b"[" * 100_000, "not_json", None),

@@ -166,9 +166,11 @@ def after(*errors: BatchError, attempts: int = 1, n_inputs: int = 100, n_request
         ("insufficient_quota", "You exceeded your current quota", StopLane),
         ("billing_hard_limit_reached", "", StopLane),
         ("invalid_api_key", "", StopLane),
-        ("model_not_found", "The model does not exist", GiveUp),
-        ("model_mismatch", "", GiveUp),
-        ("url_mismatch", "", GiveUp),
+        ("billing_not_active", "", StopLane),
+        ("budget_exceeded", "", StopLane),
+        ("model_not_found", "The model does not exist", StopLane),
+        ("model_mismatch", "", StopLane),
+        ("url_mismatch", "", StopLane),
         ("too_many_tasks", "", Split),
     ],
 )
@@ -223,7 +225,7 @@ def test_what_concerns_the_most_decides() -> None:
 
     assert isinstance(after(line, limit), Wait)
     assert isinstance(after(line, limit, quota), StopLane)
-    assert isinstance(after(line, BatchError("model_not_found", "")), GiveUp)
+    assert isinstance(after(line, BatchError("model_not_found", "")), StopLane)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +246,13 @@ def test_what_concerns_the_most_decides() -> None:
         (425, "http_425", RetryCharged, RetryCharged),
         (500, "server_error", RetryCharged, RetryCharged),
         (503, "http_503", RetryCharged, RetryCharged),
+        (424, "http_424", RetryCharged, RetryCharged),
+        (429, "billing_not_active", StopLane, StopLane),
+        (400, "budget_exceeded", StopLane, StopLane),
+        (404, "model_not_found", StopLane, StopLane),
+        (404, "http_404", StopLane, StopLane),
+        (405, "http_405", StopLane, StopLane),
         (400, "max_tokens_per_request", Alone, Dead),
-        (404, "model_not_found", Alone, Dead),
         (413, "http_413", Alone, Dead),
         (422, "http_422", Alone, Dead),
     ],
@@ -256,6 +263,17 @@ def test_after_an_error_of_one_request(status: int | None, code: str, several: t
 
         assert type(decision) is kind
         assert f"{code}: Because." in decision.reason
+        assert ("chunkmill lanes resume" in decision.reason) == (kind is StopLane)
+
+
+def test_a_limit_of_a_request_is_told_from_a_limit_of_the_account_and_from_what_never_ran() -> None:
+    limit = after_line_error(429, "http_429", "Slow down.", n_inputs_in_request=1)
+    expired = after_line_error(None, "batch_expired", "Too late.", n_inputs_in_request=1)
+    large = after_line_error(413, "http_413", "Too large.", n_inputs_in_request=9)
+    bad = after_line_error(400, "invalid_value", "A text is bad.", n_inputs_in_request=9)
+
+    assert (limit, expired) == (RetryUncharged(limit.reason, limited=True), RetryUncharged(expired.reason))
+    assert (large, bad) == (Alone(large.reason, too_large=True), Alone(bad.reason))
 
 
 def test_a_quota_that_only_the_message_names_stops_the_lane() -> None:

@@ -37,9 +37,18 @@ class Answers:
         self.pages: list[list[dict[str, Any]]] = []
         self.asked = 0
 
-    def refuse(self, status: int, *, code: str | None = None, kind: str = "an_error", **headers: str) -> None:
+    def refuse(
+        self,
+        status: int,
+        *,
+        code: str | None = None,
+        kind: str = "an_error",
+        message: str = "No.",
+        param: str | None = None,
+        **headers: str,
+    ) -> None:
         self.status = status
-        self.body = {"error": {"message": "No.", "type": kind, "code": code, "param": None}}
+        self.body = {"error": {"message": message, "type": kind, "code": code, "param": param}}
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def page(self, query: dict[str, list[str]]) -> dict[str, Any]:
@@ -162,6 +171,7 @@ def test_a_limit_says_in_seconds_when_to_come_again(
         (409, None, "conflict", ProviderSilent),
         (500, None, "server_error", ProviderSilent),
         (503, "overloaded", "server_error", ProviderSilent),
+        (424, None, "Backend", ProviderSilent),
         # Time helps.
         (429, "rate_limit_exceeded", "requests", ProviderBusy),
         (400, "token_limit_exceeded", "invalid_request_error", ProviderBusy),
@@ -172,9 +182,15 @@ def test_a_limit_says_in_seconds_when_to_come_again(
         (429, "limit", "account_deactivated", ProviderStopped),
         (401, "invalid_api_key", "invalid_request_error", ProviderStopped),
         (403, None, "forbidden", ProviderStopped),
+        (402, None, "payment", ProviderStopped),
+        (429, "billing_not_active", "billing_not_active", ProviderStopped),
+        (400, "400", "budget_exceeded", ProviderStopped),
+        (404, None, "not_found", ProviderStopped),
+        (404, "model_not_found", "invalid_request_error", ProviderStopped),
+        (405, None, "not_allowed", ProviderStopped),
+        (400, "unsupported_parameter", "invalid_request_error", ProviderStopped),
         # The request is at fault.
         (400, "invalid_value", "invalid_request_error", ProviderRefused),
-        (404, None, "not_found", ProviderRefused),
         (413, None, "too_large", ProviderRefused),
         (499, None, "odd", ProviderRefused),
     ],
@@ -185,6 +201,68 @@ def test_a_refusal_is_told_from_a_limit_and_from_what_may_have_been_carried_out(
     answers.refuse(status, code=code, kind=kind)
 
     assert type(error_of(provider)) is expected
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "advice"),
+    [
+        ("You exceeded your current quota, please check your plan.", None, "Pay"),
+        ("Budget has been exceeded! Current cost: 2.1, Max budget: 2.0", None, "Pay"),
+        ("/embeddings: Invalid model name passed in model=text-embeding-3-small.", None, "OPENAI_MODELS"),
+        ("The model `text-embeding` does not exist.", None, "OPENAI_MODELS"),
+        ("Something about it.", "model", "OPENAI_MODELS"),
+        ("This model does not support specifying dimensions.", None, "can_cut"),
+        ("Model m does not support matryoshka representation, changing output dimensions fails.", None, "can_cut"),
+        ("`base64` encoding is not currently supported", None, "form"),
+        ("Something about it.", "encoding_format", "form"),
+    ],
+)
+def test_what_concerns_everybody_is_known_by_its_words_and_says_what_to_do(
+    provider: Provider, answers: Answers, message: str, param: str | None, advice: str
+) -> None:
+    answers.refuse(400, message=message, param=param)
+
+    stopped = error_of(provider)
+
+    assert isinstance(stopped, ProviderStopped)
+    assert message in str(stopped)
+    assert advice in stopped.brief
+    assert stopped.brief.endswith("chunkmill lanes resume")
+
+
+@pytest.mark.parametrize("param", ["input", "input[3]", None])
+def test_what_concerns_a_text_is_no_stop(provider: Provider, answers: Answers, param: str | None) -> None:
+    answers.refuse(400, message="This input is not valid Unicode.", param=param)
+
+    assert type(error_of(provider)) is ProviderRefused
+
+
+def test_an_object_that_is_gone_concerns_nobody_else(provider: Provider, answers: Answers) -> None:
+    """A file or a batch that is not there any more is found missing by its caller; the address is right."""
+    answers.refuse(404, message="No batch found with id 'batch_1'.")
+    with pytest.raises(ProviderRefused) as gone:
+        provider.cancel("batch_1")
+    assert gone.value.status == 404
+
+    answers.refuse(404, message="No such File object: file-1")
+    with pytest.raises(ProviderRefused):
+        provider.create("file-1", "token")
+    answers.refuse(404, message="Not Found")
+    with pytest.raises(ProviderStopped, match="OPENAI_BASE_URL"):
+        provider.create("file-1", "token")
+
+
+def test_a_request_that_never_left_is_told_from_one_that_got_no_answer(answers: Answers, provider: Provider) -> None:
+    answers.refuse(504)
+    slow = error_of(provider)
+    answers.refuse(500)
+    broken = error_of(provider)
+    nobody = Provider(Settings.from_env(openai_api_key=KEY, openai_base_url="http://127.0.0.1:9/v1"))
+    unreachable = error_of(nobody)
+    nobody.close()
+
+    told = [(error.timed_out, error.was_sent) for error in (slow, broken, unreachable)]  # type: ignore[attr-defined]
+    assert told == [(True, True), (False, True), (False, False)]
 
 
 # Looking for a batch that nobody answered for

@@ -63,7 +63,7 @@ def test_the_vocabulary_is_openais() -> None:
 def test_without_its_packages_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
 
-    with pytest.raises(InvalidSetting, match=r"pip install 'chunkmill\[openai\]'"):
+    with pytest.raises(InvalidSetting, match=r"pip install -c constraints.txt '\.\[openai\]'"):
         tokens._cl100k.__wrapped__()
 
 
@@ -190,14 +190,15 @@ def test_a_text_whose_windows_fit_no_request_is_refused(limit: dict[str, int]) -
     assert isinstance(one(text, OnLong.SPLIT, tokens_per_input=16), ProviderInput)
 
 
-def test_a_text_larger_than_a_file_is_refused() -> None:
+@pytest.mark.parametrize("limit", ["bytes", "bytes_per_request"])
+def test_a_text_larger_than_a_file_or_a_request_is_refused(limit: str) -> None:
     text = "\x01" * 1500
 
-    refused = one(text, bytes=10_000)
+    refused = one(text, **{limit: 10_000})
 
     assert isinstance(refused, RefusedInput)
     assert refused.code == "too_large"
-    assert isinstance(one(text, bytes=12_000), ProviderInput)
+    assert isinstance(one(text, **{limit: 12_000}), ProviderInput)
 
 
 def test_a_compatible_servers_tokenizer_counts_its_special_tokens_and_cuts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import random
 import tracemalloc
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from chunkmill.openai.plan.assemble import assemble
 from chunkmill.openai.plan.packing import PackedInput
+from chunkmill.openai.wire.answers import Embedded, Sent
 from chunkmill.openai.wire.jsonl import (
-    Embedded,
+    TOO_LONG,
     RequestForm,
     custom_id,
     decode_line,
@@ -83,7 +85,31 @@ def test_lines_are_the_same_however_a_stream_is_cut(lines: list[bytes], seed: in
     cuts = sorted(rng.randrange(len(content) + 1) for _ in range(6))
     chunks = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
 
-    assert list(split_lines(chunks)) == [line for line in lines if line]
+    assert list(split_lines(chunks, 100)) == [line for line in lines if line]
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 999))
+def test_a_line_without_an_end_is_left_out_and_those_behind_it_are_read(seed: int) -> None:
+    rng = random.Random(seed)
+    lines = [bytes([65 + n]) * rng.choice((1, 9, 10, 11, 12, 50)) for n in range(6)]
+    content = b"\n".join(lines) + rng.choice((b"", b"\n"))
+    cuts = sorted(rng.randrange(len(content) + 1) for _ in range(rng.randrange(20)))
+    chunks = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+
+    assert list(split_lines(chunks, 10)) == [line if len(line) <= 10 else TOO_LONG for line in lines]
+
+
+def test_a_line_that_is_too_long_is_not_kept_in_memory() -> None:
+    tracemalloc.start()
+    try:
+        lines = list(split_lines(itertools.chain(itertools.repeat(b"x" * 65_536, 2_000), [b"\n{}"]), 1_000_000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert lines == [TOO_LONG, b"{}"]
+    assert peak < 3_000_000
 
 
 def test_a_file_is_read_in_flat_memory() -> None:
@@ -100,8 +126,8 @@ def test_a_file_is_read_in_flat_memory() -> None:
     def peak(lines: int) -> int:
         tracemalloc.start()
         try:
-            for one in split_lines(stream(lines)):
-                read = decode_line(one, batch_id=5, inputs={2: 32}.get, dimensions=1536, normalize=True)
+            for one in split_lines(stream(lines), 1_000_000):
+                read = decode_line(one, batch_id=5, sent={2: Sent(32, 32)}.get, dimensions=1536, normalize=True)
                 assert isinstance(read, Embedded)
                 assert not read.problems
             return tracemalloc.get_traced_memory()[1]

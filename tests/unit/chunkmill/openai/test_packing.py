@@ -60,6 +60,7 @@ WINDOWS = st.lists(st.tuples(TEXT, st.integers(1, 30)), min_size=1, max_size=3)
     headroom_tokens=st.none() | st.integers(90, 500),
     headroom_requests=st.none() | st.integers(1, 9),
     dimensions=st.none() | st.integers(1, 4096),
+    file_bytes=st.sampled_from([10_000, 30_000]),
 )
 def test_no_limit_is_passed_and_every_content_is_sent_once(
     contents: list[tuple[list[tuple[str, int]], bool]],
@@ -70,10 +71,12 @@ def test_no_limit_is_passed_and_every_content_is_sent_once(
     headroom_tokens: int | None,
     headroom_requests: int | None,
     dimensions: int | None,
+    file_bytes: int,
 ) -> None:
     limits = BatchLimits(
         inputs=inputs,
-        bytes=10_000,
+        bytes=file_bytes,
+        bytes_per_request=10_000,
         requests=requests,
         inputs_per_request=per_request,
         tokens_per_request=tokens,
@@ -99,6 +102,7 @@ def test_no_limit_is_passed_and_every_content_is_sent_once(
         for request, texts in enumerate(sent):
             rows = [row for row in packer.rows if row.request_no == request]
             assert sum(row.windows for row in rows) == len(texts) <= per_request
+            assert len(lines[request]) <= limits.bytes_per_request
             assert sum(row.sent_tokens for row in rows) <= tokens
             assert len(rows) == 1 or not alone & {row.content_hash for row in rows}
             for row in rows:
@@ -126,6 +130,20 @@ def test_requests_are_filled_to_their_tokens() -> None:
         assert packer.add(item(number, ("text", 10)))
 
     assert [row.request_no for row in packer.rows] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_requests_are_filled_to_their_bytes() -> None:
+    limits = BatchLimits(bytes_per_request=10_000)
+    texts = dict.fromkeys(range(9), ("é" * 1500, 10))  # 3 kB each
+    packer = Packer(7, FORM, limits)
+
+    for number, text in texts.items():
+        assert packer.add(item(number, text))
+
+    assert [row.request_no for row in packer.rows] == [0] * 3 + [1] * 3 + [2] * 3
+    lines = encode(packer, 7, FORM, {one.content_hash: one for one in (item(n, text) for n, text in texts.items())})
+    assert max(map(len, lines)) <= 10_000
+    assert packer.bytes == sum(map(len, lines))
 
 
 def test_longer_request_numbers_are_counted() -> None:

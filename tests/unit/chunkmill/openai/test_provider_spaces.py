@@ -44,7 +44,7 @@ def test_a_providers_model_has_a_space_of_its_own() -> None:
 
 
 def test_a_model_that_is_the_same_as_a_local_one_must_say_its_tokenizer() -> None:
-    with pytest.raises(ValueError, match=r"'m' is same_as a local model and must say its tokenizer"):
+    with pytest.raises(ValueError, match=r"model 'm': tokenizer is missing; with same_as"):
         read_models({"m": {"dimensions": 384, "same_as": "all-MiniLM-L6-v2"}})
 
 

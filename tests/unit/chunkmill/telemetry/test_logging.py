@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from chunkmill.errors import EngineError, InvalidSetting
+from chunkmill.errors import EngineError, InvalidSetting, NotFound
 from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import bound, configure, told, without_passwords
@@ -263,3 +263,13 @@ def test_settings_show_no_secret() -> None:
 )
 def test_no_password_is_shown(url: str, expected: str) -> None:
     assert without_passwords(url) == expected
+
+
+def test_a_line_of_the_log_for_people_is_one_line_and_steers_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    evil = "x\x1b]52;c;QUFB\x07\x9b2J\u202e\nINFO forged\r\nforged"
+    configure("info", "text")
+    logging.getLogger("a").info("message %s", evil, extra={"collection": evil}, exc_info=NotFound(evil))
+    written = capfd.readouterr().err
+    assert written.count("forged") == 6
+    assert not [line for line in written.splitlines() if line.startswith(("INFO", "forged"))]
+    assert [c for c in written if not c.isprintable() and c != "\n"] == []

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings import Settings
+from chunkmill.telemetry import exposition
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import Counts
-from chunkmill.telemetry.exposition import MetricsServer, Process
+from chunkmill.telemetry.exposition import MOST_CONNECTIONS, REQUEST_SECONDS, MetricsServer, Process
 from chunkmill.telemetry.metrics import METRICS, Kind, Role
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 WORKER = Process(frozenset({Role.WORKER}), "host:1", "cpu-1@host", "cpu")
 FIRST_PORT = 21464
@@ -151,7 +157,7 @@ def test_without_the_package_the_command_that_installs_it_is_named(
     counts: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(InvalidSetting, match=r"pip install 'chunkmill\[metrics\]'"):
+    with pytest.raises(InvalidSetting, match=r"pip install -c constraints.txt '\.\[metrics\]'"):
         MetricsServer.start(Settings(metrics_port=FIRST_PORT), WORKER, counts)
 
 
@@ -176,3 +182,57 @@ def test_a_page_that_fails_is_an_error_in_the_log_and_a_scraper_that_hangs_up_is
     assert [(record.levelname, record.message) for record in caplog.records if record.levelname != "DEBUG"] == [
         ("ERROR", "a request for metrics failed")
     ]
+
+
+def threads() -> int:
+    """Return how many threads serve requests now."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+
+def open_half(server: MetricsServer) -> socket.socket:
+    half = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    half.sendall(b"GET /metr")
+    return half
+
+
+def ended(half: socket.socket) -> bool:
+    try:
+        return half.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_half_open_requests_hold_few_threads_and_keep_no_scrape_out(server: MetricsServer) -> None:
+    with contextlib.ExitStack() as stack:
+        halves = [stack.enter_context(open_half(server)) for _ in range(4 * MOST_CONNECTIONS)]
+        assert scraped(server.port)
+        for half in halves[: 3 * MOST_CONNECTIONS]:
+            assert ended(half)
+        until(lambda: threads() <= MOST_CONNECTIONS)
+        assert threads() > 1
+        assert scraped(server.port)
+    until(lambda: threads() == 0)
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_hung_up_on(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is one of the whole request. A limit for each read would never end it."""
+    slow = [open_half(server) for _ in range(3)]
+    until(lambda: threads() == 3)
+
+    def send_and_count() -> int:
+        for half in slow:
+            with contextlib.suppress(ConnectionError):
+                half.send(b"i")
+        return threads()
+
+    assert send_and_count() == 3
+    later = time.monotonic() + REQUEST_SECONDS + 1
+    monkeypatch.setattr(exposition, "time", SimpleNamespace(monotonic=lambda: later))
+    until(lambda: send_and_count() == 0)
+    for half in slow:
+        assert ended(half)
+        half.close()
+    monkeypatch.undo()
+    assert scraped(server.port)

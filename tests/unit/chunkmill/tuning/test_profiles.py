@@ -109,6 +109,7 @@ def test_a_library_that_is_not_used_and_a_patch_release_do_not_matter() -> None:
         "[]",
         '{"setup": {}}',
         json.dumps({"format": 2}),
+        "[" * 200_000,
     ],
 )
 def test_a_broken_file_is_left_out_or_refused_if_it_was_named(settings: Settings, content: str) -> None:
@@ -238,8 +239,9 @@ def test_what_memory_said_is_found_where_it_lies_below(settings: Settings) -> No
     lesson.write_text('{"batch_tokens": 256}')
     assert memory_limit(settings, PROFILE.fingerprint, SETUP) == (lesson, 256)
     assert memory_limit(settings, PROFILE.fingerprint, replace(SETUP, dtype="float32")) is None
-    lesson.write_text("[]")
-    assert memory_limit(settings, PROFILE.fingerprint, SETUP) is None
+    for broken in ("[]", "[" * 200_000, '{"batch_tokens": 1e999}'):
+        lesson.write_text(broken)
+        assert memory_limit(settings, PROFILE.fingerprint, SETUP) is None
 
 
 def test_the_doctor_says_which_profile_a_worker_would_follow() -> None:

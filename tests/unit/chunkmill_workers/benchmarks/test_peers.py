@@ -125,7 +125,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(on: Ground) -
     with pytest.raises(PeerError, match="No module named 'onnxruntime'") as caught:
         start(on, {"missing": "onnxruntime"})
     assert caught.value.unavailable
-    assert caught.value.install == "pip install 'chunkmill[bench]'"
+    assert caught.value.install == "pip install -c constraints.txt '.[bench]'"
 
     with pytest.raises(PeerError, match="no kernels here") as caught:
         start(on, {"unavailable": "no kernels here"})

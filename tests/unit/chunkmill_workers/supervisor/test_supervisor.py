@@ -21,7 +21,15 @@ from chunkmill.db.connect import create_db
 from chunkmill_workers.host.gpu import claim_device, short_name, visible_gpus
 from chunkmill_workers.process import lease
 from chunkmill_workers.process.lease import owner_name
-from chunkmill_workers.supervisor.supervision import AfterExit, Place, arguments_for, back_off, plan_places, read_ending
+from chunkmill_workers.supervisor.supervision import (
+    AfterExit,
+    Place,
+    arguments_for,
+    back_off,
+    is_suspicious,
+    plan_places,
+    read_ending,
+)
 from chunkmill_workers.supervisor.supervisor import PARENT, Supervisor, TakeBack, supervisor_is_gone
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, until
@@ -123,6 +131,13 @@ def test_restarts_slow_down_until_one_runs_well() -> None:
     assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
     assert back_off(failures, 60.0) == (1, 1.0)
     assert back_off(100_000, 0.0)[1] == 60
+
+
+def test_a_queue_is_under_suspicion_seldom_and_not_if_a_server_is_away() -> None:
+    """Workers of other machines take from the same queue, and a GPU that is broken breaks for months."""
+    assert [failures for failures in range(1, 100) if is_suspicious(failures, 1)] == [3, 6, 12, 24, 48, 96]
+    assert is_suspicious(3, -signal.SIGKILL)
+    assert not is_suspicious(3, 75)
 
 
 def test_the_supervisor_is_there_as_long_as_it_is_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 INSTALL = "chunkmill bench --install-peers"
-EXTRA = "pip install 'chunkmill[bench]'"
+EXTRA = "pip install -c constraints.txt '.[bench]'"
 
 
 def cache() -> Path:
@@ -57,7 +57,7 @@ def install(say: Callable[[str], None]) -> None:
         folder = cache() / "environments" / name
         venv.create(folder, clear=True, with_pip=True)
         subprocess.run(
-            [python_of(name), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+            [python_of(name), "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
             check=True,
             stdout=sys.stderr,
         )

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chunkmill.python import module_command
 from chunkmill_workers.benchmarks import machine
 from chunkmill_workers.benchmarks.peers.batching import Batches, padded
 from chunkmill_workers.benchmarks.peers.environments import variables
@@ -34,7 +35,7 @@ def make(model: Model, kind: str) -> None:
     if model.made(kind).is_dir():
         return
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "chunkmill_workers.benchmarks.peers.export", kind],
+        module_command("chunkmill_workers.benchmarks.peers.export", kind),
         input=json.dumps(asdict(model)), text=True, capture_output=True, env=variables(machine.cores(), own=False),
     )  # fmt: skip
     if done.returncode:

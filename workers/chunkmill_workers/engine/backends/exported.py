@@ -13,8 +13,10 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from chunkmill.errors import ModelLoadError
+from chunkmill.errors import ModelLoadError, install_command
+from chunkmill.files import read_at_most
 from chunkmill.models import ModelFolder
+from chunkmill.models.files import MOST_JSON_BYTES, parse_json
 from chunkmill_workers.engine.windows import Ids
 
 Target = Literal["onnx", "openvino"]
@@ -122,7 +124,7 @@ def require(target: Target, *, to_export: bool = False) -> None:
     """Raise ModelLoadError, with the command to run, if packages for ``target`` are missing."""
     needed = RUN[target] + (MAKE[target] if to_export else ())
     if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
-        raise ModelLoadError(f"backend {target} needs {', '.join(missing)}. Run: pip install 'chunkmill[{target}]'")
+        raise ModelLoadError(f"backend {target} needs {', '.join(missing)}. Run: {install_command(target)}")
 
 
 def pad(rows: Sequence[Ids], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -153,7 +155,8 @@ def _all(target: Target) -> Iterator[Statement]:
 def _read(at: Path) -> Statement | None:
     """The content of export.json; None if it cannot be read or is not one of ours."""
     try:
-        content: Any = json.loads((at / _STATEMENT).read_text(encoding="utf-8"))
-        return Statement(**content)
+        content: Any = parse_json(read_at_most(at / _STATEMENT, MOST_JSON_BYTES))
+        statement = Statement(**content)
     except (OSError, ValueError, TypeError):
         return None
+    return statement if type(statement.embedding_rows) is int else None

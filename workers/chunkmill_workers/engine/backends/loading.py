@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from chunkmill.errors import ModelLoadError
 from chunkmill.models import ModelFolder
+from chunkmill.models.weights import n_elements, weight_files
+
+# With the package `kernels`, some architectures would fetch compiled code from the Hugging Face Hub.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+
+_SLACK = 2**27
+"""How many numbers a model may have besides those in its files: tables of positions and masks, half a gigabyte."""
 
 
 def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
@@ -21,6 +29,8 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
 
     logging.disable_progress_bar()  # the output is a worker's log
     try:
+        if not folder.remote_code and not folder.pickle:
+            _require_stored(folder)
         model, info = AutoModel.from_pretrained(
             str(folder.transformer),
             dtype="auto" if dtype is None else dtype,
@@ -31,6 +41,8 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    except ModelLoadError:
+        raise
     except Exception as error:
         raise ModelLoadError(
             f"the model in {folder.transformer} cannot be loaded ({type(error).__name__}: {error}): "
@@ -49,3 +61,20 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
             f"{wrong[0][0]} first: copy the folder again"
         )
     return model.eval()
+
+
+def _require_stored(folder: ModelFolder) -> None:
+    """Raise ModelLoadError if config.json asks for much more than the files hold, because transformers makes up the
+    rest, whatever its size. Without memory for it a worker would be killed."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(str(folder.transformer), local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    asked = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    held = n_elements(weight_files(folder.name, folder.transformer, pickle=False))
+    if asked > 2 * held + _SLACK:
+        raise ModelLoadError(
+            f"config.json in {folder.transformer} asks for {asked:,} numbers, and the weights hold {held:,}, so they "
+            "belong to two models: copy the folder again"
+        )

@@ -1,0 +1,109 @@
+"""Finds the documents in a folder that somebody else may have made.
+
+Only regular files are documents. A link may lead to another place of the folder; one that leads out of it is skipped,
+because it could name any file of the machine, and so are FIFOs, sockets and devices. A file is opened without following
+a link on the way to it, so a folder that changes while it is read leads nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from chunkmill.domain.chunks import MAX_ID_BYTES
+from chunkmill.files import Folder, Kind
+
+TEXT_SUFFIXES = {".txt", ".md", ".rst"}
+NAMED = 5
+"""How many of the skipped entries are named; the others are counted."""
+
+
+@dataclass(slots=True)
+class Skipped:
+    """The entries of folders that were not read on purpose."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Path and reason of the first ones."""
+
+    def add(self, path: Path, why: str) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(f"{path} {why}")
+
+    def __str__(self) -> str:
+        more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return f"skipped: {'; '.join(self.first)}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text file of a folder, or with a ``problem`` a part of the folder that cannot be read."""
+
+    folder: Folder
+    name: str
+    """Its path inside the folder, with ``/`` between the parts."""
+    parts: tuple[str, ...]
+    """The parts of the path at which it is; another one than its name if that is a link."""
+    problem: str | None = None
+
+    def open(self) -> BinaryIO:
+        """Raises OSError."""
+        return self.folder.open(self.parts)
+
+
+def documents(root: Path, skipped: Skipped) -> Iterator[Document]:
+    """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
+
+    Hidden files and folders belong to tools and are no documents.
+    """
+    inside = root.resolve()
+    with Folder(root) as folder:
+        left: list[tuple[str, ...]] = [()]
+        while left:
+            parts = left.pop()
+            if len(os.fsencode("/".join(parts))) >= MAX_ID_BYTES:
+                problem = f"the path is too long for an id, which may have {MAX_ID_BYTES} bytes"
+                yield Document(folder, "/".join(parts), parts, problem)
+                continue
+            try:
+                entries = [entry for entry in folder.list(parts) if not entry[0].startswith(".")]
+            except OSError as error:
+                yield Document(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
+                continue
+            for name, kind in entries:
+                at = (*parts, name)
+                if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped)) is not None:
+                    yield Document(folder, "/".join(at), target)
+            left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
+
+
+def _read_at(root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped) -> tuple[str, ...] | None:
+    """Where the entry is read, if it is a document. What is skipped is noted."""
+    path = root.joinpath(*at)
+    is_text = path.suffix.lower() in TEXT_SUFFIXES
+    if kind != "link":
+        if is_text and kind == "other":
+            skipped.add(path, "is not a regular file")
+        return at if is_text and kind == "file" else None
+    try:
+        target = inside.joinpath(*at).resolve(strict=True)
+        is_folder = target.is_dir()
+    except (OSError, RuntimeError):  # a RuntimeError is a circle of links before Python 3.13
+        if is_text:
+            skipped.add(path, "is a link that leads nowhere")
+        return None
+    if not (is_text or is_folder):
+        return None
+    if not target.is_relative_to(inside):
+        skipped.add(path, "is a link that leads out of the folder")
+        return None
+    if is_folder:
+        return None  # its documents are read where they are
+    if not target.is_file():
+        skipped.add(path, "is a link to what is not a regular file")
+        return None
+    return target.relative_to(inside).parts

@@ -1,0 +1,112 @@
+"""One seed in one process: the same misbehaviours, and a worker that dies between any two things that it does.
+
+It needs seconds where real processes need a minute, so that many seeds can be run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+
+from chunkmill_workers.provider.context import ProviderContext
+from tests.openai_chaos.odd import ODDITIES, Person, choose, start
+from tests.support.corridor_scene import Scene
+
+CALLS = ("upload", "create", "retrieve", "find", "cancel", "delete_file", "files_named")
+TURNS = 400
+
+
+class Died(BaseException):
+    """As a SIGKILL: nothing that comes after it runs."""
+
+
+class Mortal:
+    """Makes a worker die, by chance, before or after a transaction or a call of the provider."""
+
+    def __init__(self, context: ProviderContext, rng: random.Random, kills: int) -> None:
+        self._rng = rng
+        self.left = kills
+        self._wrap(context, "transact")
+        for name in CALLS:
+            self._wrap(context.provider, name)
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            self._maybe_die()
+            result = real(*given, **more)
+            self._maybe_die()
+            return result
+
+        setattr(owner, name, call)
+
+    def _maybe_die(self) -> None:
+        if self.left and self._rng.random() < 0.04:
+            self.left -= 1
+            raise Died
+
+
+def run_inside(stage: Scene, seed: int, *, kills: int = 6, contents: int = 60) -> dict[str, Any]:
+    """Two jobs that share a third of their texts. Returns what was booked; AssertionError says what is wrong."""
+    rng = random.Random(seed)
+    corridor, server, names = stage.corridor, stage.server, choose(rng)
+    server.forget()
+    start(server, names, rng)
+    half = contents * 2 // 3
+    first, second = stage.texts(half), stage.texts(half, first=contents - half)
+    jobs = [stage.enqueue(first), stage.enqueue(second, collection="other")]
+    Mortal(corridor.context, rng, kills)
+    person = Person(corridor.client, corridor.db, server, names, every=4)
+    told = f"seed {seed}: {', '.join(names)}"
+    for _ in range(TURNS):
+        stage.hurry()
+        with corridor.db.begin() as conn:
+            conn.execute(sa.text("UPDATE provider_lanes SET paused_until = NULL"))
+            expired = "SET lease_until = now() - interval '1 s' WHERE lease_until > now()"
+            conn.execute(sa.text(f"UPDATE provider_batches {expired}"))
+        try:
+            corridor.turn()
+        except Died:
+            continue
+        person.look(jobs)
+        if all(corridor.client.job(job.id).state == "completed" for job in jobs) and not corridor.rows(
+            "SELECT FROM provider_batches WHERE state <> 'closed'"
+        ):
+            break
+    else:
+        states = [str(corridor.client.job(job.id).state) for job in jobs]
+        raise AssertionError(f"{told}: not done: {states}, {corridor.rows(_OPEN)}, {corridor.client.lanes()}")
+    corridor.check_vectors(first)
+    corridor.check_vectors(second, "other")
+    bill = stage.bill(first | second)
+    assert bill.keys() == (first | second).keys(), told
+    [charged] = corridor.rows(f"SELECT {_SUMS} FROM charges")
+    rows = corridor.rows(f"SELECT kind, {_SUMS} FROM adjustments GROUP BY kind")
+    more = {"n": sum(row["n"] for row in rows), "tokens": sum(row["tokens"] for row in rows)}
+    billed = {"n": sum(c["inputs"] for c in stage.charges()), "tokens": sum(c["tokens"] for c in stage.charges())}
+    for what, right in billed.items():
+        books = f"{told}: {what}: {charged[what]} charged, {more[what]} lost or maybe charged, {right} billed; {rows}"
+        if any(ODDITIES[name].books for name in names):
+            assert charged[what] <= right <= charged[what] + more[what], books
+        else:
+            assert charged[what] == right and not more[what], books
+    assert corridor.rows("SELECT * FROM provider_inputs") == [], told
+    assert corridor.rows("SELECT * FROM chunk_batches WHERE state = 'running'") == [], told
+    files = server.state()["files"]
+    # Of result files that no answer named nobody can know.
+    may_be_left = any(ODDITIES[name].books for name in names)
+    left = [file["filename"] for file in files if file["purpose"] == "batch" or not may_be_left]
+    assert not left, f"{told}: {left}"
+    return {"names": names, "charged": charged, "booked": rows, "billed": billed}
+
+
+_SUMS = "coalesce(sum(contents), 0)::int AS n, coalesce(sum(tokens), 0)::int AS tokens"
+_OPEN = """
+    SELECT id, state, provider_status, failures, looks, refusals, error
+    FROM provider_batches
+    WHERE state <> 'closed'
+"""
