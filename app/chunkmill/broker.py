@@ -181,6 +181,14 @@ class Broker:
                 pipe.llen(key)
             return dict(zip(PRIORITY_STEPS, pipe.execute(), strict=True))
 
+    def takes_writes(self) -> bool:
+        """Whether Redis carries out a command that writes. While it does not, no worker can take a doorbell either."""
+        try:
+            self.client.delete(f"{QUEUE}.nothing")  # a command that writes, which changes nothing
+        except PUBLISH_ERRORS:
+            return False
+        return True
+
     def clear(self, queue: str) -> int:
         """Delete all doorbells of a queue; returns their number. No work is lost, because the poller rings again."""
         delete_wrong_types(self.client)

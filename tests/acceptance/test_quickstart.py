@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from chunkmill.embedded import temporary_folder
 from tests.support.checkout import PYTHONPATH
 from tests.support.waiting import PATIENCE, until
 
@@ -79,7 +79,7 @@ def free_port() -> int:
 @pytest.fixture
 def home() -> Iterator[Path]:
     """Yield a folder with a short path, because the length of a socket's name is limited."""
-    folder = Path(tempfile.mkdtemp(prefix="cq-"))
+    folder = temporary_folder("cq-")
     yield folder
     shutil.rmtree(folder)
 

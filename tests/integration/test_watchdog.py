@@ -232,6 +232,22 @@ def test_a_worker_that_a_doorbell_reached_lately_consumes(
     assert f"none has reached this worker for {2 * STALL - 1:.0f} s" in str(rung.look())
 
 
+def test_while_redis_takes_no_writes_nobody_could_take_a_doorbell(
+    rung: Watchdog, broker: Broker, clock: SimpleNamespace
+) -> None:
+    """The queue can still be read. A worker that ended for it would be started and ended again and again."""
+    broker.client.config_set("min-replicas-to-write", 1)
+    try:
+        clock.ahead += STALL
+        assert rung.look() is None
+        clock.ahead += 2 * STALL
+        assert rung.look() is None
+    finally:
+        broker.client.config_set("min-replicas-to-write", 0)
+    clock.ahead += STALL
+    assert "2 doorbells wait in Redis" in str(rung.look())
+
+
 def test_after_an_empty_queue_the_wait_begins_anew(
     rung: Watchdog, client: Client, broker: Broker, clock: SimpleNamespace
 ) -> None:

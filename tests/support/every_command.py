@@ -21,6 +21,7 @@ Words = tuple[str, ...]
 GIVEN: dict[Words, list[str]] = {
     ("bench",): ["--list"],
     ("cache", "evict"): ["--older-than=30d"],
+    ("cost", "correct"): ["--yes"],
     ("dead", "drop"): ["--yes"],
     ("demo",): ["--limit=2"],
     ("flower",): ["--no-auth", "--port=0"],
@@ -70,6 +71,8 @@ def commands(
 def _value(parameter: click.Parameter, values: Mapping[str, str]) -> str:
     if parameter.name in values:
         return values[parameter.name]
+    if parameter.name == "usd":
+        return "1"
     if isinstance(parameter.type, click.Choice):
         return str(parameter.type.choices[0])
     return "1" if isinstance(parameter.type, click.IntRange) else "docs"

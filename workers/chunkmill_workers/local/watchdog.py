@@ -115,6 +115,8 @@ class Watchdog(threading.Thread):
         since = self._waiting_since = max(self._waiting_since or now, context.last_doorbell)
         if now - since < context.settings.stall_seconds:
             return None
+        if not self._broker.takes_writes():
+            return None  # another worker could not take a doorbell either
         return f"{waiting} doorbells wait in Redis and none has reached this worker for {now - since:.0f} s"
 
     def _end(self, evidence: str) -> None:
