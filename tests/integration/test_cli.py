@@ -328,10 +328,13 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
     assert str(status["postgres"]["pid"]) in screen("status")
     assert screen("poller", "--check") == "A poller is connected.\n"
     doctor = document("doctor")
-    assert {c["name"]: c["state"] for c in doctor["checks"]}.items() >= {
-        "Python": "ok", "Postgres": "ok", "pgvector": "ok", "migration": "ok", "worker": "ok", "poller": "ok",
-        "Redis": "ok", "Redis eviction": "ok", "Postgres clock": "ok", "Redis clock": "ok",
+    states = {check["name"]: check["state"] for check in doctor["checks"]}
+    assert states.items() >= {
+        "Python": "ok", "pgvector": "ok", "migration": "ok", "worker": "ok", "poller": "ok", "Redis eviction": "ok",
+        "Postgres clock": "ok", "Redis clock": "ok",
     }.items()  # fmt: skip
+    # The servers from wheels may lack security fixes, which is a warning.
+    assert {states["Postgres"], states["Redis"]} <= {"ok", "warn"}
     assert "No check failed." in screen("doctor")
     # `worker` became the supervisor, so that signals reach it, and hands its arguments on to Celery.
     assert "chunkmill_workers.supervisor.supervisor -c 1" in command_line(processes["worker"].pid)

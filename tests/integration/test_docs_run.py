@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = "tests/acceptance/test_quickstart.py"
 ELSEWHERE = {
     "": QUICKSTART,
+    "cost correct": "tests/integration/test_corrections.py",
+    "lanes abandon": "tests/integration/test_openai_let_go.py",
     "bench": "tests/unit/chunkmill_workers/benchmarks/test_benchmarks.py",
     "demo": "tests/integration/test_cli.py",
     "down": QUICKSTART,
@@ -49,6 +51,8 @@ COMPLETED = {
     "delete": "delete docs --all --yes",
     "delete docs --all": "delete docs --all --yes",
     "index": "index docs",
+    "lanes resume": "lanes resume openai",
+    "retry": "retry 1",
     "prune": "prune --yes",
     "dead drop 7": "dead drop 7 --yes",
 }

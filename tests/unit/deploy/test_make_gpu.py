@@ -45,7 +45,8 @@ def test_a_clean_checkout_gets_an_environment_and_both_parts_a_limit() -> None:
     planned = make("-n", "gpu", "VENV=.venv-of-nobody")
 
     assert planned.returncode == 0, planned.stderr
-    assert "-c constraints.txt -e '.[gpu]'" in planned.stdout
+    assert "--require-hashes" in planned.stdout
+    assert "locked.py --torch cuda gpu" in planned.stdout
     limits = [
         int(line.split("--kill-after=30 ")[1].split()[0]) for line in planned.stdout.splitlines() if "--kill" in line
     ]
