@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,6 +242,9 @@ def run_as_psql_does(url: str, script: str) -> None:
     """Each statement by itself, in autocommit: CREATE INDEX CONCURRENTLY needs that."""
     db = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with db.connect() as conn:
-        for statement in script.split(";\n"):
-            if statement.strip():
-                conn.exec_driver_sql(statement)
+        statement = ""
+        for part in script.split(";\n"):
+            statement += f"{part};\n"
+            if statement.strip(" ;\n") and not len(re.findall(r"\$\w*\$", statement)) % 2:  # else within a quotation
+                conn.exec_driver_sql(statement.replace("%", "%%"))
+                statement = ""
