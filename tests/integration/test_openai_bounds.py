@@ -18,6 +18,7 @@ from chunkmill.settings import Settings
 from chunkmill.telemetry import metrics
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.provider import collect
+from chunkmill_workers.provider.plain_attempt import BAD_VECTOR
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer
 from tests.support.corridor import MODEL, Corridor, corridor
@@ -123,12 +124,17 @@ def test_vectors_that_nobody_can_place_are_a_named_error(
     stage: Scene, server: OpenAIServer, route: str, kind: str, options: dict[str, Any]
 ) -> None:
     server.misbehave(kind, times=None, lines=N, **options)
+    job = stage.enqueue(stage.texts(4), route=route)
 
-    [job] = stage.finish(stage.enqueue(stage.texts(4), route=route))
+    def reasons() -> list[str]:
+        dead = [dead.reason for dead in stage.corridor.client.dead_chunks(job.id)]
+        return [*dead, *(str(row["error"]) for row in errors(stage))]
 
-    assert job.state == "failed"
-    reasons = [dead.reason for dead in stage.corridor.client.dead_chunks(job.id)]
-    assert any("for this input" in said for said in [*reasons, *(str(row["error"]) for row in errors(stage))])
+    stage.run_until(lambda: any("for this input" in said or BAD_VECTOR in said for said in reasons()))
+    # Sent alone, a text whose vector has the index 0 has its vector.
+    if options == {"how": "zero"} and route == "openai-sync":
+        [job] = stage.finish(job)
+        assert job.state == "completed"
 
 
 def errors(stage: Scene) -> list[dict[str, Any]]:
@@ -251,12 +257,11 @@ def test_an_error_in_a_successful_answer_is_not_booked_and_its_words_are_kept(
         code="luck",
     )
 
-    [job] = stage.finish(stage.enqueue(stage.texts(2), route="openai-sync"))
+    stage.enqueue(stage.texts(2), route="openai-sync")
 
-    assert job.state == "failed"
+    stage.run_until(lambda: any("Out of luck." in str(row["error"]) for row in errors(stage)))
+
     assert adjusted(stage.corridor) == []
-    assert any("Out of luck." in str(row["error"]) for row in errors(stage))
-    assert stage.asked("embeddings.create") <= stage.corridor.settings.max_attempts
 
 
 def test_a_search_that_was_charged_and_cannot_be_read_is_booked_as_lost(
