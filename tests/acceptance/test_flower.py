@@ -98,10 +98,10 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def scene(stack: StackStatus, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     # The batch is in progress when it is looked at for the first time, so that a second look has a doorbell of its own.
-    with fresh_settings(stack) as settings, OpenAIServer(in_progress_seconds=5.0) as server:
+    with fresh_settings(stack) as settings, OpenAIServer(in_progress_seconds=3.0) as server:
         processes = Processes(settings, tmp_path_factory.mktemp("flower"))
         paid = {"EMBEDDING_MODEL": MODEL, "EMBEDDING_DIMENSIONS": "8", "OPENAI_BASE_URL": server.url}
-        processes.env |= {"OPENAI_GATHER_SECONDS": "0", "OPENAI_POLL_SECONDS": "0.2", "EMBEDDING_DEVICE": "cpu"}
+        processes.env |= {"OPENAI_GATHER_SECONDS": "0", "OPENAI_POLL_SECONDS": "6", "EMBEDDING_DEVICE": "cpu"}
         try:
             port = free_port()
             flower = processes.start(

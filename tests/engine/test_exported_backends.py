@@ -165,6 +165,7 @@ def test_every_family_gives_the_vectors_of_torch_at_every_length(
     assert made.statement.min_cosine >= 0.9999
 
 
+@pytest.mark.slow
 @every_target
 def test_the_default_model_gives_the_vectors_of_the_torch_engine(
     target: Target, minilm_folder: Callable[[Target], ModelFolder], minilm: Engine

@@ -82,9 +82,13 @@ def test_plain_requests_at_once_spend_no_more_than_the_budget(
     finally:
         other.close()
     assert ONE_OF_EACH / 10 < billed(limited) <= ONE_OF_EACH
-    lane = corridor.client.lanes()[1]
-    assert lane.held_reason is not None
-    assert "the budget for paid routes is used up" in lane.held_reason
+    # A small request that fits after a larger one was held takes the reason back, until that one comes again.
+    monkeypatch.setattr(provider_inputs, "add_own", add_own)
+    limited.run_until(lambda: corridor.client.lanes()[1].held_reason is not None)
+    reason = corridor.client.lanes()[1].held_reason
+    assert reason is not None
+    assert "the budget for paid routes is used up" in reason
+    assert billed(limited) <= ONE_OF_EACH
 
 
 def test_a_provider_batch_leaves_the_money_that_plain_requests_take_while_it_is_filled(

@@ -6,6 +6,7 @@ import fcntl
 import os
 import queue
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ import psycopg
 import pytest
 
 from chunkmill.embedded import Stack, StackStatus
-from chunkmill.embedded.process import command_line
+from chunkmill.embedded.paths import server_account
+from chunkmill.embedded.process import command_line, is_ours, start_detached
 from chunkmill.errors import EmbeddedStackError
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE, until
@@ -167,3 +169,13 @@ def test_a_stack_keeps_its_word_when_the_power_goes_and_opens_its_ports_to_this_
     # At a port nobody may ask Redis for its settings.
     wanted = {"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec"}
     assert {name: written.get(name) for name in wanted} == wanted
+
+
+def test_a_process_that_has_just_been_started_is_known() -> None:
+    """A shell starts it, and for a moment it is still that shell. Tried often, because that moment is short."""
+    for _ in range(30):
+        pid = start_detached([shutil.which("sleep") or "sleep", "300"], Path(os.devnull), server_account())
+        try:
+            assert is_ours(pid, ("sleep", "300"))
+        finally:
+            os.kill(pid, signal.SIGKILL)

@@ -123,8 +123,17 @@ def test_vectors_that_nobody_can_place_are_a_named_error(
     stage: Scene, server: OpenAIServer, route: str, kind: str, options: dict[str, Any]
 ) -> None:
     server.misbehave(kind, times=None, lines=N, **options)
+    job = stage.enqueue(stage.texts(4), route=route)
+    if kind == "odd_index" and route == "openai-sync":
+        # What no vector could be placed of is sent alone the next time, and is then at index 0.
+        stage.run_until(lambda: any("for this input" in str(row["error"]) for row in errors(stage)), hurry=False)
+        [job] = stage.finish(job)
+        assert (job.state, job.dead) == ("completed", 0)
+        assert stage.corridor.client.audit("docs").complete
+        stage.check_books()
+        return
 
-    [job] = stage.finish(stage.enqueue(stage.texts(4), route=route))
+    [job] = stage.finish(job)
 
     assert job.state == "failed"
     reasons = [dead.reason for dead in stage.corridor.client.dead_chunks(job.id)]
@@ -251,12 +260,22 @@ def test_an_error_in_a_successful_answer_is_not_booked_and_its_words_are_kept(
         code="luck",
     )
 
-    [job] = stage.finish(stage.enqueue(stage.texts(2), route="openai-sync"))
+    texts = stage.texts(2)
+    job = stage.enqueue(texts, route="openai-sync")
 
-    assert job.state == "failed"
+    said = []
+    for _ in range(3):
+        stage.hurry()
+        stage.corridor.turn()
+        said += errors(stage)
+    # It is an outage: no text dies.
+    assert stage.corridor.client.job(job.id).dead == 0
+    assert any("Out of luck." in str(row["error"]) for row in said)
     assert adjusted(stage.corridor) == []
-    assert any("Out of luck." in str(row["error"]) for row in errors(stage))
     assert stage.asked("embeddings.create") <= stage.corridor.settings.max_attempts
+    server.calm()
+    [job] = stage.finish(job)
+    stage.check_done(job, texts)
 
 
 def test_a_search_that_was_charged_and_cannot_be_read_is_booked_as_lost(

@@ -59,7 +59,7 @@ def _number_oddly(data: list[dict[str, Any]], how: str) -> None:
     if how == "first":
         del data[0]["index"]
     elif how == "one":
-        data[1]["index"] = 0
+        data[min(1, len(data) - 1)]["index"] = 0
     else:
         for item in data:
             item["index"] = 0

@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if request.endpoint in ("files.create", "batches.create"):
             with store.changed:
-                store.owners[answer.body["id"]] = self.key_given
+                store.owners[str(answer.body["id"])] = self.key_given
         elif request.endpoint in ("files.list", "batches.list"):
             ours = [item for item in answer.body["data"] if store.owner(item["id"]) in (None, self.key_given)]
             answer.body["data"] = ours

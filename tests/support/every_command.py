@@ -21,7 +21,7 @@ Words = tuple[str, ...]
 GIVEN: dict[Words, list[str]] = {
     ("bench",): ["--list"],
     ("cache", "evict"): ["--older-than=30d"],
-    ("cost", "correct"): ["--yes"],
+    ("cost", "correct"): ["--yes", "--month=2026-11"],
     ("dead", "drop"): ["--yes"],
     ("demo",): ["--limit=2"],
     ("flower",): ["--no-auth", "--port=0"],

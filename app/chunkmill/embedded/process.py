@@ -85,8 +85,14 @@ def start_detached(argv: Sequence[str | Path], log: Path, account: Account) -> i
 
     A shell starts it and exits, so it is not a child of this process and cannot become a zombie.
     """
+    shell = "/bin/sh -c "
     script = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!'
-    return int(run(["/bin/sh", "-c", script, "sh", log, *argv], account, detach=True).stdout)
+    pid = int(run([*shell.split(), script, "sh", log, *argv], account, detach=True).stdout)
+    deadline = time.monotonic() + START_SECONDS
+    # For a moment the process is still a shell, which nobody would take for the program.
+    while command_line(pid).startswith(shell) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return pid
 
 
 def command_line(pid: int) -> str:

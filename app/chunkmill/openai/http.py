@@ -370,7 +370,8 @@ class Provider:
             case Meaning.WAIT:
                 return ProviderBusy(said, words=words, retry_after_s=_retry_after(error.response.headers))
             case Meaning.OUTAGE:
-                return ProviderSilent(said, words=words, timed_out=status in _TIMEOUTS)
+                # A router that answers an error with 200 has computed nothing.
+                return ProviderSilent(said, words=words, timed_out=status in _TIMEOUTS, was_sent=status >= 300)
             case Meaning.NOT_RUN | Meaning.SIZE | Meaning.TEXT:
                 return ProviderRefused(said, words=words, status=status, provider_code=code)
 

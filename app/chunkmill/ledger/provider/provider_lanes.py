@@ -213,7 +213,7 @@ def _lane(route: Route, row: sa.Row[Any] | None, open_batches: Mapping[str, int]
         row.held_reason,
         row.max_inputs,
         open_batches,
-        row.max_tokens,
+        max_tokens=row.max_tokens,
     )
 
 

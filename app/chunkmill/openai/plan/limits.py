@@ -79,10 +79,16 @@ def most_tokens(counted: int) -> int:
 
 _LIMIT = re.compile(r"\blimit\b(?: (?:is|of))? ?[:=]? ?([0-9][0-9,._ ]*)", re.IGNORECASE | re.ASCII)
 
+_REQUESTS = re.compile(r"\s*(?:enqueued )?requests\b", re.IGNORECASE)
+
 
 def limit_in(message: str) -> int | None:
-    """The number that a refusal calls the limit, as in "Limit: 3,000,000 enqueued tokens"; None if there is none."""
-    numbers = [re.sub("[^0-9]", "", match) for match in _LIMIT.findall(message)]
+    """The number of tokens that a refusal calls the limit, as in "Limit: 3,000,000 enqueued tokens".
+
+    None if there is none, or if it is a number of requests.
+    """
+    limiting = [match for match in _LIMIT.finditer(message) if not _REQUESTS.match(message, match.end())]
+    numbers = [re.sub("[^0-9]", "", match[1]) for match in limiting]
     limits = [int(number) for number in numbers if 0 < len(number) <= 15]
     return limits[-1] if limits and limits[-1] > 0 else None
 

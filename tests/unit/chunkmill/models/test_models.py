@@ -70,7 +70,7 @@ def test_a_producer_without_the_package_knows_the_default_space(monkeypatch: pyt
 
     assert resolve_spec(DEFAULT_MODEL) == DEFAULT_SPEC
     assert resolve_spec(DEFAULT_MODEL, on_long=OnLong.SPLIT).long_text is LongText.SPLIT
-    with pytest.raises(UnknownModel, match=r"chunkmill\[worker\]"):
+    with pytest.raises(UnknownModel, match=r"\.\[worker\]"):
         resolve_model(DEFAULT_MODEL)
 
 
