@@ -252,7 +252,8 @@ def test_everything_runs_with_no_more_than_it_needs(
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
     assert (said.exit_code, "docs is served by 1 segments" in said.output) == (0, True), said.output
     with Client(db, Broker.connect(settings), settings) as client:
-        client.enqueue([(f"more{i}", f"text number {i}") for i in range(20)], collection="docs")
+        more = client.enqueue([(f"more{i}", f"text number {i}") for i in range(20)], collection="docs")
+        until(lambda: client.job(more.id).state == "completed", worker.output)
         assert client.index("docs").tail == 0
         assert client.search(client.vectors("docs", ["c7"])["c7"], collection="docs", k=1)[0].chunk_id == "c7"
     # redis-py tells the server its own name, and it does no harm that this is refused.

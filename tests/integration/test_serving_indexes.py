@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from chunkmill import Client
 from chunkmill.db.connect import create_db
+from chunkmill.db.locks import FLUSH_LOCK, MERGE_LOCK
 from chunkmill.domain import serving
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.results import SearchHit
@@ -264,6 +265,30 @@ def test_the_poller_builds_by_itself_what_large_collections_need(
         ids = [collections.find(conn, name).id for name in (*COLLECTIONS, "small")]
         described = [segments.describe(conn, number, space.id) for number in ids]
     assert [(one.is_ready, one.rows, one.tail) for one in described] == [(True, 10, 0), (True, 5, 0), (False, 0, 0)]
+
+
+@pytest.mark.parametrize("key", [FLUSH_LOCK, MERGE_LOCK], ids=["flush", "merge"])
+def test_who_asks_for_an_index_waits_for_what_another_builds_of_the_same_collection(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, key: int
+) -> None:
+    ids = {}
+    for name in COLLECTIONS:
+        client.enqueue([(f"c{i}", f"{name} {i}") for i in range(5)], collection=name)
+        with db.begin() as conn:
+            ids[name] = collections.find(conn, name).id
+    work(db)
+    waits = threading.Event()
+    pause = indexing.time.sleep
+    monkeypatch.setattr(indexing.time, "sleep", lambda seconds: (waits.set(), pause(seconds)))
+    with db.connect() as another:
+        another.execute(sa.text("SELECT pg_advisory_lock(:key, :id)"), {"key": key, "id": ids["docs"]})
+        index(client, "others")
+        assert not waits.is_set()
+        asked = Call(lambda: client.index("docs"))
+        until(waits.is_set)
+        assert asked.is_alive()
+        another.execute(sa.text("SELECT pg_advisory_unlock_all()"))
+    assert asked.result().is_ready
 
 
 def write_and_delete(client: Client, seed: int, stop: threading.Event) -> None:

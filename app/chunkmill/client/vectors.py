@@ -152,7 +152,7 @@ class Vectors(ClientPart):
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
-        The poller does the same by itself within some seconds. Writers and searches go on meanwhile. A graph takes
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and searches go on meanwhile. A graph takes
         about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in Postgres.
         """
         require_name("collection", collection)
@@ -161,9 +161,11 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             segments.require_kept(conn)
         with store_errors(self._db):
-            while indexing.flush(self._db, space, row.id):
+            while indexing.flush(self._db, space, row.id, wait=True):
                 pass
-            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb):
+            while indexing.merge(
+                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
+            ):
                 pass
             indexing.index_metadata(self._db)
         with self._transaction() as conn:

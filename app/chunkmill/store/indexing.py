@@ -8,6 +8,7 @@ left half built. No producer, worker or search waits for a builder, but for the 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from chunkmill.store import segments
 
 BEGIN_PATIENCE_S = 10
 """How many seconds the beginning of an index waits for transactions that write. It is tried again later."""
+LOOK_S = 0.1
+"""How many seconds pass until somebody who waits for another builder looks again."""
 STALE_PAUSE_S = 600
 """At least how many seconds pass between two looks for rows that belong to no chunk, which read all segments."""
 GRAPH_NODE_BYTES = 300
@@ -49,12 +52,13 @@ def graph_bytes(rows: int, dimensions: int) -> int:
     return rows * (GRAPH_NODE_BYTES + 2 * dimensions)
 
 
-def flush(db: sa.Engine, space: Space, collection_id: int) -> Built | None:
+def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> Built | None:
     """Make a flat segment of a collection's tail, or begin its serving index.
 
-    Returns None if nothing is to do, or if another builder is at it.
+    Returns None if nothing is to do. If another builder is at it, this returns None at once, or waits until that one
+    has finished if ``wait`` says so.
     """
-    with _alone(db, FLUSH_LOCK, collection_id) as conn:
+    with _alone(db, FLUSH_LOCK, collection_id, wait=wait) as conn:
         if conn is None:
             return None
         with conn.begin():
@@ -79,13 +83,13 @@ def flush(db: sa.Engine, space: Space, collection_id: int) -> Built | None:
         return Built(Segment(new.id, new.kind, rows))
 
 
-def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int) -> Built | None:
+def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, wait: bool = False) -> Built | None:
     """Make one segment of several, or write a segment anew whose rows are largely deleted.
 
-    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly. Returns
-    None if nothing is to do, or if another builder is at it.
+    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly. What is
+    returned, and ``wait``, are as in :func:`flush`.
     """
-    with _alone(db, MERGE_LOCK, collection_id) as conn:
+    with _alone(db, MERGE_LOCK, collection_id, wait=wait) as conn:
         if conn is None:
             return None
         with conn.begin():
@@ -111,12 +115,17 @@ def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int) ->
 
 
 @contextlib.contextmanager
-def _alone(db: sa.Engine, key: int, collection_id: int) -> Iterator[sa.Connection | None]:
+def _alone(db: sa.Engine, key: int, collection_id: int, *, wait: bool) -> Iterator[sa.Connection | None]:
     """A connection that holds the collection's lock of this kind; None if another one holds it."""
     keys = {"key": key, "collection": collection_id}
     with db.connect() as conn:
-        taken = conn.execute(sa.text("SELECT pg_try_advisory_lock(:key, :collection)"), keys).scalar_one()
-        conn.commit()
+        # Asked again and again, because a graph takes longer than a statement may take.
+        while True:
+            taken = conn.execute(sa.text("SELECT pg_try_advisory_lock(:key, :collection)"), keys).scalar_one()
+            conn.commit()
+            if taken or not wait:
+                break
+            time.sleep(LOOK_S)
         try:
             yield conn if taken else None
         finally:
