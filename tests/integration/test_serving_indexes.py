@@ -173,8 +173,9 @@ def test_what_is_being_written_while_an_index_begins_is_found(client: Client, db
         read.keep_deletions_out(conn)
         write(conn, space_of(db), ["late text"])
         beginning = Call(lambda: index(client, "others"))
-        waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
-        until(lambda: conn.execute(sa.text(waiting)).scalar_one() or not beginning.is_alive())
+        began = "SELECT count(*) FROM serving_indexes"
+        until(lambda: conn.execute(sa.text(began)).scalar_one() == 2 or not beginning.is_alive())
+        assert beginning.is_alive()
     beginning.result()
     assert client.search(vector_of("late text"), collection="others", k=1)[0].chunk_id == "late"
 
@@ -282,6 +283,7 @@ def test_who_asks_for_an_index_waits_for_what_another_builds_of_the_same_collect
     monkeypatch.setattr(indexing.time, "sleep", lambda seconds: (waits.set(), pause(seconds)))
     with db.connect() as another:
         another.execute(sa.text("SELECT pg_advisory_lock(:key, :id)"), {"key": key, "id": ids["docs"]})
+        another.commit()  # CREATE INDEX CONCURRENTLY waits for open transactions
         index(client, "others")
         assert not waits.is_set()
         asked = Call(lambda: client.index("docs"))

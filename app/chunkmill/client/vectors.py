@@ -152,8 +152,11 @@ class Vectors(ClientPart):
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and searches go on meanwhile. A graph takes
-        about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in Postgres.
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
+        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
+        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
+        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
+        transaction that writes lasts so long that the index cannot begin.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -161,13 +164,9 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             segments.require_kept(conn)
         with store_errors(self._db):
-            while indexing.flush(self._db, space, row.id, wait=True):
-                pass
-            while indexing.merge(
-                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
-            ):
-                pass
+            indexing.build_now(self._db, space, row.id, memory_mb=self._settings.index_memory_mb)
             indexing.index_metadata(self._db)
+            indexing.drop_shared_graphs(self._db, space)
         with self._transaction() as conn:
             return segments.describe(conn, row.id, space.id)
 

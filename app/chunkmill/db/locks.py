@@ -32,6 +32,19 @@ def lock(conn: sa.Connection, key: int) -> None:
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
 
 
+def holders(conn: sa.Connection, key: int) -> set[str]:
+    """The transactions of other sessions that hold ``key``, shared or alone."""
+    query = """
+        SELECT virtualtransaction
+        FROM pg_locks
+        WHERE locktype = 'advisory'
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND classid = 0 AND objid = CAST(:key AS oid) AND objsubid = 1
+          AND granted AND pid <> pg_backend_pid()
+    """
+    return set(conn.execute(sa.text(query), {"key": key}).scalars())
+
+
 def lock_shared(conn: sa.Connection, key: int) -> None:
     """Take the shared lock of ``key`` until the end of this transaction; wait while another one holds it alone."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})

@@ -137,6 +137,8 @@ class ServingIndexRow(Base):
     collection_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     is_ready: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.text("false"))
+    flushed_to: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """The number up to which the rows of the tail may be in a segment, or in one that is being built."""
     """Its segments and its tail have all that can be found."""
     deletions: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     checked_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)

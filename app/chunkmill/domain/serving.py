@@ -20,6 +20,8 @@ GRAPH_ROWS = 20_000
 """A segment of so many rows gets a graph. Fewer rows are read from the first to the last in about 20 ms."""
 MAX_GRAPH_DIMENSIONS = 4_000
 """The most dimensions of an HNSW index of pgvector on ``halfvec``. Segments of more dimensions are always flat."""
+MANY_FLAT = 16
+"""While a merge takes long, no more than about so many flat segments are made of one size."""
 FANOUT = 4
 """So many segments of about one size become one segment of the next size."""
 STALE_SHARE = 0.2
@@ -64,6 +66,16 @@ class Segment:
 def kind_for(rows: int, dimensions: int) -> SegmentKind:
     """The kind of a segment of so many rows that a merge makes. A flush makes a flat one, because that is quick."""
     return SegmentKind.HNSW if rows >= GRAPH_ROWS and dimensions <= MAX_GRAPH_DIMENSIONS else SegmentKind.FLAT
+
+
+def rows_to_flush(live: Sequence[Segment]) -> int:
+    """From how many rows on a tail is flushed: ``MIN_ROWS``, or more while merges do not keep up.
+
+    Each segment costs every search some time, and a merge may take hours. So a flush adds at least a sixteenth to the
+    rows of the flat segments, whose number then grows with the logarithm of their rows.
+    """
+    flat = sum(segment.rows for segment in live if segment.kind is SegmentKind.FLAT)
+    return min(MAX_FLUSH_ROWS, max(MIN_ROWS, flat // MANY_FLAT))
 
 
 def segments_to_merge(live: Sequence[Segment], *, dimensions: int, stale: Sequence[int] = ()) -> list[Segment]:

@@ -50,19 +50,19 @@ def search(
     """
     # All statements must see one moment, or a content could leave the tail between them and be in no segment yet.
     conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
-    prepare = """
+    prepare = f"""
         SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                set_config('hnsw.max_scan_tuples', :most, true),
                set_config('hnsw.ef_search', :beam, true),
-               to_regclass('serving_indexes') IS NOT NULL AS has_indexes
+               {segments.ARE_KEPT} AS has_indexes
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
     beam = max(BEAM, 2 * k)
     settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED), "beam": str(min(beam, WIDEST_BEAM))}).one()
     filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
     parameters = {
-        "query": "[" + ",".join(map(repr, query.astype(float).tolist())) + "]",
+        "query": "[" + ",".join(map(repr, _direction(query).tolist())) + "]",
         "collection": collection_id,
         "space": space.id,
         "k": max(k, MIN_CANDIDATES),
@@ -73,11 +73,11 @@ def search(
         index = segments.find(conn, collection_id, space.id)
     if index is not None and index.is_ready and not (filtered and _leaves_few(conn, index, filtered, parameters)):
         statement = _through_segments(space, index.segments, filtered)
-        hits = _hits(conn, statement, parameters)
-        if index.has_graphs and beam < WIDEST_BEAM and _is_far_from_all(hits):
+        hits = _hits_unless_it_gave_up(conn, statement, parameters)
+        if index.has_graphs and beam < WIDEST_BEAM and hits and _is_far_from_all(hits):
             conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {WIDEST_BEAM}"))
-            hits = _hits(conn, statement, parameters)
-        if len(hits) >= k:
+            hits = _hits_unless_it_gave_up(conn, statement, parameters)
+        if hits is not None and len(hits) >= k:
             return hits[:k]
         # It gave up in a graph, or the collection is small.
     return _hits(conn, _exact(space, filtered), parameters)[:k]
@@ -88,8 +88,25 @@ def _hits(conn: sa.Connection, statement: str, parameters: dict[str, object]) ->
     return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
 
 
+def _hits_unless_it_gave_up(
+    conn: sa.Connection, statement: str, parameters: dict[str, object]
+) -> list[SearchHit] | None:
+    """None if the scan of a graph ended early. Other segments may then have given enough hits that are not nearest."""
+    rows = conn.execute(sa.text(statement), parameters).all()
+    if any(row.gave_up for row in rows):
+        return None
+    return [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
+
+
+def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The query with length 1, which half precision can hold. Cosine asks for the direction alone."""
+    exact = query.astype(np.float64)
+    norm = np.linalg.norm(exact)
+    return exact / norm if norm > 0 else exact
+
+
 def _is_far_from_all(hits: list[SearchHit]) -> bool:
-    return bool(hits) and 1 - hits[-1].score < CONTRAST * (1 - hits[0].score)
+    return 1 - hits[-1].score < CONTRAST * (1 - hits[0].score)
 
 
 def _leaves_few(conn: sa.Connection, index: ServingIndex, filtered: str, parameters: dict[str, object]) -> bool:
@@ -109,6 +126,7 @@ def _leaves_few(conn: sa.Connection, index: ServingIndex, filtered: str, paramet
 
 
 def _exact(space: Space, filtered: str) -> str:
+    # The addition keeps the planner from an index of vectors, which the last release built and an operator may build.
     return f"""
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
         FROM (
@@ -117,7 +135,7 @@ def _exact(space: Space, filtered: str) -> str:
             FROM chunks c
             JOIN {space.table_name} v USING (content_hash)
             WHERE c.collection_id = :collection {filtered}
-            ORDER BY distance, c.chunk_id
+            ORDER BY (v.embedding <=> CAST(:query AS {space.vector_type})) + 0.0, c.chunk_id
             LIMIT :k
         ) n
         JOIN contents t USING (content_hash)
@@ -126,16 +144,22 @@ def _exact(space: Space, filtered: str) -> str:
 
 
 def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
-    candidates = "\nUNION\n".join([_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)])
+    candidates = "\nUNION ALL\n".join(
+        [_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)]
+    )
+    graphs = ", ".join(f"({part.id}, {part.rows})" for part in live if part.kind is SegmentKind.HNSW)
+    given = "(SELECT count(*) FROM candidates x WHERE x.part = g.part)"
+    gave_up = f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows) WHERE {given} < least(2 * :k, g.n_rows))"
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
         )
-        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated,
+               {gave_up if graphs else "false"} AS gave_up
         FROM (
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
-            FROM candidates n
+            FROM (SELECT DISTINCT content_hash FROM candidates) n
             JOIN {space.table_name} v USING (content_hash)
             JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
             ORDER BY distance, c.chunk_id
@@ -148,7 +172,7 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) ->
 
 def _of_tail(space: Space, filtered: str) -> str:
     return f"""(
-        SELECT v.content_hash
+        SELECT v.content_hash, 0 AS part
         FROM serving_tail t
         JOIN {space.table_name} v USING (content_hash)
         WHERE t.collection_id = :collection AND t.space_id = :space AND {_has_chunk("t", filtered)}
@@ -167,14 +191,14 @@ def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
     half = f"halfvec({space.spec.dimensions})"
     if segment.kind is SegmentKind.HNSW:
         return f"""(
-            SELECT s.content_hash
+            SELECT s.content_hash, {segment.id} AS part
             FROM {segment.table_name} s
             WHERE {_has_chunk("s", filtered)}
             ORDER BY s.embedding <=> CAST(:query AS {half})
             LIMIT 2 * :k
         )"""
     return f"""(
-        SELECT s.content_hash
+        SELECT s.content_hash, {segment.id} AS part
         FROM (
             SELECT content_hash
             FROM {segment.table_name}
