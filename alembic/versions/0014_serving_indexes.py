@@ -43,7 +43,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("live_since", sa.DateTime(timezone=True)),
         sa.Column("retired_at", sa.DateTime(timezone=True)),
-        sa.CheckConstraint("kind IN ('flat', 'hnsw')", name=op.f("ck_segments_kind")),
+        sa.CheckConstraint("kind IN ('flat', 'hnsw', 'bits')", name=op.f("ck_segments_kind")),
         sa.CheckConstraint("state IN ('building', 'live', 'retired')", name=op.f("ck_segments_state")),
         sa.CheckConstraint("builder IN ('flush', 'merge')", name=op.f("ck_segments_builder")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_segments")),
@@ -244,10 +244,11 @@ FUNCTIONS = (
                 WHERE t.collection_id = collection AND t.space_id = space)
             WHERE i.collection_id = collection AND i.space_id = space;
         END IF;
-        EXECUTE format('CREATE TABLE segment_%s (content_hash bytea NOT NULL, embedding halfvec(%s) NOT NULL)',
-                       made, wanted.dimensions);
+        EXECUTE format('CREATE TABLE segment_%s (content_hash bytea NOT NULL, embedding %s(%s) NOT NULL)',
+                       made, CASE kind WHEN 'bits' THEN 'bit' ELSE 'halfvec' END, wanted.dimensions);
         EXECUTE format('ALTER TABLE segment_%s ALTER COLUMN embedding SET STORAGE %s',
-                       made, CASE WHEN wanted.dimensions * 2 + 90 <= 4000 THEN 'PLAIN' ELSE 'EXTERNAL' END);
+                       made, CASE WHEN kind = 'bits' OR wanted.dimensions * 2 + 90 <= 4000 THEN 'PLAIN'
+                             ELSE 'EXTERNAL' END);
         -- The default rights on new tables are those of rows that are written one by one.
         FOR role IN
             SELECT rolname FROM pg_roles
@@ -262,11 +263,13 @@ FUNCTIONS = (
         """,
     ),
     (
-        "half_of", "space integer", "text",
+        "stored_as", "kind text, space integer", "text",
         "",
         """
         -- Cosine asks for the direction alone. Half precision has no number beyond 65,504, and few digits for small ones.
-        RETURN (SELECT CASE s.storage WHEN 'halfvec' THEN 'v.embedding' ELSE 'l2_normalize(v.embedding)::halfvec' END
+        RETURN (SELECT CASE WHEN kind = 'bits' THEN format('binary_quantize(v.embedding)::bit(%s)', s.dimensions)
+                            WHEN s.storage = 'halfvec' THEN 'v.embedding'
+                            ELSE 'l2_normalize(v.embedding)::halfvec' END
                 FROM spaces s WHERE s.id = space);
         """,
     ),
@@ -280,7 +283,7 @@ FUNCTIONS = (
             'SELECT v.content_hash, %s '
             'FROM (SELECT DISTINCT content_hash FROM chunks WHERE collection_id = %s) c '
             'JOIN vectors_%s v USING (content_hash)',
-            s.id, half_of(s.space_id), s.collection_id, s.space_id);
+            s.id, stored_as(s.kind, s.space_id), s.collection_id, s.space_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         RETURN filled;
         """,
@@ -301,7 +304,7 @@ FUNCTIONS = (
             'ORDER BY id LIMIT %s) t '
             'WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash AND c.collection_id = %s)) t '
             'JOIN vectors_%s v USING (content_hash)',
-            s.id, half_of(s.space_id), s.collection_id, s.space_id, noted, most, s.collection_id, s.space_id);
+            s.id, stored_as(s.kind, s.space_id), s.collection_id, s.space_id, noted, most, s.collection_id, s.space_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         -- Of the same moment: who calls this does so in REPEATABLE READ.
         EXECUTE format(
@@ -328,7 +331,7 @@ FUNCTIONS = (
             'SELECT v.content_hash, %s '
             'FROM (%s) r JOIN vectors_%s v USING (content_hash) '
             'WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = v.content_hash AND c.collection_id = %s)',
-            s.id, half_of(s.space_id), rows_of_all, s.space_id, s.collection_id);
+            s.id, stored_as(s.kind, s.space_id), rows_of_all, s.space_id, s.collection_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         RETURN filled;
         """,
@@ -338,10 +341,11 @@ FUNCTIONS = (
         "DECLARE s segments;",
         """
         SELECT * INTO STRICT s FROM segments g WHERE g.id = segment AND g.state = 'building';
-        IF s.kind = 'hnsw' THEN
+        IF s.kind <> 'flat' THEN
             -- With more care than by default, so that a query that is far from everything reaches what is nearest.
-            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding halfvec_cosine_ops) '
-                           'WITH (ef_construction = 200)', s.id, s.id);
+            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding %s) '
+                           'WITH (ef_construction = 200)', s.id, s.id,
+                           CASE s.kind WHEN 'bits' THEN 'bit_hamming_ops' ELSE 'halfvec_cosine_ops' END);
         END IF;
         EXECUTE format('ANALYZE segment_%s (content_hash)', s.id);
         """,

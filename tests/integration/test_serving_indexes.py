@@ -359,7 +359,7 @@ def test_each_answer_is_that_of_an_exact_search_at_the_same_moment(
         Call(lambda: write_and_delete(client, 2, stop)),
         Call(repeat(lambda: work(db), stop)),
         Call(lambda: build_and_die(url, settings, 3, stop)),
-        Call(lambda: build_and_die(url, settings, 4, stop)),
+        Call(lambda: build_and_die(url, settings.model_copy(update={"index_compact": True}), 4, stop)),
     ]
     try:
         for _ in range(looks):

@@ -164,7 +164,13 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             segments.require_kept(conn)
         with store_errors(self._db):
-            indexing.build_now(self._db, space, row.id, memory_mb=self._settings.index_memory_mb)
+            indexing.build_now(
+                self._db,
+                space,
+                row.id,
+                memory_mb=self._settings.index_memory_mb,
+                compact=self._settings.index_compact,
+            )
             indexing.index_metadata(self._db)
             indexing.drop_shared_graphs(self._db, space)
         with self._transaction() as conn:

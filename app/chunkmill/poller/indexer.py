@@ -117,4 +117,10 @@ class Indexer:
         return indexing.flush(self._db, space, collection_id)
 
     def _merge(self, space: Space, collection_id: int) -> Built | None:
-        return indexing.merge(self._db, space, collection_id, memory_mb=self._settings.index_memory_mb)
+        return indexing.merge(
+            self._db,
+            space,
+            collection_id,
+            memory_mb=self._settings.index_memory_mb,
+            compact=self._settings.index_compact,
+        )

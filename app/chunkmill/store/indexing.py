@@ -57,9 +57,9 @@ class Built:
     replaced: tuple[Segment, ...] = ()
 
 
-def graph_bytes(rows: int, dimensions: int) -> int:
+def graph_bytes(kind: SegmentKind, rows: int, dimensions: int) -> int:
     """About how many bytes of memory Postgres needs to build the graph of a segment of so many rows at once."""
-    return rows * (GRAPH_NODE_BYTES + 2 * dimensions)
+    return rows * (GRAPH_NODE_BYTES + (dimensions // 8 if kind is SegmentKind.BITS else 2 * dimensions))
 
 
 def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> Built | None:
@@ -101,11 +101,13 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
         return Built(Segment(new.id, new.kind, rows))
 
 
-def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, wait: bool = False) -> Built | None:
+def merge(
+    db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False, wait: bool = False
+) -> Built | None:
     """Make one segment of several, or write a segment anew whose rows are largely deleted.
 
-    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly. What is
-    returned, and ``wait``, are as in :func:`flush`.
+    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly.
+    ``compact`` asks for a graph of bits. What is returned, and ``wait``, are as in :func:`flush`.
     """
     with _alone(db, MERGE_LOCK, collection_id, wait=wait) as conn:
         if conn is None:
@@ -123,12 +125,12 @@ def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, wa
             if not old:
                 return None
             rows = sum(segment.rows for segment in old)
-            kind = kind_for(rows, space.spec.dimensions)
+            kind = kind_for(rows, space.spec.dimensions, compact=compact)
             new = segments.create(conn, collection_id, space, kind, BuilderKind.MERGE)
-        if kind is SegmentKind.HNSW:
+        if kind is not SegmentKind.FLAT:
             logger.info(
                 "collection %s: a graph of %s rows takes about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s",
-                collection_id, rows, graph_bytes(rows, space.spec.dimensions) >> 20, memory_mb,
+                collection_id, rows, graph_bytes(kind, rows, space.spec.dimensions) >> 20, memory_mb,
             )  # fmt: skip
         with conn.begin():
             # What belongs to no chunk is left out, and what is in two segments is written once.
@@ -143,7 +145,7 @@ def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, wa
         return Built(Segment(new.id, kind, rows), tuple(old))
 
 
-def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int) -> None:
+def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False) -> None:
     """Flush and merge until what the collection has by now is in segments of the right size.
 
     What is written meanwhile is left to the poller, or this would last as long as somebody writes. Raises
@@ -170,7 +172,7 @@ def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int
         index = segments.find(conn, collection_id, space.id)
     # A merge lessens the segments, or makes a graph of one or writes one anew.
     for _ in range(1 + 2 * len(index.segments) if index else 0):
-        if merge(db, space, collection_id, memory_mb=memory_mb, wait=True) is None:
+        if merge(db, space, collection_id, memory_mb=memory_mb, compact=compact, wait=True) is None:
             break
 
 

@@ -19,6 +19,8 @@ FLAT_ADVANTAGE = 10
 """So many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
 MAX_K_THROUGH_SEGMENTS = 500
 """A search for more hits is exact, because pgvector keeps at most 1,000 candidates in mind."""
+MAX_K_THROUGH_BITS = 100
+"""The same for a collection with graphs of bits, which give ten candidates or more for each hit."""
 MAX_SCANNED = 100_000
 """How many rows of a graph a search looks at before it gives up and becomes exact."""
 BEAM, WIDEST_BEAM = 400, 1_000
@@ -58,24 +60,32 @@ def search(
                {segments.ARE_KEPT} AS has_indexes
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
-    beam = max(BEAM, 2 * k)
-    settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED), "beam": str(min(beam, WIDEST_BEAM))}).one()
+    beam = min(WIDEST_BEAM, max(BEAM, 2 * k))
+    settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED), "beam": str(beam)}).one()
     filtered = "AND c.metadata @> CAST(:metadata AS jsonb)" if where != "{}" else ""
     parameters = {
         "query": "[" + ",".join(map(repr, _direction(query).tolist())) + "]",
         "collection": collection_id,
         "space": space.id,
         "k": max(k, MIN_CANDIDATES),
+        "beam": beam,
         "metadata": where,
     }
     index = None
     if settings.has_indexes and not exact and k <= MAX_K_THROUGH_SEGMENTS:
         index = segments.find(conn, collection_id, space.id)
+        if index is not None and index.has_bits:
+            if k > MAX_K_THROUGH_BITS:
+                index = None
+            elif 10 * k > beam:
+                conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {WIDEST_BEAM}"))
+                beam = parameters["beam"] = WIDEST_BEAM
     if index is not None and index.is_ready and not (filtered and _leaves_few(conn, index, filtered, parameters)):
         statement = _through_segments(space, index.segments, filtered)
         hits = _hits_unless_it_gave_up(conn, statement, parameters)
         if index.has_graphs and beam < WIDEST_BEAM and hits and _is_far_from_all(hits):
             conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {WIDEST_BEAM}"))
+            parameters["beam"] = WIDEST_BEAM
             hits = _hits_unless_it_gave_up(conn, statement, parameters)
         if hits is not None and len(hits) >= k:
             return hits[:k]
@@ -143,13 +153,21 @@ def _exact(space: Space, filtered: str) -> str:
     """
 
 
+_CANDIDATES = {SegmentKind.FLAT: "2 * :k", SegmentKind.HNSW: "2 * :k", SegmentKind.BITS: ":beam"}
+"""How many candidates a segment gives, in SQL. Of bits, which tell less, all that the search of a graph keeps."""
+
+
 def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
     candidates = "\nUNION ALL\n".join(
         [_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)]
     )
-    graphs = ", ".join(f"({part.id}, {part.rows})" for part in live if part.kind is SegmentKind.HNSW)
+    graphs = ", ".join(
+        f"({part.id}, {part.rows}, {_CANDIDATES[part.kind]})" for part in live if part.kind is not SegmentKind.FLAT
+    )
     given = "(SELECT count(*) FROM candidates x WHERE x.part = g.part)"
-    gave_up = f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows) WHERE {given} < least(2 * :k, g.n_rows))"
+    gave_up = (
+        f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted) WHERE {given} < least(g.wanted, g.n_rows))"
+    )
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
@@ -183,19 +201,24 @@ def _of_tail(space: Space, filtered: str) -> str:
 
 
 def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
-    """The nearest contents of a segment that have a chunk: more than k, because its order is that of half precision.
+    """The nearest contents of a segment that have a chunk: more than k, because its order is that of half precision, or
+    that of the number of equal signs.
 
     The condition is evaluated row by row, in the order of the distances, until there are enough. So a graph is read
     only as far as necessary, and no plan joins the whole segment with the collection's chunks.
     """
     half = f"halfvec({space.spec.dimensions})"
-    if segment.kind is SegmentKind.HNSW:
+    wanted = _CANDIDATES[segment.kind]
+    if segment.kind is not SegmentKind.FLAT:
+        distance = f"s.embedding <=> CAST(:query AS {half})"
+        if segment.kind is SegmentKind.BITS:
+            distance = f"s.embedding <~> binary_quantize(CAST(:query AS {half}))::bit({space.spec.dimensions})"
         return f"""(
             SELECT s.content_hash, {segment.id} AS part
             FROM {segment.table_name} s
             WHERE {_has_chunk("s", filtered)}
-            ORDER BY s.embedding <=> CAST(:query AS {half})
-            LIMIT 2 * :k
+            ORDER BY {distance}
+            LIMIT {wanted}
         )"""
     return f"""(
         SELECT s.content_hash, {segment.id} AS part
@@ -206,7 +229,7 @@ def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
             OFFSET 0
         ) s
         WHERE {_has_chunk("s", filtered)}
-        LIMIT 2 * :k
+        LIMIT {wanted}
     )"""
 
 

@@ -36,7 +36,11 @@ class ServingIndex:
 
     @property
     def has_graphs(self) -> bool:
-        return any(segment.kind is SegmentKind.HNSW for segment in self.segments)
+        return any(segment.kind is not SegmentKind.FLAT for segment in self.segments)
+
+    @property
+    def has_bits(self) -> bool:
+        return any(segment.kind is SegmentKind.BITS for segment in self.segments)
 
 
 def are_kept(conn: sa.Connection) -> bool:
@@ -137,7 +141,7 @@ def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
                ), false) AS is_ready,
                count(*) AS segments,
                coalesce(sum(n_rows), 0)::bigint AS rows,
-               coalesce(sum(n_rows) FILTER (WHERE kind = :hnsw), 0)::bigint AS graph_rows,
+               coalesce(sum(n_rows) FILTER (WHERE kind <> :flat), 0)::bigint AS graph_rows,
                (
                    SELECT count(*) FROM serving_tail WHERE collection_id = :collection AND space_id = :space
                ) AS tail,
@@ -149,7 +153,7 @@ def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
         "collection": collection_id,
         "space": space_id,
         "live": SegmentState.LIVE,
-        "hnsw": SegmentKind.HNSW,
+        "flat": SegmentKind.FLAT,
     }
     row = conn.execute(sa.text(query), parameters).one()
     return Index(row.is_ready, row.segments, row.rows, row.graph_rows, row.tail, row.bytes)

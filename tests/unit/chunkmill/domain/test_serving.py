@@ -25,7 +25,14 @@ def test_a_graph_is_for_many_rows_of_dimensions_that_pgvector_indexes() -> None:
     assert kind_for(GRAPH_ROWS - 1, 384) is FLAT
     assert kind_for(GRAPH_ROWS, 384) is HNSW
     assert kind_for(GRAPH_ROWS, 4_000) is HNSW
-    assert kind_for(GRAPH_ROWS, 4_001) is FLAT
+    assert kind_for(GRAPH_ROWS - 1, 4_001) is FLAT
+    assert kind_for(GRAPH_ROWS, 4_001) is SegmentKind.BITS
+
+
+def test_a_compact_graph_is_of_bits_if_there_are_enough_of_them() -> None:
+    assert kind_for(GRAPH_ROWS - 1, 384, compact=True) is FLAT
+    assert kind_for(GRAPH_ROWS, 255, compact=True) is HNSW
+    assert kind_for(GRAPH_ROWS, 256, compact=True) is SegmentKind.BITS
 
 
 def test_segments_that_must_be_written_anew_come_first_and_alone() -> None:
