@@ -215,6 +215,9 @@ def _search(result: Result) -> Figure | None:
         fontsize=8.5, color=INK,
     )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(_thousands)
+    axes.tick_params(which="minor", length=0, labelsize=7, colors=PEER)
+    axes.set_ylim(top=1.01)
     axes.set_ylabel("recall@10", fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=7.5, loc="lower right")
     rows, of_all = points[0]["rows"], result["settings"]["rows_of_the_space"]
