@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,27 +90,64 @@ def in_the_middle(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object],
 # --- What is found ---
 
 
+def statements_of(client: Client, *, exact: bool) -> list[tuple[str, Mapping[str, object], Mapping[str, str]]]:
+    """What a search for three chunks asks Postgres: statement, parameters, and how a graph is read then."""
+    asked: list[tuple[str, Mapping[str, object], Mapping[str, str]]] = []
+
+    def note(
+        conn: sa.Connection, _cursor: object, statement: str, parameters: Mapping[str, object], *_: object
+    ) -> None:
+        if "<=>" in statement:
+            query = "SELECT name, setting FROM pg_settings WHERE name LIKE 'hnsw.%%' OR name = 'plan_cache_mode'"
+            asked.append((statement, parameters, {row.name: row.setting for row in conn.exec_driver_sql(query)}))
+
+    sa.event.listen(client._db, "before_cursor_execute", note)
+    client.search(vector_of("docs 1"), collection="docs", k=3, exact=exact)
+    sa.event.remove(client._db, "before_cursor_execute", note)
+    assert asked
+    return asked
+
+
+def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_hits(
+    client: Client, db: sa.Engine
+) -> None:
+    """Strict order drops what is met out of order. A graph that is asked for many more looks for them long."""
+    begin_with(client, db, 60)
+    client.search(vector_of("docs 1"), collection="docs", k=3)
+    for statement, parameters, settings in statements_of(client, exact=False):
+        assert (settings["hnsw.iterative_scan"], settings["plan_cache_mode"]) == ("relaxed_order", "force_custom_plan")
+        with db.begin() as conn:
+            conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
+            (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
+        scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
+        assert [node["Actual Rows"] <= 2 * searching.MIN_CANDIDATES for node in scans] == [True]
+
+
+def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """A plan's nodes."""
+    return [plan, *(inner for outer in plan.get("Plans", ()) for inner in nodes(outer))]
+
+
+def test_an_exact_search_reads_each_table_once(client: Client, db: sa.Engine) -> None:
+    begin_with(client, db, 5)
+    ((statement, parameters, _),) = statements_of(client, exact=True)
+    with db.begin() as conn:
+        plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + statement, parameters).scalars())
+    for table in ("vectors_1", "chunks", "contents"):
+        assert len(re.findall(rf" on {table} ", plan)) == 1, plan
+
+
 def test_no_search_reads_an_index_of_the_whole_space(client: Client, db: sa.Engine) -> None:
     """The last release built such an index and an operator may. It knows nothing of collections, and is not exact."""
     begin_with(client, db, 5, are_indexed=False)
     with db.begin() as conn:
         conn.execute(sa.text("CREATE INDEX mine ON vectors_1 USING hnsw (embedding vector_cosine_ops)"))
-    asked: list[tuple[str, object]] = []
-
-    def note(_conn: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
-        if "<=>" in statement:
-            asked.append((statement, parameters))
-
-    sa.event.listen(client._db, "before_cursor_execute", note)
-    client.search(vector_of("docs 1"), collection="docs", k=3)
-    client.search(vector_of("docs 1"), collection="docs", k=3, exact=True)
-    sa.event.remove(client._db, "before_cursor_execute", note)
-    assert len(asked) >= 2
+    asked = statements_of(client, exact=False) + statements_of(client, exact=True)
     with db.begin() as conn:
         for setting in ("enable_sort", "enable_seqscan", "enable_bitmapscan"):
             conn.execute(sa.text(f"SET LOCAL {setting} = off"))
-        for statement, parameters in asked:
-            plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + statement, parameters).scalars())  # type: ignore[arg-type]
+        for statement, parameters, _ in asked:
+            plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + statement, parameters).scalars())
             assert "Index Scan using mine" not in plan, plan
 
 
