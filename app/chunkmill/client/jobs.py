@@ -23,6 +23,7 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
@@ -132,14 +133,14 @@ class Jobs(ClientPart):
         """The latest jobs, newest first."""
         limit = as_number("limit", limit, least=0)
         with self._transaction() as conn:
-            return jobs.latest(conn, limit)
+            return Rows(jobs.latest(conn, limit), Job)
 
     def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
         """The first ``limit`` chunks of a job that got no vector, with the reasons. Raises :class:`NotFound`."""
         job_id, limit = as_number("job_id", job_id), as_number("limit", limit, least=0)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
-            return list(jobs.dead_chunks(conn, job_id, limit=limit))
+            return Rows(jobs.dead_chunks(conn, job_id, limit=limit), DeadChunk)
 
     def wait(
         self,
@@ -245,7 +246,7 @@ class Jobs(ClientPart):
         job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
-            return attempts.of_job(conn, job_id)
+            return Rows(attempts.of_job(conn, job_id), Attempt)
 
     def failing(self, job_id: int) -> FailingChunkBatch | None:
         """The first ChunkBatch of a job that was discarded; without one, the first that failed and is tried again."""

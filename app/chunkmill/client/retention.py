@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_flag, as_function, as_number, as_text
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.prune import prune_jobs
@@ -48,7 +49,7 @@ class Retention(ClientPart):
         days = as_age("recent", recent) / timedelta(days=1)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
-            return cache_spaces(conn, recent_days=days)
+            return Rows(cache_spaces(conn, recent_days=days), CacheSpace)
 
     def evict(
         self,

@@ -24,7 +24,7 @@ from chunkmill.domain.arguments import (
 )
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.providers import OPENAI
-from chunkmill.domain.results import Audit, Index, SearchHit
+from chunkmill.domain.results import Audit, Hits, Index
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
@@ -54,7 +54,7 @@ class Vectors(ClientPart):
         metadata: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
-    ) -> list[SearchHit]:
+    ) -> Hits:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
         ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
@@ -71,7 +71,7 @@ class Vectors(ClientPart):
         asked = self._ask(space, [as_text("query", query)], "query", timeout)[0] if isinstance(query, str) else query
         vector = as_query_vector(asked, space.spec.dimensions)
         with self._transaction() as conn:
-            return searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact)
+            return Hits(searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact))
 
     def embed(
         self,
@@ -152,8 +152,9 @@ class Vectors(ClientPart):
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and searches go on meanwhile. A graph takes
-        about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in Postgres.
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
+        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
+        Postgres.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -163,9 +164,7 @@ class Vectors(ClientPart):
         with store_errors(self._db):
             while indexing.flush(self._db, space, row.id, wait=True):
                 pass
-            while indexing.merge(
-                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
-            ):
+            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True):
                 pass
             indexing.index_metadata(self._db)
         with self._transaction() as conn:

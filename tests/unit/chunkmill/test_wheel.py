@@ -48,7 +48,9 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
         "def use(client: Client) -> None:\n"
         "    job = client.enqueue([Chunk(id='1', text='a text')], collection='docs')\n"
         "    reveal_type(job)\n"
-        "    reveal_type(client.search('a query', collection='docs'))\n"
+        "    hits = client.search('a query', collection='docs')\n"
+        "    reveal_type(hits)\n"
+        "    reveal_type(hits[0])\n"
         "    chunkmill.Nothing\n"
     )
     options = ["--strict", "--config-file", "", "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
@@ -60,6 +62,7 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert 'Revealed type is "chunkmill.domain.results.Job"' in done.stdout
-    assert "list[chunkmill.domain.results.SearchHit]" in done.stdout
+    assert 'Revealed type is "chunkmill.domain.results.Hits"' in done.stdout
+    assert 'Revealed type is "chunkmill.domain.results.SearchHit"' in done.stdout
     assert 'Module has no attribute "Nothing"' in done.stdout, "an unknown name is an error, and not Any"
     assert "Found 1 error in 1 file" in done.stdout, done.stdout

@@ -64,7 +64,7 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
                 taken = inspect.signature(getattr(OF[called.value.id], called.attr))
                 words = {str(keyword.arg): None for keyword in node.keywords}
                 taken.bind(None, *node.args, **words)  # raises TypeError, with the argument that is wrong
-    assert used >= 5
+    assert used, "the example uses the client or what it returns"
 
 
 def test_there_are_python_examples() -> None:
