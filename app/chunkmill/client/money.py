@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
+from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_usd, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
@@ -54,7 +55,7 @@ class Money(ClientPart):
             require_name("collection", collection)
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = as_items("chunks", chunks)
+        chunks = stoppable(as_items("chunks", chunks))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection)

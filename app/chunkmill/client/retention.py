@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.stopping import stopping_between
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_flag, as_function, as_number, as_text
 from chunkmill.domain.printed import Rows
@@ -36,6 +37,7 @@ class Retention(ClientPart):
         """
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)
+        on_progress = stopping_between(on_progress)
         before = self._before("older_than", older_than)
         with store_errors(self._db):
             jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
@@ -74,6 +76,7 @@ class Retention(ClientPart):
             as_text("space", space)
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)
+        on_progress = stopping_between(on_progress)
         before = None if older_than is None else self._before("older_than", older_than)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)

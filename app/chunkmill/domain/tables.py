@@ -95,9 +95,12 @@ def as_text(tables: Iterable[Table], *, otherwise: str, width: int | None = None
 
 def text_of(value: object) -> str:
     """A value as a cell shows it, with its line breaks, and without characters that steer a terminal."""
-    form = ""
     if isinstance(value, Marked):
-        value, form = value.value, value.form
+        return _text_of(value.value, value.form)
+    return _text_of(value, "")
+
+
+def _text_of(value: object, form: str) -> str:
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -106,8 +109,10 @@ def text_of(value: object) -> str:
         return f"{100 * float(value):.0f} %"
     if isinstance(value, Decimal):
         return dollars(value)
+    if isinstance(value, int):
+        return str(value) if form == ID else f"{value:,}"
     if isinstance(value, Real):
-        return f"{value:.3f}" if isinstance(value, float) else str(value) if form == ID else f"{value:,}"
+        return f"{float(value):.3f}"
     if isinstance(value, datetime):
         return value.isoformat(sep=" ", timespec="seconds")
     if isinstance(value, date):
