@@ -1,7 +1,8 @@
 """``make docs`` writes the generated pages.
 
 docs/api.md comes from the docstrings of the public names, docs/settings.md from the fields of the settings, and the
-list of decisions in docs/architecture.md from the titles of those pages.
+list of decisions in docs/architecture.md from the titles of those pages. The methods of ``AsyncClient`` are made as
+well: see ``async_verbs.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import chunkmill  # noqa: E402
 from chunkmill import errors  # noqa: E402
 from chunkmill.settings import Settings  # noqa: E402
 from chunkmill.settings.provider import ProviderSettings  # noqa: E402
+from docs.async_verbs import VERBS, verbs  # noqa: E402
 
 API = ROOT / "docs" / "api.md"
 SETTINGS = ROOT / "docs" / "settings.md"
@@ -53,9 +55,10 @@ SETTINGS_GROUPS = {
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
     "Client": ["Client"],
+    "AsyncClient": ["AsyncClient"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
-    "What comes back: collections": ["SearchHit", "Audit", "Index"],
+    "What comes back: collections": ["Hits", "SearchHit", "Audit", "Index"],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
@@ -73,6 +76,7 @@ def pages() -> dict[Path, str]:
         API: api(),
         SETTINGS: settings(),
         ARCHITECTURE: DECISIONS.sub(lambda found: found[1] + decisions + found[2], architecture),
+        VERBS: verbs(),
     }
 
 
@@ -141,7 +145,9 @@ def fields(what: type) -> Iterator[str]:
 
 def methods(what: type) -> Iterator[str]:
     """Yield the methods that have a docstring: its own, then those of its base classes, in the order of the source."""
-    members = [item for each in what.__mro__ if each.__module__.startswith("chunkmill.") for item in vars(each).items()]
+    # The other methods of AsyncClient are those of Client.
+    kinds = [what] if what.__name__ == "AsyncClient" else what.__mro__
+    members = [item for each in kinds if each.__module__.startswith("chunkmill.") for item in vars(each).items()]
     for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):
@@ -155,7 +161,7 @@ def methods(what: type) -> Iterator[str]:
 def signature(name: str, function: FunctionType) -> str:
     """Return the signature as the source has it, without ``self``: on one line, or with a line for each argument."""
     node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    assert isinstance(node, ast.FunctionDef)
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     given = node.args
     arguments = given.args[1:] if given.args and given.args[0].arg in ("self", "cls") else given.args
     defaults = [None] * (len(arguments) - len(given.defaults)) + list(given.defaults)
@@ -213,5 +219,6 @@ def prose(text: str | None) -> str:
 
 
 if __name__ == "__main__":
+    VERBS.write_text(verbs(), encoding="utf-8")  # first, because AsyncClient can only be imported with what it needs
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")

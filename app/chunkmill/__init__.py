@@ -30,6 +30,7 @@ from chunkmill.domain.results import (
     DroppedDead,
     Explanation,
     FailingChunkBatch,
+    Hits,
     Index,
     Job,
     JobProviderBatch,
@@ -45,6 +46,7 @@ from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Provide
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
+    ClientClosed,
     EmbeddedStackError,
     EngineError,
     InvalidChunk,
@@ -64,19 +66,24 @@ from chunkmill.errors import (
 
 if TYPE_CHECKING:
     from chunkmill.client import Client
+    from chunkmill.client.aio import AsyncClient
 else:
 
     def __getattr__(name: str) -> object:
-        """The client, which is imported when it is first used.
+        """The clients, which are imported when they are first used.
 
-        It imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
+        They import SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
         not need them.
         """
-        if name != "Client":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from chunkmill.client import Client
+        if name == "Client":
+            from chunkmill.client import Client
 
-        return Client
+            return Client
+        if name == "AsyncClient":
+            from chunkmill.client.aio import AsyncClient
+
+            return AsyncClient
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
@@ -89,6 +96,7 @@ __all__ = [
     "Adjustment",
     "AdjustmentKind",
     "Amount",
+    "AsyncClient",
     "Attempt",
     "Audit",
     "Budget",
@@ -98,6 +106,7 @@ __all__ = [
     "ChunkBatchState",
     "ChunkmillError",
     "Client",
+    "ClientClosed",
     "Correction",
     "Cost",
     "Costs",
@@ -111,6 +120,7 @@ __all__ = [
     "Estimate",
     "Explanation",
     "FailingChunkBatch",
+    "Hits",
     "Index",
     "InvalidChunk",
     "InvalidInput",

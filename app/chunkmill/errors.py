@@ -17,6 +17,7 @@
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
     │   └── StoreLimit          a setting of Postgres, such as statement_timeout, ended the transaction
+    ├── ClientClosed          the `AsyncClient` was closed before the call, or while it ran
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
     │   └── DeviceTaken         every GPU has a worker; one of them may end soon
@@ -152,6 +153,13 @@ class StoreLimit(StoreUnavailable):
     """Postgres ended a transaction because it took more than a setting allows. The message names the setting."""
 
     code = "store_limit"
+
+
+class ClientClosed(ChunkmillError):
+    """What the call had committed when the client was closed stays."""
+
+    code = "client_closed"
+    http_status = 503
 
 
 class EmbeddedStackError(ChunkmillError):

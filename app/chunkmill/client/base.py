@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from chunkmill.broker import PUBLISH_ERRORS, Broker
 from chunkmill.client.door import UNUSABLE, at_the_door, translated
 from chunkmill.client.finish import end_or_leave
+from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.ledger.jobs import jobs
@@ -46,6 +47,7 @@ class ClientPart:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
+        end_if_stopped()
         with store_errors(self._db), self._db.begin() as conn:
             yield conn
 

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from chunkmill.client.base import ClientPart
 from chunkmill.client.enqueue import MAX_BATCH_BYTES
 from chunkmill.domain.arguments import as_flag, as_items, as_number, as_text, require_name
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.dead import dead_chunks, dead_retry
@@ -38,7 +39,8 @@ class DeadList(ClientPart):
         """
         limit = as_number("limit", limit, least=0)
         with self._transaction() as conn:
-            return dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
+            entries = dead_chunks.entries(conn, self._listed(conn, job_id, collection, code), limit=limit)
+            return Rows(entries, DeadEntry)
 
     def dead_codes(
         self, job_id: int | None = None, collection: str | None = None, code: str | None = None

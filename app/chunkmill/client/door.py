@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import psycopg
@@ -25,12 +26,19 @@ def at_the_door(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with door(self._db):
             return method(self, *args, **kwargs)
-        except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
-            raise translated(str(self._db.url), error) from error
 
     return cast(Method, call)
+
+
+@contextlib.contextmanager
+def door(db: sa.Engine) -> Iterator[None]:
+    """Raise an error of ours instead of one of SQLAlchemy or psycopg."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+        raise translated(str(db.url), error) from error
 
 
 def translated(url: str, error: sa.exc.SQLAlchemyError | psycopg.Error) -> ChunkmillError:

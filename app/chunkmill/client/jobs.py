@@ -11,6 +11,8 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
+from chunkmill.client.steps import Pause, Steps, Tell, run_steps
+from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
@@ -23,6 +25,7 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
@@ -96,7 +99,7 @@ class Jobs(ClientPart):
         on_long = as_word(OnLong, on_long, "on_long")
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = as_items("chunks", chunks)
+        chunks = stoppable(as_items("chunks", chunks))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
@@ -132,14 +135,14 @@ class Jobs(ClientPart):
         """The latest jobs, newest first."""
         limit = as_number("limit", limit, least=0)
         with self._transaction() as conn:
-            return jobs.latest(conn, limit)
+            return Rows(jobs.latest(conn, limit), Job)
 
     def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
         """The first ``limit`` chunks of a job that got no vector, with the reasons. Raises :class:`NotFound`."""
         job_id, limit = as_number("job_id", job_id), as_number("limit", limit, least=0)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
-            return list(jobs.dead_chunks(conn, job_id, limit=limit))
+            return Rows(jobs.dead_chunks(conn, job_id, limit=limit), DeadChunk)
 
     def wait(
         self,
@@ -156,6 +159,16 @@ class Jobs(ClientPart):
         connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
         a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
+        return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
+
+    def _wait_steps(
+        self,
+        job_id: int,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Job], object] | None = None,
+        on_hindrance: Callable[[str], object] | None = None,
+    ) -> Steps[Job]:
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
         as_function("on_hindrance", on_hindrance)
@@ -166,7 +179,7 @@ class Jobs(ClientPart):
             job = self.job(job_id)
             looked = time.monotonic()
             if on_progress:
-                on_progress(job)
+                yield Tell(on_progress, job)
             if job.state is JobState.FAILED:
                 shown = "; ".join(f"{d.chunk_id!r}: {d.reason}" for d in job.dead_chunks[:3])
                 raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
@@ -181,12 +194,12 @@ class Jobs(ClientPart):
             if looked >= hindered_at:
                 before, hindered = hindered, self._hindrance(job)
                 if hindered and hindered != before:
-                    (on_hindrance or partial(logger.warning, "job %s: %s", job_id))(hindered)
+                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), hindered)
                 looked = time.monotonic()
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
-            time.sleep(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
+            yield Pause(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
 
     def _hindrance(self, job: Job) -> str:
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
@@ -245,7 +258,7 @@ class Jobs(ClientPart):
         job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
             jobs.get(conn, job_id)
-            return attempts.of_job(conn, job_id)
+            return Rows(attempts.of_job(conn, job_id), Attempt)
 
     def failing(self, job_id: int) -> FailingChunkBatch | None:
         """The first ChunkBatch of a job that was discarded; without one, the first that failed and is tried again."""

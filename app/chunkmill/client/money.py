@@ -11,11 +11,13 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
+from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_usd, as_word, require_name
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Abandoned, Explanation
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Route
@@ -53,7 +55,7 @@ class Money(ClientPart):
             require_name("collection", collection)
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = as_items("chunks", chunks)
+        chunks = stoppable(as_items("chunks", chunks))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection)
@@ -87,7 +89,8 @@ class Money(ClientPart):
         kind = None if kind is None else as_word(AdjustmentKind, kind, "kind")
         limit = as_number("limit", limit, least=1)
         with self._transaction() as conn:
-            return list(adjustments.listed(conn, kind=kind, since=_day_or_none("since", since), limit=limit))
+            listed = adjustments.listed(conn, kind=kind, since=_day_or_none("since", since), limit=limit)
+            return Rows(listed, Adjustment)
 
     def correct_charge(
         self,
@@ -147,7 +150,7 @@ class Money(ClientPart):
     def lanes(self) -> list[Lane]:
         """The paid lanes: running, paused, stopped or held, and why."""
         with self._transaction() as conn:
-            return provider_lanes.lanes(conn)
+            return Rows(provider_lanes.lanes(conn), Lane)
 
     def abandon(self, provider_batch_id: int) -> Abandoned:
         """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.

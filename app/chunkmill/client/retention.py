@@ -7,8 +7,10 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.stopping import stopping_between
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_flag, as_function, as_number, as_text
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.prune import prune_jobs
@@ -35,6 +37,7 @@ class Retention(ClientPart):
         """
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)
+        on_progress = stopping_between(on_progress)
         before = self._before("older_than", older_than)
         with store_errors(self._db):
             jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
@@ -48,7 +51,7 @@ class Retention(ClientPart):
         days = as_age("recent", recent) / timedelta(days=1)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)
-            return cache_spaces(conn, recent_days=days)
+            return Rows(cache_spaces(conn, recent_days=days), CacheSpace)
 
     def evict(
         self,
@@ -73,6 +76,7 @@ class Retention(ClientPart):
             as_text("space", space)
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)
+        on_progress = stopping_between(on_progress)
         before = None if older_than is None else self._before("older_than", older_than)
         with self._transaction() as conn:
             require_at_least(conn, AGES_SINCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.steps import Pause, Steps, run_steps
+from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.arguments import (
     as_filter,
     as_flag,
@@ -24,9 +27,9 @@ from chunkmill.domain.arguments import (
 )
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.providers import OPENAI
-from chunkmill.domain.results import Audit, Index, SearchHit
+from chunkmill.domain.results import Audit, Hits, Index
 from chunkmill.domain.spaces import OnLong, Precision
-from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
+from chunkmill.errors import ChunkmillError, EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
@@ -54,7 +57,7 @@ class Vectors(ClientPart):
         metadata: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
-    ) -> list[SearchHit]:
+    ) -> Hits:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
         ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
@@ -62,16 +65,30 @@ class Vectors(ClientPart):
         index. Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
         ``timeout`` seconds.
         """
+        steps = self._search_steps(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
+        return run_steps(steps)
+
+    def _search_steps(
+        self,
+        query: str | NDArray[np.float32],
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+    ) -> Steps[Hits]:
         k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
         exact, where = as_flag("exact", exact), as_filter("metadata", metadata)
         require_name("collection", collection)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-        asked = self._ask(space, [as_text("query", query)], "query", timeout)[0] if isinstance(query, str) else query
-        vector = as_query_vector(asked, space.spec.dimensions)
+        if isinstance(query, str):
+            query = (yield from self._asking(space, [as_text("query", query)], "query", timeout))[0]
+        vector = as_query_vector(query, space.spec.dimensions)
         with self._transaction() as conn:
-            return searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact)
+            return Hits(searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact))
 
     def embed(
         self,
@@ -88,6 +105,21 @@ class Vectors(ClientPart):
         ``dimensions`` and ``precision`` are those of :meth:`enqueue`. Raises :class:`InvalidChunk` if a text is not
         valid, :class:`EngineError` if a worker cannot embed it, and :class:`WaitTimeout`.
         """
+        steps = self._embed_steps(
+            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, precision=precision
+        )
+        return run_steps(steps)
+
+    def _embed_steps(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> Steps[NDArray[np.float32]]:
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
@@ -97,10 +129,10 @@ class Vectors(ClientPart):
         if not texts:
             return np.empty((0, space.spec.dimensions), dtype=np.float32)
         deadline = time.monotonic() + timeout
-        parts = [
-            self._ask(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
-            for i in range(0, len(texts), EMBED_STEP)
-        ]
+        parts = []
+        for i in range(0, len(texts), EMBED_STEP):
+            part = yield from self._asking(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
+            parts.append(part)
         return np.concatenate(parts)
 
     def vectors(self, collection: str, ids: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
@@ -176,25 +208,35 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             return segments.describe(conn, row.id, space.id)
 
-    def _ask(self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float) -> NDArray[np.float32]:
+    def _asking(
+        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float
+    ) -> Steps[NDArray[np.float32]]:
+        """Let a worker embed the texts. Whoever gives up in between withdraws the request."""
         with self._transaction() as conn:
             request = embed_requests.ask(conn, space_id=space.id, kind=kind, texts=texts)
         deadline = time.monotonic() + timeout
-        pause = 0.002
-        while True:
-            with self._transaction() as conn:
-                answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
-                over = time.monotonic() >= deadline  # looked at once, so that who gives up also withdraws
-                if answer is None and over:
-                    embed_requests.withdraw(conn, request)
-            if answer is not None:
-                if answer.vectors is None:
-                    raise EngineError(f"the worker could not embed: {answer.error}")
-                return answer.vectors
-            if over:
-                queue = "openai" if space.spec.provider == OPENAI else "gpu"
-                raise WaitTimeout(
-                    f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"
-                )
-            time.sleep(pause)
-            pause = min(0.05, pause * 1.5)
+        answer, is_over, pause = None, False, 0.002
+        try:
+            while True:
+                with self._transaction() as conn:
+                    answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
+                    is_over = time.monotonic() >= deadline  # looked at once, so that who gives up also withdraws
+                    if answer is None and is_over:
+                        embed_requests.withdraw(conn, request)
+                if answer is not None or is_over:
+                    break
+                yield Pause(pause)
+                pause = min(0.05, pause * 1.5)
+        except BaseException:
+            # If Postgres is away, the poller deletes the request after ten minutes.
+            with contextlib.suppress(ChunkmillError), self._transaction() as conn:
+                embed_requests.withdraw(conn, request)
+            raise
+        if answer is None:
+            queue = "openai" if space.spec.provider == OPENAI else "gpu"
+            raise WaitTimeout(
+                f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"
+            )
+        if answer.vectors is None:
+            raise EngineError(f"the worker could not embed: {answer.error}")
+        return answer.vectors

@@ -10,11 +10,12 @@ from typing import Final
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.prices import MILLION
+from chunkmill.domain.printed import Printed
 from chunkmill.domain.states import Route
 
 
 @dataclass(frozen=True, slots=True)
-class LaneEstimate:
+class LaneEstimate(Printed):
     """What one route would take to embed the contents.
 
     ``tokens`` is how many tokens would be sent, after long texts are treated by their policy; ``refused`` is how many
@@ -31,7 +32,7 @@ class LaneEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Printed):
     """What an enqueue would do, before it does anything.
 
     The ``chunks`` have ``contents`` distinct texts: ``cached`` of them have a vector in the space, ``in_flight`` are
@@ -87,7 +88,7 @@ class AdjustmentKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Printed):
     """The cost of one group on one route.
 
     ``key`` is a day, a month, a model, a route or a job's id. Job 0 stands for calls that waited for their answer, such
@@ -117,7 +118,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class Costs(Printed):
     """What was embedded since a day (None: since the beginning), what it cost, and the budget of this month."""
 
     by: CostsBy
@@ -140,7 +141,7 @@ class Adjusted:
 
 
 @dataclass(frozen=True, slots=True)
-class Adjustment:
+class Adjustment(Printed):
     """A part of the bill that no answer confirmed, and its reason."""
 
     id: int
@@ -164,7 +165,7 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
-class Correction:
+class Correction(Printed):
     """What :meth:`Client.correct_charge` did. ``is_new`` is False if the correction had been booked before."""
 
     adjustment: Adjustment

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 
+from chunkmill.domain.printed import Printed
 from chunkmill.domain.states import Route
 
 PAID_ROUTES = (Route.OPENAI, Route.OPENAI_SYNC)
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(Printed):
     """A paid route with its present state.
 
     A pause ends by itself, at ``paused_until``; a stop lasts until somebody resumes the lane. ``held_reason`` says why

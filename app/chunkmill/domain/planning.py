@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from chunkmill.domain.chunks import PreparedChunk
+from chunkmill.domain.printed import Printed
 from chunkmill.domain.spaces import OnLong
 
 
 @dataclass(frozen=True, slots=True)
-class DeadChunk:
+class DeadChunk(Printed):
     """A chunk that got no vector, and the reason."""
 
     chunk_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -10,11 +10,12 @@ from typing import Any
 
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.printed import Printed, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Job:
+class Job(Printed):
     """What one ``enqueue`` asked for, and how much of it is done."""
 
     id: int
@@ -79,7 +80,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchHit:
+class SearchHit(Printed):
     """One chunk that a search found."""
 
     score: float
@@ -91,8 +92,15 @@ class SearchHit:
     """The vector stands only for the part of the text that the model reads."""
 
 
+class Hits(Rows[SearchHit]):
+    """The hits of a search, best first. It is a list, which prints as a table."""
+
+    def __init__(self, hits: Iterable[SearchHit] = ()) -> None:
+        super().__init__(hits, SearchHit)
+
+
 @dataclass(frozen=True, slots=True)
-class Audit:
+class Audit(Printed):
     """The anti-join of a collection's chunks against its space's vectors: the chunks that have no vector."""
 
     collection: str
@@ -138,7 +146,7 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DeadEntry:
+class DeadEntry(Printed):
     """One entry of the dead list: a chunk that got no vector in a job, and the reason."""
 
     id: int
@@ -177,7 +185,7 @@ class DeadEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Printed):
     """One worker's attempt at a ChunkBatch.
 
     An attempt is recorded when the worker has its texts and its engine. One that failed or was given back earlier is
@@ -209,7 +217,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadDetails:
+class DeadDetails(Printed):
     """Everything that is known about one dead chunk."""
 
     entry: DeadEntry
@@ -226,7 +234,7 @@ class DeadDetails:
 
 
 @dataclass(frozen=True, slots=True)
-class RetriedDead:
+class RetriedDead(Printed):
     """What a retry of dead chunks did."""
 
     jobs: tuple[int, ...]
@@ -240,7 +248,7 @@ class RetriedDead:
 
 
 @dataclass(frozen=True, slots=True)
-class DroppedDead:
+class DroppedDead(Printed):
     """What a drop of dead chunks did."""
 
     jobs: tuple[int, ...]
@@ -253,7 +261,7 @@ class DroppedDead:
 
 
 @dataclass(frozen=True, slots=True)
-class FailingChunkBatch:
+class FailingChunkBatch(Printed):
     """A ChunkBatch whose last attempt failed: it is ``discarded``, or it is open and will be tried again."""
 
     id: int
@@ -270,7 +278,7 @@ class FailingChunkBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutingStep:
+class RoutingStep(Printed):
     """One choice of a route for a job: when it was made, and why."""
 
     at: datetime
@@ -279,7 +287,7 @@ class RoutingStep:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenWork:
+class OpenWork(Printed):
     """The open ChunkBatches of one route and state."""
 
     route: Route
@@ -295,7 +303,7 @@ class OpenWork:
 
 
 @dataclass(frozen=True, slots=True)
-class JobProviderBatch:
+class JobProviderBatch(Printed):
     """A ProviderBatch that has, or had, contents of the job."""
 
     id: int
@@ -312,7 +320,7 @@ class JobProviderBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Abandoned:
+class Abandoned(Printed):
     """What was done to let go of a ProviderBatch."""
 
     provider_batch_id: int
@@ -323,7 +331,7 @@ class Abandoned:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Printed):
     """Where a job's work is, and what it waits for."""
 
     job_id: int
@@ -343,7 +351,7 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class Index(Printed):
     """What serves the searches of a collection: segments, and a tail of what came since they were built."""
 
     is_ready: bool

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from chunkmill.domain.printed import Printed
 from chunkmill.errors import InvalidInput
 
 OnProgress = Callable[[str, int, int], None]
@@ -26,7 +27,7 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class Pruned:
+class Pruned(Printed):
     """What a prune or an eviction deleted."""
 
     dry_run: bool
@@ -46,7 +47,7 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheSpace:
+class CacheSpace(Printed):
     """The vectors of one space, and how often an enqueue found the vectors that it needed.
 
     Hits are counted over the jobs that are in the ledger. A prune deletes older ones.

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import pytest
 
 import chunkmill
-from chunkmill import Client
+from chunkmill import AsyncClient, Client
 from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db
 from chunkmill.settings import Settings
 
 METHODS = [
     member
-    for name in dir(Client)
-    if not name.startswith("_")
-    and callable(member := inspect.getattr_static(Client, name, None) or getattr(Client, name))
+    for kind in (Client, AsyncClient)
+    for name in dir(kind)
+    if not name.startswith("_") and callable(member := inspect.getattr_static(kind, name, None) or getattr(kind, name))
 ]
 
 
@@ -34,13 +34,13 @@ def test_every_public_name_is_there_and_no_other() -> None:
         chunkmill.Klient  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__qualname__)
 def test_every_type_that_a_method_takes_or_returns_is_public(method: typing.Any) -> None:
     names = {kind.__name__ for kind in types_of(typing.get_type_hints(method).values(), set())}
     assert names <= set(chunkmill.__all__)
 
 
-@pytest.mark.parametrize("method", [*METHODS, Client], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [*METHODS, Client, AsyncClient], ids=lambda method: method.__qualname__)
 def test_every_error_that_a_docstring_names_is_public(method: typing.Any) -> None:
     named = set(re.findall(r":class:`(\w+)`", inspect.getdoc(method) or ""))
     assert named <= set(chunkmill.__all__)

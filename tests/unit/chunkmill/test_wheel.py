@@ -44,12 +44,24 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
     consumer = tmp_path / "consumer.py"
     consumer.write_text(
         "import chunkmill\n"
-        "from chunkmill import Chunk, Client, Job, SearchHit\n"
+        "from collections.abc import AsyncIterator\n"
+        "from chunkmill import AsyncClient, Chunk, Client, Job, SearchHit\n"
         "def use(client: Client) -> None:\n"
         "    job = client.enqueue([Chunk(id='1', text='a text')], collection='docs')\n"
         "    reveal_type(job)\n"
-        "    reveal_type(client.search('a query', collection='docs'))\n"
+        "    hits = client.search('a query', collection='docs')\n"
+        "    reveal_type(hits)\n"
+        "    reveal_type(hits[0])\n"
         "    chunkmill.Nothing\n"
+        "async def use_async(client: AsyncClient) -> None:\n"
+        "    async def chunks() -> AsyncIterator[Chunk]:\n"
+        "        yield Chunk(id='1', text='a text')\n"
+        "    reveal_type(await client.enqueue(chunks(), collection='docs'))\n"
+        "    reveal_type(await client.search('a query', collection='docs'))\n"
+        "    reveal_type(await AsyncClient.from_env())\n"
+        "    async def progress(job: Job) -> None: ...\n"
+        "    await client.wait(1, on_progress=progress)\n"
+        "    await client.search('a query', collction='docs')\n"
     )
     options = ["--strict", "--config-file", "", "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
     done = subprocess.run(
@@ -60,6 +72,11 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert 'Revealed type is "chunkmill.domain.results.Job"' in done.stdout
-    assert "list[chunkmill.domain.results.SearchHit]" in done.stdout
+    assert 'Revealed type is "chunkmill.domain.results.Hits"' in done.stdout
+    assert 'Revealed type is "chunkmill.domain.results.SearchHit"' in done.stdout
     assert 'Module has no attribute "Nothing"' in done.stdout, "an unknown name is an error, and not Any"
-    assert "Found 1 error in 1 file" in done.stdout, done.stdout
+    assert done.stdout.count('Revealed type is "chunkmill.domain.results.Job"') == 2
+    assert done.stdout.count('Revealed type is "chunkmill.domain.results.Hits"') == 2
+    assert 'Revealed type is "chunkmill.client.aio.AsyncClient"' in done.stdout
+    assert 'Unexpected keyword argument "collction" for "search" of "AsyncVerbs"' in done.stdout
+    assert "Found 2 errors in 1 file" in done.stdout, done.stdout

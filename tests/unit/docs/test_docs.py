@@ -64,7 +64,7 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
                 taken = inspect.signature(getattr(OF[called.value.id], called.attr))
                 words = {str(keyword.arg): None for keyword in node.keywords}
                 taken.bind(None, *node.args, **words)  # raises TypeError, with the argument that is wrong
-    assert used >= 5
+    assert used, "the example uses the client or what it returns"
 
 
 def test_there_are_python_examples() -> None:
@@ -79,7 +79,7 @@ def test_what_is_made_from_the_code_is_up_to_date() -> None:
     spec.loader.exec_module(module)
     for page, text in module.pages().items():
         assert page.read_text() == text, f"{page.name} is not what the code says now. Run: make docs"
-    api, settings, architecture = module.pages().values()
+    api, settings, architecture, _verbs = module.pages().values()
     assert "#### `Client.enqueue`" in api
     assert "| `DATABASE_URL` |" in settings
     assert architecture.count("](decisions/") >= 27

@@ -1,0 +1,58 @@
+"""The producer's API for asyncio."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from chunkmill.client import Client
+from chunkmill.client.aio.calls import Call
+from chunkmill.client.aio.threads import Threads
+from chunkmill.client.aio.verbs import AsyncVerbs
+
+
+class AsyncClient(AsyncVerbs):
+    """A :class:`Client` for asyncio: every method is a coroutine, and none blocks the event loop.
+
+    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`from_env` makes both. Iterables may be
+    asynchronous too, and are read no faster than they are enqueued. A synchronous iterable runs in a thread.
+    ``on_progress`` and ``on_hindrance`` are called in the loop, and may be coroutine functions. Context variables, and
+    so traces, reach as far as they do without threads.
+
+    A call whose task is cancelled, for example by ``asyncio.timeout``, ends at its next pause, chunk or transaction,
+    and the task ends when the call has. So nothing of it runs any more, its connection is given back, and what a
+    search or ``embed`` asked of a worker is withdrawn. What an enqueue has committed stays; the same
+    ``idempotency_key`` completes it.
+
+    Searches, ``embed`` and ``wait`` take a thread and a connection only for moments, so that hundreds of them may wait
+    at a time. Five other long calls, such as enqueues, run at a time, and further ones wait. An AsyncClient may be used
+    in several event loops and from several threads. A process that is forked from one with an AsyncClient may use it in
+    an event loop of its own. If the interpreter ends while a call runs, the call ends as in a process that is killed.
+    """
+
+    @classmethod
+    async def from_env(cls) -> AsyncClient:
+        """A client for ``DATABASE_URL`` and ``REDIS_URL``, as :meth:`Client.from_env` makes it, which says what it
+        raises."""
+        threads = Threads("chunkmill-opener", 1)
+        made: list[Client] = []
+        try:
+            await Call().in_thread(threads, lambda: made.append(Client.from_env()))
+        except BaseException:
+            for client in made:
+                client.close()
+            raise
+        finally:
+            threads.close()
+        return cls(made[0])
+
+    def __repr__(self) -> str:
+        """One line with the servers, without their passwords."""
+        return f"Async{self._client!r}"
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,191 @@
+"""How the verbs of an ``AsyncClient`` run: the waiting in the event loop, and the rest in a few threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import sqlalchemy as sa
+
+from chunkmill.client import Client
+from chunkmill.client.aio.calls import Call, Sink, Source, ended
+from chunkmill.client.aio.threads import Threads
+from chunkmill.client.door import door
+from chunkmill.client.steps import Step, Steps
+from chunkmill.errors import ClientClosed
+
+Given = ParamSpec("Given")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[Result]):
+    result: Result
+
+
+class Running:
+    """The calls of an ``AsyncClient``, and its threads.
+
+    There are as many threads as connections, in two halves. Short transactions have the one half. Calls that hold a
+    connection while they read or hand out what the loop has have the other, so a source of chunks may itself search
+    with the same client, and somebody who reads vectors may too.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """Begin with no call and no thread: at first, and in a child process, which has none of its parent's."""
+        half = _connections(self._client._db) // 2
+        self._short_threads = Threads("chunkmill-short", half)
+        self._long_threads = Threads("chunkmill-long", half)
+        # An AsyncClient that nobody closed takes its threads along.
+        weakref.finalize(self, self._short_threads.close)
+        weakref.finalize(self, self._long_threads.close)
+        self._mutex = threading.Lock()
+        self._calls: set[Call] = set()
+        self._is_closed = False
+        self._all_ended: Future[None] = Future()
+
+    async def _short(self, method: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        """A call of a few transactions."""
+        call = self._new_call()
+        try:
+            return await call.in_thread(self._short_threads, partial(method, *args, **kwargs), stoppable=True)
+        finally:
+            self._end(call)
+
+    async def _long(self, method: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """A call that may take minutes. Asynchronous iterables and functions among its arguments run in the loop."""
+        call = self._new_call()
+        sources: list[Source[Any]] = []
+
+        def adapted(argument: Any) -> Any:
+            if isinstance(argument, AsyncIterable):
+                sources.append(Source(call, argument))
+                return sources[-1]
+            return call.told(argument) if callable(argument) else argument
+
+        given = [adapted(argument) for argument in args]
+        named = {name: adapted(argument) for name, argument in kwargs.items()}
+        try:
+            return await call.in_thread(self._long_threads, partial(method, *given, **named), stoppable=True)
+        finally:
+            for source in sources:
+                await source.close()
+            self._end(call)
+
+    async def _wait(self, steps: Steps[Result]) -> Result:
+        """A call that waits: each of its steps takes a thread, and its pauses take none."""
+        call = self._new_call()
+        threads, db = self._short_threads, self._client._db
+        error: BaseException | None = None
+        is_over = False
+        try:
+            while True:
+                try:
+                    step = await call.in_thread(threads, partial(_advance, db, steps, error))
+                except Exception:
+                    is_over = True  # the steps raised it
+                    raise
+                if isinstance(step, _Done):
+                    is_over = True
+                    return step.result
+                error = None
+                try:
+                    await call.perform(step)
+                except Exception as raised:  # noqa: BLE001 - the steps take back what they asked for, and raise it
+                    error = raised
+        finally:
+            if not is_over:
+                # The task was cancelled, in a pause or while a step ran.
+                await ended(asyncio.wrap_future(threads.submit(steps.close)))
+            self._end(call)
+
+    async def _each(
+        self, method: Callable[Given, Iterator[Item]], *args: Given.args, **kwargs: Given.kwargs
+    ) -> AsyncGenerator[Item, None]:
+        """The items of a call that hands them out one after the other."""
+        call = self._new_call()
+        sink = Sink(call, self._long_threads, partial(method, *args, **kwargs), partial(self._end, call))
+        try:
+            async for item in sink:
+                yield item
+        finally:
+            await sink.close()
+
+    @staticmethod
+    async def _gathered(items: Iterable[Item] | AsyncIterable[Item]) -> Iterable[Item]:
+        """The items of an asynchronous iterable, which are all needed at once; any other one as it is."""
+        return [item async for item in items] if isinstance(items, AsyncIterable) else items
+
+    async def close(self) -> None:
+        """End the calls that run, wait for them, and close the connections.
+
+        These calls raise :class:`ClientClosed`, unless they were as good as done. The embedded stack stays up for the
+        next caller.
+        """
+        with self._mutex:
+            calls = list(self._calls)
+            if not self._is_closed and not calls:
+                self._all_ended.set_result(None)
+            self._is_closed = True
+        for call in calls:
+            call.stop(closed=True)
+        await asyncio.shield(asyncio.wrap_future(self._all_ended))
+        closer = Threads("chunkmill-closer", 1)
+        closing = asyncio.wrap_future(closer.submit(self._client.close))
+        closer.close()
+        self._short_threads.close()
+        self._long_threads.close()
+        await asyncio.shield(closing)
+
+    def _new_call(self) -> Call:
+        call = Call()
+        with self._mutex:
+            if self._is_closed:
+                raise ClientClosed("the AsyncClient is closed. Make another one with AsyncClient.from_env().")
+            self._calls.add(call)
+        return call
+
+    def _end(self, call: Call) -> None:
+        with self._mutex:
+            self._calls.discard(call)
+            if self._is_closed and not self._calls and not self._all_ended.done():
+                self._all_ended.set_result(None)
+
+
+def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Step | _Done[Result]:
+    """The next step, after ``error`` was raised by the last one. A future cannot hold the end of a generator."""
+    with door(db):
+        try:
+            return next(steps) if error is None else steps.throw(error)
+        except StopIteration as end:
+            return _Done(end.value)
+
+
+def _connections(db: sa.Engine) -> int:
+    """How many connections the pool has at most."""
+    pool = db.pool
+    return max(2, pool.size() + max(0, pool._max_overflow)) if isinstance(pool, sa.QueuePool) else 2
+
+
+_all: weakref.WeakSet[Running] = weakref.WeakSet()
+
+
+def _begin_in_child() -> None:
+    for running in list(_all):
+        running._begin()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)

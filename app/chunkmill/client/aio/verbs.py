@@ -1,0 +1,452 @@
+"""The methods of ``AsyncClient``. `make docs` writes this file from those of ``Client``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.client.aio.running import Running
+from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
+from chunkmill.domain.lanes import Lane
+from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.results import (
+    Abandoned,
+    Attempt,
+    Audit,
+    DeadDetails,
+    DeadEntry,
+    DroppedDead,
+    Explanation,
+    FailingChunkBatch,
+    Hits,
+    Index,
+    Job,
+    RetriedDead,
+)
+from chunkmill.domain.retention import CacheSpace, Pruned
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import Priority, Route
+
+
+class AsyncVerbs(Running):
+    """Every public method of ``Client``, with its arguments."""
+
+    async def enqueue(
+        self,
+        chunks: Iterable[object] | AsyncIterable[object],
+        *,
+        collection: str,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        priority: Priority | str = Priority.NORMAL,
+        idempotency_key: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+    ) -> Job:
+        """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
+        ``(id, text, metadata)`` triples or dicts.
+
+        Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
+        old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
+        space are not embedded again.
+
+        ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first bad chunk,
+        with nothing written. ``"skip"`` commits window by window, so that workers start at once, and puts bad chunks on
+        the job's dead list. The window of a slow source is committed with the first chunk that comes after 5 s.
+
+        A second enqueue with the same ``idempotency_key`` returns the job of the first one, and completes that enqueue
+        if its producer died halfway. It raises :class:`InvalidInput` if the first one has ended and had other chunks,
+        had another ``collection``, space or ``on_long``, or was cancelled before its end.
+
+        ``Job.new``, ``replaced``, ``unchanged`` and ``repeated`` say how the chunks met the collection.
+
+        ``dimensions`` shortens the vectors of a model that was trained for it, and normalizes them again. ``precision``
+        is ``float`` or ``int8``. Each value of either makes a space of its own. If ``precision`` is None it is
+        ``EMBEDDING_PRECISION``. If ``dimensions`` is None it is ``EMBEDDING_DIMENSIONS`` for ``EMBEDDING_MODEL``, and
+        the model's own number for another model.
+
+        ``route`` is ``local``, ``openai`` (the Batch API, which costs half and takes up to 24 hours), ``openai-sync``
+        (plain requests), or ``auto``, which chooses the cheapest route that serves the model's space, is not stopped
+        and can meet the ``deadline``. The deadline is a datetime with a time zone, a timedelta, or a number of seconds
+        from now. Work that has not begun when the deadline comes near may move to a more expensive route.
+        :meth:`explain` says what was chosen, and why.
+
+        Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
+        :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is not an error: the poller rings when
+        Redis is back.
+        """
+        return await self._long(
+            self._client.enqueue,
+            chunks,
+            collection=collection,
+            model=model,
+            route=route,
+            priority=priority,
+            idempotency_key=idempotency_key,
+            on_long=on_long,
+            on_invalid=on_invalid,
+            dimensions=dimensions,
+            precision=precision,
+            deadline=deadline,
+        )
+
+    async def job(self, job_id: int) -> Job:
+        """The job as it is now. Raises :class:`NotFound`."""
+        return await self._short(self._client.job, job_id)
+
+    async def jobs(self, limit: int = 20) -> list[Job]:
+        """The latest jobs, newest first."""
+        return await self._short(self._client.jobs, limit)
+
+    async def dead_chunks(self, job_id: int, limit: int = 1000) -> list[DeadChunk]:
+        """The first ``limit`` chunks of a job that got no vector, with the reasons. Raises :class:`NotFound`."""
+        return await self._short(self._client.dead_chunks, job_id, limit)
+
+    async def wait(
+        self,
+        job_id: int,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Job], Awaitable[None] | None] | None = None,
+        on_hindrance: Callable[[str], Awaitable[None] | None] | None = None,
+    ) -> Job:
+        """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
+
+        ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
+        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
+        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
+        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        """
+        return await self._wait(
+            self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
+        )
+
+    async def cancel(self, job_id: int) -> Job:
+        """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.
+
+        The job stops at once. Its ChunkBatches follow, which takes seconds for a large job; a poller completes this if
+        the process dies.
+        """
+        return await self._long(self._client.cancel, job_id)
+
+    async def retry(self, job_id: int) -> Job:
+        """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
+        return await self._long(self._client.retry, job_id)
+
+    async def attempts(self, job_id: int) -> list[Attempt]:
+        """All attempts at a job's ChunkBatches, the oldest first: which worker, how it ended, what it cost.
+
+        For a worker that died it also says what was seen of the death, and how many contents it could have cost
+        (``at_risk``). Raises :class:`NotFound`.
+        """
+        return await self._short(self._client.attempts, job_id)
+
+    async def failing(self, job_id: int) -> FailingChunkBatch | None:
+        """The first ChunkBatch of a job that was discarded; without one, the first that failed and is tried again."""
+        return await self._short(self._client.failing, job_id)
+
+    async def estimate(
+        self,
+        chunks: Iterable[object] | AsyncIterable[object],
+        *,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        collection: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+    ) -> Estimate:
+        """What :meth:`enqueue` with the same arguments would send, and what it would cost on each route.
+
+        Nothing is written. Memory stays constant; a temporary table in Postgres holds the hash of each distinct text
+        while this runs. Tokens are counted on this machine, with the tokenizer of each route. Raises what
+        :meth:`enqueue` raises except :class:`BudgetExceeded`, because the answer contains the budget.
+        """
+        return await self._long(
+            self._client.estimate,
+            chunks,
+            model=model,
+            route=route,
+            collection=collection,
+            on_long=on_long,
+            on_invalid=on_invalid,
+            dimensions=dimensions,
+            precision=precision,
+            deadline=deadline,
+        )
+
+    async def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:
+        """What was embedded and what it cost, by day, month, model, route or job, since a day in UTC.
+
+        The provider counted what the paid routes cost, except for what was lost, may have been charged, or was
+        corrected; each row says how much that is. What the local route costs is its engine's time multiplied by
+        GPU_HOUR_USD.
+        """
+        return await self._short(self._client.usage, by, since=since)
+
+    async def adjustments(
+        self, kind: AdjustmentKind | str | None = None, *, since: date | None = None, limit: int = 100
+    ) -> list[Adjustment]:
+        """The parts of the bill that no answer confirmed, with their reasons: the latest ``limit``, newest first.
+
+        They are what was ``lost``, what was ``maybe_charged``, and corrections; of one ``kind``, or all of them. A
+        ``correction`` is what :meth:`correct_charge` booked.
+        """
+        return await self._short(self._client.adjustments, kind, since=since, limit=limit)
+
+    async def correct_charge(
+        self,
+        usd: Decimal | int | str,
+        *,
+        route: Route | str,
+        day: date,
+        reason: str,
+        author: str,
+        model: str | None = None,
+        job_id: int = 0,
+        key: str | None = None,
+    ) -> Correction:
+        """Add ``usd`` (which is negative for money that was not charged) to what is booked on a paid route on a day.
+
+        The budget counts it in the month of that day, in UTC. ``reason`` and ``author`` are kept. A correction has a
+        ``key``, and a second call with the same key books nothing. Without one, the key is made of the amount, route,
+        day, reason, model and job, so the same call may be made again after an error.
+
+        Raises :class:`InvalidInput` if an argument is wrong, if more is taken back than the month has on that route (or
+        the job has there), if the day has not begun, or if the key is that of another correction; and
+        :class:`NotFound` if there is no such model.
+        """
+        return await self._short(
+            self._client.correct_charge,
+            usd,
+            route=route,
+            day=day,
+            reason=reason,
+            author=author,
+            model=model,
+            job_id=job_id,
+            key=key,
+        )
+
+    async def explain(self, job_id: int) -> Explanation:
+        """Why a job is embedded where it is, and what it waits for. Raises :class:`NotFound`."""
+        return await self._short(self._client.explain, job_id)
+
+    async def lanes(self) -> list[Lane]:
+        """The paid lanes: running, paused, stopped or held, and why."""
+        return await self._short(
+            self._client.lanes,
+        )
+
+    async def abandon(self, provider_batch_id: int) -> Abandoned:
+        """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.
+
+        If they may have been charged, that is booked, and the provider is asked to cancel it. A second call closes it
+        although its files could not be deleted. Raises :class:`NotFound`, and :class:`InvalidInput` if it is closed.
+        """
+        return await self._short(self._client.abandon, provider_batch_id)
+
+    async def resume_lane(self, route: Route | str) -> bool:
+        """Let a stopped or paused lane take work again, and forget limits that the provider's refusals have taught.
+
+        Returns False if there was nothing to do.
+        """
+        return await self._short(self._client.resume_lane, route)
+
+    async def dead(
+        self, job_id: int | None = None, collection: str | None = None, code: str | None = None, limit: int = 1000
+    ) -> list[DeadEntry]:
+        """The newest ``limit`` entries of the dead list.
+
+        ``job_id``, ``collection`` and ``code`` keep only the entries of a job, of a collection, or with a code. Raises
+        :class:`NotFound` for a job or a collection that does not exist.
+        """
+        return await self._short(self._client.dead, job_id, collection, code, limit)
+
+    async def dead_codes(
+        self, job_id: int | None = None, collection: str | None = None, code: str | None = None
+    ) -> dict[str, int]:
+        """``code → entries`` of the dead list, the most frequent first. The arguments are those of :meth:`dead`."""
+        return await self._short(self._client.dead_codes, job_id, collection, code)
+
+    async def dead_chunk(self, dead_id: int, *, with_text: bool = False) -> DeadDetails:
+        """All that is known of one entry of the dead list, with its text if ``with_text``. Raises :class:`NotFound`."""
+        return await self._short(self._client.dead_chunk, dead_id, with_text=with_text)
+
+    async def retry_dead(
+        self,
+        ids: Iterable[int] | AsyncIterable[int] | None = None,
+        *,
+        job_id: int | None = None,
+        code: str | None = None,
+    ) -> RetriedDead:
+        """Embed the texts of dead chunks after all, in the jobs that they belong to.
+
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
+        A text that killed workers stays a suspect, which workers embed alone. A chunk cannot be retried if enqueue
+        refused it, if it was refused as too long, if it was replaced or deleted since, or if its job was cancelled.
+        Such a chunk raises :class:`InvalidInput` if ``ids`` names it. It is ignored if the job or the code chooses it,
+        unless they choose no other. Raises :class:`NotFound` for an id that is not on the list. A call that raises
+        changes nothing.
+        """
+        return await self._long(self._client.retry_dead, ids, job_id=job_id, code=code)
+
+    async def drop_dead(
+        self,
+        ids: Iterable[int] | AsyncIterable[int] | None = None,
+        *,
+        job_id: int | None = None,
+        code: str | None = None,
+    ) -> DroppedDead:
+        """Take chunks off the dead list and out of their collections. A job that failed for nothing else completes.
+
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
+        If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
+        chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
+        an id that is not on the list; nothing is changed then. Many chunks are dropped in several transactions. If one
+        of them fails, the earlier ones stay, and the same call made again drops the rest.
+        """
+        return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
+
+    async def search(
+        self,
+        query: str | NDArray[np.float32],
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+    ) -> Hits:
+        """The ``k`` chunks nearest to ``query`` by cosine, best first.
+
+        ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
+        Only chunks whose metadata contain ``metadata`` are returned (jsonb containment). ``exact`` ignores an HNSW
+        index. Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
+        ``timeout`` seconds.
+        """
+        return await self._wait(
+            self._client._search_steps(
+                query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout
+            )
+        )
+
+    async def embed(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> NDArray[np.float32]:
+        """``(n, d)`` float32 vectors of ``texts`` in input order, which a worker makes now and nobody stores.
+
+        ``dimensions`` and ``precision`` are those of :meth:`enqueue`. Raises :class:`InvalidChunk` if a text is not
+        valid, :class:`EngineError` if a worker cannot embed it, and :class:`WaitTimeout`.
+        """
+        return await self._wait(
+            self._client._embed_steps(
+                await self._gathered(texts),
+                model=model,
+                kind=kind,
+                timeout=timeout,
+                dimensions=dimensions,
+                precision=precision,
+            )
+        )
+
+    async def vectors(
+        self, collection: str, ids: Iterable[str] | AsyncIterable[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
+        return await self._long(self._client.vectors, collection, ids)
+
+    async def delete(
+        self, collection: str, ids: Iterable[str] | AsyncIterable[str] | None = None, *, all_chunks: bool = False
+    ) -> int:
+        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
+
+        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
+        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
+        :class:`NotFound`.
+        """
+        return await self._long(self._client.delete, collection, ids, all_chunks=all_chunks)
+
+    async def audit(self, collection: str) -> Audit:
+        """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
+        return await self._long(self._client.audit, collection)
+
+    async def collections(self) -> list[str]:
+        """The names of all collections, in order."""
+        return await self._short(
+            self._client.collections,
+        )
+
+    async def index(self, collection: str) -> Index:
+        """Build now what searches of the collection need, and return what there is then.
+
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
+        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
+        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
+        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
+        transaction that writes lasts so long that the index cannot begin.
+        """
+        return await self._long(self._client.index, collection)
+
+    async def prune(
+        self,
+        older_than: timedelta | float = 30,
+        *,
+        dry_run: bool = False,
+        on_progress: Callable[[str, int, int], Awaitable[None] | None] | None = None,
+    ) -> Pruned:
+        """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
+        then and that no collection refers to. This is safe while everything runs.
+
+        Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
+        only counts.
+        """
+        return await self._long(self._client.prune, older_than, dry_run=dry_run, on_progress=on_progress)
+
+    async def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
+        """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the
+        last ``recent`` days.
+        """
+        return await self._short(self._client.cache, recent=recent)
+
+    async def evict(
+        self,
+        *,
+        older_than: timedelta | float | None = None,
+        max_bytes: int | None = None,
+        space: str | None = None,
+        dry_run: bool = False,
+        on_progress: Callable[[str, int, int], Awaitable[None] | None] | None = None,
+    ) -> Pruned:
+        """Delete vectors that no collection refers to, and their texts: those stored more than ``older_than`` (days)
+        ago, or the oldest, until ``max_bytes`` of them are left. This is safe while everything runs.
+
+        ``space`` is the beginning of a fingerprint; None means all spaces. Raises :class:`InvalidInput` and
+        :class:`NotFound`.
+        """
+        return await self._long(
+            self._client.evict,
+            older_than=older_than,
+            max_bytes=max_bytes,
+            space=space,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )

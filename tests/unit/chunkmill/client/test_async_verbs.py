@@ -1,0 +1,62 @@
+"""AsyncClient has every method of Client, with its arguments and its words."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import AsyncIterable, Iterator
+
+import pytest
+
+from chunkmill import AsyncClient, Client
+from docs.async_verbs import Method, imports_of
+
+METHODS = [name for name, member in inspect.getmembers(Client, callable) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_there_as_a_coroutine_with_the_same_arguments(name: str) -> None:
+    ours, theirs = getattr(AsyncClient, name), inspect.unwrap(getattr(Client, name))
+    assert inspect.iscoroutinefunction(ours)
+    assert [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()] == [
+        (p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()
+    ]
+    if name not in ("from_env", "close"):
+        assert inspect.getdoc(ours) == inspect.getdoc(theirs)
+        hints = typing.get_type_hints(ours)  # every name in them can be found
+        assert hints["return"] == typing.get_type_hints(theirs)["return"]
+        for argument, hint in typing.get_type_hints(theirs).items():
+            if not argument.startswith("on_"):
+                new = kinds_of(hints[argument]) - kinds_of(hint)
+                assert all(typing.get_origin(kind) is AsyncIterable for kind in new), argument
+
+
+def kinds_of(hint: typing.Any) -> set[typing.Any]:
+    """The members of a union; anything else alone."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return set(typing.get_args(hint)) if is_union else {hint}
+
+
+def test_a_client_has_methods() -> None:
+    assert {"search", "enqueue", "wait", "embed", "job", "audit", "close", "from_env"} <= set(METHODS)
+
+
+def handed_out(self: Client, collection: str, *, batch: int = 1024) -> Iterator[tuple[str, bytes]]:
+    """Hand out what is there."""
+    raise NotImplementedError
+
+
+def test_a_method_that_hands_out_items_becomes_an_asynchronous_iterator() -> None:
+    made = Method("handed_out", handed_out).source()  # type: ignore[arg-type]
+    assert "def handed_out(self: Client, collection: str, *, batch: int=1024) -> AsyncGenerator[" in made
+    assert "AsyncGenerator[tuple[str, bytes], None]:" in made
+    assert "return self._each(self._client.handed_out, collection, batch=batch)" in made
+
+
+def test_imports_are_those_of_the_module_that_has_the_method() -> None:
+    module = inspect.getmodule(inspect.unwrap(Client.search))
+    assert module is not None
+    known = imports_of(module)
+    assert known["np"] == "import numpy as np"
+    assert known["Hits"] == "from chunkmill.domain.results import Hits"
