@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,6 @@ def test_a_small_run_measures_all_that_is_promised(monkeypatch: pytest.MonkeyPat
 
 
 def _written(result: dict[str, Any], folder: Path) -> Path:
-    import json
-
     (folder / "search-here.json").write_text(json.dumps(result))
     return folder
 
@@ -67,7 +66,7 @@ def _written(result: dict[str, Any], folder: Path) -> Path:
 def test_what_fails_the_gate_of_recall_has_no_latency() -> None:
     cell = Cell(Corpus(Kind.OWN, 10, 0, 2), search.OWN, search.NO_FILTER)
     times = {(cell, "chunkmill"): [[1.0, 2.0]], (cell, "exact"): [[3.0, 3.0]]}
-    for recalls, passes in (([1.0, 0.97], True), ([1.0, 0.95], False)):
+    for recalls, passes in (({0: 1.0, 1: 0.97}, True), ({0: 1.0, 1: 0.95}, False)):
         asked = Asked(cell.corpus.queries(World(), 2, own=True), recalls=recalls)
         recall, latency = search._rows_of(cell, asked, times)
         assert recall.as_json()["met"] is passes
