@@ -152,8 +152,9 @@ class Vectors(ClientPart):
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and searches go on meanwhile. A graph takes
-        about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in Postgres.
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
+        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
+        Postgres.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -163,9 +164,7 @@ class Vectors(ClientPart):
         with store_errors(self._db):
             while indexing.flush(self._db, space, row.id, wait=True):
                 pass
-            while indexing.merge(
-                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
-            ):
+            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True):
                 pass
             indexing.index_metadata(self._db)
         with self._transaction() as conn:
