@@ -12,6 +12,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -38,7 +39,7 @@ class AsyncVerbs(Running):
 
 def verbs() -> str:
     """Return the whole file."""
-    methods = [Method(name, function) for name, function in public_methods()]
+    methods = [method for name, function in public_methods() for method in forms(name, function)]
     imports = sorted({line for method in methods for line in method.imports()} | {RUNNING})
     text = HEAD.format(imports="\n".join(imports)) + "".join(f"\n{method.source()}" for method in methods)
     for command in (["check", "--quiet", "--select", "I,F401", "--fix"], ["format", "--quiet"]):
@@ -59,10 +60,18 @@ def public_methods() -> Iterator[tuple[str, FunctionType]]:
                 yield name, inspect.unwrap(member)
 
 
-class Method:
-    """A method of ``Client``, and what becomes of it."""
+def forms(name: str, function: FunctionType) -> Iterator[Method]:
+    """Yield the forms of a method that a type checker tells apart, and at last the method itself."""
+    for form in typing.get_overloads(function):
+        yield Method(name, form, is_form=True)  # type: ignore[arg-type]
+    yield Method(name, function)
 
-    def __init__(self, name: str, function: FunctionType) -> None:
+
+class Method:
+    """A method of ``Client``, or one of its forms, and what becomes of it."""
+
+    def __init__(self, name: str, function: FunctionType, *, is_form: bool = False) -> None:
+        self._is_form = is_form
         self.name = name
         self._function = function
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
@@ -81,6 +90,7 @@ class Method:
             if not hasattr(builtins, name):
                 yield known.get(name) or f"from {module.__name__} import {name}"
         yield f"from collections.abc import {', '.join(sorted(NEW_NAMES))}"
+        yield "from typing import overload"
 
     def signature(self) -> ast.FunctionDef | ast.AsyncFunctionDef:
         given = self._node.args
@@ -102,6 +112,8 @@ class Method:
 
     def source(self) -> str:
         head = ast.unparse(self.signature()).rsplit("\n", 1)[0]
+        if self._is_form:
+            return textwrap.indent(f"@overload\n{head} ...", "    ") + "\n"
         said = inspect.getdoc(self._function) or ""
         lines = [
             head,

@@ -38,6 +38,7 @@ from chunkmill.domain.results import (
     RetriedDead,
     RoutingStep,
     SearchHit,
+    SearchPlan,
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
@@ -144,6 +145,7 @@ __all__ = [
     "Route",
     "RoutingStep",
     "SearchHit",
+    "SearchPlan",
     "SpaceMismatch",
     "Standing",
     "StoreLimit",

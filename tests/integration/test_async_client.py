@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import faulthandler
 import itertools
 import os
 import subprocess
@@ -268,6 +269,7 @@ def test_a_source_is_read_no_faster_than_it_is_enqueued(aio: AsyncClient, client
         nonlocal read
         for read in itertools.count():
             yield f"c{read}", f"text {read}"
+            await asyncio.sleep(0)
 
     async def scene() -> None:
         async with heartbeat() as heart:
@@ -774,6 +776,7 @@ def test_a_forked_process_uses_the_client_of_its_parent_in_a_loop_of_its_own(
         pid = os.fork()
         if pid == 0:
             code = 1
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a child that hangs would hang its parent
             try:
                 run(scene(name))
                 code = 0

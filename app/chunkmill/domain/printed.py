@@ -59,6 +59,8 @@ class Printed(_Printed):
 class Rows(_Printed, list[Item], Generic[Item]):
     """A list of results that prints as a table. It is a list in all else; a slice of it prints as a table too."""
 
+    __slots__ = ("_of",)
+
     def __init__(self, items: Iterable[Item] = (), of: type[Item] | None = None) -> None:
         super().__init__(items)
         self._of = of

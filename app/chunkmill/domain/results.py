@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Printed, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+
+if TYPE_CHECKING:
+    from chunkmill.domain.tables import Table
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -92,11 +95,44 @@ class SearchHit(Printed):
     """The vector stands only for the part of the text that the model reads."""
 
 
-class Hits(Rows[SearchHit]):
-    """The hits of a search, best first. It is a list, which prints as a table."""
+@dataclass(frozen=True, slots=True)
+class SearchPlan(Printed):
+    """How a search was answered. It is made if the search is asked to explain itself."""
 
-    def __init__(self, hits: Iterable[SearchHit] = ()) -> None:
+    is_exact: bool
+    """All chunks that pass the filter were compared with the query. Otherwise only candidates were."""
+    because: str
+    """A sentence that says why."""
+    candidates: int
+    """How many chunks were compared by their exact distance."""
+    segments: int = 0
+    """How many segments gave candidates."""
+    graphs: int = 0
+    """How many of these have a graph. The others are read from the first row to the last."""
+    tail: int = 0
+    """How many rows the tail had, all of which were read."""
+    beam: int | None = None
+    """How many candidates the search of a graph kept in mind (``hnsw.ef_search``); None if no graph was read."""
+    passing: int | None = None
+    """How many chunks pass the filter; None if there is no filter, or if they are more than the search counted."""
+
+
+class Hits(Rows[SearchHit]):
+    """The hits of one query, best first: a list of :class:`SearchHit`, which prints as a table.
+
+    ``explanation`` is a :class:`SearchPlan` that says how they were found; None unless the search was called with
+    ``explain=True``.
+    """
+
+    __slots__ = ("explanation",)
+
+    def __init__(self, hits: Iterable[SearchHit] = (), explanation: SearchPlan | None = None) -> None:
         super().__init__(hits, SearchHit)
+        self.explanation = explanation
+
+    def _tables(self) -> Sequence[Table]:
+        plan = [] if self.explanation is None else self.explanation._tables()
+        return [*super()._tables(), *(replace(table, title="how they were found") for table in plan)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
         "    reveal_type(await AsyncClient.from_env())\n"
         "    async def progress(job: Job) -> None: ...\n"
         "    await client.wait(1, on_progress=progress)\n"
-        "    await client.search('a query', collction='docs')\n"
+        "    reveal_type(await client.search(['a query', 'another'], collection='docs'))\n"
+        "    await client.audit(colection='docs')\n"
     )
     options = ["--strict", "--config-file", "", "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
     done = subprocess.run(
@@ -77,6 +78,7 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
     assert 'Module has no attribute "Nothing"' in done.stdout, "an unknown name is an error, and not Any"
     assert done.stdout.count('Revealed type is "chunkmill.domain.results.Job"') == 2
     assert done.stdout.count('Revealed type is "chunkmill.domain.results.Hits"') == 2
+    assert "list[chunkmill.domain.results.Hits]" in done.stdout
     assert 'Revealed type is "chunkmill.client.aio.AsyncClient"' in done.stdout
-    assert 'Unexpected keyword argument "collction" for "search" of "AsyncVerbs"' in done.stdout
+    assert 'Unexpected keyword argument "colection" for "audit" of "AsyncVerbs"' in done.stdout
     assert "Found 2 errors in 1 file" in done.stdout, done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -318,26 +318,78 @@ class AsyncVerbs(Running):
         """
         return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
 
+    @overload
     async def search(
         self,
-        query: str | NDArray[np.float32],
+        query: str | np.ndarray[tuple[int], np.dtype[np.float32]] | None = None,
         *,
         collection: str,
         k: int = 10,
         metadata: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
-    ) -> Hits:
+        like: str | None = None,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+    ) -> Hits: ...
+
+    @overload
+    async def search(
+        self,
+        query: list[str] | tuple[str, ...] | np.ndarray[tuple[int, int], np.dtype[np.float32]],
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+    ) -> list[Hits]: ...
+
+    async def search(
+        self,
+        query: str | list[str] | tuple[str, ...] | NDArray[np.float32] | None = None,
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        like: str | None = None,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+    ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
-        ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
-        Only chunks whose metadata contain ``metadata`` are returned (jsonb containment). ``exact`` ignores an HNSW
-        index. Raises :class:`NotFound`, :class:`InvalidInput`, and :class:`WaitTimeout` when no worker answers within
-        ``timeout`` seconds.
+        ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector. A list of texts
+        or an ``(n, d)`` array gives a list of hit lists, in the same order. Instead of a query, ``like`` names a chunk
+        of the collection: the hits are those nearest to its stored vector, without the chunk itself.
+
+        Only chunks that pass the filter ``metadata`` are returned (docs/search.md describes the language), and no hit
+        has a score below ``min_score``. ``offset`` leaves out so many of the nearest. Pages fit together if all of them
+        are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
+        query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
+        found, which takes longer.
+
+        Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
+        :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
         return await self._wait(
             self._client._search_steps(
-                query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout
+                query,
+                collection=collection,
+                k=k,
+                metadata=metadata,
+                exact=exact,
+                timeout=timeout,
+                like=like,
+                min_score=min_score,
+                offset=offset,
+                explain=explain,
             )
         )
 
