@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.steps import Pause, Steps, run_steps
-from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.arguments import (
     as_flag,
     as_ids,
