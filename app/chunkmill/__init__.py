@@ -44,6 +44,7 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+from chunkmill.domain.stored import ChunkState, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -98,6 +99,7 @@ __all__ = [
     "CacheSpace",
     "Chunk",
     "ChunkBatchState",
+    "ChunkState",
     "ChunkmillError",
     "Client",
     "Correction",
@@ -142,6 +144,7 @@ __all__ = [
     "Standing",
     "StoreLimit",
     "StoreUnavailable",
+    "StoredChunk",
     "UnknownModel",
     "UnknownRoute",
     "WaitTimeout",
