@@ -44,7 +44,7 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
-from chunkmill.domain.stored import ChunkState, StoredChunk
+from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -114,6 +114,7 @@ __all__ = [
     "EngineError",
     "Estimate",
     "Explanation",
+    "Exported",
     "FailingChunkBatch",
     "Hits",
     "Index",

@@ -1,9 +1,11 @@
-"""The chunks of a collection: get, list, count, delete, change their metadata, stream their vectors."""
+"""The chunks of a collection: get, list, count, delete, change their metadata, stream their vectors, export."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,12 +18,13 @@ from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart
 from chunkmill.client.door import translated
+from chunkmill.client.written import new_file, require_free, told, writer_for
 from chunkmill.db.retry import transact
 from chunkmill.domain import filters
-from chunkmill.domain.arguments import as_flag, as_ids, as_number, as_text, require_name
+from chunkmill.domain.arguments import as_flag, as_function, as_ids, as_number, as_path, as_text, require_name
 from chunkmill.domain.chosen import as_changes, as_chosen
 from chunkmill.domain.filters import Filter
-from chunkmill.domain.stored import StoredChunk
+from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import InvalidSetting
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.collections import Collection
@@ -217,6 +220,58 @@ class Chunks(ClientPart):
                 left = None if left is None else left - len(page)
             if left == 0:
                 return
+
+    def export(
+        self,
+        collection: str,
+        path: str | os.PathLike[str],
+        *,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        with_text: bool = True,
+        with_vector: bool = True,
+        overwrite: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Exported:
+        """Write the chunks that pass ``filter``, or all, into a file, in the order of their ids.
+
+        The name says the format: ``.parquet``, which needs the extra ``parquet``, or JSON lines, ``.jsonl`` and
+        ``.ndjson``, also with ``.gz``. A chunk has the fields ``id``, ``text``, ``metadata`` (in Parquet as JSON text),
+        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. What holds for
+        :meth:`chunks` while others write holds here. The file gets its name once it is complete, and an existing file
+        is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of all.
+        ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what :meth:`chunks`
+        raises.
+        """
+        target = as_path("path", path)
+        overwrite = as_flag("overwrite", overwrite)
+        with_text, with_vector = as_flag("with_text", with_text), as_flag("with_vector", with_vector)
+        as_function("on_progress", on_progress)
+        chosen = filters.parse(filter, "filter")
+        row, space = self._collection(collection)
+        start = writer_for(target, with_text=with_text, with_vector=with_vector, space=space.spec, collection=row.name)
+        require_free(target, overwrite=overwrite)
+        total = self.count(collection, filter=filter)
+        done = without_vector = 0
+        with new_file(target, overwrite=overwrite) as file:
+            with told(target):
+                writer = start(file)
+            try:
+                for chunk in self._read(
+                    row, space, chosen, after="", most=None, with_text=with_text, with_vector=with_vector
+                ):
+                    with told(target):
+                        writer.write(chunk)
+                    done += 1
+                    without_vector += chunk.state is not ChunkState.EMBEDDED
+                    if on_progress:
+                        on_progress(done, max(done, total))
+            except BaseException:
+                with contextlib.suppress(Exception):  # the file is deleted
+                    writer.close()
+                raise
+            with told(target):
+                writer.close()
+        return Exported(target, done, without_vector, target.stat().st_size)
 
     def _batches(
         self, row: Collection, space: Space, chosen: Filter, size: int

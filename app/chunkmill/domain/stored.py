@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,19 @@ class StoredChunk:
     """None if it was not asked for."""
     vector: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
     """``(d,)``; None if it was not asked for, or if the chunk has no vector."""
+
+
+EXPORTED = frozenset(("id", "text", "metadata", "vector", "truncated", "content_hash"))
+"""The fields of an exported chunk, by which `chunkmill enqueue` knows one. There may be no text or no vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    chunks: int
+    without_vector: int
+    """Chunks that had no vector when they were read; theirs is null in the file."""
+    bytes: int
+    """The size of the file."""
