@@ -249,7 +249,7 @@ def read_arrays(
 def _decoded(space: Space, sent: Sequence[bytes]) -> NDArray[np.float32]:
     """``(n, d)`` float32 of vectors as pgvector sends them: two bytes with d, two unused ones, d big-endian floats.
 
-    Sent as an array of reals, Python would make an object of each number, which takes twenty times as long.
+    As an array of reals it took four times as long, because Python makes an object of each number (5,000 × 384).
     """
     kind, head = (">f2", 2) if space.is_half else (">f4", 1)
     numbers = np.frombuffer(b"".join(sent), dtype=kind).reshape(len(sent), head + space.spec.dimensions)
