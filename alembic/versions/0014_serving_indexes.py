@@ -136,8 +136,9 @@ FUNCTIONS = (
         LOCK TABLE chunks IN SHARE ROW EXCLUSIVE MODE;
         CREATE OR REPLACE TRIGGER note_new_chunks AFTER INSERT ON chunks REFERENCING NEW TABLE AS written
             FOR EACH STATEMENT EXECUTE FUNCTION note_chunks();
-        CREATE OR REPLACE TRIGGER note_changed_chunks AFTER UPDATE ON chunks REFERENCING NEW TABLE AS written
-            FOR EACH STATEMENT EXECUTE FUNCTION note_chunks();
+        CREATE OR REPLACE TRIGGER note_changed_chunks AFTER UPDATE ON chunks
+            REFERENCING OLD TABLE AS replaced NEW TABLE AS written
+            FOR EACH STATEMENT EXECUTE FUNCTION note_changed_chunks();
         """,
     ),
     (
@@ -200,6 +201,28 @@ FUNCTIONS = (
                 'SELECT DISTINCT %s, %s, w.content_hash '
                 'FROM written w JOIN vectors_%s v ON v.content_hash = w.content_hash '
                 'WHERE w.collection_id = %s',
+                served.collection_id, served.space_id, served.space_id, served.collection_id);
+        END LOOP;
+        RETURN NULL;
+        """,
+    ),
+    (
+        "note_changed_chunks", "", "trigger",
+        "DECLARE served record;",
+        """
+        -- A chunk that keeps its text and gets other metadata is in the index already.
+        FOR served IN
+            SELECT collection_id, space_id
+            FROM serving_indexes
+            WHERE collection_id IN (SELECT collection_id FROM written)
+        LOOP
+            EXECUTE format(
+                'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
+                'SELECT DISTINCT %s, %s, w.content_hash '
+                'FROM written w JOIN vectors_%s v ON v.content_hash = w.content_hash '
+                'WHERE w.collection_id = %s AND NOT EXISTS (SELECT FROM replaced r '
+                'WHERE r.collection_id = w.collection_id AND r.chunk_id = w.chunk_id '
+                'AND r.content_hash = w.content_hash)',
                 served.collection_id, served.space_id, served.space_id, served.collection_id);
         END LOOP;
         RETURN NULL;

@@ -44,6 +44,7 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -105,6 +106,7 @@ __all__ = [
     "CacheSpace",
     "Chunk",
     "ChunkBatchState",
+    "ChunkState",
     "ChunkmillError",
     "Client",
     "ClientClosed",
@@ -120,6 +122,7 @@ __all__ = [
     "EngineError",
     "Estimate",
     "Explanation",
+    "Exported",
     "FailingChunkBatch",
     "Hits",
     "Index",
@@ -150,6 +153,7 @@ __all__ = [
     "Standing",
     "StoreLimit",
     "StoreUnavailable",
+    "StoredChunk",
     "UnknownModel",
     "UnknownRoute",
     "WaitTimeout",

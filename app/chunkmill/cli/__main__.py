@@ -46,7 +46,9 @@ SECTIONS = {
         "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
         "index": ("collections.search", "Build the HNSW index of a collection's space."),
         "models": ("collections.search", "List the embedding spaces in the database."),
-        "delete": ("collections.search", "Delete some or all chunks of a collection."),
+        "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
+        "delete": ("collections.chunks", "Delete some or all chunks of a collection."),
+        "export": ("collections.chunks", "Write chunks and vectors into a Parquet or JSON lines file."),
     },
     "Retention": {
         "prune": ("collections.prune", "Delete old jobs, and texts and vectors that nothing uses."),

@@ -1,9 +1,8 @@
-"""Vectors: search, embed, read, delete, audit, index."""
+"""Vectors: search, embed, read, audit, index."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
@@ -36,10 +35,7 @@ from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, read, segments
 from chunkmill.store import search as searching
-from chunkmill.store.delete import delete_some
 
-DELETE_STEP = 5_000
-"""How many chunks one transaction deletes. Enqueues wait while it runs."""
 MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
 EMBED_STEP = 256
@@ -223,31 +219,6 @@ class Vectors(ClientPart):
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
             return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=chosen)
-
-    def delete(self, collection: str, ids: Iterable[str] | None = None, *, all_chunks: bool = False) -> int:
-        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
-
-        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
-        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
-        :class:`NotFound`.
-        """
-        require_name("collection", collection)
-        chosen = None if ids is None else as_ids("ids", ids)
-        if (chosen is None) != as_flag("all_chunks", all_chunks):
-            raise InvalidInput("give either ids, or all_chunks=True to delete all chunks of the collection.")
-        with self._transaction() as conn:
-            row = collections.find(conn, collection)
-        deleted = 0
-        for step in itertools.count():
-            part = None if chosen is None else chosen[step * DELETE_STEP : (step + 1) * DELETE_STEP]
-            if part is not None and not len(part):
-                break
-            with self._transaction() as conn:
-                gone = delete_some(conn, collection_id=row.id, chunk_ids=part, limit=DELETE_STEP)
-            deleted += gone
-            if part is None and gone == 0:
-                break
-        return deleted
 
     def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""

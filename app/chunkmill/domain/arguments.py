@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -127,6 +129,16 @@ def as_text(argument: str, given: object) -> str:
     except UnicodeEncodeError:
         raise InvalidInput(f"{argument} contains a lone surrogate, which is not valid Unicode.") from None
     return given
+
+
+def as_path(argument: str, given: object) -> Path:
+    """The path of a file. Raises :class:`InvalidInput`."""
+    if not isinstance(given, str | os.PathLike):
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a path.")
+    path = as_text(argument, os.fspath(given))
+    if not Path(path).name:
+        raise InvalidInput(f"{argument} is {_shown(path)}; it must name a file.")
+    return Path(path)
 
 
 Item = TypeVar("Item")

@@ -1,9 +1,8 @@
-"""`search`, `audit`, `index`, `models` and `delete`."""
+"""`search`, `audit`, `index` and `models`."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,12 +12,11 @@ from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
-from chunkmill.cli.output import Screen, beginning, count, duration, json_option
+from chunkmill.cli.output import Screen, beginning, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput
 from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
@@ -189,31 +187,6 @@ def _show_models(screen: Screen) -> None:
         )  # fmt: skip
 
 
-@click.command()
-@click.argument("collection")
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "all_chunks", is_flag=True, help="Delete all chunks of the collection.")
-@click.option("--yes", is_flag=True, help="Delete without asking.")
-@json_option
-@click.pass_obj
-def delete(screen: Screen, collection: str, ids: tuple[str, ...], all_chunks: bool, yes: bool) -> None:
-    """Delete chunks of a collection by their ids, or all of its chunks with --all.
-
-    A text that no chunk refers to any more is deleted with its vectors.
-    """
-    # A list of ids that is empty by mistake, as in $(cat ids.txt), must not mean the whole collection.
-    if bool(ids) == all_chunks:
-        raise click.UsageError("Name the chunks by ID, or pass --all to delete all chunks of the collection.")
-    with Client.from_env() as client:
-        if not yes and not _confirmed(screen, client, collection, ids):
-            raise SystemExit(1)
-        deleted = client.delete(collection, None if all_chunks else ids, all_chunks=all_chunks)
-    if screen.json:
-        screen.document({"collection": collection, "deleted": deleted})
-    else:
-        screen.say(f"Deleted {count(deleted, 'chunk')} of {collection!r}.")
-
-
 def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     """Print each hit on two lines, so that a long id and the text do not take each other's place."""
     width = max(20, min(PREVIEW, screen.out.width - 8))
@@ -271,12 +244,3 @@ def _where(given: str | None) -> dict[str, Any] | None:
     if not isinstance(metadata, dict):
         raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
     return metadata
-
-
-def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
-    if screen.json or not sys.stdin.isatty():
-        raise InvalidInput(
-            "delete asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
-        )
-    n_chunks = len(ids) or client.audit(collection).chunks
-    return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

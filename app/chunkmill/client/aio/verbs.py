@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal, overload
@@ -31,6 +32,7 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
+from chunkmill.domain.stored import Exported, StoredChunk
 
 
 class AsyncVerbs(Running):
@@ -425,17 +427,6 @@ class AsyncVerbs(Running):
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
         return await self._long(self._client.vectors, collection, ids)
 
-    async def delete(
-        self, collection: str, ids: Iterable[str] | AsyncIterable[str] | None = None, *, all_chunks: bool = False
-    ) -> int:
-        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
-
-        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
-        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
-        :class:`NotFound`.
-        """
-        return await self._long(self._client.delete, collection, ids, all_chunks=all_chunks)
-
     async def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         return await self._long(self._client.audit, collection)
@@ -456,6 +447,148 @@ class AsyncVerbs(Running):
         transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection)
+
+    async def get(
+        self,
+        collection: str,
+        ids: Iterable[str] | AsyncIterable[str],
+        *,
+        with_text: bool = True,
+        with_vector: bool = False,
+    ) -> dict[str, StoredChunk]:
+        """``chunk id → StoredChunk`` of ``ids``, in their order. An id that is not in the collection is left out.
+
+        Raises :class:`NotFound` if there is no such collection.
+        """
+        return await self._long(self._client.get, collection, ids, with_text=with_text, with_vector=with_vector)
+
+    def chunks(
+        self,
+        collection: str,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        after: str = "",
+        limit: int | None = None,
+        with_text: bool = True,
+        with_vector: bool = False,
+    ) -> AsyncGenerator[StoredChunk, None]:
+        """The chunks of a collection that pass ``filter``, or all, in the order in which Postgres sorts their ids.
+
+        ``after`` begins behind an id, and ``limit`` ends after so many chunks: the next page begins ``after`` the last
+        id of this one. The iterator reads as it goes, in constant memory and without an open transaction. A chunk that
+        is in the collection all the time comes exactly once. What is added, changed or deleted meanwhile comes as it is
+        when its page is read. Raises :class:`NotFound`, also if the collection is dropped meanwhile,
+        :class:`SpaceMismatch` if it moves to another space, and :class:`InvalidInput`.
+        """
+        return self._each(
+            self._client.chunks,
+            collection,
+            filter=filter,
+            after=after,
+            limit=limit,
+            with_text=with_text,
+            with_vector=with_vector,
+        )
+
+    async def count(self, collection: str, *, filter: Mapping[str, Any] | None = None) -> int:
+        """How many chunks of a collection pass ``filter``; without one, how many there are. Raises :class:`NotFound`
+        and :class:`InvalidInput`.
+        """
+        return await self._short(self._client.count, collection, filter=filter)
+
+    async def delete(
+        self,
+        collection: str,
+        ids: Iterable[str] | AsyncIterable[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        all_chunks: bool = False,
+    ) -> int:
+        """Delete chunks by id, by ``filter``, or with ``all_chunks`` all of the collection. Returns how many.
+
+        A text that no chunk refers to any more is deleted with its vectors. A filter deletes the chunks that pass it
+        when the call begins, in several transactions; what an enqueue adds or replaces meanwhile stays, and so does a
+        chunk that no longer passes. If the call fails, what it has deleted stays deleted, and the same call deletes the
+        rest. Raises :class:`InvalidInput` unless exactly one of ``ids``, ``filter`` and ``all_chunks`` is given, and
+        for a filter that is empty, so that a list or a filter that is missing never means everything; and
+        :class:`NotFound`.
+        """
+        return await self._long(self._client.delete, collection, ids, filter=filter, all_chunks=all_chunks)
+
+    async def update_metadata(
+        self,
+        collection: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        ids: Iterable[str] | AsyncIterable[str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        all_chunks: bool = False,
+        remove: Iterable[str] | AsyncIterable[str] = (),
+        replace: bool = False,
+    ) -> int:
+        """Change the metadata of chunks. Nothing is embedded again. Returns how many chunks were chosen.
+
+        The keys of ``metadata`` are set and the keys in ``remove`` are removed; other keys stay. A value takes the
+        place of the old one as a whole, also if both are objects. With ``replace``, ``metadata`` takes the place of all
+        that the chunk had. The next search finds the chunks by what they have now. An enqueue that names a chunk again
+        sets its metadata anew. Many chunks are changed in several transactions; a filter is applied again in each, so a
+        chunk that an enqueue has changed meanwhile is left alone unless it still passes. Raises :class:`InvalidInput`
+        unless exactly one of ``ids``, ``filter`` and ``all_chunks`` is given, for a filter that is empty, and if the
+        result would be larger than an enqueue accepts; and :class:`NotFound`.
+        """
+        return await self._long(
+            self._client.update_metadata,
+            collection,
+            metadata,
+            ids=ids,
+            filter=filter,
+            all_chunks=all_chunks,
+            remove=remove,
+            replace=replace,
+        )
+
+    def iter_vectors(
+        self, collection: str, *, batch_size: int = 1000, filter: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[tuple[list[str], NDArray[np.float32]], None]:
+        """Batches of ``(ids, vectors)``: the ids of up to ``batch_size`` chunks and their ``(n, d)`` float32 vectors.
+
+        Every batch but the last is full. The chunks are those that pass ``filter`` and have a vector, in the order of
+        their ids. As for :meth:`chunks`, memory is constant, no transaction stays open, a chunk that stays comes
+        exactly once, and the same errors are raised. The vectors are normalised if the model's are.
+        """
+        return self._each(self._client.iter_vectors, collection, batch_size=batch_size, filter=filter)
+
+    async def export(
+        self,
+        collection: str,
+        path: str | os.PathLike[str],
+        *,
+        filter: Mapping[str, Any] | None = None,
+        with_text: bool = True,
+        with_vector: bool = True,
+        overwrite: bool = False,
+        on_progress: Callable[[int, int], Awaitable[None] | None] | None = None,
+    ) -> Exported:
+        """Write the chunks that pass ``filter``, or all, into a file, in the order of their ids.
+
+        The name says the format: ``.parquet``, which needs the extra ``parquet``, or JSON lines, ``.jsonl`` and
+        ``.ndjson``, also with ``.gz``. A chunk has the fields ``id``, ``text``, ``metadata`` (in Parquet as JSON text),
+        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. What holds for
+        :meth:`chunks` while others write holds here. The file gets its name once it is complete, and an existing file
+        is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of all.
+        ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what :meth:`chunks`
+        raises.
+        """
+        return await self._long(
+            self._client.export,
+            collection,
+            path,
+            filter=filter,
+            with_text=with_text,
+            with_vector=with_vector,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
 
     async def prune(
         self,
