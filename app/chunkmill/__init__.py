@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.costs import (
     Adjustment,
     AdjustmentKind,
@@ -98,6 +99,7 @@ __all__ = [
     "ChunkBatchState",
     "ChunkmillError",
     "Client",
+    "CollectionInfo",
     "Correction",
     "Cost",
     "Costs",
@@ -105,6 +107,7 @@ __all__ = [
     "DeadChunk",
     "DeadDetails",
     "DeadEntry",
+    "DroppedCollection",
     "DroppedDead",
     "EmbeddedStackError",
     "EngineError",

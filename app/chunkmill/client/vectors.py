@@ -93,9 +93,10 @@ class Vectors(ClientPart):
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
-        space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
         if not texts:
-            return np.empty((0, space.spec.dimensions), dtype=np.float32)
+            spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
+            return np.empty((0, spec.dimensions), dtype=np.float32)
+        space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
         deadline = time.monotonic() + timeout
         parts = [
             self._ask(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
@@ -144,16 +145,12 @@ class Vectors(ClientPart):
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
 
-    def collections(self) -> list[str]:
-        """The names of all collections, in order."""
-        with self._transaction() as conn:
-            return [row.name for row in collections.all_collections(conn)]
-
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
-        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and searches go on meanwhile. A graph takes
-        about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in Postgres.
+        The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
+        searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
+        Postgres.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -163,9 +160,7 @@ class Vectors(ClientPart):
         with store_errors(self._db):
             while indexing.flush(self._db, space, row.id, wait=True):
                 pass
-            while indexing.merge(
-                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
-            ):
+            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True):
                 pass
             indexing.index_metadata(self._db)
         with self._transaction() as conn:
