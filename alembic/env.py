@@ -25,6 +25,7 @@ def run_offline(schema: str) -> None:
     """Write the migrations as SQL, for psql. Nothing is connected to."""
     context.configure(
         dialect_name="postgresql",
+        dialect_opts={"paramstyle": "named"},  # psql would read the doubled % of another style as they stand
         literal_binds=True,
         target_metadata=Base.metadata,
         version_table=VERSION_TABLE,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.costs import (
     Adjustment,
     AdjustmentKind,
@@ -110,6 +111,7 @@ __all__ = [
     "ChunkmillError",
     "Client",
     "ClientClosed",
+    "CollectionInfo",
     "Correction",
     "Cost",
     "Costs",
@@ -117,6 +119,7 @@ __all__ = [
     "DeadChunk",
     "DeadDetails",
     "DeadEntry",
+    "DroppedCollection",
     "DroppedDead",
     "EmbeddedStackError",
     "EngineError",

@@ -53,6 +53,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "dead_chunk": {"dead_id": 501},
     "evict": {"older_than": 1},
+    "drop_space": {"space": "a"},
+    "drop_collection": {"name": "docs"},
+    "rename_collection": {"name": "docs", "to": "papers"},
+    "set_alias": {"alias": "live", "collection": "docs"},
+    "remove_alias": {"alias": "live"},
     "retry_dead": {"job_id": 301},
     "drop_dead": {"job_id": 301},
     **{

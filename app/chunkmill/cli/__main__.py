@@ -42,6 +42,7 @@ SECTIONS = {
         "lanes": ("paid.lanes", "Show the state of the paid lanes, and resume one."),
     },
     "Collections": {
+        "collections": ("collections.collections", "List the collections; drop, rename or alias one."),
         "search": ("collections.search", "Find the chunks nearest to a query."),
         "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
         "index": ("collections.search", "Build the HNSW index of a collection's space."),

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from chunkmill.broker import Broker
 from chunkmill.client.chunks import Chunks
+from chunkmill.client.collections import Collections
 from chunkmill.client.dead import DeadList
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
@@ -17,7 +18,7 @@ from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
 
 
-class Client(Jobs, Money, DeadList, Vectors, Chunks, Retention):
+class Client(Jobs, Money, DeadList, Vectors, Chunks, Collections, Retention):
     """Enqueues chunks, follows jobs and searches. It is thread-safe; make one per process.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes

@@ -208,6 +208,9 @@ class Vectors(ClientPart):
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
+        if not texts:
+            spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
+            return np.empty((0, spec.dimensions), dtype=np.float32)
         space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
         return (yield from self._asking_all(space, texts, kind, timeout))
 
@@ -226,11 +229,6 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
-
-    def collections(self) -> list[str]:
-        """The names of all collections, in order."""
-        with self._transaction() as conn:
-            return [row.name for row in collections.all_collections(conn)]
 
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.

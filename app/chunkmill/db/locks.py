@@ -25,6 +25,11 @@ FLUSH_LOCK = 0x63686D07
 """The first of two keys; the second is the collection. One connection at a time flushes its tail."""
 MERGE_LOCK = 0x63686D08
 """The first of two keys; the second is the collection. One connection at a time merges its segments."""
+NAMES_LOCK = 0x63686D09
+"""One transaction at a time gives a name to a collection or an alias, or takes one away. It is the first lock that the
+transaction takes."""
+SPACES_LOCK = 0x63686D0A
+"""Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:

@@ -96,6 +96,20 @@ class CollectionRow(Base):
     name: Mapped[str] = mapped_column(sa.Text, unique=True)
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    dropped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When it was dropped. It has a name that nobody asks for since then, and stays until its jobs are pruned."""
+
+    __table_args__ = (sa.Index("ix_collections_dropped", "id", postgresql_where=sa.text("dropped_at IS NOT NULL")),)
+
+
+class CollectionAliasRow(Base):
+    """One more name of a collection. A trigger keeps collections and aliases from having the same name."""
+
+    __tablename__ = "collection_aliases"
+
+    name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"))
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
 
 class ContentRow(Base):
@@ -210,6 +224,7 @@ class JobRow(Base):
         one_of("state", JobState),
         one_of("route", Route),
         one_of("on_long", OnLong),
+        sa.Index(None, "collection_id", "id"),
         sa.Index("ix_jobs_open", "id", postgresql_where=sa.text("state IN ('enqueueing', 'running')")),
     )
 

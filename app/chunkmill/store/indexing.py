@@ -314,15 +314,16 @@ def collections_to_index(conn: sa.Connection) -> list[tuple[int, int]]:
         SELECT i.collection_id, i.space_id
         FROM serving_indexes i
         LEFT JOIN collections k ON k.id = i.collection_id
-        WHERE k.space_id IS DISTINCT FROM i.space_id
+        WHERE k.space_id IS DISTINCT FROM i.space_id OR to_jsonb(k) ->> 'dropped_at' IS NOT NULL
     """
     for row in conn.execute(sa.text(moved)).all():
         segments.forget(conn, row.collection_id, row.space_id)
     large = """
         SELECT k.id, k.space_id
         FROM collections k
-        WHERE EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
-           OR EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1)
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND (EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
+               OR EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1))
         ORDER BY k.id
     """
     rows = conn.execute(sa.text(large), {"least": MIN_ROWS - 1})

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
-from chunkmill.cli.output import Screen, beginning, duration, json_option
+from chunkmill.cli.collections.spaces import drop
+from chunkmill.cli.output import Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
@@ -113,7 +114,7 @@ def audit(screen: Screen, collection: str | None) -> None:
     missing.
     """
     with Client.from_env() as client:
-        names = client.collections() if collection is None else [collection]
+        names = [info.name for info in client.collections()] if collection is None else [collection]
         audits = [client.audit(name) for name in names]
     if screen.json:
         documents = [audit_fields(one) for one in audits]
@@ -161,6 +162,7 @@ def models(context: click.Context) -> None:
 
 models.add_command(canary)
 models.add_command(export)
+models.add_command(drop)
 
 
 def _show_models(screen: Screen) -> None:

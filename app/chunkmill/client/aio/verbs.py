@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
@@ -431,12 +432,6 @@ class AsyncVerbs(Running):
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         return await self._long(self._client.audit, collection)
 
-    async def collections(self) -> list[str]:
-        """The names of all collections, in order."""
-        return await self._short(
-            self._client.collections,
-        )
-
     async def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
@@ -590,6 +585,51 @@ class AsyncVerbs(Running):
             on_progress=on_progress,
         )
 
+    async def collections(self, *, exact: bool = False) -> list[CollectionInfo]:
+        """All collections, by name, with what is in them and how they are served.
+
+        This is cheap for large collections too: the chunks of one with more than 1,000 are estimated, which
+        ``CollectionInfo.counted`` says. ``exact`` counts them, which reads the keys of all chunks and vectors.
+        """
+        return await self._short(self._client.collections, exact=exact)
+
+    async def drop_collection(
+        self, name: str, *, wait: bool = True, on_progress: OnDropped | None = None
+    ) -> DroppedCollection:
+        """Drop a collection with all of its chunks, their texts and vectors, its serving index and its view.
+
+        The name is free at once: whoever enqueues into it from then on gets a new, empty collection. Open jobs are
+        cancelled; what is at a provider is followed to its end and booked. The chunks are deleted in short
+        transactions beside everything else. With ``wait=False``, or if the process dies, a poller deletes them.
+
+        The jobs and their costs stay until they are pruned. They are listed under the name with "(dropped)" and a
+        number. Their idempotency keys may be used again. Texts that another collection has stay, with their vectors.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if ``name`` is an alias or if the collection has one.
+        """
+        return await self._short(self._client.drop_collection, name, wait=wait, on_progress=on_progress)
+
+    async def rename_collection(self, name: str, to: str) -> None:
+        """Give a collection another name. Its jobs, its aliases and its serving index stay, and so does its view.
+
+        Enqueues that are under way go on. The old name is free. Raises :class:`NotFound`, :class:`InvalidInput` if
+        ``name`` is an alias or ``to`` is taken, and :class:`StoreUnavailable` if several producers write into the
+        collection without a pause for 10 s.
+        """
+        return await self._short(self._client.rename_collection, name, to)
+
+    async def set_alias(self, alias: str, collection: str) -> None:
+        """Let ``alias`` be one more name of ``collection``, which every method accepts.
+
+        An alias of another collection moves, at one moment: whoever resolves it gets the old or the new collection.
+        Raises :class:`NotFound`, and :class:`InvalidInput` if ``alias`` is the name of a collection.
+        """
+        return await self._short(self._client.set_alias, alias, collection)
+
+    async def remove_alias(self, alias: str) -> None:
+        """Take an alias away. Its collection stays. Raises :class:`NotFound`."""
+        return await self._short(self._client.remove_alias, alias)
+
     async def prune(
         self,
         older_than: timedelta | float = 30,
@@ -601,10 +641,19 @@ class AsyncVerbs(Running):
         then and that no collection refers to. This is safe while everything runs.
 
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
-        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
-        only counts.
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
+        spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
+        only counts; a space to which only jobs refer that would be deleted is not among its ``spaces``.
         """
         return await self._long(self._client.prune, older_than, dry_run=dry_run, on_progress=on_progress)
+
+    async def drop_space(self, space: str) -> None:
+        """Drop an embedding space that nothing refers to, with the vectors that are still in it.
+
+        ``space`` is the beginning of its fingerprint. Raises :class:`NotFound`, and :class:`InvalidInput`, which names
+        the collection or the job that refers to it. A space that the bill names stays.
+        """
+        return await self._short(self._client.drop_space, space)
 
     async def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
         """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the
