@@ -19,6 +19,7 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
+from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
@@ -30,13 +31,16 @@ from chunkmill.domain.results import (
     DroppedDead,
     Explanation,
     FailingChunkBatch,
+    GoldenLoaded,
     Index,
     Job,
     JobProviderBatch,
+    Keywords,
     OpenWork,
     RetriedDead,
     RoutingStep,
     SearchHit,
+    SearchTuning,
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
@@ -111,6 +115,8 @@ __all__ = [
     "Estimate",
     "Explanation",
     "FailingChunkBatch",
+    "GoldenLoaded",
+    "GoldenQuery",
     "Index",
     "InvalidChunk",
     "InvalidInput",
@@ -119,6 +125,7 @@ __all__ = [
     "JobFailed",
     "JobProviderBatch",
     "JobState",
+    "Keywords",
     "Lane",
     "LaneEstimate",
     "NewerSpace",
@@ -134,6 +141,7 @@ __all__ = [
     "Route",
     "RoutingStep",
     "SearchHit",
+    "SearchTuning",
     "SpaceMismatch",
     "Standing",
     "StoreLimit",

@@ -14,6 +14,7 @@ from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.domain.arguments import (
     as_filter,
     as_flag,
+    as_hybrid,
     as_ids,
     as_items,
     as_number,
@@ -30,7 +31,7 @@ from chunkmill.errors import EngineError, InvalidInput, WaitTimeout
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
-from chunkmill.store import indexing, read, segments
+from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
 from chunkmill.store.delete import delete_some
 
@@ -54,8 +55,15 @@ class Vectors(ClientPart):
         metadata: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> list[SearchHit]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
+
+        With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
+        the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
+        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
         ``query`` is a text, which a worker embeds with the space's query prompt, or a ``(d,)`` vector.
         Only chunks whose metadata contain ``metadata`` are returned (jsonb containment). ``exact`` ignores an HNSW
@@ -65,12 +73,19 @@ class Vectors(ClientPart):
         k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
         exact, where = as_flag("exact", exact), as_filter("metadata", metadata)
         require_name("collection", collection)
+        how = as_hybrid("hybrid", hybrid)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
+            mix = keywords.choose_mix(conn, row, how, is_text=isinstance(query, str), k=k)
         asked = self._ask(space, [as_text("query", query)], "query", timeout)[0] if isinstance(query, str) else query
         vector = as_query_vector(asked, space.spec.dimensions)
         with self._transaction() as conn:
+            if mix is not None and isinstance(query, str):
+                index, weight = mix
+                return keywords.search_mixed(
+                    conn, index, space, vector, query, k=k, how=weight, where=where, exact=exact
+                )
             return searching.search(conn, space, vector, collection_id=row.id, k=k, where=where, exact=exact)
 
     def embed(
@@ -163,9 +178,7 @@ class Vectors(ClientPart):
         with store_errors(self._db):
             while indexing.flush(self._db, space, row.id, wait=True):
                 pass
-            while indexing.merge(
-                self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True
-            ):
+            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True):
                 pass
             indexing.index_metadata(self._db)
         with self._transaction() as conn:

@@ -37,7 +37,7 @@ def ndcg_at(k: int, ranked: Sequence[str], grades: Mapping[str, float]) -> float
 
 
 def ndcg_of(k: int, gains: NDArray[np.float64], judged: NDArray[np.float64]) -> float:
-    """As :func:`ndcg_at`, of the grades in the order of the ranking, ``(n,)``, and all grades that there are, ``(m,)``."""
+    """As :func:`ndcg_at`, of the grades in the order of the ranking, ``(n,)``, and of all grades, ``(m,)``."""
     best = np.sort(judged[judged > 0])[::-1][:k]
     if not len(best):
         return 0.0
@@ -110,8 +110,8 @@ def paired_bootstrap(
 
     The bounds are percentiles of the means of ``resamples`` samples of n pairs, drawn with replacement (Efron and
     Tibshirani, 1993; for retrieval Sakai, 2006). ``level`` is that of the interval: below its lower bound are
-    (1 − level) / 2 of the means. Fewer than two pairs bound nothing: the interval is −∞ to ∞. Raises
-    :class:`ValueError` if the shapes differ.
+    half of the means that are outside of it. Fewer than two pairs bound nothing, and the interval is infinite.
+    Raises :class:`ValueError` if the shapes differ.
     """
     first, second = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
