@@ -202,7 +202,8 @@ BEGIN
         $body$
     $create$, home, types);
     EXECUTE format('ALTER FUNCTION %I.create_vector_table(integer) OWNER TO chunkmill_migrator', home);
-    EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC', home);
+    -- Pollers have got it with all the functions, if this file ran before.
+    EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC, chunkmill_pollers', home);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers, chunkmill_workers', home);
 END
 $$;

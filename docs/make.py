@@ -52,10 +52,10 @@ SETTINGS_GROUPS = {
 }
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
-    "Client": ["Client"],
+    "Client": ["Client", "GoldenQueries"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
-    "What comes back: collections": ["SearchHit", "Audit", "Index"],
+    "What comes back: collections": ["SearchHit", "Audit", "Index", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning"],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",

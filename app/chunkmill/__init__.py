@@ -67,20 +67,20 @@ from chunkmill.errors import (
 )
 
 if TYPE_CHECKING:
-    from chunkmill.client import Client
+    from chunkmill.client import Client, GoldenQueries
 else:
 
     def __getattr__(name: str) -> object:
-        """The client, which is imported when it is first used.
+        """The client and its golden queries, which are imported when they are first used.
 
         It imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
         not need them.
         """
-        if name != "Client":
+        if name not in ("Client", "GoldenQueries"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from chunkmill.client import Client
+        from chunkmill import client
 
-        return Client
+        return getattr(client, name)
 
 
 def __dir__() -> list[str]:
@@ -116,6 +116,7 @@ __all__ = [
     "Explanation",
     "FailingChunkBatch",
     "GoldenLoaded",
+    "GoldenQueries",
     "GoldenQuery",
     "Index",
     "InvalidChunk",

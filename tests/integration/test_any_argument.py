@@ -58,7 +58,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         name: {"job_id": 301}
         for name in ("job", "dead_chunks", "wait", "cancel", "retry", "attempts", "failing", "explain")
     },
-    **{name: {"collection": "docs"} for name in ("vectors", "delete", "audit", "index")},
+    **{
+        name: {"collection": "docs"}
+        for name in ("vectors", "delete", "audit", "index", "keywords", "drop_keywords", "golden", "tune_search")
+    },
 }
 """Good values of the arguments that must be given, by method."""
 METHODS = {

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from chunkmill.broker import Broker
 from chunkmill.client.dead import DeadList
-from chunkmill.client.hybrid import HybridSearch
+from chunkmill.client.hybrid import GoldenQueries, HybridSearch
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.retention import Retention
@@ -14,6 +14,8 @@ from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
+
+__all__ = ["Client", "GoldenQueries"]
 
 
 class Client(Jobs, Money, DeadList, HybridSearch, Retention):

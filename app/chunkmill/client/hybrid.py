@@ -230,6 +230,13 @@ class GoldenQueries(ClientPart):
             keywords.require_kept(conn)
             return golden.read(conn, row.id)
 
+    def count(self) -> int:
+        """How many golden queries the collection has. Raises :class:`NotFound`."""
+        with self._transaction() as conn:
+            row = collections.find(conn, self._collection)
+            keywords.require_kept(conn)
+            return golden.count(conn, row.id)
+
     def clear(self) -> int:
         """Delete all golden queries of the collection. Returns how many there were. Raises :class:`NotFound`."""
         with self._transaction() as conn:

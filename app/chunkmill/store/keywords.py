@@ -116,9 +116,10 @@ def require_ready(conn: sa.Connection, collection: Collection) -> KeywordIndex:
             "language='english') once, or run: chunkmill keywords --language"
         )
     if index.state is not KeywordState.READY:
+        language = index.language.removeprefix("pg_catalog.")
         raise InvalidInput(
-            f"not all chunks of collection {collection.name!r} have their keywords yet. A poller gives them theirs, and "
-            f"client.keywords({collection.name!r}, language={index.language.removeprefix('pg_catalog.')!r}) waits for it."
+            f"not all chunks of collection {collection.name!r} have their keywords yet. A poller gives them theirs, "
+            f"and client.keywords({collection.name!r}, language={language!r}) waits for it."
         )
     return index
 
@@ -469,7 +470,7 @@ def score_both(
     terms: Sequence[Term],
     chunk_ids: Sequence[str],
 ) -> list[Candidate]:
-    """The cosine and the keyword score of chunks of the collection, by their ids. Those without a vector are left out."""
+    """The cosine and the keyword score of chunks of the collection by their ids, but of those without a vector."""
     score, of_terms = _score(terms)
     statement = f"""
         SELECT c.chunk_id,
@@ -537,7 +538,7 @@ def candidates(
     where: str = "{}",
     exact: bool = False,
 ) -> list[Candidate]:
-    """What a mixed search for ``k`` hits orders: the best by the vectors and the best by the keywords, with both scores.
+    """What a mixed search for ``k`` hits orders: the best by vectors and the best by keywords, all with both scores.
 
     The arguments are those of :func:`search_mixed`. Call it first in its transaction.
     """

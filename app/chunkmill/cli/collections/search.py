@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.text import Text
@@ -28,12 +28,40 @@ PREVIEW = 120
 """Maximum number of columns of a hit's text."""
 
 
+class Mix(click.ParamType[object]):
+    """How vectors and keywords are mixed, as ``Client.search`` takes it."""
+
+    name = "mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | float | Literal["rrf"]:
+        if value in ("on", "off"):
+            return bool(value == "on")
+        if value == "rrf":
+            return "rrf"
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight <= 1:
+            self.fail(f"{value!r} is not on, off, rrf or a number from 0 to 1.", param, ctx)
+        return weight
+
+
 @click.command()
 @click.argument("query")
 @click.option("-c", "--collection", required=True, help="Collection to search.")
 @click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Number of chunks to find.")
 @click.option(
     "--where", metavar="JSON", help="""Only chunks whose metadata contains this, such as '{"source": "x"}'."""
+)
+@click.option(
+    "--hybrid",
+    type=Mix(),
+    metavar="MIX",
+    help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
+    "`golden tune` chose.",
 )
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option(
@@ -45,14 +73,25 @@ PREVIEW = 120
 )
 @json_option
 @click.pass_obj
-def search(screen: Screen, query: str, collection: str, k: int, where: str | None, exact: bool, timeout: float) -> None:
+def search(
+    screen: Screen,
+    query: str,
+    collection: str,
+    k: int,
+    where: str | None,
+    hybrid: bool | float | Literal["rrf"] | None,
+    exact: bool,
+    timeout: float,
+) -> None:
     """Find the chunks nearest to QUERY, best first. A worker has to run, because it embeds the query."""
     metadata = _where(where)
     with Client.from_env() as client:
         start = read_database(Environment.load().settings).start_for(Route.AUTO)
         if start:
             screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
-        hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
+        hits = client.search(
+            query, collection=collection, k=k, metadata=metadata, hybrid=hybrid, exact=exact, timeout=timeout
+        )
     if screen.json:
         screen.document([asdict(hit) for hit in hits])
     elif hits:
@@ -175,7 +214,8 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     """Print each hit on two lines, so that a long id and the text do not take each other's place."""
     width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"))
+        mixed = "" if hit.mixed is None else f"  mixed {hit.mixed:.3f}"
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), (mixed, "dim"))
         screen.say(" " * 8, beginning(hit.text, width))
 
 
