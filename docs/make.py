@@ -55,7 +55,9 @@ SECTIONS = {
     "Client": ["Client", "GoldenQueries"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
-    "What comes back: collections": ["SearchHit", "Audit", "Index", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning"],
+    "What comes back: collections": [
+        "Hits", "SearchHit", "SearchPlan", "Audit", "Index", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+    ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",

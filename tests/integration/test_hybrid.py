@@ -18,6 +18,7 @@ from chunkmill import Client
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain import mixing
 from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.filters import parse
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.results import SearchHit
 from chunkmill.errors import InvalidInput
@@ -25,6 +26,7 @@ from chunkmill.poller.indexer import Indexer
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.store import keywords
+from chunkmill.store import search as searching
 from chunkmill.store.write import write_vectors
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
@@ -78,15 +80,24 @@ def by_words(db: sa.Engine, name: str, query: str, most: int = 10) -> list[str]:
 
 
 def mixed(
-    db: sa.Engine, name: str, vector: NDArray[np.float32], text: str, how: mixing.Hybrid, k: int = 10, where: str = "{}"
+    db: sa.Engine,
+    name: str,
+    vector: NDArray[np.float32],
+    text: str,
+    how: mixing.Hybrid,
+    k: int = 10,
+    where: dict[str, object] | None = None,
 ) -> list[SearchHit]:
     with db.begin() as conn:
         row = collections.find(conn, name)
         index = keywords.require_ready(conn, row)
         space = registry.get(conn, row.space_id)
     unit = vector / np.linalg.norm(vector)
+    passing = parse(where)
     with db.begin() as conn:
-        return keywords.search_mixed(conn, index, space, unit, text, k=k, how=how, where=where, exact=False)
+        depth = keywords.depth(k, None)
+        nearest = searching.search(conn, space, unit, collection_id=row.id, k=depth, where=passing)
+        return keywords.search_mixed(conn, index, how, space, unit, text, nearest, k=k, where=passing)
 
 
 def kept(db: sa.Engine, name: str) -> set[bytes]:
@@ -338,7 +349,8 @@ def test_both_scores_of_every_candidate_are_its_own(
         index, space = keywords.require_ready(conn, row), registry.get(conn, row.space_id)
     unit = vector_of(PETS["dog"]) / np.linalg.norm(vector_of(PETS["dog"]))
     with db.begin() as conn:
-        found = keywords.candidates(conn, index, space, unit, "goldfish swim dog", k=1)
+        nearest = searching.search(conn, space, unit, collection_id=row.id, k=1)
+        found = keywords.candidates(conn, index, space, unit, "goldfish swim dog", nearest, most=1)
     of_fish = vector_of(PETS["fish"]) / np.linalg.norm(vector_of(PETS["fish"]))
     scores = {one.chunk_id: one for one in found}
     assert scores.keys() == {"dog", "fish"}
@@ -369,7 +381,7 @@ def test_a_filter_holds_for_what_the_words_find(client: Client, db: sa.Engine) -
     client.enqueue(chunks, collection="docs")
     embed(db, PETS.values())
     client.keywords("docs", language="english")
-    hits = mixed(db, "docs", vector_of("x"), "goldfish cat", 0.1, where=json.dumps({"fur": True}))
+    hits = mixed(db, "docs", vector_of("x"), "goldfish cat", 0.1, where={"fur": {"$ne": False}})
     assert sorted(hit.chunk_id for hit in hits) == ["cat", "cats", "dog"]
     assert hits[0].metadata == {"fur": True}
 
@@ -405,10 +417,22 @@ def test_a_search_says_how_it_is_to_be_mixed_and_what_it_lacks(client: Client, r
     ):
         with pytest.raises(InvalidInput, match=says):
             client.search("cat", collection="docs", hybrid=wrong)
-    with pytest.raises(InvalidInput, match="query is a vector"):
+    with pytest.raises(InvalidInput, match="not a vector or a chunk"):
         client.search(np.ones(DIMENSIONS), collection="docs", hybrid=0.5)
     with pytest.raises(InvalidInput, match=r"at most 1,000 hits"):
         client.search("cat", collection="docs", hybrid=0.5, k=1_001)
+    pages = [
+        client.search("two animals", collection="docs", hybrid=0.5, k=2, offset=offset, timeout=PATIENCE)
+        for offset in (0, 2)
+    ]
+    whole = client.search(["nothing", "two animals"], collection="docs", hybrid=0.5, explain=True, timeout=PATIENCE)[1]
+    assert [hit.chunk_id for page in pages for hit in page] == [hit.chunk_id for hit in whole]
+    assert whole.explanation is not None
+    assert whole.explanation.because.endswith("Keywords added 0 chunks to the 4 nearest.")
+    with pytest.raises(InvalidInput, match=r"offset \+ k is 201; the pages of a hybrid search reach 200"):
+        client.search("cat", collection="docs", hybrid=0.5, offset=191)
+    with pytest.raises(InvalidInput, match="a chunk"):
+        client.search(like="cat", collection="docs", hybrid=0.5)
     with pytest.raises(InvalidInput, match=r"language is 'klingon'; it must be one of: .*english"):
         client.keywords("docs", language="klingon")
 

@@ -1,4 +1,4 @@
-"""Hybrid search on real English, with a real model: the docstrings of Python's library, asked for by their first lines."""
+"""Hybrid search on real English with a real model: docstrings of Python's library, asked for by their first lines."""
 
 from __future__ import annotations
 

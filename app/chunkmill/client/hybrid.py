@@ -22,6 +22,7 @@ from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.store import golden, keywords
+from chunkmill.store import search as searching
 from chunkmill.store.keywords import KeywordIndex
 
 MAX_GOLDEN = 100_000
@@ -143,7 +144,8 @@ class HybridSearch(Vectors):
         ``stands_in`` is what stands for the relevant chunks of a title: what follows it, and the vector of that.
         """
         with self._transaction() as conn:
-            candidates = keywords.candidates(conn, index, space, vector, query.text)
+            nearest = searching.search(conn, space, vector, collection_id=index.collection_id, k=mixing.DEPTH)
+            candidates = keywords.candidates(conn, index, space, vector, query.text, nearest)
             if stands_in is not None:
                 rest, rest_vector = stands_in
                 terms = keywords.read_terms(conn, index, query.text)

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psycopg
@@ -25,13 +25,13 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.domain import keyword_query, mixing
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.mixing import Hybrid, KeywordState
-from chunkmill.domain.results import SearchHit
+from chunkmill.domain.results import Hits, SearchHit
 from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden
-from chunkmill.store import search as searching
 
 MAX_MATCHES = 10_000
 """So many texts are ranked by keywords. Ranking 10,000 texts by 20 terms takes about 0.1 s."""
@@ -125,7 +125,13 @@ def require_ready(conn: sa.Connection, collection: Collection) -> KeywordIndex:
 
 
 def choose_mix(
-    conn: sa.Connection, collection: Collection, how: bool | Hybrid | None, *, is_text: bool, k: int
+    conn: sa.Connection,
+    collection: Collection,
+    how: bool | Hybrid | None,
+    *,
+    is_text: bool,
+    k: int,
+    offset: int | None = None,
 ) -> tuple[KeywordIndex, Hybrid] | None:
     """The keywords to mix in, and how; None if the search goes by vectors alone.
 
@@ -135,21 +141,33 @@ def choose_mix(
     if how is False:
         return None
     if how is None:
-        if not is_text or k > mixing.MAX_MIXED or not are_kept(conn):
+        if not is_text or (offset is None and k > mixing.MAX_MIXED) or not are_kept(conn):
             return None
         alpha, index = golden.chosen_alpha(conn, collection.id, collection.space_id), find(conn, collection.id)
         if alpha is None or index is None or index.state is not KeywordState.READY:
             return None
+        _require_reachable(k, offset)
         return index, alpha
     if not is_text:
-        raise InvalidInput("hybrid needs the text of the query, and query is a vector. Pass the text, or hybrid=None.")
-    if k > mixing.MAX_MIXED:
-        raise InvalidInput(f"k is {k}; a hybrid search returns at most {mixing.MAX_MIXED:,} hits.")
+        raise InvalidInput(
+            "hybrid needs the text of the query, and not a vector or a chunk. Pass the text, or hybrid=False."
+        )
+    _require_reachable(k, offset)
     index = require_ready(conn, collection)
     if how is True:
         chosen = golden.chosen_alpha(conn, collection.id, collection.space_id)
         return index, mixing.DEFAULT_ALPHA if chosen is None else chosen
     return index, how
+
+
+def _require_reachable(k: int, offset: int | None) -> None:
+    if offset is None and k > mixing.MAX_MIXED:
+        raise InvalidInput(f"k is {k}; a hybrid search returns at most {mixing.MAX_MIXED:,} hits.")
+    if offset is not None and offset + k > mixing.PAGED:
+        raise InvalidInput(
+            f"offset + k is {offset + k:,}; the pages of a hybrid search reach {mixing.PAGED} hits. With hybrid=False "
+            "they have no end."
+        )
 
 
 def languages(conn: sa.Connection) -> list[str]:
@@ -502,29 +520,45 @@ def score_text(conn: sa.Connection, index: KeywordIndex, terms: Sequence[Term], 
     return float(conn.execute(sa.text(statement), parameters).scalar_one())
 
 
+def depth(k: int, offset: int | None) -> int:
+    """How many of the nearest chunks a mixed search for so many hits is given.
+
+    With an offset it is always the same number, because pages that have other candidates would not fit together.
+    """
+    return max(k, mixing.DEPTH) if offset is None else mixing.PAGED
+
+
 def search_mixed(
     conn: sa.Connection,
     index: KeywordIndex,
+    how: Hybrid,
     space: Space,
     query: NDArray[np.float32],
     text: str,
+    nearest: Hits,
     *,
     k: int,
-    how: Hybrid,
-    where: str,
-    exact: bool,
-) -> list[SearchHit]:
+    offset: int | None = None,
+    where: Filter | None = None,
+) -> Hits:
     """The ``k`` chunks that are best by a mix of the cosine to ``query``, ``(d,)``, and of the keywords of ``text``.
 
-    The candidates are the best by either. All get both scores, so that none counts as unlike because the other search
-    did not return it. ``where`` and ``exact`` are those of :func:`chunkmill.store.search.search`. Call it first in its
-    transaction. Raises :class:`StoreUnavailable` if somebody drops the keywords meanwhile.
+    ``nearest`` are the chunks that a search by vectors with the same filter ``where`` returned in this transaction, for
+    :func:`depth` hits. The candidates are these and the best by keywords. All get both scores, so that none counts as
+    unlike because the other search did not return it. Raises :class:`StoreUnavailable` if somebody drops the keywords
+    meanwhile.
     """
-    found = candidates(conn, index, space, query, text, k=k, where=where, exact=exact)
+    found = candidates(conn, index, space, query, text, nearest, most=depth(k, offset), where=where)
     cosines, scores = scores_of(found)
     mixed = mixing.mixed(cosines, scores, how)
-    best = mixing.order(mixed, cosines, [candidate.chunk_id for candidate in found])[:k]
-    return _hits(conn, index, space, [(found[i], float(mixed[i])) for i in best])
+    best = mixing.order(mixed, cosines, [candidate.chunk_id for candidate in found])[offset or 0 :][:k]
+    plan = nearest.explanation
+    if plan is not None:
+        n_more = len(found) - len(nearest)
+        plan = replace(
+            plan, because=f"{plan.because} Keywords added {n_more:,} chunks to the {len(nearest):,} nearest."
+        )
+    return Hits(_hits(conn, index, space, [(found[i], float(mixed[i])) for i in best]), plan)
 
 
 def candidates(
@@ -533,25 +567,20 @@ def candidates(
     space: Space,
     query: NDArray[np.float32],
     text: str,
+    nearest: Sequence[SearchHit],
     *,
-    k: int = mixing.JUDGED,
-    where: str = "{}",
-    exact: bool = False,
+    most: int = mixing.DEPTH,
+    where: Filter | None = None,
 ) -> list[Candidate]:
-    """What a mixed search for ``k`` hits orders: the best by vectors and the best by keywords, all with both scores.
+    """What a mixed search orders: the ``nearest`` chunks and the ``most`` best by keywords, all with both scores.
 
-    The arguments are those of :func:`search_mixed`. Call it first in its transaction.
+    The arguments are those of :func:`search_mixed`.
     """
-    depth = max(k, mixing.DEPTH)
-    dense = searching.search(conn, space, query, collection_id=index.collection_id, k=depth, where=where, exact=exact)
-    filtered: str = "true"
-    parameters: dict[str, object] = {}
-    if where != "{}":
-        filtered, parameters = "c.metadata @> CAST(:metadata AS jsonb)", {"metadata": where}
+    condition, parameters = (where or Filter()).sql("c.metadata")
     try:
         terms = read_terms(conn, index, text)
-        by_keywords = find_by_keywords(conn, index, space, terms, most=depth, condition=filtered, parameters=parameters)
-        ids = list(dict.fromkeys([*(hit.chunk_id for hit in dense), *by_keywords]))
+        by_keywords = find_by_keywords(conn, index, space, terms, most=most, condition=condition, parameters=parameters)
+        ids = list(dict.fromkeys([*(hit.chunk_id for hit in nearest), *by_keywords]))
         return score_both(conn, index, space, query, terms, ids)
     except sa.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
