@@ -91,7 +91,7 @@ def upgrade(conn: sa.Connection, schema: str) -> None:
     def is_ours(name: str | None, kind: str, _parents: object) -> bool:
         """Not other programs' tables; nor vector tables, which are made with their space and depend on its model."""
         if kind == "table":
-            return name in ours - NOT_MIGRATED and not (name or "").startswith(("vectors_", "segment_"))
+            return name in ours - NOT_MIGRATED and not (name or "").startswith(("vectors_", "segment_", "keywords_"))
         return name not in NOT_MIGRATED
 
     context.configure(

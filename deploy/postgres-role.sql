@@ -136,6 +136,10 @@ BEGIN
             -- Serving indexes are written by functions of the migrator's alone, and by its triggers.
             ('^(serving_indexes|serving_tail|segments|segment_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
             ('^segment_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            -- So are keywords, which say nearly what the texts say. Golden queries are texts too.
+            ('^(keyword_indexes|keywords_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
+            ('^keywords_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            ('^(golden_queries|search_tunings)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
@@ -166,7 +170,7 @@ BEGIN
         SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname ~ '^(contents|chunks|embed_requests|vectors_[0-9]+)$'
+        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|vectors_[0-9]+)$'
         AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding')
         GROUP BY c.oid
     LOOP
@@ -237,6 +241,7 @@ BEGIN
         $body$
     $create$, home, types);
     EXECUTE format('ALTER FUNCTION %I.create_vector_table(integer) OWNER TO chunkmill_migrator', home);
+    -- Pollers have got it with all the functions, if this file ran before.
     EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC, chunkmill_pollers', home);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers, chunkmill_workers', home);
 END

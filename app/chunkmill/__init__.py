@@ -20,6 +20,7 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
+from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
@@ -31,15 +32,18 @@ from chunkmill.domain.results import (
     DroppedDead,
     Explanation,
     FailingChunkBatch,
+    GoldenLoaded,
     Hits,
     Index,
     Job,
     JobProviderBatch,
+    Keywords,
     OpenWork,
     RetriedDead,
     RoutingStep,
     SearchHit,
     SearchPlan,
+    SearchTuning,
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
@@ -68,20 +72,21 @@ from chunkmill.errors import (
 )
 
 if TYPE_CHECKING:
-    from chunkmill.client import Client
+    from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
 else:
 
     def __getattr__(name: str) -> object:
-        """The clients, which are imported when they are first used.
+        """The clients and golden queries, which are imported when they are first used.
 
         They import SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
         not need them.
         """
-        if name == "Client":
-            from chunkmill.client import Client
+        if name in ("Client", "GoldenQueries"):
+            from chunkmill import client
 
-            return Client
+            return getattr(client, name)
+
         if name == "AsyncClient":
             from chunkmill.client.aio import AsyncClient
 
@@ -127,6 +132,9 @@ __all__ = [
     "Explanation",
     "Exported",
     "FailingChunkBatch",
+    "GoldenLoaded",
+    "GoldenQueries",
+    "GoldenQuery",
     "Hits",
     "Index",
     "InvalidChunk",
@@ -136,6 +144,7 @@ __all__ = [
     "JobFailed",
     "JobProviderBatch",
     "JobState",
+    "Keywords",
     "Lane",
     "LaneEstimate",
     "NewerSpace",
@@ -152,6 +161,7 @@ __all__ = [
     "RoutingStep",
     "SearchHit",
     "SearchPlan",
+    "SearchTuning",
     "SpaceMismatch",
     "Standing",
     "StoreLimit",

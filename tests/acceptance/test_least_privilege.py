@@ -273,6 +273,16 @@ def test_everything_runs_with_no_more_than_it_needs(
         assert client.update_metadata("docs", {"new": True}, ids=["c7"]) == 1
         assert client.index("docs").tail == 0
         assert client.search(client.vectors("docs", ["c7"])["c7"], collection="docs", k=1)[0].chunk_id == "c7"
+        made = client.keywords("docs", language="english")
+        assert made is not None
+        assert made.is_ready
+        client.enqueue([("long", "A title of some words\n\n" + "and text below it " * 5)], collection="docs")
+        assert client.golden("docs").from_titles() == 1
+    read_db = create_db(roles["reader"], role="client")
+    with Client(read_db, Broker.connect(settings), settings) as reader:
+        hit = reader.search("number 7", collection="docs", k=1, hybrid=0.2, timeout=PATIENCE)[0]
+        assert (hit.chunk_id, hit.mixed) == ("c7", pytest.approx(1.0, abs=0.3))
+        assert len(reader.golden("docs").list()) == 1
     # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for purpose in PURPOSES:
@@ -335,6 +345,14 @@ MAY = {
     "DELETE FROM dead_chunks": "producer worker poller",
     "SELECT create_vector_table(1)": "producer worker",
     "UPDATE spaces SET model = model": "producer",
+    "SELECT terms FROM keywords_1": "producer worker reader",
+    "DELETE FROM keywords_1": "",
+    "UPDATE keyword_indexes SET state = state": "",
+    "SELECT fill_keywords(1, 10)": "producer worker poller",
+    "SELECT text FROM golden_queries": "producer worker reader",
+    "SELECT query_id FROM golden_queries": "producer worker poller reader",
+    "DELETE FROM golden_queries WHERE false": "producer",
+    "UPDATE search_tunings SET alpha = alpha": "producer",
 }
 """Which purposes may run a statement."""
 

@@ -64,7 +64,21 @@ KNOWN: dict[str, dict[str, Any]] = {
         name: {"job_id": 301}
         for name in ("job", "dead_chunks", "wait", "cancel", "retry", "attempts", "failing", "explain")
     },
-    **{name: {"collection": "docs"} for name in ("vectors", "delete", "audit", "index", "chunks", "count")},
+    **{
+        name: {"collection": "docs"}
+        for name in (
+            "vectors",
+            "delete",
+            "audit",
+            "index",
+            "chunks",
+            "count",
+            "keywords",
+            "drop_keywords",
+            "golden",
+            "tune_search",
+        )
+    },
     "get": {"collection": "docs", "ids": ["a"]},
     "update_metadata": {"collection": "docs", "metadata": {"a": 1}, "ids": ["a"]},
     "iter_vectors": {"collection": "docs"},

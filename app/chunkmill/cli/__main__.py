@@ -46,6 +46,8 @@ SECTIONS = {
         "search": ("collections.search", "Find the chunks nearest to a query."),
         "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
         "index": ("collections.search", "Build the HNSW index of a collection's space."),
+        "keywords": ("collections.hybrid", "Show, create or drop the keywords of a collection."),
+        "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
         "models": ("collections.search", "List the embedding spaces in the database."),
         "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
         "delete": ("collections.chunks", "Delete some or all chunks of a collection."),

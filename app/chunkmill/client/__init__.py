@@ -8,17 +8,19 @@ from chunkmill.broker import Broker
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
 from chunkmill.client.dead import DeadList
+from chunkmill.client.hybrid import GoldenQueries, HybridSearch
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.retention import Retention
-from chunkmill.client.vectors import Vectors
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
 
+__all__ = ["Client", "GoldenQueries"]
 
-class Client(Jobs, Money, DeadList, Vectors, Chunks, Collections, Retention):
+
+class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention):
     """Enqueues chunks, follows jobs and searches. It is thread-safe; make one per process.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes

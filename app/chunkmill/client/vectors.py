@@ -14,6 +14,7 @@ from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.steps import Pause, Steps, run_steps
 from chunkmill.domain.arguments import (
     as_flag,
+    as_hybrid,
     as_ids,
     as_items,
     as_number,
@@ -33,7 +34,7 @@ from chunkmill.errors import ChunkmillError, EngineError, InvalidInput, WaitTime
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
-from chunkmill.store import indexing, read, segments
+from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
 
 MAX_K = 1_000_000
@@ -59,6 +60,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -74,6 +76,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -89,6 +92,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -101,6 +105,12 @@ class Vectors(ClientPart):
         are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
         query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
         found, which takes longer.
+
+        With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
+        the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
+        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -117,6 +127,7 @@ class Vectors(ClientPart):
                 min_score=min_score,
                 offset=offset,
                 explain=explain,
+                hybrid=hybrid,
             )
         )
 
@@ -133,8 +144,10 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
+        how = as_hybrid("hybrid", hybrid)
         where, exact, explain = parse_filter(metadata), as_flag("exact", exact), as_flag("explain", explain)
         k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
         least = as_score("min_score", min_score)
@@ -149,6 +162,9 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
+            is_text = like is None and isinstance(queries, list)
+            mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
+        texts = queries if isinstance(queries, list) else []
         if isinstance(queries, list):
             queries = yield from self._asking_all(space, queries, "query", timeout)
         vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
@@ -162,13 +178,18 @@ class Vectors(ClientPart):
                 space,
                 np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
                 collection_id=row.id,
-                k=k,
+                k=k if mix is None else keywords.depth(k, offset),
                 where=where,
                 exact=exact,
-                offset=offset,
+                offset=offset if mix is None else None,
                 without=like,
                 explain=explain,
             )
+            if mix is not None:
+                hit_lists = [
+                    keywords.search_mixed(conn, *mix, space, vector, text, hits, k=k, offset=offset, where=where)
+                    for vector, text, hits in zip(vectors, texts, hit_lists, strict=True)
+                ]
         if least is not None:
             hit_lists = [Hits((hit for hit in hits if hit.score >= least), hits.explanation) for hits in hit_lists]
         return hit_lists[0] if is_single else hit_lists

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,17 @@ def as_items(argument: str, given: Iterable[Item]) -> Iterable[Item]:
     except TypeError:
         raise InvalidInput(f"{argument} is of type {type(given).__name__}; give a list or another iterable.") from None
     return given
+
+
+def as_hybrid(argument: str, given: object) -> bool | float | Literal["rrf"] | None:
+    """A way to mix vectors and keywords: None, True, False, ``"rrf"`` or a weight. Raises :class:`InvalidInput`."""
+    if given is None or isinstance(given, bool):
+        return given
+    if isinstance(given, str) and given == "rrf":
+        return "rrf"
+    if isinstance(given, int | float | np.integer | np.floating) and 0 <= given <= 1:
+        return float(given)
+    raise InvalidInput(f"{argument} is {_shown(given)}; it must be True, False, 'rrf' or a number from 0 to 1.")
 
 
 def as_ids(argument: str, given: Iterable[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Keeps the serving indexes up to date, in two threads beside the poller's rounds: one flushes, the other merges."""
+"""Keeps the serving indexes up to date, in two threads beside the poller's rounds: one flushes, the other merges.
+
+The one that flushes also gives old chunks the keywords of a collection that has just got some.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.store import indexing, segments
+from chunkmill.store import indexing, keywords, segments
 from chunkmill.store.indexing import Built
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 3600.0
 """How long a collection whose build failed waits for the next try. A build may fail because the disk is full, or end
 Postgres itself because the memory is, and then nobody else could work either if it were tried again at once."""
+
+KEYWORD_SECONDS = 5.0
+"""How many seconds one round fills the keywords of a collection, so that the others get their turn."""
 
 
 class Indexer:
@@ -52,6 +58,7 @@ class Indexer:
     def round(self) -> int:
         """Flush and merge what is due. Returns how many segments were built."""
         Steps().run("the drop of segments that nobody reads", self._drop_left_behind)
+        self._fill_keywords(Steps())
         return self._build_all("flush", self._flush, Steps()) + self._build_all("merge", self._merge, Steps())
 
     def _run(self, name: str, build: Callable[[Space, int], Built | None], stop: threading.Event) -> None:
@@ -61,6 +68,8 @@ class Indexer:
                 if name == "flush":
                     steps.run("the drop of segments that nobody reads", self._drop_left_behind)
                 self._build_all(name, build, steps, stop)
+                if name == "flush":
+                    self._fill_keywords(steps, stop)
             except Exception as error:
                 if not is_outage(error):
                     raise
@@ -104,6 +113,19 @@ class Indexer:
                 return
         if dropped := indexing.drop_left_behind(self._db):
             logger.info("%s segments of collections that moved or are gone were dropped", dropped)
+
+    def _fill_keywords(self, steps: Steps, stop: threading.Event | None = None) -> None:
+        for collection_id in steps.run("the search for keywords to fill", self._unfinished) or ():
+            if stop is not None and stop.is_set():
+                break
+            until = time.monotonic() + KEYWORD_SECONDS
+            fill = lambda number=collection_id, until=until: keywords.fill(self._db, number, deadline=until)  # noqa: E731
+            if steps.run(f"filling the keywords of collection {collection_id}", fill):
+                logger.info("collection %s: its keywords are ready", collection_id)
+
+    def _unfinished(self) -> list[int]:
+        with self._db.begin() as conn:
+            return keywords.unfinished(conn) if keywords.are_kept(conn) else []
 
     def _collections(self) -> list[tuple[int, Space]]:
         with self._db.begin() as conn:

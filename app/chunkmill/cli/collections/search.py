@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.text import Text
@@ -27,6 +27,27 @@ PREVIEW = 120
 """Maximum number of columns of a hit's text."""
 
 
+class Mix(click.ParamType[object]):
+    """How vectors and keywords are mixed, as ``Client.search`` takes it."""
+
+    name = "mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | float | Literal["rrf"]:
+        if value in ("on", "off"):
+            return bool(value == "on")
+        if value == "rrf":
+            return "rrf"
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight <= 1:
+            self.fail(f"{value!r} is not on, off, rrf or a number from 0 to 1.", param, ctx)
+        return weight
+
+
 @click.command()
 @click.argument("query", required=False)
 @click.option("-c", "--collection", required=True, help="Collection to search.")
@@ -42,6 +63,13 @@ PREVIEW = 120
     "--offset",
     type=click.IntRange(0),
     help="How many of the nearest chunks to leave out. Give 0 for the first page, and the pages fit together.",
+)
+@click.option(
+    "--hybrid",
+    type=Mix(),
+    metavar="MIX",
+    help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
+    "`golden tune` chose.",
 )
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
@@ -63,6 +91,7 @@ def search(
     like: str | None,
     min_score: float | None,
     offset: int | None,
+    hybrid: bool | float | Literal["rrf"] | None,
     exact: bool,
     explain: bool,
     timeout: float,
@@ -89,6 +118,7 @@ def search(
             min_score=min_score,
             offset=offset,
             explain=explain,
+            hybrid=hybrid,
         )
     plan = hits.explanation
     if screen.json:
@@ -194,7 +224,8 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *cut)
+        mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut)
         screen.say(" " * 8, beginning(hit.text, width))
     if any(hit.truncated for hit in hits):
         screen.say("(cut): the text is longer than the model reads, and its end counted for nothing.")

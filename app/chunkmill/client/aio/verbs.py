@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
+from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
@@ -28,7 +29,9 @@ from chunkmill.domain.results import (
     Hits,
     Index,
     Job,
+    Keywords,
     RetriedDead,
+    SearchTuning,
 )
 from chunkmill.domain.retention import CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
@@ -321,6 +324,42 @@ class AsyncVerbs(Running):
         """
         return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
 
+    async def keywords(self, collection: str, *, language: str | None = None) -> Keywords | None:
+        """The keywords of a collection; None if it has none. With ``language`` it gets some.
+
+        ``language`` is a text search configuration of Postgres, such as ``english`` or ``simple``. The call returns
+        when all chunks have their keywords, which takes about a minute for 100,000 of them; writers and searches go on,
+        and if it is interrupted, the poller goes on with it. From then on each chunk gets its keywords in the commit
+        that writes it. Keywords stay in Postgres and are deleted with the text.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if Postgres does not know the language, or if the collection
+        has keywords in another one: call :meth:`drop_keywords` first.
+        """
+        return await self._short(self._client.keywords, collection, language=language)
+
+    async def drop_keywords(self, collection: str) -> bool:
+        """Delete the keywords of a collection, and what its golden queries chose. Returns whether there were any.
+
+        Its searches then go by vectors alone. Raises :class:`NotFound`.
+        """
+        return await self._short(self._client.drop_keywords, collection)
+
+    async def golden(self, collection: str) -> GoldenQueries:
+        """The golden queries of a collection: queries whose answers are known."""
+        return await self._short(self._client.golden, collection)
+
+    async def tune_search(self, collection: str, *, timeout: float = 600.0) -> SearchTuning:
+        """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
+
+        Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
+        report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
+        queries are judged, which chance chooses, and a worker embeds them.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
+        :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
+        """
+        return await self._short(self._client.tune_search, collection, timeout=timeout)
+
     @overload
     async def search(
         self,
@@ -335,6 +374,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -350,6 +390,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -365,6 +406,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -377,6 +419,12 @@ class AsyncVerbs(Running):
         are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
         query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
         found, which takes longer.
+
+        With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
+        the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
+        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -393,6 +441,7 @@ class AsyncVerbs(Running):
                 min_score=min_score,
                 offset=offset,
                 explain=explain,
+                hybrid=hybrid,
             )
         )
 
