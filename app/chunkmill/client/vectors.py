@@ -156,17 +156,18 @@ class Vectors(ClientPart):
         if (query is None) == (like is None):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
         like = None if like is None else as_text("like", like)
-        queries, is_single = ([], True) if query is None else as_queries(query)
-        if len(queries) * k > MAX_K:
-            raise InvalidInput(f"{len(queries):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
+        asked, is_single = ([], True) if query is None else as_queries(query)
+        if len(asked) * k > MAX_K:
+            raise InvalidInput(f"{len(asked):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-            is_text = like is None and isinstance(queries, list)
+            is_text = like is None and isinstance(asked, list)
             mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
-        texts = queries if isinstance(queries, list) else []
-        if isinstance(queries, list):
-            queries = yield from self._asking_all(space, queries, "query", timeout)
+        texts = asked if isinstance(asked, list) else []
+        queries = (
+            asked if not isinstance(asked, list) else (yield from self._asking_all(space, texts, "query", timeout))
+        )
         vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
         with self._transaction() as conn:
             searching.see_one_moment(conn)

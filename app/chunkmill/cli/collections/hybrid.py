@@ -59,7 +59,7 @@ def golden(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
         screen: Screen = ctx.obj
         with Client.from_env() as client:
-            counts = {name: client.golden(name).count() for name in client.collections()}
+            counts = {one.name: client.golden(one.name).count() for one in client.collections()}
         if screen.json:
             screen.document([{"collection": name, "queries": n} for name, n in counts.items()])
         elif counts:

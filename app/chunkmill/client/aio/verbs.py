@@ -335,7 +335,7 @@ class AsyncVerbs(Running):
         Raises :class:`NotFound`, and :class:`InvalidInput` if Postgres does not know the language, or if the collection
         has keywords in another one: call :meth:`drop_keywords` first.
         """
-        return await self._short(self._client.keywords, collection, language=language)
+        return await self._long(self._client.keywords, collection, language=language)
 
     async def drop_keywords(self, collection: str) -> bool:
         """Delete the keywords of a collection, and what its golden queries chose. Returns whether there were any.
@@ -358,7 +358,7 @@ class AsyncVerbs(Running):
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
-        return await self._short(self._client.tune_search, collection, timeout=timeout)
+        return await self._long(self._client.tune_search, collection, timeout=timeout)
 
     @overload
     async def search(
