@@ -346,6 +346,67 @@ def test_an_index_in_another_schema_is_not_this_installations(
     behind.dispose()
 
 
+STEPS = {
+    "first": ("watch_chunks", "watch_collection", "create_segment", "fill_", "finish_segment", "publish_segment"),
+    "flush": ("create_segment", "fill_", "finish_segment", "publish_segment"),
+    "merge": ("create_segment", "fill_", "finish_segment", "publish_segment"),
+}
+QUICK = {("first", "fill_", "after"), ("flush", "finish_segment", "in"), ("merge", "publish_segment", "after")}
+
+
+@pytest.mark.parametrize(
+    ("build", "step", "at"),
+    [
+        pytest.param(build, step, at, marks=() if (build, step, at) in QUICK else pytest.mark.slow)
+        for build, steps in STEPS.items()
+        for step in steps
+        for at in ("in", "after")
+    ],
+)
+def test_a_builder_that_dies_at_any_step_leaves_nothing_that_the_next_one_does_not_finish(
+    client: Client, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, build: str, step: str, at: str
+) -> None:
+    """The server ends its session, as it does with that of a process that was killed."""
+    begin_with(client, db, 20, are_indexed=False)
+    if build == "merge":
+        monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 1000)
+    if build != "first":
+        for name in COLLECTIONS:
+            index(client, name)
+        monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 10)
+    client.enqueue([(f"new {i}", f"new {i}") for i in range(5)], collection="docs")
+    work(db)
+    if build == "merge":
+        assert indexing.flush(db, space_of(db), id_of(db, "docs")) is not None
+    victim = create_db(settings.require_database_url(), role="builder", pool_size=1)
+
+    def die(conn: sa.Connection, _cursor: object, statement: str, *_: object) -> None:
+        if step in statement:
+            with db.begin() as other:
+                pid = conn.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+                other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    sa.event.listen(victim, f"{'before' if at == 'in' else 'after'}_cursor_execute", die)
+    with pytest.raises(sa.exc.DBAPIError):
+        if build == "merge":
+            indexing.merge(victim, space_of(db), id_of(db, "docs"), memory_mb=64)
+        else:
+            indexing.flush(victim, space_of(db), id_of(db, "docs"))
+    victim.dispose()
+    texts = [f"docs {i}" for i in range(20)] + [f"new {i}" for i in range(5)]
+    for text in texts[::6]:
+        assert client.search(vector_of(text), collection="docs", k=1)[0].text == text
+    monkeypatch.setattr(segments, "GRACE_S", 0)
+    made = client.index("docs")
+    assert (made.is_ready, made.rows, made.tail) == (True, 25, 0)
+    for text in texts:
+        assert client.search(vector_of(text), collection="docs", k=1)[0].text == text
+    client.index("docs")
+    kept = ask(db, "SELECT 'segment_' || id FROM segments")
+    assert segment_tables(db) == set(kept)
+    assert set(ask(db, "SELECT state FROM segments WHERE collection_id = :id", id=id_of(db, "docs"))) == {"live"}
+
+
 # --- Who waits for whom ---
 
 
