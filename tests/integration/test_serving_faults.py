@@ -540,6 +540,45 @@ def test_a_build_takes_the_memory_of_the_setting_and_the_time_that_it_needs(clie
     assert "77MB" in {memory for memory, _ in seen["finish_segment"]}
 
 
+def test_a_graph_is_built_by_one_process_where_several_have_no_shared_memory(
+    client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a container, /dev/shm has 64 MB by default, and pgvector's parallel build puts all its memory there."""
+    begin_with(client, db, 40, are_indexed=False)
+    refuse = """
+        ALTER FUNCTION finish_segment(bigint) RENAME TO really_finish_segment;
+        CREATE FUNCTION finish_segment(segment bigint) RETURNS void LANGUAGE plpgsql AS $$
+        BEGIN
+            IF current_setting('max_parallel_maintenance_workers') <> '0' THEN
+                RAISE EXCEPTION 'could not resize shared memory segment "/PostgreSQL.1": No space left on device'
+                USING ERRCODE = 'disk_full';
+            END IF;
+            PERFORM really_finish_segment(segment);
+        END $$
+    """
+    with db.begin() as conn:
+        for statement in refuse.split(";\n        CREATE"):
+            conn.execute(sa.text(statement if "ALTER" in statement else f"CREATE{statement}"))
+    assert client.index("docs").graph_rows == 40
+    assert "--shm-size" in caplog.text
+
+
+def test_chunks_are_taken_by_a_collection_whose_old_space_is_gone(
+    client: Client, db: sa.Engine, settings: Settings
+) -> None:
+    """Its old index is forgotten by the poller, which may be later."""
+    begin_with(client, db, 5)
+    client.delete("docs", all_chunks=True)
+    Poller(db, client._broker, settings).round()
+    client.enqueue([("c", "text")], collection="docs", on_long="split")
+    with db.begin() as conn:
+        conn.execute(sa.text("DROP TABLE vectors_1 CASCADE"))
+    client.enqueue([("d", "more text")], collection="docs", on_long="split")
+    assert ask(db, "SELECT chunk_id FROM chunks WHERE collection_id = :id ORDER BY 1", id=id_of(db, "docs")) == [
+        "c", "d",
+    ]  # fmt: skip
+
+
 # --- Dimensions ---
 
 
