@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from alembic import command
+from alembic import command as alembic
 from numpy.typing import NDArray
 
 from chunkmill import Chunk, Client
+from chunkmill.broker import Broker
 from chunkmill.cli.start.doctor import database_checks
 from chunkmill.db.connect import alembic_config, create_db, migrate
 from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.serving import BuilderKind, SegmentKind
 from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.embedded import StackStatus
+from chunkmill.embedded.postgres import find_programs
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller import indexer
@@ -30,6 +34,7 @@ from chunkmill.spaces import collections, registry
 from chunkmill.store import indexing, segments
 from chunkmill.store import search as searching
 from chunkmill.store.write import write_vectors
+from tests.conftest import admin, url_of
 from tests.integration.test_serving_indexes import COLLECTIONS, DIMENSIONS, index, space_of, vector_of, work, write
 from tests.integration.test_serving_indexes import tiny as tiny  # the fixture of small segments
 from tests.support.installations import in_schema
@@ -657,7 +662,7 @@ def test_a_downgrade_beside_a_builder_leaves_no_segment(client: Client, db: sa.E
     with db.connect() as conn:
         with conn.begin():
             segments.create(conn, id_of(db, "docs"), space_of(db), SegmentKind.FLAT, BuilderKind.MERGE)
-            going_down = Call(lambda: command.downgrade(alembic_config(url), "0013"))
+            going_down = Call(lambda: alembic.downgrade(alembic_config(url), "0013"))
             waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
             until(lambda: ask(db, waiting) == [True])
         going_down.result()
@@ -676,3 +681,46 @@ def test_a_content_is_noted_once_if_its_worker_saw_its_chunk(client: Client, db:
     client.enqueue([("new", "new text")], collection="docs")
     assert work(db) == 1
     assert ask(db, "SELECT count(*) FROM serving_tail WHERE collection_id = :id", id=id_of(db, "docs")) == [1]
+
+
+@pytest.mark.parametrize("without_segments", [False, True])
+def test_a_backup_with_or_without_segments_is_searched_and_written_to(
+    client: Client, db: sa.Engine, settings: Settings, stack: StackStatus, without_segments: bool
+) -> None:
+    begin_with(client, db, 5)
+    client.enqueue([("new", "new text")], collection="docs")
+    work(db)
+    options = ["--exclude-table=*.segment_*"] if without_segments else []
+    source = sa.make_url(settings.require_database_url())
+    admin(stack, "DROP DATABASE IF EXISTS restored_one")
+    admin(stack, "CREATE DATABASE restored_one")
+    restored = url_of(stack, "restored_one")
+    programs = find_programs()
+    try:
+        dump = run([programs / "pg_dump", *options, "--dbname", plain_url(source)])
+        run([programs / "psql", "-q", "-v", "ON_ERROR_STOP=1", "--dbname", plain_url(sa.make_url(restored))], dump)
+        there = settings.model_copy(update={"database_url": restored})
+        behind = create_db(restored, role="client")
+        with Client(behind, Broker.connect(settings), there) as other:
+            for text in ("docs 3", "new text"):
+                assert other.search(vector_of(text), collection="docs", k=1)[0].text == text
+            other.enqueue([("later", "later text")], collection="docs")
+            work(behind)
+            assert other.search(vector_of("later text"), collection="docs", k=1)[0].chunk_id == "later"
+            assert Indexer(behind, there).round() == (2 if without_segments else 1)
+            for name, text in (("docs", "docs 3"), ("docs", "later text"), ("others", "others 1")):
+                assert other.search(vector_of(text), collection=name, k=1)[0].text == text
+            assert other.index("docs").rows == 7
+    finally:
+        admin(stack, "DROP DATABASE restored_one WITH (FORCE)")
+
+
+def plain_url(url: sa.URL) -> str:
+    """The URL as Postgres' own programs take it."""
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def run(command: Sequence[object], given: str | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
