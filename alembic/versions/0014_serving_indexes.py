@@ -195,6 +195,8 @@ FUNCTIONS = (
             SELECT collection_id, space_id
             FROM serving_indexes
             WHERE collection_id IN (SELECT collection_id FROM written)
+              -- The collection may have moved to another space, and the space that nothing refers to may be gone.
+              AND to_regclass(format('vectors_%s', space_id)) IS NOT NULL
         LOOP
             EXECUTE format(
                 'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
