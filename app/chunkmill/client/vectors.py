@@ -122,9 +122,8 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-        if isinstance(queries, list):
-            queries = self._ask_all(space, queries, "query", timeout)
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
+        given = self._ask_all(space, queries, "query", timeout) if isinstance(queries, list) else queries
+        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in given]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if like is not None:
