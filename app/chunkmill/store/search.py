@@ -111,7 +111,7 @@ def search_all(
     asked = _Asked(
         conn, space, f"AND {condition}" if where else "", parameters | {"collection": collection_id, "space": space.id}
     )
-    index, passing, because = None, None, "An exact search was asked for."
+    index, passing, share, because = None, None, 1.0, "An exact search was asked for."
     if not exact and offset is None and end > MAX_K_THROUGH_SEGMENTS:
         because = f"A search for more than {MAX_K_THROUGH_SEGMENTS} hits is exact."
     elif not exact:
@@ -122,10 +122,13 @@ def search_all(
         if index is not None:
             because = f"The collection has {index.rows:,} rows in segments"
             wanted = end if offset is None else PAGED
-            passing, said = asked.list_passing(index, wanted) if where else (None, "no filter is given")
+            said = "no filter is given"
+            if where:
+                passing, share, said = asked.list_passing(index, wanted)
             because = f"{because}, and {said}."
             if passing is not None:
                 index, because = None, f"Only {passing.n:,} chunks pass the filter."
+    asked = replace(asked, share=share)
     found = [asked.nearest(query, end, index, passing, because, offset is not None, explain) for query in queries]
     return [
         Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in found
@@ -174,6 +177,8 @@ class _Asked:
     filtered: str
     """The condition on the chunk ``c``, with an AND before it; empty without a filter."""
     parameters: dict[str, object]
+    share: float = 1.0
+    """About what share of the collection passes the filter."""
 
     def nearest(
         self,
@@ -208,13 +213,16 @@ class _Asked:
         before = {hit.chunk_id for hit in head}
         return Hits([*head, *(hit for hit in exactly if hit.chunk_id not in before)], plan)
 
-    def list_passing(self, index: ServingIndex, k: int) -> tuple[_Passing | None, str]:
-        """The chunks that pass the filter, if they are so few that an exact search is better; else why it is not."""
-        few = _few(index, k)
+    def list_passing(self, index: ServingIndex, k: int) -> tuple[_Passing | None, float, str]:
+        """The chunks that pass the filter, if they are so few that an exact search is better; else why it is not.
+
+        Between the two stands about what share of the collection passes.
+        """
+        few, share = _few(index, k), 1.0
         if index.has_graphs:
             share = self._estimate_share(index)
             if share * index.rows > CLEARLY_MANY * few:
-                return None, f"about {100 * share:.0f} % pass the filter"
+                return None, share, f"about {100 * share:.0f} % pass the filter"
         query = f"""
             SELECT count(*) AS n, coalesce(CAST(array_agg(c.place) AS text), '{{}}') AS places
             FROM (
@@ -226,8 +234,8 @@ class _Asked:
         """
         row = self.conn.execute(sa.text(query), {**self.parameters, "most": few + 1}).one()
         if row.n > few:
-            return None, f"more than {few:,} chunks pass the filter"
-        return _Passing(row.n, row.places), ""
+            return None, share, f"more than {few:,} chunks pass the filter"
+        return _Passing(row.n, row.places), share, ""
 
     def _estimate_share(self, index: ServingIndex) -> float:
         """What share of the collection passes the filter, by some blocks of its largest graph: always the same."""
@@ -245,7 +253,9 @@ class _Asked:
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         candidates = max(k, MIN_CANDIDATES)
-        beam = min(WIDEST_BEAM, max(BEAM, 2 * candidates))
+        # Under a filter the hits are further down among all rows, where a search of a graph is less reliable. With
+        # BEAM alone the recall was 0.95 to 0.97 if 5 to 15 % passed and the query's topic was not the collection's.
+        beam = int(min(WIDEST_BEAM, max(BEAM, 2 * candidates, BEAM / (2 * max(self.share, 0.01)))))
         statement = _through_segments(self.space, index.segments, self.filtered)
         self._set_beam(beam)
         hits, compared = self._hits(statement, {**parameters, "k": candidates})
