@@ -44,7 +44,6 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
-from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -67,19 +66,26 @@ from chunkmill.errors import (
 
 if TYPE_CHECKING:
     from chunkmill.client import Client
+    from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
+    _LATER = {
+        "ChunkState": "chunkmill.domain.stored",
+        "Client": "chunkmill.client",
+        "Exported": "chunkmill.domain.stored",
+        "StoredChunk": "chunkmill.domain.stored",
+    }
 
     def __getattr__(name: str) -> object:
-        """The client, which is imported when it is first used.
+        """The client and what needs NumPy, which are imported when they are first used.
 
-        It imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
-        not need them.
+        The client imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the
+        engine do not need them.
         """
-        if name != "Client":
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from chunkmill.client import Client
+        from importlib import import_module
 
-        return Client
+        return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:
