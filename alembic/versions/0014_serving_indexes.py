@@ -221,7 +221,7 @@ FUNCTIONS = (
             EXECUTE format(
                 'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
                 'SELECT DISTINCT %s, %s, w.content_hash '
-                'FROM written w JOIN vectors_%s v ON v.content_hash = w.content_hash '
+                'FROM written w JOIN vectors_%s USING (content_hash) '
                 'WHERE w.collection_id = %s AND NOT EXISTS (SELECT FROM replaced r '
                 'WHERE r.collection_id = w.collection_id AND r.chunk_id = w.chunk_id '
                 'AND r.content_hash = w.content_hash)',
