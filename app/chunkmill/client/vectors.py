@@ -154,9 +154,9 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-        if isinstance(queries, list):
-            queries = yield from self._asking_all(space, queries, "query", timeout)
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
+        is_text = isinstance(queries, list)
+        asked = (yield from self._asking_all(space, queries, "query", timeout)) if is_text else queries
+        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in asked]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if like is not None:
