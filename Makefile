@@ -29,7 +29,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel release lock bench chaos mutants busy fuzz aimock realservers gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel release lock bench bench-search chaos mutants busy fuzz aimock realservers gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -38,6 +38,7 @@ help:
 	@echo "make release the same, with a list of its parts (SBOM, CycloneDX), their licences, and the digests of all of it"
 	@echo "make lock    write requirements.lock again, after a change of constraints.txt or of the dependencies"
 	@echo "make bench   run every benchmark, beside other libraries; results in benchmarks/results, plots in docs/images"
+	@echo "make bench-search  search a collection of a million rows, beside exact search; an hour and a half on two cores"
 	@echo "make chaos   kill, freeze and cut everything while a job runs, and prove that nothing is lost; it also runs the slow tests"
 	@echo "make mutants change the code in small wrong ways, one at a time, and see which the tests notice; run it before a release"
 	@echo "make busy    run the tests beside fifteen busy processes; they take five times as long and must pass too"
@@ -59,7 +60,7 @@ test: lint
 	@$(BIN)/python -m tests.support.audit --warn
 	@echo "== pytest, on real Postgres, Redis and Celery workers, and mypy --strict beside it"
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
-		$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
+		$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
 		wait $$mypy; types=$$?; echo "== mypy --strict"; cat $(VENV)/mypy.log; exit $$((tests | types))
 
 lint: $(VENV)/.dev
@@ -112,11 +113,15 @@ audit: $(VENV)/.dev
 bench: $(VENV)/.bench
 	@$(BIN)/python -m chunkmill_workers.benchmarks
 
+# With a collection of a million rows, which takes an hour and a half on two cores.
+bench-search: $(VENV)/.bench
+	@$(BIN)/python -m chunkmill_workers.benchmarks search-million
+
 # The second schedule runs even if the first one fails.
 SEED ?= 1
 chaos: $(VENV)/.dev
 	@echo "== one fault at a time"
-	@$(BIN)/python -m pytest -q -m slow tests/acceptance tests/engine
+	@$(BIN)/python -m pytest -q -m slow tests/acceptance tests/engine tests/integration/test_hybrid_docstrings.py
 	@echo "== a slow fake engine, which counts every text"
 	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
 		echo "== the real engine, under chunkmill worker"; \

@@ -25,6 +25,7 @@ def run_offline(schema: str) -> None:
     """Write the migrations as SQL, for psql. Nothing is connected to."""
     context.configure(
         dialect_name="postgresql",
+        dialect_opts={"paramstyle": "named"},  # psql would read the doubled % of another style as they stand
         literal_binds=True,
         target_metadata=Base.metadata,
         version_table=VERSION_TABLE,
@@ -90,7 +91,7 @@ def upgrade(conn: sa.Connection, schema: str) -> None:
     def is_ours(name: str | None, kind: str, _parents: object) -> bool:
         """Not other programs' tables; nor vector tables, which are made with their space and depend on its model."""
         if kind == "table":
-            return name in ours - NOT_MIGRATED and not (name or "").startswith(("vectors_", "segment_"))
+            return name in ours - NOT_MIGRATED and not (name or "").startswith(("vectors_", "segment_", "keywords_"))
         return name not in NOT_MIGRATED
 
     context.configure(

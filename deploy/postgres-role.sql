@@ -15,6 +15,7 @@
 --   chunkmill_workers    compute and send: they read texts, and write vectors, charges and the state of work
 --   chunkmill_pollers    ring, take back and finish: they read no text, no metadata and no vector
 --   chunkmill_readers    search and look: they change nothing but their own questions
+--   chunkmill_viewers    read the SQL views of the collections, and nothing else: docs/collections.md
 --
 -- A login is in several groups if its program does several things. Any role may change its own password and its own
 -- settings, which Postgres cannot forbid. With a login for each machine that touches no other machine: `chunkmill doctor`
@@ -33,7 +34,9 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_migrator') THEN
         CREATE ROLE chunkmill_migrator LOGIN;
     END IF;
-    FOREACH wanted IN ARRAY ARRAY['chunkmill_producers', 'chunkmill_workers', 'chunkmill_pollers', 'chunkmill_readers']
+    FOREACH wanted IN ARRAY ARRAY[
+        'chunkmill_producers', 'chunkmill_workers', 'chunkmill_pollers', 'chunkmill_readers', 'chunkmill_viewers'
+    ]
     LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
             EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
@@ -49,7 +52,7 @@ BEGIN
         'GRANT CONNECT, TEMPORARY ON DATABASE %I TO '
         'chunkmill_migrator, chunkmill_producers, chunkmill_workers, chunkmill_pollers', current_database()
     );
-    EXECUTE format('GRANT CONNECT ON DATABASE %I TO chunkmill_readers', current_database());
+    EXECUTE format('GRANT CONNECT ON DATABASE %I TO chunkmill_readers, chunkmill_viewers', current_database());
     -- Chunkmill has no large objects, and with them any role could fill the disk. Only a superuser can forbid them.
     IF current_setting('is_superuser')::boolean THEN
         FOR large IN
@@ -78,6 +81,8 @@ DECLARE
     owned record;
     refused record;
     shown record;
+    views text;
+    mark text;
 BEGIN
     -- Tables that a release before the schema `chunkmill` created stay in `public`.
     IF home = 'chunkmill' AND to_regclass('chunkmill.chunk_batches') IS NULL AND EXISTS (
@@ -131,6 +136,10 @@ BEGIN
             -- Serving indexes are written by functions of the migrator's alone, and by its triggers.
             ('^(serving_indexes|serving_tail|segments|segment_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
             ('^segment_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            -- So are keywords, which say nearly what the texts say. Golden queries are texts too.
+            ('^(keyword_indexes|keywords_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
+            ('^keywords_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            ('^(golden_queries|search_tunings)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
@@ -139,7 +148,7 @@ BEGIN
             ('^adjustments$', 'UPDATE', 'chunkmill_producers'),
             ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
             ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
-            ('^(contents|collections)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^(contents|collections|collection_aliases)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^spaces$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^spaces$', 'UPDATE, DELETE', 'chunkmill_workers'), -- a worker registers the space of its own model
             ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
@@ -161,13 +170,47 @@ BEGIN
         SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname ~ '^(contents|chunks|embed_requests|vectors_[0-9]+)$'
+        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|vectors_[0-9]+)$'
         AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding')
         GROUP BY c.oid
     LOOP
         EXECUTE format('REVOKE SELECT ON %s FROM chunkmill_pollers', shown.name);
         EXECUTE format('GRANT SELECT (%s) ON %s TO chunkmill_pollers', shown.columns, shown.name);
     END LOOP;
+
+    -- The views of the collections are in a schema of their own, which the functions of the migrator fill.
+    IF to_regprocedure(format('%I.view_schema_name(text)', home)) IS NOT NULL THEN
+        -- Only a migration hides the views, and only `chunkmill prune` drops spaces.
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %I.hide_collection_views(integer) FROM %s', home, writers);
+        EXECUTE format(
+            'REVOKE EXECUTE ON FUNCTION %I.drop_unused_space(integer, timestamptz, boolean) '
+            'FROM chunkmill_workers, chunkmill_pollers', home
+        );
+        EXECUTE format('SELECT %1$I.view_schema_name(%1$L), %1$I.view_schema_mark(%1$L)', home) INTO views, mark;
+        IF to_regnamespace(quote_ident(views)) IS NULL THEN
+            EXECUTE format('CREATE SCHEMA %I AUTHORIZATION chunkmill_migrator', views);
+            EXECUTE format('COMMENT ON SCHEMA %I IS %L', views, mark);
+        END IF;
+        IF obj_description(to_regnamespace(quote_ident(views)), 'pg_namespace') = mark THEN
+            EXECUTE format('ALTER SCHEMA %I OWNER TO chunkmill_migrator', views);
+            FOR owned IN
+                SELECT c.oid::regclass AS name FROM pg_class c
+                WHERE c.relnamespace = to_regnamespace(quote_ident(views)) AND c.relkind = 'v'
+                AND c.relowner <> 'chunkmill_migrator'::regrole
+            LOOP
+                EXECUTE format('ALTER VIEW %s OWNER TO chunkmill_migrator', owned.name);
+            END LOOP;
+            EXECUTE format('GRANT USAGE ON SCHEMA %I TO chunkmill_viewers, chunkmill_readers', views);
+            EXECUTE format('GRANT USAGE ON SCHEMA %I TO chunkmill_viewers', types);
+            EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA %I TO chunkmill_viewers, chunkmill_readers', views);
+            EXECUTE format(
+                'ALTER DEFAULT PRIVILEGES FOR ROLE chunkmill_migrator IN SCHEMA %I '
+                'GRANT SELECT ON TABLES TO chunkmill_viewers, chunkmill_readers', views
+            );
+            -- A poller makes the rest, if there are more.
+            EXECUTE format('SELECT %I.refresh_collection_views(500)', home);
+        END IF;
+    END IF;
 
     -- Creates the vector table of a registered space, exactly as app/chunkmill/spaces/registry.py does if its role may
     -- create tables. The only thing it takes from its caller is the space's number.
@@ -198,7 +241,8 @@ BEGIN
         $body$
     $create$, home, types);
     EXECUTE format('ALTER FUNCTION %I.create_vector_table(integer) OWNER TO chunkmill_migrator', home);
-    EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC', home);
+    -- Pollers have got it with all the functions, if this file ran before.
+    EXECUTE format('REVOKE ALL ON FUNCTION %I.create_vector_table(integer) FROM PUBLIC, chunkmill_pollers', home);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %I.create_vector_table(integer) TO chunkmill_producers, chunkmill_workers', home);
 END
 $$;

@@ -54,11 +54,14 @@ SETTINGS_GROUPS = {
 }
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
-    "Client": ["Client"],
+    "Client": ["Client", "GoldenQueries"],
     "AsyncClient": ["AsyncClient"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
-    "What comes back: collections": ["Hits", "SearchHit", "SearchPlan", "Audit", "Index"],
+    "What comes back: collections": [
+        "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index", "CollectionInfo",
+        "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+    ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",

@@ -32,6 +32,8 @@ from tests.support.waiting import PATIENCE
 for name in {name.upper() for name in Settings.model_fields} & os.environ.keys():
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes share the processors here. A thread of OpenMP that waits for another one would keep a core busy.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ.setdefault("PYTEST_TIMEOUT", str(4 * PATIENCE))  # for pytest-timeout: a test that hangs fails
 os.environ["EMBEDDING_PROFILE"] = "off"  # nor may what somebody tuned here; tests of profiles say otherwise
 os.environ["PREEMPTION_NOTICE"] = "off"  # nor the cloud this machine may be in
@@ -58,6 +60,12 @@ def pytest_configure() -> None:
     """SIGTERM is as Ctrl-C: the servers of this run are stopped, not left."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end, so that the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("collection_id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("space_id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("is_ready", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("flushed_to", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("deletions", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("checked_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("collection_id", "space_id", name=op.f("pk_serving_indexes")),
@@ -42,7 +43,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("live_since", sa.DateTime(timezone=True)),
         sa.Column("retired_at", sa.DateTime(timezone=True)),
-        sa.CheckConstraint("kind IN ('flat', 'hnsw')", name=op.f("ck_segments_kind")),
+        sa.CheckConstraint("kind IN ('flat', 'hnsw', 'bits')", name=op.f("ck_segments_kind")),
         sa.CheckConstraint("state IN ('building', 'live', 'retired')", name=op.f("ck_segments_state")),
         sa.CheckConstraint("builder IN ('flush', 'merge')", name=op.f("ck_segments_builder")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_segments")),
@@ -69,6 +70,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
+    # Or a builder would add a segment that stays behind, whose name the next upgrade gives to another one.
+    op.execute("LOCK TABLE segments IN ACCESS EXCLUSIVE MODE")
     op.execute("""
         DO $$
         DECLARE
@@ -122,30 +125,53 @@ def _create(name: str, takes: str, returns: str, declare: str, body: str) -> str
 
 FUNCTIONS = (
     (
-        "watch_collection", "collection integer, space integer", "void",
-        "DECLARE vectors regclass;",
+        "watch_chunks", "", "void",
+        "",
         """
-        -- Two builders of two collections may come at once.
-        PERFORM FROM spaces s WHERE s.id = space FOR UPDATE;
-        SELECT to_regclass(format('vectors_%s', s.id)) INTO STRICT vectors FROM spaces s WHERE s.id = space;
-        IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = vectors AND t.tgname = 'note_vectors') THEN
-            EXECUTE format(
-                'CREATE TRIGGER note_vectors AFTER INSERT ON %s REFERENCING NEW TABLE AS written '
-                'FOR EACH STATEMENT EXECUTE FUNCTION note_vectors(%s)', vectors, space);
+        IF EXISTS (
+            SELECT FROM pg_trigger t WHERE t.tgname = 'note_changed_chunks' AND t.tgrelid = to_regclass('chunks')
+        ) THEN
+            RETURN;
         END IF;
-        IF NOT EXISTS (
+        LOCK TABLE chunks IN SHARE ROW EXCLUSIVE MODE;
+        CREATE OR REPLACE TRIGGER note_new_chunks AFTER INSERT ON chunks REFERENCING NEW TABLE AS written
+            FOR EACH STATEMENT EXECUTE FUNCTION note_chunks();
+        CREATE OR REPLACE TRIGGER note_changed_chunks AFTER UPDATE ON chunks
+            REFERENCING OLD TABLE AS replaced NEW TABLE AS written
+            FOR EACH STATEMENT EXECUTE FUNCTION note_changed_chunks();
+        """,
+    ),
+    (
+        "watch_chunk_batches", "", "void",
+        "",
+        """
+        IF EXISTS (
             SELECT FROM pg_trigger t
             WHERE t.tgname = 'note_chunk_batch' AND t.tgrelid = to_regclass('chunk_batches')
         ) THEN
-            LOCK TABLE chunks IN SHARE ROW EXCLUSIVE MODE;
-            CREATE OR REPLACE TRIGGER note_new_chunks AFTER INSERT ON chunks REFERENCING NEW TABLE AS written
-                FOR EACH STATEMENT EXECUTE FUNCTION note_chunks();
-            CREATE OR REPLACE TRIGGER note_changed_chunks AFTER UPDATE ON chunks REFERENCING NEW TABLE AS written
-                FOR EACH STATEMENT EXECUTE FUNCTION note_chunks();
-            CREATE OR REPLACE TRIGGER note_chunk_batch AFTER UPDATE OF state ON chunk_batches
-                FOR EACH ROW WHEN (NEW.state = 'completed' AND OLD.state <> 'completed')
-                EXECUTE FUNCTION note_chunk_batch();
+            RETURN;
         END IF;
+        CREATE OR REPLACE TRIGGER note_chunk_batch AFTER UPDATE OF state ON chunk_batches
+            FOR EACH ROW WHEN (OLD.state IN ('available', 'running') AND NEW.state NOT IN ('available', 'running'))
+            EXECUTE FUNCTION note_chunk_batch();
+        """,
+    ),
+    (
+        "watch_vectors", "space integer", "void",
+        "DECLARE vectors regclass;",
+        """
+        SELECT to_regclass(format('vectors_%s', s.id)) INTO STRICT vectors FROM spaces s WHERE s.id = space;
+        IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = vectors AND t.tgname = 'note_vectors') THEN
+            EXECUTE format(
+                'CREATE OR REPLACE TRIGGER note_vectors AFTER INSERT ON %s REFERENCING NEW TABLE AS written '
+                'FOR EACH STATEMENT EXECUTE FUNCTION note_vectors(%s)', vectors, space);
+        END IF;
+        """,
+    ),
+    (
+        "watch_collection", "collection integer, space integer", "void",
+        "",
+        """
         INSERT INTO serving_indexes (collection_id, space_id) VALUES (collection, space) ON CONFLICT DO NOTHING;
         """,
     ),
@@ -181,11 +207,33 @@ FUNCTIONS = (
         """,
     ),
     (
+        "note_changed_chunks", "", "trigger",
+        "DECLARE served record;",
+        """
+        -- A chunk that keeps its text and gets other metadata is in the index already.
+        FOR served IN
+            SELECT collection_id, space_id
+            FROM serving_indexes
+            WHERE collection_id IN (SELECT collection_id FROM written)
+        LOOP
+            EXECUTE format(
+                'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
+                'SELECT DISTINCT %s, %s, w.content_hash '
+                'FROM written w JOIN vectors_%s v ON v.content_hash = w.content_hash '
+                'WHERE w.collection_id = %s AND NOT EXISTS (SELECT FROM replaced r '
+                'WHERE r.collection_id = w.collection_id AND r.chunk_id = w.chunk_id '
+                'AND r.content_hash = w.content_hash)',
+                served.collection_id, served.space_id, served.space_id, served.collection_id);
+        END LOOP;
+        RETURN NULL;
+        """,
+    ),
+    (
         "note_chunk_batch", "", "trigger",
         "DECLARE served record;",
         """
         FOR served IN
-            SELECT i.collection_id, i.space_id
+            SELECT i.collection_id, i.space_id, i.flushed_to
             FROM jobs j
             JOIN serving_indexes i ON i.collection_id = j.collection_id AND i.space_id = NEW.space_id
             WHERE j.id = NEW.job_id
@@ -195,8 +243,9 @@ FUNCTIONS = (
                 'SELECT %s, %s, h.content_hash '
                 'FROM unnest($1) AS h(content_hash) JOIN vectors_%s v ON v.content_hash = h.content_hash '
                 'WHERE NOT EXISTS (SELECT FROM serving_tail t WHERE t.collection_id = %s AND t.space_id = %s '
-                'AND t.content_hash = h.content_hash)',
-                served.collection_id, served.space_id, served.space_id, served.collection_id, served.space_id)
+                'AND t.content_hash = h.content_hash AND t.id > %s)',
+                served.collection_id, served.space_id, served.space_id, served.collection_id, served.space_id,
+                served.flushed_to)
             USING NEW.content_hashes;
         END LOOP;
         RETURN NULL;
@@ -210,10 +259,19 @@ FUNCTIONS = (
         INSERT INTO segments (collection_id, space_id, kind, state, builder)
         VALUES (collection, space, kind, 'building', builder)
         RETURNING id INTO made;
-        EXECUTE format('CREATE TABLE segment_%s (content_hash bytea NOT NULL, embedding halfvec(%s) NOT NULL)',
-                       made, wanted.dimensions);
+        IF builder = 'flush' THEN
+            -- What the tail has by now may leave it. Who notes a content from now on does not rely on an older row.
+            UPDATE serving_indexes i
+            SET flushed_to = (
+                SELECT coalesce(max(t.id), 0) FROM serving_tail t
+                WHERE t.collection_id = collection AND t.space_id = space)
+            WHERE i.collection_id = collection AND i.space_id = space;
+        END IF;
+        EXECUTE format('CREATE TABLE segment_%s (content_hash bytea NOT NULL, embedding %s(%s) NOT NULL)',
+                       made, CASE kind WHEN 'bits' THEN 'bit' ELSE 'halfvec' END, wanted.dimensions);
         EXECUTE format('ALTER TABLE segment_%s ALTER COLUMN embedding SET STORAGE %s',
-                       made, CASE WHEN wanted.dimensions * 2 + 90 <= 4000 THEN 'PLAIN' ELSE 'EXTERNAL' END);
+                       made, CASE WHEN kind = 'bits' OR wanted.dimensions * 2 + 90 <= 4000 THEN 'PLAIN'
+                             ELSE 'EXTERNAL' END);
         -- The default rights on new tables are those of rows that are written one by one.
         FOR role IN
             SELECT rolname FROM pg_roles
@@ -228,42 +286,56 @@ FUNCTIONS = (
         """,
     ),
     (
+        "stored_as", "kind text, space integer", "text",
+        "",
+        """
+        -- Cosine asks for the direction alone. Half precision has no number beyond 65,504, and few digits for small ones.
+        RETURN (SELECT CASE WHEN kind = 'bits' THEN format('binary_quantize(v.embedding)::bit(%s)', s.dimensions)
+                            WHEN s.storage = 'halfvec' THEN 'v.embedding'
+                            ELSE 'l2_normalize(v.embedding)::halfvec' END
+                FROM spaces s WHERE s.id = space);
+        """,
+    ),
+    (
         "fill_first_segment", "segment bigint", "bigint",
         "DECLARE s segments; filled bigint;",
         """
         SELECT * INTO STRICT s FROM segments g WHERE g.id = segment AND g.state = 'building';
         EXECUTE format(
             'INSERT INTO segment_%s (content_hash, embedding) '
-            'SELECT v.content_hash, v.embedding::halfvec '
+            'SELECT v.content_hash, %s '
             'FROM (SELECT DISTINCT content_hash FROM chunks WHERE collection_id = %s) c '
             'JOIN vectors_%s v USING (content_hash)',
-            s.id, s.collection_id, s.space_id);
+            s.id, stored_as(s.kind, s.space_id), s.collection_id, s.space_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         RETURN filled;
         """,
     ),
     (
         "fill_segment_from_tail", "segment bigint, most integer, OUT filled bigint, OUT useless bigint[]", "record",
-        "DECLARE s segments;",
+        "DECLARE s segments; noted bigint;",
         """
         SELECT * INTO STRICT s FROM segments g WHERE g.id = segment AND g.state = 'building';
+        noted := coalesce((
+            SELECT i.flushed_to FROM serving_indexes i
+            WHERE i.collection_id = s.collection_id AND i.space_id = s.space_id), 0);
         EXECUTE format(
             'INSERT INTO segment_%s (content_hash, embedding) '
-            'SELECT v.content_hash, v.embedding::halfvec '
+            'SELECT v.content_hash, %s '
             'FROM (SELECT DISTINCT t.content_hash '
-            'FROM (SELECT content_hash FROM serving_tail WHERE collection_id = %s AND space_id = %s '
+            'FROM (SELECT content_hash FROM serving_tail WHERE collection_id = %s AND space_id = %s AND id <= %s '
             'ORDER BY id LIMIT %s) t '
             'WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash AND c.collection_id = %s)) t '
             'JOIN vectors_%s v USING (content_hash)',
-            s.id, s.collection_id, s.space_id, most, s.collection_id, s.space_id);
+            s.id, stored_as(s.kind, s.space_id), s.collection_id, s.space_id, noted, most, s.collection_id, s.space_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         -- Of the same moment: who calls this does so in REPEATABLE READ.
         EXECUTE format(
             'SELECT array_agg(t.id) '
-            'FROM (SELECT id, content_hash FROM serving_tail WHERE collection_id = %s AND space_id = %s '
+            'FROM (SELECT id, content_hash FROM serving_tail WHERE collection_id = %s AND space_id = %s AND id <= %s '
             'ORDER BY id LIMIT %s) t '
             'WHERE NOT EXISTS (SELECT FROM segment_%s g WHERE g.content_hash = t.content_hash)',
-            s.collection_id, s.space_id, most, s.id)
+            s.collection_id, s.space_id, noted, most, s.id)
         INTO useless;
         """,
     ),
@@ -272,16 +344,17 @@ FUNCTIONS = (
         "DECLARE s segments; filled bigint; rows_of_all text;",
         """
         SELECT * INTO STRICT s FROM segments g WHERE g.id = segment AND g.state = 'building';
-        SELECT string_agg(format('SELECT content_hash, embedding FROM segment_%s', g.id), ' UNION ALL ')
+        SELECT string_agg(format('SELECT content_hash FROM segment_%s', g.id), ' UNION ')
         INTO STRICT rows_of_all
         FROM segments g
         WHERE g.id = ANY(old) AND g.collection_id = s.collection_id AND g.space_id = s.space_id;
         EXECUTE format(
+            -- The vectors themselves, because one that was evicted may have come back as another one.
             'INSERT INTO segment_%s (content_hash, embedding) '
-            'SELECT DISTINCT ON (r.content_hash) r.content_hash, r.embedding '
-            'FROM (%s) r '
-            'WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = r.content_hash AND c.collection_id = %s)',
-            s.id, rows_of_all, s.collection_id);
+            'SELECT v.content_hash, %s '
+            'FROM (%s) r JOIN vectors_%s v USING (content_hash) '
+            'WHERE EXISTS (SELECT FROM chunks c WHERE c.content_hash = v.content_hash AND c.collection_id = %s)',
+            s.id, stored_as(s.kind, s.space_id), rows_of_all, s.space_id, s.collection_id);
         GET DIAGNOSTICS filled = ROW_COUNT;
         RETURN filled;
         """,
@@ -291,10 +364,11 @@ FUNCTIONS = (
         "DECLARE s segments;",
         """
         SELECT * INTO STRICT s FROM segments g WHERE g.id = segment AND g.state = 'building';
-        IF s.kind = 'hnsw' THEN
+        IF s.kind <> 'flat' THEN
             -- With more care than by default, so that a query that is far from everything reaches what is nearest.
-            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding halfvec_cosine_ops) '
-                           'WITH (ef_construction = 200)', s.id, s.id);
+            EXECUTE format('CREATE INDEX ix_segment_%s ON segment_%s USING hnsw (embedding %s) '
+                           'WITH (ef_construction = 200)', s.id, s.id,
+                           CASE s.kind WHEN 'bits' THEN 'bit_hamming_ops' ELSE 'halfvec_cosine_ops' END);
         END IF;
         EXECUTE format('ANALYZE segment_%s (content_hash)', s.id);
         """,
@@ -303,16 +377,26 @@ FUNCTIONS = (
         "publish_segment", "segment bigint, filled bigint, old bigint[], useless bigint[]", "void",
         "DECLARE s segments;",
         """
-        UPDATE segments g SET state = 'live', live_since = now(), n_rows = filled
+        -- Who forgets the index waits for this, or was first: then nobody would ever replace or drop the segment.
+        PERFORM FROM segments g
+        JOIN serving_indexes i ON i.collection_id = g.collection_id AND i.space_id = g.space_id
+        WHERE g.id = segment
+        FOR NO KEY UPDATE OF i;
+        UPDATE segments g
+        SET state = CASE WHEN FOUND THEN 'live' ELSE 'retired' END,
+            live_since = CASE WHEN FOUND THEN now() END,
+            retired_at = CASE WHEN FOUND THEN NULL ELSE now() END,
+            n_rows = filled
         WHERE g.id = segment AND g.state = 'building'
         RETURNING * INTO STRICT s;
         UPDATE segments g SET state = 'retired', retired_at = now()
-        WHERE g.id = ANY(old) AND g.collection_id = s.collection_id AND g.space_id = s.space_id;
-        IF s.builder = 'flush' THEN
+        WHERE g.id = ANY(old) AND g.collection_id = s.collection_id AND g.space_id = s.space_id AND g.state = 'live';
+        IF s.builder = 'flush' AND s.state = 'live' THEN
             EXECUTE format(
                 'DELETE FROM serving_tail t USING segment_%s g '
-                'WHERE t.collection_id = %s AND t.space_id = %s AND t.content_hash = g.content_hash',
-                s.id, s.collection_id, s.space_id);
+                'WHERE t.collection_id = %s AND t.space_id = %s AND t.content_hash = g.content_hash AND t.id <= ('
+                'SELECT i.flushed_to FROM serving_indexes i WHERE i.collection_id = %s AND i.space_id = %s)',
+                s.id, s.collection_id, s.space_id, s.collection_id, s.space_id);
             -- By their numbers: if such a content has got what it lacked, a new row says so.
             DELETE FROM serving_tail t
             WHERE t.id = ANY(useless) AND t.collection_id = s.collection_id AND t.space_id = s.space_id;
@@ -323,13 +407,12 @@ FUNCTIONS = (
     ),
     (
         "stale_segments", "collection integer, space integer, pause float8, share float8", "bigint[]",
-        "DECLARE stale bigint[] := '{}'; s record; gone bigint;",
+        "DECLARE stale bigint[] := '{}'; s record; gone bigint; seen bigint := (SELECT last_value FROM deletions);",
         """
-        UPDATE serving_indexes i
-        SET checked_at = now(), deletions = (SELECT last_value FROM deletions)
+        PERFORM FROM serving_indexes i
         WHERE i.collection_id = collection AND i.space_id = space
           AND i.checked_at < now() - make_interval(secs => pause)
-          AND (i.deletions <> (SELECT last_value FROM deletions)
+          AND (i.deletions <> seen
                OR EXISTS (
                    SELECT FROM segments g
                    WHERE g.collection_id = collection AND g.space_id = space AND g.live_since > i.checked_at));
@@ -349,6 +432,9 @@ FUNCTIONS = (
                 stale := stale || s.id;
             END IF;
         END LOOP;
+        -- At the end, so that a flush waits for no count; and if one is stale, not before it was written anew.
+        UPDATE serving_indexes i SET checked_at = now(), deletions = seen
+        WHERE i.collection_id = collection AND i.space_id = space AND stale = '{}';
         RETURN stale;
         """,
     ),
@@ -363,10 +449,20 @@ FUNCTIONS = (
                    OR g.state = 'retired' AND g.retired_at < now() - make_interval(secs => grace))
             FOR UPDATE SKIP LOCKED
         LOOP
+            BEGIN
+                EXECUTE format('LOCK TABLE segment_%s IN ACCESS EXCLUSIVE MODE NOWAIT', s.id);
+            EXCEPTION
+                WHEN lock_not_available THEN CONTINUE; -- a long search or a backup reads it
+                WHEN undefined_table THEN NULL;
+            END;
             EXECUTE format('DROP TABLE IF EXISTS segment_%s', s.id);
             DELETE FROM segments WHERE id = s.id;
             dropped := dropped + 1;
         END LOOP;
+        IF dropped > 0 AND NOT EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = collection) THEN
+            -- Who wrote while the index was forgotten may have noted something for it.
+            DELETE FROM serving_tail t WHERE t.collection_id = collection;
+        END IF;
         RETURN dropped;
         """,
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.costs import (
     Adjustment,
     AdjustmentKind,
@@ -19,6 +20,7 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
+from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
@@ -30,20 +32,24 @@ from chunkmill.domain.results import (
     DroppedDead,
     Explanation,
     FailingChunkBatch,
+    GoldenLoaded,
     Hits,
     Index,
     Job,
     JobProviderBatch,
+    Keywords,
     OpenWork,
     RetriedDead,
     RoutingStep,
     SearchHit,
     SearchPlan,
+    SearchTuning,
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -66,20 +72,21 @@ from chunkmill.errors import (
 )
 
 if TYPE_CHECKING:
-    from chunkmill.client import Client
+    from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
 else:
 
     def __getattr__(name: str) -> object:
-        """The clients, which are imported when they are first used.
+        """The clients and golden queries, which are imported when they are first used.
 
         They import SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
         not need them.
         """
-        if name == "Client":
-            from chunkmill.client import Client
+        if name in ("Client", "GoldenQueries"):
+            from chunkmill import client
 
-            return Client
+            return getattr(client, name)
+
         if name == "AsyncClient":
             from chunkmill.client.aio import AsyncClient
 
@@ -105,9 +112,11 @@ __all__ = [
     "CacheSpace",
     "Chunk",
     "ChunkBatchState",
+    "ChunkState",
     "ChunkmillError",
     "Client",
     "ClientClosed",
+    "CollectionInfo",
     "Correction",
     "Cost",
     "Costs",
@@ -115,12 +124,17 @@ __all__ = [
     "DeadChunk",
     "DeadDetails",
     "DeadEntry",
+    "DroppedCollection",
     "DroppedDead",
     "EmbeddedStackError",
     "EngineError",
     "Estimate",
     "Explanation",
+    "Exported",
     "FailingChunkBatch",
+    "GoldenLoaded",
+    "GoldenQueries",
+    "GoldenQuery",
     "Hits",
     "Index",
     "InvalidChunk",
@@ -130,6 +144,7 @@ __all__ = [
     "JobFailed",
     "JobProviderBatch",
     "JobState",
+    "Keywords",
     "Lane",
     "LaneEstimate",
     "NewerSpace",
@@ -146,10 +161,12 @@ __all__ = [
     "RoutingStep",
     "SearchHit",
     "SearchPlan",
+    "SearchTuning",
     "SpaceMismatch",
     "Standing",
     "StoreLimit",
     "StoreUnavailable",
+    "StoredChunk",
     "UnknownModel",
     "UnknownRoute",
     "WaitTimeout",

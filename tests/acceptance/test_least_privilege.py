@@ -24,6 +24,7 @@ from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
+from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor.servers import read_database
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -218,12 +219,14 @@ def test_everything_runs_with_no_more_than_it_needs(
     roles: dict[str, str],
     guarded: GuardedRedis,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     worker = processes.worker("-E", ready=False, DATABASE_URL=roles["worker"])
     poller = processes.start("chunkmill.cli", "poller", DATABASE_URL=roles["poller"])
     db = create_db(settings.require_database_url(), role="client")
     with Client(db, Broker.connect(settings), settings) as client:
-        job = client.enqueue([(f"c{i}", f"text number {i}") for i in range(100)], collection="docs")
+        chunks = [(f"c{i}", f"text number {i}", {"n": i}) for i in range(100)]
+        job = client.enqueue(chunks, collection="docs")
         until(
             lambda: client.job(job.id).state == "completed",
             lambda: f"{guarded.denied()}\n{worker.output()}\n{poller.output()}",
@@ -241,12 +244,24 @@ def test_everything_runs_with_no_more_than_it_needs(
             assert reader.search("text number 7", collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == "c7"
             assert reader.job(job.id).embedded == 100
             assert reader.audit("docs").complete
+            assert reader.count("docs", filter={"n": 7}) == 1
+            assert reader.get("docs", ["c7"])["c7"].text == "text number 7"
+            assert [chunk.id for chunk in reader.chunks("docs", limit=2)] == ["c0", "c1"]
+            assert sum(len(ids) for ids, _ in reader.iter_vectors("docs")) == 100
+            assert reader.export("docs", tmp_path / "docs.jsonl").chunks == 100
+            for refused in (
+                lambda: reader.update_metadata("docs", {"a": 1}, ids=["c7"]),
+                lambda: reader.delete("docs", filter={"n": 7}),
+            ):
+                with pytest.raises(StoreUnavailable, match="permission denied"):
+                    refused()
         client.enqueue([("c0", "another text")], collection="docs")
         with db.begin() as conn:
             conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))
         gone = client.prune(0).amounts
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
         assert client.delete("docs", ["c1"]) == 1
+        assert client.delete("docs", filter={"n": {"$gte": 98}}) == 2
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
     index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
@@ -255,7 +270,19 @@ def test_everything_runs_with_no_more_than_it_needs(
         more = client.enqueue([(f"more{i}", f"text number {i}") for i in range(20)], collection="docs")
         until(lambda: client.job(more.id).state == "completed", worker.output)
         assert client.index("docs").tail == 0
+        assert client.update_metadata("docs", {"new": True}, ids=["c7"]) == 1
+        assert client.index("docs").tail == 0
         assert client.search(client.vectors("docs", ["c7"])["c7"], collection="docs", k=1)[0].chunk_id == "c7"
+        made = client.keywords("docs", language="english")
+        assert made is not None
+        assert made.is_ready
+        client.enqueue([("long", "A title of some words\n\n" + "and text below it " * 5)], collection="docs")
+        assert client.golden("docs").from_titles() == 1
+    read_db = create_db(roles["reader"], role="client")
+    with Client(read_db, Broker.connect(settings), settings) as reader:
+        hit = reader.search("number 7", collection="docs", k=1, hybrid=0.2, timeout=PATIENCE)[0]
+        assert (hit.chunk_id, hit.mixed) == ("c7", pytest.approx(1.0, abs=0.3))
+        assert len(reader.golden("docs").list()) == 1
     # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for purpose in PURPOSES:
@@ -307,6 +334,7 @@ MAY = {
     "DELETE FROM vectors_1": "producer",
     "UPDATE contents SET created_at = now()": "producer",
     "DELETE FROM chunks": "producer worker poller",
+    "UPDATE chunks SET metadata = metadata": "producer",
     "INSERT INTO collections (name, space_id) VALUES ('mine', 1)": "producer",
     "DELETE FROM jobs WHERE false": "producer",
     "UPDATE jobs SET state = state": "producer worker poller",
@@ -317,6 +345,14 @@ MAY = {
     "DELETE FROM dead_chunks": "producer worker poller",
     "SELECT create_vector_table(1)": "producer worker",
     "UPDATE spaces SET model = model": "producer",
+    "SELECT terms FROM keywords_1": "producer worker reader",
+    "DELETE FROM keywords_1": "",
+    "UPDATE keyword_indexes SET state = state": "",
+    "SELECT fill_keywords(1, 10)": "producer worker poller",
+    "SELECT text FROM golden_queries": "producer worker reader",
+    "SELECT query_id FROM golden_queries": "producer worker poller reader",
+    "DELETE FROM golden_queries WHERE false": "producer",
+    "UPDATE search_tunings SET alpha = alpha": "producer",
 }
 """Which purposes may run a statement."""
 

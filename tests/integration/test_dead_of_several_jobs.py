@@ -150,7 +150,7 @@ def test_a_text_that_is_tried_again_has_the_priority_of_its_job(
 
 
 def test_ids_that_nobody_knows_do_not_end_a_deletion(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chunkmill.client.vectors.DELETE_STEP", 2)
+    monkeypatch.setattr("chunkmill.client.chunks.DELETE_STEP", 2)
     for name in ("docs", "other"):
         client.enqueue([(str(i), f"text {i}") for i in range(6)], collection=name)
     assert client.delete("docs", ["0", "unknown", "not there", "nor there", "1", "2", "3"]) == 4

@@ -79,6 +79,8 @@ def test_no_command_prints_what_steers_a_terminal(env: dict[str, str], option: l
     given = [[*option, *arguments] for path, arguments in commands(VALUES) if path not in OWN_PROCESS]
     given += [[*option, *more] for more in (
         ["job", VALUES["job_id"], "--dead", "--explain", "--attempts"], ["dead", "show", VALUES["dead_id"], "--text"],
+        ["chunks", "get", "--", EVIL, EVIL], ["chunks", "get", "--", EVIL, EVIL + "3"],
+        ["export", "--", EVIL, f"/nothing/{EVIL}.jsonl"],
         ["jobs", EVIL], [EVIL], ["enqueue", EVIL, "-c", EVIL], ["models", "--" + EVIL],
     )]  # fmt: skip
     # The chunks are deleted last, so that the others have something to show.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import itertools
 import os
 import shutil
 import signal
@@ -14,9 +15,15 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from chunkmill import Client
+from chunkmill.broker import Broker
+from chunkmill.client import chunks as reading
+from chunkmill.db.connect import create_db
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor.servers import shares_sessions
 from chunkmill.settings import Settings
+from chunkmill.store import chunks as store
+from tests.integration.test_chunks import fill
 from tests.support.waiting import until
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
@@ -70,3 +77,26 @@ def pooled(request: pytest.FixtureRequest, settings: Settings, tmp_path: Path) -
 def test_a_pooler_in_transaction_mode_is_noticed(pooled: tuple[str, Settings]) -> None:
     mode, through = pooled
     assert shares_sessions(through) is (mode == "transaction")
+
+
+def test_chunks_and_vectors_are_read_through_a_pooler_in_any_mode(
+    pooled: tuple[str, Settings], client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page is a transaction of its own, so it does not matter who has the session in between."""
+    monkeypatch.setattr(reading, "PAGE", 3)
+    monkeypatch.setattr(store, "MAX_WINDOW", 7)
+    fill(client, db, 60)
+    _, through = pooled
+    # PgBouncer keeps no prepared statements before release 1.21.
+    pool = create_db(through.require_database_url(), role="client")
+    sa.event.listen(pool, "connect", lambda connection, _: setattr(connection, "prepare_threshold", None))
+    with Client(pool, Broker.connect(through), through) as behind:
+        listed, batches = behind.chunks("docs"), behind.iter_vectors("docs", batch_size=7)
+        ids: list[str] = []
+        others: list[str] = []
+        for chunk in listed:
+            ids.append(chunk.id)
+            for part, _ in itertools.islice(batches, 1):
+                others += part
+        assert ids == others == [chunk.id for chunk in client.chunks("docs")]
+        assert behind.count("docs", filter={"half": 1}) == 30

@@ -89,6 +89,7 @@ ANSWERS: dict[str, list[dict[str, Any]]] = {
         {"application_name": "chunkmill-worker", "state": "idle in transaction", "count": 1},
         {"application_name": "chunkmill-waiting", "state": "active", "count": 1},
     ],
+    "AS open_for": [{"application_name": "chunkmill-worker", "state": "idle in transaction", "open_for": AHEAD}],
     "pg_blocking_pids": [
         {"application_name": "chunkmill-worker", "waits_for": []},
         {"application_name": "chunkmill-waiting", "wait_event_type": "Lock", "age": AHEAD},

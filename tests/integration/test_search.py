@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from chunkmill import Chunk, Client
 from chunkmill.domain import serving
 from chunkmill.domain.chunks import content_hash
+from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store import search as searching
 from chunkmill.store.write import write_vectors
@@ -51,7 +52,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "MAX_EXACT", 3)
 
 
-WAYS = ["exactly", "in the tail", "in segments"]
+WAYS = ["exactly", "in the tail", "in segments", "in bits"]
+
+
+@pytest.fixture
+def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    """Graphs are of bits if the test asks for that way."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return settings.model_copy(update={"index_compact": parameters.get("way") == "in bits"})
 
 
 @pytest.fixture(params=WAYS)
@@ -67,7 +75,7 @@ def put(client: Client, db: sa.Engine, way: str, vectors: Mapping[str, Sequence[
             client.index(name)
             assert client.index(name).is_ready
     embed(db, vectors)
-    if way == "in segments":
+    if way in ("in segments", "in bits"):
         for name in collections:
             index = client.index(name)
             assert (index.is_ready, index.tail) == (True, 0)
@@ -118,6 +126,28 @@ def test_a_search_for_many_works_through_a_graph(client: Client, db: sa.Engine, 
     for k in (300, 400):
         found = client.search(vector(1), collection="docs", k=k)
         assert [hit.chunk_id for hit in found] == [f"id-{i:03}" for i in range(k)]
+
+
+@pytest.mark.parametrize("way", ["in segments", "in bits"])
+def test_a_graph_finds_the_nearest_of_many(client: Client, db: sa.Engine, tiny: None, way: str) -> None:
+    """The nearest forty by their signs alone are the nearest ten in five cases of six."""
+    rng = np.random.default_rng(5)
+    directions = rng.standard_normal((96, DIMENSIONS))
+
+    def near_topics(count: int) -> NDArray[np.float32]:
+        return (rng.standard_normal((count, 96)) @ directions).astype(np.float32)
+
+    chunks = near_topics(1_500)
+    client.enqueue([(f"id-{i}", f"text {i}") for i in range(len(chunks))], collection="docs")
+    put(client, db, way, {f"text {i}": row for i, row in enumerate(chunks.tolist())}, "docs")
+    index = client.index("docs")
+    assert index.graph_rows == 1_500
+    assert (index.bytes < 1_000 * 1_500) == (way == "in bits")
+    shares = []
+    for query in near_topics(30):
+        right = {hit.chunk_id for hit in client.search(query, collection="docs", k=10, exact=True)}
+        shares.append(len(right & {hit.chunk_id for hit in client.search(query, collection="docs", k=10)}) / 10)
+    assert np.mean(shares) >= 0.98
 
 
 @pytest.mark.parametrize(("second", "nearest"), [(0.0, "a"), (9.0, "b")])

@@ -173,8 +173,9 @@ def test_what_is_being_written_while_an_index_begins_is_found(client: Client, db
         read.keep_deletions_out(conn)
         write(conn, space_of(db), ["late text"])
         beginning = Call(lambda: index(client, "others"))
-        waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
-        until(lambda: conn.execute(sa.text(waiting)).scalar_one() or not beginning.is_alive())
+        began = "SELECT count(*) FROM serving_indexes"
+        until(lambda: conn.execute(sa.text(began)).scalar_one() == 2 or not beginning.is_alive())
+        assert beginning.is_alive()
     beginning.result()
     assert client.search(vector_of("late text"), collection="others", k=1)[0].chunk_id == "late"
 
@@ -283,6 +284,7 @@ def test_who_asks_for_an_index_waits_for_what_another_builds_of_the_same_collect
     # An index that is built concurrently waits for transactions that began before, and this one is to hold only a lock.
     with db.connect().execution_options(isolation_level="AUTOCOMMIT") as another:
         another.execute(sa.text("SELECT pg_advisory_lock(:key, :id)"), {"key": key, "id": ids["docs"]})
+        another.commit()  # CREATE INDEX CONCURRENTLY waits for open transactions
         index(client, "others")
         assert not waits.is_set()
         asked = Call(lambda: client.index("docs"))
@@ -358,7 +360,7 @@ def test_each_answer_is_that_of_an_exact_search_at_the_same_moment(
         Call(lambda: write_and_delete(client, 2, stop)),
         Call(repeat(lambda: work(db), stop)),
         Call(lambda: build_and_die(url, settings, 3, stop)),
-        Call(lambda: build_and_die(url, settings, 4, stop)),
+        Call(lambda: build_and_die(url, settings.model_copy(update={"index_compact": True}), 4, stop)),
     ]
     try:
         for _ in range(looks):

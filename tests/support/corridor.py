@@ -106,7 +106,8 @@ class Corridor:
             return done()
 
         if not done():
-            until(done_after_a_turn, lambda: self.rows("SELECT id, state, failures, error FROM provider_batches"))
+            batches = "SELECT id, state, failures, error FROM provider_batches"
+            until(done_after_a_turn, lambda: self.rows(batches), pause=0.02)
 
     def finish(self, *jobs: Job, closed: bool = True) -> list[Job]:
         """Run turns until the jobs have ended and, with ``closed``, their remote files are deleted. Return the jobs."""

@@ -21,6 +21,7 @@ Words = tuple[str, ...]
 GIVEN: dict[Words, list[str]] = {
     ("bench",): ["--list"],
     ("cache", "evict"): ["--older-than=30d"],
+    ("chunks", "update"): ['--set={"a": 1}'],
     ("cost", "correct"): ["--yes", "--month=2026-11"],
     ("dead", "drop"): ["--yes"],
     ("demo",): ["--limit=2"],

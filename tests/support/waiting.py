@@ -20,13 +20,18 @@ PATIENCE = float(os.environ.get("TEST_PATIENCE", "300"))
 SHORT_PATIENCE = 10.0
 
 
-def until(condition: Callable[[], object], explain: Callable[[], object] = str, *, pause: float = 0.02) -> None:
-    """Return once ``condition()`` is true. Fail after ``PATIENCE`` seconds, with what ``explain()`` returns."""
-    deadline = time.monotonic() + PATIENCE
+def until(condition: Callable[[], object], explain: Callable[[], object] = str, *, pause: float | None = None) -> None:
+    """Return once ``condition()`` is true. Fail after ``PATIENCE`` seconds, with what ``explain()`` returns.
+
+    Between two looks it sleeps ``pause`` seconds; if that is not given, 0.02 to 0.1, the longer it waits the longer,
+    because what many tests look at costs as much of the processor as the work that they wait for.
+    """
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > PATIENCE:
             raise AssertionError(f"still not true after {PATIENCE:g} s\n{explain()}")
-        time.sleep(pause)
+        time.sleep(min(0.1, max(0.02, waited / 20)) if pause is None else pause)
 
 
 class Call(threading.Thread):

@@ -42,11 +42,16 @@ SECTIONS = {
         "lanes": ("paid.lanes", "Show the state of the paid lanes, and resume one."),
     },
     "Collections": {
+        "collections": ("collections.collections", "List the collections; drop, rename or alias one."),
         "search": ("collections.search", "Find the chunks nearest to a query."),
         "audit": ("collections.search", "Check that every chunk of a collection has its vector."),
         "index": ("collections.search", "Build the HNSW index of a collection's space."),
+        "keywords": ("collections.hybrid", "Show, create or drop the keywords of a collection."),
+        "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
         "models": ("collections.search", "List the embedding spaces in the database."),
-        "delete": ("collections.search", "Delete some or all chunks of a collection."),
+        "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
+        "delete": ("collections.chunks", "Delete some or all chunks of a collection."),
+        "export": ("collections.chunks", "Write chunks and vectors into a Parquet or JSON lines file."),
     },
     "Retention": {
         "prune": ("collections.prune", "Delete old jobs, and texts and vectors that nothing uses."),

@@ -1,7 +1,8 @@
-"""Command-line arguments that are a number with a unit."""
+"""Command-line arguments that are a number with a unit, or a JSON object."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,3 +27,20 @@ class Quantity(click.ParamType[float]):
                 f"{value!r} is not a valid {self.name}: write a number and a unit, such as {self._example}.", param, ctx
             )
         return float(match[1]) * self._units[match[2]] / self._units[self._unit]
+
+
+class JsonObject(click.ParamType[dict[str, Any]]):
+    """A JSON object, such as `{"source": "x"}`."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            given = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"not valid JSON: {error}", param, ctx)
+        if not isinstance(given, dict):
+            self.fail('it must be a JSON object, such as {"source": "x"}', param, ctx)
+        return given

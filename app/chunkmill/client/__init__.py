@@ -5,18 +5,22 @@ from __future__ import annotations
 from types import TracebackType
 
 from chunkmill.broker import Broker
+from chunkmill.client.chunks import Chunks
+from chunkmill.client.collections import Collections
 from chunkmill.client.dead import DeadList
+from chunkmill.client.hybrid import GoldenQueries, HybridSearch
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.retention import Retention
-from chunkmill.client.vectors import Vectors
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
 
+__all__ = ["Client", "GoldenQueries"]
 
-class Client(Jobs, Money, DeadList, Vectors, Retention):
+
+class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

@@ -102,8 +102,8 @@ class DeadList(ClientPart):
                 require_all = first == 0 and dead_filter.ids is not None
                 dropped, leaving = dead_retry.take_off(conn, step, require_all=require_all)
                 for collection, chunk_ids in leaving.items():
-                    row = collections.find(conn, collection)
-                    delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
+                    if row := collections.resolve(conn, collection):  # it may have been dropped a moment ago
+                        delete_some(conn, collection_id=row.id, chunk_ids=chunk_ids, limit=len(chunk_ids))
             judged.update(dropped.jobs)
             entries += dropped.entries
             chunks += dropped.chunks
@@ -116,7 +116,7 @@ class DeadList(ClientPart):
             jobs.get(conn, as_number("job_id", job_id))
         if collection is not None:
             require_name("collection", collection)
-            collections.find(conn, collection)
+            collection = collections.find(conn, collection).name
         if code is not None:
             as_text("code", code)
         return DeadFilter(job_id=job_id, collection=collection, code=code)

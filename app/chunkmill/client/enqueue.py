@@ -18,7 +18,7 @@ from chunkmill.domain import planning
 from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, prepare_or_skip
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.routing import Choice
-from chunkmill.domain.spaces import OnLong
+from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidChunk, InvalidInput
 from chunkmill.ledger.dead import dead_chunks
@@ -26,7 +26,7 @@ from chunkmill.ledger.jobs import jobs, streams, traces
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections
+from chunkmill.spaces import collections, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import staging
@@ -45,10 +45,15 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class EnqueueRequest:
-    """What the caller asked for, checked. ``choice`` is the lane if the job is a new one."""
+    """What the caller asked for, checked. ``choice`` is the lane if the job is a new one.
+
+    The space of ``spec`` is registered together with the job, so that a call that is refused registers none. If it is
+    new, its vectors have the column type ``storage``.
+    """
 
     collection: str
-    space: Space
+    spec: SpaceSpec
+    storage: str
     route: Route
     choice: Choice
     deadline: datetime | None
@@ -76,10 +81,10 @@ def enqueue(
             prepare_or_skip(chunks) if request.skip_invalid else stack.enter_context(Spool(prepare_all(chunks)))
         )
         conn = stack.enter_context(db.connect())
-        collection, job = _open(conn, settings, request)
+        collection, job, space = _open(conn, settings, request)
         if collection is not None:
             try:
-                _Producer(conn, settings, request, collection, job, ring).fill(prepared)
+                _Producer(conn, settings, request, space, collection, job, ring).fill(prepared)
             finally:
                 _drop_producer_lock(conn, job.id)
         elif job.is_sealed:
@@ -114,20 +119,23 @@ def _digested(
         yield item
 
 
-def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> tuple[Collection | None, jobs.OpenedJob]:
-    """The job, and the collection if this call is to enqueue into it: it has the job's producer lock then.
+def _open(
+    conn: sa.Connection, settings: Settings, request: EnqueueRequest
+) -> tuple[Collection | None, jobs.OpenedJob, Space]:
+    """The job, its space, and the collection if this call is to enqueue into it: it has the job's producer lock then.
 
     All is decided in one transaction: a prune between the look for a key and the making of its job would leave a job
     that is complete without a chunk.
     """
     with conn.begin():
-        job = _of_key(conn, request)
+        space = registry.register_and_hold(conn, request.spec, storage=request.storage)
+        job = _of_key(conn, request, space)
         if job is not None and job.is_sealed:
-            return None, job
-        collection = collections.lock_for_enqueue(conn, request.collection, request.space)
+            return None, job, space
+        collection = collections.lock_for_enqueue(conn, request.collection, space)
         if job is None:
             if request.choice.route.is_paid:
-                budget.require_budget(conn, settings, request.space.spec)
+                budget.require_budget(conn, settings, request.spec)
             job = jobs.open_job(
                 conn,
                 collection=collection,
@@ -137,31 +145,31 @@ def _open(conn: sa.Connection, settings: Settings, request: EnqueueRequest) -> t
                 idempotency_key=request.idempotency_key,
                 choice=request.choice,
                 deadline=request.deadline,
-            ) or _of_key(conn, request)
+            ) or _of_key(conn, request, space)
             assert job is not None, "the key was free, and then it had no job"  # noqa: S101
         traces.keep(conn, job.id, tracing.traceparent())
         # In the job's own transaction, so that a job that can be seen has its producer's lock.
         if not jobs.hold_producer_lock(conn, job.id):
-            return None, job
+            return None, job, space
         try:
             if job.is_new or jobs.reopen_for_enqueue_if_unsealed(conn, job.id):
-                return collection, job
+                return collection, job, space
             # Another producer has sealed it meanwhile, or somebody cancelled it, which is an error.
             jobs.drop_producer_lock(conn, job.id)
-            return None, _of_key(conn, request) or job
+            return None, _of_key(conn, request, space) or job, space
         except BaseException:
             conn.invalidate()  # the lock ends with its connection
             raise
 
 
-def _of_key(conn: sa.Connection, request: EnqueueRequest) -> jobs.OpenedJob | None:
+def _of_key(conn: sa.Connection, request: EnqueueRequest, space: Space) -> jobs.OpenedJob | None:
     if request.idempotency_key is None:
         return None
     return jobs.of_key(
         conn,
         request.idempotency_key,
         collection=request.collection,
-        space_id=request.space.id,
+        space_id=space.id,
         on_long=request.on_long,
     )
 
@@ -173,6 +181,7 @@ class _Producer:
     conn: sa.Connection
     settings: Settings
     request: EnqueueRequest
+    space: Space
     collection: Collection
     job: jobs.OpenedJob
     ring: Callable[[sa.Connection], None]
@@ -193,7 +202,7 @@ class _Producer:
             jobs.seal_if_enqueueing(self.conn, self.job.id)
             if is_kept:
                 streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
-        end_or_leave(self.conn, self.job.id, self.request.space)
+        end_or_leave(self.conn, self.job.id, self.space)
 
     def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
@@ -216,7 +225,7 @@ class _Producer:
         conn, request, job = self.conn, self.request, self.job
         chunks = planning.distinct(window)
         staging.stage(conn, chunks.values())
-        known = staging.known_vectors(conn, request.space)
+        known = staging.known_vectors(conn, self.space)
         plan = planning.plan_window(chunks, known, request.on_long)
         if not jobs.add_chunks(conn, job.id, len(plan.references)):
             return False
@@ -234,7 +243,7 @@ class _Producer:
             n_repeated = merged.repeated + len(window) - len(chunks)
             streams.add(conn, job.id, replace(merged, repeated=n_repeated))
         shared = chunk_batches.SharedFields(
-            job.id, request.space.id, job.lane, request.priority.rank, self.settings.max_attempts
+            job.id, self.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )
         chunk_batches.add(conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))

@@ -103,15 +103,16 @@ class Jobs(ClientPart):
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
-        space = self._space(model, on_long, dimensions=dimensions, precision=precision)
+        spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         with self._transaction() as conn:
-            choice = routing.decide(conn, self._settings, space.spec, route, due)
+            choice = routing.decide(conn, self._settings, spec, route, due)
             again = idempotency_key is not None and jobs.is_key_used(conn, idempotency_key)
             if choice.route.is_paid and not again:
-                budget.require_budget(conn, self._settings, space.spec)
+                budget.require_budget(conn, self._settings, spec)
         request = EnqueueRequest(
             collection,
-            space,
+            spec,
+            self._settings.vector_storage,
             route,
             choice,
             due,
@@ -120,9 +121,9 @@ class Jobs(ClientPart):
             idempotency_key,
             skip_invalid=on_invalid == "skip",
         )
-        with store_errors(self._db), tracing.root("chunkmill.enqueue", {"space": space.id}, kind="PRODUCER") as span:
+        with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
             job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring))
-            span.set({"job": job.id, "chunks": job.chunks, "contents": job.contents})
+            span.set({"space": job.space, "job": job.id, "chunks": job.chunks, "contents": job.contents})
             return job
 
     def job(self, job_id: int) -> Job:

@@ -13,8 +13,9 @@ from chunkmill.domain.arguments import as_flag, as_function, as_number, as_text
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
+from chunkmill.ledger import dropping
 from chunkmill.ledger.prune import prune_jobs
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry, unused
 from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced
 
 
@@ -32,8 +33,9 @@ class Retention(ClientPart):
         then and that no collection refers to. This is safe while everything runs.
 
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
-        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
-        only counts.
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
+        spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
+        only counts; a space to which only jobs refer that would be deleted is not among its ``spaces``.
         """
         dry_run = as_flag("dry_run", dry_run)
         as_function("on_progress", on_progress)
@@ -42,7 +44,27 @@ class Retention(ClientPart):
         with store_errors(self._db):
             jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
             vectors = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
-        return Pruned(dry_run, before, jobs | vectors, kept)
+            self._forget_dropped(dry_run=dry_run)
+            spaces = unused.drop_all(self._db, before=before, dry_run=dry_run)
+        return Pruned(dry_run, before, jobs | vectors, kept, tuple(spaces))
+
+    def drop_space(self, space: str) -> None:
+        """Drop an embedding space that nothing refers to, with the vectors that are still in it.
+
+        ``space`` is the beginning of its fingerprint. Raises :class:`NotFound`, and :class:`InvalidInput`, which names
+        the collection or the job that refers to it. A space that the bill names stays.
+        """
+        as_text("space", space)
+        with self._transaction() as conn:
+            collections.require_lives(conn)
+            unused.drop(conn, registry.find_by_prefix(conn, space))
+
+    def _forget_dropped(self, *, dry_run: bool) -> None:
+        """Delete what dropped collections have left behind, with their rows if the last job was just deleted."""
+        with self._transaction() as conn:
+            left = [] if dry_run or not collections.have_lives(conn) else dropping.left_behind(conn)
+        for collection_id in left:
+            dropping.go_on(self._db, collection_id)
 
     def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
         """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the

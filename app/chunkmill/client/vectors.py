@@ -1,9 +1,8 @@
-"""Vectors: search, embed, read, delete, audit, index."""
+"""Vectors: search, embed, read, audit, index."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.steps import Pause, Steps, run_steps
-from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.arguments import (
     as_flag,
+    as_hybrid,
     as_ids,
     as_items,
     as_number,
@@ -35,12 +34,9 @@ from chunkmill.errors import ChunkmillError, EngineError, InvalidInput, WaitTime
 from chunkmill.ledger import embed_requests
 from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
-from chunkmill.store import indexing, read, segments
+from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
-from chunkmill.store.delete import delete_some
 
-DELETE_STEP = 5_000
-"""How many chunks one transaction deletes. Enqueues wait while it runs."""
 MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
 EMBED_STEP = 256
@@ -64,6 +60,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -79,6 +76,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -94,6 +92,7 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -106,6 +105,12 @@ class Vectors(ClientPart):
         are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
         query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
         found, which takes longer.
+
+        With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
+        the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
+        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -122,6 +127,7 @@ class Vectors(ClientPart):
                 min_score=min_score,
                 offset=offset,
                 explain=explain,
+                hybrid=hybrid,
             )
         )
 
@@ -138,8 +144,10 @@ class Vectors(ClientPart):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
+        how = as_hybrid("hybrid", hybrid)
         where, exact, explain = parse_filter(metadata), as_flag("exact", exact), as_flag("explain", explain)
         k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
         least = as_score("min_score", min_score)
@@ -148,15 +156,19 @@ class Vectors(ClientPart):
         if (query is None) == (like is None):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
         like = None if like is None else as_text("like", like)
-        queries, is_single = ([], True) if query is None else as_queries(query)
-        if len(queries) * k > MAX_K:
-            raise InvalidInput(f"{len(queries):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
+        asked, is_single = ([], True) if query is None else as_queries(query)
+        if len(asked) * k > MAX_K:
+            raise InvalidInput(f"{len(asked):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
-        is_text = isinstance(queries, list)
-        asked = (yield from self._asking_all(space, queries, "query", timeout)) if is_text else queries
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in asked]
+            is_text = like is None and isinstance(asked, list)
+            mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
+        texts = asked if isinstance(asked, list) else []
+        queries = (
+            asked if not isinstance(asked, list) else (yield from self._asking_all(space, texts, "query", timeout))
+        )
+        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if like is not None:
@@ -167,13 +179,18 @@ class Vectors(ClientPart):
                 space,
                 np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
                 collection_id=row.id,
-                k=k,
+                k=k if mix is None else keywords.depth(k, offset),
                 where=where,
                 exact=exact,
-                offset=offset,
+                offset=offset if mix is None else None,
                 without=like,
                 explain=explain,
             )
+            if mix is not None:
+                hit_lists = [
+                    keywords.search_mixed(conn, *mix, space, vector, text, hits, k=k, offset=offset, where=where)
+                    for vector, text, hits in zip(vectors, texts, hit_lists, strict=True)
+                ]
         if least is not None:
             hit_lists = [Hits((hit for hit in hits if hit.score >= least), hits.explanation) for hits in hit_lists]
         return hit_lists[0] if is_single else hit_lists
@@ -213,6 +230,9 @@ class Vectors(ClientPart):
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
+        if not texts:
+            spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
+            return np.empty((0, spec.dimensions), dtype=np.float32)
         space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
         return (yield from self._asking_all(space, texts, kind, timeout))
 
@@ -225,31 +245,6 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             return read.read_vectors(conn, space, collection_id=row.id, chunk_ids=chosen)
 
-    def delete(self, collection: str, ids: Iterable[str] | None = None, *, all_chunks: bool = False) -> int:
-        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
-
-        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
-        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
-        :class:`NotFound`.
-        """
-        require_name("collection", collection)
-        chosen = None if ids is None else as_ids("ids", ids)
-        if (chosen is None) != as_flag("all_chunks", all_chunks):
-            raise InvalidInput("give either ids, or all_chunks=True to delete all chunks of the collection.")
-        with self._transaction() as conn:
-            row = collections.find(conn, collection)
-        deleted = 0
-        for step in itertools.count():
-            part = None if chosen is None else chosen[step * DELETE_STEP : (step + 1) * DELETE_STEP]
-            if part is not None and not len(part):
-                break
-            with self._transaction() as conn:
-                gone = delete_some(conn, collection_id=row.id, chunk_ids=part, limit=DELETE_STEP)
-            deleted += gone
-            if part is None and gone == 0:
-                break
-        return deleted
-
     def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         require_name("collection", collection)
@@ -257,17 +252,14 @@ class Vectors(ClientPart):
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
 
-    def collections(self) -> list[str]:
-        """The names of all collections, in order."""
-        with self._transaction() as conn:
-            return [row.name for row in collections.all_collections(conn)]
-
     def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
         The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
         searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
-        Postgres.
+        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
+        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
+        transaction that writes lasts so long that the index cannot begin.
         """
         require_name("collection", collection)
         with self._transaction() as conn:
@@ -275,11 +267,15 @@ class Vectors(ClientPart):
             space = registry.get(conn, row.space_id)
             segments.require_kept(conn)
         with store_errors(self._db):
-            while indexing.flush(self._db, space, row.id, wait=True):
-                end_if_stopped()
-            while indexing.merge(self._db, space, row.id, memory_mb=self._settings.index_memory_mb, wait=True):
-                end_if_stopped()
+            indexing.build_now(
+                self._db,
+                space,
+                row.id,
+                memory_mb=self._settings.index_memory_mb,
+                compact=self._settings.index_compact,
+            )
             indexing.index_metadata(self._db)
+            indexing.drop_shared_graphs(self._db, space)
         with self._transaction() as conn:
             return segments.describe(conn, row.id, space.id)
 

@@ -25,11 +25,29 @@ FLUSH_LOCK = 0x63686D07
 """The first of two keys; the second is the collection. One connection at a time flushes its tail."""
 MERGE_LOCK = 0x63686D08
 """The first of two keys; the second is the collection. One connection at a time merges its segments."""
+NAMES_LOCK = 0x63686D09
+"""One transaction at a time gives a name to a collection or an alias, or takes one away. It is the first lock that the
+transaction takes."""
+SPACES_LOCK = 0x63686D0A
+"""Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def holders(conn: sa.Connection, key: int) -> set[str]:
+    """The transactions of other sessions that hold ``key``, shared or alone."""
+    query = """
+        SELECT virtualtransaction
+        FROM pg_locks
+        WHERE locktype = 'advisory'
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND classid = 0 AND objid = CAST(:key AS oid) AND objsubid = 1
+          AND granted AND pid <> pg_backend_pid()
+    """
+    return set(conn.execute(sa.text(query), {"key": key}).scalars())
 
 
 def lock_shared(conn: sa.Connection, key: int) -> None:

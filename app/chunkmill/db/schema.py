@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from chunkmill.domain.mixing import KeywordState
 from chunkmill.domain.serving import BuilderKind, SegmentKind, SegmentState
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
@@ -96,6 +97,20 @@ class CollectionRow(Base):
     name: Mapped[str] = mapped_column(sa.Text, unique=True)
     space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    dropped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When it was dropped. It has a name that nobody asks for since then, and stays until its jobs are pruned."""
+
+    __table_args__ = (sa.Index("ix_collections_dropped", "id", postgresql_where=sa.text("dropped_at IS NOT NULL")),)
+
+
+class CollectionAliasRow(Base):
+    """One more name of a collection. A trigger keeps collections and aliases from having the same name."""
+
+    __tablename__ = "collection_aliases"
+
+    name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"))
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
 
 class ContentRow(Base):
@@ -137,6 +152,8 @@ class ServingIndexRow(Base):
     collection_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
     is_ready: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.text("false"))
+    flushed_to: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """The number up to which the rows of the tail may be in a segment, or in one that is being built."""
     """Its segments and its tail have all that can be found."""
     deletions: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     checked_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
@@ -180,6 +197,51 @@ class ServingTailRow(Base):
     __table_args__ = (sa.Index(None, "collection_id", "space_id", "content_hash"),)
 
 
+class KeywordIndexRow(Base):
+    """A collection with keywords, whose table is ``keywords_<collection_id>``. Triggers fill it from this row on."""
+
+    __tablename__ = "keyword_indexes"
+
+    collection_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    language: Mapped[str] = mapped_column(sa.Text)
+    """The text search configuration of Postgres, with its schema."""
+    state: Mapped[str] = mapped_column(sa.Text)
+    filled_to: Mapped[str | None] = mapped_column(sa.Text)
+    """Chunks with an id up to this one were there before, and have their keywords now."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (one_of("state", KeywordState),)
+
+
+class GoldenQueryRow(Base):
+    """A query of a collection whose answers are known. ``relevant`` is ``{chunk id: grade}``."""
+
+    __tablename__ = "golden_queries"
+
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id", ondelete="CASCADE"), primary_key=True)
+    query_id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    text: Mapped[str] = mapped_column(sa.Text)
+    relevant: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    is_title: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.text("false"))
+    """It is the beginning of the relevant chunks, which is cut off them when they are judged."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
+class SearchTuningRow(Base):
+    """What the golden queries of a collection chose for its searches in a space."""
+
+    __tablename__ = "search_tunings"
+
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id", ondelete="CASCADE"), primary_key=True)
+    space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    alpha: Mapped[float | None] = mapped_column(sa.Double)
+    """The weight of the vectors. NULL if keywords do not help."""
+    report: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (sa.CheckConstraint("alpha BETWEEN 0 AND 1", name="alpha"),)
+
+
 class JobRow(Base):
     """What one call of ``enqueue`` asked for."""
 
@@ -208,6 +270,7 @@ class JobRow(Base):
         one_of("state", JobState),
         one_of("route", Route),
         one_of("on_long", OnLong),
+        sa.Index(None, "collection_id", "id"),
         sa.Index("ix_jobs_open", "id", postgresql_where=sa.text("state IN ('enqueueing', 'running')")),
     )
 

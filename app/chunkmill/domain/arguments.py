@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +131,16 @@ def as_text(argument: str, given: object) -> str:
     return given
 
 
+def as_path(argument: str, given: object) -> Path:
+    """The path of a file. Raises :class:`InvalidInput`."""
+    if not isinstance(given, str | os.PathLike):
+        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a path.")
+    path = as_text(argument, os.fspath(given))
+    if not Path(path).name:
+        raise InvalidInput(f"{argument} is {_shown(path)}; it must name a file.")
+    return Path(path)
+
+
 Item = TypeVar("Item")
 
 
@@ -141,6 +153,17 @@ def as_items(argument: str, given: Iterable[Item]) -> Iterable[Item]:
     except TypeError:
         raise InvalidInput(f"{argument} is of type {type(given).__name__}; give a list or another iterable.") from None
     return given
+
+
+def as_hybrid(argument: str, given: object) -> bool | float | Literal["rrf"] | None:
+    """A way to mix vectors and keywords: None, True, False, ``"rrf"`` or a weight. Raises :class:`InvalidInput`."""
+    if given is None or isinstance(given, bool):
+        return given
+    if isinstance(given, str) and given == "rrf":
+        return "rrf"
+    if isinstance(given, int | float | np.integer | np.floating) and 0 <= given <= 1:
+        return float(given)
+    raise InvalidInput(f"{argument} is {_shown(given)}; it must be True, False, 'rrf' or a number from 0 to 1.")
 
 
 def as_ids(argument: str, given: Iterable[str]) -> list[str]:

@@ -93,6 +93,80 @@ class SearchHit(Printed):
     metadata: Mapping[str, Any]
     truncated: bool
     """The vector stands only for the part of the text that the model reads."""
+    keyword: float | None = None
+    """How well the words of the query match, from 0.0, which is not at all; None if keywords were not asked. It can be
+    compared within one search only."""
+    mixed: float | None = None
+    """The score from 0.0 to 1.0 by which a hybrid search ordered its hits; None if ``score`` ordered them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keywords:
+    """The keywords of a collection, which hybrid searches read."""
+
+    collection: str
+    language: str
+    """The text search configuration of Postgres that turns words into lexemes, with its schema."""
+    is_ready: bool
+    """All chunks have their keywords. Until then only searches by vectors are possible."""
+    texts: int
+    """About how many texts have keywords."""
+    bytes: int
+    """How many bytes they take on disk, with their index."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenLoaded:
+    """What was read from the files of a golden set."""
+
+    queries: int
+    """Queries that have judgements, and are stored."""
+    judgements: int
+    """Judgements of these queries."""
+    without_judgement: int
+    """Queries that no judgement names. They are not stored."""
+    unknown_chunks: int
+    """Judgements of chunks that the collection does not have. They are stored, and count once it has the chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTuning:
+    """What the golden queries of a collection say about hybrid search, and what was chosen.
+
+    Each nDCG@10 is a mean over the queries, from 0.0 to 1.0.
+    """
+
+    collection: str
+    space: str
+    """The fingerprint of the embedding space."""
+    n: int
+    """How many queries were judged."""
+    left_out: int
+    """How many were not: the collection has none of their relevant chunks, or a chunk has another title now."""
+    dense: float
+    """nDCG@10 of the vectors alone."""
+    keyword: float
+    """nDCG@10 of the keywords alone."""
+    rrf: float
+    """nDCG@10 of reciprocal rank fusion."""
+    mix: float
+    """nDCG@10 of the convex mix. Each query was judged with an alpha that was chosen without it."""
+    gain: float
+    """``mix`` minus ``dense``."""
+    low: float
+    """The lower bound of the 95 % confidence interval of ``gain``."""
+    high: float
+    """The upper bound."""
+    alpha: float | None
+    """The weight of the cosine that searches have from now on; None if they go by the vectors alone."""
+    best_alpha: float
+    """The alpha with the highest nDCG@10 over all queries, whether or not it wins by its bound."""
+    needed: int | None
+    """About how many queries it takes to see a gain of this size; None if there is no gain."""
+    curve: Mapping[float, float]
+    """alpha → nDCG@10 over all queries."""
+    because: str
+    """A sentence that says why ``alpha`` is what it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class Pruned(Printed):
     kept_jobs: int = 0
     """Jobs that failed or were cancelled long enough ago, and were kept, because some of their chunks have no vector
     and ``retry`` needs to know which."""
+    spaces: tuple[str, ...] = ()
+    """The fingerprints of the spaces that were dropped, because nothing referred to them any more."""
 
     @property
     def total(self) -> Amount:

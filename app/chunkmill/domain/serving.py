@@ -19,7 +19,11 @@ MAX_FLUSH_ROWS = 100_000
 GRAPH_ROWS = 20_000
 """A segment of so many rows gets a graph. Fewer rows are read from the first to the last in about 20 ms."""
 MAX_GRAPH_DIMENSIONS = 4_000
-"""The most dimensions of an HNSW index of pgvector on ``halfvec``. Segments of more dimensions are always flat."""
+"""The most dimensions of an HNSW index of pgvector on ``halfvec``. Graphs of more dimensions are of bits."""
+MIN_BITS = 256
+"""The fewest dimensions of a graph of bits."""
+MANY_FLAT = 16
+"""While a merge takes long, no more than about so many flat segments are made of one size."""
 FANOUT = 4
 """So many segments of about one size become one segment of the next size."""
 STALE_SHARE = 0.2
@@ -31,6 +35,9 @@ class SegmentKind(StrEnum):
     """Rows without an index, which a search reads from the first to the last."""
     HNSW = "hnsw"
     """Rows with an HNSW graph (Malkov and Yashunin, 2016) on half precision."""
+    BITS = "bits"
+    """The same on the signs alone, one bit a dimension. A search takes more candidates of it and compares the vectors
+    themselves, so that it finds the same in a fifth of the memory."""
 
 
 class SegmentState(StrEnum):
@@ -61,9 +68,27 @@ class Segment:
         return f"segment_{self.id}"
 
 
-def kind_for(rows: int, dimensions: int) -> SegmentKind:
-    """The kind of a segment of so many rows that a merge makes. A flush makes a flat one, because that is quick."""
-    return SegmentKind.HNSW if rows >= GRAPH_ROWS and dimensions <= MAX_GRAPH_DIMENSIONS else SegmentKind.FLAT
+def kind_for(rows: int, dimensions: int, *, compact: bool = False) -> SegmentKind:
+    """The kind of a segment of so many rows that a merge makes. A flush makes a flat one, because that is quick.
+
+    ``compact`` asks for graphs of bits. Vectors of few dimensions have too few of them to tell neighbours apart, and
+    those of many dimensions get no other graph.
+    """
+    if rows < GRAPH_ROWS:
+        return SegmentKind.FLAT
+    if dimensions > MAX_GRAPH_DIMENSIONS or (compact and dimensions >= MIN_BITS):
+        return SegmentKind.BITS
+    return SegmentKind.HNSW
+
+
+def rows_to_flush(live: Sequence[Segment]) -> int:
+    """From how many rows on a tail is flushed: ``MIN_ROWS``, or more while merges do not keep up.
+
+    Each segment costs every search some time, and a merge may take hours. So a flush adds at least a sixteenth to the
+    rows of the flat segments, whose number then grows with the logarithm of their rows.
+    """
+    flat = sum(segment.rows for segment in live if segment.kind is SegmentKind.FLAT)
+    return min(MAX_FLUSH_ROWS, max(MIN_ROWS, flat // MANY_FLAT))
 
 
 def segments_to_merge(live: Sequence[Segment], *, dimensions: int, stale: Sequence[int] = ()) -> list[Segment]:
@@ -75,7 +100,7 @@ def segments_to_merge(live: Sequence[Segment], *, dimensions: int, stale: Sequen
     if chosen := [segment for segment in live if segment.id in stale]:
         return chosen
     flat = [segment for segment in live if segment.kind is SegmentKind.FLAT]
-    if kind_for(sum(segment.rows for segment in flat), dimensions) is SegmentKind.HNSW:
+    if kind_for(sum(segment.rows for segment in flat), dimensions) is not SegmentKind.FLAT:
         return flat
     sizes: dict[int, list[Segment]] = {}
     for segment in sorted(live, key=lambda segment: segment.rows):

@@ -26,6 +26,7 @@ from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
+from chunkmill.store import segments
 from chunkmill.telemetry.logging import without_passwords
 
 START_WORKER = "chunkmill worker"
@@ -51,6 +52,9 @@ class Database:
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
     altered_roles: tuple[str, ...] = ()
     """Settings of sessions that somebody gave to a role of Chunkmill or to this database: ``role: name=value``."""
+
+    shared_graphs: tuple[str, ...] = ()
+    """Indexes that an earlier release built over whole spaces. They slow down every write, and no search reads them."""
 
     def start_for(self, route: Route) -> str | None:
         """The command that starts a worker of a route; None if one is connected."""
@@ -230,6 +234,7 @@ def _database(conn: sa.Connection) -> Database:
         connections=connections(conn),
         clock_ahead=ahead,
         altered_roles=tuple(conn.execute(_ALTERED).scalars()),
+        shared_graphs=tuple(name for name, _ in segments.shared_graphs(conn)),
     )
 
 

@@ -1,9 +1,13 @@
-"""Keeps the serving indexes up to date, in two threads beside the poller's rounds: one flushes, the other merges."""
+"""Keeps the serving indexes up to date, in two threads beside the poller's rounds: one flushes, the other merges.
+
+The one that flushes also gives old chunks the keywords of a collection that has just got some.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -13,10 +17,17 @@ from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.store import indexing, segments
+from chunkmill.store import indexing, keywords, segments
 from chunkmill.store.indexing import Built
 
 logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 30.0, 3600.0
+"""How long a collection whose build failed waits for the next try. A build may fail because the disk is full, or end
+Postgres itself because the memory is, and then nobody else could work either if it were tried again at once."""
+
+KEYWORD_SECONDS = 5.0
+"""How many seconds one round fills the keywords of a collection, so that the others get their turn."""
 
 
 class Indexer:
@@ -29,6 +40,8 @@ class Indexer:
     def __init__(self, db: sa.Engine, settings: Settings) -> None:
         self._db = db
         self._settings = settings
+        self._failed: dict[str, tuple[float, float]] = {}
+        """What failed: when to try it again, and after how many seconds of pause."""
 
     def start(self, stop: threading.Event) -> list[threading.Thread]:
         """Start both threads, which end soon after ``stop``. A build that is under way is left to the next poller."""
@@ -44,13 +57,19 @@ class Indexer:
 
     def round(self) -> int:
         """Flush and merge what is due. Returns how many segments were built."""
+        Steps().run("the drop of segments that nobody reads", self._drop_left_behind)
+        self._fill_keywords(Steps())
         return self._build_all("flush", self._flush, Steps()) + self._build_all("merge", self._merge, Steps())
 
     def _run(self, name: str, build: Callable[[Space, int], Built | None], stop: threading.Event) -> None:
         steps = Steps()
         while not stop.wait(self._settings.index_seconds):
             try:
+                if name == "flush":
+                    steps.run("the drop of segments that nobody reads", self._drop_left_behind)
                 self._build_all(name, build, steps, stop)
+                if name == "flush":
+                    self._fill_keywords(steps, stop)
             except Exception as error:
                 if not is_outage(error):
                     raise
@@ -64,14 +83,49 @@ class Indexer:
             if stop is not None and stop.is_set():
                 break
             what = f"the {name} of the serving index of collection {collection_id}"
-            built = steps.run(what, lambda space=space, number=collection_id: build(space, number))  # type: ignore[misc]
-            if built:
+            if built := self._try(what, lambda space=space, number=collection_id: build(space, number), steps):  # type: ignore[misc]
                 n_built += 1
                 logger.info(
                     "collection %s: segment %s (%s, %s rows) is live, in place of %s segments",
                     collection_id, built.segment.id, built.segment.kind, built.segment.rows, len(built.replaced),
                 )  # fmt: skip
         return n_built
+
+    def _try(self, what: str, build: Callable[[], Built | None], steps: Steps) -> Built | None:
+        """What ``build`` built; None if it had nothing to do, failed, or failed so lately that it is not tried."""
+        until, pause = self._failed.get(what, (0.0, FIRST_PAUSE_S / 2))
+        if time.monotonic() < until:
+            return None
+        done = None
+        try:
+            done = steps.run(what, lambda: (build(),))
+        finally:
+            if done is None:  # also after an outage, which this build may have caused
+                pause = min(LONGEST_PAUSE_S, 2 * pause)
+                self._failed[what] = time.monotonic() + pause, pause
+            else:
+                self._failed.pop(what, None)
+        return done[0] if done else None
+
+    def _drop_left_behind(self) -> None:
+        with self._db.begin() as conn:
+            if not segments.are_kept(conn):
+                return
+        if dropped := indexing.drop_left_behind(self._db):
+            logger.info("%s segments of collections that moved or are gone were dropped", dropped)
+
+    def _fill_keywords(self, steps: Steps, stop: threading.Event | None = None) -> None:
+        for collection_id in steps.run("the search for keywords to fill", self._unfinished) or ():
+            if stop is not None and stop.is_set():
+                break
+            until = time.monotonic() + KEYWORD_SECONDS
+            fill = lambda number=collection_id, until=until: keywords.fill(self._db, number, deadline=until)  # noqa: E731
+            if steps.run(f"filling the keywords of collection {collection_id}", fill):
+                logger.info("collection %s: its keywords are ready", collection_id)
+
+    def _unfinished(self) -> list[int]:
+        with self._db.begin() as conn:
+            return keywords.unfinished(conn) if keywords.are_kept(conn) else []
 
     def _collections(self) -> list[tuple[int, Space]]:
         with self._db.begin() as conn:
@@ -85,4 +139,10 @@ class Indexer:
         return indexing.flush(self._db, space, collection_id)
 
     def _merge(self, space: Space, collection_id: int) -> Built | None:
-        return indexing.merge(self._db, space, collection_id, memory_mb=self._settings.index_memory_mb)
+        return indexing.merge(
+            self._db,
+            space,
+            collection_id,
+            memory_mb=self._settings.index_memory_mb,
+            compact=self._settings.index_compact,
+        )

@@ -17,6 +17,7 @@ from chunkmill.db.connect import READ_ONLY, read_only_message, sqlstate
 from chunkmill.db.retry import is_outage
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
 from chunkmill.domain.reasons import reason_of
+from chunkmill.ledger import dropping
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
 from chunkmill.ledger.jobs import cancel, recover
@@ -26,7 +27,7 @@ from chunkmill.monitor import reports
 from chunkmill.poller.paid import ProviderRounds
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, names, registry
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 CANCELS_SECONDS = 10.0
 """Time between two searches for unfinished cancels. Each search reads all jobs that were ever cancelled."""
+DROPPED_COLLECTIONS, DROPPED_SLICES = 5, 5
+"""How many dropped collections one round goes on deleting, and how many slices of each, so that bells do not wait."""
+VIEWS_SECONDS = 60.0
+"""Time between two looks for views that are missing or out of date. Each look reads the names of all collections."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long a job that could not be ended waits for the next try."""
 
@@ -75,6 +80,8 @@ class Poller:
         self._window = DoorbellWindow.smallest(settings.doorbell_window)
         self._looked_at = -math.inf
         self._cancels_at = -math.inf
+        self._dropped_at = -math.inf
+        self._views_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings, self._steps)
 
     def run(self, stop: threading.Event) -> None:
@@ -135,6 +142,7 @@ class Poller:
         abandoned = step("the failing of abandoned jobs", self._fail_abandoned)
         step("the deletion of old embed requests", self._delete_old_requests)
         step("the cancels that were left behind", self._go_on_cancelling)
+        step("the collections that were dropped", self._clean_up_collections)
         rung = step("the ringing of doorbells", self._ring) or 0
         rung += self._provider.round()
         # This comes last, because the anti-join of a large job takes time and doorbells should not wait for it.
@@ -162,6 +170,27 @@ class Poller:
                 left = cancel.cancel_some_left_behind(conn)
                 reports.delete_old(conn)
             self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
+
+    def _clean_up_collections(self) -> None:
+        """Delete a few slices of what dropped collections left behind, in each round until nothing is left.
+
+        Once in a while make the views right that could not be made when they should have been.
+        """
+        if time.monotonic() < self._dropped_at:
+            return
+        with self._db.begin() as conn:
+            if not collections.have_lives(conn):
+                self._dropped_at = time.monotonic() + VIEWS_SECONDS
+                return
+            left = dropping.left_behind(conn, DROPPED_COLLECTIONS)
+        for collection_id in left:
+            self._beat()
+            dropping.go_on(self._db, collection_id, slices=DROPPED_SLICES)
+        self._dropped_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
+        if time.monotonic() >= self._views_at:
+            with self._db.begin() as conn:
+                changed = names.refresh_views(conn)
+            self._views_at = -math.inf if changed else time.monotonic() + VIEWS_SECONDS
 
     def _ring(self) -> int:
         settings = self._settings

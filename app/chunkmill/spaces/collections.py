@@ -6,34 +6,71 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import NAMES_LOCK, lock
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import JobState
-from chunkmill.errors import NotFound, SpaceMismatch
+from chunkmill.errors import InvalidInput, NotFound, SpaceMismatch, StoreUnavailable
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A row of ``collections``."""
+    """A row of ``collections``. ``name`` is its own name, also if it was found by an alias."""
 
     id: int
     name: str
     space_id: int
 
 
+# The column is read in this way because the schema of the last release does not have it.
+_IS_KEPT = "to_jsonb(k) ->> 'dropped_at' IS NULL"
+_OF_NAME = f"""
+SELECT k.id, k.name, k.space_id
+FROM collections k
+WHERE k.name = :name AND {_IS_KEPT}
+"""
+_OF_ALIAS = f"""
+SELECT k.id, k.name, k.space_id
+FROM collection_aliases a
+JOIN collections k ON k.id = a.collection_id
+WHERE a.name = :name AND {_IS_KEPT}
+"""
+
+
+def resolve(conn: sa.Connection, name: str) -> Collection | None:
+    """The collection that has this name or this alias. This is the one place that reads names."""
+    row = conn.execute(sa.text(_OF_NAME), {"name": name}).one_or_none()
+    if row is None and have_lives(conn):
+        row = conn.execute(sa.text(_OF_ALIAS), {"name": name}).one_or_none()
+    return Collection(row.id, row.name, row.space_id) if row else None
+
+
 def find(conn: sa.Connection, name: str) -> Collection:
-    """The collection of this name. Raises :class:`NotFound`."""
-    collection = _find(conn, name)
+    """The collection that has this name or this alias. Raises :class:`NotFound`."""
+    collection = resolve(conn, name)
     if collection is None:
-        raise NotFound(f"there is no collection {name!r}; `chunkmill audit` lists the ones that exist.")
+        raise NotFound(f"there is no collection {name!r}; `chunkmill collections` lists the ones that exist.")
     return collection
 
 
 def all_collections(conn: sa.Connection) -> list[Collection]:
     """All collections, by name."""
-    rows = conn.execute(sa.text("SELECT id, name, space_id FROM collections ORDER BY name"))
-    return [Collection(row.id, row.name, row.space_id) for row in rows]
+    query = f"SELECT k.id, k.name, k.space_id FROM collections k WHERE {_IS_KEPT} ORDER BY k.name"
+    return [Collection(row.id, row.name, row.space_id) for row in conn.execute(sa.text(query))]
+
+
+def have_lives(conn: sa.Connection) -> bool:
+    """Whether collections can be dropped, renamed and given aliases. False on the schema of the last release."""
+    return bool(conn.execute(sa.text("SELECT to_regclass('collection_aliases') IS NOT NULL")).scalar_one())
+
+
+def require_lives(conn: sa.Connection) -> None:
+    """Raise :class:`StoreUnavailable` on the schema of the last release."""
+    if not have_lives(conn):
+        raise StoreUnavailable(
+            "the database cannot drop or rename collections, or give them aliases, yet. Run: chunkmill migrate"
+        )
 
 
 def lock_for_enqueue(conn: sa.Connection, name: str, space: Space) -> Collection:
@@ -41,36 +78,56 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space) -> Collection
 
     Raises :class:`SpaceMismatch` if it is in another space and may not move.
     """
-    # The lock keeps others from moving the collection to another space before this call's job can be seen.
-    lock = sa.text("SELECT id, space_id FROM collections WHERE name = :name FOR NO KEY UPDATE")
-    row = conn.execute(lock, {"name": name}).one_or_none()
-    if row is None:
-        # Only now, because an insert that meets a conflict takes a number of the sequence with it, and numbers end.
-        create = """
-            INSERT INTO collections (name, space_id)
-            VALUES (:name, :space)
-            ON CONFLICT (name) DO NOTHING
-        """
-        conn.execute(sa.text(create), {"name": name, "space": space.id})
-        row = conn.execute(lock, {"name": name}).one()
-    if row.space_id != space.id:
-        _require_movable(conn, Collection(row.id, name, row.space_id), space.spec)
+    # The lock keeps others from moving or dropping the collection before this call's job can be seen.
+    collection = _lock(conn, name)
+    if collection is None:
+        # From here on no collection and no alias of this name can be made. An insert that meets a conflict would take
+        # a number of the sequence with it, and numbers end.
+        lock(conn, NAMES_LOCK)
+        collection = _lock(conn, name) or _create(conn, name, space)
+    if collection.space_id != space.id:
+        _require_movable(conn, collection, space.spec)
         move = "UPDATE collections SET space_id = :space WHERE id = :id"
-        conn.execute(sa.text(move), {"space": space.id, "id": row.id})
-    return Collection(row.id, name, space.id)
+        conn.execute(sa.text(move), {"space": space.id, "id": collection.id})
+    return Collection(collection.id, collection.name, space.id)
+
+
+def _lock(conn: sa.Connection, name: str) -> Collection | None:
+    row = conn.execute(sa.text(f"{_OF_NAME} FOR NO KEY UPDATE"), {"name": name}).one_or_none()
+    if row is None and have_lives(conn):
+        # The alias too: if it is taken away, or moved, while this waits for the collection, it is not found.
+        row = conn.execute(sa.text(f"{_OF_ALIAS} FOR NO KEY UPDATE OF k FOR SHARE OF a"), {"name": name}).one_or_none()
+    return Collection(row.id, row.name, row.space_id) if row else None
+
+
+def _create(conn: sa.Connection, name: str, space: Space) -> Collection:
+    # A producer of the last release does not take the lock of names.
+    create = """
+        INSERT INTO collections (name, space_id)
+        VALUES (:name, :space)
+        ON CONFLICT (name) DO NOTHING
+    """
+    conn.execute(sa.text(create), {"name": name, "space": space.id})
+    collection = _lock(conn, name)
+    if collection is None and have_lives(conn):
+        # It was dropped a moment ago, or by a process that has died since.
+        free = "SELECT free_dropped_name(id) FROM collections WHERE name = :name AND dropped_at IS NOT NULL"
+        conn.execute(sa.text(free), {"name": name})
+        conn.execute(sa.text(create), {"name": name, "space": space.id})
+        collection = _lock(conn, name)
+    if collection is None:
+        raise InvalidInput(
+            f"the collection cannot be named {name!r}, because the jobs of a dropped collection are listed under this "
+            "name. Choose another name, or delete those jobs with `chunkmill prune`."
+        )
+    return collection
 
 
 def require_space(conn: sa.Connection, name: str, spec: SpaceSpec) -> None:
     """Raise the :class:`SpaceMismatch` that an enqueue into the collection would raise now. Nothing is changed."""
-    collection = _find(conn, name)
+    collection = resolve(conn, name)
     if collection is not None and registry.get(conn, collection.space_id).spec.fingerprint != spec.fingerprint:
         _require_movable(conn, collection, spec)
-
-
-def _find(conn: sa.Connection, name: str) -> Collection | None:
-    query = "SELECT id, name, space_id FROM collections WHERE name = :name"
-    row = conn.execute(sa.text(query), {"name": name}).one_or_none()
-    return Collection(row.id, row.name, row.space_id) if row else None
 
 
 def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec) -> None:

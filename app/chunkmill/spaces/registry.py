@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 import sqlalchemy as sa
 
-from chunkmill.db.locks import REGISTER_LOCK, lock
+from chunkmill.db.locks import REGISTER_LOCK, SPACES_LOCK, lock, lock_shared
 from chunkmill.domain.spaces import LongText, Pooling, Precision, SpaceSpec
 from chunkmill.errors import NewerSpace, NotFound, SpaceMismatch
 
@@ -87,6 +87,19 @@ def register(conn: sa.Connection, spec: SpaceSpec, *, storage: str = "vector") -
     return space
 
 
+def register_and_hold(conn: sa.Connection, spec: SpaceSpec, *, storage: str) -> Space:
+    """:func:`register`, and keep everyone from dropping the space until the end of this transaction.
+
+    Until then the caller writes what refers to it.
+    """
+    hold = "SELECT id, fingerprint, spec, storage FROM spaces WHERE fingerprint = :fingerprint FOR KEY SHARE"
+    while True:
+        row = conn.execute(sa.text(hold), {"fingerprint": spec.fingerprint}).one_or_none()
+        if row:
+            return _space(row)
+        register(conn, spec, storage=storage)
+
+
 def find(conn: sa.Connection, fingerprint: str) -> Space | None:
     """The space of this fingerprint, or None."""
     query = "SELECT id, fingerprint, spec, storage FROM spaces WHERE fingerprint = :fingerprint"
@@ -119,7 +132,11 @@ def get_if_readable(conn: sa.Connection, space_id: int) -> Space | None:
 
 
 def all_tables(conn: sa.Connection) -> list[VectorTable]:
-    """The tables of all spaces, by id, whichever release registered them. What is deleted goes from all of them."""
+    """The tables of all spaces, by id, whichever release registered them. What is deleted goes from all of them.
+
+    None of them is dropped until the end of this transaction.
+    """
+    lock_shared(conn, SPACES_LOCK)
     return [VectorTable(row.id) for row in conn.execute(sa.text("SELECT id FROM spaces ORDER BY id"))]
 
 

@@ -41,14 +41,19 @@ def delete_some(conn: sa.Connection, *, collection_id: int, chunk_ids: Sequence[
         """
     parameters = {"collection": collection_id, "ids": list(chunk_ids or ()), "limit": limit}
     hashes = conn.execute(sa.text(delete), parameters).scalars().all()
+    delete_unreferenced(conn, hashes)
+    return len(hashes)
+
+
+def delete_unreferenced(conn: sa.Connection, hashes: Sequence[bytes]) -> None:
+    """Delete the texts and vectors of those contents that no chunk refers to. Call it after ``begin_deletion``."""
     for table in [*(space.table_name for space in all_tables(conn)), "contents"]:
-        delete_unreferenced = f"""
+        delete = f"""
             DELETE FROM {table} t
             WHERE t.content_hash = ANY(:hashes)
               AND NOT EXISTS (SELECT FROM chunks c WHERE c.content_hash = t.content_hash)
         """
-        conn.execute(sa.text(delete_unreferenced), {"hashes": list(hashes)})
-    return len(hashes)
+        conn.execute(sa.text(delete), {"hashes": list(hashes)})
 
 
 def begin_deletion(conn: sa.Connection) -> None:

@@ -14,8 +14,10 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from chunkmill.db.statements import with_constants
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.retention import Amount, CacheSpace, OnProgress
+from chunkmill.domain.states import JobState
 from chunkmill.spaces.registry import Space, VectorTable, all_spaces, all_tables
 from chunkmill.store.delete import begin_deletion
 
@@ -23,6 +25,9 @@ AGES_SINCE = "0006"
 """The migration since which contents have an age."""
 SLICE = 5_000
 """Contents deleted in one transaction, which keeps enqueues and writes out while it runs: 0.2 s at 384 dimensions."""
+
+_OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
+"""An open job may fill another space than the one in which its collection is. What it has there is needed."""
 
 # The statements count 60 bytes per text and 64 per vector for the hash, and for what Postgres keeps with each row.
 
@@ -103,11 +108,18 @@ def _mark_vectors(
             WHERE NOT EXISTS (
                 SELECT
                 FROM chunks c
-                JOIN collections k ON k.id = c.collection_id AND k.space_id = :space
+                JOIN collections k ON k.id = c.collection_id AND (
+                    k.space_id = :space
+                    OR k.id IN (
+                        SELECT j.collection_id
+                        FROM jobs j
+                        WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
+                    )
+                )
                 WHERE c.content_hash = v.content_hash
             )
         """
-        conn.execute(sa.text(insert), {"space": space.id})
+        conn.execute(with_constants(insert, **_OPEN), {"space": space.id})
     choose = """
         INSERT INTO doomed (space_id, content_hash, bytes)
         SELECT space_id, content_hash, bytes
@@ -149,6 +161,7 @@ def _delete_slice(
 ) -> dict[str, Amount]:
     """Delete one slice of ``doomed``, except what somebody refers to by now. Returns how much went from each table."""
     begin_deletion(conn)
+    spaces = all_tables(conn)  # one that nobody used may have been dropped since
     deleted = {
         space.table_name: _delete_vectors(conn, space, by_space[space.id]) for space in spaces if space.id in by_space
     }
@@ -189,7 +202,14 @@ def _delete_vectors(conn: sa.Connection, space: VectorTable, hashes: Sequence[by
               AND NOT EXISTS (
                   SELECT
                   FROM chunks c
-                  JOIN collections k ON k.id = c.collection_id AND k.space_id = :space
+                  JOIN collections k ON k.id = c.collection_id AND (
+                      k.space_id = :space
+                      OR k.id IN (
+                          SELECT j.collection_id
+                          FROM jobs j
+                          WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
+                      )
+                  )
                   WHERE c.content_hash = v.content_hash
               )
             RETURNING 64 + pg_column_size(v.embedding) AS bytes
@@ -197,7 +217,7 @@ def _delete_vectors(conn: sa.Connection, space: VectorTable, hashes: Sequence[by
         SELECT count(*) AS rows, coalesce(sum(bytes), 0)::bigint AS bytes
         FROM deleted
     """
-    row = conn.execute(sa.text(delete), {"space": space.id, "hashes": list(hashes)}).one()
+    row = conn.execute(with_constants(delete, **_OPEN), {"space": space.id, "hashes": list(hashes)}).one()
     return Amount(row.rows, row.bytes)
 
 
@@ -262,14 +282,21 @@ def _cache_space(conn: sa.Connection, space: Space, *, recent_days: float) -> Ca
                    NOT EXISTS (
                        SELECT
                        FROM chunks c
-                       JOIN collections k ON k.id = c.collection_id AND k.space_id = :space
+                       JOIN collections k ON k.id = c.collection_id AND (
+                           k.space_id = :space
+                           OR k.id IN (
+                               SELECT j.collection_id
+                               FROM jobs j
+                               WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
+                           )
+                       )
                        WHERE c.content_hash = v.content_hash
                    ) AS unreferenced
             FROM {space.table_name} v
             LEFT JOIN contents t ON t.content_hash = v.content_hash
         ) x
     """
-    stored = conn.execute(sa.text(measure_vectors), {"space": space.id}).one()
+    stored = conn.execute(with_constants(measure_vectors, **_OPEN), {"space": space.id}).one()
     count_hits = """
         SELECT coalesce(sum(n_contents), 0)::bigint AS contents,
                coalesce(sum(n_cached), 0)::bigint AS hits,

@@ -1,13 +1,14 @@
 """Builds the segments of serving indexes.
 
 A builder may be killed at any point. A search reads a segment only once it is live, and who builds next drops what was
-left half built. No producer, worker or search waits for a builder, but for the moment in which an index begins
-(`_begin`).
+left half built. No producer, worker or search waits for a builder, but for a second at most when the first index of a
+space begins (`_watch`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import psycopg
 import sqlalchemy as sa
 
-from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, lock
+from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, holders
 from chunkmill.domain.serving import (
     MAX_FLUSH_ROWS,
     MIN_ROWS,
@@ -24,13 +25,22 @@ from chunkmill.domain.serving import (
     Segment,
     SegmentKind,
     kind_for,
+    rows_to_flush,
     segments_to_merge,
 )
+from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
+TRIGGER_PATIENCE_S = 1
+"""How many seconds the creation of a trigger waits for transactions that write, because others wait behind it. It is
+tried again later."""
+logger = logging.getLogger(__name__)
+
+BEGIN_TRIES = 6
+"""How often somebody who asks for an index lets it begin."""
 BEGIN_PATIENCE_S = 10
-"""How many seconds the beginning of an index waits for transactions that write. It is tried again later."""
+"""How many seconds the beginning of an index waits for transactions that write, while others go on."""
 LOOK_S = 0.1
 """How many seconds pass until somebody who waits for another builder looks again."""
 STALE_PAUSE_S = 600
@@ -47,9 +57,9 @@ class Built:
     replaced: tuple[Segment, ...] = ()
 
 
-def graph_bytes(rows: int, dimensions: int) -> int:
+def graph_bytes(kind: SegmentKind, rows: int, dimensions: int) -> int:
     """About how many bytes of memory Postgres needs to build the graph of a segment of so many rows at once."""
-    return rows * (GRAPH_NODE_BYTES + 2 * dimensions)
+    return rows * (GRAPH_NODE_BYTES + (dimensions // 8 if kind is SegmentKind.BITS else 2 * dimensions))
 
 
 def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False) -> Built | None:
@@ -63,11 +73,17 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
             return None
         with conn.begin():
             segments.drop_unread(conn, collection_id, BuilderKind.FLUSH)
+        with conn.begin():
             index = segments.find(conn, collection_id, space.id)
+            if index is not None and index.has_lost:
+                segments.forget(conn, collection_id, space.id)
+                index = None
             if index is None and not _has_chunks(conn, collection_id, MIN_ROWS):
                 return None
-            if index is not None and index.is_ready and not _has_tail(conn, space, collection_id, MIN_ROWS):
-                return None
+            if index is not None and index.is_ready:
+                least = rows_to_flush(index.segments)
+                if not _has_tail(conn, space, collection_id, MIN_ROWS if wait else least):
+                    return None
         if index is None or not index.is_ready:
             return _build_first(conn, space, collection_id)
         with conn.begin():
@@ -75,43 +91,108 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
         with conn.begin():
             # What is in the tail and cannot be in the segment is of the same moment as what is in it.
             conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            _take_time(conn)
             fill = "SELECT filled, useless FROM fill_segment_from_tail(:id, :most)"
             rows, useless = conn.execute(sa.text(fill), {"id": new.id, "most": MAX_FLUSH_ROWS}).one()
         _finish(conn, new)
         with conn.begin():
+            _take_time(conn)
             segments.publish(conn, new, rows, useless=useless or ())
         return Built(Segment(new.id, new.kind, rows))
 
 
-def merge(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, wait: bool = False) -> Built | None:
+def merge(
+    db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False, wait: bool = False
+) -> Built | None:
     """Make one segment of several, or write a segment anew whose rows are largely deleted.
 
-    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly. What is
-    returned, and ``wait``, are as in :func:`flush`.
+    ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly.
+    ``compact`` asks for a graph of bits. What is returned, and ``wait``, are as in :func:`flush`.
     """
     with _alone(db, MERGE_LOCK, collection_id, wait=wait) as conn:
         if conn is None:
             return None
         with conn.begin():
             segments.drop_unread(conn, collection_id, BuilderKind.MERGE)
-            index = segments.find(conn, collection_id, space.id)
-            if index is None:
-                return None
+        with conn.begin():
+            _take_time(conn)
             stale = _stale_segments(conn, space, collection_id)
+        with conn.begin():
+            index = segments.find(conn, collection_id, space.id)
+            if index is None or index.has_lost:
+                return None
             old = segments_to_merge(index.segments, dimensions=space.spec.dimensions, stale=stale)
             if not old:
                 return None
-            kind = kind_for(sum(segment.rows for segment in old), space.spec.dimensions)
+            rows = sum(segment.rows for segment in old)
+            kind = kind_for(rows, space.spec.dimensions, compact=compact)
             new = segments.create(conn, collection_id, space, kind, BuilderKind.MERGE)
+        if kind is not SegmentKind.FLAT:
+            logger.info(
+                "collection %s: a graph of %s rows takes about %s MiB of memory in Postgres, and INDEX_MEMORY_MB is %s",
+                collection_id, rows, graph_bytes(kind, rows, space.spec.dimensions) >> 20, memory_mb,
+            )  # fmt: skip
         with conn.begin():
-            # Two segments may hold the same content, with the same vector. What belongs to no chunk is left out.
+            # What belongs to no chunk is left out, and what is in two segments is written once.
+            _take_time(conn)
             fill = "SELECT fill_segment_from_others(:id, CAST(:old AS bigint[]))"
             parameters = {"id": new.id, "old": [segment.id for segment in old]}
             rows = conn.execute(sa.text(fill), parameters).scalar_one()
         _finish(conn, new, memory_mb=memory_mb)
         with conn.begin():
+            _take_time(conn)
             segments.publish(conn, new, rows, replaces=old)
         return Built(Segment(new.id, kind, rows), tuple(old))
+
+
+def build_now(db: sa.Engine, space: Space, collection_id: int, *, memory_mb: int, compact: bool = False) -> None:
+    """Flush and merge until what the collection has by now is in segments of the right size.
+
+    What is written meanwhile is left to the poller, or this would last as long as somebody writes. Raises
+    :class:`StoreUnavailable` if an index that the collection needs cannot begin.
+    """
+    for _ in range(BEGIN_TRIES):
+        with db.begin() as conn:
+            index = segments.find(conn, collection_id, space.id)
+            is_needed = index is not None or _has_chunks(conn, collection_id, MIN_ROWS)
+            noted = _count_tail(conn, space, collection_id)
+        if not is_needed or (index is not None and index.is_ready):
+            break
+        flush(db, space, collection_id, wait=True)
+    else:
+        raise StoreUnavailable(
+            f"the serving index of collection {collection_id} could not begin, because a transaction that writes "
+            "chunks or vectors has lasted for a minute. Searches are exact meanwhile. Look for it in pg_stat_activity "
+            "(xact_start) and end it; the same call may be made again."
+        )
+    for _ in range(1 + noted // MAX_FLUSH_ROWS):
+        if flush(db, space, collection_id, wait=True) is None:
+            break
+    with db.begin() as conn:
+        index = segments.find(conn, collection_id, space.id)
+    # A merge lessens the segments, or makes a graph of one or writes one anew.
+    for _ in range(1 + 2 * len(index.segments) if index else 0):
+        if merge(db, space, collection_id, memory_mb=memory_mb, compact=compact, wait=True) is None:
+            break
+
+
+def drop_shared_graphs(db: sa.Engine, space: Space) -> list[str]:
+    """Drop the graphs of a whole space that the last release built, if this role owns them. Returns their names.
+
+    No search of this release reads them, and every vector that is written enters them. Nobody waits meanwhile.
+    """
+    dropped = []
+    # One at a time, under the key of merges; a space has the negative of its number there.
+    with _alone(db, MERGE_LOCK, -space.id, wait=True) as guard:
+        if guard is None:
+            return []
+        # DROP INDEX CONCURRENTLY cannot run inside a transaction.
+        with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            for name, is_ours in segments.shared_graphs(conn, space.table_name):
+                if is_ours:
+                    conn.execute(sa.text(f"DROP INDEX CONCURRENTLY IF EXISTS {name}"))
+                    dropped.append(name)
+    return dropped
 
 
 @contextlib.contextmanager
@@ -141,28 +222,87 @@ def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built
     If an earlier builder died in between, this begins again. Until the end, searches are exact. Returns None if writers
     left no moment for it, so that it is tried again later.
     """
-    try:
-        with conn.begin():
-            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
-            watch = "SELECT watch_collection(:collection, :space)"
-            conn.execute(sa.text(watch), {"collection": collection_id, "space": space.id})
-        with conn.begin():
-            # Everyone who writes chunks or vectors holds the shared side of this lock until the end of the transaction.
-            # So whoever has not seen the index has committed, and everybody else fills the tail.
-            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{BEGIN_PATIENCE_S}s'"))
-            lock(conn, DELETE_LOCK)
-    except sa.exc.OperationalError as error:
-        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
-            return None
-        raise
+    if not _watch(conn, space, collection_id) or not _wait_for_writers(conn):
+        return None
     with conn.begin():
         new = segments.create(conn, collection_id, space, SegmentKind.FLAT, BuilderKind.FLUSH)
     with conn.begin():
+        _take_time(conn)
         rows = conn.execute(sa.text("SELECT fill_first_segment(:id)"), {"id": new.id}).scalar_one()
     _finish(conn, new)
     with conn.begin():
+        _take_time(conn)
         segments.publish(conn, new, rows)
     return Built(Segment(new.id, new.kind, rows))
+
+
+def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
+    """Let everybody who writes from now on fill the tail of the collection. False if a trigger could not be created.
+
+    The first index of an installation, and of a space, creates triggers. Each is created in a transaction of its own,
+    so that nobody waits behind several of them.
+    """
+    parameters = {"collection": collection_id, "space": space.id}
+    try:
+        for call in (
+            "SELECT watch_chunks()",
+            "SELECT watch_chunk_batches()",
+            "SELECT watch_vectors(:space)",
+            "SELECT watch_collection(:collection, :space)",
+        ):
+            with conn.begin():
+                conn.execute(sa.text(f"SET LOCAL lock_timeout = '{TRIGGER_PATIENCE_S}s'"))
+                conn.execute(sa.text(call), parameters)
+    except sa.exc.OperationalError as error:
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            return False
+        raise
+    return True
+
+
+def _wait_for_writers(conn: sa.Connection) -> bool:
+    """Wait until everybody who writes chunks or vectors now has ended. False if somebody takes too long.
+
+    They hold the shared side of this lock until the end of their transactions. So whoever has not seen the index has
+    committed, and everybody else fills the tail. To take the lock itself would hold up all who come meanwhile.
+    """
+    deadline = time.monotonic() + BEGIN_PATIENCE_S
+    with conn.begin():
+        writers = holders(conn, DELETE_LOCK)
+    while writers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_S)
+        with conn.begin():
+            writers &= holders(conn, DELETE_LOCK)
+    return True
+
+
+def _take_time(conn: sa.Connection) -> None:
+    """A large segment takes longer than statements may take that somebody waits for."""
+    conn.execute(sa.text("SET LOCAL statement_timeout = 0"))
+
+
+def drop_left_behind(db: sa.Engine) -> int:
+    """Drop the segments of collections that have no serving index any more, because they moved or are gone.
+
+    Returns how many. What is being built or was read lately is left for later.
+    """
+    query = """
+        SELECT DISTINCT s.collection_id
+        FROM segments s
+        WHERE NOT EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = s.collection_id)
+    """
+    with db.begin() as conn:
+        left = conn.execute(sa.text(query)).scalars().all()
+    dropped = 0
+    for collection_id in left:
+        for key, builder in ((FLUSH_LOCK, BuilderKind.FLUSH), (MERGE_LOCK, BuilderKind.MERGE)):
+            with _alone(db, key, collection_id, wait=False) as conn:
+                if conn is not None:
+                    with conn.begin():
+                        dropped += segments.drop_unread(conn, collection_id, builder)
+    return dropped
 
 
 def collections_to_index(conn: sa.Connection) -> list[tuple[int, int]]:
@@ -174,15 +314,16 @@ def collections_to_index(conn: sa.Connection) -> list[tuple[int, int]]:
         SELECT i.collection_id, i.space_id
         FROM serving_indexes i
         LEFT JOIN collections k ON k.id = i.collection_id
-        WHERE k.space_id IS DISTINCT FROM i.space_id
+        WHERE k.space_id IS DISTINCT FROM i.space_id OR to_jsonb(k) ->> 'dropped_at' IS NOT NULL
     """
     for row in conn.execute(sa.text(moved)).all():
         segments.forget(conn, row.collection_id, row.space_id)
     large = """
         SELECT k.id, k.space_id
         FROM collections k
-        WHERE EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
-           OR EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1)
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND (EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
+               OR EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1))
         ORDER BY k.id
     """
     rows = conn.execute(sa.text(large), {"least": MIN_ROWS - 1})
@@ -227,8 +368,15 @@ def _has_tail(conn: sa.Connection, space: Space, collection_id: int, least: int)
     return bool(conn.execute(sa.text(query), parameters).scalar_one())
 
 
+def _count_tail(conn: sa.Connection, space: Space, collection_id: int) -> int:
+    query = "SELECT count(*) FROM serving_tail WHERE collection_id = :collection AND space_id = :space"
+    rows: int = conn.execute(sa.text(query), {"collection": collection_id, "space": space.id}).scalar_one()
+    return rows
+
+
 def _finish(conn: sa.Connection, new: Segment, *, memory_mb: int | None = None) -> None:
     with conn.begin():
+        _take_time(conn)
         if memory_mb is not None:
             conn.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{memory_mb}MB'"))
         conn.execute(sa.text("SELECT finish_segment(:id)"), {"id": new.id})

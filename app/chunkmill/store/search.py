@@ -25,6 +25,8 @@ FLAT_ADVANTAGE = 10
 """So many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
 MAX_K_THROUGH_SEGMENTS = 500
 """A search for more hits is exact, because pgvector keeps at most 1,000 candidates in mind."""
+MAX_K_THROUGH_BITS = 100
+"""The same for a collection with graphs of bits, which give ten candidates or more for each hit."""
 PAGED = 200
 """So many hits are put in order through the segments for a search with an offset, and all further ones exactly. The
 order of the first hits then does not depend on the page, as it would if a deeper page had more candidates."""
@@ -95,11 +97,11 @@ def search_all(
 ) -> list[Hits]:
     """:func:`search` for each row of ``queries``, ``(n, d)`` float32, all at one moment."""
     see_one_moment(conn)
-    prepare = """
+    prepare = f"""
         SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                set_config('hnsw.max_scan_tuples', :most, true),
-               to_regclass('serving_indexes') IS NOT NULL AS has_indexes
+               {segments.ARE_KEPT} AS has_indexes
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
     settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED)}).one()
@@ -118,6 +120,9 @@ def search_all(
             index, because = None, "The collection's serving index is being built for the first time."
         if index is not None:
             because = f"The collection has {index.rows:,} rows in segments"
+            if index.has_bits and offset is None and end > MAX_K_THROUGH_BITS:
+                index, because = None, f"A search of compact graphs for more than {MAX_K_THROUGH_BITS} hits is exact."
+        if index is not None:
             passing, said = asked.list_passing(index) if where else (None, "no filter is given")
             because = f"{because}, and {said}."
             if passing is not None:
@@ -178,15 +183,16 @@ class _Asked:
         explain: bool,
     ) -> Hits:
         """The ``k`` nearest, through ``index`` if it is given."""
-        parameters = self.parameters | {"query": "[" + ",".join(map(repr, query.astype(float).tolist())) + "]"}
+        parameters = self.parameters | {"query": "[" + ",".join(map(repr, _direction(query).tolist())) + "]"}
         head = Hits()
         if index is not None:
-            wanted = PAGED if paged else k
+            deepest = MAX_K_THROUGH_BITS if index.has_bits else PAGED
+            wanted = deepest if paged else k
             head = self._through_segments(parameters, wanted, index, because, explain)
             if len(head) >= wanted:
                 if k <= wanted:
                     return head
-                because = f"The first {PAGED} hits are from the segments, and the others are exact."
+                because = f"The first {wanted} hits are from the segments, and the others are exact."
             else:
                 because = (
                     f"The segments gave {len(head)} of {wanted} hits: the collection has no more that pass, or a graph "
@@ -220,7 +226,9 @@ class _Asked:
 
     def _estimate_share(self, index: ServingIndex) -> float:
         """What share of the collection passes the filter, by some blocks of its largest graph: always the same."""
-        largest = max((part for part in index.segments if part.kind is SegmentKind.HNSW), key=lambda part: part.rows)
+        largest = max(
+            (part for part in index.segments if part.kind is not SegmentKind.FLAT), key=lambda part: part.rows
+        )
         query = f"""
             SELECT count(*) AS looked, count(*) FILTER (WHERE {_has_chunk("s", self.filtered)}) AS passed
             FROM {largest.table_name} s TABLESAMPLE SYSTEM (:percent) REPEATABLE (1)
@@ -234,14 +242,14 @@ class _Asked:
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         candidates = max(k, MIN_CANDIDATES)
-        beam = min(WIDEST_BEAM, max(BEAM, 2 * candidates))
+        beam = min(WIDEST_BEAM, max(BEAM, (10 if index.has_bits else 2) * candidates))
         statement = _through_segments(self.space, index.segments, self.filtered)
         self._set_beam(beam)
-        hits, compared = self._hits(statement, {**parameters, "k": candidates})
+        hits, compared = self._hits(statement, {**parameters, "k": candidates, "beam": beam})
         if index.has_graphs and beam < WIDEST_BEAM and _is_far_from_all(hits):
             beam = WIDEST_BEAM
             self._set_beam(beam)
-            hits, compared = self._hits(statement, {**parameters, "k": candidates})
+            hits, compared = self._hits(statement, {**parameters, "k": candidates, "beam": beam})
             because += " The query is far from all of it, so that the graphs were searched with the widest beam."
         if not explain:
             return Hits(hits[:k])
@@ -250,7 +258,7 @@ class _Asked:
             because=because,
             candidates=compared,
             segments=len(index.segments),
-            graphs=sum(part.kind is SegmentKind.HNSW for part in index.segments),
+            graphs=sum(part.kind is not SegmentKind.FLAT for part in index.segments),
             tail=self._count_tail(),
             beam=beam if index.has_graphs else None,
         )
@@ -281,10 +289,22 @@ class _Asked:
         self.conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {beam}"))
 
     def _hits(self, statement: str, parameters: dict[str, object]) -> tuple[list[SearchHit], int]:
-        """The hits, and among how many candidates they are the nearest (0 if the statement does not count them)."""
+        """The hits, and among how many candidates they are the nearest (0 if the statement does not count them).
+
+        There are none if the scan of a graph gave up. Other segments may then have given enough that are not nearest.
+        """
         rows = self.conn.execute(sa.text(statement), parameters).all()
+        if any(row.gave_up for row in rows):
+            return [], 0
         hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
         return hits, rows[0].compared if rows else 0
+
+
+def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The query with length 1, which half precision can hold. Cosine asks for the direction alone."""
+    exact = query.astype(np.float64)
+    norm = np.linalg.norm(exact)
+    return exact / norm if norm > 0 else exact
 
 
 def _is_far_from_all(hits: Sequence[SearchHit]) -> bool:
@@ -292,15 +312,16 @@ def _is_far_from_all(hits: Sequence[SearchHit]) -> bool:
 
 
 def _exact(space: Space, filtered: str) -> str:
+    # The addition keeps the planner from an index of vectors, which the last release built and an operator may build.
     return f"""
-        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, 0 AS compared
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, 0 AS compared, false AS gave_up
         FROM (
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
             FROM chunks c
             JOIN {space.table_name} v USING (content_hash)
             WHERE c.collection_id = :collection {filtered}
-            ORDER BY distance, c.chunk_id
+            ORDER BY (v.embedding <=> CAST(:query AS {space.vector_type})) + 0.0, c.chunk_id
             LIMIT :k
         ) n
         JOIN contents t USING (content_hash)
@@ -308,9 +329,13 @@ def _exact(space: Space, filtered: str) -> str:
     """
 
 
+_CANDIDATES = {SegmentKind.FLAT: "2 * :k", SegmentKind.HNSW: "2 * :k", SegmentKind.BITS: ":beam"}
+"""How many candidates a segment gives, in SQL. Of bits, which tell less, all that the search of a graph keeps."""
+
+
 def _exact_among(space: Space) -> str:
     return f"""
-        SELECT 1 - n.distance AS score, n.chunk_id, t.text, c.metadata, n.truncated, 0 AS compared
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, c.metadata, n.truncated, 0 AS compared, false AS gave_up
         FROM (
             SELECT p.chunk_id, p.content_hash, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
@@ -326,17 +351,27 @@ def _exact_among(space: Space) -> str:
 
 
 def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
-    candidates = "\nUNION\n".join([_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)])
+    candidates = "\nUNION ALL\n".join(
+        [_of_tail(space, filtered), *(_of_segment(space, part, filtered) for part in live)]
+    )
+    graphs = ", ".join(
+        f"({part.id}, {part.rows}, {_CANDIDATES[part.kind]})" for part in live if part.kind is not SegmentKind.FLAT
+    )
+    given = "(SELECT count(*) FROM candidates x WHERE x.part = g.part)"
+    gave_up = (
+        f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted) WHERE {given} < least(g.wanted, g.n_rows))"
+    )
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
         )
-        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
+               {gave_up if graphs else "false"} AS gave_up
         FROM (
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance,
                    count(*) OVER () AS compared
-            FROM candidates n
+            FROM (SELECT DISTINCT content_hash FROM candidates) n
             JOIN {space.table_name} v USING (content_hash)
             JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
             ORDER BY distance, c.chunk_id
@@ -349,7 +384,7 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str) ->
 
 def _of_tail(space: Space, filtered: str) -> str:
     return f"""(
-        SELECT v.content_hash
+        SELECT v.content_hash, 0 AS part
         FROM serving_tail t
         JOIN {space.table_name} v USING (content_hash)
         WHERE t.collection_id = :collection AND t.space_id = :space AND {_has_chunk("t", filtered)}
@@ -360,22 +395,27 @@ def _of_tail(space: Space, filtered: str) -> str:
 
 
 def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
-    """The nearest contents of a segment that have a chunk: more than k, because its order is that of half precision.
+    """The nearest contents of a segment that have a chunk: more than k, because its order is that of half precision, or
+    that of the number of equal signs.
 
     The condition is evaluated row by row, in the order of the distances, until there are enough. So a graph is read
     only as far as necessary, and no plan joins the whole segment with the collection's chunks.
     """
     half = f"halfvec({space.spec.dimensions})"
-    if segment.kind is SegmentKind.HNSW:
+    wanted = _CANDIDATES[segment.kind]
+    if segment.kind is not SegmentKind.FLAT:
+        distance = f"s.embedding <=> CAST(:query AS {half})"
+        if segment.kind is SegmentKind.BITS:
+            distance = f"s.embedding <~> binary_quantize(CAST(:query AS {half}))::bit({space.spec.dimensions})"
         return f"""(
-            SELECT s.content_hash
+            SELECT s.content_hash, {segment.id} AS part
             FROM {segment.table_name} s
             WHERE {_has_chunk("s", filtered)}
-            ORDER BY s.embedding <=> CAST(:query AS {half})
-            LIMIT 2 * :k
+            ORDER BY {distance}
+            LIMIT {wanted}
         )"""
     return f"""(
-        SELECT s.content_hash
+        SELECT s.content_hash, {segment.id} AS part
         FROM (
             SELECT content_hash
             FROM {segment.table_name}
@@ -383,7 +423,7 @@ def _of_segment(space: Space, segment: Segment, filtered: str) -> str:
             OFFSET 0
         ) s
         WHERE {_has_chunk("s", filtered)}
-        LIMIT 2 * :k
+        LIMIT {wanted}
     )"""
 
 

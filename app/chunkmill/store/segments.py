@@ -15,6 +15,8 @@ from chunkmill.domain.serving import BuilderKind, Segment, SegmentKind, SegmentS
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces.registry import Space
 
+ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.serving_indexes') IS NOT NULL"
+"""True in SQL if this installation has serving indexes. Another one may have them in a later schema of the path."""
 GRACE_S = 300
 """How many seconds a retired segment stays for searches that began before."""
 
@@ -25,6 +27,8 @@ class ServingIndex:
 
     is_ready: bool
     segments: tuple[Segment, ...]
+    has_lost: bool = False
+    """Whether the table of a live segment is gone, as after a backup without them. Such an index is not ready."""
 
     @property
     def rows(self) -> int:
@@ -32,12 +36,16 @@ class ServingIndex:
 
     @property
     def has_graphs(self) -> bool:
-        return any(segment.kind is SegmentKind.HNSW for segment in self.segments)
+        return any(segment.kind is not SegmentKind.FLAT for segment in self.segments)
+
+    @property
+    def has_bits(self) -> bool:
+        return any(segment.kind is SegmentKind.BITS for segment in self.segments)
 
 
 def are_kept(conn: sa.Connection) -> bool:
     """False on the schema of the last release, on which this code runs too during an upgrade."""
-    return bool(conn.execute(sa.text("SELECT to_regclass('serving_indexes') IS NOT NULL")).scalar_one())
+    return bool(conn.execute(sa.text(f"SELECT {ARE_KEPT}")).scalar_one())
 
 
 def require_kept(conn: sa.Connection) -> None:
@@ -51,7 +59,7 @@ def require_kept(conn: sa.Connection) -> None:
 def find(conn: sa.Connection, collection_id: int, space_id: int) -> ServingIndex | None:
     """The serving index of a collection in a space; None if there is none."""
     query = """
-        SELECT i.is_ready, s.id, s.kind, s.n_rows
+        SELECT i.is_ready, s.id, s.kind, s.n_rows, to_regclass('segment_' || s.id) IS NULL AS is_lost
         FROM serving_indexes i
         LEFT JOIN segments s ON s.collection_id = i.collection_id AND s.space_id = i.space_id AND s.state = :live
         WHERE i.collection_id = :collection AND i.space_id = :space
@@ -62,7 +70,8 @@ def find(conn: sa.Connection, collection_id: int, space_id: int) -> ServingIndex
     if not rows:
         return None
     live = tuple(Segment(row.id, SegmentKind(row.kind), row.n_rows) for row in rows if row.id is not None)
-    return ServingIndex(rows[0].is_ready, live)
+    has_lost = any(row.is_lost and row.id is not None for row in rows)
+    return ServingIndex(rows[0].is_ready and not has_lost, live, has_lost)
 
 
 def create(conn: sa.Connection, collection_id: int, space: Space, kind: SegmentKind, builder: BuilderKind) -> Segment:
@@ -108,6 +117,22 @@ def forget(conn: sa.Connection, collection_id: int, space_id: int) -> None:
     conn.execute(sa.text(call), {"collection": collection_id, "space": space_id})
 
 
+def shared_graphs(conn: sa.Connection, vectors: str = "%") -> list[tuple[str, bool]]:
+    """The graphs of whole spaces that an earlier release built on vector tables of this name, and whether the role of
+    ``conn`` owns them. An index that an operator made has another name."""
+    query = """
+        SELECT c.relname, pg_has_role(t.relowner, 'USAGE') AS may
+        FROM pg_index i
+        JOIN pg_class c ON c.oid = i.indexrelid
+        JOIN pg_class t ON t.oid = i.indrelid
+        WHERE t.relnamespace = current_schema()::regnamespace
+          AND t.relname LIKE :vectors
+          AND c.relname ~ '^ix_vectors_[0-9]+_hnsw_(vector|halfvec)$'
+        ORDER BY c.relname
+    """
+    return [(row.relname, row.may) for row in conn.execute(sa.text(query), {"vectors": vectors})]
+
+
 def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
     """The serving index of a collection in numbers. Without one, all of them are 0."""
     query = """
@@ -116,7 +141,7 @@ def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
                ), false) AS is_ready,
                count(*) AS segments,
                coalesce(sum(n_rows), 0)::bigint AS rows,
-               coalesce(sum(n_rows) FILTER (WHERE kind = :hnsw), 0)::bigint AS graph_rows,
+               coalesce(sum(n_rows) FILTER (WHERE kind <> :flat), 0)::bigint AS graph_rows,
                (
                    SELECT count(*) FROM serving_tail WHERE collection_id = :collection AND space_id = :space
                ) AS tail,
@@ -128,7 +153,7 @@ def describe(conn: sa.Connection, collection_id: int, space_id: int) -> Index:
         "collection": collection_id,
         "space": space_id,
         "live": SegmentState.LIVE,
-        "hnsw": SegmentKind.HNSW,
+        "flat": SegmentKind.FLAT,
     }
     row = conn.execute(sa.text(query), parameters).one()
     return Index(row.is_ready, row.segments, row.rows, row.graph_rows, row.tail, row.bytes)

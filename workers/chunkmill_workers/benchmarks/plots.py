@@ -190,6 +190,42 @@ def _provider(result: Result) -> Figure:
     return figure
 
 
+def _search(result: Result) -> Figure | None:
+    """Recall over latency of the largest collections: the graph alone with each beam, and the search as it is."""
+    points = result["curve"]
+    lines = list(dict.fromkeys((point["kind"], point["topics"]) for point in points))
+    if not lines:
+        return None
+    figure, axes = _axes(4.6)
+    axes.yaxis.grid(visible=True, color=GRID)
+    for (kind, topics), colour in zip(lines, (OURS, PEER, OURS_LIGHT, PEER_LIGHT), strict=False):
+        own = [point for point in points if (point["kind"], point["topics"]) == (kind, topics)]
+        graph = [point for point in own if point["plan"] == "graph alone"]
+        label = f"{kind} topics, asked about {topics}" if kind == "own" else f"{kind} topics"
+        x, y = [point["p50_ms"] for point in graph], [point["recall"] for point in graph]
+        axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=3, label=f"{label}: graph alone, by beam")
+        for plan, marker in (("chunkmill", "*"), ("exact", "s")):
+            for point in (point for point in own if point["plan"] == plan):
+                size = 13 if plan == "chunkmill" else 5
+                label_ = f"{label}: {'chunkmill' if plan == 'chunkmill' else 'exact scan'}"
+                axes.plot([point["p50_ms"]], [point["recall"]], marker, color=colour, ms=size, label=label_)
+    axes.axhline(0.98, color=INK, lw=1.2, ls=(0, (2, 2)))
+    axes.annotate(
+        "promised: 0.98", (0.01, 0.98), (0, -11), xycoords=("axes fraction", "data"), textcoords="offset points",
+        fontsize=8.5, color=INK,
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(_thousands)
+    axes.tick_params(which="minor", length=0, labelsize=7, colors=PEER)
+    axes.set_ylim(top=1.01)
+    axes.set_ylabel("recall@10", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+    rows, of_all = points[0]["rows"], result["settings"]["rows_of_the_space"]
+    title = f"Recall against latency: {rows:,} chunks in a space of {of_all:,}"
+    _finish(figure, axes, title, result, "median latency in ms, without a filter", left=0.09, right=0.97)
+    return figure
+
+
 PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "engine": ("engine", _engine),
     "engine-lengths": ("engine", _lengths),
@@ -198,6 +234,8 @@ PICTURES: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "enqueue-million": ("enqueue-million", _million),
     "million": ("million", _flat),
     "provider": ("provider", _provider),
+    "search": ("search", _search),
+    "search-million": ("search-million", _search),
 }
 """From a picture's name to the benchmark whose JSON it shows, and the function that draws it."""
 

@@ -22,6 +22,7 @@ from chunkmill_workers.benchmarks.servers import temporary_stack
 from chunkmill_workers.benchmarks.stats import Measurement, Target, add_ratios, interleave
 
 TRANSACTION_ROWS = 4096
+COLUMNS = ("content_hash", "n_tokens", "truncated", "embedding")
 OURS = "chunkmill write_vectors"
 STAGED = "pgvector-python COPY, row by row, the same staging"
 COPY = "pgvector-python COPY, row by row, no staging"
@@ -47,7 +48,7 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
         with db.begin() as conn:
             space = registry.register(conn, DEFAULT_SPEC)
             conn.execute(sa.text(f"CREATE TABLE peer_vectors (LIKE {space.table_name} INCLUDING ALL)"))
-        peer_table = sa.table("peer_vectors", *(sa.column(column.name, column.type) for column in space.table.columns))
+        peer_table = sa.table("peer_vectors", *map(sa.column, COLUMNS))
         with db.connect() as conn, db.connect() as peer:
             register_vector(raw(peer))
             peer.rollback()
@@ -73,9 +74,8 @@ def run(*, rounds: int, quick: bool, say: Say) -> dict[str, Any]:
 
             def insert(rows: Rows) -> None:
                 relax_durability(peer)
-                names = ("content_hash", "n_tokens", "truncated", "embedding")
                 given = zip(rows.hashes, rows.n_tokens.tolist(), rows.truncated.tolist(), rows.vectors, strict=True)
-                peer.execute(sa.insert(peer_table), [dict(zip(names, row, strict=True)) for row in given])
+                peer.execute(sa.insert(peer_table), [dict(zip(COLUMNS, row, strict=True)) for row in given])
                 peer.commit()
 
             seconds = _measure(

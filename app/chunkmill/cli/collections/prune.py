@@ -35,8 +35,8 @@ def prune(screen: Screen, older_than: float, dry_run: bool, yes: bool) -> None:
 
     It first counts, and asks before it deletes. It is safe while workers run. Deleting a job also deletes its
     attempts, its usage, its dead list and its idempotency key; charges are kept, because they are the bill. A failed
-    or cancelled job is kept as long as one of its chunks has no vector. Postgres reuses the freed pages; only VACUUM
-    FULL returns them to the disk.
+    or cancelled job is kept as long as one of its chunks has no vector. Spaces that nothing refers to any more are
+    dropped. Postgres reuses the freed pages; only VACUUM FULL returns them to the disk.
     """
     with Client.from_env() as client:
         _run(
@@ -120,7 +120,7 @@ def _run(screen: Screen, act: Callable[[bool, OnProgress | None], Pruned], *, dr
             )
         planned = act(True, None)
         _show(screen, planned)
-        if not planned.total.rows:
+        if not planned.total.rows and not planned.spaces:
             return
         click.confirm("Delete this?", abort=True, err=True)
     with Bar(screen, "pruning") as bar:
@@ -133,14 +133,19 @@ def _show(screen: Screen, pruned: Pruned) -> None:
         screen.document(asdict(pruned) | {"total": pruned.total})
         return
     deleted = {table: amount for table, amount in pruned.amounts.items() if amount.rows}
-    if not deleted:
+    if not deleted and not pruned.spaces:
         screen.say("Nothing is old enough." if pruned.before else "Nothing is left to evict.")
-    else:
+    if deleted:
         total = pruned.total
         rows = [(table, amount.rows, size(amount.bytes)) for table, amount in deleted.items()]
         screen.table(
             ["table", "would be deleted" if pruned.dry_run else "deleted", "size"],
             [*rows, ("", total.rows, size(total.bytes))],
+        )
+    if pruned.spaces:
+        screen.say(
+            f"{count(len(pruned.spaces), 'space')} that nothing refers to {'would be' if pruned.dry_run else 'were'} "
+            f"dropped: {', '.join(fingerprint[:12] for fingerprint in pruned.spaces)}"
         )
     if pruned.kept_jobs:
         screen.hint(

@@ -1,24 +1,23 @@
-"""`search`, `audit`, `index`, `models` and `delete`."""
+"""`search`, `audit`, `index` and `models`."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
+from chunkmill.cli.collections.spaces import drop
 from chunkmill.cli.output import Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidInput
 from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
@@ -26,6 +25,27 @@ INCOMPLETE = 3
 
 PREVIEW = 120
 """Maximum number of columns of a hit's text."""
+
+
+class Mix(click.ParamType[object]):
+    """How vectors and keywords are mixed, as ``Client.search`` takes it."""
+
+    name = "mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | float | Literal["rrf"]:
+        if value in ("on", "off"):
+            return bool(value == "on")
+        if value == "rrf":
+            return "rrf"
+        try:
+            weight = float(value)
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight <= 1:
+            self.fail(f"{value!r} is not on, off, rrf or a number from 0 to 1.", param, ctx)
+        return weight
 
 
 @click.command()
@@ -43,6 +63,13 @@ PREVIEW = 120
     "--offset",
     type=click.IntRange(0),
     help="How many of the nearest chunks to leave out. Give 0 for the first page, and the pages fit together.",
+)
+@click.option(
+    "--hybrid",
+    type=Mix(),
+    metavar="MIX",
+    help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
+    "`golden tune` chose.",
 )
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
@@ -64,6 +91,7 @@ def search(
     like: str | None,
     min_score: float | None,
     offset: int | None,
+    hybrid: bool | float | Literal["rrf"] | None,
     exact: bool,
     explain: bool,
     timeout: float,
@@ -90,6 +118,7 @@ def search(
             min_score=min_score,
             offset=offset,
             explain=explain,
+            hybrid=hybrid,
         )
     plan = hits.explanation
     if screen.json:
@@ -115,7 +144,7 @@ def audit(screen: Screen, collection: str | None) -> None:
     missing.
     """
     with Client.from_env() as client:
-        names = client.collections() if collection is None else [collection]
+        names = [info.name for info in client.collections()] if collection is None else [collection]
         audits = [client.audit(name) for name in names]
     if screen.json:
         documents = [audit_fields(one) for one in audits]
@@ -163,6 +192,7 @@ def models(context: click.Context) -> None:
 
 models.add_command(canary)
 models.add_command(export)
+models.add_command(drop)
 
 
 def _show_models(screen: Screen) -> None:
@@ -189,37 +219,13 @@ def _show_models(screen: Screen) -> None:
         )  # fmt: skip
 
 
-@click.command()
-@click.argument("collection")
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "all_chunks", is_flag=True, help="Delete all chunks of the collection.")
-@click.option("--yes", is_flag=True, help="Delete without asking.")
-@json_option
-@click.pass_obj
-def delete(screen: Screen, collection: str, ids: tuple[str, ...], all_chunks: bool, yes: bool) -> None:
-    """Delete chunks of a collection by their ids, or all of its chunks with --all.
-
-    A text that no chunk refers to any more is deleted with its vectors.
-    """
-    # A list of ids that is empty by mistake, as in $(cat ids.txt), must not mean the whole collection.
-    if bool(ids) == all_chunks:
-        raise click.UsageError("Name the chunks by ID, or pass --all to delete all chunks of the collection.")
-    with Client.from_env() as client:
-        if not yes and not _confirmed(screen, client, collection, ids):
-            raise SystemExit(1)
-        deleted = client.delete(collection, None if all_chunks else ids, all_chunks=all_chunks)
-    if screen.json:
-        screen.document({"collection": collection, "deleted": deleted})
-    else:
-        screen.say(f"Deleted {count(deleted, 'chunk')} of {collection!r}.")
-
-
 def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     """Print each hit on two lines, so that a long id and the text do not take each other's place."""
     width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *cut)
+        mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut)
         screen.say(" " * 8, beginning(hit.text, width))
     if any(hit.truncated for hit in hits):
         screen.say("(cut): the text is longer than the model reads, and its end counted for nothing.")
@@ -271,12 +277,3 @@ def _where(given: str | None) -> dict[str, Any] | None:
     if not isinstance(metadata, dict):
         raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
     return metadata
-
-
-def _confirmed(screen: Screen, client: Client, collection: str, ids: tuple[str, ...]) -> bool:
-    if screen.json or not sys.stdin.isatty():
-        raise InvalidInput(
-            "delete asks before it deletes, and stdin is not a terminal: pass --yes to delete without asking."
-        )
-    n_chunks = len(ids) or client.audit(collection).chunks
-    return click.confirm(f"Delete {count(n_chunks, 'chunk')} of {collection!r} and their vectors?", err=True)

@@ -1,15 +1,20 @@
-"""Reads chunks from JSONL, CSV and Parquet files, folders of texts, and stdin, with one record in memory at a time."""
+"""Reads chunks from JSONL, CSV and Parquet files, folders of texts, and stdin, with one record in memory at a time.
+
+What `chunkmill export` wrote is recognized, so that it comes back with the same ids and metadata.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib
 import io
 import json
 import math
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -20,6 +25,7 @@ from uuid import UUID
 from chunkmill.cli.jobs.folders import Document, Skipped, documents
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.reasons import printable
+from chunkmill.domain.stored import EXPORTED
 from chunkmill.errors import InvalidChunk, InvalidInput, install_command
 from chunkmill.files import NOT_REGULAR, open_regular
 
@@ -27,6 +33,7 @@ MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""
 PARQUET_ROWS = 100
 """How many rows are in memory at a time."""
+ZIPPED = (".jsonl.gz", ".ndjson.gz")
 NAMED_COLUMNS = 20
 """How many columns an error names."""
 
@@ -114,10 +121,10 @@ def _require_readable(source: str) -> None:
         return
     if not path.exists():
         raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
-    if path.suffix.lower() not in (".jsonl", ".ndjson", ".csv", ".parquet"):
+    if not path.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".parquet", *ZIPPED)):
         raise InvalidInput(
             f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .csv or .parquet "
-            "file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
+            "file, a .jsonl.gz or .ndjson.gz file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
         )
     if not path.is_file():
         raise InvalidInput(f"{source}: {NOT_REGULAR}. To read from a pipe, name - and pipe it into stdin.")
@@ -135,10 +142,17 @@ def _opened(source: str, records: Iterator[tuple[str, Record]]) -> Iterator[tupl
 
 def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     with open_regular(path) as file:
-        yield from _jsonl(str(path), file, fields)
+        if not path.name.lower().endswith(ZIPPED):
+            yield from _jsonl(str(path), file, fields)
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as lines:
+                yield from _jsonl(str(path), lines, fields)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InvalidInput(f"{path}: this is no whole gzip file: {error}. Write it again.") from None
 
 
-def _jsonl(name: str, file: BinaryIO, fields: Fields) -> Iterator[tuple[str, Record]]:
+def _jsonl(name: str, file: BinaryIO | gzip.GzipFile, fields: Fields) -> Iterator[tuple[str, Record]]:
     number = 0
     while line := file.readline(MAX_RECORD_BYTES):
         number += 1
@@ -247,14 +261,17 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     try:
         with open_regular(path) as opened, parquet.ParquetFile(opened, pre_buffer=False) as file:
             _require_columns(str(path), file.schema_arrow.names, fields)
+            is_export = _is_exported(file.schema_arrow.names, fields)
             columns = None if fields.metadata is None else [fields.id, fields.text, *fields.metadata]
+            if is_export:
+                columns = ["id", "text", "metadata"]
             number = 0
             for row_group in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for row in arrow.table(
                     [_in_microseconds(arrow, column) for column in row_group.columns], names=row_group.schema.names
                 ).to_pylist():
                     number += 1
-                    yield f"{path}:row {number}", _from_row(row, fields)
+                    yield f"{path}:row {number}", _from_export(row) if is_export else _from_row(row, fields)
     except (arrow_error, OSError) as error:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
@@ -318,6 +335,8 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
+    if _is_exported(record, fields):
+        return _from_export(record)
     for option, field in fields.named:
         if field not in record:
             return Unreadable(f"there is no field {field!r}; name the right one with {option}")
@@ -329,6 +348,24 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
         given = {"metadata": given}
     rest = {k: v for k, v in record.items() if k not in (fields.id, fields.text, "metadata")}
     return Chunk(record[fields.id], record[fields.text], rest | (given or {}))
+
+
+def _is_exported(names: Collection[str], fields: Fields) -> bool:
+    """Whether a record with fields of these names was written by `chunkmill export`, with its text."""
+    return fields == Fields() and {*names, "vector"} == EXPORTED
+
+
+def _from_export(record: Mapping[str, Any]) -> Record:
+    """The chunk as it was exported. Its vector is looked up by its text, or made again."""
+    metadata = record["metadata"]
+    if isinstance(metadata, str):  # as Parquet has it
+        try:
+            metadata = json.loads(metadata)
+        except (ValueError, RecursionError):
+            metadata = None
+    if not isinstance(metadata, dict):
+        return Unreadable("the field 'metadata' of an exported chunk must be a JSON object")
+    return Chunk(record["id"], record["text"], metadata)
 
 
 def _from_row(row: Mapping[str, Any], fields: Fields) -> Record:

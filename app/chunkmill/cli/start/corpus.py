@@ -13,6 +13,8 @@ from chunkmill.domain.chunks import Chunk
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
+GOLDEN_RATIO = 0.618033988749895
+
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -22,13 +24,34 @@ def stdlib_docstrings() -> Iterator[Chunk]:
     The id is ``module:qualified.name``, or ``module`` for the module's own docstring. A name that is defined a second
     time gets ``#2``. The metadata has ``module`` and ``kind``, which is module, class or function.
     """
+    for path, module in _modules():
+        yield from _docstrings(path, module)
+
+
+def some_stdlib_docstrings(limit: int) -> list[Chunk]:
+    """At most ``limit`` of the docstrings, of modules from all over the library. No other module is read."""
+    modules = _modules()
+    # Multiples of the golden ratio lie evenly, so that whichever modules come first are from everywhere in the list.
+    order = sorted(range(len(modules)), key=lambda index: index * GOLDEN_RATIO % 1)
+    some: list[Chunk] = []
+    for index in order:
+        if len(some) >= limit:
+            break
+        found = list(_docstrings(*modules[index]))
+        some += found[: max(1, limit // 10)]
+    return some[:limit]
+
+
+def _modules() -> list[tuple[Path, str]]:
+    """The files of the standard library and the names of their modules, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    modules = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         # A part that is not an identifier is a folder of build files, such as config-3.11-x86_64-linux-gnu.
         if SKIPPED_FOLDERS.isdisjoint(parts) and all(part.isidentifier() for part in parts):
-            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            yield from _docstrings(path, module)
+            modules.append((path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)))
+    return modules
 
 
 def _docstrings(path: Path, module: str) -> Iterator[Chunk]:

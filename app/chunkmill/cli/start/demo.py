@@ -22,7 +22,7 @@ from chunkmill.cli.jobs.jobs import follow, job_fields
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
-from chunkmill.cli.start.corpus import stdlib_docstrings
+from chunkmill.cli.start.corpus import some_stdlib_docstrings, stdlib_docstrings
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
@@ -41,7 +41,9 @@ READY_SECONDS = 600.0
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1), help="Number of docstrings: an even sample of all.")
+@click.option(
+    "--limit", type=click.IntRange(1), help="At most how many docstrings are embedded; all of them by default."
+)
 @click.option(
     "--home",
     type=click.Path(path_type=Path),
@@ -220,13 +222,9 @@ def _new_folder(home: Path | None) -> Path:
 
 
 def _read(limit: int | None, said: list[str]) -> list[Chunk]:
-    chunks = list(stdlib_docstrings())
-    where = f"docstrings of Python {platform.python_version()}"
-    if limit is None or limit >= len(chunks):
-        said.append(f"{len(chunks):,} {where} read")
-        return chunks
-    said.append(f"a sample of {limit:,} of the {len(chunks):,} {where}")
-    return [chunks[index * len(chunks) // limit] for index in range(limit)]
+    chunks = list(stdlib_docstrings()) if limit is None else some_stdlib_docstrings(limit)
+    said.append(f"{len(chunks):,} docstrings of Python {platform.python_version()} read")
+    return chunks
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -196,6 +196,8 @@ def database_checks(database: Database) -> Iterator[Check]:
         yield Check("migration", "fail", database.migration or "none", "Run: chunkmill migrate")
     yield clock_check("Postgres clock", database.clock_ahead)
     yield roles_check(database.altered_roles)
+    if database.shared_graphs:
+        yield graphs_check(database.shared_graphs)
     for name, connections, command in (
         ("worker", database.connections.workers, "Start one on each machine with GPUs: chunkmill worker"),
         (
@@ -206,6 +208,18 @@ def database_checks(database: Database) -> Iterator[Check]:
     ):
         state = f"connected, {count(connections, 'connection')}" if connections else "none connected"
         yield Check(name, "ok" if connections else "warn", state, "" if connections else command)
+
+
+def graphs_check(graphs: tuple[str, ...]) -> Check:
+    """Each vector enters such a graph one by one, which makes writes thirty times as slow."""
+    return Check(
+        "shared graphs",
+        "warn",
+        ", ".join(graphs),
+        "An earlier release searched whole spaces through these indexes. This one does not, and they make every write "
+        "slow. When no process of the earlier release is left, run `chunkmill index COLLECTION` as the owner of the "
+        f"tables, or let the owner run: {' '.join(f'DROP INDEX CONCURRENTLY {name};' for name in graphs)}",
+    )
 
 
 def session_check(shared: bool) -> Check:

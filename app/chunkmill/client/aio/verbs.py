@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal, overload
@@ -11,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
+from chunkmill.client.hybrid import GoldenQueries
+from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
@@ -26,11 +29,14 @@ from chunkmill.domain.results import (
     Hits,
     Index,
     Job,
+    Keywords,
     RetriedDead,
+    SearchTuning,
 )
 from chunkmill.domain.retention import CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
+from chunkmill.domain.stored import Exported, StoredChunk
 
 
 class AsyncVerbs(Running):
@@ -318,6 +324,42 @@ class AsyncVerbs(Running):
         """
         return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
 
+    async def keywords(self, collection: str, *, language: str | None = None) -> Keywords | None:
+        """The keywords of a collection; None if it has none. With ``language`` it gets some.
+
+        ``language`` is a text search configuration of Postgres, such as ``english`` or ``simple``. The call returns
+        when all chunks have their keywords, which takes about a minute for 100,000 of them; writers and searches go on,
+        and if it is interrupted, the poller goes on with it. From then on each chunk gets its keywords in the commit
+        that writes it. Keywords stay in Postgres and are deleted with the text.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if Postgres does not know the language, or if the collection
+        has keywords in another one: call :meth:`drop_keywords` first.
+        """
+        return await self._long(self._client.keywords, collection, language=language)
+
+    async def drop_keywords(self, collection: str) -> bool:
+        """Delete the keywords of a collection, and what its golden queries chose. Returns whether there were any.
+
+        Its searches then go by vectors alone. Raises :class:`NotFound`.
+        """
+        return await self._short(self._client.drop_keywords, collection)
+
+    async def golden(self, collection: str) -> GoldenQueries:
+        """The golden queries of a collection: queries whose answers are known."""
+        return await self._short(self._client.golden, collection)
+
+    async def tune_search(self, collection: str, *, timeout: float = 600.0) -> SearchTuning:
+        """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
+
+        Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
+        report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
+        queries are judged, which chance chooses, and a worker embeds them.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
+        :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
+        """
+        return await self._long(self._client.tune_search, collection, timeout=timeout)
+
     @overload
     async def search(
         self,
@@ -332,6 +374,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -347,6 +390,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -362,6 +406,7 @@ class AsyncVerbs(Running):
         min_score: float | None = None,
         offset: int | None = None,
         explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -374,6 +419,12 @@ class AsyncVerbs(Running):
         are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
         query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
         found, which takes longer.
+
+        With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
+        the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
+        0.8, and False goes by the cosine alone. By default the search does what :meth:`tune_search` chose, which is the
+        cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
+        :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -390,6 +441,7 @@ class AsyncVerbs(Running):
                 min_score=min_score,
                 offset=offset,
                 explain=explain,
+                hybrid=hybrid,
             )
         )
 
@@ -425,35 +477,207 @@ class AsyncVerbs(Running):
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
         return await self._long(self._client.vectors, collection, ids)
 
-    async def delete(
-        self, collection: str, ids: Iterable[str] | AsyncIterable[str] | None = None, *, all_chunks: bool = False
-    ) -> int:
-        """Delete chunks by id, or with ``all_chunks`` all chunks of the collection. Returns how many were deleted.
-
-        A text that no chunk refers to any more is deleted with its vectors. Raises :class:`InvalidInput` unless exactly
-        one of ``ids`` and ``all_chunks`` is given, so that a missing list of ids never means everything, and
-        :class:`NotFound`.
-        """
-        return await self._long(self._client.delete, collection, ids, all_chunks=all_chunks)
-
     async def audit(self, collection: str) -> Audit:
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         return await self._long(self._client.audit, collection)
-
-    async def collections(self) -> list[str]:
-        """The names of all collections, in order."""
-        return await self._short(
-            self._client.collections,
-        )
 
     async def index(self, collection: str) -> Index:
         """Build now what searches of the collection need, and return what there is then.
 
         The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
         searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
-        Postgres.
+        Postgres. The graph of the whole space that an earlier release built is dropped, if this role owns it, because
+        no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
+        transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection)
+
+    async def get(
+        self,
+        collection: str,
+        ids: Iterable[str] | AsyncIterable[str],
+        *,
+        with_text: bool = True,
+        with_vector: bool = False,
+    ) -> dict[str, StoredChunk]:
+        """``chunk id → StoredChunk`` of ``ids``, in their order. An id that is not in the collection is left out.
+
+        Raises :class:`NotFound` if there is no such collection.
+        """
+        return await self._long(self._client.get, collection, ids, with_text=with_text, with_vector=with_vector)
+
+    def chunks(
+        self,
+        collection: str,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        after: str = "",
+        limit: int | None = None,
+        with_text: bool = True,
+        with_vector: bool = False,
+    ) -> AsyncGenerator[StoredChunk, None]:
+        """The chunks of a collection that pass ``filter``, or all, in the order in which Postgres sorts their ids.
+
+        ``after`` begins behind an id, and ``limit`` ends after so many chunks: the next page begins ``after`` the last
+        id of this one. The iterator reads as it goes, in constant memory and without an open transaction. A chunk that
+        is in the collection all the time comes exactly once. What is added, changed or deleted meanwhile comes as it is
+        when its page is read. Raises :class:`NotFound`, also if the collection is dropped meanwhile,
+        :class:`SpaceMismatch` if it moves to another space, and :class:`InvalidInput`.
+        """
+        return self._each(
+            self._client.chunks,
+            collection,
+            filter=filter,
+            after=after,
+            limit=limit,
+            with_text=with_text,
+            with_vector=with_vector,
+        )
+
+    async def count(self, collection: str, *, filter: Mapping[str, Any] | None = None) -> int:
+        """How many chunks of a collection pass ``filter``; without one, how many there are. Raises :class:`NotFound`
+        and :class:`InvalidInput`.
+        """
+        return await self._short(self._client.count, collection, filter=filter)
+
+    async def delete(
+        self,
+        collection: str,
+        ids: Iterable[str] | AsyncIterable[str] | None = None,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        all_chunks: bool = False,
+    ) -> int:
+        """Delete chunks by id, by ``filter``, or with ``all_chunks`` all of the collection. Returns how many.
+
+        A text that no chunk refers to any more is deleted with its vectors. A filter deletes the chunks that pass it
+        when the call begins, in several transactions; what an enqueue adds or replaces meanwhile stays, and so does a
+        chunk that no longer passes. If the call fails, what it has deleted stays deleted, and the same call deletes the
+        rest. Raises :class:`InvalidInput` unless exactly one of ``ids``, ``filter`` and ``all_chunks`` is given, and
+        for a filter that is empty, so that a list or a filter that is missing never means everything; and
+        :class:`NotFound`.
+        """
+        return await self._long(self._client.delete, collection, ids, filter=filter, all_chunks=all_chunks)
+
+    async def update_metadata(
+        self,
+        collection: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        ids: Iterable[str] | AsyncIterable[str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        all_chunks: bool = False,
+        remove: Iterable[str] | AsyncIterable[str] = (),
+        replace: bool = False,
+    ) -> int:
+        """Change the metadata of chunks. Nothing is embedded again. Returns how many chunks were chosen.
+
+        The keys of ``metadata`` are set and the keys in ``remove`` are removed; other keys stay. A value takes the
+        place of the old one as a whole, also if both are objects. With ``replace``, ``metadata`` takes the place of all
+        that the chunk had. The next search finds the chunks by what they have now. An enqueue that names a chunk again
+        sets its metadata anew. Many chunks are changed in several transactions; a filter is applied again in each, so a
+        chunk that an enqueue has changed meanwhile is left alone unless it still passes. Raises :class:`InvalidInput`
+        unless exactly one of ``ids``, ``filter`` and ``all_chunks`` is given, for a filter that is empty, and if the
+        result would be larger than an enqueue accepts; and :class:`NotFound`.
+        """
+        return await self._long(
+            self._client.update_metadata,
+            collection,
+            metadata,
+            ids=ids,
+            filter=filter,
+            all_chunks=all_chunks,
+            remove=remove,
+            replace=replace,
+        )
+
+    def iter_vectors(
+        self, collection: str, *, batch_size: int = 1000, filter: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[tuple[list[str], NDArray[np.float32]], None]:
+        """Batches of ``(ids, vectors)``: the ids of up to ``batch_size`` chunks and their ``(n, d)`` float32 vectors.
+
+        Every batch but the last is full. The chunks are those that pass ``filter`` and have a vector, in the order of
+        their ids. As for :meth:`chunks`, memory is constant, no transaction stays open, a chunk that stays comes
+        exactly once, and the same errors are raised. The vectors are normalised if the model's are.
+        """
+        return self._each(self._client.iter_vectors, collection, batch_size=batch_size, filter=filter)
+
+    async def export(
+        self,
+        collection: str,
+        path: str | os.PathLike[str],
+        *,
+        filter: Mapping[str, Any] | None = None,
+        with_text: bool = True,
+        with_vector: bool = True,
+        overwrite: bool = False,
+        on_progress: Callable[[int, int], Awaitable[None] | None] | None = None,
+    ) -> Exported:
+        """Write the chunks that pass ``filter``, or all, into a file, in the order of their ids.
+
+        The name says the format: ``.parquet``, which needs the extra ``parquet``, or JSON lines, ``.jsonl`` and
+        ``.ndjson``, also with ``.gz``. A chunk has the fields ``id``, ``text``, ``metadata`` (in Parquet as JSON text),
+        ``vector`` (``(d,)`` float32, null if there is none), ``truncated`` and ``content_hash``. What holds for
+        :meth:`chunks` while others write holds here. The file gets its name once it is complete, and an existing file
+        is kept unless ``overwrite`` is true. ``on_progress`` is called with the number of chunks written, and of all.
+        ``chunkmill enqueue`` takes the file. Raises :class:`InvalidInput`, :class:`NotFound` and what :meth:`chunks`
+        raises.
+        """
+        return await self._long(
+            self._client.export,
+            collection,
+            path,
+            filter=filter,
+            with_text=with_text,
+            with_vector=with_vector,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+
+    async def collections(self, *, exact: bool = False) -> list[CollectionInfo]:
+        """All collections, by name, with what is in them and how they are served.
+
+        This is cheap for large collections too: the chunks of one with more than 1,000 are estimated, which
+        ``CollectionInfo.counted`` says. ``exact`` counts them, which reads the keys of all chunks and vectors.
+        """
+        return await self._short(self._client.collections, exact=exact)
+
+    async def drop_collection(
+        self, name: str, *, wait: bool = True, on_progress: OnDropped | None = None
+    ) -> DroppedCollection:
+        """Drop a collection with all of its chunks, their texts and vectors, its serving index and its view.
+
+        The name is free at once: whoever enqueues into it from then on gets a new, empty collection. Open jobs are
+        cancelled; what is at a provider is followed to its end and booked. The chunks are deleted in short
+        transactions beside everything else. With ``wait=False``, or if the process dies, a poller deletes them.
+
+        The jobs and their costs stay until they are pruned. They are listed under the name with "(dropped)" and a
+        number. Their idempotency keys may be used again. Texts that another collection has stay, with their vectors.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if ``name`` is an alias or if the collection has one.
+        """
+        return await self._short(self._client.drop_collection, name, wait=wait, on_progress=on_progress)
+
+    async def rename_collection(self, name: str, to: str) -> None:
+        """Give a collection another name. Its jobs, its aliases and its serving index stay, and so does its view.
+
+        Enqueues that are under way go on. The old name is free. Raises :class:`NotFound`, :class:`InvalidInput` if
+        ``name`` is an alias or ``to`` is taken, and :class:`StoreUnavailable` if several producers write into the
+        collection without a pause for 10 s.
+        """
+        return await self._short(self._client.rename_collection, name, to)
+
+    async def set_alias(self, alias: str, collection: str) -> None:
+        """Let ``alias`` be one more name of ``collection``, which every method accepts.
+
+        An alias of another collection moves, at one moment: whoever resolves it gets the old or the new collection.
+        Raises :class:`NotFound`, and :class:`InvalidInput` if ``alias`` is the name of a collection.
+        """
+        return await self._short(self._client.set_alias, alias, collection)
+
+    async def remove_alias(self, alias: str) -> None:
+        """Take an alias away. Its collection stays. Raises :class:`NotFound`."""
+        return await self._short(self._client.remove_alias, alias)
 
     async def prune(
         self,
@@ -466,10 +690,19 @@ class AsyncVerbs(Running):
         then and that no collection refers to. This is safe while everything runs.
 
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
-        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. ``dry_run``
-        only counts.
+        because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
+        spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
+        only counts; a space to which only jobs refer that would be deleted is not among its ``spaces``.
         """
         return await self._long(self._client.prune, older_than, dry_run=dry_run, on_progress=on_progress)
+
+    async def drop_space(self, space: str) -> None:
+        """Drop an embedding space that nothing refers to, with the vectors that are still in it.
+
+        ``space`` is the beginning of its fingerprint. Raises :class:`NotFound`, and :class:`InvalidInput`, which names
+        the collection or the job that refers to it. A space that the bill names stays.
+        """
+        return await self._short(self._client.drop_space, space)
 
     async def cache(self, *, recent: timedelta | float = 7) -> list[CacheSpace]:
         """Each space's vectors, their size, and how often enqueues found a vector that they needed, ever and in the

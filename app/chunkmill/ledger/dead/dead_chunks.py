@@ -131,12 +131,14 @@ class DeadFilter:
         return {"ids": ids, "job_id": self.job_id, "collection": self.collection, "code": self.code}
 
 
+# What is left of the lists of a dropped collection is about to be deleted, and is nobody's any more.
 _COUNT_CODES = sa.text("""
 SELECT d.code, count(*) AS n
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN collections k ON k.id = j.collection_id
-WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+  AND (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
   AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
   AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
   AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))
@@ -155,7 +157,8 @@ SELECT d.id
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN collections k ON k.id = j.collection_id
-WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+  AND (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
   AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
   AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
   AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))
@@ -175,7 +178,8 @@ FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN collections k ON k.id = j.collection_id
 LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id AND j.space_id = k.space_id
-WHERE (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
+WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+  AND (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
   AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
   AND (CAST(:collection AS text) IS NULL OR k.name = CAST(:collection AS text))
   AND (CAST(:code AS text) IS NULL OR d.code = CAST(:code AS text))

@@ -19,6 +19,7 @@ from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.ledger.jobs import streams
 from chunkmill.ledger.jobs.routing import entry, lane_of
+from chunkmill.spaces import collections
 from chunkmill.spaces.collections import Collection
 
 SHOWN_DEAD_CHUNKS = 20
@@ -81,7 +82,8 @@ def open_job(
 
 
 _OF_KEY = sa.text("""
-SELECT j.id, j.state, j.route, j.routing, j.on_long, j.sealed_at, j.space_id, c.name AS collection
+SELECT j.id, j.state, j.route, j.routing, j.on_long, j.sealed_at, j.space_id, j.collection_id, c.name AS collection,
+       to_jsonb(c) ->> 'dropped_at' IS NOT NULL AS is_dropped
 FROM jobs j
 JOIN collections c ON c.id = j.collection_id
 WHERE j.idempotency_key = :key
@@ -91,17 +93,23 @@ WHERE j.idempotency_key = :key
 def of_key(
     conn: sa.Connection, idempotency_key: str | None, *, collection: str, space_id: int, on_long: OnLong
 ) -> OpenedJob | None:
-    """The job that an enqueue with this key created before, or None. The collection of today has no say in it.
+    """The job that an enqueue with this key created before, or None. Of the collection only the identity counts, so
+    that the job is found after a rename, and by an alias. The key of a job whose collection was dropped is free.
 
     Raises :class:`InvalidInput` if that enqueue asked for something else, or was cancelled before its end.
     """
     job = conn.execute(_OF_KEY, {"key": idempotency_key}).one_or_none()
     if job is None:
         return None
-    if (job.collection, job.space_id, job.on_long) != (collection, space_id, on_long):
+    if job.is_dropped:
+        free = "UPDATE jobs SET idempotency_key = NULL WHERE id = :id AND idempotency_key = :key"
+        conn.execute(sa.text(free), {"id": job.id, "key": idempotency_key})
+        return None
+    asked = collections.resolve(conn, collection)
+    if (asked and asked.id, job.space_id, job.on_long) != (job.collection_id, space_id, on_long):
         raise InvalidInput(
             f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which enqueued into another collection "
-            "or space, or with another on_long. Use a key of its own for each enqueue."
+            f"({job.collection!r} now) or space, or with another on_long. Use a key of its own for each enqueue."
         )
     if job.state == JobState.CANCELLED and job.sealed_at is None:
         raise InvalidInput(
@@ -182,11 +190,11 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
 
     Returns False if the job is neither, or was never enqueued to its end. ``attempt`` counts on, because it is the
     fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has moved to
-    another space since: nobody would find what the job embeds.
+    another space since, or was dropped: nobody would find what the job embeds.
     """
     # The lock keeps an enqueue from moving the collection until the job can be seen to run.
     lock = """
-        SELECT c.name, c.space_id = j.space_id AS is_there
+        SELECT c.name, c.space_id = j.space_id AS is_there, to_jsonb(c) ->> 'dropped_at' IS NOT NULL AS is_dropped
         FROM jobs j
         JOIN collections c ON c.id = j.collection_id
         WHERE j.id = :id
@@ -201,6 +209,10 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     states = {"running": JobState.RUNNING, "failed": JobState.FAILED, "cancelled": JobState.CANCELLED}
     if conn.execute(sa.text(reopen), {"id": job_id} | states).rowcount == 0:
         return False
+    if collection.is_dropped:
+        raise InvalidInput(
+            f"job {job_id} cannot be retried: its collection was dropped, with all chunks. Enqueue the chunks again."
+        )
     if not collection.is_there:
         raise InvalidInput(
             f"job {job_id} cannot be retried: collection {collection.name!r} was emptied and has moved to another "

@@ -16,7 +16,7 @@ import pytest
 
 from chunkmill.cli.jobs import sources
 from chunkmill.cli.jobs.sources import Fields, Reader
-from chunkmill.cli.start.corpus import stdlib_docstrings
+from chunkmill.cli.start.corpus import some_stdlib_docstrings, stdlib_docstrings
 from chunkmill.domain.chunks import Chunk, prepare
 from chunkmill.errors import InvalidChunk, InvalidInput
 
@@ -322,3 +322,17 @@ def test_an_error_about_columns_names_a_few_of_them(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="and 9,980 more") as refused:
         read(path)
     assert len(str(refused.value)) < 1_000
+
+
+def test_a_few_docstrings_are_from_many_modules_and_read_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), read_bytes(path))[1])
+    few = some_stdlib_docstrings(60)
+    assert len(few) == len({chunk.id for chunk in few}) == 60
+    modules = [chunk.metadata["module"] for chunk in few]
+    assert len(set(modules)) >= 10
+    assert len(read) < 60
+    monkeypatch.undo()
+    everything = {chunk.id: chunk for chunk in stdlib_docstrings()}
+    assert all(everything[chunk.id] == chunk for chunk in few)

@@ -9,10 +9,12 @@ import pytest
 
 from chunkmill.domain.serving import (
     GRAPH_ROWS,
+    MAX_FLUSH_ROWS,
     MIN_ROWS,
     Segment,
     SegmentKind,
     kind_for,
+    rows_to_flush,
     segments_to_merge,
 )
 
@@ -23,7 +25,14 @@ def test_a_graph_is_for_many_rows_of_dimensions_that_pgvector_indexes() -> None:
     assert kind_for(GRAPH_ROWS - 1, 384) is FLAT
     assert kind_for(GRAPH_ROWS, 384) is HNSW
     assert kind_for(GRAPH_ROWS, 4_000) is HNSW
-    assert kind_for(GRAPH_ROWS, 4_001) is FLAT
+    assert kind_for(GRAPH_ROWS - 1, 4_001) is FLAT
+    assert kind_for(GRAPH_ROWS, 4_001) is SegmentKind.BITS
+
+
+def test_a_compact_graph_is_of_bits_if_there_are_enough_of_them() -> None:
+    assert kind_for(GRAPH_ROWS - 1, 384, compact=True) is FLAT
+    assert kind_for(GRAPH_ROWS, 255, compact=True) is HNSW
+    assert kind_for(GRAPH_ROWS, 256, compact=True) is SegmentKind.BITS
 
 
 def test_segments_that_must_be_written_anew_come_first_and_alone() -> None:
@@ -63,3 +72,20 @@ def test_a_growing_collection_has_few_segments_and_writes_each_row_a_few_times(d
     assert sum(segment.rows for segment in live) == total
     assert most <= 20
     assert written <= 7 * total
+
+
+def test_while_no_merge_ends_a_large_collection_gets_few_segments() -> None:
+    """A merge of millions of rows takes hours, and each segment costs every search some time."""
+    live: list[Segment] = []
+    total = 0
+    while total < 5_000_000:
+        rows = rows_to_flush(live)
+        assert MIN_ROWS <= rows <= MAX_FLUSH_ROWS
+        live.append(Segment(len(live), FLAT, rows))
+        total += rows
+    assert len(live) <= 150
+
+
+def test_while_merges_keep_up_a_small_tail_is_flushed() -> None:
+    live = [Segment(1, HNSW, 1_000_000), *(Segment(i, FLAT, MIN_ROWS) for i in range(2, 17))]
+    assert rows_to_flush(live) == rows_to_flush([]) == MIN_ROWS

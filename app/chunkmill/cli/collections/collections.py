@@ -1,0 +1,144 @@
+"""`collections`: list, `drop`, `rename`, `alias`, `unalias`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import click
+
+from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.client import Client
+from chunkmill.domain.collections import CollectionInfo
+from chunkmill.errors import InvalidInput, NotFound
+
+
+@click.group(invoke_without_command=True)
+@click.option("--exact", is_flag=True, help="Count the chunks of large collections too.")
+@json_option
+@click.pass_context
+def collections(context: click.Context, exact: bool) -> None:
+    """List the collections, with what is in them and how they are served.
+
+    A number with ~ is estimated from Postgres' statistics; --exact counts. On a terminal this is a table, and in a pipe
+    it is JSON. A name may be that of a collection or an alias in every command.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    screen: Screen = context.obj
+    with Client.from_env() as client:
+        infos = client.collections(exact=exact)
+    if screen.json or not screen.out.is_terminal:
+        screen.document([asdict(info) for info in infos])
+    elif not infos:
+        screen.say("There are no collections yet. The first enqueue creates one.")
+    else:
+        screen.table(
+            ["collection", "aliases", "space", "model", "chunks", "embedded", "pending", "dead", "index", "rows",
+             "tail", "index MB", "created", "last enqueue"],
+            [_row(info) for info in infos],
+        )  # fmt: skip
+
+
+def _row(info: CollectionInfo) -> tuple[object, ...]:
+    """The cells of a collection."""
+    about = "" if info.counted else "~"
+    last = info.last_enqueue_at
+    return (
+        info.name,
+        ", ".join(info.aliases) or None,
+        info.space[:12],
+        info.model,
+        f"{about}{info.chunks:,}",
+        f"{about}{info.embedded:,}",
+        info.pending,
+        info.dead,
+        "ready" if info.index.is_ready else "building" if info.index.rows or info.index.tail else None,
+        info.index.rows,
+        info.index.tail,
+        f"{info.index.bytes / 1e6:,.1f}",
+        f"{info.created_at.astimezone():%Y-%m-%d}",
+        None if last is None else f"{last.astimezone():%Y-%m-%d %H:%M}",
+    )
+
+
+@collections.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Drop without asking.")
+@click.option("--no-wait", is_flag=True, help="Leave the deletion of the chunks to a poller.")
+@json_option
+@click.pass_obj
+def drop(screen: Screen, name: str, yes: bool, no_wait: bool) -> None:
+    """Drop a collection with all of its chunks, texts, vectors, its index and its view.
+
+    The name is free at once. Open jobs are cancelled; what is at a provider is followed to its end and booked. Jobs and
+    their costs stay until `chunkmill prune` deletes them.
+    """
+    with Client.from_env() as client:
+        if not yes and not _confirmed(screen, client, name):
+            raise SystemExit(1)
+        dropped = client.drop_collection(name, wait=not no_wait)
+    if screen.json:
+        screen.document(asdict(dropped))
+    elif no_wait:
+        screen.say(f"Dropped {name!r}. A poller deletes its chunks.")
+    else:
+        screen.say(f"Dropped {name!r} with {count(dropped.chunks, 'chunk')}.")
+
+
+@collections.command()
+@click.argument("name")
+@click.argument("to")
+@json_option
+@click.pass_obj
+def rename(screen: Screen, name: str, to: str) -> None:
+    """Give collection NAME the name TO. Its jobs, aliases and index stay."""
+    with Client.from_env() as client:
+        client.rename_collection(name, to)
+    if screen.json:
+        screen.document({"collection": to, "was": name})
+    else:
+        screen.say(f"{name!r} is now {to!r}.")
+
+
+@collections.command()
+@click.argument("alias")
+@click.argument("collection")
+@json_option
+@click.pass_obj
+def alias(screen: Screen, alias: str, collection: str) -> None:
+    """Make ALIAS one more name of COLLECTION, or move it there from another collection."""
+    with Client.from_env() as client:
+        client.set_alias(alias, collection)
+    if screen.json:
+        screen.document({"alias": alias, "collection": collection})
+    else:
+        screen.say(f"{alias!r} is an alias of {collection!r}.")
+
+
+@collections.command()
+@click.argument("alias")
+@json_option
+@click.pass_obj
+def unalias(screen: Screen, alias: str) -> None:
+    """Remove ALIAS. Its collection stays."""
+    with Client.from_env() as client:
+        client.remove_alias(alias)
+    if screen.json:
+        screen.document({"alias": alias, "collection": None})
+    else:
+        screen.say(f"{alias!r} is an alias no longer.")
+
+
+def _confirmed(screen: Screen, client: Client, name: str) -> bool:
+    if screen.json or not sys.stdin.isatty():
+        raise InvalidInput(
+            "collections drop asks before it drops, and stdin is not a terminal: pass --yes to drop without asking."
+        )
+    info = next((info for info in client.collections() if name in (info.name, *info.aliases)), None)
+    if info is None:
+        raise NotFound(f"there is no collection {name!r}; `chunkmill collections` lists the ones that exist.")
+    about = "" if info.counted else "about "
+    return click.confirm(
+        f"Drop {info.name!r} with {about}{count(info.chunks, 'chunk')}, their texts and their vectors?", err=True
+    )
