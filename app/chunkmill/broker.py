@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -138,6 +140,10 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
+_first_use = threading.Lock()
+os.register_at_fork(before=_first_use.acquire, after_in_parent=_first_use.release, after_in_child=_first_use.release)
+
+
 @dataclass(frozen=True, slots=True)
 class Broker:
     """Two connections to Redis: Celery's publishes, and a plain client reads the queues first.
@@ -223,7 +229,7 @@ class Broker:
         )
 
     def _send(self, task: str, queue: str, messages: Iterable[tuple[int, int, str, Shown]]) -> None:
-        with self.celery.producer_or_acquire() as producer, _batch(producer):
+        with self._producers().acquire(block=True) as producer, _batch(producer):
             for number, priority, name, shown in messages:
                 self.celery.send_task(
                     task,
@@ -239,6 +245,14 @@ class Broker:
                     ignore_result=True,
                     declare=[],  # kombu would note the queue in a table in Redis, which nobody reads
                 )
+
+    def _producers(self) -> Any:
+        """The pool that Celery shares between all apps of this process with the same URL.
+
+        Celery makes it when it is first asked. Of threads that ask at once, each would get a pool of its own.
+        """
+        with _first_use:
+            return self.celery.producer_pool
 
     def close(self) -> None:
         self.client.close()

@@ -33,7 +33,9 @@ from chunkmill import (
     WaitTimeout,
 )
 from chunkmill.broker import Broker
+from chunkmill.client import vectors as of_client
 from chunkmill.client.aio import calls
+from chunkmill.client.steps import Pause
 from chunkmill.db.connect import create_db
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
@@ -207,6 +209,24 @@ def test_fifty_searches_wait_at_once_without_blocking_the_loop_and_get_their_own
 
     run(scene())
     until(lambda: is_at_rest(aio))
+
+
+def test_a_search_that_waits_has_neither_a_thread_nor_a_connection(
+    aio: AsyncClient, hands: Hands, collections: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_client, "Pause", lambda _: Pause(2 * PATIENCE))
+
+    async def scene() -> None:
+        searches = [asyncio.create_task(aio.search(f"text {n}", collection="low")) for n in range(SEARCHES)]
+        await true(lambda: hands.rows("SELECT count(*) FROM embed_requests") == [(SEARCHES,)])
+        await true(lambda: aio._client._db.pool.checkedout() == 0)  # type: ignore[attr-defined]
+        assert len(await aio.jobs()) == 2
+        for search in searches:
+            search.cancel()
+        await asyncio.wait(searches)
+        assert is_at_rest(aio)
+
+    run(scene())
 
 
 def test_waits_for_more_jobs_than_there_are_threads_keep_nobody_out(

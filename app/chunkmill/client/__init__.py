@@ -21,7 +21,13 @@ __all__ = ["Client", "GoldenQueries"]
 
 
 class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention):
-    """Enqueues chunks, follows jobs and searches. It is thread-safe; make one per process.
+    """Enqueues chunks, follows jobs and searches. Make one per process.
+
+    All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
+    no connection meanwhile, so any number of threads may wait. Ten calls at a time have a connection: an enqueue and an
+    estimate keep theirs while they read their chunks, and all other calls for their transactions. A call that gets none
+    within 30 s raises :class:`StoreUnavailable`. An iterable or a function that is given to a call runs in the thread
+    of that call. Close the client when no call runs any more. :class:`AsyncClient` is for asyncio.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
     connections of its own. Do not fork while a call is under way in the same thread.
