@@ -128,13 +128,14 @@ class Vectors(ClientPart):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
         like = None if like is None else as_text("like", like)
         queries, is_single = ([], True) if query is None else as_queries(query)
-        if len(queries) * k > MAX_K:
-            raise InvalidInput(f"{len(queries):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
+        _require_few(len(queries), k)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
             is_text = like is None and isinstance(queries, list)
             mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
+        if mix is not None:
+            _require_few(len(queries), keywords.depth(k, offset))
         texts = queries if isinstance(queries, list) else []
         if isinstance(queries, list):
             queries = self._ask_all(space, queries, "query", timeout)
@@ -288,3 +289,9 @@ class Vectors(ClientPart):
                 )
             time.sleep(pause)
             pause = min(0.05, pause * 1.5)
+
+
+def _require_few(n_queries: int, k: int) -> None:
+    """Raise :class:`InvalidInput` if so many queries have more hits than are to be in memory."""
+    if n_queries * k > MAX_K:
+        raise InvalidInput(f"{n_queries:,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
