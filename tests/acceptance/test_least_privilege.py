@@ -24,6 +24,8 @@ from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
+from chunkmill.errors import InvalidInput
+from chunkmill.ledger import dropping
 from chunkmill.monitor.servers import read_database
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -212,6 +214,11 @@ def settings(roles: dict[str, str], guarded: GuardedRedis) -> Settings:
     )
 
 
+def left_behind(db: sa.Engine) -> list[int]:
+    with db.begin() as conn:
+        return dropping.left_behind(conn)
+
+
 def test_everything_runs_with_no_more_than_it_needs(
     settings: Settings,
     processes: Processes,
@@ -241,11 +248,20 @@ def test_everything_runs_with_no_more_than_it_needs(
             assert reader.search("text number 7", collection="docs", k=1, timeout=PATIENCE)[0].chunk_id == "c7"
             assert reader.job(job.id).embedded == 100
             assert reader.audit("docs").complete
+            assert [(info.name, info.chunks) for info in reader.collections()] == [("docs", 100)]
+        client.enqueue([("c1", "a text")], collection="short-lived", on_long="split")
+        client.set_alias("live", "short-lived")
+        client.rename_collection("short-lived", "old")
+        client.remove_alias("live")
+        client.drop_collection("old", wait=False)
+        until(lambda: not left_behind(db), poller.output)
         client.enqueue([("c0", "another text")], collection="docs")
         with db.begin() as conn:
             conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))
         gone = client.prune(0).amounts
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
+        with pytest.raises(InvalidInput, match="is in it"):
+            client.drop_space(client.audit("docs").space)
         assert client.delete("docs", ["c1"]) == 1
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
     index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
@@ -317,6 +333,11 @@ MAY = {
     "DELETE FROM dead_chunks": "producer worker poller",
     "SELECT create_vector_table(1)": "producer worker",
     "UPDATE spaces SET model = model": "producer",
+    "INSERT INTO collection_aliases (name, collection_id) VALUES ('mine', 1)": "producer",
+    "SELECT drop_unused_space(1, now(), false)": "producer",
+    "SELECT refresh_collection_views(1)": "producer worker poller",
+    "SELECT hide_collection_views(1)": "",
+    "SELECT chunk_id FROM chunkmill_collections.docs": "reader",
 }
 """Which purposes may run a statement."""
 
