@@ -15,7 +15,7 @@ These rules hold for every function:
 - A result that is beyond the largest number of its type is infinite. No result is NaN.
 """
 
-from chunkmill.similarity.kmeans import Clusters, kmeans
+from chunkmill.similarity.clusters import Clusters, kmeans
 from chunkmill.similarity.matrix import blocks, cosine, dot, euclidean, manhattan
 from chunkmill.similarity.measures import Measure, normalise
 from chunkmill.similarity.nearest import Nearest, top_k, top_k_of_batches

@@ -132,20 +132,25 @@ class _Search:
         for row, query in enumerate(range(first, first + len(asked))):
             if len(self.values[query]) == self.k:
                 floors[row] = _below(self.sign * float(self.values[query][-1]), absolute[row], relative, times=1)
-        with np.errstate(over="ignore"):  # rounded down to the type of the values, so that it excludes nothing
-            limits = np.nextafter(floors.astype(self.dtype), self.dtype.type(-np.inf))
-        may = values >= limits[:, np.newaxis]
+        may = values >= self._rounded_down(floors)[:, np.newaxis]
         for row in np.flatnonzero(may.any(axis=1)):
             query = first + int(row)
             if len(self.values[query]) < self.k < len(block):
                 kth = np.partition(values[row], len(block) - self.k)[len(block) - self.k]
-                may[row] &= values[row] >= _below(float(kth), absolute[row], relative, times=2)
+                floor = _below(float(kth), absolute[row], relative, times=2)
+                may[row] &= values[row] >= self._rounded_down(np.array(floor))
             chosen = np.flatnonzero(may[row])
             exact = self.sign * compare.exact(asked[row], block[chosen])
             merged = np.concatenate([self.sign * self.values[query], exact])
             order = np.argsort(-merged, kind="stable")[: self.k]
             self.values[query] = self.sign * merged[order]
             self.ids[query] = np.concatenate([self.ids[query], names[chosen]])[order]
+
+    def _rounded_down(self, floors: NDArray[np.float64]) -> Floats:
+        """In the type of the values, and not above: a bound that was rounded up could exclude what it should not."""
+        with np.errstate(over="ignore"):
+            down: Floats = np.nextafter(floors.astype(self.dtype), self.dtype.type(-np.inf))
+        return down
 
     def nearest(self, ids: np.dtype[Any]) -> Nearest:
         count = min(self.k, self.seen)

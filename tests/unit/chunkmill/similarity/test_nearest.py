@@ -40,10 +40,11 @@ def sorted_all(queries: Array, vectors: Array, k: int, measure: Measure) -> tupl
     return order, np.take_along_axis(rounded, order, axis=1)
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(
-    n=st.integers(1, 300), q=st.integers(1, 8), d=st.integers(1, 20), k=st.integers(1, 40), distinct=st.integers(1, 300),
-    measure=st.sampled_from(Measure), block=st.sampled_from([256, 4096, 2**25]), seed=st.integers(0, 2**32),
+    n=st.integers(1, 300), q=st.integers(1, 8), d=st.integers(1, 20), k=st.integers(1, 40),
+    distinct=st.integers(1, 300), measure=st.sampled_from(Measure), block=st.sampled_from([256, 4096, 2**25]),
+    seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_the_nearest_are_those_of_a_stable_sort_of_everything(
     n: int, q: int, d: int, k: int, distinct: int, measure: Measure, block: int, seed: int
