@@ -21,13 +21,14 @@ class Rows:
     """The rows of an argument. They stay where they are, such as in a file, until :meth:`take` reads some of them.
 
     ``dtype`` is the type of results: float32, or float64 for what float32 cannot hold exactly. ``is_vector`` says that
-    a single vector ``(d,)`` was given, which is one row here.
+    a single vector ``(d,)`` was given, which is one row here. ``shape`` is what was given.
     """
 
-    __slots__ = ("argument", "array", "dtype", "is_vector")
+    __slots__ = ("argument", "array", "dtype", "is_vector", "shape")
 
     def __init__(self, argument: str, given: object) -> None:
         array = _as_array(argument, given)
+        self.shape = array.shape
         if array.dtype.kind not in "fiub":
             raise InvalidInput(f"{argument} has the type {array.dtype}; it must have real numbers.")
         if array.shape == (0,):

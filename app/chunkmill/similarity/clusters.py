@@ -71,14 +71,14 @@ def kmeans(
 
     ``measure="cosine"`` is spherical k-means (Dhillon and Modha 2001): vectors and centres have length 1, so only
     directions count. A vector of zeros has none and is refused. The same ``seed`` gives the same result on the same
-    machine. Vectors are read block by block in each iteration, so they may be a memory-mapped file; memory grows with
-    ``n`` only for labels. Raises :class:`InvalidInput`.
+    machine. Vectors are read block by block in each iteration, so they may be a memory-mapped file; memory
+    grows with ``n`` by a few numbers for each vector. Raises :class:`InvalidInput`.
     """
     rows = Rows("vectors", vectors)
     if (chosen := as_word(Measure, measure, "measure")) not in MEASURES:
         raise InvalidInput(f"measure is {str(chosen)!r}; the clusters of k-means need one of: {', '.join(MEASURES)}.")
     if not len(rows) or rows.is_vector:
-        raise InvalidInput(f"vectors has the shape {np.shape(vectors)}; it must be at least one row (n, d).")
+        raise InvalidInput(f"vectors has the shape {rows.shape}; it must be at least one row (n, d).")
     k = as_number("k", k, least=1, most=len(rows))
     if batch_size is not None:
         batch_size = min(as_number("batch_size", batch_size, least=1), len(rows))
@@ -88,7 +88,7 @@ def kmeans(
     random = np.random.default_rng(as_number("seed", seed, least=0))
     first = None if start is None else Rows("start", start)
     if first is not None and (first.is_vector or len(first) != k):
-        raise InvalidInput(f"start has the shape {np.shape(start)}; it must be one row for each of the {k} centres.")
+        raise InvalidInput(f"start has the shape {first.shape}; it must be one row for each of the {k} centres.")
     if first is not None:
         require_same_dimensions(rows, first)
     data = _Data(rows, chosen, result_type(rows) if first is None else result_type(rows, first))
@@ -120,7 +120,7 @@ class _Data:
                 self.scale = math.ldexp(1.0, max(-1000, min(1000, -exponent)))
             mean = np.zeros(rows.dimensions)
             for part in slices(len(rows), self.step):
-                mean += (rows.take(part, dtype) * np.float64(self.scale)).sum(axis=0) / len(rows)
+                mean += (rows.take(part, np.float64) * self.scale).sum(axis=0) / len(rows)
             self.origin = mean.astype(dtype)
         self.kept: Floats | None = None
         if len(rows) * rows.dimensions * dtype.itemsize <= BLOCK_BYTES:
@@ -159,7 +159,7 @@ class _Data:
             return units
         if self.scale != 1.0:
             with np.errstate(under="ignore"):
-                block = (block * np.float64(self.scale)).astype(self.dtype)
+                block = (block.astype(np.float64) * self.scale).astype(self.dtype)
         moved: Floats = block - self.origin
         return moved
 
@@ -168,7 +168,8 @@ class _Data:
         if not self.is_cosine:
             return centres
         units = unit_rows(centres)
-        return np.where(units.any(axis=1)[:, np.newaxis], units, before)
+        there = np.any(units, axis=1, keepdims=True)
+        return np.where(there, units, before)
 
 
 def _plus_plus(data: _Data, k: int, random: np.random.Generator) -> Float64s:

@@ -128,7 +128,8 @@ class Cosine:
         lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide)) * np.sqrt(np.einsum("i,i", asked, asked))
         products = np.einsum("ij,j->i", wide, asked)
         cosines = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
-        return np.clip(cosines, -1, 1).astype(rows.dtype)
+        clipped: Floats = np.clip(cosines, -1, 1).astype(rows.dtype)
+        return clipped
 
     def slack(self, a: Floats, b: Floats) -> tuple[Float64s, float]:
         return np.full(len(a), error_of_sums(a.shape[1], self.unit)), 0.0
@@ -195,7 +196,8 @@ class Points:
 
     @cached_property
     def squares(self) -> Float64s:
-        return np.einsum("ij,ij->i", self.moved, self.moved)
+        squares: Float64s = np.einsum("ij,ij->i", self.moved, self.moved)
+        return squares
 
     @cached_property
     def are_safe(self) -> bool:
@@ -223,7 +225,7 @@ class Euclidean:
         self.precision = 2.0**-25 if dtype == np.float32 else 2.0**-40
         dimensions = reference.shape[1]
         self.small_part = (2 * dimensions + 8) * 2.0**-54 / self.precision
-        self.origin = (reference * np.float64(1 / max(1, len(reference)))).sum(axis=0)  # the sum cannot overflow
+        self.origin = (reference.astype(np.float64) / max(1, len(reference))).sum(axis=0)  # the sum cannot overflow
 
     def prepare(self, block: Floats) -> Points:
         return Points(block, self.origin)
@@ -243,7 +245,7 @@ class Euclidean:
         np.maximum(squared, 0, out=squared)
         with np.errstate(over="ignore"):
             out[...] = np.sqrt(squared, out=squared)
-        for row in np.flatnonzero(close.any(axis=1)):
+        for row in np.flatnonzero(close.any(axis=1)).tolist():
             columns = np.flatnonzero(close[row])
             out[row, columns] = self.exact(a.block[row], b.block[columns])
 
@@ -345,4 +347,5 @@ def lengths_of(block: Floats) -> Float64s:
     """``(b,)`` float64: the lengths of the rows. They are infinite only if they are beyond float64."""
     wide = scaled(block)
     with np.errstate(over="ignore", under="ignore"):
-        return np.ldexp(np.sqrt(np.einsum("ij,ij->i", wide, wide)), scales(block))
+        lengths: Float64s = np.ldexp(np.sqrt(np.einsum("ij,ij->i", wide, wide)), scales(block))
+    return lengths

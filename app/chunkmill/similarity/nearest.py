@@ -65,7 +65,7 @@ def top_k_of_batches(
         rows = Rows(f"batch {number}", vectors)
         if rows.is_vector or len(ids) != len(rows):
             raise InvalidInput(
-                f"batch {number} has {len(ids)} ids and vectors of the shape {np.shape(rows.array)}; "
+                f"batch {number} has {len(ids)} ids and vectors of the shape {rows.shape}; "
                 "it must have one id for each row."
             )
         names = np.fromiter(ids, dtype=object, count=len(ids))
@@ -133,8 +133,8 @@ class _Search:
             if len(self.values[query]) == self.k:
                 floors[row] = _below(self.sign * float(self.values[query][-1]), absolute[row], relative, times=1)
         may = values >= self._rounded_down(floors)[:, np.newaxis]
-        for row in np.flatnonzero(may.any(axis=1)):
-            query = first + int(row)
+        for row in np.flatnonzero(may.any(axis=1)).tolist():
+            query = first + row
             if len(self.values[query]) < self.k < len(block):
                 kth = np.partition(values[row], len(block) - self.k)[len(block) - self.k]
                 floor = _below(float(kth), absolute[row], relative, times=2)
