@@ -30,6 +30,7 @@ from chunkmill.domain.results import (
     DroppedDead,
     Explanation,
     FailingChunkBatch,
+    Hits,
     Index,
     Job,
     JobProviderBatch,
@@ -37,6 +38,7 @@ from chunkmill.domain.results import (
     RetriedDead,
     RoutingStep,
     SearchHit,
+    SearchPlan,
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
@@ -111,6 +113,7 @@ __all__ = [
     "Estimate",
     "Explanation",
     "FailingChunkBatch",
+    "Hits",
     "Index",
     "InvalidChunk",
     "InvalidInput",
@@ -134,6 +137,7 @@ __all__ = [
     "Route",
     "RoutingStep",
     "SearchHit",
+    "SearchPlan",
     "SpaceMismatch",
     "Standing",
     "StoreLimit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -89,6 +89,42 @@ class SearchHit:
     metadata: Mapping[str, Any]
     truncated: bool
     """The vector stands only for the part of the text that the model reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """How a search was answered. It is made if the search is asked to explain itself."""
+
+    is_exact: bool
+    """All chunks that pass the filter were compared with the query. Otherwise only candidates were."""
+    because: str
+    """A sentence that says why."""
+    candidates: int
+    """How many chunks were compared by their exact distance."""
+    segments: int = 0
+    """How many segments gave candidates."""
+    graphs: int = 0
+    """How many of these have a graph. The others are read from the first row to the last."""
+    tail: int = 0
+    """How many rows the tail had, all of which were read."""
+    beam: int | None = None
+    """How many candidates the search of a graph kept in mind (``hnsw.ef_search``); None if no graph was read."""
+    passing: int | None = None
+    """How many chunks pass the filter; None if there is no filter, or if they are more than the search counted."""
+
+
+class Hits(list[SearchHit]):
+    """The hits of one query, best first: a list of :class:`SearchHit`.
+
+    ``explanation`` is a :class:`SearchPlan` that says how they were found; None unless the search was called with
+    ``explain=True``.
+    """
+
+    __slots__ = ("explanation",)
+
+    def __init__(self, hits: Iterable[SearchHit] = (), explanation: SearchPlan | None = None) -> None:
+        super().__init__(hits)
+        self.explanation = explanation
 
 
 @dataclass(frozen=True, slots=True)
