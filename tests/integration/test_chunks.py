@@ -205,7 +205,11 @@ def test_no_transaction_is_open_and_a_lost_connection_is_no_end(
     assert seen == [f"c{i}" for i in range(10)]
 
 
-def test_a_collection_that_goes_or_moves_is_no_end(client: Client, db: sa.Engine, small_steps: None) -> None:
+@pytest.mark.parametrize("window", [7, 1_000], ids=["several windows", "one window"])
+def test_a_collection_that_goes_or_moves_is_no_end(
+    client: Client, db: sa.Engine, small_steps: None, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(store, "MAX_WINDOW", window)
     fill(client, db)
     listed, batches = client.chunks("docs"), client.iter_vectors("docs", batch_size=2)
     assert (next(listed).id, next(batches)[0]) == ("c0", ["c0", "c1"])
@@ -394,15 +398,21 @@ def test_other_metadata_wake_no_tail_and_the_next_filtered_search_sees_them(
 
 
 def test_a_change_of_metadata_and_a_deletion_wait_for_each_other(client: Client, db: sa.Engine) -> None:
-    """A deletion that waits for a row does not look again whether the row still passes its filter."""
+    """They take rows in different orders, and could deadlock."""
     fill(client, db)
     with db.begin() as deleting:
         row = collections.find(deleting, "docs")
         delete_some(deleting, collection_id=row.id, chunk_ids=["c1"], limit=1)
         change = Call(lambda: client.update_metadata("docs", {"half": 9}, filter={"half": 1}))
-        waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = :key)"
-        until(lambda: deleting.execute(sa.text(waiting), {"key": DELETE_LOCK}).scalar_one() or not change.is_alive())
-        assert change.is_alive()
+        waiting = """
+            SELECT l.objid
+            FROM pg_stat_activity a
+            JOIN pg_locks l USING (pid)
+            WHERE a.datname = current_database() AND NOT l.granted
+        """
+        waits: list[Any] = []
+        until(lambda: waits.extend(deleting.execute(sa.text(waiting)).scalars()) or waits or not change.is_alive())
+        assert waits == [DELETE_LOCK]
     assert change.result() == 4
     assert client.count("docs", filter={"half": 9}) == 4
 

@@ -291,7 +291,7 @@ def update_metadata(
     keys are set and the keys ``removed`` are removed. Raises :class:`InvalidInput` if a chunk would get more metadata
     than an enqueue accepts. Nothing is written then.
     """
-    # A deletion that chose a chunk by its metadata does not look again while it waits for the chunk's row.
+    # A deletion takes its rows in any order, so the two could deadlock.
     keep_deletions_out(conn)
     condition, values = chosen.sql("c.metadata")
     # In the order in which an enqueue takes them, so that the two cannot deadlock.
