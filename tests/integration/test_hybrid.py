@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from chunkmill import Client
+from chunkmill.cli.__main__ import cli
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain import mixing
 from chunkmill.domain.chunks import content_hash
@@ -503,3 +505,45 @@ def test_a_title_is_cut_off_its_chunk_when_it_is_judged(client: Client, runner: 
     client.enqueue([(next(iter(changed.relevant)), "Another title now\n\n" + "with other words below. " * 9)],
                    collection="docs")  # fmt: skip
     assert client.tune_search("docs", timeout=PATIENCE).left_out == 1
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_commands_do_what_the_client_does(
+    client: Client, db: sa.Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    texts = {f"c{i}": f"secretword{i} and some words around" for i in range(60)}
+    fill(client, db, "docs", texts)
+    fill(client, db, "others", texts)
+    assert "'docs' has no keywords" in run("keywords", "docs")
+    assert "(english) are ready" in run("keywords", "docs", "--language", "english")
+    assert json.loads(run("keywords", "docs", "--json"))["language"] == "pg_catalog.english"
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text(
+        "".join(json.dumps({"_id": name, "text": text.split()[0]}) + "\n" for name, text in texts.items())
+    )
+    qrels.write_text("".join(f"{name}\t{name}\t1\n" for name in texts))
+    assert "Stored 60 queries with 60 judgements" in run("golden", "load", "docs", str(queries), str(qrels))
+    assert json.loads(run("golden", "--json")) == [
+        {"collection": "docs", "queries": 60},
+        {"collection": "others", "queries": 0},
+    ]
+    assert len(json.loads(run("golden", "list", "docs", "--json"))) == 60
+    said = run("golden", "tune", "docs")
+    assert "60 queries were judged." in said
+    assert "Searches are mixed from now on" in said
+    assert json.loads(run("golden", "tune", "docs", "--json"))["alpha"] is not None
+    assert "mixed" in run("search", "secretword7", "-c", "docs")
+    assert "mixed" not in run("search", "secretword7", "-c", "docs", "--hybrid", "off")
+    hits = json.loads(run("search", "secretword7", "-c", "docs", "--hybrid", "0", "-k", "1", "--json"))
+    assert [hit["chunk_id"] for hit in hits] == ["c7"]
+    assert CliRunner().invoke(cli, ["search", "a", "-c", "docs", "--hybrid", "2"]).exit_code == 2
+    assert "Deleted 60 golden queries" in run("golden", "clear", "docs")
+    assert "Dropped the keywords" in run("keywords", "docs", "--drop")

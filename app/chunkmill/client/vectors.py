@@ -137,9 +137,8 @@ class Vectors(ClientPart):
         if mix is not None:
             _require_few(len(queries), keywords.depth(k, offset))
         texts = queries if isinstance(queries, list) else []
-        if isinstance(queries, list):
-            queries = self._ask_all(space, queries, "query", timeout)
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
+        asked = self._ask_all(space, queries, "query", timeout) if isinstance(queries, list) else queries
+        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in asked]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if like is not None:
