@@ -218,6 +218,53 @@ def test_keywords_go_with_the_text(client: Client, db: sa.Engine) -> None:
     assert content_hash(PETS["fish"]) in kept(db, "docs") & kept(db, "others")
 
 
+def test_keywords_and_golden_queries_go_with_their_collection(
+    client: Client, db: sa.Engine, settings: Settings, tmp_path: Path
+) -> None:
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text('{"_id": "q", "text": "a cat"}')
+    qrels.write_text("q\tcat\t1")
+    for name in ("docs", "others"):
+        fill(client, db, name, PETS)
+        client.keywords(name, language="english")
+        client.golden(name).load(queries, qrels)
+    number, other = _id_of(db, "docs"), _id_of(db, "others")
+    with db.begin() as conn:
+        for statement in (
+            "DELETE FROM chunk_batches WHERE job_id IN (SELECT id FROM jobs WHERE collection_id = :id)",
+            "DELETE FROM job_streams WHERE job_id IN (SELECT id FROM jobs WHERE collection_id = :id)",
+            "DELETE FROM jobs WHERE collection_id = :id",
+            "DELETE FROM chunks WHERE collection_id = :id",
+            "DELETE FROM collections WHERE id = :id",
+        ):
+            conn.execute(sa.text(statement), {"id": number})
+    Indexer(db, settings).round()
+    with db.begin() as conn:
+        tables = conn.execute(sa.text("SELECT relname FROM pg_class WHERE relname ~ '^keywords_[0-9]+$'")).scalars()
+        assert list(tables) == [f"keywords_{other}"]
+        assert conn.execute(sa.text("SELECT collection_id FROM golden_queries")).scalars().all() == [other]
+    assert by_words(db, "others", "cat") == ["cat", "cats"]
+
+
+def test_a_wrong_file_of_golden_queries_is_named_and_changes_nothing(client: Client, tmp_path: Path) -> None:
+    client.enqueue(PETS.items(), collection="docs")
+    golden = client.golden("docs")
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    with pytest.raises(InvalidInput, match=r"queries is '.*queries.jsonl', which cannot be read: No such file"):
+        golden.load(queries, qrels)
+    queries.write_text('{"_id": "q1", "text": "good"}\n{"_id": "q2"}\n')
+    qrels.write_text("q1\tcat\t1\n")
+    with pytest.raises(InvalidInput, match=r"queries.jsonl, line 2: text must be"):
+        golden.load(queries, qrels)
+    qrels.write_bytes(b"\xff\xfe\x00")
+    queries.write_text('{"_id": "q1", "text": "good"}\n')
+    with pytest.raises(InvalidInput, match=r"qrels.tsv', which is not a file of UTF-8"):
+        golden.load(str(queries), str(qrels))
+    assert golden.count() == 0
+    with pytest.raises(InvalidInput, match="no chunk of collection 'docs' has a title"):
+        golden.from_titles()
+
+
 def test_a_text_that_was_damaged_and_comes_again_has_its_own_keywords(client: Client, db: sa.Engine) -> None:
     client.enqueue(PETS.items(), collection="docs")
     client.keywords("docs", language="english")
