@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from chunkmill import Client
+from chunkmill.cli.__main__ import cli
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain import mixing
 from chunkmill.domain.chunks import content_hash
@@ -214,6 +216,53 @@ def test_keywords_go_with_the_text(client: Client, db: sa.Engine) -> None:
     client.prune(0)
     assert content_hash(PETS["dog"]) not in kept(db, "docs") | kept(db, "others")
     assert content_hash(PETS["fish"]) in kept(db, "docs") & kept(db, "others")
+
+
+def test_keywords_and_golden_queries_go_with_their_collection(
+    client: Client, db: sa.Engine, settings: Settings, tmp_path: Path
+) -> None:
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text('{"_id": "q", "text": "a cat"}')
+    qrels.write_text("q\tcat\t1")
+    for name in ("docs", "others"):
+        fill(client, db, name, PETS)
+        client.keywords(name, language="english")
+        client.golden(name).load(queries, qrels)
+    number, other = _id_of(db, "docs"), _id_of(db, "others")
+    with db.begin() as conn:
+        for statement in (
+            "DELETE FROM chunk_batches WHERE job_id IN (SELECT id FROM jobs WHERE collection_id = :id)",
+            "DELETE FROM job_streams WHERE job_id IN (SELECT id FROM jobs WHERE collection_id = :id)",
+            "DELETE FROM jobs WHERE collection_id = :id",
+            "DELETE FROM chunks WHERE collection_id = :id",
+            "DELETE FROM collections WHERE id = :id",
+        ):
+            conn.execute(sa.text(statement), {"id": number})
+    Indexer(db, settings).round()
+    with db.begin() as conn:
+        tables = conn.execute(sa.text("SELECT relname FROM pg_class WHERE relname ~ '^keywords_[0-9]+$'")).scalars()
+        assert list(tables) == [f"keywords_{other}"]
+        assert conn.execute(sa.text("SELECT collection_id FROM golden_queries")).scalars().all() == [other]
+    assert by_words(db, "others", "cat") == ["cat", "cats"]
+
+
+def test_a_wrong_file_of_golden_queries_is_named_and_changes_nothing(client: Client, tmp_path: Path) -> None:
+    client.enqueue(PETS.items(), collection="docs")
+    golden = client.golden("docs")
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    with pytest.raises(InvalidInput, match=r"queries is '.*queries.jsonl', which cannot be read: No such file"):
+        golden.load(queries, qrels)
+    queries.write_text('{"_id": "q1", "text": "good"}\n{"_id": "q2"}\n')
+    qrels.write_text("q1\tcat\t1\n")
+    with pytest.raises(InvalidInput, match=r"queries.jsonl, line 2: text must be"):
+        golden.load(queries, qrels)
+    qrels.write_bytes(b"\xff\xfe\x00")
+    queries.write_text('{"_id": "q1", "text": "good"}\n')
+    with pytest.raises(InvalidInput, match=r"qrels.tsv', which is not a file of UTF-8"):
+        golden.load(str(queries), str(qrels))
+    assert golden.count() == 0
+    with pytest.raises(InvalidInput, match="no chunk of collection 'docs' has a title"):
+        golden.from_titles()
 
 
 def test_a_text_that_was_damaged_and_comes_again_has_its_own_keywords(client: Client, db: sa.Engine) -> None:
@@ -503,3 +552,45 @@ def test_a_title_is_cut_off_its_chunk_when_it_is_judged(client: Client, runner: 
     client.enqueue([(next(iter(changed.relevant)), "Another title now\n\n" + "with other words below. " * 9)],
                    collection="docs")  # fmt: skip
     assert client.tune_search("docs", timeout=PATIENCE).left_out == 1
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_commands_do_what_the_client_does(
+    client: Client, db: sa.Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", settings.require_database_url())
+    monkeypatch.setenv("REDIS_URL", settings.require_redis_url())
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    texts = {f"c{i}": f"secretword{i} and some words around" for i in range(60)}
+    fill(client, db, "docs", texts)
+    fill(client, db, "others", texts)
+    assert "'docs' has no keywords" in run("keywords", "docs")
+    assert "(english) are ready" in run("keywords", "docs", "--language", "english")
+    assert json.loads(run("keywords", "docs", "--json"))["language"] == "pg_catalog.english"
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text(
+        "".join(json.dumps({"_id": name, "text": text.split()[0]}) + "\n" for name, text in texts.items())
+    )
+    qrels.write_text("".join(f"{name}\t{name}\t1\n" for name in texts))
+    assert "Stored 60 queries with 60 judgements" in run("golden", "load", "docs", str(queries), str(qrels))
+    assert json.loads(run("golden", "--json")) == [
+        {"collection": "docs", "queries": 60},
+        {"collection": "others", "queries": 0},
+    ]
+    assert len(json.loads(run("golden", "list", "docs", "--json"))) == 60
+    said = run("golden", "tune", "docs")
+    assert "60 queries were judged." in said
+    assert "Searches are mixed from now on" in said
+    assert json.loads(run("golden", "tune", "docs", "--json"))["alpha"] is not None
+    assert "mixed" in run("search", "secretword7", "-c", "docs")
+    assert "mixed" not in run("search", "secretword7", "-c", "docs", "--hybrid", "off")
+    hits = json.loads(run("search", "secretword7", "-c", "docs", "--hybrid", "0", "-k", "1", "--json"))
+    assert [hit["chunk_id"] for hit in hits] == ["c7"]
+    assert CliRunner().invoke(cli, ["search", "a", "-c", "docs", "--hybrid", "2"]).exit_code == 2
+    assert "Deleted 60 golden queries" in run("golden", "clear", "docs")
+    assert "Dropped the keywords" in run("keywords", "docs", "--drop")

@@ -16,7 +16,7 @@ from chunkmill.embedded import StackStatus
 from chunkmill.errors import StoreUnavailable
 from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.canaries import Canary, Maker
-from chunkmill.store import segments
+from chunkmill.store import keywords, segments
 from chunkmill.store.indexing import index_metadata
 from tests.conftest import admin, url_of
 from tests.support.installations import install_as_before
@@ -55,7 +55,10 @@ def test_up_down_up_and_no_drift(empty: str) -> None:
     with db.begin() as conn:
         conn.execute(sa.text("SELECT watch_collection(1, :space)"), {"space": space.id})
         segments.create(conn, 1, space, SegmentKind.HNSW, BuilderKind.MERGE)
-    command.check(config)  # nor does what `chunkmill index` makes differ from the models
+        insert = "INSERT INTO collections (name, space_id) VALUES ('docs', :space) RETURNING id"
+        collection = conn.execute(sa.text(insert), {"space": space.id}).scalar_one()
+        keywords.create(conn, collection, "english")
+    command.check(config)  # nor does what `chunkmill index` and `chunkmill keywords` make differ from the models
     command.downgrade(config, "base")
     assert tables(db) == {"chunkmill_alembic_version"}
     migrate(empty)
