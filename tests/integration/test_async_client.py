@@ -658,7 +658,7 @@ def test_an_iterator_becomes_asynchronous_and_is_read_no_faster_than_it_is_taken
                 taken.append(number)
                 assert numbers.made <= len(taken) + 2 * calls.AHEAD
                 if len(taken) == 5:
-                    await true(waits_for_its_reader)
+                    await true(lambda: numbers.made > len(taken) and waits_for_its_reader())
                     before = numbers.made
                     await heart.beat_further(1_000)
                     assert numbers.made == before < 500
