@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import chunkmill  # noqa: E402
-from chunkmill import errors  # noqa: E402
+from chunkmill import errors, similarity  # noqa: E402
 from chunkmill.settings import Settings  # noqa: E402
 from chunkmill.settings.provider import ProviderSettings  # noqa: E402
 from docs.async_verbs import VERBS, verbs  # noqa: E402
@@ -69,6 +69,8 @@ SECTIONS = {
     ],
     "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
 }  # fmt: skip
+SIMILARITY = ["cosine", "dot", "euclidean", "manhattan", "blocks", "normalise", "top_k", "top_k_of_batches", "kmeans"]
+SIMILARITY_TYPES = ["Measure", "Nearest", "Clusters"]
 
 
 def pages() -> dict[Path, str]:
@@ -95,9 +97,21 @@ def api() -> str:
         parts.append(f"## {title}\n")
         for name in names:
             parts += described(getattr(chunkmill, name))
+    parts += similarity_toolkit()
     parts.append("## Errors\n")
     parts += errors_table()
     return "\n".join(parts).rstrip() + "\n"
+
+
+def similarity_toolkit() -> Iterator[str]:
+    yield "## chunkmill.similarity\n"
+    yield f"These names are imported from `chunkmill.similarity`. {prose(inspect.getdoc(similarity))}\n"
+    for name in SIMILARITY:
+        function = getattr(similarity, name)
+        yield f"### `{name}`\n\n```python\n{signature(name, function)}\n```\n"
+        yield prose(inspect.getdoc(function)) + "\n"
+    for name in SIMILARITY_TYPES:
+        yield from described(getattr(similarity, name))
 
 
 def settings() -> str:

@@ -195,6 +195,8 @@ FUNCTIONS = (
             SELECT collection_id, space_id
             FROM serving_indexes
             WHERE collection_id IN (SELECT collection_id FROM written)
+              -- The collection may have moved to another space, and the space that nothing refers to may be gone.
+              AND to_regclass(format('vectors_%s', space_id)) IS NOT NULL
         LOOP
             EXECUTE format(
                 'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
@@ -219,7 +221,7 @@ FUNCTIONS = (
             EXECUTE format(
                 'INSERT INTO serving_tail (collection_id, space_id, content_hash) '
                 'SELECT DISTINCT %s, %s, w.content_hash '
-                'FROM written w JOIN vectors_%s v ON v.content_hash = w.content_hash '
+                'FROM written w JOIN vectors_%s USING (content_hash) '
                 'WHERE w.collection_id = %s AND NOT EXISTS (SELECT FROM replaced r '
                 'WHERE r.collection_id = w.collection_id AND r.chunk_id = w.chunk_id '
                 'AND r.content_hash = w.content_hash)',

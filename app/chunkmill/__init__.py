@@ -49,7 +49,6 @@ from chunkmill.domain.results import (
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
-from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 from chunkmill.errors import (
     BudgetExceeded,
     ChunkmillError,
@@ -74,24 +73,28 @@ from chunkmill.errors import (
 if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
+    from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
+    _LATER = {
+        "AsyncClient": "chunkmill.client.aio",
+        "ChunkState": "chunkmill.domain.stored",
+        "Client": "chunkmill.client",
+        "Exported": "chunkmill.domain.stored",
+        "GoldenQueries": "chunkmill.client",
+        "StoredChunk": "chunkmill.domain.stored",
+    }
 
     def __getattr__(name: str) -> object:
-        """The clients and golden queries, which are imported when they are first used.
+        """The clients and what needs NumPy, which are imported when they are first used.
 
-        They import SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the engine do
-        not need them.
+        A client imports SQLAlchemy, Celery and Alembic, which takes about a second. ``chunkmill --help`` and the
+        engine do not need them.
         """
-        if name in ("Client", "GoldenQueries"):
-            from chunkmill import client
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-            return getattr(client, name)
-
-        if name == "AsyncClient":
-            from chunkmill.client.aio import AsyncClient
-
-            return AsyncClient
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:

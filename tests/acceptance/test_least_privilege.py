@@ -24,7 +24,8 @@ from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
-from chunkmill.errors import StoreUnavailable
+from chunkmill.errors import InvalidInput, StoreUnavailable
+from chunkmill.ledger import dropping
 from chunkmill.monitor.servers import read_database
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -213,6 +214,11 @@ def settings(roles: dict[str, str], guarded: GuardedRedis) -> Settings:
     )
 
 
+def left_behind(db: sa.Engine) -> list[int]:
+    with db.begin() as conn:
+        return dropping.left_behind(conn)
+
+
 def test_everything_runs_with_no_more_than_it_needs(
     settings: Settings,
     processes: Processes,
@@ -255,11 +261,20 @@ def test_everything_runs_with_no_more_than_it_needs(
             ):
                 with pytest.raises(StoreUnavailable, match="permission denied"):
                     refused()
+            assert [(info.name, info.chunks) for info in reader.collections()] == [("docs", 100)]
+        client.enqueue([("c1", "a text")], collection="short-lived", on_long="split")
+        client.set_alias("live", "short-lived")
+        client.rename_collection("short-lived", "old")
+        client.remove_alias("live")
+        client.drop_collection("old", wait=False)
+        until(lambda: not left_behind(db), poller.output)
         client.enqueue([("c0", "another text")], collection="docs")
         with db.begin() as conn:
             conn.execute(sa.text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = 1"))
         gone = client.prune(0).amounts
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
+        with pytest.raises(InvalidInput, match="is in it"):
+            client.drop_space(client.audit("docs").space)
         assert client.delete("docs", ["c1"]) == 1
         assert client.delete("docs", filter={"n": {"$gte": 98}}) == 2
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
@@ -353,6 +368,11 @@ MAY = {
     "SELECT query_id FROM golden_queries": "producer worker poller reader",
     "DELETE FROM golden_queries WHERE false": "producer",
     "UPDATE search_tunings SET alpha = alpha": "producer",
+    "INSERT INTO collection_aliases (name, collection_id) VALUES ('mine', 1)": "producer",
+    "SELECT drop_unused_space(1, now(), false)": "producer",
+    "SELECT refresh_collection_views(1)": "producer worker poller",
+    "SELECT hide_collection_views(1)": "",
+    "SELECT chunk_id FROM chunkmill_collections.docs": "reader",
 }
 """Which purposes may run a statement."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from alembic import command
+from alembic import command as alembic
 from numpy.typing import NDArray
 
 from chunkmill import Chunk, Client
+from chunkmill.broker import Broker
 from chunkmill.cli.start.doctor import database_checks
 from chunkmill.db.connect import alembic_config, create_db, migrate
 from chunkmill.db.locks import DELETE_LOCK
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.serving import BuilderKind, SegmentKind
 from chunkmill.domain.spaces import Pooling, SpaceSpec
+from chunkmill.embedded import StackStatus
+from chunkmill.embedded.postgres import find_programs
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller import indexer
@@ -30,6 +34,7 @@ from chunkmill.spaces import collections, registry
 from chunkmill.store import indexing, segments
 from chunkmill.store import search as searching
 from chunkmill.store.write import write_vectors
+from tests.conftest import admin, url_of
 from tests.integration.test_serving_indexes import COLLECTIONS, DIMENSIONS, index, space_of, vector_of, work, write
 from tests.integration.test_serving_indexes import tiny as tiny  # the fixture of small segments
 from tests.support.installations import in_schema
@@ -346,6 +351,67 @@ def test_an_index_in_another_schema_is_not_this_installations(
     behind.dispose()
 
 
+STEPS = {
+    "first": ("watch_chunks", "watch_collection", "create_segment", "fill_", "finish_segment", "publish_segment"),
+    "flush": ("create_segment", "fill_", "finish_segment", "publish_segment"),
+    "merge": ("create_segment", "fill_", "finish_segment", "publish_segment"),
+}
+QUICK = {("first", "fill_", "after"), ("flush", "finish_segment", "in"), ("merge", "publish_segment", "after")}
+
+
+@pytest.mark.parametrize(
+    ("build", "step", "at"),
+    [
+        pytest.param(build, step, at, marks=() if (build, step, at) in QUICK else pytest.mark.slow)
+        for build, steps in STEPS.items()
+        for step in steps
+        for at in ("in", "after")
+    ],
+)
+def test_a_builder_that_dies_at_any_step_leaves_nothing_that_the_next_one_does_not_finish(
+    client: Client, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, build: str, step: str, at: str
+) -> None:
+    """The server ends its session, as it does with that of a process that was killed."""
+    begin_with(client, db, 20, are_indexed=False)
+    if build == "merge":
+        monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 1000)
+    if build != "first":
+        for name in COLLECTIONS:
+            index(client, name)
+        monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 10)
+    client.enqueue([(f"new {i}", f"new {i}") for i in range(5)], collection="docs")
+    work(db)
+    if build == "merge":
+        assert indexing.flush(db, space_of(db), id_of(db, "docs")) is not None
+    victim = create_db(settings.require_database_url(), role="builder", pool_size=1)
+
+    def die(conn: sa.Connection, _cursor: object, statement: str, *_: object) -> None:
+        if step in statement:
+            with db.begin() as other:
+                pid = conn.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+                other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    sa.event.listen(victim, f"{'before' if at == 'in' else 'after'}_cursor_execute", die)
+    with pytest.raises(sa.exc.DBAPIError):
+        if build == "merge":
+            indexing.merge(victim, space_of(db), id_of(db, "docs"), memory_mb=64)
+        else:
+            indexing.flush(victim, space_of(db), id_of(db, "docs"))
+    victim.dispose()
+    texts = [f"docs {i}" for i in range(20)] + [f"new {i}" for i in range(5)]
+    for text in texts[::6]:
+        assert client.search(vector_of(text), collection="docs", k=1)[0].text == text
+    monkeypatch.setattr(segments, "GRACE_S", 0)
+    made = client.index("docs")
+    assert (made.is_ready, made.rows, made.tail) == (True, 25, 0)
+    for text in texts:
+        assert client.search(vector_of(text), collection="docs", k=1)[0].text == text
+    client.index("docs")
+    kept = ask(db, "SELECT 'segment_' || id FROM segments")
+    assert segment_tables(db) == set(kept)
+    assert set(ask(db, "SELECT state FROM segments WHERE collection_id = :id", id=id_of(db, "docs"))) == {"live"}
+
+
 # --- Who waits for whom ---
 
 
@@ -479,6 +545,45 @@ def test_a_build_takes_the_memory_of_the_setting_and_the_time_that_it_needs(clie
     assert "77MB" in {memory for memory, _ in seen["finish_segment"]}
 
 
+def test_a_graph_is_built_by_one_process_where_several_have_no_shared_memory(
+    client: Client, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a container, /dev/shm has 64 MB by default, and pgvector's parallel build puts all its memory there."""
+    begin_with(client, db, 40, are_indexed=False)
+    refuse = """
+        ALTER FUNCTION finish_segment(bigint) RENAME TO really_finish_segment;
+        CREATE FUNCTION finish_segment(segment bigint) RETURNS void LANGUAGE plpgsql AS $$
+        BEGIN
+            IF current_setting('max_parallel_maintenance_workers') <> '0' THEN
+                RAISE EXCEPTION 'could not resize shared memory segment "/PostgreSQL.1": No space left on device'
+                USING ERRCODE = 'disk_full';
+            END IF;
+            PERFORM really_finish_segment(segment);
+        END $$
+    """
+    with db.begin() as conn:
+        for statement in refuse.split(";\n        CREATE"):
+            conn.execute(sa.text(statement if "ALTER" in statement else f"CREATE{statement}"))
+    assert client.index("docs").graph_rows == 40
+    assert "--shm-size" in caplog.text
+
+
+def test_chunks_are_taken_by_a_collection_whose_old_space_is_gone(
+    client: Client, db: sa.Engine, settings: Settings
+) -> None:
+    """Its old index is forgotten by the poller, which may be later."""
+    begin_with(client, db, 5)
+    client.delete("docs", all_chunks=True)
+    Poller(db, client._broker, settings).round()
+    client.enqueue([("c", "text")], collection="docs", on_long="split")
+    with db.begin() as conn:
+        conn.execute(sa.text("DROP TABLE vectors_1 CASCADE"))
+    client.enqueue([("d", "more text")], collection="docs", on_long="split")
+    assert ask(db, "SELECT chunk_id FROM chunks WHERE collection_id = :id ORDER BY 1", id=id_of(db, "docs")) == [
+        "c", "d",
+    ]  # fmt: skip
+
+
 # --- Dimensions ---
 
 
@@ -557,7 +662,7 @@ def test_a_downgrade_beside_a_builder_leaves_no_segment(client: Client, db: sa.E
     with db.connect() as conn:
         with conn.begin():
             segments.create(conn, id_of(db, "docs"), space_of(db), SegmentKind.FLAT, BuilderKind.MERGE)
-            going_down = Call(lambda: command.downgrade(alembic_config(url), "0013"))
+            going_down = Call(lambda: alembic.downgrade(alembic_config(url), "0013"))
             waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
             until(lambda: ask(db, waiting) == [True])
         going_down.result()
@@ -576,3 +681,46 @@ def test_a_content_is_noted_once_if_its_worker_saw_its_chunk(client: Client, db:
     client.enqueue([("new", "new text")], collection="docs")
     assert work(db) == 1
     assert ask(db, "SELECT count(*) FROM serving_tail WHERE collection_id = :id", id=id_of(db, "docs")) == [1]
+
+
+@pytest.mark.parametrize("without_segments", [False, True])
+def test_a_backup_with_or_without_segments_is_searched_and_written_to(
+    client: Client, db: sa.Engine, settings: Settings, stack: StackStatus, without_segments: bool
+) -> None:
+    begin_with(client, db, 5)
+    client.enqueue([("new", "new text")], collection="docs")
+    work(db)
+    options = ["--exclude-table=*.segment_*"] if without_segments else []
+    source = sa.make_url(settings.require_database_url())
+    admin(stack, "DROP DATABASE IF EXISTS restored_one")
+    admin(stack, "CREATE DATABASE restored_one")
+    restored = url_of(stack, "restored_one")
+    programs = find_programs()
+    try:
+        dump = run([programs / "pg_dump", *options, "--dbname", plain_url(source)])
+        run([programs / "psql", "-q", "-v", "ON_ERROR_STOP=1", "--dbname", plain_url(sa.make_url(restored))], dump)
+        there = settings.model_copy(update={"database_url": restored})
+        behind = create_db(restored, role="client")
+        with Client(behind, Broker.connect(settings), there) as other:
+            for text in ("docs 3", "new text"):
+                assert other.search(vector_of(text), collection="docs", k=1)[0].text == text
+            other.enqueue([("later", "later text")], collection="docs")
+            work(behind)
+            assert other.search(vector_of("later text"), collection="docs", k=1)[0].chunk_id == "later"
+            assert Indexer(behind, there).round() == (2 if without_segments else 1)
+            for name, text in (("docs", "docs 3"), ("docs", "later text"), ("others", "others 1")):
+                assert other.search(vector_of(text), collection=name, k=1)[0].text == text
+            assert other.index("docs").rows == 7
+    finally:
+        admin(stack, "DROP DATABASE restored_one WITH (FORCE)")
+
+
+def plain_url(url: sa.URL) -> str:
+    """The URL as Postgres' own programs take it."""
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def run(command: Sequence[object], given: str | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

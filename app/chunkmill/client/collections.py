@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import sqlalchemy as sa
 
-from chunkmill.client.base import ClientPart, store_errors
-from chunkmill.db.connect import sqlstate
+from chunkmill.client.base import ClientPart
+from chunkmill.db.connect import refusal, sqlstate
 from chunkmill.domain.arguments import as_flag, as_function, require_name
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.errors import StoreUnavailable
 from chunkmill.ledger import dropping, overview
 from chunkmill.spaces import collections, names
+
+logger = logging.getLogger(__name__)
 
 RENAME_TRIES = 10
 """How often a rename is tried, each time for at most a second, while producers write into the collection."""
@@ -37,7 +41,8 @@ class Collections(ClientPart):
 
         The name is free at once: whoever enqueues into it from then on gets a new, empty collection. Open jobs are
         cancelled; what is at a provider is followed to its end and booked. The chunks are deleted in short
-        transactions beside everything else. With ``wait=False``, or if the process dies, a poller deletes them.
+        transactions beside everything else. With ``wait=False``, or if the process dies or Postgres ends one of these
+        transactions, a poller deletes them, which :attr:`DroppedCollection.complete` says.
 
         The jobs and their costs stay until they are pruned. They are listed under the name with "(dropped)" and a
         number. Their idempotency keys may be used again. Texts that another collection has stay, with their vectors.
@@ -50,9 +55,20 @@ class Collections(ClientPart):
         with self._transaction() as conn:
             collections.require_lives(conn)
             collection = names.drop(conn, name)
-        with store_errors(self._db):
-            deleted = dropping.go_on(self._db, collection.id, slices=None if wait else 0, on_progress=on_progress)
-        return DroppedCollection(name, deleted)
+        done = [0]
+
+        def note(deleted: int) -> None:
+            done.append(deleted)
+            if on_progress is not None:
+                on_progress(deleted)
+
+        try:
+            _, complete = dropping.go_on(self._db, collection.id, slices=None if wait else 0, on_progress=note)
+        except sa.exc.DBAPIError as error:
+            # The name is free, and the same call made again would drop what somebody has put there since.
+            logger.warning("collection %r is dropped; a poller deletes the rest, because: %s", name, refusal(error))
+            complete = False
+        return DroppedCollection(name, done[-1], complete)
 
     def rename_collection(self, name: str, to: str) -> None:
         """Give a collection another name. Its jobs, its aliases and its serving index stay, and so does its view.

@@ -157,13 +157,14 @@ class Vectors(ClientPart):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
         like = None if like is None else as_text("like", like)
         asked, is_single = ([], True) if query is None else as_queries(query)
-        if len(asked) * k > MAX_K:
-            raise InvalidInput(f"{len(asked):,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")
+        _require_few(len(asked), k)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
             is_text = like is None and isinstance(asked, list)
             mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
+        if mix is not None:
+            _require_few(len(asked), keywords.depth(k, offset))
         texts = asked if isinstance(asked, list) else []
         queries = (
             asked if not isinstance(asked, list) else (yield from self._asking_all(space, texts, "query", timeout))
@@ -324,3 +325,9 @@ class Vectors(ClientPart):
         if answer.vectors is None:
             raise EngineError(f"the worker could not embed: {answer.error}")
         return answer.vectors
+
+
+def _require_few(n_queries: int, k: int) -> None:
+    """Raise :class:`InvalidInput` if so many queries have more hits than are to be in memory."""
+    if n_queries * k > MAX_K:
+        raise InvalidInput(f"{n_queries:,} queries for {k:,} hits are too many at once; the most are {MAX_K:,}.")

@@ -53,7 +53,9 @@ class DroppedCollection:
 
     name: str
     chunks: int
-    """Chunks that were deleted. A poller deletes what is left, if the drop did not wait."""
+    """Chunks that were deleted."""
+    complete: bool
+    """No chunk is left. Otherwise the drop did not wait or was interrupted, and a poller deletes the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,22 +57,23 @@ def left_behind(conn: sa.Connection, limit: int | None = None) -> list[int]:
 
 def go_on(
     db: sa.Engine, collection_id: int, *, slices: int | None = None, on_progress: Callable[[int], None] | None = None
-) -> int:
-    """Delete what is left of a dropped collection. Returns how many chunks this call deleted.
+) -> tuple[int, bool]:
+    """Delete what is left of a dropped collection. Returns how many chunks this call deleted, and whether none is left.
 
     With ``slices`` it stops after so many. ``on_progress`` is called after each with the chunks deleted so far.
     """
     _cancel_jobs(db, collection_id)
     with db.begin() as conn:
         conn.execute(sa.text("SELECT free_dropped_name(:id)"), {"id": collection_id})
-    deleted, beyond = 0, ""
+    deleted, beyond, is_clear = 0, "", False
     while slices is None or slices > 0:
         with db.begin() as conn:
             call = "SELECT cleared, last FROM clear_dropped_collection(:id, :beyond, :most)"
             row = conn.execute(sa.text(call), {"id": collection_id, "beyond": beyond, "most": SLICE}).one()
         if row.cleared < 0:
-            return deleted  # A job was opened again, by code of the last release. The poller comes back.
+            return deleted, False  # A job was opened again, by code of the last release. The poller comes back.
         if row.cleared == 0:
+            is_clear = True
             break
         deleted, beyond = deleted + row.cleared, row.last
         slices = None if slices is None else slices - 1
@@ -83,7 +84,7 @@ def go_on(
     _drop_segments(db, collection_id)
     with db.begin() as conn:
         conn.execute(sa.text("SELECT forget_dropped_collection(:id)"), {"id": collection_id})
-    return deleted
+    return deleted, is_clear
 
 
 def _cancel_jobs(db: sa.Engine, collection_id: int) -> None:

@@ -79,7 +79,12 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space) -> Collection
     Raises :class:`SpaceMismatch` if it is in another space and may not move.
     """
     # The lock keeps others from moving or dropping the collection before this call's job can be seen.
-    collection = _lock(conn, name)
+    with conn.begin_nested() as savepoint:
+        collection = _lock(conn, name)
+        if collection is None:
+            # Who waited for a drop has locked the row, although it is not found any more. Who holds the lock of names
+            # may wait for that row, so that it must be let go before the lock of names is asked for.
+            savepoint.rollback()
     if collection is None:
         # From here on no collection and no alias of this name can be made. An insert that meets a conflict would take
         # a number of the sequence with it, and numbers end.

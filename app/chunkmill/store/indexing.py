@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import psycopg
 import sqlalchemy as sa
 
+from chunkmill.db.connect import refusal, sqlstate
 from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, holders
 from chunkmill.domain.serving import (
     MAX_FLUSH_ROWS,
@@ -45,6 +46,8 @@ LOOK_S = 0.1
 """How many seconds pass until somebody who waits for another builder looks again."""
 STALE_PAUSE_S = 600
 """At least how many seconds pass between two looks for rows that belong to no chunk, which read all segments."""
+DISK_FULL = "53100"
+"""The SQLSTATE of a server whose disk, or whose /dev/shm, is full."""
 GRAPH_NODE_BYTES = 300
 """What a node of a graph takes in memory beside its vector, with pgvector's 16 neighbours a layer."""
 
@@ -375,8 +378,25 @@ def _count_tail(conn: sa.Connection, space: Space, collection_id: int) -> int:
 
 
 def _finish(conn: sa.Connection, new: Segment, *, memory_mb: int | None = None) -> None:
+    """Build the graph of a segment, if it is to have one."""
+    try:
+        _finish_with(conn, new, memory_mb)
+    except sa.exc.DBAPIError as error:
+        if sqlstate(error) != DISK_FULL or "shared memory" not in refusal(error):
+            raise
+        # Parallel workers share the memory of the build through /dev/shm, which has 64 MB in a container by default.
+        logger.warning(
+            "segment %s: %s. The graph is built by one process instead, which takes longer. Give the container of "
+            "Postgres more shared memory than INDEX_MEMORY_MB (--shm-size).", new.id, refusal(error),
+        )  # fmt: skip
+        _finish_with(conn, new, memory_mb, alone=True)
+
+
+def _finish_with(conn: sa.Connection, new: Segment, memory_mb: int | None, *, alone: bool = False) -> None:
     with conn.begin():
         _take_time(conn)
+        if alone:
+            conn.execute(sa.text("SET LOCAL max_parallel_maintenance_workers = 0"))
         if memory_mb is not None:
             conn.execute(sa.text(f"SET LOCAL maintenance_work_mem = '{memory_mb}MB'"))
         conn.execute(sa.text("SELECT finish_segment(:id)"), {"id": new.id})

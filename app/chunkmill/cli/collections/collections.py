@@ -80,10 +80,10 @@ def drop(screen: Screen, name: str, yes: bool, no_wait: bool) -> None:
         dropped = client.drop_collection(name, wait=not no_wait)
     if screen.json:
         screen.document(asdict(dropped))
-    elif no_wait:
-        screen.say(f"Dropped {name!r}. A poller deletes its chunks.")
-    else:
+    elif dropped.complete:
         screen.say(f"Dropped {name!r} with {count(dropped.chunks, 'chunk')}.")
+    else:
+        screen.say(f"Dropped {name!r}. A poller deletes what is left of its chunks.")
 
 
 @collections.command()

@@ -649,7 +649,8 @@ class AsyncVerbs(Running):
 
         The name is free at once: whoever enqueues into it from then on gets a new, empty collection. Open jobs are
         cancelled; what is at a provider is followed to its end and booked. The chunks are deleted in short
-        transactions beside everything else. With ``wait=False``, or if the process dies, a poller deletes them.
+        transactions beside everything else. With ``wait=False``, or if the process dies or Postgres ends one of these
+        transactions, a poller deletes them, which :attr:`DroppedCollection.complete` says.
 
         The jobs and their costs stay until they are pruned. They are listed under the name with "(dropped)" and a
         number. Their idempotency keys may be used again. Texts that another collection has stay, with their vectors.
