@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -638,21 +639,47 @@ class Numbers:
         raise Trouble("at the end")
 
 
+def waits_for_its_reader() -> bool:
+    """Whether a thread with items for the loop waits until it may hand them over."""
+    for frame in sys._current_frames().values():
+        names = [where.f_code.co_name for where, _ in traceback.walk_stack(frame)]
+        if "_hand_over" in names and names[0] == "wait":
+            return True
+    return False
+
+
 def test_an_iterator_becomes_asynchronous_and_is_read_no_faster_than_it_is_taken(aio: AsyncClient) -> None:
     numbers = Numbers(aio)
 
     async def scene() -> None:
-        taken = []
+        taken: list[int] = []
         async with heartbeat() as heart:
-            async for number in aio._each(numbers.below, 20):
+            async for number in aio._each(numbers.below, 500):
                 taken.append(number)
-                await heart.beat_further(20)
-                assert numbers.made <= len(taken) + 2
-                assert len(await aio.jobs()) == 0, "others are served meanwhile"
-        assert taken == list(range(20))
+                assert numbers.made <= len(taken) + 2 * calls.AHEAD
+                if len(taken) == 5:
+                    await true(lambda: numbers.made > len(taken) and waits_for_its_reader())
+                    before = numbers.made
+                    await heart.beat_further(1_000)
+                    assert numbers.made == before < 500
+                    assert len(await aio.jobs()) == 0, "others are served meanwhile"
+        assert taken == list(range(500))
 
     run(scene())
     assert is_at_rest(aio)
+
+
+def test_chunks_and_vectors_are_read_asynchronously(aio: AsyncClient, collections: tuple[str, str]) -> None:
+    async def scene() -> None:
+        ids = sorted(f"low-{n}" for n in range(SEARCHES))
+        assert [chunk.id async for chunk in aio.chunks("low")] == ids
+        assert [len(names) async for names, _ in aio.iter_vectors("high", batch_size=20)] == [20, 20, 10]
+        with pytest.raises(NotFound, match="nowhere"):
+            await anext(aio.chunks("nowhere"))
+        assert await aio.delete("low", filter={"none": 1}) == 0
+
+    run(scene())
+    until(lambda: is_at_rest(aio))
 
 
 def test_an_iterator_that_is_left_early_ends_in_its_thread_and_gives_its_connection_back(aio: AsyncClient) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from chunkmill.client.base import ClientPart
 from chunkmill.client.door import translated
+from chunkmill.client.stopping import end_if_stopped
 from chunkmill.client.written import new_file, require_free, told, writer_for
 from chunkmill.db.retry import transact
 from chunkmill.domain import filters
@@ -305,6 +306,7 @@ class Chunks(ClientPart):
             return row, registry.get(conn, row.space_id)
 
     def _transact(self, work: Callable[[sa.Connection], T], *, what: str) -> T:
+        end_if_stopped()
         return transact(self._db, work, what=what, tries=TRIES)
 
     def _at_the_door(self, items: Iterator[T]) -> Iterator[T]:

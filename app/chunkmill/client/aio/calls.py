@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from functools import partial
@@ -19,7 +21,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 64
-"""How many chunks are read from an asynchronous source before the call asks for them."""
+"""How many items are read from a source or from an iterator before they are asked for."""
+TOGETHER_S = 0.005
+"""For how many seconds items of an iterator are collected. To hand one over takes 0.1 ms or more, and chunks come a
+hundred times as fast, but nobody shall wait for company, or hold 64 batches of vectors."""
 
 
 class Call:
@@ -165,9 +170,10 @@ class Source(Iterator[Item]):
 
 
 class Sink(AsyncIterator[Item]):
-    """An iterator that a thread reads, as an asynchronous one. One item is read ahead.
+    """An iterator that a thread reads, as an asynchronous one.
 
-    ``threads`` have one thread for it from its first item to its end. ``ends`` is called when that is over.
+    Items are handed over together: up to ``AHEAD`` of them, or those that come within ``TOGETHER_S``. As many are read
+    ahead. ``threads`` have one thread for it from its first item to its end. ``ends`` is called when that is over.
     """
 
     def __init__(
@@ -175,7 +181,7 @@ class Sink(AsyncIterator[Item]):
     ) -> None:
         self._call = call
         self._iterate = iterate
-        self._ready: list[Item] = []
+        self._ready: deque[Item] = deque()
         self._has_news = asyncio.Event()
         self._has_room = asyncio.Event()
         self._reading = asyncio.create_task(call.in_thread(threads, self._read, stoppable=True))
@@ -183,14 +189,16 @@ class Sink(AsyncIterator[Item]):
         self._reading.add_done_callback(lambda _: ends())
 
     async def __anext__(self) -> Item:
-        await self._has_news.wait()
+        if not self._ready:
+            await self._has_news.wait()
         if not self._ready:
             await self._reading
             raise StopAsyncIteration
-        item = self._ready.pop()
-        self._has_room.set()
-        if not self._reading.done():
-            self._has_news.clear()
+        item = self._ready.popleft()
+        if not self._ready:
+            self._has_room.set()
+            if not self._reading.done():
+                self._has_news.clear()
         return item
 
     async def close(self) -> None:
@@ -200,17 +208,31 @@ class Sink(AsyncIterator[Item]):
 
     def _read(self) -> None:
         iterator = self._iterate()
+        together: list[Item] = []
+        begun = time.monotonic()
         try:
             for item in iterator:
-                self._call.from_loop(self._put(item))
+                together.append(item)
+                if len(together) == AHEAD or time.monotonic() - begun >= TOGETHER_S:
+                    self._hand_over(together)
+                    together = []
+                    begun = time.monotonic()
+        except Exception:
+            self._hand_over(together)  # what came before the error
+            raise
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()  # here and now, and not in the thread that collects it
+        self._hand_over(together)
 
-    async def _put(self, item: Item) -> None:
-        self._ready.append(item)
-        self._has_news.set()
+    def _hand_over(self, items: list[Item]) -> None:
+        if items:
+            self._call.from_loop(self._put(items))
+
+    async def _put(self, items: list[Item]) -> None:
+        self._ready += items
         self._has_room.clear()
+        self._has_news.set()
         await self._has_room.wait()
 
 
