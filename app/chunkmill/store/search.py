@@ -339,13 +339,6 @@ def _few(index: ServingIndex, k: int) -> int:
     return min(MAX_EXACT, math.isqrt(2 * max(k, MIN_CANDIDATES) * GRAPH_ROW_COST * index.rows))
 
 
-def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The query with length 1, which half precision can hold. Cosine asks for the direction alone."""
-    exact = query.astype(np.float64)
-    norm = np.linalg.norm(exact)
-    return exact / norm if norm > 0 else exact
-
-
 def _is_far_from_all(hits: Sequence[SearchHit]) -> bool:
     return bool(hits) and 1 - hits[-1].score < CONTRAST * (1 - hits[0].score)
 
