@@ -286,4 +286,15 @@ FUNCTIONS = (
         RETURN dropped;
         """,
     ),
+    (
+        "forget_dropped_keywords", "collection integer", "void",
+        "",
+        """
+        IF NOT EXISTS (SELECT FROM collections k WHERE k.id = collection AND k.dropped_at IS NOT NULL) THEN
+            RAISE invalid_parameter_value USING MESSAGE = format('collection %s is not dropped', collection);
+        END IF;
+        PERFORM drop_keywords(collection);
+        DELETE FROM golden_queries g WHERE g.collection_id = collection;
+        """,
+    ),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from chunkmill.domain.filters import parse
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.results import SearchHit
 from chunkmill.errors import InvalidInput
+from chunkmill.ledger import dropping
 from chunkmill.poller.indexer import Indexer
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
@@ -243,6 +244,35 @@ def test_keywords_and_golden_queries_go_with_their_collection(
         tables = conn.execute(sa.text("SELECT relname FROM pg_class WHERE relname ~ '^keywords_[0-9]+$'")).scalars()
         assert list(tables) == [f"keywords_{other}"]
         assert conn.execute(sa.text("SELECT collection_id FROM golden_queries")).scalars().all() == [other]
+    assert by_words(db, "others", "cat") == ["cat", "cats"]
+
+
+@pytest.mark.parametrize("by_poller", [False, True], ids=["by the client", "by a poller"])
+def test_a_drop_takes_keywords_and_golden_queries_along(
+    client: Client, db: sa.Engine, settings: Settings, tmp_path: Path, by_poller: bool
+) -> None:
+    """Also while the row of the collection stays, because its jobs do."""
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    queries.write_text('{"_id": "q", "text": "a cat"}')
+    qrels.write_text("q\tcat\t1")
+    for name in ("docs", "others"):
+        fill(client, db, name, PETS)
+        client.keywords(name, language="english")
+        client.golden(name).load(queries, qrels)
+    other = _id_of(db, "others")
+    client.drop_collection("docs", wait=not by_poller)
+    if by_poller:
+        with db.begin() as conn:
+            (left,) = dropping.left_behind(conn)
+        dropping.go_on(db, left)
+    with db.begin() as conn:
+        tables = conn.execute(sa.text("SELECT relname FROM pg_class WHERE relname ~ '^keywords_[0-9]+$'")).scalars()
+        assert list(tables) == [f"keywords_{other}"]
+        assert conn.execute(sa.text("SELECT collection_id FROM golden_queries")).scalars().all() == [other]
+        assert dropping.left_behind(conn) == []
+    fill(client, db, "docs", PETS)
+    assert client.keywords("docs") is None
+    assert client.golden("docs").count() == 0
     assert by_words(db, "others", "cat") == ["cat", "cats"]
 
 

@@ -18,7 +18,7 @@ from chunkmill.db.locks import FLUSH_LOCK, MERGE_LOCK
 from chunkmill.domain.serving import BuilderKind, SegmentState
 from chunkmill.domain.states import JobState
 from chunkmill.ledger.jobs import cancel
-from chunkmill.store import segments
+from chunkmill.store import keywords, segments
 
 SLICE = 1_000
 """Chunks of one transaction, which keeps enqueues and writes out while it runs: 40 ms at 384 dimensions."""
@@ -30,7 +30,13 @@ _OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
 
 def left_behind(conn: sa.Connection, limit: int | None = None) -> list[int]:
     """The ids of dropped collections of which something can be deleted now: all, or the first ``limit``."""
-    query = """
+    of_keywords = ""
+    if keywords.are_kept(conn):
+        of_keywords = """
+              OR EXISTS (SELECT FROM keyword_indexes w WHERE w.collection_id = k.id)
+              OR EXISTS (SELECT FROM golden_queries g WHERE g.collection_id = k.id)
+        """
+    query = f"""
         SELECT k.id
         FROM collections k
         WHERE k.dropped_at IS NOT NULL
@@ -42,6 +48,7 @@ def left_behind(conn: sa.Connection, limit: int | None = None) -> list[int]:
                     AND (j.state IN (:enqueueing, :running) OR j.idempotency_key IS NOT NULL
                          OR EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = j.id)))
               OR EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
+              {of_keywords}
               OR EXISTS (
                   SELECT FROM segments g
                   WHERE g.collection_id = k.id
@@ -82,6 +89,8 @@ def go_on(
     while _delete_dead(db, collection_id) or _free_keys(db, collection_id):
         pass
     _drop_segments(db, collection_id)
+    with db.begin() as conn:
+        keywords.forget_dropped(conn, collection_id)
     with db.begin() as conn:
         conn.execute(sa.text("SELECT forget_dropped_collection(:id)"), {"id": collection_id})
     return deleted, is_clear

@@ -215,6 +215,12 @@ def drop(conn: sa.Connection, collection_id: int) -> bool:
     return bool(conn.execute(sa.text("SELECT drop_keywords(:collection)"), {"collection": collection_id}).scalar_one())
 
 
+def forget_dropped(conn: sa.Connection, collection_id: int) -> None:
+    """Drop the keywords of a dropped collection, and delete its golden queries."""
+    if are_kept(conn):
+        conn.execute(sa.text("SELECT forget_dropped_keywords(:collection)"), {"collection": collection_id})
+
+
 def fill(db: sa.Engine, collection_id: int, *, deadline: float | None = None) -> bool:
     """Give the chunks that were there before their keywords, window by window. Returns whether all have theirs.
 
