@@ -27,6 +27,7 @@ from tests.unit.docs.test_commands import DOCUMENTS, commands_in
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "tests/acceptance/test_quickstart.py"
 ELSEWHERE = {
+    **{f"golden {name}": "tests/integration/test_hybrid.py" for name in ("load", "titles", "tune")},
     "": QUICKSTART,
     "cost correct": "tests/integration/test_corrections.py",
     "lanes abandon": "tests/integration/test_openai_let_go.py",

@@ -34,13 +34,13 @@ from chunkmill.spaces.registry import Space
 from chunkmill.store import golden
 
 MAX_MATCHES = 10_000
-"""So many texts are ranked by keywords. Ranking 10,000 texts by 20 terms takes about 0.1 s."""
+"""So many texts are ranked by keywords. On two busy cores that takes 0.3 s by one term and 0.7 s by 24 terms."""
 MAX_LEXEMES = 48
 """So many words of a query are looked at, in the order of the text."""
 MAX_TERMS = 24
 """So many terms of a query count, the rarest."""
 WINDOW = 2_000
-"""How many chunks get their keywords in one transaction: about 0.5 s."""
+"""How many chunks get their keywords in one transaction: about 1 s for texts of 80 words."""
 PATIENCE_S = 10
 """How many seconds the beginning waits for transactions that write. It is tried again later."""
 
