@@ -55,7 +55,9 @@ SECTIONS = {
     "Client": ["Client"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
-    "What comes back: collections": ["SearchHit", "StoredChunk", "ChunkState", "Exported", "Audit", "Index"],
+    "What comes back: collections": [
+        "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
+    ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",

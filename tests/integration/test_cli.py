@@ -229,7 +229,15 @@ def test_only_up_starts_servers(monkeypatch: pytest.MonkeyPatch, home: Path) -> 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["enqueue", "-"], ["search"], ["nothing"], ["search", "q", "-c", "docs", "--where", "[1]"], ["job", "x"]],
+    [
+        ["enqueue", "-"],
+        ["search"],
+        ["search", "-c", "docs"],
+        ["search", "q", "-c", "docs", "--like", "a"],
+        ["search", "q", "-c", "docs", "--where", "[1]"],
+        ["nothing"],
+        ["job", "x"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
@@ -282,6 +290,27 @@ def test_enqueue_and_search(embedded: dict[str, Any]) -> None:
     where = '{"source": "kitchen"}'
     assert [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)] == ["bread"]
     assert screen("search", "x", "-c", "docs", "--where", '{"source": "none"}') == "Nothing was found.\n"
+    where = '{"source": {"$gt": "kitchen"}}'
+    ids = [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)]
+    assert ids[0] == "tls"
+    assert "bread" not in ids
+    assert "metadata at source.$above: there is no such operator" in refusal(
+        "search", "x", "-c", "docs", "--where", '{"source": {"$above": 1}}'
+    )
+
+
+def test_the_neighbours_of_a_chunk_come_in_pages_with_reasons(embedded: dict[str, Any]) -> None:
+    everything = document("search", "--like", "tls", "-c", "docs")
+    assert len(everything) == 2
+    pages = [document("search", "--like", "tls", "-c", "docs", "-k", "1", "--offset", f"{i}") for i in range(3)]
+    assert pages == [everything[:1], everything[1:], []]
+    least = str(everything[0]["score"])
+    explained = document("search", "--like", "tls", "-c", "docs", "--min-score", least, "--explain", "--exact")
+    assert explained["hits"] == everything[:1]
+    assert (explained["plan"]["is_exact"], explained["plan"]["candidates"]) == (True, 3)
+    shown = screen("search", "--like", "tls", "-c", "docs", "--explain", "--exact")
+    assert "Exact: An exact search was asked for.\n3 chunks compared with the query." in shown
+    assert "there is no chunk 'none'" in refusal("search", "--like", "none", "-c", "docs")
 
 
 def test_jobs_and_audit(embedded: dict[str, Any]) -> None:

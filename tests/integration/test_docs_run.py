@@ -38,6 +38,7 @@ ELSEWHERE = {
     "models canary": "tests/integration/test_canary.py",
     "poller": "tests/acceptance/conftest.py",
     "search": QUICKSTART,
+    "search --like": "tests/integration/test_search_page.py",
     "status --watch": "tests/integration/test_looking.py",
     "tune": "tests/engine/test_tune.py",
     "up": QUICKSTART,

@@ -160,6 +160,7 @@ def test_a_filter_means_in_postgres_what_it_means_in_python(db: sa.Engine, index
         @example([{"a": 10**23}, {"a": 1e23}, {"a": 1e308}], {"a": {"$in": [1e23, 10**308]}})
         @example([{"a": True}, {"a": 1}], {"a": {"$ne": True}})
         @example([{"a": i} for i in range(6)], {"a": {"$in": list(range(3, 203))}})
+        @example([{"a": 3}, {"a": 2}, {"b": 3}, {"a": [3]}], {"a": {"$nin": list(range(3, 203))}})
         def agrees(metadata: list[dict[str, Any]], asked: dict[str, Any]) -> None:
             conn.execute(sa.text("TRUNCATE m"))
             insert = "INSERT INTO m SELECT i, v FROM unnest(CAST(:given AS jsonb[])) WITH ORDINALITY u(v, i)"

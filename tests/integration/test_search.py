@@ -157,7 +157,7 @@ def test_the_plan_of_a_search_is_made_for_its_own_collection(client: Client, db:
         conn.rollback()
         for collection_id in (1,) * 20 + (2,) * 2:
             with conn.begin():
-                searching.search(conn, space, vector(1), collection_id=collection_id, k=1, where="{}", exact=False)
+                searching.search(conn, space, vector(1), collection_id=collection_id, k=1, exact=False)
         query = "SELECT sum(custom_plans), sum(generic_plans) FROM pg_prepared_statements WHERE statement LIKE '%<=>%'"
         custom, generic = conn.execute(sa.text(query)).one()
         assert custom > 5

@@ -100,7 +100,7 @@ def search(db: sa.Engine, name: str, text: str, k: int) -> tuple[list[SearchHit]
         row = collections.find(conn, name)
         space = registry.get(conn, row.space_id)
         ways = [
-            searching.search(conn, space, vector_of(text), collection_id=row.id, k=k, where="{}", exact=exact)
+            searching.search(conn, space, vector_of(text), collection_id=row.id, k=k, exact=exact)
             for exact in (False, True)
         ]
         query = """
@@ -280,7 +280,8 @@ def test_who_asks_for_an_index_waits_for_what_another_builds_of_the_same_collect
     waits = threading.Event()
     pause = indexing.time.sleep
     monkeypatch.setattr(indexing.time, "sleep", lambda seconds: (waits.set(), pause(seconds)))
-    with db.connect() as another:
+    # An index that is built concurrently waits for transactions that began before, and this one is to hold only a lock.
+    with db.connect().execution_options(isolation_level="AUTOCOMMIT") as another:
         another.execute(sa.text("SELECT pg_advisory_lock(:key, :id)"), {"key": key, "id": ids["docs"]})
         index(client, "others")
         assert not waits.is_set()

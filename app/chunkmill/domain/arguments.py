@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.chunks import metadata_json
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput, UnknownRoute
@@ -175,14 +174,37 @@ def as_function(argument: str, given: Callable[..., object] | None) -> None:
         raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a function.")
 
 
-def as_filter(argument: str, given: object) -> str:
-    """The JSON of a metadata filter. Raises :class:`InvalidInput` if jsonb cannot hold it."""
-    if given is not None and not isinstance(given, Mapping):
-        raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a dict.")
+def as_score(argument: str, given: object) -> float | None:
+    """A cosine from -1 to 1, or None. Raises :class:`InvalidInput`, which names ``argument``."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float | np.floating | np.integer) or not -1 <= given <= 1:
+        raise InvalidInput(f"{argument} is {_shown(given)}; it must be a cosine, a number from -1 to 1.")
+    return float(given)
+
+
+def as_queries(given: object) -> tuple[list[str] | NDArray[np.float64], bool]:
+    """The queries as texts or as an array ``(n, d)``, and whether ``given`` is a single one.
+
+    A text and a ``(d,)`` vector are single queries; a list of texts and an ``(n, d)`` array are several, and an empty
+    list is none. Raises :class:`InvalidInput`.
+    """
+    if isinstance(given, str):
+        return [as_text("query", given)], True
+    if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
+        return [as_text(f"query[{i}]", text) for i, text in enumerate(given)], False
     try:
-        return metadata_json(given)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{argument} is not a JSON object that jsonb can hold: {error}.") from None
+        vectors = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(
+            f"query is of type {type(given).__name__}; it must be a text, a vector, a list of texts or an array of "
+            "vectors."
+        ) from None
+    if vectors.ndim not in (1, 2):
+        raise InvalidInput(
+            f"query has shape {vectors.shape}; a vector has one dimension, and several vectors have two."
+        )
+    return np.atleast_2d(vectors), vectors.ndim == 1
 
 
 def as_query_vector(given: object, dimensions: int) -> NDArray[np.float32]:
@@ -190,10 +212,7 @@ def as_query_vector(given: object, dimensions: int) -> NDArray[np.float32]:
 
     Raises :class:`InvalidInput`, also for a vector of zeros, which has no direction.
     """
-    try:
-        vector = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"query is of type {type(given).__name__}; it must be a text or a vector.") from None
+    vector = np.asarray(given, dtype=np.float64)
     if vector.shape != (dimensions,) or not np.isfinite(vector).all():
         raise InvalidInput(
             f"the query vector has shape {vector.shape}; the collection takes a finite vector of shape ({dimensions},)."

@@ -114,14 +114,17 @@ class SearchPlan:
 
 
 class Hits(list[SearchHit]):
-    """The hits of one query, best first: a list, which may say how they were found."""
+    """The hits of one query, best first: a list of :class:`SearchHit`.
+
+    ``explanation`` is a :class:`SearchPlan` that says how they were found; None unless the search was called with
+    ``explain=True``.
+    """
 
     __slots__ = ("explanation",)
 
     def __init__(self, hits: Iterable[SearchHit] = (), explanation: SearchPlan | None = None) -> None:
         super().__init__(hits)
         self.explanation = explanation
-        """How they were found; None unless the search was called with ``explain=True``."""
 
 
 @dataclass(frozen=True, slots=True)

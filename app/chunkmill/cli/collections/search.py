@@ -12,9 +12,9 @@ from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
-from chunkmill.cli.output import Screen, beginning, duration, json_option
+from chunkmill.cli.output import Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
-from chunkmill.domain.results import Audit, SearchHit
+from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
 from chunkmill.embedded.environment import Environment
 from chunkmill.monitor.servers import read_database, read_spaces
@@ -27,13 +27,23 @@ PREVIEW = 120
 
 
 @click.command()
-@click.argument("query")
+@click.argument("query", required=False)
 @click.option("-c", "--collection", required=True, help="Collection to search.")
 @click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Number of chunks to find.")
 @click.option(
-    "--where", metavar="JSON", help="""Only chunks whose metadata contains this, such as '{"source": "x"}'."""
+    "--where",
+    metavar="JSON",
+    help="""Only chunks whose metadata pass this filter, such as '{"lang": "en", "year": {"$gte": 2020}}'.""",
+)
+@click.option("--like", metavar="ID", help="Find the neighbours of this chunk, instead of a query's.")
+@click.option("--min-score", type=click.FloatRange(-1, 1), help="Only chunks with this score or a higher one.")
+@click.option(
+    "--offset",
+    type=click.IntRange(0),
+    help="How many of the nearest chunks to leave out. Give 0 for the first page, and the pages fit together.",
 )
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
+@click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1),
@@ -43,20 +53,53 @@ PREVIEW = 120
 )
 @json_option
 @click.pass_obj
-def search(screen: Screen, query: str, collection: str, k: int, where: str | None, exact: bool, timeout: float) -> None:
-    """Find the chunks nearest to QUERY, best first. A worker has to run, because it embeds the query."""
+def search(
+    screen: Screen,
+    query: str | None,
+    collection: str,
+    k: int,
+    where: str | None,
+    like: str | None,
+    min_score: float | None,
+    offset: int | None,
+    exact: bool,
+    explain: bool,
+    timeout: float,
+) -> None:
+    """Find the chunks nearest to QUERY, best first. A worker has to run, because it embeds the query.
+
+    With --like it finds the chunks nearest to a chunk, and needs no worker.
+    """
+    if (query is None) == (like is None):
+        raise click.UsageError("Give either QUERY, or with --like the ID of a chunk.")
     metadata = _where(where)
     with Client.from_env() as client:
-        start = read_database(Environment.load().settings).start_for(Route.AUTO)
+        start = None if like else read_database(Environment.load().settings).start_for(Route.AUTO)
         if start:
             screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
-        hits = client.search(query, collection=collection, k=k, metadata=metadata, exact=exact, timeout=timeout)
+        hits = client.search(
+            query,
+            collection=collection,
+            k=k,
+            metadata=metadata,
+            exact=exact,
+            timeout=timeout,
+            like=like,
+            min_score=min_score,
+            offset=offset,
+            explain=explain,
+        )
+    plan = hits.explanation
     if screen.json:
-        screen.document([asdict(hit) for hit in hits])
-    elif hits:
+        found = [asdict(hit) for hit in hits]
+        screen.document({"hits": found, "plan": asdict(plan)} if plan else found)
+        return
+    if hits:
         show_hits(screen, hits)
     else:
         screen.say("Nothing was found.")
+    if plan:
+        show_plan(screen, plan)
 
 
 @click.command()
@@ -148,8 +191,24 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     """Print each hit on two lines, so that a long id and the text do not take each other's place."""
     width = max(20, min(PREVIEW, screen.out.width - 8))
     for hit in hits:
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"))
+        cut = [("  (cut)", "yellow")] if hit.truncated else []
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *cut)
         screen.say(" " * 8, beginning(hit.text, width))
+    if any(hit.truncated for hit in hits):
+        screen.say("(cut): the text is longer than the model reads, and its end counted for nothing.")
+
+
+def show_plan(screen: Screen, plan: SearchPlan) -> None:
+    screen.say("")
+    screen.say(("Exact" if plan.is_exact else "Through the serving index", "bold"), f": {plan.because}")
+    if plan.is_exact:
+        screen.say(f"{count(plan.candidates, 'chunk')} compared with the query.")
+        return
+    beam = "" if plan.beam is None else f", the graphs with a beam of {plan.beam:,}"
+    screen.say(
+        f"{count(plan.candidates, 'candidate')} from {count(plan.segments, 'segment')} ({plan.graphs:,} with a graph) "
+        f"and {plan.tail:,} rows of the tail{beam}."
+    )
 
 
 def show_audits(screen: Screen, audits: list[Audit]) -> None:

@@ -1,0 +1,240 @@
+"""What a search can be asked for: pages, a least score, many queries, the neighbours of a chunk, reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from chunkmill import Chunk, Client, Hits, InvalidInput, NotFound
+from chunkmill.domain import serving
+from chunkmill.domain.chunks import content_hash
+from chunkmill.ledger import embed_requests
+from chunkmill.spaces import registry
+from chunkmill.store import search as searching
+from chunkmill.store.write import write_vectors
+from chunkmill_workers.local.context import WorkerContext
+from chunkmill_workers.local.responder import EmbedResponder
+from tests.integration.conftest import Runner
+
+DIMENSIONS = 384
+N = 120
+WAYS = ["exactly", "in the tail", "in flat segments", "in a graph"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a search finds its hits. Collections of a few chunks get segments."""
+    monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 2)
+    monkeypatch.setattr(serving, "MIN_ROWS", 2)
+    monkeypatch.setattr(serving, "GRAPH_ROWS", 10 if request.param == "in a graph" else 10_000)
+    monkeypatch.setattr(searching, "MAX_EXACT", 3)
+    monkeypatch.setattr(searching, "FLAT_ADVANTAGE", N / 3)
+    monkeypatch.setattr(searching, "PAGED", 30)
+    return str(request.param)
+
+
+def vector(*first: float) -> NDArray[np.float32]:
+    """A vector that begins so and has zeros behind."""
+    made = np.zeros(DIMENSIONS, np.float32)
+    made[: len(first)] = first
+    return made
+
+
+def embed(db: sa.Engine, vectors: Mapping[str, Sequence[float]], *, truncated: bool = False) -> None:
+    """Give each text its vector, by its first numbers, in the place of a worker."""
+    with db.begin() as conn:
+        space = registry.all_spaces(conn)[0]
+        write_vectors(
+            conn,
+            space,
+            space.spec.fingerprint,
+            [content_hash(text) for text in vectors],
+            np.full(len(vectors), 3, np.int32),
+            np.full(len(vectors), truncated, np.bool_),
+            np.stack([vector(*first) for first in vectors.values()]),
+        )
+
+
+@pytest.fixture
+def filled(client: Client, db: sa.Engine, way: str) -> Client:
+    """Two collections. The further a chunk of ``docs`` is from (1, 0), the larger is its number."""
+    client.enqueue(
+        [Chunk(f"c{i:03}", f"text {i}", {"number": i, "even": i % 2 == 0}) for i in range(N)], collection="docs"
+    )
+    client.enqueue([(f"c{i:03}", f"other {i}") for i in range(N)], collection="others")
+    if way == "in the tail":
+        client.index("docs")
+    embed(db, {f"text {i}": (1, i / 50) for i in range(N)} | {f"other {i}": (1, -i / 50) for i in range(N)})
+    if way not in ("exactly", "in the tail"):
+        client.index("docs")
+    return client
+
+
+def numbers(hits: Sequence[Any]) -> list[int]:
+    return [int(hit.chunk_id[1:]) for hit in hits]
+
+
+@pytest.mark.parametrize("metadata", [None, {"number": {"$gte": 0}}, {"number": {"$gte": 118}}])
+def test_pages_fit_together_to_one_list(filled: Client, metadata: dict[str, Any] | None) -> None:
+    """Also where the hits through the segments end and the exact ones begin, which is at 30."""
+    pages = [filled.search(vector(1), collection="docs", k=7, offset=i, metadata=metadata) for i in range(0, N + 7, 7)]
+    first = 118 if metadata == {"number": {"$gte": 118}} else 0
+    assert [number for page in pages for number in numbers(page)] == list(range(first, N))
+    assert pages[-1] == []
+
+
+@pytest.mark.parametrize("way", ["in a graph"], indirect=True)
+def test_pages_fit_together_even_if_the_segments_miss_a_near_chunk(
+    filled: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph may miss one. It then comes later, and not never, and the hits before it do not come twice."""
+    whole = searching._through_segments
+    monkeypatch.setattr(
+        searching,
+        "_through_segments",
+        lambda space, live, filtered: whole(space, live, f"{filtered} AND c.chunk_id <> 'c005'"),
+    )
+    pages = [filled.search(vector(1), collection="docs", k=8, offset=i) for i in range(0, N, 8)]
+    order = [number for page in pages for number in numbers(page)]
+    assert order == [*range(5), *range(6, 31), 5, *range(31, N)]
+
+
+def test_no_hit_is_below_the_least_score(filled: Client) -> None:
+    scores = [hit.score for hit in filled.search(vector(1), collection="docs", k=20)]
+    assert scores == sorted(scores, reverse=True)
+    found = filled.search(vector(1), collection="docs", k=20, min_score=scores[4])
+    assert numbers(found) == [0, 1, 2, 3, 4]
+    assert filled.search(vector(-1), collection="docs", min_score=0.5) == []
+
+
+def test_many_queries_give_a_list_of_hit_lists(filled: Client) -> None:
+    queries = np.stack([vector(1), vector(1, 1), vector(1, 9)])
+    several = filled.search(queries, collection="docs", k=3, metadata={"even": True})
+    assert [numbers(hits) for hits in several] == [[0, 2, 4], [50, 52, 48], [118, 116, 114]]
+    assert several == [filled.search(query, collection="docs", k=3, metadata={"even": True}) for query in queries]
+    assert filled.search([], collection="docs") == []
+    assert len(filled.search(queries[:1], collection="docs", k=3)) == 1
+
+
+def test_more_like_a_chunk_are_its_neighbours_without_itself(filled: Client) -> None:
+    assert numbers(filled.search(like="c000", collection="docs", k=3)) == [1, 2, 3]
+    found = filled.search(like="c119", collection="docs", k=2, metadata={"number": {"$lt": 50}})
+    assert numbers(found) == [49, 48]
+    pages = [filled.search(like="c000", collection="docs", k=9, offset=i) for i in range(0, N, 9)]
+    assert [number for page in pages for number in numbers(page)] == list(range(1, N))
+    assert filled.search(like="c001", collection="others", k=1)[0].text in ("other 0", "other 2")
+
+
+def test_the_result_says_how_it_was_found(filled: Client, way: str) -> None:
+    def explained(**options: Any) -> searching.SearchPlan:
+        hits = filled.search(vector(1, 0.2), collection="docs", k=5, explain=True, **options)
+        assert hits.explanation
+        assert hits == filled.search(vector(1, 0.2), collection="docs", k=5, **options)
+        return hits.explanation
+
+    assert filled.search(vector(1), collection="docs").explanation is None
+    plain, filtered = explained(), explained(metadata={"even": True})
+    narrow = explained(metadata={"number": {"$in": [7, 90]}})
+    asked = explained(exact=True, metadata={"even": True})
+    assert (asked.is_exact, asked.candidates, asked.because) == (True, N // 2, "An exact search was asked for.")
+    assert (narrow.is_exact, narrow.candidates) == (True, 2)
+    if way == "exactly":
+        assert (plain.is_exact, plain.candidates, plain.segments, plain.tail, plain.beam) == (True, N, 0, 0, None)
+        assert "no serving index" in plain.because
+        return
+    assert (plain.is_exact, filtered.is_exact) == (False, False)
+    assert 5 <= plain.candidates < N
+    assert "no filter is given" in plain.because
+    assert "pass the filter" in filtered.because
+    in_tail, in_graph = way == "in the tail", way == "in a graph"
+    few = (None, "The segments gave 2 of 5 hits") if in_tail else (2, "Only 2 chunks pass the filter.")
+    assert (narrow.passing, narrow.because[: len(few[1])]) == few
+    assert plain.tail == (N if in_tail else 0)
+    assert (plain.segments, plain.graphs) == (1, 1 if in_graph else 0)
+    assert plain.beam == (searching.BEAM if in_graph else None)
+    far = filled.search(vector(-1), collection="docs", k=5, explain=True).explanation
+    assert far
+    assert (far.beam == searching.WIDEST_BEAM, "far from all" in far.because) == (in_graph, in_graph)
+
+
+def test_a_search_beyond_what_segments_give_is_exact_and_says_so(
+    filled: Client, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "MAX_K_THROUGH_SEGMENTS", 50)
+    hits = filled.search(vector(1), collection="docs", k=60, explain=True)
+    assert numbers(hits) == list(range(60))
+    assert hits.explanation
+    assert hits.explanation.because == "A search for more than 50 hits is exact."
+    paged = filled.search(vector(1), collection="docs", k=60, offset=10, explain=True)
+    assert numbers(paged) == list(range(10, 70))
+    assert paged.explanation
+    assert paged.explanation.is_exact == (way == "exactly")
+
+
+def test_an_unindexed_filter_that_nothing_passes_finds_nothing(filled: Client) -> None:
+    hits = filled.search(vector(1), collection="docs", metadata={"number": {"$gt": N}}, explain=True)
+    assert hits == []
+    assert hits.explanation
+    assert hits.explanation.candidates == 0
+
+
+def test_texts_are_embedded_in_one_request(
+    client: Client, runner: Runner, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["How to rotate a certificate", "How to bake bread", "The tides of the sea"]
+    runner.finish(client.enqueue([(f"c{i}", text) for i, text in enumerate(texts)], collection="docs"))
+    asked = []
+    ask = embed_requests.ask
+    monkeypatch.setattr(
+        embed_requests, "ask", lambda conn, **request: (asked.append(request["texts"]), ask(conn, **request))[1]
+    )
+    responder = EmbedResponder(context)
+    responder.start()
+    try:
+        found = client.search(texts, collection="docs", k=1)
+    finally:
+        responder.stop()
+    assert [hits[0].text for hits in found] == texts
+    assert asked == [texts]
+
+
+def test_a_hit_whose_text_was_cut_says_so(client: Client, db: sa.Engine) -> None:
+    client.enqueue([("a", "long"), ("b", "short")], collection="docs")
+    embed(db, {"long": (1, 0)}, truncated=True)
+    embed(db, {"short": (1, 1)})
+    hits = client.search(vector(1), collection="docs")
+    assert [(hit.chunk_id, hit.truncated) for hit in hits] == [("a", True), ("b", False)]
+    assert isinstance(hits, Hits)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({}, InvalidInput, "give either a query, or with like= the id of a chunk"),
+        ({"query": "q", "like": "a"}, InvalidInput, "give either a query"),
+        ({"like": "nothing"}, NotFound, "there is no chunk 'nothing' in collection 'docs'"),
+        ({"like": "b"}, NotFound, "chunk 'b' of collection 'docs' has no vector"),
+        ({"like": "a\x00"}, InvalidInput, "like contains a NUL"),
+        ({"query": ["a", "b\x00"]}, InvalidInput, r"query\[1\] contains a NUL"),
+        ({"query": ["a", 1]}, InvalidInput, "query is of type list"),
+        ({"query": np.ones((2, 2, 384))}, InvalidInput, r"query has shape \(2, 2, 384\)"),
+        ({"query": np.ones((2, 3))}, InvalidInput, r"has shape \(3,\)"),
+        ({"query": np.ones((2, 384)), "k": 600_000}, InvalidInput, "2 queries for 600,000 hits are too many"),
+        ({"query": np.ones(384), "min_score": 2}, InvalidInput, "min_score is 2; it must be a cosine"),
+        ({"query": np.ones(384), "min_score": float("nan")}, InvalidInput, "min_score is nan"),
+        ({"query": np.ones(384), "offset": -1}, InvalidInput, "offset is -1; it must be at least 0"),
+        ({"query": np.ones(384), "metadata": {"a": {"$gt": None}}}, InvalidInput, "metadata at a.[$]gt: it is null"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_with_the_reason(
+    client: Client, db: sa.Engine, given: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    client.enqueue([("a", "one"), ("b", "two")], collection="docs")
+    embed(db, {"one": (1, 0)})
+    with pytest.raises(kind, match=said):
+        client.search(**given, collection="docs")

@@ -1,0 +1,31 @@
+"""How the hits of a search, and how they were found, are printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from chunkmill.cli.collections.search import show_hits, show_plan
+from chunkmill.cli.output import Screen
+from chunkmill.domain.results import SearchHit, SearchPlan
+
+WHOLE = SearchHit(0.91, "a", "a short text", {}, truncated=False)
+CUT = SearchHit(0.52, "b", "a long text", {}, truncated=True)
+
+
+def test_a_hit_whose_text_was_cut_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    show_hits(Screen(as_json=False), [WHOLE, CUT])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [" 0.910  a", "        a short text", " 0.520  b  (cut)", "        a long text"]
+    assert lines[4].startswith("(cut): ")
+    show_hits(Screen(as_json=False), [WHOLE])
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_a_plan_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = SearchPlan(False, "The collection is large.", candidates=81, segments=3, graphs=1, tail=1200, beam=400)
+    show_plan(Screen(as_json=False), plan)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "Through the serving index: The collection is large.",
+        "81 candidates from 3 segments (1 with a graph) and 1,200 rows of the tail, the graphs with a beam of 400.",
+    ]
