@@ -240,6 +240,18 @@ def test_count_counts_what_passes(client: Client, db: sa.Engine) -> None:
         client.count("docs", filter={"n": {"$no": 1}})
 
 
+def test_an_or_finds_nothing_of_another_collection(client: Client, db: sa.Engine) -> None:
+    for name in NAMES:
+        job = client.enqueue([(f"{name} {i}", f"{name} text {i}", {"n": i}) for i in range(6)], collection=name)
+        embed(db, job.id, [f"{name} text {i}" for i in range(6)])
+    either = {"$or": [{"n": 1}, {"n": 2}]}
+    hits = client.search(vector_of("others text 1"), collection="docs", metadata=either)
+    assert {hit.chunk_id for hit in hits} == {chunk.id for chunk in client.chunks("docs", filter=either)}
+    assert {hit.chunk_id for hit in hits} == {"docs 1", "docs 2"}
+    assert client.delete("docs", filter=either) == 2
+    assert [client.count(name) for name in NAMES] == [4, 6]
+
+
 @pytest.mark.parametrize("has_index", [False, True], ids=["without index", "with index"])
 def test_a_filter_deletes_what_passes_it_and_texts_that_nothing_uses(
     client: Client, db: sa.Engine, small_steps: None, has_index: bool

@@ -156,7 +156,8 @@ class _Any(_Term):
     terms: tuple[_Term, ...]
 
     def sql(self, column: str, parameters: _Parameters) -> str:
-        return " OR ".join(f"({term.sql(column, parameters)})" for term in self.terms)
+        # In brackets, because the condition stands behind an AND.
+        return "(" + " OR ".join(f"({term.sql(column, parameters)})" for term in self.terms) + ")"
 
 
 def parse(given: Mapping[str, Any] | None, argument: str = "metadata") -> Filter:

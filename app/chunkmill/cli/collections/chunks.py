@@ -96,7 +96,8 @@ def get(screen: Screen, collection: str, ids: tuple[str, ...]) -> None:
                 "metadata": _json(chunk),
             }
         )
-        screen.text(f"\n{chunk.text}\n")
+        # With a margin, so that no line of a text is taken for a field of this chunk or the next.
+        screen.text("".join(f"| {line}\n" for line in (chunk.text or "").splitlines()))
     if missing:
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
         raise NotFound(f"collection {collection!r} has no chunk {', '.join(map(repr, missing[:3]))}{more}.")
