@@ -248,6 +248,7 @@ def test_everything_runs_with_no_more_than_it_needs(
         assert (gone["jobs"].rows, gone["contents"].rows) == (1, 1)
         assert client.delete("docs", ["c1"]) == 1
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
+    monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 10)
     index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
     assert (said.exit_code, "docs is served by 1 segments" in said.output) == (0, True), said.output
@@ -256,6 +257,12 @@ def test_everything_runs_with_no_more_than_it_needs(
         until(lambda: client.job(more.id).state == "completed", worker.output)
         assert client.index("docs").tail == 0
         assert client.search(client.vectors("docs", ["c7"])["c7"], collection="docs", k=1)[0].chunk_id == "c7"
+    with Client(create_db(roles["reader"], role="client"), Broker.connect(settings), settings) as reader:
+        for metadata, exact in ((None, False), ({"no": {"$exists": False}}, True)):  # all chunks pass, and are listed
+            hits = reader.search(like="c7", collection="docs", k=1, metadata=metadata, explain=True)
+            assert hits.explanation
+            assert (hits[0].chunk_id, hits.explanation.is_exact) == ("more7", exact)
+            assert (hits.explanation.graphs == 0) == exact
     # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for purpose in PURPOSES:
