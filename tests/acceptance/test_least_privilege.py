@@ -278,6 +278,7 @@ def test_everything_runs_with_no_more_than_it_needs(
         assert client.delete("docs", ["c1"]) == 1
         assert client.delete("docs", filter={"n": {"$gte": 98}}) == 2
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 10)
+    monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 10)
     index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
     assert (said.exit_code, "docs is served by 1 segments" in said.output) == (0, True), said.output
@@ -298,6 +299,11 @@ def test_everything_runs_with_no_more_than_it_needs(
         hit = reader.search("number 7", collection="docs", k=1, hybrid=0.2, timeout=PATIENCE)[0]
         assert (hit.chunk_id, hit.mixed) == ("c7", pytest.approx(1.0, abs=0.3))
         assert len(reader.golden("docs").list()) == 1
+        for metadata, exact in ((None, False), ({"no": {"$exists": False}}, True)):  # all chunks pass, and are listed
+            hits = reader.search(like="c7", collection="docs", k=1, metadata=metadata, explain=True)
+            assert hits.explanation
+            assert (hits[0].chunk_id, hits.explanation.is_exact) == ("more7", exact)
+            assert (hits.explanation.graphs == 0) == exact
     # redis-py tells the server its own name, and it does no harm that this is refused.
     assert {what for _, what in guarded.denied()} <= {"client", "client|setinfo"}, guarded.admin.acl_log()
     for purpose in PURPOSES:
