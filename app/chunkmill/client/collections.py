@@ -10,6 +10,7 @@ from chunkmill.client.base import ClientPart
 from chunkmill.db.connect import refusal, sqlstate
 from chunkmill.domain.arguments import as_flag, as_function, require_name
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
+from chunkmill.domain.printed import Rows
 from chunkmill.errors import StoreUnavailable
 from chunkmill.ledger import dropping, overview
 from chunkmill.spaces import collections, names
@@ -32,7 +33,7 @@ class Collections(ClientPart):
         """
         exact = as_flag("exact", exact)
         with self._transaction() as conn:
-            return overview.all_collections(conn, exact=exact)
+            return Rows(overview.all_collections(conn, exact=exact), CollectionInfo)
 
     def drop_collection(
         self, name: str, *, wait: bool = True, on_progress: OnDropped | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from chunkmill.domain.printed import Printed
 from chunkmill.domain.results import Index
 
 COUNTED = 1_000
@@ -19,7 +20,7 @@ OnDropped = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class CollectionInfo:
+class CollectionInfo(Printed):
     """A collection, how much is in it, and how it is served."""
 
     name: str
@@ -48,7 +49,7 @@ class CollectionInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class DroppedCollection:
+class DroppedCollection(Printed):
     """What a drop did before it returned."""
 
     name: str

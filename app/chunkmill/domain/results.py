@@ -101,7 +101,7 @@ class SearchHit(Printed):
 
 
 @dataclass(frozen=True, slots=True)
-class Keywords:
+class Keywords(Printed):
     """The keywords of a collection, which hybrid searches read."""
 
     collection: str
@@ -116,7 +116,7 @@ class Keywords:
 
 
 @dataclass(frozen=True, slots=True)
-class GoldenLoaded:
+class GoldenLoaded(Printed):
     """What was read from the files of a golden set."""
 
     queries: int
@@ -130,7 +130,7 @@ class GoldenLoaded:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchTuning:
+class SearchTuning(Printed):
     """What the golden queries of a collection say about hybrid search, and what was chosen.
 
     Each nDCG@10 is a mean over the queries, from 0.0 to 1.0.

@@ -22,6 +22,9 @@ class Amount:
     bytes: int = 0
     """The bytes of the rows themselves, without their entries in indexes."""
 
+    def __str__(self) -> str:
+        return f"{self.rows:,} rows, {self.bytes:,} bytes"
+
     def __add__(self, other: Amount) -> Amount:
         return Amount(self.rows + other.rows, self.bytes + other.bytes)
 

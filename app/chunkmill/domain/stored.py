@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.printed import Printed
+
 
 class ChunkState(StrEnum):
     """Whether a chunk has a vector, and if not, whether it will get one."""
@@ -26,7 +28,7 @@ class ChunkState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredChunk:
+class StoredChunk(Printed):
     """One chunk of a collection, as it was at one moment."""
 
     id: str
@@ -49,7 +51,7 @@ EXPORTED = frozenset(("id", "text", "metadata", "vector", "truncated", "content_
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(Printed):
     """What an export wrote."""
 
     path: Path

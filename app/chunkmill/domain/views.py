@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from chunkmill.domain.budget import Budget
+from chunkmill.domain.collections import CollectionInfo
 from chunkmill.domain.costs import Adjustment, Correction, Cost, Costs, Estimate, LaneEstimate
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
@@ -20,6 +21,7 @@ from chunkmill.domain.results import (
     SearchHit,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned
+from chunkmill.domain.stored import StoredChunk
 from chunkmill.domain.tables import ID, PERCENT, Column, Marked, Table, table_of
 
 _FORMS = {
@@ -52,6 +54,8 @@ _COLUMNS: dict[type, tuple[str, ...]] = {
                  "recent_hit_rate"),
     Cost: ("key", "route", "contents", "tokens", "usd", "engine_seconds", "usd_per_million", "lost_usd",
            "maybe_charged_usd", "corrected_usd"),
+    CollectionInfo: ("name", "model", "chunks", "embedded", "pending", "dead", "aliases", "last_enqueue_at"),
+    StoredChunk: ("id", "text", "metadata", "state", "truncated", "job_id"),
     RoutingStep: ("at", "route", "because"),
     OpenWork: ("route", "state", "at_provider", "chunk_batches", "contents", "due_at", "because"),
     JobProviderBatch: ("id", "state", "provider_status", "requests", "done", "contents", "next_look", "error"),
@@ -63,8 +67,9 @@ _PROPERTIES: dict[type, tuple[str, ...]] = {
     Budget: ("headroom",),
     Estimate: ("tokens", "usd"),
     DeadEntry: ("why_not_retried",),
+    StoredChunk: ("text",),
 }
-"""The properties that are shown after the fields of one result."""
+"""What is shown after the fields of one result: properties, and a text that was asked for, which no repr holds."""
 _PLURALS: dict[type, str] = {
     SearchHit: "hits",
     Job: "jobs",
@@ -74,6 +79,7 @@ _PLURALS: dict[type, str] = {
     Adjustment: "adjustments",
     Lane: "paid lanes",
     CacheSpace: "spaces",
+    CollectionInfo: "collections",
 }
 
 
@@ -99,10 +105,10 @@ def of_one(result: object) -> list[Table]:
     for name, value in _values(result):
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             further.append(of_rows(value, "" if name == "rows" else _head(name)))
-        elif isinstance(value, Budget):
-            further += [dataclasses.replace(table, title=_head(name)) for table in of_one(value)]
+        elif name == "entry":
+            fields += [(row[0], row[1]) for row in of_one(value)[0].rows]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type | Amount):
-            fields += [(row[0], row[1]) for table in of_one(value) for row in table.rows if not table.heads]
+            further += [dataclasses.replace(table, title=_head(name)) for table in of_one(value)]
         elif isinstance(result, Pruned) and isinstance(value, Mapping):
             further.append(Table((_head(name), "rows", "bytes"), tuple((k, v.rows, v.bytes) for k, v in value.items())))
         elif value != ():

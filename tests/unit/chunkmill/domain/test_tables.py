@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import chunkmill
@@ -84,6 +86,8 @@ def value_of(hint: typing.Any) -> typing.Any:
         return value_of(next(one for one in arguments if one is not type(None)))
     if origin is tuple:
         return (value_of(arguments[0]), value_of(arguments[0]))
+    if origin is np.ndarray:
+        return np.ones(3, np.float32)
     if origin is Mapping:
         return {HOSTILE: value_of(arguments[1])}
     if dataclasses.is_dataclass(hint):
@@ -93,7 +97,7 @@ def value_of(hint: typing.Any) -> typing.Any:
     if hint is typing.Any:
         return [HOSTILE]
     simple: dict[type, object] = {
-        bool: True, int: 1234567, float: 0.25, Decimal: Decimal("12.5"), str: HOSTILE,
+        bool: True, int: 1234567, float: 0.25, Decimal: Decimal("12.5"), str: HOSTILE, Path: Path("x/") / HOSTILE,
         datetime: datetime(2026, 11, 29, 7, 30, tzinfo=UTC), date: date(2026, 11, 29),
     }  # fmt: skip
     return simple[hint]
@@ -125,6 +129,7 @@ def test_no_text_of_a_result_becomes_markup_and_each_has_a_table(kind: typing.An
         assert "\u202e" not in page.said + "".join(page.titles) + str(result)
         assert "table" in page.tags
         assert len(str(result).splitlines()) > 1, "a table and not one line"
+        assert "(rows=" not in str(result)
         assert f"{kind.__name__}(" not in str(result)
 
 
