@@ -82,22 +82,22 @@ _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 def doorbell(raw: bytes, queue: str, priority: int) -> bytes | Refusal:
-    """The doorbell that was taken from the list of ``queue`` and ``priority``, written anew, or why it is refused."""
+    """The doorbell that was taken from the list of ``queue`` and ``priority``, rewritten, or why it is refused."""
     return _written_anew(_doorbell, raw, queue, priority)
 
 
 def command(raw: bytes) -> bytes | Refusal:
-    """The command of Celery's remote control that was published, written anew, or why it is refused."""
+    """The command of Celery's remote control that was published, rewritten, or why it is refused."""
     return _written_anew(_command, raw)
 
 
 def reply(raw: bytes) -> bytes | Refusal:
-    """A worker's reply to a command, written anew, or why it is refused."""
+    """A worker's reply to a command, rewritten, or why it is refused."""
     return _written_anew(_reply, raw)
 
 
 def event(raw: bytes) -> bytes | Refusal:
-    """An event of a worker or of a task, or a group of them, written anew, or why it is refused."""
+    """An event of a worker or of a task, or a group of them, rewritten, or why it is refused."""
     return _written_anew(_event, raw)
 
 

@@ -1,6 +1,6 @@
 """Which segments a collection's serving index should have. Pure.
 
-A serving index is a log-structured merge tree (O'Neil et al., 1996). What is new is in its tail. A *flush* makes a
+A serving index is a log-structured merge tree (O'Neil et al., 1996). New rows are in its tail. A *flush* makes a
 small segment of the tail, and a *merge* makes a larger segment of smaller ones, so that there are few segments and each
 row is written a few times.
 """
@@ -17,17 +17,17 @@ takes a few milliseconds."""
 MAX_FLUSH_ROWS = 100_000
 """The most rows of the tail that become one segment, so that a flush takes seconds."""
 GRAPH_ROWS = 20_000
-"""A segment of so many rows gets a graph. Fewer rows are read from the first to the last in about 20 ms."""
+"""A segment with at least this many rows gets a graph. Fewer rows are read from the first to the last in about 20 ms."""
 MAX_GRAPH_DIMENSIONS = 4_000
 """The most dimensions of an HNSW index of pgvector on ``halfvec``. Graphs of more dimensions are of bits."""
 MIN_BITS = 256
 """The fewest dimensions of a graph of bits."""
 MANY_FLAT = 16
-"""While a merge takes long, no more than about so many flat segments are made of one size."""
+"""About how many flat segments of one size are made at most while a merge takes long."""
 FANOUT = 4
-"""So many segments of about one size become one segment of the next size."""
+"""How many segments of about one size are merged into one of the next size."""
 STALE_SHARE = 0.2
-"""A segment is written anew once this share of its rows belongs to no chunk any more."""
+"""A segment is rewritten once this share of its rows belongs to no chunk any more."""
 
 
 class SegmentKind(StrEnum):
@@ -94,7 +94,7 @@ def rows_to_flush(live: Sequence[Segment]) -> int:
 def segments_to_merge(live: Sequence[Segment], *, dimensions: int, stale: Sequence[int] = ()) -> list[Segment]:
     """The segments that one merge makes into one; empty if there is nothing to merge.
 
-    These are, in this order: segments that must be written anew (``stale``, ids), one or more flat segments that are
+    These are, in this order: segments that must be rewritten (``stale``, ids), one or more flat segments that are
     together large enough for a graph, and ``FANOUT`` segments of about one size.
     """
     if chosen := [segment for segment in live if segment.id in stale]:

@@ -73,7 +73,7 @@ class Indexer:
             except Exception as error:
                 if not is_outage(error):
                     raise
-                # The poller's own rounds say that Postgres is away.
+                # The poller's own rounds report that Postgres is unavailable.
 
     def _build_all(
         self, name: str, build: Callable[[Space, int], Built | None], steps: Steps, stop: threading.Event | None = None

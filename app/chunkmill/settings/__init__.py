@@ -247,8 +247,8 @@ class Settings(ProviderSettings):
     index_seconds: float = Field(
         10.0,
         ge=0,
-        description="How many seconds pass until the poller looks again which serving indexes need a new segment. 0 "
-        "leaves this to `chunkmill index`.",
+        description="How many seconds pass between two checks by the poller for serving indexes that need a new segment. "
+        "With 0, only `chunkmill index` builds them.",
     )
     doorbell_repair_seconds: float = Field(
         10.0,

@@ -1,8 +1,8 @@
 """Builds the segments of serving indexes.
 
-A builder may be killed at any point. A search reads a segment only once it is live, and who builds next drops what was
-left half built. No producer, worker or search waits for a builder, but for a second at most when the first index of a
-space begins (`_watch`).
+A builder may be killed at any point. A search reads a segment only once it is live, and the next builder drops what was
+left half built. No producer, worker or search waits for a builder, except for a second at most when the first index of
+a space begins (`_watch`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STALE_PAUSE_S = 600
 DISK_FULL = "53100"
 """The SQLSTATE of a server whose disk, or whose /dev/shm, is full."""
 GRAPH_NODE_BYTES = 300
-"""What a node of a graph takes in memory beside its vector, with pgvector's 16 neighbours a layer."""
+"""How many bytes a node of a graph takes in memory in addition to its vector, with pgvector's 16 neighbours a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
         with conn.begin():
             new = segments.create(conn, collection_id, space, SegmentKind.FLAT, BuilderKind.FLUSH)
         with conn.begin():
-            # What is in the tail and cannot be in the segment is of the same moment as what is in it.
+            # The rows of the tail that cannot enter the segment are read at the same moment as those that can.
             conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             _take_time(conn)
             fill = "SELECT filled, useless FROM fill_segment_from_tail(:id, :most)"
@@ -203,7 +203,7 @@ def _alone(db: sa.Engine, key: int, collection_id: int, *, wait: bool) -> Iterat
     """A connection that holds the collection's lock of this kind; None if another one holds it."""
     keys = {"key": key, "collection": collection_id}
     with db.connect() as conn:
-        # Asked again and again, because a graph takes longer than a statement may take.
+        # The lock is requested repeatedly, because a graph takes longer than a statement may take.
         while True:
             taken = conn.execute(sa.text("SELECT pg_try_advisory_lock(:key, :collection)"), keys).scalar_one()
             conn.commit()
@@ -266,8 +266,8 @@ def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
 def _wait_for_writers(conn: sa.Connection) -> bool:
     """Wait until everybody who writes chunks or vectors now has ended. False if somebody takes too long.
 
-    They hold the shared side of this lock until the end of their transactions. So whoever has not seen the index has
-    committed, and everybody else fills the tail. To take the lock itself would hold up all who come meanwhile.
+    They hold the shared side of this lock until the end of their transactions. So every writer that has not
+    seen the index has committed, and all others fill the tail. To take the lock itself would hold up all who come meanwhile.
     """
     deadline = time.monotonic() + BEGIN_PATIENCE_S
     with conn.begin():

@@ -25,29 +25,29 @@ GRAPH_ROW_COST = 4
 """So many times longer it takes to meet a row in a graph and look whether its chunk passes a filter than to compare a
 chunk that passes with the query. Measured on 60,000 rows: 16 to 57 µs and 8 to 20 µs, on a busy machine."""
 FLAT_ADVANTAGE = 10
-"""So many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
+"""How many times faster a row is read in a flat segment than through the indexes of chunks and vectors."""
 MAX_K_THROUGH_SEGMENTS = 500
-"""A search for more hits is exact, because pgvector keeps at most 1,000 candidates in mind."""
+"""A search for more hits is exact, because pgvector keeps at most 1,000 candidates."""
 MAX_K_THROUGH_BITS = 100
 """The same for a collection with graphs of bits, which give ten candidates or more for each hit."""
 PAGED = 200
-"""So many hits are put in order through the segments for a search with an offset, and all further ones exactly. The
+"""How many hits of a search with an offset are found through the segments; the further ones are found exactly. The
 order of the first hits then does not depend on the page, as it would if a deeper page had more candidates."""
 MAX_SCANNED = 100_000
 """How many rows of a graph a search looks at before it gives up and becomes exact."""
 BEAM, WIDEST_BEAM = 400, 1_000
-"""How many candidates a search of a graph keeps in mind, which pgvector calls ef_search; the latter is the most that it
-allows."""
+"""How many candidates a search of a graph keeps (pgvector's ef_search). The second number is pgvector's maximum."""
 MIN_CANDIDATES = 20
 CONTRAST = 1.15
-"""If the last candidate is less than so many times as far from the query as the first, the query is far from everything
-in the collection. A narrow search of a graph then ends where it began, and so it is made again with the widest beam.
+"""If the last candidate is less than this many times as far from the query as the first, the query is far from
+everything in the collection. A narrow search of a graph then gets stuck near its start, so it is repeated with the
+widest beam.
 (Relative contrast as a measure of how hard a search is: He, Kumar and Chang, 2012.)"""
 SAMPLED = 500
-"""About so many rows of the largest graph tell whether a filter leaves many chunks. That takes about 3 ms, and the list
-of all that pass is not made."""
+"""About how many rows of the largest graph are looked at to tell whether a filter leaves many chunks. That takes about
+3 ms, and saves the list of all chunks that pass."""
 CLEARLY_MANY = 1.25
-"""A sample settles it only if it says that so many times more chunks pass than an exact search may have."""
+"""The sample is believed only if it says that this many times more chunks pass than an exact search may have."""
 
 
 def search(

@@ -103,7 +103,7 @@ def publish(
 def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -> int:
     """Drop what a dead builder of this kind left half built, and what was retired long enough ago.
 
-    Only who holds the lock of that builder may call it. Returns how many segments were dropped.
+    Only the holder of that builder's lock may call it. Returns how many segments were dropped.
     """
     call = "SELECT drop_unread_segments(:collection, :builder, :grace)"
     parameters = {"collection": collection_id, "builder": builder, "grace": float(GRACE_S)}
@@ -112,7 +112,7 @@ def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -
 
 
 def forget(conn: sa.Connection, collection_id: int, space_id: int) -> None:
-    """Let nobody search through the index of a collection any more. Its segments are dropped later."""
+    """Stop all searches from using the index of a collection. Its segments are dropped later."""
     call = "SELECT forget_serving_index(:collection, :space)"
     conn.execute(sa.text(call), {"collection": collection_id, "space": space_id})
 
