@@ -26,7 +26,7 @@ GIVEN: dict[Words, list[str]] = {
     ("dead", "drop"): ["--yes"],
     ("demo",): ["--limit=2"],
     ("flower",): ["--no-auth", "--port=0"],
-    ("search",): ["a query", "--timeout=0.1"],
+    ("search",): ["--timeout=0.1"],
     ("tune",): ["--dry-run", "--texts=texts.jsonl", "--backend=native", "--dtype=fp32", "--budget=256", "--threads=1",
                 "--seconds=0.1"],
 }  # fmt: skip
