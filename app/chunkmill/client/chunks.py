@@ -105,7 +105,7 @@ class Chunks(ClientPart):
         and :class:`InvalidInput`.
         """
         chosen = filters.parse(filter, "filter")
-        row, _ = self._collection(collection)
+        row = self._named(collection)
         with self._transaction() as conn:
             return store.count(conn, collection_id=row.id, chosen=chosen)
 
@@ -127,7 +127,7 @@ class Chunks(ClientPart):
         :class:`NotFound`.
         """
         named, chosen = as_chosen(ids, filter, all_chunks=all_chunks, verb="delete")
-        row, _ = self._collection(collection)
+        row = self._named(collection)
         if chosen:
             return self._delete_picked(row, chosen)
         deleted = 0
@@ -166,7 +166,7 @@ class Chunks(ClientPart):
         named, chosen = as_chosen(ids, filter, all_chunks=all_chunks, verb="change")
         replaces = as_flag("replace", replace)
         as_json, removed = as_changes(metadata, remove, replaces=replaces)
-        row, _ = self._collection(collection)
+        row = self._named(collection)
         changes = partial(
             store.update_metadata,
             collection_id=row.id,
@@ -298,6 +298,12 @@ class Chunks(ClientPart):
                     yield take(size)
         if ids:
             yield take(size)
+
+    def _named(self, collection: str) -> Collection:
+        """The collection alone: its space may be one of a newer release, which this one cannot read."""
+        require_name("collection", collection)
+        with self._transaction() as conn:
+            return collections.find(conn, collection)
 
     def _collection(self, collection: str) -> tuple[Collection, Space]:
         require_name("collection", collection)

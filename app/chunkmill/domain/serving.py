@@ -17,7 +17,7 @@ takes a few milliseconds."""
 MAX_FLUSH_ROWS = 100_000
 """The most rows of the tail that become one segment, so that a flush takes seconds."""
 GRAPH_ROWS = 20_000
-"""A segment with at least this many rows gets a graph. Fewer rows are read from the first to the last in about 20 ms."""
+"""A segment with at least this many rows gets a graph. Fewer are read from the first to the last in about 20 ms."""
 MAX_GRAPH_DIMENSIONS = 4_000
 """The most dimensions of an HNSW index of pgvector on ``halfvec``. Graphs of more dimensions are of bits."""
 MIN_BITS = 256

@@ -266,8 +266,8 @@ def _watch(conn: sa.Connection, space: Space, collection_id: int) -> bool:
 def _wait_for_writers(conn: sa.Connection) -> bool:
     """Wait until everybody who writes chunks or vectors now has ended. False if somebody takes too long.
 
-    They hold the shared side of this lock until the end of their transactions. So every writer that has not
-    seen the index has committed, and all others fill the tail. To take the lock itself would hold up all who come meanwhile.
+    They hold the shared side of this lock until the end of their transactions. So every writer that has not seen the
+    index has committed, and all others fill the tail. To take the lock itself would hold up all who come meanwhile.
     """
     deadline = time.monotonic() + BEGIN_PATIENCE_S
     with conn.begin():

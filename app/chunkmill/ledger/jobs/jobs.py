@@ -261,15 +261,16 @@ def get(conn: sa.Connection, job_id: int) -> Job:
     rows = _select(conn, [job_id])
     if not rows:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
-    merged = streams.counts_of(conn, [job_id]).get(job_id)
+    merged = streams.counts_of(conn, [job_id]).get(job_id) if rows[0].has_streams else None
     return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS), merged)
 
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:
     """The newest ``limit`` jobs, without their dead chunks."""
     ids = conn.execute(sa.text("SELECT id FROM jobs ORDER BY id DESC LIMIT :limit"), {"limit": limit}).scalars().all()
-    merged = streams.counts_of(conn, ids)
-    return [_job(row, (), merged.get(row.id)) for row in _select(conn, ids)]
+    rows = _select(conn, ids)
+    merged = streams.counts_of(conn, ids) if rows and rows[0].has_streams else {}
+    return [_job(row, (), merged.get(row.id)) for row in rows]
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:
@@ -285,7 +286,7 @@ def dead_chunks(conn: sa.Connection, job_id: int, *, limit: int) -> Sequence[Dea
 
 
 _SELECT_JOBS = """
-    SELECT j.*, c.name AS collection, s.fingerprint, s.model,
+    SELECT j.*, c.name AS collection, s.fingerprint, s.model, to_regclass('job_streams') IS NOT NULL AS has_streams,
            coalesce(b.contents, 0) AS contents, coalesce(b.cached, 0) AS cached,
            coalesce(b.embedded, 0) AS embedded, coalesce(b.remaining, 0) AS remaining,
            coalesce(b.truncated, 0) AS truncated,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -47,7 +47,8 @@ def decide(
     if asked not in (Route.LOCAL, Route.AUTO) or spec.provider == OPENAI:
         settings.require_provider()
     require_served(asked, lanes_of(settings, spec), spec)
-    now = conn.execute(sa.text("SELECT now()")).scalar_one()
+    # Without a deadline nothing is compared with the time.
+    now = datetime.now(UTC) if deadline is None else conn.execute(sa.text("SELECT now()")).scalar_one()
     return choose(asked, offers(conn, settings, spec), now=now, deadline=deadline)
 
 
