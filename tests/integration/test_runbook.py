@@ -27,6 +27,7 @@ BLOCK = re.compile(r"^```sql\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUERIES = [
     pytest.param(query, id=f"{page.stem}-{number}")
     for page in sorted((ROOT / "docs").glob("*.md"))
+    if page.stem != "collections"  # its views are read in test_collection_views.py
     for number, query in enumerate(query for block in BLOCK.findall(page.read_text()) for query in block.split(";\n"))
     if query.strip()
 ]

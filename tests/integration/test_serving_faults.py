@@ -589,8 +589,8 @@ def test_chunks_are_taken_by_a_collection_whose_old_space_is_gone(
 
 @pytest.mark.parametrize(
     ("dimensions", "storage", "kind"),
-    [(3_000, "vector", SegmentKind.HNSW), (3_000, "halfvec", SegmentKind.HNSW), (4_001, "vector", SegmentKind.FLAT),
-     (16_000, "vector", SegmentKind.FLAT)],
+    [(3_000, "vector", SegmentKind.HNSW), (3_000, "halfvec", SegmentKind.HNSW), (4_001, "vector", SegmentKind.BITS),
+     (16_000, "vector", SegmentKind.BITS)],
 )  # fmt: skip
 def test_segments_hold_vectors_of_many_dimensions(
     db: sa.Engine, client: Client, dimensions: int, storage: str, kind: SegmentKind

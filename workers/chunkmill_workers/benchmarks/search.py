@@ -24,7 +24,7 @@ from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import content_hash
-from chunkmill.domain.serving import SegmentKind
+from chunkmill.domain.serving import SegmentKind, kind_for
 from chunkmill.models import resolve_spec
 from chunkmill.poller.indexer import Indexer
 from chunkmill.settings import Settings
@@ -174,7 +174,9 @@ class Bench:
                 seconds = time.perf_counter() - began
             if corpus.rows == largest:
                 group = f"build of {corpus.rows:,} rows, topics {corpus.kind}"
-                expected = indexing.graph_bytes(corpus.rows, self.space.spec.dimensions) / MIB
+                dimensions = self.space.spec.dimensions
+                kind = kind_for(corpus.rows, dimensions)
+                expected = indexing.graph_bytes(kind, corpus.rows, dimensions) / MIB
                 details = {"expected_mib": round(expected), "index_memory_mb": self.settings.index_memory_mb}
                 made.append(Measurement(group, "time", "s", [seconds]))
                 if memory.peak:
