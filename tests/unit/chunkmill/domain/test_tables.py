@@ -32,6 +32,12 @@ TAGS = {"div", "p", "table", "caption", "thead", "tbody", "tr", "th", "td"}
 ATTRIBUTES = {"style", "title", "scope", "dir"}
 
 
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever console the tests run on."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 class Page(HTMLParser):
     """What a browser makes of a fragment: its tags, its attributes and its cells."""
 
