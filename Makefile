@@ -60,7 +60,7 @@ test: lint
 	@$(BIN)/python -m tests.support.audit --warn
 	@echo "== pytest, on real Postgres, Redis and Celery workers, and mypy --strict beside it"
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & mypy=$$!; \
-		$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
+		$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15; tests=$$?; \
 		wait $$mypy; types=$$?; echo "== mypy --strict"; cat $(VENV)/mypy.log; exit $$((tests | types))
 
 lint: $(VENV)/.dev

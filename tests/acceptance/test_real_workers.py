@@ -106,6 +106,7 @@ def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
     assert second.terminate() == 0
 
 
+@pytest.mark.slow  # make chaos does it, and test_flushall_and_a_killed_worker_in_mid_job_lose_nothing a part of it
 def test_redis_killed_and_started_empty_in_mid_job(settings: Settings, db: sa.Engine, tmp_path: Path) -> None:
     """Promise 2 in its hardest form: kill -9, and a new Redis without the append-only file at the same address."""
     with folder_for_homes("cm-") as home:
@@ -231,6 +232,7 @@ def test_two_workers_share_one_job(processes: Processes, client: Client, db: sa.
     assert sum(share for _, share in shares) == 800
 
 
+@pytest.mark.slow  # make chaos does it, and test_claims.py with leases that ran out
 def test_a_frozen_worker_loses_its_lease_and_does_no_harm_when_it_wakes(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:

@@ -143,7 +143,7 @@ def cosine(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.
 
 @every_target
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in ("bert", "qwen3") else pytest.mark.slow) for name in FAMILIES]
+    "family", [pytest.param(name, marks=() if name == "bert" else pytest.mark.slow) for name in FAMILIES]
 )
 def test_every_family_gives_the_vectors_of_torch_at_every_length(
     family: str, target: Target, family_folder: Callable[[str], ModelFolder]
