@@ -7,6 +7,7 @@ import inspect
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -425,8 +426,11 @@ def test_the_commands_do_the_same_and_ask_before_a_drop(client: Client, settings
     assert json.loads(run("--json")[1]) == []
 
 
-def test_no_method_that_takes_a_collection_misses_an_alias(client: Client, hands: Hands) -> None:
+def test_no_method_that_takes_a_collection_misses_an_alias(
+    client: Client, hands: Hands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of every method, also one that comes later: a name that is read in another way would not be found."""
+    monkeypatch.chdir(tmp_path)  # an export writes a file
     fill(client, "docs")
     hands.work()
     client.set_alias("live", "docs")
