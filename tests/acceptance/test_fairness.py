@@ -40,6 +40,7 @@ def finished(db: sa.Engine) -> list[int]:
         )
 
 
+@pytest.mark.slow  # tests/integration/test_fairness.py does it without a real worker
 def test_two_jobs_of_one_priority_progress_together(processes: Processes, client: Client, db: sa.Engine) -> None:
     processes.poller()
     worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")

@@ -147,9 +147,8 @@ def refuse_without_snapshots(place: Place) -> Callable[[], object]:
     return pass_by
 
 
-@pytest.mark.parametrize(
-    "refuse", [refuse_without_replicas, pytest.param(refuse_without_snapshots, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("refuse", [refuse_without_replicas, refuse_without_snapshots])
 def test_refusing_every_write_for_a_while(place: Place, refuse: Callable[[Place], Callable[[], object]]) -> None:
     job_id = place.fill()
     until(lambda: place.client.job(job_id).embedded > 0, place.worker.output)

@@ -202,6 +202,7 @@ def test_openvino_stays_within_its_gate_in_bf16(
 
 
 @openvino_alone
+@pytest.mark.slow
 @pytest.mark.skipif(cpu_has_bf16(), reason="this processor multiplies bf16")
 def test_openvino_refuses_bf16_where_it_would_be_emulated(
     target: Target, minilm_folder: Callable[[Target], ModelFolder]
@@ -211,6 +212,7 @@ def test_openvino_refuses_bf16_where_it_would_be_emulated(
 
 
 @every_target
+@pytest.mark.slow
 def test_a_pass_is_its_own(target: Target, minilm_folder: Callable[[Target], ModelFolder]) -> None:
     backend = load(minilm_folder(target), target)
     rows = random_rows([7, 3, 11])
