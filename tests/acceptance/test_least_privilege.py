@@ -281,7 +281,7 @@ def test_everything_runs_with_no_more_than_it_needs(
     monkeypatch.setattr("chunkmill.domain.serving.GRAPH_ROWS", 10)
     index = {"REDIS_URL": guarded.url("chunkmill"), "DATABASE_URL": roles["producer"]}
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
-    assert (said.exit_code, "docs is served by 1 segments" in said.output) == (0, True), said.output
+    assert (said.exit_code, "docs is served by 1 segment " in said.output) == (0, True), said.output
     with Client(create_db(roles["reader"], role="client"), Broker.connect(settings), settings) as reader:
         for metadata, exact in ((None, False), ({"no": {"$exists": False}}, True)):  # all chunks pass, and are listed
             hits = reader.search(like="c7", collection="docs", k=1, metadata=metadata, explain=True)

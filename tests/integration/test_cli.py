@@ -332,7 +332,7 @@ def test_models_and_index(embedded: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert "all-MiniLM-L6-v2" in screen("models")
     assert "needs no serving index" in screen("index", "docs")
     monkeypatch.setattr("chunkmill.store.indexing.MIN_ROWS", 2)
-    assert "docs is served by 1 segments with 3 rows" in screen("index", "docs")
+    assert "docs is served by 1 segment with 3 rows" in screen("index", "docs")
     assert document("index", "docs")["is_ready"] is True
     assert document("search", "certificate", "-c", "docs", "-k", "1")[0]["chunk_id"] == "tls"
 

@@ -475,7 +475,9 @@ def test_a_build_that_fails_is_not_tried_again_at_once(
     monkeypatch.setattr(indexing, "flush", flush_or_fail)
     builder = Indexer(db, settings)
     assert builder.round() == 1
-    builder.round()
+    client.enqueue([(f"more {i}", f"more of others {i}") for i in range(5)], collection="others")
+    work(db)
+    assert builder.round() == 1
     assert tried.count(broken) == 1
     assert tried.count(id_of(db, "others")) == 2
     now = indexer.time.monotonic

@@ -268,6 +268,35 @@ def test_the_poller_builds_by_itself_what_large_collections_need(
     assert [(one.is_ready, one.rows, one.tail) for one in described] == [(True, 10, 0), (True, 5, 0), (False, 0, 0)]
 
 
+def test_collections_at_rest_cost_a_poller_nothing(client: Client, db: sa.Engine, settings: Settings) -> None:
+    """A round asks as much about eight collections as about two, until one of them has something to build."""
+    statements: list[str] = []
+    sa.event.listen(db, "before_cursor_execute", lambda *args: statements.append(args[2]))
+
+    def asked() -> int:
+        statements.clear()
+        assert Indexer(db, settings).round() == 0
+        return len(statements)
+
+    def fill(*names: str) -> None:
+        for name in names:
+            client.enqueue([(f"c{i}", f"{name} {i}") for i in range(5)], collection=name)
+        work(db)
+
+    fill(*COLLECTIONS)
+    assert Indexer(db, settings).round() == 2
+    about_two = asked()
+    fill(*(f"more {i}" for i in range(6)))
+    assert Indexer(db, settings).round() == 6
+    assert asked() == about_two
+    client.delete("docs", ["c0", "c1", "c2"])
+    fill("others")
+    assert Indexer(db, settings).round() == 1  # of docs, most of which is deleted
+    client.enqueue([(f"d{i}", f"new {i}") for i in range(5)], collection="others")
+    work(db)
+    assert Indexer(db, settings).round() == 1
+
+
 @pytest.mark.parametrize("key", [FLUSH_LOCK, MERGE_LOCK], ids=["flush", "merge"])
 def test_who_asks_for_an_index_waits_for_what_another_builds_of_the_same_collection(
     client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, key: int

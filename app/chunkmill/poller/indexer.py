@@ -13,6 +13,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from chunkmill.db.retry import is_outage
+from chunkmill.domain.serving import BuilderKind
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -79,7 +80,9 @@ class Indexer:
         self, name: str, build: Callable[[Space, int], Built | None], steps: Steps, stop: threading.Event | None = None
     ) -> int:
         n_built = 0
-        for collection_id, space in steps.run(f"the search for collections to {name}", self._collections) or ():
+        for collection_id, space in (
+            steps.run(f"the search for collections to {name}", lambda: self._collections(BuilderKind(name))) or ()
+        ):
             if stop is not None and stop.is_set():
                 break
             what = f"the {name} of the serving index of collection {collection_id}"
@@ -127,11 +130,11 @@ class Indexer:
         with self._db.begin() as conn:
             return keywords.unfinished(conn) if keywords.are_kept(conn) else []
 
-    def _collections(self) -> list[tuple[int, Space]]:
+    def _collections(self, builder: BuilderKind) -> list[tuple[int, Space]]:
         with self._db.begin() as conn:
             if not segments.are_kept(conn):
                 return []
-            wanted = indexing.collections_to_index(conn)
+            wanted = indexing.collections_to_index(conn, builder)
             spaces = {space_id: registry.get_if_readable(conn, space_id) for _, space_id in wanted}
         return [(collection_id, space) for collection_id, space_id in wanted if (space := spaces[space_id])]
 

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal, sqlstate
 from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, holders
+from chunkmill.domain import serving
 from chunkmill.domain.serving import (
     MAX_FLUSH_ROWS,
     MIN_ROWS,
@@ -25,6 +26,7 @@ from chunkmill.domain.serving import (
     BuilderKind,
     Segment,
     SegmentKind,
+    SegmentState,
     kind_for,
     rows_to_flush,
     segments_to_merge,
@@ -308,11 +310,65 @@ def drop_left_behind(db: sa.Engine) -> int:
     return dropped
 
 
-def collections_to_index(conn: sa.Connection) -> list[tuple[int, int]]:
-    """``(collection id, space id)`` of the collections that have a serving index or are large enough for one.
+def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tuple[int, int]]:
+    """``(collection id, space id)`` of the collections for which :func:`flush` or :func:`merge` may have work.
 
-    The indexes of collections that moved to another space, or are gone, are forgotten.
+    It is one query, so that collections at rest cost a poller nothing, however many there are. Before a flush, the
+    indexes of collections that moved to another space, or are gone, are forgotten.
     """
+    if builder is BuilderKind.FLUSH:
+        _forget_moved(conn)
+    query = f"""
+        SELECT k.id, k.space_id
+        FROM collections k
+        LEFT JOIN serving_indexes i ON i.collection_id = k.id AND i.space_id = k.space_id
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND ({_MAY_FLUSH if builder is BuilderKind.FLUSH else _MAY_MERGE}
+               OR EXISTS (
+                   SELECT FROM segments g
+                   WHERE g.collection_id = k.id
+                     AND (g.state = :building AND g.builder = :builder
+                          OR g.state = :retired AND g.retired_at < now() - make_interval(secs => :grace))))
+        ORDER BY k.id
+    """
+    parameters = {
+        "builder": builder,
+        "building": SegmentState.BUILDING,
+        "live": SegmentState.LIVE,
+        "retired": SegmentState.RETIRED,
+        "flat": SegmentKind.FLAT,
+        "grace": float(segments.GRACE_S),
+        "least": MIN_ROWS - 1,
+        "graph_rows": serving.GRAPH_ROWS,
+        "pause": float(STALE_PAUSE_S),
+    }
+    return [(row.id, row.space_id) for row in conn.execute(sa.text(query), parameters)]
+
+
+_MAY_FLUSH = """CASE
+                   WHEN i.collection_id IS NULL
+                   THEN EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1)
+                   ELSE NOT i.is_ready
+                        OR EXISTS (
+                            SELECT FROM serving_tail t
+                            WHERE t.collection_id = k.id AND t.space_id = k.space_id
+                            OFFSET :least LIMIT 1)
+                        OR EXISTS (
+                            SELECT FROM segments g
+                            WHERE g.collection_id = k.id AND g.space_id = k.space_id AND g.state = :live
+                              AND to_regclass('segment_' || g.id) IS NULL)
+               END"""
+_MAY_MERGE = """(
+                   SELECT count(*) > 1
+                          OR coalesce(sum(g.n_rows) FILTER (WHERE g.kind = :flat), 0) >= :graph_rows
+                          OR i.checked_at < now() - make_interval(secs => :pause)
+                             AND (i.deletions <> (SELECT last_value FROM deletions)
+                                  OR coalesce(max(g.live_since) > i.checked_at, false))
+                   FROM segments g
+                   WHERE g.collection_id = i.collection_id AND g.space_id = i.space_id AND g.state = :live)"""
+
+
+def _forget_moved(conn: sa.Connection) -> None:
     moved = """
         SELECT i.collection_id, i.space_id
         FROM serving_indexes i
@@ -321,16 +377,6 @@ def collections_to_index(conn: sa.Connection) -> list[tuple[int, int]]:
     """
     for row in conn.execute(sa.text(moved)).all():
         segments.forget(conn, row.collection_id, row.space_id)
-    large = """
-        SELECT k.id, k.space_id
-        FROM collections k
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
-          AND (EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
-               OR EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1))
-        ORDER BY k.id
-    """
-    rows = conn.execute(sa.text(large), {"least": MIN_ROWS - 1})
-    return [(row.id, row.space_id) for row in rows]
 
 
 def index_metadata(db: sa.Engine) -> None:

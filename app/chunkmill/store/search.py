@@ -113,7 +113,7 @@ def search_all(
     asked = _Asked(
         conn, space, f"AND {condition}" if where else "", parameters | {"collection": collection_id, "space": space.id}
     )
-    index, passing, share, because = None, None, 1.0, "An exact search was asked for."
+    index, passing, share, because, wanted = None, None, 1.0, "An exact search was asked for.", end
     if not exact and offset is None and end > MAX_K_THROUGH_SEGMENTS:
         because = f"A search for more than {MAX_K_THROUGH_SEGMENTS} hits is exact."
     elif not exact:
@@ -126,7 +126,8 @@ def search_all(
             if index.has_bits and offset is None and end > MAX_K_THROUGH_BITS:
                 index, because = None, f"A search of compact graphs for more than {MAX_K_THROUGH_BITS} hits is exact."
         if index is not None:
-            wanted = end if offset is None else PAGED
+            if offset is not None:
+                wanted = MAX_K_THROUGH_BITS if index.has_bits else PAGED
             said = "no filter is given"
             if where:
                 passing, share, said = asked.list_passing(index, wanted)
@@ -134,7 +135,7 @@ def search_all(
             if passing is not None:
                 index, because = None, f"Only {passing.n:,} chunks pass the filter."
     asked = replace(asked, share=share)
-    found = [asked.nearest(query, end, index, passing, because, offset is not None, explain) for query in queries]
+    found = [asked.nearest(query, end, wanted, index, passing, because, explain) for query in queries]
     return [
         Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in found
     ]
@@ -189,18 +190,16 @@ class _Asked:
         self,
         query: NDArray[np.float32],
         k: int,
+        wanted: int,
         index: ServingIndex | None,
         passing: _Passing | None,
         because: str,
-        paged: bool,
         explain: bool,
     ) -> Hits:
-        """The ``k`` nearest, through ``index`` if it is given."""
+        """The ``k`` nearest: the first ``wanted`` through ``index``, if it is given, and the others exactly."""
         parameters = self.parameters | {"query": "[" + ",".join(map(repr, _direction(query).tolist())) + "]"}
         head = Hits()
         if index is not None:
-            deepest = MAX_K_THROUGH_BITS if index.has_bits else PAGED
-            wanted = deepest if paged else k
             head = self._through_segments(parameters, wanted, index, because, explain)
             if len(head) >= wanted:
                 if k <= wanted:
@@ -332,11 +331,13 @@ def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
 def _few(index: ServingIndex, k: int) -> int:
     """If no more chunks pass a filter than this, it is better to compare all of them than to look for ``k`` hits.
 
-    If a share p of n rows passes, a graph is left after about 2k / p rows, and the exact search compares p n chunks.
+    If a share p of n rows passes, a graph that gives c candidates is left after about c / p rows, and the exact search
+    compares p n chunks.
     """
     if not index.has_graphs:
         return index.rows // FLAT_ADVANTAGE
-    return min(MAX_EXACT, math.isqrt(2 * max(k, MIN_CANDIDATES) * GRAPH_ROW_COST * index.rows))
+    candidates = WIDEST_BEAM if index.has_bits else 2 * max(k, MIN_CANDIDATES)
+    return min(MAX_EXACT, math.isqrt(candidates * GRAPH_ROW_COST * index.rows))
 
 
 def _is_far_from_all(hits: Sequence[SearchHit]) -> bool:

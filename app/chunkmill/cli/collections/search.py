@@ -176,8 +176,9 @@ def index(screen: Screen, collection: str) -> None:
         screen.say(f"{collection} has few chunks. It needs no serving index, because its searches are exact and fast.")
     else:
         screen.say(
-            f"{collection} is served by {built.segments} segments with {built.rows:,} rows, {built.graph_rows:,} of "
-            f"them in graphs, and {built.tail:,} newer rows: {built.bytes / 1e6:,.1f} MB ({duration(seconds)})."
+            f"{collection} is served by {count(built.segments, 'segment')} with {built.rows:,} rows, "
+            f"{built.graph_rows:,} of them in graphs, and {built.tail:,} newer rows: {built.bytes / 1e6:,.1f} MB "
+            f"({duration(seconds)})."
         )
 
 
