@@ -17,7 +17,7 @@ from typing import IO
 import psycopg
 import pytest
 
-from chunkmill.embedded import Stack, StackStatus
+from chunkmill.embedded import Stack, StackStatus, process
 from chunkmill.embedded.paths import server_account
 from chunkmill.embedded.process import command_line, is_ours, start_detached
 from chunkmill.errors import EmbeddedStackError
@@ -169,6 +169,20 @@ def test_a_stack_keeps_its_word_when_the_power_goes_and_opens_its_ports_to_this_
     # At a port nobody may ask Redis for its settings.
     wanted = {"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec"}
     assert {name: written.get(name) for name in wanted} == wanted
+
+
+def test_a_process_is_waited_for_while_it_is_a_shell_or_has_no_arguments_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two, the kernel has loaded the program and not yet given it its arguments."""
+    program, real, seen = shutil.which("sleep") or "sleep", process.command_line, []
+
+    def command_line(pid: int) -> str:
+        seen.append(("/bin/sh -c a b", "")[len(seen)] if len(seen) < 2 else real(pid))
+        return seen[-1]
+
+    monkeypatch.setattr(process, "command_line", command_line)
+    pid = start_detached([program, "300"], Path(os.devnull), server_account())
+    os.kill(pid, signal.SIGKILL)
+    assert seen[2:][-1] == f"{program} 300 "
 
 
 def test_a_process_that_has_just_been_started_is_known() -> None:

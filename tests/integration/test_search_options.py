@@ -156,7 +156,7 @@ def test_the_result_says_how_it_was_found(filled: Client, way: str) -> None:
     assert (narrow.passing, narrow.because[: len(few[1])]) == few
     assert plain.tail == (N if in_tail else 0)
     assert (plain.segments, plain.graphs) == (1, 1 if in_graph else 0)
-    assert plain.beam == (searching.BEAM if in_graph else None)
+    assert plain.beam == (searching.NARROW_BEAM if in_graph else None)
     far = filled.search(vector(-1), collection="docs", k=5, explain=True).explanation
     assert far
     assert (far.beam == searching.WIDEST_BEAM, "far from all" in far.because) == (in_graph, in_graph)

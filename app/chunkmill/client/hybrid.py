@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chunkmill.broker import Broker
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.steps import run_steps
-from chunkmill.client.vectors import EMBED_STEP, Vectors
+from chunkmill.client.vectors import Vectors
 from chunkmill.domain import mixing
 from chunkmill.domain.arguments import as_number, as_seconds, require_name
 from chunkmill.domain.golden import GoldenQuery, read_judgements, read_queries, rest_of
@@ -161,13 +161,7 @@ class HybridSearch(Vectors):
 
     def _embedded(self, space: registry.Space, texts: Sequence[str], kind: str, deadline: float) -> NDArray[np.float32]:
         """``(n, d)`` float32, each of length 1."""
-        parts = [
-            run_steps(
-                self._asking(space, texts[start : start + EMBED_STEP], kind, max(0.0, deadline - time.monotonic()))
-            )
-            for start in range(0, len(texts), EMBED_STEP)
-        ]
-        made = np.concatenate([np.empty((0, space.spec.dimensions), np.float32), *parts])
+        made = run_steps(self._asking_all(space, texts, kind, max(0.0, deadline - time.monotonic()))).vectors
         unit: NDArray[np.float32] = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-30)
         return unit
 

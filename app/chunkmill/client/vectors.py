@@ -26,6 +26,7 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.chunks import prepare_all
+from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.domain.filters import parse as parse_filter
 from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.results import Audit, Hits, Index
@@ -41,6 +42,8 @@ MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
 EMBED_STEP = 256
 """How many texts one embed request has. This bounds the size of its row, and how long a worker holds it."""
+FEW_TEXTS = 8
+"""A request of at most so many texts goes before larger ones."""
 
 
 class Vectors(ClientPart):
@@ -167,7 +170,9 @@ class Vectors(ClientPart):
             _require_few(len(asked), keywords.depth(k, offset))
         texts = asked if isinstance(asked, list) else []
         queries = (
-            asked if not isinstance(asked, list) else (yield from self._asking_all(space, texts, "query", timeout))
+            asked
+            if not isinstance(asked, list)
+            else (yield from self._asking_all(space, texts, "query", timeout)).vectors
         )
         vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
         with self._transaction() as conn:
@@ -226,16 +231,60 @@ class Vectors(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> Steps[NDArray[np.float32]]:
+        embedded = yield from self._embed_texts_steps(
+            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, precision=precision
+        )
+        return embedded.vectors
+
+    def embed_texts(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        caller: str = "",
+    ) -> EmbeddedTexts:
+        """Like :meth:`embed`, and says how many tokens each text had and whether it was cut.
+
+        Workers share their time between callers, such as the users of a server, if each has its own ``caller``.
+        """
+        return run_steps(
+            self._embed_texts_steps(
+                texts,
+                model=model,
+                kind=kind,
+                timeout=timeout,
+                dimensions=dimensions,
+                precision=precision,
+                caller=caller,
+            )
+        )
+
+    def _embed_texts_steps(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        caller: str = "",
+    ) -> Steps[EmbeddedTexts]:
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
+        caller = as_text("caller", caller) if caller else ""
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
         if not texts:
             spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-            return np.empty((0, spec.dimensions), dtype=np.float32)
+            return joined([], spec.dimensions)
         space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-        return (yield from self._asking_all(space, texts, kind, timeout))
+        return (yield from self._asking_all(space, texts, kind, timeout, caller))
 
     def vectors(self, collection: str, ids: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
@@ -281,24 +330,30 @@ class Vectors(ClientPart):
             return segments.describe(conn, row.id, space.id)
 
     def _asking_all(
-        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float
-    ) -> Steps[NDArray[np.float32]]:
-        """``(n, d)`` float32 of the texts, ``EMBED_STEP`` of them in one request to a worker."""
-        if not texts:
-            return np.empty((0, space.spec.dimensions), dtype=np.float32)
+        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float, caller: str = ""
+    ) -> Steps[EmbeddedTexts]:
+        """The texts, ``EMBED_STEP`` of them in one request to a worker."""
         deadline = time.monotonic() + timeout
         parts = []
         for i in range(0, len(texts), EMBED_STEP):
-            part = yield from self._asking(space, texts[i : i + EMBED_STEP], kind, deadline - time.monotonic())
-            parts.append(part)
-        return np.concatenate(parts)
+            step = texts[i : i + EMBED_STEP]
+            parts.append((yield from self._asking(space, step, kind, deadline - time.monotonic(), caller)))
+        return joined(parts, space.spec.dimensions)
 
     def _asking(
-        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float
-    ) -> Steps[NDArray[np.float32]]:
+        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float, caller: str = ""
+    ) -> Steps[EmbeddedTexts]:
         """Let a worker embed the texts. Whoever gives up in between withdraws the request."""
         with self._transaction() as conn:
-            request = embed_requests.ask(conn, space_id=space.id, kind=kind, texts=texts)
+            request = embed_requests.ask(
+                conn,
+                space_id=space.id,
+                kind=kind,
+                texts=texts,
+                urgency=0 if len(texts) <= FEW_TEXTS else 1,
+                caller=caller,
+                timeout_s=max(0.0, timeout),
+            )
         deadline = time.monotonic() + timeout
         answer, is_over, pause = None, False, 0.002
         try:
@@ -324,7 +379,12 @@ class Vectors(ClientPart):
             )
         if answer.vectors is None:
             raise EngineError(f"the worker could not embed: {answer.error}")
-        return answer.vectors
+        n = len(answer.vectors)
+        return EmbeddedTexts(
+            answer.vectors,
+            np.zeros(n, np.int32) if answer.tokens is None else answer.tokens,
+            np.zeros(n, np.bool_) if answer.truncated is None else answer.truncated,
+        )
 
 
 def _require_few(n_queries: int, k: int) -> None:

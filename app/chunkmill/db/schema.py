@@ -476,6 +476,16 @@ class EmbedRequestRow(Base):
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     committed_tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     """How many of its tokens a provider is about to charge. The budget counts them while there is no answer."""
+    urgency: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
+    """0 for a few short texts, which go first; 1 for larger requests."""
+    caller: Mapped[str] = mapped_column(sa.Text, server_default="")
+    """Who asks. The requests of one urgency are shared out between callers."""
+    deadline: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """Nobody waits for the answer after this moment."""
+    tokens: Mapped[list[int] | None] = mapped_column(ARRAY(sa.Integer))
+    """How many tokens of each text the model read. None in the answer of an older release."""
+    truncated: Mapped[list[bool] | None] = mapped_column(ARRAY(sa.Boolean))
+    """Whether each text was cut."""
 
     __table_args__ = (
         sa.CheckConstraint("kind IN ('document', 'query')", name="kind"),

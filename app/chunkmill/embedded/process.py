@@ -89,10 +89,20 @@ def start_detached(argv: Sequence[str | Path], log: Path, account: Account) -> i
     script = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!'
     pid = int(run([*shell.split(), script, "sh", log, *argv], account, detach=True).stdout)
     deadline = time.monotonic() + START_SECONDS
-    # For a moment the process is still a shell, which nobody would take for the program.
-    while command_line(pid).startswith(shell) and time.monotonic() < deadline:
+    # For a moment the process is still a shell, and then it has no arguments yet. Nobody would take it for the program.
+    while (line := command_line(pid)).startswith(shell) or (not line.strip() and _runs(pid)):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.005)
     return pid
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and it is not a zombie. Linux only; elsewhere this is False."""
+    try:
+        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+    except OSError:
+        return False
 
 
 def command_line(pid: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import sqlalchemy as sa
@@ -49,13 +50,34 @@ class Answer:
 
     vectors: NDArray[np.float32] | None
     error: str | None
+    tokens: NDArray[np.int32] | None = None
+    """``(n,)`` int32. None if the worker is of a release that does not say it."""
+    truncated: NDArray[np.bool_] | None = None
+    """``(n,)`` bool."""
 
 
-def ask(conn: sa.Connection, *, space_id: int, kind: str, texts: Sequence[str]) -> int:
-    """Insert a request and return its id. Workers hear of it when the transaction commits."""
-    request_id = conn.execute(
-        sa.insert(EmbedRequestRow).values(space_id=space_id, kind=kind, texts=list(texts)).returning(EmbedRequestRow.id)
-    ).scalar_one()
+def ask(
+    conn: sa.Connection,
+    *,
+    space_id: int,
+    kind: str,
+    texts: Sequence[str],
+    urgency: int = 0,
+    caller: str = "",
+    timeout_s: float | None = None,
+) -> int:
+    """Insert a request and return its id. Workers hear of it when the transaction commits.
+
+    ``urgency`` is 0 for a few short texts and 1 for larger requests. After ``timeout_s`` seconds nobody waits for it.
+    """
+    values: dict[str, object] = {"space_id": space_id, "kind": kind, "texts": list(texts)}
+    if has_columns(conn, "urgency"):
+        values |= {"urgency": urgency, "caller": caller}
+        if timeout_s is not None:
+            values["deadline"] = sa.text("clock_timestamp() + make_interval(secs => :timeout)").bindparams(
+                timeout=timeout_s
+            )
+    request_id = conn.execute(sa.insert(EmbedRequestRow).values(values).returning(EmbedRequestRow.id)).scalar_one()
     conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
     return int(request_id)
 
@@ -132,7 +154,7 @@ def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> No
 
     They count until the request has an answer or is gone. If the lease was lost, nothing is changed.
     """
-    if keeps_committed_tokens(conn):
+    if has_columns(conn, "committed_tokens"):
         conn.execute(
             sa.text("UPDATE embed_requests SET committed_tokens = :n WHERE id = :id AND lease_until = :lease_until"),
             {"id": request.id, "lease_until": request.lease_until, "n": tokens},
@@ -141,7 +163,7 @@ def commit_tokens(conn: sa.Connection, request: EmbedRequest, tokens: int) -> No
 
 def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
     """The tokens that are committed for requests without an answer: ``(space_id, route, tokens)`` of each space."""
-    if not keeps_committed_tokens(conn):
+    if not has_columns(conn, "committed_tokens"):
         return ()
     return conn.execute(
         sa.text("""
@@ -154,19 +176,41 @@ def committed(conn: sa.Connection) -> Sequence[sa.Row[Any]]:
     ).all()
 
 
-def keeps_committed_tokens(conn: sa.Connection) -> bool:
-    """False on the schema of the last release, on which this code runs too during an upgrade."""
-    query = "SELECT FROM pg_attribute WHERE attrelid = to_regclass('embed_requests') AND attname = 'committed_tokens'"
-    return conn.execute(sa.text(query)).one_or_none() is not None
+_COLUMNS = """
+SELECT FROM pg_attribute WHERE attrelid = to_regclass('embed_requests') AND attname = :name AND NOT attisdropped
+"""
+_SEEN: WeakKeyDictionary[sa.Engine, set[str]] = WeakKeyDictionary()
 
 
-def answer(conn: sa.Connection, request_id: int, vectors: NDArray[np.float32]) -> None:
+def has_columns(conn: sa.Connection, name: str) -> bool:
+    """Whether the table has the column ``name``, and those that came with it.
+
+    An older schema has not, on which this code runs too during an upgrade. Once it was seen it is not asked again.
+    """
+    seen = _SEEN.setdefault(conn.engine, set())
+    if name not in seen and conn.execute(sa.text(_COLUMNS), {"name": name}).one_or_none() is not None:
+        seen.add(name)
+    return name in seen
+
+
+def answer(
+    conn: sa.Connection,
+    request_id: int,
+    vectors: NDArray[np.float32],
+    tokens: NDArray[np.int32] | None = None,
+    truncated: NDArray[np.bool_] | None = None,
+) -> None:
     """Store the vectors of a request, for its caller to take. They count even if the lease was lost."""
     payload = np.ascontiguousarray(vectors, dtype="<f4").tobytes()
     conn.execute(
         sa.text("UPDATE embed_requests SET vectors = :vectors, error = NULL WHERE id = :id"),
         {"id": request_id, "vectors": payload},
     )
+    if tokens is not None and truncated is not None and has_columns(conn, "tokens"):
+        conn.execute(
+            sa.text("UPDATE embed_requests SET tokens = :tokens, truncated = :truncated WHERE id = :id"),
+            {"id": request_id, "tokens": tokens.tolist(), "truncated": truncated.tolist()},
+        )
 
 
 # The guard of this statement and the next: still unanswered, and still in the hands of this claim.
@@ -220,21 +264,25 @@ def refuse_unanswered(conn: sa.Connection, unserved: Mapping[int, str]) -> int:
     return refused
 
 
+# All columns: an older schema has no tokens.
 _TAKE_ANSWER = sa.text("""
 DELETE FROM embed_requests
 WHERE id = :id AND (vectors IS NOT NULL OR error IS NOT NULL)
-RETURNING vectors, error
+RETURNING embed_requests.*
 """)
 
 
 def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Answer | None:
     """Delete an answered request and return its answer; None while there is no answer."""
-    row = conn.execute(_TAKE_ANSWER, {"id": request_id}).one_or_none()
+    row = conn.execute(_TAKE_ANSWER, {"id": request_id}).mappings().one_or_none()
     if row is None:
         return None
-    if row.error is not None:
-        return Answer(None, row.error)
-    return Answer(np.frombuffer(row.vectors, dtype="<f4").reshape(-1, dimensions), None)
+    if row["error"] is not None:
+        return Answer(None, row["error"])
+    vectors = np.frombuffer(row["vectors"], dtype="<f4").reshape(-1, dimensions)
+    if row.get("tokens") is None:
+        return Answer(vectors, None)
+    return Answer(vectors, None, np.array(row["tokens"], np.int32), np.array(row["truncated"], np.bool_))
 
 
 def withdraw(conn: sa.Connection, request_id: int) -> None:

@@ -35,13 +35,16 @@ PAGED = 200
 order of the first hits then does not depend on the page, as it would if a deeper page had more candidates."""
 MAX_SCANNED = 100_000
 """How many rows of a graph a search looks at before it gives up and becomes exact."""
-BEAM, WIDEST_BEAM = 400, 1_000
-"""How many candidates a search of a graph keeps (pgvector's ef_search). The second number is pgvector's maximum."""
+NARROW_BEAM, BEAM, WIDEST_BEAM = 100, 400, 1_000
+"""How many candidates a search of a graph keeps (pgvector's ef_search). The last number is pgvector's maximum."""
 MIN_CANDIDATES = 20
-CONTRAST = 1.15
-"""If the last candidate is less than this many times as far from the query as the first, the query is far from
-everything in the collection. A narrow search of a graph then gets stuck near its start, so it is repeated with the
-widest beam.
+CLEAR_CONTRAST, CONTRAST = 1.2, 1.15
+"""How many times as far from the query as the first candidate the one of rank ``MIN_CANDIDATES`` has to be, for the
+narrow beam to be believed and for the beam to be believed. If it is less, the query is far from everything in the
+collection. A search of a graph then gets stuck near its start, so it is repeated with a wider beam.
+
+Measured on 60,000 rows: 95 % of the queries about the collection's own topics had 1.2 with the narrow beam, and found
+all of the ten nearest. Of those about other topics 6 % had it, and found 0.91.
 (Relative contrast as a measure of how hard a search is: He, Kumar and Chang, 2012.)"""
 SAMPLED = 500
 """About how many rows of the largest graph are looked at to tell whether a filter leaves many chunks. That takes about
@@ -260,17 +263,14 @@ class _Asked:
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         candidates = max(k, MIN_CANDIDATES)
-        # Under a filter the hits are further down among all rows, where a search of a graph is less reliable. With
-        # BEAM alone the recall was 0.95 to 0.98 if 5 to 50 % passed and the query's topic was not the collection's.
-        least = max(BEAM, (10 if index.has_bits else 2) * candidates)
-        beam = int(min(WIDEST_BEAM, max(least, BEAM / max(self.share, 0.01))))
         statement = _through_segments(self.space, index.segments, self.filtered)
-        self._set_beam(beam)
-        hits, compared = self._hits(statement, {**parameters, "k": candidates, "beam": beam})
-        if index.has_graphs and beam < WIDEST_BEAM and _is_far_from_all(hits):
-            beam = WIDEST_BEAM
+        beams = self._beams(index, candidates)
+        for beam, least_contrast in beams.items():
             self._set_beam(beam)
             hits, compared = self._hits(statement, {**parameters, "k": candidates, "beam": beam})
+            if not index.has_graphs or _contrast(hits) >= least_contrast:
+                break
+        if len(beams) > 1 and beam == WIDEST_BEAM:
             because += " The query is far from all of it, so that the graphs were searched with the widest beam."
         if not explain:
             return Hits(hits[:k])
@@ -284,6 +284,16 @@ class _Asked:
             beam=beam if index.has_graphs else None,
         )
         return Hits(hits[:k], plan)
+
+    def _beams(self, index: ServingIndex, candidates: int) -> dict[int, float]:
+        """The beams to try one after the other, and with each the contrast from which its hits are believed."""
+        least = (10 if index.has_bits else 2) * candidates
+        # Under a filter the hits are further down among all rows, where a search of a graph is less reliable. With
+        # BEAM alone the recall was 0.95 to 0.98 if 5 to 50 % passed and the query's topic was not the collection's.
+        beams = {max(least, int(BEAM / max(self.share, 0.01))): CONTRAST}
+        if not self.filtered and not index.has_bits:
+            beams = {max(least, NARROW_BEAM): CLEAR_CONTRAST, **beams}
+        return {beam: contrast for beam, contrast in beams.items() if beam < WIDEST_BEAM} | {WIDEST_BEAM: 0.0}
 
     def _exactly(self, parameters: dict[str, object], k: int, passing: _Passing | None) -> list[SearchHit]:
         if passing is None:
@@ -340,8 +350,11 @@ def _few(index: ServingIndex, k: int) -> int:
     return min(MAX_EXACT, math.isqrt(candidates * GRAPH_ROW_COST * index.rows))
 
 
-def _is_far_from_all(hits: Sequence[SearchHit]) -> bool:
-    return bool(hits) and 1 - hits[-1].score < CONTRAST * (1 - hits[0].score)
+def _contrast(hits: Sequence[SearchHit]) -> float:
+    """How many times as far from the query as the first candidate the one of rank ``MIN_CANDIDATES`` or the last is."""
+    if not hits or hits[0].score >= 1:
+        return math.inf
+    return (1 - hits[:MIN_CANDIDATES][-1].score) / (1 - hits[0].score)
 
 
 def _exact(space: Space, filtered: str) -> str:

@@ -61,4 +61,4 @@ class EmbedResponder(Responder[WorkerContext]):
         )
         with self._context.db.begin() as conn:
             vectors = shorten(result.vectors, spec.dimensions, normalize=spec.normalize)
-            embed_requests.answer(conn, request.id, vectors)
+            embed_requests.answer(conn, request.id, vectors, result.n_tokens, result.truncated)

@@ -15,6 +15,7 @@ from chunkmill.client.aio.running import Running
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
@@ -468,6 +469,33 @@ class AsyncVerbs(Running):
                 timeout=timeout,
                 dimensions=dimensions,
                 precision=precision,
+            )
+        )
+
+    async def embed_texts(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        model: str | None = None,
+        kind: Literal["document", "query"] = "document",
+        timeout: float = 30.0,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        caller: str = "",
+    ) -> EmbeddedTexts:
+        """Like :meth:`embed`, and says how many tokens each text had and whether it was cut.
+
+        Workers share their time between callers, such as the users of a server, if each has its own ``caller``.
+        """
+        return await self._wait(
+            self._client._embed_texts_steps(
+                await self._gathered(texts),
+                model=model,
+                kind=kind,
+                timeout=timeout,
+                dimensions=dimensions,
+                precision=precision,
+                caller=caller,
             )
         )
 

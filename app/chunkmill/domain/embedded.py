@@ -1,0 +1,34 @@
+"""Vectors that were made for somebody who waited, and what is known of their texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedTexts:
+    """Everything is in the order of the texts."""
+
+    vectors: NDArray[np.float32]
+    """``(n, d)`` float32."""
+    tokens: NDArray[np.int32]
+    """``(n,)`` int32: how many tokens the model read, with its prompt and special tokens. 0 if that is not known."""
+    truncated: NDArray[np.bool_]
+    """``(n,)`` bool: whether the text had more tokens than the model reads, so that its end is not in its vector."""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def joined(parts: list[EmbeddedTexts], dimensions: int) -> EmbeddedTexts:
+    """All parts, one after the other. Without any, there are no texts."""
+    if len(parts) == 1:
+        return parts[0]
+    return EmbeddedTexts(
+        np.concatenate([np.empty((0, dimensions), np.float32), *(part.vectors for part in parts)]),
+        np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+        np.concatenate([np.empty(0, np.bool_), *(part.truncated for part in parts)]),
+    )

@@ -1,0 +1,41 @@
+"""Bodies of requests, read within bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+
+from chunkmill.gateway.errors import Refusal
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body, of at most ``most`` bytes. A larger one is refused before it is read, if its length is announced."""
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > most:
+        raise _too_large(most)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise _too_large(most)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def read_object(request: Request, most: int) -> dict[str, Any]:
+    """The body, which is a JSON object."""
+    body = await read_body(request, most)
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # The message of the error is about the place alone; its ``doc`` is the body.
+        raise Refusal(400, "invalid_json", f"the body is not JSON: {error.msg} at character {error.pos}.") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "invalid_json", "the body must be a JSON object.")
+    return value
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, "body_too_large", f"the body may have {most:,} bytes; send several smaller requests.")

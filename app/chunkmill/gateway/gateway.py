@@ -1,0 +1,53 @@
+"""What all handlers of a gateway share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+
+from chunkmill.client import Client
+from chunkmill.client.aio import AsyncClient
+from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.gateway.caller import Caller
+from chunkmill.gateway.keys import KeyRing
+from chunkmill.settings import Settings
+
+
+@dataclass(slots=True)
+class Gateway:
+    """``client`` waits in the event loop and works in threads. ``db`` is its engine, for statements of the gateway.
+
+    ``is_leaving`` is true from SIGTERM on: new requests are refused, and those under way end.
+    """
+
+    settings: Settings
+    client: AsyncClient
+    db: sa.Engine
+    keys: KeyRing
+    is_leaving: bool = False
+
+    @classmethod
+    def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:
+        """A gateway that takes ``client`` over, and closes it in the end."""
+        return cls(settings, AsyncClient(client), db, keys)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str | None,
+        kind: Literal["document", "query"],
+        caller: Caller,
+        timeout: float,
+        dimensions: int | None = None,
+    ) -> EmbeddedTexts:
+        """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``."""
+        return await self.client.embed_texts(
+            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, caller=caller.tenant
+        )
+
+    async def close(self) -> None:
+        await self.client.close()

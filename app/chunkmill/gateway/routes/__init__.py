@@ -1,0 +1,10 @@
+"""The endpoints, by what they are about. Each module has a list ``ENDPOINTS``."""
+
+from __future__ import annotations
+
+from chunkmill.gateway.endpoint import Endpoint
+from chunkmill.gateway.routes import health
+
+
+def all_endpoints() -> list[Endpoint]:
+    return [*health.ENDPOINTS]
