@@ -97,7 +97,7 @@ def test_pages_fit_together_even_if_the_segments_miss_a_near_chunk(
     monkeypatch.setattr(
         searching,
         "_through_segments",
-        lambda space, live, filtered: whole(space, live, f"{filtered} AND c.chunk_id <> 'c005'"),
+        lambda space, live, filtered, **how: whole(space, live, f"{filtered} AND c.chunk_id <> 'c005'", **how),
     )
     pages = [filled.search(vector(1), collection="docs", k=8, offset=i) for i in range(0, N, 8)]
     order = [number for page in pages for number in numbers(page)]
@@ -156,10 +156,44 @@ def test_the_result_says_how_it_was_found(filled: Client, way: str) -> None:
     assert (narrow.passing, narrow.because[: len(few[1])]) == few
     assert plain.tail == (N if in_tail else 0)
     assert (plain.segments, plain.graphs) == (1, 1 if in_graph else 0)
-    assert plain.beam == (searching.NARROW_BEAM if in_graph else None)
-    far = filled.search(vector(-1), collection="docs", k=5, explain=True).explanation
-    assert far
-    assert (far.beam == searching.WIDEST_BEAM, "far from all" in far.because) == (in_graph, in_graph)
+    assert plain.beam == (searching.BEAM if in_graph else None)
+
+
+@pytest.mark.parametrize("metadata", [None, {"even": True}], ids=["all", "a filter"])
+def test_a_query_beside_all_that_a_graph_gives_is_compared_with_all_rows(
+    filled: Client, way: str, metadata: dict[str, Any] | None
+) -> None:
+    """A graph is then stuck near its start. Among the chunks of the collection a query is believed."""
+    beside = filled.search(vector(-1, -1), collection="docs", k=5, metadata=metadata, explain=True)
+    exact = filled.search(vector(-1, -1), collection="docs", k=5, metadata=metadata, exact=True)
+    among = filled.search(vector(1, 1), collection="docs", k=5, metadata=metadata, explain=True)
+    assert beside.explanation
+    assert among.explanation
+    in_graph = way == "in a graph"
+    assert [numbers(beside), "beside" in beside.explanation.because] == [numbers(exact), in_graph]
+    assert "beside" not in among.explanation.because
+    beams = [None, searching.BEAM] if in_graph else [None, None]
+    assert [beside.explanation.beam, among.explanation.beam] == beams
+
+
+def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows pass the filter among all than among the nearest, so that too few of them were compared."""
+    monkeypatch.setattr(searching._Asked, "_estimate_share", lambda asked, index: 1.0)
+    wanted = {"number": {"$lt": 20}}
+    hits = filled.search(vector(1, 10), collection="docs", k=5, metadata=wanted)
+    assert numbers(hits) == [19, 18, 17, 16, 15]
+
+
+def test_the_spread_of_candidates_is_their_mean_distance_to_each_other_by_that_to_the_query() -> None:
+    rng = np.random.default_rng(3)
+    found = rng.standard_normal((7, 5)) + 1
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    query = rng.standard_normal(5)
+    cosines = found @ query / np.linalg.norm(query)
+    pairs = [1 - found[i] @ found[j] for i in range(7) for j in range(7) if i != j]
+    length = float(np.linalg.norm(found.mean(axis=0)))
+    assert searching._spread(list(cosines), length) == pytest.approx(np.mean(pairs) / np.mean(1 - cosines))
+    assert searching._spread([0.5], 1.0) == searching._spread([1.0, 1.0], 1.0) == float("inf")
 
 
 def test_a_search_beyond_what_segments_give_is_exact_and_says_so(

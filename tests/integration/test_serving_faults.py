@@ -125,7 +125,7 @@ def test_a_graph_is_read_in_relaxed_order_and_not_for_many_more_candidates_than_
             conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
             (plan,) = conn.exec_driver_sql("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters).scalar_one()
         scans = [node for node in nodes(plan["Plan"]) if str(node.get("Index Name", "")).startswith("ix_segment_")]
-        assert [node["Actual Rows"] <= 2 * searching.MIN_CANDIDATES for node in scans] == [True]
+        assert [node["Actual Rows"] <= 3 + searching.MORE_CANDIDATES for node in scans] == [True]
 
 
 def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -192,7 +192,13 @@ def test_a_graph_that_was_left_early_does_not_hide_what_is_in_it(
     client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tail has enough hits, but those in the graph are nearer, behind many rows that do not pass the filter."""
-    for name, value in (("BEAM", 5), ("WIDEST_BEAM", 5), ("MIN_CANDIDATES", 3), ("MAX_SCANNED", 1)):
+    for name, value in (
+        ("BEAM", 5),
+        ("WIDEST_BEAM", 5),
+        ("MORE_CANDIDATES", 3),
+        ("MAX_SCANNED", 1),
+        ("LEAST_SPREAD", 0),
+    ):
         monkeypatch.setattr(searching, name, value)
     steps = directions(60)
     for name in COLLECTIONS:
