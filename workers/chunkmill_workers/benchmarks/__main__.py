@@ -25,7 +25,9 @@ from chunkmill_workers.benchmarks import machine, report, summary
 from chunkmill_workers.benchmarks.peers.process import PeerError
 
 DEFAULT = ("enqueue", "write", "search", "engine", "pipeline")
-NAMES = (*DEFAULT, "enqueue-million", "search-million", "million", "provider", "gpu", "gpu-pipeline", "plot")
+NAMES = (
+    *DEFAULT, "gateway", "enqueue-million", "search-million", "million", "provider", "gpu", "gpu-pipeline", "plot",
+)  # fmt: skip
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 
@@ -67,6 +69,10 @@ def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
         from chunkmill_workers.benchmarks import search
 
         return search.run(rounds=rounds, quick=quick, say=say, million=name == "search-million")
+    if name == "gateway":
+        from chunkmill_workers.benchmarks import gateway
+
+        return gateway.run(rounds=rounds, quick=quick, say=say, model=task.model)
     if name == "provider":
         from chunkmill_workers.benchmarks import provider
 
@@ -103,10 +109,11 @@ def main(
 ) -> None:  # fmt: skip
     """Measure Chunkmill beside its peers on this machine.
 
-    NAME is one of enqueue, write, search, engine and pipeline, which run by default; enqueue-million; search-million
-    (with a collection of a million rows, an hour and a half); million (through the whole system); provider (the steps
-    of the Batch API, in a checkout); gpu and gpu-pipeline, for a machine with a GPU; and plot, which only draws the
-    results in --out. Each benchmark writes a JSON file there. The plots are drawn at the end.
+    NAME is one of enqueue, write, search, engine and pipeline, which run by default; gateway (which needs wrk);
+    enqueue-million; search-million (with a collection of a million rows, an hour and a half); million (through the
+    whole system); provider (the steps of the Batch API, in a checkout); gpu and gpu-pipeline, for a machine with a GPU;
+    and plot, which only draws the results in --out. Each benchmark writes a JSON file there. The plots are drawn at the
+    end.
     """
     signal.signal(signal.SIGTERM, _leave)
     try:

@@ -24,8 +24,8 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         "torch==2.13.0",
     ),
     "infinity": (
-        "infinity-emb[torch,optimum]==0.0.78", "transformers==4.57.6", "optimum-onnx==0.1.0", "onnxruntime==1.31.1",
-        "torch==2.13.0",
+        "infinity-emb[optimum,server,torch]==0.0.78", "transformers==4.57.6", "optimum-onnx==0.1.0",
+        "onnxruntime==1.31.1", "torch==2.13.0",
     ),
 }  # fmt: skip
 INSTALL = "chunkmill bench --install-peers"
