@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
+import psycopg
 import pytest
 import redis
 import sqlalchemy as sa
@@ -110,7 +111,11 @@ def stack() -> Iterator[StackStatus]:
         admin(status, f"CREATE DATABASE {TEMPLATE}")
         migrate(url_of(status, TEMPLATE))
         keep_ids_apart(url_of(status, TEMPLATE))
-        yield status
+        try:
+            yield status
+        finally:
+            while _admins:
+                _admins.popitem()[1].close()
 
 
 @pytest.fixture
@@ -124,7 +129,8 @@ def fresh_settings(stack: StackStatus) -> Iterator[Settings]:
     """Settings of a fresh, migrated database and an empty Redis database."""
     number = next(_numbers)
     name = f"test_{number}"
-    admin(stack, f"DROP DATABASE IF EXISTS {name}")  # a server of TEST_DATABASE_URL may have one of a broken run
+    if "TEST_DATABASE_URL" in os.environ:
+        admin(stack, f"DROP DATABASE IF EXISTS {name}")  # a broken run may have left it
     # Copying files takes a third of the time of the other strategy, which writes every block to the log.
     admin(stack, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
     redis_url = stack.redis_url.replace("db=0", f"db={number % 16}")
@@ -177,7 +183,12 @@ def url_of(stack: StackStatus, name: str) -> str:
 
 
 def admin(stack: StackStatus, statement: str) -> None:
-    engine = sa.create_engine(url_of(stack, "postgres"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as conn:
-        conn.execute(sa.text(statement))
-    engine.dispose()
+    """Run a statement in the database ``postgres``, through one connection for the whole run: each test needs two."""
+    url = url_of(stack, "postgres").replace("+psycopg", "")
+    connection = _admins.get(url)
+    if connection is None or connection.closed:
+        connection = _admins[url] = psycopg.connect(url, autocommit=True)
+    connection.execute(statement.encode(), prepare=False)
+
+
+_admins: dict[str, psycopg.Connection] = {}

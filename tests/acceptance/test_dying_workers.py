@@ -32,6 +32,7 @@ def documents(n: int, words: int = 60) -> list[tuple[str, str]]:
     return [(f"d{i}", f"document {i} " + f"word{i} " * words) for i in range(n)]
 
 
+@pytest.mark.slow  # tests/integration/test_suspects.py and test_deaths.py do it without processes
 def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:

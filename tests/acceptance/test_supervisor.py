@@ -55,6 +55,7 @@ def freeze_at_work(db: sa.Engine, pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow  # make chaos kills supervised workers; tests of the supervisor do it with small processes
 def test_a_dead_worker_is_replaced_and_its_leases_are_free_at_once(
     processes: Processes, client: Client, db: sa.Engine
 ) -> None:

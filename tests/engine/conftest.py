@@ -16,19 +16,26 @@ from typing import Any
 
 import pytest
 import torch
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # the libraries' own deprecations, at import
-    import sentence_transformers
-    import transformers
-    from sentence_transformers.sentence_transformer import modules as st_modules
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from chunkmill_workers.engine import Engine
 
 from .faulty import FaultyBackend, Load
 
 MAX_TOKENS = 48
+
+
+@cache
+def libraries() -> tuple[Any, Any]:
+    """sentence-transformers and transformers.
+
+    They are imported when a test first needs them: that takes six seconds, and each pytest process imports this file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their own deprecations, at import
+        import sentence_transformers.sentence_transformer.modules
+        import transformers
+    return sentence_transformers, transformers
 
 
 @cache
@@ -139,6 +146,7 @@ FAMILIES = {
 
 def save_transformer(folder: Path, family: str, *, seed: int = 0, **options: Any) -> Path:
     """A plain transformers folder with random weights."""
+    _, transformers = libraries()
     kind = FAMILIES[family]
     specials = list(dict.fromkeys(token for token in (kind.first, kind.pad, kind.last, kind.unknown) if token))
     tokenizer = kind.tokenizer(specials, kind.unknown)
@@ -209,6 +217,8 @@ TOYS = {
 
 def save_toy(folder: Path, toy: Toy) -> Path:
     """A sentence-transformers folder, written by sentence-transformers."""
+    sentence_transformers, _ = libraries()
+    st_modules = sentence_transformers.sentence_transformer.modules
     plain = save_transformer(folder / "plain", toy.family)
     torch.manual_seed(1)
     modules: list[Any] = [
@@ -229,6 +239,7 @@ def save_toy(folder: Path, toy: Toy) -> Path:
 
 def reference(path: Path | str) -> Any:
     """sentence-transformers on the same folder."""
+    sentence_transformers, _ = libraries()
     return sentence_transformers.SentenceTransformer(str(path), device="cpu", local_files_only=True)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentence_transformers
 
 from chunkmill.domain.spaces import OnLong
 from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.matryoshka import shorten
 
-from .conftest import sample
+from .conftest import libraries, sample
 
 
 @pytest.mark.parametrize("name", ["bert-mean", "mpnet-dense", "nomic-sqrt", "qwen3-last"])
@@ -22,7 +21,7 @@ def test_cut_vectors_are_those_of_truncate_dim(
     name: str, toy_engine: Callable[[str], Engine], toy_path: Callable[[str], Path]
 ) -> None:
     engine, texts = toy_engine(name), sample(12)
-    model = sentence_transformers.SentenceTransformer(
+    model = libraries()[0].SentenceTransformer(
         str(toy_path(name)), device="cpu", local_files_only=True, truncate_dim=10
     )
     normalize = engine.spec.normalize
@@ -49,7 +48,7 @@ def test_the_cut_of_a_split_text_is_the_cut_of_its_pooled_windows(toy_engine: Ca
 
 
 def test_a_folder_saved_with_truncate_dim_has_that_space(toy_path: Callable[[str], Path], tmp_path: Path) -> None:
-    model = sentence_transformers.SentenceTransformer(
+    model = libraries()[0].SentenceTransformer(
         str(toy_path("bert-mean")), device="cpu", local_files_only=True, truncate_dim=12
     )
     model.save(str(tmp_path / "cut"), create_model_card=False)
@@ -60,8 +59,10 @@ def test_a_folder_saved_with_truncate_dim_has_that_space(toy_path: Callable[[str
     engine = Engine.load(folder, device="cpu", dtype="fp32")
 
     assert (space.dimensions, engine.dimensions) == (12, 32)
-    expected = sentence_transformers.SentenceTransformer(
-        str(tmp_path / "cut"), device="cpu", local_files_only=True
-    ).encode_document(texts, normalize_embeddings=True)
+    expected = (
+        libraries()[0]
+        .SentenceTransformer(str(tmp_path / "cut"), device="cpu", local_files_only=True)
+        .encode_document(texts, normalize_embeddings=True)
+    )
     cut = shorten(engine.embed(texts).vectors, space.dimensions, normalize=space.normalize)
     np.testing.assert_allclose(cut, expected, atol=1e-5)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +27,7 @@ from chunkmill_workers.engine.encoder.layout import lay_out
 from chunkmill_workers.engine.pooling import pool
 from chunkmill_workers.engine.windows import Ids
 
-from .conftest import FAMILIES, TOYS, reference, sample, save_transformer
+from .conftest import FAMILIES, TOYS, libraries, reference, sample, save_transformer
 from .plain_varlen import plain_varlen
 
 CPU = torch.device("cpu")
@@ -61,7 +60,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]
             extra = 2 if family in ("xlm-roberta", "mpnet") else 0
             options = {"max_position_embeddings": MAX_TOKENS + extra}
             folder = save_transformer(tmp_path_factory.mktemp(family), family, **options)
-            made[family] = transformers.AutoModel.from_pretrained(folder).eval()
+            made[family] = libraries()[1].AutoModel.from_pretrained(folder).eval()
         return made[family]
 
     return build

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,11 @@ from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
+from chunkmill.spaces.canaries import Canary
+from chunkmill.spaces.registry import Space
+from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.local import canary
+from chunkmill_workers.local.canary import embed_golden
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
@@ -38,9 +44,29 @@ def stage(settings: Settings, server: OpenAIServer, request: pytest.FixtureReque
 
 
 @pytest.fixture(scope="session")
-def engines() -> Engines:
-    """The bundled model, loaded once per pytest process. In float32: most tests compare numbers."""
-    return Engines(Settings.from_env(embedding_dtype="fp32"), "cpu")
+def engines() -> Iterator[Engines]:
+    """The bundled model, loaded once per pytest process. In float32: most tests compare numbers.
+
+    They embed the golden texts once for each kind of space. Each test's database has a space of its own, and to embed
+    the same texts with the same engine again would take half a second of each test and say nothing new. Engines that a
+    test loads itself embed them as ever, and so do all if a test has changed how, and in test_canary.py.
+    """
+    made = Engines(Settings.from_env(embedding_dtype="fp32"), "cpu")
+    as_written = Engine.stream
+    golden: dict[tuple[object, ...], Canary] = {}
+
+    def embed_once(engine: Engine, space: Space, worker: str) -> Canary:
+        is_changed = Engine.stream is not as_written or "stream" in vars(engine)
+        if is_changed or engine not in made._engines.values():
+            return embed_golden(engine, space, worker)
+        key = engine, space.spec.dimensions, space.spec.normalize, space.spec.long_text.policy
+        if key not in golden:
+            golden[key] = embed_golden(engine, space, worker)
+        return replace(golden[key], made_by=replace(golden[key].made_by, worker=worker))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canary, "embed_golden", embed_once)
+        yield made
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -67,9 +66,9 @@ def test_an_address_is_read_or_refused_without_its_password(
         assert not shows(report)
 
 
-def addresses() -> Iterator[tuple[str, str]]:
+def addresses(form: str) -> Iterator[tuple[str, str]]:
     """Those that are taken, so that a command goes on to use them, and one of each kind that is refused."""
-    for scheme, form in itertools.product(SCHEMES, FORMS):
+    for scheme in SCHEMES:
         for password in (f"{HEAD}%2F%23%40{TAIL}", f"{HEAD}/#@{TAIL}"):
             address = form.format(scheme=scheme, password=password)
             for name, field in (("DATABASE_URL", "database_url"), ("REDIS_URL", "redis_url")):
@@ -84,13 +83,16 @@ def addresses() -> Iterator[tuple[str, str]]:
 OTHER = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x?connect_timeout=2", "REDIS_URL": "redis://127.0.0.1:1/0"}
 
 
-@pytest.mark.parametrize(("name", "address"), list(addresses()), ids=lambda value: value[:60])
-def test_no_command_shows_the_password_of_an_address(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_no_command_shows_the_password_of_an_address(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chunkmill.cli.processes.processes._become", lambda *_: None)
     monkeypatch.setattr("chunkmill.cli.start.doctor._cuda_problem", lambda: "")
-    for variable, other in (OTHER | {name: address}).items():
-        monkeypatch.setenv(variable, other)
-    for command in COMMANDS:
-        done = CliRunner().invoke(cli, command)
-        assert not shows(done.output), command
-        assert not shows(str(done.exception)), command
+    tried = list(addresses(form))
+    assert tried or "://" not in form or ";" in form
+    for name, address in tried:
+        for variable, other in (OTHER | {name: address}).items():
+            monkeypatch.setenv(variable, other)
+        for command in COMMANDS:
+            done = CliRunner().invoke(cli, command)
+            assert not shows(done.output), (command, name, address)
+            assert not shows(str(done.exception)), (command, name, address)

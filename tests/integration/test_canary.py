@@ -20,6 +20,7 @@ from chunkmill.spaces import canaries, registry
 from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine.precision import cpu_has_bf16
 from chunkmill_workers.engine.results import TextFailure, TokenBatchResult
+from chunkmill_workers.local import canary
 from chunkmill_workers.local.canary import embed_golden
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.engines import Engines
@@ -30,6 +31,11 @@ from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
 from tests.support.damaged_model import damaged_model
 from tests.support.waiting import together
+
+
+@pytest.fixture(autouse=True)
+def _each_check_embeds(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "embed_golden", embed_golden)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import random
 import uuid
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from chunkmill.door import REPLIES
@@ -262,6 +263,7 @@ _PROPERTIES: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def hostile_bells() -> dict[str, bytes]:
     """What may stand in a queue, by what it is. The door refuses all of them."""
     raw: dict[str, Any] = {

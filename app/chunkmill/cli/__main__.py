@@ -13,7 +13,7 @@ import click
 from chunkmill.cli.output import Screen, json_option, prepare_streams
 from chunkmill.domain.shown import shown
 from chunkmill.errors import ChunkmillError
-from chunkmill.python import keep_children_out_of_the_folder
+from chunkmill.python import collect_garbage_rarely, keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told
 
 SECTIONS = {
@@ -161,6 +161,7 @@ def cli() -> None:
 
 
 def main() -> None:
+    collect_garbage_rarely()
     keep_children_out_of_the_folder()
     prepare_streams()
     sys.excepthook = _show_uncaught

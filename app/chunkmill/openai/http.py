@@ -95,7 +95,7 @@ class Provider:
                 # Addresses with an api-version are Azure's, which reads a key from this header only.
                 default_headers={"api-key": key} if query else {},
                 # A proxy of the environment would read what goes to a private host by http, with the key.
-                http_client=http_client(openai, self.server, timeout, trust_env=base_url.scheme == "https"),
+                http_client=http_client(openai, self.server, timeout, is_https=base_url.scheme == "https"),
             )
         except (ImportError, OSError, ValueError) as error:
             # The HTTP library reads the proxies and the certificates when a client is made. Its message may quote a

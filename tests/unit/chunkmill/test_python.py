@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from chunkmill.cli import __main__ as command
 from chunkmill.python import keep_children_out_of_the_folder, module_command
 
 ROOT = Path(__file__).parents[3]
@@ -26,3 +28,20 @@ def test_no_other_place_starts_python_with_the_current_folder_in_its_path() -> N
     files = [*(ROOT / "app").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]
     assert len(files) > 200
     assert [str(file) for file in files if STARTS.search(file.read_text())] == []
+
+
+def test_a_command_of_ours_collects_garbage_rarely_and_a_library_leaves_the_collector_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(command, "prepare_streams", lambda: None)
+    seen: list[int] = []
+    monkeypatch.setattr(command, "cli", lambda **_: seen.append(gc.get_threshold()[0]))
+    before = gc.get_threshold()
+    assert before[0] < 50_000
+    try:
+        command.main()
+    finally:
+        gc.set_threshold(*before)
+    assert seen == [50_000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,6 +138,23 @@ def test_what_goes_by_http_goes_through_no_proxy(
     monkeypatch.setenv(variable, "http://127.0.0.1:1")
     assert embed(provider_of(), "a")["data"]
     assert server.asked
+
+
+def test_for_what_goes_by_http_no_certificates_are_read(
+    server: PrivateServer, provider_of: Callable[..., Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+
+    def counts(context: ssl.SSLContext, *files: object, **more: object) -> None:
+        read.append((files, more))
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", counts)
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", counts)
+    assert embed(provider_of(), "a")["data"]
+    assert read == []
+    settings = Settings.from_env(openai_api_key=KEY, openai_base_url="https://127.0.0.1:1/v1")
+    Provider(settings).close()
+    assert read
 
 
 @pytest.mark.parametrize(
