@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill.client import Client
-from chunkmill.client import vectors as of_client
+from chunkmill.client.asking import inquiry as of_client
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import WaitTimeout
 from chunkmill.ledger import embed_requests
@@ -93,7 +93,7 @@ def test_who_gives_up_takes_the_texts_back(requests: tuple[int, int], client: Cl
 
 def test_many_texts_come_back_in_their_order(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several requests, and beside those of another caller. A vector holds the number that is its text."""
-    monkeypatch.setattr(of_client, "EMBED_STEP", 3)
+    monkeypatch.setattr(of_client, "PART_TEXTS", 3)
     with ThreadPoolExecutor(2) as threads:
         asked = {start: threads.submit(client.embed, [str(start + i) for i in range(7)]) for start in (0, 100)}
         until(lambda: _answer(db, list(asked.values())))

@@ -32,3 +32,29 @@ def joined(parts: list[EmbeddedTexts], dimensions: int) -> EmbeddedTexts:
         np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
         np.concatenate([np.empty(0, np.bool_), *(part.truncated for part in parts)]),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedText:
+    """One of them."""
+
+    vector: NDArray[np.float32]
+    """``(d,)`` float32."""
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QueryCache:
+    """What a client keeps of the vectors that it has asked for, and how often that helped."""
+
+    hits: int
+    """Texts whose vector was known, since the client was made."""
+    misses: int
+    """Texts whose vector was not known."""
+    vectors: int
+    """How many vectors it holds now."""
+    bytes: int
+    """About how many bytes of memory it takes now."""
+    limit: int
+    """How many bytes it may take. 0 if it is off."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
@@ -288,3 +290,107 @@ def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Ans
 def withdraw(conn: sa.Connection, request_id: int) -> None:
     """Delete a request that nobody waits for any more."""
     conn.execute(sa.text("DELETE FROM embed_requests WHERE id = :id"), {"id": request_id})
+
+
+# What the caller's side needs: many requests at a time, and the answers to many calls.
+
+ANSWERS_CHANNEL = "chunkmill_answers"
+"""Workers notify it when they have answered. The payload is ids of requests, with commas between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """An answer as the worker wrote it. ``vectors`` is None if there is an ``error``."""
+
+    id: int
+    vectors: bytes | None
+    error: str | None
+    tokens: list[int] | None
+    truncated: list[bool] | None
+
+    def answer(self, dimensions: int) -> Answer:
+        """The answer in a space of so many dimensions."""
+        if self.vectors is None:
+            return Answer(None, self.error)
+        vectors = np.frombuffer(self.vectors, dtype="<f4").reshape(-1, dimensions)
+        if self.tokens is None or self.truncated is None:
+            return Answer(vectors, None)
+        return Answer(vectors, None, np.array(self.tokens, np.int32), np.array(self.truncated, np.bool_))
+
+
+_NEW_COLUMNS = ", urgency, caller, deadline"
+_NEW_VALUES = ", :urgency, :caller, clock_timestamp() + make_interval(secs => :timeout)"
+
+
+def ask_all(
+    conn: sa.Connection,
+    *,
+    space_id: int,
+    fingerprint: str,
+    kind: str,
+    parts: Sequence[Sequence[str]],
+    urgency: int,
+    caller: str,
+    timeout_s: float,
+) -> list[int]:
+    """Insert a request for each part, in one statement; returns their ids in the order of the parts.
+
+    It returns no id if the space is gone, or if another one has its id now. The arguments are those of :func:`ask`.
+    """
+    is_new = has_columns(conn, "urgency")
+    # An INSERT of sorted rows numbers them in that order.
+    insert = f"""
+        WITH asked AS (
+            INSERT INTO embed_requests (space_id, kind, texts{_NEW_COLUMNS if is_new else ""})
+            SELECT s.id, :kind, (CAST(:texts AS text[]))[part.first : part.last]{_NEW_VALUES if is_new else ""}
+            FROM spaces s
+            CROSS JOIN unnest(CAST(:firsts AS int[]), CAST(:lasts AS int[])) AS part (first, last)
+            WHERE s.id = :space AND s.fingerprint = :fingerprint
+            ORDER BY part.first
+            RETURNING id
+        )
+        SELECT id, pg_notify('{CHANNEL}', '')
+        FROM asked
+    """
+    firsts = list(accumulate((len(part) for part in parts), initial=1))
+    parameters: dict[str, object] = {
+        "space": space_id,
+        "fingerprint": fingerprint,
+        "kind": kind,
+        "texts": [text for part in parts for text in part],
+        "firsts": firsts[:-1],
+        "lasts": [first - 1 for first in firsts[1:]],
+    }
+    if is_new:
+        parameters |= {"urgency": urgency, "caller": caller, "timeout": timeout_s}
+    return sorted(row.id for row in conn.execute(sa.text(insert), parameters))
+
+
+_TAKE_ANSWERS = """
+DELETE FROM embed_requests
+WHERE id = ANY(%(ids)s) AND (vectors IS NOT NULL OR error IS NOT NULL)
+RETURNING id, vectors, error, tokens, truncated
+"""
+_TAKE_ANSWERS_WITHOUT_COUNTS = """
+DELETE FROM embed_requests
+WHERE id = ANY(%(ids)s) AND (vectors IS NOT NULL OR error IS NOT NULL)
+RETURNING id, vectors, error, NULL, NULL
+"""
+
+
+def take_answers(
+    connection: psycopg.Connection[Any], request_ids: Sequence[int], *, with_counts: bool
+) -> list[AnswerRow]:
+    """Delete those of the requests that have an answer, and return the answers.
+
+    ``with_counts`` says whether the table has the columns of :func:`has_columns` ``tokens``.
+    """
+    statement = _TAKE_ANSWERS if with_counts else _TAKE_ANSWERS_WITHOUT_COUNTS
+    with connection.cursor(binary=True) as cursor:
+        cursor.execute(statement, {"ids": list(request_ids)}, prepare=False)
+        return [AnswerRow(*row) for row in cursor.fetchall()]
+
+
+def withdraw_all(conn: sa.Connection, request_ids: Sequence[int]) -> None:
+    """Delete requests that nobody waits for any more."""
+    conn.execute(sa.text("DELETE FROM embed_requests WHERE id = ANY(:ids)"), {"ids": list(request_ids)})

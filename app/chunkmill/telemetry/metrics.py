@@ -25,6 +25,7 @@ class Role(StrEnum):
     PROVIDER = "provider"
     """A worker on queue ``openai``."""
     POLLER = "poller"
+    GATEWAY = "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ _WORKER = frozenset({Role.WORKER})
 _PROVIDER = frozenset({Role.PROVIDER})
 _WORKERS = _WORKER | _PROVIDER
 _POLLER = frozenset({Role.POLLER})
+_GATEWAY = frozenset({Role.GATEWAY})
 _ALL = _WORKERS | _POLLER
 
 OTHER = "other"
@@ -238,6 +240,11 @@ ADJUSTED = _gauge(
 )
 COMMITTED = _gauge("committed_usd", "Estimated US dollars for what is in flight and not charged yet.", _POLLER)
 BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent if it is not set.", _POLLER)
+
+# These are about the client of a gateway.
+QUERY_CACHE_HITS = _counter("query_cache_hits", "Texts whose vector was in the query cache.", _GATEWAY)
+QUERY_CACHE_MISSES = _counter("query_cache_misses", "Texts whose vector was not in the query cache.", _GATEWAY)
+QUERY_CACHE_BYTES = _gauge("query_cache_bytes", "Bytes of memory that the query cache takes.", _GATEWAY)
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 LEDGER = tuple(
