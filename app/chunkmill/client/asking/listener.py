@@ -345,9 +345,9 @@ class Listener:
 def _connection(pool: sa.Pool) -> Iterator[psycopg.Connection[object]]:
     """A connection that is prepared like those of the pool. It is closed at the end."""
     fairy = pool.connect()
-    fairy.detach()
     try:
         connection = fairy.driver_connection
+        fairy.detach()
         if not isinstance(connection, psycopg.Connection):
             raise TypeError(f"expected a psycopg connection, got {type(connection).__name__}")
         connection.rollback()
