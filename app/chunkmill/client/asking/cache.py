@@ -151,7 +151,7 @@ class VectorCache:
         oldest, size = time.time() - self._seconds, 0
         kept: deque[tuple[Key, _Entry]] = deque()
         for key, entry in _read(file):
-            if entry.made_at < oldest:
+            if entry.made_at < oldest or key[1] not in self._kinds:
                 continue
             kept.append((key, entry))
             size += entry.bytes
