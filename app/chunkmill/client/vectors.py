@@ -31,9 +31,10 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.chunks import prepare_all
-from chunkmill.domain.embedded import EmbeddedTexts, QueryCache, joined
+from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.domain.filters import parse as parse_filter
 from chunkmill.domain.results import Audit, Hits, Index
+from chunkmill.domain.retention import QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.spaces import collections, registry

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.printed import Printed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmbeddedTexts:
+class EmbeddedTexts(Printed):
     """Everything is in the order of the texts."""
 
     vectors: NDArray[np.float32]
@@ -42,19 +44,3 @@ class EmbeddedText:
     """``(d,)`` float32."""
     tokens: int
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class QueryCache:
-    """What a client keeps of the vectors that it has asked for, and how often that helped."""
-
-    hits: int
-    """Texts whose vector was known, since the client was made."""
-    misses: int
-    """Texts whose vector was not known."""
-    vectors: int
-    """How many vectors it holds now."""
-    bytes: int
-    """About how many bytes of memory it takes now."""
-    limit: int
-    """How many bytes it may take. 0 if it is off."""

@@ -16,7 +16,7 @@ from chunkmill.client.aio.running import Running
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
-from chunkmill.domain.embedded import EmbeddedTexts, QueryCache
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.results import (
@@ -35,7 +35,7 @@ from chunkmill.domain.results import (
     RetriedDead,
     SearchTuning,
 )
-from chunkmill.domain.retention import CacheSpace, Pruned
+from chunkmill.domain.retention import CacheSpace, Pruned, QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.domain.stored import Exported, StoredChunk

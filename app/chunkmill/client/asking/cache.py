@@ -25,7 +25,8 @@ from typing import BinaryIO
 import numpy as np
 
 from chunkmill.client.asking.gathered import Gathered
-from chunkmill.domain.embedded import EmbeddedText, QueryCache
+from chunkmill.domain.embedded import EmbeddedText
+from chunkmill.domain.retention import QueryCache
 from chunkmill.errors import InvalidInput
 from chunkmill.files import open_regular
 from chunkmill.telemetry import metrics as m
