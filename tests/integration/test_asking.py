@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -201,6 +202,45 @@ def test_a_listener_that_hangs_is_noticed_by_those_who_wait(
         assert call.result().argmax() == 3
     finally:
         hangs.set()
+
+
+def test_a_listener_that_works_again_brings_the_answers_that_a_call_looks_for_itself(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener.Listener, "has_stopped", lambda _: True)
+    monkeypatch.setattr(inquiry, "PATROL_SECONDS", 0.01)
+    for name in ("FIRST_LOOK_SECONDS", "LAST_LOOK_SECONDS"):
+        monkeypatch.setattr(inquiry, name, 3 * PATIENCE)
+    call = Call(lambda: client.embed(["text 3"]))
+    requests = claim_all(db, 1)
+    until(lambda: looked_for_itself(call))
+    answer(db, *requests)
+    assert call.result().argmax() == 3
+
+
+def looked_for_itself(call: Call) -> bool:
+    """Whether the call has gone adrift: it waits for longer than between two looks of the listener."""
+    frame = sys._current_frames().get(call.ident or 0)
+    while frame is not None:
+        if frame.f_code.co_name == "wait" and float(frame.f_locals.get("seconds", 0)) > PATIENCE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def test_nothing_is_waited_for_when_all_calls_are_over(
+    client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the listener brought the answer, the call looked itself, or nobody came."""
+    with answering(db):
+        client.embed(["text 1"])
+        monkeypatch.setattr(listener.Listener, "has_stopped", lambda _: True)
+        monkeypatch.setattr(inquiry, "PATROL_SECONDS", 0.0)
+        for n in range(20):
+            client.embed([f"text {n}"])
+    with pytest.raises(WaitTimeout):
+        client.embed(["text 1"], timeout=0.01)
+    assert listener_of(client._db)._waiting == {}
 
 
 def test_the_connection_is_given_up_when_nobody_has_waited_for_a_while(

@@ -138,8 +138,8 @@ class Inquiry:
     def _waiting(self) -> Steps[None]:
         """Wait until there is an answer to read, or no time is left."""
         pause = FIRST_LOOK_SECONDS
-        while not self.mailbox.signal.is_given or self.mailbox.is_adrift:
-            left = self.deadline - time.monotonic()
+        while not self.mailbox.has_news:
+            signal, left = self.mailbox.signal, self.deadline - time.monotonic()
             if left <= 0 or self.mailbox.is_adrift:
                 with self.transaction() as conn:
                     answers = embed_requests.take_answers(
@@ -148,10 +148,10 @@ class Inquiry:
                 self.mailbox.collect(answers)
                 if answers or left <= 0:
                     return
-                yield Pause(pause)
+                yield Pause(pause) if signal.is_given else Wait(signal, pause)
                 pause = min(LAST_LOOK_SECONDS, pause * 1.5)
             else:
-                yield Wait(self.mailbox.signal, min(left, PATROL_SECONDS))
+                yield Wait(signal, min(left, PATROL_SECONDS))
                 self.mailbox.patrol()
 
     def _read(self, answers: Sequence[AnswerRow]) -> None:

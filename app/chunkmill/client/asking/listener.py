@@ -84,6 +84,12 @@ class Mailbox:
         with self._mutex:
             return self._signal
 
+    @property
+    def has_news(self) -> bool:
+        """Whether answers have arrived with which the call is to go on."""
+        with self._mutex:
+            return bool(self._arrived) and (self.is_adrift or self._signal.is_given)
+
     def take(self) -> list[AnswerRow]:
         """The answers that have arrived since the last call."""
         with self._mutex:
@@ -103,11 +109,12 @@ class Mailbox:
         self.is_adrift = True
         return self._signal
 
-    def collect(self, answers: Iterable[AnswerRow]) -> None:
+    def collect(self, answers: Sequence[AnswerRow]) -> None:
         """Add answers that the call has fetched itself."""
         with self._mutex:
             for answer in answers:
                 self.put(answer)
+        self._listener.forget(answer.id for answer in answers)
 
     def patrol(self) -> None:
         """Let the call look for its answers itself if the listener does not. It may still deliver them."""
