@@ -45,6 +45,7 @@ class Responder(threading.Thread, Generic[Context]):
         self._context = context
         self._stop_listening = threading.Event()
         self._said: str | None = None
+        self._woken: socket.socket | None = None
         self._waker: socket.socket | None = None
         self._unsure: list[EmbedRequest] = []
         """The requests whose claim may or may not be committed."""
@@ -134,17 +135,17 @@ class Responder(threading.Thread, Generic[Context]):
 
     def run(self) -> None:
         woken, waker = socket.socketpair()
-        with woken, waker, selectors.DefaultSelector() as selector:
+        with woken, waker:
             woken.setblocking(False)
             waker.setblocking(False)
-            selector.register(woken, selectors.EVENT_READ)
-            self._waker = waker
+            self._woken, self._waker = woken, waker
             while not self._stop_listening.is_set():
                 try:
-                    self._listen(selector)
+                    self._listen()
                 except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
                     self._say(error)
                     self._stop_listening.wait(RECONNECT_SECONDS)
+            self._woken = self._waker = None
 
     def _say(self, error: Exception) -> None:
         """Say what is wrong, once until something else is wrong or a request could be looked for again."""
@@ -162,40 +163,44 @@ class Responder(threading.Thread, Generic[Context]):
         if conn.execute(sa.text("SHOW transaction_read_only")).scalar_one() == "on":
             raise StoreUnavailable(read_only_message(str(self._context.db.url)))
 
-    def _listen(self, selector: selectors.BaseSelector) -> None:
+    def _listen(self) -> None:
         with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
-            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
-            selector.register(raw(conn), selectors.EVENT_READ)
-            looked_at, may_wait = -math.inf, True
             try:
+                conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+                conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
+                checked_at, may_wait = -math.inf, True
                 while not self._stop_listening.is_set():
                     self.look(may_wait=may_wait)
-                    if time.monotonic() - looked_at >= LOOK_SECONDS:
+                    if time.monotonic() - checked_at >= LOOK_SECONDS:
                         self._require_primary(conn)
-                        looked_at = time.monotonic()
+                        checked_at = time.monotonic()
                     self._said = None
-                    heard = _heard(conn) or _wait(selector, conn)
+                    heard = _heard(conn)
+                    if not heard:
+                        self._wait(raw(conn).fileno())
+                        heard = _heard(conn)
                     if CANCELLED_CHANNEL in heard:
                         # The ledger knows which leases are lost. The notification alone does not say so: it may be
                         # late, and its job may have been retried since, so that the lease that is held now is valid.
                         self._context.leases.renew()
-                    may_wait = CHANNEL in heard or time.monotonic() - looked_at >= LOOK_SECONDS
+                    may_wait = CHANNEL in heard or time.monotonic() - checked_at >= LOOK_SECONDS
             finally:
-                selector.unregister(raw(conn))
                 # A listening connection must not go back into the pool.
                 conn.invalidate()
+
+    def _wait(self, connection: int) -> None:
+        """Wait until something comes on the ``connection``, a file descriptor, or :meth:`wake` is called, or for
+        ``LOOK_SECONDS``."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            if self._woken is not None:
+                selector.register(self._woken, selectors.EVENT_READ)
+            selector.select(LOOK_SECONDS)
+        if self._woken is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
 
 
 def _heard(conn: sa.Connection) -> set[str]:
     """The channels of the notifications that have come."""
     return {notice.channel for notice in raw(conn).notifies(timeout=0)}
-
-
-def _wait(selector: selectors.BaseSelector, conn: sa.Connection) -> set[str]:
-    """Wait for a notification, for :meth:`Responder.wake`, or for ``LOOK_SECONDS``. Returns the channels."""
-    for key, _ in selector.select(LOOK_SECONDS):
-        if isinstance(key.fileobj, socket.socket):
-            with contextlib.suppress(BlockingIOError):
-                key.fileobj.recv(4096)
-    return _heard(conn)
