@@ -241,7 +241,11 @@ class Lane:
         self._models = models
         self._on_landed = on_landed
         self._on_room = on_room
-        self._changed = threading.Condition()
+        mutex = threading.RLock()
+        self._changed = threading.Condition(mutex)
+        self._work_came = threading.Condition(mutex)
+        """Wakes one of the lane's threads. Each looks for work before it waits, and wakes the next one if it takes
+        some."""
         self._waiting: dict[Rank, dict[_Key, _Turns]] = {Rank.INTERACTIVE: {}, Rank.SYNCHRONOUS: {}}
         self._under_way = dict.fromkeys(self._waiting, 0)
         self._passed = 0
@@ -271,7 +275,8 @@ class Lane:
             if asked.texts and not is_closed:
                 self._open[item.number] = item
                 self._add(item)
-                self._changed.notify()
+                self._work_came.notify()
+                self._changed.notify_all()
                 return
         if is_closed:
             self._end(item, error=WorkerLeaves())
@@ -289,6 +294,7 @@ class Lane:
                 by_key.clear()
             items += itertools.chain.from_iterable(self._loading.values())
             self._loading = {space: [] for space in self._loading}
+            self._work_came.notify_all()
             self._changed.notify_all()
         for item in items:
             self._end(item, error=WorkerLeaves())
@@ -362,9 +368,9 @@ class Lane:
         while True:
             with self._changed:
                 while (chosen := self._take()) is None:
-                    if self._is_closed and not self._loading:
+                    if self._is_closed and not self._loads:
                         return
-                    self._changed.wait()
+                    self._work_came.wait()
             self._compute(chosen)
 
     def _take(self) -> _Slice | None:
@@ -391,6 +397,7 @@ class Lane:
                 others = self._waiting[Rank.SYNCHRONOUS]
                 self._passed = self._passed + 1 if rank is Rank.INTERACTIVE and any(others.values()) else 0
                 self._under_way[rank] += 1
+                self._work_came.notify()
                 return _Slice(rank, first.asked.space, first.asked.kind, engine, parts)
         return None
 
@@ -427,6 +434,7 @@ class Lane:
                 for item in items:
                     item.engine = engine
                     self._add(item)
+            self._work_came.notify()
             self._changed.notify_all()
         if problem is not None:
             for item in items:
@@ -434,6 +442,7 @@ class Lane:
             self._landed()
         with self._changed:
             self._loads -= 1
+            self._work_came.notify_all()
             self._changed.notify_all()
         self._quietly(self._on_room)
 

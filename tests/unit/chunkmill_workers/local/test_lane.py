@@ -410,6 +410,22 @@ def test_slices_of_one_request_that_land_at_once_make_one_answer(lane: Lane, ask
     assert asker.values() == {f"{n}": list(range(n, n + 4 * SLICE_TEXTS)) for n in range(6)}
 
 
+def test_two_slices_of_a_large_request_are_under_way_and_interactive_ones_are_computed_beside_them(
+    lane: Lane, asker: Asker, engine: FakeEngine
+) -> None:
+    """The texts of one slice are made ready while those of another are computed."""
+    go_on = threading.Event()
+    engine.before = lambda texts: texts == ["7"] or go_on.wait(PATIENCE)
+    lane.start()
+    asker.ask("large", *range(100, 100 + 9 * SLICE_TEXTS), urgency=1)
+    until(lambda: len(engine.calls) == 2)
+    asker.ask("short", 7)
+    until(lambda: asker.answers)
+    go_on.set()
+    assert asker.values() == {"short": [7]}
+    until(lambda: len(asker.answers) == 2)
+
+
 def test_a_callback_that_raises_ends_no_thread_and_no_other_request(
     lane: Lane, asker: Asker, caplog: pytest.LogCaptureFixture
 ) -> None:
