@@ -104,6 +104,18 @@ PADDED_TOKENS = _counter("padded_tokens", "Tokens that the device computed, padd
 ENGINE_SECONDS = _counter("engine_seconds", "Seconds that TokenBatches spent on the device.", _WORKER)
 TOKENIZE_SECONDS = _counter("tokenize_seconds", "Seconds spent in the tokenizer.", _WORKER)
 URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for a caller that waits, such as a search.", _WORKERS)
+EMBED_REQUESTS = _counter(
+    "embed_requests",
+    "Requests of callers that wait, by how they ended here: answered, refused with a reason, left to other workers, or "
+    "dropped because nobody waits any more.",
+    _WORKER,
+    Label("result", ("answered", "refused", "left", "dropped")),
+)
+EMBED_SLICES = _counter("embed_slices", "Calls of the engine for callers that wait.", _WORKER)
+EMBED_SLICE_REQUESTS = _counter(
+    "embed_slice_requests", "Requests in those calls. Per call, this is how many are embedded together.", _WORKER
+)
+EMBED_OPEN = _gauge("embed_requests_open", "Requests that this worker has claimed and not answered yet.", _WORKER)
 CLAIMS = _counter(
     "claims",
     "Doorbells answered. result is claimed if a ChunkBatch was claimed, nothing if there was none to claim.",
