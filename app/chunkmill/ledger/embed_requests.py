@@ -527,6 +527,7 @@ def withdraw(conn: sa.Connection, request_id: int) -> None:
 
 # What the caller's side needs: many requests at a time, and the answers to many calls.
 
+
 @dataclass(frozen=True, slots=True)
 class AnswerRow:
     """An answer as the worker wrote it. ``vectors`` is None if there is an ``error``."""

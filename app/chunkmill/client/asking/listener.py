@@ -352,16 +352,16 @@ class Listener:
 def _connection(pool: sa.Pool) -> Iterator[psycopg.Connection[object]]:
     """A connection that is prepared like those of the pool. It is closed at the end."""
     fairy = pool.connect()
+    connection = fairy.driver_connection
+    fairy.detach()  # SQLAlchemy would roll a lost connection back, and log that it cannot
+    if not isinstance(connection, psycopg.Connection):
+        raise TypeError(f"expected a psycopg connection, got {type(connection).__name__}")
     try:
-        connection = fairy.driver_connection
-        fairy.detach()
-        if not isinstance(connection, psycopg.Connection):
-            raise TypeError(f"expected a psycopg connection, got {type(connection).__name__}")
         connection.rollback()
         connection.autocommit = True
         yield connection
     finally:
-        fairy.close()
+        connection.close()
 
 
 _mutex = threading.Lock()
