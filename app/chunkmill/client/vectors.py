@@ -279,7 +279,7 @@ class Vectors(ClientPart):
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
-        caller = as_text("caller", caller) if caller else ""
+        caller = caller if isinstance(caller, str) and not caller else as_text("caller", caller)
         for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
             pass
         if not texts:
