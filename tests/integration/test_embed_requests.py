@@ -252,15 +252,25 @@ def test_answers_are_told_together_and_not_those_that_were_withdrawn(
     assert (other.tokens, other.truncated) == (None, None)
 
 
-def test_a_notification_of_many_answers_is_cut_where_postgres_would_refuse_it(space: Space, db: sa.Engine) -> None:
+def test_a_notification_of_many_answers_is_cut_where_postgres_would_refuse_it(
+    space: Space, db: sa.Engine, hands: Hands
+) -> None:
+    count = embed_requests.IDS_EACH + 1
+    with hands.db.begin() as conn:
+        conn.execute(sa.text(f"ALTER TABLE embed_requests ALTER COLUMN id RESTART WITH {10**18}"))
+    ids = put(db, *[{}] * count)
     with db.connect().execution_options(isolation_level="AUTOCOMMIT") as listening:
         listening.execute(sa.text(f"LISTEN {embed_requests.ANSWERS_CHANNEL}"))
-        ids = list(range(10**15, 10**15 + 1_000))
-        with db.begin() as conn:
-            embed_requests.tell(conn, ids)
-        payloads = [notice.payload for notice in raw(listening).notifies(timeout=PATIENCE, stop_after=3)]
-        assert max(map(len, payloads)) <= embed_requests.MOST_PAYLOAD
-        assert [int(name) for payload in payloads for name in payload.split(",")] == ids
+        for tell in (
+            lambda conn: embed_requests.tell(conn, ids),
+            lambda conn: embed_requests.answer_all(conn, [Answered(i, np.ones((1, 3), np.float32)) for i in ids]),
+        ):
+            with db.begin() as conn:
+                tell(conn)
+            payloads = [notice.payload for notice in raw(listening).notifies(timeout=PATIENCE, stop_after=2)]
+            assert sorted(payload.count(",") + 1 for payload in payloads) == [1, count - 1]
+            assert max(map(len, payloads)) <= embed_requests.MOST_PAYLOAD
+            assert sorted(int(name) for payload in payloads for name in payload.split(",")) == ids
         listening.invalidate()
 
 

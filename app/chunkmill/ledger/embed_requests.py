@@ -25,6 +25,8 @@ ANSWERS_CHANNEL = "chunkmill_answers"
 """Its payload is the ids of requests that have an answer now, joined by commas."""
 MOST_PAYLOAD = 7_900
 """Bytes of one notification. Postgres takes 7,999."""
+IDS_EACH = MOST_PAYLOAD // 20
+"""The most ids in one notification. An id has up to 19 digits."""
 LEASE_SECONDS = 4.0
 """Who waits for a worker that was killed waits for so long, and one look longer, for another one. A worker renews the
 leases of what it holds three times in each."""
@@ -371,21 +373,33 @@ def has_columns(conn: sa.Connection, name: str) -> bool:
     return name in seen
 
 
+# Each notification has the ids of so many requests that its payload fits: see MOST_PAYLOAD.
 _ANSWER = sa.text("""
-UPDATE embed_requests r
-SET vectors = a.vectors, error = NULL
-FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[])) AS a (id, vectors)
-WHERE r.id = a.id
-RETURNING r.id
+WITH answered AS (
+    UPDATE embed_requests r
+    SET vectors = a.vectors, error = NULL
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[])) AS a (id, vectors)
+    WHERE r.id = a.id
+    RETURNING r.id
+)
+SELECT pg_notify(:channel, string_agg(CAST(id AS text), ','))
+FROM (SELECT id, (row_number() OVER (ORDER BY id) - 1) / :ids_each AS part FROM answered) AS numbered
+GROUP BY part
 """)
 # An array of arrays must be a rectangle in Postgres, so that each array is given as a text.
 _ANSWER_WITH_TOKENS = sa.text("""
-UPDATE embed_requests r
-SET vectors = a.vectors, error = NULL, tokens = CAST(a.tokens AS int[]), truncated = CAST(a.truncated AS boolean[])
-FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[]), CAST(:tokens AS text[]), CAST(:truncated AS text[]))
-    AS a (id, vectors, tokens, truncated)
-WHERE r.id = a.id
-RETURNING r.id
+WITH answered AS (
+    UPDATE embed_requests r
+    SET vectors = a.vectors, error = NULL, tokens = CAST(a.tokens AS int[]),
+        truncated = CAST(a.truncated AS boolean[])
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[]), CAST(:tokens AS text[]), CAST(:truncated AS text[]))
+        AS a (id, vectors, tokens, truncated)
+    WHERE r.id = a.id
+    RETURNING r.id
+)
+SELECT pg_notify(:channel, string_agg(CAST(id AS text), ','))
+FROM (SELECT id, (row_number() OVER (ORDER BY id) - 1) / :ids_each AS part FROM answered) AS numbered
+GROUP BY part
 """)
 
 
@@ -399,13 +413,15 @@ def answer_all(conn: sa.Connection, answers: Sequence[Answered]) -> None:
     parameters: dict[str, object] = {
         "ids": [answer.request_id for answer in answers],
         "vectors": [np.ascontiguousarray(answer.vectors, dtype="<f4").tobytes() for answer in answers],
+        "channel": ANSWERS_CHANNEL,
+        "ids_each": IDS_EACH,
     }
     statement = _ANSWER
     if has_columns(conn, "tokens"):
         statement = _ANSWER_WITH_TOKENS
         parameters["tokens"] = [_array(answer.tokens) for answer in answers]
         parameters["truncated"] = [_array(answer.truncated) for answer in answers]
-    tell(conn, conn.execute(statement, parameters).scalars().all())
+    conn.execute(statement, parameters)
 
 
 def _array(values: NDArray[np.int32] | NDArray[np.bool_] | None) -> str | None:
@@ -426,18 +442,10 @@ def answer(
 
 def tell(conn: sa.Connection, request_ids: Sequence[int]) -> None:
     """Tell the callers of these requests, when the transaction commits, that they have an answer."""
-    payload = ""
-    for name in map(str, request_ids):
-        if payload and len(payload) + len(name) >= MOST_PAYLOAD:
-            _notify(conn, payload)
-            payload = ""
-        payload += f",{name}" if payload else name
-    if payload:
-        _notify(conn, payload)
-
-
-def _notify(conn: sa.Connection, payload: str) -> None:
-    conn.execute(sa.text("SELECT pg_notify(:channel, :payload)"), {"channel": ANSWERS_CHANNEL, "payload": payload})
+    for first in range(0, len(request_ids), IDS_EACH):
+        payload = ",".join(map(str, request_ids[first : first + IDS_EACH]))
+        parameters = {"channel": ANSWERS_CHANNEL, "payload": payload}
+        conn.execute(sa.text("SELECT pg_notify(:channel, :payload)"), parameters)
 
 
 # The guard of this statement and the next: still unanswered, and still in the hands of this claim.
