@@ -119,6 +119,14 @@ def test_a_claim_takes_the_short_requests_first_and_the_callers_of_each_in_turns
     assert claim_many(db) == [a[0], b, nobody, a[1], a[2], large]
 
 
+def test_a_long_request_does_not_go_first_because_its_caller_says_so(space: Space, db: sa.Engine, hands: Hands) -> None:
+    words = " ".join(map(str, range(5_000)))
+    long, many, short = put(db, {"texts": [words]}, {"texts": words.split()}, {})
+    with db.begin() as conn:
+        claimed = embed_requests.claim_some(conn, most_requests=9, most_texts=9_999, most_tokens=99_999).requests
+    assert [(request.id, request.urgency) for request in claimed] == [(short, 0), (long, 1), (many, 1)]
+
+
 def test_a_claim_takes_what_fits_and_the_first_however_large_it_is(space: Space, db: sa.Engine) -> None:
     ids = put(db, {"texts": 9}, {"texts": 3}, {"texts": 3}, {"texts": ["x" * 400]}, {"texts": ["x" * 400]}, {}, {})
     assert claim_many(db, most_texts=5) == ids[:1]

@@ -32,6 +32,8 @@ LEASE_SECONDS = 4.0
 leases of what it holds three times in each."""
 MAX_ATTEMPTS = 2
 """A request that takes its worker down must not take down all of them."""
+SHORT_BYTES = 4_096
+"""The most bytes of the texts of an urgent request, as Postgres stores them."""
 TELL_AFTER_SECONDS = 10.0
 """How long a request waits for a worker that serves its space, before a worker that does not may refuse it. A worker
 that does takes it in a second, and a caller waits for 30 s by default."""
@@ -115,20 +117,22 @@ def ask(
     return int(request_id)
 
 
-# The callers of one urgency take turns: first the oldest request of each, then the second of each. A request that was
-# in the hands of a worker before may have killed it, so it is taken alone. Rows are locked before it is known which of
-# them fit. Those that do not are free again when this transaction ends, and other workers are woken then.
-# Without :spaces, those that only a provider serves are left to workers on its queue. The age is taken from
-# clock_timestamp(), because now() is when the transaction began.
+# What a caller says is urgent is so only if it is short. The callers of one urgency take turns: first the oldest of
+# each, then the second of each. A request that was in the hands of a worker before may have killed it, so it is taken
+# alone. Rows are locked before it is known which of them fit. Those that do not are free again when this transaction
+# ends, and other workers are woken then. Without :spaces, those that only a provider serves are left to workers on
+# its queue. The age is taken from clock_timestamp(), because now() is when the transaction began.
 _CLAIM_SOME = sa.text("""
 WITH waiting AS MATERIALIZED (
-    SELECT id, urgency, row_number() OVER (PARTITION BY urgency, caller ORDER BY id) AS turn
-    FROM embed_requests
+    SELECT id, c.urgency, row_number() OVER (PARTITION BY c.urgency, caller ORDER BY id) AS turn
+    FROM embed_requests r
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN r.urgency = 0 AND pg_column_size(r.texts) <= :short_bytes THEN 0 ELSE 1 END AS urgency) AS c
     WHERE vectors IS NULL AND error IS NULL
       AND (lease_until IS NULL OR lease_until < now())
       AND attempts < :max_attempts
       AND (deadline IS NULL OR deadline > clock_timestamp())
-      AND (urgency = 0 OR CAST(:synchronous AS boolean) AND caller <> ALL(CAST(:not_callers AS text[])))
+      AND (c.urgency = 0 OR CAST(:synchronous AS boolean) AND caller <> ALL(CAST(:not_callers AS text[])))
       AND space_id <> ALL(CAST(:not_spaces AS int[]))
       AND CASE WHEN CAST(:spaces AS int[]) IS NULL
                THEN space_id NOT IN (SELECT s.id FROM spaces s WHERE s.spec ->> 'provider' = 'openai')
@@ -143,7 +147,7 @@ WITH waiting AS MATERIALIZED (
     LIMIT CAST(:most_requests AS int) + 1
     FOR UPDATE OF r SKIP LOCKED
 ), counted AS (
-    SELECT id, row_number() OVER o AS place, sum(texts) OVER o AS texts, sum(tokens) OVER o AS tokens,
+    SELECT id, urgency, row_number() OVER o AS place, sum(texts) OVER o AS texts, sum(tokens) OVER o AS tokens,
         bool_or(is_suspect) OVER o AS has_suspect, count(*) OVER () AS found
     FROM locked
     WINDOW o AS (ORDER BY urgency, turn, id)
@@ -154,7 +158,7 @@ FROM counted c
 WHERE r.id = c.id
   AND (c.place = 1
        OR c.place <= :most_requests AND c.texts <= :most_texts AND c.tokens <= :most_tokens AND NOT c.has_suspect)
-RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, urgency, caller,
+RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, c.urgency, caller,
     CAST(extract(epoch FROM deadline - clock_timestamp()) AS float) AS seconds_left, c.place, c.found
 """)
 
@@ -221,6 +225,7 @@ def claim_some(
             is_all=False,
         )
     parameters |= {
+        "short_bytes": SHORT_BYTES,
         "most_requests": most_requests,
         "most_texts": most_texts,
         "most_tokens": most_tokens,
