@@ -167,6 +167,19 @@ def test_a_lease_is_renewed_while_the_pass_runs(
     assert hands.rows("SELECT attempts FROM embed_requests") == [(1,)]
 
 
+def test_what_a_killed_worker_held_is_answered_by_another_and_each_of_it_alone(
+    space: Space, started: EmbedResponder, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing tells the other worker: the leases end."""
+    gate = Gate(monkeypatch)
+    with db.begin() as conn:  # the notification comes with the claim, so that the worker finds nothing
+        requests = [embed_requests.ask(conn, space_id=space.id, kind="query", texts=[f"text {n}"]) for n in range(3)]
+        held = embed_requests.claim_some(conn, most_requests=9, most_texts=9, most_tokens=99, lease_seconds=0.3)
+    assert len(held.requests) == 3
+    until(lambda: all(is_answered(db, request) for request in requests))
+    assert sorted(gate.calls) == [["text 0"], ["text 1"], ["text 2"]]
+
+
 def test_a_request_that_comes_while_a_pass_runs_does_not_wait_for_it(
     space: Space, started: EmbedResponder, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,14 @@ def test_a_claim_takes_the_short_requests_first_and_the_callers_of_each_in_turns
     assert claim_many(db) == [a[0], b, nobody, a[1], a[2], large]
 
 
+def test_a_long_request_does_not_go_first_because_its_caller_says_so(space: Space, db: sa.Engine, hands: Hands) -> None:
+    words = " ".join(map(str, range(5_000)))
+    long, many, short = put(db, {"texts": [words]}, {"texts": words.split()}, {})
+    with db.begin() as conn:
+        claimed = embed_requests.claim_some(conn, most_requests=9, most_texts=9_999, most_tokens=99_999).requests
+    assert [(request.id, request.urgency) for request in claimed] == [(short, 0), (long, 1), (many, 1)]
+
+
 def test_a_claim_takes_what_fits_and_the_first_however_large_it_is(space: Space, db: sa.Engine) -> None:
     ids = put(db, {"texts": 9}, {"texts": 3}, {"texts": 3}, {"texts": ["x" * 400]}, {"texts": ["x" * 400]}, {}, {})
     assert claim_many(db, most_texts=5) == ids[:1]
@@ -252,15 +260,25 @@ def test_answers_are_told_together_and_not_those_that_were_withdrawn(
     assert (other.tokens, other.truncated) == (None, None)
 
 
-def test_a_notification_of_many_answers_is_cut_where_postgres_would_refuse_it(space: Space, db: sa.Engine) -> None:
+def test_a_notification_of_many_answers_is_cut_where_postgres_would_refuse_it(
+    space: Space, db: sa.Engine, hands: Hands
+) -> None:
+    count = embed_requests.IDS_EACH + 1
+    with hands.db.begin() as conn:
+        conn.execute(sa.text(f"ALTER TABLE embed_requests ALTER COLUMN id RESTART WITH {10**18}"))
+    ids = put(db, *[{}] * count)
     with db.connect().execution_options(isolation_level="AUTOCOMMIT") as listening:
         listening.execute(sa.text(f"LISTEN {embed_requests.ANSWERS_CHANNEL}"))
-        ids = list(range(10**15, 10**15 + 1_000))
-        with db.begin() as conn:
-            embed_requests.tell(conn, ids)
-        payloads = [notice.payload for notice in raw(listening).notifies(timeout=PATIENCE, stop_after=3)]
-        assert max(map(len, payloads)) <= embed_requests.MOST_PAYLOAD
-        assert [int(name) for payload in payloads for name in payload.split(",")] == ids
+        for tell in (
+            lambda conn: embed_requests.tell(conn, ids),
+            lambda conn: embed_requests.answer_all(conn, [Answered(i, np.ones((1, 3), np.float32)) for i in ids]),
+        ):
+            with db.begin() as conn:
+                tell(conn)
+            payloads = [notice.payload for notice in raw(listening).notifies(timeout=PATIENCE, stop_after=2)]
+            assert sorted(payload.count(",") + 1 for payload in payloads) == [1, count - 1]
+            assert max(map(len, payloads)) <= embed_requests.MOST_PAYLOAD
+            assert sorted(int(name) for payload in payloads for name in payload.split(",")) == ids
         listening.invalidate()
 
 

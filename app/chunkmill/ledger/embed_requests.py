@@ -27,11 +27,15 @@ ANSWERS_CHANNEL = "chunkmill_answers"
 """Its payload is the ids of requests that have an answer now, joined by commas."""
 MOST_PAYLOAD = 7_900
 """Bytes of one notification. Postgres takes 7,999."""
+IDS_EACH = MOST_PAYLOAD // 20
+"""The most ids in one notification. An id has up to 19 digits."""
 LEASE_SECONDS = 4.0
 """Who waits for a worker that was killed waits for so long, and one look longer, for another one. A worker renews the
 leases of what it holds three times in each."""
 MAX_ATTEMPTS = 2
 """A request that takes its worker down must not take down all of them."""
+SHORT_BYTES = 4_096
+"""The most bytes of the texts of an urgent request, as Postgres stores them."""
 TELL_AFTER_SECONDS = 10.0
 """How long a request waits for a worker that serves its space, before a worker that does not may refuse it. A worker
 that does takes it in a second, and a caller waits for 30 s by default."""
@@ -115,20 +119,22 @@ def ask(
     return int(request_id)
 
 
-# The callers of one urgency take turns: first the oldest request of each, then the second of each. A request that was
-# in the hands of a worker before may have killed it, so it is taken alone. Rows are locked before it is known which of
-# them fit. Those that do not are free again when this transaction ends, and other workers are woken then.
-# Without :spaces, those that only a provider serves are left to workers on its queue. The age is taken from
-# clock_timestamp(), because now() is when the transaction began.
+# What a caller says is urgent is so only if it is short. The callers of one urgency take turns: first the oldest of
+# each, then the second of each. A request that was in the hands of a worker before may have killed it, so it is taken
+# alone. Rows are locked before it is known which of them fit. Those that do not are free again when this transaction
+# ends, and other workers are woken then. Without :spaces, those that only a provider serves are left to workers on
+# its queue. The age is taken from clock_timestamp(), because now() is when the transaction began.
 _CLAIM_SOME = sa.text("""
 WITH waiting AS MATERIALIZED (
-    SELECT id, urgency, row_number() OVER (PARTITION BY urgency, caller ORDER BY id) AS turn
-    FROM embed_requests
+    SELECT id, c.urgency, row_number() OVER (PARTITION BY c.urgency, caller ORDER BY id) AS turn
+    FROM embed_requests r
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN r.urgency = 0 AND pg_column_size(r.texts) <= :short_bytes THEN 0 ELSE 1 END AS urgency) AS c
     WHERE vectors IS NULL AND error IS NULL
       AND (lease_until IS NULL OR lease_until < now())
       AND attempts < :max_attempts
       AND (deadline IS NULL OR deadline > clock_timestamp())
-      AND (urgency = 0 OR CAST(:synchronous AS boolean) AND caller <> ALL(CAST(:not_callers AS text[])))
+      AND (c.urgency = 0 OR CAST(:synchronous AS boolean) AND caller <> ALL(CAST(:not_callers AS text[])))
       AND space_id <> ALL(CAST(:not_spaces AS int[]))
       AND CASE WHEN CAST(:spaces AS int[]) IS NULL
                THEN space_id NOT IN (SELECT s.id FROM spaces s WHERE s.spec ->> 'provider' = 'openai')
@@ -143,7 +149,7 @@ WITH waiting AS MATERIALIZED (
     LIMIT CAST(:most_requests AS int) + 1
     FOR UPDATE OF r SKIP LOCKED
 ), counted AS (
-    SELECT id, row_number() OVER o AS place, sum(texts) OVER o AS texts, sum(tokens) OVER o AS tokens,
+    SELECT id, urgency, row_number() OVER o AS place, sum(texts) OVER o AS texts, sum(tokens) OVER o AS tokens,
         bool_or(is_suspect) OVER o AS has_suspect, count(*) OVER () AS found
     FROM locked
     WINDOW o AS (ORDER BY urgency, turn, id)
@@ -154,7 +160,7 @@ FROM counted c
 WHERE r.id = c.id
   AND (c.place = 1
        OR c.place <= :most_requests AND c.texts <= :most_texts AND c.tokens <= :most_tokens AND NOT c.has_suspect)
-RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, urgency, caller,
+RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, c.urgency, caller,
     CAST(extract(epoch FROM deadline - clock_timestamp()) AS float) AS seconds_left, c.place, c.found
 """)
 
@@ -221,6 +227,7 @@ def claim_some(
             is_all=False,
         )
     parameters |= {
+        "short_bytes": SHORT_BYTES,
         "most_requests": most_requests,
         "most_texts": most_texts,
         "most_tokens": most_tokens,
@@ -373,21 +380,33 @@ def has_columns(conn: sa.Connection, name: str) -> bool:
     return name in seen
 
 
+# Each notification has the ids of so many requests that its payload fits: see MOST_PAYLOAD.
 _ANSWER = sa.text("""
-UPDATE embed_requests r
-SET vectors = a.vectors, error = NULL
-FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[])) AS a (id, vectors)
-WHERE r.id = a.id
-RETURNING r.id
+WITH answered AS (
+    UPDATE embed_requests r
+    SET vectors = a.vectors, error = NULL
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[])) AS a (id, vectors)
+    WHERE r.id = a.id
+    RETURNING r.id
+)
+SELECT pg_notify(:channel, string_agg(CAST(id AS text), ','))
+FROM (SELECT id, (row_number() OVER (ORDER BY id) - 1) / :ids_each AS part FROM answered) AS numbered
+GROUP BY part
 """)
 # An array of arrays must be a rectangle in Postgres, so that each array is given as a text.
 _ANSWER_WITH_TOKENS = sa.text("""
-UPDATE embed_requests r
-SET vectors = a.vectors, error = NULL, tokens = CAST(a.tokens AS int[]), truncated = CAST(a.truncated AS boolean[])
-FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[]), CAST(:tokens AS text[]), CAST(:truncated AS text[]))
-    AS a (id, vectors, tokens, truncated)
-WHERE r.id = a.id
-RETURNING r.id
+WITH answered AS (
+    UPDATE embed_requests r
+    SET vectors = a.vectors, error = NULL, tokens = CAST(a.tokens AS int[]),
+        truncated = CAST(a.truncated AS boolean[])
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:vectors AS bytea[]), CAST(:tokens AS text[]), CAST(:truncated AS text[]))
+        AS a (id, vectors, tokens, truncated)
+    WHERE r.id = a.id
+    RETURNING r.id
+)
+SELECT pg_notify(:channel, string_agg(CAST(id AS text), ','))
+FROM (SELECT id, (row_number() OVER (ORDER BY id) - 1) / :ids_each AS part FROM answered) AS numbered
+GROUP BY part
 """)
 
 
@@ -401,13 +420,15 @@ def answer_all(conn: sa.Connection, answers: Sequence[Answered]) -> None:
     parameters: dict[str, object] = {
         "ids": [answer.request_id for answer in answers],
         "vectors": [np.ascontiguousarray(answer.vectors, dtype="<f4").tobytes() for answer in answers],
+        "channel": ANSWERS_CHANNEL,
+        "ids_each": IDS_EACH,
     }
     statement = _ANSWER
     if has_columns(conn, "tokens"):
         statement = _ANSWER_WITH_TOKENS
         parameters["tokens"] = [_array(answer.tokens) for answer in answers]
         parameters["truncated"] = [_array(answer.truncated) for answer in answers]
-    tell(conn, conn.execute(statement, parameters).scalars().all())
+    conn.execute(statement, parameters)
 
 
 def _array(values: NDArray[np.int32] | NDArray[np.bool_] | None) -> str | None:
@@ -428,18 +449,10 @@ def answer(
 
 def tell(conn: sa.Connection, request_ids: Sequence[int]) -> None:
     """Tell the callers of these requests, when the transaction commits, that they have an answer."""
-    payload = ""
-    for name in map(str, request_ids):
-        if payload and len(payload) + len(name) >= MOST_PAYLOAD:
-            _notify(conn, payload)
-            payload = ""
-        payload += f",{name}" if payload else name
-    if payload:
-        _notify(conn, payload)
-
-
-def _notify(conn: sa.Connection, payload: str) -> None:
-    conn.execute(sa.text("SELECT pg_notify(:channel, :payload)"), {"channel": ANSWERS_CHANNEL, "payload": payload})
+    for first in range(0, len(request_ids), IDS_EACH):
+        payload = ",".join(map(str, request_ids[first : first + IDS_EACH]))
+        parameters = {"channel": ANSWERS_CHANNEL, "payload": payload}
+        conn.execute(sa.text("SELECT pg_notify(:channel, :payload)"), parameters)
 
 
 # The guard of this statement and the next: still unanswered, and still in the hands of this claim.

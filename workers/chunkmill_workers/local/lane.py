@@ -42,7 +42,7 @@ SLICE_TEXTS, SLICE_TOKENS = 32, 4_096
 each slice, and callers take turns slice by slice."""
 TOGETHER_TEXTS, TOGETHER_TOKENS = 256, 16_384
 """The most texts and estimated tokens of interactive requests that are embedded together."""
-INTERACTIVE_TOKENS = 1_024
+INTERACTIVE_TOKENS = 4_096
 """The most estimated tokens of an interactive request."""
 SLICES = 2
 """How many slices of each class are under way at a time: the answers of one are written while another is computed."""

@@ -32,6 +32,8 @@ CLAIM_SECONDS: Final = 0.5
 CLAIM_TOKENS: Final = (2_048, 131_072)
 """A claim takes what the lane embeds in about CLAIM_SECONDS, between these numbers of estimated tokens. What one worker
 holds, an idle one cannot take."""
+MOST_OPEN: Final = 1_024
+"""The most requests that a worker holds at a time."""
 HELD_LARGE: Final = 4
 """How many large requests of different callers wait in a worker at a time, so that they take turns in the lane."""
 IDLE_FIRST_SECONDS: Final = 0.003
@@ -82,7 +84,7 @@ class EmbedResponder(Responder[WorkerContext]):
         self._held.renew_if_due()
         self.lane.drop_late()
         self._may_wait |= may_wait
-        while self._may_wait and not self.lane.waiting(Rank.INTERACTIVE):
+        while self._may_wait and self.lane.n_open < MOST_OPEN and not self.lane.waiting(Rank.INTERACTIVE):
             self.lane.wait_until_idle(IDLE_FIRST_SECONDS)
             if not self._claim_some():
                 break
