@@ -67,6 +67,7 @@ SECTIONS = {
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
         "Lane", "Explanation", "RoutingStep", "OpenWork", "JobProviderBatch", "ProviderBatchState", "Abandoned",
     ],
+    "What comes back: vectors of texts": ["EmbeddedTexts", "QueryCache"],
     "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
 }  # fmt: skip
 SIMILARITY = ["cosine", "dot", "euclidean", "manhattan", "blocks", "normalise", "top_k", "top_k_of_batches", "kmeans"]

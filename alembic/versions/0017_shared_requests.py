@@ -25,6 +25,19 @@ def upgrade() -> None:
     op.add_column("embed_requests", sa.Column("deadline", sa.DateTime(timezone=True)))
     op.add_column("embed_requests", sa.Column("tokens", ARRAY(sa.Integer())))
     op.add_column("embed_requests", sa.Column("truncated", ARRAY(sa.Boolean())))
+    # A poller of deploy/postgres-role.sql may read the columns that were there when the file was run, and deletes now
+    # what is past its deadline.
+    op.execute("""
+        DO $$
+        BEGIN
+            IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_pollers')
+                AND has_column_privilege('chunkmill_pollers', 'embed_requests', 'created_at', 'SELECT')
+            THEN
+                GRANT SELECT (urgency, caller, deadline, tokens, truncated) ON embed_requests TO chunkmill_pollers;
+            END IF;
+        END
+        $$
+    """)
 
 
 def downgrade() -> None:

@@ -46,7 +46,7 @@ from chunkmill.domain.results import (
     SearchTuning,
     Standing,
 )
-from chunkmill.domain.retention import Amount, CacheSpace, Pruned
+from chunkmill.domain.retention import Amount, CacheSpace, Pruned, QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import (
@@ -73,12 +73,14 @@ from chunkmill.errors import (
 if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
+    from chunkmill.domain.embedded import EmbeddedTexts
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
         "AsyncClient": "chunkmill.client.aio",
         "ChunkState": "chunkmill.domain.stored",
         "Client": "chunkmill.client",
+        "EmbeddedTexts": "chunkmill.domain.embedded",
         "Exported": "chunkmill.domain.stored",
         "GoldenQueries": "chunkmill.client",
         "StoredChunk": "chunkmill.domain.stored",
@@ -130,6 +132,7 @@ __all__ = [
     "DroppedCollection",
     "DroppedDead",
     "EmbeddedStackError",
+    "EmbeddedTexts",
     "EngineError",
     "Estimate",
     "Explanation",
@@ -159,6 +162,7 @@ __all__ = [
     "ProviderBatchState",
     "ProviderError",
     "Pruned",
+    "QueryCache",
     "RetriedDead",
     "Route",
     "RoutingStep",

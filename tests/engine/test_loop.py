@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,8 +59,8 @@ def rows(*marks: int, length: int = 10) -> list[Ids]:
     return [np.full(length, mark, np.int32) for mark in marks]
 
 
-def add(device: DeviceLoop, each: list[Ids], *, urgent: bool = False) -> int:
-    name = device.open(urgent=urgent)
+def add(device: DeviceLoop, each: list[Ids], *, urgent: bool = False, large: bool = False) -> int:
+    name = device.open(urgent=urgent, large=large)
     device.add(name, each, np.zeros(len(each), np.bool_), 0)
     return name
 
@@ -133,6 +134,68 @@ def test_after_a_flood_let_one_bulk_pass_by_urgent_streams_go_first_again(
 
     places = [runner.served.index([mark]) for mark in (1, 2, 3)]
     assert places == [1 + loop.URGENT_RUN, 2 + 2 * loop.URGENT_RUN, 5 + 2 * loop.URGENT_RUN]
+
+
+def test_of_urgent_streams_the_large_ones_come_after_the_others_and_before_bulk_work(
+    held: tuple[FakeRunner, DeviceLoop],
+) -> None:
+    runner, device = held
+    bulk = add(device, rows(1, 2, length=20))
+    large = add(device, rows(11, 12, length=20), urgent=True, large=True)
+    query = add(device, rows(21, length=20), urgent=True)
+
+    runner.go_on.set()
+    for each in (query, large, bulk):
+        values(device, each)
+
+    assert runner.served == [[99], [21], [11], [12], [1], [2]]
+
+
+def test_a_flood_of_queries_lets_large_streams_and_bulk_work_by_in_turns(
+    held: tuple[FakeRunner, DeviceLoop],
+) -> None:
+    runner, device = held
+    bulk = add(device, rows(1, 2, length=20))
+    large = add(device, rows(11, 12, length=20), urgent=True, large=True)
+    queries = [add(device, rows(100 + at, length=20), urgent=True) for at in range(4 * loop.URGENT_RUN)]
+
+    runner.go_on.set()
+    for each in [*queries, large, bulk]:
+        values(device, each)
+
+    places = {mark: runner.served.index([mark]) for mark in (1, 11, 2, 12)}
+    first = 1 + loop.URGENT_RUN
+    assert places[1] == first
+    assert places[11] == first + 1, "it was passed over as often"
+    assert places[2] <= first + 2 + loop.URGENT_RUN
+    assert places[12] <= first + 3 + loop.URGENT_RUN
+
+
+def test_bulk_passes_are_short_while_somebody_may_ask_again(
+    held: tuple[FakeRunner, DeviceLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that runs cannot be interrupted. A fast device needs no shorter passes."""
+    runner, device = held
+    device._token_budget = TokenBudget(1_000)
+    clock = SimpleNamespace(now=5_000.0)
+    frozen = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=loop.time.perf_counter)
+    monkeypatch.setattr(loop, "time", frozen)
+
+    def passes_of(rate: float, since: float, *, large: bool = False) -> list[int]:
+        runner.served.clear()
+        device._note_rate = lambda *_: None  # type: ignore[method-assign]
+        values(device, add(device, rows(7, length=50), urgent=True))
+        device._rate = rate
+        clock.now += since
+        values(device, add(device, rows(*range(1, 21), length=50), urgent=large, large=large))
+        return [len(served) for served in runner.served if served != [7]]
+
+    runner.go_on.set()
+    assert passes_of(1_000, since=0.5) == [5, 5, 5, 5], "SHORT_PASS_TOKENS"
+    assert passes_of(1_000, since=0.5, large=True) == [5, 5, 5, 5]
+    assert passes_of(10_000, since=0.5) == [10, 10], "what it computes in SHORT_PASS_SECONDS"
+    assert passes_of(1_000_000, since=0.5) == [20]
+    assert passes_of(1_000, since=loop.WAITED_SECONDS + 0.1) == [20]
 
 
 def test_a_failure_in_a_shared_pass_is_reported_to_the_stream_that_has_the_row(

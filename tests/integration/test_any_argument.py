@@ -84,6 +84,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "update_metadata": {"collection": "docs", "metadata": {"a": 1}, "ids": ["a"]},
     "iter_vectors": {"collection": "docs"},
     "export": {"collection": "docs", "path": "docs.jsonl", "overwrite": True},
+    "save_query_cache": {"path": "queries"},
+    "load_query_cache": {"path": "queries"},
 }
 """Good values of the arguments that must be given, by method."""
 METHODS = {

@@ -34,9 +34,8 @@ from chunkmill import (
     WaitTimeout,
 )
 from chunkmill.broker import Broker
-from chunkmill.client import vectors as of_client
 from chunkmill.client.aio import calls
-from chunkmill.client.steps import Pause
+from chunkmill.client.asking import inquiry
 from chunkmill.db.connect import create_db
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
@@ -215,7 +214,7 @@ def test_fifty_searches_wait_at_once_without_blocking_the_loop_and_get_their_own
 def test_a_search_that_waits_has_neither_a_thread_nor_a_connection(
     aio: AsyncClient, hands: Hands, collections: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(of_client, "Pause", lambda _: Pause(2 * PATIENCE))
+    monkeypatch.setattr(inquiry, "PATROL_SECONDS", 2 * PATIENCE)
 
     async def scene() -> None:
         searches = [asyncio.create_task(aio.search(f"text {n}", collection="low")) for n in range(SEARCHES)]
@@ -373,7 +372,7 @@ def test_a_cancelled_call_withdraws_what_it_asked_of_a_worker(
     def call() -> Awaitable[object]:
         if verb == "search":
             return aio.search("text 3", collection="low", timeout=PATIENCE)
-        return aio.embed(["text 3", "text 4"], timeout=PATIENCE)
+        return aio.embed(["text 300", "text 301"], timeout=PATIENCE)
 
     async def scene() -> None:
         cancelled, other = (asyncio.ensure_future(call()) for _ in range(2))
@@ -503,7 +502,7 @@ def test_errors_keep_their_types(aio: AsyncClient, client: Client, db: sa.Engine
         run(aio.enqueue([("a", "one"), ("b", "")], collection="docs"))
     assert caught.value.position == 1
     with pytest.raises(WaitTimeout):
-        run(aio.embed(["text 1"], timeout=0))
+        run(aio.embed(["text 300"], timeout=0))
     with pytest.raises(NotFound):
         run(aio.wait(999))
     job = client.enqueue([("a", "text 300")], collection="docs")
@@ -515,7 +514,7 @@ def test_errors_keep_their_types(aio: AsyncClient, client: Client, db: sa.Engine
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE embed_requests RENAME TO gone"))
     with pytest.raises(StoreUnavailable, match="UndefinedTable"):
-        run(aio.embed(["text 1"]))
+        run(aio.embed(["text 300"]))
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE gone RENAME TO embed_requests"))
     assert is_at_rest(aio)
@@ -738,7 +737,7 @@ def test_closing_ends_the_calls_that_run_and_leaves_nothing(
                 asyncio.ensure_future(call)
                 for call in (
                     aio.search("text 3", collection="low", timeout=PATIENCE),
-                    aio.embed(["text 3"], timeout=PATIENCE),
+                    aio.embed(["text 300"], timeout=PATIENCE),
                     aio.wait(job.id, on_progress=lambda _: looked.set()),
                     aio.enqueue(endless(), collection="new"),
                 )

@@ -108,9 +108,9 @@ def test_a_query_whose_claim_lost_its_answer_costs_no_try(
             embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a query"])
     responder = EmbedResponder(context)
     for _ in range(embed_requests.MAX_ATTEMPTS + 1):
-        end = lose_answers(context.db, "UPDATE embed_requests\nSET attempts = attempts + 1", committed=committed)
+        end = lose_answers(context.db, "UPDATE embed_requests r\nSET attempts = attempts + 1", committed=committed)
         with pytest.raises(sa.exc.OperationalError):
             responder.answer_next()
         end()
-    assert [responder.answer_next() for _ in range(3)] == [True, True, False]
+    assert [responder.answer_next() for _ in range(2)] == [True, False]
     assert hands.rows("SELECT count(vectors), max(attempts) FROM embed_requests") == [(2, 1)]

@@ -24,7 +24,8 @@ from chunkmill.monitor.servers import shares_sessions
 from chunkmill.settings import Settings
 from chunkmill.store import chunks as store
 from tests.integration.test_chunks import fill
-from tests.support.waiting import until
+from tests.support.askers import answering
+from tests.support.waiting import Call, until
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 
@@ -100,3 +101,24 @@ def test_chunks_and_vectors_are_read_through_a_pooler_in_any_mode(
                 others += part
         assert ids == others == [chunk.id for chunk in client.chunks("docs")]
         assert behind.count("docs", filter={"half": 1}) == 30
+
+
+def test_answers_arrive_through_a_pooler_in_any_mode(
+    pooled: tuple[str, Settings], client: Client, db: sa.Engine
+) -> None:
+    """In transaction mode it gives the session that listens to others, and notifications go astray."""
+    _, through = pooled
+    with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        # The search path of a session is lost between two transactions.
+        conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET search_path = chunkmill, public"))
+    pool = create_db(through.require_database_url(), role="client")
+    sa.event.listen(pool, "connect", lambda connection, _: setattr(connection, "prepare_threshold", None))
+    with Client(pool, Broker.connect(through), through) as behind, answering(db) as worker:
+        calls = [
+            Call(lambda n=n, by=by: by.embed([f"text {n + i}" for i in range(40)]))  # type: ignore[misc]
+            for n, by in enumerate((behind, client) * 6)
+        ]
+        for n, call in enumerate(calls):
+            assert call.result().argmax(axis=1).tolist() == list(range(n, n + 40))
+        assert [behind.embed([f"text {n}"]).argmax() for n in range(5)] == list(range(5))
+    assert worker.answered

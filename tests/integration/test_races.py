@@ -57,6 +57,12 @@ class Unable:
     def for_space(self, space: object) -> None:
         raise self._error
 
+    def loaded(self, space: object) -> None:
+        return None
+
+    def longest_step(self) -> tuple[float, str]:
+        return 0.0, ""
+
     def unserved(self) -> dict[int, str]:
         return self.left_to_others.now()
 

@@ -223,9 +223,9 @@ def test_texts_are_embedded_in_one_request(
     texts = ["How to rotate a certificate", "How to bake bread", "The tides of the sea"]
     runner.finish(client.enqueue([(f"c{i}", text) for i, text in enumerate(texts)], collection="docs"))
     asked = []
-    ask = embed_requests.ask
+    ask = embed_requests.ask_all
     monkeypatch.setattr(
-        embed_requests, "ask", lambda conn, **request: (asked.append(request["texts"]), ask(conn, **request))[1]
+        embed_requests, "ask_all", lambda conn, **given: (asked.extend(given["parts"]), ask(conn, **given))[1]
     )
     responder = EmbedResponder(context)
     responder.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from chunkmill.broker import Broker
+from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
 from chunkmill.client.dead import DeadList
@@ -26,7 +27,9 @@ class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
     no connection meanwhile, so any number of threads may wait. Ten calls at a time have a connection: an enqueue and an
     estimate keep theirs while they read their chunks, and all other calls for their transactions. A call that gets none
-    within 30 s raises :class:`StoreUnavailable`. An iterable or a function that is given to a call runs in the thread
+    within 30 s raises :class:`StoreUnavailable`. One further connection, which all clients of the process to the same
+    database share, listens for the answers of workers: from the first call that waits for one until none has waited
+    for 30 s, or all these clients are closed. An iterable or a function that is given to a call runs in the thread
     of that call. Close the client when no call runs any more. :class:`AsyncClient` is for asyncio.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
@@ -71,5 +74,6 @@ class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention
 
     def close(self) -> None:
         """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
+        listener_of(self._db).leave(self._db)
         self._db.dispose()
         self._broker.close()

@@ -7,10 +7,12 @@ import inspect
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 
 from chunkmill.broker import PUBLISH_ERRORS, Broker
+from chunkmill.client.asking.cache import VectorCache
 from chunkmill.client.door import UNUSABLE, at_the_door, translated
 from chunkmill.client.finish import end_or_leave
 from chunkmill.client.stopping import end_if_stopped
@@ -44,6 +46,11 @@ class ClientPart:
         self._broker = broker
         self._settings = settings
         self._quiet_until = 0.0
+        self._query_cache = VectorCache(
+            settings.query_cache_mb * 1024 * 1024,
+            settings.query_cache_seconds,
+            ("query", "document") if settings.query_cache_documents else ("query",),
+        )
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
@@ -59,10 +66,18 @@ class ClientPart:
         dimensions: int | None = None,
         precision: Precision | str | None = None,
     ) -> registry.Space:
-        """The space that the arguments describe. It is registered if it is new."""
+        """The space that the arguments describe. It is registered if it is new.
+
+        One that this process knows is not looked for again, so it may have been dropped meanwhile. Whoever uses it
+        looks whether it is still there, and calls :func:`forget_space` if it is not.
+        """
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
-        with self._transaction() as conn:
-            return registry.register(conn, spec, storage=self._settings.vector_storage)
+        known = known_spaces(self._db)
+        if (space := known.get(spec)) is None:
+            with self._transaction() as conn:
+                space = registry.register(conn, spec, storage=self._settings.vector_storage)
+            known[spec] = space
+        return space
 
     def _spec(
         self, model: str | None, on_long: OnLong, *, dimensions: int | None, precision: Precision | str | None
@@ -100,6 +115,21 @@ class ClientPart:
         except PUBLISH_ERRORS as error:
             logger.warning("cannot ring (%s: %s); the poller will ring when Redis is back", type(error).__name__, error)
             self._quiet_until = time.monotonic() + QUIET_SECONDS
+
+
+_KNOWN_SPACES: WeakKeyDictionary[sa.Engine, dict[SpaceSpec, registry.Space]] = WeakKeyDictionary()
+
+
+def known_spaces(db: sa.Engine) -> dict[SpaceSpec, registry.Space]:
+    """The spaces that clients with these connections have registered or found."""
+    return _KNOWN_SPACES.setdefault(db, {})
+
+
+def forget_space(db: sa.Engine, space: registry.Space) -> None:
+    """Look for a space anew in the next call, because it is gone."""
+    known = known_spaces(db)
+    for spec in [spec for spec, kept in list(known.items()) if kept.id == space.id]:
+        known.pop(spec, None)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ no thousand threads and hold no connection meanwhile.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -21,6 +22,49 @@ class Pause:
     seconds: float
 
 
+class Signal:
+    """Is given once, from any thread. One call waits for it, in its thread or in its event loop."""
+
+    __slots__ = ("_event", "_mutex", "_when_given")
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._event = threading.Event()
+        self._when_given: Callable[[], object] | None = None
+
+    @property
+    def is_given(self) -> bool:
+        return self._event.is_set()
+
+    def give(self) -> None:
+        """Let whoever waits go on. It may be given again, which has no effect."""
+        with self._mutex:
+            self._event.set()
+            tell, self._when_given = self._when_given, None
+        if tell is not None:
+            tell()
+
+    def wait(self, seconds: float) -> None:
+        """Return when it is given, or after so many seconds."""
+        self._event.wait(seconds)
+
+    def when_given(self, tell: Callable[[], object]) -> None:
+        """Call ``tell`` once it is given, in the thread that gives it; at once, if it is given already."""
+        with self._mutex:
+            if not self._event.is_set():
+                self._when_given = tell
+                return
+        tell()
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Go on when the signal is given, or after so many seconds."""
+
+    signal: Signal
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Tell:
     """Call a function of the caller's, then go on."""
@@ -29,7 +73,7 @@ class Tell:
     argument: object
 
 
-Step = Pause | Tell
+Step = Pause | Wait | Tell
 Steps = Generator[Step, None, Result]
 """No transaction is open between two steps, so they may run in different threads, one after the other. A generator that
 is closed, or that an exception is thrown into, takes back what it asked for."""
@@ -54,5 +98,7 @@ def run_steps(steps: Steps[Result]) -> Result:
 def perform(step: Step) -> None:
     if isinstance(step, Pause):
         time.sleep(step.seconds)
+    elif isinstance(step, Wait):
+        step.signal.wait(step.seconds)
     else:
         step.function(step.argument)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
+from os import PathLike
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.client.base import ClientPart, store_errors
-from chunkmill.client.steps import Pause, Steps, run_steps
+from chunkmill.client.asking.gathered import Gathered
+from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
+from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.base import ClientPart, forget_space, store_errors
+from chunkmill.client.steps import Steps, run_steps
 from chunkmill.domain.arguments import (
     as_flag,
     as_hybrid,
     as_ids,
     as_items,
     as_number,
+    as_path,
     as_queries,
     as_query_vector,
     as_score,
@@ -28,11 +33,10 @@ from chunkmill.domain.arguments import (
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.domain.filters import parse as parse_filter
-from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.results import Audit, Hits, Index
+from chunkmill.domain.retention import QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
-from chunkmill.errors import ChunkmillError, EngineError, InvalidInput, WaitTimeout
-from chunkmill.ledger import embed_requests
+from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.spaces import collections, registry
 from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
@@ -40,10 +44,8 @@ from chunkmill.store import search as searching
 
 MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
-EMBED_STEP = 256
-"""How many texts one embed request has. This bounds the size of its row, and how long a worker holds it."""
-FEW_TEXTS = 8
-"""A request of at most so many texts goes before larger ones."""
+MOST_REGISTERED = 3
+"""How often one call registers its space again because somebody drops it."""
 
 
 class Vectors(ClientPart):
@@ -283,8 +285,39 @@ class Vectors(ClientPart):
         if not texts:
             spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
             return joined([], spec.dimensions)
-        space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-        return (yield from self._asking_all(space, texts, kind, timeout, caller))
+
+        def register() -> registry.Space:
+            return self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
+
+        return (yield from self._asking_all(register(), texts, kind, timeout, caller, register=register))
+
+    def query_cache(self) -> QueryCache:
+        """What this client keeps of the vectors of its queries, and how often that helped.
+
+        Searches and ``embed(kind="query")`` take the vector of a text that they have asked for in the last
+        QUERY_CACHE_SECONDS from memory. Texts are not kept, only their hashes. QUERY_CACHE_MB bounds the memory.
+        """
+        return self._query_cache.statistics()
+
+    def save_query_cache(self, path: str | PathLike[str]) -> int:
+        """Write the vectors of queries into a file, for :meth:`load_query_cache` in another process. Returns how many.
+
+        The file replaces an older one in one step. It holds vectors and hashes, and no text.
+        """
+        return self._query_cache.save(as_path("path", path))
+
+    def load_query_cache(self, path: str | PathLike[str]) -> int:
+        """Take the vectors of a file that :meth:`save_query_cache` wrote. Returns how many were taken.
+
+        Those that are too old are left out, and of more than fit those used last are taken. Vectors of other spaces do
+        no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be written by
+        everybody; nothing is taken then. Whoever can write the file decides what searches find.
+        """
+        return self._query_cache.load(as_path("path", path))
+
+    def clear_query_cache(self) -> None:
+        """Forget the vectors of all queries."""
+        self._query_cache.clear()
 
     def vectors(self, collection: str, ids: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""
@@ -330,61 +363,40 @@ class Vectors(ClientPart):
             return segments.describe(conn, row.id, space.id)
 
     def _asking_all(
-        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float, caller: str = ""
+        self,
+        space: registry.Space,
+        texts: Sequence[str],
+        kind: str,
+        timeout: float,
+        caller: str = "",
+        *,
+        register: Callable[[], registry.Space] | None = None,
     ) -> Steps[EmbeddedTexts]:
-        """The texts, ``EMBED_STEP`` of them in one request to a worker."""
-        deadline = time.monotonic() + timeout
-        parts = []
-        for i in range(0, len(texts), EMBED_STEP):
-            step = texts[i : i + EMBED_STEP]
-            parts.append((yield from self._asking(space, step, kind, deadline - time.monotonic(), caller)))
-        return joined(parts, space.spec.dimensions)
+        """The vectors of the texts in a space: known ones from the cache and from the store, others from workers.
 
-    def _asking(
-        self, space: registry.Space, texts: Sequence[str], kind: str, timeout: float, caller: str = ""
-    ) -> Steps[EmbeddedTexts]:
-        """Let a worker embed the texts. Whoever gives up in between withdraws the request."""
-        with self._transaction() as conn:
-            request = embed_requests.ask(
-                conn,
-                space_id=space.id,
-                kind=kind,
-                texts=texts,
-                urgency=0 if len(texts) <= FEW_TEXTS else 1,
-                caller=caller,
-                timeout_s=max(0.0, timeout),
-            )
+        ``register`` is called if the space was dropped meanwhile, and returns it anew.
+        """
         deadline = time.monotonic() + timeout
-        answer, is_over, pause = None, False, 0.002
-        try:
-            while True:
-                with self._transaction() as conn:
-                    answer = embed_requests.take_answer(conn, request, dimensions=space.spec.dimensions)
-                    is_over = time.monotonic() >= deadline  # looked at once, so that who gives up also withdraws
-                    if answer is None and is_over:
-                        embed_requests.withdraw(conn, request)
-                if answer is not None or is_over:
-                    break
-                yield Pause(pause)
-                pause = min(0.05, pause * 1.5)
-        except BaseException:
-            # If Postgres is away, the poller deletes the request after ten minutes.
-            with contextlib.suppress(ChunkmillError), self._transaction() as conn:
-                embed_requests.withdraw(conn, request)
-            raise
-        if answer is None:
-            queue = "openai" if space.spec.provider == OPENAI else "gpu"
-            raise WaitTimeout(
-                f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}"
-            )
-        if answer.vectors is None:
-            raise EngineError(f"the worker could not embed: {answer.error}")
-        n = len(answer.vectors)
-        return EmbeddedTexts(
-            answer.vectors,
-            np.zeros(n, np.int32) if answer.tokens is None else answer.tokens,
-            np.zeros(n, np.bool_) if answer.truncated is None else answer.truncated,
-        )
+        gathered = Gathered(texts)
+        fingerprint, dimensions = space.spec.fingerprint, space.spec.dimensions
+        self._query_cache.read(fingerprint, kind, dimensions, gathered)
+        missing = list(gathered.missing)
+        for tries in count():
+            if not gathered.missing:
+                break
+            mailbox = listener_of(self._db).mailbox(self._db)
+            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline)
+            try:
+                yield from inquiry.steps()
+            except SpaceGone:
+                forget_space(self._db, space)
+                if register is None or tries == MOST_REGISTERED:
+                    raise StoreUnavailable(
+                        "the space was dropped while this call used it. The same call may be made again."
+                    ) from None
+                space = register()
+        self._query_cache.keep(fingerprint, kind, gathered.of(missing))
+        return gathered.result(dimensions)
 
 
 def _require_few(n_queries: int, k: int) -> None:

@@ -52,7 +52,13 @@ def create_db(url: str, *, role: str, pool_size: int = 5) -> sa.Engine:
 
     sa.event.listen(db, "handle_error", _leave_read_only_server)
     _pools.add(db)
+    _addresses[db] = url
     return db
+
+
+def address_of(db: sa.Engine) -> str:
+    """What tells the database and the schema of ``db`` from others in this process. It may hold a password."""
+    return _addresses.get(db) or f"{id(db)}"
 
 
 def _leave_read_only_server(context: sa.engine.ExceptionContext) -> None:
@@ -65,6 +71,7 @@ def _leave_read_only_server(context: sa.engine.ExceptionContext) -> None:
 
 
 _pools: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+_addresses: weakref.WeakKeyDictionary[sa.Engine, str] = weakref.WeakKeyDictionary()
 
 
 def _leave_connections_to_parent() -> None:

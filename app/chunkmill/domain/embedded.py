@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.printed import Printed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmbeddedTexts:
+class EmbeddedTexts(Printed):
     """Everything is in the order of the texts."""
 
     vectors: NDArray[np.float32]
@@ -32,3 +34,13 @@ def joined(parts: list[EmbeddedTexts], dimensions: int) -> EmbeddedTexts:
         np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
         np.concatenate([np.empty(0, np.bool_), *(part.truncated for part in parts)]),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedText:
+    """One of them."""
+
+    vector: NDArray[np.float32]
+    """``(d,)`` float32."""
+    tokens: int
+    truncated: bool

@@ -104,3 +104,19 @@ def as_age(argument: str, given: object) -> timedelta:
     if given < timedelta(0):
         raise InvalidInput(f"{argument} is {given}; it must not be negative.")
     return given
+
+
+@dataclass(frozen=True, slots=True)
+class QueryCache(Printed):
+    """What a client keeps of the vectors that it has asked for, and how often that helped."""
+
+    hits: int
+    """Texts whose vector was known, since the client was made."""
+    misses: int
+    """Texts whose vector was not known."""
+    vectors: int
+    """How many vectors it holds now."""
+    bytes: int
+    """About how many bytes of memory it takes now."""
+    limit: int
+    """How many bytes it may take. 0 if it is off."""

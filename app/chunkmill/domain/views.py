@@ -111,7 +111,7 @@ def of_one(result: object) -> list[Table]:
             further += [dataclasses.replace(table, title=_head(name)) for table in of_one(value)]
         elif isinstance(result, Pruned) and isinstance(value, Mapping):
             further.append(Table((_head(name), "rows", "bytes"), tuple((k, v.rows, v.bytes) for k, v in value.items())))
-        elif value != ():
+        elif not isinstance(value, tuple) or value:
             fields.append((_head(name), Marked(value, _FORMS.get(name, ""))))
     if isinstance(result, Costs):
         return [*further, Table((), tuple(fields))]

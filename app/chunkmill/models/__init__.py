@@ -13,6 +13,7 @@ from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import UnknownModel
 from chunkmill.models.folder import PROVIDER, DenseLayer, ModelFolder, ModelOptions, check_pooling, read_folder
+from chunkmill.models.kept import read_or_keep
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES, bundled_folder, cache_advice, locate_folder
 from chunkmill.models.matryoshka import check_dimensions, known_sizes
 
@@ -48,12 +49,14 @@ def resolve_model(
     precision: Precision = Precision.FLOAT,
     trust: Trust = _NO_TRUST,
     download: bool = False,
+    keep: bool = False,
 ) -> ModelFolder:
     """The model called ``name``: ``all-MiniLM-L6-v2``, a folder, or ``org/name@revision``.
 
     ``pooling`` is for a plain transformers folder, which does not state its own. ``download`` fetches a Hugging Face
     model that is not on this machine yet; without it the network is not used. ``trust`` names the models whose pickles
-    and code may be used. Raises UnknownModel, which says what to do.
+    and code may be used. With ``keep``, a folder that this process has read is not read again until a file in it
+    changes. Raises UnknownModel, which says what to do.
     """
     label = _label(name)
     pickle, code = _is_in(label, trust.pickle), _is_in(label, trust.remote_code)
@@ -63,7 +66,7 @@ def resolve_model(
     )
     try:
         try:
-            return read_folder(label, folder, options)
+            return (read_or_keep if keep else read_folder)(label, folder, options)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, OSError) as error:
             raise UnknownModel(
                 f"model {name!r}: a file in {folder} holds what no model's file holds ({type(error).__name__}): "
@@ -93,7 +96,7 @@ def resolve_spec(
         check_pooling(name, DEFAULT_SPEC.pooling, pooling)
         spec = replace(DEFAULT_SPEC, long_text=long_text_for(on_long), precision=precision)
         return spec if dimensions is None else cut_space(spec, dimensions, trust=trust)
-    folder = resolve_model(name, pooling=pooling, on_long=on_long, precision=precision, trust=trust)
+    folder = resolve_model(name, pooling=pooling, on_long=on_long, precision=precision, trust=trust, keep=True)
     return folder.space(dimensions)
 
 

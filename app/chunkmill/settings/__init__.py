@@ -256,6 +256,20 @@ class Settings(ProviderSettings):
         description="How many seconds after it was rung a doorbell that is missing from Redis counts as lost. The "
         "poller then rings again.",
     )
+    query_cache_mb: int = Field(
+        16,
+        ge=0,
+        description="How many MiB of memory a client may use for the vectors of its last queries, which then need no "
+        "worker. 16 MiB are about 7,800 vectors of 384 dimensions. With 0, none are kept.",
+    )
+    query_cache_seconds: float = Field(
+        3600.0, gt=0, description="How many seconds a client keeps the vector of a query."
+    )
+    query_cache_documents: bool = Field(
+        False,
+        description="Whether a client also keeps the vectors of documents that it embeds for a caller who waits. A "
+        "document that was enqueued needs it not, because its vector is in the database.",
+    )
     preemption_notice: Literal["auto", "gcp", "aws", "azure", "off"] = Field(
         "auto",
         description="Cloud whose metadata service says that this machine will be taken away: `auto` (all three are "

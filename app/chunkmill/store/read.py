@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.embedded import EmbeddedText
+from chunkmill.domain.spaces import LongText
 from chunkmill.spaces.registry import Space
 
 
@@ -142,3 +144,32 @@ def read_vectors(
         """
     rows = conn.execute(sa.text(query), {"collection": collection_id, "ids": list(chunk_ids or ())})
     return {row.chunk_id: np.asarray(row.embedding, dtype=np.float32) for row in rows}
+
+
+def are_exact(space: Space) -> bool:
+    """Whether the stored vectors of a space are those that its workers make, number by number.
+
+    Half precision rounds them, by up to one in two thousand. In a space of an earlier version, whose long texts were
+    split by another rule, workers make none.
+    """
+    return not space.is_half and space.spec.long_text is not LongText.SPLIT_APART
+
+
+def read_stored(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> list[tuple[bytes, EmbeddedText]]:
+    """The contents among ``hashes`` that have a vector, each with it. The kind of the vectors is ``document``.
+
+    There are none if the space was dropped and another one has its id now. If the space was dropped, Postgres says that
+    there is no such table.
+    """
+    query = f"""
+        SELECT v.content_hash, v.n_tokens, v.truncated, vector_send(v.embedding) AS embedding
+        FROM {space.table_name} v
+        WHERE v.content_hash = ANY(:hashes)
+          AND EXISTS (SELECT FROM spaces s WHERE s.id = :space AND s.fingerprint = :fingerprint)
+    """
+    parameters = {"hashes": list(hashes), "space": space.id, "fingerprint": space.spec.fingerprint}
+    # vector_send writes the dimensions and a zero, of 16 bits each, and then the numbers, all with the high byte first.
+    return [
+        (row.content_hash, EmbeddedText(np.frombuffer(row.embedding, ">f4", offset=4), row.n_tokens, row.truncated))
+        for row in conn.execute(sa.text(query), parameters)
+    ]

@@ -25,6 +25,7 @@ class Role(StrEnum):
     PROVIDER = "provider"
     """A worker on queue ``openai``."""
     POLLER = "poller"
+    GATEWAY = "gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ _WORKER = frozenset({Role.WORKER})
 _PROVIDER = frozenset({Role.PROVIDER})
 _WORKERS = _WORKER | _PROVIDER
 _POLLER = frozenset({Role.POLLER})
+_GATEWAY = frozenset({Role.GATEWAY})
 _ALL = _WORKERS | _POLLER
 
 OTHER = "other"
@@ -102,6 +104,18 @@ PADDED_TOKENS = _counter("padded_tokens", "Tokens that the device computed, padd
 ENGINE_SECONDS = _counter("engine_seconds", "Seconds that TokenBatches spent on the device.", _WORKER)
 TOKENIZE_SECONDS = _counter("tokenize_seconds", "Seconds spent in the tokenizer.", _WORKER)
 URGENT_TEXTS = _counter("urgent_texts", "Texts embedded for a caller that waits, such as a search.", _WORKERS)
+EMBED_REQUESTS = _counter(
+    "embed_requests",
+    "Requests of callers that wait, by how they ended here: answered, refused with a reason, left to other workers, or "
+    "dropped because nobody waits any more.",
+    _WORKER,
+    Label("result", ("answered", "refused", "left", "dropped")),
+)
+EMBED_SLICES = _counter("embed_slices", "Calls of the engine for callers that wait.", _WORKER)
+EMBED_SLICE_REQUESTS = _counter(
+    "embed_slice_requests", "Requests in those calls. Per call, this is how many are embedded together.", _WORKER
+)
+EMBED_OPEN = _gauge("embed_requests_open", "Requests that this worker has claimed and not answered yet.", _WORKER)
 CLAIMS = _counter(
     "claims",
     "Doorbells answered. result is claimed if a ChunkBatch was claimed, nothing if there was none to claim.",
@@ -238,6 +252,11 @@ ADJUSTED = _gauge(
 )
 COMMITTED = _gauge("committed_usd", "Estimated US dollars for what is in flight and not charged yet.", _POLLER)
 BUDGET = _gauge("budget_usd", "OPENAI_MONTHLY_BUDGET_USD of this poller; absent if it is not set.", _POLLER)
+
+# These are about the client of a gateway.
+QUERY_CACHE_HITS = _counter("query_cache_hits", "Texts whose vector was in the query cache.", _GATEWAY)
+QUERY_CACHE_MISSES = _counter("query_cache_misses", "Texts whose vector was not in the query cache.", _GATEWAY)
+QUERY_CACHE_BYTES = _gauge("query_cache_bytes", "Bytes of memory that the query cache takes.", _GATEWAY)
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 LEDGER = tuple(

@@ -195,12 +195,14 @@ class Engine:
         on_long: OnLong | None = None,
         stop: Callable[[], bool] | None = None,
         urgent: bool = False,
+        large: bool = False,
     ) -> Iterator[TokenBatchResult]:
         """The results of every TokenBatch that held texts of this call. Each text is in exactly one result.
 
         ``kind`` chooses the model's prompt. ``on_long`` overrides the engine's policy for long texts. ``stop`` is asked
         before each result: once it returns True, the passes that are running end and are yielded, and the texts that
-        are not in any result were not embedded. ``urgent`` calls are served before the others.
+        are not in any result were not embedded. ``urgent`` calls are served before the others, and of these the
+        ``large`` ones last.
 
         A text that fails is in ``failures`` and does not stop the others. Raises EngineError only if the model cannot
         run at all.
@@ -211,7 +213,7 @@ class Engine:
         # The leading tokens that a model without include_prompt leaves out of its pooling; none without a prompt.
         skip = frame.skip if prompt else 0
         pieces: list[_Piece] = []
-        name = self._loop.open(urgent=urgent)
+        name = self._loop.open(urgent=urgent, large=large)
         try:
             for first, end in _tokenizer_calls(texts):
                 if stop is not None and stop():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -31,9 +33,15 @@ from chunkmill_workers.engine.windows import Ids
 
 logger = logging.getLogger(__name__)
 
-# How many urgent TokenBatches may run before a bulk one that waits. Then one bulk TokenBatch runs, so a flood of
+# How many TokenBatches of more urgent classes may run before one that waits. Then one of its class runs, so a flood of
 # queries slows a job down and never stops it.
 URGENT_RUN = 8
+# For so long after a query somebody is taken to wait, and less urgent passes are short: the next query may come while
+# one of them runs. They have as many tokens as the device thread computes in SHORT_PASS_SECONDS, and not fewer than
+# SHORT_PASS_TOKENS, with which a CPU is as fast as with more.
+WAITED_SECONDS = 1.0
+SHORT_PASS_SECONDS = 0.05
+SHORT_PASS_TOKENS = 256
 # Passes that a GPU's device thread starts before it waits for the first: one computes, and the next is ready.
 IN_FLIGHT = 2
 # The most device threads of a CPU. More of them would wait for Python, which takes 1 to 2 ms of every pass, and would
@@ -64,11 +72,21 @@ class StreamResult:
     """How many rows of the stream are in other passes at this moment."""
 
 
+class Rank(IntEnum):
+    """The classes of work, the most urgent first."""
+
+    INTERACTIVE = 0
+    """Somebody waits for a few short texts."""
+    SYNCHRONOUS = 1
+    """Somebody waits for many texts."""
+    BULK = 2
+
+
 class Stream:
     """Counts and results of one caller's rows. Made by :meth:`DeviceLoop.open`; only its caller reads it."""
 
-    def __init__(self, *, urgent: bool) -> None:
-        self.urgent = urgent
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
         self.added = 0
         self.landed = 0
         self.taken = 0
@@ -123,8 +141,13 @@ class DeviceLoop:
         self._changed = threading.Condition()
         self._sources: dict[int, _Source] = {}  # in the order in which the streams were opened
         self._names = itertools.count()
-        self._queues = {True: RowQueue(), False: RowQueue()}
-        self._urgent_run = 0
+        self._queues = {rank: RowQueue() for rank in Rank}
+        self._passed = dict.fromkeys(Rank, 0)
+        """How many TokenBatches of more urgent classes have run while rows of this one waited."""
+        self._waited_at = -math.inf
+        """When somebody last waited for a query, by ``time.monotonic``."""
+        self._rate = math.inf
+        """The tokens per second of one device thread, as they were lately."""
         self._threads: dict[threading.Thread, int] = {}
         self._blocks = core_blocks(self._most_threads) if self._most_threads > 1 and threads == cores() else []
         self._everywhere = set().union(*self._blocks)
@@ -135,11 +158,15 @@ class DeviceLoop:
         """The passes that are running, each from the moment when its rows were taken."""
         self._most_in_flight = IN_FLIGHT if runner.backend.device.type == "cuda" else 1
 
-    def open(self, *, urgent: bool = False) -> int:
-        """Open a stream and return its number. Urgent streams are served before the others."""
+    def open(self, *, urgent: bool = False, large: bool = False) -> int:
+        """Open a stream and return its number.
+
+        Urgent streams are served before the others, and of these the ``large`` ones last.
+        """
+        rank = (Rank.SYNCHRONOUS if large else Rank.INTERACTIVE) if urgent else Rank.BULK
         with self._changed:
             name = next(self._names)
-            self._sources[name] = _Source(Stream(urgent=urgent))
+            self._sources[name] = _Source(Stream(rank))
             return name
 
     def add(self, name: int, rows: Sequence[Ids], windows: NDArray[np.bool_], skip: int) -> None:
@@ -158,7 +185,7 @@ class DeviceLoop:
             source.waiting += len(rows)
             source.stream.added += len(rows)
             lengths = np.array([len(row) for row in rows], np.int32)
-            self._queues[source.stream.urgent].add(lengths, name, first)
+            self._queues[source.stream.rank].add(lengths, name, first)
             self._start_thread()
             self._changed.notify_all()
 
@@ -179,7 +206,7 @@ class DeviceLoop:
             source = self._sources.get(name)
             if source is None:
                 return []
-            waiting = self._queues[source.stream.urgent]
+            waiting = self._queues[source.stream.rank]
             waiting.keep(waiting.owners != name)
             source.stream.added -= source.waiting
             source.waiting = 0
@@ -232,7 +259,7 @@ class DeviceLoop:
             logger.exception("a device thread failed because of a defect in Chunkmill")
             with self._changed:
                 self._threads.pop(threading.current_thread(), None)
-                self._queues = {True: RowQueue(), False: RowQueue()}
+                self._queues = {rank: RowQueue() for rank in Rank}
                 for source in self._sources.values():
                     source.waiting = 0
                     source.stream.results.put(error)
@@ -245,15 +272,14 @@ class DeviceLoop:
                 return None
             if not self._any_waiting():
                 return None
-            urgent = self._urgent_next()
-            self._urgent_run = self._urgent_run + 1 if urgent and len(self._queues[False].lengths) else 0
-            waiting = self._queues[urgent]
+            rank = self._next_rank()
+            waiting = self._queues[rank]
             # The oldest stream is finished first. The rows of other streams fill its passes.
             oldest = next(
-                name for name, source in self._sources.items() if source.stream.urgent is urgent and source.waiting
+                name for name, source in self._sources.items() if source.stream.rank is rank and source.waiting
             )
             anchor = int((waiting.owners == oldest).argmax())
-            span = choose(waiting.lengths, anchor, self._token_budget.tokens, packed=self._runner.backend.packed)
+            span = choose(waiting.lengths, anchor, self._most_tokens(rank), packed=self._runner.backend.packed)
             lengths, owners, at = waiting.lengths[span], waiting.owners[span], waiting.at[span]
             left = np.ones(len(waiting.lengths), np.bool_)
             left[span] = False
@@ -295,10 +321,25 @@ class DeviceLoop:
     def _any_waiting(self) -> bool:
         return any(len(waiting.lengths) for waiting in self._queues.values())
 
-    def _urgent_next(self) -> bool:
-        if not len(self._queues[True].lengths):
-            return False
-        return not (len(self._queues[False].lengths) and self._urgent_run >= URGENT_RUN)
+    def _next_rank(self) -> Rank:
+        """The class of the next TokenBatch: the most urgent one, unless another has been passed over too often."""
+        waiting = [rank for rank in Rank if len(self._queues[rank].lengths)]
+        chosen = next((rank for rank in reversed(waiting) if self._passed[rank] >= URGENT_RUN), waiting[0])
+        for rank in Rank:
+            if rank not in waiting or rank is chosen:
+                self._passed[rank] = 0
+            elif rank > chosen:
+                self._passed[rank] += 1
+        if Rank.INTERACTIVE in waiting:
+            self._waited_at = time.monotonic()
+        return chosen
+
+    def _most_tokens(self, rank: Rank) -> int:
+        """The most tokens of the next TokenBatch, of this class."""
+        most = self._token_budget.tokens
+        if rank is Rank.INTERACTIVE or time.monotonic() - self._waited_at > WAITED_SECONDS:
+            return most
+        return int(min(most, max(SHORT_PASS_TOKENS, self._rate * SHORT_PASS_SECONDS)))
 
     def _launch(self, selection: _Selection) -> _Flight:
         started = time.perf_counter()
@@ -323,7 +364,7 @@ class DeviceLoop:
         except Exception as error:  # noqa: BLE001 - the streams raise it
             result = error
         selection = flight.selection
-        seconds = time.perf_counter() - flight.started
+        elapsed = seconds = time.perf_counter() - flight.started
         if self._most_threads > 1:
             seconds *= selection.threads / self._total  # other device threads have the rest of the device
         tokens = int(selection.lengths.sum())
@@ -332,6 +373,8 @@ class DeviceLoop:
             padding = int(selection.lengths.max()) * len(selection.lengths) / tokens
         with self._changed:
             self._computing -= 1
+            if isinstance(result, PassResult):
+                self._note_rate(tokens, elapsed)
             self.passes.end(id(selection.batch))
             if then is not None:
                 # The next pass has computed only since this one ended, however early it was started.
@@ -354,9 +397,16 @@ class DeviceLoop:
                     StreamResult(selection.at[mine], part, seconds * share, own, round(own * padding), under_way)
                 )
 
+    def _note_rate(self, tokens: int, seconds: float) -> None:
+        """Note how fast a pass was. A short one says little, because it is mostly the start of a pass."""
+        if tokens < SHORT_PASS_TOKENS // 2:
+            return
+        rate = tokens / max(seconds, 1e-6)
+        self._rate = rate if math.isinf(self._rate) else 0.8 * self._rate + 0.2 * rate
+
     def _fail(self, owner: int, source: _Source, error: BaseException) -> None:
         """End a stream whose device is broken: take its rows from the queue, and make its caller raise ``error``."""
-        waiting = self._queues[source.stream.urgent]
+        waiting = self._queues[source.stream.rank]
         waiting.keep(waiting.owners != owner)
         source.waiting = 0
         source.stream.results.put(error)

@@ -103,14 +103,18 @@ class CanaryCheck:
         self._passed: WeakKeyDictionary[Engine, set[int]] = WeakKeyDictionary()
         self._mutex = threading.Lock()
 
+    def has_passed(self, engine: Engine, space: Space) -> bool:
+        """Whether the engine was compared with the space, and fits."""
+        with self._mutex:
+            return space.id in self._passed.get(engine, ())
+
     def require(self, engine: Engine, space: Space) -> None:
         """Raise :class:`CanaryFailed` unless ``engine`` makes the vectors that ``space`` was made with.
 
         The first worker of a space makes the reference. Two threads that meet a new space at once both check it.
         """
-        with self._mutex:
-            if space.id in self._passed.get(engine, ()):
-                return
+        if self.has_passed(engine, space):
+            return
         name = f"space {space.spec.fingerprint[:12]} ({space.spec.model!r})"
         try:
             mine = embed_golden(engine, space, self._worker)

@@ -64,3 +64,8 @@ class WorkerContext(QueueContext):
             self.engines.leave(space.id, drift)
             raise
         return engine
+
+    def ready_engine(self, space: Space) -> Engine | None:
+        """What :meth:`engine_for` would return at once. None if it would load the model or embed the golden texts."""
+        engine = self.engines.loaded(space)
+        return engine if engine is not None and self._canary.has_passed(engine, space) else None

@@ -74,6 +74,10 @@ class Engines:
             raise
         return engine
 
+    def loaded(self, space: Space) -> Engine | None:
+        """The engine of a space, or None if it would have to be loaded."""
+        return self._find(space)
+
     def leave(self, space_id: int, because: ChunkmillError) -> None:
         """Leave a space to other workers for a while."""
         self.left_to_others.leave(space_id, because)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import selectors
+import socket
 import threading
+import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import sqlalchemy as sa
@@ -33,15 +38,18 @@ RECONNECT_SECONDS = 2.0
 
 
 class Responder(threading.Thread, Generic[Context]):
-    """Answers requests: calls ``answer_next`` until it returns False, whenever a request may have come."""
+    """Answers requests: calls ``look`` whenever a request may have come, or :meth:`wake` was called."""
 
     def __init__(self, name: str, context: Context) -> None:
         super().__init__(name=name, daemon=True)
         self._context = context
         self._stop_listening = threading.Event()
         self._said: str | None = None
-        self._unsure: EmbedRequest | None = None
-        """The request whose claim may or may not be committed."""
+        self._woken: socket.socket | None = None
+        self._waker: socket.socket | None = None
+        self._unsure: list[EmbedRequest] = []
+        """The requests whose claim may or may not be committed."""
+        self._spaces: dict[int, Space] = {}
 
     @property
     @abstractmethod
@@ -50,59 +58,94 @@ class Responder(threading.Thread, Generic[Context]):
 
     @abstractmethod
     def answer_next(self) -> bool:
-        """Answer one request. Returns False if there is none for this worker now."""
+        """Claim and answer what this worker takes at a time. Returns False if there is nothing for it now."""
+
+    def look(self, *, may_wait: bool) -> None:
+        """Answer what waits. ``may_wait`` is False if this thread was woken, and nothing says that a request came."""
+        while self.answer_next():
+            pass
 
     def claim(
-        self, claim_next: Callable[[sa.Connection, list[int]], EmbedRequest | None]
-    ) -> tuple[EmbedRequest, Space] | None:
-        """Claim a request, and read its space. None if there is none for this worker.
+        self,
+        claim_some: Callable[[sa.Connection, list[int]], Sequence[EmbedRequest]],
+        *,
+        loading: Sequence[int] = (),
+    ) -> list[tuple[EmbedRequest, Space]]:
+        """Claim requests, and read their spaces. There are none if none is for this worker.
 
-        ``claim_next`` gets the ids of the spaces that this worker leaves to others.
+        ``claim_some`` gets the ids of the spaces that this worker leaves to others, and of those that are ``loading``.
 
-        If the answer to the commit is lost, the next claim gives the request back first, uncharged. If there is none,
+        If the answer to the commit is lost, the next claim gives the requests back first, uncharged. If there are none,
         those are told who have waited in vain for a worker of such a space.
         """
-        if self._unsure is not None:
+        if self._unsure:
             with self._context.begin() as conn:
-                embed_requests.release(conn, self._unsure)
-            self._unsure = None
+                embed_requests.release(conn, *self._unsure)
+            self._unsure = []
         unserved = self.unserved.now()
         with self._context.begin() as conn:
-            request = self._unsure = claim_next(conn, list(unserved))
-            if request is None:
+            self._unsure = list(claim_some(conn, [*unserved, *loading]))
+            if not self._unsure:
                 named = {space_id: f"{self._context.name}: {reason}" for space_id, reason in unserved.items()}
                 embed_requests.refuse_unanswered(conn, named)
-                return None
-            try:
-                space: Space | None = registry.get(conn, request.space_id)
-            except NewerSpace as newer:
-                self.unserved.leave(request.space_id, newer)
-                space = None
+                return []
+            newer = self._read_spaces(conn)
+            if newer:
                 conn.rollback()  # the claim too: a worker that can read the space answers
-        self._unsure = None
-        return (request, space) if space is not None else self.claim(claim_next)
+        claimed, self._unsure = self._unsure, []
+        if newer:
+            return self.claim(claim_some, loading=loading)
+        return [(request, self._spaces[request.space_id]) for request in claimed]
 
-    def end_without_vectors(self, request: EmbedRequest, error: Exception) -> None:
-        """Tell whoever waits why there are no vectors; or leave the request to others, if only this worker failed."""
+    def _read_spaces(self, conn: sa.Connection) -> bool:
+        """Read the spaces of what was claimed. Returns whether one of them is of a newer release, and is left alone."""
+        newer = False
+        for space_id in {request.space_id for request in self._unsure} - self._spaces.keys():
+            try:
+                self._spaces[space_id] = registry.get(conn, space_id)
+            except NewerSpace as error:
+                self.unserved.leave(space_id, error)
+                newer = True
+        return newer
+
+    def end_without_vectors(self, request: EmbedRequest, error: Exception) -> bool:
+        """Tell whoever waits why there are no vectors; or leave the request to others, if only this worker failed.
+
+        Returns whether somebody was told.
+        """
         with self._context.begin() as conn:
             if is_transient(error) or (isinstance(error, ChunkmillError) and error.elsewhere):
                 logger.warning("embed request %s is left to other workers: %s", request.id, reason_of(error))
                 embed_requests.release(conn, request)
-            else:
-                told = reason_of(error) if isinstance(error, ChunkmillError) else f"{reason_of(error)} in the worker"
-                embed_requests.refuse(conn, request, f"{self._context.name}: {told}")
+                return False
+            told = reason_of(error) if isinstance(error, ChunkmillError) else f"{reason_of(error)} in the worker"
+            embed_requests.refuse(conn, request, f"{self._context.name}: {told}")
+            return True
 
     def stop(self) -> None:
         self._stop_listening.set()
+        self.wake()
         self.join(timeout=5)
 
+    def wake(self) -> None:
+        """Let the thread look now. Any thread may call it."""
+        if (waker := self._waker) is not None:
+            with contextlib.suppress(OSError):  # it is full, so that the thread wakes in any case, or closed
+                waker.send(b"!")
+
     def run(self) -> None:
-        while not self._stop_listening.is_set():
-            try:
-                self._listen()
-            except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
-                self._say(error)
-                self._stop_listening.wait(RECONNECT_SECONDS)
+        woken, waker = socket.socketpair()
+        with woken, waker:
+            woken.setblocking(False)
+            waker.setblocking(False)
+            self._woken, self._waker = woken, waker
+            while not self._stop_listening.is_set():
+                try:
+                    self._listen()
+                except Exception as error:  # noqa: BLE001 - a worker whose responder ended would never answer again
+                    self._say(error)
+                    self._stop_listening.wait(RECONNECT_SECONDS)
+            self._woken = self._waker = None
 
     def _say(self, error: Exception) -> None:
         """Say what is wrong, once until something else is wrong or a request could be looked for again."""
@@ -122,19 +165,42 @@ class Responder(threading.Thread, Generic[Context]):
 
     def _listen(self) -> None:
         with self._context.db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-            conn.execute(sa.text(f"LISTEN {CHANNEL}"))
-            conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
             try:
+                conn.execute(sa.text(f"LISTEN {CHANNEL}"))
+                conn.execute(sa.text(f"LISTEN {CANCELLED_CHANNEL}"))
+                checked_at, may_wait = -math.inf, True
                 while not self._stop_listening.is_set():
-                    while self.answer_next():
-                        pass
-                    self._require_primary(conn)
+                    self.look(may_wait=may_wait)
+                    if time.monotonic() - checked_at >= LOOK_SECONDS:
+                        self._require_primary(conn)
+                        checked_at = time.monotonic()
                     self._said = None
-                    heard = {notice.channel for notice in raw(conn).notifies(timeout=LOOK_SECONDS, stop_after=1)}
+                    heard = _heard(conn)
+                    if not heard:
+                        self._wait(raw(conn).fileno())
+                        heard = _heard(conn)
                     if CANCELLED_CHANNEL in heard:
                         # The ledger knows which leases are lost. The notification alone does not say so: it may be
                         # late, and its job may have been retried since, so that the lease that is held now is valid.
                         self._context.leases.renew()
+                    may_wait = CHANNEL in heard or time.monotonic() - checked_at >= LOOK_SECONDS
             finally:
                 # A listening connection must not go back into the pool.
                 conn.invalidate()
+
+    def _wait(self, connection: int) -> None:
+        """Wait until something comes on the ``connection``, a file descriptor, or :meth:`wake` is called, or for
+        ``LOOK_SECONDS``."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            if self._woken is not None:
+                selector.register(self._woken, selectors.EVENT_READ)
+            selector.select(LOOK_SECONDS)
+        if self._woken is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+
+
+def _heard(conn: sa.Connection) -> set[str]:
+    """The channels of the notifications that have come."""
+    return {notice.channel for notice in raw(conn).notifies(timeout=0)}

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 LOCAL_FIRST_SECONDS = 2.0
 """How long local workers may take a request of a space that they serve too, before this worker does."""
 
+BESIDE_ASKING_SECONDS = 30.0
+"""How long a request may take besides the wait for the provider's answer."""
+
 
 class ProviderResponder(Responder[ProviderContext]):
     """Does by plain requests what ``chunkmill_workers.local.responder.EmbedResponder`` does with an engine."""
@@ -67,25 +70,26 @@ class ProviderResponder(Responder[ProviderContext]):
         if self._context.stopping.is_set():
             return False
 
-        def claim_next(conn: sa.Connection, unserved: list[int]) -> EmbedRequest | None:
+        def claim_next(conn: sa.Connection, unserved: list[int]) -> list[EmbedRequest]:
             if provider_lanes.lane(conn, Route.OPENAI_SYNC).paused_until is not None:
-                return None  # whoever asked decides how long to wait
+                return []  # whoever asked decides how long to wait
             spaces = [space for space in registry.all_spaces(conn) if space.id not in unserved]
             served = [space for space in spaces if self._context.serves(space)]
             own = [space.id for space in served if space.spec.provider == OPENAI]
             shared = [space.id for space in served if space.spec.provider != OPENAI]
-            return embed_requests.claim_next(
+            request = embed_requests.claim_next(
                 conn, spaces=own, lease_seconds=self._lease_seconds
             ) or embed_requests.claim_next(
                 conn, spaces=shared, min_age_s=LOCAL_FIRST_SECONDS, lease_seconds=self._lease_seconds
             )
+            return [request] if request else []
 
         claimed = self.claim(claim_next)
-        if claimed is None:
+        if not claimed:
             return False
         self._context.questions += 1
         try:
-            self._answer(*claimed)
+            self._answer(*claimed[0])
         finally:
             self._context.questions -= 1
         return True
@@ -93,12 +97,13 @@ class ProviderResponder(Responder[ProviderContext]):
     def stop(self) -> None:
         """End the thread after the question that is with the provider, whose answer is paid for."""
         self._stop_listening.set()
+        self.wake()
         self.join(timeout=self._context.answer_seconds + 5)
 
     @property
     def _lease_seconds(self) -> float:
         """Longer than one request may take: a question that is still asked must not be asked, and paid for, twice."""
-        return self._context.settings.openai_timeout_seconds + embed_requests.LEASE_SECONDS
+        return self._context.settings.openai_timeout_seconds + BESIDE_ASKING_SECONDS
 
     def _answer(self, request: EmbedRequest, space: Space) -> None:
         question = _Question(self._context, request, space, self._lease_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import time
@@ -13,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from chunkmill.client.aio.threads import Threads
-from chunkmill.client.steps import Pause, Step
+from chunkmill.client.steps import Pause, Step, Wait
 from chunkmill.client.stopping import IS_STOPPED, Stopped
 from chunkmill.errors import ClientClosed
 
@@ -46,20 +47,30 @@ class Call:
         self.is_closed = self.is_closed or closed
         if not self._stopped.done():
             self._stopped.set_result(None)
-        if not self._loop.is_closed():
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        """End the pause that the call makes, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop was closed, so nobody waits for this call any more
             self._loop.call_soon_threadsafe(self._wake.set)
 
     # --- in the event loop -------------------------------------------------------------------------------------
 
     async def perform(self, step: Step) -> None:
-        """Make the pause, or call the caller's function, here in the loop. Raises :class:`ClientClosed` if the client
-        is closed meanwhile."""
-        if isinstance(step, Pause):
+        """Make the pause, wait, or call the caller's function, here in the loop.
+
+        Raises :class:`ClientClosed` if the client is closed meanwhile.
+        """
+        if isinstance(step, Pause | Wait):
+            if isinstance(step, Wait):
+                step.signal.when_given(self._wake_up)
             try:
                 async with asyncio.timeout(step.seconds):
                     await self._wake.wait()
             except TimeoutError:
                 pass
+            if not self._stopped.done():
+                self._wake.clear()  # a call that was stopped makes no further pause
         else:
             await _told(step.function, step.argument)
         if self.is_closed:

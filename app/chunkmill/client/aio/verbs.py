@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from datetime import date, datetime, timedelta
 from decimal import Decimal
+from os import PathLike
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -34,7 +35,7 @@ from chunkmill.domain.results import (
     RetriedDead,
     SearchTuning,
 )
-from chunkmill.domain.retention import CacheSpace, Pruned
+from chunkmill.domain.retention import CacheSpace, Pruned, QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.domain.stored import Exported, StoredChunk
@@ -497,6 +498,38 @@ class AsyncVerbs(Running):
                 precision=precision,
                 caller=caller,
             )
+        )
+
+    async def query_cache(self) -> QueryCache:
+        """What this client keeps of the vectors of its queries, and how often that helped.
+
+        Searches and ``embed(kind="query")`` take the vector of a text that they have asked for in the last
+        QUERY_CACHE_SECONDS from memory. Texts are not kept, only their hashes. QUERY_CACHE_MB bounds the memory.
+        """
+        return await self._short(
+            self._client.query_cache,
+        )
+
+    async def save_query_cache(self, path: str | PathLike[str]) -> int:
+        """Write the vectors of queries into a file, for :meth:`load_query_cache` in another process. Returns how many.
+
+        The file replaces an older one in one step. It holds vectors and hashes, and no text.
+        """
+        return await self._short(self._client.save_query_cache, path)
+
+    async def load_query_cache(self, path: str | PathLike[str]) -> int:
+        """Take the vectors of a file that :meth:`save_query_cache` wrote. Returns how many were taken.
+
+        Those that are too old are left out, and of more than fit those used last are taken. Vectors of other spaces do
+        no harm. Raises :class:`InvalidInput` if the file is damaged, is of another kind, or may be written by
+        everybody; nothing is taken then. Whoever can write the file decides what searches find.
+        """
+        return await self._short(self._client.load_query_cache, path)
+
+    async def clear_query_cache(self) -> None:
+        """Forget the vectors of all queries."""
+        return await self._short(
+            self._client.clear_query_cache,
         )
 
     async def vectors(

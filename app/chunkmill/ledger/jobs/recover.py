@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.states import ChunkBatchState, JobState
+from chunkmill.ledger import embed_requests
 
 _JOBS_THAT_MAY_END = with_constants(
     """
@@ -77,6 +78,17 @@ WHERE created_at < now() - make_interval(secs => :age)
 """)
 
 
-def delete_old_requests(conn: sa.Connection, *, older_than_seconds: float = 600) -> None:
-    """Delete embed requests whose answer nobody took, because their caller gave up or died."""
+_DELETE_LATE_REQUESTS = sa.text("""
+DELETE FROM embed_requests
+WHERE deadline < clock_timestamp() - make_interval(secs => :grace)
+""")
+
+
+def delete_old_requests(conn: sa.Connection, *, older_than_seconds: float = 600, grace_seconds: float = 5) -> None:
+    """Delete embed requests whose answer nobody took, because their caller gave up or died.
+
+    Those that say until when somebody waits are deleted ``grace_seconds`` after that.
+    """
     conn.execute(_DELETE_OLD_REQUESTS, {"age": older_than_seconds})
+    if embed_requests.has_columns(conn, "deadline"):
+        conn.execute(_DELETE_LATE_REQUESTS, {"grace": grace_seconds})

@@ -1,0 +1,40 @@
+"""The texts of a call, and their vectors as they come from the cache, from the store and from workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.embedded import EmbeddedText, EmbeddedTexts
+
+
+class Gathered:
+    """Each distinct text is needed once, however often it stands in the call."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._hashes = [content_hash(text) for text in texts]
+        self.missing = dict(zip(self._hashes, texts, strict=True))
+        """``content hash → text`` of those without a vector so far, in the order of the call."""
+        self._known: dict[bytes, EmbeddedText] = {}
+
+    def add(self, content_hash: bytes, embedded: EmbeddedText) -> None:
+        self._known[content_hash] = embedded
+        self.missing.pop(content_hash, None)
+
+    def of(self, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, EmbeddedText]]:
+        """The vectors of some of the texts."""
+        return ((content_hash, self._known[content_hash]) for content_hash in hashes)
+
+    def result(self, dimensions: int) -> EmbeddedTexts:
+        """All vectors in the order of the texts. Call it when none is missing."""
+        texts = [self._known[content_hash] for content_hash in self._hashes]
+        vectors = np.empty((len(texts), dimensions), np.float32)
+        for row, text in enumerate(texts):
+            vectors[row] = text.vector
+        return EmbeddedTexts(
+            vectors,
+            np.fromiter((text.tokens for text in texts), np.int32, len(texts)),
+            np.fromiter((text.truncated for text in texts), np.bool_, len(texts)),
+        )
