@@ -186,7 +186,7 @@ class SearchPlan(Printed):
     tail: int = 0
     """How many rows the tail had, all of which were read."""
     beam: int | None = None
-    """How many candidates the search of a graph kept in mind (``hnsw.ef_search``); None if no graph was read, or all rows."""
+    """How many candidates the search of a graph kept (``hnsw.ef_search``); None if it read no graph, or all rows."""
     passing: int | None = None
     """How many chunks pass the filter; None if there is no filter, or if they are more than the search counted."""
 
