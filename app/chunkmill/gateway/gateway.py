@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from chunkmill.client.aio import AsyncClient
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.keys import KeyRing
+from chunkmill.gateway.streams import Streams
 from chunkmill.settings import Settings
 
 
@@ -28,6 +29,7 @@ class Gateway:
     db: sa.Engine
     keys: KeyRing
     is_leaving: bool = False
+    streams: Streams = field(default_factory=Streams)
 
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import health
+from chunkmill.gateway.routes import collections, dead, health, jobs, money
 
 
 def all_endpoints() -> list[Endpoint]:
-    return [*health.ENDPOINTS]
+    return [
+        *health.ENDPOINTS,
+        *jobs.ENDPOINTS,
+        *dead.ENDPOINTS,
+        *collections.ENDPOINTS,
+        *money.ENDPOINTS,
+    ]
