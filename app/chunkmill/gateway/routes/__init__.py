@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import collections, dead, health, jobs, money
+from chunkmill.gateway.routes import collections, dead, health, jobs, money, openapi, page
 
 
 def all_endpoints() -> list[Endpoint]:
@@ -13,4 +13,6 @@ def all_endpoints() -> list[Endpoint]:
         *dead.ENDPOINTS,
         *collections.ENDPOINTS,
         *money.ENDPOINTS,
+        *openapi.ENDPOINTS,
+        *page.ENDPOINTS,
     ]
