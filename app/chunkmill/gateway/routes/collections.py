@@ -17,10 +17,9 @@ from starlette.responses import Response
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.results import Audit, Hits, Index, SearchHit, SearchPlan
 from chunkmill.domain.stored import StoredChunk
-from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, require_known, wrong
-from chunkmill.gateway.bodies import read_body, read_object
+from chunkmill.gateway.asked import Query, read_exact, require_known, wrong
+from chunkmill.gateway.bodies import read_body
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.errors import Refusal
@@ -143,7 +142,7 @@ async def one_collection(gateway: Gateway, request: Request, caller: Caller) -> 
 
 async def search(gateway: Gateway, request: Request, caller: Caller) -> Response:
     named = await _named(gateway, request, caller)
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
     found = await searched(gateway, named, body)
@@ -266,7 +265,7 @@ async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response
         if await read_body(request, BODY_BYTES):
             raise wrong("id", "say in the query which chunks are meant, or in the body, and not in both")
         return answer({"deleted": await gateway.client.delete(named.name, ids, filter=chosen)})
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, DELETE["properties"])
     meant = _meant(body)
     return answer({"deleted": await gateway.client.delete(named.name, meant.pop("ids"), **meant)})
@@ -275,7 +274,7 @@ async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response
 async def update(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
     named = await _named(gateway, request, caller)
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, UPDATE["properties"])
     if not isinstance(body.get("replace", False), bool):
         raise wrong("replace", "it must be true or false")
@@ -340,6 +339,7 @@ async def drop(gateway: Gateway, request: Request, caller: Caller) -> Response:
 async def rename(gateway: Gateway, request: Request, caller: Caller) -> Response:
     await _named(gateway, request, caller)
     to = await _name_in_body(request, "name")
+    _require_named(caller, to)
     await gateway.client.rename_collection(request.path_params["collection"], to)
     return answer({"name": to})
 
@@ -347,8 +347,7 @@ async def rename(gateway: Gateway, request: Request, caller: Caller) -> Response
 async def set_alias(gateway: Gateway, request: Request, caller: Caller) -> Response:
     alias = request.path_params["alias"]
     named = await seen.collection(gateway, caller, await _name_in_body(request, "collection"))
-    if caller.collections is not None:
-        await _require_alias_seen(gateway, caller, alias)
+    _require_named(caller, alias)
     await gateway.client.set_alias(alias, named.name)
     return answer({"alias": alias, "collection": named.name})
 
@@ -360,17 +359,14 @@ async def remove_alias(gateway: Gateway, request: Request, caller: Caller) -> Re
     return answer({"alias": alias, "collection": None})
 
 
-async def _require_alias_seen(gateway: Gateway, caller: Caller, alias: str) -> None:
-    """An alias may be new. One that leads to a collection of others is not this caller's to move."""
-    try:
-        await seen.collection(gateway, caller, alias)
-    except NotFound:
-        if await seen.read(gateway, lambda conn: collections.resolve(conn, alias)) is not None:
-            raise
+def _require_named(caller: Caller, name: str) -> None:
+    """Raise :class:`Refusal` if the caller's key does not name it. Whether it exists is not looked at."""
+    if not caller.may_see(name):
+        raise Refusal(403, "name_not_allowed", "this API key may give only those names that it may see.")
 
 
 async def _name_in_body(request: Request, field: str) -> str:
-    body = await read_object(request, 1 << 16)
+    body = await read_exact(request, 1 << 16)
     require_known(body, (field,))
     name = body.get(field)
     if not isinstance(name, str):

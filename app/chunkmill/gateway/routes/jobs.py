@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +23,7 @@ from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.ndjson import ChunkLines, refused_line
+from chunkmill.gateway.page import session
 from chunkmill.gateway.paths import path_to
 from chunkmill.gateway.shapes import answer, dumped, large_answer, list_of, object_of, plain, schema_of
 from chunkmill.gateway.streams import Streamed
@@ -72,6 +74,8 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
     if query.text("on_invalid") not in (None, "raise", "skip"):
         raise wrong("on_invalid", "it must be raise or skip")
     key = _stored_key(caller, request.headers.get("idempotency-key"))
+    if key is not None and caller.collections is not None:
+        await _require_own_key(gateway, caller, key)
     lines = ChunkLines(request, skips=skips)
     with gateway.streams.one_more():
         try:
@@ -132,7 +136,21 @@ def _stored_key(caller: Caller, key: str | None) -> str | None:
 
 
 def _own(caller: Caller) -> str:
-    return f"{caller.tenant}/"
+    # Escaped, so that no tenant and key together look like those of another tenant.
+    return f"{quote(caller.tenant, safe='')}/"
+
+
+async def _require_own_key(gateway: Gateway, caller: Caller, key: str) -> None:
+    """Raise :class:`Refusal` if the key has a job that the caller may not see. The client's error names its
+    collection."""
+
+    def is_hidden(conn: sa.Connection) -> bool:
+        names, job = seen.seen_by(conn, caller), jobs.with_key(conn, key)
+        return names is not None and job is not None and job.collection not in names
+
+    if await seen.read(gateway, is_hidden):
+        message = "this Idempotency-Key was used before, for something else. Use another one."
+        raise Refusal(409, "idempotency_conflict", message, param="Idempotency-Key", should_retry=False)
 
 
 def _shown(caller: Caller, job: Job) -> dict[str, Any]:
@@ -206,6 +224,7 @@ async def events(gateway: Gateway, request: Request, caller: Caller) -> Response
     if job.state.is_final and request.headers.get("last-event-id") == "end":
         return Response(status_code=204)  # which tells an EventSource not to connect again
     gateway.streams.require_room()
+    key = session.key_of(request)
 
     async def parts() -> AsyncGenerator[bytes, None]:
         following = gateway.streams.follow(job.id, gateway.client.job, leaving=lambda: gateway.is_leaving)
@@ -213,6 +232,8 @@ async def events(gateway: Gateway, request: Request, caller: Caller) -> Response
             yield b"retry: 2000\n\n"
             async for news in following:
                 if news is None:
+                    if await gateway.keys.caller(key) is None:
+                        return  # it was revoked, or has expired
                     yield b": still here\n\n"
                     continue
                 data = dumped(_shown(caller, news))
