@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from typing import Any
 
+import numpy as np
 import orjson
 import sqlalchemy as sa
+from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -154,17 +156,18 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
 
 async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
     """What a search with the fields of ``SEARCH`` finds in the collection."""
-    query, k, offset = body.get("query"), body.get("k", 10), body.get("offset")
+    query: Any = body.get("query")
+    k, offset = body.get("k", 10), body.get("offset")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MOST_HITS:
         raise wrong("k", f"it must be a whole number from 1 to {MOST_HITS:,}")
     if offset is not None and (
         not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset <= MOST_OFFSET
     ):
         raise wrong("offset", f"it must be a whole number from 0 to {MOST_OFFSET:,}")
-    several = isinstance(query, list) and bool(query) and isinstance(query[0], str | list)
+    several = len(query) if isinstance(query, list) and query and isinstance(query[0], str | list) else 1
     if query is not None and not isinstance(query, str | list):
         raise wrong("query", "it must be a text, a vector, a list of texts or a list of vectors")
-    if several and len(query) > MOST_QUERIES:
+    if several > MOST_QUERIES:
         raise wrong("query", f"there may be {MOST_QUERIES} queries in a request")
     milliseconds = body.get("timeout_ms", 30_000)
     if not isinstance(milliseconds, int) or isinstance(milliseconds, bool) or not 1 <= milliseconds <= LONGEST_MS:
@@ -172,8 +175,8 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
     for flag in ("exact", "explain"):
         if not isinstance(body.get(flag, False), bool):
             raise wrong(flag, "it must be true or false")
-    return await gateway.client.search(
-        query,  # type: ignore[arg-type]
+    found: Hits | list[Hits] = await gateway.client.search(
+        query,
         collection=named.name,
         k=k,
         metadata=body.get("filter"),
@@ -185,6 +188,7 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
         explain=body.get("explain", False),
         hybrid=body.get("hybrid"),
     )
+    return found
 
 
 def _hits(hits: Hits) -> dict[str, Any]:
@@ -320,11 +324,11 @@ async def vectors(gateway: Gateway, request: Request, caller: Caller) -> Respons
         return await Streamed.of(parts(), media_type=media_type, ends=stack.pop_all().close)
 
 
-def _lines(ids: list[str], rows: Any) -> bytes:
+def _lines(ids: list[str], rows: NDArray[np.float32]) -> bytes:
     return json_lines([{"id": chunk_id, "vector": row} for chunk_id, row in zip(ids, rows, strict=True)])
 
 
-def _block(ids: list[str], rows: Any) -> bytes:
+def _block(ids: list[str], rows: NDArray[np.float32]) -> bytes:
     header = orjson.dumps({"ids": ids, "dimensions": rows.shape[1]})
     return struct.pack("<I", len(header)) + header + rows.astype("<f4").tobytes()
 
