@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ from tests.support.gateway_scene import (
     DOCS_ONLY,
     JOBS_ONLY,
     ODD,
+    ODD_MODEL,
     ODD_ONLY,
     SEARCH_ONLY,
     GatewayScene,
@@ -456,9 +458,22 @@ def test_an_enqueue_goes_only_where_the_key_may_see(scene: GatewayScene) -> None
     assert by_alias.json()["collection"] == DOCS
     own_name = scene.ask(DOCS_ONLY, "POST", "/v1/jobs", params={"collection": DOCS}, content=lines(chunk(0)))
     assert own_name.json()["collection"] == DOCS
-    params = {"collection": "x", "model": "other"}
-    refused = scene.ask(JOBS_ONLY, "POST", "/v1/jobs", params=params, content=lines(chunk(0)))
-    assert (refused.status_code, error(refused)["code"]) == (403, "model_not_allowed")
+
+
+def test_only_an_admin_names_a_model_or_a_space_that_is_new(scene: GatewayScene, name: str, tmp_path: Path) -> None:
+    """A name may be a folder of this machine, and each space is a table."""
+
+    def code(key: str, **params: str | int) -> str:
+        answer = scene.ask(key, "POST", "/v1/jobs", params={"collection": name, **params}, content=lines(chunk(0)))
+        return "" if answer.status_code == 200 else error(answer)["code"]
+
+    assert code(JOBS_ONLY, model=str(tmp_path)) == "model_not_found"
+    assert code(JOBS_ONLY, dimensions=64) == "space_not_allowed"
+    assert code(JOBS_ONLY, precision="int8") == "space_not_allowed"
+    assert code(JOBS_ONLY, dimensions=384, precision="float", model="all-MiniLM-L6-v2") == ""
+    assert code(JOBS_ONLY) == ""
+    assert code(ODD_MODEL, model="all-MiniLM-L6-v2") == "model_not_allowed"
+    assert code(ODD_MODEL) == "model_not_allowed"
 
 
 def test_every_caller_of_the_tests_differs() -> None:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import collections, dead, health, jobs, money, openapi, page
+from chunkmill.gateway.routes import (
+    cohere,
+    collections,
+    dead,
+    embed,
+    health,
+    jobs,
+    money,
+    ollama,
+    openai,
+    openapi,
+    page,
+)
 
 
 def all_endpoints() -> list[Endpoint]:
     return [
         *health.ENDPOINTS,
+        *openai.ENDPOINTS,
+        *embed.ENDPOINTS,
+        *cohere.ENDPOINTS,
+        *ollama.ENDPOINTS,
         *jobs.ENDPOINTS,
         *dead.ENDPOINTS,
         *collections.ENDPOINTS,

@@ -28,6 +28,7 @@ from chunkmill.gateway.paths import path_to
 from chunkmill.gateway.shapes import answer, dumped, large_answer, list_of, object_of, plain, schema_of
 from chunkmill.gateway.streams import Streamed
 from chunkmill.ledger.jobs import jobs
+from chunkmill.spaces import registry
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,8 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
     """Enqueue the chunks of the body. It is read no faster than it is enqueued."""
     query = Query(request, ENQUEUE)
     name = await seen.collection_to_fill(gateway, caller, query.required("collection"))
-    model = query.text("model")
-    if not caller.may_use(model or gateway.settings.embedding_model):
-        raise Refusal(403, "model_not_allowed", "this API key does not allow that model.", param="model")
+    dimensions, precision = query.number("dimensions", least=1), query.text("precision")
+    model = await _model(gateway, caller, query.text("model"), dimensions, precision)
     skips = query.text("on_invalid") == "skip"
     if query.text("on_invalid") not in (None, "raise", "skip"):
         raise wrong("on_invalid", "it must be raise or skip")
@@ -88,8 +88,8 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 idempotency_key=key,
                 on_long=query.text("on_long") or OnLong.TRUNCATE,
                 on_invalid="skip" if skips else "raise",
-                dimensions=query.number("dimensions", least=1),
-                precision=query.text("precision"),
+                dimensions=dimensions,
+                precision=precision,
                 deadline=query.deadline("deadline"),
             )
         except InvalidChunk as error:
@@ -104,6 +104,32 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 refusal.message = f"{refusal.message} {await _kept(gateway, key, skips=True)}"
             raise
     return answer(_shown(caller, job), headers={"location": path_to("/v1/jobs/{id}", {"id": job.id})})
+
+
+async def _model(
+    gateway: Gateway, caller: Caller, name: str | None, dimensions: int | None, precision: str | None
+) -> str | None:
+    """The model to enqueue for; None is the default one. Raises :class:`Refusal` if the caller may not use it.
+
+    An admin may name any model. Others may not: a name may be a folder of this machine, and each space is a table.
+    """
+    if caller.may(Scope.ADMIN) and caller.models is None:
+        return name
+    model = await gateway.models.find(name, caller)
+
+    def is_registered(conn: sa.Connection) -> bool:
+        return any(
+            space.spec.model in (model.target, model.spec.model)
+            and space.spec.dimensions == (dimensions or model.spec.dimensions)
+            and str(space.spec.precision) == (precision or str(model.spec.precision))
+            for space in registry.all_spaces(conn)
+        )
+
+    if (dimensions or precision) and not await seen.read(gateway, is_registered):
+        param = "dimensions" if dimensions else "precision"
+        message = "no space has these vectors yet, and only a key with the scope admin may make one."
+        raise Refusal(403, "space_not_allowed", message, param=param)
+    return None if name is None else model.target
 
 
 async def _kept(gateway: Gateway, key: str | None, *, skips: bool) -> str:
