@@ -59,7 +59,7 @@ def _type_of(schema: Schema) -> str:
     if "const" in schema:
         return json.dumps(schema["const"])
     if "enum" in schema:
-        return " · ".join(map(str, schema["enum"]))
+        return " · ".join("null" if word is None else str(word) for word in schema["enum"])
     for several in ("anyOf", "oneOf"):
         if several in schema:
             return " or ".join(dict.fromkeys(map(_type_of, schema[several])))
@@ -67,7 +67,7 @@ def _type_of(schema: Schema) -> str:
     if kind == "array":
         return f"list of {_type_of(schema.get('items', {}))}"
     if isinstance(kind, list):
-        return " or ".join(kind)
+        return " or ".join(_type_of({**schema, "type": one}) for one in kind)
     return {"string": str(schema.get("format", "text"))}.get(kind, str(kind))
 
 
