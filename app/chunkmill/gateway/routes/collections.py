@@ -175,8 +175,9 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
     for flag in ("exact", "explain"):
         if not isinstance(body.get(flag, False), bool):
             raise wrong(flag, "it must be true or false")
+    checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
     found: Hits | list[Hits] = await gateway.client.search(
-        query,
+        checked,
         collection=named.name,
         k=k,
         metadata=body.get("filter"),
