@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, overload
@@ -30,7 +31,7 @@ from chunkmill.domain.arguments import (
     as_text,
     require_name,
 )
-from chunkmill.domain.chunks import prepare_all
+from chunkmill.domain.chunks import prepare
 from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.domain.filters import parse as parse_filter
 from chunkmill.domain.results import Audit, Hits, Index
@@ -248,9 +249,11 @@ class Vectors(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         caller: str = "",
+        blank: bool = False,
     ) -> EmbeddedTexts:
         """Like :meth:`embed`, and says how many tokens each text had and whether it was cut.
 
+        With ``blank`` a text may be empty or white space. Its vector is then that of the model's special tokens alone.
         Workers share their time between callers, such as the users of a server, if each has its own ``caller``.
         """
         return run_steps(
@@ -262,6 +265,7 @@ class Vectors(ClientPart):
                 dimensions=dimensions,
                 precision=precision,
                 caller=caller,
+                blank=blank,
             )
         )
 
@@ -275,21 +279,26 @@ class Vectors(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         caller: str = "",
+        blank: bool = False,
     ) -> Steps[EmbeddedTexts]:
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         caller = "" if isinstance(caller, str) and not caller else as_text("caller", caller)
-        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
-            pass
+        blank = as_flag("blank", blank)
+        for i, text in enumerate(texts):
+            if not (blank and isinstance(text, str) and (not text or text.isspace())):
+                prepare((f"texts[{i}]", text), i)
         if not texts:
             spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-            return joined([], spec.dimensions)
+            return replace(joined([], spec.dimensions), spec=spec)
 
         def register() -> registry.Space:
             return self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
 
-        return (yield from self._asking_all(register(), texts, kind, timeout, caller, register=register))
+        space = register()
+        embedded = yield from self._asking_all(space, texts, kind, timeout, caller, register=register)
+        return replace(embedded, spec=space.spec)
 
     def query_cache(self) -> QueryCache:
         """What this client keeps of the vectors of its queries, and how often that helped.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.domain.printed import Printed
+from chunkmill.domain.spaces import SpaceSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +21,8 @@ class EmbeddedTexts(Printed):
     """``(n,)`` int32: how many tokens the model read, with its prompt and special tokens. 0 if that is not known."""
     truncated: NDArray[np.bool_]
     """``(n,)`` bool: whether the text had more tokens than the model reads, so that its end is not in its vector."""
+    spec: SpaceSpec | None = None
+    """The space of the vectors. None in a part of an answer."""
 
     def __len__(self) -> int:
         return len(self.vectors)

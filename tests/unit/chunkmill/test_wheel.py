@@ -13,6 +13,8 @@ from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 
+PAGE_FILES = (".html", ".css", ".js", ".svg")
+
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -38,6 +40,13 @@ def test_the_wheel_has_the_types_the_migrations_and_the_versions_it_was_tested_w
     assert {"chunkmill/py.typed", "chunkmill_workers/py.typed", "chunkmill/db/alembic/env.py"} <= set(names)
     versions = {path.name for path in (ROOT / "alembic/versions").glob("0*.py")}
     assert {f"chunkmill/db/alembic/versions/{name}" for name in versions} <= set(names)
+
+
+def test_the_wheel_has_the_page_of_the_gateway(names: list[str]) -> None:
+    page = ROOT / "app/chunkmill/gateway/page"
+    files = {path.relative_to(ROOT / "app").as_posix() for path in page.rglob("*") if path.suffix in PAGE_FILES}
+    assert files
+    assert files <= set(names)
 
 
 def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:

@@ -3,8 +3,32 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import health
+from chunkmill.gateway.routes import (
+    cohere,
+    collections,
+    dead,
+    embed,
+    health,
+    jobs,
+    money,
+    ollama,
+    openai,
+    openapi,
+    page,
+)
 
 
 def all_endpoints() -> list[Endpoint]:
-    return [*health.ENDPOINTS]
+    return [
+        *health.ENDPOINTS,
+        *openai.ENDPOINTS,
+        *embed.ENDPOINTS,
+        *cohere.ENDPOINTS,
+        *ollama.ENDPOINTS,
+        *jobs.ENDPOINTS,
+        *dead.ENDPOINTS,
+        *collections.ENDPOINTS,
+        *money.ENDPOINTS,
+        *openapi.ENDPOINTS,
+        *page.ENDPOINTS,
+    ]
