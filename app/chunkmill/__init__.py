@@ -50,11 +50,13 @@ from chunkmill.domain.retention import Amount, CacheSpace, Pruned
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import (
+    AccessDenied,
     BudgetExceeded,
     ChunkmillError,
     ClientClosed,
     EmbeddedStackError,
     EngineError,
+    GatewayUnavailable,
     InvalidChunk,
     InvalidInput,
     InvalidSetting,
@@ -104,6 +106,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Abandoned",
+    "AccessDenied",
     "Adjustment",
     "AdjustmentKind",
     "Amount",
@@ -135,6 +138,7 @@ __all__ = [
     "Explanation",
     "Exported",
     "FailingChunkBatch",
+    "GatewayUnavailable",
     "GoldenLoaded",
     "GoldenQueries",
     "GoldenQuery",

@@ -119,12 +119,17 @@ def http_client(openai: ModuleType, server: str, timeout_s: float, *, trust_env:
         event_hooks={"response": [bound]},
         trust_env=trust_env,
     )
+    within_deadlines(client)
+    return client
+
+
+def within_deadlines(client: Any) -> None:
+    """Let each read and write of a client of httpx or httpx2 obey the deadline of :func:`within`."""
     for transport in (client._transport, *client._mounts.values()):
         # A mount of None goes past the proxies. The names are private: a test sees whether they are still there.
         pool: Any = getattr(transport, "_pool", None)
         if hasattr(pool, "_network_backend"):
             pool._network_backend = _Backend(pool._network_backend)
-    return client
 
 
 def library(openai: ModuleType) -> ModuleType:
