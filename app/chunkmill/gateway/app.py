@@ -39,11 +39,14 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
         Route(path, _handle(gateway, {each.method: each for each in found}), methods=[each.method for each in found])
         for path, found in by_path.items()
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_refusal},
     )
+    # A redirect would lead to the address in the Host header, which anybody can write, and drop the key.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _handle(gateway: Gateway, by_method: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
