@@ -250,6 +250,19 @@ def test_a_text_that_has_a_vector_since_is_not_embedded_again(client: Client, ha
     assert hands.rows("SELECT * FROM chunk_batches ORDER BY id") == before
 
 
+def test_a_drop_takes_an_entry_off_that_enqueue_refused(client: Client, hands: Hands) -> None:
+    first, second = (
+        client.enqueue([("empty", " "), ("well", "a text")], collection="door", on_invalid="skip") for _ in range(2)
+    )
+    hands.work()
+    (newer, older) = client.dead(collection="door")
+    assert (newer.job_id, older.job_id, newer.content_hash) == (second.id, first.id, None)
+    # The text of neither is known, so that they may be about two texts: only the one that is named goes.
+    assert client.drop_dead([older.id]).entries == 1
+    assert [entry.id for entry in client.dead(collection="door")] == [newer.id]
+    assert client.drop_dead(job_id=second.id).entries == 1
+
+
 def test_a_drop_spares_a_chunk_that_has_its_vector_since(client: Client, hands: Hands) -> None:
     job = failed(client, hands, "text a")
     client.enqueue([("elsewhere", "text a")], collection="other")

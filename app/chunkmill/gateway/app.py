@@ -11,7 +11,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from chunkmill.errors import ChunkmillError
 from chunkmill.gateway.caller import NOBODY, Caller, Scope
@@ -19,6 +18,7 @@ from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.errors import Refusal, refusal_of
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import key_in
+from chunkmill.gateway.paths import RawRoute
 from chunkmill.gateway.routes import all_endpoints
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
     for endpoint in all_endpoints() if endpoints is None else endpoints:
         by_path.setdefault(endpoint.path, []).append(endpoint)
     routes = [
-        Route(path, _handle(gateway, {each.method: each for each in found}), methods=[each.method for each in found])
+        RawRoute(path, _handle(gateway, {each.method: each for each in found}), methods=[each.method for each in found])
         for path, found in by_path.items()
     ]
     app = Starlette(

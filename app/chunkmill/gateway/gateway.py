@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import sqlalchemy as sa
@@ -15,6 +15,7 @@ from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.health import HealthCheck
 from chunkmill.gateway.keys import KeyRing
 from chunkmill.gateway.models import Models
+from chunkmill.gateway.streams import Streams
 from chunkmill.settings import Settings
 
 
@@ -32,6 +33,7 @@ class Gateway:
     models: Models
     health: HealthCheck
     is_leaving: bool = False
+    streams: Streams = field(default_factory=Streams)
 
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:

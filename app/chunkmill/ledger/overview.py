@@ -8,6 +8,7 @@ them grows with the chunks of a collection unless they are counted on request.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
@@ -23,8 +24,10 @@ from chunkmill.store import segments
 NO_INDEX = Index(is_ready=False, segments=0, rows=0, graph_rows=0, tail=0, bytes=0)
 
 
-def all_collections(conn: sa.Connection, *, exact: bool) -> list[CollectionInfo]:
-    """All collections, by name. ``exact`` counts the chunks and the vectors of large ones too, which reads them all."""
+def all_collections(conn: sa.Connection, *, exact: bool, ids: Sequence[int] | None = None) -> list[CollectionInfo]:
+    """All collections, or those with these ids, by name. ``exact`` counts the chunks and the vectors of large ones too,
+    which reads them all."""
+    chosen = None if ids is None else list(ids)
     query = """
         SELECT k.id, k.name, k.space_id, k.created_at, s.fingerprint, s.model,
                (
@@ -33,14 +36,15 @@ def all_collections(conn: sa.Connection, *, exact: bool) -> list[CollectionInfo]
         FROM collections k
         JOIN spaces s ON s.id = k.space_id
         WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
         ORDER BY k.name
     """
-    rows = conn.execute(sa.text(query)).all()
+    rows = conn.execute(sa.text(query), {"ids": chosen}).all()
     most = None if exact else COUNTED
     counts: dict[int, tuple[int, int]] = {}
     dead: dict[int, int] = {}
     for space_id in sorted({row.space_id for row in rows}):
-        counts |= _counts(conn, VectorTable(space_id), most=most)
+        counts |= _counts(conn, VectorTable(space_id), most=most, ids=chosen)
         dead |= _dead(conn, VectorTable(space_id))
     pending, indexes = _pending(conn), _indexes(conn)
     aliases, views = _aliases(conn), _views(conn)
@@ -74,7 +78,9 @@ def all_collections(conn: sa.Connection, *, exact: bool) -> list[CollectionInfo]
     return infos
 
 
-def _counts(conn: sa.Connection, space: VectorTable, *, most: int | None) -> dict[int, tuple[int, int]]:
+def _counts(
+    conn: sa.Connection, space: VectorTable, *, most: int | None, ids: list[int] | None
+) -> dict[int, tuple[int, int]]:
     """``collection id → (chunks, contents with a vector)`` of a space. Where there are more than ``most`` chunks, both
     are those of the first ``most`` + 1.
     """
@@ -87,8 +93,9 @@ def _counts(conn: sa.Connection, space: VectorTable, *, most: int | None) -> dic
             LEFT JOIN {space.table_name} v USING (content_hash)
         ) n
         WHERE k.space_id = :space AND to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
     """
-    parameters = {"space": space.id, "limit": None if most is None else most + 1}
+    parameters = {"space": space.id, "limit": None if most is None else most + 1, "ids": ids}
     return {row.id: (row.chunks, row.embedded) for row in conn.execute(sa.text(query), parameters)}
 
 

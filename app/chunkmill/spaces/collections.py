@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -50,8 +51,31 @@ def find(conn: sa.Connection, name: str) -> Collection:
     """The collection that has this name or this alias. Raises :class:`NotFound`."""
     collection = resolve(conn, name)
     if collection is None:
-        raise NotFound(f"there is no collection {name!r}; `chunkmill collections` lists the ones that exist.")
+        raise not_found(name)
     return collection
+
+
+def not_found(name: str) -> NotFound:
+    """The error about a collection that does not exist, or that somebody may not see."""
+    return NotFound(f"there is no collection {name!r}; `chunkmill collections` lists the ones that exist.")
+
+
+_OF_NAMES = """
+SELECT k.id, k.name, k.space_id
+FROM collections k
+WHERE k.name = ANY(:names) AND k.dropped_at IS NULL
+UNION
+SELECT k.id, k.name, k.space_id
+FROM collection_aliases a
+JOIN collections k ON k.id = a.collection_id
+WHERE a.name = ANY(:names) AND k.dropped_at IS NULL
+"""
+
+
+def of_names(conn: sa.Connection, names: Sequence[str]) -> list[Collection]:
+    """The collections that have these names or aliases. Names of none are passed over."""
+    rows = conn.execute(sa.text(_OF_NAMES), {"names": list(names)})
+    return [Collection(row.id, row.name, row.space_id) for row in rows]
 
 
 def all_collections(conn: sa.Connection) -> list[Collection]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import cohere, embed, health, ollama, openai
+from chunkmill.gateway.routes import cohere, collections, dead, embed, health, jobs, money, ollama, openai
 
 
 def all_endpoints() -> list[Endpoint]:
@@ -13,4 +13,8 @@ def all_endpoints() -> list[Endpoint]:
         *embed.ENDPOINTS,
         *cohere.ENDPOINTS,
         *ollama.ENDPOINTS,
+        *jobs.ENDPOINTS,
+        *dead.ENDPOINTS,
+        *collections.ENDPOINTS,
+        *money.ENDPOINTS,
     ]

@@ -92,13 +92,15 @@ def take_off(conn: sa.Connection, ids: Sequence[int], *, require_all: bool) -> t
     return DroppedDead(tuple(judged), len(selected), sum(map(len, chunks.values()))), chunks
 
 
-# A twin is another job's entry about the same chunk with the same text in the same space. An entry is a twin of itself.
+# A twin is another job's entry about the same chunk with the same text in the same space. An entry is a twin of itself,
+# also if its text was never stored.
 _TWINS = sa.text("""
 SELECT DISTINCT twin.id
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN jobs i ON i.collection_id = j.collection_id AND i.space_id = j.space_id
-JOIN dead_chunks twin ON twin.job_id = i.id AND twin.chunk_id = d.chunk_id AND twin.content_hash = d.content_hash
+JOIN dead_chunks twin ON twin.job_id = i.id AND twin.chunk_id = d.chunk_id
+    AND (twin.content_hash = d.content_hash OR twin.id = d.id)
 WHERE d.id = ANY(CAST(:ids AS bigint[]))
 """)
 # No enqueue may move a collection to another space between the look at its chunks and the retry of their texts.

@@ -267,10 +267,57 @@ def get(conn: sa.Connection, job_id: int) -> Job:
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:
     """The newest ``limit`` jobs, without their dead chunks."""
-    ids = conn.execute(sa.text("SELECT id FROM jobs ORDER BY id DESC LIMIT :limit"), {"limit": limit}).scalars().all()
+    return page(conn, limit=limit)
+
+
+def _all(conn: sa.Connection, ids: Sequence[int]) -> list[Job]:
     rows = _select(conn, ids)
     merged = streams.counts_of(conn, ids) if rows and rows[0].has_streams else {}
     return [_job(row, (), merged.get(row.id)) for row in rows]
+
+
+_PAGE = """
+SELECT id
+FROM jobs
+WHERE (CAST(:before AS bigint) IS NULL OR id < CAST(:before AS bigint))
+ORDER BY id DESC
+LIMIT :limit
+"""
+# The newest of each collection are at the end of an index, and so are few rows, however many jobs there are.
+_PAGE_OF_COLLECTIONS = """
+SELECT newest.id
+FROM unnest(CAST(:collections AS bigint[])) AS k(id)
+CROSS JOIN LATERAL (
+    SELECT j.id
+    FROM jobs j
+    WHERE j.collection_id = k.id AND (CAST(:before AS bigint) IS NULL OR j.id < CAST(:before AS bigint))
+    ORDER BY j.id DESC
+    LIMIT :limit
+) newest
+ORDER BY newest.id DESC
+LIMIT :limit
+"""
+
+
+def page(
+    conn: sa.Connection, *, limit: int, before: int | None = None, collections: Sequence[int] | None = None
+) -> list[Job]:
+    """The newest ``limit`` jobs, without their dead chunks: those with a smaller id than ``before``, and of these
+    collections only, if they are given.
+    """
+    if collections is None:
+        rows = conn.execute(sa.text(_PAGE), {"before": before, "limit": limit})
+    else:
+        parameters = {"before": before, "limit": limit, "collections": list(collections)}
+        rows = conn.execute(sa.text(_PAGE_OF_COLLECTIONS), parameters)
+    return _all(conn, rows.scalars().all())
+
+
+def with_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
+    """The job that an enqueue with this key created, without its dead chunks."""
+    query = "SELECT id FROM jobs WHERE idempotency_key = :key"
+    jobs = _all(conn, conn.execute(sa.text(query), {"key": idempotency_key}).scalars().all())
+    return jobs[0] if jobs else None
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:

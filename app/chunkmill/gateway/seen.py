@@ -1,0 +1,95 @@
+"""What a caller may see. A collection that a key does not name answers as one that does not exist, and so do its jobs
+and its dead chunks.
+
+A key may name a collection by its own name or by an alias. Who is given an alias sees what it leads to now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import sqlalchemy as sa
+from starlette.concurrency import run_in_threadpool
+
+from chunkmill.client.door import door
+from chunkmill.domain.arguments import as_number, require_name
+from chunkmill.domain.results import Job
+from chunkmill.errors import NotFound
+from chunkmill.gateway.caller import Caller
+from chunkmill.gateway.errors import Refusal
+from chunkmill.gateway.gateway import Gateway
+from chunkmill.spaces import collections
+from chunkmill.spaces.collections import Collection
+
+Result = TypeVar("Result")
+
+
+async def read(gateway: Gateway, work: Callable[[sa.Connection], Result]) -> Result:
+    """Run ``work`` in a transaction of its own, in a thread. Errors of Postgres become ours."""
+
+    def in_thread() -> Result:
+        with door(gateway.db), gateway.db.begin() as conn:
+            return work(conn)
+
+    return await run_in_threadpool(in_thread)
+
+
+def seen_by(conn: sa.Connection, caller: Caller) -> dict[str, int] | None:
+    """Name → id of the collections that the caller may see; None if these are all."""
+    if caller.collections is None:
+        return None
+    return {row.name: row.id for row in collections.of_names(conn, sorted(caller.collections))}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A collection by its own name, and the fingerprint of its space."""
+
+    id: int
+    name: str
+    space: str
+
+
+async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
+    """The collection of this name or alias. Raises :class:`NotFound` if the caller may not see it."""
+    require_name("collection", name)
+
+    def work(conn: sa.Connection) -> Seen:
+        row = collections.find(conn, name)
+        _require_seen(row, seen_by(conn, caller), name)
+        space = sa.text("SELECT fingerprint FROM spaces WHERE id = :id")
+        return Seen(row.id, row.name, conn.execute(space, {"id": row.space_id}).scalar_one())
+
+    return await read(gateway, work)
+
+
+def _require_seen(row: Collection, seen: dict[str, int] | None, name: str) -> None:
+    if seen is not None and row.id not in seen.values():
+        raise collections.not_found(name)
+
+
+async def collection_to_fill(gateway: Gateway, caller: Caller, name: str) -> str:
+    """The name to enqueue into, which may be that of a new collection if the caller's key names it."""
+    require_name("collection", name)
+    if caller.collections is None or name in caller.collections:
+        return name
+    return (await collection(gateway, caller, name)).name
+
+
+async def job(gateway: Gateway, caller: Caller, given: str) -> Job:
+    """The job with the number in a path. Raises :class:`NotFound` if the caller may not see its collection."""
+    job_id = number_in_path(given, "job")
+    seen = await gateway.client.job(job_id)
+    if caller.collections is not None:
+        names = await read(gateway, lambda conn: seen_by(conn, caller))
+        if names is not None and seen.collection not in names:
+            raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+    return seen
+
+
+def number_in_path(given: str, what: str) -> int:
+    if not given.isascii() or not given.isdigit() or len(given) > 18:
+        raise Refusal(404, "not_found", f"there is no such {what}; its number in the path is not one.")
+    return as_number(what, int(given))
