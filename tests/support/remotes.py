@@ -68,12 +68,14 @@ def embedded(asked: Asked, *, space: str = SPACE, dimensions: int = 8, **headers
                 "object": "embedding",
                 "index": i,
                 "embedding": base64.b64encode(vector.tobytes()).decode(),
-                "tokens": len(text.split()) + 2,
-                "truncated": len(text) > 30,
             }
         )
-    said = json.dumps({"object": "list", "data": data, "model": "m"}).encode()
-    return Said(200, said, {"x-chunkmill-space": space, **headers})
+    rest = {
+        "tokens": [len(text.split()) + 2 for text in body["input"]],
+        "truncated": [i for i, text in enumerate(body["input"]) if len(text) > 30],
+    }
+    said = json.dumps({"object": "list", "data": data, "model": "m", **rest}).encode()
+    return Said(200, said, {"x-chunkmill-fingerprint": space, **headers})
 
 
 class Scripted:

@@ -54,7 +54,8 @@ class _Remote:
         elif fallback_key is not None:
             raise InvalidSetting("fallback_key is given, and no fallback.")
         self._verbs = Verbs(server, other, as_seconds("timeout", timeout))
-        self._verified = context_of(verify)
+        is_needed = any(one is not None and one.address.is_https for one in (server, other))
+        self._verified = context_of(verify, is_needed=is_needed)
         self._trust_env = trust_env
 
     def __repr__(self) -> str:

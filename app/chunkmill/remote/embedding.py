@@ -23,7 +23,7 @@ from chunkmill.remote.refusals import Failure
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import Request, Steps, Together
 
-SPACE_HEADER = "x-chunkmill-space"
+SPACE_HEADER = "x-chunkmill-fingerprint"
 REQUEST_TEXTS = 256
 """How many texts one request has at most, so that the work of a call is spread and short calls come between."""
 REQUEST_BYTES = 1024 * 1024
@@ -212,6 +212,7 @@ class Embedding(Asking):
             "input": list(texts),
             "encoding_format": "base64",
             "kind": call.kind,
+            "return_tokens": True,
             "timeout_ms": told_timeout_ms(seconds),
         }
         if call.asked.model is not None:
@@ -277,26 +278,32 @@ def cut(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[s
 
 def read_embedded(body: bytes, n: int) -> EmbeddedTexts:
     """The vectors of an answer to ``n`` texts. Raises :class:`Unreadable`."""
-    data = parse_object(body).get("data")
+    answered = parse_object(body)
+    data = answered.get("data")
     if not isinstance(data, list) or len(data) != n:
         raise Unreadable(f"data does not have the vectors of {n:,} texts")
-    tokens, truncated = np.zeros(n, np.int32), np.zeros(n, np.bool_)
-    vectors = np.empty((n, 0), np.float32)
-    seen = np.zeros(n, np.bool_)
+    vectors, seen = np.empty((n, 0), np.float32), np.zeros(n, np.bool_)
     for item in data:
         i = item.get("index") if isinstance(item, dict) else None
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < n or seen[i]:
+        if not _is_number(i, n) or seen[i]:
             raise Unreadable("data does not have each index once")
         seen[i] = True
         vector = read_vector(item.get("embedding"), f"data[{i}].embedding", vectors.shape[1] or None)
         if not vectors.shape[1]:
             vectors = np.empty((n, len(vector)), np.float32)
         vectors[i] = vector
-        count = item.get("tokens", 0)
-        if not isinstance(count, int) or not 0 <= count < 2**31:
-            raise Unreadable(f"data[{i}].tokens is not a number of tokens")
-        tokens[i], truncated[i] = count, item.get("truncated") is True
-    return EmbeddedTexts(vectors, tokens, truncated)
+    counts, cut_ones = answered.get("tokens", [0] * n), answered.get("truncated", [])
+    if not isinstance(counts, list) or len(counts) != n or not all(_is_number(count, 2**31) for count in counts):
+        raise Unreadable(f"tokens does not have the numbers of {n:,} texts")
+    if not isinstance(cut_ones, list) or not all(_is_number(i, n) for i in cut_ones):
+        raise Unreadable("truncated does not have positions of texts")
+    truncated = np.zeros(n, np.bool_)
+    truncated[np.array(cut_ones, np.intp)] = True
+    return EmbeddedTexts(vectors, np.array(counts, np.int32), truncated)
+
+
+def _is_number(value: object, bound: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < bound
 
 
 def one_size(server: Server, parts: list[EmbeddedTexts]) -> list[EmbeddedTexts]:

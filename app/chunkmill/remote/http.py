@@ -6,8 +6,8 @@ taken from the environment unless the caller asks for it.
 
 from __future__ import annotations
 
+import functools
 import ssl
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,24 @@ _NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, htt
 TRANSPORT_ERRORS = (httpx2.HTTPError, httpx2.StreamError, OSError)
 
 
-def context_of(verify: bool | str | Path | ssl.SSLContext) -> ssl.SSLContext | bool:
-    """What httpx2 verifies certificates with. Raises :class:`InvalidSetting`.
+def context_of(verify: bool | str | Path | ssl.SSLContext, *, is_needed: bool) -> ssl.SSLContext:
+    """What certificates are verified with. Raises :class:`InvalidSetting`.
 
     ``verify`` is True, a context, or the path of a file or folder with the certificates of a private CA, which then is
     the only one that is trusted.
     """
     if isinstance(verify, ssl.SSLContext):
         return verify
+    if verify is True and not is_needed:
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which trusts nobody
     if verify is True:
-        return True
+        try:
+            return _default_context()
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidSetting(
+                f"the certificates of this machine cannot be read ({type(error).__name__}): check that the files of "
+                "SSL_CERT_FILE and SSL_CERT_DIR exist."
+            ) from None
     if not isinstance(verify, str | Path):
         raise InvalidSetting(
             "verify must be True, the path of a CA's certificates, or an ssl.SSLContext: certificates are always "
@@ -59,7 +67,13 @@ def context_of(verify: bool | str | Path | ssl.SSLContext) -> ssl.SSLContext | b
         ) from None
 
 
-def client_options(server: Server, verify: ssl.SSLContext | bool, *, trust_env: bool) -> dict[str, Any]:
+@functools.cache
+def _default_context() -> ssl.SSLContext:
+    """Trusts what httpx2 trusts. Reading the certificates takes a tenth of a second, so it is done once."""
+    return httpx2.create_ssl_context()
+
+
+def client_options(server: Server, verify: ssl.SSLContext, *, trust_env: bool) -> dict[str, Any]:
     """The arguments of ``httpx2.Client`` and of ``httpx2.AsyncClient``."""
     return {
         "base_url": server.address.url,
@@ -157,6 +171,3 @@ def unanswered(error: BaseException) -> Unanswered:
 
 def opened(response: httpx2.Response, pieces: Any) -> Opened:
     return Opened(response.status_code, names_of(response), (response, pieces))
-
-
-Headers = Mapping[str, str]

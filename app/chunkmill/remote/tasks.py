@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 class TaskRunner:
     """Each event loop has connections of its own, which :meth:`close` closes for the loop that it runs in."""
 
-    def __init__(self, verify: ssl.SSLContext | bool, *, trust_env: bool) -> None:
+    def __init__(self, verify: ssl.SSLContext, *, trust_env: bool) -> None:
         self._verify = verify
         self._trust_env = trust_env
         self._clients: dict[tuple[Server, asyncio.AbstractEventLoop], httpx2.AsyncClient] = {}

@@ -45,7 +45,7 @@ class _Stopped(Exception):
 class ThreadRunner:
     """Safe to use from several threads. A process that is forked makes connections of its own."""
 
-    def __init__(self, verify: ssl.SSLContext | bool, *, trust_env: bool) -> None:
+    def __init__(self, verify: ssl.SSLContext, *, trust_env: bool) -> None:
         self._verify = verify
         self._trust_env = trust_env
         self._lock = threading.Lock()

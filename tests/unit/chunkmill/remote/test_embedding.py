@@ -162,7 +162,7 @@ def test_vectors_of_another_space_are_refused_in_a_later_call_and_inside_of_one(
     with scripted(lambda asked: embedded(asked, space=next(spaces))) as server, remote(kind, server.url) as client:
         client.embed(["a"])
         client.embed(["b"])
-        with pytest.raises(SpaceMismatch, match="'bbbbbbbbbbbb'.*'aaaaaaaaaaaa'"):
+        with pytest.raises(SpaceMismatch, match=r"'bbbbbbbbbbbb'.*'aaaaaaaaaaaa'"):
             client.embed(["c"])
 
     def by_first_text(asked: Asked) -> Said:
@@ -193,9 +193,12 @@ def test_an_answer_that_does_not_name_its_space_is_refused(kind: str) -> None:
     def answer(asked: Asked) -> Said:
         return dataclasses.replace(embedded(asked), headers={})
 
-    with scripted(answer) as server, remote(kind, server.url) as client:
-        with pytest.raises(GatewayUnavailable, match="x-chunkmill-space"):
-            client.embed(["a"])
+    with (
+        scripted(answer) as server,
+        remote(kind, server.url) as client,
+        pytest.raises(GatewayUnavailable, match="x-chunkmill-fingerprint"),
+    ):
+        client.embed(["a"])
 
 
 def test_the_fallback_answers_while_the_first_cannot_and_the_first_is_asked_again_later(kind: str) -> None:
@@ -204,22 +207,25 @@ def test_the_fallback_answers_while_the_first_cannot_and_the_first_is_asked_agai
     def first_answer(asked: Asked) -> Said:
         return refusal(503, "draining", after_ms=1) if is_down else embedded(asked)
 
-    with scripted(first_answer) as first, scripted(embedded) as second:
-        with remote(kind, first.url, fallback=second.url, fallback_key="cmk_of_the_second") as client:
-            now = 1_000.0
-            client.client._verbs._clock = lambda: now
-            before = client.embed(["a"])
-            assert second.asked == []
-            is_down = True
-            assert (client.embed(["a"]) == before).all()
-            assert [one.json["input"] for one in second.asked] == [list(PROBES), ["a"]]
-            assert {one.headers["authorization"] for one in second.asked} == {"Bearer cmk_of_the_second"}
-            asked_before = len(first.asked)
-            client.embed(["b"])  # the first is left alone for a while, and the second is not checked again
-            assert len(first.asked) == asked_before and len(second.asked) == 3
-            is_down, now = False, now + 61
-            client.embed(["c"])
-            assert len(first.asked) == asked_before + 1 and len(second.asked) == 3
+    with (
+        scripted(first_answer) as first,
+        scripted(embedded) as second,
+        remote(kind, first.url, fallback=second.url, fallback_key="cmk_of_the_second") as client,
+    ):
+        now = 1_000.0
+        client.client._verbs._clock = lambda: now
+        before = client.embed(["a"])
+        assert second.asked == []
+        is_down = True
+        assert (client.embed(["a"]) == before).all()
+        assert [one.json["input"] for one in second.asked] == [list(PROBES), ["a"]]
+        assert {one.headers["authorization"] for one in second.asked} == {"Bearer cmk_of_the_second"}
+        asked_before = len(first.asked)
+        client.embed(["b"])  # the first is left alone for a while, and the second is not checked again
+        assert len(first.asked) == asked_before and len(second.asked) == 3
+        is_down, now = False, now + 61
+        client.embed(["c"])
+        assert len(first.asked) == asked_before + 1 and len(second.asked) == 3
 
 
 def test_a_fallback_of_another_space_is_never_used(kind: str) -> None:
@@ -228,13 +234,16 @@ def test_a_fallback_of_another_space_is_never_used(kind: str) -> None:
     def first_answer(asked: Asked) -> Said:
         return HANGS_UP if is_down else embedded(asked)
 
-    with scripted(first_answer) as first, scripted(lambda asked: embedded(asked, space="b" * 64)) as second:
-        with remote(kind, first.url, fallback=second.url) as client:
+    with (
+        scripted(first_answer) as first,
+        scripted(lambda asked: embedded(asked, space="b" * 64)) as second,
+        remote(kind, first.url, fallback=second.url) as client,
+    ):
+        client.embed(["a"])
+        is_down = True
+        with pytest.raises(SpaceMismatch):
             client.embed(["a"])
-            is_down = True
-            with pytest.raises(SpaceMismatch):
-                client.embed(["a"])
-            assert [one.json["input"] for one in second.asked] == [list(PROBES)]
+        assert [one.json["input"] for one in second.asked] == [list(PROBES)]
 
 
 def test_a_fallback_with_the_same_fingerprint_and_other_vectors_is_never_used(kind: str) -> None:
@@ -247,13 +256,16 @@ def test_a_fallback_with_the_same_fingerprint_and_other_vectors_is_never_used(ki
         body = {**asked.json, "kind": "another model"}
         return embedded(dataclasses.replace(asked, body=json.dumps(body).encode()))
 
-    with scripted(first_answer) as first, scripted(second_answer) as second:
-        with remote(kind, first.url, fallback=second.url) as client:
+    with (
+        scripted(first_answer) as first,
+        scripted(second_answer) as second,
+        remote(kind, first.url, fallback=second.url) as client,
+    ):
+        client.embed(["a"])
+        is_down = True
+        with pytest.raises(SpaceMismatch, match="cosine"):
             client.embed(["a"])
-            is_down = True
-            with pytest.raises(SpaceMismatch, match="cosine"):
-                client.embed(["a"])
-            assert [one.json["input"] for one in second.asked] == [list(PROBES)]
+        assert [one.json["input"] for one in second.asked] == [list(PROBES)]
 
 
 def test_without_the_first_servers_vectors_no_fallback_is_used(kind: str) -> None:
@@ -274,12 +286,15 @@ def test_the_fallback_gets_its_turn_while_the_first_keeps_silent(kind: str, monk
             return HANGS_UP
         return embedded(asked)
 
-    with scripted(first_answer) as first, scripted(embedded) as second:
-        with remote(kind, first.url, fallback=second.url) as client:
-            client.embed(["a"])
-            is_silent = True
-            assert client.embed(["a"], timeout=60).shape == (1, 8)
-            ends.set()
+    with (
+        scripted(first_answer) as first,
+        scripted(embedded) as second,
+        remote(kind, first.url, fallback=second.url) as client,
+    ):
+        client.embed(["a"])
+        is_silent = True
+        assert client.embed(["a"], timeout=60).shape == (1, 8)
+        ends.set()
 
 
 def test_two_servers_that_fail_are_both_asked_again(kind: str) -> None:
@@ -293,13 +308,15 @@ def test_two_servers_that_fail_are_both_asked_again(kind: str) -> None:
             return refusal(503, "draining", after_ms=1)
         return embedded(asked)
 
-    with scripted(lambda asked: answer_as("first", asked)) as first:
-        with scripted(lambda asked: answer_as("second", asked)) as second:
-            with remote(kind, first.url, fallback=second.url) as client:
-                client.embed(["a"])
-                down.update(first=True, second=True)
-                assert client.embed(["b"]).shape == (1, 8)
-                assert len(first.asked) >= 4 and len(second.asked) >= 4
+    with (
+        scripted(lambda asked: answer_as("first", asked)) as first,
+        scripted(lambda asked: answer_as("second", asked)) as second,
+        remote(kind, first.url, fallback=second.url) as client,
+    ):
+        client.embed(["a"])
+        down.update(first=True, second=True)
+        assert client.embed(["b"]).shape == (1, 8)
+        assert len(first.asked) >= 4 and len(second.asked) >= 4
 
 
 HUGE = b"x" * 5_000_000
@@ -308,33 +325,33 @@ HUGE = b"x" * 5_000_000
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (Said(body=HUGE, headers={"x-chunkmill-space": "a"}), "sent more than"),
+        (Said(body=HUGE, headers={"x-chunkmill-fingerprint": "a"}), "sent more than"),
         (Said(body=b"\x1f\x8b", headers={"content-encoding": "gzip"}), "compressed"),
-        (Said(body=b"[" * 100_000, headers={"x-chunkmill-space": "a"}), "not JSON"),
-        (Said(body=b'{"data": 3}', headers={"x-chunkmill-space": "a"}), "2 texts"),
-        (Said(body=b'{"data": [{"index": 0}, {"index": 0}]}', headers={"x-chunkmill-space": "a"}), "vector"),
+        (Said(body=b"[" * 100_000, headers={"x-chunkmill-fingerprint": "a"}), "not JSON"),
+        (Said(body=b'{"data": 3}', headers={"x-chunkmill-fingerprint": "a"}), "2 texts"),
+        (Said(body=b'{"data": [{"index": 0}, {"index": 0}]}', headers={"x-chunkmill-fingerprint": "a"}), "vector"),
         (
             Said(
                 body=b'{"data": [{"index": 1, "embedding": [1]}, {"index": 1, "embedding": [1]}]}',
-                headers={"x-chunkmill-space": "a"},
+                headers={"x-chunkmill-fingerprint": "a"},
             ),
             "each index once",
         ),
         (
             Said(
                 body=b'{"data": [{"index": 0, "embedding": [1, 2]}, {"index": 1, "embedding": [1]}]}',
-                headers={"x-chunkmill-space": "a"},
+                headers={"x-chunkmill-fingerprint": "a"},
             ),
             "dimensions",
         ),
         (
             Said(
                 body=b'{"data": [{"index": 0, "embedding": "AADAfw=="}, {"index": 1, "embedding": [1]}]}',
-                headers={"x-chunkmill-space": "a"},
+                headers={"x-chunkmill-fingerprint": "a"},
             ),
             "finite",
         ),
-        (Said(body=b'{"data": [NaN, 1]}', headers={"x-chunkmill-space": "a"}), "not JSON"),
+        (Said(body=b'{"data": [NaN, 1]}', headers={"x-chunkmill-fingerprint": "a"}), "not JSON"),
     ],
 )
 def test_a_hostile_answer_is_refused_at_once(kind: str, said: Said, words: str) -> None:
@@ -370,9 +387,9 @@ def test_a_server_that_sends_a_byte_at_a_time_holds_the_call_no_longer_than_its_
 
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
-        with remote(kind, f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
-            with pytest.raises((WaitTimeout, GatewayUnavailable)):
-                client.embed(["a"], timeout=0.3)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with remote(kind, url) as client, pytest.raises((WaitTimeout, GatewayUnavailable)):
+            client.embed(["a"], timeout=0.3)
         ends.set()
         thread.join(60)
 
