@@ -51,7 +51,7 @@ def context_of(verify: bool | str | Path | ssl.SSLContext, *, is_needed: bool) -
                 f"the certificates of this machine cannot be read ({type(error).__name__}): check that the files of "
                 "SSL_CERT_FILE and SSL_CERT_DIR exist."
             ) from None
-    if not isinstance(verify, str | Path):
+    if not isinstance(verify, str | Path) or not str(verify).strip():
         raise InvalidSetting(
             "verify must be True, the path of a CA's certificates, or an ssl.SSLContext: certificates are always "
             "verified, because the key would be sent to whoever answers."
