@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import ssl
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx2
@@ -35,12 +36,12 @@ Result = TypeVar("Result")
 
 
 class TaskRunner:
-    """Each event loop has connections of its own, which :meth:`close` closes for the loop that it runs in."""
+    """Each event loop has connections of its own. They are closed by :meth:`close` in that loop, or when it ends."""
 
     def __init__(self, verify: ssl.SSLContext, *, trust_env: bool) -> None:
         self._verify = verify
         self._trust_env = trust_env
-        self._clients: dict[tuple[Server, asyncio.AbstractEventLoop], httpx2.AsyncClient] = {}
+        self._clients: dict[tuple[Server, asyncio.AbstractEventLoop], _Client] = {}
         self._is_closed = False
 
     async def run(self, steps: Steps[Result]) -> Result:
@@ -90,7 +91,7 @@ class TaskRunner:
         clients, self._clients = self._clients, {}
         for (_, loop), client in clients.items():
             if loop is here:
-                await client.aclose()
+                await client.ends.aclose()
 
     async def _do(self, step: Step, streams: contextlib.AsyncExitStack) -> Any:
         match step:
@@ -161,23 +162,38 @@ class TaskRunner:
             raise http.unanswered(error) from None
 
     async def _asked(self, server: Server, request: Request) -> httpx2.Response:
-        client = self._client(server)
+        client = await self._client(server)
         body = request.body.pieces_in_a_loop() if isinstance(request.body, Lines) else request.body
         return await client.send(client.build_request(**http.request_options(request), content=body), stream=True)
 
-    def _client(self, server: Server) -> httpx2.AsyncClient:
+    async def _client(self, server: Server) -> httpx2.AsyncClient:
         self._require_open()
         loop = asyncio.get_running_loop()
         for key in [key for key in self._clients if key[1].is_closed()]:
             del self._clients[key]
         if (server, loop) not in self._clients:
-            options = http.client_options(server, self._verify, trust_env=self._trust_env)
-            self._clients[server, loop] = httpx2.AsyncClient(**options)
-        return self._clients[server, loop]
+            client = httpx2.AsyncClient(**http.client_options(server, self._verify, trust_env=self._trust_env))
+            self._clients[server, loop] = made = _Client(client, _closing(client))
+            await anext(made.ends)
+        return self._clients[server, loop].http
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise ClientClosed("this AsyncRemoteClient was closed.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    http: httpx2.AsyncClient
+    ends: AsyncGenerator[None, None]
+
+
+async def _closing(client: httpx2.AsyncClient) -> AsyncGenerator[None, None]:
+    """Closes the client when it is closed itself, which ``asyncio.run`` also does at the end of its loop."""
+    try:
+        yield
+    finally:
+        await client.aclose()
 
 
 async def _answer(response: httpx2.Response, request: Request) -> Answer:
