@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-import chunkmill
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.errors import Refusal
@@ -69,7 +69,7 @@ async def info(gateway: Gateway, request: Request, caller: Caller) -> Response:
             "max_client_batch_size": MAX_INPUTS,
             "max_input_length": spec.max_tokens,
             "auto_truncate": True,
-            "version": chunkmill.__version__,
+            "version": importlib.metadata.version("chunkmill"),
             "fingerprint": spec.fingerprint,
         }
     )
