@@ -37,3 +37,6 @@ class Endpoint:
     media_type: str = "application/json"
     parameters: Mapping[str, Schema] = field(default_factory=dict)
     """Query parameter → its schema."""
+    body_media_type: str = "application/json"
+    is_listed: bool = True
+    """Whether ``/openapi.json`` has it. The page's own paths are for browsers only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import cohere, collections, dead, embed, health, jobs, money, ollama, openai
+from chunkmill.gateway.routes import cohere, collections, dead, embed, health, jobs, money, ollama, openai, openapi, page
 
 
 def all_endpoints() -> list[Endpoint]:
@@ -17,4 +17,6 @@ def all_endpoints() -> list[Endpoint]:
         *dead.ENDPOINTS,
         *collections.ENDPOINTS,
         *money.ENDPOINTS,
+        *openapi.ENDPOINTS,
+        *page.ENDPOINTS,
     ]
