@@ -16,12 +16,12 @@ from chunkmill.domain.arguments import as_items, as_number, as_seconds, as_text
 from chunkmill.domain.chunks import prepare_all
 from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.errors import GatewayUnavailable, InvalidInput, SpaceMismatch
-from chunkmill.remote.asking import Asking, told_timeout_ms
+from chunkmill.remote.asking import LONG_WORK_BYTES, Asking, told_timeout_ms
 from chunkmill.remote.http import IN_FLIGHT
 from chunkmill.remote.reading import Unreadable, parse_object, read_vector
 from chunkmill.remote.refusals import Failure
 from chunkmill.remote.servers import Server
-from chunkmill.remote.steps import Request, Steps, Together
+from chunkmill.remote.steps import Request, Steps, Together, Work
 
 SPACE_HEADER = "x-chunkmill-fingerprint"
 REQUEST_TEXTS = 256
@@ -108,8 +108,8 @@ class Embedding(Asking):
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, given = as_seconds("timeout", timeout), list(as_items("texts", texts))
-        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(given))):
-            pass
+        is_long = len(given) > REQUEST_TEXTS
+        yield Work(partial(require_texts, given), is_long)
         asked = Asked(
             None if model is None else as_text("model", model),
             None if dimensions is None else as_number("dimensions", dimensions, least=1),
@@ -118,9 +118,11 @@ class Embedding(Asking):
         if not given:
             return joined([], (yield from self._dimensions(asked, call.deadline)))
         most = REQUEST_TEXTS if len(given) <= FEW_TEXTS else (yield from self._most_texts(call.deadline))
-        pieces = list(cut(given, most, REQUEST_BYTES))
+        pieces: list[Sequence[str]] = yield Work(lambda: list(cut(given, most, REQUEST_BYTES)), is_long)
         parts: list[EmbeddedTexts] = yield Together([partial(self._piece, call, piece) for piece in pieces], IN_FLIGHT)
-        return joined(one_size(self._server, parts), parts[0].vectors.shape[1])
+        one_size(self._server, parts)
+        whole: EmbeddedTexts = yield Work(lambda: joined(parts, parts[0].vectors.shape[1]), is_long)
+        return whole
 
     def _most_texts(self, deadline: float) -> Steps[int]:
         """How many texts one request may have. It is asked once; if ``/info`` does not say it, halves are tried."""
@@ -220,20 +222,23 @@ class Embedding(Asking):
         if call.asked.dimensions is not None:
             body["dimensions"] = call.asked.dimensions
         dimensions = call.asked.dimensions or LARGEST_DIMENSIONS
+        content: bytes = yield Work(
+            lambda: json.dumps(body, ensure_ascii=False).encode(), sum(map(len, texts)) > LONG_WORK_BYTES
+        )
         request = Request(
             "POST",
             "/v1/embeddings",
             seconds,
             headers={"content-type": "application/json"},
-            body=json.dumps(body, ensure_ascii=False).encode(),
+            body=content,
             longest=64 * 1024 + len(texts) * (TEXT_BYTES + 4 * dimensions * 4 // 3),
         )
         answer = yield from self._attempt(server, request)
         if isinstance(answer, Failure):
             return answer
-        content = answer.body
+        answered = answer.body
         self._require_space(server, call.asked, answer.headers.get(SPACE_HEADER))
-        return (yield from self._read(server, content, lambda: read_embedded(content, len(texts))))
+        return (yield from self._read(server, answered, lambda: read_embedded(answered, len(texts))))
 
     def _require_space(self, server: Server, asked: Asked, space: str | None) -> None:
         if not space:
@@ -261,6 +266,12 @@ class Embedding(Asking):
                 f"fallback {fallback.name} has the same fingerprint, and its vectors differ: the cosine of a probe is "
                 f"{least:.4f}, and must be at least {LEAST_COSINE}. {advice}"
             )
+
+
+def require_texts(texts: Sequence[str]) -> None:
+    """Raise :class:`InvalidChunk` for the first that is not valid."""
+    for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
+        pass
 
 
 def cut(texts: Sequence[str], most: int, most_bytes: int) -> Iterable[Sequence[str]]:

@@ -24,6 +24,8 @@ ENQUEUE_SECONDS = 600.0
 """How long an enqueue waits for the gateway to take the next piece, or to answer after the last one."""
 FIRST_LOOK_S = 0.1
 LONGEST_LOOK_S = 2.0
+LEAST_LOOK_S = 5.0
+"""How long a look at a job may take at least, also if the time of the wait is over."""
 PAGE = 1_000
 
 
@@ -138,7 +140,8 @@ class Jobs(Asking):
         deadline = None if seconds is None else self._deadline(seconds)
         pause = FIRST_LOOK_S
         while True:
-            job = yield from self.job(job_id)
+            look = None if deadline is None else min(self._timeout, max(LEAST_LOOK_S, deadline - self._clock()))
+            job = yield from self._get(f"/v1/jobs/{job_id}", _job, timeout=look)
             if on_progress:
                 yield Tell(on_progress, job)
             if job.state is JobState.FAILED:

@@ -144,6 +144,9 @@ class TaskRunner:
         except http.TRANSPORT_ERRORS as error:
             self._require_open()
             raise http.unanswered(error) from None
+        except RuntimeError:  # as httpx2 has it for a client that was closed a moment ago
+            self._require_open()
+            raise
 
     async def _open(self, server: Server, request: Request, streams: contextlib.AsyncExitStack) -> Answer | Opened:
         try:
@@ -160,6 +163,9 @@ class TaskRunner:
         except http.TRANSPORT_ERRORS as error:
             self._require_open()
             raise http.unanswered(error) from None
+        except RuntimeError:  # as httpx2 has it for a client that was closed a moment ago
+            self._require_open()
+            raise
 
     async def _asked(self, server: Server, request: Request) -> httpx2.Response:
         client = await self._client(server)

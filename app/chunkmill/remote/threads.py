@@ -140,6 +140,9 @@ class ThreadRunner:
         except http.TRANSPORT_ERRORS as error:
             self._require_open()
             raise http.unanswered(error) from None
+        except RuntimeError:  # as httpx2 has it for a client that was closed a moment ago
+            self._require_open()
+            raise
 
     def _open(self, server: Server, request: Request, streams: contextlib.ExitStack) -> Answer | Opened:
         try:
@@ -155,6 +158,9 @@ class ThreadRunner:
         except http.TRANSPORT_ERRORS as error:
             self._require_open()
             raise http.unanswered(error) from None
+        except RuntimeError:  # as httpx2 has it for a client that was closed a moment ago
+            self._require_open()
+            raise
 
     def _asked(self, server: Server, request: Request) -> httpx2.Response:
         client = self._client(server)

@@ -134,6 +134,18 @@ def test_what_does_not_pass_is_asked_once(kind: str, failure: Said, error: type[
         assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(kind: str, status: int) -> None:
+    with scripted(embedded) as elsewhere:
+        with (
+            scripted(lambda _: Said(status, b"", {"location": f"{elsewhere.url}/v1/embeddings"})) as server,
+            remote(kind, server.url) as client,
+            pytest.raises(GatewayUnavailable, match="redirect"),
+        ):
+            client.embed(["a"])
+        assert elsewhere.asked == []
+
+
 def test_a_pause_that_would_outlast_the_timeout_is_not_begun(kind: str) -> None:
     with scripted(lambda _: refusal(429, "overloaded", after_ms=60_000)) as server, remote(kind, server.url) as client:
         with pytest.raises(GatewayUnavailable, match="overloaded"):
