@@ -8,4 +8,4 @@ from __future__ import annotations
 from chunkmill.remote.client import AsyncRemoteClient, RemoteClient
 from chunkmill.remote.embedder import RemoteEmbedder
 
-__all__ = ["AsyncRemoteClient", "RemoteClient", "RemoteEmbedder"]
+__all__ = ["RemoteClient", "AsyncRemoteClient", "RemoteEmbedder"]  # noqa: RUF022 - the order of docs/api.md

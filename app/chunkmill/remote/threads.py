@@ -1,14 +1,14 @@
-"""Runs steps in the caller's thread, and those that run side by side in a few threads of the client's."""
+"""Runs steps in the caller's thread, and those that run side by side in a few threads."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import os
+import queue
 import ssl
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -51,7 +51,6 @@ class ThreadRunner:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._clients: dict[Server, httpx2.Client] = {}
-        self._threads: ThreadPoolExecutor | None = None
         self._is_closed = False
 
     def run(self, steps: Steps[Result]) -> Result:
@@ -67,11 +66,8 @@ class ThreadRunner:
         with self._lock:
             self._is_closed = True
             clients, self._clients = list(self._clients.values()), {}
-            threads, self._threads = self._threads, None
         for client in clients:
             client.close()
-        if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, steps: Steps[Result], stopping: threading.Event) -> Result:
         with contextlib.ExitStack() as streams:
@@ -107,24 +103,39 @@ class ThreadRunner:
         stopping = threading.Event()
         if len(makers) == 1:
             return [self._run(makers[0](), stopping)]
-        threads = self._executor(at_once)
-        futures: list[Future[Any]] = [
-            threads.submit(contextvars.copy_context().run, self._begin, make, stopping) for make in makers
+        results: list[Any] = [None] * len(makers)
+        waiting, taking = iter(enumerate(makers)), threading.Lock()
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def work_off() -> None:
+            try:
+                while not stopping.is_set():
+                    with taking:
+                        i, make = next(waiting, (0, None))
+                    if make is None:
+                        break
+                    results[i] = self._run(make(), stopping)
+            except BaseException as error:  # noqa: BLE001 - the caller raises it
+                ended.put(error)
+            else:
+                ended.put(None)
+
+        # They are daemons: if the interpreter ends, it does not wait for the servers that they wait for.
+        threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(work_off,), name="chunkmill-remote", daemon=True
+            )
+            for _ in range(min(at_once, len(makers)))
         ]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                error = future.exception() if future.done() else None
-                if error is not None and not isinstance(error, _Stopped):
+            for thread in threads:
+                thread.start()
+            for _ in threads:
+                if (error := ended.get()) is not None:
                     raise error
-            return [future.result() for future in futures]
         finally:
             stopping.set()
-            for future in futures:
-                future.cancel()
-
-    def _begin(self, make: Callable[[], Steps[Any]], stopping: threading.Event) -> Any:
-        return self._run(make(), stopping)
+        return results
 
     def _send(self, server: Server, request: Request) -> Answer:
         bounds = contextlib.nullcontext() if isinstance(request.body, Lines) else within(Bounds(request.seconds))
@@ -177,18 +188,10 @@ class ThreadRunner:
                 self._clients[server] = client
             return self._clients[server]
 
-    def _executor(self, at_once: int) -> ThreadPoolExecutor:
-        with self._lock:
-            self._after_a_fork()
-            self._require_open()
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="chunkmill-remote")
-            return self._threads
-
     def _after_a_fork(self) -> None:
         if self._pid != os.getpid():
             # The sockets are those of the other process, which goes on with them.
-            self._pid, self._clients, self._threads = os.getpid(), {}, None
+            self._pid, self._clients = os.getpid(), {}
 
     def _require_open(self) -> None:
         if self._is_closed:
