@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -421,6 +423,23 @@ def test_an_embedder_has_the_four_methods_that_programs_know(scene: GatewayScene
             await embedder.embed(["three"])
 
     asyncio.run(main())
+
+
+def test_the_example_of_the_page_runs(scene: GatewayScene, worker: StandInWorker) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "RemoteClient" in block)
+    environment = os.environ | {"CHUNKMILL_URL": scene.running.url, "CHUNKMILL_API_KEY": KEY}
+    before = scene.client.jobs(1)[0].id
+    running = subprocess.Popen([sys.executable, "-c", example], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        until(lambda: scene.client.jobs(1)[0].id > before or running.poll() is not None)
+        scene.embed(scene.client.jobs(1)[0].id)
+        said, _ = running.communicate(timeout=PATIENCE)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 0
+    assert len(said.splitlines()) == 3
 
 
 def test_a_closed_client_says_so(scene: GatewayScene, client: Remote) -> None:

@@ -45,7 +45,9 @@ LONGEST_PAGE = 256 * 1024 * 1024
 """Bytes of a page of chunks or hits. The texts of a gateway's page have 32 Mi characters at most."""
 PAGE_WITH_TEXT = 100
 PAGE_WITHOUT = 1_000
+LONGEST_HEADER = 4 * 1024 * 1024
 LONGEST_BLOCK = 64 * 1024 * 1024
+"""Bytes of the header of a block of vectors, and of its vectors."""
 STALL_SECONDS = 60.0
 
 
@@ -386,7 +388,7 @@ class _Blocks:
         if length == 0:
             self.is_complete = True
             return None
-        if length > LONGEST_BLOCK:
+        if length > LONGEST_HEADER:
             raise Unreadable("a block is longer than any may be")
         if len(buffer) < 4 + length:
             return None

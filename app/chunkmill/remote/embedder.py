@@ -13,17 +13,25 @@ from chunkmill.remote.client import AsyncRemoteClient
 class RemoteEmbedder:
     """``embed`` returns lists of floats. ``key`` is ``CHUNKMILL_API_KEY`` if it is not given.
 
-    ``model`` and all other arguments are those of :class:`AsyncRemoteClient`. ``batch_size`` is taken for the sake of
+    ``timeout`` is in seconds, for each call. The other arguments are those of :class:`AsyncRemoteClient`. ``batch_size`` is taken for the sake of
     programs that give one: the gateway says how many texts a request may have.
     """
 
     def __init__(
-        self, base_url: str, batch_size: int = 64, *, key: str | None = None, model: str | None = None, **arguments: Any
+        self,
+        base_url: str,
+        batch_size: int = 64,
+        *,
+        key: str | None = None,
+        model: str | None = None,
+        timeout: float = 300.0,
+        **arguments: Any,
     ) -> None:
         self.batch_size = batch_size
         self._model = model
+        self._timeout = timeout
         given = os.environ.get("CHUNKMILL_API_KEY", "") if key is None else key
-        self._client = AsyncRemoteClient(base_url, given, **arguments)
+        self._client = AsyncRemoteClient(base_url, given, timeout=timeout, **arguments)
         self._dimensions: int | None = None
 
     def __repr__(self) -> str:
@@ -36,7 +44,7 @@ class RemoteEmbedder:
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One list of floats for each text, in their order."""
-        vectors = await self._client.embed(texts, model=self._model)
+        vectors = await self._client.embed(texts, model=self._model, timeout=self._timeout)
         self._dimensions = int(vectors.shape[1])
         rows: list[list[float]] = vectors.tolist()
         return rows

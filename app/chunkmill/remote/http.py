@@ -25,6 +25,8 @@ CONNECT_SECONDS = 10.0
 IN_FLIGHT = 8
 """How many requests of one call run side by side."""
 CONNECTIONS = 100
+KEEP_ALIVE_S = 4.0
+"""A connection without a request is closed after so long, before servers close theirs (most do after 5 s or more)."""
 LONGEST_ERROR = 64 * 1024
 """Bytes that are read of a refusal. The rest is left unread, because its beginning says why."""
 PIECE_BYTES = 64 * 1024
@@ -86,7 +88,9 @@ def client_options(server: Server, verify: ssl.SSLContext, *, trust_env: bool) -
             "accept-encoding": "identity",
             "user-agent": "chunkmill-remote",
         },
-        "limits": httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=IN_FLIGHT, keepalive_expiry=15),
+        "limits": httpx2.Limits(
+            max_connections=CONNECTIONS, max_keepalive_connections=IN_FLIGHT, keepalive_expiry=KEEP_ALIVE_S
+        ),
     }
 
 

@@ -65,7 +65,8 @@ def read_vector(value: Any, place: str, dimensions: int | None = None) -> NDArra
             raise Unreadable(f"{place} is not the base64 of float32 numbers") from None
     else:
         try:
-            vector = np.asarray(value, np.float32)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                vector = np.asarray(value, np.float32)
         except (TypeError, ValueError, OverflowError):
             raise Unreadable(f"{place} is not a vector") from None
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
