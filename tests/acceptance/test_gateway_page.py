@@ -101,6 +101,8 @@ def test_what_a_person_sees(scene: GatewayScene, worker: StandInWorker, browser:
     refused = [*(Chunk(f"b{i}", "") for i in range(3)), Chunk("well", "A passage that can be embedded")]
     mixed = scene.client.enqueue(refused, collection="imported-archive", on_invalid="skip")
     scene.client.cancel(mixed.id)
+    today = datetime.now(UTC).date()
+    scene.client.correct_charge("7.42", route="openai", day=today, reason="an invoice", author="the test")
     with scene.db.begin() as conn:
         gpu = reports.Report(
             "gpu-1", "local", "gpu-0@mill-1", "cuda:0", datetime.now(UTC) - timedelta(hours=7), 60, 49_520, 6_200_000,
@@ -195,8 +197,8 @@ def test_what_a_person_sees(scene: GatewayScene, worker: StandInWorker, browser:
 
 def row(browser: Any, job_id: int) -> str:
     script = """
-        const rows = [...document.querySelectorAll("tr")];
-        return rows.filter((row) => row.querySelector(`a[href="/page/jobs/${arguments[0]}"]`)).map((r) => r.innerText)[0];
+        const link = `a[href="/page/jobs/${arguments[0]}"]`;
+        return [...document.querySelectorAll("tr")].find((row) => row.querySelector(link)).innerText;
     """
     return str(browser.execute_script(script, job_id))
 

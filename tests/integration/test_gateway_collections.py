@@ -161,16 +161,23 @@ def test_every_path_of_a_collection_is_among_those_that_hide_it() -> None:
     assert paths == tested | others
 
 
-def test_an_alias_of_others_cannot_be_moved(scene: GatewayScene) -> None:
+def test_a_key_gives_only_names_that_it_names(scene: GatewayScene) -> None:
     scene.client.set_alias("odd alias", ODD)
-    moved = scene.ask(DOCS_ONLY, "PUT", "/v1/aliases/odd%20alias", json={"collection": DOCS})
-    assert moved.status_code == 404
-    assert scene.ask(DOCS_ONLY, "DELETE", "/v1/aliases/odd%20alias").status_code == 404
-    assert scene.http.get(of("odd alias")).json()["name"] == ODD
-    own = scene.ask(DOCS_ONLY, "PUT", "/v1/aliases/new%2Falias", json={"collection": ALIAS})
-    assert own.json() == {"alias": "new/alias", "collection": DOCS}
-    assert scene.http.delete("/v1/aliases/new%2Falias").status_code == 200
-    assert scene.http.delete("/v1/aliases/odd%20alias").status_code == 200
+    try:
+        refused = [
+            scene.ask(DOCS_ONLY, "PUT", f"/v1/aliases/{alias}", json={"collection": ALIAS})
+            for alias in ("odd%20alias", "nobody%20has%20this")
+        ] + [scene.ask(DOCS_ONLY, "PATCH", of(ALIAS), json={"name": name}) for name in (ODD, "nobody has this")]
+        assert {(answer.status_code, answer.text) for answer in refused} == {(403, refused[0].text)}
+        assert scene.ask(DOCS_ONLY, "DELETE", "/v1/aliases/odd%20alias").status_code == 404
+        assert scene.http.get(of("odd alias")).json()["name"] == ODD
+        own = scene.ask(DOCS_ONLY, "PUT", "/v1/aliases/new%20of%20two", json={"collection": ALIAS})
+        assert own.json() == {"alias": "new of two", "collection": DOCS}
+        assert scene.ask(DOCS_ONLY, "DELETE", "/v1/aliases/new%20of%20two").status_code == 200
+        assert scene.http.put("/v1/aliases/a%2Fb", json={"collection": DOCS}).json()["alias"] == "a/b"
+        assert scene.http.delete("/v1/aliases/a%2Fb").status_code == 200
+    finally:
+        scene.client.remove_alias("odd alias")
 
 
 def test_scopes_are_asked_for(scene: GatewayScene) -> None:
@@ -241,6 +248,9 @@ def test_metadata_are_changed_and_chunks_deleted(scene: GatewayScene) -> None:
         assert scene.http.patch(path, json={"ids": ["1"], "metadata": {"m": 1}}).json() == {"changed": 1}
         assert scene.http.patch(path, json={"filter": {"n": {"$gt": 3}}, "remove": ["n"]}).json() == {"changed": 2}
         assert scene.client.get("x/y", ["1"])["1"].metadata == {"n": 1, "m": 1}
+        large = {"ids": ["3"], "metadata": {"large": 10**30 + 1}}
+        assert scene.http.patch(path, json=large).json() == {"changed": 1}
+        assert scene.client.get("x/y", ["3"])["3"].metadata["large"] == 10**30 + 1
         assert scene.http.patch(path, json={"metadata": {"m": 2}}).status_code == 400  # nobody said which
         assert scene.http.patch(path, json={"filter": {}, "metadata": {"m": 2}}).status_code == 400
         assert scene.http.delete(path, params={"id": ["0", "none"]}).json() == {"deleted": 1}

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,13 +26,14 @@ from tests.support.gateway_scene import (
     DOCS_ONLY,
     JOBS_ONLY,
     ODD,
+    ODD_MODEL,
     ODD_ONLY,
     SEARCH_ONLY,
     GatewayScene,
     gateway_scene,
 )
 from tests.support.gateways import KEY
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 SECRET = "zanzibarquokka"
 _names = count()
@@ -161,12 +163,23 @@ def test_keys_of_two_tenants_do_not_meet(scene: GatewayScene, name: str) -> None
     assert [job["id"] for job in listed] == [mine.json()["id"]]
 
 
+def test_a_key_of_a_job_that_may_not_be_seen_says_nothing_of_it(scene: GatewayScene, name: str) -> None:
+    """Somebody without bounds has used what happens to be the stored form of a tenant's key."""
+    body = lines(chunk(0))
+    scene.http.post(f"/v1/jobs?collection={name}", headers={"idempotency-key": f"two/{name}"}, content=body)
+    headers = {"idempotency-key": name}
+    answer = scene.ask(DOCS_ONLY, "POST", "/v1/jobs?collection=new+of+two", headers=headers, content=body)
+    assert (answer.status_code, error(answer)["code"]) == (409, "idempotency_conflict")
+    assert "another collection" not in answer.text
+    assert scene.ask(DOCS_ONLY, "GET", "/v1/jobs", params={"idempotency_key": name}).json()["jobs"] == []
+
+
 def sent_in_part(scene: GatewayScene, path: str, part: bytes, headers: str) -> socket.socket:
     """A request whose body has begun."""
     address = urlsplit(scene.running.url)
     connection = socket.create_connection((address.hostname or "", address.port or 0))
-    head = f"POST {path} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 1000000\r\n{headers}\r\n\r\n"
-    connection.sendall(head.encode() + part)
+    head = [f"POST {path} HTTP/1.1", "Host: h", f"Authorization: Bearer {KEY}", "Content-Length: 1000000", headers]
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + part)
     return connection
 
 
@@ -249,6 +262,32 @@ def test_more_long_bodies_than_there_are_places_are_refused_before_they_are_read
     until(lambda: scene.running.gateway.streams._long == 0)
 
 
+def test_a_body_that_stands_still_is_refused_and_says_what_is_committed(
+    scene: GatewayScene, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ndjson, "STALL_SECONDS", 0.2)
+    first = 2 * scene.settings.chunk_batch_size
+    path = f"/v1/jobs?collection={name.replace(' ', '%20')}"
+    body = lines(*map(chunk, range(first + 1)))
+    with sent_in_part(scene, path, body, "X: y") as connection:
+        assert b"Nothing was written" in answered(connection)
+    with sent_in_part(scene, path + "&on_invalid=skip", body, f"Idempotency-Key: still {name}") as connection:
+        assert f"{first:,} chunks are committed in job".encode() in answered(connection)
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The answer that comes although the body is not complete."""
+    connection.settimeout(PATIENCE)
+    received = b""
+    while b'"code"' not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    assert b"400 Bad Request" in received
+    assert b"body_incomplete" in received
+    return received
+
+
 def test_a_line_without_an_end_is_refused(scene: GatewayScene, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ndjson, "MAX_LINE_BYTES", 10_000)
     body = lines(chunk(0)) + b'{"id": "' + b"x" * 100_000
@@ -308,12 +347,24 @@ def test_a_stream_without_news_has_a_heartbeat_and_ends_when_the_gateway_leaves(
         with scene.http.stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
             assert answer.status_code == 200, answer.read()
             coming = events(answer)
-            kinds = [next(coming)[0] for _ in range(3)]
-            assert kinds == ["progress", "comment", "comment"]
+            assert next(kind for kind, _ in coming if kind != "comment") == "progress"
+            assert [next(coming)[0] for _ in range(3)] == ["comment"] * 3
             scene.running.gateway.is_leaving = True
             assert {kind for kind, _ in coming} <= {"comment"}
     finally:
         scene.running.gateway.is_leaving = False
+
+
+def test_a_stream_ends_soon_after_its_key_was_revoked(
+    scene: GatewayScene, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "HEARTBEAT_SECONDS", 0.02)
+    job = scene.http.post("/v1/jobs", params={"collection": name}, content=lines(chunk(0))).json()
+    with scene.clients[JOBS_ONLY].stream("GET", f"/v1/jobs/{job['id']}/events") as answer:
+        coming = events(answer)
+        assert next(kind for kind, _ in coming if kind != "comment") == "progress"
+        monkeypatch.delitem(CALLERS, JOBS_ONLY)
+        assert {kind for kind, _ in coming} <= {"comment"}
 
 
 def test_a_job_is_cancelled_retried_and_explained(scene: GatewayScene, name: str) -> None:
@@ -407,9 +458,22 @@ def test_an_enqueue_goes_only_where_the_key_may_see(scene: GatewayScene) -> None
     assert by_alias.json()["collection"] == DOCS
     own_name = scene.ask(DOCS_ONLY, "POST", "/v1/jobs", params={"collection": DOCS}, content=lines(chunk(0)))
     assert own_name.json()["collection"] == DOCS
-    params = {"collection": "x", "model": "other"}
-    refused = scene.ask(JOBS_ONLY, "POST", "/v1/jobs", params=params, content=lines(chunk(0)))
-    assert (refused.status_code, error(refused)["code"]) == (403, "model_not_allowed")
+
+
+def test_only_an_admin_names_a_model_or_a_space_that_is_new(scene: GatewayScene, name: str, tmp_path: Path) -> None:
+    """A name may be a folder of this machine, and each space is a table."""
+
+    def code(key: str, **params: str | int) -> str:
+        answer = scene.ask(key, "POST", "/v1/jobs", params={"collection": name, **params}, content=lines(chunk(0)))
+        return "" if answer.status_code == 200 else error(answer)["code"]
+
+    assert code(JOBS_ONLY, model=str(tmp_path)) == "model_not_found"
+    assert code(JOBS_ONLY, dimensions=64) == "space_not_allowed"
+    assert code(JOBS_ONLY, precision="int8") == "space_not_allowed"
+    assert code(JOBS_ONLY, dimensions=384, precision="float", model="all-MiniLM-L6-v2") == ""
+    assert code(JOBS_ONLY) == ""
+    assert code(ODD_MODEL, model="all-MiniLM-L6-v2") == "model_not_allowed"
+    assert code(ODD_MODEL) == "model_not_allowed"
 
 
 def test_every_caller_of_the_tests_differs() -> None:

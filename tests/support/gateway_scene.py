@@ -32,12 +32,14 @@ ODD = "a/b %2F c?d"
 ALIAS = "live/docs"
 """An alias of ``DOCS``."""
 DOCS_ONLY, ODD_ONLY, SEARCH_ONLY, JOBS_ONLY = "cmk_docs", "cmk_odd", "cmk_search", "cmk_jobs"
+ODD_MODEL = "cmk_odd_model"
 CALLERS = {
     KEY: Caller(None, "everything", "one", frozenset(Scope)),
     DOCS_ONLY: Caller(1, "docs", "two", frozenset(Scope), collections=frozenset({ALIAS, "new of two"})),
     ODD_ONLY: Caller(2, "odd", "three", frozenset({Scope.SEARCH, Scope.JOBS}), collections=frozenset({ODD})),
     SEARCH_ONLY: Caller(3, "search", "two", frozenset({Scope.SEARCH})),
     JOBS_ONLY: Caller(4, "jobs", "three", frozenset({Scope.JOBS}), models=frozenset({"all-MiniLM-L6-v2"})),
+    ODD_MODEL: Caller(5, "model", "four", frozenset({Scope.JOBS}), models=frozenset({"another-model"})),
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from chunkmill.client.aio.calls import AHEAD
 from chunkmill.errors import InvalidChunk
@@ -18,6 +20,8 @@ MAX_LINE_BYTES = 32 * 1024 * 1024
 """The most bytes of a line. A text may have 16 MiB and its metadata 1 MiB; JSON's escapes make both longer."""
 LARGE_BYTES = 64 * 1024
 """A line of more bytes is parsed in a thread: 1 MiB takes some milliseconds."""
+STALL_SECONDS = 60.0
+"""A body of which nothing comes for so long has ended: it holds a thread, and perhaps a connection."""
 FIELDS = frozenset(("id", "text", "metadata"))
 
 
@@ -60,7 +64,7 @@ class ChunkLines:
     async def _split(self) -> AsyncGenerator[tuple[int, bytes], None]:
         """The lines that are not blank, with their numbers."""
         buffer, searched, number = bytearray(), 0, 0
-        async for part in self._request.stream():
+        async for part in self._parts():
             buffer += part
             begin = 0
             while (end := buffer.find(b"\n", max(begin, searched))) >= 0:
@@ -76,6 +80,19 @@ class ChunkLines:
                 raise _line_too_long(number + 1)
         if line := bytes(buffer).strip():
             yield number + 1, line
+
+    async def _parts(self) -> AsyncGenerator[bytes, None]:
+        """The body as it comes. Raises :class:`ClientDisconnect` if it ends early, or comes no more."""
+        async with aclosing(self._request.stream()) as parts:
+            while True:
+                try:
+                    async with asyncio.timeout(STALL_SECONDS):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise ClientDisconnect from None
+                if part is None:
+                    return
+                yield part
 
 
 class _WrongLine(Exception):

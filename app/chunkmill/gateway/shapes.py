@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,8 +185,13 @@ def _documented(cls: type) -> dict[str, str]:
     return said
 
 
+_IN_JSON = (("None", "null"), ("True", "true"), ("False", "false"))
+
+
 def _one_line(text: str | None) -> str:
     words = " ".join((text or "").split())
     for role in (":class:", ":meth:", ":attr:", ":func:"):
         words = words.replace(role, "")
+    for word, in_json in _IN_JSON:
+        words = re.sub(rf"\b{word}\b", in_json, words)
     return words.replace("``", "`")

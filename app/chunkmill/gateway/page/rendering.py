@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from starlette.responses import Response
 
 from chunkmill.domain.budget import dollars
@@ -59,6 +60,7 @@ def _environment() -> Environment:
         "usd": lambda amount: f"${dollars(amount)}",
         "ago": ago,
         "moment": lambda at: at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "marked": marked,
         "compact": lambda value: shown(json.dumps(value, ensure_ascii=False)),
     }
     return made
@@ -68,6 +70,15 @@ def beginning(text: str, most: int = LONGEST_SHOWN) -> str:
     """The beginning of a text of any length, as it can be shown."""
     cut = text[:most]
     return shown(cut, lines=True) + ("…" if len(text) > most else "")
+
+
+def marked(text: str) -> Markup:
+    """A text in which `` `word` `` becomes code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 and i < len(parts) - 1 else escape(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def short_number(number: float) -> str:

@@ -11,6 +11,7 @@ from chunkmill.gateway.bodies import read_body
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
+from chunkmill.gateway.keys import key_in
 from chunkmill.gateway.page.rendering import HEADERS
 
 LONGEST_FORM = 1 << 16
@@ -20,6 +21,11 @@ async def caller_of(gateway: Gateway, request: Request) -> Caller | None:
     """Whose key the cookie has; None if there is none, or if it is valid no more."""
     key = request.cookies.get(_cookie(request))
     return await gateway.keys.caller(key) if key else None
+
+
+def key_of(request: Request) -> str:
+    """The key that a request came with, in a header or in the cookie of the page."""
+    return request.cookies.get(_cookie(request)) or key_in(request.headers)
 
 
 def log_in(request: Request, key: str) -> Response:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import cohere, collections, dead, embed, health, jobs, money, ollama, openai, openapi, page
+from chunkmill.gateway.routes import (
+    cohere,
+    collections,
+    dead,
+    embed,
+    health,
+    jobs,
+    money,
+    ollama,
+    openai,
+    openapi,
+    page,
+)
 
 
 def all_endpoints() -> list[Endpoint]:

@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from typing import Any
 
+import numpy as np
 import orjson
 import sqlalchemy as sa
+from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,10 +19,9 @@ from starlette.responses import Response
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.results import Audit, Hits, Index, SearchHit, SearchPlan
 from chunkmill.domain.stored import StoredChunk
-from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, require_known, wrong
-from chunkmill.gateway.bodies import read_body, read_object
+from chunkmill.gateway.asked import Query, read_exact, require_known, wrong
+from chunkmill.gateway.bodies import read_body
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.errors import Refusal
@@ -143,7 +144,7 @@ async def one_collection(gateway: Gateway, request: Request, caller: Caller) -> 
 
 async def search(gateway: Gateway, request: Request, caller: Caller) -> Response:
     named = await _named(gateway, request, caller)
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
     found = await searched(gateway, named, body)
@@ -155,17 +156,18 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
 
 async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
     """What a search with the fields of ``SEARCH`` finds in the collection."""
-    query, k, offset = body.get("query"), body.get("k", 10), body.get("offset")
+    query: Any = body.get("query")
+    k, offset = body.get("k", 10), body.get("offset")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MOST_HITS:
         raise wrong("k", f"it must be a whole number from 1 to {MOST_HITS:,}")
     if offset is not None and (
         not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset <= MOST_OFFSET
     ):
         raise wrong("offset", f"it must be a whole number from 0 to {MOST_OFFSET:,}")
-    several = isinstance(query, list) and bool(query) and isinstance(query[0], str | list)
+    several = len(query) if isinstance(query, list) and query and isinstance(query[0], str | list) else 1
     if query is not None and not isinstance(query, str | list):
         raise wrong("query", "it must be a text, a vector, a list of texts or a list of vectors")
-    if several and len(query) > MOST_QUERIES:
+    if several > MOST_QUERIES:
         raise wrong("query", f"there may be {MOST_QUERIES} queries in a request")
     milliseconds = body.get("timeout_ms", 30_000)
     if not isinstance(milliseconds, int) or isinstance(milliseconds, bool) or not 1 <= milliseconds <= LONGEST_MS:
@@ -173,8 +175,8 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
     for flag in ("exact", "explain"):
         if not isinstance(body.get(flag, False), bool):
             raise wrong(flag, "it must be true or false")
-    return await gateway.client.search(
-        query,  # type: ignore[arg-type]
+    found: Hits | list[Hits] = await gateway.client.search(
+        query,
         collection=named.name,
         k=k,
         metadata=body.get("filter"),
@@ -186,6 +188,7 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
         explain=body.get("explain", False),
         hybrid=body.get("hybrid"),
     )
+    return found
 
 
 def _hits(hits: Hits) -> dict[str, Any]:
@@ -266,7 +269,7 @@ async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response
         if await read_body(request, BODY_BYTES):
             raise wrong("id", "say in the query which chunks are meant, or in the body, and not in both")
         return answer({"deleted": await gateway.client.delete(named.name, ids, filter=chosen)})
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, DELETE["properties"])
     meant = _meant(body)
     return answer({"deleted": await gateway.client.delete(named.name, meant.pop("ids"), **meant)})
@@ -275,7 +278,7 @@ async def delete(gateway: Gateway, request: Request, caller: Caller) -> Response
 async def update(gateway: Gateway, request: Request, caller: Caller) -> Response:
     Query(request, ())
     named = await _named(gateway, request, caller)
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, UPDATE["properties"])
     if not isinstance(body.get("replace", False), bool):
         raise wrong("replace", "it must be true or false")
@@ -321,11 +324,11 @@ async def vectors(gateway: Gateway, request: Request, caller: Caller) -> Respons
         return await Streamed.of(parts(), media_type=media_type, ends=stack.pop_all().close)
 
 
-def _lines(ids: list[str], rows: Any) -> bytes:
+def _lines(ids: list[str], rows: NDArray[np.float32]) -> bytes:
     return json_lines([{"id": chunk_id, "vector": row} for chunk_id, row in zip(ids, rows, strict=True)])
 
 
-def _block(ids: list[str], rows: Any) -> bytes:
+def _block(ids: list[str], rows: NDArray[np.float32]) -> bytes:
     header = orjson.dumps({"ids": ids, "dimensions": rows.shape[1]})
     return struct.pack("<I", len(header)) + header + rows.astype("<f4").tobytes()
 
@@ -340,6 +343,7 @@ async def drop(gateway: Gateway, request: Request, caller: Caller) -> Response:
 async def rename(gateway: Gateway, request: Request, caller: Caller) -> Response:
     await _named(gateway, request, caller)
     to = await _name_in_body(request, "name")
+    _require_named(caller, to)
     await gateway.client.rename_collection(request.path_params["collection"], to)
     return answer({"name": to})
 
@@ -347,8 +351,7 @@ async def rename(gateway: Gateway, request: Request, caller: Caller) -> Response
 async def set_alias(gateway: Gateway, request: Request, caller: Caller) -> Response:
     alias = request.path_params["alias"]
     named = await seen.collection(gateway, caller, await _name_in_body(request, "collection"))
-    if caller.collections is not None:
-        await _require_alias_seen(gateway, caller, alias)
+    _require_named(caller, alias)
     await gateway.client.set_alias(alias, named.name)
     return answer({"alias": alias, "collection": named.name})
 
@@ -360,17 +363,14 @@ async def remove_alias(gateway: Gateway, request: Request, caller: Caller) -> Re
     return answer({"alias": alias, "collection": None})
 
 
-async def _require_alias_seen(gateway: Gateway, caller: Caller, alias: str) -> None:
-    """An alias may be new. One that leads to a collection of others is not this caller's to move."""
-    try:
-        await seen.collection(gateway, caller, alias)
-    except NotFound:
-        if await seen.read(gateway, lambda conn: collections.resolve(conn, alias)) is not None:
-            raise
+def _require_named(caller: Caller, name: str) -> None:
+    """Raise :class:`Refusal` if the caller's key does not name it. Whether it exists is not looked at."""
+    if not caller.may_see(name):
+        raise Refusal(403, "name_not_allowed", "this API key may give only those names that it may see.")
 
 
 async def _name_in_body(request: Request, field: str) -> str:
-    body = await read_object(request, 1 << 16)
+    body = await read_exact(request, 1 << 16)
     require_known(body, (field,))
     name = body.get(field)
     if not isinstance(name, str):

@@ -13,8 +13,7 @@ from chunkmill.domain.arguments import as_number
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, require_known, wrong
-from chunkmill.gateway.bodies import read_object
+from chunkmill.gateway.asked import Query, read_exact, require_known, wrong
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
@@ -80,7 +79,7 @@ async def drop(gateway: Gateway, request: Request, caller: Caller) -> Response:
 
 
 async def _chosen(gateway: Gateway, request: Request, caller: Caller) -> dict[str, Any]:
-    body = await read_object(request, BODY_BYTES)
+    body = await read_exact(request, BODY_BYTES)
     require_known(body, CHOSEN["properties"])
     ids, job_id, code = body.get("ids"), body.get("job_id"), body.get("code")
     if ids is not None:

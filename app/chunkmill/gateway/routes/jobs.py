@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from starlette.requests import ClientDisconnect, Request
@@ -22,10 +23,12 @@ from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.ndjson import ChunkLines, refused_line
+from chunkmill.gateway.page import session
 from chunkmill.gateway.paths import path_to
 from chunkmill.gateway.shapes import answer, dumped, large_answer, list_of, object_of, plain, schema_of
 from chunkmill.gateway.streams import Streamed
 from chunkmill.ledger.jobs import jobs
+from chunkmill.spaces import registry
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +68,14 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
     """Enqueue the chunks of the body. It is read no faster than it is enqueued."""
     query = Query(request, ENQUEUE)
     name = await seen.collection_to_fill(gateway, caller, query.required("collection"))
-    model = query.text("model")
-    if not caller.may_use(model or gateway.settings.embedding_model):
-        raise Refusal(403, "model_not_allowed", "this API key does not allow that model.", param="model")
+    dimensions, precision = query.number("dimensions", least=1), query.text("precision")
+    model = await _model(gateway, caller, query.text("model"), dimensions, precision)
     skips = query.text("on_invalid") == "skip"
     if query.text("on_invalid") not in (None, "raise", "skip"):
         raise wrong("on_invalid", "it must be raise or skip")
     key = _stored_key(caller, request.headers.get("idempotency-key"))
+    if key is not None and caller.collections is not None:
+        await _require_own_key(gateway, caller, key)
     lines = ChunkLines(request, skips=skips)
     with gateway.streams.one_more():
         try:
@@ -84,8 +88,8 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 idempotency_key=key,
                 on_long=query.text("on_long") or OnLong.TRUNCATE,
                 on_invalid="skip" if skips else "raise",
-                dimensions=query.number("dimensions", least=1),
-                precision=query.text("precision"),
+                dimensions=dimensions,
+                precision=precision,
                 deadline=query.deadline("deadline"),
             )
         except InvalidChunk as error:
@@ -100,6 +104,32 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 refusal.message = f"{refusal.message} {await _kept(gateway, key, skips=True)}"
             raise
     return answer(_shown(caller, job), headers={"location": path_to("/v1/jobs/{id}", {"id": job.id})})
+
+
+async def _model(
+    gateway: Gateway, caller: Caller, name: str | None, dimensions: int | None, precision: str | None
+) -> str | None:
+    """The model to enqueue for; None is the default one. Raises :class:`Refusal` if the caller may not use it.
+
+    An admin may name any model. Others may not: a name may be a folder of this machine, and each space is a table.
+    """
+    if caller.may(Scope.ADMIN) and caller.models is None:
+        return name
+    model = await gateway.models.find(name, caller)
+
+    def is_registered(conn: sa.Connection) -> bool:
+        return any(
+            space.spec.model in (model.target, model.spec.model)
+            and space.spec.dimensions == (dimensions or model.spec.dimensions)
+            and str(space.spec.precision) == (precision or str(model.spec.precision))
+            for space in registry.all_spaces(conn)
+        )
+
+    if (dimensions or precision) and not await seen.read(gateway, is_registered):
+        param = "dimensions" if dimensions else "precision"
+        message = "no space has these vectors yet, and only a key with the scope admin may make one."
+        raise Refusal(403, "space_not_allowed", message, param=param)
+    return None if name is None else model.target
 
 
 async def _kept(gateway: Gateway, key: str | None, *, skips: bool) -> str:
@@ -132,7 +162,21 @@ def _stored_key(caller: Caller, key: str | None) -> str | None:
 
 
 def _own(caller: Caller) -> str:
-    return f"{caller.tenant}/"
+    # Escaped, so that no tenant and key together look like those of another tenant.
+    return f"{quote(caller.tenant, safe='')}/"
+
+
+async def _require_own_key(gateway: Gateway, caller: Caller, key: str) -> None:
+    """Raise :class:`Refusal` if the key has a job that the caller may not see. The client's error names its
+    collection."""
+
+    def is_hidden(conn: sa.Connection) -> bool:
+        names, job = seen.seen_by(conn, caller), jobs.with_key(conn, key)
+        return names is not None and job is not None and job.collection not in names
+
+    if await seen.read(gateway, is_hidden):
+        message = "this Idempotency-Key was used before, for something else. Use another one."
+        raise Refusal(409, "idempotency_conflict", message, param="Idempotency-Key", should_retry=False)
 
 
 def _shown(caller: Caller, job: Job) -> dict[str, Any]:
@@ -206,6 +250,7 @@ async def events(gateway: Gateway, request: Request, caller: Caller) -> Response
     if job.state.is_final and request.headers.get("last-event-id") == "end":
         return Response(status_code=204)  # which tells an EventSource not to connect again
     gateway.streams.require_room()
+    key = session.key_of(request)
 
     async def parts() -> AsyncGenerator[bytes, None]:
         following = gateway.streams.follow(job.id, gateway.client.job, leaving=lambda: gateway.is_leaving)
@@ -213,6 +258,8 @@ async def events(gateway: Gateway, request: Request, caller: Caller) -> Response
             yield b"retry: 2000\n\n"
             async for news in following:
                 if news is None:
+                    if await gateway.keys.caller(key) is None:
+                        return  # it was revoked, or has expired
                     yield b": still here\n\n"
                     continue
                 data = dumped(_shown(caller, news))

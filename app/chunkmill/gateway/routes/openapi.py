@@ -13,6 +13,7 @@ from chunkmill.gateway import openapi
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
+from chunkmill.gateway.page import session
 from chunkmill.gateway.page.rendering import html
 from chunkmill.gateway.shapes import answer
 
@@ -47,13 +48,8 @@ async def docs(gateway: Gateway, request: Request, caller: Caller) -> Response:
         path_parameters=openapi.path_parameters,
         named=openapi.NAMED,
         type_of=_type_of,
-        compact=_compact,
-        is_known=False,
+        is_known=await session.caller_of(gateway, request) is not None,
     )
-
-
-def _compact(schema: Schema) -> str:
-    return json.dumps(schema, indent=1, ensure_ascii=False)
 
 
 def _type_of(schema: Schema) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.requests import Request
@@ -25,6 +26,7 @@ from chunkmill.ledger import overview
 from chunkmill.ledger.jobs import jobs as ledger
 from chunkmill.monitor import snapshot
 from chunkmill.monitor.snapshot import Snapshot
+from chunkmill.spaces.collections import all_collections
 
 SHOWN_JOBS = 12
 SHOWN_COLLECTIONS = 50
@@ -92,7 +94,7 @@ async def live(gateway: Gateway, request: Request, caller: Caller) -> Response:
     return html("live.html", **await _glance(gateway, caller))
 
 
-async def _glance(gateway: Gateway, caller: Caller) -> dict[str, object]:
+async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
     def work(conn: sa.Connection) -> Glance:
         mine = seen.seen_by(conn, caller)
         ids = None if mine is None else list(mine.values())
@@ -172,16 +174,16 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     except Refusal as refusal:
         return html("search.html", **(page | {"problem": refusal.message}), status=refusal.status)
     except ChunkmillError as error:
-        refusal = refusal_of(error)
-        return html("search.html", **(page | {"problem": refusal.message}), status=refusal.status)
+        told = refusal_of(error)
+        return html("search.html", **(page | {"problem": told.message}), status=told.status)
     assert isinstance(hits, Hits)  # noqa: S101 - one query has one list
     return html("search.html", **(page | {"hits": hits, "explanation": hits.explanation}))
 
 
-async def _search_page(gateway: Gateway, caller: Caller) -> dict[str, object]:
+async def _search_page(gateway: Gateway, caller: Caller) -> dict[str, Any]:
     def work(conn: sa.Connection) -> list[str]:
         mine = seen.seen_by(conn, caller)
-        return sorted(mine) if mine is not None else [each.name for each in seen.collections.all_collections(conn)]
+        return sorted(mine) if mine is not None else [each.name for each in all_collections(conn)]
 
     names = await seen.read(gateway, work)
     return {
