@@ -438,6 +438,7 @@ def test_the_example_of_the_page_runs(scene: GatewayScene, worker: StandInWorker
     finally:
         running.kill()
         running.wait()
+        scene.client.delete(DOCS, ["page-0", "page-1"])  # the other tests know what is in the collection
     assert running.returncode == 0
     assert len(said.splitlines()) == 3
 
