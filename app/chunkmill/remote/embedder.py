@@ -13,8 +13,8 @@ from chunkmill.remote.client import AsyncRemoteClient
 class RemoteEmbedder:
     """``embed`` returns lists of floats. ``key`` is ``CHUNKMILL_API_KEY`` if it is not given.
 
-    ``timeout`` is in seconds, for each call. The other arguments are those of :class:`AsyncRemoteClient`. ``batch_size`` is taken for the sake of
-    programs that give one: the gateway says how many texts a request may have.
+    ``timeout`` is in seconds, for each call. The other arguments are those of :class:`AsyncRemoteClient`.
+    ``batch_size`` is taken for the sake of programs that give one: the gateway says how many texts a request may have.
     """
 
     def __init__(

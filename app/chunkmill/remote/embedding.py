@@ -74,6 +74,8 @@ class Embedding(Asking):
         """Which space the vectors of earlier answers were of."""
         self._probes: dict[Asked, NDArray[np.float32]] = {}
         """The first server's vectors of ``PROBES``, with which those of the fallback are compared."""
+        self._learning: set[Asked] = set()
+        """For which of them some call asks for the probes now."""
         self._checked: set[Asked] = set()
         """For which of them the fallback has shown that it computes the same."""
 
@@ -200,12 +202,19 @@ class Embedding(Asking):
         if server is not self._server:
             return
         server.answered()
-        if self._fallback is None or call.asked in self._probes:
+        if self._fallback is None:
             return
-        probe = Call(call.asked, "document", call.deadline)
-        result = yield from self._embedded_by(server, probe, PROBES, self._left(call.deadline))
-        if isinstance(result, EmbeddedTexts):
-            self._probes.setdefault(call.asked, result.vectors)
+        with self._lock:
+            if call.asked in self._probes or call.asked in self._learning:
+                return
+            self._learning.add(call.asked)
+        try:
+            probe = Call(call.asked, "document", call.deadline)
+            result = yield from self._embedded_by(server, probe, PROBES, self._left(call.deadline))
+            if isinstance(result, EmbeddedTexts):
+                self._probes[call.asked] = result.vectors
+        finally:
+            self._learning.discard(call.asked)
 
     def _embedded_by(
         self, server: Server, call: Call, texts: Sequence[str], seconds: float

@@ -240,6 +240,19 @@ def test_the_fallback_answers_while_the_first_cannot_and_the_first_is_asked_agai
         assert len(first.asked) == asked_before + 1 and len(second.asked) == 3
 
 
+def test_the_first_server_is_asked_for_the_probes_once(kind: str) -> None:
+    with (
+        scripted(answer_well) as first,
+        scripted(embedded) as second,
+        remote(kind, first.url, fallback=second.url) as client,
+    ):
+        client.embed(TEXTS)
+        client.embed(TEXTS)
+        asked = [one.json["input"] for one in first.asked if one.path == "/v1/embeddings"]
+        assert asked.count(list(PROBES)) == 1 and len(asked) == 17
+        assert second.asked == []
+
+
 def test_a_fallback_of_another_space_is_never_used(kind: str) -> None:
     is_down = False
 

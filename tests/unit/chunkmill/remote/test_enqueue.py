@@ -106,7 +106,7 @@ def test_an_enqueue_sends_every_chunk_and_argument_and_returns_the_job(kind: str
 
 
 @pytest.mark.parametrize(("kind", "source"), SOURCES)
-@pytest.mark.parametrize("failure", [HANGS_UP, refusal(503, "draining", after_ms=1), Said(502)])
+@pytest.mark.parametrize("failure", [HANGS_UP, refusal(503, "draining", after_ms=1)])
 def test_after_a_lost_answer_all_is_sent_again_under_the_same_key(kind: str, source: Any, failure: Said) -> None:
     answers = iter([failure, failure, WELL])
     with scripted(lambda _: next(answers)) as server, remote(kind, server.url) as client:

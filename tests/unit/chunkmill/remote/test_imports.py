@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+
+import chunkmill
+from chunkmill.remote import AsyncRemoteClient, RemoteClient
 
 SCRIPT = """
 import importlib.abc, sys
@@ -45,3 +50,28 @@ def test_a_fresh_interpreter_needs_neither_a_database_nor_a_broker_nor_settings(
     assert lines[:3] == ["GatewayUnavailable"] * 3
     assert "text" in done.stdout
     assert lines[-1] == "loaded:"
+
+
+def test_both_clients_have_the_same_methods_with_the_same_arguments_and_name_public_errors() -> None:
+    methods = {name: getattr(RemoteClient, name) for name in vars(RemoteClient) if not name.startswith("_")}
+    assert methods.keys() == {name for name in vars(AsyncRemoteClient) if not name.startswith("_")}
+    for name, method in methods.items():
+        assert inspect.getdoc(method), name
+        named = set(re.findall(r":class:`(\w+)`", inspect.getdoc(method) or ""))
+        assert named <= {*chunkmill.__all__, "RemoteClient"}, name
+        twin = getattr(AsyncRemoteClient, name)
+        assert [*inspect.signature(twin).parameters] == [*inspect.signature(method).parameters], name
+
+
+def test_a_method_takes_the_arguments_of_the_method_of_client() -> None:
+    """Which are fewer: a gateway embeds in its own precision, and says itself what hinders a job."""
+    left_out = {"embed": {"precision"}, "embed_texts": {"precision", "caller", "blank"}, "wait": {"on_hindrance"}}
+    for name in vars(RemoteClient):
+        if name.startswith("_") or name in ("from_env", "close"):
+            continue
+        theirs = inspect.signature(getattr(chunkmill.Client, name)).parameters
+        ours = inspect.signature(getattr(RemoteClient, name)).parameters
+        wanted = [argument for argument in theirs if argument not in left_out.get(name, ())]
+        assert [*ours] == wanted, name
+        for argument in wanted[1:]:
+            assert ours[argument].default == theirs[argument].default, (name, argument)

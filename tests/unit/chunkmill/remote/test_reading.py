@@ -139,7 +139,7 @@ def test_a_stream_that_is_not_one_of_vectors_is_refused(kind: str, body: bytes) 
         client.iter_vectors("docs")
 
 
-@pytest.mark.parametrize("share", range(0, 80, 7))
+@pytest.mark.parametrize("share", range(0, 80, 13))
 def test_a_stream_is_read_in_pieces_of_any_size(kind: str, share: int) -> None:
     whole = block(["a", "b"], 3, FLOATS) + block(["c", "d"], 3, FLOATS) + bytes(4)
 

@@ -91,7 +91,7 @@ def server() -> Iterator[Scripted]:
         yield running
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     verb=st.sampled_from(sorted(CALLS)),
     n=st.integers(1, 11),
