@@ -18,7 +18,7 @@ from chunkmill.remote.asking import Asking
 from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure
-from chunkmill.remote.steps import Pause, Request, Steps, Tell
+from chunkmill.remote.steps import Drain, Pause, Request, Steps, Tell
 
 ENQUEUE_SECONDS = 600.0
 """How long an enqueue waits for the gateway to take the next piece, or to answer after the last one."""
@@ -51,7 +51,8 @@ class Jobs(Asking):
 
         The chunks are sent while they are read, in constant memory. If the connection breaks, they are sent again with
         the same idempotency key, which is made here if none is given: so a lost answer makes no second job. What can be
-        read only once is kept in a temporary file for that. Raises :class:`InvalidChunk`, with nothing written unless
+        read only once is kept in a temporary file for that, and read to its end before it is sent again, because a
+        gateway breaks off a body that comes too slowly. Raises :class:`InvalidChunk`, with nothing written unless
         ``on_invalid`` is ``"skip"``, :class:`AccessDenied`, :class:`GatewayUnavailable`, and what
         :meth:`Client.enqueue` raises.
         """
@@ -81,7 +82,9 @@ class Jobs(Asking):
         lines = Lines(chunks, on_invalid)
         headers = {"content-type": "application/x-ndjson", "idempotency-key": key}
         try:
-            return (yield from self._send_lines(Request("POST", "/v1/jobs", ENQUEUE_SECONDS, query, headers, lines)))
+            return (
+                yield from self._send_lines(Request("POST", "/v1/jobs", ENQUEUE_SECONDS, query, headers, lines), lines)
+            )
         except (GatewayUnavailable, WaitTimeout) as error:
             raise type(error)(
                 f"{error} Whether the job exists is not known. The same enqueue with idempotency_key={key!r} returns "
@@ -90,16 +93,22 @@ class Jobs(Asking):
         finally:
             lines.close()
 
-    def _send_lines(self, request: Request) -> Steps[Job]:
-        """The job. Attempts go on for as long as the client's timeout after the first failure."""
+    def _send_lines(self, request: Request, lines: Lines) -> Steps[Job]:
+        """The job. Attempts go on for as long as the client's timeout after the first failure.
+
+        A gateway breaks off a body that comes too slowly. So the rest of the iterable is read before the second
+        attempt, which then waits for nobody.
+        """
         tries, deadline = 0, None
         while True:
             result = yield from self._attempt(self._server, request)
             if not isinstance(result, Failure):
                 return (yield from self._read(self._server, result.body, partial(_job, result.body)))
-            deadline = self._deadline() if deadline is None else deadline
-            if not result.may_repeat:
+            if not result.may_repeat and not (result.is_too_slow and deadline is None):
                 raise result.error
+            if deadline is None:
+                yield Drain(lines)
+                deadline = self._deadline()
             yield from self._wait(result, tries, deadline)
             tries += 1
 

@@ -66,12 +66,8 @@ class Lines:
             self._position = 0
             yield from self._gathered(iter(self._again))
             return
-        if not isinstance(self._rest, Iterator):
-            raise SourceFailed(InvalidInput("chunks is an asynchronous iterable, which only AsyncRemoteClient takes."))
         yield from self._replayed()
-        for piece in self._gathered(self._rest):
-            self._keep(piece)
-            yield piece
+        yield from self._fresh()
 
     async def pieces_in_a_loop(self) -> AsyncIterator[bytes]:
         """As :meth:`pieces`. Whatever may hold the event loop runs in a thread."""
@@ -83,6 +79,33 @@ class Lines:
         replayed = self._replayed()
         while (piece := await asyncio.to_thread(next, replayed, None)) is not None:
             yield piece
+        async for piece in self._fresh_in_a_loop():
+            yield piece
+
+    def drain(self) -> None:
+        """Read the rest of what can be read only once, so that the next sending waits for nobody. Raises
+        :class:`SourceFailed`."""
+        if self._again is None:
+            for _ in self._fresh():
+                pass
+
+    async def drain_in_a_loop(self) -> None:
+        """As :meth:`drain`."""
+        if not self.is_asynchronous:
+            await asyncio.to_thread(self.drain)
+            return
+        async for _ in self._fresh_in_a_loop():
+            pass
+
+    def _fresh(self) -> Iterator[bytes]:
+        """Pieces of what was not read before."""
+        if not isinstance(self._rest, Iterator):
+            raise SourceFailed(InvalidInput("chunks is an asynchronous iterable, which only AsyncRemoteClient takes."))
+        for piece in self._gathered(self._rest):
+            self._keep(piece)
+            yield piece
+
+    async def _fresh_in_a_loop(self) -> AsyncIterator[bytes]:
         if not isinstance(self._rest, AsyncIterator):
             raise TypeError
         lines: list[bytes] = []

@@ -39,12 +39,14 @@ _SMALLER = frozenset({"too_many_inputs", "max_tokens_per_request", "body_too_lar
 @dataclass(frozen=True, slots=True)
 class Failure:
     """``may_repeat`` says that the same request may succeed later. ``is_undone`` says that it had no effect.
-    ``is_too_large`` says that its parts may succeed. ``retry_after`` is in seconds."""
+    ``is_too_large`` says that its parts may succeed, and ``is_too_slow`` that it would if its body came without
+    pauses. ``retry_after`` is in seconds."""
 
     error: ChunkmillError
     may_repeat: bool
     is_undone: bool
     is_too_large: bool = False
+    is_too_slow: bool = False
     retry_after: float | None = None
 
 
@@ -61,6 +63,7 @@ def failure_of(answer: Answer, server: str, secrets: Sequence[str]) -> Failure:
         may_repeat=may_repeat,
         is_undone=answer.status in _UNDONE,
         is_too_large=code in _SMALLER or answer.status == 413,
+        is_too_slow=answer.status == 408,
         retry_after=retry_after(answer.headers),
     )
 

@@ -122,6 +122,13 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Read the rest of an iterable that is being sent. Raises what the iterable raises."""
+
+    lines: Lines
+
+
+@dataclass(frozen=True, slots=True)
 class Give:
     """Hand an item to the caller, who is iterating, and go on when the next one is wanted."""
 
@@ -139,7 +146,7 @@ class Together:
     at_once: int
 
 
-Step = Send | Open | Read | Pause | Tell | Work | Give | Together
+Step = Send | Open | Read | Pause | Tell | Work | Drain | Give | Together
 Steps = Generator[Step, Any, Result]
 
 

@@ -18,6 +18,7 @@ from chunkmill.remote.lines import Lines, SourceFailed
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import (
     Answer,
+    Drain,
     Give,
     Open,
     Opened,
@@ -109,6 +110,11 @@ class TaskRunner:
                     await told
             case Work(function, is_long):
                 return await asyncio.to_thread(function) if is_long else function()
+            case Drain(lines):
+                try:
+                    await lines.drain_in_a_loop()
+                except SourceFailed as failed:
+                    raise failed.error from None
             case Together(makers, at_once):
                 return await self._together(list(makers), at_once)
         return None

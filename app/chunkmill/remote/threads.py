@@ -21,6 +21,7 @@ from chunkmill.remote.lines import Lines, SourceFailed
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import (
     Answer,
+    Drain,
     Give,
     Open,
     Opened,
@@ -95,6 +96,11 @@ class ThreadRunner:
                 function(argument)
             case Work(function):
                 return function()
+            case Drain(lines):
+                try:
+                    lines.drain()
+                except SourceFailed as failed:
+                    raise failed.error from None
             case Together(makers, at_once):
                 return self._together(list(makers), at_once)
         return None

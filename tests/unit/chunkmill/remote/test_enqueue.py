@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import socket
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -114,6 +117,81 @@ def test_after_a_lost_answer_all_is_sent_again_under_the_same_key(kind: str, sou
     assert [sent(asked) for asked in server.asked] == [expected(CHUNKS)] * 3
     keys = {asked.headers["idempotency-key"] for asked in server.asked}
     assert len(keys) == 1 and len(keys.pop()) == 32
+
+
+@pytest.mark.parametrize(("kind", "source"), SOURCES)
+def test_a_source_that_is_too_slow_for_the_gateway_is_read_to_its_end_before_it_is_sent_again(
+    kind: str, source: Any
+) -> None:
+    cuts = iter([refusal(408, "body_too_slow", retry=False), refusal(503, "draining", after_ms=1)])
+    read: list[str] = []
+
+    def noted(chunks: list[Chunk]) -> Any:
+        if source is asynchronously:
+            return noted_asynchronously(chunks)
+        return (read.append(chunk.id) or chunk for chunk in chunks) if source is once else source(chunks)
+
+    async def noted_asynchronously(chunks: list[Chunk]) -> AsyncIterator[Chunk]:
+        for chunk in chunks:
+            read.append(chunk.id)
+            yield chunk
+
+    def answer(asked: Asked) -> Said:
+        said = next(cuts, WELL)
+        if said is WELL and source in (once, asynchronously):
+            assert len(read) == len(CHUNKS)
+        return said
+
+    with scripted(answer) as server, remote(kind, server.url) as client:
+        assert client.enqueue(noted(CHUNKS), collection="docs").id == 7
+    assert sent(server.asked[-1]) == expected(CHUNKS) and len(server.asked) == 3
+
+
+def test_a_body_that_is_too_slow_although_nobody_is_waited_for_is_not_sent_for_ever(kind: str) -> None:
+    with scripted(lambda _: refusal(408, "body_too_slow", retry=False)) as server, remote(kind, server.url) as client:
+        with pytest.raises(GatewayUnavailable, match="body_too_slow"):
+            client.enqueue(once(CHUNKS), collection="docs")
+        assert len(server.asked) == 2
+
+
+def test_a_slow_source_survives_a_gateway_that_hangs_up_in_the_middle(kind: str) -> None:
+    """The gateway hangs up after the first piece, and the rest comes only after that."""
+    hung_up = threading.Event()
+
+    def chunks() -> Iterator[Chunk]:
+        yield from CHUNKS[:500]
+        assert hung_up.wait(60)
+        yield from CHUNKS[500:]
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, scripted(lambda _: WELL) as well:
+        to = ("127.0.0.1", int(well.url.rpartition(":")[2]))
+
+        def serve() -> None:
+            first, _ = listening.accept()
+            first.recv(1000)
+            first.close()
+            hung_up.set()
+            second, _ = listening.accept()
+            with second, socket.create_connection(to) as behind:
+                second.settimeout(60)
+                back = threading.Thread(target=copy, args=(behind, second), daemon=True)
+                back.start()
+                copy(second, behind)
+                back.join(60)
+
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        with remote(kind, f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
+            assert client.enqueue(chunks(), collection="docs").id == 7
+        serving.join(60)
+    assert sent(well.asked[-1]) == expected(CHUNKS)
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65_536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 def test_two_enqueues_have_two_keys(kind: str) -> None:
