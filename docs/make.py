@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import chunkmill  # noqa: E402
-from chunkmill import errors, similarity  # noqa: E402
+from chunkmill import errors, remote, similarity  # noqa: E402
 from chunkmill.settings import Settings  # noqa: E402
 from chunkmill.settings.provider import ProviderSettings  # noqa: E402
 from docs.async_verbs import VERBS, verbs  # noqa: E402
@@ -99,10 +99,18 @@ def api() -> str:
         parts.append(f"## {title}\n")
         for name in names:
             parts += described(getattr(chunkmill, name))
+    parts += remote_clients()
     parts += similarity_toolkit()
     parts.append("## Errors\n")
     parts += errors_table()
     return "\n".join(parts).rstrip() + "\n"
+
+
+def remote_clients() -> Iterator[str]:
+    yield "## chunkmill.remote\n"
+    yield f"These names are imported from `chunkmill.remote`. {prose(inspect.getdoc(remote))}\n"
+    for name in remote.__all__:
+        yield from described(getattr(remote, name))
 
 
 def similarity_toolkit() -> Iterator[str]:
@@ -171,6 +179,8 @@ def methods(what: type) -> Iterator[str]:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not inspect.getdoc(function):
             continue
+        if what.__name__ == "AsyncRemoteClient" and hasattr(function, "__wrapped__"):
+            continue  # a method of RemoteClient, as a coroutine
         yield f"#### `{what.__name__}.{name}`\n"
         if not isinstance(member, property):
             yield f"```python\n{signature(name, function)}\n```\n"
@@ -187,9 +197,17 @@ def signature(name: str, function: FunctionType) -> str:
     parts = [argument(each, default) for each, default in zip(arguments, defaults, strict=True)]
     if given.kwonlyargs:
         parts += ["*", *map(argument, given.kwonlyargs, given.kw_defaults)]
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    returns = f" -> {what_is_returned(node.returns)}" if node.returns else ""
     line = f"{name}({', '.join(parts)}){returns}"
     return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){returns}"
+
+
+def what_is_returned(node: ast.expr) -> str:
+    """Return the type that the caller gets. The verbs of the remote clients are written as steps."""
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in ("Steps", "Items"):
+        inner = ast.unparse(node.slice)
+        return inner if node.value.id == "Steps" else f"Iterator[{inner}]"
+    return ast.unparse(node)
 
 
 def argument(given: ast.arg, default: ast.expr | None) -> str:

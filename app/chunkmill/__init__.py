@@ -50,11 +50,13 @@ from chunkmill.domain.retention import Amount, CacheSpace, Pruned, QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import (
+    AccessDenied,
     BudgetExceeded,
     ChunkmillError,
     ClientClosed,
     EmbeddedStackError,
     EngineError,
+    GatewayUnavailable,
     InvalidChunk,
     InvalidInput,
     InvalidSetting,
@@ -106,6 +108,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Abandoned",
+    "AccessDenied",
     "Adjustment",
     "AdjustmentKind",
     "Amount",
@@ -138,6 +141,7 @@ __all__ = [
     "Explanation",
     "Exported",
     "FailingChunkBatch",
+    "GatewayUnavailable",
     "GoldenLoaded",
     "GoldenQueries",
     "GoldenQuery",

@@ -17,7 +17,9 @@
     ├── LeaseLost             another worker holds the ChunkBatch now
     ├── StoreUnavailable      Postgres is down, not migrated, or has no pgvector
     │   └── StoreLimit          a setting of Postgres, such as statement_timeout, ended the transaction
-    ├── ClientClosed          the `AsyncClient` was closed before the call, or while it ran
+    ├── GatewayUnavailable    the gateway cannot be reached, is overloaded, or sent an answer that cannot be read
+    ├── AccessDenied          the gateway does not know the API key, or the key does not allow the request
+    ├── ClientClosed          the client was closed before the call, or while it ran
     ├── EmbeddedStackError    the embedded Postgres or Redis cannot run
     ├── DeviceUnavailable     the requested GPU does not exist, or no device can compute
     │   └── DeviceTaken         every GPU has a worker; one of them may end soon
@@ -153,6 +155,21 @@ class StoreLimit(StoreUnavailable):
     """Postgres ended a transaction because it took more than a setting allows. The message names the setting."""
 
     code = "store_limit"
+
+
+class GatewayUnavailable(ChunkmillError):
+    """Only the clients of ``chunkmill.remote`` raise it, when the time of the call is over."""
+
+    code = "gateway_unavailable"
+    retryable = True
+    http_status = 503
+
+
+class AccessDenied(ChunkmillError):
+    """The message of the gateway says what the key lacks."""
+
+    code = "access_denied"
+    http_status = 403
 
 
 class ClientClosed(ChunkmillError):

@@ -177,10 +177,14 @@ def _escaped(text: str) -> str:
 
 
 def _plain_table(table: Table, width: int) -> str:
-    from rich.cells import set_cell_size
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
+    try:
+        from rich.cells import set_cell_size
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+    except ImportError:  # as where only chunkmill.remote is used
+        rows = [table.heads, *table.rows] if table.heads else table.rows
+        return "\n".join("  ".join(" ".join(text_of(value).split()) for value in row) for row in rows)
 
     grid = RichTable(
         box=None, show_header=bool(table.heads), pad_edge=False, padding=(0, 2, 0, 0), title_justify="left"

@@ -91,6 +91,8 @@ class Asked:
     """Bring the vectors to length 1 also if the model does not."""
     seconds: float | None = None
     base64: bool = False
+    return_tokens: bool = False
+    """Say how many tokens each text had. ``usage`` has their sum."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +104,8 @@ class Answered:
     """``(n, d)`` float32, contiguous."""
     tokens: int
     """Of all texts, after they were cut."""
+    tokens_of_each: NDArray[np.int32]
+    """``(n,)`` int32."""
     truncated: list[int]
     """The positions of the texts that were cut."""
     fingerprint: str
@@ -163,6 +167,7 @@ async def embed(gateway: Gateway, request: Request, caller: Caller, asked: Asked
         model,
         np.ascontiguousarray(vectors, "<f4"),
         int(embedded.tokens.sum()),
+        embedded.tokens,
         truncated,
         _fingerprint(spec),
     )

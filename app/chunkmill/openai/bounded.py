@@ -123,12 +123,17 @@ def http_client(openai: ModuleType, server: str, timeout_s: float, *, is_https: 
         trust_env=is_https,
         **({} if is_https else {"verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}),
     )
+    within_deadlines(client)
+    return client
+
+
+def within_deadlines(client: Any) -> None:
+    """Let each read and write of a client of httpx or httpx2 obey the deadline of :func:`within`."""
     for transport in (client._transport, *client._mounts.values()):
         # A mount of None goes past the proxies. The names are private: a test sees whether they are still there.
         pool: Any = getattr(transport, "_pool", None)
         if hasattr(pool, "_network_backend"):
             pool._network_backend = _Backend(pool._network_backend)
-    return client
 
 
 def library(openai: ModuleType) -> ModuleType:

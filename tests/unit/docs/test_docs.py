@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import chunkmill
+import chunkmill.remote
 from chunkmill import Client, Job, SearchHit
+from chunkmill.remote import RemoteClient
 
 ROOT = Path(__file__).parents[3]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,7 +44,8 @@ EXAMPLES = [
     if page.name != "api.md"  # whose signatures are made from the code
     for number, block in enumerate(block for language, block in FENCE.findall(page.read_text()) if language == "python")
 ]
-OF = {"client": Client, "job": Job, "hit": SearchHit}
+MODULES = {"chunkmill": chunkmill, "chunkmill.remote": chunkmill.remote}
+OF = {"client": Client, "remote": RemoteClient, "job": Job, "hit": SearchHit}
 """What the variables of an example are, by their names."""
 
 
@@ -52,8 +55,7 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
     used = 0
     for node in ast.walk(ast.parse(example)):
         if isinstance(node, ast.ImportFrom):
-            assert node.module == "chunkmill"
-            assert {name.name for name in node.names} <= set(chunkmill.__all__)
+            assert {name.name for name in node.names} <= set(MODULES[str(node.module)].__all__)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF:
             kind = OF[node.value.id]
             assert node.attr in dir(kind), f"{kind.__name__} has no {node.attr}"

@@ -39,7 +39,7 @@ async def embeddings(gateway: Gateway, request: Request, caller: Caller) -> Resp
         base64_items if asked.base64 else float_items,
         base64=asked.base64,
         head=b'{"object":"list","data":[',
-        tail=_tail(answered),
+        tail=_tail(answered, return_tokens=asked.return_tokens),
         headers=answered.headers,
     )
 
@@ -62,6 +62,7 @@ def read_body(body: dict[str, Any], token_ids: TokenIds) -> Asked:
         flag_field(body, "normalize") is True,
         seconds_field(body),
         base64=is_base64 is True,
+        return_tokens=flag_field(body, "return_tokens") is True,
     )
 
 
@@ -72,11 +73,13 @@ def read_model(body: dict[str, Any]) -> str | None:
     return model
 
 
-def _tail(answered: Answered) -> bytes:
+def _tail(answered: Answered, *, return_tokens: bool) -> bytes:
     usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
     rest: dict[str, object] = {"model": answered.model.name, "usage": usage}
     if answered.truncated:
         rest["truncated"] = answered.truncated
+    if return_tokens:
+        rest["tokens"] = answered.tokens_of_each.tolist()
     return b"]," + orjson.dumps(rest)[1:]
 
 
@@ -124,6 +127,7 @@ REQUEST = {
         "input_type": {"enum": [*KINDS, None], "default": "document"},
         "truncate": _OPTIONAL_FLAG | {"description": "Whether long texts are cut, or refused. The default is true."},
         "normalize": _OPTIONAL_FLAG | {"description": "Whether vectors get length 1 also if the model's have another."},
+        "return_tokens": _OPTIONAL_FLAG | {"description": "Whether the answer has `tokens`."},
         "timeout_ms": {"type": ["integer", "null"], "minimum": 1, "maximum": int(MAX_SECONDS * 1000)},
     },
 }
@@ -155,6 +159,11 @@ ANSWER = {
         },
         "truncated": {
             "description": "The positions of the texts that were cut, if any was.",
+            "type": "array",
+            "items": {"type": "integer"},
+        },
+        "tokens": {
+            "description": "How many tokens the model read of each text.",
             "type": "array",
             "items": {"type": "integer"},
         },

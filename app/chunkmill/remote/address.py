@@ -1,0 +1,110 @@
+"""Where a gateway is, and the key that it is asked with. Both are checked before anything is sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit, urlunsplit
+
+from chunkmill.errors import InvalidSetting
+
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
+_EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
+
+
+class Key:
+    """An API key, which no ``repr`` and no message shows."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Key(…)"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """``url`` has no path beyond that of a proxy's prefix, no user, no query and no slash at its end."""
+
+    url: str
+    is_https: bool
+
+
+def read_key(name: str, given: object) -> Key:
+    """The key. Raises :class:`InvalidSetting`, which names ``name`` and does not show the key."""
+    if not isinstance(given, str) or not given.strip():
+        raise InvalidSetting(f"{name} is missing. `chunkmill keys create` makes one on the server.")
+    key = given.strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise InvalidSetting(f"{name} has a character that no key has, such as a blank or a line break inside.")
+    return Key(key)
+
+
+def read_address(name: str, given: object, http_hosts: Iterable[str] = ()) -> Address:
+    """The address of a gateway. http is taken on loopback and for the hosts in ``http_hosts`` only.
+
+    Raises :class:`InvalidSetting`, which names ``name``.
+    """
+    problem = (
+        f"{name} must be a URL such as https://embed.example.com, with no user and no query; http is allowed only on "
+        "loopback, and to hosts that http_hosts (CHUNKMILL_HTTP_HOSTS) names"
+    )
+    hosts = read_hosts(http_hosts)
+    if not isinstance(given, str):
+        raise InvalidSetting(f"{problem}.")
+    url = given.strip()
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises if it is not a port
+    except ValueError:
+        raise InvalidSetting(f"{problem}.") from None
+    host = (parts.hostname or "").lower()
+    is_bare = not parts.query and "@" not in parts.netloc and "#" not in url and url.isprintable() and " " not in url
+    if not host or not is_bare or parts.scheme not in ("http", "https"):
+        raise InvalidSetting(f"{problem}.")
+    if parts.scheme == "http" and not is_loopback(host) and host not in hosts:
+        raise InvalidSetting(f"{problem}. Texts and the key would cross the network to {host} unencrypted.")
+    return Address(urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", "")), parts.scheme == "https")
+
+
+def read_hosts(given: Iterable[str]) -> frozenset[str]:
+    """Names of single hosts that may have http. An address of the public internet is refused.
+
+    Raises :class:`InvalidSetting`.
+    """
+    if isinstance(given, str):
+        given = given.split(",")
+    hosts = frozenset(str(host).strip().lower().removeprefix("[").removesuffix("]") for host in given) - {""}
+    for host in sorted(hosts):
+        try:
+            address = ip_address(host)
+        except ValueError:
+            if host in _EVERYTHING or not _HOST.fullmatch(host):
+                raise InvalidSetting(
+                    "each of http_hosts (CHUNKMILL_HTTP_HOSTS) must be the name or the IP address of one host, without "
+                    "http://, port and path, such as gateway or 10.0.0.7; there is no word for all hosts."
+                ) from None
+            continue
+        if address.is_global or address.is_unspecified or address.is_multicast:
+            raise InvalidSetting(
+                f"http_hosts (CHUNKMILL_HTTP_HOSTS) has {host}, which is not the address of a host on a private "
+                "network, so the key would cross the internet unencrypted: use https."
+            )
+    return hosts
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine. Only the name ``localhost`` and addresses count; no name is looked up."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,218 @@
+"""The clients over HTTP: the verbs, and who runs them."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from chunkmill.domain.arguments import as_seconds
+from chunkmill.errors import InvalidSetting
+from chunkmill.remote.address import read_address, read_hosts, read_key
+from chunkmill.remote.collections import Collections
+from chunkmill.remote.embedding import Embedding
+from chunkmill.remote.http import context_of
+from chunkmill.remote.jobs import Jobs
+from chunkmill.remote.servers import Server
+from chunkmill.remote.tasks import TaskRunner
+from chunkmill.remote.threads import ThreadRunner
+from chunkmill.remote.verbs import AsyncSearch, Search, in_loop, in_thread, items_in_loop, items_in_thread
+
+Verify = bool | str | Path | ssl.SSLContext
+
+
+class Verbs(Embedding, Jobs, Collections):
+    """All verbs, as generators of steps."""
+
+
+class _Remote:
+    """What both clients are made of."""
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str,
+        *,
+        fallback: str | None = None,
+        fallback_key: str | None = None,
+        timeout: float = 30.0,
+        verify: Verify = True,
+        http_hosts: Iterable[str] = (),
+        trust_env: bool = False,
+    ) -> None:
+        hosts = read_hosts(http_hosts)
+        server = Server(read_address("base_url", base_url, hosts), read_key("key", key))
+        other = None
+        if fallback is not None:
+            other_key = server.key if fallback_key is None else read_key("fallback_key", fallback_key)
+            other = Server(read_address("fallback", fallback, hosts), other_key)
+            if other.address == server.address:
+                raise InvalidSetting("fallback is the same address as base_url; name another server.")
+        elif fallback_key is not None:
+            raise InvalidSetting("fallback_key is given, and no fallback.")
+        self._verbs = Verbs(server, other, as_seconds("timeout", timeout))
+        is_needed = any(one is not None and one.address.is_https for one in (server, other))
+        self._verified = context_of(verify, is_needed=is_needed)
+        self._trust_env = trust_env
+
+    def __repr__(self) -> str:
+        """One line with the address, without the key."""
+        return f"{type(self).__name__}({self._verbs._server.name!r})"
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    url, key = environment.get("CHUNKMILL_URL", ""), environment.get("CHUNKMILL_API_KEY", "")
+    hosts = read_hosts(environment.get("CHUNKMILL_HTTP_HOSTS", ""))
+    if not url:
+        raise InvalidSetting("CHUNKMILL_URL is not set: it is the address of a gateway, such as https://embed.example.")
+    read_address("CHUNKMILL_URL", url, hosts)  # so that the error names the variable
+    return {"base_url": url, "key": read_key("CHUNKMILL_API_KEY", key).reveal(), "http_hosts": hosts}
+
+
+class RemoteClient(_Remote):
+    """A :class:`Client` that speaks to a gateway over HTTP, and needs neither Postgres nor Redis.
+
+    ``base_url`` is the gateway's address, and ``key`` one of its API keys. Results and errors are those of
+    :class:`Client`. What may be repeated is repeated after 429, 502, 503, 504 and broken connections, with the pauses
+    that the gateway asks for, until the ``timeout`` of the call; calls without one have that of the client, in seconds.
+
+    The vectors of a client are of one space for each model and size: if the gateway answers with another, it raises
+    :class:`SpaceMismatch`. ``fallback`` is the address of a second gateway, which makes vectors while the first cannot
+    be reached or is overloaded. Its key is ``fallback_key``, or else the same. It is used only for a space of which the
+    first has made vectors before, and if its fingerprint is the same and its vectors of a few texts agree.
+
+    http is taken on loopback only, and for the hosts in ``http_hosts``. ``verify`` is the path of a private CA's
+    certificates, or an ``ssl.SSLContext``. Redirects are not followed. ``trust_env=True`` takes the proxies of
+    the environment for https. All threads may use a client at once.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str,
+        *,
+        fallback: str | None = None,
+        fallback_key: str | None = None,
+        timeout: float = 30.0,
+        verify: Verify = True,
+        http_hosts: Iterable[str] = (),
+        trust_env: bool = False,
+    ) -> None:
+        super().__init__(
+            base_url,
+            key,
+            fallback=fallback,
+            fallback_key=fallback_key,
+            timeout=timeout,
+            verify=verify,
+            http_hosts=http_hosts,
+            trust_env=trust_env,
+        )
+        self._runner = ThreadRunner(self._verified, trust_env=trust_env)
+
+    @classmethod
+    def from_env(cls) -> RemoteClient:
+        """A client for ``CHUNKMILL_URL`` and ``CHUNKMILL_API_KEY``. ``CHUNKMILL_HTTP_HOSTS`` names the hosts that may
+        have http, with commas. Raises :class:`InvalidSetting`."""
+        return cls(**_from_environment(os.environ))
+
+    embed = in_thread(Verbs.embed)
+    embed_texts = in_thread(Verbs.embed_texts)
+
+    search: Search = cast(Any, in_thread(Verbs.search))
+    enqueue = in_thread(Verbs.enqueue)
+    job = in_thread(Verbs.job)
+    jobs = in_thread(Verbs.jobs)
+    wait = in_thread(Verbs.wait)
+    cancel = in_thread(Verbs.cancel)
+    retry = in_thread(Verbs.retry)
+    dead = in_thread(Verbs.dead)
+    collections = in_thread(Verbs.collections)
+    audit = in_thread(Verbs.audit)
+    count = in_thread(Verbs.count)
+    delete = in_thread(Verbs.delete)
+    chunks = items_in_thread(Verbs.chunks)
+    iter_vectors = items_in_thread(Verbs.iter_vectors)
+
+    def close(self) -> None:
+        """Close the connections. Calls that are under way in other threads raise :class:`ClientClosed`."""
+        self._runner.close()
+
+    def __enter__(self) -> RemoteClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncRemoteClient(_Remote):
+    """A :class:`RemoteClient` for asyncio: its methods are coroutines with the same arguments, and ``chunks`` and
+    ``iter_vectors`` are asynchronous generators.
+
+    ``enqueue`` also takes an asynchronous iterable, and reads a synchronous one in a thread. ``on_progress`` may be a
+    coroutine function. A call whose task is cancelled ends at once, and the gateway withdraws what it asked of a
+    worker. It may be used in several event loops, each of which has connections of its own.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str,
+        *,
+        fallback: str | None = None,
+        fallback_key: str | None = None,
+        timeout: float = 30.0,
+        verify: Verify = True,
+        http_hosts: Iterable[str] = (),
+        trust_env: bool = False,
+    ) -> None:
+        super().__init__(
+            base_url,
+            key,
+            fallback=fallback,
+            fallback_key=fallback_key,
+            timeout=timeout,
+            verify=verify,
+            http_hosts=http_hosts,
+            trust_env=trust_env,
+        )
+        self._runner = TaskRunner(self._verified, trust_env=trust_env)
+
+    @classmethod
+    def from_env(cls) -> AsyncRemoteClient:
+        """As :meth:`RemoteClient.from_env`. It waits for nothing, so it is no coroutine."""
+        return cls(**_from_environment(os.environ))
+
+    embed = in_loop(Verbs.embed)
+    embed_texts = in_loop(Verbs.embed_texts)
+    search: AsyncSearch = cast(Any, in_loop(Verbs.search))
+    enqueue = in_loop(Verbs.enqueue)
+    job = in_loop(Verbs.job)
+    jobs = in_loop(Verbs.jobs)
+    wait = in_loop(Verbs.wait)
+    cancel = in_loop(Verbs.cancel)
+    retry = in_loop(Verbs.retry)
+    dead = in_loop(Verbs.dead)
+    collections = in_loop(Verbs.collections)
+    audit = in_loop(Verbs.audit)
+    count = in_loop(Verbs.count)
+    delete = in_loop(Verbs.delete)
+    chunks = items_in_loop(Verbs.chunks)
+    iter_vectors = items_in_loop(Verbs.iter_vectors)
+
+    async def close(self) -> None:
+        """Close the connections of this event loop. Later calls raise :class:`ClientClosed`."""
+        await self._runner.close()
+
+    async def __aenter__(self) -> AsyncRemoteClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

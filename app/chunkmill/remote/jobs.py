@@ -1,0 +1,188 @@
+"""Jobs through a gateway: enqueue, follow, cancel, retry, and what is dead."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterable, Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Literal
+
+from chunkmill.domain.arguments import as_deadline, as_function, as_number, as_seconds, as_word, require_name
+from chunkmill.domain.printed import Rows
+from chunkmill.domain.results import Job
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import JobState, Priority, Route
+from chunkmill.errors import GatewayUnavailable, InvalidInput, JobFailed, WaitTimeout
+from chunkmill.remote.asking import Asking
+from chunkmill.remote.lines import Lines
+from chunkmill.remote.reading import parse, parse_object, read, read_list
+from chunkmill.remote.refusals import Failure
+from chunkmill.remote.steps import Drain, Pause, Request, Steps, Tell
+
+ENQUEUE_SECONDS = 600.0
+"""How long an enqueue waits for the gateway to take the next piece, or to answer after the last one."""
+FIRST_LOOK_S = 0.1
+LONGEST_LOOK_S = 2.0
+LEAST_LOOK_S = 5.0
+"""How long a look at a job may take at least, also if the time of the wait is over."""
+PAGE = 1_000
+
+
+class Jobs(Asking):
+    """The verbs that are about jobs."""
+
+    def enqueue(
+        self,
+        chunks: Iterable[object] | AsyncIterable[object],
+        *,
+        collection: str,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        priority: Priority | str = Priority.NORMAL,
+        idempotency_key: str | None = None,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: datetime | timedelta | float | None = None,
+    ) -> Steps[Job]:
+        """Ask for vectors of ``chunks``, as :meth:`Client.enqueue` does, which describes the arguments.
+
+        The chunks are sent while they are read, in constant memory. If the connection breaks, they are sent again with
+        the same idempotency key, which is made here if none is given: so a lost answer makes no second job. What can be
+        read only once is kept in a temporary file for that, and read to its end before it is sent again, because a
+        gateway breaks off a body that comes too slowly. Raises :class:`InvalidChunk`, with nothing written unless
+        ``on_invalid`` is ``"skip"``, :class:`AccessDenied`, :class:`GatewayUnavailable`, and what
+        :meth:`Client.enqueue` raises.
+        """
+        require_name("collection", collection)
+        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
+            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        if idempotency_key is not None:
+            require_name("idempotency_key", idempotency_key)
+            if not idempotency_key.isascii() or not idempotency_key.isprintable():
+                raise InvalidInput("idempotency_key must have printable ASCII characters only: it is sent in a header.")
+        key = idempotency_key or uuid.uuid4().hex
+        query = {
+            "collection": collection,
+            "route": as_word(Route, route, "route").value,
+            "priority": as_word(Priority, priority, "priority").value,
+            "on_long": as_word(OnLong, on_long, "on_long").value,
+            "on_invalid": on_invalid,
+        }
+        if model is not None:
+            query["model"] = model
+        if dimensions is not None:
+            query["dimensions"] = str(as_number("dimensions", dimensions, least=1))
+        if precision is not None:
+            query["precision"] = str(as_word(Precision, precision, "precision"))
+        if deadline is not None:
+            query["deadline"] = as_deadline(deadline, datetime.now(UTC)).isoformat()
+        lines = Lines(chunks, on_invalid)
+        headers = {"content-type": "application/x-ndjson", "idempotency-key": key}
+        try:
+            return (
+                yield from self._send_lines(Request("POST", "/v1/jobs", ENQUEUE_SECONDS, query, headers, lines), lines)
+            )
+        except (GatewayUnavailable, WaitTimeout) as error:
+            raise type(error)(
+                f"{error} Whether the job exists is not known. The same enqueue with idempotency_key={key!r} returns "
+                "it, or completes it."
+            ) from None
+        finally:
+            lines.close()
+
+    def _send_lines(self, request: Request, lines: Lines) -> Steps[Job]:
+        """The job. Attempts go on for as long as the client's timeout after the first failure.
+
+        A gateway breaks off a body that comes too slowly. So the rest of the iterable is read before the second
+        attempt, which then waits for nobody.
+        """
+        tries, deadline = 0, None
+        while True:
+            result = yield from self._attempt(self._server, request)
+            if not isinstance(result, Failure):
+                return (yield from self._read(self._server, result.body, partial(_job, result.body)))
+            if not result.may_repeat and not (result.is_too_slow and deadline is None):
+                raise result.error
+            if deadline is None:
+                yield Drain(lines)
+                deadline = self._deadline()
+            yield from self._wait(result, tries, deadline)
+            tries += 1
+
+    def job(self, job_id: int) -> Steps[Job]:
+        """The job as it is now. Raises :class:`NotFound`."""
+        return self._get(f"/v1/jobs/{as_number('job_id', job_id)}", _job)
+
+    def jobs(self, limit: int = 20) -> Steps[list[Job]]:
+        """The latest jobs, newest first."""
+        limit = as_number("limit", limit, least=0)
+        listed: list[Job] = []
+        query: dict[str, str] = {}
+        while len(listed) < limit:
+            asked = min(PAGE, limit - len(listed))
+            page, following = yield from self._get("/v1/jobs", _page, query={**query, "limit": str(asked)})
+            listed += page
+            if following is None or not page:
+                break
+            query = {"before": str(following)}
+        return Rows(listed, Job)
+
+    def wait(
+        self,
+        job_id: int,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Job], object] | None = None,
+    ) -> Steps[Job]:
+        """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
+
+        ``on_progress`` is called with the job each time it was read. A gateway that cannot be reached for a while is
+        waited for. Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and
+        :class:`NotFound`. A cancelled job is returned as it is.
+        """
+        as_number("job_id", job_id)
+        as_function("on_progress", on_progress)
+        seconds = None if timeout is None else as_seconds("timeout", timeout)
+        deadline = None if seconds is None else self._deadline(seconds)
+        pause = FIRST_LOOK_S
+        while True:
+            look = None if deadline is None else min(self._timeout, max(LEAST_LOOK_S, deadline - self._clock()))
+            job = yield from self._get(f"/v1/jobs/{job_id}", _job, timeout=look)
+            if on_progress:
+                yield Tell(on_progress, job)
+            if job.state is JobState.FAILED:
+                shown = "; ".join(f"{dead.chunk_id!r}: {dead.reason}" for dead in job.dead_chunks[:3])
+                raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
+            if job.state.is_final:
+                return job
+            left = None if deadline is None else deadline - self._clock()
+            if left is not None and left <= 0:
+                raise WaitTimeout(
+                    f"job {job_id} is {job.state} after {seconds:g} s with {job.remaining:,} of {job.contents:,} "
+                    "contents to go. It goes on, so you may wait again. GET /health says whether a worker runs."
+                )
+            yield Pause(pause if left is None else min(pause, left))
+            pause = min(LONGEST_LOOK_S, pause * 1.5)
+
+    def cancel(self, job_id: int) -> Steps[Job]:
+        """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold.
+
+        Written vectors stay.
+        """
+        return self._get(f"/v1/jobs/{as_number('job_id', job_id)}/cancel", _job, method="POST")
+
+    def retry(self, job_id: int) -> Steps[Job]:
+        """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
+        return self._get(f"/v1/jobs/{as_number('job_id', job_id)}/retry", _job, method="POST")
+
+
+def _job(body: bytes) -> Job:
+    return read(Job, parse(body))
+
+
+def _page(body: bytes) -> tuple[list[Job], int | None]:
+    page = parse_object(body)
+    return read_list(Job, page.get("jobs"), "jobs"), read(int, page["next"], "next") if page.get("next") else None

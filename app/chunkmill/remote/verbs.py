@@ -1,0 +1,144 @@
+"""Turns verbs, which are generators of steps, into methods that run them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+
+import numpy as np
+
+from chunkmill.domain.results import Hits
+from chunkmill.remote.steps import Items, Steps
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OneQuery = str | np.ndarray[tuple[int], np.dtype[np.float32]]
+Queries = list[str] | tuple[str, ...] | np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+
+def in_thread(verb: Callable[Concatenate[Any, P], Steps[T]]) -> Callable[Concatenate[Any, P], T]:
+    """A method of ``RemoteClient``, which has the verb's arguments and its docstring."""
+
+    @functools.wraps(verb)
+    def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = self._runner.run(verb(self._verbs, *args, **kwargs))
+        return result
+
+    made: Callable[Concatenate[Any, P], T] = cast(Any, method)
+    return made
+
+
+def in_loop(verb: Callable[Concatenate[Any, P], Steps[T]]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """A coroutine method of ``AsyncRemoteClient``."""
+
+    @functools.wraps(verb)
+    async def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = await self._runner.run(verb(self._verbs, *args, **kwargs))
+        return result
+
+    made: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]] = cast(Any, method)
+    return made
+
+
+def items_in_thread(
+    verb: Callable[Concatenate[Any, P], Items[T]],
+) -> Callable[Concatenate[Any, P], Generator[T, None, None]]:
+    """A method of ``RemoteClient`` that hands items out."""
+
+    @functools.wraps(verb)
+    def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+        items: Generator[T, None, None] = self._runner.each(verb(self._verbs, *args, **kwargs).steps)
+        return items
+
+    made: Callable[Concatenate[Any, P], Generator[T, None, None]] = cast(Any, method)
+    return made
+
+
+def items_in_loop(
+    verb: Callable[Concatenate[Any, P], Items[T]],
+) -> Callable[Concatenate[Any, P], AsyncGenerator[T, None]]:
+    """A method of ``AsyncRemoteClient`` that hands items out."""
+
+    @functools.wraps(verb)
+    def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        items: AsyncGenerator[T, None] = self._runner.each(verb(self._verbs, *args, **kwargs).steps)
+        return items
+
+    made: Callable[Concatenate[Any, P], AsyncGenerator[T, None]] = cast(Any, method)
+    return made
+
+
+class Search(Protocol):
+    """What ``search`` returns follows from what it is asked: one query has one list of hits."""
+
+    @overload
+    def __call__(
+        self,
+        query: OneQuery | None = None,
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        like: str | None = None,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
+    ) -> Hits: ...
+
+    @overload
+    def __call__(
+        self,
+        query: Queries,
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
+    ) -> list[Hits]: ...
+
+
+class AsyncSearch(Protocol):
+    """:class:`Search` as a coroutine."""
+
+    @overload
+    def __call__(
+        self,
+        query: OneQuery | None = None,
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        like: str | None = None,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
+    ) -> Coroutine[Any, Any, Hits]: ...
+
+    @overload
+    def __call__(
+        self,
+        query: Queries,
+        *,
+        collection: str,
+        k: int = 10,
+        metadata: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        timeout: float = 30.0,
+        min_score: float | None = None,
+        offset: int | None = None,
+        explain: bool = False,
+        hybrid: bool | float | Literal["rrf"] | None = None,
+    ) -> Coroutine[Any, Any, list[Hits]]: ...
