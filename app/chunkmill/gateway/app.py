@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -14,11 +15,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from chunkmill.errors import ChunkmillError
+from chunkmill.gateway.batches.keeper import BatchKeeper
 from chunkmill.gateway.caller import NOBODY, Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.errors import Refusal, refusal_of
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import key_in
+from chunkmill.gateway.models import Models
 from chunkmill.gateway.routes import all_endpoints
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,12 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        gateway.batches = BatchKeeper(
+            gateway.db, gateway.settings, Models(gateway.db, gateway.settings), asyncio.get_running_loop()
+        )
+        gateway.batches.start()
         yield
+        await asyncio.to_thread(gateway.batches.stop)
         await gateway.close()
 
     by_path: dict[str, list[Endpoint]] = {}

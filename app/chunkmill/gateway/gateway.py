@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
@@ -14,6 +14,9 @@ from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.keys import KeyRing
 from chunkmill.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkmill.gateway.batches.keeper import BatchKeeper
 
 
 @dataclass(slots=True)
@@ -28,6 +31,8 @@ class Gateway:
     db: sa.Engine
     keys: KeyRing
     is_leaving: bool = False
+    batches: BatchKeeper | None = None
+    """Takes the steps of served batches while the application runs."""
 
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:

@@ -32,7 +32,7 @@ def all_collections(conn: sa.Connection, *, exact: bool) -> list[CollectionInfo]
                ) AS last_enqueue_at
         FROM collections k
         JOIN spaces s ON s.id = k.space_id
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
         ORDER BY k.name
     """
     rows = conn.execute(sa.text(query)).all()
@@ -87,6 +87,7 @@ def _counts(conn: sa.Connection, space: VectorTable, *, most: int | None) -> dic
             LEFT JOIN {space.table_name} v USING (content_hash)
         ) n
         WHERE k.space_id = :space AND to_jsonb(k) ->> 'dropped_at' IS NULL
+          AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
     """
     parameters = {"space": space.id, "limit": None if most is None else most + 1}
     return {row.id: (row.chunks, row.embedded) for row in conn.execute(sa.text(query), parameters)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import health
+from chunkmill.gateway.routes import batches, files, health
 
 
 def all_endpoints() -> list[Endpoint]:
-    return [*health.ENDPOINTS]
+    return [*health.ENDPOINTS, *files.ENDPOINTS, *batches.ENDPOINTS]
