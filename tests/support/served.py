@@ -6,20 +6,25 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import openai
 import sqlalchemy as sa
 
+from chunkmill.client import Client
+from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.dead.dead_chunks import DeadContent
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.work import chunk_batches
+from chunkmill.poller.poller import Poller
+from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store.read import read_work
 from chunkmill.store.write import write_vectors
-from tests.support.gateways import tokens_of, vector_of
-from tests.support.waiting import PATIENCE
+from tests.support.gateways import RunningGateway, tokens_of, vector_of
+from tests.support.waiting import PATIENCE, until
 
 MODEL = "all-MiniLM-L6-v2"
 
@@ -109,3 +114,60 @@ def line(custom_id: str, given: Any, **body: Any) -> dict[str, Any]:
 
 def jsonl(*lines: Mapping[str, Any]) -> bytes:
     return b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+
+
+class TwoTenants:
+    """A key for each of two tenants. That of the second may use one model only."""
+
+    KEYS: ClassVar = {
+        "cmk_first": Caller(1, "first", "north", frozenset({Scope.BATCHES})),
+        "cmk_second": Caller(2, "second", "south", frozenset({Scope.BATCHES}), models=frozenset({"another"})),
+        "cmk_third": Caller(3, "third", "north", frozenset({Scope.EMBED})),
+    }
+
+    async def caller(self, key: str) -> Caller | None:
+        return self.KEYS.get(key)
+
+
+def openai_client(gateway: RunningGateway, key: str) -> openai.OpenAI:
+    return openai.OpenAI(api_key=key, base_url=f"{gateway.url}/v1", max_retries=0, timeout=PATIENCE)
+
+
+def upload(api: openai.OpenAI, *lines: Mapping[str, Any] | bytes, **more: Any) -> str:
+    content = b"".join(each if isinstance(each, bytes) else jsonl(each) for each in lines)
+    return api.files.create(file=("lines.jsonl", content), purpose="batch", **more).id
+
+
+def start(api: openai.OpenAI, *lines: Mapping[str, Any] | bytes, **more: Any) -> Any:
+    given: dict[str, Any] = {"endpoint": "/v1/embeddings", "completion_window": "24h", **more}
+    return api.batches.create(input_file_id=upload(api, *lines), **given)
+
+
+def ended(api: openai.OpenAI, batch_id: str) -> Any:
+    final = ("completed", "failed", "expired", "cancelled")
+    until(lambda: api.batches.retrieve(batch_id).status in final, pause=0.02)
+    return api.batches.retrieve(batch_id)
+
+
+def lines_of(api: openai.OpenAI, file_id: str) -> dict[str, Any]:
+    read = [json.loads(text) for text in api.files.content(file_id).text.splitlines()]
+    assert len({each["custom_id"] for each in read}) == len(read)
+    return {each["custom_id"]: each for each in read}
+
+
+def rows(db: sa.Engine, query: str, **values: object) -> list[Any]:
+    with db.begin() as conn:
+        result = conn.execute(sa.text(query), values)
+        return list(result.all()) if result.returns_rows else []
+
+
+def texts(db: sa.Engine) -> set[str]:
+    return {row.text for row in rows(db, "SELECT text FROM contents")}
+
+
+def clean_up(client: Client, db: sa.Engine, settings: Settings) -> None:
+    """Two rounds of a poller: the first deletes files and chunks, the second what these left."""
+    poller = Poller(db, client._broker, settings)
+    for _ in range(2):
+        poller._files_at = poller._dropped_at = -1.0
+        poller.round()

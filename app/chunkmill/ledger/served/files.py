@@ -184,8 +184,7 @@ def delete_expired(conn: sa.Connection) -> int:
             FROM served_files
             WHERE expires_at < now() OR NOT is_whole AND touched_at < now() - make_interval(secs => :half)
             ORDER BY id
-            LIMIT :most
-            FOR UPDATE SKIP LOCKED)
+            LIMIT :most)
     """
     return conn.execute(sa.text(delete), {"half": float(HALF_SECONDS), "most": SLICE}).rowcount
 
