@@ -21,7 +21,6 @@ from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.errors import Refusal, refusal_of
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import key_in
-from chunkmill.gateway.models import Models
 from chunkmill.gateway.routes import all_endpoints
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,7 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        gateway.batches = BatchKeeper(
-            gateway.db, gateway.settings, Models(gateway.db, gateway.settings), asyncio.get_running_loop()
-        )
+        gateway.batches = BatchKeeper(gateway.db, gateway.settings, gateway.models, asyncio.get_running_loop())
         gateway.batches.start()
         yield
         await asyncio.to_thread(gateway.batches.stop)
@@ -47,11 +44,14 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
         Route(path, _handle(gateway, {each.method: each for each in found}), methods=[each.method for each in found])
         for path, found in by_path.items()
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_refusal},
     )
+    # A redirect would lead to the address in the Host header, which anybody can write, and drop the key.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _handle(gateway: Gateway, by_method: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:

@@ -12,7 +12,9 @@ from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.gateway.caller import Caller
+from chunkmill.gateway.health import HealthCheck
 from chunkmill.gateway.keys import KeyRing
+from chunkmill.gateway.models import Models
 from chunkmill.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Gateway:
     client: AsyncClient
     db: sa.Engine
     keys: KeyRing
+    models: Models
+    health: HealthCheck
     is_leaving: bool = False
     batches: BatchKeeper | None = None
     """Takes the steps of served batches while the application runs."""
@@ -37,7 +41,9 @@ class Gateway:
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:
         """A gateway that takes ``client`` over, and closes it in the end."""
-        return cls(settings, AsyncClient(client), db, keys)
+        models = Models(db, settings)
+        health = HealthCheck(db, client._broker, settings, models)
+        return cls(settings, AsyncClient(client), db, keys, models, health)
 
     async def embed(
         self,
@@ -49,9 +55,12 @@ class Gateway:
         timeout: float,
         dimensions: int | None = None,
     ) -> EmbeddedTexts:
-        """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``."""
+        """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``.
+
+        A text may be empty: LangChain asks for the vector of "", and other servers have one.
+        """
         return await self.client.embed_texts(
-            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, caller=caller.tenant
+            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, caller=caller.tenant, blank=True
         )
 
     async def close(self) -> None:

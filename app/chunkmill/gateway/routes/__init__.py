@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import batches, files, health
+from chunkmill.gateway.routes import batches, cohere, embed, files, health, ollama, openai
 
 
 def all_endpoints() -> list[Endpoint]:
-    return [*health.ENDPOINTS, *files.ENDPOINTS, *batches.ENDPOINTS]
+    return [
+        *health.ENDPOINTS,
+        *openai.ENDPOINTS,
+        *files.ENDPOINTS,
+        *batches.ENDPOINTS,
+        *embed.ENDPOINTS,
+        *cohere.ENDPOINTS,
+        *ollama.ENDPOINTS,
+    ]
