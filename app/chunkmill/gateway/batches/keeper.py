@@ -40,7 +40,7 @@ from chunkmill.errors import (
     StoreUnavailable,
 )
 from chunkmill.gateway.batches import results
-from chunkmill.gateway.batches.lines import MOST_ERRORS, FileError, LineReader, split_lines, texts_of
+from chunkmill.gateway.batches.lines import MOST_ERRORS, FileError, FileModel, LineReader, split_lines, texts_of
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.models import Models, ServedModel
@@ -154,8 +154,6 @@ class BatchKeeper:
 
     def _validate(self, batch: ServedBatch) -> None:
         try:
-            if batch.is_expired:
-                raise FileError("batch_expired", "The completion window ended before the file was validated.")
             file_id = self._input_file(batch)
             try:
                 model, size, refused = self._read_file(batch, file_id)
@@ -176,6 +174,8 @@ class BatchKeeper:
                 batches.start(conn, batch, job_id=job_id, n_total=n_total, n_failed=n_failed)
 
     def _input_file(self, batch: ServedBatch) -> int:
+        if batch.is_expired:
+            raise FileError("batch_expired", "The completion window ended before the file was validated.")
         with self._db.begin() as conn:
             file = files.find(conn, batch.tenant, batch.input_file)
         if file is None:
@@ -373,7 +373,7 @@ class _FileErrors(Exception):
 
 
 class _ModelOfFile:
-    """The model of a file, and how many dimensions its vectors need so that those of every line can be cut from them."""
+    """The model of a file, and the least dimensions from which the vectors of every line can be cut."""
 
     def __init__(self, keeper: BatchKeeper, batch: ServedBatch) -> None:
         self.model: ServedModel | None = None
@@ -383,12 +383,12 @@ class _ModelOfFile:
         self._caller = Caller(None, "", batch.tenant, frozenset(), models=batch.models)
         self._checked: set[int] = set()
 
-    def open(self, name: str) -> int:
+    def open(self, name: str) -> FileModel:
         try:
             self.model = self._keeper.look_up(self._keeper.models.find(name, self._caller))
         except Refusal as refusal:
             raise FileError("model_not_found", refusal.message, 1, "body.model") from None
-        return self.model.spec.dimensions
+        return FileModel(self.model.spec.dimensions, self.model.spec.normalize)
 
     def check(self, wanted: int) -> None:
         assert self.model is not None, "opened by the first line"  # noqa: S101

@@ -7,16 +7,18 @@ batch. What is wrong with one request alone ends as a line of the error file, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import orjson
 
 from chunkmill.domain.served import MAX_LINE_BYTES, MAX_LINES, chunk_id
+from chunkmill.gateway.embedding import Asked, Cut
 from chunkmill.gateway.errors import Refusal
-from chunkmill.gateway.fields import flag_field, number_field, word_field
+from chunkmill.gateway.fields import invalid
 from chunkmill.gateway.inputs import TokenIds, read_input
+from chunkmill.gateway.routes.openai import read_body
 from chunkmill.ledger.served.lines import Line
 
 KEYS: Final = ("custom_id", "method", "url", "body")
@@ -24,15 +26,6 @@ MOST_ERRORS: Final = 20
 """How many errors of a file are told. The rest of the file is not read."""
 MAX_CUSTOM_ID: Final = 512
 """The most characters of a ``custom_id``."""
-_KINDS: Final = {
-    "document": "document",
-    "passage": "document",
-    "search_document": "document",
-    "clustering": "document",
-    "classification": "document",
-    "query": "query",
-    "search_query": "query",
-}
 
 
 @dataclass
@@ -46,16 +39,6 @@ class FileError(Exception):
 
     def as_json(self) -> dict[str, Any]:
         return {"code": self.code, "line": self.line, "message": self.message, "param": self.param}
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingBody:
-    """The body of a request: what is to be embedded, and how the answer is to be written."""
-
-    texts: list[str]
-    dimensions: int | None
-    is_base64: bool
-    refuses_long: bool
 
 
 def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -95,32 +78,19 @@ def _split(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(rest)
 
 
-def read_body(body: Mapping[str, Any], token_ids: TokenIds) -> EmbeddingBody:
-    """The body of a line. Raises :class:`Refusal`, whose message holds no text."""
-    texts = read_input(body.get("input"), token_ids)
-    encoding: Literal["float", "base64"] | None = word_field(
-        body, "encoding_format", meanings={"float": "float", "base64": "base64"}
-    )
-    if word_field(body, "kind", "input_type", meanings=_KINDS) == "query":
-        raise Refusal(
-            400,
-            "invalid_input",
-            "kind must be 'document': a batch embeds documents. Send queries to POST /v1/embeddings.",
-            param="kind",
-        )
-    return EmbeddingBody(
-        texts,
-        number_field(body, "dimensions", least=1, most=65_535, code="invalid_dimensions"),
-        encoding == "base64",
-        flag_field(body, "truncate") is False,
-    )
+@dataclass(frozen=True, slots=True)
+class FileModel:
+    """What the lines of a file must know of their model. With ``normalize`` its vectors have the length 1."""
+
+    dimensions: int
+    normalize: bool
 
 
 class LineReader:
     """Judges the lines of one file in their order.
 
-    ``open_model`` gets the name of the file's model once and returns the usual number of its dimensions, or raises
-    :class:`FileError`. ``check_dimensions`` raises :class:`Refusal` if vectors may not have so many.
+    ``open_model`` gets the name of the file's model once, and raises :class:`FileError` if there is no such model.
+    ``check_dimensions`` raises :class:`Refusal` if vectors may not have so many.
     """
 
     def __init__(
@@ -128,7 +98,7 @@ class LineReader:
         endpoint: str,
         token_ids: TokenIds,
         *,
-        open_model: Callable[[str], int],
+        open_model: Callable[[str], FileModel],
         check_dimensions: Callable[[int], None],
     ) -> None:
         self.model: str | None = None
@@ -137,7 +107,7 @@ class LineReader:
         self._token_ids = token_ids
         self._open_model = open_model
         self._check_dimensions = check_dimensions
-        self._usual = 0
+        self._usual = FileModel(0, normalize=True)
         self._custom_ids: set[bytes] = set()
 
     def read(self, number: int, data: bytes) -> Line:
@@ -147,11 +117,10 @@ class LineReader:
             raise FileError("too_many_tasks", f"The batch has too many tasks. The limit is {MAX_LINES}.")
         body = self._envelope(at, data)
         custom_id, request = body["custom_id"], body["body"]
-        line = Line(number, custom_id, 0, self._usual)
+        line = Line(number, custom_id, 0, self._usual.dimensions)
         try:
             asked = read_body(request, self._token_ids)
-            if asked.dimensions is not None:
-                self._check_dimensions(asked.dimensions)
+            self._check(asked)
         except Refusal as refusal:
             return replace(line, status=refusal.status, code=refusal.code, message=refusal.message, param=refusal.param)
         self.n_inputs += len(asked.texts)
@@ -161,10 +130,18 @@ class LineReader:
         return replace(
             line,
             n_inputs=len(asked.texts),
-            dimensions=asked.dimensions or self._usual,
-            is_base64=asked.is_base64,
-            refuses_long=asked.refuses_long,
+            dimensions=asked.dimensions or self._usual.dimensions,
+            is_base64=asked.base64,
+            refuses_long=asked.cut is not Cut.END,
         )
+
+    def _check(self, asked: Asked) -> None:
+        if asked.dimensions is not None:
+            self._check_dimensions(asked.dimensions)
+        if asked.kind == "query":
+            raise invalid("kind", "must be 'document' in a batch. Send queries to POST /v1/embeddings.")
+        if asked.to_unit_length and not self._usual.normalize:
+            raise invalid("normalize", "must be false for this model in a batch. Send the texts to /v1/embeddings.")
 
     def _envelope(self, at: int, data: bytes) -> dict[str, Any]:
         read = _parse(data)
@@ -206,7 +183,7 @@ class LineReader:
 
 
 def texts_of(lines: Iterable[bytes], token_ids: TokenIds, *, refused: frozenset[int]) -> Iterator[tuple[str, str]]:
-    """``(chunk id, text)`` of the inputs of a file that a :class:`LineReader` has read, without the lines ``refused``."""
+    """``(chunk id, text)`` of the inputs of a file that was read before, without the lines ``refused``."""
     for number, data in enumerate(lines):
         if number in refused:
             continue

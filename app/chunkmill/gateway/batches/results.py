@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
-import pybase64
 import sqlalchemy as sa
 
 from chunkmill.domain.served import FileKind
 from chunkmill.domain.vectors import shorten
 from chunkmill.errors import NotFound
 from chunkmill.gateway.errors import TYPES
+from chunkmill.gateway.rendering import base64_items, float_items
 from chunkmill.ledger.served import lines
 from chunkmill.ledger.served.batches import ServedBatch
 from chunkmill.ledger.served.lines import NEVER_EXECUTED, NO_INPUTS, OK, Inputs, Line
@@ -60,25 +61,20 @@ def place_of(conn: sa.Connection, batch: ServedBatch) -> tuple[Space, int]:
 def output_line(batch: ServedBatch, line: Line, inputs: Inputs) -> bytes:
     """A line of the output file, with its end."""
     size = line.dimensions or inputs.vectors.shape[1]
-    vectors = shorten(inputs.vectors, size, normalize=inputs.normalize)
-    embeddings: Sequence[Any] = (
-        [pybase64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
-        if line.is_base64
-        else list(vectors)
-    )
+    vectors = np.ascontiguousarray(shorten(inputs.vectors, size, normalize=inputs.normalize), "<f4")
     tokens = sum(inputs.n_tokens)
-    body: dict[str, Any] = {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": embedding}
-            for index, embedding in enumerate(embeddings)
-        ],
-        "model": batch.model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    rest: dict[str, Any] = {"model": batch.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     if inputs.truncated:
-        body["truncated"] = inputs.truncated
-    return _line(batch, line, {"status_code": OK, "request_id": _request_id(batch, line), "body": body}, None)
+        rest["truncated"] = inputs.truncated
+    name = _suffix(batch, line).encode()
+    return b"".join(
+        (
+            b'{"id":"batch_req_%b","custom_id":%b,"response":' % (name, orjson.dumps(line.custom_id)),
+            b'{"status_code":%d,"request_id":"req_%b","body":{"object":"list","data":[' % (OK, name),
+            (base64_items if line.is_base64 else float_items)(0, vectors),
+            b'],%b},"error":null}\n' % orjson.dumps(rest)[1:],
+        )
+    )
 
 
 def error_line(batch: ServedBatch, line: Line) -> bytes:
@@ -91,21 +87,23 @@ def error_line(batch: ServedBatch, line: Line) -> bytes:
         "param": line.param,
         "code": line.code,
     }
-    response = {"status_code": line.status, "request_id": _request_id(batch, line), "body": {"error": error}}
+    request_id = f"req_{_suffix(batch, line)}"
+    response = {"status_code": line.status, "request_id": request_id, "body": {"error": error}}
     return _line(batch, line, response, None)
 
 
 def _line(batch: ServedBatch, line: Line, response: object, error: object) -> bytes:
     return orjson.dumps(
         {
-            "id": f"batch_req_{batch.name.removeprefix('batch_')}{line.line:05x}",
+            "id": f"batch_req_{_suffix(batch, line)}",
             "custom_id": line.custom_id,
             "response": response,
             "error": error,
         },
-        option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE,
+        option=orjson.OPT_APPEND_NEWLINE,
     )
 
 
-def _request_id(batch: ServedBatch, line: Line) -> str:
-    return f"req_{batch.name.removeprefix('batch_')}{line.line:05x}"
+def _suffix(batch: ServedBatch, line: Line) -> str:
+    """What the ids of a line's answer end with. It is the same in each download."""
+    return f"{batch.name.removeprefix('batch_')}{line.line:05x}"

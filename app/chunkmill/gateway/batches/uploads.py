@@ -125,8 +125,6 @@ async def receive(db: sa.Engine, request: Request, tenant: str) -> ServedFile:
             while len(form.waiting) >= PIECE_BYTES:
                 await _take_piece(db, form, file_id, n_pieces)
                 n_pieces += 1
-        if not form.is_whole:
-            raise invalid("body", "ends before its form does.", "invalid_multipart")
         filename, seconds = _checked(form)
         if form.waiting:
             await _take_piece(db, form, file_id, n_pieces)
@@ -174,6 +172,8 @@ def _boundary(request: Request) -> bytes:
 
 def _checked(form: _Form) -> tuple[str, int]:
     """The name of the file, and the seconds for which it is kept. Raises :class:`Refusal`."""
+    if not form.is_whole:
+        raise invalid("body", "ends before its form does.", "invalid_multipart")
     purpose = form.fields.get("purpose")
     if form.filename is None:
         raise invalid("file", "is missing.", "missing_required_parameter")
