@@ -35,8 +35,9 @@ class BulkWorker(threading.Thread):
     ``embedded`` has each text as often as it was embedded, in order.
     """
 
-    def __init__(self, db: sa.Engine, *, dead: Mapping[str, str] | None = None) -> None:
+    def __init__(self, db: sa.Engine, *, dead: Mapping[str, str] | None = None, lease_seconds: float = 60.0) -> None:
         super().__init__(name="bulk worker", daemon=True)
+        self._lease_seconds = lease_seconds
         self.may = threading.Event()
         self.may.set()
         self.dead = dict(dead or {})
@@ -57,7 +58,7 @@ class BulkWorker(threading.Thread):
                     "SELECT id FROM chunk_batches WHERE state = 'available' AND route = 'local' ORDER BY id LIMIT 1"
                 )
             ).scalar_one_or_none()
-            lease = due and chunk_batches.claim_if_due(conn, due, owner="bulk:1", lease_seconds=60)
+            lease = due and chunk_batches.claim_if_due(conn, due, owner="bulk:1", lease_seconds=self._lease_seconds)
         if not lease:
             return False
         with self._db.begin() as conn:
@@ -75,7 +76,8 @@ class BulkWorker(threading.Thread):
                 counts > space.spec.max_tokens,
                 np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
             )
-            chunk_batches.complete_if_held(conn, lease, n_embedded=work.known + len(alive), n_truncated=0)
+            if not chunk_batches.complete_if_held(conn, lease, n_embedded=work.known + len(alive), n_truncated=0):
+                return True  # its lease was over
             refused = [
                 DeadContent(content, self.dead[text], f"it is {self.dead[text]}")
                 for content, text in work.texts
