@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from chunkmill import Client
 from chunkmill.domain.served import FILE_SECONDS
 from chunkmill.gateway.batches import uploads
-from chunkmill.ledger.served import files
+from chunkmill.gateway.batches.keeper import BatchKeeper
+from chunkmill.ledger.served import batches, files
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
 from tests.support.gateways import RunningGateway, running_gateway
@@ -312,28 +313,45 @@ def test_two_gateways_share_the_steps_of_batches(
 
 
 def test_a_gateway_that_lost_a_batch_to_another_changes_nothing(
-    gateway: RunningGateway, api: openai.OpenAI, db: sa.Engine, client: Client, monkeypatch: pytest.MonkeyPatch
+    gateway: RunningGateway,
+    api: openai.OpenAI,
+    db: sa.Engine,
+    client: Client,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keeper = gateway.gateway.batches
-    assert keeper is not None
+    running = gateway.gateway.batches
+    assert running is not None
+    running.stop()
+    keeper = BatchKeeper(gateway.gateway.db, settings, gateway.gateway.models, running._loop)
     entered, may = threading.Event(), threading.Event()
     read = files.read_pieces
 
     def slow(*args: Any, **more: Any) -> Iterator[bytes]:
-        if not entered.is_set():
-            entered.set()
-            may.wait(PATIENCE)
+        entered.set()
+        may.wait(PATIENCE)
         yield from read(*args, **more)
 
     monkeypatch.setattr(files, "read_pieces", slow)
     made = start(api, line("a", "x"))
+    step = threading.Thread(target=keeper.take_step)
+    step.start()
     entered.wait(PATIENCE)
-    # Its lease ends, and another gateway validates the file.
+    # Its lease ends, and another gateway has the batch.
     rows(db, "UPDATE served_batches SET lease_until = now() - interval '1 s'")
-    assert keeper.take_step()
-    assert api.batches.retrieve(made.id).status == "in_progress"
+    with db.begin() as conn:
+        taken = batches.claim_due(conn)
+    assert taken is not None
     may.set()
+    step.join(PATIENCE)
+    assert api.batches.retrieve(made.id).status == "validating"
+    assert rows(db, "SELECT FROM served_batch_lines") == client.jobs() == []
+    with db.begin() as conn:
+        batches.release(conn, taken)
+    assert keeper.take_step()
     Hands(db).work()
-    assert ended(api, made.id).request_counts.to_dict() == {"total": 1, "completed": 1, "failed": 0}
+    while keeper.take_step():
+        pass
+    assert api.batches.retrieve(made.id).status == "completed"
     assert [job.chunks for job in client.jobs()] == [1]
-    assert [row.attempt for row in rows(db, "SELECT attempt FROM served_batches")] == [4]
+    keeper._broker.close()
