@@ -258,3 +258,29 @@ def test_whatever_is_killed_no_batch_is_lost_or_doubled_and_no_half_file_is_list
     for n, batch_id in batches.items():
         world.check(world.patiently(lambda batch_id=batch_id: ended(world.api, batch_id)), inputs[n][0])  # type: ignore[misc]
     world.check_ledger(n_batches=len(inputs), uploaded={content for _, content in inputs})
+
+
+def most_memory(process: BaseProcess) -> int:
+    """The most megabytes that a process has ever had in memory (Linux only)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+@pytest.mark.slow
+def test_a_file_of_200_megabytes_goes_in_and_out_of_a_gateway_in_constant_memory(world: World, tmp_path: Path) -> None:
+    world.stop("gateway")
+    world.running["gateway"] = served_process.start("usual gateway", world._given, world.port, world._log)
+    world.wait()
+    path, filler = tmp_path / "large.jsonl", "word " * 750
+    with path.open("wb") as file:
+        for n in range(50_000):
+            file.write(jsonl(line(f"line {n}", f"text {n} {filler}")))
+    size = path.stat().st_size
+    assert 190_000_000 < size < 200_000_000
+    before = most_memory(world.running["gateway"])
+    with path.open("rb") as file:
+        uploaded = world.api.files.create(file=file, purpose="batch")
+    with world.api.files.with_streaming_response.content(uploaded.id) as answer:
+        n_bytes = sum(map(len, answer.iter_bytes()))
+    assert (uploaded.bytes, n_bytes) == (size, size)
+    assert most_memory(world.running["gateway"]) - before < 64

@@ -34,7 +34,8 @@ PIECE_BYTES = 16 * 1024
 MOMENT_S = 0.01
 
 
-def run_gateway(settings: Settings, port: int) -> None:
+def cut_small() -> None:
+    """Cut the steps of this process's gateway into small slices."""
     for module in (files, uploads, file_routes):
         module.PIECE_BYTES = PIECE_BYTES  # type: ignore[attr-defined]
     lines.SLICE_LINES = 25
@@ -48,6 +49,9 @@ def run_gateway(settings: Settings, port: int) -> None:
         go_on(self)
 
     keeper.BatchKeeper._go_on = slowly  # type: ignore[method-assign]
+
+
+def run_gateway(settings: Settings, port: int) -> None:
     db = create_db(settings.require_database_url(), role="client")
     gateway = Gateway.over(Client(db, Broker.connect(settings), settings), db, settings, OneKey(KEY))
     config = uvicorn.Config(build(gateway), host="127.0.0.1", port=port, log_config=None, access_log=False)
@@ -74,6 +78,9 @@ def run(what: str, given: Mapping[str, Any], port: int, log: str) -> None:
         os.dup2(output.fileno(), 2)
     settings = Settings.from_env(**given)
     if what == "gateway":
+        cut_small()
+        run_gateway(settings, port)
+    elif what == "usual gateway":
         run_gateway(settings, port)
     elif what == "worker":
         run_worker(settings)
