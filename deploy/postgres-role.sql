@@ -155,7 +155,13 @@ BEGIN
             ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^space_canaries$', 'UPDATE, DELETE', 'chunkmill_workers'),
-            ('^worker_reports$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers')
+            ('^worker_reports$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers'),
+            -- Gateways are producers. A poller deletes files that have expired, and reads none.
+            ('^served_(files|batches|batch_lines)$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^served_(files|batches|batch_lines)$', 'DELETE', 'chunkmill_workers'),
+            ('^served_(batches|batch_lines)$', 'DELETE', 'chunkmill_pollers'),
+            ('^served_file_pieces$', 'SELECT, INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers, chunkmill_readers'),
+            ('^served_batch_lines$', 'SELECT', 'chunkmill_workers, chunkmill_pollers')
         ) AS r (tables, rights, roles)
         JOIN pg_class c ON c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home)) AND c.relname ~ r.tables
     LOOP

@@ -47,7 +47,7 @@ from chunkmill.domain.results import (
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned, QueryCache
-from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import (
     AccessDenied,
@@ -157,10 +157,12 @@ __all__ = [
     "Keywords",
     "Lane",
     "LaneEstimate",
+    "LongText",
     "NewerSpace",
     "NotFound",
     "OnLong",
     "OpenWork",
+    "Pooling",
     "Precision",
     "Priority",
     "ProviderBatchState",
@@ -174,6 +176,7 @@ __all__ = [
     "SearchPlan",
     "SearchTuning",
     "SpaceMismatch",
+    "SpaceSpec",
     "Standing",
     "StoreLimit",
     "StoreUnavailable",

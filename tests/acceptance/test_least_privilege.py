@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import psycopg
 import pytest
 import redis
@@ -27,11 +28,14 @@ from chunkmill.embedded.redis import find_program
 from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.ledger import dropping
 from chunkmill.monitor.servers import read_database
+from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.acceptance.conftest import Processes
 from tests.conftest import admin, url_of
+from tests.support.gateways import running_gateway
 from tests.support.installations import install_as_before
+from tests.support.served import bulk_worker, ended, jsonl, line, openai_client, start
 from tests.support.waiting import PATIENCE, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -345,6 +349,14 @@ NEVER = (
     "ALTER ROLE chunkmill_migrator SET statement_timeout = 1",
 )
 """What no process of ours may do."""
+SERVED = {
+    "SELECT data FROM served_file_pieces": "producer",
+    "INSERT INTO served_files (name, tenant, kind) VALUES ('f', 't', 'input')": "producer",
+    "DELETE FROM served_files": "producer poller",
+    "UPDATE served_batches SET state = state": "producer",
+    "SELECT state FROM served_batches": "producer worker poller reader",
+    "SELECT custom_id FROM served_batch_lines": "producer reader",
+}
 MAY = {
     "SELECT text FROM contents": "producer worker reader",
     "SELECT metadata FROM chunks": "producer worker reader",
@@ -380,8 +392,40 @@ MAY = {
     "SELECT refresh_collection_views(1)": "producer worker poller",
     "SELECT hide_collection_views(1)": "",
     "SELECT chunk_id FROM chunkmill_collections.docs": "reader",
+    **SERVED,
 }
 """Which purposes may run a statement."""
+
+
+def test_a_gateway_is_a_producer_and_a_poller_deletes_what_it_may_not_read(
+    settings: Settings, roles: dict[str, str]
+) -> None:
+    worker_db, poller_db = (create_db(roles[purpose], role=purpose) for purpose in ("worker", "poller"))
+    given = jsonl(line("a", "a text"), line("b", ""))
+    with (
+        running_gateway(settings) as gateway,
+        bulk_worker(worker_db),
+        openai_client(gateway, gateway.key) as api,
+    ):
+        batch = ended(api, start(api, given).id)
+        assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+        assert api.files.content(batch.output_file_id).content
+        assert start(api, given).status == "validating"
+        for statement, allowed in SERVED.items():
+            assert {purpose for purpose in PURPOSES if may(roles[purpose], statement)} == set(allowed.split()), (
+                statement
+            )
+        with psycopg.connect(roles["superuser"].replace("+psycopg", ""), autocommit=True) as conn:
+            conn.execute("UPDATE chunkmill.served_files SET expires_at = now() WHERE kind = 'output'")
+        poller = Poller(poller_db, Broker.connect(settings), settings)
+        for _ in range(2):
+            poller._files_at = poller._dropped_at = -1.0
+            poller.round()
+        with pytest.raises(openai.NotFoundError):
+            api.files.content(batch.output_file_id)
+        assert left_behind(worker_db) == []
+    worker_db.dispose()
+    poller_db.dispose()
 
 
 def test_a_login_can_be_taken_away_and_only_its_own_settings_and_password_are_its_own(roles: dict[str, str]) -> None:

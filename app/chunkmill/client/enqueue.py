@@ -61,6 +61,8 @@ class EnqueueRequest:
     on_long: OnLong
     idempotency_key: str | None
     skip_invalid: bool
+    is_hidden: bool = False
+    """The collection is a hidden one, which exists already."""
 
 
 def enqueue(
@@ -132,7 +134,7 @@ def _open(
         job = _of_key(conn, request, space)
         if job is not None and job.is_sealed:
             return None, job, space
-        collection = collections.lock_for_enqueue(conn, request.collection, space)
+        collection = collections.lock_for_enqueue(conn, request.collection, space, is_hidden=request.is_hidden)
         if job is None:
             if request.choice.route.is_paid:
                 budget.require_budget(conn, settings, request.spec)
@@ -171,6 +173,7 @@ def _of_key(conn: sa.Connection, request: EnqueueRequest, space: Space) -> jobs.
         collection=request.collection,
         space_id=space.id,
         on_long=request.on_long,
+        is_hidden=request.is_hidden,
     )
 
 

@@ -15,6 +15,7 @@ from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned, as_age
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger import dropping
 from chunkmill.ledger.prune import prune_jobs
+from chunkmill.ledger.served.prune import prune_served
 from chunkmill.spaces import collections, registry, unused
 from chunkmill.store.evict import AGES_SINCE, cache_spaces, drop_unreferenced
 
@@ -32,6 +33,9 @@ class Retention(ClientPart):
         """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
         then and that no collection refers to. This is safe while everything runs.
 
+        Of the Batch API that a gateway serves, files go that are older, unless a batch needs them that has not ended,
+        and batches that ended before then, with their texts and vectors.
+
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
         because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
         spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``
@@ -42,11 +46,14 @@ class Retention(ClientPart):
         on_progress = stopping_between(on_progress)
         before = self._before("older_than", older_than)
         with store_errors(self._db):
+            served = prune_served(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
+            # Before the jobs, because those of batches stay until their chunks are deleted.
+            self._forget_dropped(dry_run=dry_run)
             jobs, kept = prune_jobs(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
             vectors = drop_unreferenced(self._db, before=before, dry_run=dry_run, on_progress=on_progress)
             self._forget_dropped(dry_run=dry_run)
             spaces = unused.drop_all(self._db, before=before, dry_run=dry_run)
-        return Pruned(dry_run, before, jobs | vectors, kept, tuple(spaces))
+        return Pruned(dry_run, before, served | jobs | vectors, kept, tuple(spaces))
 
     def drop_space(self, space: str) -> None:
         """Drop an embedding space that nothing refers to, with the vectors that are still in it.

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from chunkmill.domain.mixing import KeywordState
+from chunkmill.domain.served import FileKind, ServedState
 from chunkmill.domain.serving import BuilderKind, SegmentKind, SegmentState
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
@@ -99,6 +100,8 @@ class CollectionRow(Base):
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     dropped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     """When it was dropped. It has a name that nobody asks for since then, and stays until its jobs are pruned."""
+    is_hidden: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.false())
+    """Nobody lists or searches it, and it has no serving index and no view. It holds the chunks of a served batch."""
 
     __table_args__ = (sa.Index("ix_collections_dropped", "id", postgresql_where=sa.text("dropped_at IS NOT NULL")),)
 
@@ -491,3 +494,124 @@ class EmbedRequestRow(Base):
         sa.CheckConstraint("kind IN ('document', 'query')", name="kind"),
         {"prefixes": ["UNLOGGED"]},
     )
+
+
+class ServedFileRow(Base):
+    """A file of the Batch API that gateways serve. Nobody sees it before it is whole."""
+
+    __tablename__ = "served_files"
+
+    id: Mapped[int] = identity()
+    name: Mapped[str] = mapped_column(sa.Text, unique=True)
+    """Its id in the API."""
+    tenant: Mapped[str] = mapped_column(sa.Text)
+    kind: Mapped[str] = mapped_column(sa.Text)
+    """An input file has pieces. Output and error files are written when they are downloaded."""
+    filename: Mapped[str] = mapped_column(sa.Text, server_default="")
+    n_bytes: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    is_whole: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.false())
+    served_batch_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """Whose output or errors it has. A trigger deletes the batch's texts with its output file."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    touched_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    """When its last piece came."""
+    expires_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        one_of("kind", FileKind),
+        sa.Index(None, "tenant", "id"),
+        sa.Index(None, "expires_at"),
+        sa.Index(None, "served_batch_id"),
+        sa.Index("ix_served_files_half", "touched_at", postgresql_where=sa.text("NOT is_whole")),
+    )
+
+
+class ServedFilePieceRow(Base):
+    """A part of an uploaded file, of a mebibyte except the last."""
+
+    __tablename__ = "served_file_pieces"
+
+    served_file_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("served_files.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    piece: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    """Its number, from 0."""
+    data: Mapped[bytes] = mapped_column(sa.LargeBinary)
+
+
+class ServedBatchRow(Base):
+    """A batch of the Batch API that gateways serve. Its lines are the chunks of the hidden collection ``name``."""
+
+    __tablename__ = "served_batches"
+
+    id: Mapped[int] = identity()
+    name: Mapped[str] = mapped_column(sa.Text, unique=True)
+    """Its id in the API, and the name of its collection."""
+    tenant: Mapped[str] = mapped_column(sa.Text)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.Text)
+    asked: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    """What the request asked for (``chunkmill.domain.served.Asked``)."""
+    models: Mapped[list[str] | None] = mapped_column(ARRAY(sa.Text))
+    """The models that its creator may use; NULL for all."""
+    state: Mapped[str] = mapped_column(sa.Text)
+    input_file: Mapped[str] = mapped_column(sa.Text)
+    """The id of a file that may have been deleted since."""
+    model: Mapped[str | None] = mapped_column(sa.Text)
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)
+    """Why it failed: ``[{"code", "line", "message", "param"}]``."""
+    job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    output_file: Mapped[str | None] = mapped_column(sa.Text)
+    error_file: Mapped[str | None] = mapped_column(sa.Text)
+    n_total: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    n_completed: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    n_failed: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    counted_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When the two counts were last taken of a batch in progress."""
+    n_tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    attempt: Mapped[int] = mapped_column(sa.Integer, server_default="0")
+    """The fencing number of its steps: a gateway whose attempt is not the current one changes nothing."""
+    lease_until: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    not_before: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    expires_at: Mapped[datetime] = mapped_column(TIMESTAMP)
+    in_progress_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    finalizing_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    completed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    failed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    expired_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    cancelling_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    cancelled_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        one_of("state", ServedState),
+        sa.UniqueConstraint("tenant", "idempotency_key"),
+        sa.Index(None, "tenant", "id"),
+        sa.Index(
+            "ix_served_batches_open",
+            "id",
+            postgresql_where=sa.text("state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
+        ),
+    )
+
+
+class ServedBatchLineRow(Base):
+    """A line of a served batch: how its answer is to be written, and how it ended. Its texts are chunks."""
+
+    __tablename__ = "served_batch_lines"
+
+    served_batch_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("served_batches.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    line: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    """Its number, from 0."""
+    custom_id: Mapped[str] = mapped_column(sa.Text)
+    n_inputs: Mapped[int] = mapped_column(sa.Integer)
+    dimensions: Mapped[int | None] = mapped_column(sa.Integer)
+    is_base64: Mapped[bool] = mapped_column(sa.Boolean)
+    refuses_long: Mapped[bool] = mapped_column(sa.Boolean)
+    """It asked that no text be cut."""
+    status: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    """An HTTP status; 0 if it was never executed, and NULL while it is not known."""
+    code: Mapped[str | None] = mapped_column(sa.Text)
+    message: Mapped[str | None] = mapped_column(sa.Text)
+    param: Mapped[str | None] = mapped_column(sa.Text)

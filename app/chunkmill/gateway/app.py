@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chunkmill.errors import ChunkmillError
+from chunkmill.gateway.batches.keeper import BatchKeeper
 from chunkmill.gateway.caller import NOBODY, Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.errors import Refusal, refusal_of
@@ -29,7 +31,10 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        gateway.batches = BatchKeeper(gateway.db, gateway.settings, gateway.models, asyncio.get_running_loop())
+        gateway.batches.start()
         yield
+        await asyncio.to_thread(gateway.batches.stop)
         await gateway.close()
 
     by_path: dict[str, list[Endpoint]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
@@ -17,6 +17,9 @@ from chunkmill.gateway.keys import KeyRing
 from chunkmill.gateway.models import Models
 from chunkmill.gateway.streams import Streams
 from chunkmill.settings import Settings
+
+if TYPE_CHECKING:
+    from chunkmill.gateway.batches.keeper import BatchKeeper
 
 
 @dataclass(slots=True)
@@ -34,6 +37,8 @@ class Gateway:
     health: HealthCheck
     is_leaving: bool = False
     streams: Streams = field(default_factory=Streams)
+    batches: BatchKeeper | None = None
+    """Takes the steps of served batches while the application runs."""
 
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:

@@ -35,7 +35,7 @@ def all_collections(conn: sa.Connection, *, exact: bool, ids: Sequence[int] | No
                ) AS last_enqueue_at
         FROM collections k
         JOIN spaces s ON s.id = k.space_id
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
           AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
         ORDER BY k.name
     """
@@ -94,6 +94,7 @@ def _counts(
         ) n
         WHERE k.space_id = :space AND to_jsonb(k) ->> 'dropped_at' IS NULL
           AND (CAST(:ids AS bigint[]) IS NULL OR k.id = ANY(CAST(:ids AS bigint[])))
+          AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
     """
     parameters = {"space": space.id, "limit": None if most is None else most + 1, "ids": ids}
     return {row.id: (row.chunks, row.embedded) for row in conn.execute(sa.text(query), parameters)}

@@ -22,6 +22,7 @@ from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
 from chunkmill.ledger.jobs import cancel, recover
 from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.served import files as served_files
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.monitor import reports
 from chunkmill.poller.paid import ProviderRounds
@@ -39,6 +40,8 @@ DROPPED_COLLECTIONS, DROPPED_SLICES = 5, 5
 """How many dropped collections one round goes on deleting, and how many slices of each, so that bells do not wait."""
 VIEWS_SECONDS = 60.0
 """Time between two looks for views that are missing or out of date. Each look reads the names of all collections."""
+FILES_SECONDS = 60.0
+"""Time between two looks for files of served batches that have expired."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long a job that could not be ended waits for the next try."""
 
@@ -82,6 +85,7 @@ class Poller:
         self._cancels_at = -math.inf
         self._dropped_at = -math.inf
         self._views_at = -math.inf
+        self._files_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings, self._steps)
 
     def run(self, stop: threading.Event) -> None:
@@ -142,6 +146,7 @@ class Poller:
         abandoned = step("the failing of abandoned jobs", self._fail_abandoned)
         step("the deletion of old embed requests", self._delete_old_requests)
         step("the cancels that were left behind", self._go_on_cancelling)
+        step("the files that have expired", self._delete_expired_files)
         step("the collections that were dropped", self._clean_up_collections)
         rung = step("the ringing of doorbells", self._ring) or 0
         rung += self._provider.round()
@@ -170,6 +175,17 @@ class Poller:
                 left = cancel.cancel_some_left_behind(conn)
                 reports.delete_old(conn)
             self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
+
+    def _delete_expired_files(self) -> None:
+        """Delete a few files of the served Batch API that have expired, or whose upload ended halfway.
+
+        What a batch's output file leaves behind is a dropped collection, which is cleaned up next.
+        """
+        if time.monotonic() < self._files_at:
+            return
+        with self._db.begin() as conn:
+            deleted = served_files.delete_expired(conn) if served_files.are_kept(conn) else 0
+        self._files_at = -math.inf if deleted else time.monotonic() + FILES_SECONDS
 
     def _clean_up_collections(self) -> None:
         """Delete a few slices of what dropped collections left behind, in each round until nothing is left.

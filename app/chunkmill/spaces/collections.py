@@ -24,8 +24,8 @@ class Collection:
     space_id: int
 
 
-# The column is read in this way because the schema of the last release does not have it.
-_IS_KEPT = "to_jsonb(k) ->> 'dropped_at' IS NULL"
+# The columns are read in this way because the schema of the last release does not have them.
+_IS_KEPT = "to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'"
 _OF_NAME = f"""
 SELECT k.id, k.name, k.space_id
 FROM collections k
@@ -37,10 +37,21 @@ FROM collection_aliases a
 JOIN collections k ON k.id = a.collection_id
 WHERE a.name = :name AND {_IS_KEPT}
 """
+_HIDDEN = """
+SELECT k.id, k.name, k.space_id
+FROM collections k
+WHERE k.name = :name AND k.is_hidden AND k.dropped_at IS NULL
+"""
 
 
-def resolve(conn: sa.Connection, name: str) -> Collection | None:
-    """The collection that has this name or this alias. This is the one place that reads names."""
+def resolve(conn: sa.Connection, name: str, *, is_hidden: bool = False) -> Collection | None:
+    """The collection that has this name or this alias. This is the one place that reads names.
+
+    Hidden collections are not found, unless ``is_hidden`` asks for one of them.
+    """
+    if is_hidden:
+        row = conn.execute(sa.text(_HIDDEN), {"name": name}).one_or_none()
+        return Collection(row.id, row.name, row.space_id) if row else None
     row = conn.execute(sa.text(_OF_NAME), {"name": name}).one_or_none()
     if row is None and have_lives(conn):
         row = conn.execute(sa.text(_OF_ALIAS), {"name": name}).one_or_none()
@@ -97,11 +108,17 @@ def require_lives(conn: sa.Connection) -> None:
         )
 
 
-def lock_for_enqueue(conn: sa.Connection, name: str, space: Space) -> Collection:
+def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden: bool = False) -> Collection:
     """Create the collection if it is new, lock it until the end of this transaction, and move it into ``space``.
 
-    Raises :class:`SpaceMismatch` if it is in another space and may not move.
+    Raises :class:`SpaceMismatch` if it is in another space and may not move. A hidden collection was made before; it
+    raises :class:`NotFound` if it was dropped since.
     """
+    if is_hidden:
+        row = conn.execute(sa.text(f"{_HIDDEN} FOR NO KEY UPDATE"), {"name": name}).one_or_none()
+        if row is None or row.space_id != space.id:
+            raise NotFound(f"the hidden collection {name!r} was dropped.")
+        return Collection(row.id, row.name, row.space_id)
     # The lock keeps others from moving or dropping the collection before this call's job can be seen.
     with conn.begin_nested() as savepoint:
         collection = _lock(conn, name)

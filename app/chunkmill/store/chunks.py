@@ -202,7 +202,7 @@ def read_page(
     rows = conn.execute(sa.text(query), parameters).all()
     _require_unmoved(conn, collection)
     sent = [row.embedding for row in rows if row.embedding is not None]
-    vectors = iter(_decoded(space, sent))
+    vectors = iter(decoded(space, sent))
     return [_stored(row, next(vectors) if row.embedding is not None else None) for row in rows]
 
 
@@ -243,10 +243,10 @@ def read_arrays(
     _plan_for_these_values(conn)
     rows = conn.execute(sa.text(query), {"collection": collection.id, "ids": list(ids), **values}).all()
     _require_unmoved(conn, collection)
-    return [row.chunk_id for row in rows], _decoded(space, [row.embedding for row in rows])
+    return [row.chunk_id for row in rows], decoded(space, [row.embedding for row in rows])
 
 
-def _decoded(space: Space, sent: Sequence[bytes]) -> NDArray[np.float32]:
+def decoded(space: Space, sent: Sequence[bytes]) -> NDArray[np.float32]:
     """``(n, d)`` float32 of vectors as pgvector sends them: two bytes with d, two unused ones, d big-endian floats.
 
     As an array of reals it took four times as long, because Python makes an object of each number (5,000 × 384).

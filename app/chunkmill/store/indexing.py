@@ -322,7 +322,7 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
         SELECT k.id, k.space_id
         FROM collections k
         LEFT JOIN serving_indexes i ON i.collection_id = k.id AND i.space_id = k.space_id
-        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
+        WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
           AND ({_MAY_FLUSH if builder is BuilderKind.FLUSH else _MAY_MERGE}
                OR EXISTS (
                    SELECT FROM segments g

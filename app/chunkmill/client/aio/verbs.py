@@ -754,6 +754,9 @@ class AsyncVerbs(Running):
         """Delete jobs that finished more than ``older_than`` (days) ago, and vectors and texts that were stored before
         then and that no collection refers to. This is safe while everything runs.
 
+        Of the Batch API that a gateway serves, files go that are older, unless a batch needs them that has not ended,
+        and batches that ended before then, with their texts and vectors.
+
         Deleting a job also deletes its ChunkBatches, attempts, usage, dead list and idempotency key. Charges stay,
         because they are the bill. A failed or cancelled job stays as long as a chunk of it has no vector. At last the
         spaces go that were registered before then, if nothing refers to them and they have no vector left. ``dry_run``

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.routes import (
+    batches,
     cohere,
     collections,
     dead,
     embed,
+    files,
     health,
     jobs,
     money,
@@ -22,6 +24,8 @@ def all_endpoints() -> list[Endpoint]:
     return [
         *health.ENDPOINTS,
         *openai.ENDPOINTS,
+        *files.ENDPOINTS,
+        *batches.ENDPOINTS,
         *embed.ENDPOINTS,
         *cohere.ENDPOINTS,
         *ollama.ENDPOINTS,

@@ -91,7 +91,13 @@ WHERE j.idempotency_key = :key
 
 
 def of_key(
-    conn: sa.Connection, idempotency_key: str | None, *, collection: str, space_id: int, on_long: OnLong
+    conn: sa.Connection,
+    idempotency_key: str | None,
+    *,
+    collection: str,
+    space_id: int,
+    on_long: OnLong,
+    is_hidden: bool = False,
 ) -> OpenedJob | None:
     """The job that an enqueue with this key created before, or None. Of the collection only the identity counts, so
     that the job is found after a rename, and by an alias. The key of a job whose collection was dropped is free.
@@ -105,7 +111,7 @@ def of_key(
         free = "UPDATE jobs SET idempotency_key = NULL WHERE id = :id AND idempotency_key = :key"
         conn.execute(sa.text(free), {"id": job.id, "key": idempotency_key})
         return None
-    asked = collections.resolve(conn, collection)
+    asked = collections.resolve(conn, collection, is_hidden=is_hidden)
     if (asked and asked.id, job.space_id, job.on_long) != (job.collection_id, space_id, on_long):
         raise InvalidInput(
             f"idempotency_key {idempotency_key!r} belongs to job {job.id}, which enqueued into another collection "
