@@ -42,6 +42,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "estimate": {"chunks": [("n", "a new text")]},
     "search": {"query": np.ones(384), "collection": "docs"},
     "embed": {"texts": ["a text"]},
+    "embed_texts": {"texts": ["a text"]},
     "resume_lane": {"route": "openai"},
     "abandon": {"provider_batch_id": 401},
     "correct_charge": {
