@@ -282,7 +282,7 @@ class Vectors(ClientPart):
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
-        caller = as_text("caller", caller) if caller else ""
+        caller = as_text("caller", caller)
         blank = as_flag("blank", blank)
         for i, text in enumerate(texts):
             if not (blank and isinstance(text, str) and (not text or text.isspace())):
