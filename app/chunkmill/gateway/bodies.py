@@ -26,6 +26,10 @@ async def read_body(request: Request, most: int) -> bytes:
 
 async def read_object(request: Request, most: int) -> dict[str, Any]:
     """The body, which is a JSON object."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        message = "the body must be JSON. Send it with 'content-type: application/json'."
+        raise Refusal(415, "unsupported_media_type", message)
     body = await read_body(request, most)
     try:
         value = orjson.loads(body)
