@@ -26,6 +26,7 @@ from chunkmill.settings import Settings
 from tests.conftest import fresh_settings
 from tests.support.gateway_endpoints import ENDPOINTS
 from tests.support.gateways import KEY, RunningGateway, running_gateway, stand_in_worker, tokens_of
+from tests.support.raw_http import connect, head
 from tests.support.waiting import until
 
 
@@ -289,26 +290,15 @@ def test_requests_at_once_are_bounded_and_end_with_their_callers(two: Two) -> No
     other = two.key("other", KeyLimits(parallel_requests=2))
     state = two.first.gateway.limits._keys
     key_id = int(key.split("_")[1])
-    http = [two.first.client(key) for _ in range(2)]
-    try:
-        for client in http:
-            threading.Thread(target=_ask_and_forget, args=[client], daemon=True).start()
+    with connect(two.first.url) as one, connect(two.first.url) as another:
+        for connection in (one, another):
+            connection.sendall(head("GET", "/test/wait/1", key))
         until(lambda: key_id in state and state[key_id].running == 2)
         assert code_of(two.embed(key)) == (429, "rate_limit_exceeded")
         assert two.embed(other).status_code == 200
         assert two.embed(key, at=two.second).status_code == 200, "it is a limit of each gateway"
-    finally:
-        for client in http:
-            client._transport.close()
     until(lambda: state[key_id].running == 0)
     assert two.embed(key).status_code == 200
-
-
-def _ask_and_forget(client: Any) -> None:
-    try:
-        client.get("/test/wait/1")
-    except Exception:  # noqa: BLE001, S110 - the connection is closed under it
-        pass
 
 
 def test_the_command_creates_lists_and_revokes(two: Two) -> None:
