@@ -50,6 +50,7 @@ SETTINGS_GROUPS = {
     "vector_storage": "Storing, queueing and recovering",
     "preemption_notice": "Machines that are taken away",
     "metrics_port": "Metrics and logs",
+    "gateway_model_aliases": "The gateway",
     "embedding_provider": "Paid routes and costs",
 }
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""

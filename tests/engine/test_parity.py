@@ -58,6 +58,20 @@ def test_every_family_gives_the_vectors_of_sentence_transformers(
 
 
 @pytest.mark.parametrize("name", [*TOYS, "all-MiniLM-L6-v2"])
+def test_an_empty_text_has_the_vector_that_sentence_transformers_gives_it(
+    name: str, minilm: Engine, toy_path: Callable[[str], Path], toy_engine: Callable[[str], Engine]
+) -> None:
+    is_toy = name in TOYS
+    engine = toy_engine(name) if is_toy else minilm
+    texts = ["", " ", "\n\t", "a"]
+
+    result = engine.embed(texts)
+
+    expected = reference(toy_path(name) if is_toy else resolve_model(name).path).encode_document(texts)
+    np.testing.assert_allclose(result.vectors, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*TOYS, "all-MiniLM-L6-v2"])
 def test_alone_equals_in_a_batch(name: str, minilm: Engine, toy_engine: Callable[[str], Engine]) -> None:
     engine = toy_engine(name) if name in TOYS else minilm
     texts = sample(25)

@@ -19,8 +19,9 @@ MOST_BYTES = 2**20
 
 async def _embed(gateway: Gateway, request: Request, caller: Caller) -> Response:
     body = await read_object(request, MOST_BYTES)
+    model = await gateway.models.find(body.get("model"), caller)
     embedded = await gateway.embed(
-        body["texts"], model=body.get("model"), kind="document", caller=caller, timeout=body.get("timeout", 300.0)
+        body["texts"], model=model.target, kind="document", caller=caller, timeout=body.get("timeout", 300.0)
     )
     return Reply({"tokens": embedded.tokens, "tenant": caller.tenant})
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +41,12 @@ class RunningGateway:
     url: str
     key: str
     http: httpx2.Client
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port, for a test that needs the socket itself."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
 
     def client(self, key: str | None) -> httpx2.Client:
         """A client that sends another key, or none. The caller closes it."""
@@ -99,6 +106,7 @@ class StandInWorker(threading.Thread):
 
     A text of more than the space's ``max_tokens`` tokens is said to be cut. Requests wait while ``may`` is not set, and
     ``fails`` is the error that they then get instead of vectors. ``asked`` has the texts of each request, in order.
+    While ``is_silent`` it reports nothing.
     """
 
     NAME = "stand-in"
@@ -109,6 +117,7 @@ class StandInWorker(threading.Thread):
         self.may.set()
         self.fails: str | None = None
         self.asked: list[tuple[str, ...]] = []
+        self.is_silent = False
         self._ends = threading.Event()
         self._db = db
 
@@ -116,7 +125,11 @@ class StandInWorker(threading.Thread):
         with self._db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(sa.text(f"LISTEN {embed_requests.CHANNEL}"))
             try:
+                reported_at = 0.0
                 while not self._ends.is_set():
+                    if not self.is_silent and time.monotonic() - reported_at >= reports.REPORT_SECONDS:
+                        self.report()
+                        reported_at = time.monotonic()
                     if self.may.is_set():
                         while self._answer_next():
                             pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -25,7 +26,7 @@ from chunkmill.domain.arguments import (
     as_text,
     require_name,
 )
-from chunkmill.domain.chunks import prepare_all
+from chunkmill.domain.chunks import prepare
 from chunkmill.domain.embedded import EmbeddedTexts, joined
 from chunkmill.domain.filters import parse as parse_filter
 from chunkmill.domain.providers import OPENAI
@@ -246,9 +247,11 @@ class Vectors(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         caller: str = "",
+        blank: bool = False,
     ) -> EmbeddedTexts:
         """Like :meth:`embed`, and says how many tokens each text had and whether it was cut.
 
+        With ``blank`` a text may be empty or white space. Its vector is then that of the model's special tokens alone.
         Workers share their time between callers, such as the users of a server, if each has its own ``caller``.
         """
         return run_steps(
@@ -260,6 +263,7 @@ class Vectors(ClientPart):
                 dimensions=dimensions,
                 precision=precision,
                 caller=caller,
+                blank=blank,
             )
         )
 
@@ -273,18 +277,22 @@ class Vectors(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         caller: str = "",
+        blank: bool = False,
     ) -> Steps[EmbeddedTexts]:
         if not isinstance(kind, str) or kind not in ("document", "query"):
             raise InvalidInput("kind must be 'document' or 'query'.")
         timeout, texts = as_seconds("timeout", timeout), list(as_items("texts", texts))
         caller = as_text("caller", caller) if caller else ""
-        for _ in prepare_all(((f"texts[{i}]", text) for i, text in enumerate(texts))):
-            pass
+        blank = as_flag("blank", blank)
+        for i, text in enumerate(texts):
+            if not (blank and isinstance(text, str) and (not text or text.isspace())):
+                prepare((f"texts[{i}]", text), i)
         if not texts:
             spec = self._spec(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-            return joined([], spec.dimensions)
+            return replace(joined([], spec.dimensions), spec=spec)
         space = self._space(model, OnLong.TRUNCATE, dimensions=dimensions, precision=precision)
-        return (yield from self._asking_all(space, texts, kind, timeout, caller))
+        embedded = yield from self._asking_all(space, texts, kind, timeout, caller)
+        return replace(embedded, spec=space.spec)
 
     def vectors(self, collection: str, ids: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """``chunk id → (d,) float32`` of ``ids``, or of the whole collection. Chunks without a vector are left out."""

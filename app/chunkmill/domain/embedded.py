@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.spaces import SpaceSpec
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedTexts:
@@ -18,6 +20,8 @@ class EmbeddedTexts:
     """``(n,)`` int32: how many tokens the model read, with its prompt and special tokens. 0 if that is not known."""
     truncated: NDArray[np.bool_]
     """``(n,)`` bool: whether the text had more tokens than the model reads, so that its end is not in its vector."""
+    spec: SpaceSpec | None = None
+    """The space of the vectors. None in a part of an answer."""
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -51,7 +51,7 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
         middleware=[Middleware(Watched, gateway=gateway)],
         exception_handlers={HTTPException: _http_refusal},
     )
-    # A redirect would be to a host that the caller names.
+    # A redirect would lead to the address in the Host header, which anybody can write, and drop the key.
     app.router.redirect_slashes = False
     return app
 

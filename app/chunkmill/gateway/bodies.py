@@ -12,6 +12,9 @@ from chunkmill.gateway.errors import Refusal
 
 async def read_body(request: Request, most: int) -> bytes:
     """The body, of at most ``most`` bytes. A larger one is refused before it is read, if its length is announced."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Refusal(415, "unsupported_encoding", "the body is compressed. Send it without content-encoding.")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > most:
         raise _too_large(most)
@@ -26,11 +29,21 @@ async def read_body(request: Request, most: int) -> bytes:
 
 async def read_object(request: Request, most: int) -> dict[str, Any]:
     """The body, which is a JSON object."""
+    require_json(request)
+    return read_object_of(await read_body(request, most))
+
+
+def require_json(request: Request) -> None:
+    """Raise :class:`Refusal` if the body says that it is something else. A page of another origin can send a form
+    without asking, and no JSON."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         message = "the body must be JSON. Send it with 'content-type: application/json'."
         raise Refusal(415, "unsupported_media_type", message)
-    body = await read_body(request, most)
+
+
+def read_object_of(body: bytes) -> dict[str, Any]:
+    """The JSON object in ``body``."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -16,11 +16,12 @@ from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.prices import price_on
 from chunkmill.domain.states import Route
 from chunkmill.gateway.caller import Caller
-from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.exchange import current
+from chunkmill.gateway.health import HealthCheck
 from chunkmill.gateway.keys import KeyRing, StoredKeys
 from chunkmill.gateway.limits.limits import Limits
 from chunkmill.gateway.limits.room import BYTES_PER_TOKEN
+from chunkmill.gateway.models import Models
 from chunkmill.openai.catalogue import provider_model
 from chunkmill.settings import Settings
 
@@ -36,6 +37,8 @@ class Gateway:
     client: AsyncClient
     db: sa.Engine
     keys: KeyRing
+    models: Models
+    health: HealthCheck
     limits: Limits
     hosts: frozenset[str] | None = None
     """The names by which callers may call this gateway; None means any. A gateway on loopback has them, so that no page
@@ -45,7 +48,9 @@ class Gateway:
     @classmethod
     def over(cls, client: Client, db: sa.Engine, settings: Settings, keys: KeyRing) -> Gateway:
         """A gateway that takes ``client`` over, and closes it in the end."""
-        return cls(settings, AsyncClient(client), db, keys, Limits(db, settings))
+        models = Models(db, settings)
+        health = HealthCheck(db, client._broker, settings, models)
+        return cls(settings, AsyncClient(client), db, keys, models, health, Limits(db, settings))
 
     async def embed(
         self,
@@ -58,17 +63,24 @@ class Gateway:
         dimensions: int | None = None,
     ) -> EmbeddedTexts:
         """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``, and :class:`Refusal`
-        if the key's limits or the room in this gateway do not allow it."""
+        if the key's limits or the room in this gateway do not allow it.
+
+        A text may be empty: LangChain asks for the vector of "", and other servers have one.
+        """
         name = model or self.settings.embedding_model
-        if not caller.may_use(name):
-            raise Refusal(403, "model_not_allowed", "this API key does not allow that model.", param="model")
         exchange = current()
         if exchange is not None:
             exchange.model, exchange.texts = name, exchange.texts + len(texts)
         estimate = sum(map(tokens_at_least, texts))
         async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(name)) as use:
             embedded = await self.client.embed_texts(
-                texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, caller=caller.tenant
+                texts,
+                model=model,
+                kind=kind,
+                timeout=timeout,
+                dimensions=dimensions,
+                caller=caller.tenant,
+                blank=True,
             )
             use.settle(int(embedded.tokens.sum()))
         if exchange is not None:

@@ -74,7 +74,24 @@ def _names_of(error: Any) -> frozenset[str]:
     return wrong.names if isinstance(wrong, WrongModels) else frozenset()
 
 
+def _aliases(given: object) -> object:
+    """The pairs of a list such as ``text-embedding-3-small=all-MiniLM-L6-v2,other=/models/mine``."""
+    if not isinstance(given, str):
+        return given
+    pairs: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in given.split(","))):
+        alias, equals, model = (word.strip() for word in part.partition("="))
+        if not (alias and equals and model):
+            raise ValueError(f"{part!r} is not of the form alias=model: write such pairs, separated by commas")
+        if pairs.setdefault(alias, model) != model:
+            raise ValueError(f"{alias!r} is given twice, for different models")
+    if chained := sorted(alias for alias, model in pairs.items() if model in pairs):
+        raise ValueError(f"{chained[0]!r} stands for another alias: name the model itself")
+    return pairs
+
+
 ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
+Aliases = Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_aliases)]
 
 
 class Settings(ProviderSettings, GatewaySettings):
@@ -292,6 +309,16 @@ class Settings(ProviderSettings, GatewaySettings):
         "auto",
         description="Format of the log: `json` (one object per line), `text`, or `auto`, which is text on a terminal "
         "and JSON elsewhere.",
+    )
+    gateway_model_aliases: Aliases = Field(
+        None,
+        description="Further names of models in a gateway, such as `text-embedding-3-small=all-MiniLM-L6-v2`, "
+        "separated by commas, for programs that ask for OpenAI's names. An alias comes before a model of that name.",
+    )
+    gateway_token_ids: Literal["cl100k", "reject"] = Field(
+        "cl100k",
+        description="Meaning of token ids that a gateway gets instead of texts: `cl100k`, OpenAI's vocabulary, which "
+        "OpenAI's and LangChain's clients use for every model; or `reject`, if none are taken.",
     )
 
     @property

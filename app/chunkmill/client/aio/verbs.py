@@ -482,9 +482,11 @@ class AsyncVerbs(Running):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         caller: str = "",
+        blank: bool = False,
     ) -> EmbeddedTexts:
         """Like :meth:`embed`, and says how many tokens each text had and whether it was cut.
 
+        With ``blank`` a text may be empty or white space. Its vector is then that of the model's special tokens alone.
         Workers share their time between callers, such as the users of a server, if each has its own ``caller``.
         """
         return await self._wait(
@@ -496,6 +498,7 @@ class AsyncVerbs(Running):
                 dimensions=dimensions,
                 precision=precision,
                 caller=caller,
+                blank=blank,
             )
         )
 

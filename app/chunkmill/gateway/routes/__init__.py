@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from chunkmill.gateway.endpoint import Endpoint
-from chunkmill.gateway.routes import health
+from chunkmill.gateway.routes import cohere, embed, health, ollama, openai
 
 
 def all_endpoints() -> list[Endpoint]:
-    return [*health.ENDPOINTS]
+    return [
+        *health.ENDPOINTS,
+        *openai.ENDPOINTS,
+        *embed.ENDPOINTS,
+        *cohere.ENDPOINTS,
+        *ollama.ENDPOINTS,
+    ]
