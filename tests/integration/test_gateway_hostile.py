@@ -31,7 +31,7 @@ from tests.support.waiting import until
 
 EMBED = "/test/embed"
 GOOD = json.dumps({"texts": ["a b"]}).encode()
-SECRET = "the words of a text that must be in no error"  # noqa: S105 - it is a text
+SECRET = "the words of a text that must be in no error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,10 +101,8 @@ class GatewayServer(uvicorn.Server):
 
 def serve(gateway: Gateway, listeners: Listeners, tls: ssl.SSLContext | None = None) -> None:
     """Serve at these sockets until SIGTERM or SIGINT."""
-    if listeners.is_loopback:
+    if listeners.is_loopback or gateway.settings.gateway_hosts:
         gateway.hosts = LOOPBACK_NAMES | (gateway.settings.gateway_hosts or frozenset())
-    elif gateway.settings.gateway_hosts:
-        gateway.hosts = gateway.settings.gateway_hosts
     _allow_files(gateway.settings.gateway_connections + FILES_BESIDE)
     GatewayServer(gateway, tls).run(sockets=list(listeners.sockets))
 

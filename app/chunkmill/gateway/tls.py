@@ -29,8 +29,8 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         if "MISMATCH" in (error.reason or ""):
             raise InvalidInput(f"--tls-key {key} is not the key of the certificate {certificate}.") from None
         raise InvalidInput(
-            f"--tls-cert {certificate} or --tls-key {key} cannot be used ({error.reason or error}). Both must be in PEM "
-            "form, and the server's own certificate must be the first one in its file."
+            f"--tls-cert {certificate} or --tls-key {key} cannot be used ({error.reason or error}). Both must be in "
+            "PEM form, and the server's own certificate must be the first one in its file."
         ) from None
     if problem := _problem(context, certificate):
         raise InvalidInput(f"--tls-cert {certificate} cannot be used: {problem}. Give a certificate that is valid now.")

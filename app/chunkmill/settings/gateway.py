@@ -47,8 +47,8 @@ class GatewaySettings(BaseSettings):
     )
     gateway_hosts: Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_hosts)] = Field(
         None,
-        description="Names of hosts, separated by commas, for which a gateway on loopback answers besides `localhost`, "
-        "such as those that a proxy passes on.",
+        description="Names of hosts, separated by commas, for which the gateway answers besides `localhost`, such as "
+        "those that a proxy passes on. If unset, a gateway on loopback answers for no other, and any other for all.",
     )
     gateway_behind_tls: bool = Field(
         False,

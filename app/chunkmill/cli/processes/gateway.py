@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
 from chunkmill.ledger.access import keys
+from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
@@ -54,30 +57,27 @@ def gateway(screen: Screen, host: str, port: int, tls_cert: Path | None, tls_key
         raise InvalidInput("--tls-cert and --tls-key belong together: give both, or neither.")
     tls = None if tls_cert is None or tls_key is None else server_context(tls_cert, tls_key)
     settings = Environment.load().settings
-    configure(settings.log_level, settings.log_format)
-    tracing.configure("chunkmill-gateway")
     db = create_db(settings.require_database_url(), role="gateway")
-    require_migrated(db)
-    has_keys = _has_keys(db)
-    listeners = listen(host, port)
+    listeners = None
     try:
+        require_migrated(db)
+        has_keys = _has_keys(db)
+        listeners = listen(host, port)
+        if not has_keys and not listeners.is_loopback:
+            raise InvalidInput(
+                f"--host {host} can be reached from other machines, and there is no key, so nobody may call this "
+                "gateway. Create one: chunkmill keys create NAME. Or listen at 127.0.0.1."
+            )
+        configure(settings.log_level, settings.log_format)
+        tracing.configure("chunkmill-gateway")
+        own = None if has_keys else OneKey()
         url = f"{'https' if tls else 'http'}://{listeners.url_host}:{listeners.port}"
-        own = None
-        if not has_keys:
-            if not listeners.is_loopback:
-                raise InvalidInput(
-                    f"--host {host} can be reached from other machines, and there is no key, so nobody may call this "
-                    "gateway. Create one: chunkmill keys create NAME. Or listen at 127.0.0.1."
-                )
-            own = OneKey()
-            # This is the only time that it is shown, so it is printed with --json too, and not in the log.
-            if screen.json:
-                screen.line({"url": url, "key": own.key})
-            else:
-                screen.hint(f"No key has been created, so this one counts until the gateway ends: {own.key}")
-                screen.hint(f"Open {url}/?key={own.key}")
-        elif screen.json:
-            screen.line({"url": url, "key": None})
+        # This is the only time that the key is shown, so it is printed with --json too, and not in the log.
+        if screen.json:
+            screen.line({"url": url, "key": None if own is None else own.key})
+        elif own is not None:
+            screen.hint(f"No key has been created, so this one counts until the gateway ends: {own.key}")
+            screen.hint(f"Open {url}/?key={own.key}")
         else:
             screen.hint(f"The gateway answers at {url}")
         if not listeners.is_loopback and tls is None and not settings.gateway_behind_tls:
@@ -85,19 +85,25 @@ def gateway(screen: Screen, host: str, port: int, tls_cert: Path | None, tls_key
                 "WARNING: keys and texts travel unencrypted to this gateway. Give --tls-cert and --tls-key, or set "
                 "GATEWAY_BEHIND_TLS=true if a proxy in front of it speaks TLS and nobody else reaches it."
             )
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        metrics = MetricsServer.start(settings, Process(frozenset({Role.GATEWAY}), name, "gateway"))
-        try:
-            serve(
-                Gateway.over(Client(db, Broker.connect(settings), settings), db, settings, StoredKeys(db, own)),
-                listeners,
-                tls,
-            )
-        finally:
-            if metrics is not None:
-                metrics.stop()
+        with _metrics(settings):
+            client = Client(db, Broker.connect(settings), settings)
+            serve(Gateway.over(client, db, settings, StoredKeys(db, own)), listeners, tls)
     finally:
-        listeners.close()
+        if listeners is not None:
+            listeners.close()
+        db.dispose()
+
+
+@contextlib.contextmanager
+def _metrics(settings: Settings) -> Iterator[None]:
+    """Serve the metrics of this gateway meanwhile, if METRICS_PORT is set."""
+    process = Process(frozenset({Role.GATEWAY}), f"{socket.gethostname()}:{os.getpid()}", "gateway")
+    server = MetricsServer.start(settings, process)
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.stop()
 
 
 def _has_keys(db: sa.Engine) -> bool:
