@@ -76,7 +76,7 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """uvicorn would raise the signal again at the end, so that an orderly end looked like a kill."""
         if threading.current_thread() is not threading.main_thread():
             yield
