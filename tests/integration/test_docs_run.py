@@ -39,6 +39,7 @@ ELSEWHERE = {
     "demo": "tests/integration/test_cli.py",
     "down": QUICKSTART,
     "flower": "tests/acceptance/test_flower.py",
+    "gateway": "tests/integration/test_gateway_docs.py",
     "models export": "tests/engine/test_exported_backends.py",
     "models canary": "tests/integration/test_canary.py",
     "models drop": "tests/integration/test_unused_spaces.py",

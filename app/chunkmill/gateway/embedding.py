@@ -26,6 +26,7 @@ from chunkmill.gateway.fields import invalid, number_field
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.hangups import EndsWithCaller
 from chunkmill.gateway.inputs import count_tokens, may_be_many
+from chunkmill.gateway.large_json import loads_object
 from chunkmill.gateway.models import ServedModel
 from chunkmill.monitor import reports
 
@@ -34,7 +35,7 @@ Result = TypeVar("Result")
 
 MAX_BODY: Final = 32 * 1024 * 1024
 MAX_DIMENSIONS: Final = 65_536
-SMALL_BODY: Final = 64 * 1024
+SMALL_BODY: Final = 32 * 1024
 """The most bytes of a body that the event loop reads itself, in less than a millisecond. Larger ones take a thread."""
 SECONDS: Final = 30.0
 SECONDS_PER_TEXT: Final = 0.1
@@ -116,7 +117,7 @@ async def read_asked(request: Request, read: Callable[[dict[str, Any]], Result])
     body = await read_body(request, MAX_BODY)
     if len(body) <= SMALL_BODY:
         return read(read_object_of(body))
-    return await asyncio.to_thread(lambda: read(read_object_of(body)))
+    return await asyncio.to_thread(lambda: read(loads_object(body)))
 
 
 def dimensions_field(body: Mapping[str, Any], *names: str) -> int | None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from chunkmill.domain.chunks import MAX_TEXT_BYTES
 from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.gateway.fields import invalid
+from chunkmill.gateway.large_json import MAX_VALUE
 
 if TYPE_CHECKING:
     import tiktoken
@@ -121,8 +121,8 @@ def _items(value: Any, param: str) -> list[Any]:
 def _text(text: str, where: str) -> str:
     if "\0" in text:
         raise invalid(where, "holds a NUL character (\\u0000), which cannot be stored. Remove it.")
-    if len(text) > MAX_TEXT_BYTES // 4 and len(text.encode()) > MAX_TEXT_BYTES:
-        raise invalid(where, f"has more than {MAX_TEXT_BYTES:,} bytes. Split it.")
+    if len(text) > MAX_VALUE // 4 and len(text.encode()) > MAX_VALUE:
+        raise invalid(where, f"has more than {MAX_VALUE:,} bytes. Split it.")
     return text
 
 
