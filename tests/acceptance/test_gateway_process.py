@@ -20,7 +20,7 @@ from chunkmill.ledger.access import keys
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Process, Processes
 from tests.support.gateways import stand_in_worker
-from tests.support.raw_http import connect, head, post, read_answer
+from tests.support.raw_http import connect, post, read_answer
 from tests.support.tls import make_authority
 from tests.support.waiting import PATIENCE, until
 
@@ -92,14 +92,16 @@ def test_with_keys_it_listens_at_all_addresses_with_tls_and_a_second_signal_ends
     assert "WARNING" not in process.output()
     port = int(url.rpartition(":")[2])
     trusting = ssl.create_default_context(cafile=str(authority.ca))
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as plain:
-        with trusting.wrap_socket(plain, server_hostname="localhost") as connection:
-            connection.sendall(post("/embed", key, BODY))
-            until(lambda: is_asked(db))
-            process.popen.send_signal(signal.SIGTERM)
-            process.wait_for("1 requests are under way")
-            process.popen.send_signal(signal.SIGTERM)
-            assert process.popen.wait(PATIENCE) == 128 + signal.SIGTERM
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as plain,
+        trusting.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(post("/embed", key, BODY))
+        until(lambda: is_asked(db))
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("1 requests are under way")
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(PATIENCE) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "0"])  # noqa: S104

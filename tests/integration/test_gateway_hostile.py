@@ -22,6 +22,7 @@ from chunkmill.db.connect import create_db
 from chunkmill.embedded import StackStatus
 from chunkmill.gateway import protocol
 from chunkmill.gateway.addresses import LOOPBACK_NAMES
+from chunkmill.gateway.exchange import Exchange
 from chunkmill.settings import Settings
 from tests.conftest import fresh_settings
 from tests.support.gateway_endpoints import ENDPOINTS, MOST_BYTES
@@ -79,9 +80,25 @@ CASES: list[Case] = [
     # Sizes and forms of bodies.
     ("a body that is too long", post(EMBED, KEY, b" " * (MOST_BYTES + 1)), 413, "body_too_large"),
     ("gzip", post(EMBED, KEY, gzip.compress(GOOD), ("Content-Encoding", "gzip")), 415, "unsupported_encoding"),
-    ("a gzip bomb", post(EMBED, KEY, gzip.compress(bytes(10**8), 9), ("Content-Encoding", "gzip")), 415, "unsupported_encoding"),
+    (
+        "a gzip bomb",
+        post(EMBED, KEY, gzip.compress(bytes(10**8), 9), ("Content-Encoding", "gzip")),
+        415,
+        "unsupported_encoding",
+    ),
     ("two encodings", post(EMBED, KEY, GOOD, ("Content-Encoding", "br, gzip")), 415, "unsupported_encoding"),
-    ("a form", post(EMBED, KEY, b"texts=a", ("Content-Type", "application/x-www-form-urlencoded")), 415, "unsupported_media_type"),
+    (
+        "a form",
+        post(EMBED, KEY, b"texts=a", ("Content-Type", "application/x-www-form-urlencoded")),
+        400,
+        "invalid_json",
+    ),
+    (
+        "a file",
+        post(EMBED, KEY, GOOD, ("Content-Type", "multipart/form-data; boundary=a")),
+        415,
+        "unsupported_media_type",
+    ),
     ("plain text", post(EMBED, KEY, GOOD, ("Content-Type", "text/plain")), 415, "unsupported_media_type"),
     # Methods.
     ("GET where POST is", head("GET", EMBED, KEY), 405, "method_not_allowed"),
@@ -102,7 +119,12 @@ CASES: list[Case] = [
     ("a path of 20,000 characters", head("GET", "/" + "a" * 20_000, KEY), 431, "headers_too_large"),
     # Headers.
     ("a header of 17 KiB", head("GET", "/live", KEY, [("X-A", "a" * 17 * 1024)]), 431, "headers_too_large"),
-    ("a thousand headers", head("GET", "/live", KEY, [(f"X-{i}", "a" * 16) for i in range(1000)]), 431, "headers_too_large"),
+    (
+        "a thousand headers",
+        head("GET", "/live", KEY, [(f"X-{i}", "a" * 16) for i in range(1000)]),
+        431,
+        "headers_too_large",
+    ),
     ("a NUL in a header", head("GET", "/live", KEY, [("X-A", "a\0b")]), 400, "invalid_request"),
     ("a space before the colon", b"GET /live HTTP/1.1\r\nHost : 127.0.0.1\r\n\r\n", 400, "invalid_request"),
     ("a folded header", b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: a\r\n b\r\n\r\n", 400, "invalid_request"),
@@ -115,22 +137,52 @@ CASES: list[Case] = [
     ("HTTP/2 without asking", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "invalid_request"),
     ("HTTP/9.9", b"GET /live HTTP/9.9\r\nHost: 127.0.0.1\r\n\r\n", 400, "invalid_request"),
     # Two readings of where a request ends.
-    ("length and chunks", head("POST", EMBED, KEY, [("Content-Length", "4"), ("Transfer-Encoding", "chunked")]) + b"0\r\n\r\n", 400, "invalid_request"),
-    ("chunks and length", head("POST", EMBED, KEY, [("Transfer-Encoding", "chunked"), ("Content-Length", "4")]) + b"0\r\n\r\n", 400, "invalid_request"),
-    ("two lengths", head("POST", EMBED, KEY, [("Content-Length", "4"), ("Content-Length", "5")]) + b"abcd", 400, "invalid_request"),
+    (
+        "length and chunks",
+        head("POST", EMBED, KEY, [("Content-Length", "4"), ("Transfer-Encoding", "chunked")]) + b"0\r\n\r\n",
+        400,
+        "invalid_request",
+    ),
+    (
+        "chunks and length",
+        head("POST", EMBED, KEY, [("Transfer-Encoding", "chunked"), ("Content-Length", "4")]) + b"0\r\n\r\n",
+        400,
+        "invalid_request",
+    ),
+    (
+        "two lengths",
+        head("POST", EMBED, KEY, [("Content-Length", "4"), ("Content-Length", "5")]) + b"abcd",
+        400,
+        "invalid_request",
+    ),
     ("a negative length", head("POST", EMBED, KEY, [("Content-Length", "-1")]), 400, "invalid_request"),
     ("a length with a sign", head("POST", EMBED, KEY, [("Content-Length", "+4")]) + b"abcd", 400, "invalid_request"),
     ("a length beyond 64 bits", head("POST", EMBED, KEY, [("Content-Length", "9" * 30)]), 400, "invalid_request"),
     ("a length that is never sent", head("POST", EMBED, KEY, [("Content-Length", str(2**40))]), 413, "body_too_large"),
-    ("a chunk size that is no number", head("POST", EMBED, KEY, [("Transfer-Encoding", "chunked")]) + b"zz\r\n", 400, "invalid_request"),
-    ("an encoding that is not chunked", head("POST", EMBED, KEY, [("Transfer-Encoding", "gzip")]) + b"abcd", 400, "invalid_request"),
-    ("chunked, disguised", head("POST", EMBED, KEY, [("Transfer-Encoding", "xchunked")]) + b"0\r\n\r\n", 400, "invalid_request"),
+    (
+        "a chunk size that is no number",
+        head("POST", EMBED, KEY, [("Transfer-Encoding", "chunked")]) + b"zz\r\n",
+        400,
+        "invalid_request",
+    ),
+    (
+        "an encoding that is not chunked",
+        head("POST", EMBED, KEY, [("Transfer-Encoding", "gzip")]) + b"abcd",
+        400,
+        "invalid_request",
+    ),
+    (
+        "chunked, disguised",
+        head("POST", EMBED, KEY, [("Transfer-Encoding", "xchunked")]) + b"0\r\n\r\n",
+        400,
+        "invalid_request",
+    ),
     # Keys.
     ("no key", post(EMBED, None, GOOD), 401, "invalid_api_key"),
     ("another key", post(EMBED, "sk-1234567890", GOOD), 401, "invalid_api_key"),
     ("a key that is no ASCII", post(EMBED, "\xff\xfe", GOOD), 401, "invalid_api_key"),
     ("a very long key", post(EMBED, "a" * 10_000, GOOD), 401, "invalid_api_key"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "sent", "status", "code"), CASES, ids=[name for name, *_ in CASES])
@@ -178,6 +230,7 @@ def test_what_looks_odd_and_is_right_is_answered(two: Two) -> None:
         post(EMBED, KEY, b'{"texts": ["x"], "texts": ["a", "b"]}'),  # the last one counts, as with OpenAI
         post(EMBED, KEY, GOOD, ("Content-Type", "application/json; charset=utf-8")),
         post(EMBED, KEY, GOOD, ("Content-Encoding", "identity")),
+        post(EMBED, KEY, GOOD, ("Content-Type", "application/x-www-form-urlencoded")),  # as `curl -d` says
         head("GET", "/live", None, host="localhost:8080"),
         head("GET", "/live", None, host="LOCALHOST"),
         head("GET", "/live", None, host="[::1]:8080"),
@@ -354,6 +407,20 @@ def hang_up(two: Two, number: int) -> None:
 def has_rows(db: sa.Engine, number: int) -> bool:
     with db.begin() as conn:
         return conn.execute(sa.text("SELECT count(*) FROM embed_requests")).scalar_one() == number
+
+
+def test_hung_up_waits_end(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that does not look for its caller itself."""
+    caplog.set_level(logging.INFO, "chunkmill.gateway.access")
+    for gateway in two.gateways:
+        with connect(gateway.url) as connection:
+            connection.sendall(head("GET", "/test/wait/1", KEY))
+            until(lambda gateway=gateway: any(one.path == "/test/wait/{number}" for one in exchanges_of(gateway)))
+    until(lambda: [getattr(one, "status", 0) for one in caplog.records].count(499) == 2)
+
+
+def exchanges_of(gateway: RunningGateway) -> list[Exchange]:
+    return [one for one in gc.get_objects() if isinstance(one, Exchange) and not one.has_ended]
 
 
 def test_an_upload_whose_caller_hangs_up_ends(two: Two, caplog: pytest.LogCaptureFixture) -> None:

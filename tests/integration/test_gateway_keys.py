@@ -258,6 +258,33 @@ def test_tokens_of_a_month_are_exact_across_gateways(two: Two) -> None:
     assert two.embed(other, text).status_code == 200
 
 
+def test_two_reservations_at_once_see_each_other(db: sa.Engine) -> None:
+    limits = KeyLimits(tokens_per_month=100)
+    with db.begin() as conn:
+        made = {"tenant": "t", "scopes": {Scope.EMBED}, "limits": limits}
+        ids = [keys.create(conn, name=name, **made)[0] for name in ("mine", "other")]  # type: ignore[arg-type]
+    verdicts: list[list[str | None]] = []
+
+    def reserve(key_id: int) -> None:
+        with db.begin() as conn:
+            verdicts.append(usage.reserve(conn, [Asked(key_id, limits, 60, Decimal(0))])[1])
+
+    with db.connect() as first, first.begin():
+        assert usage.reserve(first, [Asked(ids[0], limits, 60, Decimal(0))])[1] == [None]
+        second = threading.Thread(target=reserve, args=[ids[0]])
+        second.start()
+        reserve(ids[1])
+        until(lambda: waits_for_a_lock(db) or not second.is_alive())
+    second.join()
+    assert verdicts == [[None], ["tokens"]]
+
+
+def waits_for_a_lock(db: sa.Engine) -> bool:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with db.begin() as conn:
+        return bool(conn.execute(sa.text(query)).scalar_one())
+
+
 def test_a_key_with_no_limit_is_booked_too(two: Two) -> None:
     key = two.key("mine")
     for at in (two.first, two.second):

@@ -34,10 +34,9 @@ async def read_object(request: Request, most: int) -> dict[str, Any]:
 
 
 def require_json(request: Request) -> None:
-    """Raise :class:`Refusal` if the body says that it is something else. A page of another origin can send a form
-    without asking, and no JSON."""
+    """Raise :class:`Refusal` if the body says that it is something else. ``curl -d`` says that JSON is a form."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
+    if kind not in ("application/json", "application/x-www-form-urlencoded") and not kind.endswith("+json"):
         message = "the body must be JSON. Send it with 'content-type: application/json'."
         raise Refusal(415, "unsupported_media_type", message)
 

@@ -406,7 +406,11 @@ def test_the_dockerfile_keeps_every_rule() -> None:
         ),
         ("app does not take its own dependencies", "--from=app-deps", "--from=worker-deps"),
         ("worker installs what has no digest", "--require-hashes --no-deps --only-binary :all: -r torch.txt", "torch"),
-        ("app installs ['flower,worker']", "locked.py flower,gateway,metrics,openai,tracing", "locked.py flower,worker"),
+        (
+            "app installs ['flower,worker']",
+            "locked.py flower,gateway,metrics,openai,tracing",
+            "locked.py flower,worker",
+        ),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),
         ("a secret is in a layer", "COPY app app", "COPY .env ./"),
     ],
@@ -600,8 +604,11 @@ def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: st
 @pytest.mark.parametrize(
     "name",
     [
-        "chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service",
-        "chunkmill-gateway.service", "chunkmill-openai.service",
+        "chunkmill-worker.service",
+        "chunkmill-worker@.service",
+        "chunkmill-poller.service",
+        "chunkmill-gateway.service",
+        "chunkmill-openai.service",
     ],
 )
 def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
