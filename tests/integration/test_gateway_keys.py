@@ -54,7 +54,11 @@ class Two:
             assert keys.revoke(conn, int(key.split("_")[1]))
 
     def used(self, key: str) -> Booked:
-        query = "SELECT sum(requests) AS requests, sum(tokens) AS tokens, sum(usd) AS usd FROM api_key_usage WHERE key_id = :id"
+        query = """
+            SELECT sum(requests) AS requests, sum(tokens) AS tokens, sum(usd) AS usd
+            FROM api_key_usage
+            WHERE key_id = :id
+        """
         with self.db.begin() as conn:
             row = conn.execute(sa.text(query), {"id": int(key.split("_")[1])}).one()
         return Booked(int(row.requests or 0), int(row.tokens or 0), row.usd or Decimal(0))
@@ -100,8 +104,13 @@ def test_who_has_no_key_or_another_keys_secret_gets_401(two: Two) -> None:
     (_, id_of_mine, secret), (_, id_of_other, _) = mine.split("_", 2), other.split("_", 2)
     assert two.embed(mine).status_code == 200
     wrong = [
-        f"cmk_{id_of_other}_{secret}", f"cmk_{id_of_mine}_{'a' * 43}", f"cmk_{10**9}_{secret}", mine[:-1], "nonsense", KEY,
-    ]  # fmt: skip
+        f"cmk_{id_of_other}_{secret}",
+        f"cmk_{id_of_mine}_{'a' * 43}",
+        f"cmk_{10**9}_{secret}",
+        mine[:-1],
+        "nonsense",
+        KEY,
+    ]
     for key in wrong:
         for _ in range(2):  # looked up, and remembered
             assert code_of(two.embed(key)) == (401, "invalid_api_key")
@@ -237,8 +246,7 @@ def test_tokens_of_a_month_are_exact_across_gateways(two: Two) -> None:
     answers: list[Any] = []
 
     def ask(at: RunningGateway) -> None:
-        for _ in range(3):
-            answers.append(two.embed(mine, text, at=at))
+        answers.extend(two.embed(mine, text, at=at) for _ in range(3))
 
     threads = [threading.Thread(target=ask, args=[at]) for at in (two.first, two.second) * 2]
     for thread in threads:
@@ -337,9 +345,25 @@ def test_the_command_creates_lists_and_revokes(two: Two) -> None:
         return json.loads(result.stdout)
 
     made = run(
-        "create", "the page", "--scope", "embed", "--scope", "search", "--model", "m", "--collection", "docs", "--tenant",
-        "us", "--requests-per-minute", "60", "--usd-per-month", "12.50", "--expires", "90d",
-    )  # fmt: skip
+        "create",
+        "the page",
+        "--scope",
+        "embed",
+        "--scope",
+        "search",
+        "--model",
+        "m",
+        "--collection",
+        "docs",
+        "--tenant",
+        "us",
+        "--requests-per-minute",
+        "60",
+        "--usd-per-month",
+        "12.50",
+        "--expires",
+        "90d",
+    )
     plain = run("create", "plain")
     assert two.embed(plain["key"]).json()["tenant"] == "plain"
     listed = {row["id"]: row for row in run("list")}
