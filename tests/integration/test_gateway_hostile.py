@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -297,16 +296,35 @@ def test_open_connections_without_a_request_make_room_for_those_with_one(
 ) -> None:
     gateway = two.gateways[0]
     with contextlib.ExitStack() as opened:
-        server_class = type(next(iter(_connections(gateway))))
-        monkeypatch.setattr(server_class, "most_connections", 8)
+        busy = opened.enter_context(connect(gateway.url))
+        busy.sendall(head("GET", "/test/wait/1", KEY))
+        until(lambda: len(exchanges_of("/test/wait/{number}")) == 1)
+        monkeypatch.setattr(protocol_of(gateway), "most_connections", 8)
         idle = [opened.enter_context(connect(gateway.url)) for _ in range(30)]
         assert exchange(gateway, post(EMBED, KEY, GOOD)).status == 200
-        assert is_closed(idle[0])
+        idle[0].settimeout(protocol.HEAD_SECONDS / 2)
+        assert is_closed(idle[0]), "the oldest goes first"
+        until(lambda: len(protocol_of(gateway).idle) <= 8)
+        assert len(exchanges_of("/test/wait/{number}")) == 1, "and none that has a request"
+        monkeypatch.setattr(protocol_of(gateway), "idle", {})
+        monkeypatch.setattr(protocol_of(gateway), "most_connections", 1)
+        refused = exchange(gateway, head("GET", "/live", None))
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "too_many_connections")
 
 
-def _connections(gateway: RunningGateway) -> set[Any]:
-    gateway.http.get("/live")
-    return {each for each in gc.get_objects() if isinstance(each, protocol.GatewayProtocol)}
+def protocol_of(gateway: RunningGateway) -> type[protocol.GatewayProtocol]:
+    port = int(gateway.url.rpartition(":")[2])
+    (one,) = {
+        type(each)
+        for each in gc.get_objects()
+        if isinstance(each, protocol.GatewayProtocol) and each.server and each.server[1] == port
+    }
+    return one
+
+
+def exchanges_of(path: str) -> list[Exchange]:
+    """The requests for ``path`` that are not answered yet."""
+    return [one for one in gc.get_objects() if isinstance(one, Exchange) and one.path == path and not one.status]
 
 
 def test_when_the_room_is_full_large_requests_are_refused_before_their_body_and_small_ones_are_not(two: Two) -> None:
@@ -415,12 +433,9 @@ def test_hung_up_waits_end(two: Two, caplog: pytest.LogCaptureFixture) -> None:
     for gateway in two.gateways:
         with connect(gateway.url) as connection:
             connection.sendall(head("GET", "/test/wait/1", KEY))
-            until(lambda gateway=gateway: any(one.path == "/test/wait/{number}" for one in exchanges_of(gateway)))
+            until(lambda: len(exchanges_of("/test/wait/{number}")) == 1)
+        until(lambda: not exchanges_of("/test/wait/{number}"))
     until(lambda: [getattr(one, "status", 0) for one in caplog.records].count(499) == 2)
-
-
-def exchanges_of(gateway: RunningGateway) -> list[Exchange]:
-    return [one for one in gc.get_objects() if isinstance(one, Exchange) and not one.has_ended]
 
 
 def test_an_upload_whose_caller_hangs_up_ends(two: Two, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -26,10 +26,16 @@ LINGER_SECONDS = 5.0
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """``most_connections`` is set by the server. One connection too many ends the oldest one that has no request, and
-    if there is none, it is refused."""
+    """One connection too many ends the one that has been without a request for the longest time; if all have one, it is
+    refused. Each server makes a class of its own with :meth:`bounded`."""
 
-    most_connections = 4096
+    most_connections: ClassVar[int] = 4096
+    idle: ClassVar[dict[GatewayProtocol, None]] = {}
+    """The connections of this server that have no request, the oldest first."""
+
+    @classmethod
+    def bounded(cls, most_connections: int) -> type[GatewayProtocol]:
+        return type("BoundedProtocol", (cls,), {"most_connections": most_connections, "idle": {}})
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -45,10 +51,12 @@ class GatewayProtocol(HttpToolsProtocol):
             message = "this gateway has as many connections as it may have. Try again later."
             self._refuse(Refusal(503, "too_many_connections", message, retry_after=1.0))
             return
+        self.idle[self] = None
         self._start_timer(HEAD_SECONDS, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.idle.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -81,6 +89,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._stop_timer()
+        self.idle.pop(self, None)
         if self._is_refused:
             return
         if self._pending > MOST_HEAD_BYTES:
@@ -106,6 +115,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if not self.transport.is_closing() and not self.pipeline and self.cycle.response_complete:
+            self.idle[self] = None
         if not self.transport.is_closing() and not self._is_in_head:
             self._start_timer(LINGER_SECONDS, self.transport.close)
 
@@ -117,15 +128,13 @@ class GatewayProtocol(HttpToolsProtocol):
         self._pending += n_bytes
 
     def _evict(self) -> bool:
-        for connection in self.connections:
-            if connection is not self and isinstance(connection, GatewayProtocol) and connection._has_no_request():
-                connection.transport.close()
-                self.connections.discard(connection)
-                return True
-        return False
-
-    def _has_no_request(self) -> bool:
-        return self._is_in_head and (self.cycle is None or self.cycle.response_complete)
+        oldest = next(iter(self.idle), None)
+        if oldest is None:
+            return False
+        del self.idle[oldest]
+        self.connections.discard(oldest)
+        oldest.transport.close()
+        return True
 
     def _head_is_late(self) -> None:
         if not self._head_bytes:

@@ -40,12 +40,9 @@ class GatewayServer(uvicorn.Server):
     ) -> None:
         self._gateway = gateway
         self._leaving: asyncio.Task[None] | None = None
-        protocol = type(
-            "BoundedProtocol", (GatewayProtocol,), {"most_connections": gateway.settings.gateway_connections}
-        )
         config = uvicorn.Config(
             build(gateway, endpoints),
-            http=protocol,
+            http=GatewayProtocol.bounded(gateway.settings.gateway_connections),
             ws="none",
             log_config=None,
             access_log=False,
