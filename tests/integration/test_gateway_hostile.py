@@ -47,12 +47,12 @@ def two(stack: StackStatus) -> Iterator[Two]:
     with fresh_settings(stack) as settings, contextlib.ExitStack() as open_ones:
         settings = settings.model_copy(update={"gateway_waiting_tokens": 4000, "gateway_waiting_texts": 200})
         db = create_db(settings.require_database_url(), role="test")
+        open_ones.callback(db.dispose)
         worker = open_ones.enter_context(stand_in_worker(db))
         gateways = [open_ones.enter_context(running_gateway(settings, endpoints=ENDPOINTS)) for _ in range(2)]
         for each in gateways:
             each.gateway.hosts = LOOPBACK_NAMES
         yield Two(settings, db, worker, (gateways[0], gateways[1]))
-        db.dispose()
 
 
 def text(words: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class Months:
         self._owed: dict[tuple[int, date | None], Booked] = {}
         self._reserving: Batching[Asked, tuple[date, str | None]] = Batching(self._reserve)
         self._writing: asyncio.Task[None] | None = None
+        self._closes = asyncio.Event()
 
     async def reserve(self, asked: Asked) -> tuple[date, str | None]:
         """The month in which it is reserved; and None, or the limit that stands against it: ``tokens`` or ``usd``."""
@@ -48,17 +50,21 @@ class Months:
     async def close(self) -> None:
         """Write what is not written yet."""
         await self._reserving.close()
+        self._closes.set()
         if self._writing is not None:
-            self._writing.cancel()
             await asyncio.wait([self._writing])
         await asyncio.to_thread(self._write)
 
     async def _write_soon(self) -> None:
-        while self._owed:
-            await asyncio.sleep(WRITE_SECONDS)
+        while self._owed and not self._closes.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await self._closes.wait()
             await asyncio.to_thread(self._write)
 
     def _write(self) -> None:
+        if not self._owed:
+            return
         try:
             self._reserve([])
         except ChunkmillError as error:
