@@ -23,6 +23,8 @@ from chunkmill.gateway import protocol
 from chunkmill.gateway.addresses import LOOPBACK_NAMES
 from chunkmill.gateway.exchange import Exchange
 from chunkmill.settings import Settings
+from chunkmill.telemetry import metrics
+from chunkmill.telemetry.counts import COUNTS
 from tests.conftest import fresh_settings
 from tests.support.gateway_endpoints import ENDPOINTS, MOST_BYTES
 from tests.support.gateways import KEY, RunningGateway, StandInWorker, running_gateway, stand_in_worker
@@ -386,6 +388,17 @@ def test_the_log_has_a_line_for_each_request_without_texts_and_keys(two: Two, ca
     said = " ".join(f"{one.getMessage()} {vars(one)}" for one in caplog.records)
     for secret in (SECRET, SECRET.replace(" ", "-"), "secret-query", "wrong-key", KEY):
         assert secret not in said
+
+
+def test_the_metrics_count_requests_by_scope_result_and_kind_of_key(two: Two) -> None:
+    def count(*labels: str) -> float:
+        return dict(COUNTS.series(metrics.GATEWAY_REQUESTS, frozenset({metrics.Role.GATEWAY}))).get(labels, 0.0)
+
+    kinds = [("embed", "ok", "other"), ("embed", "refused", "other"), ("other", "ok", "other")]
+    before = [count(*kind) for kind in kinds]
+    for sent in (post(EMBED, KEY, GOOD), post(EMBED, None, GOOD), head("GET", "/live", None)):
+        exchange(two.gateways[0], sent)
+    until(lambda: [count(*kind) for kind in kinds] == [number + 1 for number in before])
 
 
 def test_callers_who_hang_up_leave_no_row_and_nothing_is_computed(two: Two) -> None:
