@@ -74,7 +74,7 @@ def _is_base64(body: dict[str, Any]) -> bool:
         return False
     if not isinstance(types, list) or len(types) != 1 or types[0] not in TYPES:
         raise invalid("embedding_types", f"must be a list with one of: {', '.join(TYPES)}.")
-    return types[0] == "base64"
+    return bool(types[0] == "base64")
 
 
 def _texts_of(inputs: Any) -> list[Any]:
