@@ -10,6 +10,7 @@ import http
 import logging
 from typing import Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from chunkmill.gateway.errors import Refusal
@@ -70,7 +71,14 @@ class GatewayProtocol(HttpToolsProtocol):
                 # The parser would keep a header without an end in memory.
                 self._refuse(_too_large())
                 return
-        super().data_received(data)
+        # As uvicorn does it, but without a warning for whatever strangers send.
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._refuse(Refusal(400, "invalid_request", "this is not a valid HTTP request."))
+        except httptools.HttpParserUpgrade:
+            pass  # the request was answered as one without an upgrade
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -120,10 +128,6 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self.transport.is_closing() and not self._is_in_head:
             self._start_timer(LINGER_SECONDS, self.transport.close)
 
-    def send_400_response(self, msg: str) -> None:
-        if not self._is_refused:
-            self._refuse(Refusal(400, "invalid_request", "this is not a valid HTTP request."))
-
     def _count(self, n_bytes: int) -> None:
         self._pending += n_bytes
 
@@ -144,6 +148,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer and end the connection. Nothing that still comes is looked at."""
+        if self._is_refused:
+            return
         self._is_refused = True
         self._stop_timer()
         if self.transport.is_closing():
@@ -163,7 +169,13 @@ class GatewayProtocol(HttpToolsProtocol):
         lines += [name + b": " + value for name, value in headers]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(reply.body)]))
         logger.info("refused a request before it was whole (%s)", refusal.code)
-        self.transport.close()
+        if refusal.code == "too_many_connections" or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        # With a close, what is still unread would make the kernel drop the answer too.
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._start_timer(LINGER_SECONDS, self.transport.close)
 
     def _start_timer(self, seconds: float, function: Any) -> None:
         self._stop_timer()
