@@ -82,6 +82,7 @@ def running_gateway(
         server.should_exit = True
         thread.join(PATIENCE)
         listening.close()
+        db.dispose()  # what a thread opened that outlived its request
 
 
 def _client(url: str, key: str | None) -> httpx2.Client:
