@@ -271,6 +271,7 @@ def test_two_reservations_at_once_see_each_other(db: sa.Engine) -> None:
     with db.begin() as conn:
         made = {"tenant": "t", "scopes": {Scope.EMBED}, "limits": limits}
         ids = [keys.create(conn, name=name, **made)[0] for name in ("mine", "other")]  # type: ignore[arg-type]
+        usage.reserve(conn, [Asked(key_id, limits, 0, Decimal(0)) for key_id in ids])  # their rows are there
     verdicts: list[list[str | None]] = []
 
     def reserve(key_id: int) -> None:
