@@ -21,7 +21,7 @@ from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.vectors import shorten, to_unit_length
 from chunkmill.errors import WaitTimeout
-from chunkmill.gateway.bodies import read_body, read_object_of
+from chunkmill.gateway.bodies import read_body, read_object_of, require_json
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.fields import invalid, number_field
@@ -119,6 +119,7 @@ class Answered:
 
 async def read_asked(request: Request, read: Callable[[dict[str, Any]], Result]) -> Result:
     """What ``read`` makes of the JSON object in the body. It runs in a thread if the body is large."""
+    require_json(request)
     body = await read_body(request, MAX_BODY)
     if len(body) <= SMALL_BODY:
         return read(read_object_of(body))
