@@ -20,6 +20,7 @@ from chunkmill.db.connect import create_db
 from chunkmill.domain.keys import UNLIMITED, KeyLimits, Scope
 from chunkmill.embedded import StackStatus
 from chunkmill.gateway.keys import StoredKeys, ring
+from chunkmill.gateway.routes import collections
 from chunkmill.ledger.access import keys, usage
 from chunkmill.ledger.access.usage import Asked, Booked
 from chunkmill.settings import Settings
@@ -72,7 +73,7 @@ def two(stack: StackStatus) -> Iterator[Two]:
         second = StoredKeys(create_db(settings.require_database_url(), role="gateway"))
         with (
             stand_in_worker(db),
-            running_gateway(settings, keys=first, endpoints=ENDPOINTS) as one,
+            running_gateway(settings, keys=first, endpoints=[*ENDPOINTS, *collections.ENDPOINTS]) as one,
             running_gateway(settings, keys=second, endpoints=ENDPOINTS) as other,
         ):
             for ringed in (first, second):
@@ -236,6 +237,21 @@ def test_tokens_of_a_minute_are_those_that_were_used(two: Two) -> None:
     refused = two.embed(key, *["word " * 200] * 4)
     assert code_of(refused) == (429, "rate_limit_exceeded")
     assert int(refused.headers["retry-after"]) > 1
+
+
+def test_the_text_of_a_search_counts_and_a_vector_does_not(two: Two) -> None:
+    two.first.gateway.client._client.enqueue([("a", "a text")], collection="searched")
+    mine = two.key("mine", KeyLimits(tokens_per_month=100), scopes={Scope.SEARCH})
+    other = two.key("other", KeyLimits(tokens_per_month=100), scopes={Scope.SEARCH})
+
+    def search(key: str, query: str | list[float]) -> Any:
+        headers = {"authorization": f"Bearer {key}"}
+        return two.first.http.post("/v1/collections/searched/search", json={"query": query}, headers=headers)
+
+    assert search(mine, "word " * 60).status_code == 200
+    assert (two.used(mine).tokens, two.used(other).tokens) == (76, 0)
+    assert code_of(search(mine, "word " * 60)) == (429, "insufficient_quota")
+    assert search(mine, [1.0] * 384).status_code == search(other, "word " * 60).status_code == 200
 
 
 def test_tokens_of_a_month_are_exact_across_gateways(two: Two) -> None:

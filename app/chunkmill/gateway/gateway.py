@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -19,7 +20,7 @@ from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.exchange import current
 from chunkmill.gateway.health import HealthCheck
 from chunkmill.gateway.keys import KeyRing, StoredKeys
-from chunkmill.gateway.limits.limits import Limits
+from chunkmill.gateway.limits.limits import Limits, Use
 from chunkmill.gateway.limits.room import BYTES_PER_TOKEN
 from chunkmill.gateway.models import Models
 from chunkmill.gateway.streams import Streams
@@ -74,12 +75,7 @@ class Gateway:
 
         A text may be empty: LangChain asks for the vector of "", and other servers have one.
         """
-        name = model or self.settings.embedding_model
-        exchange = current()
-        if exchange is not None:
-            exchange.model, exchange.texts = name, exchange.texts + len(texts)
-        estimate = sum(map(tokens_at_least, texts))
-        async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(name)) as use:
+        async with self.embedding(caller, model or self.settings.embedding_model, texts) as use:
             embedded = await self.client.embed_texts(
                 texts,
                 model=model,
@@ -90,9 +86,22 @@ class Gateway:
                 blank=True,
             )
             use.settle(int(embedded.tokens.sum()))
+        return embedded
+
+    @contextlib.asynccontextmanager
+    async def embedding(self, caller: Caller, model: str, texts: Sequence[str]) -> AsyncIterator[Use]:
+        """Embed the texts meanwhile, within the caller's limits and the room of this gateway. ``model`` is its name.
+
+        Who knows how many tokens it were calls ``settle`` of the result; else the estimate counts.
+        """
+        exchange = current()
+        if exchange is not None:
+            exchange.model, exchange.texts = model, exchange.texts + len(texts)
+        estimate = sum(map(tokens_at_least, texts))
+        async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(model)) as use:
+            yield use
         if exchange is not None:
             exchange.tokens += use.tokens
-        return embedded
 
     def _price(self, model: str) -> Decimal:
         """US dollars for a token of a plain request: 0 for a model that our own workers serve."""
