@@ -289,7 +289,7 @@ def test_everything_runs_with_no_more_than_it_needs(
     said = CliRunner().invoke(cli, ["index", "docs"], env=index)
     assert (said.exit_code, "docs is served by 1 segment " in said.output) == (0, True), said.output
     with Client(create_db(roles["reader"], role="client"), Broker.connect(settings), settings) as reader:
-        for metadata, exact in ((None, False), ({"no": {"$exists": False}}, True)):  # all chunks pass, and are listed
+        for metadata, exact in ((None, False), ({"n": {"$lt": 50}}, True)):  # half of the chunks pass, and are listed
             hits = reader.search(like="c7", collection="docs", k=1, metadata=metadata, explain=True)
             assert hits.explanation
             assert (len(hits), hits[0].chunk_id == "c7", hits.explanation.is_exact) == (1, False, exact)

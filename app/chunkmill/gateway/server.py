@@ -46,6 +46,7 @@ class GatewayServer(uvicorn.Server):
             ws="none",
             log_config=None,
             access_log=False,
+            log_level="warning",  # of its start and end the gateway speaks itself
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
