@@ -480,8 +480,10 @@ def test_who_makes_keys_reads_no_digest_and_who_checks_them_makes_none(
             until(lambda: http.get("/v1/models").status_code == 401)
         stored._db.dispose()
         with psycopg.connect(urls["superuser"].replace("+psycopg", "")) as conn:
-            query = "SELECT last_used_at IS NOT NULL, u.requests FROM chunkmill.api_keys k, chunkmill.api_key_usage u"
-            assert conn.execute(query).fetchone() == (True, 1), "a gateway may note what it has to"
+            query = (
+                "SELECT last_used_at IS NOT NULL, u.requests > 0 FROM chunkmill.api_keys k, chunkmill.api_key_usage u"
+            )
+            assert conn.execute(query).fetchone() == (True, True), "a gateway may note what it has to"
     finally:
         for purpose in ("gateway", "key_maker"):
             admin(stack, f"DROP OWNED BY machine_{purpose}")
