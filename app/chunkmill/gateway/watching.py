@@ -81,7 +81,7 @@ class Watched:
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
         finally:
             reading.end()
-            if reading.is_gone and not exchange.has_ended:
+            if reading.is_gone:
                 exchange.status = GONE
 
     def _end(self, exchange: Exchange) -> None:
@@ -127,6 +127,8 @@ class _Reading:
         self._has_body = has_body
         self._is_read = False
         self._bytes = 0
+        self._waited = 0.0
+        """Seconds that were spent waiting for parts of the body."""
         self._gone = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._task = asyncio.current_task()
@@ -148,9 +150,10 @@ class _Reading:
             return {"type": "http.disconnect"}
         message = await self._next()
         if message["type"] == "http.disconnect":
+            # Whoever reads the body gets a ClientDisconnect, and may note how far it came.
             self._is_read = self.is_gone = True
             self._gone.set()
-            raise asyncio.CancelledError  # nobody is there to be answered
+            return message
         self._bytes += len(message.get("body", b""))
         if self._exchange.hold is not None:
             self._gateway.limits.grow(self._exchange.hold, self._bytes)
@@ -160,17 +163,22 @@ class _Reading:
         return message
 
     async def _next(self) -> Message:
-        """The next part of the body. Raises :class:`Refusal` if it does not come in time."""
+        """The next part of the body. Raises :class:`Refusal` if it does not come in time.
+
+        Only the time that was spent waiting for the caller counts, because a job is enqueued while its body comes.
+        """
         seconds = self._gateway.settings.gateway_body_seconds
         if not self._exchange.bounds_body:
             seconds += self._bytes / SLOWEST_BYTES
-        left = self._exchange.began + seconds - time.monotonic()
+        begun = time.monotonic()
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(seconds - self._waited):
                 return await self._receive()
         except TimeoutError:
-            message = f"the body did not come within {self._gateway.settings.gateway_body_seconds:g} seconds."
-            raise Refusal(408, "body_too_slow", message, headers={"connection": "close"}) from None
+            said = f"the body did not come within {self._gateway.settings.gateway_body_seconds:g} seconds."
+            raise Refusal(408, "body_too_slow", said, headers={"connection": "close"}) from None
+        finally:
+            self._waited += time.monotonic() - begun
 
     async def _watch_for_end(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
