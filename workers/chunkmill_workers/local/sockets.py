@@ -168,6 +168,7 @@ class WorkerSocketServer:
         self._woken, self._waker = socket.socketpair()
         self._threads: list[threading.Thread] = []
         self._said: str | None = None
+        self._said_of_strangers: str | None = None
 
     def start(self) -> None:
         try:
@@ -316,7 +317,9 @@ class WorkerSocketServer:
         except BlockingIOError:
             return
         except BadFrame as error:
-            logger.warning("a connection to this worker's socket was closed: it sent %s", error)
+            if str(error) != self._said_of_strangers:
+                logger.warning("a connection to this worker's socket was closed: it sent %s", error)
+            self._said_of_strangers = str(error)
             self._drop(selector, connection)
         except OSError:
             self._drop(selector, connection)

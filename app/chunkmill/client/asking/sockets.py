@@ -40,7 +40,7 @@ RETRY_SECONDS = 1.0
 AVOID_SECONDS = 3.0
 """How long a worker is not asked that leaves, or for a space whose model it has not loaded."""
 SILENT_SECONDS = 4.0
-"""A worker with open requests says every second that it is alive. After this silence its requests are left to others."""
+"""A worker with open requests says every second that it is alive. After so long a silence others get its requests."""
 GREETING_SECONDS = 2.0
 """How long a connection may take until both sides have proved that they know the token."""
 IDLE_SECONDS = 30.0
@@ -188,9 +188,12 @@ class _Hub:
         for connection, why in over:
             self._close(connection, why)
         with self.mutex:
-            for connection in registered.keys() - self.connections:
-                selector.unregister(connection.sock if connection.sock.fileno() >= 0 else _key(selector, connection))
-                del registered[connection]
+            # They are closed, so that the selector must be told the descriptors that they had.
+            for fd in [fd for fd, key in selector.get_map().items() if isinstance(key.data, _Connection)]:
+                connection = selector.get_map()[fd].data
+                if connection not in self.connections:
+                    selector.unregister(fd)
+                    del registered[connection]
             for connection in self.connections:
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
                 if connection not in registered:
@@ -285,11 +288,6 @@ class _Hub:
             logger.info("the connection to worker %s was closed: %s", connection.worker.name, why)
         for request in left:
             request.mailbox.deliver(SocketAnswer(request.id, None))
-
-
-def _key(selector: selectors.BaseSelector, connection: _Connection) -> int:
-    """The descriptor that a socket had before it was closed."""
-    return next(fd for fd, key in selector.get_map().items() if key.data is connection)
 
 
 class Sockets:
