@@ -68,6 +68,8 @@ class Inquiry:
     """``request id → hashes`` of what has no answer yet."""
     _urgency: int = 0
     _asked_directly_at: float = 0.0
+    _suspects: set[bytes] = field(default_factory=set)
+    """The texts of which a worker may have died that was asked directly."""
     _is_left: bool = False
     """A worker did not answer a part that it was asked for directly."""
 
@@ -175,6 +177,7 @@ class Inquiry:
                 urgency=self._urgency,
                 caller=self.caller,
                 timeout_s=max(0.0, self.deadline - time.monotonic()),
+                attempts=[int(not self._suspects.isdisjoint(part)) for part in parts],
             )
         except sa.exc.IntegrityError as error:
             if isinstance(error.orig, psycopg.errors.ForeignKeyViolation):
@@ -237,6 +240,7 @@ class Inquiry:
             if isinstance(row, SocketAnswer):
                 if row.embedded is None:
                     self._leave(part)
+                    self._suspects.update(part if row.is_suspect else ())
                 else:
                     made = row.embedded
                     self._add(part, made.vectors, made.tokens, made.truncated)

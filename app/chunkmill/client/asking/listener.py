@@ -54,6 +54,8 @@ class SocketAnswer:
     id: int
     """Below 0, because ids above 0 are those of rows."""
     embedded: EmbeddedTexts | None
+    is_suspect: bool = False
+    """The worker was gone before it answered. It may have died of the request."""
 
     @property
     def error(self) -> str | None:

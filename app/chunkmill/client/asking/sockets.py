@@ -287,7 +287,7 @@ class _Hub:
         if why:
             logger.info("the connection to worker %s was closed: %s", connection.worker.name, why)
         for request in left:
-            request.mailbox.deliver(SocketAnswer(request.id, None))
+            request.mailbox.deliver(SocketAnswer(request.id, None, is_suspect=not connection.is_doomed))
 
 
 class Sockets:
@@ -298,6 +298,8 @@ class Sockets:
         self._workers: dict[str, WorkerSocket] = {}
         self._connections: dict[str, _Connection] = {}
         self._not_before: dict[str, float] = {}
+        self._unreachable: set[bytes] = set()
+        """The tokens of the workers of which it was said that they cannot be reached."""
         self._read_at: float | None = None
         self._reading = threading.Lock()
 
@@ -419,12 +421,15 @@ class Sockets:
                     try:
                         sock = _connect(worker.address)
                     except OSError as error:
-                        logger.info("worker %s cannot be reached at its socket: %s", worker.name, error.strerror)
+                        if worker.token not in self._unreachable:  # in a container a worker has other paths
+                            logger.info("worker %s cannot be reached at its socket: %s", worker.name, error.strerror)
+                        self._unreachable.add(worker.token)
                         self._not_before[worker.name] = now + RETRY_SECONDS
                         continue
                     self._connections[worker.name] = _Connection(self, worker, sock)
                     _hub.add(self._connections[worker.name])
             self._not_before = {name: at for name, at in self._not_before.items() if at > now}
+            self._unreachable &= {worker.token for worker in self._workers.values()}
 
 
 def _connect(address: str) -> socket.socket:
