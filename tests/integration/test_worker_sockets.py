@@ -231,7 +231,8 @@ def test_a_worker_that_left_is_not_asked_again_soon(here: Client, db: sa.Engine,
 def test_a_worker_that_says_nothing_is_left(
     here: Client, db: sa.Engine, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(inquiry, "SLOW_SECONDS", LONG)
+    monkeypatch.setattr(sockets, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(server_module, "TICK_SECONDS", 0.05)
     worker = start(db, holds=True)
     connect(here, "one:1")
@@ -239,7 +240,7 @@ def test_a_worker_that_says_nothing_is_left(
         call = Call(lambda: here.embed(["text 5"], timeout=LONG))
         until(lambda: worker.asked)
         told_at = sockets_of(here._db)._connections["one:1"].heard_at
-        until(lambda: sockets_of(here._db)._connections["one:1"].heard_at > told_at + 1)  # it says that it is alive
+        until(lambda: sockets_of(here._db)._connections["one:1"].heard_at > told_at + 1.5)  # it says that it is alive
         assert not answerer.answered
         worker.hangs = 10**6
         assert call.result().argmax() == 5
