@@ -162,7 +162,7 @@ BEGIN
             ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^space_canaries$', 'UPDATE, DELETE', 'chunkmill_workers'),
-            ('^worker_reports$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers'),
+            ('^worker_(reports|sockets)$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers'),
             -- Gateways are producers. A poller deletes files that have expired, and reads none.
             ('^served_(files|batches|batch_lines)$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
             ('^served_(files|batches|batch_lines)$', 'DELETE', 'chunkmill_workers'),
@@ -205,8 +205,8 @@ BEGIN
         SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|vectors_[0-9]+)$'
-        AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding')
+        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|worker_sockets|vectors_[0-9]+)$'
+        AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding', 'token')
         GROUP BY c.oid
     LOOP
         EXECUTE format('REVOKE SELECT ON %s FROM chunkmill_pollers', shown.name);

@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
+import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +61,14 @@ def this_machine(gpu: str | None = None) -> Machine:
         name += f" (family {info['cpu family']}, model {info['model']})"
     known = processor_features()
     return Machine(name, cores(), tuple(feature for feature in _FEATURES if feature in known), gpu)
+
+
+def this_boot() -> str:
+    """What tells this machine, since it was started last, from all others. Containers on it have the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:  # not Linux
+        return f"{socket.gethostname()}/{uuid.getnode():x}"
 
 
 def processor_features() -> frozenset[str]:

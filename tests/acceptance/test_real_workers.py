@@ -7,7 +7,10 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,15 @@ import sqlalchemy as sa
 
 from chunkmill import Chunk, Client, JobState
 from chunkmill.broker import Broker
+from chunkmill.client.asking import sockets
+from chunkmill.client.asking.sockets import sockets_of
 from chunkmill.db.connect import create_db
 from chunkmill.embedded import Stack
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
 from tests.support.damaged_model import damaged_model
 from tests.support.embedded_homes import folder_for_homes
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, running, until
 
 SECRET = "ZEBRAFISH"  # this word is in every text and nowhere else
 
@@ -77,6 +82,42 @@ def test_the_main_job(processes: Processes, client: Client, settings: Settings, 
     for word in (SECRET, "about matters", "main-job", "doc-123"):
         assert word.encode() not in everything
     assert worker.terminate() == 0
+
+
+def test_a_worker_that_is_killed_while_it_answers_at_its_socket_costs_its_callers_nothing(
+    processes: Processes, client: Client, settings: Settings, db: sa.Engine
+) -> None:
+    """All calls go to the one worker that has a socket. After its death the other one answers what it had."""
+    first = processes.worker()
+    client.embed(["a text"], timeout=PATIENCE)
+
+    def is_reached() -> bool:
+        client.embed([f"a text of {time.monotonic()}"], timeout=PATIENCE)
+        return bool(sockets_of(client._db).ready)
+
+    until(is_reached, first.output)
+    processes.worker(WORKER_SOCKET="off")
+    stop = threading.Event()
+
+    def embed(caller: int) -> int:
+        calls = 0
+        while not stop.is_set():
+            calls += 1
+            texts = [f"call {calls} of caller {caller}, text {n}" for n in range(6)]
+            assert client.embed(texts, timeout=PATIENCE).shape == (6, 384)
+        return calls
+
+    def rows_asked() -> int:
+        with db.begin() as conn:
+            return conn.execute(sa.text("SELECT last_value FROM embed_requests_id_seq")).scalar_one()
+
+    with running(*(partial(embed, n) for n in range(4)), release=stop.set) as calls:
+        until(lambda: any(connection.open for connection in sockets._hub.connections))
+        before = rows_asked()
+        first.kill()
+        until(lambda: rows_asked() > before + 8)
+        stop.set()
+        assert all(call.result() > 1 for call in calls)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from chunkmill.broker import Broker
+from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
@@ -75,5 +76,6 @@ class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention
     def close(self) -> None:
         """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
         listener_of(self._db).leave(self._db)
+        sockets.leave(self._db)
         self._db.dispose()
         self._broker.close()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chunkmill.client.asking.gathered import Gathered
 from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
 from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.asking.sockets import sockets_of
 from chunkmill.client.base import ClientPart, forget_space, store_errors
 from chunkmill.client.steps import Steps, run_steps
 from chunkmill.domain.arguments import (
@@ -394,7 +395,8 @@ class Vectors(ClientPart):
             if not gathered.missing:
                 break
             mailbox = listener_of(self._db).mailbox(self._db)
-            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline)
+            sockets = None if self._settings.worker_socket == "off" else sockets_of(self._db)
+            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline, sockets)
             try:
                 yield from inquiry.steps()
             except SpaceGone:

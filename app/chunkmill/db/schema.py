@@ -459,6 +459,28 @@ class WorkerReportRow(Base):
     )
 
 
+class WorkerSocketRow(Base):
+    """Where a worker listens for callers on its machine (``chunkmill_workers.local.sockets``).
+
+    The table is unlogged, because the worker writes its row again soon.
+    """
+
+    __tablename__ = "worker_sockets"
+
+    name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    """The name in its leases."""
+    machine: Mapped[str] = mapped_column(sa.Text)
+    """The run of the machine that the address is on: ``chunkmill.machine.this_boot``."""
+    address: Mapped[str] = mapped_column(sa.Text)
+    token: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    """Whoever knows it may ask the worker."""
+    spaces: Mapped[list[int]] = mapped_column(ARRAY(sa.Integer))
+    """The ids of the spaces whose models are loaded."""
+    seen_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = ({"prefixes": ["UNLOGGED"]},)
+
+
 class EmbedRequestRow(Base):
     """A request to the workers to embed these texts now.
 

@@ -577,19 +577,24 @@ def ask_all(
     urgency: int,
     caller: str,
     timeout_s: float,
+    attempts: Sequence[int] = (),
 ) -> list[int]:
     """Insert a request for each part, in one statement; returns their ids in the order of the parts.
 
     It returns no id if the space is gone, or if another one has its id now. The arguments are those of :func:`ask`.
+    ``attempts`` says for each part how many workers may have died of it already; by default none has.
     """
     is_new = has_columns(conn, "urgency")
     # An INSERT of sorted rows numbers them in that order.
     insert = f"""
         WITH asked AS (
-            INSERT INTO embed_requests (space_id, kind, texts{_NEW_COLUMNS if is_new else ""})
-            SELECT s.id, :kind, (CAST(:texts AS text[]))[part.first : part.last]{_NEW_VALUES if is_new else ""}
+            INSERT INTO embed_requests (space_id, kind, texts, attempts{_NEW_COLUMNS if is_new else ""})
+            SELECT
+                s.id, :kind, (CAST(:texts AS text[]))[part.first : part.last],
+                part.attempts{_NEW_VALUES if is_new else ""}
             FROM spaces s
-            CROSS JOIN unnest(CAST(:firsts AS int[]), CAST(:lasts AS int[])) AS part (first, last)
+            CROSS JOIN unnest(CAST(:firsts AS int[]), CAST(:lasts AS int[]), CAST(:attempts AS int[]))
+                AS part (first, last, attempts)
             WHERE s.id = :space AND s.fingerprint = :fingerprint
             ORDER BY part.first
             RETURNING id
@@ -605,6 +610,7 @@ def ask_all(
         "texts": [text for part in parts for text in part],
         "firsts": firsts[:-1],
         "lasts": [first - 1 for first in firsts[1:]],
+        "attempts": list(attempts) or [0] * len(parts),
     }
     if is_new:
         parameters |= {"urgency": urgency, "caller": caller, "timeout": timeout_s}

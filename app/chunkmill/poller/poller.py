@@ -24,7 +24,7 @@ from chunkmill.ledger.jobs import cancel, recover
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.served import files as served_files
 from chunkmill.ledger.work.doorbells import ring_due
-from chunkmill.monitor import reports
+from chunkmill.monitor import reports, worker_sockets
 from chunkmill.poller.paid import ProviderRounds
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
@@ -174,6 +174,7 @@ class Poller:
             with self._db.begin() as conn:
                 left = cancel.cancel_some_left_behind(conn)
                 reports.delete_old(conn)
+                worker_sockets.delete_old(conn)
             self._cancels_at = -math.inf if left else time.monotonic() + CANCELS_SECONDS
 
     def _delete_expired_files(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +41,22 @@ def _http_url(url: str) -> str:
     if parts.scheme != "http" or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(problem)
     return url.rstrip("/")
+
+
+def _worker_socket(given: str) -> str:
+    given = given.strip()
+    if given in ("auto", "off"):
+        return given
+    kind, _, rest = given.partition(":")
+    if kind == "unix" and rest.startswith("/"):
+        return given
+    if kind == "tcp":
+        host, _, port = rest.rpartition(":")
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host.strip("[]")).is_loopback and 0 <= int(port) <= 65_535:
+                return given
+        raise ValueError("tcp: must be followed by a loopback address and a port, as in tcp:127.0.0.1:0")
+    raise ValueError("it must be auto, off, unix:/folder or tcp:127.0.0.1:0")
 
 
 def _precision(given: object) -> object:
@@ -287,6 +305,14 @@ class Settings(ProviderSettings, GatewaySettings):
         False,
         description="Whether a client also keeps the vectors of documents that it embeds for a caller who waits. A "
         "document that was enqueued needs it not, because its vector is in the database.",
+    )
+    worker_socket: Annotated[str, AfterValidator(_worker_socket)] = Field(
+        "auto",
+        description="Where a worker on queue `gpu` listens for clients and gateways on the same machine, which then "
+        "ask it without rows in Postgres: `auto` (a Unix socket in a folder of this user alone), `unix:/folder` (for "
+        "other users of the machine who may use that folder), `tcp:127.0.0.1:0` (a free port, or the given one; "
+        "loopback only) or `off`. With `off`, clients use no socket either. Clients that reach none ask through "
+        "Postgres.",
     )
     preemption_notice: Literal["auto", "gcp", "aws", "azure", "off"] = Field(
         "auto",

@@ -65,7 +65,10 @@ class WorkerContext(QueueContext):
             raise
         return engine
 
-    def ready_engine(self, space: Space) -> Engine | None:
-        """What :meth:`engine_for` would return at once. None if it would load the model or embed the golden texts."""
-        engine = self.engines.loaded(space)
+    def ready_engine(self, space: Space, *, use: bool = True) -> Engine | None:
+        """What :meth:`engine_for` would return at once. None if it would load the model or embed the golden texts.
+
+        Without ``use`` the engine does not count as used.
+        """
+        engine = self.engines.loaded(space, use=use)
         return engine if engine is not None and self._canary.has_passed(engine, space) else None

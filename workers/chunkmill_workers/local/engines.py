@@ -74,9 +74,9 @@ class Engines:
             raise
         return engine
 
-    def loaded(self, space: Space) -> Engine | None:
-        """The engine of a space, or None if it would have to be loaded."""
-        return self._find(space)
+    def loaded(self, space: Space, *, use: bool = True) -> Engine | None:
+        """The engine of a space, or None if it would have to be loaded. Without ``use`` it does not count as used."""
+        return self._find(space, use=use)
 
     def leave(self, space_id: int, because: ChunkmillError) -> None:
         """Leave a space to other workers for a while."""
@@ -101,11 +101,12 @@ class Engines:
         with self._mutex:
             return [step for engine in self._living for step in engine.steps.items()]
 
-    def _find(self, space: Space) -> Engine | None:
+    def _find(self, space: Space, *, use: bool = True) -> Engine | None:
         with self._mutex:
             for key, engine in self._engines.items():
                 if _made_for(engine.spec, space) == space.spec.fingerprint:
-                    self._engines.move_to_end(key)
+                    if use:
+                        self._engines.move_to_end(key)
                     return engine
         return None
 

@@ -143,7 +143,12 @@ class WorkerProcess:
             logger.info("no GPU in use: embedding on the CPU")
         self._local = WorkerContext.start(self.settings, self._claimed.device)
         self._contexts.append(self._local)
-        self._responders.append(EmbedResponder(self._local))
+        responder = EmbedResponder(self._local)
+        self._responders.append(responder)
+        if self.settings.worker_socket != "off":
+            from chunkmill_workers.local.sockets import WorkerSocketServer
+
+            self._responders.append(WorkerSocketServer(self._local, responder.lane, self.settings.worker_socket))
 
     def _start_provider(self) -> None:
         from chunkmill_workers.provider.context import ProviderContext

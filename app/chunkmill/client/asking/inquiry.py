@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import psycopg
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from chunkmill.client.asking.gathered import Gathered
-from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox
+from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox, SocketAnswer
+from chunkmill.client.asking.sockets import Sockets
 from chunkmill.client.steps import Pause, Steps, Wait
 from chunkmill.db.connect import raw
 from chunkmill.domain.embedded import EmbeddedText
+from chunkmill.domain.frames import Question
 from chunkmill.domain.providers import OPENAI
 from chunkmill.errors import ChunkmillError, EngineError, WaitTimeout
 from chunkmill.ledger import embed_requests
@@ -35,6 +38,8 @@ FEW_TEXTS, FEW_CHARACTERS = 8, 2_048
 about 512 tokens."""
 STORED_AT_ONCE = 4_096
 """How many texts one statement looks for in the store."""
+SLOW_SECONDS = 5.0
+"""How long after the last part was sent to a worker directly those without an answer are left to all workers."""
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.002, 0.05
 """How often a call looks for answers that no listener brings: at first, and later."""
 
@@ -55,11 +60,18 @@ class Inquiry:
     caller: str
     deadline: float
     """By ``time.monotonic()``."""
+    sockets: Sockets | None = None
+    """The workers that can be asked directly; None if all is asked through Postgres."""
     _parts: list[list[bytes]] = field(default_factory=list)
     """What is still to be asked, the last part first. Texts are named by their hashes."""
     _asked: dict[int, list[bytes]] = field(default_factory=dict)
     """``request id → hashes`` of what has no answer yet."""
     _urgency: int = 0
+    _asked_directly_at: float = 0.0
+    _suspects: set[bytes] = field(default_factory=set)
+    """The texts of which a worker may have died that was asked directly."""
+    _is_left: bool = False
+    """A worker did not answer a part that it was asked for directly."""
 
     def steps(self) -> Steps[None]:
         """Ask for what is missing, and wait for it. Whoever gives up in between withdraws all requests.
@@ -73,28 +85,36 @@ class Inquiry:
                 yield from self._waiting()
                 self._read(self.mailbox.take())
                 self._require_time()
-                if self._parts and len(self._asked) <= OPEN_PARTS // 2:
-                    with self.transaction() as conn:
-                        self._send(conn)
+                if self._parts and (self._is_left or len(self._asked) <= OPEN_PARTS // 2):
+                    self._send()
         except BaseException:
             left = {*self.mailbox.close(), *self._asked}
+            if self.sockets is not None:
+                self.sockets.cancel(request_id for request_id in left if request_id < 0)
             # If Postgres is away, the poller deletes the requests after ten minutes.
             with contextlib.suppress(ChunkmillError):
-                if left:
+                if rows := sorted(request_id for request_id in left if request_id > 0):
                     with self.transaction() as conn:
-                        embed_requests.withdraw_all(conn, sorted(left))
+                        embed_requests.withdraw_all(conn, rows)
             raise
 
     def _begin(self) -> None:
-        """Take from the store what is there, and send the first parts, in one transaction."""
-        with self.transaction() as conn:
-            if self.kind == "document" and read.are_exact(self.space):
+        """Take from the store what is there, and send the first parts, in one transaction if there is any."""
+        if self._may_ask_directly and self.sockets is not None:
+            self.sockets.refresh(self.transaction)
+        if self.kind == "document" and read.are_exact(self.space):
+            with self.transaction() as conn:
                 self._read_stored(conn)
-            missing = self.texts.missing
-            self._urgency = 0 if is_short(missing, self.kind) else 1
-            self._parts = cut(missing)[::-1]
-            if self._parts:
+                self._cut()
                 self._send(conn)
+        else:
+            self._cut()
+            self._send()
+
+    def _cut(self) -> None:
+        missing = self.texts.missing
+        self._urgency = 0 if is_short(missing, self.kind) else 1
+        self._parts = cut(missing)[::-1]
 
     def _read_stored(self, conn: sa.Connection) -> None:
         hashes = list(self.texts.missing)
@@ -108,9 +128,45 @@ class Inquiry:
             for content_hash, embedded in stored:
                 self.texts.add(content_hash, embedded)
 
-    def _send(self, conn: sa.Connection) -> None:
-        """Ask for as many parts as may be open."""
+    @property
+    def _may_ask_directly(self) -> bool:
+        return self.sockets is not None and not self._is_left and self.space.spec.provider != OPENAI
+
+    def _send(self, conn: sa.Connection | None = None) -> None:
+        """Ask for as many parts as may be open: workers on this machine directly, and through Postgres for the rest."""
         parts = [self._parts.pop() for _ in range(min(len(self._parts), OPEN_PARTS - len(self._asked)))]
+        if self._may_ask_directly:
+            parts = [part for part in parts if not self._send_directly(part)]
+        if not parts:
+            return
+        if conn is not None:
+            self._send_rows(conn, parts)
+        else:
+            with self.transaction() as own:
+                self._send_rows(own, parts)
+
+    def _send_directly(self, part: list[bytes]) -> bool:
+        """Whether a worker takes the part."""
+        if self.sockets is None:
+            return False
+        now = time.monotonic()
+        question = Question(
+            self.space.id,
+            self.space.spec.fingerprint,
+            self.kind,
+            self._urgency,
+            max(0.0, self.deadline - now),
+            self.caller,
+            [self.texts.missing[content_hash] for content_hash in part],
+        )
+        request_id = self.sockets.ask(self.space, question, self.mailbox, OPEN_PARTS // 2 if self._parts else 0)
+        if request_id is None:
+            return False
+        self._asked[request_id] = part
+        self._asked_directly_at = now
+        return True
+
+    def _send_rows(self, conn: sa.Connection, parts: Sequence[list[bytes]]) -> None:
         try:
             ids = embed_requests.ask_all(
                 conn,
@@ -121,6 +177,7 @@ class Inquiry:
                 urgency=self._urgency,
                 caller=self.caller,
                 timeout_s=max(0.0, self.deadline - time.monotonic()),
+                attempts=[int(not self._suspects.isdisjoint(part)) for part in parts],
             )
         except sa.exc.IntegrityError as error:
             if isinstance(error.orig, psycopg.errors.ForeignKeyViolation):
@@ -139,11 +196,16 @@ class Inquiry:
         """Wait until there is an answer to read, or no time is left."""
         pause = FIRST_LOOK_SECONDS
         while not self.mailbox.has_news:
-            signal, left = self.mailbox.signal, self.deadline - time.monotonic()
-            if left <= 0 or self.mailbox.is_adrift:
+            now = time.monotonic()
+            signal, left = self.mailbox.signal, self.deadline - now
+            if left <= 0 and not self.mailbox.open_rows:
+                return
+            if now - self._asked_directly_at >= SLOW_SECONDS and self._take_back():
+                return
+            if left <= 0 or (self.mailbox.is_adrift and self.mailbox.open_rows):
                 with self.transaction() as conn:
                     answers = embed_requests.take_answers(
-                        raw(conn), self.mailbox.open, with_counts=embed_requests.has_columns(conn, "tokens")
+                        raw(conn), self.mailbox.open_rows, with_counts=embed_requests.has_columns(conn, "tokens")
                     )
                 self.mailbox.collect(answers)
                 if answers or left <= 0:
@@ -151,26 +213,55 @@ class Inquiry:
                 yield Pause(pause) if signal.is_given else Wait(signal, pause)
                 pause = min(LAST_LOOK_SECONDS, pause * 1.5)
             else:
-                yield Wait(signal, min(left, PATROL_SECONDS))
+                # The signal was given and nothing came if the listener is gone, and only workers are asked directly.
+                yield Pause(pause) if signal.is_given else Wait(signal, min(left, PATROL_SECONDS))
                 self.mailbox.patrol()
 
-    def _read(self, answers: Sequence[AnswerRow]) -> None:
+    def _take_back(self) -> bool:
+        """Leave to all workers what one of them has not answered for long. Returns whether there is such a part."""
+        if self.sockets is None:
+            return False
+        slow = self.sockets.cancel(request_id for request_id in self._asked if request_id < 0)
+        for request_id in slow:
+            self.mailbox.forget_direct(request_id)
+            self._leave(self._asked.pop(request_id))
+        return bool(slow)
+
+    def _leave(self, part: list[bytes]) -> None:
+        """A worker did not answer this part. From now on the call asks through Postgres alone."""
+        self._parts.append(part)
+        self._is_left = True
+
+    def _read(self, answers: Sequence[AnswerRow | SocketAnswer]) -> None:
         for row in answers:
             part = self._asked.pop(row.id, None)
             if part is None:
                 continue  # it came twice, because the answer to the listener's commit was lost
+            if isinstance(row, SocketAnswer):
+                if row.embedded is None:
+                    self._leave(part)
+                    self._suspects.update(part if row.is_suspect else ())
+                else:
+                    made = row.embedded
+                    self._add(part, made.vectors, made.tokens, made.truncated)
+                continue
             answer = row.answer(self.space.spec.dimensions)
             if answer.vectors is None:
                 raise EngineError(f"the worker could not embed: {answer.error}")
             n = len(part)
             tokens = np.zeros(n, np.int32) if answer.tokens is None else answer.tokens
             truncated = np.zeros(n, np.bool_) if answer.truncated is None else answer.truncated
-            for content_hash, vector, n_tokens, is_cut in zip(part, answer.vectors, tokens, truncated, strict=True):
-                self.texts.add(content_hash, EmbeddedText(vector, int(n_tokens), bool(is_cut)))
+            self._add(part, answer.vectors, tokens, truncated)
+
+    def _add(
+        self, part: list[bytes], vectors: NDArray[np.float32], tokens: NDArray[np.int32], truncated: NDArray[np.bool_]
+    ) -> None:
+        for content_hash, vector, n_tokens, is_cut in zip(part, vectors, tokens, truncated, strict=True):
+            self.texts.add(content_hash, EmbeddedText(vector, int(n_tokens), bool(is_cut)))
 
     def _require_time(self) -> None:
         """Raise :class:`WaitTimeout` if an answer is missing and the time is over."""
-        if not self._asked or time.monotonic() < self.deadline:
+        if not (self._asked or self._parts) or time.monotonic() < self.deadline:
             return
         queue = "openai" if self.space.spec.provider == OPENAI else "gpu"
         raise WaitTimeout(f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}")

@@ -16,12 +16,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import psycopg
 import sqlalchemy as sa
 
 from chunkmill.client.steps import Signal
 from chunkmill.db.connect import address_of
+from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import ANSWERS_CHANNEL, AnswerRow
@@ -45,6 +47,21 @@ MOST_AT_ONCE = 64
 """How many answers one statement fetches. Each may have 32 vectors."""
 
 
+@dataclass(frozen=True, slots=True)
+class SocketAnswer:
+    """What came of a request that was sent to a worker directly. Without ``embedded``, the worker left it."""
+
+    id: int
+    """Below 0, because ids above 0 are those of rows."""
+    embedded: EmbeddedTexts | None
+    is_suspect: bool = False
+    """The worker was gone before it answered. It may have died of the request."""
+
+    @property
+    def error(self) -> str | None:
+        return None if self.embedded is not None else "the request was left"
+
+
 class Mailbox:
     """The open requests of one call, and the answers that have arrived.
 
@@ -56,15 +73,20 @@ class Mailbox:
         self._mutex = listener.mutex
         self._signal = Signal()
         self._open: set[int] = set()
-        self._arrived: list[AnswerRow] = []
+        self._arrived: list[AnswerRow | SocketAnswer] = []
         self._wake_at = 0
         self.is_adrift = False
 
     @property
     def open(self) -> list[int]:
-        """The ids of the requests without an answer."""
+        """The ids of the requests without an answer. Those below 0 were sent to a worker directly."""
         with self._mutex:
             return sorted(self._open)
+
+    @property
+    def open_rows(self) -> list[int]:
+        """The ids of the rows without an answer."""
+        return [request_id for request_id in self.open if request_id > 0]
 
     def expect(self, request_ids: Sequence[int], *, wake_at: int, with_counts: bool) -> None:
         """Listen for the answers to these requests too. Call it before the transaction that asks commits, so that no
@@ -78,6 +100,24 @@ class Mailbox:
             self._wake_at = wake_at
         self._listener.expect(self, request_ids, with_counts=with_counts)
 
+    def expect_directly(self, request_id: int, *, wake_at: int) -> None:
+        """Wait for :meth:`deliver` with this id too. Call it before the request is sent."""
+        with self._mutex:
+            self._open.add(request_id)
+            self._wake_at = wake_at
+
+    def forget_direct(self, request_id: int) -> None:
+        """The request was not sent after all."""
+        with self._mutex:
+            self._open.discard(request_id)
+
+    def deliver(self, answer: SocketAnswer) -> None:
+        """Hand over what came of a request that was sent to a worker directly."""
+        with self._mutex:
+            signal = self.put(answer) if answer.id in self._open else None
+        if signal is not None:
+            signal.give()
+
     @property
     def signal(self) -> Signal:
         """The signal to wait for. It is given already if there is a reason to go on."""
@@ -90,7 +130,7 @@ class Mailbox:
         with self._mutex:
             return bool(self._arrived) and (self.is_adrift or self._signal.is_given)
 
-    def take(self) -> list[AnswerRow]:
+    def take(self) -> list[AnswerRow | SocketAnswer]:
         """The answers that have arrived since the last call."""
         with self._mutex:
             arrived, self._arrived = self._arrived, []
@@ -98,7 +138,7 @@ class Mailbox:
                 self._signal = Signal()
             return arrived
 
-    def put(self, answer: AnswerRow) -> Signal | None:
+    def put(self, answer: AnswerRow | SocketAnswer) -> Signal | None:
         """Add an answer. Returns the signal if it is to be given. Only with the mutex, as the next one."""
         self._open.discard(answer.id)
         self._arrived.append(answer)
@@ -118,7 +158,7 @@ class Mailbox:
 
     def patrol(self) -> None:
         """Let the call look for its answers itself if the listener does not. It may still deliver them."""
-        if self._listener.has_stopped():
+        if self._listener.has_stopped() and self.open_rows:
             self.is_adrift = True
 
     def close(self) -> list[int]:
