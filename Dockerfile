@@ -24,7 +24,7 @@ COPY app/chunkmill/locked.py app/chunkmill/
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py flower,metrics,openai,tracing > requirements.txt && \
+    python app/chunkmill/locked.py flower,gateway,metrics,openai,tracing > requirements.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt
 
 FROM stub AS worker-deps

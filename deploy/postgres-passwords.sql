@@ -4,11 +4,13 @@
 \getenv worker POSTGRES_WORKER_PASSWORD
 \getenv poller POSTGRES_POLLER_PASSWORD
 \getenv reader POSTGRES_READER_PASSWORD
+\getenv gateway POSTGRES_GATEWAY_PASSWORD
+\getenv key_maker POSTGRES_KEY_MAKER_PASSWORD
 DO $$
 DECLARE
     purpose text;
 BEGIN
-    FOREACH purpose IN ARRAY ARRAY['producer', 'worker', 'poller', 'reader'] LOOP
+    FOREACH purpose IN ARRAY ARRAY['producer', 'worker', 'poller', 'reader', 'gateway', 'key_maker'] LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_' || purpose) THEN
             EXECUTE format('CREATE ROLE %I', 'chunkmill_' || purpose);
         END IF;
@@ -24,3 +26,5 @@ ALTER ROLE chunkmill_producer PASSWORD :'producer';
 ALTER ROLE chunkmill_worker PASSWORD :'worker';
 ALTER ROLE chunkmill_poller PASSWORD :'poller';
 ALTER ROLE chunkmill_reader PASSWORD :'reader';
+ALTER ROLE chunkmill_gateway PASSWORD :'gateway';
+ALTER ROLE chunkmill_key_maker PASSWORD :'key_maker';

@@ -15,6 +15,8 @@
 --   chunkmill_workers    compute and send: they read texts, and write vectors, charges and the state of work
 --   chunkmill_pollers    ring, take back and finish: they read no text, no metadata and no vector
 --   chunkmill_readers    search and look: they change nothing but their own questions
+--   chunkmill_gateways   what producers do, in the name of callers whose keys they check: they read the digests of keys
+--   chunkmill_key_makers create, list and revoke keys of the gateway, and nothing else; they read no digest
 --   chunkmill_viewers    read the SQL views of the collections, and nothing else: docs/collections.md
 --
 -- A login is in several groups if its program does several things. Any role may change its own password and its own
@@ -35,7 +37,8 @@ BEGIN
         CREATE ROLE chunkmill_migrator LOGIN;
     END IF;
     FOREACH wanted IN ARRAY ARRAY[
-        'chunkmill_producers', 'chunkmill_workers', 'chunkmill_pollers', 'chunkmill_readers', 'chunkmill_viewers'
+        'chunkmill_producers', 'chunkmill_workers', 'chunkmill_pollers', 'chunkmill_readers', 'chunkmill_viewers',
+        'chunkmill_gateways', 'chunkmill_key_makers'
     ]
     LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
@@ -46,13 +49,16 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_runtime') THEN
         GRANT chunkmill_producers, chunkmill_workers, chunkmill_pollers TO chunkmill_runtime;
     END IF;
+    GRANT chunkmill_producers TO chunkmill_gateways;
     EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
     -- TEMPORARY is needed because an enqueue stages its window in a temporary table, and a worker its vectors.
     EXECUTE format(
         'GRANT CONNECT, TEMPORARY ON DATABASE %I TO '
         'chunkmill_migrator, chunkmill_producers, chunkmill_workers, chunkmill_pollers', current_database()
     );
-    EXECUTE format('GRANT CONNECT ON DATABASE %I TO chunkmill_readers, chunkmill_viewers', current_database());
+    EXECUTE format(
+        'GRANT CONNECT ON DATABASE %I TO chunkmill_readers, chunkmill_viewers, chunkmill_key_makers', current_database()
+    );
     -- Chunkmill has no large objects, and with them any role could fill the disk. Only a superuser can forbid them.
     IF current_setting('is_superuser')::boolean THEN
         FOR large IN
@@ -81,6 +87,7 @@ DECLARE
     owned record;
     refused record;
     shown record;
+    columns_of_keys text;
     views text;
     mark text;
 BEGIN
@@ -161,7 +168,9 @@ BEGIN
             ('^served_(files|batches|batch_lines)$', 'DELETE', 'chunkmill_workers'),
             ('^served_(batches|batch_lines)$', 'DELETE', 'chunkmill_pollers'),
             ('^served_file_pieces$', 'SELECT, INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers, chunkmill_readers'),
-            ('^served_batch_lines$', 'SELECT', 'chunkmill_workers, chunkmill_pollers')
+            ('^served_batch_lines$', 'SELECT', 'chunkmill_workers, chunkmill_pollers'),
+            -- Keys of the gateway are for those who make them and for gateways, which get their rights below.
+            ('^(api_keys|api_key_usage)$', 'SELECT, INSERT, UPDATE, DELETE', everybody)
         ) AS r (tables, rights, roles)
         JOIN pg_class c ON c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home)) AND c.relname ~ r.tables
     LOOP
@@ -170,6 +179,26 @@ BEGIN
     -- A reader's question goes through a table, to a worker.
     IF to_regclass(format('%I.embed_requests', home)) IS NOT NULL THEN
         EXECUTE format('GRANT INSERT, DELETE ON %I.embed_requests TO chunkmill_readers', home);
+    END IF;
+    -- A gateway cannot make a key, and whoever makes keys cannot read what others are checked with.
+    IF to_regclass(format('%I.api_keys', home)) IS NOT NULL THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO chunkmill_key_makers', home);
+        FOR shown IN
+            SELECT c.oid::regclass AS name FROM pg_class c
+            WHERE c.relnamespace = to_regnamespace(quote_ident(home)) AND c.relkind = 'r'
+            AND c.relname IN ('chunkmill_alembic_version', 'alembic_version', 'schema_compatibility')
+        LOOP
+            EXECUTE format('GRANT SELECT ON %s TO chunkmill_key_makers', shown.name);
+        END LOOP;
+        EXECUTE format('GRANT SELECT, UPDATE (last_used_at) ON %I.api_keys TO chunkmill_gateways', home);
+        EXECUTE format('GRANT SELECT, INSERT, UPDATE ON %I.api_key_usage TO chunkmill_gateways', home);
+        EXECUTE format('GRANT SELECT ON %I.api_key_usage TO chunkmill_key_makers', home);
+        EXECUTE format('GRANT INSERT, UPDATE (revoked_at) ON %I.api_keys TO chunkmill_key_makers', home);
+        SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) INTO columns_of_keys
+        FROM pg_attribute a
+        WHERE a.attrelid = to_regclass(format('%I.api_keys', home)) AND a.attnum > 0 AND NOT a.attisdropped
+        AND a.attname <> 'sha256';
+        EXECUTE format('GRANT SELECT (%s) ON %I.api_keys TO chunkmill_key_makers', columns_of_keys, home);
     END IF;
     -- Pollers may read every column but these.
     FOR shown IN

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import chunkmill  # noqa: E402
 from chunkmill import errors, remote, similarity  # noqa: E402
 from chunkmill.settings import Settings  # noqa: E402
+from chunkmill.settings.gateway import GatewaySettings  # noqa: E402
 from chunkmill.settings.provider import ProviderSettings  # noqa: E402
 from docs.async_verbs import VERBS, verbs  # noqa: E402
 
@@ -126,7 +127,7 @@ def similarity_toolkit() -> Iterator[str]:
 
 def settings() -> str:
     parts = [SETTINGS_HEAD]
-    for name in [*list_own(Settings), *list_own(ProviderSettings)]:
+    for name in [*list_own(Settings), *list_own(GatewaySettings), *list_own(ProviderSettings)]:
         if title := SETTINGS_GROUPS.get(name):
             parts.append(f"\n## {title}\n\n| variable | default | what it is |\n|---|---|---|\n")
         field = Settings.model_fields[name]

@@ -150,11 +150,11 @@ def test_the_roles_get_the_passwords_of_env_and_again_without_harm(stack: StackS
                 """
                 SELECT m.member::regrole::text, m.roleid::regrole::text
                 FROM pg_auth_members m
-                WHERE m.member::regrole::text ~ '^chunkmill_(producer|worker|poller|reader)$'
+                WHERE m.member::regrole::text ~ '^chunkmill_(gateway|key_maker|producer|worker|poller|reader)$'
                 ORDER BY 1
                 """
             ).fetchall()
-        purposes = ["poller", "producer", "reader", "worker"]
+        purposes = ["gateway", "key_maker", "poller", "producer", "reader", "worker"]
         assert rows == [(f"chunkmill_{name}", False, True) for name in sorted(["migrator", *purposes])]
         assert groups == [(f"chunkmill_{name}", f"chunkmill_{name}s") for name in purposes]
     finally:

@@ -87,7 +87,7 @@ def test_a_job_is_the_same_in_metrics_and_ledger(
     assert value(of_poller, "workers", kind="local", state="live") == 1
     assert value(of_poller, "lane_state", lane="local", state="running") == 1
     assert value(of_poller, "store_up", store="postgres") == value(of_poller, "store_up", store="redis") == 1
-    assert (value(of_poller, "poller_rounds_total") or 0) > 0
+    until(lambda: (value(series(page_of(poller)), "poller_rounds_total") or 0) > 0, poller.output)
     assert not [name for name, _ in of_poller if name == "chunkmill_tokens_total"]
 
     everything = page_of(worker) + page_of(poller)

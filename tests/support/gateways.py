@@ -7,7 +7,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,15 +15,15 @@ from functools import partial
 import httpx2
 import numpy as np
 import sqlalchemy as sa
-import uvicorn
 from numpy.typing import NDArray
 
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db, raw
-from chunkmill.gateway.app import build
+from chunkmill.gateway.endpoint import Endpoint
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import KeyRing, OneKey
+from chunkmill.gateway.server import GatewayServer
 from chunkmill.ledger import embed_requests
 from chunkmill.monitor import reports
 from chunkmill.settings import Settings
@@ -55,20 +55,22 @@ class RunningGateway:
 
 @contextlib.contextmanager
 def running_gateway(
-    settings: Settings, *, keys: KeyRing | None = None, make: Callable[..., Gateway] = Gateway.over
+    settings: Settings,
+    *,
+    keys: KeyRing | None = None,
+    make: Callable[..., Gateway] = Gateway.over,
+    endpoints: Sequence[Endpoint] | None = None,
 ) -> Iterator[RunningGateway]:
     """A gateway over the database of ``settings``, served by uvicorn in a thread. It ends with the block.
 
     Without ``keys`` it takes ``KEY``, which may do everything. ``make`` builds the gateway from a client, its engine,
-    the settings and the keys.
+    the settings and the keys. Without ``endpoints`` it has all of them.
     """
     db = create_db(settings.require_database_url(), role="client")
     gateway = make(Client(db, Broker.connect(settings), settings), db, settings, keys or OneKey(KEY))
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = uvicorn.Server(
-        uvicorn.Config(build(gateway), log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    )
+    server = GatewayServer(gateway, endpoints=endpoints)
     thread = threading.Thread(target=partial(server.run, sockets=[listening]), name=f"gateway {url}", daemon=True)
     thread.start()
     try:
@@ -80,6 +82,7 @@ def running_gateway(
         server.should_exit = True
         thread.join(PATIENCE)
         listening.close()
+        db.dispose()  # what a thread opened that outlived its request
 
 
 def _client(url: str, key: str | None) -> httpx2.Client:

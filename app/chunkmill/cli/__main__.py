@@ -61,6 +61,7 @@ SECTIONS = {
         "worker": ("processes.processes", "Run one worker per GPU, and restart a worker that dies."),
         "poller": ("processes.processes", "Re-queue work that is due and recover it from dead workers."),
         "gateway": ("processes.gateway", "Serve embeddings, searches, jobs and batches over HTTP."),
+        "keys": ("processes.keys", "Create, list and revoke the keys of the gateway."),
         "flower": ("processes.flower", "Run Flower on 127.0.0.1, read-only and with a password."),
     },
 }

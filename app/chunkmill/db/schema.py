@@ -7,7 +7,8 @@ and writes the tables with SQL text. The few classes from which a statement is b
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -615,3 +616,50 @@ class ServedBatchLineRow(Base):
     code: Mapped[str | None] = mapped_column(sa.Text)
     message: Mapped[str | None] = mapped_column(sa.Text)
     param: Mapped[str | None] = mapped_column(sa.Text)
+
+
+class ApiKeyRow(Base):
+    """A key of the gateway, which is ``cmk_<id>_<secret>``. ``chunkmill.ledger.access.keys`` reads and writes it."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        sa.CheckConstraint("length(sha256) = 32", name="sha256"),
+        sa.CheckConstraint(
+            "scopes <@ ARRAY['embed', 'search', 'jobs', 'batches', 'admin'] AND scopes <> '{}'", name="scopes"
+        ),
+    )
+
+    id: Mapped[int] = identity()
+    prefix: Mapped[str] = mapped_column(sa.Text)
+    """The first characters of the secret, by which a person tells keys apart."""
+    sha256: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    """Of the secret, which is 32 random bytes. Nobody can guess these, so no slower hash is needed."""
+    name: Mapped[str] = mapped_column(sa.Text)
+    tenant: Mapped[str] = mapped_column(sa.Text)
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(sa.Text))
+    models: Mapped[list[str] | None] = mapped_column(ARRAY(sa.Text))
+    """The models that the key may use. None means all of them."""
+    collections: Mapped[list[str] | None] = mapped_column(ARRAY(sa.Text))
+    """The collections that the key may see. None means all of them."""
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None] = mapped_column(sa.BigInteger)
+    parallel_requests: Mapped[int | None]
+    tokens_per_month: Mapped[int | None] = mapped_column(sa.BigInteger)
+    usd_per_month: Mapped[Decimal | None] = mapped_column(sa.Numeric)
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    last_used_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """Within a minute or so: it is written rarely."""
+    expires_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    revoked_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+
+class ApiKeyUsageRow(Base):
+    """What a key's requests used in a month (UTC), and what those under way have reserved."""
+
+    __tablename__ = "api_key_usage"
+
+    key_id: Mapped[int] = mapped_column(sa.ForeignKey("api_keys.id"), primary_key=True)
+    month: Mapped[date] = mapped_column(sa.Date, primary_key=True)
+    requests: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    usd: Mapped[Decimal] = mapped_column(sa.Numeric, server_default="0")

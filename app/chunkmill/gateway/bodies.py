@@ -29,7 +29,16 @@ async def read_body(request: Request, most: int) -> bytes:
 
 async def read_object(request: Request, most: int) -> dict[str, Any]:
     """The body, which is a JSON object."""
+    require_json(request)
     return read_object_of(await read_body(request, most))
+
+
+def require_json(request: Request) -> None:
+    """Raise :class:`Refusal` if the body says that it is something else. ``curl -d`` says that JSON is a form."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind not in ("application/json", "application/x-www-form-urlencoded") and not kind.endswith("+json"):
+        message = "the body must be JSON. Send it with 'content-type: application/json'."
+        raise Refusal(415, "unsupported_media_type", message)
 
 
 def read_object_of(body: bytes) -> dict[str, Any]:

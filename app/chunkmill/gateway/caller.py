@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
+from chunkmill.domain.keys import UNLIMITED, KeyLimits, Scope
 
-class Scope(StrEnum):
-    """What a key allows. ``ADMIN`` allows everything."""
-
-    EMBED = "embed"
-    SEARCH = "search"
-    JOBS = "jobs"
-    BATCHES = "batches"
-    ADMIN = "admin"
+__all__ = ["NOBODY", "Caller", "Scope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +23,7 @@ class Caller:
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None
     collections: frozenset[str] | None = None
+    limits: KeyLimits = UNLIMITED
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes

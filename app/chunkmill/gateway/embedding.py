@@ -21,12 +21,11 @@ from chunkmill.domain.providers import OPENAI
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.vectors import shorten, to_unit_length
 from chunkmill.errors import WaitTimeout
-from chunkmill.gateway.bodies import read_body, read_object_of
+from chunkmill.gateway.bodies import read_body, read_object_of, require_json
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.fields import invalid, number_field
 from chunkmill.gateway.gateway import Gateway
-from chunkmill.gateway.hangups import EndsWithCaller
 from chunkmill.gateway.inputs import count_tokens, may_be_many
 from chunkmill.gateway.large_json import loads_object
 from chunkmill.gateway.models import ServedModel
@@ -119,6 +118,7 @@ class Answered:
 
 async def read_asked(request: Request, read: Callable[[dict[str, Any]], Result]) -> Result:
     """What ``read`` makes of the JSON object in the body. It runs in a thread if the body is large."""
+    require_json(request)
     body = await read_body(request, MAX_BODY)
     if len(body) <= SMALL_BODY:
         return read(read_object_of(body))
@@ -134,8 +134,8 @@ def seconds_field(body: Mapping[str, Any]) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-async def embed(gateway: Gateway, request: Request, caller: Caller, asked: Asked) -> Answered:
-    """Let workers embed what is asked. It ends early if the caller hangs up.
+async def embed(gateway: Gateway, caller: Caller, asked: Asked) -> Answered:
+    """Let workers embed what is asked.
 
     Raises :class:`Refusal`, and errors of ``chunkmill.errors``.
     """
@@ -147,10 +147,9 @@ async def embed(gateway: Gateway, request: Request, caller: Caller, asked: Asked
         await asyncio.to_thread(count_tokens, asked.texts, model.spec.max_tokens, asked.param)
     seconds = SECONDS + SECONDS_PER_TEXT * len(asked.texts) if asked.seconds is None else asked.seconds
     try:
-        async with EndsWithCaller(request):
-            embedded = await gateway.embed(
-                asked.texts, model=model.target, kind=asked.kind, caller=caller, timeout=seconds, dimensions=size
-            )
+        embedded = await gateway.embed(
+            asked.texts, model=model.target, kind=asked.kind, caller=caller, timeout=seconds, dimensions=size
+        )
     except WaitTimeout:
         raise await _late(gateway, model, seconds) from None
     truncated = np.flatnonzero(embedded.truncated).tolist()

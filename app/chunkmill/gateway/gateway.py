@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
@@ -11,11 +14,17 @@ import sqlalchemy as sa
 from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
 from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.prices import price_on
+from chunkmill.domain.states import Route
 from chunkmill.gateway.caller import Caller
+from chunkmill.gateway.exchange import current
 from chunkmill.gateway.health import HealthCheck
-from chunkmill.gateway.keys import KeyRing
+from chunkmill.gateway.keys import KeyRing, StoredKeys
+from chunkmill.gateway.limits.limits import Limits, Use
+from chunkmill.gateway.limits.room import BYTES_PER_TOKEN
 from chunkmill.gateway.models import Models
 from chunkmill.gateway.streams import Streams
+from chunkmill.openai.catalogue import provider_model
 from chunkmill.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +44,10 @@ class Gateway:
     keys: KeyRing
     models: Models
     health: HealthCheck
+    limits: Limits
+    hosts: frozenset[str] | None = None
+    """The names by which callers may call this gateway; None means any. A gateway on loopback has them, so that no page
+    in a browser of this machine reaches it under a name of its own (DNS rebinding)."""
     is_leaving: bool = False
     streams: Streams = field(default_factory=Streams)
     batches: BatchKeeper | None = None
@@ -45,7 +58,7 @@ class Gateway:
         """A gateway that takes ``client`` over, and closes it in the end."""
         models = Models(db, settings)
         health = HealthCheck(db, client._broker, settings, models)
-        return cls(settings, AsyncClient(client), db, keys, models, health)
+        return cls(settings, AsyncClient(client), db, keys, models, health, Limits(db, settings))
 
     async def embed(
         self,
@@ -57,13 +70,58 @@ class Gateway:
         timeout: float,
         dimensions: int | None = None,
     ) -> EmbeddedTexts:
-        """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``.
+        """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``, and :class:`Refusal`
+        if the key's limits or the room in this gateway do not allow it.
 
         A text may be empty: LangChain asks for the vector of "", and other servers have one.
         """
-        return await self.client.embed_texts(
-            texts, model=model, kind=kind, timeout=timeout, dimensions=dimensions, caller=caller.tenant, blank=True
-        )
+        async with self.embedding(caller, model or self.settings.embedding_model, texts) as use:
+            embedded = await self.client.embed_texts(
+                texts,
+                model=model,
+                kind=kind,
+                timeout=timeout,
+                dimensions=dimensions,
+                caller=caller.tenant,
+                blank=True,
+            )
+            use.settle(int(embedded.tokens.sum()))
+        return embedded
+
+    @contextlib.asynccontextmanager
+    async def embedding(self, caller: Caller, model: str, texts: Sequence[str]) -> AsyncIterator[Use]:
+        """Embed the texts meanwhile, within the caller's limits and the room of this gateway. ``model`` is its name.
+
+        Who knows how many tokens it were calls ``settle`` of the result; else the estimate counts.
+        """
+        exchange = current()
+        if exchange is not None:
+            exchange.model, exchange.texts = model, exchange.texts + len(texts)
+        estimate = sum(map(tokens_at_least, texts))
+        async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(model)) as use:
+            yield use
+        if exchange is not None:
+            exchange.tokens += use.tokens
+
+    def _price(self, model: str) -> Decimal:
+        """US dollars for a token of a plain request: 0 for a model that our own workers serve."""
+        served = provider_model(self.settings, model)
+        if served is None or served.same_as is not None:
+            return Decimal(0)
+        price = price_on(served.prices, datetime.now(UTC).date())
+        return Decimal(0) if price is None else price.of(1, Route.OPENAI_SYNC)
+
+    async def start(self) -> None:
+        """Begin what needs the event loop."""
+        if isinstance(self.keys, StoredKeys):
+            self.keys.listen()
 
     async def close(self) -> None:
+        await self.keys.close()
+        await self.limits.close()
         await self.client.close()
+
+
+def tokens_at_least(text: str) -> int:
+    """About how many tokens a text has, before anybody counted them."""
+    return len(text) // BYTES_PER_TOKEN + 1

@@ -45,11 +45,12 @@ def seen_by(conn: sa.Connection, caller: Caller) -> dict[str, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A collection by its own name, and the fingerprint of its space."""
+    """A collection by its own name, the fingerprint of its space, and the name of its model."""
 
     id: int
     name: str
     space: str
+    model: str
 
 
 async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
@@ -59,8 +60,9 @@ async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
     def work(conn: sa.Connection) -> Seen:
         row = collections.find(conn, name)
         _require_seen(row, seen_by(conn, caller), name)
-        space = sa.text("SELECT fingerprint FROM spaces WHERE id = :id")
-        return Seen(row.id, row.name, conn.execute(space, {"id": row.space_id}).scalar_one())
+        query = sa.text("SELECT fingerprint, spec ->> 'model' AS model FROM spaces WHERE id = :id")
+        space = conn.execute(query, {"id": row.space_id}).one()
+        return Seen(row.id, row.name, space.fingerprint, space.model)
 
     return await read(gateway, work)
 

@@ -15,6 +15,7 @@ from chunkmill.domain.spaces import Pooling, Precision
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings.addresses import one_line, read_postgres_url, read_redis_url
+from chunkmill.settings.gateway import GatewaySettings
 from chunkmill.settings.provider import ProviderSettings
 
 OF_THE_PROVIDER = frozenset(ProviderSettings.model_fields) - {"embedding_provider", "gpu_hour_usd"}
@@ -93,7 +94,7 @@ ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 Aliases = Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_aliases)]
 
 
-class Settings(ProviderSettings):
+class Settings(ProviderSettings, GatewaySettings):
     """All settings. The environment variable of a field is its name in capitals; docs/settings.md lists them."""
 
     model_config = SettingsConfigDict(

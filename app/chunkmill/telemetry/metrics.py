@@ -87,7 +87,7 @@ def _gauge(name: str, text: str, roles: frozenset[Role], *labels: Label) -> Metr
 INFO = _gauge(
     "process_info",
     "Always 1. The labels say what this process is: name is the owner name of its leases, device what it computes on.",
-    _ALL,
+    _ALL | _GATEWAY,
     Label("role"),
     Label("name"),
     Label("label"),
@@ -175,6 +175,25 @@ GPU_BUSY = _gauge(
 )
 GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "GPU memory in bytes that all processes on the GPU use.", _WORKER)
 GPU_MEMORY_SIZE = _gauge("gpu_memory_size_bytes", "Size of the GPU memory in bytes.", _WORKER)
+
+# What a key may do stands for the route, because each route is open to one of these.
+_CALLED = (
+    Label("scope", ("embed", "search", "jobs", "batches", "admin")),
+    Label("result", ("ok", "refused", "limited", "failed", "gone")),
+    Label("key", ("key",)),
+)
+GATEWAY_REQUESTS = _counter(
+    "gateway_requests",
+    "Requests to the gateway. scope is what the key must allow, or other if the request needs none; limited is HTTP "
+    "429, and gone a caller who hung up. key is key for a stored key, and other for the gateway's own or none.",
+    _GATEWAY,
+    *_CALLED,
+)
+GATEWAY_SECONDS = _counter("gateway_request_seconds", "Seconds that requests to the gateway took.", _GATEWAY, *_CALLED)
+GATEWAY_TEXTS = _counter("gateway_texts", "Texts in requests to the gateway.", _GATEWAY, *_CALLED)
+GATEWAY_TOKENS = _counter("gateway_tokens", "Tokens that requests to the gateway used.", _GATEWAY, *_CALLED)
+GATEWAY_WAITING_TEXTS = _gauge("gateway_waiting_texts", "Texts that wait in this gateway.", _GATEWAY)
+GATEWAY_WAITING_TOKENS = _gauge("gateway_waiting_tokens", "Tokens that wait in this gateway, as estimated.", _GATEWAY)
 
 ROUNDS = _counter("poller_rounds", "Rounds that this poller completed.", _POLLER)
 LAST_ROUND = _gauge(

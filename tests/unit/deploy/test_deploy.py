@@ -28,10 +28,11 @@ ENV_EXAMPLE = (ROOT / "deploy/env.example").read_text()
 WORKER_UNIT = (ROOT / "deploy/chunkmill-worker@.service").read_text()
 MACHINE_UNIT = (ROOT / "deploy/chunkmill-worker.service").read_text()
 POLLER_UNIT = (ROOT / "deploy/chunkmill-poller.service").read_text()
+GATEWAY_UNIT = (ROOT / "deploy/chunkmill-gateway.service").read_text()
 OPENAI_UNIT = (ROOT / "deploy/chunkmill-openai.service").read_text()
 SCHEMA = json.loads((ROOT / "tests/fixtures/compose-spec.json").read_text())
 
-ONE_SHOT = {"migrate", "cli", "reader", "roles", "rights"}
+ONE_SHOT = {"migrate", "cli", "keys", "reader", "roles", "rights"}
 PSQL = {"roles", "rights"}
 """One-shots of Postgres' own image."""
 WORKERS = {"worker", "worker-cpu"}
@@ -131,6 +132,7 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             "migrate": ["chunkmill_migrator", "chunkmill"],
             "flower": ["flower"],
             **{store: [] for store in STORES | PSQL},
+            "keys": ["chunkmill_key_maker", "chunkmill"],
             "cli": ["chunkmill_producer", "chunkmill"],
         }
         purpose = "worker" if name.startswith("worker") else name
@@ -379,7 +381,7 @@ def dockerfile_problems(text: str) -> list[str]:
         if not installs or any(line.count("pip install") != len(by_digest.findall(line)) for line in installs):
             found.append(f"{target} installs what has no digest")
         extras = set(re.findall(r"locked\.py ([\w,]+) > requirements\.txt", " ".join(installs)))
-        if extras != {{"app": "flower,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
+        if extras != {{"app": "flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
             found.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
         found.append("a secret is in a layer")
@@ -404,7 +406,11 @@ def test_the_dockerfile_keeps_every_rule() -> None:
         ),
         ("app does not take its own dependencies", "--from=app-deps", "--from=worker-deps"),
         ("worker installs what has no digest", "--require-hashes --no-deps --only-binary :all: -r torch.txt", "torch"),
-        ("app installs ['flower,worker']", "locked.py flower,metrics,openai,tracing", "locked.py flower,worker"),
+        (
+            "app installs ['flower,worker']",
+            "locked.py flower,gateway,metrics,openai,tracing",
+            "locked.py flower,worker",
+        ),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),
         ("a secret is in a layer", "COPY app app", "COPY .env ./"),
     ],
@@ -487,7 +493,7 @@ def unit_problems(text: str) -> list[str]:
         values[key] = f"{values[key]} {value}" if key in values else value
     command = values["ExecStart"]
     paid = " -Q openai " in command
-    worker = not command.endswith(" poller") and not paid
+    worker = not command.endswith((" poller", " gateway")) and not paid
     # A worker's 0 is a drain, and the machine is going; what lives on a machine that stays has no such reason to end.
     expected = {
         "KillSignal": "SIGTERM",
@@ -537,6 +543,7 @@ def test_the_units_keep_every_rule() -> None:
     assert unit_problems(WORKER_UNIT) == []
     assert unit_problems(MACHINE_UNIT) == []
     assert unit_problems(POLLER_UNIT) == []
+    assert unit_problems(GATEWAY_UNIT) == []
     assert unit_problems(OPENAI_UNIT) == []
 
 
@@ -579,6 +586,8 @@ def test_a_broken_worker_unit_is_noticed(problem: str, old: str, new: str) -> No
         ("one worker that runs out of memory ends all", MACHINE_UNIT, "OOMPolicy=continue\n", ""),
         ("Restart is not always", POLLER_UNIT, "Restart=always", "Restart=on-failure"),
         ("the service may outlast its machine", POLLER_UNIT, "TimeoutStopSec=30", "TimeoutStopSec=90"),
+        ("Restart is not always", GATEWAY_UNIT, "Restart=always", "Restart=on-failure"),
+        ("the service has no time to drain", GATEWAY_UNIT, "TimeoutStopSec=30", "TimeoutStopSec=10"),
         ("PrivateDevices is not yes", POLLER_UNIT, "PrivateDevices=yes\n", ""),
         ("PrivateUsers is not yes", OPENAI_UNIT, "PrivateUsers=yes\n", ""),
         ("Restart is not always", OPENAI_UNIT, "Restart=always", "Restart=on-failure"),
@@ -594,7 +603,13 @@ def test_what_is_special_of_one_unit_is_noticed(problem: str, unit: str, old: st
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 @pytest.mark.parametrize(
     "name",
-    ["chunkmill-worker.service", "chunkmill-worker@.service", "chunkmill-poller.service", "chunkmill-openai.service"],
+    [
+        "chunkmill-worker.service",
+        "chunkmill-worker@.service",
+        "chunkmill-poller.service",
+        "chunkmill-gateway.service",
+        "chunkmill-openai.service",
+    ],
 )
 def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
     # Under another root: `verify` would look for the command and for everything that a unit refers to.

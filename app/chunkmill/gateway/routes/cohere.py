@@ -32,7 +32,7 @@ TYPES = ("float", "base64")
 
 async def embed_by_type(gateway: Gateway, request: Request, caller: Caller) -> Response:
     asked = await read_asked(request, read_body)
-    answered = await embed(gateway, request, caller, asked)
+    answered = await embed(gateway, caller, asked)
     rest = {
         "id": secrets.token_hex(16),
         "response_type": "embeddings_by_type",

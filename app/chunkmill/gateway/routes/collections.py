@@ -147,15 +147,15 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     body = await read_exact(request, BODY_BYTES)
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
-    found = await searched(gateway, named, body)
+    found = await searched(gateway, caller, named, body)
     taken = {"took_ms": round(1000 * (time.monotonic() - begun), 3), "space": named.space}
     if isinstance(found, Hits):
         return await large_answer(_hits(found) | taken, len(found))
     return await large_answer({"results": [_hits(hits) for hits in found], **taken}, sum(map(len, found)))
 
 
-async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
-    """What a search with the fields of ``SEARCH`` finds in the collection."""
+async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
+    """What a search with the fields of ``SEARCH`` finds in the collection. Its texts count for the caller's limits."""
     query: Any = body.get("query")
     k, offset = body.get("k", 10), body.get("offset")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MOST_HITS:
@@ -176,19 +176,21 @@ async def searched(gateway: Gateway, named: seen.Seen, body: dict[str, Any]) -> 
         if not isinstance(body.get(flag, False), bool):
             raise wrong(flag, "it must be true or false")
     checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
-    found: Hits | list[Hits] = await gateway.client.search(
-        checked,
-        collection=named.name,
-        k=k,
-        metadata=body.get("filter"),
-        exact=body.get("exact", False),
-        timeout=milliseconds / 1000,
-        like=body.get("like"),
-        min_score=body.get("min_score"),
-        offset=offset,
-        explain=body.get("explain", False),
-        hybrid=body.get("hybrid"),
-    )
+    texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
+    async with gateway.embedding(caller, named.model, texts):
+        found: Hits | list[Hits] = await gateway.client.search(
+            checked,
+            collection=named.name,
+            k=k,
+            metadata=body.get("filter"),
+            exact=body.get("exact", False),
+            timeout=milliseconds / 1000,
+            like=body.get("like"),
+            min_score=body.get("min_score"),
+            offset=offset,
+            explain=body.get("explain", False),
+            hybrid=body.get("hybrid"),
+        )
     return found
 
 

@@ -35,7 +35,7 @@ from chunkmill.gateway.routes.openai import read_model
 async def embed_texts(gateway: Gateway, request: Request, caller: Caller) -> Response:
     began = time.perf_counter()
     asked = await read_asked(request, read_body)
-    answered = await embed(gateway, request, caller, asked)
+    answered = await embed(gateway, caller, asked)
     if asked.param == "inputs":
         head, tail = b"[", b"]"
     else:

@@ -22,7 +22,7 @@ from chunkmill.gateway.routes.openai import read_model
 async def embed_input(gateway: Gateway, request: Request, caller: Caller) -> Response:
     began = time.perf_counter_ns()
     asked = await read_asked(request, read_body)
-    answered = await embed(gateway, request, caller, asked)
+    answered = await embed(gateway, caller, asked)
     rest = {
         "model": answered.model.name,
         "total_duration": time.perf_counter_ns() - began,
@@ -41,7 +41,7 @@ async def embed_input(gateway: Gateway, request: Request, caller: Caller) -> Res
 
 async def embed_prompt(gateway: Gateway, request: Request, caller: Caller) -> Response:
     asked = await read_asked(request, read_prompt)
-    answered = await embed(gateway, request, caller, asked)
+    answered = await embed(gateway, caller, asked)
     return written(
         answered.vectors, float_rows, base64=False, head=b'{"embedding":', tail=b"}", headers=answered.headers
     )

@@ -33,7 +33,7 @@ from chunkmill.gateway.replies import Reply
 
 async def embeddings(gateway: Gateway, request: Request, caller: Caller) -> Response:
     asked = await read_asked(request, partial(read_body, token_ids=gateway.settings.gateway_token_ids))
-    answered = await embed(gateway, request, caller, asked)
+    answered = await embed(gateway, caller, asked)
     return written(
         answered.vectors,
         base64_items if asked.base64 else float_items,

@@ -170,7 +170,7 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
         return html("search.html", **page)
     try:
         named = await seen.collection(gateway, caller, name)
-        hits = await collections.searched(gateway, named, {"query": query, "k": HITS, "explain": True})
+        hits = await collections.searched(gateway, caller, named, {"query": query, "k": HITS, "explain": True})
     except Refusal as refusal:
         return html("search.html", **(page | {"problem": refusal.message}), status=refusal.status)
     except ChunkmillError as error:
