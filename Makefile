@@ -122,7 +122,7 @@ bench-search: $(VENV)/.bench
 SEED ?= 1
 chaos: $(VENV)/.dev
 	@echo "== one fault at a time"
-	@$(BIN)/python -m pytest -q -m slow tests/acceptance tests/engine tests/integration/test_hybrid_docstrings.py
+	@$(BIN)/python -m pytest -q -m slow tests/acceptance tests/engine tests/integration
 	@echo "== a slow fake engine, which counts every text"
 	@$(BIN)/python -m tests.chaos --seed $(SEED) --faults 54 --chunks 5000; fake=$$?; \
 		echo "== the real engine, under chunkmill worker"; \

@@ -70,6 +70,7 @@ def test_a_text_that_kills_workers_ends_alone_on_the_dead_list(
         pytest.param("break", {}, "no longer runs on cuda:0", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_watchdog_ends_a_worker_whose_device_is_lost(
     how: str, env: dict[str, str], evidence: str, processes: Processes, client: Client, db: sa.Engine
 ) -> None:

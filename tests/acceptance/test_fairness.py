@@ -92,6 +92,7 @@ def test_an_interactive_job_passes_a_bulk_job_and_the_bulk_job_goes_on(
     assert worker.terminate() == 0
 
 
+@pytest.mark.slow
 def test_cancel_stops_what_a_worker_is_in(processes: Processes, client: Client, db: sa.Engine) -> None:
     processes.poller()
     worker = processes.worker(EMBEDDING_PARALLEL_BATCHES="1")

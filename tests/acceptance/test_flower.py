@@ -373,6 +373,7 @@ def test_forged_events_and_replies_break_no_page(scene: Scene) -> None:
         assert MARK not in worker.output()
 
 
+@pytest.mark.slow
 def test_a_flower_that_may_control_cannot_steer_a_worker(scene: Scene) -> None:
     """Workers do not have the commands. Flower reads what they are, and that is all."""
     port = free_port()

@@ -28,8 +28,10 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    [("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"), ("chunkmill.cli", "worker")],
-    ids=["celery", "chunkmill worker"],
+    [
+        pytest.param(("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu"), id="celery", marks=pytest.mark.slow),
+        pytest.param(("chunkmill.cli", "worker"), id="chunkmill worker"),
+    ],
 )
 def test_a_worker_and_a_poller_work_in_a_folder_with_foreign_packages(
     processes: Processes, client: Client, project: Path, command: tuple[str, ...]

@@ -83,6 +83,7 @@ def env(processes: Processes) -> Iterator[dict[str, str]]:
     yield processes.env | {"PATH": path, "HOSTNAME": socket.gethostname()}
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_unhealthy_and_one_without_redis_is_not(
     processes: Processes, env: dict[str, str], tmp_path: Path, settings: Settings
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_main_job(processes: Processes, client: Client, settings: Settings, 
     assert worker.terminate() == 0
 
 
+@pytest.mark.slow
 def test_flushall_and_a_killed_worker_in_mid_job_lose_nothing(
     processes: Processes, client: Client, settings: Settings, db: sa.Engine
 ) -> None:

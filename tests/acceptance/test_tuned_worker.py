@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from chunkmill.machine import this_machine, versions
 from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC
 from chunkmill.settings import Settings
@@ -12,6 +14,7 @@ from chunkmill.tuning.profiles import Profile, profile_path, write_profile
 from tests.acceptance.conftest import Processes
 
 
+@pytest.mark.slow
 def test_a_worker_follows_its_machines_profile(processes: Processes, settings: Settings, tmp_path: Path) -> None:
     machine, home = this_machine(), tmp_path / "home"
     profile = Profile(

@@ -28,6 +28,7 @@ SAID = ["model 'remote': 'dimension' is not a field; did you mean dimensions?", 
 WORKER = ("celery", "-A", "chunkmill_workers", "worker", "-Q")
 
 
+@pytest.mark.slow
 def test_a_wrong_description_of_models_stops_the_paid_routes_alone(
     processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

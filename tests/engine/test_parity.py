@@ -51,7 +51,9 @@ def test_every_family_gives_the_vectors_of_sentence_transformers(
     result = engine.embed(texts, "query" if kind == "query" else "document")
 
     encode = expected.encode_query if kind == "query" else expected.encode_document
-    np.testing.assert_allclose(result.vectors, encode(texts), atol=1e-5, rtol=0)
+    wanted = encode(texts)
+    # Poolings that do not divide by the number of tokens give numbers up to 8, and fp32 has seven digits.
+    np.testing.assert_allclose(result.vectors, wanted, atol=1e-5 * max(1.0, float(np.abs(wanted).max())), rtol=0)
     assert result.truncated.any(), "no text reached the limit"
     assert engine.max_tokens == expected.max_seq_length
     assert engine.dimensions == result.vectors.shape[1]

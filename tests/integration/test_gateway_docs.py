@@ -48,12 +48,12 @@ def run(gateway: RunningGateway, *command: str) -> str:
 
 
 def test_the_example_with_curl_gets_vectors(gateway: RunningGateway) -> None:
-    answer = json.loads(run(gateway, "bash", "-c", example("sh", "curl")))
+    answer = json.loads(run(gateway, "bash", "-c", example("sh", "curl http://127.0.0.1:8080/v1/embeddings")))
     assert [len(item["embedding"]) for item in answer["data"]] == [384, 384]
 
 
 def test_the_example_with_openais_package_gets_vectors(gateway: RunningGateway) -> None:
-    assert run(gateway, sys.executable, "-c", example("py", "OpenAI(")).split() == ["384", "10"]
+    assert run(gateway, sys.executable, "-c", example("py", "embeddings.create")).split() == ["384", "10"]
 
 
 def test_the_command_serves_until_it_is_told_to_end(settings: Settings, tmp_path: Path) -> None:

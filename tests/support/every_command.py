@@ -37,7 +37,7 @@ OWN_PROCESS: dict[Words, str | None] = {
     ("bench",): None,
     ("demo",): None,
     ("flower",): "Connected to",
-    ("gateway",): "Application startup complete",
+    ("gateway",): "the gateway takes requests",
     ("models", "export"): None,
     ("poller",): "poller: keeps at most",
     ("tune",): None,

@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class GatewayServer(uvicorn.Server):
             ws="none",
             log_config=None,
             access_log=False,
-            log_level="warning",  # of its start and end the gateway speaks itself
+            log_level="warning",  # the gateway itself says when it starts and ends
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -56,6 +57,11 @@ class GatewayServer(uvicorn.Server):
             config.load()
             config.ssl = tls
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            logger.info("the gateway takes requests")
 
     def leave(self) -> None:
         """Begin the orderly end. It is called in the event loop."""

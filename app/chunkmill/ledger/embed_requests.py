@@ -146,7 +146,7 @@ WITH waiting AS MATERIALIZED (
     FROM waiting w JOIN embed_requests r ON r.id = w.id
     WHERE r.vectors IS NULL AND r.error IS NULL AND (r.lease_until IS NULL OR r.lease_until < now())
     ORDER BY w.urgency, w.turn, w.id
-    LIMIT CAST(:most_requests AS int) + 1
+    LIMIT CAST(:most_locked AS int)
     FOR UPDATE OF r SKIP LOCKED
 ), counted AS (
     SELECT id, urgency, row_number() OVER o AS place, sum(texts) OVER o AS texts, sum(tokens) OVER o AS tokens,
@@ -229,6 +229,8 @@ def claim_some(
     parameters |= {
         "short_bytes": SHORT_BYTES,
         "most_requests": most_requests,
+        # One more is locked to tell whether there are more. Who wants a single one leaves all others alone.
+        "most_locked": most_requests if most_requests == 1 else most_requests + 1,
         "most_texts": most_texts,
         "most_tokens": most_tokens,
         "synchronous": synchronous,
