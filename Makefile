@@ -29,7 +29,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # If it is set, each process that a test starts compiles our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint types unit servers wheel release lock bench bench-search chaos mutants busy fuzz aimock realservers gpu audit floors docs clean
+.PHONY: help demo test lint types unit servers wheel release lock bench bench-search chaos mutants busy fuzz aimock realservers conformance gpu audit floors docs clean
 
 help:
 	@echo "make demo    install, then run one whole job on real documents, in under two minutes"
@@ -46,6 +46,7 @@ help:
 	@echo "make servers run the tests of everything that asks Postgres on the server of TEST_DATABASE_URL, such as a Postgres 15"
 	@echo "make aimock  test the paid routes against an independent mock of OpenAI's API; needs Node 20 and npm"
 	@echo "make realservers  test the paid routes against Infinity, LiteLLM's proxy and ogx (1.5 GB; ogx needs PYTHON312)"
+	@echo "make conformance  test the gateway with the clients that others wrote and with OpenAI's own spec; needs Node 20 and npm"
 	@echo "make audit   list known vulnerabilities of the installed packages; without a network it only says so"
 	@echo "make floors  test a producer with the lowest versions that pyproject.toml allows"
 	@echo "make docs    write docs/api.md, docs/settings.md and the list of decisions again"
@@ -181,6 +182,26 @@ $(AIMOCK)/node_modules:
 	@echo "== installing @copilotkit/aimock into $(AIMOCK)"
 	@npm install --silent --no-save --prefix $(AIMOCK) @copilotkit/aimock@1.43.0
 
+# Clients of embeddings that others wrote. They do not resolve together, so each family has an environment of its own, whose
+# packages are listed with their versions: FAMILY.txt is what `uv pip compile` makes of FAMILY.in.
+CONFORMANCE := .conformance
+FAMILIES := $(basename $(notdir $(wildcard tests/conformance/environments/*.txt)))
+conformance: $(VENV)/.dev $(FAMILIES:%=$(CONFORMANCE)/%/.installed) $(CONFORMANCE)/javascript/.installed
+	@$(BIN)/python -m pytest -q -rs tests/conformance
+
+$(CONFORMANCE)/%/.installed: tests/conformance/environments/%.txt
+	@echo "== installing clients of the gateway into $(CONFORMANCE)/$*"
+	@$(PYTHON) -m venv --clear $(CONFORMANCE)/$*
+	@$(CONFORMANCE)/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --only-binary :all: -r $<
+	@touch $@
+
+$(CONFORMANCE)/javascript/.installed: tests/conformance/javascript/package-lock.json
+	@echo "== installing clients of the gateway into $(CONFORMANCE)/javascript"
+	@mkdir -p $(CONFORMANCE)/javascript
+	@cp tests/conformance/javascript/package.json tests/conformance/javascript/package-lock.json $(CONFORMANCE)/javascript
+	@npm ci --silent --prefix $(CONFORMANCE)/javascript
+	@touch $@
+
 RESULTS ?= benchmarks/results
 GPU_SITE := .gpu-site
 GPU_PYTHON = env PYTHONPATH=$(CURDIR)/app:$(CURDIR)/workers:$(CURDIR)$(if $(WHEELS),:$(CURDIR)/$(GPU_SITE)) $(if $(VENV),$(BIN)/python,$(PYTHON))
@@ -197,7 +218,7 @@ gpu: $(if $(VENV),$(VENV)/.gpu,$(if $(WHEELS),$(GPU_SITE)))
 		$(GPU_LIMIT) 270 $(GPU_PYTHON) -m chunkmill_workers.benchmarks gpu gpu-pipeline --rounds 3 --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) .floors .uv $(GPU_SITE) $(AIMOCK) $(REAL_SERVERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .floors .uv $(GPU_SITE) $(AIMOCK) $(REAL_SERVERS) $(CONFORMANCE) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

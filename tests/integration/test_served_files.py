@@ -72,6 +72,16 @@ def test_files_are_listed_in_pages_and_in_both_orders(api: openai.OpenAI) -> Non
             api.files.list(**wrong)  # type: ignore[arg-type]
 
 
+def test_names_that_postgres_cannot_hold_are_names_of_nothing(gateway: RunningGateway) -> None:
+    """schemathesis asked for them."""
+    for kind in ("files", "batches"):
+        listed = gateway.http.get(f"/v1/{kind}?after=a%00b", headers=AUTHORIZATION)
+        assert (listed.status_code, listed.json()["error"]["param"]) == (400, "after"), listed.text
+        for method, path in (("GET", ""), ("DELETE", "") if kind == "files" else ("POST", "/cancel")):
+            answer = gateway.http.request(method, f"/v1/{kind}/a%00b{path}", headers=AUTHORIZATION)
+            assert answer.status_code == 404, answer.text
+
+
 def test_a_file_of_several_pieces_comes_back_whole_and_in_ranges(
     api: openai.OpenAI, gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,11 @@ _OPTIONS = {
     "encoding_format": {"enum": ["float", "base64", None]},
     "timeout_ms": {"type": ["integer", "null"], "minimum": 1},
 }
-_VECTORS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
+_VECTORS = {
+    "description": "The numbers of each vector, or their little-endian float32 as base64.",
+    "type": "array",
+    "items": {"oneOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]},
+}
 REQUEST = {
     "oneOf": [
         {"type": "object", "required": ["texts"], "properties": {"texts": _TEXTS} | _OPTIONS},

@@ -110,6 +110,8 @@ FROM served_batches b
 
 def find(conn: sa.Connection, tenant: str, name: str) -> ServedBatch | None:
     """The tenant's batch; None if there is none."""
+    if "\0" in name:
+        return None  # no name has it, and Postgres would refuse the query
     query = f"{_SELECT} WHERE b.tenant = :tenant AND b.name = :name"
     row = conn.execute(sa.text(query), {"tenant": tenant, "name": name, "stale": float(COUNT_SECONDS)}).one_or_none()
     return None if row is None else _batch(row)

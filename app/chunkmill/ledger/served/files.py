@@ -104,6 +104,8 @@ def add_result(
 
 def find(conn: sa.Connection, tenant: str, name: str, *, hold: bool = False) -> ServedFile | None:
     """The tenant's file; None if there is none. With ``hold`` nobody deletes it until the end of this transaction."""
+    if "\0" in name:
+        return None  # no name has it, and Postgres would refuse the query
     query = f"""
         SELECT *
         FROM served_files
