@@ -331,7 +331,7 @@ def _gateway(servers: Servers, model: str) -> Iterator[tuple[Server, Child]]:
 def _infinity(servers: Servers, model: str, env: Mapping[str, str]) -> Iterator[Server]:
     port, folder = _free_port(), resolve_model(model).path
     argv = [
-        str(environments.python_of("infinity")), "-m", "infinity_emb", "v2", "--model-id", str(folder),
+        str(environments.python_of("infinity").with_name("infinity_emb")), "v2", "--model-id", str(folder),
         "--served-model-name", model, "--engine", "torch", "--device", "cpu", "--dtype", "float32",
         "--no-bettertransformer", "--no-model-warmup", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
