@@ -57,7 +57,7 @@ class Unable:
     def for_space(self, space: object) -> None:
         raise self._error
 
-    def loaded(self, space: object) -> None:
+    def loaded(self, space: object, *, use: bool = True) -> None:
         return None
 
     def longest_step(self) -> tuple[float, str]:
