@@ -384,7 +384,7 @@ class Lane:
                 if first is None:
                     turns.remove_all()
                     continue
-                engine = first.engine or self._models.ready_engine(first.asked.space)
+                engine = first.engine or self._ready(first.asked.space)
                 if engine is None:
                     self._load(first.asked.space)
                     continue
@@ -400,6 +400,14 @@ class Lane:
                 self._work_came.notify()
                 return _Slice(rank, first.asked.space, first.asked.kind, engine, parts)
         return None
+
+    def _ready(self, space: Space) -> Engine | None:
+        """The engine, if it can be used at once. If that cannot be told, the load of the model says why not."""
+        try:
+            return self._models.ready_engine(space)
+        except Exception as error:  # noqa: BLE001 - a thread of the lane that ended would never answer again
+            logger.warning("whether the model of space %s is loaded cannot be told: %s", space.id, reason_of(error))
+            return None
 
     def _order(self) -> list[Rank]:
         ranks = list(self._waiting)

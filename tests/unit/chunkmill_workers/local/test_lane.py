@@ -367,6 +367,23 @@ def test_a_model_that_cannot_be_loaded_is_told_to_all_that_wait_for_it(
     assert asker.values() == {"fine": [2]}
 
 
+def test_if_it_cannot_be_told_whether_a_model_is_loaded_its_requests_are_answered_all_the_same(
+    lane: Lane, asker: Asker, models: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the lane that ended would leave the worker deaf."""
+
+    def ready_engine(space: Space) -> Any:
+        if space is OTHER:
+            raise RuntimeError("the device is gone")
+        return models.engine
+
+    monkeypatch.setattr(models, "ready_engine", ready_engine)
+    asker.ask("a", 1, space=OTHER)
+    asker.ask("fine", 2)
+    lane.settle()
+    assert asker.values() == {"a": [1], "fine": [2]}
+
+
 def test_who_waits_for_a_model_past_the_deadline_is_let_go(lane: Lane, asker: Asker, models: FakeModels) -> None:
     models.loaded.discard(OTHER.id)
     models.hold = threading.Event()
