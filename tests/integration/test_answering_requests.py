@@ -23,6 +23,7 @@ from chunkmill_workers.local import responder as responder_module
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.hands import Hands
+from tests.support import one_request
 from tests.support.waiting import PATIENCE, until
 
 LONG = "many words in one long text " * 80
@@ -30,12 +31,12 @@ LONG = "many words in one long text " * 80
 
 def ask(db: sa.Engine, space: Space, kind: str, *texts: str) -> int:
     with db.begin() as conn:
-        return embed_requests.ask(conn, space_id=space.id, kind=kind, texts=list(texts))  # type: ignore[arg-type]
+        return one_request.ask(conn, space_id=space.id, kind=kind, texts=list(texts))  # type: ignore[arg-type]
 
 
 def answered(db: sa.Engine, request: int) -> np.ndarray:
     with db.begin() as conn:
-        answer = embed_requests.take_answer(conn, request, dimensions=384)
+        answer = one_request.take_answer(conn, request, dimensions=384)
     assert answer is not None
     assert answer.vectors is not None, answer.error
     return answer.vectors
@@ -144,7 +145,7 @@ def test_who_waits_for_a_text_that_fails_is_told_so_and_nobody_else_is(
     monkeypatch.setattr(Runner, "finish", fail_one)
     assert EmbedResponder(context).answer_next()
     with db.begin() as conn:
-        answers = [embed_requests.take_answer(conn, request, dimensions=384) for request in requests]
+        answers = [one_request.take_answer(conn, request, dimensions=384) for request in requests]
     errors = sorted(answer.error or "" for answer in answers if answer)
     assert errors[0] == ""
     assert errors[1].startswith("test-worker: text 0 of ")
@@ -173,7 +174,7 @@ def test_what_a_killed_worker_held_is_answered_by_another_and_each_of_it_alone(
     """Nothing tells the other worker: the leases end."""
     gate = Gate(monkeypatch)
     with db.begin() as conn:  # the notification comes with the claim, so that the worker finds nothing
-        requests = [embed_requests.ask(conn, space_id=space.id, kind="query", texts=[f"text {n}"]) for n in range(3)]
+        requests = [one_request.ask(conn, space_id=space.id, kind="query", texts=[f"text {n}"]) for n in range(3)]
         held = embed_requests.claim_some(conn, most_requests=9, most_texts=9, most_tokens=99, lease_seconds=0.3)
     assert len(held.requests) == 3
     until(lambda: all(is_answered(db, request) for request in requests))
@@ -201,7 +202,7 @@ def test_a_large_request_that_is_withdrawn_is_not_computed_to_its_end(
     request = ask(db, space, "document", *(f"text {n}" for n in range(320)))
     until(lambda: len(gate.calls) == 2)
     with db.begin() as conn:
-        embed_requests.withdraw(conn, request)
+        one_request.withdraw(conn, request)
     gate.open.set()
     until(lambda: not started.lane.n_open)
     assert len(gate.calls) == 2

@@ -24,6 +24,7 @@ from chunkmill_workers.provider import gather as gathering
 from chunkmill_workers.provider import responder
 from chunkmill_workers.provider.plain import request_chunk_batch
 from tests.openai_server import OpenAIServer
+from tests.support import one_request
 from tests.support.corridor_scene import Scene, scene
 from tests.support.paid_ledger import LARGE, SMALL, add_charge, add_inputs, register
 from tests.support.waiting import PATIENCE, together
@@ -130,7 +131,7 @@ def test_searches_at_once_spend_no_more_than_the_budget(limited: Scene, monkeypa
     with corridor.db.begin() as conn:
         space = registry.register(conn, corridor.settings.provider_models[LARGE].space(OnLong.TRUNCATE, 8))
         asked = [
-            embed_requests.ask(conn, space_id=space.id, kind="query", texts=[f"{i}" + " word" * 1000]) for i in range(2)
+            one_request.ask(conn, space_id=space.id, kind="query", texts=[f"{i}" + " word" * 1000]) for i in range(2)
         ]
     both_counted = threading.Barrier(2)
     prepare = responder.prepare
@@ -147,7 +148,7 @@ def test_searches_at_once_spend_no_more_than_the_budget(limited: Scene, monkeypa
     finally:
         other.close()
     with corridor.db.begin() as conn:
-        answers = [embed_requests.take_answer(conn, number, dimensions=8) for number in asked]
+        answers = [one_request.take_answer(conn, number, dimensions=8) for number in asked]
         assert budget.committed(conn, corridor.settings) == 0
     errors = [answer.error for answer in answers if answer is not None]
     assert (len(errors), errors.count(None)) == (2, 1)
@@ -160,7 +161,7 @@ def test_a_search_under_way_is_committed_until_it_is_answered(limited: Scene) ->
     with corridor.db.begin() as conn:
         for model in (SMALL, LARGE):
             space = registry.register(conn, corridor.settings.provider_models[model].space(OnLong.TRUNCATE, 8))
-            embed_requests.ask(conn, space_id=space.id, kind="query", texts=["word"])
+            one_request.ask(conn, space_id=space.id, kind="query", texts=["word"])
         small, large = (embed_requests.claim_next(conn, spaces=[space.id - 1 + i]) for i in range(2))
         assert small is not None
         assert large is not None
@@ -169,7 +170,7 @@ def test_a_search_under_way_is_committed_until_it_is_answered(limited: Scene) ->
         assert budget.committed(conn, corridor.settings) == Decimal("0.02") + Decimal("0.26")
         embed_requests.refuse(conn, small, "why")
         assert budget.committed(conn, corridor.settings) == Decimal("0.26")
-        embed_requests.withdraw(conn, large.id)
+        one_request.withdraw(conn, large.id)
         assert budget.committed(conn, corridor.settings) == 0
 
 

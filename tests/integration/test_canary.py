@@ -13,7 +13,6 @@ import sqlalchemy as sa
 from chunkmill import Client, JobState
 from chunkmill.db.connect import create_db
 from chunkmill.errors import CanaryFailed
-from chunkmill.ledger import embed_requests
 from chunkmill.models import resolve_spec
 from chunkmill.settings import Settings
 from chunkmill.spaces import canaries, registry
@@ -29,6 +28,7 @@ from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
+from tests.support import one_request
 from tests.support.damaged_model import damaged_model
 from tests.support.waiting import together
 
@@ -138,16 +138,16 @@ def test_a_drifting_worker_leaves_its_chunk_batch_uncharged_to_a_healthy_one(
 
 def test_a_drifting_worker_answers_no_query(space: Space, odd: WorkerContext, context: WorkerContext) -> None:
     with odd.db.begin() as conn:
-        request = embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a query"])
+        request = one_request.ask(conn, space_id=space.id, kind="query", texts=["a query"])
     responder = EmbedResponder(odd)
     assert responder.answer_next()
     with odd.db.begin() as conn:
-        assert embed_requests.take_answer(conn, request, dimensions=384) is None
-        embed_requests.ask(conn, space_id=space.id, kind="query", texts=["the next one"])
+        assert one_request.take_answer(conn, request, dimensions=384) is None
+        one_request.ask(conn, space_id=space.id, kind="query", texts=["the next one"])
     assert not responder.answer_next()  # left to other workers
     assert EmbedResponder(context).answer_next()
     with odd.db.begin() as conn:
-        answer = embed_requests.take_answer(conn, request, dimensions=384)
+        answer = one_request.take_answer(conn, request, dimensions=384)
         assert answer is not None
         assert answer.vectors is not None
 

@@ -20,6 +20,7 @@ from chunkmill.ledger.jobs import recover
 from chunkmill.settings import Settings
 from chunkmill.spaces.registry import Space
 from tests.integration.hands import Hands
+from tests.support import one_request
 from tests.support.waiting import PATIENCE, together, until
 
 
@@ -30,7 +31,7 @@ def requests(client: Client, db: sa.Engine) -> tuple[int, int]:
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE embed_requests ALTER COLUMN id RESTART WITH 11"))
         first, second = (
-            embed_requests.ask(conn, space_id=space.id, kind="query", texts=[f"text of space {space.id}"])
+            one_request.ask(conn, space_id=space.id, kind="query", texts=[f"text of space {space.id}"])
             for space in spaces
         )
     return first, second
@@ -211,7 +212,7 @@ def test_on_the_schema_of_an_older_release_requests_are_claimed_one_after_the_ot
         vectors = np.ones((1, 384), np.float32)
         embed_requests.answer(conn, requests[0], vectors, np.ones(1, np.int32), np.ones(1, np.bool_))
         recover.delete_old_requests(conn)
-        answer = embed_requests.take_answer(conn, requests[0], dimensions=384)
+        answer = one_request.take_answer(conn, requests[0], dimensions=384)
     assert answer is not None
     assert answer.vectors is not None
     assert answer.tokens is None
@@ -223,7 +224,7 @@ def test_answers_are_told_together_and_not_those_that_were_withdrawn(
 ) -> None:
     first, withdrawn, second, refused, _ = put(db, {"texts": 2}, {}, {}, {}, {})
     with db.begin() as conn:
-        embed_requests.withdraw(conn, withdrawn)
+        one_request.withdraw(conn, withdrawn)
     with db.connect().execution_options(isolation_level="AUTOCOMMIT") as listening:
         listening.execute(sa.text(f"LISTEN {embed_requests.ANSWERS_CHANNEL}"))
         with db.begin() as conn:
@@ -248,8 +249,8 @@ def test_answers_are_told_together_and_not_those_that_were_withdrawn(
         assert [notice.payload for notice in notices[1:]] == [str(refused)]
         listening.invalidate()
     with db.begin() as conn:
-        answer = embed_requests.take_answer(conn, first, dimensions=3)
-        other = embed_requests.take_answer(conn, second, dimensions=3)
+        answer = one_request.take_answer(conn, first, dimensions=3)
+        other = one_request.take_answer(conn, second, dimensions=3)
     assert answer is not None
     assert answer.vectors is not None
     assert answer.tokens is not None
@@ -288,7 +289,7 @@ def test_leases_are_renewed_for_what_is_still_held_and_waited_for(space: Space, 
         held = embed_requests.claim_some(conn, most_requests=9, most_texts=9, most_tokens=99).requests
     kept, withdrawn, answered, lost = (request.id for request in held)
     with db.begin() as conn:
-        embed_requests.withdraw(conn, withdrawn)
+        one_request.withdraw(conn, withdrawn)
         embed_requests.answer(conn, answered, np.ones((1, 3), np.float32))
     worker_dies(hands, lost)
     with db.begin() as conn:

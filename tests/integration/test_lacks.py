@@ -34,6 +34,7 @@ from chunkmill_workers.local.responder import EmbedResponder
 from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
+from tests.support import one_request
 
 LACKS = [
     UnknownModel("no model of that name is here"),
@@ -139,12 +140,12 @@ def test_other_files_are_noticed_before_their_weights_are_loaded(
 
 def asked(db: sa.Engine, space: Space) -> int:
     with db.begin() as conn:
-        return embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a query"])
+        return one_request.ask(conn, space_id=space.id, kind="query", texts=["a query"])
 
 
 def answer_to(db: sa.Engine, request: int) -> Answer | None:
     with db.begin() as conn:
-        return embed_requests.take_answer(conn, request, dimensions=384)
+        return one_request.take_answer(conn, request, dimensions=384)
 
 
 def age(hands: Hands, request: int) -> None:
@@ -252,4 +253,4 @@ def test_a_worker_that_lost_its_lease_on_a_query_neither_gives_it_back_nor_refus
         late(act, db, hands)
         assert hands.rows("SELECT attempts, lease_until > now(), error FROM embed_requests") == [(2, True, None)]
         with db.begin() as conn:
-            embed_requests.withdraw(conn, request)
+            one_request.withdraw(conn, request)

@@ -19,6 +19,7 @@ from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
 from tests.integration.hands import Hands
+from tests.support import one_request
 
 
 def lose_answers(
@@ -105,7 +106,7 @@ def test_a_query_whose_claim_lost_its_answer_costs_no_try(
     spaces = [client._space(None, on_long) for on_long in (OnLong.TRUNCATE, OnLong.SPLIT)]
     with db.begin() as conn:
         for space in spaces:
-            embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a query"])
+            one_request.ask(conn, space_id=space.id, kind="query", texts=["a query"])
     responder = EmbedResponder(context)
     for _ in range(embed_requests.MAX_ATTEMPTS + 1):
         end = lose_answers(context.db, "UPDATE embed_requests r\nSET attempts = attempts + 1", committed=committed)

@@ -13,7 +13,6 @@ from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.domain.states import JobState
 from chunkmill.errors import NewerSpace, WaitTimeout
-from chunkmill.ledger import embed_requests
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -22,6 +21,7 @@ from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.local.pipeline import TaskResult, run_chunk_batch
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
+from tests.support import one_request
 
 TEXTS = [("a", "one"), ("b", "two"), ("c", "three")]
 
@@ -70,13 +70,13 @@ def test_a_responder_answers_the_others_requests_and_leaves_theirs_as_they_are(
     jobs: dict[str, int], db: sa.Engine, client: Client, context: WorkerContext
 ) -> None:
     with db.begin() as conn:
-        theirs = [embed_requests.ask(conn, space_id=number, kind="query", texts=["q"]) for number in (2, 3)]
-        ours = embed_requests.ask(conn, space_id=1, kind="query", texts=["q"])
+        theirs = [one_request.ask(conn, space_id=number, kind="query", texts=["q"]) for number in (2, 3)]
+        ours = one_request.ask(conn, space_id=1, kind="query", texts=["q"])
     responder = EmbedResponder(context)
     while responder.answer_next():
         pass
     with db.begin() as conn:
-        answer = embed_requests.take_answer(conn, ours, dimensions=384)
+        answer = one_request.take_answer(conn, ours, dimensions=384)
         assert answer is not None
         assert answer.vectors is not None
         left = conn.execute(sa.text("SELECT id, attempts, lease_until, error FROM embed_requests ORDER BY id")).all()

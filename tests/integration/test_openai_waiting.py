@@ -13,6 +13,7 @@ from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer, vector_for
+from tests.support import one_request
 from tests.support.corridor import DIMENSIONS, Corridor, corridor
 
 
@@ -62,6 +63,6 @@ def test_local_workers_leave_it_alone(settings: Settings, server: OpenAIServer) 
     with corridor(settings, server) as made:
         space = made.client._space(None, "truncate")  # type: ignore[arg-type]
         with made.db.begin() as conn:
-            embed_requests.ask(conn, space_id=space.id, kind="query", texts=["a text"])
+            one_request.ask(conn, space_id=space.id, kind="query", texts=["a text"])
             assert embed_requests.claim_next(conn) is None
             assert embed_requests.claim_next(conn, spaces=[space.id]) is not None

@@ -16,11 +16,11 @@ from chunkmill.domain.providers import read_models
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import Route
 from chunkmill.errors import BudgetExceeded, InvalidSetting
-from chunkmill.ledger import embed_requests
 from chunkmill.ledger.money import budget
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill_workers.provider.responder import ProviderResponder
+from tests.support import one_request
 from tests.support.corridor import Corridor
 from tests.support.corridor_scene import Scene
 from tests.support.paid_ledger import LARGE, SMALL
@@ -102,10 +102,10 @@ def test_a_search_without_a_price_is_refused_and_not_sent(stage: Scene, limited:
     with limited.db.begin() as conn:
         space = registry.find(conn, job.space)
         assert space is not None
-        number = embed_requests.ask(conn, space_id=space.id, kind="query", texts=["what"])
+        number = one_request.ask(conn, space_id=space.id, kind="query", texts=["what"])
     assert ProviderResponder(limited.context).answer_next()
     with limited.db.begin() as conn:
-        answer = embed_requests.take_answer(conn, number, dimensions=8)
+        answer = one_request.take_answer(conn, number, dimensions=8)
     assert answer is not None
     assert "has no price" in (answer.error or "")
     assert stage.charges() == []

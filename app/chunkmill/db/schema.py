@@ -484,8 +484,7 @@ class WorkerSocketRow(Base):
 class EmbedRequestRow(Base):
     """A request to the workers to embed these texts now.
 
-    The table is unlogged, because nobody waits for the answer after a crash. ``chunkmill.ledger.embed_requests`` builds
-    a statement from this class.
+    The table is unlogged, because nobody waits for the answer after a crash.
     """
 
     __tablename__ = "embed_requests"

@@ -18,7 +18,6 @@ import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill.db.schema import EmbedRequestRow
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import Route
 
@@ -91,32 +90,6 @@ class Answer:
     """``(n,)`` int32. None if the worker is of a release that does not say it."""
     truncated: NDArray[np.bool_] | None = None
     """``(n,)`` bool."""
-
-
-def ask(
-    conn: sa.Connection,
-    *,
-    space_id: int,
-    kind: str,
-    texts: Sequence[str],
-    urgency: int = 0,
-    caller: str = "",
-    timeout_s: float | None = None,
-) -> int:
-    """Insert a request and return its id. Workers hear of it when the transaction commits.
-
-    ``urgency`` is 0 for a few short texts and 1 for larger requests. After ``timeout_s`` seconds nobody waits for it.
-    """
-    values: dict[str, object] = {"space_id": space_id, "kind": kind, "texts": list(texts)}
-    if has_columns(conn, "urgency"):
-        values |= {"urgency": urgency, "caller": caller}
-        if timeout_s is not None:
-            values["deadline"] = sa.text("clock_timestamp() + make_interval(secs => :timeout)").bindparams(
-                timeout=timeout_s
-            )
-    request_id = conn.execute(sa.insert(EmbedRequestRow).values(values).returning(EmbedRequestRow.id)).scalar_one()
-    conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
-    return int(request_id)
 
 
 # What a caller says is urgent is so only if it is short. The callers of one urgency take turns: first the oldest of
@@ -514,32 +487,6 @@ def refuse_unanswered(conn: sa.Connection, unserved: Mapping[int, str]) -> int:
     return refused
 
 
-# All columns: an older schema has no tokens.
-_TAKE_ANSWER = sa.text("""
-DELETE FROM embed_requests
-WHERE id = :id AND (vectors IS NOT NULL OR error IS NOT NULL)
-RETURNING embed_requests.*
-""")
-
-
-def take_answer(conn: sa.Connection, request_id: int, *, dimensions: int) -> Answer | None:
-    """Delete an answered request and return its answer; None while there is no answer."""
-    row = conn.execute(_TAKE_ANSWER, {"id": request_id}).mappings().one_or_none()
-    if row is None:
-        return None
-    if row["error"] is not None:
-        return Answer(None, row["error"])
-    vectors = np.frombuffer(row["vectors"], dtype="<f4").reshape(-1, dimensions)
-    if row.get("tokens") is None:
-        return Answer(vectors, None)
-    return Answer(vectors, None, np.array(row["tokens"], np.int32), np.array(row["truncated"], np.bool_))
-
-
-def withdraw(conn: sa.Connection, request_id: int) -> None:
-    """Delete a request that nobody waits for any more."""
-    conn.execute(sa.text("DELETE FROM embed_requests WHERE id = :id"), {"id": request_id})
-
-
 # What the caller's side needs: many requests at a time, and the answers to many calls.
 
 
@@ -581,7 +528,8 @@ def ask_all(
 ) -> list[int]:
     """Insert a request for each part, in one statement; returns their ids in the order of the parts.
 
-    It returns no id if the space is gone, or if another one has its id now. The arguments are those of :func:`ask`.
+    Workers hear of them when the transaction commits. It returns no id if the space is gone, or if another one has its
+    id now. ``urgency`` is 0 for a few short texts and 1 for larger requests. After ``timeout_s`` seconds nobody waits.
     ``attempts`` says for each part how many workers may have died of it already; by default none has.
     """
     is_new = has_columns(conn, "urgency")

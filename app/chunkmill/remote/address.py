@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from urllib.parse import urlsplit, urlunsplit
 
+from chunkmill.domain.hosts import is_loopback, read_http_hosts
 from chunkmill.errors import InvalidSetting
-
-_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
-_EVERYTHING = frozenset({"1", "all", "on", "true", "yes"})
 
 
 class Key:
@@ -81,30 +77,7 @@ def read_hosts(given: Iterable[str]) -> frozenset[str]:
     """
     if isinstance(given, str):
         given = given.split(",")
-    hosts = frozenset(str(host).strip().lower().removeprefix("[").removesuffix("]") for host in given) - {""}
-    for host in sorted(hosts):
-        try:
-            address = ip_address(host)
-        except ValueError:
-            if host in _EVERYTHING or not _HOST.fullmatch(host):
-                raise InvalidSetting(
-                    "each of http_hosts (CHUNKMILL_HTTP_HOSTS) must be the name or the IP address of one host, without "
-                    "http://, port and path, such as gateway or 10.0.0.7; there is no word for all hosts."
-                ) from None
-            continue
-        if address.is_global or address.is_unspecified or address.is_multicast:
-            raise InvalidSetting(
-                f"http_hosts (CHUNKMILL_HTTP_HOSTS) has {host}, which is not the address of a host on a private "
-                "network, so the key would cross the internet unencrypted: use https."
-            )
-    return hosts
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine. Only the name ``localhost`` and addresses count; no name is looked up."""
-    if host == "localhost":
-        return True
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return read_http_hosts(given, example="gateway")
+    except ValueError as error:
+        raise InvalidSetting(f"http_hosts (CHUNKMILL_HTTP_HOSTS): {error}.") from None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from ipaddress import ip_address
 from typing import Annotated, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationInfo
 from pydantic_settings import BaseSettings, NoDecode
 
+from chunkmill.domain.hosts import is_loopback, read_http_hosts
 from chunkmill.domain.providers import OPENAI_MODELS, ProviderModel
 from chunkmill.errors import InvalidSetting
 from chunkmill.settings.addresses import one_line
@@ -18,16 +18,6 @@ from chunkmill.settings.models_file import described_models
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 _API_VERSION = re.compile(r"api-version=[\w.-]+", re.ASCII)
-_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.ASCII)
-_EVERYTHING = frozenset({"all", "any", "false", "no", "none", "off", "on", "true", "yes"})
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether it is ``localhost``, or an address in 127.0.0.0/8 or ::1, which no network carries."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _base_url(url: str) -> str:
@@ -59,7 +49,7 @@ def _checked_url(
     except ValueError:
         raise ValueError(problem) from None
     host = parts.hostname or ""
-    is_safe = parts.scheme == "https" or _is_loopback(host) or http_hosts is None or host in http_hosts
+    is_safe = parts.scheme == "https" or is_loopback(host) or http_hosts is None or host in http_hosts
     if not host or "@" in parts.netloc or "#" in url or parts.scheme not in ("http", "https") or not is_safe:
         raise ValueError(problem)
     if parts.query and not (query and query.fullmatch(parts.query)):
@@ -71,23 +61,7 @@ def _http_hosts(given: object) -> object:
     """The host names in a list with commas. Only names of single hosts are taken, and no address of the internet."""
     if not isinstance(given, str):
         return given
-    hosts = frozenset(host.strip().lower().removeprefix("[").removesuffix("]") for host in given.split(",")) - {""}
-    for host in sorted(hosts):
-        try:
-            address = ip_address(host)
-        except ValueError:
-            if host in _EVERYTHING or not _HOST.fullmatch(host):
-                raise ValueError(
-                    "each entry must be the name or the IP address of one host, without http://, port and path, such "
-                    "as tei or 10.0.0.7; there is no word for all hosts"
-                ) from None
-            continue
-        if address.is_global or address.is_unspecified or address.is_multicast:
-            raise ValueError(
-                f"{host} is not the address of a host on a private network, so the key would cross the internet "
-                "unencrypted: use https"
-            )
-    return hosts
+    return read_http_hosts(given.split(","), example="tei")
 
 
 def _key(key: SecretStr) -> SecretStr:
