@@ -176,6 +176,15 @@ def test_a_query_beside_all_that_a_graph_gives_is_compared_with_all_rows(
     assert [beside.explanation.beam, among.explanation.beam] == beams
 
 
+def test_whether_a_query_is_beside_a_graph_is_told_without_the_filter(filled: Client, way: str) -> None:
+    """What passes is far from the query and close together. The graph gave its nearest all the same."""
+    among = filled.search(vector(1, 0.5), collection="docs", k=5, metadata={"number": {"$gte": 90}}, explain=True)
+    assert numbers(among) == [90, 91, 92, 93, 94]
+    assert among.explanation
+    assert "beside" not in among.explanation.because
+    assert among.explanation.beam == (searching.BEAM if way == "in a graph" else None)
+
+
 def test_rows_that_do_not_give_enough_hits_are_not_believed(filled: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows pass the filter among all than among the nearest, so that too few of them were compared."""
     monkeypatch.setattr(searching._Asked, "_estimate_share", lambda asked, index: 1.0)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from datetime import date, datetime
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from chunkmill.gateway.bodies import read_body
+from chunkmill.gateway.bodies import NotJson, exact_json, read_body
 from chunkmill.gateway.errors import Refusal
 
 LARGE_BYTES = 64 * 1024
@@ -109,21 +108,12 @@ async def read_exact(request: Request, most: int) -> dict[str, Any]:
 def object_in(body: bytes) -> dict[str, Any]:
     """The JSON object that the bytes are. Raises :class:`Refusal`, which does not quote them."""
     try:
-        # Not orjson, which reads a whole number of more than 64 bits as a float.
-        value = json.loads(body.decode(), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise Refusal(400, "invalid_json", "the body is not UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise Refusal(400, "invalid_json", f"it is not JSON: {error.msg} at character {error.pos + 1}.") from None
-    except (ValueError, RecursionError):
-        raise Refusal(400, "invalid_json", "it has a number or a nesting that JSON readers refuse.") from None
+        value = exact_json(body)
+    except NotJson as error:
+        raise Refusal(400, "invalid_json", f"{error}.") from None
     if not isinstance(value, dict):
         raise Refusal(400, "invalid_json", "the body must be a JSON object.")
     return value
-
-
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError("JSON has no NaN and no Infinity")
 
 
 def require_known(body: Mapping[str, Any], known: Collection[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, NoReturn
 
 import orjson
 from starlette.requests import Request
@@ -51,6 +52,29 @@ def read_object_of(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, "invalid_json", "the body must be a JSON object.")
     return value
+
+
+class NotJson(ValueError):
+    """The bytes are not JSON. The message is a clause that says why and does not quote them."""
+
+
+def exact_json(data: bytes, encoding: str = "utf-8") -> Any:
+    """What the bytes are in JSON, with whole numbers of any size. orjson reads those of more than 64 bits as floats.
+
+    Raises :class:`NotJson`.
+    """
+    try:
+        return json.loads(data.decode(encoding), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise NotJson("it is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise NotJson(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError):
+        raise NotJson("it has a number or a nesting that JSON readers refuse") from None
+
+
+def _no_constant(_: str) -> NoReturn:
+    raise ValueError("JSON has no NaN and no Infinity")
 
 
 def _too_large(most: int) -> Refusal:

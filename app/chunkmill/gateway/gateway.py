@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
-from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
 from chunkmill.domain.prices import price_on
 from chunkmill.domain.states import Route
 from chunkmill.gateway.caller import Caller
@@ -21,7 +21,6 @@ from chunkmill.gateway.exchange import current
 from chunkmill.gateway.health import HealthCheck
 from chunkmill.gateway.keys import KeyRing, StoredKeys
 from chunkmill.gateway.limits.limits import Limits, Use
-from chunkmill.gateway.limits.room import BYTES_PER_TOKEN
 from chunkmill.gateway.models import Models
 from chunkmill.gateway.streams import Streams
 from chunkmill.openai.catalogue import provider_model
@@ -97,7 +96,7 @@ class Gateway:
         exchange = current()
         if exchange is not None:
             exchange.model, exchange.texts = model, exchange.texts + len(texts)
-        estimate = sum(map(tokens_at_least, texts))
+        estimate = sum(map(estimated_tokens, texts))
         async with self.limits.using(caller, texts=len(texts), tokens=estimate, price=self._price(model)) as use:
             yield use
         if exchange is not None:
@@ -120,8 +119,3 @@ class Gateway:
         await self.keys.close()
         await self.limits.close()
         await self.client.close()
-
-
-def tokens_at_least(text: str) -> int:
-    """About how many tokens a text has, before anybody counted them."""
-    return len(text) // BYTES_PER_TOKEN + 1

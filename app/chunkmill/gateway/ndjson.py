@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from chunkmill.client.aio.calls import AHEAD
 from chunkmill.errors import InvalidChunk
+from chunkmill.gateway.bodies import NotJson, exact_json
 from chunkmill.gateway.errors import Refusal
 
 MAX_LINE_BYTES = 32 * 1024 * 1024
@@ -103,23 +103,14 @@ class _WrongLine(Exception):
 
 def _chunk(line: bytes) -> object:
     try:
-        # Not orjson, which reads a whole number of more than 64 bits as a float: metadata are kept as they are.
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise _WrongLine("it is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise _WrongLine(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
-    except (ValueError, RecursionError):
-        raise _WrongLine("it has a number or a nesting that JSON readers refuse") from None
+        value = exact_json(line, "utf-8-sig")
+    except NotJson as error:
+        raise _WrongLine(str(error)) from None
     if not isinstance(value, dict):
         raise _WrongLine('it must be a JSON object such as {"id": "1", "text": "…", "metadata": {}}')
     if not value.keys() <= FIELDS or "id" not in value or "text" not in value:
         raise _WrongLine("a chunk has the fields id and text, and may have metadata, which is the place for all others")
     return value
-
-
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError("JSON has no NaN and no Infinity")
 
 
 def refused_line(number: int, problem: str) -> Refusal:

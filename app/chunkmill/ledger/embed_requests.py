@@ -96,7 +96,8 @@ class Answer:
 # each, then the second of each. A request that was in the hands of a worker before may have killed it, so it is taken
 # alone. Rows are locked before it is known which of them fit. Those that do not are free again when this transaction
 # ends, and other workers are woken then. Without :spaces, those that only a provider serves are left to workers on
-# its queue. The age is taken from clock_timestamp(), because now() is when the transaction began.
+# its queue. The age is taken from clock_timestamp(), because now() is when the transaction began. The tokens are those
+# of `chunkmill.domain.embedded.estimated_tokens`.
 _CLAIM_SOME = sa.text("""
 WITH waiting AS MATERIALIZED (
     SELECT id, c.urgency, row_number() OVER (PARTITION BY c.urgency, caller ORDER BY id) AS turn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from chunkmill.domain.arguments import as_seconds
 from chunkmill.errors import InvalidSetting
@@ -22,14 +22,17 @@ from chunkmill.remote.threads import ThreadRunner
 from chunkmill.remote.verbs import AsyncSearch, Search, in_loop, in_thread, items_in_loop, items_in_thread
 
 Verify = bool | str | Path | ssl.SSLContext
+Runner = TypeVar("Runner")
 
 
 class Verbs(Embedding, Jobs, Collections):
     """All verbs, as generators of steps."""
 
 
-class _Remote:
-    """What both clients are made of."""
+class _Remote(Generic[Runner]):
+    """What both clients are made of. ``_runs_in`` makes what runs the steps of their verbs."""
+
+    _runs_in: Callable[..., Runner]
 
     def __init__(
         self,
@@ -55,8 +58,7 @@ class _Remote:
             raise InvalidSetting("fallback_key is given, and no fallback.")
         self._verbs = Verbs(server, other, as_seconds("timeout", timeout))
         is_needed = any(one is not None and one.address.is_https for one in (server, other))
-        self._verified = context_of(verify, is_needed=is_needed)
-        self._trust_env = trust_env
+        self._runner = self._runs_in(context_of(verify, is_needed=is_needed), trust_env=trust_env)
 
     def __repr__(self) -> str:
         """One line with the address, without the key."""
@@ -72,7 +74,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return {"base_url": url, "key": read_key("CHUNKMILL_API_KEY", key).reveal(), "http_hosts": hosts}
 
 
-class RemoteClient(_Remote):
+class RemoteClient(_Remote[ThreadRunner]):
     """A :class:`Client` that speaks to a gateway over HTTP, and needs neither Postgres nor Redis.
 
     ``base_url`` is the gateway's address, and ``key`` one of its API keys. Results and errors are those of
@@ -89,29 +91,7 @@ class RemoteClient(_Remote):
     the environment for https. All threads may use a client at once.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        key: str,
-        *,
-        fallback: str | None = None,
-        fallback_key: str | None = None,
-        timeout: float = 30.0,
-        verify: Verify = True,
-        http_hosts: Iterable[str] = (),
-        trust_env: bool = False,
-    ) -> None:
-        super().__init__(
-            base_url,
-            key,
-            fallback=fallback,
-            fallback_key=fallback_key,
-            timeout=timeout,
-            verify=verify,
-            http_hosts=http_hosts,
-            trust_env=trust_env,
-        )
-        self._runner = ThreadRunner(self._verified, trust_env=trust_env)
+    _runs_in = ThreadRunner
 
     @classmethod
     def from_env(cls) -> RemoteClient:
@@ -150,7 +130,7 @@ class RemoteClient(_Remote):
         self.close()
 
 
-class AsyncRemoteClient(_Remote):
+class AsyncRemoteClient(_Remote[TaskRunner]):
     """A :class:`RemoteClient` for asyncio: its methods are coroutines with the same arguments, and ``chunks`` and
     ``iter_vectors`` are asynchronous generators.
 
@@ -159,29 +139,7 @@ class AsyncRemoteClient(_Remote):
     worker. It may be used in several event loops, each of which has connections of its own.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        key: str,
-        *,
-        fallback: str | None = None,
-        fallback_key: str | None = None,
-        timeout: float = 30.0,
-        verify: Verify = True,
-        http_hosts: Iterable[str] = (),
-        trust_env: bool = False,
-    ) -> None:
-        super().__init__(
-            base_url,
-            key,
-            fallback=fallback,
-            fallback_key=fallback_key,
-            timeout=timeout,
-            verify=verify,
-            http_hosts=http_hosts,
-            trust_env=trust_env,
-        )
-        self._runner = TaskRunner(self._verified, trust_env=trust_env)
+    _runs_in = TaskRunner
 
     @classmethod
     def from_env(cls) -> AsyncRemoteClient:

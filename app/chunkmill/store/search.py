@@ -269,7 +269,7 @@ class _Asked:
         self, parameters: dict[str, object], k: int, index: ServingIndex, because: str, explain: bool
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
-        candidates = k + max(MORE_CANDIDATES, k // 2)
+        candidates = _candidates(k)
         beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
         parameters = {**parameters, "k": candidates, "beam": beam}
         spread, is_judged = math.inf, index.has_graphs and bool(self.filtered or index.has_bits)
@@ -354,8 +354,13 @@ def _few(index: ServingIndex, k: int) -> int:
     """
     if not index.has_graphs:
         return index.rows // FLAT_ADVANTAGE
-    candidates = WIDEST_BEAM if index.has_bits else k + max(MORE_CANDIDATES, k // 2)
+    candidates = WIDEST_BEAM if index.has_bits else _candidates(k)
     return min(MAX_EXACT, math.isqrt(candidates * GRAPH_ROW_COST * index.rows))
+
+
+def _candidates(k: int) -> int:
+    """How many candidates are compared by their vectors for ``k`` hits."""
+    return k + max(MORE_CANDIDATES, k // 2)
 
 
 def _spread(cosines: Sequence[float], length: float | None) -> float:

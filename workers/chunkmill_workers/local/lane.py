@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
 from chunkmill.domain.reasons import reason_of
 from chunkmill.errors import DeviceFailed, EngineError
 from chunkmill.spaces.registry import Space
@@ -205,11 +205,6 @@ class _Turns:
         self._items.clear()
         self._callers.clear()
         return items
-
-
-def estimated_tokens(text: str) -> int:
-    """A guess at the tokens of a text, special tokens included, without reading it."""
-    return len(text) // 4 + 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,6 @@ def test_a_private_ca_is_the_only_one_that_is_trusted(tmp_path: Path) -> None:
 
     ca = make_authority(tmp_path).ca
     for verify in (ca, str(ca), ssl.create_default_context(cafile=ca)):
-        context = RemoteClient("https://embed.example.com", KEY, verify=verify)._verified
+        context = RemoteClient("https://embed.example.com", KEY, verify=verify)._runner._verify
         assert context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
         assert [one["subject"] for one in context.get_ca_certs()] == [((("commonName", "Throw-away CA"),),)]
