@@ -431,9 +431,15 @@ def test_the_example_of_the_page_runs(scene: GatewayScene, worker: StandInWorker
     environment = os.environ | {"CHUNKMILL_URL": scene.running.url, "CHUNKMILL_API_KEY": KEY}
     before = scene.client.jobs(1)[0].id
     running = subprocess.Popen([sys.executable, "-c", example], env=environment, stdout=subprocess.PIPE, text=True)
+
+    def ended() -> bool:
+        # A job can be seen before its TokenBatches are written, so one look may come too early.
+        if (newest := scene.client.jobs(1)[0].id) > before:
+            scene.embed(newest)
+        return running.poll() is not None
+
     try:
-        until(lambda: scene.client.jobs(1)[0].id > before or running.poll() is not None)
-        scene.embed(scene.client.jobs(1)[0].id)
+        until(ended)
         said, _ = running.communicate(timeout=PATIENCE)
     finally:
         running.kill()

@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from chunkmill.domain.mixing import KeywordState
+from chunkmill.domain.reembedding import ReembeddingState, SpaceRole
 from chunkmill.domain.served import FileKind, ServedState
 from chunkmill.domain.serving import BuilderKind, SegmentKind, SegmentState
 from chunkmill.domain.spaces import OnLong
@@ -115,6 +116,61 @@ class CollectionAliasRow(Base):
     name: Mapped[str] = mapped_column(sa.Text, primary_key=True)
     collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id"))
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
+class ReembeddingRow(Base):
+    """The way of a collection from one space to another. ``plan`` is what was asked for, ``report`` what was found.
+
+    A collection has one at a time: it is open until ``finished_at``.
+    """
+
+    __tablename__ = "reembeddings"
+
+    id: Mapped[int] = identity()
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id", ondelete="CASCADE"))
+    from_space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    to_space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    state: Mapped[str] = mapped_column(sa.Text)
+    plan: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    report: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sa.text("'{}'"))
+    problem: Mapped[str | None] = mapped_column(sa.Text)
+    """Why it does not go on, as a sentence that says what to do."""
+    job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The job that embeds the stored texts into the new space."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    state_since: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    flipped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+
+    __table_args__ = (
+        one_of("state", ReembeddingState),
+        sa.Index("uq_reembeddings_open", "collection_id", unique=True, postgresql_where=sa.text("finished_at IS NULL")),
+    )
+
+
+class CollectionSpaceRow(Base):
+    """A space of a collection besides the active one, which is ``collections.space_id``."""
+
+    __tablename__ = "collection_spaces"
+
+    collection_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("collections.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"), primary_key=True, autoincrement=False)
+    role: Mapped[str] = mapped_column(sa.Text)
+    on_long: Mapped[str] = mapped_column(sa.Text)
+    """What happens to long texts when they are embedded into this space."""
+    share: Mapped[int] = mapped_column(sa.SmallInteger, server_default="0")
+    """Of how many percent of the sessions this space answers the searches. The active one answers the rest."""
+    reembedding_id: Mapped[int] = mapped_column(sa.ForeignKey("reembeddings.id", ondelete="CASCADE"))
+    since: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (
+        one_of("role", SpaceRole),
+        one_of("on_long", OnLong),
+        sa.CheckConstraint("share BETWEEN 0 AND 100", name="share"),
+        sa.Index(None, "space_id"),
+    )
 
 
 class ContentRow(Base):
