@@ -2,7 +2,7 @@
 
 They exist for one check, which compares them with what the migrations create
 (``tests/integration/test_migrations.py``), and for readers, who find the meaning of the columns here. The code reads
-and writes the tables with SQL text. The few classes from which a statement is built say so.
+and writes the tables with SQL text. The one class from which statements are built says so.
 """
 
 from __future__ import annotations
@@ -419,7 +419,7 @@ class ChunkBatchRow(Base):
 
 
 class DeadChunkRow(Base):
-    """An entry of a dead list. ``chunkmill.ledger.dead.dead_chunks`` builds a statement from this class."""
+    """An entry of a dead list."""
 
     __tablename__ = "dead_chunks"
 

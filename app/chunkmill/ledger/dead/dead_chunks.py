@@ -9,7 +9,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from chunkmill.db.schema import DeadChunkRow
 from chunkmill.domain.planning import DeadChunk, too_long_reason
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.results import DeadDetails, DeadEntry, Standing
@@ -54,8 +53,12 @@ def refused_contents(on_long: OnLong, truncated: Iterable[tuple[bytes, int]]) ->
 def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> None:
     """Add chunks that were refused by ``enqueue`` and so never stored."""
     if dead:
+        insert = """
+            INSERT INTO dead_chunks (job_id, chunk_id, code, reason)
+            VALUES (:job_id, :chunk_id, :code, :reason)
+        """
         conn.execute(
-            sa.insert(DeadChunkRow),
+            sa.text(insert),
             [
                 {"job_id": job_id, "chunk_id": chunk.chunk_id, "code": chunk.code, "reason": storable(chunk.reason)}
                 for chunk in dead

@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from chunkmill.broker import StepBell
-from chunkmill.db.provider_schema import ProviderBatchRow
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.domain.states import ProviderBatchState as State
@@ -401,7 +401,7 @@ def close(conn: sa.Connection, step: Step) -> None:
 def open_half(conn: sa.Connection, step: Step, **columns: Any) -> Step:
     """Open a gathered ProviderBatch for a part of this one's contents; the same ChunkBatches wait for it."""
     values = {"space_id": step.space_id, "state": State.GATHERED, "token": secrets.token_hex(8), **columns}
-    half = _step(conn.execute(sa.insert(ProviderBatchRow).values(values).returning(sa.text(_COLUMNS))).one())
+    half = _step(conn.execute(sa.insert(_table()).values(values).returning(sa.text(_COLUMNS))).one())
     conn.execute(
         sa.text("""
             INSERT INTO provider_batch_members (provider_batch_id, chunk_batch_id)
@@ -432,7 +432,7 @@ def count_inputs(conn: sa.Connection, provider_batch_id: int) -> None:
 
 def plus(column: str, n: int) -> sa.ColumnElement[int]:
     """The new value ``column + n``, for ``advance`` and ``note``."""
-    grown: sa.ColumnElement[int] = ProviderBatchRow.__table__.c[column] + n
+    grown: sa.ColumnElement[int] = _table().c[column] + n
     return grown
 
 
@@ -473,6 +473,16 @@ def abandon_unwanted(conn: sa.Connection) -> list[int]:
     return list(rows.scalars())
 
 
+@functools.cache
+def _table() -> sa.Table:
+    # Only workers of a paid route need it, and the import makes every command and every worker start 0.4 s later.
+    from chunkmill.db.provider_schema import ProviderBatchRow
+
+    table = ProviderBatchRow.__table__
+    assert isinstance(table, sa.Table)  # noqa: S101
+    return table
+
+
 def _change(
     conn: sa.Connection,
     step: Step,
@@ -480,12 +490,12 @@ def _change(
     *,
     any_state: bool = False,
 ) -> Step:
-    table = ProviderBatchRow.__table__
+    table = _table()
     # The provider's own words are among them.
     columns = {name: storable(value) if type(value) is str else value for name, value in columns.items()}
     held = sa.and_(table.c.id == step.id, table.c.attempt == step.attempt)
     row = conn.execute(
-        sa.update(ProviderBatchRow)
+        sa.update(table)
         .where(held if any_state else sa.and_(held, table.c.state == step.state))
         .values(columns)
         .returning(sa.text(_COLUMNS))
