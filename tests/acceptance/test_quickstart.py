@@ -113,6 +113,7 @@ def workers_seen(port: str) -> bool:
         return False  # Flower is not up yet
 
 
+@pytest.mark.slow
 def test_the_quick_start(shell: Shell, home: Path) -> None:
     blocks = [(language, block) for skipped, language, block in BLOCK.findall(PAGE) if not skipped]
     said = {}

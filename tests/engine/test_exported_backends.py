@@ -233,16 +233,20 @@ def test_a_pass_is_its_own(target: Target, minilm_folder: Callable[[Target], Mod
 @onnx_alone
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_onnx_runs_in_fp32_alone(
-    target: Target, dtype: torch.dtype, minilm_folder: Callable[[Target], ModelFolder]
+    target: Target, dtype: torch.dtype, family_folder: Callable[[str], ModelFolder]
 ) -> None:
+    folder = family_folder("bert")
+    export(folder, target)
     with pytest.raises(InvalidSetting, match=r"onnx runs only in fp32.*EMBEDDING_DTYPE=fp32"):
-        load(minilm_folder(target), target, dtype)
+        load(folder, target, dtype)
 
 
 @openvino_alone
-def test_openvino_runs_in_fp32_or_bf16(target: Target, minilm_folder: Callable[[Target], ModelFolder]) -> None:
+def test_openvino_runs_in_fp32_or_bf16(target: Target, family_folder: Callable[[str], ModelFolder]) -> None:
+    folder = family_folder("bert")
+    export(folder, target)
     with pytest.raises(InvalidSetting, match="openvino runs in fp32 or bf16, not in float16"):
-        load(minilm_folder(target), target, torch.float16)
+        load(folder, target, torch.float16)
 
 
 @openvino_alone
