@@ -347,6 +347,7 @@ def publish(scene: Scene, exchange: str, messages: Iterable[bytes]) -> None:
                 assert client.publish(f"/{number}.{exchange}", message) >= 1
 
 
+@pytest.mark.slow
 def test_forged_events_and_replies_break_no_page(scene: Scene) -> None:
     """A heartbeat with a text in the place of a number would break the list of workers until the next start."""
     forged = "forged@nowhere"

@@ -53,7 +53,11 @@ def assert_drained(client: Client, db: sa.Engine, job_id: int, *, at_least: int)
 
 @pytest.mark.parametrize(
     ("cloud", "notice"),
-    [(GcpServer, "gcp"), pytest.param(AwsServer, "aws", marks=pytest.mark.slow), (AwsServer, "auto")],
+    [
+        pytest.param(GcpServer, "gcp", marks=pytest.mark.slow),
+        pytest.param(AwsServer, "aws", marks=pytest.mark.slow),
+        (AwsServer, "auto"),
+    ],
 )
 def test_a_notice_drains_the_worker(
     processes: Processes, client: Client, db: sa.Engine, cloud: type[MetadataServer], notice: str

@@ -204,6 +204,7 @@ def test_the_worker_has_sensible_defaults(processes: Processes) -> None:
     assert worker.output().count("embedding on the CPU") == 1
 
 
+@pytest.mark.slow
 def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: Processes) -> None:
     """Tasks that wait for the provider do not reduce the number of tasks for the device."""
     numbers = {"EMBEDDING_PARALLEL_BATCHES": "3", "OPENAI_PARALLEL_REQUESTS": "5", "OPENAI_API_KEY": "sk-none"}
@@ -222,7 +223,14 @@ def test_a_worker_that_is_told_no_queue_takes_local_work_only(processes: Process
     assert worker.terminate() == 0
 
 
-@pytest.mark.parametrize("options", [["--autoscale=4,1"], ["-P", "solo"], ["-Q", "gpu,gpus"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--autoscale=4,1"], marks=pytest.mark.slow),
+        pytest.param(["-P", "solo"], marks=pytest.mark.slow),
+        ["-Q", "gpu,gpus"],
+    ],
+)
 def test_options_with_which_a_worker_would_fail_at_work_are_refused_at_its_start(
     processes: Processes, options: list[str]
 ) -> None:

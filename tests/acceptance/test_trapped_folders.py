@@ -36,7 +36,7 @@ with open({mark!r}, "a") as file:
 raise SystemExit("hijacked by {name}")
 """
 
-SLOW = [("demo",), ("models", "export"), ("tune",)]
+SLOW = [("bench",), ("demo",), ("models", "export"), ("tune",)]
 
 VALUES = {"sources": ".", "model": "."}
 

@@ -123,7 +123,9 @@ def test_every_toy_gives_the_vectors_of_sentence_transformers(
     assert result.timings.padded_tokens == result.timings.tokens, "a packed pass has no padding"
 
 
-@pytest.mark.parametrize(("dtype", "gate"), [("fp32", None), ("fp16", 0.9999), ("bf16", 0.9999)])
+@pytest.mark.parametrize(
+    ("dtype", "gate"), [("fp32", None), pytest.param("fp16", 0.9999, marks=pytest.mark.slow), ("bf16", 0.9999)]
+)
 def test_minilm_at_the_lengths_where_kernels_go_wrong(dtype: str, gate: float | None, minilm: Engine) -> None:
     texts = ["", *("word " * (length - 2) for length in (3, 127, 128, 129, 256, 400)), *sample(10)]
     engine = load_packed("all-MiniLM-L6-v2", dtype, batch_tokens=2_000)

@@ -64,6 +64,7 @@ def documented(done: Result, exit_code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_from_the_command_to_the_worker(toy: Path, texts: str, caplog: pytest.LogCaptureFixture) -> None:
     """One row for each setup, with figures or with what it lacks; the winner is kept, and an engine follows it."""
     found = documented(

@@ -52,7 +52,7 @@ def answering(context: WorkerContext) -> Iterator[WorkerContext]:
     responder.stop()
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [pytest.param(60, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)])
 def test_hybrid_is_not_below_the_vectors_by_more_than_its_bound(
     n: int, client: Client, db: sa.Engine, answering: WorkerContext, tmp_path: Path
 ) -> None:

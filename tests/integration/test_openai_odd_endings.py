@@ -255,8 +255,15 @@ def test_an_old_error_is_gone_after_a_look_that_went_well(stage: Scene, server: 
 # Batches that never end
 
 
-@pytest.mark.parametrize("expires", [True, False])
-@pytest.mark.parametrize("status", ["in_progress", "finalizing"])
+@pytest.mark.parametrize(
+    ("status", "expires"),
+    [
+        ("in_progress", True),
+        pytest.param("in_progress", False, marks=pytest.mark.slow),
+        pytest.param("finalizing", True, marks=pytest.mark.slow),
+        ("finalizing", False),
+    ],
+)
 def test_a_batch_that_never_ends_is_warned_of_cancelled_and_given_up(
     stage: Scene, server: OpenAIServer, expires: bool, status: str, caplog: pytest.LogCaptureFixture
 ) -> None:
