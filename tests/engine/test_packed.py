@@ -5,16 +5,17 @@ In its place stands :func:`plain_varlen`, which takes the real one's arguments a
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkmill.domain.spaces import OnLong, Pooling
@@ -34,6 +35,12 @@ CPU = torch.device("cpu")
 MAX_TOKENS = 160
 LENGTHS = (1, 2, 127, 128, 129, MAX_TOKENS)
 PACKED_TOYS = [name for name, toy in TOYS.items() if toy.family != "mpnet"]  # MPNet's scores have a bias
+
+
+@pytest.fixture
+def varlen() -> ModuleType:
+    """The module of torch's kernel. Its import takes a second, so that only the tests that need it pay for it."""
+    return importlib.import_module("torch.nn.attention.varlen")
 
 
 def packed(engine: Engine) -> Engine:
@@ -225,7 +232,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def test_the_kernel_serves_the_models_that_it_can(hopper: torch.device) -> None:
+def test_the_kernel_serves_the_models_that_it_can(hopper: torch.device, varlen: ModuleType) -> None:
     for heads in (Heads(12, 12, 64), Heads(12, 12, 32), Heads(16, 8, 128), Heads(4, 4, 256)):
         for dtype in (torch.float16, torch.bfloat16):
             assert find_varlen(heads, dtype, hopper) is varlen.varlen_attn
@@ -251,7 +258,7 @@ def test_a_gpu_before_ampere_runs_padded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_torch_that_cannot_share_keys_runs_such_models_padded(
-    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+    hopper: torch.device, varlen: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,  # type: ignore[no-untyped-def]
                       window_size=(-1, -1)):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import bz2
 import copy
+import functools
 import json
 import random
 import uuid
@@ -264,6 +265,7 @@ _PROPERTIES: dict[str, dict[str, Any]] = {
 
 
 @cache
+@functools.cache
 def hostile_bells() -> dict[str, bytes]:
     """What may stand in a queue, by what it is. The door refuses all of them."""
     raw: dict[str, Any] = {
