@@ -63,9 +63,8 @@ def split_name(name: str) -> tuple[str, Given]:
     if not mark or _is_folder(name):
         return name, NOTHING
     try:
-        if not rest:
-            raise ValueError
-        pairs = parse_qsl(rest, keep_blank_values=True, strict_parsing=True, max_num_fields=len(_KEYS))
+        # Nothing at all counts as a field that has no =.
+        pairs = parse_qsl(rest or "-", keep_blank_values=True, strict_parsing=True, max_num_fields=len(_KEYS))
     except ValueError:
         raise UnknownModel(
             f"model {name!r}: what stands behind the ? is not of the form key=value&key=value, with at most "
