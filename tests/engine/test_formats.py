@@ -19,6 +19,7 @@ from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidSetting, ModelLoadError, TokenizerMismatch, UnknownModel
 from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends.export import export
 
 from .conftest import _wordpiece, libraries, reference, sample, save_transformer
 
@@ -327,8 +328,6 @@ def test_an_adapter_of_another_model_is_refused_at_load(tasks: Path, tmp_path: P
         save_file(tensors | change, file)
         with pytest.raises(ModelLoadError, match=problem):
             load(f"{copy}?task=retrieval.passage")
-    with pytest.raises(InvalidSetting, match="backend onnx cannot add the adapter"):
-        load(f"{tasks}?task=retrieval.passage", backend="onnx")
 
 
 def test_queries_may_go_to_another_model_of_the_same_space(tmp_path: Path) -> None:
@@ -409,10 +408,31 @@ def test_a_table_without_a_row_for_each_token_is_refused_at_load(saved: Callable
         load(copy)
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_a_static_model_is_not_exported(backend: Any, saved: Callable[[str], Path]) -> None:
-    with pytest.raises(InvalidSetting, match="is a StaticEmbedding, which is not exported"):
-        load(saved("static"), backend=backend)
+@pytest.mark.parametrize("backend", ["onnx", "native", "transformers"])
+def test_a_static_model_is_computed_in_one_way_whatever_other_models_need(
+    backend: Any, saved: Callable[[str], Path]
+) -> None:
+    engine = Engine.load(str(saved("static")), device="cpu", dtype="bf16", backend=backend)
+
+    assert (engine.backend, engine.dtype, engine.device) == ("static", "float32", "cpu")
+    assert_equal(engine.embed(TEXTS[:5]).vectors, load(saved("static")).embed(TEXTS[:5]).vectors)
+
+
+def test_what_an_export_cannot_hold_is_neither_exported_nor_run_from_one(
+    tasks: Path, saved: Callable[[str], Path]
+) -> None:
+    """An export is found by the revision, which is the same for both sides of a Router."""
+    for name, reason in (
+        (f"{tasks}?task=retrieval.passage", "asks for the adapter of a task"),
+        (f"{tasks}?query_task=retrieval.passage", "asks for the adapter of a task"),
+        (str(saved("router")), "an encoder for queries and another one for documents"),
+    ):
+        with pytest.raises(InvalidSetting, match=f"backend onnx cannot run model .*{reason}"):
+            load(name, backend="onnx")
+        with pytest.raises(ModelLoadError, match=f"cannot be exported, because .*{reason}"):
+            export(resolve_model(name), "onnx")
+    with pytest.raises(ModelLoadError, match="StaticEmbedding, which has no graph"):
+        export(resolve_model(str(saved("static"))), "openvino")
 
 
 @pytest.mark.parametrize("name", ["router-after-pooling", "router"])
