@@ -104,8 +104,8 @@ class _Options:
 
 
 def _load_queries(documents: EngineParts, folder: ModelFolder, options: _Options) -> EngineParts:
-    """The parts for queries. They share the weights of ``documents`` if these are the same, and if two threads may use
-    them at a time; on a GPU the weights are loaded twice."""
+    """The parts for queries. They share the weights of ``documents`` if these are the same and two threads may use them
+    at a time. Otherwise the weights are loaded twice, because each engine has a device thread of its own."""
     own = documents.folder
     same = (folder.transformer, folder.adapter, folder.lowercase) == (own.transformer, own.adapter, own.lowercase)
     if (
