@@ -314,6 +314,24 @@ def test_other_weights_of_an_adapter_are_another_space(tasks: Path, tmp_path: Pa
     assert resolve_model(str(copy)).spec.fingerprint == before, "a space without a task does not depend on adapters"
 
 
+def test_a_table_that_is_saved_with_an_adapter_takes_the_place_of_the_models_own(tasks: Path, tmp_path: Path) -> None:
+    """PEFT saves the table beside the matrices that change it, because it may have been trained, too."""
+    from safetensors.torch import load_file, save_file
+
+    trained, whole = (Path(shutil.copytree(tasks, tmp_path / name)) for name in ("trained", "whole"))
+    file, own = trained / "retrieval.passage" / "adapter_model.safetensors", whole / "model.safetensors"
+    weights = load_file(str(own))
+    [name] = [name for name in weights if name.endswith("word_embeddings.weight")]
+    table = weights[name].flip(0).contiguous()
+    layer = "base_model.model.embeddings.word_embeddings.base_layer.weight"
+    save_file(load_file(str(file)) | {layer: table}, str(file))
+    save_file(weights | {name: table}, str(own), metadata={"format": "pt"})
+
+    vectors = load(f"{trained}?task=retrieval.passage").embed(TEXTS).vectors
+
+    assert_equal(vectors, with_adapter(whole, "retrieval.passage", 8 / 4).encode(TEXTS))
+
+
 def test_an_adapter_of_another_model_is_refused_at_load(tasks: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
