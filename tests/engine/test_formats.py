@@ -18,8 +18,10 @@ from tokenizers import processors
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidSetting, ModelLoadError, TokenizerMismatch, UnknownModel
 from chunkmill.models import resolve_model
+from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.backends.export import export
+from chunkmill_workers.local.canary import compare, embed_golden
 
 from .conftest import _wordpiece, libraries, reference, sample, save_transformer
 
@@ -451,6 +453,23 @@ def test_what_an_export_cannot_hold_is_neither_exported_nor_run_from_one(
             export(resolve_model(name), "onnx")
     with pytest.raises(ModelLoadError, match="StaticEmbedding, which has no graph"):
         export(resolve_model(str(saved("static"))), "openvino")
+
+
+@pytest.mark.parametrize("side", ["document", "query"])
+def test_the_canary_hears_both_sides_of_a_model(side: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """A library that changes what it makes of queries alone would be heard by nobody else."""
+    engine, drifting = load(saved("router")), load(saved("router"))
+    space = Space(1, engine.spec, "vector")
+    assert drifting._queries is not None
+    changed = drifting._queries if side == "query" else drifting
+    torch.manual_seed(9)
+    weight = changed._head._inner[0].weight
+    weight.mul_(1 + 0.1 * torch.randn_like(weight))
+
+    reference = embed_golden(engine, space, "one")
+
+    assert compare(embed_golden(load(saved("router")), space, "two"), reference).problem is None
+    assert "similarity" in str(compare(embed_golden(drifting, space, "three"), reference).problem)
 
 
 @pytest.mark.parametrize("name", ["router-after-pooling", "router"])
