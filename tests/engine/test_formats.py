@@ -60,9 +60,9 @@ def norm(width: int) -> Any:
     return module
 
 
-def dense(width: int, out: int, seed: int) -> Any:
+def dense(width: int, out: int, seed: int, **options: Any) -> Any:
     torch.manual_seed(seed)
-    return st_modules().Dense(width, out, activation_function=torch.nn.Tanh())
+    return st_modules().Dense(width, out, activation_function=torch.nn.Tanh(), **options)
 
 
 def static_tokenizer() -> Any:
@@ -89,6 +89,12 @@ PROMPTS = {"query": "search for this: ", "document": "title: "}
 
 def save_norm(folder: Path) -> Path:
     return save(folder / "saved", [*encoder(folder / "plain"), dense(32, 24, 1), norm(24), base_modules().Normalize()])
+
+
+def save_residual(folder: Path) -> Path:
+    """Of the same size, and of another one; Dropout does nothing outside training."""
+    layers = [dense(32, 32, 1, use_residual=True), st_modules().Dropout(), dense(32, 24, 2, use_residual=True)]
+    return save(folder / "saved", [*encoder(folder / "plain"), *layers])
 
 
 def save_concatenated(folder: Path) -> Path:
@@ -182,6 +188,7 @@ def save_mapped_router(folder: Path) -> Path:
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "layer-norm": save_norm,
+    "residual": save_residual,
     "concatenated": save_concatenated,
     "concatenated-prompt-excluded": save_concatenated_without_prompt,
     "weighted-mean": save_weighted,
