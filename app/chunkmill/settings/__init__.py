@@ -151,12 +151,13 @@ class Settings(ProviderSettings, GatewaySettings):
     embedding_model: str = Field(
         "all-MiniLM-L6-v2",
         description="Default model, for jobs that name none and for workers when they start: the bundled model's "
-        "name, a local folder, or `org/name@revision`.",
+        "name, a local folder, or `org/name@revision`. Prompts, an adapter and a model for queries may stand behind "
+        "it: `org/name@revision?prompts=e5`.",
     )
     embedding_pooling: Pooling | None = Field(
         None,
         description="Pooling method of a plain transformers folder, which does not state one: `mean`, `cls`, "
-        "`last_token`, `max` or `mean_sqrt_len`.",
+        "`last_token`, `max`, `mean_sqrt_len` or `weighted_mean`.",
     )
     embedding_dimensions: int | None = Field(
         None,
