@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import alembic_config
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, SpaceMismatch
@@ -439,10 +441,9 @@ def test_what_waits_for_another_space_is_not_pending_in_the_overview(scene: Scen
 
 
 def test_on_the_schema_of_the_last_release_a_collection_has_one_space(
-    client: Client, db: sa.Engine, hands: Hands
+    client: Client, settings: Settings, hands: Hands
 ) -> None:
-    with db.begin() as conn:
-        conn.execute(sa.text("DROP TABLE collection_spaces, reembedding_fills, reembeddings"))
+    command.downgrade(alembic_config(settings.require_database_url()), "0020")
     client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
     hands.work(dead={"text b": "not_finite"})
     (entry,) = client.dead()
