@@ -454,3 +454,18 @@ def test_on_the_schema_of_the_last_release_a_collection_has_one_space(
     client.prune(0)
     assert [info.embedded for info in client.collections()] == [2]
     client.drop_collection("docs")
+
+
+def test_a_text_that_comes_and_goes_is_not_taken_for_one_that_fails(scene: Scene) -> None:
+    """Its ChunkBatch is opened again each time that its vector is missed, until it has no attempts left."""
+    scene.fill_all()
+    (job,) = scene.jobs_in(scene.new)
+    (chunk_batch, *_) = scene.hands.of_job(job)
+    scene.hands.rows(f"DELETE FROM {scene.new.table_name} RETURNING 1")
+    scene.hands.rows("UPDATE chunk_batches SET max_attempts = attempt WHERE id = :id RETURNING 1", id=chunk_batch)
+    scene.hands.rows("UPDATE jobs SET state = 'running' WHERE id = :id RETURNING 1", id=job)
+    scene.hands.finish(job)
+    query = "SELECT state, error_code FROM chunk_batches WHERE id = :id"
+    assert scene.hands.rows(query, id=chunk_batch) == [("discarded", "vectors_missing")]
+    scene.fill_all()
+    assert not scene.coverage(scene.new).missing

@@ -107,6 +107,7 @@ class World:
 
     def settle(self) -> None:
         """Let the poller and the workers go on until nothing is left to do."""
+        self.hands.rows("UPDATE reembedding_fills SET is_there = false, began_at = NULL RETURNING 1")
         for _ in range(50):
             with self.db.begin() as conn:
                 recover.fail_abandoned(conn)
@@ -116,7 +117,9 @@ class World:
                 self.embed(chunk_batch, 0)
             if is_there and not due:
                 return
-        raise AssertionError("the collection is filled for ever")
+        stands = self.hands.rows("SELECT * FROM reembedding_fills")
+        left = self.hands.rows("SELECT * FROM chunk_batches WHERE state NOT IN ('completed', 'cancelled')")
+        raise AssertionError(f"the collection is filled for ever\n{stands}\n{left}")
 
     def require_whole(self) -> None:
         with self.db.begin() as conn:
