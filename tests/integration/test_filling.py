@@ -180,7 +180,6 @@ def test_a_pass_leaves_what_an_enqueue_is_at_to_it(scene: Scene) -> None:
 def test_what_a_producer_of_the_last_release_wrote_is_found(scene: Scene) -> None:
     scene.fill_all()
     with pytest.MonkeyPatch.context() as last_release:
-        last_release.setattr("chunkmill.spaces.others._ARE_KEPT", "false")
         last_release.setattr("chunkmill.client.beside.Beside.needed", lambda *_: {})
         scene.client.enqueue([("a", "text a"), ("1", "text 1, replaced")], collection="docs")
     scene.hands.work()
