@@ -28,6 +28,12 @@ from tests.support import reembeddings
 from tests.support.waiting import PATIENCE, Call, running, until
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not end a pass between two pages."""
+    monkeypatch.setattr(fill, "SECONDS", PATIENCE)
+
+
 @pytest.fixture
 def small(settings: Settings) -> Settings:
     return settings.model_copy(update={"chunk_batch_size": 2, "enqueue_window": 4})
