@@ -522,3 +522,23 @@ def test_a_route_that_nobody_here_serves_is_named(client: Client, db: sa.Engine,
     assert hands.rows("SELECT route, priority FROM chunk_batches WHERE space_id = 2 AND state = 'available'") == [
         ("local", Priority.HIGH.rank)
     ]
+
+
+def test_a_drop_of_the_dead_leaves_what_is_searched_in_the_active_space(scene: Scene) -> None:
+    scene.fill_all()
+    scene.client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
+    for chunk_batch in scene.hands.due():
+        lease = scene.hands.claim(chunk_batch)
+        dead = {content_hash("text a"): "not_finite", content_hash("text b"): "too_long"}
+        scene.hands.embed(lease, dead if lease.space_id == scene.new.id else {})
+    entries = scene.client.dead()
+    assert {entry.chunk_id for entry in entries} == {"a", "b"}
+    for code in ("not_finite", "too_long"):
+        assert scene.client.drop_dead(code=code).entries == 0
+    with pytest.raises(InvalidInput, match=r"dead in another space of collection 'docs' than the active one"):
+        scene.client.drop_dead([entry.id for entry in entries])
+    assert len(scene.client.dead()) == 2
+    assert scene.client.audit("docs").chunks == 9
+    reembeddings.end(scene.db, "docs")
+    assert scene.client.drop_dead(job_id=entries[0].job_id).chunks == 0
+    assert scene.client.audit("docs").chunks == 9
