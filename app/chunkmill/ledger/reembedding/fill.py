@@ -346,6 +346,9 @@ def _look(conn: sa.Connection, collection_id: int, space: VectorTable, *, after:
                    WHERE NOT EXISTS (SELECT FROM {space.table_name} v WHERE v.content_hash = p.content_hash)
                ) AS missing
     """
+    # The plan that is kept for a prepared statement does not know how large the collection is. For a small one beside
+    # large ones it would read the index of all contents.
+    conn.execute(sa.text("SET LOCAL plan_cache_mode = force_custom_plan"))
     row = conn.execute(sa.text(query), {"collection": collection_id, "after": after, "page": PAGE}).one()
     return _Page(row.last, row.missing or ())
 
