@@ -86,9 +86,11 @@ class DeadList(ClientPart):
 
         ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
-        chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
-        an id that is not on the list; nothing is changed then. Many chunks are dropped in several transactions. If one
-        of them fails, the earlier ones stay, and the same call made again drops the rest.
+        chunk stays in its collection. A chunk that is dead in another space of its collection than the active one stays
+        too, with its entry. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for an id that
+        is not on the list, and :class:`InvalidInput` for that of a chunk that is dead in another space; nothing is
+        changed then. Many chunks are dropped in several transactions. If one of them fails, the earlier ones stay, and
+        the same call made again drops the rest.
         """
         dead_filter = self._meant(ids, job_id, code)
         with self._transaction() as conn:

@@ -67,7 +67,8 @@ class Jobs(ClientPart):
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
-        space are not embedded again.
+        space are not embedded again. While the collection is being re-embedded, or can still be rolled back, what is
+        new to it is embedded into its other space too, by a job of its own, for which this one does not wait.
 
         ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first bad chunk,
         with nothing written. ``"skip"`` commits window by window, so that workers start at once, and puts bad chunks on

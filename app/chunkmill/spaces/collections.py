@@ -11,7 +11,7 @@ from chunkmill.db.locks import NAMES_LOCK, lock
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, NotFound, SpaceMismatch, StoreUnavailable
-from chunkmill.spaces import registry
+from chunkmill.spaces import others, registry
 from chunkmill.spaces.registry import Space
 
 
@@ -177,7 +177,15 @@ def require_space(conn: sa.Connection, name: str, spec: SpaceSpec) -> None:
 
 
 def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec) -> None:
-    """Raise :class:`SpaceMismatch` unless the collection is empty and no job is open in it."""
+    """Raise :class:`SpaceMismatch` unless the collection is empty, has one space, and no job is open in it."""
+    if others.of(conn, collection.id).others:
+        old = registry.get(conn, collection.space_id).spec
+        raise SpaceMismatch(
+            f"collection {collection.name!r} is in another space ({_described(old)}) than the one that is asked for "
+            f"({_described(to)}), and is being re-embedded or can still be rolled back. Enqueue with the model, "
+            "on_long, dimensions and precision that it has now: what is enqueued reaches its other space too. After a "
+            "flip that is the new model."
+        )
     query = """
         SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :id)
             OR EXISTS (SELECT FROM jobs WHERE collection_id = :id AND state IN (:enqueueing, :running))

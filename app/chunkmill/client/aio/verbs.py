@@ -64,7 +64,8 @@ class AsyncVerbs(Running):
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
-        space are not embedded again.
+        space are not embedded again. While the collection is being re-embedded, or can still be rolled back, what is
+        new to it is embedded into its other space too, by a job of its own, for which this one does not wait.
 
         ``on_invalid="raise"`` checks the whole iterable first and raises :class:`InvalidChunk` at the first bad chunk,
         with nothing written. ``"skip"`` commits window by window, so that workers start at once, and puts bad chunks on
@@ -320,9 +321,11 @@ class AsyncVerbs(Running):
 
         ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
-        chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
-        an id that is not on the list; nothing is changed then. Many chunks are dropped in several transactions. If one
-        of them fails, the earlier ones stay, and the same call made again drops the rest.
+        chunk stays in its collection. A chunk that is dead in another space of its collection than the active one stays
+        too, with its entry. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for an id that
+        is not on the list, and :class:`InvalidInput` for that of a chunk that is dead in another space; nothing is
+        changed then. Many chunks are dropped in several transactions. If one of them fails, the earlier ones stay, and
+        the same call made again drops the rest.
         """
         return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
 
