@@ -41,8 +41,8 @@ ENCODERS_OF_T5: Final[Mapping[str, str]] = {
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }
-"""Encoder–decoder architectures whose encoder alone makes vectors (sentence-t5, gtr), and its class in transformers.
-A folder may hold the decoder's weights too. They are not loaded."""
+"""Architectures with a decoder whose encoder alone makes vectors (sentence-t5, gtr), and its class in transformers. A
+folder may hold the decoder's weights too. They are not loaded."""
 
 _SENTENCE_CONFIGS: Final = tuple(
     f"sentence_{kind}_config.json"

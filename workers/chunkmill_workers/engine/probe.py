@@ -181,8 +181,8 @@ class _Probe:
         if result.failures:
             _, reason = next(iter(result.failures.values()))
             raise Unfit(
-                f"{self._name} gives no short text a finite vector {self._where} ({reason}): its weights are damaged or "
-                f"belong to another architecture, so copy the folder again, or choose another model"
+                f"{self._name} gives no short text a finite vector {self._where} ({reason}): its weights are damaged "
+                "or belong to another architecture, so copy the folder again, or choose another model"
             )
         if self._half:
             logger.warning(
@@ -198,6 +198,6 @@ class _Probe:
         moved = float(np.abs(alone - beside).max()) / size if size else float(np.abs(beside).max())
         if moved > self._most_moves:
             raise Unfit(
-                f"{self._name} gives a text another vector if a longer text is beside it {self._where} (its numbers move "
-                f"by {moved:.1%}), so no search could rely on its vectors: {self._otherwise}"
+                f"{self._name} gives a text another vector if a longer text is beside it {self._where} (its numbers "
+                f"move by {moved:.1%}), so no search could rely on its vectors: {self._otherwise}"
             )
