@@ -17,8 +17,42 @@ class Pooling(StrEnum):
     LAST_TOKEN = "last_token"  # noqa: S105 - a pooling mode, not a password
     MAX = "max"
     MEAN_SQRT_LEN = "mean_sqrt_len"
+    WEIGHTED_MEAN = "weighted_mean"
+    """The mean of all tokens, in which the first token counts once, the second twice, and so on."""
     PROVIDER = "provider"
     """The provider's own, which it does not publish."""
+
+    @property
+    def modes(self) -> tuple[Pooling, ...]:
+        """This pooling alone. ``Concatenated`` has several."""
+        return (self,)
+
+
+class Concatenated(str):
+    """Several poolings whose vectors stand one behind the other, such as ``cls+mean``. It has twice the dimensions.
+
+    It is a word as a ``Pooling`` is one, so it is stored, compared and fingerprinted in the same way.
+    """
+
+    __slots__ = ()
+
+    @property
+    def modes(self) -> tuple[Pooling, ...]:
+        """The poolings, in the order of their vectors."""
+        return tuple(Pooling(word) for word in self.split("+"))
+
+
+AnyPooling = Pooling | Concatenated
+
+
+def pooling_of(word: str) -> AnyPooling:
+    """The pooling of a word such as ``mean`` or ``cls+mean``. Raises ValueError if there is none."""
+    if "+" not in word:
+        return Pooling(word)
+    pooling = Concatenated(word)
+    if Pooling.PROVIDER in pooling.modes:
+        raise ValueError(f"{word!r} is not a valid Pooling")
+    return pooling
 
 
 class Precision(StrEnum):
@@ -93,21 +127,35 @@ class SpaceSpec:
     revision: str
     dimensions: int
     max_tokens: int
-    pooling: Pooling
+    pooling: AnyPooling
     normalize: bool
     document_prompt: str = ""
     query_prompt: str = ""
     long_text: LongText = LongText.TRUNCATE
     precision: Precision = Precision.FLOAT
+    task: str = ""
+    """The adapter of the model that makes the vectors of documents, and of queries unless ``query_task`` names another
+    one. The revision covers its files."""
+    query_task: str = ""
+    """The adapter for queries; empty if it is that of documents."""
+    query_model: str = ""
+    """The fingerprint of the model that makes the vectors of queries; empty if it is the model of the documents."""
 
     @property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits: the SHA-256 of the canonical JSON of all fields except ``model``."""
+        """64 hexadecimal digits: the SHA-256 of the canonical JSON of all fields except ``model``.
+
+        A field of ``_ADDED`` is left out while it is empty, so the spaces of earlier releases keep their fingerprints.
+        """
         return _fingerprint(self)
+
+
+_ADDED = frozenset({"task", "query_task", "query_model"})
+"""Fields that an earlier release does not have."""
 
 
 @functools.lru_cache(maxsize=256)  # every call for vectors needs it, and it takes 40 µs
 def _fingerprint(spec: SpaceSpec) -> str:
-    fields = {name: value for name, value in asdict(spec).items() if name != "model"}
+    fields = {name: value for name, value in asdict(spec).items() if name != "model" and (value or name not in _ADDED)}
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()

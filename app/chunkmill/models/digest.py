@@ -33,14 +33,14 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 64 * 1024
 
 
-def revision(root: Path, *, transformer: Path, others: Iterable[Path], weights: Iterable[Path]) -> str:
+def revision(root: Path, *, transformers: Iterable[Path], others: Iterable[Path], weights: Iterable[Path]) -> str:
     """``sha256:`` and 32 hexadecimal digits of the sorted pairs of relative path and content.
 
-    ``transformer`` is the folder of configuration and tokenizer. ``others`` are further files that the vectors depend
-    on: configuration, and code if it is run. Of ``weights`` only samples are read, see `_add_weights`. Raises
-    UnknownModel for a file that cannot be read.
+    ``transformers`` are the folders of configuration and tokenizer, one or two. ``others`` are further files that the
+    vectors depend on: configuration, and code if it is run. Of ``weights`` only samples are read, see `_add_weights`.
+    Raises UnknownModel for a file that cannot be read.
     """
-    texts = {transformer / item for item in _FILES} | {*others}
+    texts = {transformer / item for transformer in transformers for item in _FILES} | {*others}
     sampled = {*weights}
     digest = hashlib.sha256()
     present = [path for path in texts | sampled if path.is_file()]

@@ -9,37 +9,26 @@ that model by its name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
 
-from chunkmill.domain.spaces import OnLong, Pooling, Precision, SpaceSpec, long_text_for
+from chunkmill.domain.spaces import AnyPooling, OnLong, Pooling, Precision, SpaceSpec, long_text_for, pooling_of
 from chunkmill.errors import UnknownModel
+from chunkmill.models.adapters import Adapter, find_adapter
 from chunkmill.models.digest import revision
-from chunkmill.models.files import broken, read_json, read_object, unsupported
+from chunkmill.models.files import broken, read_object, unsupported
 from chunkmill.models.matryoshka import check_dimensions, stated_sizes
+from chunkmill.models.modules import Entry, Module, listed_modules, read_module, read_pooling
+from chunkmill.models.names import NOTHING, Given, prompt_of
+from chunkmill.models.routers import modules_of, router_files
+from chunkmill.models.static import read_static
 from chunkmill.models.transformer import hidden_size, max_tokens, read_config, read_sentence_config
 from chunkmill.models.weights import check_shapes, weight_files
 
 PROVIDER: Final = "local"
-ACTIVATIONS: Final = frozenset({"GELU", "Identity", "ReLU", "SiLU", "Sigmoid", "Tanh"})
 
 _OURS: Final = tuple(mode for mode in Pooling if mode is not Pooling.PROVIDER)
-_POOLING_WORDS: Final[Mapping[str, Pooling]] = {
-    "cls": Pooling.CLS,
-    "mean": Pooling.MEAN,
-    "lasttoken": Pooling.LAST_TOKEN,
-    "max": Pooling.MAX,
-    "mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LEN,
-}
-_OLD_POOLING_KEYS: Final[Mapping[str, str]] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +45,8 @@ class ModelOptions:
     """Its Python files may be run."""
     matryoshka: bool = False
     """It was trained for any number of dimensions."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLayer:
-    """One ``Dense`` module: ``activation(x @ weight.T + bias)``. ``activation`` is one of ACTIVATIONS."""
-
-    path: Path
-    """The module's folder."""
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str
-    weights: Path
-    """Its safetensors file. It is a ``.bin``, which is a pickle, only if the operator trusts the model with that."""
+    given: Given = NOTHING
+    """What its name says beside which model it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +58,7 @@ class ModelFolder:
     spec: SpaceSpec
     transformer: Path
     """The folder of config.json, tokenizer and weights: ``path``, or a folder in it."""
-    modules: tuple[DenseLayer | Literal["normalize"], ...]
+    modules: tuple[Module, ...]
     """The modules after the pooling, in order."""
     include_prompt: bool = True
     """If False, the model reads the prompt's tokens, and the pooling leaves them out."""
@@ -97,6 +74,13 @@ class ModelFolder:
     """The smaller numbers of dimensions that its vectors may be cut to."""
     matryoshka: bool = False
     """The operator says that the model was trained for any number of dimensions."""
+    static: bool = False
+    """The model is a table that has a vector for each token (``StaticEmbedding``), and there is no transformer."""
+    adapter: Adapter | None = None
+    """What is added to the weights of the transformer, for a task."""
+    query: ModelFolder | None = None
+    """How the vectors of queries are made, if not in the same way. The space is that of this folder: the ``spec`` of
+    the other one only tells the engine how to make its vectors."""
 
     def space(self, dimensions: int | None = None) -> SpaceSpec:
         """The space of vectors with ``dimensions``; None takes the number that the folder states.
@@ -115,45 +99,163 @@ def read_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
 
     Raises UnknownModel.
     """
+    given = options.given
     if (path / "modules.json").is_file():
-        return _read_sentence_folder(name, path, options)
+        listed = listed_modules(name, path)
+        document = _read_modules(name, modules_of(name, listed, "document"), options, given.task)
+        query = _read_modules(name, modules_of(name, listed, "query"), options, given.query_task or given.task)
+        return _assemble(
+            name,
+            path,
+            options,
+            document,
+            query,
+            used=_read_sentence_config(path),
+            others=(path / "modules.json", *router_files(listed)),
+        )
+    if (path / "config.json").is_file() and read_object(path / "config.json").get("model_type") == "model2vec":
+        raise unsupported(
+            name, "a model2vec folder without modules.json: load it with StaticEmbedding.from_model2vec and save it"
+        )
     if options.pooling is None:
         raise UnknownModel(
             f"model {name!r}: {path} is a plain transformers folder, which does not say how token vectors "
             f"become a text vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(_OURS)}"
         )
     pooling = _stated_pooling(name, options.pooling)
-    return _assemble(name, path, options, path, pooling=pooling, modules=("normalize",))
+    document, query = (
+        _read_transformer(name, path, options, task, pooling=pooling, modules=("normalize",))
+        for task in (given.task, given.query_task or given.task)
+    )
+    return _assemble(name, path, options, document, query)
 
 
-def _read_sentence_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
-    listed = [(_kind(name, entry), _subfolder(name, path, entry)) for entry in _module_list(path)]
-    kinds = [kind for kind, _ in listed]
-    if kinds[:2] != ["Transformer", "Pooling"]:
-        raise unsupported(name, f"modules {' → '.join(kinds)}; they must begin with Transformer → Pooling")
-    transformer, pooling_folder = listed[0][1], listed[1][1]
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the texts of one side, documents or queries, become vectors, and the files that this depends on."""
+
+    transformer: Path
+    pooling: AnyPooling
+    modules: tuple[Module, ...]
+    dimensions: int
+    max_tokens: int
+    others: Sequence[Path]
+    weights: Sequence[Path]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """config.json; empty without a transformer."""
+    include_prompt: bool = True
+    lowercase: bool = False
+    pickle: bool = False
+    remote_code: bool = False
+    static: bool = False
+    adapter: Adapter | None = None
+
+
+def _read_modules(name: str, chain: Sequence[Entry], options: ModelOptions, task: str | None) -> _Way:
+    """The way through ``chain``, which has no Router any more. Raises UnknownModel."""
+    kinds = [kind for kind, _ in chain]
+    static = kinds[:1] == ["StaticEmbedding"]
+    if not static and kinds[:2] != ["Transformer", "Pooling"]:
+        raise unsupported(
+            name,
+            f"modules {' → '.join(kinds)}; they must begin with Transformer → Pooling, or with StaticEmbedding",
+        )
+    rest = chain[1 if static else 2 :]
+    modules = tuple(read_module(name, kind, folder, pickle=options.pickle) for kind, folder in rest)
+    if static:
+        return _read_static(name, chain[0][1], options, task, modules)
+    transformer, pooling_file = chain[0][1], chain[1][1] / "config.json"
     sentence, sentence_file = read_sentence_config(name, transformer)
-    mode, include_prompt = _read_pooling(name, read_object(pooling_folder / "config.json"))
-    return _assemble(
+    mode, include_prompt = read_pooling(name, pooling_file)
+    return _read_transformer(
         name,
-        path,
-        options,
         transformer,
+        options,
+        task,
         pooling=check_pooling(name, mode, options.pooling),
-        modules=tuple(_read_module(name, kind, folder, pickle=options.pickle) for kind, folder in listed[2:]),
+        modules=modules,
         sentence=sentence,
-        used=_read_sentence_config(path),
-        others=(path / "modules.json", pooling_folder / "config.json", sentence_file),
+        others=(pooling_file, sentence_file),
         include_prompt=include_prompt,
     )
+
+
+def _read_static(name: str, folder: Path, options: ModelOptions, task: str | None, modules: tuple[Module, ...]) -> _Way:
+    if task is not None:
+        raise UnknownModel(f"model {name!r}: task={task} is an adapter of a transformer, and the model has none")
+    if options.precision is not Precision.FLOAT:
+        raise unsupported(name, f"StaticEmbedding, which has no matrix products, in precision {options.precision}")
+    table = read_static(name, folder)
+    return _Way(
+        folder,
+        Pooling.MEAN,
+        modules,
+        _width(modules, table.dimensions),
+        table.max_tokens,
+        others=[layer.path / "config.json" for layer in modules if not isinstance(layer, str)],
+        weights=[table.weights, *(layer.weights for layer in modules if not isinstance(layer, str))],
+        static=True,
+    )
+
+
+def _read_transformer(
+    name: str,
+    transformer: Path,
+    options: ModelOptions,
+    task: str | None,
+    *,
+    pooling: AnyPooling,
+    modules: tuple[Module, ...],
+    sentence: Mapping[str, Any] | None = None,
+    others: Sequence[Path] = (),
+    include_prompt: bool = True,
+) -> _Way:
+    """The way through a transformer, from its configuration and weights. Raises UnknownModel."""
+    sentence = sentence or {}
+    config, code = read_config(name, transformer, remote_code=options.remote_code)
+    weights = weight_files(name, transformer, pickle=options.pickle)
+    check_shapes(name, weights, config)
+    layers = [module for module in modules if not isinstance(module, str)]
+    pickle = weights[0].suffix == ".bin"
+    index = [transformer / "pytorch_model.bin.index.json"] if pickle else []
+    adapter = None if task is None else find_adapter(name, transformer, task)
+    added = [] if adapter is None else [adapter]
+    return _Way(
+        transformer,
+        pooling,
+        modules,
+        _width(modules, hidden_size(name, config) * len(pooling.modes)),
+        max_tokens(name, transformer, config, sentence),
+        others=[
+            *others, *(layer.path / "config.json" for layer in layers), *code, *index, *(one.config for one in added)
+        ],
+        weights=[*weights, *(layer.weights for layer in layers), *(one.weights for one in added)],
+        config=config,
+        include_prompt=include_prompt,
+        lowercase=bool(sentence.get("do_lower_case")),
+        pickle=pickle,
+        remote_code=bool(code),
+        adapter=adapter,
+    )  # fmt: skip
+
+
+def _width(modules: Sequence[Module], pooled: int) -> int:
+    """The dimensions after ``modules``, of vectors that have ``pooled`` before. Raises UnknownModel."""
+    for layer in modules:
+        if isinstance(layer, str):
+            continue
+        if layer.in_features != pooled:
+            raise broken(layer.path / "config.json", f"takes {layer.in_features} dimensions and gets {pooled}")
+        pooled = layer.out_features
+    return pooled
 
 
 @dataclass(frozen=True, slots=True)
 class _SentenceConfig:
     """The content of config_sentence_transformers.json, which the revision does not cover."""
 
-    document_prompt: str = ""
-    query_prompt: str = ""
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    """The prompts by their names. ``document`` and ``query`` are used unless the name of the model says otherwise."""
     truncate_dim: int | None = None
 
 
@@ -161,66 +263,70 @@ def _assemble(
     name: str,
     path: Path,
     options: ModelOptions,
-    transformer: Path,
+    document: _Way,
+    query: _Way,
     *,
-    pooling: Pooling,
-    modules: tuple[DenseLayer | Literal["normalize"], ...],
-    sentence: Mapping[str, Any] | None = None,
     used: _SentenceConfig | None = None,
     others: Sequence[Path] = (),
-    include_prompt: bool = True,
 ) -> ModelFolder:
-    """The model of a folder of either kind, from its configuration and weights."""
-    sentence, used = sentence or {}, used or _SentenceConfig()
-    config, code = read_config(name, transformer, remote_code=options.remote_code)
-    weights = weight_files(name, transformer, pickle=options.pickle)
-    check_shapes(name, weights, config)
-    dense = [module for module in modules if not isinstance(module, str)]
-    pickle = weights[0].suffix == ".bin"
-    index = [transformer / "pytorch_model.bin.index.json"] if pickle else []
-    full = hidden_size(name, config)
-    for layer in dense:
-        if layer.in_features != full:
-            raise broken(layer.path / "config.json", f"takes {layer.in_features} dimensions and gets {full}")
-        full = layer.out_features
+    """The model of a folder of either kind, from the ways of its documents and of its queries."""
+    used, given = used or _SentenceConfig(), options.given
+    ways = [document] if query == document else [document, query]
+    full = document.dimensions
+    if query.dimensions != full:
+        raise unsupported(name, f"{full} dimensions for documents and {query.dimensions} for queries")
     default = min(used.truncate_dim or full, full)
+    document_prompt = prompt_of(name, "document", given, used.prompts)
+    query_prompt = prompt_of(name, "query", given, used.prompts)
     spec = SpaceSpec(
         provider=PROVIDER,
         model=name,
         revision=revision(
             path,
-            transformer=transformer,
-            others=[*others, *(layer.path / "config.json" for layer in dense), *code, *index],
-            weights=[*weights, *(layer.weights for layer in dense)],
+            transformers=[way.transformer for way in ways],
+            others=[*others, *(file for way in ways for file in way.others)],
+            weights=[file for way in ways for file in way.weights],
         ),
         dimensions=full,
-        max_tokens=max_tokens(name, transformer, config, sentence),
-        pooling=pooling,
-        normalize=modules[-1:] == ("normalize",),
-        document_prompt=used.document_prompt,
-        query_prompt=used.query_prompt,
+        max_tokens=document.max_tokens,
+        pooling=document.pooling,
+        normalize=document.modules[-1:] == ("normalize",),
+        document_prompt=(used.prompts.get("document") or "") if document_prompt is None else document_prompt,
+        query_prompt=(used.prompts.get("query") or "") if query_prompt is None else query_prompt,
         long_text=long_text_for(options.on_long),
         precision=options.precision,
+        task=given.task or "",
+        query_task="" if given.query_task in (None, given.task) else str(given.query_task),
     )
+    folder = _folder(name, path, document, spec)
+    sizes = stated_sizes(name, full, document.config, default)
+    folder = replace(folder, default_dimensions=default, sizes=sizes, matryoshka=options.matryoshka)
+    if query == document:
+        return folder
+    normalize = query.modules[-1:] == ("normalize",)
+    other = replace(spec, pooling=query.pooling, max_tokens=query.max_tokens, normalize=normalize)
+    return replace(folder, query=_folder(name, path, query, other))
+
+
+def _folder(name: str, path: Path, way: _Way, spec: SpaceSpec) -> ModelFolder:
     return ModelFolder(
         name,
         path,
         spec,
-        transformer,
-        modules,
-        include_prompt=include_prompt,
-        lowercase=bool(sentence.get("do_lower_case")),
-        pickle=pickle,
-        remote_code=bool(code),
-        default_dimensions=default,
-        sizes=stated_sizes(name, full, config, default),
-        matryoshka=options.matryoshka,
+        way.transformer,
+        way.modules,
+        include_prompt=way.include_prompt,
+        lowercase=way.lowercase,
+        pickle=way.pickle,
+        remote_code=way.remote_code,
+        static=way.static,
+        adapter=way.adapter,
     )
 
 
-def check_pooling(name: str, mode: Pooling, asked: str | None) -> Pooling:
+def check_pooling(name: str, mode: AnyPooling, asked: str | None) -> AnyPooling:
     """The pooling ``mode`` that a folder states. Raises UnknownModel if the caller asks for another one."""
-    if asked is not None and _stated_pooling(name, asked) is not mode:
+    if asked is not None and _stated_pooling(name, asked) != mode:
         raise UnknownModel(
             f"model {name!r} states {mode} pooling, but EMBEDDING_POOLING (or pooling=) asks for {asked}: "
             "leave it unset for this model"
@@ -228,77 +334,24 @@ def check_pooling(name: str, mode: Pooling, asked: str | None) -> Pooling:
     return mode
 
 
-def _stated_pooling(name: str, word: str) -> Pooling:
-    if word not in _OURS:
-        raise UnknownModel(f"model {name!r}: pooling {word!r} does not exist; it is one of {', '.join(_OURS)}")
-    return Pooling(word)
-
-
-def _module_list(path: Path) -> list[dict[str, Any]]:
-    modules = read_json(path / "modules.json")
-    if not isinstance(modules, list) or not all(isinstance(entry, dict) and "type" in entry for entry in modules):
-        raise broken(path / "modules.json", "is not a list of modules")
-    return modules
-
-
-def _kind(name: str, entry: Mapping[str, Any]) -> str:
-    """The class of a module, such as ``Pooling`` for ``sentence_transformers.models.Pooling``.
-
-    Raises UnknownModel for a class of the folder's own.
-    """
-    reference = str(entry["type"])
-    if not reference.startswith("sentence_transformers."):
-        raise unsupported(name, f"module {reference}: it is code that comes with the model")
-    return reference.rpartition(".")[2]
-
-
-def _subfolder(name: str, path: Path, entry: Mapping[str, Any]) -> Path:
-    relative = PurePosixPath(str(entry.get("path", "")))
-    if relative.is_absolute() or ".." in relative.parts:
-        raise unsupported(name, f"module path {relative}: it is not inside the folder")
-    return path / relative
-
-
-def _read_pooling(name: str, config: Mapping[str, Any]) -> tuple[Pooling, bool]:
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [word for key, word in _OLD_POOLING_KEYS.items() if config.get(key)] or ["mean"]
-    elif isinstance(modes, str):
-        modes = [modes]
-    if len(modes) != 1:
-        raise unsupported(name, f"several pooling modes at once ({', '.join(modes)})")
-    if modes[0] not in _POOLING_WORDS:
-        raise unsupported(name, f"pooling mode {modes[0]}")
-    return _POOLING_WORDS[modes[0]], bool(config.get("include_prompt", True))
-
-
-def _read_module(name: str, kind: str, folder: Path, *, pickle: bool) -> DenseLayer | Literal["normalize"]:
-    if kind not in ("Dense", "Normalize"):
-        raise unsupported(name, f"module {kind}")
-    file = folder / "config.json"
-    config = read_object(file) if file.is_file() else {}
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise unsupported(name, f"module {kind} with {key} {config[key]}")
-    if kind == "Normalize":
-        return "normalize"
-    library, _, activation = config.get("activation_function", "torch.nn.Tanh").rpartition(".")
-    if not library.startswith("torch.") or activation not in ACTIVATIONS:
-        raise unsupported(name, f"the activation {activation} of module Dense")
-    if config.get("use_residual"):
-        raise unsupported(name, "module Dense with use_residual")
-    width, depth = config.get("in_features"), config.get("out_features")
-    if not isinstance(width, int) or not isinstance(depth, int):
-        raise broken(file, "does not state in_features and out_features")
-    weights = weight_files(name, folder, pickle=pickle)[0]
-    return DenseLayer(folder, width, depth, bool(config.get("bias", True)), activation, weights)
+def _stated_pooling(name: str, word: str) -> AnyPooling:
+    try:
+        pooling = pooling_of(word)
+    except ValueError:
+        pooling = Pooling.PROVIDER
+    if pooling is Pooling.PROVIDER:
+        raise UnknownModel(
+            f"model {name!r}: pooling {word!r} does not exist; it is one of {', '.join(_OURS)}, or several joined by +"
+        )
+    return pooling
 
 
 def _read_sentence_config(path: Path) -> _SentenceConfig:
-    """The prompts that ``encode_document`` and ``encode_query`` choose, and the size that vectors are cut to.
+    """The prompts, of which ``encode_document`` and ``encode_query`` choose one, and the size that vectors are cut to.
 
     SentenceTransformer always has prompts named ``document`` and ``query``, which are empty if the file has none. Both
-    methods find these first, so ``passage``, ``corpus`` and ``default_prompt_name`` are never used.
+    methods find these first, so ``passage``, ``corpus`` and ``default_prompt_name`` are never used unless the name of
+    the model says so.
     """
     file = path / "config_sentence_transformers.json"
     content = read_object(file) if file.is_file() else {}
@@ -306,4 +359,4 @@ def _read_sentence_config(path: Path) -> _SentenceConfig:
     size = content.get("truncate_dim")
     if not isinstance(prompts, dict) or not (size is None or (isinstance(size, int) and size > 0)):
         raise broken(file, "has prompts or a truncate_dim of an unknown form")
-    return _SentenceConfig(prompts.get("document") or "", prompts.get("query") or "", size)
+    return _SentenceConfig(prompts, size)

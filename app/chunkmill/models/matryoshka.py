@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from chunkmill.errors import InvalidInput, UnknownModel
 from chunkmill.models.locate import hub_repo
+from chunkmill.models.names import without_given
 
 # The smallest size for which a model's publisher gives results. A model that was trained at nested sizes also serves
 # the sizes between them. None of these models states its sizes in a file; few have matryoshka_dimensions in
@@ -30,6 +31,8 @@ _SMALLEST: Final[Mapping[str, int]] = {
     "nomic-ai/modernbert-embed-base": 256,
     "nomic-ai/nomic-embed-text-v1.5": 64,
     "nomic-ai/nomic-embed-text-v2-moe": 256,
+    "sentence-transformers/static-retrieval-mrl-en-v1": 32,
+    "sentence-transformers/static-similarity-mrl-multilingual-v1": 32,
 }
 
 
@@ -53,7 +56,7 @@ def stated_sizes(name: str, full: int, config: Mapping[str, Any], default: int) 
 
 def known_sizes(name: str, full: int) -> Sequence[int]:
     """The sizes that are known for a name on the Hub, without its files; none for a folder on this machine."""
-    smallest = _SMALLEST.get(hub_repo(name) or "")
+    smallest = _SMALLEST.get(hub_repo(without_given(name)) or "")
     return range(smallest, full) if smallest is not None else ()
 
 

@@ -142,6 +142,8 @@ def why_unfit(model: ProviderModel, spec: SpaceSpec) -> str | None:
         return f"it gives {model.dimensions} dimensions{cut}, and the space has {spec.dimensions}"
     if spec.long_text is LongText.SPLIT_APART:
         return "the space's long texts were split by a rule of an earlier version"
+    if spec.task or spec.query_task or spec.query_model:
+        return "the space has a task or a query_model, which only local workers compute"
     if spec.document_prompt:
         return "the space has a document prompt, and prompts are not sent to a provider"
     return None

@@ -156,7 +156,7 @@ class Settings(ProviderSettings, GatewaySettings):
     embedding_pooling: Pooling | None = Field(
         None,
         description="Pooling method of a plain transformers folder, which does not state one: `mean`, `cls`, "
-        "`last_token`, `max` or `mean_sqrt_len`.",
+        "`last_token`, `max`, `mean_sqrt_len` or `weighted_mean`.",
     )
     embedding_dimensions: int | None = Field(
         None,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 import sqlalchemy as sa
 
 from chunkmill.db.locks import REGISTER_LOCK, SPACES_LOCK, lock, lock_shared
-from chunkmill.domain.spaces import LongText, Pooling, Precision, SpaceSpec
+from chunkmill.domain.spaces import LongText, Precision, SpaceSpec, pooling_of
 from chunkmill.errors import NewerSpace, NotFound, SpaceMismatch
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _space(row: sa.Row[tuple[object, ...]]) -> Space:
     """The space of a row. Fields that a newer release has added are left out if the fingerprint is the same without."""
     try:
         known = {name: value for name, value in dict(row.spec).items() if name in _FIELDS}
-        known["pooling"] = Pooling(known["pooling"])
+        known["pooling"] = pooling_of(known["pooling"])
         known["long_text"] = LongText(known["long_text"])
         known["precision"] = Precision(known["precision"])
         spec = SpaceSpec(**known)

@@ -68,7 +68,11 @@ class Engine:
         self._tokenizing = StepClock()
         self.steps = {"a forward pass": self._loop.passes, "a call of the tokenizer": self._tokenizing}
         """The steps that may hang, by the names under which a watchdog reports them."""
-        for prompt in (folder.spec.document_prompt, folder.spec.query_prompt):
+        self._queries = None if parts.query is None else type(self)(parts.query, on_long=on_long)
+        """Another engine, if the vectors of queries are made by another model or other modules."""
+        if self._queries is not None:
+            self.steps |= {f"{step} for queries": clock for step, clock in self._queries.steps.items()}
+        for prompt in (folder.spec.document_prompt, "" if self._queries else folder.spec.query_prompt):
             frame = tokenizer.frame(prompt)
             if frame.skip + len(frame.suffix) >= self.max_tokens:
                 raise ModelLoadError(
@@ -145,6 +149,8 @@ class Engine:
         ``seconds`` at most; those that come later still work.
         """
         self._loop.stop(seconds)
+        if self._queries is not None:
+            self._queries.close(seconds)
 
     @property
     def device(self) -> str:
@@ -164,7 +170,7 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """``native``, ``transformers``, ``onnx`` or ``openvino``."""
+        """``native``, ``transformers``, ``onnx``, ``openvino`` or ``static``."""
         return self._backend.name
 
     @property
@@ -237,6 +243,11 @@ class Engine:
         A text that fails is in ``failures`` and does not stop the others. Raises EngineError only if the model cannot
         run at all.
         """
+        if kind == "query" and self._queries is not None:
+            yield from self._queries.stream(
+                texts, kind, on_long=on_long or self.on_long, stop=stop, urgent=urgent, large=large
+            )
+            return
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         policy = on_long or self.on_long
         frame = self._tokenizer.frame(prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,15 @@ from chunkmill.errors import InvalidSetting, ModelLoadError
 from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.models.files import read_json
 from chunkmill_workers.engine.backends import Backend
+from chunkmill_workers.engine.backends.adapters import merge
 from chunkmill_workers.engine.backends.generic import TransformersBackend
 from chunkmill_workers.engine.backends.int8 import Int8Backend, load_int8, require_int8
 from chunkmill_workers.engine.backends.loading import load_model
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.backends.onnx import OnnxBackend
 from chunkmill_workers.engine.backends.openvino import OpenVinoBackend
-from chunkmill_workers.engine.backends.stored import read_stored
+from chunkmill_workers.engine.backends.static import STATIC_BATCH_TOKENS, StaticBackend
+from chunkmill_workers.engine.backends.stored import StoredModel, read_stored
 from chunkmill_workers.engine.encoder.architectures import Build
 from chunkmill_workers.engine.pooling import Head
 from chunkmill_workers.engine.precision import (
@@ -52,6 +54,8 @@ class EngineParts:
     token_budget: TokenBudget
     threads: int
     """Threads that torch may use on a CPU."""
+    query: EngineParts | None = None
+    """What makes the vectors of queries, if that is something else."""
 
 
 def load_parts(
@@ -79,9 +83,58 @@ def load_parts(
         raise InvalidSetting(
             "precision is int8 and the model's folder was read for float: give precision to resolve_model too"
         )
+    options = _Options(device=on, dtype=dtype, batch_tokens=batch_tokens, backend=backend, learned=learned)
+    parts = _load_side(folder, options, threads)
+    return parts if folder.query is None else replace(parts, query=_load_queries(parts, folder.query, options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `load_parts` was asked for."""
+
+    device: torch.device
+    dtype: str
+    batch_tokens: int | None
+    backend: BackendName
+    learned: Path | None
+
+
+def _load_queries(documents: EngineParts, folder: ModelFolder, options: _Options) -> EngineParts:
+    """The parts for queries. They share the weights of ``documents`` if these are the same, and if two threads may use
+    them at a time; on a GPU the weights are loaded twice."""
+    own = documents.folder
+    same = (folder.transformer, folder.adapter, folder.lowercase) == (own.transformer, own.adapter, own.lowercase)
+    if (
+        same
+        and folder.static == own.static
+        and documents.backend.concurrent
+        and folder.spec.precision is Precision.FLOAT
+    ):
+        return replace(documents, folder=folder, head=Head(folder, documents.backend.device))
+    return _load_side(folder, options, documents.threads)
+
+
+def _load_static(folder: ModelFolder, options: _Options, threads: int) -> EngineParts:
+    if options.backend in ("onnx", "openvino"):
+        raise InvalidSetting(
+            f"backend {options.backend} runs exported models, and {folder.name!r} is a StaticEmbedding, which is not "
+            "exported: set EMBEDDING_BACKEND=auto"
+        )
+    tokenizer = TextTokenizer.load_static(folder.transformer)
+    backend = StaticBackend.load(folder)
+    tokenizer.check({}, backend.embedding_rows)
+    token_budget = TokenBudget(options.batch_tokens or STATIC_BATCH_TOKENS)
+    return EngineParts(folder, tokenizer, backend, Head(folder, backend.device), token_budget, threads)
+
+
+def _load_side(folder: ModelFolder, options: _Options, threads: int) -> EngineParts:
+    """The parts of an engine for documents, or for queries."""
+    if folder.static:
+        return _load_static(folder, options, threads)
+    on, dtype, backend, learned = options.device, options.dtype, options.backend, options.learned
     config = read_json(folder.transformer / "config.json")
     tokenizer = TextTokenizer.load(folder.transformer, lowercase=folder.lowercase)
-    tokens = batch_tokens or default_batch_tokens(on)
+    tokens = options.batch_tokens or default_batch_tokens(on)
     if backend == "onnx" and dtype == "auto":
         dtype = "fp32"  # the only number format of this backend
     if dtype == "auto" and MEMORY.needs_fp32(folder, on):
@@ -94,7 +147,7 @@ def load_parts(
         require_int8(on, backend, number_format)
         build = Build(number_format, on, tokens, folder.spec.max_tokens)
         loaded = load_int8(
-            read_stored(folder, config) or load_model(folder),
+            _stored(folder) or _load_adapted(folder),
             build,
             spec=folder.spec,
             tokenizer=tokenizer,
@@ -130,6 +183,8 @@ class ExactTwin:
         """The twin. Raises what `Engine.load` raises if the model cannot be loaded a second time."""
         usual = self._parts.backend
         with self._loading:
+            if self.backend is None and isinstance(usual, StaticBackend):
+                self.backend = usual  # it is fp32, and has no shortcuts
             if self.backend is None and isinstance(usual, Int8Backend):
                 self.backend = usual.careful_twin()
             if self.backend is None:
@@ -154,6 +209,19 @@ class ExactTwin:
             return self.backend
 
 
+def _stored(folder: ModelFolder) -> StoredModel | None:
+    """The model of a file that need not be loaded with transformers; None if it has to be."""
+    return None if folder.adapter else read_stored(folder, read_json(folder.transformer / "config.json"))
+
+
+def _load_adapted(folder: ModelFolder) -> Any:
+    """The model as transformers loads it, with the adapter of its task."""
+    model = load_model(folder)
+    if folder.adapter is not None:
+        merge(model, folder.adapter)
+    return model
+
+
 def _pad_id(tokenizer: TextTokenizer, config: Mapping[str, Any]) -> int:
     return tokenizer.pad_id if tokenizer.pad_id is not None else config.get("pad_token_id") or 0
 
@@ -176,16 +244,20 @@ def _load_backend(
     if name in ("onnx", "openvino"):
         if device.type != "cpu":
             raise InvalidSetting(f"backend {name} runs on the CPU: set EMBEDDING_DEVICE=cpu, or EMBEDDING_BACKEND=auto")
+        if folder.adapter is not None:
+            raise InvalidSetting(
+                f"backend {name} cannot add the adapter of a task to an exported model: set EMBEDDING_BACKEND=auto"
+            )
         exported = OnnxBackend if name == "onnx" else OpenVinoBackend
         return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
     build = Build(dtype, device, slots, folder.spec.max_tokens)
     try:
         if name != "transformers":
-            stored = read_stored(folder, read_json(folder.transformer / "config.json"))
+            stored = _stored(folder)
             native = None if stored is None else NativeBackend.build(stored, build, pad_id=pad_id)
             if native is not None:
                 return native
-        model = load_model(folder)
+        model = _load_adapted(folder)
         if name != "transformers":
             native = NativeBackend.build(model, build, pad_id=pad_id)
             if native is not None:

@@ -2,7 +2,7 @@
 
 All of it runs in fp32, whatever the number format of the model: with pooling in bf16 the cosine to fp32 is only 0.996
 (measured on sentence-transformers). The formulas are those of sentence-transformers 6.2 (``Pooling``, ``Dense``,
-``Normalize``).
+``LayerNorm``, ``Normalize``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from chunkmill.domain.spaces import Pooling
+from chunkmill.domain.spaces import AnyPooling, Pooling
 from chunkmill.errors import ModelLoadError
-from chunkmill.models import DenseLayer, ModelFolder
+from chunkmill.models import DenseLayer, LayerNormLayer, ModelFolder
 from chunkmill_workers.engine.backends import Hidden
 from chunkmill_workers.engine.encoder.layout import to_device
 
@@ -31,14 +31,25 @@ _ACTIVATIONS = {
 }
 
 
-def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> torch.Tensor:
+def pool(hidden: Hidden, pooling: AnyPooling, skips: torch.Tensor | None = None) -> torch.Tensor:
     """Text vectors, (n, hidden) fp32, from token vectors, (n, longest, hidden) or (tokens, hidden) of packed texts.
 
-    ``skips`` is (n,) int: how many leading tokens of each row are left out, for a model that does not pool its prompt.
+    Several poolings give (n, poolings × hidden), one behind the other. ``skips`` is (n,) int: how many leading tokens
+    of each row are left out, for a model that does not pool its prompt.
     """
-    vectors, lengths = hidden.vectors.float(), hidden.lengths
-    if hidden.owners is not None:
-        return _pool_packed(vectors, lengths, hidden.owners, mode, skips)
+    vectors, lengths, owners = hidden.vectors.float(), hidden.lengths, hidden.owners
+    pooled = [
+        _pool_padded(vectors, lengths, mode, skips)
+        if owners is None
+        else _pool_packed(vectors, lengths, owners, mode, skips)
+        for mode in pooling.modes
+    ]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
+
+
+def _pool_padded(
+    vectors: torch.Tensor, lengths: torch.Tensor, mode: Pooling, skips: torch.Tensor | None
+) -> torch.Tensor:
     at = torch.arange(vectors.shape[1], device=vectors.device)
     inside = at < lengths[:, None]  # (n, longest)
     if skips is not None:
@@ -55,6 +66,11 @@ def pool(hidden: Hidden, mode: Pooling, skips: torch.Tensor | None = None) -> to
             total = vectors.masked_fill(~inside[..., None], 0.0).sum(dim=1)
             count = inside.sum(dim=1, keepdim=True).float().clamp(min=1e-9)
             return total / (count if mode is Pooling.MEAN else count.sqrt())
+        case Pooling.WEIGHTED_MEAN:
+            # A prompt that is left out keeps its places: the text's own first token does not count once.
+            weights = ((at + 1) * inside).float()[..., None]
+            total = (vectors.masked_fill(~inside[..., None], 0.0) * weights).sum(dim=1)
+            return total / weights.sum(dim=1).clamp(min=1e-9)
         case Pooling.PROVIDER:
             raise ValueError("a provider's model has no pooling here")
 
@@ -74,14 +90,22 @@ def _pool_packed(
             return vectors[starts + torch.where(skips < lengths, skips, 0)]
         case Pooling.LAST_TOKEN:
             return vectors[starts + lengths - 1]
-    outside = torch.arange(len(vectors), device=vectors.device) - starts[owners] < skips[owners]
+    at = torch.arange(len(vectors), device=vectors.device) - starts[owners]
+    outside = at < skips[owners]
     nothing = float("-inf") if mode is Pooling.MAX else 0.0
     vectors = vectors.masked_fill(outside[:, None], nothing)
+    if mode is Pooling.WEIGHTED_MEAN:
+        vectors = vectors * (at + 1)[:, None]
     # unsafe: the lengths are not checked, because a check would wait for the GPU.
     reduce = "max" if mode is Pooling.MAX else "sum"
     pooled = torch.segment_reduce(vectors, reduce, lengths=lengths, axis=0, unsafe=True)
     if mode is Pooling.MAX:
         return pooled
+    if mode is Pooling.WEIGHTED_MEAN:
+        # The sum of the places of the tokens that are pooled, (skips, lengths], without another pass over them.
+        left_out = torch.minimum(skips, lengths)
+        weights = (lengths * (lengths + 1) - left_out * (left_out + 1)) // 2
+        return pooled / weights[:, None].float().clamp(min=1e-9)
     count = (lengths - skips)[:, None].float().clamp(min=1e-9)
     return pooled / (count if mode is Pooling.MEAN else count.sqrt())
 
@@ -99,15 +123,26 @@ class _Dense:
         return values
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerNorm:
+    """A LayerNorm module, in fp32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(vectors, self.weight.shape, self.weight, self.bias)
+
+
 class Head:
     """The modules that follow the transformer in one model folder."""
 
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
-        self._mode = folder.spec.pooling
+        self._mode: AnyPooling = Pooling.MEAN if folder.static else folder.spec.pooling
         self._include_prompt = folder.include_prompt
         self._normalize = folder.spec.normalize
         inner = folder.modules[:-1] if self._normalize else folder.modules
-        self._inner = [_load(item, device) if isinstance(item, DenseLayer) else _normalize for item in inner]
+        self._inner = [_normalize if isinstance(item, str) else _load(item, device) for item in inner]
 
     def only(self, lengths: Sequence[int], skips: NDArray[np.int32]) -> NDArray[np.int64] | None:
         """(n,) int64: the position of the one token of every row that is pooled; None if all tokens are."""
@@ -140,20 +175,29 @@ def _normalize(vectors: torch.Tensor) -> torch.Tensor:
     return functional.normalize(vectors, p=2, dim=-1)
 
 
-def _load(layer: DenseLayer, device: torch.device) -> _Dense:
+def _load(layer: DenseLayer | LayerNormLayer, device: torch.device) -> _Dense | _LayerNorm:
     from safetensors.torch import load_file
 
     file = layer.weights
     try:
         pickled = file.suffix == ".bin"  # models.folder refuses a pickle that the operator does not trust
         tensors = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(str(file))
-        weight = tensors["linear.weight"].float().to(device)
-        bias = tensors["linear.bias"].float().to(device) if layer.bias else None
+        prefix = "linear" if isinstance(layer, DenseLayer) else "norm"
+        weight = tensors[f"{prefix}.weight"].float().to(device)
+        has_bias = isinstance(layer, LayerNormLayer) or layer.bias
+        bias = tensors[f"{prefix}.bias"].float().to(device) if has_bias else None
     except Exception as error:
         raise ModelLoadError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
-    if weight.shape != (layer.out_features, layer.in_features):
+    stated = (layer.out_features, layer.in_features) if isinstance(layer, DenseLayer) else (layer.in_features,)
+    if tuple(weight.shape) != stated:
         raise ModelLoadError(
-            f"{file} holds a {tuple(weight.shape)} matrix and its config.json states "
-            f"{(layer.out_features, layer.in_features)}: copy the folder again"
+            f"{file} holds a {tuple(weight.shape)} matrix and its config.json states {stated}: copy the folder again"
         )
+    if bias is not None and tuple(bias.shape) != stated[:1]:
+        raise ModelLoadError(
+            f"{file} holds a bias of {tuple(bias.shape)} and its config.json states {stated[:1]}: copy the folder again"
+        )
+    if isinstance(layer, LayerNormLayer):
+        assert bias is not None  # noqa: S101 - it is read above
+        return _LayerNorm(weight, bias)
     return _Dense(weight, bias, layer.activation)

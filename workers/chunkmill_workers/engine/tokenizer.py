@@ -72,6 +72,23 @@ class TextTokenizer:
             ) from error
 
     @classmethod
+    def load_static(cls, folder: Path) -> TextTokenizer:
+        """The tokenizer of a StaticEmbedding module: tokenizer.json as it stands, without special tokens.
+
+        Raises ModelLoadError.
+        """
+        file = folder / "tokenizer.json"
+        try:
+            tokenizer = load_tokenizer(Tokenizer, read_at_most(file, MOST_FILE_BYTES))
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} cannot be read ({str(error)[:500]}): copy the model folder again") from error
+        cut_left = (tokenizer.truncation or {}).get("direction") == "left"
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.post_processor = None  # it adds the special tokens, which the table has no use for
+        return cls(tokenizer, pad_id=None, cut_left=cut_left)
+
+    @classmethod
     def _load(cls, folder: Path, *, lowercase: bool) -> TextTokenizer:
         file = folder / "tokenizer.json"
         if file.is_file():

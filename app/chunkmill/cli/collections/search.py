@@ -213,7 +213,7 @@ def _show_models(screen: Screen) -> None:
         screen.table(
             ["space", "model", "dims", "max tokens", "pooling", "long texts", "precision", "column", "collections"],
             [
-                (s.spec.fingerprint[:12], s.spec.model, s.spec.dimensions, s.spec.max_tokens, s.spec.pooling.value,
+                (s.spec.fingerprint[:12], s.spec.model, s.spec.dimensions, s.spec.max_tokens, str(s.spec.pooling),
                  s.spec.long_text.value, s.spec.precision.value, s.storage, ", ".join(names) or None)
                 for s, names in spaces
             ],

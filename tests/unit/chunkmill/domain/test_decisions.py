@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from chunkmill.domain.doorbells import plan_doorbells
 from chunkmill.domain.retries import retry_delay
-from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec, long_text_for
+from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec, long_text_for, pooling_of
 from chunkmill.errors import InvalidSetting
+from chunkmill.models import DEFAULT_SPEC
 from chunkmill.settings import Settings
 
 
@@ -53,6 +55,9 @@ SPEC = SpaceSpec("local", "m", "sha256:00", 384, 256, Pooling.MEAN, normalize=Tr
         {"query_prompt": "query: "},
         {"long_text": LongText.SPLIT},
         {"precision": Precision.INT8},
+        {"task": "retrieval"},
+        {"query_task": "retrieval"},
+        {"query_model": "0" * 64},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -64,6 +69,31 @@ def test_a_fingerprint_is_the_same_in_every_release() -> None:
     """Vectors are found by it: if it changed, all of them would be computed and paid for again."""
     prompted = dataclasses.replace(SPEC, document_prompt="Über: ", query_prompt="質問: ")
     assert prompted.fingerprint == "fac35db5adaed56e85857124489f61e85f0b9c77cb7acff5b920e5e08e82a2ff"
+
+
+def test_a_space_of_an_earlier_release_keeps_its_fingerprint() -> None:
+    """These are of the release before ``task`` and ``query_model``: without them, nothing is added to the JSON."""
+    fingerprints = {
+        pooling: dataclasses.replace(SPEC, pooling=pooling).fingerprint for pooling in (Pooling.MEAN, Pooling.CLS)
+    }
+    assert fingerprints == {
+        Pooling.MEAN: "06ac3f96c734e20ad97cf4474acc80ee0286044efa50242329eefc6658cfc56c",
+        Pooling.CLS: "87b9bc95fe86fb7d0be37c95fec994db15930a8fe02c965921339be80122a243",
+    }
+    assert DEFAULT_SPEC.fingerprint == "ac41cc11c3b64e4416b756bf2b536ece458f9a1924416eaf83da672383e5c966"
+
+
+def test_poolings_that_are_joined_are_a_word_of_their_own() -> None:
+    joined = pooling_of("cls+mean")
+    space = dataclasses.replace(SPEC, pooling=joined)
+
+    assert joined.modes == (Pooling.CLS, Pooling.MEAN)
+    assert json.loads(json.dumps(dataclasses.asdict(space)))["pooling"] == "cls+mean"
+    assert space.fingerprint not in {SPEC.fingerprint, dataclasses.replace(SPEC, pooling=Pooling.CLS).fingerprint}
+    assert space.fingerprint != dataclasses.replace(SPEC, pooling=pooling_of("mean+cls")).fingerprint
+    for word in ("cls+", "cls+median", "mean+provider", "+"):
+        with pytest.raises(ValueError, match="is not a valid Pooling"):
+            pooling_of(word)
 
 
 def test_the_label_does_not_change_the_fingerprint() -> None:

@@ -151,7 +151,7 @@ def test_a_file_that_becomes_a_fifo_after_the_look_blocks_nothing(
     os.mkfifo(folder / "tokenizer.json")
     monkeypatch.setattr(Path, "is_file", lambda path: path.exists())
     with pytest.raises(UnknownModel, match="not a regular file"):
-        revision(folder, transformer=folder, others=[], weights=[])
+        revision(folder, transformers=[folder], others=[], weights=[])
 
 
 def test_an_endless_file_is_not_read_whole(tmp_path: Path) -> None:

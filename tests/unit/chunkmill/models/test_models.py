@@ -55,7 +55,7 @@ def sentence_folder(folder: Path, *more: tuple[str, dict[str, Any]], **files: An
     }
     for number, (kind, config) in enumerate(more, 2):
         content[f"{number}_{kind}/config.json"] = config
-        if kind == "Dense":
+        if kind in ("Dense", "LayerNorm"):
             content[f"{number}_{kind}/model.safetensors"] = weights()
     return write(folder, content | files)
 
@@ -109,6 +109,7 @@ def test_normalize_counts_only_as_the_last_module(tmp_path: Path) -> None:
         ({"pooling_mode": ["max"]}, Pooling.MAX),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, Pooling.CLS),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, Pooling.MEAN_SQRT_LEN),
+        ({"pooling_mode_weightedmean_tokens": True}, Pooling.WEIGHTED_MEAN),
         ({}, Pooling.MEAN),
     ],
 )
@@ -188,8 +189,8 @@ def test_a_folder_that_states_its_pooling_is_not_given_another(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, r"several pooling modes.*cls, mean"),
-        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pooling mode weightedmean"),
+        ({"1_Pooling/config.json": {"pooling_mode": ["cls", "median"]}}, "pooling mode median"),
+        ({"1_Pooling/config.json": {"pooling_mode": []}}, "neither a word nor a list of words"),
         ({"modules.json": [module("Transformer", ""), module("LSTM", "1_Pooling")]}, "LSTM"),
         ({"modules.json": [{"type": "own_code.Transformer", "path": ""}]}, "own_code.Transformer.*code"),
         ({"modules.json": [module("Transformer", "../elsewhere")]}, "not inside the folder"),
@@ -212,7 +213,8 @@ def test_what_is_not_supported_is_named(tmp_path: Path, files: dict[str, Any], m
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("Router", {}, "module Router"),
+        ("WeightedLayerPooling", {}, "module WeightedLayerPooling"),
+        ("LayerNorm", {}, "does not state dimension"),
         ("Dense", {"activation_function": "os.system"}, "activation system"),
         ("Dense", {"use_residual": True}, "use_residual"),
         ("Normalize", {"module_input_name": "token_embeddings"}, "token_embeddings"),

@@ -31,7 +31,7 @@ class Backend(Protocol):
     """One model on one device."""
 
     name: str
-    """``native``, ``transformers``, ``onnx`` or ``openvino``."""
+    """``native``, ``transformers``, ``onnx``, ``openvino`` or ``static``."""
     device: torch.device
     """Where its vectors are."""
     dtype: torch.dtype
