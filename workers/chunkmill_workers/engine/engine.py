@@ -128,7 +128,9 @@ class Engine:
             if dtype != "auto" or parts.backend.dtype == torch.float32 or isinstance(parts.backend, Int8Backend):
                 raise
             logger.warning("%s. It is loaded in fp32 instead", unfit)
-            MEMORY.failed_in_half(parts.folder, parts.backend.device)
+            for side in (parts, parts.query):
+                if side is not None:
+                    MEMORY.failed_in_half(side.folder, side.backend.device)
         else:
             return engine
         on = engine.device
@@ -141,6 +143,8 @@ class Engine:
 
     def _require_fit(self, parts: EngineParts, *, chosen: bool) -> None:
         require_fit(parts.folder, parts.tokenizer, parts.backend, self._runner, chosen=chosen)
+        if self._queries is not None and parts.query is not None:
+            self._queries._require_fit(parts.query, chosen=chosen)
 
     def close(self, seconds: float = 30.0) -> None:
         """Let go of the model: whoever drops the last reference to a closed engine frees its memory at once.
