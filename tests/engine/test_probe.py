@@ -20,6 +20,7 @@ from chunkmill_workers.engine.backends import Hidden
 from chunkmill_workers.engine.backends.generic import TransformersBackend
 from chunkmill_workers.engine.backends.native import NativeBackend
 from chunkmill_workers.engine.windows import Ids
+from chunkmill_workers.tuning import check
 
 from .conftest import Toy, sample, save_toy
 
@@ -220,3 +221,16 @@ def test_the_transformers_backend_is_probed_too(tmp_path: Path, monkeypatch: pyt
 
     with pytest.raises(ModelLoadError, match="no short text a finite vector"):
         Engine.load(folder, device="cpu", dtype="fp32")
+
+
+def test_a_check_of_a_model_loads_it_and_measures_it(
+    toy_path: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert check.main([str(toy_path("bert-mean"))]) == 0
+    said = json.loads(capsys.readouterr().out)
+
+    assert (said["device"], said["backend"]) == ("cpu", "native")
+    assert min(said["load_seconds"], said["latency_ms"], said["tokens_per_second"], said["memory_mib"]) > 0
+
+    assert check.main([str(tmp_path)]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "unknown_model"

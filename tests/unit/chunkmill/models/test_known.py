@@ -1,4 +1,4 @@
-"""The table of known models says what can be cited, and what the code knows in another place it says in the same way."""
+"""The table of known models says what can be cited, and agrees with what the code says in other places."""
 
 from __future__ import annotations
 

@@ -117,5 +117,5 @@ def test_models_are_sorted_by_what_is_preferred() -> None:
 def test_those_that_fail_come_last_with_what_they_fail() -> None:
     found = options(MODELS, (MEASURED,), Wanted(latency_ms=20.0, dimensions=300))
 
-    assert [option.model.name for option in found][0] == "a/table"
+    assert found[0].model.name == "a/table"
     assert by_name(found)["a/base"].failures == ("latency", "dimensions")
