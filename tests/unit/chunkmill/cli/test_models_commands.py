@@ -56,7 +56,8 @@ def tuned(settings: Settings, *, spec: SpaceSpec = DEFAULT_SPEC, **fields: Any) 
     machine = this_machine(None)
     profile = Profile(
         "all-MiniLM-L6-v2", spec.fingerprint, Setup("native", "bfloat16", 512, 2, 4),
-        Measured(1.0, 1.0, 8_000.0, 5.0, 500.0, 7), Constraints(0.9999), machine, versions(), "2026-11-21T10:00:00+00:00",
+        Measured(1.0, 1.0, 8_000.0, 5.0, 500.0, 7), Constraints(0.9999), machine, versions(),
+        "2026-11-21T10:00:00+00:00",
     )  # fmt: skip
     profile = replace(profile, **fields)
     path = profile_path(settings, profile.fingerprint, machine)
