@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import processors
 
+from chunkmill.domain.spaces import OnLong
+from chunkmill.errors import InvalidSetting, ModelLoadError, TokenizerMismatch, UnknownModel
+from chunkmill.models import resolve_model
 from chunkmill_workers.engine import Engine
+from chunkmill_workers.engine.backends.export import export
 
 from .conftest import _wordpiece, libraries, reference, sample, save_transformer
 
@@ -217,3 +224,224 @@ def test_every_format_gives_the_vectors_of_sentence_transformers(name: str, save
     alone = np.vstack([engine.embed([text]).vectors for text in TEXTS[:8]])
     np.testing.assert_allclose(documents.vectors[:8], alone, atol=1e-5 * max(1.0, float(np.abs(alone).max())), rtol=0)
     engine.close()
+
+
+def adapted(folder: Path, task: str, seed: int, **settings: Any) -> Path:
+    """``folder`` with an adapter for ``task`` in the form of PEFT: two products of each layer, and the table."""
+    from safetensors.torch import save_file
+
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query", "dense"]} | settings
+    torch.manual_seed(seed)
+    prefix = "base_model.model."
+    tensors = {
+        f"{prefix}embeddings.word_embeddings.lora_embedding_A": 0.3 * torch.randn(4, vocabulary(folder)),
+        f"{prefix}embeddings.word_embeddings.lora_embedding_B": 0.3 * torch.randn(32, 4),
+    }
+    for layer in range(2):
+        for name, out, width in (("attention.self.query", 32, 32), ("output.dense", 32, 64)):
+            tensors[f"{prefix}encoder.layer.{layer}.{name}.lora_A.weight"] = 0.3 * torch.randn(4, width)
+            tensors[f"{prefix}encoder.layer.{layer}.{name}.lora_B.weight"] = 0.3 * torch.randn(out, 4)
+    (folder / task).mkdir(parents=True)
+    (folder / task / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, str(folder / task / "adapter_model.safetensors"))
+    return folder
+
+
+def vocabulary(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+def with_adapter(folder: Path, task: str, scale: float) -> Any:
+    """sentence-transformers on ``folder``, with what the adapter adds computed beside each layer, and not merged."""
+    from safetensors.torch import load_file
+
+    model = reference(folder)
+    tensors = load_file(str(folder / task / "adapter_model.safetensors"))
+    layers = dict(model[0].auto_model.named_modules())
+
+    def beside(down: torch.Tensor, up: torch.Tensor, *, table: bool) -> Any:
+        def add(_module: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
+            inner = down.T[given[0]] if table else given[0] @ down.T
+            return out + scale * (inner @ up.T)
+
+        return add
+
+    for name, down in tensors.items():
+        if "_A" not in name:
+            continue
+        layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        hook = beside(down, tensors[name.replace("_A", "_B")], table="embedding_A" in name)
+        layers[layer].register_forward_hook(hook)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    saved = save(folder / "saved", encoder(folder / "plain"))
+    adapted(saved, "retrieval.passage", 5)
+    return adapted(saved, "adapters/retrieval.query", 6, use_rslora=True)
+
+
+def test_a_task_adds_its_adapter_to_the_weights(tasks: Path) -> None:
+    engine, plain = load(f"{tasks}?task=retrieval.passage"), load(tasks)
+    two = load(f"{tasks}?task=retrieval.passage&query_task=retrieval.query")
+
+    passages = with_adapter(tasks, "retrieval.passage", 8 / 4).encode(TEXTS)
+    queries = with_adapter(tasks, "adapters/retrieval.query", 8 / 2).encode(TEXTS)
+
+    assert_equal(engine.embed(TEXTS).vectors, passages)
+    assert_equal(engine.embed(TEXTS, "query").vectors, passages)
+    assert_equal(two.embed(TEXTS).vectors, passages)
+    assert_equal(two.embed(TEXTS, "query").vectors, queries)
+    assert np.abs(passages - plain.embed(TEXTS).vectors).max() > 0.1, "the adapter changes nothing"
+    specs = [each.spec for each in (engine, plain, two)]
+    assert [(spec.task, spec.query_task) for spec in specs] == [
+        ("retrieval.passage", ""), ("", ""), ("retrieval.passage", "retrieval.query")
+    ]  # fmt: skip
+    assert len({spec.fingerprint for spec in specs}) == 3
+
+
+def test_other_weights_of_an_adapter_are_another_space(tasks: Path, tmp_path: Path) -> None:
+    name = "?task=retrieval.passage"
+    copy = Path(shutil.copytree(tasks, tmp_path / "copy"))
+    before = resolve_model(str(copy)).spec.fingerprint
+    assert resolve_model(f"{copy}{name}").spec.fingerprint == resolve_model(f"{tasks}{name}").spec.fingerprint
+    shutil.rmtree(copy / "retrieval.passage")
+    adapted(copy, "retrieval.passage", 7)
+
+    assert resolve_model(f"{copy}{name}").spec.fingerprint != resolve_model(f"{tasks}{name}").spec.fingerprint
+    assert resolve_model(str(copy)).spec.fingerprint == before, "a space without a task does not depend on adapters"
+
+
+def test_an_adapter_of_another_model_is_refused_at_load(tasks: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(tasks, tmp_path / "copy"))
+    file = str(copy / "retrieval.passage" / "adapter_model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    for change, problem in (
+        ({name: torch.randn(4, 48)}, "belong to another model"),
+        ({name.replace("layer.0", "layer.9"): tensors[name].clone()}, "changes 'encoder.layer.9"),
+    ):
+        save_file(tensors | change, file)
+        with pytest.raises(ModelLoadError, match=problem):
+            load(f"{copy}?task=retrieval.passage")
+
+
+def test_queries_may_go_to_another_model_of_the_same_space(tmp_path: Path) -> None:
+    large = save(tmp_path / "large", [*encoder(tmp_path / "a", family="mpnet"), dense(32, 16, 1)], PROMPTS)
+    small = save(tmp_path / "small", [static(16), base_modules().Normalize()], {"query": "q: ", "document": "d: "})
+    name = f"{large}?query_model={quote(str(small))}"
+
+    engine = load(name)
+
+    assert_equal(engine.embed(TEXTS).vectors, reference(large).encode_document(TEXTS))
+    assert_equal(engine.embed(TEXTS, "query").vectors, reference(small).encode_query(TEXTS))
+    assert engine.spec.query_prompt == "q: "
+    assert engine.spec.fingerprint != load(large).spec.fingerprint
+    # A worker compares what its engine makes under another policy with the space, which a producer has read.
+    split = resolve_model(name, on_long=OnLong.SPLIT).spec
+    assert split.query_model == engine.spec.query_model != ""
+
+
+def test_vectors_of_other_lengths_are_in_no_space_together(tmp_path: Path) -> None:
+    large = save(tmp_path / "large", encoder(tmp_path / "a"))
+    small = save(tmp_path / "small", [static(16)])
+
+    with pytest.raises(UnknownModel, match=r"have 32 dimensions and those of the query_model .* have 16"):
+        resolve_model(f"{large}?query_model={quote(str(small))}")
+    with pytest.raises(UnknownModel, match="16 dimensions for documents and 32 for queries"):
+        resolve_model(str(router(tmp_path / "r", query=encoder(tmp_path / "b"), document=[static(16)])))
+
+
+@pytest.mark.parametrize(
+    ("given", "query", "document"),
+    [
+        ("prompts=e5", "query: ", "passage: "),
+        ("query_prompt=find:+", "find: ", "title: "),
+        ("prompts=e5&document_prompt=", "query: ", ""),
+        ("document_prompt_name=passage&query_prompt=%C3%9C%20", "Ü ", "a passage: "),
+    ],
+)
+def test_prompts_may_be_given_by_the_name(given: str, query: str, document: str, tmp_path: Path) -> None:
+    prompts = PROMPTS | {"passage": "a passage: "}
+    folder = save(tmp_path / "saved", encoder(tmp_path / "plain"), prompts)
+
+    engine, expected = load(f"{folder}?{given}"), reference(folder)
+
+    assert_equal(engine.embed(TEXTS).vectors, expected.encode(TEXTS, prompt=document))
+    assert_equal(engine.embed(TEXTS, "query").vectors, expected.encode(TEXTS, prompt=query))
+    assert (engine.spec.query_prompt, engine.spec.document_prompt) == (query, document)
+    assert engine.spec.model == f"{folder}?{given}", "a worker that is given the space finds the same model"
+
+
+def test_a_static_model_reads_long_texts_to_their_end(saved: Callable[[str], Path]) -> None:
+    texts = ["word and other words. " * 20_000, "a" * 100_000 + " end", TEXTS[0]]
+    engine = load(saved("static"))
+
+    result = engine.embed(texts)
+
+    assert_equal(result.vectors, reference(saved("static")).encode_document(texts))
+    assert not result.truncated.any()
+    cut = load(saved("static-truncated")).embed(texts)
+    assert cut.truncated.tolist() == [True, False, True], "the second text is one unknown word, and another one"
+    assert_equal(cut.vectors, reference(saved("static-truncated")).encode_document(texts))
+
+
+def test_a_text_without_a_token_has_no_vector_in_a_static_model(saved: Callable[[str], Path]) -> None:
+    """sentence-transformers gives it zeros, whose cosine with everything is undefined."""
+    [result] = [part for part in load(saved("model2vec")).stream([TEXTS[0], "  "]) if part.failures]
+
+    assert [(failure.index, failure.code) for failure in result.failures] == [(1, "tokenize_failed")]
+
+
+def test_a_table_without_a_row_for_each_token_is_refused_at_load(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    copy = Path(shutil.copytree(saved("static"), tmp_path / "copy"))
+    [file] = copy.rglob("model.safetensors")
+    save_file({"embedding.weight": torch.randn(50, 32)}, str(file))
+
+    with pytest.raises(TokenizerMismatch, match="the model knows 50 tokens"):
+        load(copy)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "native", "transformers"])
+def test_a_static_model_is_computed_in_one_way_whatever_other_models_need(
+    backend: Any, saved: Callable[[str], Path]
+) -> None:
+    engine = Engine.load(str(saved("static")), device="cpu", dtype="bf16", backend=backend)
+
+    assert (engine.backend, engine.dtype, engine.device) == ("static", "float32", "cpu")
+    assert_equal(engine.embed(TEXTS[:5]).vectors, load(saved("static")).embed(TEXTS[:5]).vectors)
+
+
+def test_what_an_export_cannot_hold_is_neither_exported_nor_run_from_one(
+    tasks: Path, saved: Callable[[str], Path]
+) -> None:
+    """An export is found by the revision, which is the same for both sides of a Router."""
+    for name, reason in (
+        (f"{tasks}?task=retrieval.passage", "asks for the adapter of a task"),
+        (f"{tasks}?query_task=retrieval.passage", "asks for the adapter of a task"),
+        (str(saved("router")), "an encoder for queries and another one for documents"),
+    ):
+        with pytest.raises(InvalidSetting, match=f"backend onnx cannot run model .*{reason}"):
+            load(name, backend="onnx")
+        with pytest.raises(ModelLoadError, match=f"cannot be exported, because .*{reason}"):
+            export(resolve_model(name), "onnx")
+    with pytest.raises(ModelLoadError, match="StaticEmbedding, which has no graph"):
+        export(resolve_model(str(saved("static"))), "openvino")
+
+
+@pytest.mark.parametrize("name", ["router-after-pooling", "router"])
+def test_the_sides_of_a_router_share_their_weights_if_these_are_the_same(
+    name: str, saved: Callable[[str], Path]
+) -> None:
+    engine = load(saved(name))
+    assert engine._queries is not None
+    assert (engine._queries._backend is engine._backend) is (name == "router-after-pooling")
+    assert {*engine.steps} == {
+        f"a {step}{side}" for step in ("forward pass", "call of the tokenizer") for side in ("", " for queries")
+    }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkmill.domain.spaces import OnLong, Pooling
+from chunkmill.domain.spaces import AnyPooling, OnLong, Pooling, pooling_of
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.backends import Hidden
 from chunkmill_workers.engine.backends.native import NativeBackend
@@ -164,9 +164,9 @@ def test_windows_of_split_texts(
     np.testing.assert_allclose(result.vectors, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in Pooling if mode is not Pooling.PROVIDER])
+@pytest.mark.parametrize("mode", [*(mode for mode in Pooling if mode is not Pooling.PROVIDER), pooling_of("cls+mean")])
 @pytest.mark.parametrize("skipping", [False, True])
-def test_packed_texts_are_pooled_as_padded_ones(mode: Pooling, skipping: bool) -> None:
+def test_packed_texts_are_pooled_as_padded_ones(mode: AnyPooling, skipping: bool) -> None:
     lengths = torch.tensor([3, 1, 7, 2])
     skips = torch.tensor([1, 2, 0, 2], dtype=torch.int32) if skipping else None  # two have nothing left
     inside = torch.arange(7) < lengths[:, None]

@@ -63,7 +63,7 @@ def resolve_model(
     changes. Raises UnknownModel, which says what to do.
     """
     base, given = split_name(name)
-    label = _label(base)
+    label, pooling = _label(base), given.pooling or pooling
     pickle, code = _is_in(label, trust.pickle), _is_in(label, trust.remote_code)
     folder = locate_folder(base, pickle=pickle, remote_code=code, download=download)
     options = ModelOptions(
@@ -156,7 +156,7 @@ def cut_space(full: SpaceSpec, dimensions: int, *, trust: Trust = _NO_TRUST) -> 
 
 def _prompts_of(given: Given) -> Given:
     """The part of ``given`` for which the files of the default model need not be read."""
-    return replace(given, task=None, query_task=None, query_model=None)
+    return replace(given, pooling=None, task=None, query_task=None, query_model=None)
 
 
 def _label(name: str) -> str:

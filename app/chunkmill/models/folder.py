@@ -120,7 +120,8 @@ def read_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
     if options.pooling is None:
         raise UnknownModel(
             f"model {name!r}: {path} is a plain transformers folder, which does not say how token vectors "
-            f"become a text vector: set EMBEDDING_POOLING (or pooling=) to one of {', '.join(_OURS)}"
+            f"become a text vector: set EMBEDDING_POOLING (or pooling=, or ?pooling= behind the name) to one of "
+            f"{', '.join(_OURS)}"
         )
     pooling = _stated_pooling(name, options.pooling)
     document, query = (

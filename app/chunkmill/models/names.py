@@ -39,6 +39,8 @@ class Given:
     query_prompt_name: str | None = None
     """One of the prompts of the folder's config_sentence_transformers.json, by its name there."""
     document_prompt_name: str | None = None
+    pooling: str | None = None
+    """The pooling of a plain transformers folder, such as ``cls`` or, joined, ``cls%2Bmean``."""
     task: str | None = None
     """The folder of an adapter (LoRA) in the model's folder."""
     query_task: str | None = None
@@ -58,10 +60,11 @@ def split_name(name: str) -> tuple[str, Given]:
     name; then nothing can be given with it.
     """
     base, mark, rest = name.partition("?")
-    if not mark or Path(name).expanduser().is_dir():
+    if not mark or _is_folder(name):
         return name, NOTHING
     try:
-        pairs = parse_qsl(rest, keep_blank_values=True, strict_parsing=True, max_num_fields=len(_KEYS))
+        # Nothing at all counts as a field that has no =.
+        pairs = parse_qsl(rest or "-", keep_blank_values=True, strict_parsing=True, max_num_fields=len(_KEYS))
     except ValueError:
         raise UnknownModel(
             f"model {name!r}: what stands behind the ? is not of the form key=value&key=value, with at most "
@@ -79,7 +82,14 @@ def split_name(name: str) -> tuple[str, Given]:
 
 def without_given(name: str) -> str:
     """The name of the model alone, for looking it up. A name that cannot be read stays as it is."""
-    return name if Path(name).expanduser().is_dir() else name.partition("?")[0]
+    return name if "?" not in name or _is_folder(name) else name.partition("?")[0]
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except OSError:  # a prompt may be longer than a file's name can be
+        return False
 
 
 def prompt_of(name: str, side: str, given: Given, own: Mapping[str, str]) -> str | None:
@@ -124,5 +134,5 @@ def _check(name: str, given: Given) -> None:
             f"model {name!r}: query_prompt_name is a prompt of this model's folder, and queries go to the query_model: "
             "state it in the name of that model, with ? as %3F and = as %3D"
         )
-    if given.query_model is not None and "query_model" in given.query_model:
+    if given.query_model is not None and split_name(given.query_model)[1].query_model is not None:
         raise UnknownModel(f"model {name!r}: the query_model cannot have a query_model of its own")

@@ -151,7 +151,8 @@ class Settings(ProviderSettings, GatewaySettings):
     embedding_model: str = Field(
         "all-MiniLM-L6-v2",
         description="Default model, for jobs that name none and for workers when they start: the bundled model's "
-        "name, a local folder, or `org/name@revision`.",
+        "name, a local folder, or `org/name@revision`. Prompts, an adapter and a model for queries may stand behind "
+        "it: `org/name@revision?prompts=e5`.",
     )
     embedding_pooling: Pooling | None = Field(
         None,

@@ -17,6 +17,7 @@ from chunkmill.models import ModelFolder, resolve_model
 from chunkmill.models.files import read_json
 from chunkmill_workers.engine.backends import Backend
 from chunkmill_workers.engine.backends.adapters import merge
+from chunkmill_workers.engine.backends.exported import why_not_exported
 from chunkmill_workers.engine.backends.generic import TransformersBackend
 from chunkmill_workers.engine.backends.int8 import Int8Backend, load_int8, require_int8
 from chunkmill_workers.engine.backends.loading import load_model
@@ -83,6 +84,10 @@ def load_parts(
         raise InvalidSetting(
             "precision is int8 and the model's folder was read for float: give precision to resolve_model too"
         )
+    if backend in ("onnx", "openvino") and not folder.static and (reason := why_not_exported(folder)) is not None:
+        raise InvalidSetting(
+            f"backend {backend} cannot run model {folder.name!r}, because {reason}: set EMBEDDING_BACKEND=auto"
+        )
     options = _Options(device=on, dtype=dtype, batch_tokens=batch_tokens, backend=backend, learned=learned)
     parts = _load_side(folder, options, threads)
     return parts if folder.query is None else replace(parts, query=_load_queries(parts, folder.query, options))
@@ -100,8 +105,8 @@ class _Options:
 
 
 def _load_queries(documents: EngineParts, folder: ModelFolder, options: _Options) -> EngineParts:
-    """The parts for queries. They share the weights of ``documents`` if these are the same, and if two threads may use
-    them at a time; on a GPU the weights are loaded twice."""
+    """The parts for queries. They share the weights of ``documents`` if these are the same and two threads may use them
+    at a time. Otherwise the weights are loaded twice, because each engine has a device thread of its own."""
     own = documents.folder
     same = (folder.transformer, folder.adapter, folder.lowercase) == (own.transformer, own.adapter, own.lowercase)
     if (
@@ -115,11 +120,7 @@ def _load_queries(documents: EngineParts, folder: ModelFolder, options: _Options
 
 
 def _load_static(folder: ModelFolder, options: _Options, threads: int) -> EngineParts:
-    if options.backend in ("onnx", "openvino"):
-        raise InvalidSetting(
-            f"backend {options.backend} runs exported models, and {folder.name!r} is a StaticEmbedding, which is not "
-            "exported: set EMBEDDING_BACKEND=auto"
-        )
+    """A static model has one way to be computed, whatever backend, device and number format are for other models."""
     tokenizer = TextTokenizer.load_static(folder.transformer)
     backend = StaticBackend.load(folder)
     tokenizer.check({}, backend.embedding_rows)
@@ -244,10 +245,6 @@ def _load_backend(
     if name in ("onnx", "openvino"):
         if device.type != "cpu":
             raise InvalidSetting(f"backend {name} runs on the CPU: set EMBEDDING_DEVICE=cpu, or EMBEDDING_BACKEND=auto")
-        if folder.adapter is not None:
-            raise InvalidSetting(
-                f"backend {name} cannot add the adapter of a task to an exported model: set EMBEDDING_BACKEND=auto"
-            )
         exported = OnnxBackend if name == "onnx" else OpenVinoBackend
         return exported.load(folder, dtype=dtype, threads=threads, pad_id=pad_id)
     build = Build(dtype, device, slots, folder.spec.max_tokens)

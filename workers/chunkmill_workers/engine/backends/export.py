@@ -39,6 +39,7 @@ from chunkmill_workers.engine.backends.exported import (
     exports_folder,
     find,
     require,
+    why_not_exported,
 )
 from chunkmill_workers.engine.backends.generic import TransformersBackend
 from chunkmill_workers.engine.backends.loading import load_model
@@ -71,6 +72,8 @@ def export(folder: ModelFolder, target: Target, *, force: bool = False) -> tuple
     ``force`` makes it again if it exists. It is made and checked in a folder of another name, so it appears complete or
     not at all.
     """
+    if (reason := why_not_exported(folder)) is not None:
+        raise ModelLoadError(f"backend {target}: model {folder.name!r} cannot be exported, because {reason}")
     require(target, to_export=True)
     at = export_folder(folder, target)
     if at.exists() and not force:

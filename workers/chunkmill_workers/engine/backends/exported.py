@@ -39,6 +39,18 @@ RUN: Final[Mapping[Target, tuple[str, ...]]] = {"onnx": ("onnxruntime",), "openv
 MAKE: Final[Mapping[Target, tuple[str, ...]]] = {"onnx": ("onnx", "onnxscript"), "openvino": ()}
 
 
+def why_not_exported(folder: ModelFolder) -> str | None:
+    """Why a model has no export; None if it may have one. An export is one graph, known by the model's revision."""
+    if folder.static:
+        return "it is a StaticEmbedding, which has no graph"
+    if folder.adapter is not None or (folder.query is not None and folder.query.adapter is not None):
+        return "its name asks for the adapter of a task, and an export has the model's own weights"
+    other = folder.query
+    if other is not None and other.path == folder.path and other.transformer != folder.transformer and not other.static:
+        return "its Router has an encoder for queries and another one for documents"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """The content of export.json."""

@@ -2,7 +2,7 @@
 
 There is no forward pass to speak of, so they run on the CPU whatever the device, and in fp32: nearly all of the time
 goes to the tokenizer. torch's ``embedding_bag`` reads the table once and keeps no token vectors; NumPy's
-``table[ids]`` and ``add.reduceat`` write and read each of them again (docs/models.md has the measurement).
+``table[ids]`` and ``add.reduceat`` write and read each of them again (docs/decisions/0085 has the measurement).
 """
 
 from __future__ import annotations
