@@ -29,9 +29,9 @@ from chunkmill_workers.engine.windows import Ids
 logger = logging.getLogger(__name__)
 
 _TEXT: Final = "The mill grinds slowly, and it grinds all."
-# How far a text's vector may move if a longer text is beside it, as a share of its largest number. 19 sound models moved
-# by at most 7e-7 in fp32 and 8e-3 in bf16. Without their attention mask, so that padding is read, eight of them moved by
-# 0.27 to 0.54.
+# How far a text's vector may move if a longer text is beside it, as a share of its largest number. 19 sound models
+# moved by at most 7e-7 in fp32 and 8e-3 in bf16. Eight of them without their attention mask, so that padding is read,
+# moved by 0.27 to 0.54.
 _MOVES_EXACT: Final = 1e-3
 _MOVES_ROUNDED: Final = 0.1
 _REASON_LENGTH: Final = 500
