@@ -42,6 +42,7 @@ class SlowEngine:
     """What the pipeline and the canary in ``chunkmill_workers.local`` use of the engine's ``Engine``."""
 
     device, dtype, backend = "cpu", "float32", "slow"
+    has_own_queries = False
 
     def __init__(self, folder: ModelFolder) -> None:
         self.spec = folder.spec

@@ -18,8 +18,10 @@ from tokenizers import processors
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidSetting, ModelLoadError, TokenizerMismatch, UnknownModel
 from chunkmill.models import resolve_model
+from chunkmill.spaces.registry import Space
 from chunkmill_workers.engine import Engine
 from chunkmill_workers.engine.backends.export import export
+from chunkmill_workers.local.canary import compare, embed_golden
 
 from .conftest import _wordpiece, libraries, reference, sample, save_transformer
 
@@ -58,9 +60,9 @@ def norm(width: int) -> Any:
     return module
 
 
-def dense(width: int, out: int, seed: int) -> Any:
+def dense(width: int, out: int, seed: int, **options: Any) -> Any:
     torch.manual_seed(seed)
-    return st_modules().Dense(width, out, activation_function=torch.nn.Tanh())
+    return st_modules().Dense(width, out, activation_function=torch.nn.Tanh(), **options)
 
 
 def static_tokenizer() -> Any:
@@ -87,6 +89,12 @@ PROMPTS = {"query": "search for this: ", "document": "title: "}
 
 def save_norm(folder: Path) -> Path:
     return save(folder / "saved", [*encoder(folder / "plain"), dense(32, 24, 1), norm(24), base_modules().Normalize()])
+
+
+def save_residual(folder: Path) -> Path:
+    """Of the same size, and of another one; Dropout does nothing outside training."""
+    layers = [dense(32, 32, 1, use_residual=True), st_modules().Dropout(), dense(32, 24, 2, use_residual=True)]
+    return save(folder / "saved", [*encoder(folder / "plain"), *layers])
 
 
 def save_concatenated(folder: Path) -> Path:
@@ -180,6 +188,7 @@ def save_mapped_router(folder: Path) -> Path:
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "layer-norm": save_norm,
+    "residual": save_residual,
     "concatenated": save_concatenated,
     "concatenated-prompt-excluded": save_concatenated_without_prompt,
     "weighted-mean": save_weighted,
@@ -314,6 +323,24 @@ def test_other_weights_of_an_adapter_are_another_space(tasks: Path, tmp_path: Pa
     assert resolve_model(str(copy)).spec.fingerprint == before, "a space without a task does not depend on adapters"
 
 
+def test_a_table_that_is_saved_with_an_adapter_takes_the_place_of_the_models_own(tasks: Path, tmp_path: Path) -> None:
+    """PEFT saves the table beside the matrices that change it, because it may have been trained, too."""
+    from safetensors.torch import load_file, save_file
+
+    trained, whole = (Path(shutil.copytree(tasks, tmp_path / name)) for name in ("trained", "whole"))
+    file, own = trained / "retrieval.passage" / "adapter_model.safetensors", whole / "model.safetensors"
+    weights = load_file(str(own))
+    [name] = [name for name in weights if name.endswith("word_embeddings.weight")]
+    table = weights[name].flip(0).contiguous()
+    layer = "base_model.model.embeddings.word_embeddings.base_layer.weight"
+    save_file(load_file(str(file)) | {layer: table}, str(file))
+    save_file(weights | {name: table}, str(own), metadata={"format": "pt"})
+
+    vectors = load(f"{trained}?task=retrieval.passage").embed(TEXTS).vectors
+
+    assert_equal(vectors, with_adapter(whole, "retrieval.passage", 8 / 4).encode(TEXTS))
+
+
 def test_an_adapter_of_another_model_is_refused_at_load(tasks: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -378,7 +405,7 @@ def test_prompts_may_be_given_by_the_name(given: str, query: str, document: str,
 
 
 def test_a_static_model_reads_long_texts_to_their_end(saved: Callable[[str], Path]) -> None:
-    texts = ["word and other words. " * 20_000, "a" * 100_000 + " end", TEXTS[0]]
+    texts = ["word and other words. " * 4_000, "a" * 70_000 + " end", TEXTS[0]]
     engine = load(saved("static"))
 
     result = engine.embed(texts)
@@ -433,6 +460,23 @@ def test_what_an_export_cannot_hold_is_neither_exported_nor_run_from_one(
             export(resolve_model(name), "onnx")
     with pytest.raises(ModelLoadError, match="StaticEmbedding, which has no graph"):
         export(resolve_model(str(saved("static"))), "openvino")
+
+
+@pytest.mark.parametrize("side", ["document", "query"])
+def test_the_canary_hears_both_sides_of_a_model(side: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """A library that changes what it makes of queries alone would be heard by nobody else."""
+    engine, drifting = load(saved("router")), load(saved("router"))
+    space = Space(1, engine.spec, "vector")
+    assert drifting._queries is not None
+    changed = drifting._queries if side == "query" else drifting
+    torch.manual_seed(9)
+    weight = changed._head._inner[0].weight
+    weight.mul_(1 + 0.1 * torch.randn_like(weight))
+
+    reference = embed_golden(engine, space, "one")
+
+    assert compare(embed_golden(load(saved("router")), space, "two"), reference).problem is None
+    assert "similarity" in str(compare(embed_golden(drifting, space, "three"), reference).problem)
 
 
 @pytest.mark.parametrize("name", ["router-after-pooling", "router"])

@@ -200,18 +200,20 @@ def _local_rule(settings: Settings, request: EstimateRequest) -> Rule:
     if not file.is_file():
         raise UnknownModel(f"{folder.transformer} has no tokenizer.json.")
     counter = tokens.from_tokenizer_file(file)
-    room = spec.max_tokens - counter.overhead
+    unused = counter.overhead if folder.static else 0  # special tokens, which a static model does not read
+    overhead = counter.overhead - unused
+    room = spec.max_tokens - overhead
 
     def sent(n_tokens: int) -> int:
         if n_tokens <= spec.max_tokens:
             return n_tokens
         if request.on_long is OnLong.TRUNCATE:
             return spec.max_tokens
-        windows_of_text = window_bounds(n_tokens - counter.overhead, room)
-        return sum(window.end - window.start + counter.overhead for window in windows_of_text)
+        windows_of_text = window_bounds(n_tokens - overhead, room)
+        return sum(window.end - window.start + overhead for window in windows_of_text)
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
-        counts = counter.counts([text for _, text in contents])
+        counts = [n - unused for n in counter.counts([text for _, text in contents])]
         taken = [n for n in counts if n <= spec.max_tokens or request.on_long is not OnLong.REJECT]
         return sum(map(sent, taken)), len(counts) - len(taken)
 

@@ -18,6 +18,8 @@ from chunkmill.models.weights import read_header
 
 CONFIG: Final = "adapter_config.json"
 _WEIGHTS: Final = "adapter_model.safetensors"
+_STARTS: Final = (None, True, False, "gaussian", "orthogonal", "eva")
+"""What ``init_lora_weights`` may be. Others, such as ``pissa``, change the weights of the model before they add."""
 # What changes how an adapter is computed, and what it must state (or leave out) for `merge` to be right.
 _PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
     "bias": (None, "none"),
@@ -30,13 +32,23 @@ _PLAIN: Final[Mapping[str, tuple[Any, ...]]] = {
     "lora_bias": (None, False),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (None, False),
+    "use_bdlora": (None, False),
+    "init_lora_weights": _STARTS,
+    **dict.fromkeys(
+        (f"{kind}_config" for kind in ("arrow", "corda", "kasa", "lora_ga", "monteclora", "velora")), (None,)
+    ),
 }
-_PARTS: Final = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_PARTS: Final = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter: for each layer that it changes, ``weight + scale * (B @ A)``."""
+    """A LoRA adapter: for each layer that it changes, ``weight + scale * (B @ A)``.
+
+    If it changes the table of token embeddings, PEFT saves that table with it, as ``base_layer``.
+    """
 
     path: Path
     """Its folder."""

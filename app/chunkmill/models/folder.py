@@ -19,7 +19,7 @@ from chunkmill.models.adapters import Adapter, find_adapter
 from chunkmill.models.digest import revision
 from chunkmill.models.files import broken, read_object, unsupported
 from chunkmill.models.matryoshka import check_dimensions, stated_sizes
-from chunkmill.models.modules import Entry, Module, listed_modules, read_module, read_pooling
+from chunkmill.models.modules import WITHOUT_EFFECT, Entry, Module, listed_modules, read_module, read_pooling
 from chunkmill.models.names import NOTHING, Given, prompt_of
 from chunkmill.models.routers import modules_of, router_files
 from chunkmill.models.static import read_static
@@ -161,7 +161,7 @@ def _read_modules(name: str, chain: Sequence[Entry], options: ModelOptions, task
             name,
             f"modules {' → '.join(kinds)}; they must begin with Transformer → Pooling, or with StaticEmbedding",
         )
-    rest = chain[1 if static else 2 :]
+    rest = [entry for entry in chain[1 if static else 2 :] if entry[0] not in WITHOUT_EFFECT]
     modules = tuple(read_module(name, kind, folder, pickle=options.pickle) for kind, folder in rest)
     if static:
         return _read_static(name, chain[0][1], options, task, modules)

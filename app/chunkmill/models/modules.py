@@ -33,7 +33,10 @@ _OLD_POOLING_KEYS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """One ``Dense`` module: ``activation(x @ weight.T + bias)``. ``activation`` is one of ACTIVATIONS."""
+    """One ``Dense`` module: ``activation(x @ weight.T + bias)``. ``activation`` is one of ACTIVATIONS.
+
+    With ``residual``, x is added to that; if the two have other sizes, ``x @ residual.weight.T``.
+    """
 
     path: Path
     """The module's folder."""
@@ -41,6 +44,7 @@ class DenseLayer:
     out_features: int
     bias: bool
     activation: str
+    residual: bool
     weights: Path
     """Its safetensors file. It is a ``.bin``, which is a pickle, only if the operator trusts the model with that."""
 
@@ -62,6 +66,8 @@ class LayerNormLayer:
 
 Layer = DenseLayer | LayerNormLayer
 Module = Layer | Literal["normalize"]
+WITHOUT_EFFECT: Final = frozenset({"Dropout"})
+"""Modules that only training needs."""
 Entry = tuple[str, Path]
 """The class of a module, such as ``Pooling``, and its folder."""
 
@@ -127,10 +133,9 @@ def read_module(name: str, kind: str, folder: Path, *, pickle: bool) -> Module:
     library, _, activation = str(config.get("activation_function", "torch.nn.Tanh")).rpartition(".")
     if not library.startswith("torch.") or activation not in ACTIVATIONS:
         raise unsupported(name, f"the activation {activation} of module Dense")
-    if config.get("use_residual"):
-        raise unsupported(name, "module Dense with use_residual")
     width, depth = config.get("in_features"), config.get("out_features")
     if not isinstance(width, int) or not isinstance(depth, int):
         raise broken(file, "does not state in_features and out_features")
     weights = weight_files(name, folder, pickle=pickle)[0]
-    return DenseLayer(folder, width, depth, bool(config.get("bias", True)), activation, weights)
+    bias, residual = bool(config.get("bias", True)), bool(config.get("use_residual"))
+    return DenseLayer(folder, width, depth, bias, activation, residual, weights)

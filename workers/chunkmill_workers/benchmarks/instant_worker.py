@@ -25,6 +25,7 @@ class InstantEngine:
     """The part of ``chunkmill_workers.engine.engine.Engine`` that the worker uses."""
 
     device, dtype, backend = "cpu", "float32", "instant"
+    has_own_queries = False
 
     def __init__(self, folder: ModelFolder) -> None:
         self.spec = folder.spec

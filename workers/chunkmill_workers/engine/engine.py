@@ -183,6 +183,11 @@ class Engine:
         return self._token_budget.tokens
 
     @property
+    def has_own_queries(self) -> bool:
+        """Whether queries are embedded by another model, or by other modules, than documents."""
+        return self._queries is not None
+
+    @property
     def dimensions(self) -> int:
         """Numbers in a vector."""
         return self.spec.dimensions

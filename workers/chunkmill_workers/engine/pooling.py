@@ -112,15 +112,22 @@ def _pool_packed(
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """A Dense module: ``activation(vectors @ weight.T + bias)`` with (out, in) weights, in fp32."""
+    """A Dense module: ``activation(vectors @ weight.T + bias)`` with (out, in) weights, in fp32.
+
+    With ``add``, its input is added, or with a ``residual`` of (out, in) that product of its input.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     activation: str
+    add: bool
+    residual: torch.Tensor | None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         values: torch.Tensor = _ACTIVATIONS[self.activation](functional.linear(vectors, self.weight, self.bias))
-        return values
+        if not self.add:
+            return values
+        return values + (vectors if self.residual is None else functional.linear(vectors, self.residual))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +193,17 @@ def _load(layer: DenseLayer | LayerNormLayer, device: torch.device) -> _Dense | 
         weight = tensors[f"{prefix}.weight"].float().to(device)
         has_bias = isinstance(layer, LayerNormLayer) or layer.bias
         bias = tensors[f"{prefix}.bias"].float().to(device) if has_bias else None
+        projects = isinstance(layer, DenseLayer) and layer.residual and layer.in_features != layer.out_features
+        residual = tensors["residual.weight"].float().to(device) if projects else None
     except Exception as error:
         raise ModelLoadError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     stated = (layer.out_features, layer.in_features) if isinstance(layer, DenseLayer) else (layer.in_features,)
-    if tuple(weight.shape) != stated:
-        raise ModelLoadError(
-            f"{file} holds a {tuple(weight.shape)} matrix and its config.json states {stated}: copy the folder again"
-        )
+    for matrix in [weight] if residual is None else [weight, residual]:
+        if tuple(matrix.shape) != stated:
+            raise ModelLoadError(
+                f"{file} holds a {tuple(matrix.shape)} matrix and its config.json states {stated}: copy the folder "
+                "again"
+            )
     if bias is not None and tuple(bias.shape) != stated[:1]:
         raise ModelLoadError(
             f"{file} holds a bias of {tuple(bias.shape)} and its config.json states {stated[:1]}: copy the folder again"
@@ -200,4 +211,4 @@ def _load(layer: DenseLayer | LayerNormLayer, device: torch.device) -> _Dense | 
     if isinstance(layer, LayerNormLayer):
         assert bias is not None  # noqa: S101 - it is read above
         return _LayerNorm(weight, bias)
-    return _Dense(weight, bias, layer.activation)
+    return _Dense(weight, bias, layer.activation, layer.residual, residual)

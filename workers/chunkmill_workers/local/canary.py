@@ -20,13 +20,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import sqlalchemy as sa
 import torch
+from numpy.typing import NDArray
 
 from chunkmill.domain.reasons import reason_of
 from chunkmill.errors import CanaryFailed, ChunkmillError
 from chunkmill.spaces import canaries
 from chunkmill.spaces.canaries import Canary, Maker
 from chunkmill.spaces.registry import Space
-from chunkmill_workers.engine.engine import Engine
+from chunkmill_workers.engine.engine import Engine, Kind
 from chunkmill_workers.engine.matryoshka import shorten
 from chunkmill_workers.local.golden import TEXTS, VERSION
 
@@ -151,18 +152,26 @@ def embed_golden(engine: Engine, space: Space, worker: str) -> Canary:
     """The golden vectors as ``space`` would store them. Raises :class:`CanaryFailed` if it has none."""
     vectors = np.zeros((len(TEXTS), space.spec.dimensions), np.float32)
     n_tokens = np.zeros(len(TEXTS), np.int32)
-    # Urgent, because a query may be waiting for the check and the texts are short.
-    for result in engine.stream(TEXTS, on_long=space.spec.long_text.policy, urgent=True):
-        for failure in result.failures:
-            # Some tokenizers find nothing in an empty text, and do so on every machine.
-            if failure.code != "tokenize_failed":
-                raise CanaryFailed(
-                    f"golden text {failure.index} got no vector from {space.spec.model!r} on {engine.device}: "
-                    f"{failure.code}, {failure.reason}. Check the device and the library versions; this worker takes "
-                    "no work of the space."
-                )
-        vectors[result.indices] = shorten(result.vectors, space.spec.dimensions, normalize=space.spec.normalize)
-        n_tokens[result.indices] = result.n_tokens
+    every = np.arange(len(TEXTS))
+    # Where queries have a model of their own, every second text is one, so that both models are compared.
+    sides: list[tuple[Kind, NDArray[np.intp]]] = [("document", every)]
+    if engine.has_own_queries:
+        sides = [("document", every[::2]), ("query", every[1::2])]
+    for kind, at in sides:
+        texts = [TEXTS[text] for text in at]
+        # Urgent, because a query may be waiting for the check and the texts are short.
+        for result in engine.stream(texts, kind, on_long=space.spec.long_text.policy, urgent=True):
+            for failure in result.failures:
+                # Some tokenizers find nothing in an empty text, and do so on every machine.
+                if failure.code != "tokenize_failed":
+                    raise CanaryFailed(
+                        f"golden text {at[failure.index]} got no vector from {space.spec.model!r} on {engine.device}: "
+                        f"{failure.code}, {failure.reason}. Check the device and the library versions; this worker "
+                        "takes no work of the space."
+                    )
+            cut = shorten(result.vectors, space.spec.dimensions, normalize=space.spec.normalize)
+            vectors[at[result.indices]] = cut
+            n_tokens[at[result.indices]] = result.n_tokens
     return Canary(vectors, n_tokens, _maker(engine, worker))
 
 

@@ -216,7 +216,6 @@ def test_what_is_not_supported_is_named(tmp_path: Path, files: dict[str, Any], m
         ("WeightedLayerPooling", {}, "module WeightedLayerPooling"),
         ("LayerNorm", {}, "does not state dimension"),
         ("Dense", {"activation_function": "os.system"}, "activation system"),
-        ("Dense", {"use_residual": True}, "use_residual"),
         ("Normalize", {"module_input_name": "token_embeddings"}, "token_embeddings"),
     ],
 )

@@ -116,6 +116,8 @@ def tensors(*names: str) -> bytes:
         (LORA | {"bias": "all"}, b"", "bias in"),
         (LORA | {"modules_to_save": ["pooler"]}, b"", "modules_to_save in"),
         (LORA | {"rank_pattern": {"query": 8}}, b"", "rank_pattern in"),
+        (LORA | {"init_lora_weights": "pissa"}, b"", "init_lora_weights in"),
+        (LORA | {"kasa_config": {}}, b"", "kasa_config in"),
         (LORA | {"r": 0}, b"", "does not state r and lora_alpha"),
         (LORA, b"", "has no adapter_model.safetensors"),
         (LORA, tensors("a.lora_A.weight", "a.lora_magnitude_vector"), "a.lora_magnitude_vector .* is no LoRA matrix"),

@@ -31,6 +31,7 @@ def merge(model: Any, adapter: Adapter) -> None:
         pairs.setdefault(layer.removeprefix(_PREFIX), {})[part] = tensor.float()
     for layer, parts in pairs.items():
         module = modules.get(layer)
+        base = parts.pop("base_layer", None)
         linear = parts.keys() == {"lora_A", "lora_B"} and isinstance(module, torch.nn.Linear)
         table = parts.keys() == {"lora_embedding_A", "lora_embedding_B"} and isinstance(module, torch.nn.Embedding)
         if module is None or not (linear or table):
@@ -39,13 +40,19 @@ def merge(model: Any, adapter: Adapter) -> None:
                 "model, or has one matrix of two: copy the adapter of this model again"
             )
         down, up = (parts[f"lora_{'' if linear else 'embedding_'}{half}"] for half in ("A", "B"))
-        weight: torch.Tensor = module.weight
-        shape = tuple(weight.shape) if linear else tuple(weight.shape)[::-1]
-        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or (len(up), down.shape[1]) != shape:
+        weight: torch.Tensor = module.weight if base is None else base
+        shape = tuple(module.weight.shape)[:: 1 if linear else -1]
+        if (
+            weight.shape != module.weight.shape
+            or down.ndim != 2
+            or up.ndim != 2
+            or up.shape[1] != down.shape[0]
+            or (len(up), down.shape[1]) != shape
+        ):
             raise ModelLoadError(
                 f"the matrices for {layer!r} in {adapter.weights} are {tuple(up.shape)} and {tuple(down.shape)}, which "
                 f"do not give {shape}: they belong to another model. Copy the adapter of this model again"
             )
         change = adapter.scale * (up @ down)
         # In the table's own format the sum would lose what is smaller than its last digit.
-        weight.data = weight.data.float() + (change if linear else change.T)
+        module.weight.data = weight.data.float() + (change if linear else change.T)
