@@ -142,12 +142,40 @@ FAMILIES = {
         options={"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None},
     ),
 }  # fmt: skip
+# Families that run through transformers.
+OTHER_FAMILIES = {
+    "deberta": Family(
+        "DebertaConfig", "DebertaModel", _byte_bpe, **_BERT_LIKE,
+        # As microsoft/deberta-base.
+        options={"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": -1,
+                 "position_biased_input": False, "type_vocab_size": 0},
+    ),
+    "t5": Family(
+        "T5Config", "T5EncoderModel", _unigram, first=None, last="</s>", pad="<pad>", unknown="<unk>",
+        options={"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 2.0},
+    ),
+    "eurobert": Family(
+        "EuroBertConfig", "EuroBertModel", _byte_bpe, first="<|begin_of_text|>", last="<|end_of_text|>", pad="<|pad|>",
+        unknown="<|unk|>", options={"num_key_value_heads": 2},
+    ),
+    "gte": Family("GteConfig", "GteModel", _unigram, **_ROBERTA_LIKE),
+    "jina-v3": Family(
+        "JinaEmbeddingsV3Config", "JinaEmbeddingsV3Model", _unigram, **_ROBERTA_LIKE, options={"type_vocab_size": 1},
+    ),
+    # As EmbeddingGemma 2: its token vectors are projected to another width.
+    "embedding-gemma2": Family(
+        "EmbeddingGemma2TextConfig", "EmbeddingGemma2TextModel", _byte_bpe, first="<bos>", last="<eos>", pad="<pad>",
+        unknown="<unk>",
+        options={"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+                 "embedding_dim": 48, "sliding_window": 8},
+    ),
+}  # fmt: skip
 
 
 def save_transformer(folder: Path, family: str, *, seed: int = 0, **options: Any) -> Path:
     """A plain transformers folder with random weights."""
     _, transformers = libraries()
-    kind = FAMILIES[family]
+    kind = (FAMILIES | OTHER_FAMILIES)[family]
     specials = list(dict.fromkeys(token for token in (kind.first, kind.pad, kind.last, kind.unknown) if token))
     tokenizer = kind.tokenizer(specials, kind.unknown)
     around = [token for token in (kind.first, kind.last) if token]
@@ -190,6 +218,8 @@ class Toy:
     dense: str | None = None
     prompts: tuple[tuple[str, str], ...] = ()
     include_prompt: bool = True
+    width: int = 32
+    """Numbers in a token vector."""
 
 
 TOYS = {
@@ -223,11 +253,11 @@ def save_toy(folder: Path, toy: Toy) -> Path:
     torch.manual_seed(1)
     modules: list[Any] = [
         st_modules.Transformer(str(plain)),
-        st_modules.Pooling(32, pooling_mode=toy.pooling, include_prompt=toy.include_prompt),
+        st_modules.Pooling(toy.width, pooling_mode=toy.pooling, include_prompt=toy.include_prompt),
     ]
     if toy.dense is not None:
         activation = getattr(torch.nn, toy.dense)()
-        modules.append(st_modules.Dense(32, 24, activation_function=activation))
+        modules.append(st_modules.Dense(toy.width, 24, activation_function=activation))
     if toy.normalize:
         modules.append(st_modules.Normalize())
     saved = folder / "saved"

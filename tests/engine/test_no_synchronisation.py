@@ -21,12 +21,13 @@ from chunkmill_workers.engine.run import Pass, PassResult, TokenBatch
 from chunkmill_workers.engine.token_budget import TokenBudget
 from tests.support.waiting import PATIENCE
 
-from .conftest import TOYS, sample
+from .conftest import TOYS, libraries, sample
 from .stand_in_gpu import CUDA, StandInGpu, Synchronised, stand_in_gpu
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInGpu]:
+    libraries()  # they cannot be imported while torch.cuda is another one
     with stand_in_gpu(monkeypatch) as found:
         yield found
 

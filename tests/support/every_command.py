@@ -27,6 +27,7 @@ GIVEN: dict[Words, list[str]] = {
     ("demo",): ["--limit=2"],
     ("flower",): ["--no-auth", "--port=0"],
     ("gateway",): ["--port=0"],
+    ("models", "check"): ["--files-only"],
     ("search",): ["--timeout=0.1"],
     ("tune",): ["--dry-run", "--texts=texts.jsonl", "--backend=native", "--dtype=fp32", "--budget=256", "--threads=1",
                 "--seconds=0.1"],

@@ -22,12 +22,27 @@ _LEARNED_POSITIONS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("albert", "bert", "distilbert", "electra"), 0),
     **dict.fromkeys(POSITIONS_FROM_PAD - {"esm"}, 2),
 }
-# Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder.
-_NATIVE: Final = frozenset({*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"})
+# Architectures that transformers runs with its own code, even if auto_map in config.json names code in the folder. For
+# the second line, transformers took the code of such folders over.
+_BUILT_IN: Final = frozenset(
+    {*_LEARNED_POSITIONS, "modernbert", "nomic_bert", "qwen2", "qwen3"}
+    | {"embedding_gemma2", "embedding_gemma2_text", "eurobert", "gte", "jina_embeddings_v3"}
+)
+# Architectures of folders whose own code transformers took over under another name, with a repository that has it.
+_TAKEN_OVER: Final[Mapping[str, tuple[str, str]]] = {
+    "new": ("gte", "alibaba-nlp-community/gte-multilingual-base"),
+}
 _MOST_TOKENS: Final = 2**20
 """A larger limit states nothing: tokenizers without a limit have 10^30. Tables of positions are made for each token."""
 _MOST_HIDDEN: Final = 65_536
-_ENCODER_DECODER: Final = frozenset({"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"})
+_ENCODER_DECODER: Final = frozenset({"bart", "m2m_100", "marian", "mbart", "pegasus"})
+ENCODERS_OF_T5: Final[Mapping[str, str]] = {
+    "mt5": "MT5EncoderModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+"""Architectures with a decoder whose encoder alone makes vectors (sentence-t5, gtr), and its class in transformers. A
+folder may hold the decoder's weights too. They are not loaded."""
 
 _SENTENCE_CONFIGS: Final = tuple(
     f"sentence_{kind}_config.json"
@@ -79,15 +94,22 @@ def read_config(name: str, transformer: Path, *, remote_code: bool) -> tuple[dic
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise broken(transformer / "config.json", "does not state a model_type")
-    if kind in _ENCODER_DECODER or config.get("is_encoder_decoder"):
+    if kind in _ENCODER_DECODER or (config.get("is_encoder_decoder") and kind not in ENCODERS_OF_T5):
         raise unsupported(name, f"architecture {kind}, which is an encoder with a decoder")
     code: list[Path] = []
-    if "auto_map" in config and kind not in _NATIVE:
+    if "auto_map" in config and kind not in _BUILT_IN:
         if not remote_code:
+            built_in = _TAKEN_OVER.get(kind)
+            other = (
+                "Choose another model"
+                if built_in is None
+                else f"transformers has it built in under the name {built_in[0]}: take a folder that was saved for it, "
+                f"such as {built_in[1]}"
+            )
             raise UnknownModel(
                 f"model {name!r}: the architecture {kind} in {transformer / 'config.json'} is code that comes with the "
-                "model (auto_map), which is not run here. Choose another model, or read its .py files and, if you "
-                "trust them, name this model in EMBEDDING_TRUST_REMOTE_CODE"
+                f"model (auto_map), which is not run here. {other}, or read its .py files and, if you trust them, name "
+                "this model in EMBEDDING_TRUST_REMOTE_CODE"
             )
         code = _code(name, transformer, config["auto_map"])
     if not any((transformer / file).is_file() for file in _TOKENIZERS):
@@ -147,7 +169,14 @@ def _arguments(settings: Mapping[str, Any], file: Path) -> Iterator[tuple[str, s
 
 
 def hidden_size(name: str, config: Mapping[str, Any]) -> int:
-    """Numbers in a token vector, which architectures call by different names. Raises UnknownModel."""
+    """Numbers in a token vector, which architectures call by different names. Raises UnknownModel.
+
+    EmbeddingGemma 2 projects its token vectors before it returns them, and is made of one model for each kind of input.
+    """
+    if isinstance(text := config.get("text_config"), dict):
+        config = text
+    if str(config.get("model_type")).startswith("embedding_gemma2"):
+        config = {"hidden_size": config.get("embedding_dim", 768)}  # the default of transformers, which it leaves out
     for key in ("hidden_size", "d_model", "n_embd", "dim"):
         if isinstance(config.get(key), int):
             if not 0 < config[key] <= _MOST_HIDDEN:

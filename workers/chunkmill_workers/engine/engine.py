@@ -7,9 +7,11 @@ Each of these is a file of its own; load makes the parts.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -19,14 +21,18 @@ import torch
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.errors import EngineError, ModelLoadError
 from chunkmill.models import ModelFolder
+from chunkmill_workers.engine.backends.int8 import Int8Backend
 from chunkmill_workers.engine.collect import Collector
 from chunkmill_workers.engine.load import BackendName, EngineParts, ExactTwin, load_parts
 from chunkmill_workers.engine.long_texts import give_back_memory
 from chunkmill_workers.engine.loop import DeviceLoop, StreamResult
+from chunkmill_workers.engine.probe import MEMORY, Unfit, require_fit
 from chunkmill_workers.engine.results import Embeddings, TextFailure, Timings, TokenBatchResult
 from chunkmill_workers.engine.run import Runner
 from chunkmill_workers.engine.steps import StepClock
 from chunkmill_workers.engine.windows import Rows, make_rows
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["document", "query"]
 
@@ -96,12 +102,16 @@ class Engine:
         folder for what is learned about this machine's memory; None keeps it in this process. ``threads`` are torch's
         on a CPU; None takes as many as torch had when this process first loaded an engine.
 
+        The model has to embed a short text before it is returned, once in each process: see
+        `chunkmill_workers.engine.probe`. With ``dtype`` auto, a model that cannot do so in half precision is loaded in
+        fp32, and a warning says so.
+
         Raises UnknownModel, ModelLoadError, TokenizerMismatch, DeviceUnavailable or InvalidSetting.
         """
-        parts = load_parts(
+        load = partial(
+            load_parts,
             model,
             device=device,
-            dtype=dtype,
             batch_tokens=batch_tokens,
             pooling=pooling,
             on_long=on_long,
@@ -110,7 +120,31 @@ class Engine:
             learned=learned,
             threads=threads,
         )
-        return cls(parts, on_long=on_long)
+        parts = load(dtype=dtype)
+        engine = cls(parts, on_long=on_long)
+        try:
+            engine._require_fit(parts, chosen=dtype != "auto")
+        except Unfit as unfit:
+            if dtype != "auto" or parts.backend.dtype == torch.float32 or isinstance(parts.backend, Int8Backend):
+                raise
+            logger.warning("%s. It is loaded in fp32 instead", unfit)
+            for side in (parts, parts.query):
+                if side is not None:
+                    MEMORY.failed_in_half(side.folder, side.backend.device)
+        else:
+            return engine
+        on = engine.device
+        del engine, parts  # their memory is needed for the second model
+        free_memory(on)
+        parts = load(dtype="fp32")
+        engine = cls(parts, on_long=on_long)
+        engine._require_fit(parts, chosen=True)
+        return engine
+
+    def _require_fit(self, parts: EngineParts, *, chosen: bool) -> None:
+        require_fit(parts.folder, parts.tokenizer, parts.backend, self._runner, chosen=chosen)
+        if self._queries is not None and parts.query is not None:
+            self._queries._require_fit(parts.query, chosen=chosen)
 
     def close(self, seconds: float = 30.0) -> None:
         """Let go of the model: whoever drops the last reference to a closed engine frees its memory at once.

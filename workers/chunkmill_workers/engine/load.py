@@ -35,6 +35,7 @@ from chunkmill_workers.engine.precision import (
     resolve_device,
     resolve_dtype,
 )
+from chunkmill_workers.engine.probe import MEMORY
 from chunkmill_workers.engine.token_budget import TokenBudget
 from chunkmill_workers.engine.tokenizer import TextTokenizer
 
@@ -137,6 +138,8 @@ def _load_side(folder: ModelFolder, options: _Options, threads: int) -> EnginePa
     tokens = options.batch_tokens or default_batch_tokens(on)
     if backend == "onnx" and dtype == "auto":
         dtype = "fp32"  # the only number format of this backend
+    if dtype == "auto" and MEMORY.needs_fp32(folder, on):
+        dtype = "fp32"
     number_format = resolve_dtype(dtype, on, config.get("model_type", ""))
     head = Head(folder, on)
     pad_id = _pad_id(tokenizer, config)

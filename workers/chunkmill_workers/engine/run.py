@@ -135,6 +135,19 @@ class Runner:
         """Start a pass and wait for its result."""
         return self.finish(self.launch(batch))
 
+    def attempt(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """The vectors of one pass as they come, (n, width) float32. Raises what the model raises.
+
+        Nothing is run again, and the width is the model's own: this is for a look at the model, not for texts.
+        """
+        started = Pass(batch)
+        self._start(started, self.backend)
+        if started.done is not None:
+            started.done.synchronize()
+        assert started.vectors is not None  # noqa: S101 - _start has set it
+        vectors: NDArray[np.float32] = started.vectors.numpy()
+        return vectors
+
     def _start(self, started: Pass, backend: Backend) -> None:
         """Set the pass's ``vectors``, and on a GPU ``done``. Raises what the model raises."""
         batch = started.batch
@@ -236,7 +249,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 def _note(failed: Pass, error: Exception) -> None:
     """Write to ``failed`` why it failed."""
     failed.failed = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
-    failed.out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+    failed.out_of_memory = is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that the memory of the machine or of the device is full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in _OUT_OF_MEMORY
     )
 

@@ -13,6 +13,8 @@ from rich.text import Text
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
 from chunkmill.cli.collections.spaces import drop
+from chunkmill.cli.models.check import check
+from chunkmill.cli.models.known import choose, list_models
 from chunkmill.cli.output import Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
@@ -186,12 +188,15 @@ def index(screen: Screen, collection: str) -> None:
 @json_option
 @click.pass_context
 def models(context: click.Context) -> None:
-    """List the embedding spaces in the database."""
+    """List the embedding spaces in the database; choose and check models."""
     if context.invoked_subcommand is None:
         _show_models(context.obj)
 
 
 models.add_command(canary)
+models.add_command(check)
+models.add_command(choose)
+models.add_command(list_models)
 models.add_command(export)
 models.add_command(drop)
 

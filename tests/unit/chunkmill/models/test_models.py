@@ -195,7 +195,7 @@ def test_a_folder_that_states_its_pooling_is_not_given_another(tmp_path: Path) -
         ({"modules.json": [{"type": "own_code.Transformer", "path": ""}]}, "own_code.Transformer.*code"),
         ({"modules.json": [module("Transformer", "../elsewhere")]}, "not inside the folder"),
         ({"config.json": BERT | {"model_type": "new", "auto_map": {}}}, "architecture new.*auto_map"),
-        ({"config.json": BERT | {"model_type": "t5"}}, "encoder with a decoder"),
+        ({"config.json": BERT | {"model_type": "bart"}}, "encoder with a decoder"),
         ({"config.json": {"model_type": "bert"}}, "hidden_size"),
         ({"config.json": b"{not json"}, "not JSON"),
         ({"adapter_config.json": {}}, "PEFT adapter"),

@@ -30,7 +30,8 @@ class TransformersBackend:
         self._model = model.to(device)
         self._pad_id = pad_id
         # Without the option, a causal model builds a cache of keys and values that nobody reads.
-        self._options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        # T5's encoder has switched its own off, and does not know the option.
+        self._options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
         self.device = device
         self.dtype = dtype
         self.embedding_rows: int = model.get_input_embeddings().weight.shape[0]
@@ -47,9 +48,14 @@ class TransformersBackend:
             return pick(Hidden(output.last_hidden_state, layout.lengths), only)
 
 
+# Biases of products that a module keeps beside its linear layers, as DeBERTa does. In fp32 they would turn the queries
+# into fp32, and DeBERTa then masks scores of half precision with the smallest number of fp32, which torch refuses.
+_BIASES = ("q_bias", "v_bias")
+
+
 def _set_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Convert the linear layers to ``dtype`` and every other parameter to fp32."""
     for module in model.modules():
-        wanted = dtype if isinstance(module, torch.nn.Linear) else torch.float32
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(wanted)
+        linear = isinstance(module, torch.nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype if linear or name in _BIASES else torch.float32)

@@ -9,6 +9,8 @@ import torch
 
 from chunkmill.errors import ModelLoadError
 from chunkmill.models import ModelFolder
+from chunkmill.models.files import read_json
+from chunkmill.models.transformer import ENCODERS_OF_T5
 from chunkmill.models.weights import n_elements, weight_files
 
 # With the package `kernels`, some architectures would fetch compiled code from the Hugging Face Hub.
@@ -24,14 +26,14 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
     Code in the folder is run, and a pickle is read (only its tensors), only if the operator trusts this model by its
     name. Raises ModelLoadError.
     """
-    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the output is a worker's log
     try:
+        kind = _class_of(folder)
         if not folder.remote_code and not folder.pickle:
-            _require_stored(folder)
-        model, info = AutoModel.from_pretrained(
+            _require_stored(folder, kind)
+        model, info = kind.from_pretrained(
             str(folder.transformer),
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
@@ -63,14 +65,27 @@ def load_model(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
-def _require_stored(folder: ModelFolder) -> None:
+def _class_of(folder: ModelFolder) -> Any:
+    """The class of transformers that loads the model. Raises ModelLoadError if this release lacks the architecture."""
+    import transformers
+
+    kind = read_json(folder.transformer / "config.json").get("model_type")
+    if not folder.remote_code and kind not in transformers.CONFIG_MAPPING:
+        raise ModelLoadError(
+            f"the model in {folder.transformer} has the architecture {kind}, which transformers "
+            f"{transformers.__version__} does not have: install a newer transformers, or choose another model"
+        )
+    return getattr(transformers, ENCODERS_OF_T5.get(kind, "AutoModel"))
+
+
+def _require_stored(folder: ModelFolder, kind: Any) -> None:
     """Raise ModelLoadError if config.json asks for much more than the files hold, because transformers makes up the
     rest, whatever its size. Without memory for it a worker would be killed."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(folder.transformer), local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=False)
+        model = kind.from_config(config, trust_remote_code=False) if hasattr(kind, "from_config") else kind(config)
     asked = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
     held = n_elements(weight_files(folder.name, folder.transformer, pickle=False))
     if asked > 2 * held + _SLACK:
