@@ -59,8 +59,8 @@ class Gates(Printed):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), low, high)
         if self.price is not None:
-            price = self.price
-            if isinstance(price, bool | float) or not isinstance(price, int | Decimal):
+            price: object = self.price
+            if isinstance(price, bool) or not isinstance(price, int | Decimal):
                 raise InvalidInput(f"Gates: price is {price!r}; it must be a Decimal, such as Decimal('0.02').")
             if not Decimal(price).is_finite() or price < 0:
                 raise InvalidInput(f"Gates: price is {price!r}; it must be an amount of US dollars, 0 or more.")
