@@ -64,6 +64,9 @@ SECTIONS = {
         "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index", "CollectionInfo",
         "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
     ],
+    "What comes back: judged models": [
+        "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",
+    ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
