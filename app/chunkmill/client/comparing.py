@@ -202,6 +202,7 @@ class Comparing(HybridSearch):
             return lambda: self._space(name, on_long, dimensions=dims, precision=precise)
 
         register_new = registering(model, dimensions, precision)
+
         def own_space() -> Space:
             return own
 
