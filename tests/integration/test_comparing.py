@@ -23,6 +23,7 @@ from chunkmill.domain.comparing import unit
 from chunkmill.domain.ranking import mrr_at, ndcg_at
 from chunkmill.errors import BudgetExceeded, EngineError, InvalidInput, NotFound, WaitTimeout
 from chunkmill.models import DEFAULT_MODEL
+from chunkmill.remote import RemoteClient, compare_searches
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill_workers.local.context import WorkerContext
@@ -31,6 +32,7 @@ from chunkmill_workers.provider.responder import ProviderResponder
 from tests.integration.conftest import Runner
 from tests.openai_server import OpenAIServer
 from tests.support.corridor import Corridor, corridor
+from tests.support.gateways import running_gateway
 from tests.support.waiting import PATIENCE
 
 ANIMALS = ("cat", "dog", "horse", "eagle", "salmon", "wasp", "oak", "rose")
@@ -187,6 +189,27 @@ def test_without_a_worker_it_ends_in_time_and_takes_its_texts_back(
         vouching.compare("docs", DEFAULT_MODEL, dimensions=96, timeout=0.5)
     with db.begin() as conn:
         assert conn.execute(sa.text("SELECT count(*) FROM embed_requests")).scalar_one() == 0
+
+
+def test_two_gateways_are_compared_by_what_they_return(
+    docs: Client, runner: Runner, settings: Settings, tmp_path: Path
+) -> None:
+    """One of them serves the same chunks from a collection of cut vectors."""
+    runner.finish(docs.enqueue(CHUNKS.items(), collection="cut", dimensions=96))
+    load_golden(docs, tmp_path)
+    queries = docs.golden("docs").list()
+    with (
+        running_gateway(settings) as one,
+        running_gateway(settings) as other,
+        RemoteClient(one.url, one.key, timeout=PATIENCE) as old,
+        RemoteClient(other.url, other.key, timeout=PATIENCE) as new,
+    ):
+        same = compare_searches(old, new, queries, collection="docs", timeout=PATIENCE)
+        cut = compare_searches(old, new, queries, collection="docs", new_collection="cut", timeout=PATIENCE)
+    assert (same.queries, same.ndcg.difference, same.overlap, same.worst) == (8, 0.0, 1.0, ())
+    told = docs.compare("docs", DEFAULT_MODEL, dimensions=96, timeout=PATIENCE).changes
+    for one_way, other_way in ((cut.ndcg, told.ndcg), (cut.recall, told.recall), (cut.mrr, told.mrr)):
+        assert (one_way.old, one_way.new) == (pytest.approx(other_way.old), pytest.approx(other_way.new))
 
 
 @pytest.fixture
