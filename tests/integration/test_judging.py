@@ -189,6 +189,24 @@ def test_a_collection_without_golden_queries_is_told_to_get_some(
     assert "0 golden queries are too few" in results["ndcg"].sentence
 
 
+def test_the_report_about_a_single_query_is_json_that_postgres_takes(
+    vouching: Client,
+    db: sa.Engine,
+    two_spaces: tuple[registry.Space, registry.Space],
+    responder: EmbedResponder,
+    tmp_path: Path,
+) -> None:
+    """One query bounds nothing, and infinity is no number of JSON."""
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "a cat"}')
+    (tmp_path / "qrels.tsv").write_text("q\tcat-0\t1\n")
+    vouching.golden("docs").load(tmp_path / "queries.jsonl", tmp_path / "qrels.tsv")
+    report = judged(db, vouching._settings, two_spaces, Gates()).report()
+    with db.begin() as conn:
+        kept = conn.execute(sa.text("SELECT CAST(:report AS jsonb)"), {"report": json.dumps(report)}).scalar_one()
+    assert kept["changes"]["queries"] == 1
+    assert (kept["changes"]["ndcg"]["low"], kept["changes"]["spread"]) == (None, None)
+
+
 def test_the_recall_is_that_of_the_serving_index_of_the_new_space(
     client: Client, db: sa.Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

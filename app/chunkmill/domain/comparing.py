@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,6 +163,15 @@ def changes(ids: Sequence[str], old: Side, new: Side, *, seed: int = 0) -> Chang
 def _change(old: Sequence[float], new: Sequence[float], seed: int) -> Change:
     difference: Difference = paired_bootstrap(new, old, seed=seed)
     return Change(float(np.mean(old)), float(np.mean(new)), difference.mean, difference.low, difference.high)
+
+
+def as_json(value: Any) -> Any:
+    """A result as JSON takes it, with None for numbers that JSON has not: the bounds of fewer than two queries."""
+    if isinstance(value, dict):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Nearest:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from chunkmill.db.connect import raw
 from chunkmill.domain import gates as gating
-from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, changes, unit, with_stand_in
+from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, as_json, changes, unit, with_stand_in
 from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.gates import GateResult, Gates, Measured
 from chunkmill.domain.prices import MILLION
@@ -71,13 +71,16 @@ class Judgement:
 
     def report(self) -> dict[str, Any]:
         """It as JSON, for ``reembeddings.report``: gates, measures and the ids of the worst queries, and no text."""
-        return {
-            "passed": self.passed,
-            "gates": [asdict(result) for result in self.results],
-            "titles": self.titles,
-            "changes": None if self.changes is None else asdict(self.changes),
-            "p95": {"old": self.measured.old_p95, "new": self.measured.new_p95, "timed": self.measured.timed},
-        }
+        report: dict[str, Any] = as_json(
+            {
+                "passed": self.passed,
+                "gates": [asdict(result) for result in self.results],
+                "titles": self.titles,
+                "changes": None if self.changes is None else asdict(self.changes),
+                "p95": {"old": self.measured.old_p95, "new": self.measured.new_p95, "timed": self.measured.timed},
+            }
+        )
+        return report
 
 
 def judge(

@@ -12,7 +12,7 @@ from chunkmill.cli.collections.compare_picture import picture
 from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.client import Client
 from chunkmill.domain.budget import dollars
-from chunkmill.domain.comparing import Change, Comparison, ComparisonQuote, Contender
+from chunkmill.domain.comparing import Change, Comparison, ComparisonQuote, Contender, as_json
 from chunkmill.domain.spaces import Precision
 from chunkmill.tuning.profiles import write_whole
 
@@ -97,13 +97,8 @@ def compare(
 
 
 def fields(told: Comparison) -> dict[str, object]:
-    """The comparison as JSON. Infinity is no number of JSON."""
-    document = asdict(told) | {"sentence": told.sentence}
-    for change in ("ndcg", "recall", "deep_recall", "mrr"):
-        one = document["changes"][change]
-        one |= {name: None if abs(one[name]) == float("inf") else one[name] for name in ("low", "high")}
-    for holder, name in ((document, "loss_seen"), (document["changes"], "spread")):
-        holder[name] = holder[name] if told.changes.queries > 1 else None
+    """The comparison as JSON."""
+    document: dict[str, object] = as_json(asdict(told) | {"sentence": told.sentence})
     return document
 
 
