@@ -75,16 +75,26 @@ from chunkmill.errors import (
 if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
+    from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
     from chunkmill.domain.embedded import EmbeddedTexts
+    from chunkmill.domain.gates import GateResult, Gates
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
         "AsyncClient": "chunkmill.client.aio",
+        "Change": "chunkmill.domain.comparing",
+        "Changes": "chunkmill.domain.comparing",
         "ChunkState": "chunkmill.domain.stored",
         "Client": "chunkmill.client",
+        "Comparison": "chunkmill.domain.comparing",
+        "ComparisonQuote": "chunkmill.domain.comparing",
+        "Contender": "chunkmill.domain.comparing",
         "EmbeddedTexts": "chunkmill.domain.embedded",
         "Exported": "chunkmill.domain.stored",
+        "GateResult": "chunkmill.domain.gates",
+        "Gates": "chunkmill.domain.gates",
         "GoldenQueries": "chunkmill.client",
+        "LosingQuery": "chunkmill.domain.comparing",
         "StoredChunk": "chunkmill.domain.stored",
     }
 
@@ -118,6 +128,8 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "CacheSpace",
+    "Change",
+    "Changes",
     "Chunk",
     "ChunkBatchState",
     "ChunkState",
@@ -125,6 +137,9 @@ __all__ = [
     "Client",
     "ClientClosed",
     "CollectionInfo",
+    "Comparison",
+    "ComparisonQuote",
+    "Contender",
     "Correction",
     "Cost",
     "Costs",
@@ -141,6 +156,8 @@ __all__ = [
     "Explanation",
     "Exported",
     "FailingChunkBatch",
+    "GateResult",
+    "Gates",
     "GatewayUnavailable",
     "GoldenLoaded",
     "GoldenQueries",
@@ -158,6 +175,7 @@ __all__ = [
     "Lane",
     "LaneEstimate",
     "LongText",
+    "LosingQuery",
     "NewerSpace",
     "NotFound",
     "OnLong",

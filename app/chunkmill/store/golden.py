@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from chunkmill.domain.golden import GoldenQuery, title_and_rest
+from chunkmill.domain.comparing import Question
+from chunkmill.domain.golden import GoldenQuery, rest_of, title_and_rest
 from chunkmill.domain.results import SearchTuning
 
 STEP = 1_000
@@ -82,6 +83,27 @@ def unknown_chunks(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[
         parameters = {"collection": collection_id, "ids": chunk_ids[start : start + STEP]}
         unknown.update(conn.execute(sa.text(query), parameters).scalars())
     return unknown
+
+
+def judgeable(conn: sa.Connection, collection_id: int, queries: Sequence[GoldenQuery]) -> list[Question]:
+    """Those of the queries that can be judged, with the grades of chunks that are there.
+
+    For a title it is also what follows it, and the grades are those of the chunks that still have that title.
+    """
+    ids = list(dict.fromkeys(chunk_id for query in queries for chunk_id in query.relevant))
+    unknown = unknown_chunks(conn, collection_id, ids)
+    judged: list[Question] = []
+    for query in queries:
+        grades = {chunk_id: grade for chunk_id, grade in query.relevant.items() if chunk_id not in unknown}
+        rest = None
+        if query.is_title and grades:
+            stored = texts(conn, collection_id, list(grades))
+            rests = {chunk_id: rest_of(text, query.text) for chunk_id, text in stored.items()}
+            rest = next((rest for rest in rests.values() if rest), None)
+            grades = {chunk_id: grade for chunk_id, grade in grades.items() if rests.get(chunk_id) == rest is not None}
+        if any(grade > 0 for grade in grades.values()):
+            judged.append(Question(query.id, query.text, grades, rest))
+    return judged
 
 
 def texts(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[str]) -> dict[str, str]:
@@ -161,3 +183,43 @@ def chosen_alpha(conn: sa.Connection, collection_id: int, space_id: int) -> floa
     query = "SELECT alpha FROM search_tunings WHERE collection_id = :collection AND space_id = :space"
     alpha: float | None = conn.execute(sa.text(query), {"collection": collection_id, "space": space_id}).scalar()
     return alpha
+
+
+def hashes_of(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[str]) -> dict[str, bytes]:
+    """Chunk id → content hash, of those that the collection has."""
+    query = """
+        SELECT c.chunk_id, c.content_hash
+        FROM unnest(CAST(:ids AS text[])) AS i(id)
+        JOIN chunks c ON c.collection_id = :collection AND c.chunk_id = i.id
+    """
+    known: dict[str, bytes] = {}
+    for start in range(0, len(chunk_ids), STEP):
+        parameters = {"collection": collection_id, "ids": list(chunk_ids[start : start + STEP])}
+        known.update((row.chunk_id, row.content_hash) for row in conn.execute(sa.text(query), parameters))
+    return known
+
+
+def contents_after(conn: sa.Connection, collection_id: int, after: bytes, most: int) -> list[bytes]:
+    """The next content hashes of a collection. A hash is as good as a random number, so that these are a sample."""
+    query = """
+        SELECT DISTINCT content_hash
+        FROM chunks
+        WHERE collection_id = :collection AND content_hash > :after
+        ORDER BY content_hash
+        LIMIT :most
+    """
+    parameters = {"collection": collection_id, "after": after, "most": most}
+    return list(conn.execute(sa.text(query), parameters).scalars())
+
+
+def texts_of(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
+    """Content hash → text, of those that are stored."""
+    query = "SELECT content_hash, text FROM contents WHERE content_hash = ANY(:hashes)"
+    rows = conn.execute(sa.text(query), {"hashes": list(hashes)})
+    return {row.content_hash: row.text for row in rows}
+
+
+def count_contents(conn: sa.Connection, collection_id: int) -> int:
+    """How many distinct texts a collection has."""
+    query = "SELECT count(DISTINCT content_hash) FROM chunks WHERE collection_id = :collection"
+    return int(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())
