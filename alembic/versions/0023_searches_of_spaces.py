@@ -9,6 +9,7 @@ Revises: 0021
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0023"
@@ -19,6 +20,28 @@ oldest_code = "0005"
 
 
 def upgrade() -> None:
+    # No foreign keys: each count would lock its collection, which a re-embedding may be about to flip.
+    op.create_table(
+        "search_counts",
+        sa.Column("collection_id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("space_id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("since", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("bucket", sa.SmallInteger(), autoincrement=False, nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("collection_id", "space_id", "since", "bucket", name=op.f("pk_search_counts")),
+    )
+    op.create_table(
+        "search_feedback",
+        sa.Column("search_number", sa.LargeBinary(), nullable=False),
+        sa.Column("chunk_id", sa.Text(), nullable=False),
+        sa.Column("collection_id", sa.Integer(), nullable=False),
+        sa.Column("space_id", sa.Integer(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("search_number", "chunk_id", name=op.f("pk_search_feedback")),
+    )
+    op.create_index(
+        op.f("ix_search_feedback_collection_id_created_at"), "search_feedback", ["collection_id", "created_at"]
+    )
     for name, takes, returns, declare, body in NEW_FUNCTIONS:
         op.execute(_create(name, takes, returns, declare, body))
         op.execute(f"REVOKE ALL ON FUNCTION {name}({_types(takes)}) FROM PUBLIC")
@@ -31,6 +54,8 @@ def downgrade() -> None:
         op.execute(_create(name, takes, returns, declare, body))
     for name, takes, *_ in reversed(NEW_FUNCTIONS):
         op.execute(f"DROP FUNCTION {name}({_types(takes)})")
+    for table in ("search_feedback", "search_counts"):
+        op.drop_table(table)
 
 
 def _types(takes: str) -> str:
