@@ -41,10 +41,10 @@ def write(conn: sa.Connection, space: Space, texts: Iterable[str]) -> None:
     )
 
 
-def other_space(conn: sa.Connection, space: Space) -> Space:
-    """A space of the same model, in which long texts are split."""
+def other_space(conn: sa.Connection, space: Space, *, storage: str | None = None) -> Space:
+    """A space of the same model, in which long texts are split. ``storage`` is the type of its column, if another."""
     spec = replace(space.spec, long_text=long_text_for(OnLong.SPLIT))
-    return registry.register(conn, spec, storage=space.storage)
+    return registry.register(conn, spec, storage=storage or space.storage)
 
 
 def begin(
