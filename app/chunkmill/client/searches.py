@@ -54,7 +54,7 @@ class Searches(ClientPart):
         require_name("collection", collection)
         length = as_seconds("hours", hours)
         if length > MOST_HOURS:
-            raise InvalidInput(f"hours is {hours}; counts are kept for {MOST_HOURS:,} hours.")
+            raise InvalidInput(f"hours is {length:g}; counts are kept for {MOST_HOURS:,} hours.")
         counting_of(self._db).write(self._db)
         with self._transaction() as conn:
             served = serving.find(conn, collection)
