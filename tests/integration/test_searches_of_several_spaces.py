@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from chunkmill.broker import Broker
 from chunkmill.client import counting
 from chunkmill.db.connect import create_db
 from chunkmill.domain.sessions import SearchId, percent_of
-from chunkmill.errors import EngineError, InvalidInput, NotFound, WaitTimeout
+from chunkmill.errors import EngineError, InvalidInput, NotFound, StoreUnavailable, WaitTimeout
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.keys import OneKey
+from chunkmill.poller.poller import Poller
 from chunkmill.remote import RemoteClient
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
-from chunkmill.store import golden
+from chunkmill.store import golden, searches
 from chunkmill.store import search as searching
+from chunkmill.store.searches import Key
 from tests.support.gateways import running_gateway
 from tests.support.several_spaces import (
     TwoSpaceWorker,
@@ -459,3 +462,62 @@ def test_a_gateway_and_its_client_pass_the_session_the_space_and_the_feedback_on
         assert_is_of(hits, old, "docs 7")
         assert hits.instead_of == new.spec.fingerprint
     assert client.search_counts("docs")[1].feedback == 1
+
+
+def test_a_schema_that_is_migrated_or_downgraded_beside_a_client_stops_no_search(
+    client: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker
+) -> None:
+    old, new = spaces
+    share(db, 100)
+    with db.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE collection_spaces RENAME TO kept"))
+        conn.execute(sa.text("ALTER TABLE search_counts RENAME TO kept_counts"))
+    assert_is_of(ask(client, session="a"), old, "docs 3")
+    with db.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE kept RENAME TO collection_spaces"))
+    assert_is_of(ask(client, session="a"), new, "docs 3")
+    client.close()  # its counts have no table
+    with db.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE kept_counts RENAME TO search_counts"))
+    assert [counts.searches for counts in client.search_counts("docs")] == [0, 0]
+    with db.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE collection_spaces RENAME TO kept"))
+    with pytest.raises(StoreUnavailable, match="Postgres refused"):
+        ask(client, session="a")
+    assert_is_of(ask(client, session="a"), old, "docs 3")
+
+
+def test_old_counts_become_those_of_hours_and_are_deleted_in_the_end(
+    client: Client, db: sa.Engine, settings: Settings, spaces: tuple[Space, Space]
+) -> None:
+    old, new = spaces
+    with db.begin() as conn:
+        number = collections.find(conn, "docs").id
+        now = int(conn.execute(sa.text("SELECT extract(epoch FROM now())::bigint")).scalar_one()) // 3600 * 3600
+
+        def keys(at: int, bucket: int) -> dict[Key, int]:
+            return {Key(number, old.id, at, bucket): 1, Key(number, new.id, at, bucket): 2, Key(-1, 1, at, 3): 9}
+
+        for at in (now - 5 * 3600, now - 5 * 3600 + 60, now - 5 * 3600 + 600):
+            searches.add(conn, keys(at, 40))
+            searches.add(conn, keys(at, searches.FAILED))
+        searches.add(conn, keys(now, 41))
+        searches.add(conn, keys(now - 91 * 24 * 3600, 42))
+        insert = """
+            INSERT INTO search_feedback (search_number, chunk_id, collection_id, space_id, created_at)
+            VALUES
+                ('a', 'c1', :id, 1, now()), ('b', 'c1', :id, 1, now() - interval '91 days'), ('c', 'c1', -1, 1, now())
+        """
+        conn.execute(sa.text(insert), {"id": number})
+    Poller(db, client._broker, settings).round()
+    with db.begin() as conn:
+        for _ in range(2):
+            searches.tidy(conn)
+        counted = searches.read(conn, number, since=datetime.now(UTC) - timedelta(days=100))
+        assert {space_id: (one.latencies, one.errors) for space_id, one in counted.items()} == {
+            old.id: ({40: 3, 41: 1}, 3),
+            new.id: ({40: 6, 41: 2}, 6),
+        }
+        assert counted[old.id].feedback == 1
+        assert conn.execute(sa.text("SELECT count(*) FROM search_counts")).scalar_one() == 6
+        assert conn.execute(sa.text("SELECT count(*) FROM search_feedback")).scalar_one() == 1
