@@ -109,6 +109,28 @@ _with_others: WeakSet[sa.Engine] = WeakSet()
 """The databases whose schema is known to have other spaces."""
 
 
+def _query(*, is_known: bool, alias: bool) -> sa.TextClause:
+    of_name = "k.name = :name"
+    if alias:
+        of_name = "k.id = (SELECT a.collection_id FROM collection_aliases a WHERE a.name = :name)"
+    return sa.text(f"""
+        SELECT k.id AS collection_id, k.name, s.id, s.fingerprint, s.spec, s.storage, o.role, o.share, o.reembedding_id,
+               {ARE_KEPT} AS may_have_others
+        FROM collections k
+        CROSS JOIN LATERAL ({_ALL if is_known else _ACTIVE}) o
+        JOIN spaces s ON s.id = o.id
+        WHERE {of_name}
+          AND to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
+        ORDER BY o.role IS NOT NULL, o.reembedding_id DESC, s.id
+    """)
+
+
+# Each search runs one of them, and SQLAlchemy takes some time to read such a text.
+_QUERIES = {
+    (is_known, alias): _query(is_known=is_known, alias=alias) for is_known in (False, True) for alias in (False, True)
+}
+
+
 def find(conn: sa.Connection, name: str) -> Served:
     """The collection that has this name or this alias, and its spaces, in one statement. Raises :class:`NotFound`."""
     rows = _rows(conn, name, alias=False)
@@ -128,21 +150,8 @@ def find(conn: sa.Connection, name: str) -> Served:
 def _rows(conn: sa.Connection, name: str, *, alias: bool) -> list[sa.Row[tuple[object, ...]]]:
     """The active space and then the others, if there is such a collection."""
     is_known = conn.engine in _with_others
-    of_name = "k.name = :name"
-    if alias:
-        of_name = "k.id = (SELECT a.collection_id FROM collection_aliases a WHERE a.name = :name)"
-    query = f"""
-        SELECT k.id AS collection_id, k.name, s.id, s.fingerprint, s.spec, s.storage, o.role, o.share, o.reembedding_id,
-               {ARE_KEPT} AS may_have_others
-        FROM collections k
-        CROSS JOIN LATERAL ({_ALL if is_known else _ACTIVE}) o
-        JOIN spaces s ON s.id = o.id
-        WHERE {of_name}
-          AND to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
-        ORDER BY o.role IS NOT NULL, o.reembedding_id DESC, s.id
-    """
     try:
-        rows = list(conn.execute(sa.text(query), {"name": name}).all())
+        rows = list(conn.execute(_QUERIES[is_known, alias], {"name": name}).all())
     except sa.exc.ProgrammingError as error:
         if isinstance(error.orig, psycopg.errors.UndefinedTable):
             _with_others.discard(conn.engine)  # the schema was downgraded since
