@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from chunkmill.client import Client
 from chunkmill.client.base import ClientPart
+from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, NotFound, StoreUnavailable
 from chunkmill.models import DEFAULT_MODEL
@@ -42,6 +43,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "enqueue": {"chunks": [("n", "a new text")], "collection": "docs"},
     "estimate": {"chunks": [("n", "a new text")]},
     "search": {"query": np.ones(384), "collection": "docs"},
+    "feedback": {"search_id": str(SearchId.new(201, 1)), "chunk_id": "a"},
     "embed": {"texts": ["a text"]},
     "embed_texts": {"texts": ["a text"]},
     "resume_lane": {"route": "openai"},
@@ -79,6 +81,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "drop_keywords",
             "golden",
             "tune_search",
+            "search_counts",
         )
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},

@@ -22,14 +22,20 @@ BUDGET_LOCK = 0x63686D06
 """One transaction at a time looks whether the budget allows what it is about to send. It is the last lock that a
 transaction takes, so that nobody who holds it waits."""
 FLUSH_LOCK = 0x63686D07
-"""The first of two keys; the second is the collection. One connection at a time flushes its tail."""
+"""The first of two keys; the second is the collection. Shared by connections that flush a tail of the collection, one
+for each of its spaces; a flush of an earlier release, and a drop, hold it alone."""
 MERGE_LOCK = 0x63686D08
-"""The first of two keys; the second is the collection. One connection at a time merges its segments."""
+"""The first of two keys; the second is the collection. The same for connections that merge its segments."""
 NAMES_LOCK = 0x63686D09
 """One transaction at a time gives a name to a collection or an alias, or takes one away. It is the first lock that the
 transaction takes."""
 SPACES_LOCK = 0x63686D0A
 """Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
+FLUSH_SPACE_LOCK = 0x63686D17
+"""The first of two keys; the second is made of a collection and a space. One connection at a time flushes their
+tail."""
+MERGE_SPACE_LOCK = 0x63686D18
+"""The same for the connection that merges the segments of a collection in a space."""
 
 LIVES_LOCK = 0x63686D0B
 """The first of two keys; the second is the collection. Shared by the windows of enqueues, each of which reads the

@@ -20,6 +20,7 @@ from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import (
     Abandoned,
     Attempt,
@@ -34,6 +35,7 @@ from chunkmill.domain.results import (
     Job,
     Keywords,
     RetriedDead,
+    SearchCounts,
     SearchTuning,
 )
 from chunkmill.domain.retention import CacheSpace, Pruned, QueryCache
@@ -423,17 +425,19 @@ class AsyncVerbs(Running):
         """The golden queries of a collection: queries whose answers are known."""
         return await self._short(self._client.golden, collection)
 
-    async def tune_search(self, collection: str, *, timeout: float = 600.0) -> SearchTuning:
+    async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
         Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
         report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
-        queries are judged, which chance chooses, and a worker embeds them.
+        queries are judged, which chance chooses, and a worker embeds them. What was chosen holds for one space:
+        ``space`` names another one of the collection than the active one, as in :meth:`search`, for example before the
+        collection moves to it.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
-        return await self._long(self._client.tune_search, collection, timeout=timeout)
+        return await self._long(self._client.tune_search, collection, timeout=timeout, space=space)
 
     @overload
     async def search(
@@ -450,6 +454,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -466,6 +473,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -482,6 +492,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -501,6 +514,14 @@ class AsyncVerbs(Running):
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
         :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
+        While a collection is on its way to another space (:meth:`reembed`), it has several. ``session`` names whoever
+        asks, such as a user: the new space answers its share of the sessions, always the same ones, and their searches
+        are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names another one:
+        ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector belongs to a
+        space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search fails, because
+        a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
+        before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -517,6 +538,9 @@ class AsyncVerbs(Running):
                 offset=offset,
                 explain=explain,
                 hybrid=hybrid,
+                session=session,
+                space=space,
+                on_unserved=on_unserved,
             )
         )
 
@@ -618,8 +642,10 @@ class AsyncVerbs(Running):
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         return await self._long(self._client.audit, collection)
 
-    async def index(self, collection: str) -> Index:
+    async def index(self, collection: str, *, space: str | None = None) -> Index:
         """Build now what searches of the collection need, and return what there is then.
+
+        ``space`` names another space of the collection than the active one, as in :meth:`search`.
 
         The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
         searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
@@ -627,7 +653,25 @@ class AsyncVerbs(Running):
         no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
         transaction that writes lasts so long that the index cannot begin.
         """
-        return await self._long(self._client.index, collection)
+        return await self._long(self._client.index, collection, space=space)
+
+    async def feedback(self, search_id: str, chunk_id: str) -> bool:
+        """Say that a hit was what somebody wanted, for example because they clicked on it.
+
+        ``search_id`` is that of the hits. It names the space that answered, so that :meth:`search_counts` compares two
+        spaces by what their users chose. Returns False if the same was said before. Raises :class:`InvalidInput`, and
+        :class:`NotFound` if the collection does not have the chunk any more.
+        """
+        return await self._short(self._client.feedback, search_id, chunk_id)
+
+    async def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
+        """How the searches of the last ``hours`` went in each space of a collection, the active one first.
+
+        Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
+        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
+        :class:`NotFound` and :class:`InvalidInput`.
+        """
+        return await self._short(self._client.search_counts, collection, hours=hours)
 
     async def get(
         self,
