@@ -63,6 +63,7 @@ SECTIONS = {
     "What comes back: collections": [
         "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index", "CollectionInfo",
         "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+        "Bridge", "BridgeTrial", "AdapterKind",
     ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [

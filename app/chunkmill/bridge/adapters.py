@@ -13,28 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.bridges import AdapterKind
 from chunkmill.domain.vectors import to_unit_length
 
 Floats = NDArray[np.float32]
 
 MAX_BYTES = 256 * 1024 * 1024
 """The most bytes of the arrays of one adapter."""
-
-
-class AdapterKind(StrEnum):
-    """How the vectors of one space become those of another, from the simplest to the most flexible."""
-
-    ROTATION = "rotation"
-    """Orthogonal Procrustes with a shift and a scale: it turns the space and distorts nothing."""
-    LOW_RANK = "low_rank"
-    """A rotation, corrected by a map of low rank."""
-    NETWORK = "network"
-    """Both, and a residual network with one small hidden layer."""
 
 
 _NAMES = {

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkmill.bridge.adapters import Adapter, AdapterKind, Floats, gelu, gelu_slope
+from chunkmill.bridge.adapters import Adapter, Floats, gelu, gelu_slope
+from chunkmill.domain.bridges import AdapterKind
 from chunkmill.domain.vectors import to_unit_length
 
 Doubles = NDArray[np.float64]
 
 MIN_PAIRS = 32
 """From fewer pairs nothing is learnt."""
-ASIDE_SHARE, MOST_ASIDE = 0.1, 500
-"""Which share of the pairs is kept aside, and how many at most."""
-RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
+ASIDE_SHARE, FEW_ASIDE, MOST_ASIDE = 0.1, 64, 500
+"""Which share of the pairs is kept aside, and how many at most; of few pairs it is a third, up to ``FEW_ASIDE``."""
+RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
 """The ridges that are tried, as multiples of the mean variance of a direction."""
+EARNED = 0.002
+"""So much more of the neighbours a less cautious map has to find, or it is passed over."""
 RANKS = (16, 64, 256)
 """The ranks that are tried, if they are below both dimensions."""
 HIDDEN = 256
@@ -64,7 +67,7 @@ class Pairs:
     def split(self, seed: int) -> tuple[Pairs, Pairs]:
         """The pairs to learn from, and those that are kept aside."""
         order = np.random.default_rng(seed).permutation(len(self))
-        n_aside = min(MOST_ASIDE, max(8, round(len(self) * ASIDE_SHARE)))
+        n_aside = min(MOST_ASIDE, max(min(FEW_ASIDE, len(self) // 3), round(len(self) * ASIDE_SHARE)))
         aside, learnt = order[:n_aside], order[n_aside:]
         return Pairs(self.old[learnt], self.new[learnt]), Pairs(self.old[aside], self.new[aside])
 
@@ -113,10 +116,10 @@ def fit_rotation(pairs: Pairs) -> Adapter:
 
 
 def fit_low_rank(pairs: Pairs, rotation: Adapter, jury: Jury) -> Adapter:
-    """The rotation and a map of a low rank that comes nearest to what the rotation leaves: reduced-rank ridge regression.
+    """The rotation, and the map of a low rank that comes nearest to what the rotation leaves.
 
-    It is that of Izenman (1975), and of Mukherjee and Zhu (2011) for the ridge. A large ridge leaves the rotation as it
-    is, so that few pairs do no harm. The jury chooses ridge and rank.
+    That is reduced-rank regression (Izenman, 1975) with a ridge (Mukherjee and Zhu, 2011). A large ridge leaves the
+    rotation as it is, so that few pairs do no harm. The jury chooses ridge and rank.
     """
     mean_new, mean_old, new, old = _centred(pairs)
     left = old - new @ rotation.arrays["rotation"].astype(np.float64)
@@ -140,8 +143,7 @@ def fit_low_rank(pairs: Pairs, rotation: Adapter, jury: Jury) -> Adapter:
                 up=up,
             )
             candidate = jury.share(adapter)
-            # A larger map has to earn its size.
-            if candidate > share:
+            if candidate > share + EARNED:
                 best, share = adapter, candidate
     assert best is not None  # noqa: S101 - there are ridges and ranks
     return best
@@ -204,7 +206,11 @@ def _gradients(
     """Those of the loss of a batch, by the three arrays of the network."""
     inner, bias, outer = weights
     centred = new - start.arrays["mean_from"]
-    affine = start.arrays["mean_to"] + centred @ start.arrays["rotation"] + centred @ start.arrays["down"] @ start.arrays["up"]
+    affine = (
+        start.arrays["mean_to"]
+        + centred @ start.arrays["rotation"]
+        + centred @ start.arrays["down"] @ start.arrays["up"]
+    )
     inputs = centred * spread
     before = inputs @ inner + bias
     active = gelu(before)

@@ -39,7 +39,7 @@ from chunkmill.domain.results import Audit, Hits, Index
 from chunkmill.domain.retention import QueryCache
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import InvalidInput, StoreUnavailable
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import bridges, collections, registry
 from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
@@ -68,6 +68,7 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        bridge: str | None = None,
     ) -> Hits: ...
 
     @overload
@@ -84,6 +85,7 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        bridge: str | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -100,6 +102,7 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        bridge: str | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -119,6 +122,10 @@ class Vectors(ClientPart):
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
         :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
+        With ``bridge``, the name of a model for which :meth:`bridge` has learnt one, the query is embedded with that
+        model and carried into the collection's space, which ``bridge`` of each hit says. Once the collection is in a
+        space of that model, the same call searches it without a bridge.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -135,6 +142,7 @@ class Vectors(ClientPart):
                 offset=offset,
                 explain=explain,
                 hybrid=hybrid,
+                bridge=bridge,
             )
         )
 
@@ -152,6 +160,7 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        bridge: str | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
         how = as_hybrid("hybrid", hybrid)
@@ -163,11 +172,16 @@ class Vectors(ClientPart):
         if (query is None) == (like is None):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
         like = None if like is None else as_text("like", like)
+        if bridge is not None:
+            bridge = as_text("bridge", bridge)
+            if like is not None:
+                raise InvalidInput("bridge is for queries; with like= there is none. Leave out one of the two.")
         asked, is_single = ([], True) if query is None else as_queries(query)
         _require_few(len(asked), k)
         with self._transaction() as conn:
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
+            crossing = None if bridge is None else bridges.find(conn, row, bridge)
             is_text = like is None and isinstance(asked, list)
             mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
         if mix is not None:
@@ -176,8 +190,14 @@ class Vectors(ClientPart):
         queries = (
             asked
             if not isinstance(asked, list)
-            else (yield from self._asking_all(space, texts, "query", timeout)).vectors
+            else (
+                yield from self._asking_all(crossing.query_space if crossing else space, texts, "query", timeout)
+            ).vectors
         )
+        if crossing is not None:
+            d = crossing.query_space.spec.dimensions
+            given = [as_query_vector(vector, d) for vector in queries]
+            queries = crossing.adapter.carry(np.stack(given)) if given else []
         vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
@@ -201,6 +221,10 @@ class Vectors(ClientPart):
                     keywords.search_mixed(conn, *mix, space, vector, text, hits, k=k, offset=offset, where=where)
                     for vector, text, hits in zip(vectors, texts, hit_lists, strict=True)
                 ]
+        if crossing is not None:
+            hit_lists = [
+                Hits((replace(hit, bridge=crossing.name) for hit in hits), hits.explanation) for hits in hit_lists
+            ]
         if least is not None:
             hit_lists = [Hits((hit for hit in hits if hit.score >= least), hits.explanation) for hits in hit_lists]
         return hit_lists[0] if is_single else hit_lists
