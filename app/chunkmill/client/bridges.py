@@ -107,14 +107,14 @@ class Bridges(Vectors):
                 f"bridge is learnt from {fitting.MIN_PAIRS} at least. Enqueue more, or pass fewer queries."
             )
         n_stored = len(of_new)
-        for made in self._embedded(new, [name for name in ranked if name not in of_new], deadline):
+        for made in self._made(new, [name for name in ranked if name not in of_new], deadline):
             of_new.update(made)
         # A text that is deleted meanwhile is left out.
         ranked = [name for name in ranked if name in of_old and name in of_new]
         old_vectors, new_vectors = _rows(of_old, ranked), _rows(of_new, ranked)
         learnt_from = np.array([name not in is_held_out for name in ranked])
         texts = [one.text for one in asked]
-        vectors = self._ask(new, texts, deadline)
+        vectors = self._asked_now(new, texts, deadline)
         learnt = list(fitting.fit_all(fitting.Pairs.of(new=new_vectors[learnt_from], old=old_vectors[learnt_from])))
         ids = [name.hex() for name in ranked]
         grades = [{name.hex(): grade for name, grade in one.grades.items()} for one in asked]
@@ -123,7 +123,7 @@ class Bridges(Vectors):
         verdict = judging.judge(corpus, questions, learnt)
         old_ndcg = None
         if compare_old:
-            own = judging.judge_own(corpus, self._ask(old, texts, deadline), verdict, grades)
+            own = judging.judge_own(corpus, self._asked_now(old, texts, deadline), verdict, grades)
             old_ndcg = float(own.ndcg.mean())
         adapter = learnt[verdict.chosen]
         bridge = Bridge(
@@ -188,17 +188,19 @@ class Bridges(Vectors):
             bridges.require_kept(conn)
             return bridges.drop(conn, row, name)
 
-    def _embedded(
+    def _made(
         self, space: Space, hashes: Sequence[bytes], deadline: float
     ) -> Iterable[dict[bytes, NDArray[np.float32]]]:
         """Content hash → vector of stored texts, which workers make now, window by window."""
         for start in range(0, len(hashes), WINDOW):
             with self._transaction() as conn:
                 texts = pairs.texts(conn, hashes[start : start + WINDOW])
-            made = self._ask(space, list(texts.values()), deadline, "document")
+            made = self._asked_now(space, list(texts.values()), deadline, "document")
             yield dict(zip(texts, made, strict=True))
 
-    def _ask(self, space: Space, texts: Sequence[str], deadline: float, kind: str = "query") -> NDArray[np.float32]:
+    def _asked_now(
+        self, space: Space, texts: Sequence[str], deadline: float, kind: str = "query"
+    ) -> NDArray[np.float32]:
         """``(n, d)`` float32."""
         left = max(0.0, deadline - time.monotonic())
         return run_steps(self._asking_all(space, texts, kind, left)).vectors

@@ -71,6 +71,7 @@ class Mix(click.ParamType[object]):
     help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
     "`golden tune` chose.",
 )
+@click.option("--bridge", metavar="MODEL", help="Embed the query with this model, and carry it over by its bridge.")
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
 @click.option(
@@ -92,6 +93,7 @@ def search(
     min_score: float | None,
     offset: int | None,
     hybrid: bool | float | Literal["rrf"] | None,
+    bridge: str | None,
     exact: bool,
     explain: bool,
     timeout: float,
@@ -119,6 +121,7 @@ def search(
             offset=offset,
             explain=explain,
             hybrid=hybrid,
+            bridge=bridge,
         )
     plan = hits.explanation
     if screen.json:
@@ -129,6 +132,10 @@ def search(
         show_hits(screen, hits)
     else:
         screen.say("Nothing was found.")
+    if hits and hits[0].bridge:
+        screen.hint(f"Found through the bridge of {hits[0].bridge!r}.")
+    elif bridge and hits:
+        screen.hint(f"No bridge was needed: the collection is in a space of {bridge!r}.")
     if plan:
         show_plan(screen, plan)
 
