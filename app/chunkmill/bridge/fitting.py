@@ -149,7 +149,7 @@ def fit_low_rank(pairs: Pairs, rotation: Adapter, jury: Jury) -> Adapter:
     return best
 
 
-def fit_network(pairs: Pairs, start: Adapter, jury: Jury, *, hidden: int = HIDDEN, seed: int = 0) -> Adapter:
+def fit_network(pairs: Pairs, start: Adapter, jury: Jury, *, seed: int = 0) -> Adapter:
     """A network that adds to the map ``start``, of :func:`fit_low_rank`, what one hidden layer can learn of the rest.
 
     It is trained by Adam on what matters for a search: the neighbours of a carried vector among the old vectors of a
@@ -160,9 +160,9 @@ def fit_network(pairs: Pairs, start: Adapter, jury: Jury, *, hidden: int = HIDDE
     random = np.random.default_rng(seed)
     d, e = start.dimensions
     weights: list[Floats] = [
-        (random.standard_normal((d, hidden)) / np.sqrt(d)).astype(np.float32),
-        np.zeros(hidden, np.float32),
-        np.zeros((hidden, e), np.float32),
+        (random.standard_normal((d, HIDDEN)) / np.sqrt(d)).astype(np.float32),
+        np.zeros(HIDDEN, np.float32),
+        np.zeros((HIDDEN, e), np.float32),
     ]
     # Centred vectors of length 1 have small numbers, which a first layer of this size would not tell apart.
     spread = np.float32(1 / max(float((pairs.new - start.arrays["mean_from"]).std()), 1e-12))

@@ -87,7 +87,8 @@ class Bridges(Vectors):
             bridges.require_kept(conn)
             row = collections.find(conn, collection)
             old = registry.get(conn, row.space_id)
-            on_its_way = None if dimensions or precision else bridges.other_space(conn, row, model)
+            is_any = dimensions is None and precision is None
+            on_its_way = bridges.other_space(conn, row, model) if is_any else None
         new = on_its_way or self._space(model, old.spec.long_text.policy, dimensions=dimensions, precision=precision)
         if new.spec.fingerprint == old.spec.fingerprint:
             raise InvalidInput(f"collection {collection!r} is in the space of {model!r} already, and needs no bridge.")
