@@ -183,12 +183,13 @@ def test_what_cannot_be_learnt_is_refused_and_nothing_is_stored(known: Client, f
     with pytest.raises(InvalidInput, match="needs no bridge"):
         known.bridge("docs", "all-MiniLM-L6-v2")
     known.enqueue(list(TEXTS.items())[:3], collection="few")
+    known.enqueue(list(TEXTS.items())[:36], collection="short")
     with pytest.raises(InvalidInput, match="queries to judge"):
         known.bridge("few", first_token)
     with pytest.raises(InvalidInput, match="sample is 31"):
         known.bridge("docs", first_token, sample=31)
-    with pytest.raises(InvalidInput, match="at least"):
-        known.bridge("docs", first_token, sample=36, timeout=PATIENCE)
+    with pytest.raises(InvalidInput, match="learnt from 32 at least"):
+        known.bridge("short", first_token, timeout=PATIENCE)
     with pytest.raises(NotFound):
         known.bridge("nobody", first_token)
     with pytest.raises(NotFound, match="It has none"):

@@ -82,12 +82,16 @@ class Adapter:
 
         A vector of zeros has no direction, and is carried as the mean of its space is.
         """
-        centred = to_unit_length(vectors) - self.arrays["mean_from"]
-        carried: Floats = centred @ self.arrays["rotation"] + self.arrays["mean_to"]
+        centred: Floats = to_unit_length(vectors) - self.arrays["mean_from"]
+        carried: Floats = centred @ self.arrays["rotation"]
+        carried += self.arrays["mean_to"]
         if "up" in self.arrays:
-            carried = carried + centred @ self.arrays["down"] @ self.arrays["up"]
+            narrow: Floats = centred @ self.arrays["down"]
+            carried += narrow @ self.arrays["up"]
         if "inner" in self.arrays:
-            carried = carried + gelu(centred @ self.arrays["inner"] + self.arrays["bias"]) @ self.arrays["outer"]
+            before: Floats = centred @ self.arrays["inner"]
+            before += self.arrays["bias"]
+            carried += gelu(before) @ self.arrays["outer"]
         return to_unit_length(carried)
 
     def to_bytes(self) -> bytes:

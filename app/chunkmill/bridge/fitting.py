@@ -205,27 +205,38 @@ def _gradients(
 ) -> tuple[Floats, Floats, Floats]:
     """Those of the loss of a batch, by the three arrays of the network."""
     inner, bias, outer = weights
-    centred = new - start.arrays["mean_from"]
-    affine = (
-        start.arrays["mean_to"]
-        + centred @ start.arrays["rotation"]
-        + centred @ start.arrays["down"] @ start.arrays["up"]
-    )
-    inputs = centred * spread
-    before = inputs @ inner + bias
+    centred: Floats = new - start.arrays["mean_from"]
+    narrow: Floats = centred @ start.arrays["down"]
+    carried: Floats = centred @ start.arrays["rotation"]
+    carried += start.arrays["mean_to"]
+    carried += narrow @ start.arrays["up"]
+    inputs: Floats = centred * spread
+    before: Floats = inputs @ inner
+    before += bias
     active = gelu(before)
-    carried = affine + active @ outer
-    length = np.maximum(np.linalg.norm(carried, axis=1, keepdims=True), 1e-12)
-    unit = carried / length
-    wrong = _softmax(SHARPNESS * unit @ old.T) - _softmax(SHARPNESS * new @ new.T)
-    by_unit = (SHARPNESS * wrong @ old - ANCHOR * old) / len(new)
-    by_carried = (by_unit - (by_unit * unit).sum(axis=1, keepdims=True) * unit) / length
-    by_before = (by_carried @ outer.T) * gelu_slope(before)
-    return inputs.T @ by_before, by_before.sum(axis=0), active.T @ by_carried
+    carried += active @ outer
+    length: Floats = np.maximum(np.linalg.norm(carried, axis=1, keepdims=True), 1e-12)
+    unit: Floats = carried / length
+    near: Floats = unit @ old.T
+    near_wanted: Floats = new @ new.T
+    wrong: Floats = _softmax(near)
+    wrong -= _softmax(near_wanted)
+    by_unit: Floats = wrong @ old
+    by_unit *= SHARPNESS
+    by_unit -= ANCHOR * old
+    by_unit /= len(new)
+    by_carried: Floats = by_unit - (by_unit * unit).sum(axis=1, keepdims=True) * unit
+    by_carried /= length
+    by_before: Floats = by_carried @ outer.T
+    by_before *= gelu_slope(before)
+    by_inner: Floats = inputs.T @ by_before
+    by_outer: Floats = active.T @ by_carried
+    return by_inner, by_before.sum(axis=0), by_outer
 
 
-def _softmax(scores: Floats) -> Floats:
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+def _softmax(cosines: Floats) -> Floats:
+    """The shares of the neighbours of each row, by their cosines."""
+    weights = np.exp(SHARPNESS * (cosines - cosines.max(axis=1, keepdims=True)))
     shares: Floats = weights / weights.sum(axis=1, keepdims=True)
     return shares
 

@@ -187,18 +187,15 @@ class Vectors(ClientPart):
         if mix is not None:
             _require_few(len(asked), keywords.depth(k, offset))
         texts = asked if isinstance(asked, list) else []
+        query_space = space if crossing is None else crossing.query_space
         queries = (
             asked
             if not isinstance(asked, list)
-            else (
-                yield from self._asking_all(crossing.query_space if crossing else space, texts, "query", timeout)
-            ).vectors
+            else (yield from self._asking_all(query_space, texts, "query", timeout)).vectors
         )
-        if crossing is not None:
-            d = crossing.query_space.spec.dimensions
-            given = [as_query_vector(vector, d) for vector in queries]
-            queries = crossing.adapter.carry(np.stack(given)) if given else []
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
+        vectors = [as_query_vector(vector, query_space.spec.dimensions) for vector in queries]
+        if crossing is not None and vectors:
+            vectors = list(crossing.adapter.carry(np.stack(vectors)))
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if like is not None:

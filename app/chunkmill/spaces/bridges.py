@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
@@ -97,7 +97,7 @@ def keep(conn: sa.Connection, bridge: Bridge, adapter: Adapter, collection: Coll
         WHERE id = :collection AND space_id = :space AND dropped_at IS NULL
         FOR NO KEY UPDATE
     """
-    parameters = {"collection": collection.id, "space": collection.space_id}
+    parameters: dict[str, object] = {"collection": collection.id, "space": collection.space_id}
     if conn.execute(sa.text(hold), parameters).one_or_none() is None:
         return False
     delete = "DELETE FROM bridges WHERE collection_id = :collection AND name = :name"
@@ -137,12 +137,11 @@ def of_collection(conn: sa.Connection, collection: Collection | None = None) -> 
         ORDER BY k.name, b.name
     """
     rows = conn.execute(sa.text(query), {"collection": None if collection is None else collection.id})
-    return [_bridge(row._mapping) for row in rows]
+    return [_bridge(dict(row)) for row in rows.mappings()]
 
 
-def _bridge(row: Mapping[str, object]) -> Bridge:
+def _bridge(row: dict[Any, Any]) -> Bridge:
     report = row["report"]
-    assert isinstance(report, dict)  # noqa: S101 - it is a JSON object
     trials = tuple(BridgeTrial(**{**trial, "kind": AdapterKind(trial["kind"])}) for trial in report["trials"])
     columns = {name: row[name] for name in _COLUMNS} | {"kind": AdapterKind(str(row["kind"]))}
     return Bridge(**{**report, **columns, "trials": trials})

@@ -110,8 +110,8 @@ def test_the_gradients_are_those_of_the_loss(monkeypatch: pytest.MonkeyPatch) ->
 
     def loss() -> float:
         carried = fitting._network(start, weights, spread).carry(new).astype(np.float64)
-        wanted = fitting._softmax(fitting.SHARPNESS * new @ new.T)
-        cross = -(wanted * np.log(fitting._softmax(fitting.SHARPNESS * carried @ old.T))).sum(axis=1)
+        wanted = fitting._softmax(new @ new.T)
+        cross = -(wanted * np.log(fitting._softmax(carried @ old.T))).sum(axis=1)
         return float((cross - fitting.ANCHOR * (carried * old).sum(axis=1)).mean())
 
     gradients = fitting._gradients(weights, spread, start, new, old)
