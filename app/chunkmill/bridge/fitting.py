@@ -130,7 +130,7 @@ def fit_low_rank(pairs: Pairs, rotation: Adapter, jury: Jury) -> Adapter:
     for ridge in RIDGES:
         shrunk = 1 / (values + ridge * max(float(values.mean()), 1e-30))
         # The ridge is a set of further rows of the new vectors, whose old vectors are zeros; these are fitted too.
-        _, _, directions = np.linalg.svd(np.sqrt(shrunk)[:, np.newaxis] * seen, full_matrices=False)
+        directions = _directions(np.sqrt(shrunk)[:, np.newaxis] * seen)
         full = (basis * shrunk) @ seen
         for rank in _ranks(len(directions)):
             up = directions[:rank]
@@ -244,6 +244,21 @@ def _softmax(cosines: Floats) -> Floats:
 def _nearest(queries: Floats, vectors: Floats, k: int) -> NDArray[np.intp]:
     """``(n, k)``: the rows of ``vectors`` nearest to each query by cosine, in no order. All have length 1."""
     return np.argpartition(queries @ vectors.T, len(vectors) - k, axis=1)[:, len(vectors) - k :]
+
+
+def _directions(matrix: Doubles) -> Doubles:
+    """The right singular vectors of a matrix as rows, those of the largest singular values first.
+
+    They come from the products of its rows or columns, which takes a tenth of the time of a singular value
+    decomposition, and loses digits only of directions in which there is next to nothing.
+    """
+    d, e = matrix.shape
+    _, vectors = np.linalg.eigh(matrix @ matrix.T if d < e else matrix.T @ matrix)
+    if d >= e:
+        return np.ascontiguousarray(vectors.T[::-1])
+    rows: Doubles = (vectors.T @ matrix)[::-1]
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    return rows
 
 
 def _ranks(full: int) -> list[int]:

@@ -181,3 +181,13 @@ def test_too_few_pairs_and_pairs_that_do_not_match_are_refused() -> None:
     for others in (new[:31], new[:39]):
         with pytest.raises(ValueError, match="pairs"):
             Pairs.of(new[: len(others) - (len(others) == 39)], others)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+def test_directions_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(16).standard_normal(shape)
+
+    directions = fitting._directions(matrix)
+
+    wanted = np.linalg.svd(matrix, full_matrices=False)[2]
+    assert np.abs((directions * wanted).sum(axis=1)) == pytest.approx(np.ones(len(wanted)))
