@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from chunkmill import AdapterKind, Client
+from chunkmill import AdapterKind, Bridge, Client
 from chunkmill.bridge import fitting
 from chunkmill.cli.__main__ import cli
 from chunkmill.domain.chunks import content_hash
@@ -162,6 +162,42 @@ def test_a_bridge_from_learning_to_the_flip_that_ends_it(
 
     with pytest.raises(NotFound, match="has no bridge"):
         filled.search("a cat", collection="docs", bridge=first_token)
+
+
+def kept(client: Client, db: sa.Engine, collection: str, query_space: Space) -> Bridge:
+    """A bridge that nobody learnt, from ``query_space`` into the space of a collection."""
+    random = np.random.default_rng(1)
+    pairs = fitting.Pairs.of(*(random.standard_normal((40, 384)).astype(np.float32) for _ in range(2)))
+    adapter = fitting.fit_rotation(pairs)
+    counts: dict[str, Any] = dict.fromkeys(("pairs", "embedded", "ranked", "queries"), 40)
+    shares = dict.fromkeys(("full_ndcg", "ndcg", "loss", "low", "high", "full_recall", "recall", "found"), 0.5)
+    with db.begin() as conn:
+        row = collections.find(conn, collection)
+        into, of = registry.get(conn, row.space_id).spec, query_space.spec
+        bridge = Bridge(
+            collection, of.model, of.fingerprint, into.fingerprint, adapter.kind, **counts, **shares,
+            queries_from="golden", old_ndcg=None, trials=(), because="It was not judged.",
+        )  # fmt: skip
+        assert bridges.keep(conn, bridge, adapter, row, query_space)
+    (stored,) = client.bridges(collection)
+    return stored
+
+
+def test_a_flip_ends_the_bridges_of_its_collection_alone(client: Client, db: sa.Engine, first_token: str) -> None:
+    for name in ("docs", "others"):
+        client.enqueue([(name, f"a text of {name}")], collection=name)
+    new = client._space(first_token, OnLong.TRUNCATE)
+    of_docs, of_others = (kept(client, db, name, new) for name in ("docs", "others"))
+    assert client.bridges() == [of_docs, of_others]
+
+    with db.begin() as conn:
+        conn.execute(sa.text("UPDATE collections SET space_id = space_id, name = name"))
+    assert client.bridges() == [of_docs, of_others]
+    move(db, "docs", new.spec.fingerprint)
+
+    assert client.bridges() == [of_others]
+    move(db, "docs", of_docs.space)
+    assert client.bridges() == [of_others]
 
 
 def test_stored_vectors_are_not_embedded_again(known: Client, first_token: str) -> None:
