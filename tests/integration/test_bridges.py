@@ -78,6 +78,7 @@ def vectors(first_token: str) -> dict[str, NDArray[np.float32]]:
     for model in ("all-MiniLM-L6-v2", first_token):
         engine = Engine.load(model, device="cpu", dtype="fp32")
         made[model] = np.asarray(engine.embed(list(TEXTS.values())))
+        engine.close()
     return made
 
 
@@ -169,7 +170,7 @@ def kept(client: Client, db: sa.Engine, collection: str, query_space: Space) -> 
     random = np.random.default_rng(1)
     pairs = fitting.Pairs.of(*(random.standard_normal((40, 384)).astype(np.float32) for _ in range(2)))
     adapter = fitting.fit_rotation(pairs)
-    counts: dict[str, Any] = dict.fromkeys(("pairs", "embedded", "ranked", "queries"), 40)
+    counts = dict.fromkeys(("pairs", "embedded", "ranked", "queries"), 40)
     shares = dict.fromkeys(("full_ndcg", "ndcg", "loss", "low", "high", "full_recall", "recall", "found"), 0.5)
     with db.begin() as conn:
         row = collections.find(conn, collection)
