@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.bridge import fitting, judging
+from chunkmill.bridge.adapters import Adapter
 from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain.arguments import as_flag, as_number, as_seconds, as_text, require_name
@@ -40,6 +41,18 @@ class _Asked:
 
     text: str
     grades: Mapping[bytes, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What a bridge is learnt from and judged by."""
+
+    asked: Sequence[_Asked]
+    queries_from: str
+    corpus: judging.Corpus
+    pairs: fitting.Pairs
+    """Those of the corpus that are no answers."""
+    embedded: int
 
 
 class Bridges(Vectors):
@@ -92,73 +105,18 @@ class Bridges(Vectors):
         new = on_its_way or self._space(model, old.spec.long_text.policy, dimensions=dimensions, precision=precision)
         if new.spec.fingerprint == old.spec.fingerprint:
             raise InvalidInput(f"collection {collection!r} is in the space of {model!r} already, and needs no bridge.")
-        with self._transaction() as conn:
-            # It may have been dropped since this process registered it, and is held while its vectors are read.
-            new = registry.register_and_hold(conn, new.spec, storage=self._settings.vector_storage)
-            sampled = pairs.sample(conn, old, row.id, most)
-            asked, queries_from = _questions(conn, row, old, most_queries, n_texts=len(sampled))
-            held_out = list(dict.fromkeys(name for one in asked for name in one.grades))
-            is_held_out = set(held_out)
-            ranked = [*held_out, *(name for name in sampled if name not in is_held_out)]
-            of_old, of_new = pairs.vectors(conn, old, ranked), pairs.vectors(conn, new, ranked)
-        n_pairs = len(ranked) - len(held_out)
-        if n_pairs < fitting.MIN_PAIRS:
-            raise InvalidInput(
-                f"collection {collection!r} has {n_pairs} texts with a vector that are no answer to a query, and a "
-                f"bridge is learnt from {fitting.MIN_PAIRS} at least. Enqueue more, or pass fewer queries."
-            )
-        n_stored = len(of_new)
-        for made in self._made(new, [name for name in ranked if name not in of_new], deadline):
-            of_new.update(made)
-        # A text that is deleted meanwhile is left out.
-        ranked = [name for name in ranked if name in of_old and name in of_new]
-        old_vectors, new_vectors = _rows(of_old, ranked), _rows(of_new, ranked)
-        learnt_from = np.array([name not in is_held_out for name in ranked])
-        texts = [one.text for one in asked]
+        drawn = self._draw(row, old, new, most, most_queries, deadline)
+        texts = [one.text for one in drawn.asked]
         vectors = self._asked_now(new, texts, deadline)
-        learnt = list(fitting.fit_all(fitting.Pairs.of(new=new_vectors[learnt_from], old=old_vectors[learnt_from])))
-        ids = [name.hex() for name in ranked]
-        grades = [{name.hex(): grade for name, grade in one.grades.items()} for one in asked]
-        corpus = judging.Corpus(ids, new_vectors, old_vectors)
+        learnt = list(fitting.fit_all(drawn.pairs))
+        grades = [{name.hex(): grade for name, grade in one.grades.items()} for one in drawn.asked]
         questions = [judging.Question(vector, of) for vector, of in zip(vectors, grades, strict=True)]
-        verdict = judging.judge(corpus, questions, learnt)
-        old_ndcg = None
+        verdict = judging.judge(drawn.corpus, questions, learnt)
+        own = None
         if compare_old:
-            own = judging.judge_own(corpus, self._asked_now(old, texts, deadline), verdict, grades)
-            old_ndcg = float(own.ndcg.mean())
+            own = judging.judge_own(drawn.corpus, self._asked_now(old, texts, deadline), verdict, grades)
         adapter = learnt[verdict.chosen]
-        bridge = Bridge(
-            collection=row.name,
-            name=new.spec.model,
-            query_space=new.spec.fingerprint,
-            space=old.spec.fingerprint,
-            kind=adapter.kind,
-            pairs=int(learnt_from.sum()),
-            embedded=len(of_new) - n_stored,
-            ranked=len(ranked),
-            queries=len(asked),
-            queries_from=queries_from,
-            full_ndcg=float(verdict.full.ndcg.mean()),
-            ndcg=float(verdict.held_out.ndcg.mean()),
-            loss=verdict.loss.mean,
-            low=verdict.loss.low,
-            high=verdict.loss.high,
-            full_recall=float(verdict.full.recall.mean()),
-            recall=float(verdict.held_out.recall.mean()),
-            found=float(verdict.held_out.found.mean()),
-            old_ndcg=old_ndcg,
-            trials=tuple(
-                BridgeTrial(
-                    one.kind,
-                    float(how.ndcg.mean()),
-                    float(how.recall.mean()),
-                    float(how.found.mean()),
-                    one.nbytes,
-                )
-                for one, how in zip(learnt, verdict.tried, strict=True)
-            ),
-            because=judging.sentence(verdict),
-        )
+        bridge = _report(row, new, old, drawn, learnt, verdict, own)
         with self._transaction() as conn:
             held = registry.register_and_hold(conn, new.spec, storage=self._settings.vector_storage)
             if not bridges.keep(conn, bridge, adapter, row, held):
@@ -189,6 +147,30 @@ class Bridges(Vectors):
             bridges.require_kept(conn)
             return bridges.drop(conn, row, name)
 
+    def _draw(
+        self, collection: Collection, old: Space, new: Space, most: int, most_queries: int, deadline: float
+    ) -> _Drawn:
+        """Choose queries and texts, and have those of the texts embedded that have no vector in the new space."""
+        with self._transaction() as conn:
+            # It may have been dropped since this process registered it, and is held while its vectors are read.
+            new = registry.register_and_hold(conn, new.spec, storage=self._settings.vector_storage)
+            sampled = pairs.sample(conn, old, collection.id, most)
+            asked, queries_from = _questions(conn, collection, old, most_queries, n_texts=len(sampled))
+            answers = dict.fromkeys(name for one in asked for name in one.grades)
+            names = [*answers, *(name for name in sampled if name not in answers)]
+            of_old, of_new = pairs.vectors(conn, old, names), pairs.vectors(conn, new, names)
+        _require_pairs(collection, len(names) - len(answers))
+        n_stored = len(of_new)
+        for made in self._made(new, [name for name in names if name not in of_new], deadline):
+            of_new.update(made)
+        # A text that is deleted meanwhile is left out.
+        names = [name for name in names if name in of_old and name in of_new]
+        _require_pairs(collection, sum(name not in answers for name in names))
+        corpus = judging.Corpus([name.hex() for name in names], _rows(of_new, names), _rows(of_old, names))
+        is_learnt = np.array([name not in answers for name in names])
+        learnt_from = fitting.Pairs.of(new=corpus.new[is_learnt], old=corpus.old[is_learnt])
+        return _Drawn(asked, queries_from, corpus, learnt_from, len(of_new) - n_stored)
+
     def _made(
         self, space: Space, hashes: Sequence[bytes], deadline: float
     ) -> Iterable[dict[bytes, NDArray[np.float32]]]:
@@ -205,6 +187,57 @@ class Bridges(Vectors):
         """``(n, d)`` float32."""
         left = max(0.0, deadline - time.monotonic())
         return run_steps(self._asking_all(space, texts, kind, left)).vectors
+
+
+def _require_pairs(collection: Collection, n: int) -> None:
+    if n < fitting.MIN_PAIRS:
+        raise InvalidInput(
+            f"collection {collection.name!r} has {n} texts with a vector that are no answer to a query, and a bridge "
+            f"is learnt from {fitting.MIN_PAIRS} at least. Enqueue more, or pass fewer queries."
+        )
+
+
+def _report(
+    collection: Collection,
+    new: Space,
+    old: Space,
+    drawn: _Drawn,
+    learnt: Sequence[Adapter],
+    verdict: judging.Verdict,
+    own: judging.Standing | None,
+) -> Bridge:
+    full, held_out, loss = verdict.full, verdict.held_out, verdict.loss
+    trials = tuple(
+        BridgeTrial(one.kind, _mean(how.ndcg), _mean(how.recall), _mean(how.found), one.nbytes)
+        for one, how in zip(learnt, verdict.tried, strict=True)
+    )
+    return Bridge(
+        collection=collection.name,
+        name=new.spec.model,
+        query_space=new.spec.fingerprint,
+        space=old.spec.fingerprint,
+        kind=learnt[verdict.chosen].kind,
+        pairs=len(drawn.pairs),
+        embedded=drawn.embedded,
+        ranked=len(drawn.corpus.ids),
+        queries=len(drawn.asked),
+        queries_from=drawn.queries_from,
+        full_ndcg=_mean(full.ndcg),
+        ndcg=_mean(held_out.ndcg),
+        loss=loss.mean,
+        low=loss.low,
+        high=loss.high,
+        full_recall=_mean(full.recall),
+        recall=_mean(held_out.recall),
+        found=_mean(held_out.found),
+        old_ndcg=None if own is None else _mean(own.ndcg),
+        trials=trials,
+        because=judging.sentence(verdict),
+    )
+
+
+def _mean(scores: NDArray[np.float64]) -> float:
+    return float(scores.mean())
 
 
 def _rows(known: Mapping[bytes, NDArray[np.float32]], names: Sequence[bytes]) -> NDArray[np.float32]:
