@@ -171,7 +171,7 @@ def kept(client: Client, db: sa.Engine, collection: str, query_space: Space) -> 
     pairs = fitting.Pairs.of(*(random.standard_normal((40, 384)).astype(np.float32) for _ in range(2)))
     adapter = fitting.fit_rotation(pairs)
     counts = dict.fromkeys(("pairs", "embedded", "ranked", "queries"), 40)
-    shares = dict.fromkeys(("full_ndcg", "ndcg", "loss", "low", "high", "full_recall", "recall", "found"), 0.5)
+    shares = dict.fromkeys(("full_ndcg", "ndcg", "loss", "low", "high", "full_recall", "recall", "same_hits"), 0.5)
     with db.begin() as conn:
         row = collections.find(conn, collection)
         into, of = registry.get(conn, row.space_id).spec, query_space.spec

@@ -45,7 +45,7 @@ class Standing:
 
     ndcg: Scores
     recall: Scores
-    found: Scores
+    same_hits: Scores
     """The share of the first hits of the full re-embedding that are among the first."""
 
     @property
@@ -54,7 +54,7 @@ class Standing:
 
         Golden queries alone would not tell two adapters apart if they have one answer each, and titles hardly lose it.
         """
-        return (self.ndcg + self.found) / 2
+        return (self.ndcg + self.same_hits) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def judge_own(corpus: Corpus, vectors: Floats, verdict: Verdict, grades: Sequenc
     return standing(ranked, verdict.wanted, grades)
 
 
-_NAMES = ("ndcg", "recall", "found")
+_NAMES = ("ndcg", "recall", "same_hits")
 
 
 def standing(
@@ -114,7 +114,7 @@ def standing(
     return Standing(
         ndcg=np.array([ndcg_at(DEPTH, ranked, of) for ranked, of in zip(rankings, grades, strict=True)]),
         recall=np.array([recall_at(DEPTH, ranked, of) for ranked, of in zip(rankings, grades, strict=True)]),
-        found=np.array([overlap_at(DEPTH, ranked, want) for ranked, want in zip(rankings, wanted, strict=True)]),
+        same_hits=np.array([overlap_at(DEPTH, ranked, want) for ranked, want in zip(rankings, wanted, strict=True)]),
     )
 
 
@@ -134,7 +134,7 @@ def sentence(verdict: Verdict) -> str:
     """What a verdict means."""
     full, kept, loss = verdict.full, verdict.held_out, verdict.loss
     measured = f"{loss.mean:+.3f} nDCG@{DEPTH} (95 %: {loss.low:+.3f} to {loss.high:+.3f})"
-    same = f"{kept.found.mean():.0%} of the first {DEPTH} hits are the same"
+    same = f"{kept.same_hits.mean():.0%} of the first {DEPTH} hits are the same"
     if loss.n < MIN_QUERIES:
         return f"{loss.n} queries are too few to be sure of the loss, at least {MIN_QUERIES} are needed: {measured}."
     if loss.low > 0:

@@ -208,7 +208,7 @@ def _report(
 ) -> Bridge:
     full, held_out, loss = verdict.full, verdict.held_out, verdict.loss
     trials = tuple(
-        BridgeTrial(one.kind, _mean(how.ndcg), _mean(how.recall), _mean(how.found), one.nbytes)
+        BridgeTrial(one.kind, _mean(how.ndcg), _mean(how.recall), _mean(how.same_hits), one.nbytes)
         for one, how in zip(learnt, verdict.tried, strict=True)
     )
     return Bridge(
@@ -229,7 +229,7 @@ def _report(
         high=loss.high,
         full_recall=_mean(full.recall),
         recall=_mean(held_out.recall),
-        found=_mean(held_out.found),
+        same_hits=_mean(held_out.same_hits),
         old_ndcg=None if own is None else _mean(own.ndcg),
         trials=trials,
         because=judging.sentence(verdict),

@@ -29,7 +29,7 @@ class BridgeTrial(Printed):
     """nDCG@10."""
     recall: float
     """recall@10: which share of the right answers is among the first 10."""
-    found: float
+    same_hits: float
     """Which share of the first 10 hits after a full re-embedding are among the first 10."""
     bytes: int
     """The size of the adapter, which every client that uses it holds in memory."""
@@ -75,7 +75,7 @@ class Bridge(Printed):
     """recall@10 after a full re-embedding."""
     recall: float
     """recall@10 through the bridge."""
-    found: float
+    same_hits: float
     """Which share of the first 10 hits after a full re-embedding are among the first 10 through the bridge."""
     old_ndcg: float | None
     """nDCG@10 of the same queries with the collection's own model; None if that was not asked."""

@@ -29,7 +29,16 @@ def bridge(ctx: click.Context) -> None:
             screen.document([as_document(one) for one in known])
         elif known:
             screen.table(
-                ["collection", "model of the queries", "kind", "full nDCG@10", "nDCG@10", "found", "queries", "pairs"],
+                [
+                    "collection",
+                    "model of the queries",
+                    "kind",
+                    "full nDCG@10",
+                    "nDCG@10",
+                    "same hits",
+                    "queries",
+                    "pairs",
+                ],
                 [
                     (
                         one.collection,
@@ -37,7 +46,7 @@ def bridge(ctx: click.Context) -> None:
                         str(one.kind),
                         one.full_ndcg,
                         one.ndcg,
-                        one.found,
+                        one.same_hits,
                         one.queries,
                         one.pairs,
                     )
@@ -127,7 +136,7 @@ def show_bridge(screen: Screen, one: Bridge) -> None:
         rows.append(("the collection's model", one.old_ndcg, None, None, None))
     rows += [
         (f"{trial.kind}, chosen" if trial.kind is one.kind else str(trial.kind),
-         trial.ndcg, trial.recall, trial.found, f"{trial.bytes / 1e6:,.1f} MB")
+         trial.ndcg, trial.recall, trial.same_hits, f"{trial.bytes / 1e6:,.1f} MB")
         for trial in one.trials
     ]  # fmt: skip
     screen.table(["queries through", "nDCG@10", "recall@10", "same hits", "size"], rows)

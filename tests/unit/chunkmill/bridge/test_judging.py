@@ -39,7 +39,7 @@ def test_a_perfect_bridge_loses_nothing_and_a_wrong_one_is_seen() -> None:
 
     assert verdict.chosen == 1
     assert verdict.full.ndcg.mean() == verdict.held_out.ndcg.mean() == 1
-    assert verdict.held_out.found.mean() == pytest.approx(1, abs=0.01)
+    assert verdict.held_out.same_hits.mean() == pytest.approx(1, abs=0.01)
     assert (verdict.loss.mean, verdict.loss.low, verdict.loss.high) == (0, 0, 0)
     assert verdict.tried[0].recall.mean() < 0.2
     assert "No loss" in sentence(verdict)
@@ -52,7 +52,7 @@ def test_what_a_bridge_loses_is_measured_with_its_bounds() -> None:
 
     assert 0 < verdict.loss.low < verdict.loss.mean < verdict.loss.high
     assert verdict.loss.mean == pytest.approx(verdict.full.ndcg.mean() - verdict.tried[0].ndcg.mean())
-    assert verdict.held_out.found.mean() < 0.9
+    assert verdict.held_out.same_hits.mean() < 0.9
     assert "keeps" in sentence(verdict)
 
 
