@@ -147,6 +147,8 @@ BEGIN
             -- So are keywords, which say nearly what the texts say. Golden queries are texts too.
             ('^(keyword_indexes|keywords_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
             ('^keywords_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
+            -- A bridge decides what searches find.
+            ('^bridges$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             ('^(golden_queries|search_tunings)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             -- Whoever searches counts it, and a poller puts old counts together.
             ('^search_(counts|feedback)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
@@ -218,8 +220,8 @@ BEGIN
         SELECT c.oid::regclass AS name, string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) AS columns
         FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home))
-        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|worker_sockets|vectors_[0-9]+)$'
-        AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding', 'token')
+        AND c.relname ~ '^(contents|chunks|embed_requests|golden_queries|worker_sockets|bridges|vectors_[0-9]+)$'
+        AND a.attname NOT IN ('text', 'metadata', 'texts', 'vectors', 'embedding', 'token', 'arrays')
         GROUP BY c.oid
     LOOP
         EXECUTE format('REVOKE SELECT ON %s FROM chunkmill_pollers', shown.name);

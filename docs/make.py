@@ -63,6 +63,7 @@ SECTIONS = {
     "What comes back: collections": [
         "Hits", "SearchHit", "SearchPlan", "SearchCounts", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
         "CollectionInfo", "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+        "Bridge", "BridgeTrial", "AdapterKind",
     ],
     "What comes back: judged models": [
         "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",

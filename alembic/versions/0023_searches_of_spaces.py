@@ -4,7 +4,7 @@ Builders of two spaces of a collection work at the same time, so that each drops
 own space. A poller of the last release forgets the index of every space but the active one, which is refused from now
 on.
 
-Revises: 0021
+Revises: 0022
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0023"
-down_revision = "0021"
+down_revision = "0022"
 branch_labels = None
 depends_on = None
 oldest_code = "0005"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chunkmill.domain.bridges import AdapterKind, Bridge, BridgeTrial
 from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
@@ -120,12 +121,15 @@ def __dir__() -> list[str]:
 __all__ = [
     "Abandoned",
     "AccessDenied",
+    "AdapterKind",
     "Adjustment",
     "AdjustmentKind",
     "Amount",
     "AsyncClient",
     "Attempt",
     "Audit",
+    "Bridge",
+    "BridgeTrial",
     "Budget",
     "BudgetExceeded",
     "CacheSpace",

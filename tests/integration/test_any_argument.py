@@ -86,6 +86,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},
     "quote_comparison": {"collection": "docs", "model": DEFAULT_MODEL},
+    "bridge": {"collection": "docs", "model": "all-MiniLM-L6-v2"},
+    "drop_bridge": {"collection": "docs", "name": "all-MiniLM-L6-v2"},
     "get": {"collection": "docs", "ids": ["a"]},
     "update_metadata": {"collection": "docs", "metadata": {"a": 1}, "ids": ["a"]},
     "iter_vectors": {"collection": "docs"},

@@ -49,6 +49,7 @@ SECTIONS = {
         "keywords": ("collections.hybrid", "Show, create or drop the keywords of a collection."),
         "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
         "compare": ("collections.compare", "Judge a model on a collection's own texts and queries."),
+        "bridge": ("collections.bridge", "Answer queries of another model in the space of a collection."),
         "models": ("collections.search", "List the embedding spaces in the database."),
         "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
         "delete": ("collections.chunks", "Delete some or all chunks of a collection."),

@@ -7,6 +7,7 @@ from types import TracebackType
 from chunkmill.broker import Broker
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.bridges import Bridges
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
 from chunkmill.client.comparing import Comparing
@@ -25,7 +26,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, Comparing, Searches, Chunks, Collections, Retention):
+class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

@@ -48,7 +48,7 @@ from chunkmill.domain.retention import QueryCache
 from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.errors import EngineError, InvalidInput, StoreUnavailable, WaitTimeout
-from chunkmill.spaces import collections, registry, serving
+from chunkmill.spaces import bridges, collections, registry, serving
 from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
@@ -88,6 +88,7 @@ class _Search:
     session: str | None
     space: str | None
     may_fall_back: bool
+    bridge: str | None
 
     @property
     def texts(self) -> list[str]:
@@ -103,6 +104,14 @@ class _Search:
                 "session chooses a space, and a query vector belongs to one already. Pass the text of the query, or "
                 "name the space of the vector with space=."
             )
+        if self.bridge is None:
+            return
+        if self.session is not None or self.space is not None or self.may_fall_back:
+            raise InvalidInput(
+                "a bridge leads into the active space of a collection: give no session, space or on_unserved with it."
+            )
+        if self.like is not None:
+            raise InvalidInput("bridge is for queries; with like= there is none. Leave out one of the two.")
 
     def choose(self, served: serving.Served) -> registry.Space:
         if self.space is not None:
@@ -142,6 +151,7 @@ class Vectors(ClientPart):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> Hits: ...
 
     @overload
@@ -161,6 +171,7 @@ class Vectors(ClientPart):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -180,6 +191,7 @@ class Vectors(ClientPart):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -207,6 +219,10 @@ class Vectors(ClientPart):
         a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
         before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
 
+        With ``bridge``, the name of a model for which :meth:`bridge` has learnt one, the query is embedded with that
+        model and carried into the collection's space, which ``bridge`` of each hit says. Once the collection is in a
+        space of that model, the same call searches it without a bridge.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -226,6 +242,7 @@ class Vectors(ClientPart):
                 session=session,
                 space=space,
                 on_unserved=on_unserved,
+                bridge=bridge,
             )
         )
 
@@ -246,6 +263,7 @@ class Vectors(ClientPart):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
         if offset is not None:
@@ -268,6 +286,7 @@ class Vectors(ClientPart):
             session=as_session(session),
             space=None if space is None else as_text("space", space),
             may_fall_back=as_fallback(on_unserved),
+            bridge=None if bridge is None else as_text("bridge", bridge),
         )
         asked.require_one_space()
         _require_few(len(queries), asked.k)
@@ -290,6 +309,9 @@ class Vectors(ClientPart):
         with self._transaction() as conn:
             served = serving.find(conn, asked.collection)
             chosen = asked.choose(served)
+            crossing = None
+            if asked.bridge is not None:
+                crossing = bridges.find(conn, served.collection_in(chosen), asked.bridge)
             mix = asked.mix(conn, served, chosen)
         counts = counting_of(self._db) if asked.session is not None and served.others else None
         other = served.before(chosen) if asked.may_fall_back and asked.texts else None
@@ -297,7 +319,8 @@ class Vectors(ClientPart):
         vectors, instead_of = None, None
         if other is None or not self._is_unserved(chosen):
             try:
-                vectors = yield from self._query_vectors(chosen, asked, begun + patience)
+                query_space = chosen if crossing is None else crossing.query_space
+                vectors = yield from self._query_vectors(query_space, asked, begun + patience)
             except (EngineError, WaitTimeout):
                 if other is None:
                     if counts is not None:
@@ -312,7 +335,7 @@ class Vectors(ClientPart):
                 mix = asked.mix(conn, served, chosen)
             vectors = yield from self._query_vectors(chosen, asked, begun + asked.timeout)
         try:
-            hit_lists = self._nearest(served, chosen, asked, mix, vectors)
+            hit_lists = self._nearest(served, chosen, asked, mix, vectors, crossing)
         except sa.exc.ProgrammingError as error:
             if isinstance(error.orig, psycopg.errors.UndefinedTable):
                 raise SpaceLeft from error  # the table of its vectors was dropped a moment ago
@@ -349,9 +372,13 @@ class Vectors(ClientPart):
         asked: _Search,
         mix: tuple[keywords.KeywordIndex, Hybrid] | None,
         queries: NDArray[Any] | None,
+        crossing: bridges.Crossing | None,
     ) -> list[Hits]:
-        """The hits of each query, at one moment. Raises :class:`SpaceLeft`."""
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in (() if queries is None else queries)]
+        """The hits of each query, at one moment; ``crossing`` carries the queries over. Raises :class:`SpaceLeft`."""
+        asked_in = space if crossing is None else crossing.query_space
+        vectors = [as_query_vector(vector, asked_in.spec.dimensions) for vector in (() if queries is None else queries)]
+        if crossing is not None and vectors:
+            vectors = list(crossing.adapter.carry(np.stack(vectors)))
         with self._transaction() as conn:
             searching.see_one_moment(conn)
             if asked.like is not None:
@@ -377,6 +404,10 @@ class Vectors(ClientPart):
                     )
                     for vector, text, hits in zip(vectors, asked.texts, hit_lists, strict=True)
                 ]
+        if crossing is not None:
+            hit_lists = [
+                Hits((replace(hit, bridge=crossing.name) for hit in hits), hits.explanation) for hits in hit_lists
+            ]
         return hit_lists
 
     def _is_unserved(self, space: registry.Space) -> bool:

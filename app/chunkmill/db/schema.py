@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from chunkmill.domain.bridges import AdapterKind
 from chunkmill.domain.mixing import KeywordState
 from chunkmill.domain.reembedding import ReembeddingState, SpaceRole
 from chunkmill.domain.served import FileKind, ServedState
@@ -363,6 +364,39 @@ class SearchFeedbackRow(Base):
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
 
     __table_args__ = (sa.Index(None, "collection_id", "created_at"),)
+
+
+class BridgeRow(Base):
+    """An adapter by which queries of another model are answered in the active space of a collection.
+
+    A trigger deletes it when the collection leaves that space. ``chunkmill.store.bridges`` reads and writes it.
+    """
+
+    __tablename__ = "bridges"
+
+    id: Mapped[int] = identity()
+    """A new one for each adapter, so that a process may keep the arrays of one that it has read."""
+    collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(sa.Text)
+    """The model of the queries."""
+    query_space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    """The space that is searched."""
+    kind: Mapped[str] = mapped_column(sa.Text)
+    shapes: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    """Array → its shape."""
+    arrays: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    """All arrays as float32, with the low byte first (``chunkmill.bridge.adapters``)."""
+    report: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    """What was measured (``chunkmill.domain.bridges.Bridge``)."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (
+        one_of("kind", AdapterKind),
+        sa.UniqueConstraint("collection_id", "name"),
+        sa.Index(None, "query_space_id"),
+        sa.Index(None, "space_id"),
+    )
 
 
 class JobRow(Base):

@@ -98,6 +98,8 @@ class SearchHit(Printed):
     compared within one search only."""
     mixed: float | None = None
     """The score from 0.0 to 1.0 by which a hybrid search ordered its hits; None if ``score`` ordered them."""
+    bridge: str | None = None
+    """The model that the query was embedded with, if a bridge carried it into the collection's space; else None."""
 
 
 @dataclass(frozen=True, slots=True)

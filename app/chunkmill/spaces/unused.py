@@ -11,7 +11,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from chunkmill.errors import InvalidInput
-from chunkmill.spaces import collections, others
+from chunkmill.spaces import bridges, collections, others
 from chunkmill.spaces.registry import Space
 
 
@@ -66,6 +66,8 @@ def _user(conn: sa.Connection, space: Space) -> str:
     job = conn.execute(sa.text(query), {"space": space.id}).scalar_one()
     if job is not None:
         return f"job {job} embedded into it. `chunkmill prune` deletes old jobs"
+    if bridges.are_kept(conn) and (bridged := bridges.user_of(conn, space.id)) is not None:
+        return f"a bridge of collection {bridged!r} uses it. `chunkmill bridge drop` deletes bridges"
     query = """
         SELECT EXISTS (SELECT FROM charges WHERE space_id = :space)
             OR EXISTS (SELECT FROM adjustments WHERE space_id = :space)

@@ -88,6 +88,7 @@ class Mix(click.ParamType[object]):
     type=click.Choice(["previous"]),
     help="Allow the space that the collection had before, if no worker embeds the query.",
 )
+@click.option("--bridge", metavar="MODEL", help="Embed the query with this model, and carry it over by its bridge.")
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
 @click.option(
@@ -112,6 +113,7 @@ def search(
     session: str | None,
     space: str | None,
     on_unserved: Literal["previous"] | None,
+    bridge: str | None,
     exact: bool,
     explain: bool,
     timeout: float,
@@ -142,6 +144,7 @@ def search(
             session=session,
             space=space,
             on_unserved=on_unserved,
+            bridge=bridge,
         )
     plan = hits.explanation
     if screen.json:
@@ -154,6 +157,10 @@ def search(
         screen.say("Nothing was found.")
     if hits.instead_of:
         screen.say(f"No worker served space {hits.instead_of[:12]}, so these are the hits of space {hits.space[:12]}.")
+    if hits and hits[0].bridge:
+        screen.hint(f"Found through the bridge of {hits[0].bridge!r}.")
+    elif bridge and hits:
+        screen.hint(f"No bridge was needed: the collection is in a space of {bridge!r}.")
     if plan:
         show_plan(screen, plan)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
 from chunkmill.client.hybrid import MAX_JUDGED, GoldenQueries
+from chunkmill.domain.bridges import Bridge
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
@@ -439,6 +440,79 @@ class AsyncVerbs(Running):
         """
         return await self._long(self._client.tune_search, collection, timeout=timeout, space=space)
 
+    async def feedback(self, search_id: str, chunk_id: str) -> bool:
+        """Say that a hit was what somebody wanted, for example because they clicked on it.
+
+        ``search_id`` is that of the hits. It names the space that answered, so that :meth:`search_counts` compares two
+        spaces by what their users chose. Returns False if the same was said before. Raises :class:`InvalidInput`, and
+        :class:`NotFound` if the collection does not have the chunk any more.
+        """
+        return await self._short(self._client.feedback, search_id, chunk_id)
+
+    async def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
+        """How the searches of the last ``hours`` went in each space of a collection, the active one first.
+
+        Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
+        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
+        :class:`NotFound` and :class:`InvalidInput`.
+        """
+        return await self._short(self._client.search_counts, collection, hours=hours)
+
+    async def bridge(
+        self,
+        collection: str,
+        model: str,
+        *,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        sample: int = 5000,
+        queries: int = 500,
+        compare_old: bool = False,
+        timeout: float = 3600.0,
+    ) -> Bridge:
+        """Learn to answer queries of ``model`` in the space that the collection has now, and store what was learnt.
+
+        ``search(bridge=model)`` uses it from then on, and nothing else does. It is for a time in which the collection's
+        own model cannot be asked, or in which a migration to ``model`` is under way. It ends by itself when the
+        collection leaves its space, and ``search(bridge=model)`` then searches the new one.
+
+        Up to ``sample`` stored texts are learnt from, which chance chooses. Those without a vector of ``model`` are
+        embedded now, which costs money if it is a paid model; these vectors are not stored. Up to ``queries`` golden
+        queries, or else titles of chunks, choose among three kinds of adapter and measure what is lost against a full
+        re-embedding; their answers are not learnt from. With ``compare_old`` they are also asked with the collection's
+        own model, which a worker must then serve. A bridge of the same model is replaced.
+
+        If the collection is on its way into a space of this model, the bridge is from that space. Otherwise
+        ``dimensions`` and ``precision`` are those of :meth:`enqueue`, and long texts are treated as in the space that
+        the collection has. The sample takes about ``20 * sample * (d + e)`` bytes of memory for ``d`` and ``e``
+        dimensions.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` if the collection is in that space already, or has too few texts
+        or no queries, :class:`EngineError`, and :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
+        """
+        return await self._long(
+            self._client.bridge,
+            collection,
+            model,
+            dimensions=dimensions,
+            precision=precision,
+            sample=sample,
+            queries=queries,
+            compare_old=compare_old,
+            timeout=timeout,
+        )
+
+    async def bridges(self, collection: str | None = None) -> list[Bridge]:
+        """The bridges of a collection, or of all, by collection and name. Raises :class:`NotFound`."""
+        return await self._short(self._client.bridges, collection)
+
+    async def drop_bridge(self, collection: str, name: str) -> bool:
+        """Delete the bridge of a collection for the model ``name``. Returns whether there was one.
+
+        Searches through it raise :class:`NotFound` from then on. Raises :class:`NotFound`.
+        """
+        return await self._short(self._client.drop_bridge, collection, name)
+
     @overload
     async def search(
         self,
@@ -457,6 +531,7 @@ class AsyncVerbs(Running):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> Hits: ...
 
     @overload
@@ -476,6 +551,7 @@ class AsyncVerbs(Running):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -495,6 +571,7 @@ class AsyncVerbs(Running):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        bridge: str | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -522,6 +599,10 @@ class AsyncVerbs(Running):
         a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
         before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
 
+        With ``bridge``, the name of a model for which :meth:`bridge` has learnt one, the query is embedded with that
+        model and carried into the collection's space, which ``bridge`` of each hit says. Once the collection is in a
+        space of that model, the same call searches it without a bridge.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -541,6 +622,7 @@ class AsyncVerbs(Running):
                 session=session,
                 space=space,
                 on_unserved=on_unserved,
+                bridge=bridge,
             )
         )
 
@@ -654,24 +736,6 @@ class AsyncVerbs(Running):
         transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection, space=space)
-
-    async def feedback(self, search_id: str, chunk_id: str) -> bool:
-        """Say that a hit was what somebody wanted, for example because they clicked on it.
-
-        ``search_id`` is that of the hits. It names the space that answered, so that :meth:`search_counts` compares two
-        spaces by what their users chose. Returns False if the same was said before. Raises :class:`InvalidInput`, and
-        :class:`NotFound` if the collection does not have the chunk any more.
-        """
-        return await self._short(self._client.feedback, search_id, chunk_id)
-
-    async def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
-        """How the searches of the last ``hours`` went in each space of a collection, the active one first.
-
-        Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
-        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
-        :class:`NotFound` and :class:`InvalidInput`.
-        """
-        return await self._short(self._client.search_counts, collection, hours=hours)
 
     async def get(
         self,
