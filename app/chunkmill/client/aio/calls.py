@@ -51,6 +51,9 @@ class Call:
 
     def _wake_up(self) -> None:
         """End the pause that the call makes, from any thread."""
+        if asyncio._get_running_loop() is self._loop:
+            self._wake.set()
+            return
         with contextlib.suppress(RuntimeError):  # the loop was closed, so nobody waits for this call any more
             self._loop.call_soon_threadsafe(self._wake.set)
 
