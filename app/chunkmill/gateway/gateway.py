@@ -129,6 +129,7 @@ class Gateway:
             self.keys.listen()
 
     async def close(self) -> None:
-        await self.keys.close()
-        await self.limits.close()
-        await self.client.close()
+        async with contextlib.AsyncExitStack() as closing:  # the connections go, whatever happens before
+            closing.push_async_callback(self.client.close)
+            closing.push_async_callback(self.limits.close)
+            closing.push_async_callback(self.keys.close)
