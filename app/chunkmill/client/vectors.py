@@ -328,9 +328,7 @@ class Vectors(ClientPart):
             registering = Work(register)
             yield registering
             space = registering.result
-        embedded = yield from self._asking_all(
-            space, texts, kind, timeout, caller, register=register, lookups=lookups
-        )
+        embedded = yield from self._asking_all(space, texts, kind, timeout, caller, register=register, lookups=lookups)
         return replace(embedded, spec=space.spec)
 
     def query_cache(self) -> QueryCache:
