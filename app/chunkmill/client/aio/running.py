@@ -20,7 +20,7 @@ from chunkmill.client.aio.threads import Threads
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.door import DOOR_ERRORS, door, translated
-from chunkmill.client.steps import Step, Steps, Work
+from chunkmill.client.steps import Pause, Steps, Tell, Wait, Work
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.errors import ClientClosed
@@ -221,7 +221,7 @@ class Running:
                 self._all_ended.set_result(None)
 
 
-def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Step | _Done[Result]:
+def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Pause | Wait | Tell | _Done[Result]:
     """The next step for the loop, after ``error`` was raised by the last one. A future cannot hold the end of a
     generator."""
     with door(db):

@@ -137,8 +137,6 @@ class Inquiry:
         until = time.monotonic() + LOOK_SECONDS
         while not lookup.signal.is_given and (left := until - time.monotonic()) > 0:
             yield Wait(lookup.signal, left)
-        if lookup.is_gone:
-            raise SpaceGone
         if lookup.stored is None:
             lookups.doubt(lookup)
             yield Work(self._look)

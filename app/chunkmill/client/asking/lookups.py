@@ -41,16 +41,13 @@ _SIZE, _NUMBER = struct.Struct("!i"), struct.Struct("!q")
 
 @dataclass(slots=True, eq=False)
 class Lookup:
-    """What one call looks for. The signal is given when ``stored`` or ``is_gone`` says what there is, or when this
-    way cannot tell."""
+    """What one call looks for. The signal is given when ``stored`` says what there is, or when this way cannot tell."""
 
     space: Space
     hashes: Sequence[bytes]
     signal: Signal = field(default_factory=Signal)
     stored: list[tuple[bytes, EmbeddedText]] | None = None
     """The texts that have a vector, each with it; None if it is not known."""
-    is_gone: bool = False
-    """The space was dropped."""
 
 
 class Lookups:
@@ -168,10 +165,7 @@ class Lookups:
             stored = dict(map(read.stored_row, _rows(results[0])))
             for lookup in asked:
                 lookup.stored = [(each, stored[each]) for each in lookup.hashes if each in stored]
-        elif results:
-            state = results[-1].error_field(pq.DiagnosticField.SQLSTATE) or b""
-            for lookup in asked:
-                lookup.is_gone = state == psycopg.errors.UndefinedTable.sqlstate.encode()
+        # After an error, such as of a space that was dropped, each call looks itself, and knows what to make of it.
         self._next()
         for lookup in asked:
             lookup.signal.give()
