@@ -17,6 +17,8 @@ from chunkmill.errors import ChunkmillError, InvalidInput, StoreUnavailable
 _UNUSABLE_SERVER = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 UNUSABLE = (*_UNUSABLE_SERVER, sa.exc.TimeoutError)
 """SQLAlchemy's errors about a Postgres that cannot be used, or about a pool without a free connection to it."""
+DOOR_ERRORS = (sa.exc.SQLAlchemyError, psycopg.Error)
+"""What :func:`door` translates."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -37,7 +39,7 @@ def door(db: sa.Engine) -> Iterator[None]:
     """Raise an error of ours instead of one of SQLAlchemy or psycopg."""
     try:
         yield
-    except (sa.exc.SQLAlchemyError, psycopg.Error) as error:
+    except DOOR_ERRORS as error:
         raise translated(str(db.url), error) from error
 
 

@@ -65,6 +65,18 @@ class Wait:
     seconds: float
 
 
+@dataclass(slots=True)
+class Work:
+    """Call a function that may block, as on Postgres. ``result`` is what it returned.
+
+    Without ``is_awaited`` the steps may go on before it has been called, and what it raises is lost.
+    """
+
+    function: Callable[[], Any]
+    is_awaited: bool = True
+    result: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class Tell:
     """Call a function of the caller's, then go on."""
@@ -73,10 +85,11 @@ class Tell:
     argument: object
 
 
-Step = Pause | Wait | Tell
+Step = Pause | Wait | Tell | Work
 Steps = Generator[Step, None, Result]
 """No transaction is open between two steps, so they may run in different threads, one after the other. A generator that
-is closed, or that an exception is thrown into, takes back what it asked for."""
+is closed, or that an exception is thrown into, takes back what it asked for. Between its steps it may block, unless its
+function says that it blocks in :class:`Work` alone; closing it may always block."""
 
 
 def run_steps(steps: Steps[Result]) -> Result:
@@ -100,5 +113,7 @@ def perform(step: Step) -> None:
         time.sleep(step.seconds)
     elif isinstance(step, Wait):
         step.signal.wait(step.seconds)
+    elif isinstance(step, Work):
+        step.result = step.function()
     else:
         step.function(step.argument)

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from chunkmill.client.asking.gathered import Gathered
 from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
 from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.asking.sockets import sockets_of
-from chunkmill.client.base import ClientPart, forget_space, store_errors
+from chunkmill.client.base import ClientPart, forget_space, known_spaces, store_errors
 from chunkmill.client.counting import counting_of
-from chunkmill.client.steps import Steps, run_steps
+from chunkmill.client.steps import Steps, Work, run_steps
 from chunkmill.domain.arguments import (
     as_fallback,
     as_flag,
@@ -46,7 +47,7 @@ from chunkmill.domain.mixing import Hybrid
 from chunkmill.domain.results import Audit, Hits, Index
 from chunkmill.domain.retention import QueryCache
 from chunkmill.domain.sessions import SearchId
-from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.errors import EngineError, InvalidInput, StoreUnavailable, WaitTimeout
 from chunkmill.spaces import bridges, collections, registry, serving
 from chunkmill.store import audit as auditing
@@ -514,6 +515,35 @@ class Vectors(ClientPart):
         embedded = yield from self._asking_all(space, texts, kind, timeout, caller, register=register)
         return replace(embedded, spec=space.spec)
 
+    def _embed_few_steps(
+        self,
+        texts: Sequence[str],
+        spec: SpaceSpec,
+        *,
+        kind: Literal["document", "query"],
+        timeout: float,
+        caller: str,
+        lookups: Lookups | None,
+    ) -> Steps[EmbeddedTexts]:
+        """``embed_texts`` with ``blank`` in the space of ``spec``. The steps block in :class:`Work` alone."""
+        for i, text in enumerate(texts):
+            if text and not text.isspace():
+                prepare((f"texts[{i}]", text), i)
+
+        def register() -> registry.Space:
+            known = known_spaces(self._db)
+            if (space := known.get(spec)) is None:
+                with self._transaction() as conn:
+                    space = known[spec] = registry.register(conn, spec, storage=self._settings.vector_storage)
+            return space
+
+        if (space := known_spaces(self._db).get(spec)) is None:
+            registering = Work(register)
+            yield registering
+            space = registering.result
+        embedded = yield from self._asking_all(space, texts, kind, timeout, caller, register=register, lookups=lookups)
+        return replace(embedded, spec=space.spec)
+
     def query_cache(self) -> QueryCache:
         """What this client keeps of the vectors of its queries, and how often that helped.
 
@@ -597,6 +627,7 @@ class Vectors(ClientPart):
         *,
         register: Callable[[], registry.Space] | None = None,
         is_cached: bool = True,
+        lookups: Lookups | None = None,
     ) -> Steps[EmbeddedTexts]:
         """The vectors of the texts in a space: known ones from the cache and from the store, others from workers.
 
@@ -614,7 +645,7 @@ class Vectors(ClientPart):
                 break
             mailbox = listener_of(self._db).mailbox(self._db)
             sockets = None if self._settings.worker_socket == "off" else sockets_of(self._db)
-            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline, sockets)
+            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline, sockets, lookups)
             try:
                 yield from inquiry.steps()
             except SpaceGone:
@@ -623,7 +654,9 @@ class Vectors(ClientPart):
                     raise StoreUnavailable(
                         "the space was dropped while this call used it. The same call may be made again."
                     ) from None
-                space = register()
+                registering = Work(register)
+                yield registering
+                space = registering.result
         if is_cached:
             self._query_cache.keep(fingerprint, kind, gathered.of(missing))
         return gathered.result(dimensions)

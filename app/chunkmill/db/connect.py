@@ -115,6 +115,23 @@ def connections(conn: sa.Connection) -> Connections:
     return Connections(**conn.execute(_CONNECTIONS).one()._mapping)
 
 
+def open_alone(db: sa.Engine | sa.Pool) -> psycopg.Connection[object]:
+    """A connection that is prepared like those of the pool, and is none of them. It commits each statement."""
+    # A pool of its own with the same way to connect, and no connection yet.
+    fairy = (db.pool.recreate() if isinstance(db, sa.Engine) else db).connect()
+    connection = fairy.driver_connection
+    fairy.detach()  # SQLAlchemy would roll a lost connection back, and log that it cannot
+    if not isinstance(connection, psycopg.Connection):
+        raise TypeError(f"expected a psycopg connection, got {type(connection).__name__}")
+    try:
+        connection.rollback()
+        connection.autocommit = True
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 def raw(conn: sa.Connection) -> psycopg.Connection[tuple[Any, ...]]:
     """The psycopg connection under ``conn``, in the same transaction. COPY and LISTEN need it."""
     driver = conn.connection.driver_connection

@@ -148,7 +148,13 @@ async def embed(gateway: Gateway, caller: Caller, asked: Asked) -> Answered:
     seconds = SECONDS + SECONDS_PER_TEXT * len(asked.texts) if asked.seconds is None else asked.seconds
     try:
         embedded = await gateway.embed(
-            asked.texts, model=model.target, kind=asked.kind, caller=caller, timeout=seconds, dimensions=size
+            asked.texts,
+            model=model.target,
+            kind=asked.kind,
+            caller=caller,
+            timeout=seconds,
+            dimensions=size,
+            spec=model.spec if size is None else None,
         )
     except WaitTimeout:
         raise await _late(gateway, model, seconds) from None

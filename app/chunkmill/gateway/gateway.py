@@ -15,6 +15,7 @@ from chunkmill.client import Client
 from chunkmill.client.aio import AsyncClient
 from chunkmill.domain.embedded import EmbeddedTexts, estimated_tokens
 from chunkmill.domain.prices import price_on
+from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.exchange import current
@@ -28,6 +29,10 @@ from chunkmill.settings import Settings
 
 if TYPE_CHECKING:
     from chunkmill.gateway.batches.keeper import BatchKeeper
+
+FEW_TEXTS, FEW_CHARACTERS = 32, 65_536
+"""The event loop itself works for requests of at most so many texts, with so many characters together. It does so in
+less than a millisecond. For larger ones threads work."""
 
 
 @dataclass(slots=True)
@@ -68,22 +73,29 @@ class Gateway:
         caller: Caller,
         timeout: float,
         dimensions: int | None = None,
+        spec: SpaceSpec | None = None,
     ) -> EmbeddedTexts:
         """What every route that returns vectors calls. It raises errors of ``chunkmill.errors``, and :class:`Refusal`
         if the key's limits or the room in this gateway do not allow it.
 
-        A text may be empty: LangChain asks for the vector of "", and other servers have one.
+        A text may be empty: LangChain asks for the vector of "", and other servers have one. ``spec`` is the space that
+        ``model`` and ``dimensions`` say, if it is known.
         """
         async with self.embedding(caller, model or self.settings.embedding_model, texts) as use:
-            embedded = await self.client.embed_texts(
-                texts,
-                model=model,
-                kind=kind,
-                timeout=timeout,
-                dimensions=dimensions,
-                caller=caller.tenant,
-                blank=True,
-            )
+            if spec is not None and len(texts) <= FEW_TEXTS and sum(map(len, texts)) <= FEW_CHARACTERS:
+                embedded = await self.client._embed_in_loop(
+                    texts, spec, kind=kind, timeout=timeout, caller=caller.tenant
+                )
+            else:
+                embedded = await self.client.embed_texts(
+                    texts,
+                    model=model,
+                    kind=kind,
+                    timeout=timeout,
+                    dimensions=dimensions,
+                    caller=caller.tenant,
+                    blank=True,
+                )
             use.settle(int(embedded.tokens.sum()))
         return embedded
 
@@ -112,10 +124,12 @@ class Gateway:
 
     async def start(self) -> None:
         """Begin what needs the event loop."""
+        self.client._live_in_loop()
         if isinstance(self.keys, StoredKeys):
             self.keys.listen()
 
     async def close(self) -> None:
-        await self.keys.close()
-        await self.limits.close()
-        await self.client.close()
+        async with contextlib.AsyncExitStack() as closing:  # the connections go, whatever happens before
+            closing.push_async_callback(self.client.close)
+            closing.push_async_callback(self.limits.close)
+            closing.push_async_callback(self.keys.close)

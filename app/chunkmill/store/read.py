@@ -161,18 +161,26 @@ def read_stored(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> l
     There are none if the space was dropped and another one has its id now. If the space was dropped, Postgres says that
     there is no such table.
     """
-    query = f"""
+    query = stored_query(space, ":hashes", ":space", ":fingerprint")
+    parameters = {"hashes": list(hashes), "space": space.id, "fingerprint": space.spec.fingerprint}
+    return [stored_row((*row,)) for row in conn.execute(sa.text(query), parameters)]
+
+
+def stored_query(space: Space, hashes: str, space_id: str, fingerprint: str) -> str:
+    """The statement of :func:`read_stored`, with these names of its parameters. :func:`stored_row` reads its rows."""
+    return f"""
         SELECT v.content_hash, v.n_tokens, v.truncated, vector_send(v.embedding) AS embedding
         FROM {space.table_name} v
-        WHERE v.content_hash = ANY(:hashes)
-          AND EXISTS (SELECT FROM spaces s WHERE s.id = :space AND s.fingerprint = :fingerprint)
+        WHERE v.content_hash = ANY({hashes})
+          AND EXISTS (SELECT FROM spaces s WHERE s.id = {space_id} AND s.fingerprint = {fingerprint})
     """
-    parameters = {"hashes": list(hashes), "space": space.id, "fingerprint": space.spec.fingerprint}
+
+
+def stored_row(row: tuple[bytes, int, bool, bytes]) -> tuple[bytes, EmbeddedText]:
+    """A content hash and its vector."""
+    content_hash, n_tokens, truncated, embedding = row
     # vector_send writes the dimensions and a zero, of 16 bits each, and then the numbers, all with the high byte first.
-    return [
-        (row.content_hash, EmbeddedText(np.frombuffer(row.embedding, ">f4", offset=4), row.n_tokens, row.truncated))
-        for row in conn.execute(sa.text(query), parameters)
-    ]
+    return content_hash, EmbeddedText(np.frombuffer(embedding, ">f4", offset=4), n_tokens, truncated)
 
 
 def read_rounded(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:

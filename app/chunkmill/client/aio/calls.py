@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from chunkmill.client.aio.threads import Threads
-from chunkmill.client.steps import Pause, Step, Wait
+from chunkmill.client.steps import Pause, Tell, Wait
 from chunkmill.client.stopping import IS_STOPPED, Stopped
 from chunkmill.errors import ClientClosed
 
@@ -51,12 +51,15 @@ class Call:
 
     def _wake_up(self) -> None:
         """End the pause that the call makes, from any thread."""
+        if asyncio._get_running_loop() is self._loop:
+            self._wake.set()
+            return
         with contextlib.suppress(RuntimeError):  # the loop was closed, so nobody waits for this call any more
             self._loop.call_soon_threadsafe(self._wake.set)
 
     # --- in the event loop -------------------------------------------------------------------------------------
 
-    async def perform(self, step: Step) -> None:
+    async def perform(self, step: Pause | Wait | Tell) -> None:
         """Make the pause, wait, or call the caller's function, here in the loop.
 
         Raises :class:`ClientClosed` if the client is closed meanwhile.

@@ -6,19 +6,23 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
 from chunkmill.client import Client
 from chunkmill.client.aio.calls import Call, Sink, Source, ended
 from chunkmill.client.aio.threads import Threads
-from chunkmill.client.door import door
-from chunkmill.client.steps import Step, Steps
+from chunkmill.client.asking import sockets
+from chunkmill.client.asking.lookups import Lookups
+from chunkmill.client.door import DOOR_ERRORS, door, translated
+from chunkmill.client.steps import Pause, Steps, Tell, Wait, Work
+from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.errors import ClientClosed
 
 Given = ParamSpec("Given")
@@ -56,6 +60,7 @@ class Running:
         self._calls: set[Call] = set()
         self._is_closed = False
         self._all_ended: Future[None] = Future()
+        self._lookups: Lookups | None = None
 
     async def _short(self, method: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
         """A call of a few transactions."""
@@ -112,6 +117,55 @@ class Running:
                 await ended(asyncio.wrap_future(threads.submit(steps.close)))
             self._end(call)
 
+    def _live_in_loop(self) -> None:
+        """Let :meth:`_embed_in_loop` be called in the running loop, in which this client is to be closed."""
+        self._lookups = Lookups(self._client._db)
+        if self._client._settings.worker_socket != "off":
+            sockets.live_in_loop(self._client._db)
+
+    async def _embed_in_loop(
+        self, texts: Sequence[str], spec: SpaceSpec, *, kind: Literal["document", "query"], timeout: float, caller: str
+    ) -> EmbeddedTexts:
+        """``embed_texts`` for few texts, of which some may be blank: it takes a thread only for what may block.
+
+        The loop itself looks into the store and asks workers at their sockets, so that a text costs no switch between
+        threads.
+        """
+        steps = self._client._embed_few_steps(
+            texts, spec, kind=kind, timeout=timeout, caller=caller, lookups=self._lookups
+        )
+        call = self._new_call()
+        error: BaseException | None = None
+        is_over = False
+        try:
+            while True:
+                try:
+                    step = next(steps) if error is None else steps.throw(error)
+                except StopIteration as end:
+                    is_over = True
+                    embedded: EmbeddedTexts = end.value
+                    return embedded
+                except DOOR_ERRORS as raised:
+                    is_over = True
+                    raise translated(str(self._client._db.url), raised) from raised
+                except Exception:
+                    is_over = True
+                    raise
+                error = None
+                try:
+                    if not isinstance(step, Work):
+                        await call.perform(step)
+                    elif step.is_awaited:
+                        step.result = await call.in_thread(self._short_threads, step.function)
+                    else:
+                        self._short_threads.submit(step.function)
+                except Exception as raised:  # noqa: BLE001 - the steps take back what they asked for, and raise it
+                    error = raised
+        finally:
+            if not is_over:
+                await ended(asyncio.wrap_future(self._short_threads.submit(steps.close)))
+            self._end(call)
+
     async def _each(
         self, method: Callable[Given, Iterator[Item]], *args: Given.args, **kwargs: Given.kwargs
     ) -> AsyncGenerator[Item, None]:
@@ -143,6 +197,8 @@ class Running:
         for call in calls:
             call.stop(closed=True)
         await asyncio.shield(asyncio.wrap_future(self._all_ended))
+        if self._lookups is not None:
+            await self._lookups.close()
         closer = Threads("chunkmill-closer", 1)
         closing = asyncio.wrap_future(closer.submit(self._client.close))
         closer.close()
@@ -165,11 +221,20 @@ class Running:
                 self._all_ended.set_result(None)
 
 
-def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Step | _Done[Result]:
-    """The next step, after ``error`` was raised by the last one. A future cannot hold the end of a generator."""
+def _advance(db: sa.Engine, steps: Steps[Result], error: BaseException | None) -> Pause | Wait | Tell | _Done[Result]:
+    """The next step for the loop, after ``error`` was raised by the last one. A future cannot hold the end of a
+    generator."""
     with door(db):
         try:
-            return next(steps) if error is None else steps.throw(error)
+            while True:
+                step = next(steps) if error is None else steps.throw(error)
+                error = None
+                if not isinstance(step, Work):
+                    return step
+                try:
+                    step.result = step.function()
+                except BaseException as raised:  # noqa: BLE001 - the steps raise it, or know what to do
+                    error = raised
         except StopIteration as end:
             return _Done(end.value)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import psycopg
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from chunkmill.client.asking.gathered import Gathered
 from chunkmill.client.asking.listener import PATROL_SECONDS, Mailbox, SocketAnswer
+from chunkmill.client.asking.lookups import Lookups
 from chunkmill.client.asking.sockets import Sockets
-from chunkmill.client.steps import Pause, Steps, Wait
+from chunkmill.client.steps import Pause, Steps, Wait, Work
 from chunkmill.db.connect import raw
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.frames import Question
@@ -38,6 +40,8 @@ FEW_TEXTS, FEW_CHARACTERS = 8, 2_048
 about 512 tokens."""
 STORED_AT_ONCE = 4_096
 """How many texts one statement looks for in the store."""
+LOOK_SECONDS = 2.0
+"""How long a call waits for others to look into the store for it. Then it looks itself."""
 SLOW_SECONDS = 5.0
 """How long after the last part was sent to a worker directly those without an answer are left to all workers."""
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.002, 0.05
@@ -62,6 +66,9 @@ class Inquiry:
     """By ``time.monotonic()``."""
     sockets: Sockets | None = None
     """The workers that can be asked directly; None if all is asked through Postgres."""
+    lookups: Lookups | None = None
+    """Who looks into the store for all calls of an event loop. None if this call looks itself, in the transaction in
+    which it asks."""
     _parts: list[list[bytes]] = field(default_factory=list)
     """What is still to be asked, the last part first. Texts are named by their hashes."""
     _asked: dict[int, list[bytes]] = field(default_factory=dict)
@@ -76,40 +83,77 @@ class Inquiry:
     def steps(self) -> Steps[None]:
         """Ask for what is missing, and wait for it. Whoever gives up in between withdraws all requests.
 
-        Raises :class:`SpaceGone`, :class:`EngineError` if a worker cannot embed one of the texts, and
-        :class:`WaitTimeout`.
+        They block in :class:`Work` alone. Raises :class:`SpaceGone`, :class:`EngineError` if a worker cannot embed one
+        of the texts, and :class:`WaitTimeout`.
         """
         try:
-            self._begin()
+            yield from self._begin()
             while self._asked:
                 yield from self._waiting()
                 self._read(self.mailbox.take())
                 self._require_time()
                 if self._parts and (self._is_left or len(self._asked) <= OPEN_PARTS // 2):
-                    self._send()
+                    yield from self._send()
+        except GeneratorExit:
+            self._withdraw(self._cancel())
+            raise
         except BaseException:
-            left = {*self.mailbox.close(), *self._asked}
-            if self.sockets is not None:
-                self.sockets.cancel(request_id for request_id in left if request_id < 0)
-            # If Postgres is away, the poller deletes the requests after ten minutes.
-            with contextlib.suppress(ChunkmillError):
-                if rows := sorted(request_id for request_id in left if request_id > 0):
-                    with self.transaction() as conn:
-                        embed_requests.withdraw_all(conn, rows)
+            if rows := self._cancel():
+                try:
+                    yield Work(partial(self._withdraw, rows))
+                except GeneratorExit:
+                    self._withdraw(rows)  # it may not have begun
+                    raise
             raise
 
-    def _begin(self) -> None:
-        """Take from the store what is there, and send the first parts, in one transaction if there is any."""
-        if self._may_ask_directly and self.sockets is not None:
-            self.sockets.refresh(self.transaction)
+    def _cancel(self) -> list[int]:
+        """Let go of all requests that have no answer. Returns the ids of those that are rows."""
+        left = {*self.mailbox.close(), *self._asked}
+        if self.sockets is not None:
+            self.sockets.cancel(request_id for request_id in left if request_id < 0)
+        return sorted(request_id for request_id in left if request_id > 0)
+
+    def _withdraw(self, rows: Sequence[int]) -> None:
+        # If Postgres is away, the poller deletes the requests after ten minutes.
+        with contextlib.suppress(ChunkmillError):
+            if rows:
+                with self.transaction() as conn:
+                    embed_requests.withdraw_all(conn, rows)
+
+    def _begin(self) -> Steps[None]:
+        """Take from the store what is there, and send the first parts."""
+        if self._may_ask_directly and self.sockets is not None and self.sockets.is_due:
+            yield Work(partial(self.sockets.refresh, self.transaction), is_awaited=not self.sockets.is_known)
         if self.kind == "document" and read.are_exact(self.space):
-            with self.transaction() as conn:
-                self._read_stored(conn)
-                self._cut()
-                self._send(conn)
-        else:
+            if self.lookups is None:
+                yield Work(self._look_and_send)
+                return
+            yield from self._look_together(self.lookups)
+        self._cut()
+        yield from self._send()
+
+    def _look_together(self, lookups: Lookups) -> Steps[None]:
+        lookup = lookups.ask(self.space, list(self.texts.missing))
+        until = time.monotonic() + LOOK_SECONDS
+        while not lookup.signal.is_given and (left := until - time.monotonic()) > 0:
+            yield Wait(lookup.signal, left)
+        if lookup.stored is None:
+            lookups.doubt(lookup)
+            yield Work(self._look)
+            return
+        for content_hash, embedded in lookup.stored:
+            self.texts.add(content_hash, embedded)
+
+    def _look(self) -> None:
+        with self.transaction() as conn:
+            self._read_stored(conn)
+
+    def _look_and_send(self) -> None:
+        with self.transaction() as conn:
+            self._read_stored(conn)
             self._cut()
-            self._send()
+            if parts := self._left_to_rows():
+                self._send_rows(conn, parts)
 
     def _cut(self) -> None:
         missing = self.texts.missing
@@ -132,18 +176,21 @@ class Inquiry:
     def _may_ask_directly(self) -> bool:
         return self.sockets is not None and not self._is_left and self.space.spec.provider != OPENAI
 
-    def _send(self, conn: sa.Connection | None = None) -> None:
+    def _send(self) -> Steps[None]:
         """Ask for as many parts as may be open: workers on this machine directly, and through Postgres for the rest."""
+        if parts := self._left_to_rows():
+            yield Work(partial(self._send_rows_alone, parts))
+
+    def _left_to_rows(self) -> list[list[bytes]]:
+        """Send parts to workers directly, and return those of the next ones that none of them takes."""
         parts = [self._parts.pop() for _ in range(min(len(self._parts), OPEN_PARTS - len(self._asked)))]
         if self._may_ask_directly:
             parts = [part for part in parts if not self._send_directly(part)]
-        if not parts:
-            return
-        if conn is not None:
+        return parts
+
+    def _send_rows_alone(self, parts: Sequence[list[bytes]]) -> None:
+        with self.transaction() as conn:
             self._send_rows(conn, parts)
-        else:
-            with self.transaction() as own:
-                self._send_rows(own, parts)
 
     def _send_directly(self, part: list[bytes]) -> bool:
         """Whether a worker takes the part."""
@@ -203,11 +250,9 @@ class Inquiry:
             if now - self._asked_directly_at >= SLOW_SECONDS and self._take_back():
                 return
             if left <= 0 or (self.mailbox.is_adrift and self.mailbox.open_rows):
-                with self.transaction() as conn:
-                    answers = embed_requests.take_answers(
-                        raw(conn), self.mailbox.open_rows, with_counts=embed_requests.has_columns(conn, "tokens")
-                    )
-                self.mailbox.collect(answers)
+                fetch = Work(self._fetch)
+                yield fetch
+                answers = fetch.result
                 if answers or left <= 0:
                     return
                 yield Pause(pause) if signal.is_given else Wait(signal, pause)
@@ -216,6 +261,15 @@ class Inquiry:
                 # The signal was given and nothing came if the listener is gone, and only workers are asked directly.
                 yield Pause(pause) if signal.is_given else Wait(signal, min(left, PATROL_SECONDS))
                 self.mailbox.patrol()
+
+    def _fetch(self) -> list[AnswerRow]:
+        """Put the answers that there are into the mailbox."""
+        with self.transaction() as conn:
+            answers = embed_requests.take_answers(
+                raw(conn), self.mailbox.open_rows, with_counts=embed_requests.has_columns(conn, "tokens")
+            )
+        self.mailbox.collect(answers)
+        return answers
 
     def _take_back(self) -> bool:
         """Leave to all workers what one of them has not answered for long. Returns whether there is such a part."""

@@ -15,14 +15,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import psycopg
 import sqlalchemy as sa
 
 from chunkmill.client.steps import Signal
-from chunkmill.db.connect import address_of
+from chunkmill.db.connect import address_of, open_alone
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger import embed_requests
@@ -256,7 +256,7 @@ class Listener:
     def _run(self, pool: sa.Pool, ends: tuple[socket.socket, socket.socket]) -> None:
         _, woken = ends
         try:
-            with _connection(pool) as connection:
+            with contextlib.closing(open_alone(pool)) as connection:
                 self._listen(connection, woken)
         except Exception as error:  # noqa: BLE001 - whatever it was, the calls that wait must look themselves
             self._end(error)
@@ -386,22 +386,6 @@ class Listener:
                     signals.append(signal)
         for signal in signals:
             signal.give()
-
-
-@contextlib.contextmanager
-def _connection(pool: sa.Pool) -> Iterator[psycopg.Connection[object]]:
-    """A connection that is prepared like those of the pool. It is closed at the end."""
-    fairy = pool.connect()
-    connection = fairy.driver_connection
-    fairy.detach()  # SQLAlchemy would roll a lost connection back, and log that it cannot
-    if not isinstance(connection, psycopg.Connection):
-        raise TypeError(f"expected a psycopg connection, got {type(connection).__name__}")
-    try:
-        connection.rollback()
-        connection.autocommit = True
-        yield connection
-    finally:
-        connection.close()
 
 
 _mutex = threading.Lock()

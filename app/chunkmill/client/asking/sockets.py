@@ -1,11 +1,13 @@
 """Requests that are sent straight to workers on this machine, through sockets that the workers announce in Postgres.
 
 It is an accelerator that may be missing: what no socket takes, and what a worker refuses or leaves, is asked through
-Postgres. A process has one connection to each worker, and one thread that reads from all of them.
+Postgres. A process has one connection to each worker, and one thread that reads from all of them. A client that lives
+in one event loop has connections of its own, from which that loop reads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -104,35 +106,23 @@ class _Connection:
 
 
 class _Hub:
-    """All connections of the process, and the thread that reads from them while there are any."""
+    """Connections, and whoever reads from them while there are any."""
 
     def __init__(self) -> None:
         self.mutex = threading.Lock()
         self.connections: set[_Connection] = set()
-        self._thread: threading.Thread | None = None
-        self._ends: tuple[socket.socket, socket.socket] | None = None
         self._sleeps_until = 0.0
 
     def add(self, connection: _Connection) -> None:
         """Read from a connection too. With the mutex."""
-        self.connections.add(connection)
-        if self._thread is None:
-            self._ends = socket.socketpair()
-            for end in self._ends:
-                end.setblocking(False)
-            self._thread = threading.Thread(target=self._run, args=(self._ends,), name="chunkmill-sockets", daemon=True)
-            self._thread.start()
-        else:
-            self.wake()
+        raise NotImplementedError
 
     def wake(self) -> None:
-        """Let the thread look again. With the mutex."""
-        if self._ends is not None:
-            with contextlib.suppress(OSError):  # it is full, so that the thread wakes in any case
-                self._ends[0].send(b"\0")
+        """Let the reader look again. With the mutex."""
+        raise NotImplementedError
 
     def wake_before(self, moment: float) -> None:
-        """Let the thread look before ``moment``. With the mutex."""
+        """Let the reader look before ``moment``. With the mutex."""
         if self._sleeps_until > moment:
             self.wake()
 
@@ -140,43 +130,10 @@ class _Hub:
         """In a child process: close what was inherited, which does not end the parent's connections."""
         for connection in self.connections:
             connection.sock.close()
-        for end in self._ends or ():
-            end.close()
 
-    # --- in the thread ------------------------------------------------------------------------------------------------
+    # --- where it is read ---------------------------------------------------------------------------------------------
 
-    def _run(self, ends: tuple[socket.socket, socket.socket]) -> None:
-        try:
-            # Not epoll, which a forked process would share.
-            with selectors.PollSelector() as selector:
-                selector.register(ends[1], selectors.EVENT_READ)
-                self._read_all(selector, ends[1])
-        except Exception as error:  # the calls that wait must not wait for a thread that has ended
-            logger.exception("requests are sent to no worker directly for now")
-            with self.mutex:
-                connections = list(self.connections)
-                self._thread = self._ends = None
-            for connection in connections:
-                self._close(connection, type(error).__name__)
-        finally:
-            for end in ends:
-                end.close()
-
-    def _read_all(self, selector: selectors.BaseSelector, woken: socket.socket) -> None:
-        registered: dict[_Connection, int] = {}
-        while True:
-            seconds = self._look(selector, registered)
-            if seconds is None:
-                return
-            for key, events in selector.select(seconds):
-                if key.fileobj is woken:
-                    with contextlib.suppress(BlockingIOError):
-                        woken.recv(4096)
-                else:
-                    self._attend(key.data, events)
-
-    def _look(self, selector: selectors.BaseSelector, registered: dict[_Connection, int]) -> float | None:
-        """Close what is to be closed, and say for how long nothing else is to be done. None if the thread is to end."""
+    def _close_what_is_over(self) -> None:
         with self.mutex:
             self._sleeps_until = 0.0
             now = time.monotonic()
@@ -187,26 +144,12 @@ class _Hub:
             ]
         for connection, why in over:
             self._close(connection, why)
-        with self.mutex:
-            # They are closed, so that the selector must be told the descriptors that they had.
-            for fd in [fd for fd, key in selector.get_map().items() if isinstance(key.data, _Connection)]:
-                connection = selector.get_map()[fd].data
-                if connection not in self.connections:
-                    selector.unregister(fd)
-                    del registered[connection]
-            for connection in self.connections:
-                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
-                if connection not in registered:
-                    selector.register(connection.sock, wanted, connection)
-                elif registered[connection] != wanted:
-                    selector.modify(connection.sock, wanted, connection)
-                registered[connection] = wanted
-            if not self.connections:
-                self._thread = self._ends = None
-                return None
-            now = time.monotonic()
-            self._sleeps_until = min(connection.limit(now) for connection in self.connections)
-            return max(0.0, self._sleeps_until - now)
+
+    def _seconds_left(self) -> float:
+        """For how long nothing else is to be done. With the mutex."""
+        now = time.monotonic()
+        self._sleeps_until = min(connection.limit(now) for connection in self.connections)
+        return max(0.0, self._sleeps_until - now)
 
     def _attend(self, connection: _Connection, events: int) -> None:
         if connection.is_closed:
@@ -290,10 +233,154 @@ class _Hub:
             request.mailbox.deliver(SocketAnswer(request.id, None, is_suspect=not connection.is_doomed))
 
 
+class _ThreadHub(_Hub):
+    """A thread reads, from the first connection on until there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread: threading.Thread | None = None
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+
+    def add(self, connection: _Connection) -> None:
+        self.connections.add(connection)
+        if self._thread is None:
+            self._ends = socket.socketpair()
+            for end in self._ends:
+                end.setblocking(False)
+            self._thread = threading.Thread(target=self._run, args=(self._ends,), name="chunkmill-sockets", daemon=True)
+            self._thread.start()
+        else:
+            self.wake()
+
+    def wake(self) -> None:
+        if self._ends is not None:
+            with contextlib.suppress(OSError):  # it is full, so that the thread wakes in any case
+                self._ends[0].send(b"\0")
+
+    def forget_all(self) -> None:
+        super().forget_all()
+        for end in self._ends or ():
+            end.close()
+
+    # --- in the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self, ends: tuple[socket.socket, socket.socket]) -> None:
+        try:
+            # Not epoll, which a forked process would share.
+            with selectors.PollSelector() as selector:
+                selector.register(ends[1], selectors.EVENT_READ)
+                self._read_all(selector, ends[1])
+        except Exception as error:  # the calls that wait must not wait for a thread that has ended
+            logger.exception("requests are sent to no worker directly for now")
+            with self.mutex:
+                connections = list(self.connections)
+                self._thread = self._ends = None
+            for connection in connections:
+                self._close(connection, type(error).__name__)
+        finally:
+            for end in ends:
+                end.close()
+
+    def _read_all(self, selector: selectors.BaseSelector, woken: socket.socket) -> None:
+        registered: dict[_Connection, int] = {}
+        while True:
+            seconds = self._look(selector, registered)
+            if seconds is None:
+                return
+            for key, events in selector.select(seconds):
+                if key.fileobj is woken:
+                    with contextlib.suppress(BlockingIOError):
+                        woken.recv(4096)
+                else:
+                    self._attend(key.data, events)
+
+    def _look(self, selector: selectors.BaseSelector, registered: dict[_Connection, int]) -> float | None:
+        """Close what is to be closed, and say for how long nothing else is to be done. None if the thread is to end."""
+        self._close_what_is_over()
+        with self.mutex:
+            # They are closed, so that the selector must be told the descriptors that they had.
+            for fd in [fd for fd, key in selector.get_map().items() if isinstance(key.data, _Connection)]:
+                connection = selector.get_map()[fd].data
+                if connection not in self.connections:
+                    selector.unregister(fd)
+                    del registered[connection]
+            for connection in self.connections:
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.unsent else 0)
+                if connection not in registered:
+                    selector.register(connection.sock, wanted, connection)
+                elif registered[connection] != wanted:
+                    selector.modify(connection.sock, wanted, connection)
+                registered[connection] = wanted
+            if not self.connections:
+                self._thread = self._ends = None
+                return None
+            return self._seconds_left()
+
+
+class _LoopHub(_Hub):
+    """An event loop reads, so that an answer reaches the task that waits for it without another thread.
+
+    Requests may be sent from any thread. A loop that is closed must be left before.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._reads: set[_Connection] = set()
+        self._writes: set[_Connection] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_woken = False
+
+    def add(self, connection: _Connection) -> None:
+        self.connections.add(connection)
+        self.wake()
+
+    def wake(self) -> None:
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits in it
+                self._loop.call_soon_threadsafe(self._look)
+
+    def _close(self, connection: _Connection, why: str) -> None:
+        # Before it is closed, because another file may have its number then.
+        self._loop.remove_reader(connection.sock)
+        self._loop.remove_writer(connection.sock)
+        self._reads.discard(connection)
+        self._writes.discard(connection)
+        super()._close(connection, why)
+
+    def _look(self) -> None:
+        with self.mutex:
+            self._is_woken = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._close_what_is_over()
+        with self.mutex:
+            for connection in self.connections:
+                if connection not in self._reads:
+                    self._reads.add(connection)
+                    self._loop.add_reader(connection.sock, self._attend, connection, selectors.EVENT_READ)
+                if connection.unsent and connection not in self._writes:
+                    self._writes.add(connection)
+                    self._loop.add_writer(connection.sock, self._write, connection)
+            if self.connections:
+                self._timer = self._loop.call_later(self._seconds_left(), self._look)
+
+    def _write(self, connection: _Connection) -> None:
+        self._attend(connection, selectors.EVENT_WRITE)
+        with self.mutex:
+            is_sent = not connection.unsent
+        if is_sent and connection in self._writes:
+            self._writes.discard(connection)
+            self._loop.remove_writer(connection.sock)
+
+
 class Sockets:
     """The workers of one database that this process can reach directly. It is thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, hub: _Hub | None = None) -> None:
+        self._own_hub = hub
         self._databases: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
         self._workers: dict[str, WorkerSocket] = {}
         self._connections: dict[str, _Connection] = {}
@@ -304,24 +391,46 @@ class Sockets:
         self._reading = threading.Lock()
 
     @property
+    def _hub(self) -> _Hub:
+        return self._own_hub or _hub
+
+    @property
     def is_used(self) -> bool:
         """Whether a client of the database is left."""
         return bool(self._databases)
 
     def join(self, db: sa.Engine) -> None:
         """A client with these connections uses them."""
-        with _hub.mutex:
+        with self._hub.mutex:
             self._databases.add(db)
 
     def leave(self, db: sa.Engine) -> None:
         """A client was closed. The connections go with the last of them."""
-        with _hub.mutex:
+        with self._hub.mutex:
             self._databases.discard(db)
             if not self._databases:
                 self._read_at = None
                 for connection in self._connections.values():
                     connection.is_doomed = True
-                _hub.wake()
+                self._hub.wake()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was read once which workers have sockets."""
+        return self._read_at is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether :meth:`refresh` has something to do."""
+        now = time.monotonic()
+        with self._hub.mutex:
+            return (
+                self._read_at is None
+                or now - self._read_at >= KNOWN_SECONDS
+                or any(
+                    name not in self._connections and now >= self._not_before.get(name, 0.0) for name in self._workers
+                )
+            )
 
     def refresh(self, transaction: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
         """Read which workers have sockets, if that is not known, and connect to those of them that are new."""
@@ -333,7 +442,7 @@ class Sockets:
                 workers: list[WorkerSocket] = []
                 with contextlib.suppress(sa.exc.ProgrammingError), transaction() as conn:  # a role that may not read it
                     workers = worker_sockets.read(conn, this_boot())
-                with _hub.mutex:
+                with self._hub.mutex:
                     self._read_at = now
                     self._workers = {worker.name: worker for worker in workers}
             self._connect_all(now)
@@ -345,7 +454,7 @@ class Sockets:
 
         What comes of it is delivered to the mailbox, once. None if no worker takes it.
         """
-        with _hub.mutex:
+        with self._hub.mutex:
             if not any(self._takes(connection, space, question) for connection in self._connections.values()):
                 return None
         body = frames.pack_question(question)
@@ -353,7 +462,7 @@ class Sockets:
             return None
         request_id = -next(_numbers)
         mailbox.expect_directly(request_id, wake_at=wake_at)
-        with _hub.mutex:
+        with self._hub.mutex:
             takers = [one for one in self._connections.values() if self._takes(one, space, question)]
             connection = min(takers, key=lambda one: one.n_texts, default=None)
             if connection is not None:
@@ -364,9 +473,9 @@ class Sockets:
                 connection.open[number] = _Open(request_id, n, space.spec.dimensions, space.id, mailbox)
                 connection.n_texts += n
                 if connection.send(frames.frame(FrameKind.ASK, number, body)):
-                    _hub.wake()
+                    self._hub.wake()
                 else:
-                    _hub.wake_before(connection.limit(now))
+                    self._hub.wake_before(connection.limit(now))
                 return request_id
         mailbox.forget_direct(request_id)
         return None
@@ -375,14 +484,14 @@ class Sockets:
         """Nobody waits for these requests any more. Returns those that had no answer; nothing more comes of them."""
         numbers = {-request_id & 0xFFFFFFFF for request_id in request_ids}
         cancelled: list[int] = []
-        with _hub.mutex:
+        with self._hub.mutex:
             for connection in self._connections.values():
                 for number in numbers & connection.open.keys():
                     request = connection.open.pop(number)
                     connection.n_texts -= request.n_texts
                     cancelled.append(request.id)
                     if connection.send(frames.frame(FrameKind.CANCEL, number)):
-                        _hub.wake()
+                        self._hub.wake()
         return cancelled
 
     def forget(self, connection: _Connection) -> None:
@@ -396,7 +505,7 @@ class Sockets:
     @property
     def ready(self) -> list[str]:
         """The names of the workers that can be asked now."""
-        with _hub.mutex:
+        with self._hub.mutex:
             return sorted(name for name, connection in self._connections.items() if connection.is_ready)
 
     def _takes(self, connection: _Connection, space: Space, question: Question) -> bool:
@@ -410,13 +519,13 @@ class Sockets:
         return connection.n_texts + len(question.texts) <= room
 
     def _connect_all(self, now: float) -> None:
-        with _hub.mutex:
+        with self._hub.mutex:
             for worker in self._workers.values():
                 connection = self._connections.get(worker.name)
                 if connection is not None:
                     if connection.worker.token != worker.token:
                         connection.is_doomed = True  # another process has the name now
-                        _hub.wake()
+                        self._hub.wake()
                 elif now >= self._not_before.get(worker.name, 0.0) and self._databases:
                     try:
                         sock = _connect(worker.address)
@@ -427,7 +536,7 @@ class Sockets:
                         self._not_before[worker.name] = now + RETRY_SECONDS
                         continue
                     self._connections[worker.name] = _Connection(self, worker, sock)
-                    _hub.add(self._connections[worker.name])
+                    self._hub.add(self._connections[worker.name])
             self._not_before = {name: at for name, at in self._not_before.items() if at > now}
             self._unreachable &= {worker.token for worker in self._workers.values()}
 
@@ -461,15 +570,26 @@ def _connect(address: str) -> socket.socket:
 
 
 _mutex = threading.Lock()
-_hub = _Hub()
+_hub = _ThreadHub()
 _sockets: dict[str, Sockets] = {}
+_of_loops: weakref.WeakKeyDictionary[sa.Engine, Sockets] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
+
+
+def live_in_loop(db: sa.Engine) -> None:
+    """From now on the running loop reads from the workers for the client with these connections, until it is closed."""
+    made = Sockets(_LoopHub(asyncio.get_running_loop()))
+    made.join(db)
+    with _mutex:
+        _of_loops[db] = made
 
 
 def sockets_of(db: sa.Engine) -> Sockets:
     """The sockets of this process for the database and schema of ``db``."""
     address = address_of(db)
     with _mutex:
+        if (own := _of_loops.get(db)) is not None:
+            return own
         made = _sockets.setdefault(address, Sockets())
     made.join(db)
     return made
@@ -478,7 +598,7 @@ def sockets_of(db: sa.Engine) -> Sockets:
 def leave(db: sa.Engine) -> None:
     """A client with these connections was closed."""
     with _mutex:
-        sockets = _sockets.get(address_of(db))
+        sockets = _of_loops.pop(db, None) or _sockets.get(address_of(db))
     if sockets is not None:
         sockets.leave(db)
 
@@ -486,8 +606,11 @@ def leave(db: sa.Engine) -> None:
 def _begin_in_child() -> None:
     """A child process has no thread of its parent's, and must not read from its connections."""
     global _mutex, _hub
-    _hub.forget_all()
-    _mutex, _hub = threading.Lock(), _Hub()
+    for hub in (_hub, *(made._own_hub for made in _of_loops.values())):
+        if hub is not None:
+            hub.forget_all()
+    _of_loops.clear()
+    _mutex, _hub = threading.Lock(), _ThreadHub()
     _sockets.clear()
 
 
