@@ -20,9 +20,11 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
+from chunkmill.domain.gates import GateResult, Gates
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.reembedding import Coverage, Quote, Reembedding, ReembeddingState, ServedBy
 from chunkmill.domain.results import (
     Abandoned,
     Attempt,
@@ -129,6 +131,7 @@ __all__ = [
     "Cost",
     "Costs",
     "CostsBy",
+    "Coverage",
     "DeadChunk",
     "DeadDetails",
     "DeadEntry",
@@ -141,6 +144,8 @@ __all__ = [
     "Explanation",
     "Exported",
     "FailingChunkBatch",
+    "GateResult",
+    "Gates",
     "GatewayUnavailable",
     "GoldenLoaded",
     "GoldenQueries",
@@ -169,12 +174,16 @@ __all__ = [
     "ProviderError",
     "Pruned",
     "QueryCache",
+    "Quote",
+    "Reembedding",
+    "ReembeddingState",
     "RetriedDead",
     "Route",
     "RoutingStep",
     "SearchHit",
     "SearchPlan",
     "SearchTuning",
+    "ServedBy",
     "SpaceMismatch",
     "SpaceSpec",
     "Standing",

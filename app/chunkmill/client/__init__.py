@@ -13,6 +13,7 @@ from chunkmill.client.dead import DeadList
 from chunkmill.client.hybrid import GoldenQueries, HybridSearch
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
+from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
@@ -22,7 +23,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Retention):
+class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
