@@ -30,6 +30,8 @@ NAMES_LOCK = 0x63686D09
 transaction takes."""
 SPACES_LOCK = 0x63686D0A
 """Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
+REEMBED_LOCK = 0x63686D19
+"""The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:

@@ -145,18 +145,20 @@ class Coverage(Printed):
     """How much of a collection has a vector in a space, when it was last counted."""
 
     chunks: int
-    embedded: int
-    """Chunks that have a vector."""
+    contents: int
+    """Distinct texts of these chunks."""
     missing: int
-    """Chunks that have none."""
+    """Contents without a vector."""
+    pending: int
+    """Those of the missing ones that wait in an open ChunkBatch."""
     dead: int
     """Those of the missing ones that stand on the dead list of the space."""
     at: datetime | None = None
 
     @property
     def share(self) -> float:
-        """``embedded`` as a share of ``chunks``, from 0.0 to 1.0."""
-        return self.embedded / self.chunks if self.chunks else 1.0
+        """The share of the contents that have a vector, from 0.0 to 1.0."""
+        return 1.0 - self.missing / self.contents if self.contents else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ class Reembedding(Printed):
     gates: tuple[GateResult, ...]
     """What the gates said when they were last checked; empty before."""
     coverage: Coverage | None
-    """How many chunks have a vector in the new space, when they were last counted; None before."""
+    """What the collection had in the new space when it was last counted; None before."""
     served: tuple[ServedBy, ...]
     """What the searches of the old and the new space were like in this step of the ramp."""
     problem: str | None
@@ -231,7 +233,7 @@ class Reembedding(Printed):
 
     @property
     def progress(self) -> float:
-        """The share of the chunks that have a vector in the new space, from 0.0 to 1.0, when it was last counted."""
+        """The share of the contents that have a vector in the new space, from 0.0 to 1.0, when it was last counted."""
         return self.coverage.share if self.coverage else 0.0
 
 
@@ -349,19 +351,18 @@ def _why_back(plan: Plan, old: ServedBy | None, new: ServedBy) -> str | None:
     return None
 
 
-def gates_from_json(stored: Sequence[Mapping[str, Any]]) -> tuple[GateResult, ...]:
-    return tuple(GateResult(**_fields_of(GateResult, result)) for result in stored)
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """What was seen so far. It is stored as JSON."""
 
     coverage: Coverage | None = None
-    gates: tuple[GateResult, ...] = ()
-    gates_at: datetime | None = None
-    queries: tuple[str, ...] = field(default=())
-    """The ids of the golden queries that lost most."""
+    judgement: Mapping[str, Any] = field(default_factory=dict)
+    """What the gates said, with what was measured; empty before they were checked."""
+    judged_at: datetime | None = None
+
+    @property
+    def gates(self) -> tuple[GateResult, ...]:
+        return tuple(GateResult(**_fields_of(GateResult, result)) for result in self.judgement.get("gates", ()))
 
     def as_json(self) -> dict[str, Any]:
         """The report in types of JSON."""
@@ -369,26 +370,18 @@ class Report:
         if self.coverage is not None:
             at = self.coverage.at
             coverage = dataclasses.asdict(self.coverage) | {"at": None if at is None else at.isoformat()}
-        return {
-            "coverage": coverage,
-            "gates": [dataclasses.asdict(result) for result in self.gates],
-            "gates_at": None if self.gates_at is None else self.gates_at.isoformat(),
-            "queries": list(self.queries),
-        }
+        judged_at = None if self.judged_at is None else self.judged_at.isoformat()
+        return {"coverage": coverage, "judgement": dict(self.judgement), "judged_at": judged_at}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Report:
+        """The report of a row. Fields that a newer release has added are left out."""
         coverage = None
         if stored.get("coverage"):
             known = _fields_of(Coverage, stored["coverage"])
             known["at"] = _time(known.get("at"))
             coverage = Coverage(**known)
-        return cls(
-            coverage,
-            gates_from_json(stored.get("gates") or ()),
-            _time(stored.get("gates_at")),
-            tuple(stored.get("queries") or ()),
-        )
+        return cls(coverage, stored.get("judgement") or {}, _time(stored.get("judged_at")))
 
 
 def _time(stored: str | None) -> datetime | None:
