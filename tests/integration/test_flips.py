@@ -110,7 +110,7 @@ def test_a_flip_is_refused_if_a_searchable_chunk_has_no_vector_in_the_new_space(
     lacking = CHUNKS[2][1]
     way.until_ramping(but=[lacking])
     before = way.searchable()
-    with pytest.raises(WaitTimeout, match="1 chunks that can be searched have no vector .* 0 may be missing"):
+    with pytest.raises(WaitTimeout, match=r"1 chunks that can be searched have no vector .* 0 may be missing"):
         client.flip("docs", timeout=0)
     assert (way.active(), way.searchable()) == (way.old, before)
     assert way.life().state is ReembeddingState.RAMPING
@@ -243,7 +243,7 @@ def test_two_who_flip_at_once_flip_once(way: Way, client: Client, hands: Hands) 
     with pytest.raises(InvalidInput, match="has changed meanwhile"):
         flipping.try_to_flip(hands.db, going, seen, states=flipping.FLIP_FROM, missing=0)
     assert way.others() == [(way.old, "previous")]
-    with pytest.raises(InvalidInput, match="cannot flip, because it is flipped. The flip is done."):
+    with pytest.raises(InvalidInput, match="cannot flip, because it is flipped"):
         client.flip("docs")
 
 
@@ -286,7 +286,7 @@ def test_a_second_call_returns_the_one_under_way_and_another_plan_is_refused(way
     assert client.reembed("docs", to=model, on_long="split", gates=Gates()).id == way.id
     with pytest.raises(InvalidInput, match=f"on its way .* re-embedding {way.id} .* with other arguments"):
         client.reembed("docs", to=model, on_long="split", keep_days=3)
-    with pytest.raises(InvalidInput, match="in space .* already"):
+    with pytest.raises(InvalidInput, match=r"in space .* already"):
         client.reembed("stays", to=model)
     with pytest.raises(NotFound, match="there is no collection 'none'"):
         client.reembed("none", to=model, on_long="split")
@@ -316,7 +316,7 @@ def test_the_left_space_is_emptied_but_for_what_other_collections_need(way: Way,
     assert not cleaning.clean_up(hands.db, way.id)
     finished = client.finish_reembedding("docs")
     assert (finished.state, finished.dropped_at, way.others()) == (ReembeddingState.FINISHED, None, [])
-    with pytest.raises(InvalidInput, match="it is finished. Begin another one"):
+    with pytest.raises(InvalidInput, match="it is finished"):
         client.rollback("docs")
     for _ in range(2):
         assert cleaning.clean_up(hands.db, way.id)
