@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
     from chunkmill.domain.embedded import EmbeddedTexts
+    from chunkmill.domain.gates import GateResult, Gates
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
@@ -86,6 +87,8 @@ else:
         "Client": "chunkmill.client",
         "EmbeddedTexts": "chunkmill.domain.embedded",
         "Exported": "chunkmill.domain.stored",
+        "GateResult": "chunkmill.domain.gates",
+        "Gates": "chunkmill.domain.gates",
         "GoldenQueries": "chunkmill.client",
         "StoredChunk": "chunkmill.domain.stored",
     }

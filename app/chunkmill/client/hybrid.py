@@ -17,7 +17,8 @@ from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain import mixing
 from chunkmill.domain.arguments import as_number, as_seconds, require_name
-from chunkmill.domain.golden import GoldenQuery, read_judgements, read_queries, rest_of
+from chunkmill.domain.comparing import Question, unit
+from chunkmill.domain.golden import GoldenQuery, read_judgements, read_queries
 from chunkmill.domain.results import GoldenLoaded, Keywords, SearchTuning
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.settings import Settings
@@ -113,19 +114,19 @@ class HybridSearch(Vectors):
                     f"collection {collection!r} has no golden queries: load some with "
                     f"client.golden({collection!r}).load(…), or make some with .from_titles(500)."
                 )
-            judged = _judged(conn, row.id, queries)
+            judged = golden.judgeable(conn, row.id, queries)
         if len(judged) < 2:
             raise InvalidInput(
                 f"{len(judged)} of the {len(queries):,} golden queries of collection {collection!r} can be judged, and "
                 "it takes two at least. The others have no relevant chunk in the collection, or its title has changed."
             )
-        asked = self._embedded(space, [query.text for query, _, _ in judged], "query", deadline)
-        rests = [rest for _, _, rest in judged if rest is not None]
+        asked = self._embedded(space, [question.text for question in judged], "query", deadline)
+        rests = [question.rest for question in judged if question.rest is not None]
         rest_vectors = iter(self._embedded(space, rests, "document", deadline))
         ndcg, rrf = np.empty((len(judged), len(mixing.ALPHAS))), np.empty(len(judged))
-        for i, (query, grades, rest) in enumerate(judged):
-            stands_in = None if rest is None else (rest, next(rest_vectors))
-            ndcg[i], rrf[i] = self._judge(space, index, asked[i], query, grades, stands_in)
+        for i, question in enumerate(judged):
+            stands_in = None if question.rest is None else (question.rest, next(rest_vectors))
+            ndcg[i], rrf[i] = self._judge(space, index, asked[i], question, stands_in)
         tuning = _report(collection, space.spec.fingerprint, mixing.choose(ndcg, rrf), len(queries) - len(judged))
         with self._transaction() as conn:
             golden.keep_tuning(conn, row.id, space.id, tuning)
@@ -136,20 +137,20 @@ class HybridSearch(Vectors):
         space: registry.Space,
         index: KeywordIndex,
         vector: NDArray[np.float32],
-        query: GoldenQuery,
-        grades: dict[str, float],
+        question: Question,
         stands_in: tuple[str, NDArray[np.float32]] | None,
     ) -> tuple[mixing.Scores, float]:
         """nDCG@10 of one query for each alpha, and that of reciprocal rank fusion.
 
         ``stands_in`` is what stands for the relevant chunks of a title: what follows it, and the vector of that.
         """
+        grades = question.grades
         with self._transaction() as conn:
             nearest = searching.search(conn, space, vector, collection_id=index.collection_id, k=mixing.DEPTH)
-            candidates = keywords.candidates(conn, index, space, vector, query.text, nearest)
+            candidates = keywords.candidates(conn, index, space, vector, question.text, nearest)
             if stands_in is not None:
                 rest, rest_vector = stands_in
-                terms = keywords.read_terms(conn, index, query.text)
+                terms = keywords.read_terms(conn, index, question.text)
                 cosine = float(vector @ rest_vector)
                 keyword = keywords.score_text(conn, index, terms, rest)
                 candidates = [
@@ -161,9 +162,7 @@ class HybridSearch(Vectors):
 
     def _embedded(self, space: registry.Space, texts: Sequence[str], kind: str, deadline: float) -> NDArray[np.float32]:
         """``(n, d)`` float32, each of length 1."""
-        made = run_steps(self._asking_all(space, texts, kind, max(0.0, deadline - time.monotonic()))).vectors
-        unit: NDArray[np.float32] = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-30)
-        return unit
+        return unit(run_steps(self._asking_all(space, texts, kind, max(0.0, deadline - time.monotonic()))).vectors)
 
 
 class GoldenQueries(ClientPart):
@@ -246,26 +245,6 @@ class GoldenQueries(ClientPart):
     def _require_room(self, n: int) -> None:
         if n > MAX_GOLDEN:
             raise InvalidInput(f"there are {n:,} golden queries in the files; a collection takes {MAX_GOLDEN:,}.")
-
-
-def _judged(
-    conn: sa.Connection, collection_id: int, queries: Sequence[GoldenQuery]
-) -> list[tuple[GoldenQuery, dict[str, float], str | None]]:
-    """The queries that can be judged, with the grades of chunks that are there, and for a title what follows it."""
-    ids = list(dict.fromkeys(chunk_id for query in queries for chunk_id in query.relevant))
-    unknown = golden.unknown_chunks(conn, collection_id, ids)
-    judged: list[tuple[GoldenQuery, dict[str, float], str | None]] = []
-    for query in queries:
-        grades = {chunk_id: grade for chunk_id, grade in query.relevant.items() if chunk_id not in unknown}
-        rest = None
-        if query.is_title and grades:
-            texts = golden.texts(conn, collection_id, list(grades))
-            rests = {chunk_id: rest_of(text, query.text) for chunk_id, text in texts.items()}
-            rest = next((rest for rest in rests.values() if rest), None)
-            grades = {chunk_id: grade for chunk_id, grade in grades.items() if rests.get(chunk_id) == rest is not None}
-        if any(grade > 0 for grade in grades.values()):
-            judged.append((query, grades, rest))
-    return judged
 
 
 def _report(collection: str, space: str, choice: mixing.Choice, left_out: int) -> SearchTuning:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from chunkmill.domain.golden import GoldenQuery, title_and_rest
+from chunkmill.domain.comparing import Question
+from chunkmill.domain.golden import GoldenQuery, rest_of, title_and_rest
 from chunkmill.domain.results import SearchTuning
 
 STEP = 1_000
@@ -82,6 +83,27 @@ def unknown_chunks(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[
         parameters = {"collection": collection_id, "ids": chunk_ids[start : start + STEP]}
         unknown.update(conn.execute(sa.text(query), parameters).scalars())
     return unknown
+
+
+def judgeable(conn: sa.Connection, collection_id: int, queries: Sequence[GoldenQuery]) -> list[Question]:
+    """Those of the queries that can be judged, with the grades of chunks that are there.
+
+    For a title it is also what follows it, and the grades are those of the chunks that still have that title.
+    """
+    ids = list(dict.fromkeys(chunk_id for query in queries for chunk_id in query.relevant))
+    unknown = unknown_chunks(conn, collection_id, ids)
+    judged: list[Question] = []
+    for query in queries:
+        grades = {chunk_id: grade for chunk_id, grade in query.relevant.items() if chunk_id not in unknown}
+        rest = None
+        if query.is_title and grades:
+            stored = texts(conn, collection_id, list(grades))
+            rests = {chunk_id: rest_of(text, query.text) for chunk_id, text in stored.items()}
+            rest = next((rest for rest in rests.values() if rest), None)
+            grades = {chunk_id: grade for chunk_id, grade in grades.items() if rests.get(chunk_id) == rest is not None}
+        if any(grade > 0 for grade in grades.values()):
+            judged.append(Question(query.id, query.text, grades, rest))
+    return judged
 
 
 def texts(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,343 @@
+"""Measures what the gates of a re-embedding ask for, in the database of a collection that has both spaces.
+
+It reads texts and vectors, which a role of pollers may not. A producer or a worker may, and so may a poller whose role
+owns the tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from chunkmill.db.connect import raw
+from chunkmill.domain import gates as gating
+from chunkmill.domain.comparing import JUDGED, Changes, Question, Side, changes, unit, with_stand_in
+from chunkmill.domain.costs import machine_usd
+from chunkmill.domain.gates import GateResult, Gates, Measured
+from chunkmill.domain.prices import MILLION
+from chunkmill.domain.providers import OPENAI
+from chunkmill.errors import EngineError, WaitTimeout
+from chunkmill.ledger import embed_requests
+from chunkmill.ledger.jobs import routing
+from chunkmill.ledger.money import charges
+from chunkmill.openai.catalogue import model_for
+from chunkmill.settings import Settings
+from chunkmill.spaces.registry import Space
+from chunkmill.store import golden
+from chunkmill.store import search as searching
+
+MOST_JUDGED = 2_000
+"""The most golden queries that are judged, which chance has chosen once. The bounds of ΔnDCG are then about ±0.008."""
+CHECKED = 200
+"""So many queries check the recall of the serving index."""
+TIMED = 100
+"""So many queries are embedded alone and timed with their search. Their p95 is then the mean of the slowest five."""
+PART_TEXTS = 32
+"""How many texts one embed request has, as those of a client."""
+OPEN_PARTS = 8
+"""How many requests are open at a time, half of what one client has."""
+FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.002, 0.05
+"""How often answers are looked for: at first, and later."""
+SAME_SCORE = 1e-6
+"""Two hits whose scores differ by no more are equally near. One text may have several chunks."""
+CALLER = "judge"
+"""Workers share their time between callers, so that a judgement takes no more than its part of it."""
+
+
+class Stopped(Exception):
+    """Whoever asked for the judgement has no more time for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What was measured, what the gates say of it, and how the rankings differ (None if no query could be judged)."""
+
+    measured: Measured
+    results: tuple[GateResult, ...]
+    changes: Changes | None
+
+    @property
+    def passed(self) -> bool:
+        return gating.all_passed(self.results)
+
+    def report(self) -> dict[str, Any]:
+        """It as JSON, for ``reembeddings.report``: gates, measures and the ids of the worst queries, and no text."""
+        return {
+            "passed": self.passed,
+            "gates": [asdict(result) for result in self.results],
+            "changes": None if self.changes is None else asdict(self.changes),
+            "p95": {"old": self.measured.old_p95, "new": self.measured.new_p95, "timed": self.measured.timed},
+        }
+
+
+def judge(
+    db: sa.Engine,
+    settings: Settings,
+    collection_id: int,
+    old: Space,
+    new: Space,
+    gates: Gates,
+    *,
+    timeout: float = 600.0,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> Judgement:
+    """Measure a collection in both spaces, and check the gates.
+
+    It takes as long as workers need for the golden queries in both spaces, and 200 exact searches; it holds no
+    connection while it waits for workers, and no transaction lasts longer than one search. What could not be measured,
+    because no worker answered within ``timeout`` seconds for instance, does not pass, and the gate says why. Raises
+    :class:`Stopped` soon after ``is_stopping`` says so.
+    """
+    deadline = time.monotonic() + timeout
+    with db.begin() as conn:
+        measured = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping)
+        chunks, missing, dead = coverage(conn, collection_id, old, new)
+        canary = None if new.spec.provider == OPENAI else _has_canary(conn, new)
+        price = price_of(conn, settings, new)
+        asked = golden.read(conn, collection_id, most=MOST_JUDGED)
+        questions = golden.judgeable(conn, collection_id, asked)
+    unmeasured: dict[str, str] = {}
+    if price is None:
+        unmeasured["price"] = _why_no_price(new)
+    told: Changes | None = None
+    sides = (Side(), Side())
+    times: tuple[list[float], list[float]] = ([], [])
+    recalls: list[float] = []
+    if gates.recall is not None or gates.ndcg_loss is not None or gates.p95_ratio is not None:
+        try:
+            measured.run(questions, sides, times, recalls)
+            if questions:
+                told = changes([question.id for question in questions], *sides)
+        except (EngineError, WaitTimeout) as error:
+            sides, times = (Side(), Side()), ([], [])
+            unmeasured |= dict.fromkeys(("ndcg", "p95"), str(error))
+            if not recalls:
+                unmeasured["recall"] = str(error)
+        if not times[1]:
+            unmeasured.setdefault("p95", "There is no golden query that could be timed.")
+        if not recalls:
+            unmeasured.setdefault("recall", "The new space has no vector that could be searched for.")
+    result = Measured(
+        chunks=chunks,
+        missing=missing,
+        dead=dead,
+        canary=canary,
+        recall=float(np.mean(recalls)) if recalls else None,
+        recall_queries=len(recalls),
+        old_ndcg=sides[0].ndcg,
+        new_ndcg=sides[1].ndcg,
+        old_p95=gating.p95(times[0]),
+        new_p95=gating.p95(times[1]),
+        timed=len(times[1]),
+        price=price,
+        unmeasured=unmeasured,
+    )
+    return Judgement(result, tuple(gating.check(gates, result)), told)
+
+
+def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) -> tuple[int, int, int]:
+    """Chunks of the collection, those that only the old space has a vector of, and those of them that are dead."""
+    query = f"""
+        WITH missing AS (
+            SELECT c.chunk_id, c.content_hash
+            FROM chunks c
+            JOIN {old.table_name} o ON o.content_hash = c.content_hash
+            LEFT JOIN {new.table_name} n ON n.content_hash = c.content_hash
+            WHERE c.collection_id = :collection AND n.content_hash IS NULL
+        )
+        SELECT (SELECT count(*) FROM chunks WHERE collection_id = :collection) AS chunks,
+               (SELECT count(*) FROM missing) AS missing,
+               (
+                   SELECT count(*)
+                   FROM missing m
+                   WHERE EXISTS (
+                       SELECT
+                       FROM dead_chunks d
+                       JOIN jobs j ON j.id = d.job_id
+                       WHERE j.space_id = :new AND d.content_hash = m.content_hash
+                         AND j.collection_id = :collection
+                   )
+               ) AS dead
+    """
+    row = conn.execute(sa.text(query), {"collection": collection_id, "new": new.id}).one()
+    return row.chunks, row.missing, row.dead
+
+
+def price_of(conn: sa.Connection, settings: Settings, space: Space) -> Decimal | None:
+    """US dollars for a million tokens that somebody waits for in a space; None if that is not known."""
+    if space.spec.provider == OPENAI:
+        price = charges.price_today(conn, model_for(settings, space.spec))
+        return None if price is None else price.plain
+    seconds = routing.seconds_per_token(conn, space.spec)
+    return None if seconds is None else machine_usd(seconds * int(MILLION), settings.gpu_hour_usd)
+
+
+def _why_no_price(space: Space) -> str:
+    if space.spec.provider == OPENAI:
+        return "The model of the new space has no price: give it one in OPENAI_MODELS."
+    return "The price of local work is known once GPU_HOUR_USD is set and workers have embedded in the new space."
+
+
+def _has_canary(conn: sa.Connection, space: Space) -> bool:
+    query = "SELECT EXISTS (SELECT FROM space_canaries WHERE space_id = :space)"
+    return bool(conn.execute(sa.text(query), {"space": space.id}).scalar_one())
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """One judgement that is under way. ``spaces`` are the old one and the new one."""
+
+    db: sa.Engine
+    settings: Settings
+    collection_id: int
+    spaces: tuple[Space, Space]
+    deadline: float
+    is_stopping: Callable[[], bool]
+
+    def run(
+        self,
+        questions: Sequence[Question],
+        sides: tuple[Side, Side],
+        times: tuple[list[float], list[float]],
+        recalls: list[float],
+    ) -> None:
+        """Judge all queries in both spaces, time the first ones, and check the recall of the new serving index."""
+        # Stored vectors ask first: they need no worker.
+        stored = self._stored_vectors(max(0, CHECKED - len(questions)))
+        self._check_recall(stored, recalls)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        asked: list[NDArray[np.float32]] = []
+        rests: list[NDArray[np.float32]] = []
+        alone: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
+        # One after the other in both spaces, so that what else the machine does slows both.
+        for question in questions[:TIMED]:
+            for which, space in enumerate(self.spaces):
+                began = time.perf_counter()
+                alone[which].append(self._embed(space, [question.text], "query"))
+                seconds[which].append(time.perf_counter() - began)
+        for which, space in enumerate(self.spaces):
+            others = self._embed(space, [question.text for question in questions[TIMED:]], "query")
+            asked.append(np.concatenate([*alone[which], others]))
+            texts = [question.rest for question in questions if question.rest is not None]
+            rests.append(self._embed(space, texts, "document"))
+        self._check_recall(asked[1][: CHECKED - len(stored)], recalls)
+        of_rest = 0
+        for i, question in enumerate(questions):
+            for which, space in enumerate(self.spaces):
+                began = time.perf_counter()
+                hits = self._search(space, asked[which][i], JUDGED + len(question.grades))
+                if i < TIMED:
+                    times[which].append(seconds[which][i] + time.perf_counter() - began)
+                ranked = [chunk_id for chunk_id, _ in hits]
+                if question.rest is not None:
+                    ranked = with_stand_in(hits, question.grades, float(asked[which][i] @ rests[which][of_rest]))
+                sides[which].add(ranked, question.grades)
+            of_rest += question.rest is not None
+
+    def _check_recall(self, queries: Iterable[NDArray[np.float32]], recalls: list[float]) -> None:
+        for query in queries:
+            nearest = self._search(self.spaces[1], query, JUDGED, exact=True)
+            if nearest:
+                least = nearest[-1][1] - SAME_SCORE
+                found = self._search(self.spaces[1], query, JUDGED)
+                recalls.append(sum(score >= least for _, score in found) / len(nearest))
+
+    def _search(
+        self, space: Space, query: NDArray[np.float32], k: int, *, exact: bool = False
+    ) -> list[tuple[str, float]]:
+        self._require_going_on()
+        with self.db.begin() as conn:
+            hits = searching.search(conn, space, query, collection_id=self.collection_id, k=k, exact=exact)
+            return [(hit.chunk_id, hit.score) for hit in hits]
+
+    def _stored_vectors(self, n: int) -> NDArray[np.float32]:
+        """``(m, d)`` float32, each of length 1, of at most ``n`` texts of the collection, which chance chooses."""
+        new = self.spaces[1]
+        query = f"""
+            SELECT n.embedding::real[] AS embedding
+            FROM (
+                SELECT DISTINCT content_hash
+                FROM chunks
+                WHERE collection_id = :collection
+                ORDER BY content_hash
+                LIMIT :n
+            ) c
+            JOIN {new.table_name} n USING (content_hash)
+            ORDER BY content_hash
+        """
+        if not n:
+            return np.empty((0, new.spec.dimensions), np.float32)
+        with self.db.begin() as conn:
+            rows = conn.execute(sa.text(query), {"collection": self.collection_id, "n": n}).scalars().all()
+        return unit(np.array(rows, np.float32).reshape(-1, new.spec.dimensions))
+
+    def _embed(self, space: Space, texts: Sequence[str], kind: str) -> NDArray[np.float32]:
+        """``(n, d)`` float32, each of length 1, which workers make of the texts."""
+        made = np.empty((len(texts), space.spec.dimensions), np.float32)
+        waiting: dict[int, range] = {}
+        remaining = [range(i, min(i + PART_TEXTS, len(texts))) for i in range(0, len(texts), PART_TEXTS)][::-1]
+        pause = FIRST_LOOK_SECONDS
+        try:
+            while self._ask(space, texts, kind, remaining, waiting):
+                self._require_going_on()
+                with self.db.begin() as conn:
+                    has_counts = embed_requests.has_columns(conn, "tokens")
+                    answers = embed_requests.take_answers(raw(conn), list(waiting), with_counts=has_counts)
+                for row in answers:
+                    places = waiting.pop(row.id)
+                    answer = row.answer(space.spec.dimensions)
+                    if answer.vectors is None:
+                        raise EngineError(f"A worker could not embed a golden query: {answer.error}")
+                    made[places.start : places.stop] = answer.vectors
+                pause = FIRST_LOOK_SECONDS if answers else min(LAST_LOOK_SECONDS, 1.5 * pause)
+                if not answers:
+                    time.sleep(pause)
+        finally:
+            if waiting:
+                with self.db.begin() as conn:
+                    embed_requests.withdraw_all(conn, list(waiting))
+        return unit(made)
+
+    def _ask(
+        self,
+        space: Space,
+        texts: Sequence[str],
+        kind: str,
+        remaining: list[range],
+        waiting: dict[int, range],
+    ) -> bool:
+        """Send as many parts as may be open. Returns whether any answer is awaited."""
+        if len(waiting) > OPEN_PARTS // 2:
+            return True
+        parts = [remaining.pop() for _ in range(min(len(remaining), OPEN_PARTS - len(waiting)))]
+        if parts:
+            with self.db.begin() as conn:
+                ids = embed_requests.ask_all(
+                    conn,
+                    space_id=space.id,
+                    fingerprint=space.spec.fingerprint,
+                    kind=kind,
+                    parts=[[texts[i] for i in part] for part in parts],
+                    urgency=1 if len(texts) > 1 else 0,
+                    caller=CALLER,
+                    timeout_s=max(0.0, self.deadline - time.monotonic()),
+                )
+            if not ids:
+                raise EngineError("The space was dropped.")
+            waiting |= zip(ids, parts, strict=True)
+        return bool(waiting)
+
+    def _require_going_on(self) -> None:
+        if self.is_stopping():
+            raise Stopped
+        if time.monotonic() >= self.deadline:
+            raise WaitTimeout(
+                "The golden queries were not embedded and judged in time. Is a worker for both models up?"
+            )
