@@ -11,6 +11,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from chunkmill.client.beside import Beside
 from chunkmill.client.finish import end_or_leave
 from chunkmill.client.spool import Spool
 from chunkmill.db.connect import refusal
@@ -26,7 +27,7 @@ from chunkmill.ledger.jobs import jobs, streams, traces
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import staging
@@ -85,10 +86,11 @@ def enqueue(
         conn = stack.enter_context(db.connect())
         collection, job, space = _open(conn, settings, request)
         if collection is not None:
+            beside = Beside(conn, settings, collection, space, request.priority)
             try:
-                _Producer(conn, settings, request, space, collection, job, ring).fill(prepared)
+                _Producer(conn, settings, request, space, collection, job, beside, ring).fill(prepared)
             finally:
-                _drop_producer_lock(conn, job.id)
+                _drop_producer_locks(conn, [job.id, *beside.locked])
         elif job.is_sealed:
             _require_same_stream(conn, request, job, prepared)
         return job.id
@@ -187,6 +189,7 @@ class _Producer:
     space: Space
     collection: Collection
     job: jobs.OpenedJob
+    beside: Beside
     ring: Callable[[sa.Connection], None]
 
     def fill(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
@@ -199,12 +202,14 @@ class _Producer:
             prepared = _digested(prepared, digest)
         for chunks, refused in windows(prepared, first, most):
             if not self._commit(chunks, refused, is_kept=is_kept):
+                self.beside.seal()
                 return
             self.ring(self.conn)
         with self.conn.begin():
             jobs.seal_if_enqueueing(self.conn, self.job.id)
             if is_kept:
                 streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
+        self.beside.seal()
         end_or_leave(self.conn, self.job.id, self.space)
 
     def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
@@ -216,16 +221,24 @@ class _Producer:
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
                 with self.conn.begin():
-                    return self._write(chunks, refused, is_kept=is_kept)
+                    is_written = self._write(chunks, refused, is_kept=is_kept)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
                 logger.info("an enqueue collided with another one over the same texts (%s); again", refusal(error))
+            else:
+                self.beside.committed()
+                return is_written
         raise AssertionError("the last try returned or raised")
 
     def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
-        """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued."""
+        """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued.
+
+        The collection may have come to another space, or left one, since the last window. What it has at this moment it
+        has until the commit, so that no window that is written for one set of spaces is committed under another.
+        """
         conn, request, job = self.conn, self.request, self.job
+        lives = others.hold(conn, self.collection.id)
         chunks = planning.distinct(window)
         staging.stage(conn, chunks.values())
         known = staging.known_vectors(conn, self.space)
@@ -234,7 +247,11 @@ class _Producer:
             return False
         dead_chunks.add_refused(conn, job.id, [*refused, *plan.rejected])
         staging.drop_rejected(conn, plan.rejected)
-        staging.add_contents(conn, plan.missing)
+        needed = self.beside.needed(lives, plan.references)
+        texts = dict(plan.missing)
+        for of_space in needed.values():
+            texts.update(of_space)
+        staging.add_contents(conn, texts)
         merged = staging.merge_chunks(
             conn,
             collection_id=self.collection.id,
@@ -248,7 +265,9 @@ class _Producer:
         shared = chunk_batches.SharedFields(
             job.id, self.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )
-        chunk_batches.add(conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
+        if self.space.id in lives.ids:  # else nobody would find the vectors
+            chunk_batches.add(conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
+        self.beside.write(lives, needed, max_bytes=MAX_BATCH_BYTES)
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 
@@ -288,11 +307,12 @@ def windows(
         yield chunks, refused
 
 
-def _drop_producer_lock(conn: sa.Connection, job_id: int) -> None:
+def _drop_producer_locks(conn: sa.Connection, job_ids: Sequence[int]) -> None:
     try:
         conn.rollback()
         with conn.begin():
-            jobs.drop_producer_lock(conn, job_id)
+            for job_id in job_ids:
+                jobs.drop_producer_lock(conn, job_id)
     except sa.exc.SQLAlchemyError:
         # The lock ends with its connection, so the pool must not keep this one.
         conn.invalidate()

@@ -33,6 +33,11 @@ SPACES_LOCK = 0x63686D0A
 REEMBED_LOCK = 0x63686D19
 """The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
+LIVES_LOCK = 0x63686D0B
+"""The first of two keys; the second is the collection. Shared by the windows of enqueues, each of which reads the
+collection's spaces; exclusive for a transaction that changes them. The row's own lock would let windows overlap for
+ever while such a transaction waits for it; here whoever comes later stands behind it."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""
@@ -55,3 +60,13 @@ def holders(conn: sa.Connection, key: int) -> set[str]:
 def lock_shared(conn: sa.Connection, key: int) -> None:
     """Take the shared lock of ``key`` until the end of this transaction; wait while another one holds it alone."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": key})
+
+
+def lock_of(conn: sa.Connection, key: int, of: int) -> None:
+    """:func:`lock`, for a lock with two keys."""
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key, :of)"), {"key": key, "of": of})
+
+
+def lock_shared_of(conn: sa.Connection, key: int, of: int) -> None:
+    """:func:`lock_shared`, for a lock with two keys."""
+    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key, :of)"), {"key": key, "of": of})

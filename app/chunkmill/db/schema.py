@@ -128,8 +128,9 @@ class ReembeddingRow(Base):
 
     id: Mapped[int] = identity()
     collection_id: Mapped[int] = mapped_column(sa.ForeignKey("collections.id", ondelete="CASCADE"))
-    from_space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
-    to_space_id: Mapped[int] = mapped_column(sa.ForeignKey("spaces.id"))
+    from_space_id: Mapped[int]
+    to_space_id: Mapped[int]
+    """Neither is a foreign key, because a re-embedding that has ended must not keep its spaces."""
     state: Mapped[str] = mapped_column(sa.Text)
     plan: Mapped[dict[str, Any]] = mapped_column(JSONB)
     report: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=sa.text("'{}'"))
@@ -174,6 +175,38 @@ class CollectionSpaceRow(Base):
         sa.CheckConstraint("share BETWEEN 0 AND 100", name="share"),
         sa.Index(None, "space_id"),
     )
+
+
+class ReembeddingFillRow(Base):
+    """How far a space of a re-embedding is filled: ``chunkmill.ledger.reembedding.fill`` reads and writes it.
+
+    A pass goes through the contents of the collection in the order of their hashes. ``added``, ``failed`` and
+    ``is_there`` are those of the present pass while ``began_at`` is set, and of the last one otherwise.
+    """
+
+    __tablename__ = "reembedding_fills"
+
+    reembedding_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("reembeddings.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    space_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    job_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The job whose ChunkBatches the passes make."""
+    after: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """The last content that the present pass has looked at."""
+    began_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When the present pass began. NULL if there is none."""
+    added: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """How many contents it gave to the job."""
+    failed: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """How many contents it left alone, because a ChunkBatch with them was discarded, or because they have no text."""
+    passes: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    """How many passes have ended."""
+    passed_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    seconds: Mapped[float] = mapped_column(sa.Double, server_default="0")
+    """How long the last pass took. The more it took, the longer the next one waits."""
+    is_there: Mapped[bool] = mapped_column(sa.Boolean, server_default=sa.text("false"))
+    """The last pass found a vector of each content, or a dead chunk, or an open ChunkBatch of an enqueue."""
 
 
 class ContentRow(Base):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -11,7 +11,7 @@ from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.planning import DeadChunk, KnownVector, Merged
 from chunkmill.domain.spaces import OnLong
-from chunkmill.spaces.registry import Space
+from chunkmill.spaces.registry import Space, VectorTable
 
 
 def stage(conn: sa.Connection, chunks: Iterable[PreparedChunk]) -> None:
@@ -39,6 +39,30 @@ def known_vectors(conn: sa.Connection, space: Space) -> dict[bytes, KnownVector]
     # fetchall, because row by row costs four times as much, which is a tenth of a cached enqueue.
     rows = conn.execute(sa.text(query)).fetchall()
     return {content_hash: KnownVector(n_tokens, truncated) for content_hash, n_tokens, truncated in rows}
+
+
+def new_contents(conn: sa.Connection, collection_id: int) -> set[bytes]:
+    """Which staged contents no chunk of the collection has yet. Call it before the chunks are merged."""
+    # OFFSET 0 as in `merge_chunks`.
+    query = """
+        SELECT s.content_hash
+        FROM (SELECT DISTINCT content_hash FROM staged_chunks) s
+        LEFT JOIN LATERAL (
+            SELECT true AS is_there
+            FROM chunks c
+            WHERE c.content_hash = s.content_hash AND c.collection_id = :collection
+            LIMIT 1
+            OFFSET 0
+        ) c ON true
+        WHERE c.is_there IS NULL
+    """
+    return set(conn.execute(sa.text(query), {"collection": collection_id}).scalars())
+
+
+def known_hashes(conn: sa.Connection, space: VectorTable, hashes: Sequence[bytes]) -> set[bytes]:
+    """Which of these contents have a vector in ``space``."""
+    query = f"SELECT content_hash FROM {space.table_name} WHERE content_hash = ANY(:hashes)"
+    return set(conn.execute(sa.text(query), {"hashes": list(hashes)}).scalars())
 
 
 def drop_rejected(conn: sa.Connection, rejected: Iterable[DeadChunk]) -> None:

@@ -1,0 +1,1 @@
+"""How the spaces of a collection beside its active one get their vectors."""

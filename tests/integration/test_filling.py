@@ -1,0 +1,348 @@
+"""A collection with two spaces: what is enqueued reaches both, what was there before is filled, nothing slips by."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from chunkmill.broker import Broker
+from chunkmill.client import Client
+from chunkmill.client import Client as ClientClass
+from chunkmill.domain.chunks import content_hash
+from chunkmill.domain.states import JobState
+from chunkmill.ledger.reembedding import fill
+from chunkmill.ledger.reembedding.fill import Coverage
+from chunkmill.settings import Settings
+from chunkmill.spaces import collections, others, registry
+from chunkmill.spaces.registry import Space
+from tests.integration.hands import Hands
+from tests.support import reembeddings
+from tests.support.waiting import PATIENCE, running, until
+
+
+@pytest.fixture
+def small(settings: Settings) -> Settings:
+    return settings.model_copy(update={"chunk_batch_size": 2, "enqueue_window": 4})
+
+
+@pytest.fixture
+def client(small: Settings, db: sa.Engine) -> Iterator[Client]:
+    with ClientClass(db, Broker.connect(small), small) as made:
+        yield made
+
+
+class Scene:
+    """Two collections in one space, with chunks that are embedded. "docs" is being re-embedded, and "stays" is not."""
+
+    def __init__(self, client: Client, db: sa.Engine, hands: Hands, settings: Settings) -> None:
+        self.client, self.db, self.hands, self.settings = client, db, hands, settings
+        for collection in ("docs", "stays"):
+            client.enqueue([(f"{i}", f"text {i} of {collection}") for i in range(7)], collection=collection)
+        hands.work()
+        with db.begin() as conn:
+            docs = collections.find(conn, "docs")
+            self.id, self.old = docs.id, registry.get(conn, docs.space_id)
+        self.new = reembeddings.second_space(db, "docs")
+        self.reembedding = reembeddings.begin(db, "docs", self.new)
+
+    def fill(self) -> bool:
+        """One call, with a pass that begins at once."""
+        self.hands.rows("UPDATE reembedding_fills SET passed_at = passed_at - interval '1 h' RETURNING 1")
+        return fill.fill_some(self.db, self.settings, self.reembedding)
+
+    def fill_all(self) -> None:
+        """Fill and embed until all is there."""
+        for _ in range(20):
+            if self.fill():
+                return
+            self.hands.work()
+        raise AssertionError("it is filled for ever")
+
+    def coverage(self, space: Space) -> Coverage:
+        with self.db.begin() as conn:
+            return fill.coverage(conn, self.id, space)
+
+    def jobs_in(self, space: Space) -> list[int]:
+        return [i for (i,) in self.hands.rows("SELECT id FROM jobs WHERE space_id = :s ORDER BY id", s=space.id)]
+
+    def waiting_in(self, space: Space) -> set[bytes]:
+        """The contents in ChunkBatches of a space that are to be embedded."""
+        query = """
+            SELECT unnest(content_hashes) FROM chunk_batches WHERE space_id = :s AND state IN ('available', 'running')
+        """
+        return {bytes(h) for (h,) in self.hands.rows(query, s=space.id)}
+
+    def pass_over(self, text: str) -> None:
+        """Delete the vector of a text in the new space, as if nobody had embedded it."""
+        table = self.new.table_name
+        self.hands.rows(f"DELETE FROM {table} WHERE content_hash = :h RETURNING 1", h=content_hash(text))
+
+
+@pytest.fixture
+def scene(client: Client, db: sa.Engine, hands: Hands, small: Settings) -> Scene:
+    return Scene(client, db, hands, small)
+
+
+def test_stored_texts_fill_the_new_space_without_the_producer(scene: Scene) -> None:
+    assert not scene.fill()
+    (job,) = scene.jobs_in(scene.new)
+    opened = scene.client.job(job)
+    assert (opened.idempotency_key, opened.priority, opened.chunks) == (f"reembed:{scene.reembedding}", "low", 7)
+    assert scene.hands.rows("SELECT job_id FROM reembeddings") == [(job,)]
+    assert sum(scene.hands.rows("SELECT n_contents FROM chunk_batches WHERE job_id = :j", j=job), ()) == (2, 2, 2, 1)
+    assert scene.coverage(scene.new) == Coverage(chunks=7, contents=7, missing=7, pending=7, dead=0)
+    scene.hands.work()
+    assert scene.client.job(job).state is JobState.COMPLETED
+    assert scene.coverage(scene.new) == Coverage(chunks=7, contents=7, missing=0, pending=0, dead=0)
+    assert scene.fill()
+    assert scene.coverage(scene.old).is_complete
+
+
+def test_what_is_enqueued_meanwhile_reaches_both_spaces(scene: Scene) -> None:
+    scene.fill_all()
+    before = scene.jobs_in(scene.new)
+    job = scene.client.enqueue([("a", "text a"), ("7", "text 7")], collection="docs", priority="high")
+    assert (
+        scene.waiting_in(scene.new) == scene.waiting_in(scene.old) == {content_hash("text a"), content_hash("text 7")}
+    )
+    (beside,) = set(scene.jobs_in(scene.new)) - set(before)
+    assert scene.client.job(beside).priority == "high"
+    scene.hands.work()
+    assert [scene.client.job(j).state for j in (job.id, beside)] == [JobState.COMPLETED] * 2
+    assert scene.fill()
+    assert not scene.coverage(scene.new).missing
+
+
+def test_the_producers_job_ends_without_the_other_space(scene: Scene) -> None:
+    scene.fill_all()
+    job = scene.client.enqueue([("a", "text a")], collection="docs")
+    (mine,) = scene.hands.of_job(job.id)
+    scene.hands.embed(scene.hands.claim(mine), {})
+    assert scene.client.job(job.id).state is JobState.COMPLETED
+    assert scene.waiting_in(scene.new) == {content_hash("text a")}
+
+
+def test_a_text_that_dies_in_the_new_space_is_dead_there_alone(scene: Scene) -> None:
+    scene.fill_all()
+    job = scene.client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
+    for chunk_batch in scene.hands.due():
+        lease = scene.hands.claim(chunk_batch)
+        scene.hands.embed(lease, {content_hash("text a"): "not_finite"} if lease.space_id == scene.new.id else {})
+    assert scene.client.job(job.id).state is JobState.COMPLETED
+    assert scene.client.audit("docs").complete
+    assert scene.coverage(scene.new) == Coverage(chunks=9, contents=9, missing=1, pending=0, dead=1)
+    assert scene.coverage(scene.new).is_complete
+    assert scene.fill()  # nobody tries it again by himself
+    (entry,) = scene.client.dead()
+    assert (entry.chunk_id, entry.standing) == ("a", "missing")
+    scene.client.retry_dead(entry.id)
+    scene.hands.work()
+    assert not scene.coverage(scene.new).missing
+
+
+def test_a_text_that_the_new_space_refuses_stays_in_the_collection(scene: Scene) -> None:
+    """Its job rejects long texts, and so does the re-embedding. The chunk is searched in the old space still."""
+    scene.hands.rows("UPDATE collection_spaces SET on_long = 'reject' RETURNING 1")
+    scene.client.enqueue([("a", "long in the new space alone")], collection="docs", on_long="reject")
+    for chunk_batch in scene.hands.due():
+        lease = scene.hands.claim(chunk_batch)
+        codes = {content_hash("long in the new space alone"): "too_long"} if lease.space_id == scene.new.id else {}
+        scene.hands.embed(lease, codes)
+    assert scene.client.audit("docs").complete
+    assert "a" in scene.client.vectors("docs", ["a"])
+    assert scene.coverage(scene.new).dead == 1
+
+
+def test_a_collection_that_is_enqueued_again_is_not_embedded_twice(scene: Scene) -> None:
+    scene.fill()
+    scene.client.enqueue([(f"{i}", f"text {i} of docs") for i in range(7)], collection="docs")
+    scene.client.enqueue([(f"other {i}", f"text {i} of docs") for i in range(7)], collection="docs")
+    query = "SELECT sum(n_contents) FROM chunk_batches WHERE space_id = :s"
+    assert scene.hands.rows(query, s=scene.new.id) == [(7,)]
+
+
+def test_a_pass_leaves_what_an_enqueue_is_at_to_it(scene: Scene) -> None:
+    scene.fill_all()
+    scene.client.enqueue([("a", "text a")], collection="docs")
+    assert scene.fill()
+    query = "SELECT count(*) FROM chunk_batches WHERE space_id = :s AND state = 'available'"
+    assert scene.hands.rows(query, s=scene.new.id) == [(1,)]
+
+
+def test_what_a_producer_of_the_last_release_wrote_is_found(scene: Scene) -> None:
+    scene.fill_all()
+    with pytest.MonkeyPatch.context() as last_release:
+        last_release.setattr("chunkmill.spaces.others._ARE_KEPT", "false")
+        last_release.setattr("chunkmill.client.beside.Beside.needed", lambda *_: {})
+        scene.client.enqueue([("a", "text a"), ("1", "text 1, replaced")], collection="docs")
+    scene.hands.work()
+    assert scene.coverage(scene.new).missing == 2
+    assert not scene.fill()
+    assert scene.waiting_in(scene.new) == {content_hash("text a"), content_hash("text 1, replaced")}
+    scene.fill_all()
+    assert not scene.coverage(scene.new).missing
+
+
+def test_a_job_that_was_begun_before_the_flip_writes_into_the_new_space_too(scene: Scene) -> None:
+    scene.fill_all()
+
+    def stream() -> Iterator[tuple[str, str]]:
+        yield from ((f"early {i}", f"early {i}") for i in range(4))
+        reembeddings.swap(scene.db, "docs")
+        yield from ((f"late {i}", f"late {i}") for i in range(4))
+
+    scene.client.enqueue(stream(), collection="docs", on_invalid="skip")
+    late = {content_hash(f"late {i}") for i in range(4)}
+    assert late <= scene.waiting_in(scene.new)
+    assert late <= scene.waiting_in(scene.old)
+    scene.hands.work()
+    assert scene.client.audit("docs").complete
+    assert scene.client.audit("docs").space == scene.new.spec.fingerprint
+    assert scene.coverage(scene.old).is_complete
+
+
+def test_a_job_whose_space_the_collection_has_left_writes_into_the_active_one(scene: Scene) -> None:
+    scene.fill_all()
+
+    def stream() -> Iterator[tuple[str, str]]:
+        yield from ((f"early {i}", f"early {i}") for i in range(4))
+        reembeddings.swap(scene.db, "docs")
+        reembeddings.end(scene.db, "docs")
+        yield from ((f"late {i}", f"late {i}") for i in range(4))
+
+    scene.client.enqueue(stream(), collection="docs", on_invalid="skip")
+    late = {content_hash(f"late {i}") for i in range(4)}
+    assert late <= scene.waiting_in(scene.new)
+    assert not late & scene.waiting_in(scene.old)
+    scene.hands.work()
+    assert scene.client.audit("docs").complete
+
+
+def test_a_window_waits_for_a_flip_and_is_written_for_the_spaces_after_it(scene: Scene) -> None:
+    scene.fill_all()
+    is_open, is_flipping = threading.Event(), threading.Event()
+
+    def stream() -> Iterator[tuple[str, str]]:
+        yield from ((f"early {i}", f"early {i}") for i in range(4))
+        is_open.set()
+        assert is_flipping.wait(PATIENCE)
+        yield "late", "late"
+
+    def enqueue() -> None:
+        scene.client.enqueue(stream(), collection="docs", on_invalid="skip")
+
+    with scene.db.connect() as flipping, running(enqueue, release=is_flipping.set):
+        assert is_open.wait(PATIENCE)
+        with flipping.begin():
+            reembeddings.swap_in(flipping, scene.id)
+            is_flipping.set()
+            until(scene.hands.waiting)
+            assert content_hash("late") not in scene.waiting_in(scene.old)
+    assert content_hash("late") in scene.waiting_in(scene.old) & scene.waiting_in(scene.new)
+
+
+def test_a_flip_waits_for_a_window(scene: Scene) -> None:
+    scene.fill_all()
+    with scene.db.connect() as window, window.begin():
+        others.hold(window, scene.id)
+        with running(lambda: reembeddings.swap(scene.db, "docs"), release=window.commit):
+            until(scene.hands.waiting)
+            assert scene.hands.rows("SELECT space_id FROM collections WHERE id = :id", id=scene.id) == [(scene.old.id,)]
+
+
+def test_the_space_that_was_left_is_kept_up_to_date(scene: Scene) -> None:
+    scene.fill_all()
+    reembeddings.swap(scene.db, "docs")
+    scene.client.enqueue([("a", "text a")], collection="docs", on_long="split")
+    assert scene.waiting_in(scene.old) == {content_hash("text a")}
+    scene.hands.work()
+    scene.hands.rows(f"DELETE FROM {scene.old.table_name} RETURNING 1")
+    scene.fill_all()
+    assert scene.coverage(scene.old).is_complete
+    keys = {key for (key,) in scene.hands.rows("SELECT idempotency_key FROM jobs WHERE idempotency_key IS NOT NULL")}
+    assert keys == {f"reembed:{scene.reembedding}", f"reembed:{scene.reembedding}:back"}
+
+
+def test_a_pass_goes_on_where_it_was_killed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "PAGE", 2)
+    monkeypatch.setattr(fill, "PAGES", 1)
+    assert not scene.fill()
+    first = scene.waiting_in(scene.new)
+    assert first == set(sorted(content_hash(f"text {i} of docs") for i in range(7))[:2])
+    with monkeypatch.context() as dying:
+        dying.setattr(fill.chunk_batches, "add", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            scene.fill()
+    for _ in range(4):
+        assert not scene.fill()
+    query = "SELECT sum(n_contents) FROM chunk_batches WHERE space_id = :s"
+    assert scene.hands.rows(query, s=scene.new.id) == [(7,)]
+    scene.hands.work()
+    for _ in range(4):
+        assert not scene.fill()
+    assert scene.fill()
+
+
+def test_no_more_is_handed_out_than_the_workers_can_use(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "PAGE", 2)
+    monkeypatch.setattr(fill, "OPEN_CHUNK_BATCHES", 2)
+    assert not scene.fill()
+    assert len(scene.waiting_in(scene.new)) == 4
+    scene.fill_all()
+    assert not scene.coverage(scene.new).missing
+
+
+def test_a_cancelled_job_stops_the_filling_until_it_is_retried(scene: Scene) -> None:
+    scene.fill()
+    (job,) = scene.jobs_in(scene.new)
+    scene.client.cancel(job)
+    assert not scene.fill()
+    assert not scene.waiting_in(scene.new)
+    with scene.db.begin() as conn:
+        assert f"chunkmill retry {job}" in str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+    scene.client.retry(job)
+    scene.fill_all()
+    assert not scene.coverage(scene.new).missing
+
+
+def test_discarded_work_is_not_tried_for_ever(scene: Scene) -> None:
+    scene.fill()
+    (job,) = scene.jobs_in(scene.new)
+    for chunk_batch in scene.hands.of_job(job):
+        scene.hands.fail(scene.hands.claim(chunk_batch), retryable=False)
+    scene.hands.finish(job)
+    assert not scene.fill()
+    assert not scene.waiting_in(scene.new)
+    with scene.db.begin() as conn:
+        assert "7 contents cannot be embedded" in str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+    scene.client.retry(job)
+    scene.fill_all()
+    with scene.db.begin() as conn:
+        assert fill.why_waiting(conn, scene.settings, scene.reembedding) is None
+
+
+def test_a_key_that_an_enqueue_has_used_is_left_alone(scene: Scene) -> None:
+    used = scene.client.enqueue([("x", "x")], collection="stays", idempotency_key=f"reembed:{scene.reembedding}")
+    scene.fill()
+    (job,) = scene.jobs_in(scene.new)
+    assert scene.client.job(job).idempotency_key == f"reembed:{scene.reembedding}."
+    assert scene.client.job(used.id).chunks == 1
+
+
+def test_other_collections_are_left_alone(scene: Scene) -> None:
+    scene.fill_all()
+    before = scene.jobs_in(scene.new)
+    scene.client.enqueue([("a", "text a")], collection="stays")
+    assert scene.jobs_in(scene.new) == before
+    with scene.db.begin() as conn:
+        stays = collections.find(conn, "stays")
+        assert fill.coverage(conn, stays.id, scene.new).missing == 8
+
+
+def test_a_dropped_collection_is_not_filled(scene: Scene) -> None:
+    scene.client.drop_collection("docs")
+    assert not scene.fill()
+    assert scene.jobs_in(scene.new) == []
