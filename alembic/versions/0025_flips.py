@@ -4,7 +4,7 @@ These are functions of the owner's, because a poller changes no collection and d
 writers of all collections for a moment, so that it waits for no reader of a view: the poller replaces a view that
 somebody reads at that moment.
 
-Revises: 0021
+Revises: 0023
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0025"
-down_revision = "0021"
+down_revision = "0023"
 branch_labels = None
 depends_on = None
 oldest_code = "0005"

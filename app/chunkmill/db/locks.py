@@ -22,21 +22,26 @@ BUDGET_LOCK = 0x63686D06
 """One transaction at a time looks whether the budget allows what it is about to send. It is the last lock that a
 transaction takes, so that nobody who holds it waits."""
 FLUSH_LOCK = 0x63686D07
-"""The first of two keys; the second is the collection. One connection at a time flushes its tail."""
+"""The first of two keys; the second is the collection. Shared by connections that flush a tail of the collection, one
+for each of its spaces; a flush of an earlier release, and a drop, hold it alone."""
 MERGE_LOCK = 0x63686D08
-"""The first of two keys; the second is the collection. One connection at a time merges its segments."""
+"""The first of two keys; the second is the collection. The same for connections that merge its segments."""
 NAMES_LOCK = 0x63686D09
 """One transaction at a time gives a name to a collection or an alias, or takes one away. It is the first lock that the
 transaction takes."""
 SPACES_LOCK = 0x63686D0A
 """Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
-REEMBED_LOCK = 0x63686D19
-"""The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
-
 LIVES_LOCK = 0x63686D0B
 """The first of two keys; the second is the collection. Shared by the windows of enqueues, each of which reads the
 collection's spaces; exclusive for a transaction that changes them. The row's own lock would let windows overlap for
 ever while such a transaction waits for it; here whoever comes later stands behind it."""
+FLUSH_SPACE_LOCK = 0x63686D17
+"""The first of two keys; the second is made of a collection and a space. One connection at a time flushes their
+tail."""
+MERGE_SPACE_LOCK = 0x63686D18
+"""The same for the connection that merges the segments of a collection in a space."""
+REEMBED_LOCK = 0x63686D19
+"""The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:

@@ -11,7 +11,7 @@ from chunkmill.db.locks import NAMES_LOCK, lock
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, NotFound, SpaceMismatch, StoreUnavailable
-from chunkmill.spaces import registry
+from chunkmill.spaces import others, registry
 from chunkmill.spaces.registry import Space
 
 
@@ -111,7 +111,8 @@ def require_lives(conn: sa.Connection) -> None:
 def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden: bool = False) -> Collection:
     """Create the collection if it is new, lock it until the end of this transaction, and move it into ``space``.
 
-    Raises :class:`SpaceMismatch` if it is in another space and may not move. A hidden collection was made before; it
+    An enqueue into another one of its spaces is taken as it is: its windows are written for all of them. Raises
+    :class:`SpaceMismatch` if it is in another space and may not move. A hidden collection was made before; it
     raises :class:`NotFound` if it was dropped since.
     """
     if is_hidden:
@@ -131,7 +132,7 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden:
         # a number of the sequence with it, and numbers end.
         lock(conn, NAMES_LOCK)
         collection = _lock(conn, name) or _create(conn, name, space)
-    if collection.space_id != space.id:
+    if collection.space_id != space.id and not _is_beside(conn, collection, space.id):
         _require_movable(conn, collection, space.spec)
         move = "UPDATE collections SET space_id = :space WHERE id = :id"
         conn.execute(sa.text(move), {"space": space.id, "id": collection.id})
@@ -172,18 +173,27 @@ def _create(conn: sa.Connection, name: str, space: Space) -> Collection:
 def require_space(conn: sa.Connection, name: str, spec: SpaceSpec) -> None:
     """Raise the :class:`SpaceMismatch` that an enqueue into the collection would raise now. Nothing is changed."""
     collection = resolve(conn, name)
-    if collection is not None and registry.get(conn, collection.space_id).spec.fingerprint != spec.fingerprint:
+    if collection is None or registry.get(conn, collection.space_id).spec.fingerprint == spec.fingerprint:
+        return
+    space = registry.find(conn, spec.fingerprint)
+    if space is None or not _is_beside(conn, collection, space.id):
         _require_movable(conn, collection, spec)
 
 
+def _is_beside(conn: sa.Connection, collection: Collection, space_id: int) -> bool:
+    """Whether the collection has this space beside the active one: one that is being filled, or the one it left."""
+    return space_id in others.of(conn, collection.id).others
+
+
 def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec) -> None:
-    """Raise :class:`SpaceMismatch` unless the collection is empty and no job is open in it."""
+    """Raise :class:`SpaceMismatch` unless the collection is empty, no job is open in it, and it is not on its way to
+    another space."""
     query = """
         SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :id)
             OR EXISTS (SELECT FROM jobs WHERE collection_id = :id AND state IN (:enqueueing, :running))
     """
     parameters = {"id": collection.id, "enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
-    if conn.execute(sa.text(query), parameters).scalar_one():
+    if conn.execute(sa.text(query), parameters).scalar_one() or others.of(conn, collection.id).others:
         old = registry.get(conn, collection.space_id).spec
         raise SpaceMismatch(
             f"collection {collection.name!r} holds vectors of another space ({_described(old)}) than the one that is "

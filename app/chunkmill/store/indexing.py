@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psycopg
 import sqlalchemy as sa
 
 from chunkmill.db.connect import refusal, sqlstate
-from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, MERGE_LOCK, holders
+from chunkmill.db.locks import DELETE_LOCK, FLUSH_LOCK, FLUSH_SPACE_LOCK, MERGE_LOCK, MERGE_SPACE_LOCK, holders
 from chunkmill.domain import serving
+from chunkmill.domain.reembedding import ReembeddingState
 from chunkmill.domain.serving import (
     MAX_FLUSH_ROWS,
     MIN_ROWS,
@@ -32,6 +33,7 @@ from chunkmill.domain.serving import (
     segments_to_merge,
 )
 from chunkmill.errors import StoreUnavailable
+from chunkmill.spaces import serving as spaces_of_collections
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
@@ -73,11 +75,12 @@ def flush(db: sa.Engine, space: Space, collection_id: int, *, wait: bool = False
     Returns None if nothing is to do. If another builder is at it, this returns None at once, or waits until that one
     has finished if ``wait`` says so.
     """
-    with _alone(db, FLUSH_LOCK, collection_id, wait=wait) as conn:
-        if conn is None:
+    with _building(db, BuilderKind.FLUSH, collection_id, space.id, wait=wait) as lock:
+        if lock is None:
             return None
+        conn = lock.conn
         with conn.begin():
-            segments.drop_unread(conn, collection_id, BuilderKind.FLUSH)
+            lock.drop_unread()
         with conn.begin():
             index = segments.find(conn, collection_id, space.id)
             if index is not None and index.has_lost:
@@ -114,11 +117,12 @@ def merge(
     ``memory_mb`` is what Postgres may use to build a graph. A graph that needs more is built much more slowly.
     ``compact`` asks for a graph of bits. What is returned, and ``wait``, are as in :func:`flush`.
     """
-    with _alone(db, MERGE_LOCK, collection_id, wait=wait) as conn:
-        if conn is None:
+    with _building(db, BuilderKind.MERGE, collection_id, space.id, wait=wait) as lock:
+        if lock is None:
             return None
+        conn = lock.conn
         with conn.begin():
-            segments.drop_unread(conn, collection_id, BuilderKind.MERGE)
+            lock.drop_unread()
         with conn.begin():
             _take_time(conn)
             stale = _stale_segments(conn, space, collection_id)
@@ -188,7 +192,7 @@ def drop_shared_graphs(db: sa.Engine, space: Space) -> list[str]:
     """
     dropped = []
     # One at a time, under the key of merges; a space has the negative of its number there.
-    with _alone(db, MERGE_LOCK, -space.id, wait=True) as guard:
+    with _alone(db, [_Key(MERGE_LOCK, -space.id)], wait=True) as guard:
         if guard is None:
             return []
         # DROP INDEX CONCURRENTLY cannot run inside a transaction.
@@ -200,14 +204,38 @@ def drop_shared_graphs(db: sa.Engine, space: Space) -> list[str]:
     return dropped
 
 
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """Two keys of an advisory lock."""
+
+    first: int
+    second: int
+    is_shared: bool = False
+
+    def try_to_take(self, conn: sa.Connection) -> bool:
+        call = "SELECT pg_try_advisory_lock_shared(:a, :b)" if self.is_shared else "SELECT pg_try_advisory_lock(:a, :b)"
+        return bool(conn.execute(sa.text(call), {"a": self.first, "b": self.second}).scalar_one())
+
+    def let_go(self, conn: sa.Connection) -> None:
+        call = "SELECT pg_advisory_unlock_shared(:a, :b)" if self.is_shared else "SELECT pg_advisory_unlock(:a, :b)"
+        conn.execute(sa.text(call), {"a": self.first, "b": self.second})
+
+
 @contextlib.contextmanager
-def _alone(db: sa.Engine, key: int, collection_id: int, *, wait: bool) -> Iterator[sa.Connection | None]:
-    """A connection that holds the collection's lock of this kind; None if another one holds it."""
-    keys = {"key": key, "collection": collection_id}
+def _alone(db: sa.Engine, keys: Sequence[_Key], *, wait: bool) -> Iterator[sa.Connection | None]:
+    """A connection that holds all of these locks; None if another one holds one of them."""
     with db.connect() as conn:
-        # The lock is requested repeatedly, because a graph takes longer than a statement may take.
+        # The locks are requested repeatedly, because a graph takes longer than a statement may take.
         while True:
-            taken = conn.execute(sa.text("SELECT pg_try_advisory_lock(:key, :collection)"), keys).scalar_one()
+            taken: list[_Key] = []
+            for key in keys:
+                if not key.try_to_take(conn):
+                    break
+                taken.append(key)
+            if len(taken) < len(keys):
+                for key in taken:
+                    key.let_go(conn)
+                taken = []
             conn.commit()
             if taken or not wait:
                 break
@@ -217,8 +245,49 @@ def _alone(db: sa.Engine, key: int, collection_id: int, *, wait: bool) -> Iterat
         finally:
             if taken:
                 conn.rollback()
-                conn.execute(sa.text("SELECT pg_advisory_unlock(:key, :collection)"), keys)
+                for key in taken:
+                    key.let_go(conn)
                 conn.commit()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    """The lock of one builder of a collection in a space, and the connection that holds it."""
+
+    conn: sa.Connection
+    builder: BuilderKind
+    collection_id: int
+    space_id: int
+    is_of_space: bool
+    """Another space of the collection may have such a builder at the same time."""
+
+    def drop_unread(self) -> int:
+        space_id = self.space_id if self.is_of_space else None
+        return segments.drop_unread(self.conn, self.collection_id, self.builder, space_id=space_id)
+
+
+@contextlib.contextmanager
+def _building(
+    db: sa.Engine, builder: BuilderKind, collection_id: int, space_id: int, *, wait: bool
+) -> Iterator[_Lock | None]:
+    """The lock of the builder of this kind of a collection in a space; None if another one holds it.
+
+    A builder of the last release holds the lock of the collection alone, because it drops what is half built in any
+    space of it. On a schema that cannot tell spaces apart, builders of this release do so too.
+    """
+    of_collection, of_space = (
+        (FLUSH_LOCK, FLUSH_SPACE_LOCK) if builder is BuilderKind.FLUSH else (MERGE_LOCK, MERGE_SPACE_LOCK)
+    )
+    with db.begin() as conn:
+        is_of_space = segments.are_of_spaces(conn)
+        # Two pairs that share a key only wait for each other.
+        both = "SELECT hashint8(CAST(:collection AS bigint) << 32 | CAST(:space AS bigint))"
+        pair = conn.execute(sa.text(both), {"collection": collection_id, "space": space_id}).scalar_one()
+    keys = [_Key(of_collection, collection_id, is_shared=is_of_space)]
+    if is_of_space:
+        keys.append(_Key(of_space, pair))
+    with _alone(db, keys, wait=wait) as conn:
+        yield None if conn is None else _Lock(conn, builder, collection_id, space_id, is_of_space)
 
 
 def _build_first(conn: sa.Connection, space: Space, collection_id: int) -> Built | None:
@@ -289,47 +358,71 @@ def _take_time(conn: sa.Connection) -> None:
 
 
 def drop_left_behind(db: sa.Engine) -> int:
-    """Drop the segments of collections that have no serving index any more, because they moved or are gone.
+    """Drop the segments of collections in spaces in which they have no serving index any more.
 
-    Returns how many. What is being built or was read lately is left for later.
+    The collection moved, has left the space, or is gone. Returns how many. What is being built or was read lately is
+    left for later.
     """
     query = """
-        SELECT DISTINCT s.collection_id
+        SELECT DISTINCT s.collection_id, s.space_id
         FROM segments s
-        WHERE NOT EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = s.collection_id)
+        WHERE NOT EXISTS (
+            SELECT FROM serving_indexes i WHERE i.collection_id = s.collection_id AND i.space_id = s.space_id)
+        ORDER BY s.collection_id, s.space_id
     """
     with db.begin() as conn:
-        left = conn.execute(sa.text(query)).scalars().all()
+        left = conn.execute(sa.text(query)).all()
     dropped = 0
-    for collection_id in left:
-        for key, builder in ((FLUSH_LOCK, BuilderKind.FLUSH), (MERGE_LOCK, BuilderKind.MERGE)):
-            with _alone(db, key, collection_id, wait=False) as conn:
-                if conn is not None:
-                    with conn.begin():
-                        dropped += segments.drop_unread(conn, collection_id, builder)
+    for collection_id, space_id in left:
+        for builder in BuilderKind:
+            with _building(db, builder, collection_id, space_id, wait=False) as lock:
+                if lock is not None:
+                    with lock.conn.begin():
+                        dropped += lock.drop_unread()
     return dropped
+
+
+def is_ready(conn: sa.Connection, collection_id: int, space: Space) -> bool:
+    """Whether searches of the collection in this space have the serving index that they are going to have.
+
+    Nothing is left to build: the index has begun, its tail is short, and no merge is due. A collection that is too
+    small for an index is ready too, and so is every one on a schema without serving indexes.
+    """
+    if not segments.are_kept(conn):
+        return True
+    index = segments.find(conn, collection_id, space.id)
+    if index is None:
+        return not _has_chunks(conn, collection_id, MIN_ROWS)
+    if not index.is_ready or _has_tail(conn, space, collection_id, rows_to_flush(index.segments)):
+        return False
+    return not segments_to_merge(index.segments, dimensions=space.spec.dimensions)
 
 
 def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tuple[int, int]]:
     """``(collection id, space id)`` of the collections for which :func:`flush` or :func:`merge` may have work.
 
+    A collection comes once for each of its spaces. The index of a space that is being filled begins when the filling
+    is over, because one large segment is built faster than a tail that is flushed again and again.
+
     It is one query, so that collections at rest cost a poller nothing, however many there are. Before a flush, the
     indexes of collections that moved to another space, or are gone, are forgotten.
     """
+    has_others = spaces_of_collections.are_kept(conn)
     if builder is BuilderKind.FLUSH:
-        _forget_moved(conn)
+        _forget_moved(conn, has_others=has_others)
     query = f"""
-        SELECT k.id, k.space_id
+        SELECT k.id, s.space_id
         FROM collections k
-        LEFT JOIN serving_indexes i ON i.collection_id = k.id AND i.space_id = k.space_id
+        CROSS JOIN LATERAL ({_SPACES if has_others else _ACTIVE_SPACE}) s
+        LEFT JOIN serving_indexes i ON i.collection_id = k.id AND i.space_id = s.space_id
         WHERE to_jsonb(k) ->> 'dropped_at' IS NULL AND to_jsonb(k) ->> 'is_hidden' IS DISTINCT FROM 'true'
           AND ({_MAY_FLUSH if builder is BuilderKind.FLUSH else _MAY_MERGE}
                OR EXISTS (
                    SELECT FROM segments g
-                   WHERE g.collection_id = k.id
+                   WHERE g.collection_id = k.id AND g.space_id = s.space_id
                      AND (g.state = :building AND g.builder = :builder
                           OR g.state = :retired AND g.retired_at < now() - make_interval(secs => :grace))))
-        ORDER BY k.id
+        ORDER BY k.id, s.is_active DESC, s.space_id
     """
     parameters = {
         "builder": builder,
@@ -341,21 +434,33 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
         "least": MIN_ROWS - 1,
         "graph_rows": serving.GRAPH_ROWS,
         "pause": float(STALE_PAUSE_S),
+        "planned": ReembeddingState.PLANNED,
+        "filling": ReembeddingState.FILLING,
     }
     return [(row.id, row.space_id) for row in conn.execute(sa.text(query), parameters)]
 
 
+_ACTIVE_SPACE = "SELECT k.space_id, true AS is_active, true AS may_begin"
+_SPACES = f"""
+            {_ACTIVE_SPACE}
+            UNION ALL
+            SELECT o.space_id, false, r.state NOT IN (:planned, :filling)
+            FROM collection_spaces o
+            JOIN reembeddings r ON r.id = o.reembedding_id
+            WHERE o.collection_id = k.id AND o.space_id <> k.space_id
+        """
 _MAY_FLUSH = """CASE
                    WHEN i.collection_id IS NULL
-                   THEN EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1)
+                   THEN s.may_begin
+                        AND EXISTS (SELECT FROM chunks c WHERE c.collection_id = k.id OFFSET :least LIMIT 1)
                    ELSE NOT i.is_ready
                         OR EXISTS (
                             SELECT FROM serving_tail t
-                            WHERE t.collection_id = k.id AND t.space_id = k.space_id
+                            WHERE t.collection_id = k.id AND t.space_id = s.space_id
                             OFFSET :least LIMIT 1)
                         OR EXISTS (
                             SELECT FROM segments g
-                            WHERE g.collection_id = k.id AND g.space_id = k.space_id AND g.state = :live
+                            WHERE g.collection_id = k.id AND g.space_id = s.space_id AND g.state = :live
                               AND to_regclass('segment_' || g.id) IS NULL)
                END"""
 _MAY_MERGE = """(
@@ -368,12 +473,15 @@ _MAY_MERGE = """(
                    WHERE g.collection_id = i.collection_id AND g.space_id = i.space_id AND g.state = :live)"""
 
 
-def _forget_moved(conn: sa.Connection) -> None:
-    moved = """
+def _forget_moved(conn: sa.Connection, *, has_others: bool) -> None:
+    """Forget the indexes of collections in spaces that are no longer theirs."""
+    is_other = "EXISTS (SELECT FROM collection_spaces o WHERE o.collection_id = k.id AND o.space_id = i.space_id)"
+    moved = f"""
         SELECT i.collection_id, i.space_id
         FROM serving_indexes i
         LEFT JOIN collections k ON k.id = i.collection_id
-        WHERE k.space_id IS DISTINCT FROM i.space_id OR to_jsonb(k) ->> 'dropped_at' IS NOT NULL
+        WHERE k.space_id IS DISTINCT FROM i.space_id AND NOT {is_other if has_others else "false"}
+           OR to_jsonb(k) ->> 'dropped_at' IS NOT NULL
     """
     for row in conn.execute(sa.text(moved)).all():
         segments.forget(conn, row.collection_id, row.space_id)

@@ -100,13 +100,27 @@ def publish(
     conn.execute(sa.text(call), parameters)
 
 
-def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind) -> int:
+def are_of_spaces(conn: sa.Connection) -> bool:
+    """Whether the segments of one space can be dropped without those of another one that are being built.
+
+    False on the schema of an earlier release, on which a collection has one builder of a kind at a time.
+    """
+    query = "SELECT to_regprocedure('drop_unread_segments(integer, integer, text, float8)') IS NOT NULL"
+    return bool(conn.execute(sa.text(query)).scalar_one())
+
+
+def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind, *, space_id: int | None = None) -> int:
     """Drop what a dead builder of this kind left half built, and what was retired long enough ago.
 
-    Only the holder of that builder's lock may call it. Returns how many segments were dropped.
+    With ``space_id`` that is what belongs to this space. Only the holder of that builder's lock may call it, of the
+    lock of the collection or of that of the space. Returns how many segments were dropped.
     """
     call = "SELECT drop_unread_segments(:collection, :builder, :grace)"
-    parameters = {"collection": collection_id, "builder": builder, "grace": float(GRACE_S)}
+    if space_id is not None:
+        call = "SELECT drop_unread_segments(:collection, :space, :builder, :grace)"
+    parameters = {"collection": collection_id, "space": space_id, "builder": builder, "grace": float(GRACE_S)}
+    if space_id is None:
+        del parameters["space"]
     dropped: int = conn.execute(sa.text(call), parameters).scalar_one()
     return dropped
 

@@ -23,7 +23,7 @@ from chunkmill.domain.reembedding import (
 )
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 
@@ -184,12 +184,9 @@ def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan)
     Returns its id, or that of the one with the same plan that is under way. ``space`` is held by the caller. Raises
     :class:`InvalidInput` if the collection is in the space, or another re-embedding of it is open.
     """
-    # Everyone who moves the collection or opens a re-embedding of it waits here.
-    lock = """
-        SELECT space_id FROM collections WHERE id = :id AND dropped_at IS NULL FOR NO KEY UPDATE
-    """
-    active = conn.execute(sa.text(lock), {"id": collection.id}).scalar_one_or_none()
-    if active is None:
+    # Everyone who moves the collection or opens a re-embedding of it waits here, and windows that know less have ended.
+    active = others.lock_for_change(conn, collection.id).active
+    if active is None or _is_dropped(conn, collection.id):
         raise collections.not_found(collection.name)
     opened = conn.execute(
         sa.text(f"{_READ} WHERE r.collection_id = :collection AND r.finished_at IS NULL"), {"collection": collection.id}
@@ -238,6 +235,12 @@ def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan)
     }
     conn.execute(sa.text(fill), parameters)
     return reembedding_id
+
+
+def _is_dropped(conn: sa.Connection, collection_id: int) -> bool:
+    """Whether a collection was dropped."""
+    query = "SELECT dropped_at IS NOT NULL FROM collections WHERE id = :id"
+    return bool(conn.execute(sa.text(query), {"id": collection_id}).scalar_one())
 
 
 def _same(life: Life, space: Space, plan: Plan) -> int:
@@ -350,6 +353,7 @@ def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
 
 def cancel(conn: sa.Connection, life: Life) -> bool:
     """End it before the flip. What it leaves behind is cleaned up afterwards. False if it is not before the flip."""
+    others.lock_for_change(conn, life.collection_id)
     update = """
         UPDATE reembeddings
         SET state = :cancelled, state_since = now(), finished_at = now(), problem = NULL, paused_at = NULL
@@ -365,7 +369,7 @@ def cancel(conn: sa.Connection, life: Life) -> bool:
 
 def let_go(conn: sa.Connection, life: Life) -> bool:
     """Keep the space that the collection left no longer. It is cleaned up afterwards. False if none is kept."""
-    # The row of the re-embedding first, so that a rollback and this wait for each other.
+    others.lock_for_change(conn, life.collection_id)
     finish = """
         UPDATE reembeddings
         SET state = CASE WHEN state = :flipped THEN :finished ELSE state END,
