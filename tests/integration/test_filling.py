@@ -13,11 +13,14 @@ from chunkmill.client import Client
 from chunkmill.client import Client as ClientClass
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import JobState
+from chunkmill.errors import InvalidInput, SpaceMismatch
 from chunkmill.ledger.reembedding import fill
 from chunkmill.ledger.reembedding.fill import Coverage
+from chunkmill.monitor.servers import read_spaces
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
+from chunkmill.store import evict
 from tests.integration.hands import Hands
 from tests.support import reembeddings
 from tests.support.waiting import PATIENCE, running, until
@@ -138,7 +141,7 @@ def test_a_text_that_dies_in_the_new_space_is_dead_there_alone(scene: Scene) -> 
     assert scene.fill()  # nobody tries it again by himself
     (entry,) = scene.client.dead()
     assert (entry.chunk_id, entry.standing) == ("a", "missing")
-    scene.client.retry_dead(entry.id)
+    scene.client.retry_dead([entry.id])
     scene.hands.work()
     assert not scene.coverage(scene.new).missing
 
@@ -342,7 +345,111 @@ def test_other_collections_are_left_alone(scene: Scene) -> None:
         assert fill.coverage(conn, stays.id, scene.new).missing == 8
 
 
-def test_a_dropped_collection_is_not_filled(scene: Scene) -> None:
+def test_a_dropped_collection_is_not_filled_and_leaves_its_spaces(scene: Scene) -> None:
+    scene.fill_all()
     scene.client.drop_collection("docs")
     assert not scene.fill()
-    assert scene.jobs_in(scene.new) == []
+    assert scene.hands.rows("SELECT count(*) FROM collection_spaces") == [(0,)]
+    assert scene.hands.rows("SELECT state FROM reembeddings WHERE finished_at IS NULL") == []
+    assert scene.hands.rows(f"SELECT count(*) FROM {scene.new.table_name}") == [(0,)]
+
+
+def test_a_deletion_reaches_both_spaces(scene: Scene) -> None:
+    scene.fill_all()
+    scene.client.delete("docs", ["0"])
+    gone = content_hash("text 0 of docs")
+    for space in (scene.old, scene.new):
+        query = f"SELECT count(*) FROM {space.table_name} WHERE content_hash = :h"
+        assert scene.hands.rows(query, h=gone) == [(0,)]
+    assert scene.coverage(scene.new) == Coverage(chunks=6, contents=6, missing=0, pending=0, dead=0)
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_the_vectors_of_both_spaces_are_referred_to(scene: Scene, is_flipped: bool) -> None:
+    """Without a ChunkBatch or a job that is open: only the rows of the collection say what it has."""
+    scene.fill_all()
+    if is_flipped:
+        reembeddings.swap(scene.db, "docs")
+    scene.hands.rows("UPDATE contents SET created_at = now() - interval '90 days' RETURNING 1")
+    assert [space.unreferenced.rows for space in scene.client.cache()] == [0, 0]
+    assert scene.client.evict(max_bytes=0, dry_run=True).total.rows == 0
+    scene.client.evict(max_bytes=0)
+    scene.client.prune(0)
+    assert scene.coverage(scene.new) == scene.coverage(scene.old) == Coverage(7, 7, 0, 0, 0)
+    reembeddings.end(scene.db, "docs")
+    left, kept = (scene.old, scene.new) if is_flipped else (scene.new, scene.old)
+    scene.client.evict(max_bytes=0)
+    assert scene.coverage(left).missing == 7
+    assert scene.coverage(kept).missing == 0
+
+
+def test_a_slice_that_is_about_to_be_evicted_is_kept_if_a_collection_has_come_to_its_space(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.fill_all()
+    reembeddings.end(scene.db, "docs")
+    begin_deletion = evict.begin_deletion
+
+    def come_back(conn: sa.Connection) -> None:
+        begin_deletion(conn)
+        reembeddings.begin(scene.db, "docs", scene.new)
+
+    monkeypatch.setattr(evict, "begin_deletion", come_back)
+    scene.client.evict(max_bytes=0)
+    assert scene.coverage(scene.new).missing == 0
+
+
+def test_a_job_that_left_a_chunk_of_another_space_without_a_vector_is_not_pruned(scene: Scene) -> None:
+    scene.fill_all()
+    scene.client.enqueue([("a", "text a")], collection="docs")
+    for chunk_batch in scene.hands.due():
+        lease = scene.hands.claim(chunk_batch)
+        scene.hands.embed(lease, {content_hash("text a"): "not_finite"} if lease.space_id == scene.new.id else {})
+    scene.hands.rows("UPDATE jobs SET finished_at = now() - interval '90 days' RETURNING 1")
+    (filling, beside) = scene.jobs_in(scene.new)
+    assert scene.client.prune(30).kept_jobs == 1
+    assert {job.id for job in scene.client.jobs()} == {filling, beside}
+    assert len(scene.client.dead()) == 1
+
+
+def test_a_space_beside_the_active_one_is_not_dropped(scene: Scene) -> None:
+    scene.hands.rows("UPDATE spaces SET created_at = now() - interval '90 days' RETURNING 1")
+    assert scene.client.prune(30).spaces == ()
+    with pytest.raises(InvalidInput, match="collection 'docs' is being re-embedded into it or out of it"):
+        scene.client.drop_space(scene.new.spec.fingerprint[:12])
+    reembeddings.end(scene.db, "docs")
+    assert scene.client.prune(30).spaces == (scene.new.spec.fingerprint,)
+    assert scene.hands.rows("SELECT to_space_id FROM reembeddings") == [(scene.new.id,)]
+
+
+def test_an_empty_collection_with_two_spaces_is_not_moved(scene: Scene) -> None:
+    scene.client.delete("docs", [f"{i}" for i in range(7)])
+    with pytest.raises(SpaceMismatch, match="is being re-embedded or can still be rolled back"):
+        scene.client.enqueue([("a", "text a")], collection="docs", on_long="split")
+    with scene.db.begin() as conn:
+        assert collections.find(conn, "docs").space_id == scene.old.id
+
+
+def test_what_waits_for_another_space_is_not_pending_in_the_overview(scene: Scene) -> None:
+    scene.fill()
+    docs, stays = scene.client.collections()
+    assert (docs.embedded, docs.pending, docs.dead) == (7, 0, 0)
+    assert stays.pending == 0
+    assert [names for _, names in read_spaces(scene.settings)] == [["docs", "stays"], ["docs"]]
+
+
+def test_on_the_schema_of_the_last_release_a_collection_has_one_space(
+    client: Client, db: sa.Engine, hands: Hands
+) -> None:
+    with db.begin() as conn:
+        conn.execute(sa.text("DROP TABLE collection_spaces, reembedding_fills, reembeddings"))
+    client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
+    hands.work(dead={"text b": "not_finite"})
+    (entry,) = client.dead()
+    client.retry_dead([entry.id])
+    hands.work()
+    assert client.audit("docs").complete
+    assert client.evict(max_bytes=0).total.rows == 0
+    client.prune(0)
+    assert [info.embedded for info in client.collections()] == [2]
+    client.drop_collection("docs")

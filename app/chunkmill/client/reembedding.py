@@ -21,7 +21,7 @@ from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
-from chunkmill.ledger.reembedding import cleaning, flipping, lives
+from chunkmill.ledger.reembedding import cleaning, flipping, gating, lives
 from chunkmill.ledger.reembedding.flipping import Direction, Flipped
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.spaces import collections, registry
@@ -197,6 +197,23 @@ class Reembeddings(ClientPart):
     def _ring_now(self) -> None:
         with self._db.connect() as conn:
             self._ring(conn)
+
+    def judge_reembedding(self, which: int | str, *, timeout: float = 600.0) -> Reembedding:
+        """Check the gates now, and note what they said. A poller whose role may read texts does it by itself.
+
+        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. Raises
+        :class:`NotFound`, and :class:`InvalidInput` if it is not judged now.
+        """
+        with self._transaction() as conn:
+            life = _find(conn, which)
+        if life.state is not ReembeddingState.JUDGING:
+            raise InvalidInput(
+                f"re-embedding {life.id} of collection {life.collection!r} is {life.state}; its gates are checked once "
+                "its new space is filled and indexed, and before it answers searches."
+            )
+        with store_errors(self._db):
+            gating.judge(self._db, self._settings, life, timeout=as_seconds("timeout", timeout))
+        return self.reembedding(life.id)
 
     def pause_reembedding(self, which: int | str) -> Reembedding:
         """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.

@@ -15,9 +15,11 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from chunkmill.db.locks import FLUSH_LOCK, MERGE_LOCK
+from chunkmill.domain.reembedding import ReembeddingState
 from chunkmill.domain.serving import BuilderKind, SegmentState
 from chunkmill.domain.states import JobState
 from chunkmill.ledger.jobs import cancel
+from chunkmill.spaces import others
 from chunkmill.store import keywords, segments
 
 SLICE = 1_000
@@ -30,6 +32,12 @@ _OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
 
 def left_behind(conn: sa.Connection, limit: int | None = None) -> list[int]:
     """The ids of dropped collections of which something can be deleted now: all, or the first ``limit``."""
+    of_spaces = ""
+    if others.are_kept(conn):
+        of_spaces = """
+              OR EXISTS (SELECT FROM collection_spaces o WHERE o.collection_id = k.id)
+              OR EXISTS (SELECT FROM reembeddings e WHERE e.collection_id = k.id AND e.finished_at IS NULL)
+        """
     of_keywords = ""
     if keywords.are_kept(conn):
         of_keywords = """
@@ -49,6 +57,7 @@ def left_behind(conn: sa.Connection, limit: int | None = None) -> list[int]:
                          OR EXISTS (SELECT FROM dead_chunks d WHERE d.job_id = j.id)))
               OR EXISTS (SELECT FROM serving_indexes i WHERE i.collection_id = k.id)
               {of_keywords}
+              {of_spaces}
               OR EXISTS (
                   SELECT FROM segments g
                   WHERE g.collection_id = k.id
@@ -70,6 +79,8 @@ def go_on(
     With ``slices`` it stops after so many. ``on_progress`` is called after each with the chunks deleted so far.
     """
     _cancel_jobs(db, collection_id)
+    with db.begin() as conn:
+        _leave_other_spaces(conn, collection_id)
     with db.begin() as conn:
         conn.execute(sa.text("SELECT free_dropped_name(:id)"), {"id": collection_id})
     deleted, beyond, is_clear = 0, "", False
@@ -110,6 +121,20 @@ def _cancel_jobs(db: sa.Engine, collection_id: int) -> None:
             with db.begin() as conn:
                 if not cancel.cancel_some(conn, job_id):
                     break
+
+
+def _leave_other_spaces(conn: sa.Connection, collection_id: int) -> None:
+    """End the re-embedding of a dropped collection. Its vectors are deleted with its chunks, from every space."""
+    if not others.are_kept(conn):
+        return
+    others.lock_for_change(conn, collection_id)
+    update = """
+        UPDATE reembeddings
+        SET state = :cancelled, state_since = now(), finished_at = now()
+        WHERE collection_id = :id AND finished_at IS NULL
+    """
+    conn.execute(sa.text(update), {"id": collection_id, "cancelled": ReembeddingState.CANCELLED})
+    conn.execute(sa.text("DELETE FROM collection_spaces WHERE collection_id = :id"), {"id": collection_id})
 
 
 def _delete_dead(db: sa.Engine, collection_id: int) -> int:

@@ -113,11 +113,13 @@ def _dead(conn: sa.Connection, space: VectorTable) -> dict[int, int]:
     return {row.collection_id: row.dead for row in conn.execute(sa.text(query), {"space": space.id})}
 
 
-# The states are constants, so that the partial index of open jobs is used.
+# The states are constants, so that the partial index of open jobs is used. What waits for another space of the
+# collection keeps none of its chunks from being searched.
 _PENDING = with_constants(
     """
 SELECT j.collection_id, sum(b.n_contents - b.n_cached - b.n_embedded)::bigint AS pending
 FROM jobs j
+JOIN collections k ON k.id = j.collection_id AND k.space_id = j.space_id
 JOIN chunk_batches b ON b.job_id = j.id AND b.state IN (:available, :chunk_batch_running)
 WHERE j.state IN (:enqueueing, :running)
 GROUP BY j.collection_id

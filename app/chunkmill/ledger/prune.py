@@ -14,6 +14,8 @@ import sqlalchemy as sa
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.retention import Amount, OnProgress
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState
+from chunkmill.ledger.reembedding import fill
+from chunkmill.spaces import others
 from chunkmill.spaces.registry import all_tables
 
 SLICE = 5_000
@@ -82,12 +84,14 @@ def prune_jobs(
                 return amounts, kept
 
 
-# A job stays while something of it is at a provider: inputs in flight, or a ProviderBatch that is not closed.
+# A job stays while it fills a space of a collection, and while something of it is at a provider: inputs in flight, or a
+# ProviderBatch that is not closed.
 _MARK_FINISHED = sa.text("""
 INSERT INTO doomed_jobs
 SELECT j.id
 FROM jobs j
 WHERE j.state IN (:completed, :failed, :cancelled)
+  AND j.id <> ALL(CAST(:filling AS bigint[]))
   AND j.finished_at < :before
   AND j.finished_at < now() - CAST(:grace AS interval)
   AND NOT EXISTS (
@@ -106,21 +110,22 @@ def _mark(conn: sa.Connection, before: datetime) -> int:
     """Put the jobs to delete into a table of this session; returns how many of that age must stay."""
     conn.execute(sa.text("CREATE TEMP TABLE IF NOT EXISTS doomed_jobs (id bigint PRIMARY KEY)"))
     conn.execute(sa.text("TRUNCATE doomed_jobs"))
-    conn.execute(_MARK_FINISHED, {"before": before, "grace": _GRACE, **_STATES})
+    conn.execute(_MARK_FINISHED, {"before": before, "grace": _GRACE, "filling": fill.job_ids(conn), **_STATES})
     return sum(_keep_jobs_with_missing_vectors(conn, space.id, space.table_name) for space in all_tables(conn))
 
 
 def _keep_jobs_with_missing_vectors(conn: sa.Connection, space_id: int, table: str) -> int:
     """Unmark the jobs of a space that left a chunk without a vector; returns how many.
 
-    Such a chunk is still in the collection with the same text, and still has no vector. If the collection has moved to
-    another space since, its chunks are not those of the job.
+    Such a chunk is still in the collection with the same text, and still has no vector. If the collection has left the
+    space since, its chunks are not those of the job.
     """
+    collections = others.collections_in(conn, space_id)
     statement = f"""
         DELETE FROM doomed_jobs
-        USING jobs j, collections k
+        USING jobs j
         WHERE j.id = doomed_jobs.id AND j.space_id = :space AND j.state <> :completed
-          AND k.id = j.collection_id AND k.space_id = j.space_id
+          AND j.collection_id = ANY(CAST(:collections AS integer[]))
           AND (
               EXISTS (
                   SELECT FROM dead_chunks d
@@ -136,7 +141,7 @@ def _keep_jobs_with_missing_vectors(conn: sa.Connection, space_id: int, table: s
                   WHERE b.job_id = j.id AND b.state IN (:discarded, :cancelled)
                     AND NOT EXISTS (SELECT FROM {table} v WHERE v.content_hash = c.content_hash)))
     """
-    return conn.execute(sa.text(statement), {"space": space_id, **_STATES}).rowcount
+    return conn.execute(sa.text(statement), {"space": space_id, "collections": collections, **_STATES}).rowcount
 
 
 def _marked(conn: sa.Connection) -> list[int]:

@@ -24,7 +24,7 @@ from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor import snapshot
 from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 from chunkmill.telemetry.logging import without_passwords
@@ -166,10 +166,15 @@ def read_redis(settings: Settings) -> RedisServer:
 
 
 def read_spaces(settings: Settings) -> list[tuple[Space, list[str]]]:
-    """The registered spaces, each with the names of the collections in it."""
+    """The registered spaces, each with the names of the collections that have it, as the active one or beside it."""
     with _connected(settings) as conn:
         every = collections.all_collections(conn)
-        return [(s, [c.name for c in every if c.space_id == s.id]) for s in registry.all_spaces(conn)]
+        pairs = others.all_others(conn)
+        beside = set(zip(pairs.collections, pairs.spaces, strict=True))
+        return [
+            (s, [c.name for c in every if c.space_id == s.id or (c.id, s.id) in beside])
+            for s in registry.all_spaces(conn)
+        ]
 
 
 @contextlib.contextmanager

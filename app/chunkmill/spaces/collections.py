@@ -186,14 +186,20 @@ def _is_beside(conn: sa.Connection, collection: Collection, space_id: int) -> bo
 
 
 def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec) -> None:
-    """Raise :class:`SpaceMismatch` unless the collection is empty, no job is open in it, and it is not on its way to
-    another space."""
+    """Raise :class:`SpaceMismatch` unless the collection is empty, has one space, and no job is open in it."""
+    if others.of(conn, collection.id).others:
+        old = registry.get(conn, collection.space_id).spec
+        raise SpaceMismatch(
+            f"collection {collection.name!r} is in another space ({_described(old)}) than the one that is asked for "
+            f"({_described(to)}), and is being re-embedded or can still be rolled back. Enqueue with the model, "
+            "on_long, dimensions and precision of one of its two spaces: what is enqueued reaches both."
+        )
     query = """
         SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :id)
             OR EXISTS (SELECT FROM jobs WHERE collection_id = :id AND state IN (:enqueueing, :running))
     """
     parameters = {"id": collection.id, "enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
-    if conn.execute(sa.text(query), parameters).scalar_one() or others.of(conn, collection.id).others:
+    if conn.execute(sa.text(query), parameters).scalar_one():
         old = registry.get(conn, collection.space_id).spec
         raise SpaceMismatch(
             f"collection {collection.name!r} holds vectors of another space ({_described(old)}) than the one that is "

@@ -11,7 +11,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from chunkmill.errors import InvalidInput
-from chunkmill.spaces import collections
+from chunkmill.spaces import collections, others
 from chunkmill.spaces.registry import Space
 
 
@@ -56,6 +56,12 @@ def _user(conn: sa.Connection, space: Space) -> str:
     name = conn.execute(sa.text(query), {"space": space.id}).scalar_one_or_none()
     if name is not None:
         return f"collection {name!r} is in it. Drop the collection first; one that is dropped goes with its last job"
+    name = _beside(conn, space)
+    if name is not None:
+        return (
+            f"collection {name!r} is being re-embedded into it or out of it. Cancel or finish the re-embedding first: "
+            "chunkmill reembed"
+        )
     query = "SELECT max(id) FROM jobs WHERE space_id = :space"
     job = conn.execute(sa.text(query), {"space": space.id}).scalar_one()
     if job is not None:
@@ -67,3 +73,24 @@ def _user(conn: sa.Connection, space: Space) -> str:
     if conn.execute(sa.text(query), {"space": space.id}).scalar_one():
         return "the bill names its model. It stays, and without vectors it takes next to no space"
     return "somebody is using it at this moment, or a view of yours is built upon it. Try again later"
+
+
+def _beside(conn: sa.Connection, space: Space) -> str | None:
+    """The name of a collection that has the space beside its active one, or is on its way to it or from it."""
+    if not others.are_kept(conn):
+        return None
+    query = """
+        SELECT k.name
+        FROM reembeddings e
+        JOIN collections k ON k.id = e.collection_id
+        WHERE e.finished_at IS NULL AND :space IN (e.from_space_id, e.to_space_id)
+        UNION
+        SELECT k.name
+        FROM collection_spaces o
+        JOIN collections k ON k.id = o.collection_id
+        WHERE o.space_id = :space
+        ORDER BY name
+        LIMIT 1
+    """
+    name: str | None = conn.execute(sa.text(query), {"space": space.id}).scalar_one_or_none()
+    return name

@@ -18,6 +18,7 @@ from chunkmill.db.statements import with_constants
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.retention import Amount, CacheSpace, OnProgress
 from chunkmill.domain.states import JobState
+from chunkmill.spaces import others
 from chunkmill.spaces.registry import Space, VectorTable, all_spaces, all_tables
 from chunkmill.store.delete import begin_deletion
 
@@ -27,7 +28,7 @@ SLICE = 5_000
 """Contents deleted in one transaction, which keeps enqueues and writes out while it runs: 0.2 s at 384 dimensions."""
 
 _OPEN = {"enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
-"""An open job may fill another space than the one in which its collection is. What it has there is needed."""
+"""What an open job has embedded is needed, even if its collection has left the job's space."""
 
 # The statements count 60 bytes per text and 64 per vector for the hash, and for what Postgres keeps with each row.
 
@@ -108,18 +109,18 @@ def _mark_vectors(
             WHERE NOT EXISTS (
                 SELECT
                 FROM chunks c
-                JOIN collections k ON k.id = c.collection_id AND (
-                    k.space_id = :space
-                    OR k.id IN (
+                WHERE c.content_hash = v.content_hash AND (
+                    c.collection_id = ANY(CAST(:collections AS integer[]))
+                    OR c.collection_id IN (
                         SELECT j.collection_id
                         FROM jobs j
                         WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
                     )
                 )
-                WHERE c.content_hash = v.content_hash
             )
         """
-        conn.execute(with_constants(insert, **_OPEN), {"space": space.id})
+        parameters = {"space": space.id, "collections": others.collections_in(conn, space.id)}
+        conn.execute(with_constants(insert, **_OPEN), parameters)
     choose = """
         INSERT INTO doomed (space_id, content_hash, bytes)
         SELECT space_id, content_hash, bytes
@@ -202,22 +203,25 @@ def _delete_vectors(conn: sa.Connection, space: VectorTable, hashes: Sequence[by
               AND NOT EXISTS (
                   SELECT
                   FROM chunks c
-                  JOIN collections k ON k.id = c.collection_id AND (
-                      k.space_id = :space
-                      OR k.id IN (
+                  WHERE c.content_hash = v.content_hash AND (
+                      c.collection_id = ANY(CAST(:collections AS integer[]))
+                      OR c.collection_id IN (
                           SELECT j.collection_id
                           FROM jobs j
                           WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
                       )
                   )
-                  WHERE c.content_hash = v.content_hash
               )
             RETURNING 64 + pg_column_size(v.embedding) AS bytes
         )
         SELECT count(*) AS rows, coalesce(sum(bytes), 0)::bigint AS bytes
         FROM deleted
     """
-    row = conn.execute(with_constants(delete, **_OPEN), {"space": space.id, "hashes": list(hashes)}).one()
+    # Asked for in the transaction of the deletion: until then a collection may have come to this space. One that comes
+    # now has no window that is written before the deletion ends, and a pass over its texts finds what it lacks.
+    collections = others.collections_in(conn, space.id)
+    parameters = {"space": space.id, "collections": collections, "hashes": list(hashes)}
+    row = conn.execute(with_constants(delete, **_OPEN), parameters).one()
     return Amount(row.rows, row.bytes)
 
 
@@ -282,21 +286,21 @@ def _cache_space(conn: sa.Connection, space: Space, *, recent_days: float) -> Ca
                    NOT EXISTS (
                        SELECT
                        FROM chunks c
-                       JOIN collections k ON k.id = c.collection_id AND (
-                           k.space_id = :space
-                           OR k.id IN (
+                       WHERE c.content_hash = v.content_hash AND (
+                           c.collection_id = ANY(CAST(:collections AS integer[]))
+                           OR c.collection_id IN (
                                SELECT j.collection_id
                                FROM jobs j
                                WHERE j.space_id = :space AND j.state IN (:enqueueing, :running)
                            )
                        )
-                       WHERE c.content_hash = v.content_hash
                    ) AS unreferenced
             FROM {space.table_name} v
             LEFT JOIN contents t ON t.content_hash = v.content_hash
         ) x
     """
-    stored = conn.execute(with_constants(measure_vectors, **_OPEN), {"space": space.id}).one()
+    parameters = {"space": space.id, "collections": others.collections_in(conn, space.id)}
+    stored = conn.execute(with_constants(measure_vectors, **_OPEN), parameters).one()
     count_hits = """
         SELECT coalesce(sum(n_contents), 0)::bigint AS contents,
                coalesce(sum(n_cached), 0)::bigint AS hits,

@@ -17,7 +17,7 @@ from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import JobState
 from chunkmill.errors import NotFound
 from chunkmill.ledger.work import attempts
-from chunkmill.spaces import registry
+from chunkmill.spaces import others, registry
 
 KILLS_WORKERS = "kills_workers"
 
@@ -64,7 +64,7 @@ def add_refused(conn: sa.Connection, job_id: int, dead: Sequence[DeadChunk]) -> 
 
 
 # A job that named a chunk is told of it although another job, which was open with it, refused the same text first and
-# so deleted the chunk. If the collection has moved to another space since, none of its chunks is the job's.
+# so deleted the chunk. If the collection has left the job's space since, none of its chunks is the job's.
 _ADD_CONTENTS = sa.text("""
 INSERT INTO dead_chunks (job_id, chunk_id, content_hash, code, reason)
 SELECT :job, named.chunk_id, d.content_hash, d.code, d.reason
@@ -72,9 +72,8 @@ FROM unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[]), CAST(:reasons AS t
 CROSS JOIN LATERAL (
     SELECT c.chunk_id
     FROM chunks c
-    JOIN collections k ON k.id = c.collection_id
     WHERE c.content_hash = d.content_hash AND c.collection_id = :collection
-      AND k.space_id = (SELECT space_id FROM jobs WHERE id = :job)
+      AND (SELECT space_id FROM jobs WHERE id = :job) = ANY(CAST(:spaces AS integer[]))
     UNION
     SELECT e.chunk_id
     FROM dead_chunks e
@@ -85,13 +84,15 @@ CROSS JOIN LATERAL (
 ) named
 ON CONFLICT DO NOTHING
 """)
+# A text that is too long for another space of the collection is searched in the active one all the same.
 _DELETE_TOO_LONG = sa.text("""
 DELETE FROM chunks c
-USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) AS d(content_hash, code), jobs o, jobs j
+USING unnest(CAST(:hashes AS bytea[]), CAST(:codes AS text[])) AS d(content_hash, code), jobs o, jobs j, collections k
 WHERE d.code = 'too_long' AND c.content_hash = d.content_hash
   AND c.collection_id = :collection
   AND o.id = c.job_id AND (o.id = :job OR o.on_long = :reject)
   AND j.id = :job AND j.space_id = o.space_id
+  AND k.id = c.collection_id AND k.space_id = j.space_id
 """)
 
 
@@ -111,6 +112,7 @@ def add_contents(conn: sa.Connection, dead: Sequence[DeadContent], *, job_id: in
         "codes": [storable(content.code) for content in dead],
         "reasons": [storable(content.reason) for content in dead],
         "reject": OnLong.REJECT,
+        "spaces": list(others.of(conn, collection_id).ids),
     }
     conn.execute(_ADD_CONTENTS, parameters)
     conn.execute(_DELETE_TOO_LONG, parameters)
@@ -170,14 +172,19 @@ def entry_ids(conn: sa.Connection, dead_filter: DeadFilter) -> list[int]:
     return list(conn.execute(_IDS, dead_filter.parameters).scalars())
 
 
-# A collection moves to another space only when it is empty, so the chunks that an older job speaks of were deleted.
+# A collection that has left the space of a job was empty then, or was re-embedded; either way its chunks are not those
+# that the job speaks of.
 _ENTRIES = sa.text("""
 SELECT d.*, j.state AS job_state, j.sealed_at IS NOT NULL AS sealed, j.space_id, k.name AS collection,
        c.content_hash AS hash_now
 FROM dead_chunks d
 JOIN jobs j ON j.id = d.job_id
 JOIN collections k ON k.id = j.collection_id
-LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id AND j.space_id = k.space_id
+LEFT JOIN chunks c ON c.collection_id = j.collection_id AND c.chunk_id = d.chunk_id AND (
+    j.space_id = k.space_id
+    OR (k.id, j.space_id) IN (
+        SELECT o.collection_id, o.space_id
+        FROM unnest(CAST(:collections AS integer[]), CAST(:spaces AS integer[])) AS o(collection_id, space_id)))
 WHERE to_jsonb(k) ->> 'dropped_at' IS NULL
   AND (CAST(:ids AS bigint[]) IS NULL OR d.id = ANY(CAST(:ids AS bigint[])))
   AND (CAST(:job_id AS bigint) IS NULL OR d.job_id = CAST(:job_id AS bigint))
@@ -190,7 +197,9 @@ LIMIT :limit
 
 def entries(conn: sa.Connection, dead_filter: DeadFilter, *, limit: int | None = None) -> list[DeadEntry]:
     """The entries that a filter selects, the newest first."""
-    rows = conn.execute(_ENTRIES, {**dead_filter.parameters, "limit": limit}).all()
+    pairs = others.all_others(conn)
+    beside = {"collections": pairs.collections, "spaces": pairs.spaces}
+    rows = conn.execute(_ENTRIES, {**dead_filter.parameters, **beside, "limit": limit}).all()
     by_space = defaultdict(list)
     for row in rows:
         if row.content_hash is not None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from chunkmill.domain.states import ChunkBatchState, JobState
+from chunkmill.spaces import others
 from chunkmill.spaces.registry import VectorTable
 
 _LOCK_RUNNING_JOB = sa.text("""
-SELECT j.collection_id, k.space_id
+SELECT j.collection_id
 FROM jobs j
-JOIN collections k ON k.id = j.collection_id
 WHERE j.id = :id AND j.state = :running
-FOR NO KEY UPDATE OF j
+FOR NO KEY UPDATE
 """)
 _LOCK_RUNNING_JOB_OR_SKIP = sa.text("""
-SELECT j.collection_id, k.space_id
+SELECT j.collection_id
 FROM jobs j
-JOIN collections k ON k.id = j.collection_id
 WHERE j.id = :id AND j.state = :running
-FOR NO KEY UPDATE OF j SKIP LOCKED
+FOR NO KEY UPDATE SKIP LOCKED
 """)
 _HAS_OPEN_CHUNK_BATCHES = sa.text("""
 SELECT EXISTS (
@@ -52,12 +51,13 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
 
     The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
     was false), its ChunkBatch becomes available again instead, while it has attempts. One transaction at a time ends a
-    job. Without ``wait``, a job that another transaction is ending is skipped. If the collection has moved to another
-    space since the job began, its chunks are not those of the job, and say nothing about it.
+    job. Without ``wait``, a job that another transaction is ending is skipped. The job is
+    judged by the chunks of its collection if its space is one of the collection's, active or not; otherwise the
+    collection has left that space, and its chunks say nothing about the job.
     """
     lock = _LOCK_RUNNING_JOB if wait else _LOCK_RUNNING_JOB_OR_SKIP
-    collection = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).one_or_none()
-    if collection is None:
+    collection_id = conn.execute(lock, {"id": job_id, "running": JobState.RUNNING}).scalar_one_or_none()
+    if collection_id is None:
         return None
     states = {
         "available": ChunkBatchState.AVAILABLE,
@@ -67,15 +67,13 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     }
     if conn.execute(_HAS_OPEN_CHUNK_BATCHES, {"id": job_id, **states}).scalar_one():
         return None
-    in_its_space = collection.space_id == space.id
-    with_missing = (
-        _completed_with_missing_vectors(conn, job_id, collection.collection_id, space) if in_its_space else []
-    )
+    is_judged = space.id in others.of(conn, collection_id).ids
+    with_missing = _completed_with_missing_vectors(conn, job_id, collection_id, space) if is_judged else []
     if with_missing:
         conn.execute(_REOPEN, {"ids": with_missing, **states})
         return None
     discarded = conn.execute(_DISCARDED, {"id": job_id, **states}).one()
-    dead = _count_dead_chunks(conn, job_id, collection.collection_id, space) if in_its_space else 0
+    dead = _count_dead_chunks(conn, job_id, collection_id, space) if is_judged else 0
     problems = []
     if discarded.n:
         problems.append(

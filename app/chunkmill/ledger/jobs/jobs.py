@@ -19,7 +19,7 @@ from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.ledger.jobs import streams
 from chunkmill.ledger.jobs.routing import entry, lane_of
-from chunkmill.spaces import collections
+from chunkmill.spaces import collections, others
 from chunkmill.spaces.collections import Collection
 
 SHOWN_DEAD_CHUNKS = 20
@@ -195,12 +195,12 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
     """Make available again, with fresh attempts, what a failed or cancelled job left without a vector.
 
     Returns False if the job is neither, or was never enqueued to its end. ``attempt`` counts on, because it is the
-    fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has moved to
-    another space since, or was dropped: nobody would find what the job embeds.
+    fencing number; ``max_attempts`` moves up instead. Raises :class:`InvalidInput` if the job's collection has left
+    the job's space since, or was dropped: nobody would find what the job embeds.
     """
-    # The lock keeps an enqueue from moving the collection until the job can be seen to run.
+    # The lock keeps everyone from moving the collection until the job can be seen to run.
     lock = """
-        SELECT c.name, c.space_id = j.space_id AS is_there, to_jsonb(c) ->> 'dropped_at' IS NOT NULL AS is_dropped
+        SELECT c.id, c.name, j.space_id, to_jsonb(c) ->> 'dropped_at' IS NOT NULL AS is_dropped
         FROM jobs j
         JOIN collections c ON c.id = j.collection_id
         WHERE j.id = :id
@@ -219,11 +219,10 @@ def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bo
         raise InvalidInput(
             f"job {job_id} cannot be retried: its collection was dropped, with all chunks. Enqueue the chunks again."
         )
-    if not collection.is_there:
+    if collection.space_id not in others.of(conn, collection.id).ids:
         raise InvalidInput(
-            f"job {job_id} cannot be retried: collection {collection.name!r} was emptied and has moved to another "
-            "space since, so nobody would find its vectors. Enqueue the chunks again, with the model and the on_long "
-            "of the collection."
+            f"job {job_id} cannot be retried: collection {collection.name!r} has moved to another space since, so "
+            "nobody would find its vectors. Enqueue the chunks again, with the model and the on_long of the collection."
         )
     # A ChunkBatch is still available if a cancel was interrupted. Of the completed ones, those with a dead content are
     # found by reading every array once; a look into the arrays for each dead chunk would be quadratic.

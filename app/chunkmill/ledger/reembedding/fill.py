@@ -246,7 +246,8 @@ WHERE reembedding_id = :id AND space_id = :space
 """)
 _END = sa.text("""
 UPDATE reembedding_fills
-SET began_at = NULL, after = NULL, passes = passes + 1, passed_at = clock_timestamp(), is_there = added + failed = 0,
+SET began_at = NULL, after = NULL, passes = passes + 1, passed_at = clock_timestamp(),
+    is_there = added + failed + :open = 0,
     seconds = extract(epoch FROM clock_timestamp() - began_at)
 WHERE reembedding_id = :id AND space_id = :space
 RETURNING is_there
@@ -263,14 +264,14 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Ste
     n_open = _count_open(conn, stand.job_id)
     if stand.began_at is None:
         if not _is_time(stand, n_open):
-            return _Step.THERE if stand.is_there else _Step.WAIT
+            return _Step.THERE if stand.is_there and not n_open else _Step.WAIT
         stand = conn.execute(_BEGIN, named).one()
     if n_open >= OPEN_CHUNK_BATCHES:
         return _Step.WAIT
     table = VectorTable(target.space_id)
     page = _look(conn, target.collection_id, table, after=stand.after or b"")
     if page.last is None:
-        return _Step.THERE if conn.execute(_END, named).scalar_one() else _Step.WAIT
+        return _Step.THERE if conn.execute(_END, {**named, "open": n_open}).scalar_one() else _Step.WAIT
     failed, wanted = _sorted_out(conn, target, stand, page.missing)
     if wanted:
         lengths = _lengths(conn, wanted)

@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from chunkmill.db.locks import LIVES_LOCK, lock_of
 from chunkmill.domain.reembedding import (
     Plan,
     Reembedding,
@@ -270,13 +271,14 @@ def advance(conn: sa.Connection, life: Life, to: ReembeddingState) -> bool:
 
 
 def note(conn: sa.Connection, life: Life, report: Report, problem: str | None) -> None:
-    """Note what was seen, and why it does not go on, while it is in its state."""
+    """Note what was seen, and why it does not go on, while it is in its state and goes by its plan."""
     update = """
         UPDATE reembeddings
         SET report = CAST(:report AS jsonb), problem = :problem
-        WHERE id = :id AND state = :state
+        WHERE id = :id AND state = :state AND plan = CAST(:plan AS jsonb)
     """
     parameters = {
+        "plan": json.dumps(life.plan.as_json() | {"names": life.names}),
         "id": life.id,
         "state": life.state,
         "report": json.dumps(report.as_json(), allow_nan=False),
@@ -353,7 +355,7 @@ def resume(conn: sa.Connection, life: Life, plan: Plan) -> None:
 
 def cancel(conn: sa.Connection, life: Life) -> bool:
     """End it before the flip. What it leaves behind is cleaned up afterwards. False if it is not before the flip."""
-    others.lock_for_change(conn, life.collection_id)
+    lock_of(conn, LIVES_LOCK, life.collection_id)
     update = """
         UPDATE reembeddings
         SET state = :cancelled, state_since = now(), finished_at = now(), problem = NULL, paused_at = NULL
@@ -369,7 +371,8 @@ def cancel(conn: sa.Connection, life: Life) -> bool:
 
 def let_go(conn: sa.Connection, life: Life) -> bool:
     """Keep the space that the collection left no longer. It is cleaned up afterwards. False if none is kept."""
-    others.lock_for_change(conn, life.collection_id)
+    # Not the collection's row too, which a poller may not lock.
+    lock_of(conn, LIVES_LOCK, life.collection_id)
     finish = """
         UPDATE reembeddings
         SET state = CASE WHEN state = :flipped THEN :finished ELSE state END,
