@@ -38,6 +38,8 @@ COUNT_SECONDS = 15.0
 """How often the chunks of a collection are counted in its new space, or 20 times as long as the count took."""
 JUDGE_SECONDS = 600.0
 """After how long gates that were not passed are checked again. Vectors and golden queries may have come meanwhile."""
+LACKING_SECONDS = 15.0
+"""The same if only chunks are missing, which somebody may have enqueued a moment ago."""
 FAILED_SECONDS = 60.0
 """After how long it is tried again to check gates if something went wrong."""
 NOT_ALLOWED = "42501"
@@ -131,14 +133,20 @@ class Reembedder:
                         conn.invalidate()
 
     def _step(self, reembedding_id: int) -> None:
-        with self._db.begin() as conn:
-            life = lives.get(conn, reembedding_id)
-        if life.is_dropped:
-            self._let_go_of_dropped(life)
-        elif life.finished_at is not None:
-            self._after_the_end(life)
-        elif life.paused_at is None:
-            self._go_on(life)
+        """Take the next step, and those after it for which nothing is to be awaited."""
+        state = None
+        for _ in ReembeddingState:
+            with self._db.begin() as conn:
+                life = lives.get(conn, reembedding_id)
+            if life.state is state:
+                return
+            state = life.state
+            if life.is_dropped:
+                self._let_go_of_dropped(life)
+            elif life.finished_at is not None:
+                self._after_the_end(life)
+            elif life.paused_at is None:
+                self._go_on(life)
 
     def _go_on(self, life: Life) -> None:
         if life.state is _S.PLANNED:
@@ -277,4 +285,7 @@ def _is_to_judge(life: Life) -> bool:
     judged_at = life.report.judged_at
     if judged_at is None:
         return True
-    return not life.report.judgement.get("passed") and life.now - judged_at >= timedelta(seconds=JUDGE_SECONDS)
+    if life.report.judgement.get("passed"):
+        return False
+    is_lacking = [gate.name for gate in life.report.gates if not gate.passed] == ["coverage"]
+    return life.now - judged_at >= timedelta(seconds=LACKING_SECONDS if is_lacking else JUDGE_SECONDS)

@@ -36,7 +36,7 @@ def judge(
     problem = None
     if refused:
         problem = (
-            f"{' '.join(refused)} The searches stay in the old space. The gates are checked again in ten minutes, or "
+            f"{' '.join(refused)} The searches stay in the old space. The gates are checked again by and by, or "
             f"at once after `chunkmill reembed resume {life.id}`, which can also change them."
         )
     with db.begin() as conn:
