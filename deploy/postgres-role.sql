@@ -163,7 +163,9 @@ BEGIN
             ('^spaces$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^spaces$', 'UPDATE, DELETE', 'chunkmill_workers'), -- a worker registers the space of its own model
             ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
+            -- A poller opens the jobs that fill spaces, and no other, by a function of the migrator's.
             ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            ('^(reembeddings|reembedding_fills|collection_spaces)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
             ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^space_canaries$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^worker_(reports|sockets)$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers'),

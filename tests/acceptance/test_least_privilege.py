@@ -29,12 +29,15 @@ from chunkmill.embedded.redis import find_program
 from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.gateway.keys import StoredKeys
 from chunkmill.ledger import dropping
+from chunkmill.ledger.reembedding import fill
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from tests.acceptance.conftest import Processes
 from tests.conftest import admin, url_of
+from tests.integration.hands import Hands
+from tests.support import reembeddings
 from tests.support.gateways import running_gateway
 from tests.support.installations import install_as_before
 from tests.support.served import bulk_worker, ended, jsonl, line, openai_client, start
@@ -432,6 +435,48 @@ def test_a_gateway_is_a_producer_and_a_poller_deletes_what_it_may_not_read(
         assert left_behind(worker_db) == []
     worker_db.dispose()
     poller_db.dispose()
+
+
+MAY_WHILE_FILLING = {
+    "SELECT * FROM content_bytes('{}')": "producer worker poller",
+    "INSERT INTO jobs (collection_id, space_id, state, route, priority, on_long) SELECT 1, 1, '', '', 1, '' "
+    "WHERE false": "producer",
+    "UPDATE reembedding_fills SET added = added": "producer poller",
+    "DELETE FROM collection_spaces": "producer poller",
+    "UPDATE reembeddings SET problem = problem": "producer poller",
+}
+"""Which purposes may run a statement about the spaces of collections."""
+
+
+def test_a_poller_fills_a_space_from_texts_that_it_may_not_read(settings: Settings, roles: dict[str, str]) -> None:
+    producer_db, worker_db, poller_db = (create_db(roles[role], role=role) for role in ("producer", "worker", "poller"))
+    hands = Hands(worker_db)
+    with Client(producer_db, Broker.connect(settings), settings) as client:
+        client.enqueue([(f"c{i}", f"text number {i}") for i in range(10)], collection="docs")
+        hands.work()
+        reembedding = reembeddings.begin(producer_db, "docs", reembeddings.second_space(producer_db, "docs"))
+        assert not fill.fill_some(poller_db, settings, reembedding)
+        client.enqueue([("new", "a new text")], collection="docs")
+        hands.work()
+        hands.rows("SELECT 1")
+        with poller_db.begin() as conn:
+            conn.execute(sa.text("UPDATE reembedding_fills SET passed_at = passed_at - interval '1 h'"))
+        assert fill.fill_some(poller_db, settings, reembedding)
+        for statement, allowed in MAY_WHILE_FILLING.items():
+            assert {purpose for purpose in PURPOSES if may(roles[purpose], statement)} == set(allowed.split()), (
+                statement
+            )
+        with (
+            pytest.raises(sa.exc.DBAPIError, match="is not open, or does not concern space"),
+            poller_db.begin() as conn,
+        ):
+            conn.execute(
+                sa.text("SELECT open_fill_job(:id, 3, 'local', 1::smallint, 'truncate', 'k', '[]')"), {"id": 1}
+            )
+        client.drop_collection("docs")
+        assert left_behind(poller_db) == []
+    for db in (producer_db, worker_db, poller_db):
+        db.dispose()
 
 
 MAY_WITH_KEYS = {

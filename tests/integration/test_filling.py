@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.client import Client as ClientClass
+from chunkmill.db.connect import alembic_config
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, SpaceMismatch
@@ -440,10 +442,9 @@ def test_what_waits_for_another_space_is_not_pending_in_the_overview(scene: Scen
 
 
 def test_on_the_schema_of_the_last_release_a_collection_has_one_space(
-    client: Client, db: sa.Engine, hands: Hands
+    client: Client, settings: Settings, hands: Hands
 ) -> None:
-    with db.begin() as conn:
-        conn.execute(sa.text("DROP TABLE collection_spaces, reembedding_fills, reembeddings"))
+    command.downgrade(alembic_config(settings.require_database_url()), "0020")
     client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
     hands.work(dead={"text b": "not_finite"})
     (entry,) = client.dead()
@@ -454,3 +455,18 @@ def test_on_the_schema_of_the_last_release_a_collection_has_one_space(
     client.prune(0)
     assert [info.embedded for info in client.collections()] == [2]
     client.drop_collection("docs")
+
+
+def test_a_text_that_comes_and_goes_is_not_taken_for_one_that_fails(scene: Scene) -> None:
+    """Its ChunkBatch is opened again each time that its vector is missed, until it has no attempts left."""
+    scene.fill_all()
+    (job,) = scene.jobs_in(scene.new)
+    (chunk_batch, *_) = scene.hands.of_job(job)
+    scene.hands.rows(f"DELETE FROM {scene.new.table_name} RETURNING 1")
+    scene.hands.rows("UPDATE chunk_batches SET max_attempts = attempt WHERE id = :id RETURNING 1", id=chunk_batch)
+    scene.hands.rows("UPDATE jobs SET state = 'running' WHERE id = :id RETURNING 1", id=job)
+    scene.hands.finish(job)
+    query = "SELECT state, error_code FROM chunk_batches WHERE id = :id"
+    assert scene.hands.rows(query, id=chunk_batch) == [("discarded", "vectors_missing")]
+    scene.fill_all()
+    assert not scene.coverage(scene.new).missing

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
-from chunkmill.db.locks import FLUSH_LOCK, MERGE_LOCK
+from chunkmill.db.locks import FLUSH_LOCK, LIVES_LOCK, MERGE_LOCK, lock_of
 from chunkmill.domain.reembedding import ReembeddingState
 from chunkmill.domain.serving import BuilderKind, SegmentState
 from chunkmill.domain.states import JobState
@@ -127,7 +127,8 @@ def _leave_other_spaces(conn: sa.Connection, collection_id: int) -> None:
     """End the re-embedding of a dropped collection. Its vectors are deleted with its chunks, from every space."""
     if not others.are_kept(conn):
         return
-    others.lock_for_change(conn, collection_id)
+    # Without the lock of the row, which a poller may not take: no window of a dropped collection is of any use.
+    lock_of(conn, LIVES_LOCK, collection_id)
     update = """
         UPDATE reembeddings
         SET state = :cancelled, state_since = now(), finished_at = now()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import sqlalchemy as sa
@@ -116,13 +115,13 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
         targets = _targets(conn, reembedding_id)
     is_there = bool(targets)
     for target in targets:
-        step = _Step.MORE
+        stands = _Stands(goes_on=True, is_there=False)
         for _ in range(PAGES):
             with db.begin() as conn:
-                step = _fill_page(conn, settings, target)
-            if step is not _Step.MORE:
+                stands = _fill_page(conn, settings, target)
+            if not stands.goes_on:
                 break
-        is_there = is_there and step is _Step.THERE
+        is_there = is_there and stands.is_there
     return is_there
 
 
@@ -172,12 +171,16 @@ def _are_kept(conn: sa.Connection) -> bool:
     return bool(conn.execute(sa.text(query)).scalar_one())
 
 
-class _Step(Enum):
-    MORE = auto()
-    """There is another page to look at."""
-    WAIT = auto()
-    """Something is missing, and there is nothing to do about it now."""
-    THERE = auto()
+@dataclass(frozen=True, slots=True)
+class _Stands:
+    """How a space stands after a page. ``goes_on`` says that there is another page to look at now."""
+
+    goes_on: bool
+    is_there: bool
+    """The last pass found all, and the present one has found nothing that is missing so far."""
+
+
+_WAITS = _Stands(goes_on=False, is_there=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,7 @@ _NOTE = sa.text("""
 UPDATE reembedding_fills
 SET after = :after, added = added + :added, failed = failed + :failed, is_there = is_there AND :added + :failed = 0
 WHERE reembedding_id = :id AND space_id = :space
+RETURNING is_there
 """)
 _END = sa.text("""
 UPDATE reembedding_fills
@@ -254,33 +258,33 @@ RETURNING is_there
 """)
 
 
-def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Step:
+def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Stands:
     """Look at the next page of a pass, or begin one if it is time."""
     named = {"id": target.reembedding_id, "space": target.space_id}
     conn.execute(_FIRST, named)
     stand = conn.execute(_STAND, named).one_or_none()
     if stand is None:
-        return _Step.WAIT  # another poller is at it
+        return _WAITS  # another poller is at it
     n_open = _count_open(conn, stand.job_id)
     if stand.began_at is None:
         if not _is_time(stand, n_open):
-            return _Step.THERE if stand.is_there and not n_open else _Step.WAIT
+            return _Stands(goes_on=False, is_there=stand.is_there and not n_open)
         stand = conn.execute(_BEGIN, named).one()
     if n_open >= OPEN_CHUNK_BATCHES:
-        return _Step.WAIT
+        return _WAITS
     table = VectorTable(target.space_id)
     page = _look(conn, target.collection_id, table, after=stand.after or b"")
     if page.last is None:
-        return _Step.THERE if conn.execute(_END, {**named, "open": n_open}).scalar_one() else _Step.WAIT
+        return _Stands(goes_on=False, is_there=conn.execute(_END, {**named, "open": n_open}).scalar_one())
     failed, wanted = _sorted_out(conn, target, stand, page.missing)
     if wanted:
         lengths = _lengths(conn, wanted)
         failed += len(wanted) - len(lengths)
         if lengths and not _add(conn, settings, target, stand.job_id, lengths):
-            return _Step.WAIT
+            return _WAITS
         wanted = list(lengths)
-    conn.execute(_NOTE, {**named, "after": page.last, "added": len(wanted), "failed": failed})
-    return _Step.MORE
+    note = {**named, "after": page.last, "added": len(wanted), "failed": failed}
+    return _Stands(goes_on=True, is_there=conn.execute(_NOTE, note).scalar_one() and not n_open)
 
 
 def _is_time(stand: sa.Row[Any], n_open: int) -> bool:
@@ -343,12 +347,14 @@ def _look(conn: sa.Connection, collection_id: int, space: VectorTable, *, after:
 
 
 # What the present pass has made is left out: it has gone through each content once, so that it has none of this page.
+# A ChunkBatch whose vectors were deleted again and again, as those of a text that comes and goes, did not fail.
 _IN_CHUNK_BATCHES = sa.text("""
 SELECT h.content_hash, bool_or(b.state = :discarded) AS has_failed
 FROM jobs j
 JOIN chunk_batches b ON b.job_id = j.id AND b.state IN (:available, :running, :discarded)
 CROSS JOIN unnest(b.content_hashes) AS h(content_hash)
 WHERE j.collection_id = :collection AND j.space_id = :space
+  AND (b.state <> :discarded OR b.error_code IS DISTINCT FROM 'vectors_missing')
   AND (b.state = :discarded OR j.id IS DISTINCT FROM CAST(:job AS bigint) OR b.created_at < :began_at)
   AND h.content_hash = ANY(CAST(:hashes AS bytea[]))
 GROUP BY h.content_hash
