@@ -23,8 +23,8 @@ VERBS = Path(__file__).parents[1] / "app" / "chunkmill" / "client" / "aio" / "ve
 OWN = {"from_env", "close"}
 """What AsyncClient has in its own way."""
 LONG = {
-    "audit", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "reembed", "retry", "rollback",
-    "tune_search",
+    "audit", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "quote_comparison", "reembed",
+    "retry", "rollback", "tune_search",
 }  # fmt: skip
 """What may hold a connection for minutes, beside all that takes an iterable or a function. All other methods take
 moments, or wait in steps."""

@@ -64,6 +64,9 @@ SECTIONS = {
         "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index", "CollectionInfo",
         "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
     ],
+    "What comes back: judged models": [
+        "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",
+    ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
@@ -111,7 +114,11 @@ def remote_clients() -> Iterator[str]:
     yield "## chunkmill.remote\n"
     yield f"These names are imported from `chunkmill.remote`. {prose(inspect.getdoc(remote))}\n"
     for name in remote.__all__:
-        yield from described(getattr(remote, name))
+        if inspect.isfunction(what := getattr(remote, name)):
+            yield f"### `{name}`\n\n```python\n{signature(name, what)}\n```\n"
+            yield prose(inspect.getdoc(what)) + "\n"
+        else:
+            yield from described(what)
 
 
 def similarity_toolkit() -> Iterator[str]:

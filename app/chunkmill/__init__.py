@@ -77,19 +77,26 @@ from chunkmill.errors import (
 if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
     from chunkmill.client.aio import AsyncClient
+    from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
     from chunkmill.domain.embedded import EmbeddedTexts
     from chunkmill.domain.gates import GateResult, Gates
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
         "AsyncClient": "chunkmill.client.aio",
+        "Change": "chunkmill.domain.comparing",
+        "Changes": "chunkmill.domain.comparing",
         "ChunkState": "chunkmill.domain.stored",
         "Client": "chunkmill.client",
+        "Comparison": "chunkmill.domain.comparing",
+        "ComparisonQuote": "chunkmill.domain.comparing",
+        "Contender": "chunkmill.domain.comparing",
         "EmbeddedTexts": "chunkmill.domain.embedded",
         "Exported": "chunkmill.domain.stored",
         "GateResult": "chunkmill.domain.gates",
         "Gates": "chunkmill.domain.gates",
         "GoldenQueries": "chunkmill.client",
+        "LosingQuery": "chunkmill.domain.comparing",
         "StoredChunk": "chunkmill.domain.stored",
     }
 
@@ -123,6 +130,8 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "CacheSpace",
+    "Change",
+    "Changes",
     "Chunk",
     "ChunkBatchState",
     "ChunkState",
@@ -130,6 +139,9 @@ __all__ = [
     "Client",
     "ClientClosed",
     "CollectionInfo",
+    "Comparison",
+    "ComparisonQuote",
+    "Contender",
     "Correction",
     "Cost",
     "Costs",
@@ -166,6 +178,7 @@ __all__ = [
     "Lane",
     "LaneEstimate",
     "LongText",
+    "LosingQuery",
     "NewerSpace",
     "NotFound",
     "OnLong",

@@ -48,6 +48,7 @@ SECTIONS = {
         "index": ("collections.search", "Build the HNSW index of a collection's space."),
         "keywords": ("collections.hybrid", "Show, create or drop the keywords of a collection."),
         "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
+        "compare": ("collections.compare", "Judge a model on a collection's own texts and queries."),
         "models": ("collections.search", "List the embedding spaces in the database."),
         "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
         "delete": ("collections.chunks", "Delete some or all chunks of a collection."),

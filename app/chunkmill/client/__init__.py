@@ -9,8 +9,9 @@ from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
+from chunkmill.client.comparing import Comparing
 from chunkmill.client.dead import DeadList
-from chunkmill.client.hybrid import GoldenQueries, HybridSearch
+from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
@@ -23,7 +24,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, HybridSearch, Chunks, Collections, Reembeddings, Retention):
+class Client(Jobs, Money, DeadList, Comparing, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

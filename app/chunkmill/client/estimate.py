@@ -147,7 +147,7 @@ class LaneCounter:
         self._unknown: str | None = None
         self._rule: Rule | None = None
         try:
-            self._rule = (_local_rule if route is Route.LOCAL else _provider_rule)(settings, request)
+            self._rule = (_local_rule if route is Route.LOCAL else provider_rule)(settings, request)
         except (UnknownModel, InvalidSetting) as error:
             self._unknown = f"tokens cannot be counted here: {error}"
 
@@ -177,7 +177,7 @@ class LaneCounter:
         return LaneEstimate(self._route, self._tokens, self._refused, cost, seconds, unknown)
 
 
-def _provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
+def provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
     """Counts with the code that also prepares what is sent."""
     model = model_for(settings, request.spec)
     assert model is not None  # noqa: S101 - a paid lane serves the space

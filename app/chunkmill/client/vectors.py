@@ -381,15 +381,18 @@ class Vectors(ClientPart):
         caller: str = "",
         *,
         register: Callable[[], registry.Space] | None = None,
+        is_cached: bool = True,
     ) -> Steps[EmbeddedTexts]:
         """The vectors of the texts in a space: known ones from the cache and from the store, others from workers.
 
-        ``register`` is called if the space was dropped meanwhile, and returns it anew.
+        ``register`` is called if the space was dropped meanwhile, and returns it anew. Without ``is_cached`` the cache
+        of queries is neither asked nor filled.
         """
         deadline = time.monotonic() + timeout
         gathered = Gathered(texts)
         fingerprint, dimensions = space.spec.fingerprint, space.spec.dimensions
-        self._query_cache.read(fingerprint, kind, dimensions, gathered)
+        if is_cached:
+            self._query_cache.read(fingerprint, kind, dimensions, gathered)
         missing = list(gathered.missing)
         for tries in count():
             if not gathered.missing:
@@ -406,7 +409,8 @@ class Vectors(ClientPart):
                         "the space was dropped while this call used it. The same call may be made again."
                     ) from None
                 space = register()
-        self._query_cache.keep(fingerprint, kind, gathered.of(missing))
+        if is_cached:
+            self._query_cache.keep(fingerprint, kind, gathered.of(missing))
         return gathered.result(dimensions)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,11 +176,10 @@ class Nearest:
         self._scores = np.full((len(queries), 0), -np.inf, np.float32)
         self._places = np.zeros((len(queries), 0), np.int64)
 
-    def add(self, vectors: NDArray[np.float32], first: int) -> None:
-        """Compare with a block, ``(m, d)`` float32, whose chunks have the numbers from ``first`` on."""
+    def add(self, vectors: NDArray[np.float32], numbers: NDArray[np.int64]) -> None:
+        """Compare with a block, ``(m, d)`` float32, whose chunks have the ``numbers``, ``(m,)``."""
         scores = np.concatenate([self._scores, self._queries @ vectors.T], axis=1)
-        numbers = np.broadcast_to(np.arange(first, first + len(vectors)), (len(self._queries), len(vectors)))
-        places = np.concatenate([self._places, numbers], axis=1)
+        places = np.concatenate([self._places, np.broadcast_to(numbers, (len(self._queries), len(vectors)))], axis=1)
         if scores.shape[1] > self._k:
             kept = np.argpartition(-scores, self._k - 1, axis=1)[:, : self._k]
             scores, places = np.take_along_axis(scores, kept, 1), np.take_along_axis(places, kept, 1)
@@ -195,3 +195,80 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """``(n, d)`` float32, each of length 1; a zero vector stays zero."""
     scaled: NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     return scaled
+
+
+@dataclass(frozen=True, slots=True)
+class Contender(Printed):
+    """One of the two models, as it was measured. What was not measured is None."""
+
+    model: str
+    space: str
+    """The fingerprint of its embedding space."""
+    dimensions: int
+    from_store: int
+    """How many texts of the sample had a vector already."""
+    embedded: int
+    """How many texts of the sample workers embedded for the comparison."""
+    tokens: int
+    """The tokens of these texts and of the queries, as the workers counted them."""
+    tokens_per_second: float | None
+    """Tokens of documents over the time that this process waited for them."""
+    query_p50_ms: float | None
+    """How long half of the queries took at most that were embedded alone, in milliseconds."""
+    query_p95_ms: float | None
+    """The same for 95 % of them."""
+    usd_per_million: Decimal | None
+    """US dollars for a million tokens; for a local model by GPU_HOUR_USD and the speed that workers had lately."""
+    collection_usd: Decimal | None
+    """About what it costs to embed the whole collection once, at that price."""
+    vector_bytes: int
+    """What one vector takes in Postgres, without its row and its indexes."""
+    collection_bytes: int
+    """What the vectors of all contents of the collection take."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonQuote(Printed):
+    """What a comparison will send to workers, before it does."""
+
+    collection: str
+    queries: int
+    contents: int
+    """How many distinct texts the sample has."""
+    old_to_embed: int
+    """How many of them have no vector of the old model yet."""
+    new_to_embed: int
+    old_usd: Decimal | None
+    """0 for a local model. None if a provider's model has no price."""
+    new_usd: Decimal | None
+
+    @property
+    def usd(self) -> Decimal | None:
+        """What both cost; None if that is not known."""
+        return None if self.old_usd is None or self.new_usd is None else self.old_usd + self.new_usd
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Printed):
+    """Two models, judged on a sample of a collection by its golden queries."""
+
+    collection: str
+    sample: int
+    """How many distinct texts were searched: all relevant ones, and others that chance chose."""
+    contents: int
+    """How many distinct texts the collection has."""
+    made_of_titles: bool
+    """The collection has no golden queries, so that first lines and sentences of its chunks were the queries."""
+    left_out: int
+    """Golden queries that could not be judged, and texts that one of the models could not embed."""
+    old: Contender
+    new: Contender
+    changes: Changes
+    loss_seen: float
+    """So much loss of nDCG@10 would have been seen by so many queries in 80 % of the cases."""
+    quote: ComparisonQuote
+
+    @property
+    def sentence(self) -> str:
+        """What the golden queries say."""
+        return self.changes.sentence

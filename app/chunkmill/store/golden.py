@@ -183,3 +183,43 @@ def chosen_alpha(conn: sa.Connection, collection_id: int, space_id: int) -> floa
     query = "SELECT alpha FROM search_tunings WHERE collection_id = :collection AND space_id = :space"
     alpha: float | None = conn.execute(sa.text(query), {"collection": collection_id, "space": space_id}).scalar()
     return alpha
+
+
+def hashes_of(conn: sa.Connection, collection_id: int, chunk_ids: Sequence[str]) -> dict[str, bytes]:
+    """Chunk id → content hash, of those that the collection has."""
+    query = """
+        SELECT c.chunk_id, c.content_hash
+        FROM unnest(CAST(:ids AS text[])) AS i(id)
+        JOIN chunks c ON c.collection_id = :collection AND c.chunk_id = i.id
+    """
+    known: dict[str, bytes] = {}
+    for start in range(0, len(chunk_ids), STEP):
+        parameters = {"collection": collection_id, "ids": list(chunk_ids[start : start + STEP])}
+        known.update((row.chunk_id, row.content_hash) for row in conn.execute(sa.text(query), parameters))
+    return known
+
+
+def contents_after(conn: sa.Connection, collection_id: int, after: bytes, most: int) -> list[bytes]:
+    """The next content hashes of a collection. A hash is as good as a random number, so that these are a sample."""
+    query = """
+        SELECT DISTINCT content_hash
+        FROM chunks
+        WHERE collection_id = :collection AND content_hash > :after
+        ORDER BY content_hash
+        LIMIT :most
+    """
+    parameters = {"collection": collection_id, "after": after, "most": most}
+    return list(conn.execute(sa.text(query), parameters).scalars())
+
+
+def texts_of(conn: sa.Connection, hashes: Sequence[bytes]) -> dict[bytes, str]:
+    """Content hash → text, of those that are stored."""
+    query = "SELECT content_hash, text FROM contents WHERE content_hash = ANY(:hashes)"
+    rows = conn.execute(sa.text(query), {"hashes": list(hashes)})
+    return {row.content_hash: row.text for row in rows}
+
+
+def count_contents(conn: sa.Connection, collection_id: int) -> int:
+    """How many distinct texts a collection has."""
+    query = "SELECT count(DISTINCT content_hash) FROM chunks WHERE collection_id = :collection"
+    return int(conn.execute(sa.text(query), {"collection": collection_id}).scalar_one())

@@ -173,3 +173,21 @@ def read_stored(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> l
         (row.content_hash, EmbeddedText(np.frombuffer(row.embedding, ">f4", offset=4), row.n_tokens, row.truncated))
         for row in conn.execute(sa.text(query), parameters)
     ]
+
+
+def read_rounded(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+    """Content hash → ``(d,)`` float32 as it is stored, which half precision has rounded, of those with a vector."""
+    query = f"""
+        SELECT content_hash, vector_send(CAST(embedding AS vector)) AS embedding
+        FROM {space.table_name}
+        WHERE content_hash = ANY(:hashes)
+    """
+    rows = conn.execute(sa.text(query), {"hashes": list(hashes)})
+    return {row.content_hash: np.frombuffer(row.embedding, ">f4", offset=4).astype(np.float32) for row in rows}
+
+
+def without_vector(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> list[bytes]:
+    """Those of the contents that have no vector in the space, in the given order."""
+    query = f"SELECT content_hash FROM {space.table_name} WHERE content_hash = ANY(:hashes)"
+    known = set(conn.execute(sa.text(query), {"hashes": list(hashes)}).scalars())
+    return [content_hash for content_hash in hashes if content_hash not in known]

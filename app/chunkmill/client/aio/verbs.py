@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
-from chunkmill.client.hybrid import GoldenQueries
+from chunkmill.client.hybrid import MAX_JUDGED, GoldenQueries
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
+from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
@@ -327,6 +328,75 @@ class AsyncVerbs(Running):
         of them fails, the earlier ones stay, and the same call made again drops the rest.
         """
         return await self._long(self._client.drop_dead, ids, job_id=job_id, code=code)
+
+    async def compare(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20000,
+        queries: int = MAX_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        max_usd: Decimal | int | str | None = None,
+        timeout: float = 3600.0,
+        on_progress: Callable[[int], Awaitable[None] | None] | None = None,
+    ) -> Comparison:
+        """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
+
+        The golden queries of the collection are asked in both models, at most ``queries`` of them; if there are none,
+        first lines and sentences of chunks are, each of which asks for the rest of its chunk. The sample has the
+        relevant texts and others that chance chooses, ``sample`` in all. Workers embed what has no vector yet, as they
+        answer any other request, and nothing is stored. A worker must serve each model. Memory does not grow with the
+        sample, but for 100 bytes a text. ``on_progress`` is called with the number of texts that were compared so far.
+
+        A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
+        sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
+        error: ``changes.needed`` says how many it would take. Raises :class:`NotFound`, :class:`UnknownModel`,
+        :class:`InvalidInput` if there is nothing to judge by, and :class:`WaitTimeout` when workers have not done it
+        within ``timeout`` seconds.
+        """
+        return await self._long(
+            self._client.compare,
+            collection,
+            model,
+            against=against,
+            sample=sample,
+            queries=queries,
+            dimensions=dimensions,
+            precision=precision,
+            max_usd=max_usd,
+            timeout=timeout,
+            on_progress=on_progress,
+        )
+
+    async def quote_comparison(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20000,
+        queries: int = MAX_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> ComparisonQuote:
+        """What :meth:`compare` with these arguments would have embedded, and what that would cost. Nothing is sent.
+
+        The tokens of a provider's model are counted as those of an enqueue are. Raises what :meth:`compare` raises
+        before it sends anything.
+        """
+        return await self._long(
+            self._client.quote_comparison,
+            collection,
+            model,
+            against=against,
+            sample=sample,
+            queries=queries,
+            dimensions=dimensions,
+            precision=precision,
+        )
 
     async def keywords(self, collection: str, *, language: str | None = None) -> Keywords | None:
         """The keywords of a collection; None if it has none. With ``language`` it gets some.

@@ -86,13 +86,13 @@ def test_the_nearest_are_the_same_however_the_chunks_are_cut_into_blocks() -> No
     for block in (1, 7, 20, 300):
         nearest = Nearest(queries, 20)
         for first in range(0, 300, block):
-            nearest.add(vectors[first : first + block], first)
+            nearest.add(vectors[first : first + block], np.arange(300)[first : first + block])
         assert [[number for number, _ in nearest.of(i)] for i in range(5)] == expected
 
 
 def test_fewer_chunks_than_are_wanted_are_all_kept() -> None:
     nearest = Nearest(np.ones((1, 2), np.float32), 100)
-    nearest.add(np.eye(2, dtype=np.float32), 0)
+    nearest.add(np.eye(2, dtype=np.float32), np.arange(2))
     assert nearest.of(0) == [(0, 1.0), (1, 1.0)]
 
 

@@ -1,0 +1,177 @@
+"""`compare`: judge a model on a collection's own texts and queries."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import click
+
+from chunkmill.cli.collections.compare_picture import picture
+from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.client import Client
+from chunkmill.domain.budget import dollars
+from chunkmill.domain.comparing import Change, Comparison, ComparisonQuote, Contender
+from chunkmill.domain.spaces import Precision
+from chunkmill.tuning.profiles import write_whole
+
+
+def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
+    try:
+        return None if given is None else Decimal(given)
+    except InvalidOperation:
+        raise click.BadParameter("it must be an amount such as 0.50.") from None
+
+
+@click.command()
+@click.argument("collection")
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="Compare with this model and not with that of the collection.")
+@click.option(
+    "--sample", type=click.IntRange(1), default=20_000, show_default=True, help="How many texts are searched at most."
+)
+@click.option(
+    "--queries",
+    type=click.IntRange(2),
+    default=2_000,
+    show_default=True,
+    help="How many golden queries at most.",
+)
+@click.option("--dimensions", type=int, help="Cut the vectors of MODEL to so many numbers.")
+@click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="The precision of MODEL.")
+@click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
+@click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")
+@click.option("--picture", "file", metavar="FILE", help="Also write the result as a picture, in SVG.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1),
+    default=3600.0,
+    show_default=True,
+    help="How many seconds the workers may take.",
+)
+@json_option
+@click.pass_obj
+def compare(
+    screen: Screen,
+    collection: str,
+    model: str,
+    against: str | None,
+    sample: int,
+    queries: int,
+    dimensions: int | None,
+    precision: str | None,
+    max_usd: Decimal | None,
+    dry_run: bool,
+    file: str | None,
+    timeout: float,
+) -> None:
+    """Judge MODEL against the model of a collection, on a sample of its texts and by its golden queries.
+
+    Workers embed what has no vector yet, and nothing is stored. A worker must serve each model. If the collection has
+    no golden queries, the first lines and sentences of its chunks are asked.
+    """
+    with Client.from_env() as client:
+        if dry_run:
+            quote = client.quote_comparison(
+                collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
+                precision=precision,
+            )  # fmt: skip
+            if screen.json:
+                screen.document(asdict(quote) | {"usd": quote.usd})
+            else:
+                show_quote(screen, quote)
+            return
+        told = client.compare(
+            collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
+            precision=precision, max_usd=max_usd, timeout=timeout,
+        )  # fmt: skip
+    if file is not None:
+        write_whole(Path(file), picture(told))
+    if screen.json:
+        screen.document(fields(told))
+    else:
+        show(screen, told)
+        if file is not None:
+            screen.say(f"The picture is in {file}.")
+
+
+def fields(told: Comparison) -> dict[str, object]:
+    """The comparison as JSON. Infinity is no number of JSON."""
+    document = asdict(told) | {"sentence": told.sentence}
+    for change in ("ndcg", "recall", "deep_recall", "mrr"):
+        one = document["changes"][change]
+        one |= {name: None if abs(one[name]) == float("inf") else one[name] for name in ("low", "high")}
+    for holder, name in ((document, "loss_seen"), (document["changes"], "spread")):
+        holder[name] = holder[name] if told.changes.queries > 1 else None
+    return document
+
+
+def show_quote(screen: Screen, quote: ComparisonQuote) -> None:
+    screen.table(
+        ["model", "texts to embed", "USD"],
+        [
+            ("old", quote.old_to_embed, _dollars(quote.old_usd)),
+            ("new", quote.new_to_embed, _dollars(quote.new_usd)),
+        ],
+    )
+    screen.say(
+        f"{count(quote.queries, 'query', 'queries')} would be asked in a sample of {count(quote.contents, 'text')}, "
+        "in both models."
+    )
+
+
+def show(screen: Screen, told: Comparison) -> None:
+    changes = told.changes
+    rows: list[tuple[str, Change]] = [
+        ("nDCG@10", changes.ndcg), ("recall@10", changes.recall), ("recall@100", changes.deep_recall),
+        ("MRR@10", changes.mrr),
+    ]  # fmt: skip
+    screen.table(
+        ["measure", "old", "new", "change", "95 % from", "to"],
+        [
+            (name, one.old, one.new, f"{one.difference:+.4f}", f"{one.low:+.4f}", f"{one.high:+.4f}")
+            for name, one in rows
+        ],
+    )
+    screen.say("")
+    both = (told.old, told.new)
+    screen.table(
+        ["", "old", "new"],
+        [
+            ("model", *(one.model for one in both)),
+            ("space", *(one.space[:12] for one in both)),
+            ("dimensions", *(one.dimensions for one in both)),
+            ("query alone, p50 ms", *(_ms(one.query_p50_ms) for one in both)),
+            ("query alone, p95 ms", *(_ms(one.query_p95_ms) for one in both)),
+            ("tokens/s", *(_speed(one) for one in both)),
+            ("USD per million tokens", *(_dollars(one.usd_per_million) for one in both)),
+            ("USD for the collection", *(_dollars(one.collection_usd) for one in both)),
+            ("bytes of a vector", *(one.vector_bytes for one in both)),
+            ("MB of the collection", *(f"{one.collection_bytes / 1e6:,.1f}" for one in both)),
+        ],
+    )
+    screen.say("")
+    left_out = f"; {told.left_out:,} were left out" if told.left_out else ""
+    made = ", made of first lines and sentences" if told.made_of_titles else ""
+    screen.say(
+        f"{count(changes.queries, 'query', 'queries')}{made} in {told.sample:,} of {count(told.contents, 'text')}"
+        f"{left_out}. The first ten hits overlap by {changes.overlap:.0%} (RBO {changes.rbo:.2f}), which says how much "
+        "changes and not whether it is better."
+    )
+    screen.say(told.sentence)
+    if changes.worst:
+        screen.say("The queries that lose most:")
+        screen.table(["query", "old nDCG@10", "new"], [(one.id, one.old, one.new) for one in changes.worst])
+
+
+def _ms(milliseconds: float | None) -> str | None:
+    return None if milliseconds is None else f"{milliseconds:,.1f}"
+
+
+def _speed(one: Contender) -> str | None:
+    return None if one.tokens_per_second is None else f"{one.tokens_per_second:,.0f}"
+
+
+def _dollars(usd: Decimal | None) -> str | None:
+    return None if usd is None else dollars(usd)

@@ -1,0 +1,419 @@
+"""Two models judged on a collection's own texts and queries, before a collection moves to one of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkmill.client.estimate import EstimateRequest, provider_rule
+from chunkmill.client.hybrid import MAX_JUDGED, HybridSearch
+from chunkmill.client.steps import run_steps
+from chunkmill.domain.arguments import as_function, as_number, as_seconds, as_text, as_usd, require_name
+from chunkmill.domain.budget import dollars
+from chunkmill.domain.comparing import (
+    DEEP,
+    Comparison,
+    ComparisonQuote,
+    Contender,
+    Nearest,
+    Question,
+    Side,
+    changes,
+    unit,
+    with_stand_in,
+)
+from chunkmill.domain.gates import loss_for
+from chunkmill.domain.prices import MILLION, Price
+from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.spaces import LongText, OnLong, Precision
+from chunkmill.domain.states import Route
+from chunkmill.errors import BudgetExceeded, EngineError, InvalidInput, InvalidSetting
+from chunkmill.ledger import judging
+from chunkmill.ledger.money import budget, charges
+from chunkmill.openai.catalogue import model_for
+from chunkmill.spaces import collections, registry
+from chunkmill.spaces.registry import Space
+from chunkmill.store import golden, read
+
+MAX_SAMPLE = 1_000_000
+"""The most texts of a sample."""
+WINDOW = 512
+"""So many texts are in memory at a time, which are as many as one call has open at workers."""
+TIMED = 50
+"""So many queries are embedded alone in both models, one after the other."""
+CALLER = "compare"
+"""Workers share their time between callers, so that a comparison takes no more than its part of it."""
+MADE_QUERIES = 500
+"""How many titles are asked if the collection has no golden queries."""
+
+
+@dataclass(slots=True)
+class _Model:
+    """One of the two while it is measured."""
+
+    space: Space
+    register: Callable[[], Space]
+    queries: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    rests: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    query_seconds: list[float] = field(default_factory=list)
+    from_store: int = 0
+    embedded: int = 0
+    document_tokens: int = 0
+    other_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be compared."""
+
+    collection: collections.Collection
+    old: _Model
+    new: _Model
+    questions: list[Question]
+    """Their grades are by the number of a content in the sample, as a text."""
+    relevant: list[bytes]
+    """The content hashes with the first numbers of the sample."""
+    sample: int
+    contents: int
+    made_of_titles: bool
+    left_out: int
+
+    @property
+    def models(self) -> tuple[_Model, _Model]:
+        return self.old, self.new
+
+
+class Comparing(HybridSearch):
+    """The part of the client that judges models."""
+
+    def compare(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20_000,
+        queries: int = MAX_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        max_usd: Decimal | int | str | None = None,
+        timeout: float = 3600.0,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> Comparison:
+        """Judge ``model`` against the model of a collection, or against ``against``, on a sample of the collection.
+
+        The golden queries of the collection are asked in both models, at most ``queries`` of them; if there are none,
+        first lines and sentences of chunks are, each of which asks for the rest of its chunk. The sample has the
+        relevant texts and others that chance chooses, ``sample`` in all. Workers embed what has no vector yet, as they
+        answer any other request, and nothing is stored. A worker must serve each model. Memory does not grow with the
+        sample, but for 100 bytes a text. ``on_progress`` is called with the number of texts that were compared so far.
+
+        A provider's model is quoted first (:meth:`quote_comparison`). Raises :class:`BudgetExceeded` before anything is
+        sent if the quote is above ``max_usd`` or above what the month's budget has left. Too few queries to tell is no
+        error: ``changes.needed`` says how many it would take. Raises :class:`NotFound`, :class:`UnknownModel`,
+        :class:`InvalidInput` if there is nothing to judge by, and :class:`WaitTimeout` when workers have not done it
+        within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + as_seconds("timeout", timeout)
+        limit = None if max_usd is None else as_usd("max_usd", max_usd)
+        as_function("on_progress", on_progress)
+        plan = self._plan(collection, model, against, sample, queries, dimensions, precision)
+        quote = self._quote(plan)
+        self._require_affordable(plan, quote, limit)
+        for one in plan.models:
+            self._ask_questions(one, plan, deadline)
+        nearest, compared, refused = self._compare_sample(plan, deadline, on_progress)
+        sides = (Side(), Side())
+        judged: list[str] = []
+        of_rest = 0
+        for i, question in enumerate(plan.questions):
+            grades = {number: grade for number, grade in question.grades.items() if int(number) not in refused}
+            if any(grade > 0 for grade in grades.values()):
+                for side, one, near in zip(sides, plan.models, nearest, strict=True):
+                    hits = [(str(number), score) for number, score in near.of(i)]
+                    ranked = [number for number, _ in hits]
+                    if question.rest is not None:
+                        ranked = with_stand_in(hits, grades, float(one.queries[i] @ one.rests[of_rest]))
+                    side.add(ranked[:DEEP], grades)
+                judged.append(question.id)
+            of_rest += question.rest is not None
+        if not judged:
+            raise InvalidInput("no text that answers a golden query could be embedded by both models.")
+        told = changes(judged, *sides)
+        return Comparison(
+            collection=plan.collection.name,
+            sample=compared,
+            contents=plan.contents,
+            made_of_titles=plan.made_of_titles,
+            left_out=plan.left_out + len(plan.questions) - len(judged) + len(refused),
+            old=self._contender(plan.old, plan),
+            new=self._contender(plan.new, plan),
+            changes=told,
+            loss_seen=loss_for(told.queries, told.spread) if told.queries > 1 else math.inf,
+            quote=quote,
+        )
+
+    def quote_comparison(
+        self,
+        collection: str,
+        model: str,
+        *,
+        against: str | None = None,
+        sample: int = 20_000,
+        queries: int = MAX_JUDGED,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+    ) -> ComparisonQuote:
+        """What :meth:`compare` with these arguments would have embedded, and what that would cost. Nothing is sent.
+
+        The tokens of a provider's model are counted as those of an enqueue are. Raises what :meth:`compare` raises
+        before it sends anything.
+        """
+        return self._quote(self._plan(collection, model, against, sample, queries, dimensions, precision))
+
+    def _plan(
+        self,
+        collection: str,
+        model: str,
+        against: str | None,
+        sample: int,
+        queries: int,
+        dimensions: int | None,
+        precision: Precision | str | None,
+    ) -> _Plan:
+        require_name("collection", collection)
+        model = as_text("model", model)
+        against = None if against is None else as_text("against", against)
+        sample = as_number("sample", sample, least=1, most=MAX_SAMPLE)
+        most = as_number("queries", queries, least=2, most=MAX_JUDGED)
+        with self._transaction() as conn:
+            row = collections.find(conn, collection)
+            own = registry.get(conn, row.space_id)
+        on_long = OnLong.SPLIT if own.spec.long_text is LongText.SPLIT else OnLong.TRUNCATE
+
+        def registering(name: str, dims: int | None, precise: Precision | str | None) -> Callable[[], Space]:
+            return lambda: self._space(name, on_long, dimensions=dims, precision=precise)
+
+        register_new = registering(model, dimensions, precision)
+
+        def own_space() -> Space:
+            return own
+
+        register_old = own_space if against is None else registering(against, None, None)
+        old, new = _Model(register_old(), register_old), _Model(register_new(), register_new)
+        if old.space.spec.fingerprint == new.space.spec.fingerprint:
+            raise InvalidInput(
+                f"{model!r} would be compared with itself: both are space {new.space.spec.fingerprint[:12]}. Name "
+                "another model, or other dimensions or another precision."
+            )
+        with self._transaction() as conn:
+            asked = golden.read(conn, row.id, most=most)
+            made_of_titles = not asked
+            if made_of_titles:
+                asked = golden.titles(conn, row.id, min(most, MADE_QUERIES))
+            judgeable = golden.judgeable(conn, row.id, asked)
+            known = golden.hashes_of(conn, row.id, list({name for one in judgeable for name in one.grades}))
+            contents = golden.count_contents(conn, row.id)
+        if not judgeable:
+            raise InvalidInput(
+                f"collection {collection!r} has nothing to judge a model by: no golden query whose chunks are there, "
+                "and no chunk with a title. Load some with client.golden(…).load(…), or: chunkmill golden load"
+            )
+        numbers = {content_hash: i for i, content_hash in enumerate(sorted(set(known.values())))}
+        questions = [_by_number(question, known, numbers) for question in judgeable]
+        return _Plan(
+            row, old, new, questions, list(numbers), sample, contents, made_of_titles, len(asked) - len(judgeable)
+        )
+
+    def _sample(self, plan: _Plan) -> Iterator[list[bytes]]:
+        """The content hashes of the sample in windows, the relevant ones first."""
+        for first in range(0, len(plan.relevant), WINDOW):
+            yield plan.relevant[first : first + WINDOW]
+        relevant, left, after = set(plan.relevant), plan.sample - len(plan.relevant), b""
+        while left > 0:
+            with self._transaction() as conn:
+                window = golden.contents_after(conn, plan.collection.id, after, WINDOW)
+            if not window:
+                return
+            after = window[-1]
+            window = [content_hash for content_hash in window if content_hash not in relevant][:left]
+            left -= len(window)
+            if window:
+                yield window
+
+    def _quote(self, plan: _Plan) -> ComparisonQuote:
+        to_embed, contents = [0, 0], 0
+        rules = [self._rule(one) for one in plan.models]
+        tokens = [0, 0]
+        for rule_index, rule in enumerate(rules):
+            if rule is not None:
+                asked = [question.text for question in plan.questions]
+                # Those that are timed are embedded alone, and are sent once all the same.
+                asked += [question.rest for question in plan.questions if question.rest is not None]
+                tokens[rule_index] += rule([(b"", text) for text in asked])[0]
+        for window in self._sample(plan):
+            contents += len(window)
+            with self._transaction() as conn:
+                for i, (one, rule) in enumerate(zip(plan.models, rules, strict=True)):
+                    missing = read.without_vector(conn, one.space, window)
+                    to_embed[i] += len(missing)
+                    if rule is not None and missing:
+                        tokens[i] += rule(list(golden.texts_of(conn, missing).items()))[0]
+        with self._transaction() as conn:
+            usd = [
+                self._usd(charges.price_today(conn, model_for(self._settings, one.space.spec)), rule, n)
+                for one, rule, n in zip(plan.models, rules, tokens, strict=True)
+            ]
+        return ComparisonQuote(
+            plan.collection.name, len(plan.questions), contents, to_embed[0], to_embed[1], usd[0], usd[1]
+        )
+
+    def _rule(self, one: _Model) -> Callable[[Sequence[tuple[bytes, str]]], tuple[int, int]] | None:
+        """Counts the tokens that a provider is sent; None for a local model."""
+        spec = one.space.spec
+        if spec.provider != OPENAI:
+            return None
+        self._settings.require_provider()
+        return provider_rule(self._settings, EstimateRequest(spec, Route.OPENAI_SYNC, None, OnLong.TRUNCATE))
+
+    @staticmethod
+    def _usd(price: Price | None, rule: object | None, tokens: int) -> Decimal | None:
+        if rule is None:
+            return Decimal(0)
+        return None if price is None else price.of(tokens, Route.OPENAI_SYNC)
+
+    def _require_affordable(self, plan: _Plan, quote: ComparisonQuote, limit: Decimal | None) -> None:
+        paid = [one.space.spec for one in plan.models if one.space.spec.provider == OPENAI]
+        if not paid:
+            return
+        with self._transaction() as conn:
+            for spec in paid:
+                budget.require_budget(conn, self._settings, spec)
+            left = budget.headroom(conn, self._settings)
+        if quote.usd is None:
+            if limit is not None:
+                raise InvalidSetting("max_usd is given and a model has no price: give it usd in OPENAI_MODELS.")
+            return
+        for most, name in ((limit, "max_usd"), (left, "what OPENAI_MONTHLY_BUDGET_USD has left this month")):
+            if most is not None and quote.usd > most:
+                raise BudgetExceeded(
+                    f"the comparison would cost about {dollars(quote.usd)} USD, and {name} is {dollars(most)} USD. "
+                    f"Compare a smaller sample than {quote.contents:,} texts, or raise the limit."
+                )
+
+    def _ask_questions(self, one: _Model, plan: _Plan, deadline: float) -> None:
+        """Embed the queries and what follows titles. The first queries are embedded alone, and timed."""
+        texts = [question.text for question in plan.questions]
+        made = []
+        for text in texts[:TIMED]:
+            began = time.perf_counter()
+            made.append(self._embed_now(one, [text], "query", deadline))
+            one.query_seconds.append(time.perf_counter() - began)
+        made.append(self._embed_now(one, texts[TIMED:], "query", deadline))
+        one.queries = np.concatenate(made)
+        rests = [question.rest for question in plan.questions if question.rest is not None]
+        one.rests = self._embed_now(one, rests, "document", deadline)
+
+    def _compare_sample(
+        self, plan: _Plan, deadline: float, on_progress: Callable[[int], object] | None
+    ) -> tuple[tuple[Nearest, Nearest], int, set[int]]:
+        """What of the sample is nearest to the queries in both models, how many texts were compared, and the numbers of
+        those that one of the models could not embed."""
+        most_graded = max(len(question.grades) for question in plan.questions)
+        old, new = (Nearest(one.queries, DEEP + most_graded) for one in plan.models)
+        first, refused = 0, set[int]()
+        for window in self._sample(plan):
+            by_old, by_new = (self._vectors_of(one, window, deadline) for one in plan.models)
+            both = [i for i, content_hash in enumerate(window) if content_hash in by_old and content_hash in by_new]
+            refused.update(set(range(first, first + len(window))).difference(first + i for i in both))
+            for nearest, by_hash in ((old, by_old), (new, by_new)):
+                if both:
+                    block = unit(np.stack([by_hash[window[i]] for i in both]))
+                    nearest.add(block, np.array(both, np.int64) + first)
+            first += len(window)
+            if on_progress is not None:
+                on_progress(first)
+        return (old, new), first - len(refused), refused
+
+    def _vectors_of(self, one: _Model, window: Sequence[bytes], deadline: float) -> dict[bytes, NDArray[np.float32]]:
+        """Content hash → vector, of the texts of a window that are there and can be embedded."""
+        with self._transaction() as conn:
+            vectors = read.read_rounded(conn, one.space, window)
+            missing = [content_hash for content_hash in window if content_hash not in vectors]
+            texts = golden.texts_of(conn, missing) if missing else {}
+        one.from_store += len(vectors)
+        wanted = [content_hash for content_hash in missing if content_hash in texts]
+        began, before = time.perf_counter(), one.other_tokens
+        made = self._embed_or_leave(one, wanted, texts, deadline)
+        one.seconds += time.perf_counter() - began
+        one.embedded += len(made)
+        one.document_tokens += one.other_tokens - before
+        one.other_tokens = before
+        return vectors | made
+
+    def _embed_or_leave(
+        self, one: _Model, hashes: Sequence[bytes], texts: dict[bytes, str], deadline: float
+    ) -> dict[bytes, NDArray[np.float32]]:
+        """Embed texts, without those that cannot be embedded: one such text fails its whole request."""
+        if not hashes:
+            return {}
+        try:
+            made = self._embed_now(one, [texts[content_hash] for content_hash in hashes], "document", deadline)
+        except EngineError:
+            if len(hashes) == 1:
+                return {}
+            middle = len(hashes) // 2
+            return self._embed_or_leave(one, hashes[:middle], texts, deadline) | self._embed_or_leave(
+                one, hashes[middle:], texts, deadline
+            )
+        return dict(zip(hashes, made, strict=True))
+
+    def _embed_now(self, one: _Model, texts: Sequence[str], kind: str, deadline: float) -> NDArray[np.float32]:
+        """``(n, d)`` float32, each of length 1, which workers make, or which are stored."""
+        left = max(0.0, deadline - time.monotonic())
+        steps = self._asking_all(one.space, texts, kind, left, CALLER, register=one.register, is_cached=False)
+        embedded = run_steps(steps)
+        one.other_tokens += int(embedded.tokens.sum())
+        return unit(embedded.vectors)
+
+    def _contender(self, one: _Model, plan: _Plan) -> Contender:
+        spec = one.space.spec
+        with self._transaction() as conn:
+            price = judging.price_of(conn, self._settings, one.space)
+        seconds = np.array(one.query_seconds) * 1e3
+        per_text = one.document_tokens / one.embedded if one.embedded else None
+        vector_bytes = spec.dimensions * (2 if one.space.is_half else 4)
+        return Contender(
+            model=spec.model,
+            space=spec.fingerprint,
+            dimensions=spec.dimensions,
+            from_store=one.from_store,
+            embedded=one.embedded,
+            tokens=one.document_tokens + one.other_tokens,
+            tokens_per_second=one.document_tokens / one.seconds if one.document_tokens else None,
+            query_p50_ms=float(np.quantile(seconds, 0.5)) if len(seconds) else None,
+            query_p95_ms=float(np.quantile(seconds, 0.95)) if len(seconds) else None,
+            usd_per_million=price,
+            collection_usd=None
+            if price is None or per_text is None
+            else price * Decimal(round(per_text * plan.contents)) / MILLION,
+            vector_bytes=vector_bytes,
+            collection_bytes=vector_bytes * plan.contents,
+        )
+
+
+def _by_number(question: Question, known: dict[str, bytes], numbers: dict[bytes, int]) -> Question:
+    """The question with the grades of contents: of two chunks with the same text, the better grade counts."""
+    grades: dict[str, float] = {}
+    for chunk_id, grade in question.grades.items():
+        if chunk_id in known:
+            number = str(numbers[known[chunk_id]])
+            grades[number] = max(grade, grades.get(number, grade))
+    return Question(question.id, question.text, grades, question.rest)
