@@ -14,7 +14,8 @@
 --   chunkmill_producers  enqueue, cancel, delete, prune and search; they read and write every row but vectors and charges
 --   chunkmill_workers    compute and send: they read texts, and write vectors, charges and the state of work
 --   chunkmill_pollers    ring, take back and finish: they read no text, no metadata and no vector
---   chunkmill_readers    search and look: they change nothing but their own questions
+--   chunkmill_readers    search and look: they change nothing but their own questions,
+--                       and what is counted of them
 --   chunkmill_gateways   what producers do, in the name of callers whose keys they check: they read the digests of keys
 --   chunkmill_key_makers create, list and revoke keys of the gateway, and nothing else; they read no digest
 --   chunkmill_viewers    read the SQL views of the collections, and nothing else: docs/collections.md
@@ -147,6 +148,11 @@ BEGIN
             ('^(keyword_indexes|keywords_[0-9]+)$', 'INSERT, UPDATE, DELETE', writers),
             ('^keywords_[0-9]+$', 'SELECT', 'chunkmill_pollers'),
             ('^(golden_queries|search_tunings)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            -- Whoever searches counts it, and a poller puts old counts together.
+            ('^search_(counts|feedback)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
+            ('^search_feedback$', 'INSERT, UPDATE', 'chunkmill_pollers'),
+            ('^search_(counts|feedback)$', 'DELETE', 'chunkmill_producers'),
+            ('^search_feedback$', 'UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
@@ -185,6 +191,11 @@ BEGIN
     -- A reader's question goes through a table, to a worker.
     IF to_regclass(format('%I.embed_requests', home)) IS NOT NULL THEN
         EXECUTE format('GRANT INSERT, DELETE ON %I.embed_requests TO chunkmill_readers', home);
+    END IF;
+    -- A reader's searches are counted as those of others are.
+    IF to_regclass(format('%I.search_counts', home)) IS NOT NULL THEN
+        EXECUTE format('GRANT INSERT, UPDATE ON %I.search_counts TO chunkmill_readers', home);
+        EXECUTE format('GRANT INSERT ON %I.search_feedback TO chunkmill_readers', home);
     END IF;
     -- A gateway cannot make a key, and whoever makes keys cannot read what others are checked with.
     IF to_regclass(format('%I.api_keys', home)) IS NOT NULL THEN

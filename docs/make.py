@@ -61,8 +61,8 @@ SECTIONS = {
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
     "What comes back: collections": [
-        "Hits", "SearchHit", "SearchPlan", "StoredChunk", "ChunkState", "Exported", "Audit", "Index", "CollectionInfo",
-        "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
+        "Hits", "SearchHit", "SearchPlan", "SearchCounts", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
+        "CollectionInfo", "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
     ],
     "What comes back: judged models": [
         "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",

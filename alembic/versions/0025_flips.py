@@ -1,8 +1,6 @@
 """A collection flips to its new space and back, and what is left of a space that it has left is deleted.
 
-These are functions of the owner's, because a poller changes no collection and deletes no vector. A flip holds up the
-writers of all collections for a moment, so that it waits for no reader of a view: the poller replaces a view that
-somebody reads at that moment.
+These are functions of the owner's, because a poller changes no collection and deletes no vector.
 
 Revises: 0023
 """
@@ -26,12 +24,10 @@ def upgrade() -> None:
     for name, takes, returns, settings, declare, body in FUNCTIONS:
         op.execute(_create(name, takes, returns, settings, declare, body))
         op.execute(f"REVOKE ALL ON FUNCTION {name} FROM PUBLIC")
-    op.execute("ALTER FUNCTION show_collection(text) SET lock_timeout = '20ms'")
 
 
 def downgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
-    op.execute("ALTER FUNCTION show_collection(text) SET lock_timeout = '1s'")
     for name, *_ in reversed(FUNCTIONS):
         op.execute(f"DROP FUNCTION {name}")
     op.drop_column("reembeddings", "cleaned_at")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.reembedding import ReembeddingState, SpaceRole
 from chunkmill.domain.spaces import OnLong, long_text_for
+from chunkmill.ledger import embed_requests
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store.write import write_vectors
+from tests.support.gateways import StandInWorker
 
 
 def vector_of(space: Space, text: str) -> NDArray[np.float32]:
@@ -38,10 +41,10 @@ def write(conn: sa.Connection, space: Space, texts: Iterable[str]) -> None:
     )
 
 
-def other_space(conn: sa.Connection, space: Space) -> Space:
-    """A space of the same model, in which long texts are split."""
+def other_space(conn: sa.Connection, space: Space, *, storage: str | None = None) -> Space:
+    """A space of the same model, in which long texts are split. ``storage`` is the type of its column, if another."""
     spec = replace(space.spec, long_text=long_text_for(OnLong.SPLIT))
-    return registry.register(conn, spec, storage=space.storage)
+    return registry.register(conn, spec, storage=storage or space.storage)
 
 
 def begin(
@@ -100,3 +103,37 @@ def swap(conn: sa.Connection, name: str) -> None:
     other = conn.execute(sa.text(change), {**parameters, "active": active}).scalar_one()
     move = "UPDATE collections SET space_id = :other WHERE id = :collection"
     conn.execute(sa.text(move), {**parameters, "other": other})
+
+
+class TwoSpaceWorker(StandInWorker):
+    """Embeds a query like a stored text. It refuses the spaces in ``unserved``, as a worker that cannot load them."""
+
+    def __init__(self, db: sa.Engine) -> None:
+        super().__init__(db)
+        self.unserved: set[int] = set()
+
+    def _answer_next(self) -> bool:
+        with self._db.begin() as conn:
+            request = embed_requests.claim_next(conn)
+            if request is None:
+                return False
+            self.asked.append(request.texts)
+            if request.space_id in self.unserved:
+                embed_requests.refuse(conn, request, "no worker has the model of this space")
+                return True
+            space = registry.get(conn, request.space_id)
+            n = len(request.texts)
+            vectors = np.stack([vector_of(space, text) for text in request.texts])
+            embed_requests.answer(conn, request.id, vectors, np.full(n, 3, np.int32), np.zeros(n, np.bool_))
+        return True
+
+
+@contextlib.contextmanager
+def two_space_worker(db: sa.Engine) -> Iterator[TwoSpaceWorker]:
+    """It ends with the block."""
+    worker = TwoSpaceWorker(db)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.end()

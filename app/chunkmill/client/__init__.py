@@ -10,12 +10,14 @@ from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
 from chunkmill.client.comparing import Comparing
+from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
+from chunkmill.client.searches import Searches
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.telemetry import tracing
@@ -24,7 +26,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, Comparing, Chunks, Collections, Reembeddings, Retention):
+class Client(Jobs, Money, DeadList, Comparing, Searches, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
@@ -77,6 +79,7 @@ class Client(Jobs, Money, DeadList, Comparing, Chunks, Collections, Reembeddings
 
     def close(self) -> None:
         """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
+        counting_of(self._db).leave(self._db)
         listener_of(self._db).leave(self._db)
         sockets.leave(self._db)
         self._db.dispose()

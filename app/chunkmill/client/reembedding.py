@@ -21,7 +21,7 @@ from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
-from chunkmill.ledger.reembedding import cleaning, flipping, gating, lives
+from chunkmill.ledger.reembedding import cleaning, flipping, gating, lives, serving
 from chunkmill.ledger.reembedding.flipping import Direction, Flipped
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.spaces import collections, registry
@@ -130,7 +130,8 @@ class Reembeddings(ClientPart):
     def reembedding(self, which: int | str) -> Reembedding:
         """A re-embedding by its id, or the latest one of a collection by its name. Raises :class:`NotFound`."""
         with self._transaction() as conn:
-            return _find(conn, which).shown()
+            life = _find(conn, which)
+            return life.shown(serving.served(conn, life))
 
     def reembeddings(self, collection: str | None = None, *, limit: int = 20) -> list[Reembedding]:
         """The latest re-embeddings, newest first: of one collection, or of all. Raises :class:`NotFound`."""

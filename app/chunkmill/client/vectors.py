@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import psycopg
+import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.client.asking.gathered import Gathered
@@ -17,8 +20,10 @@ from chunkmill.client.asking.inquiry import Inquiry, SpaceGone
 from chunkmill.client.asking.listener import listener_of
 from chunkmill.client.asking.sockets import sockets_of
 from chunkmill.client.base import ClientPart, forget_space, store_errors
+from chunkmill.client.counting import counting_of
 from chunkmill.client.steps import Steps, run_steps
 from chunkmill.domain.arguments import (
+    as_fallback,
     as_flag,
     as_hybrid,
     as_ids,
@@ -29,25 +34,91 @@ from chunkmill.domain.arguments import (
     as_query_vector,
     as_score,
     as_seconds,
+    as_session,
     as_text,
     require_name,
 )
 from chunkmill.domain.chunks import prepare
 from chunkmill.domain.embedded import EmbeddedTexts, joined
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.filters import parse as parse_filter
+from chunkmill.domain.mixing import Hybrid
 from chunkmill.domain.results import Audit, Hits, Index
 from chunkmill.domain.retention import QueryCache
+from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.spaces import OnLong, Precision
-from chunkmill.errors import InvalidInput, StoreUnavailable
-from chunkmill.spaces import collections, registry
+from chunkmill.errors import EngineError, InvalidInput, StoreUnavailable, WaitTimeout
+from chunkmill.spaces import collections, registry, serving
 from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
+from chunkmill.store.search import SpaceLeft
 
 MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
+MOST_MOVES = 3
+"""How often one search begins again because the collection has left the space that was chosen."""
+MOST_PATIENCE_S = 30.0
+"""The longest that a search which may go to another space waits for a worker of its own."""
+UNSERVED_SECONDS = 10.0
+"""How long searches that may go to another space do so at once after no worker has answered for theirs."""
 MOST_REGISTERED = 3
 """How often one call registers its space again because somebody drops it."""
+
+
+_UNSERVED: WeakKeyDictionary[sa.Engine, dict[int, float]] = WeakKeyDictionary()
+"""``space id → time.monotonic()`` until which no worker is asked first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The arguments of a search, checked."""
+
+    collection: str
+    queries: list[str] | NDArray[np.float64]
+    k: int
+    where: Filter
+    exact: bool
+    timeout: float
+    like: str | None
+    least: float | None
+    offset: int | None
+    explain: bool
+    how: bool | Hybrid | None
+    session: str | None
+    space: str | None
+    may_fall_back: bool
+
+    @property
+    def texts(self) -> list[str]:
+        """The queries that a worker embeds."""
+        return self.queries if isinstance(self.queries, list) else []
+
+    def require_one_space(self) -> None:
+        """Raise :class:`InvalidInput` if two arguments choose the space."""
+        if self.session is not None and self.space is not None:
+            raise InvalidInput("session chooses the space by itself: give either session or space.")
+        if self.session is not None and not isinstance(self.queries, list):
+            raise InvalidInput(
+                "session chooses a space, and a query vector belongs to one already. Pass the text of the query, or "
+                "name the space of the vector with space=."
+            )
+
+    def choose(self, served: serving.Served) -> registry.Space:
+        if self.space is not None:
+            return served.named(self.space)
+        return served.active if self.session is None else served.of_session(self.session)
+
+    def mix(
+        self, conn: sa.Connection, served: serving.Served, space: registry.Space
+    ) -> tuple[keywords.KeywordIndex, Hybrid] | None:
+        """How keywords are mixed in, which is chosen for each space."""
+        is_text = self.like is None and isinstance(self.queries, list)
+        row = served.collection_in(space)
+        mix = keywords.choose_mix(conn, row, self.how, is_text=is_text, k=self.k, offset=self.offset)
+        if mix is not None:
+            _require_few(len(self.queries), keywords.depth(self.k, self.offset))
+        return mix
 
 
 class Vectors(ClientPart):
@@ -68,6 +139,9 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -84,6 +158,9 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -100,6 +177,9 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -119,6 +199,14 @@ class Vectors(ClientPart):
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
         :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
+        While a collection is on its way to another space (:meth:`reembed`), it has several. ``session`` names whoever
+        asks, such as a user: the new space answers its share of the sessions, always the same ones, and their searches
+        are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names another one:
+        ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector belongs to a
+        space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search fails, because
+        a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
+        before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -135,6 +223,9 @@ class Vectors(ClientPart):
                 offset=offset,
                 explain=explain,
                 hybrid=hybrid,
+                session=session,
+                space=space,
+                on_unserved=on_unserved,
             )
         )
 
@@ -152,58 +243,148 @@ class Vectors(ClientPart):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
-        how = as_hybrid("hybrid", hybrid)
-        where, exact, explain = parse_filter(metadata), as_flag("exact", exact), as_flag("explain", explain)
-        k, timeout = as_number("k", k, least=1, most=MAX_K), as_seconds("timeout", timeout)
-        least = as_score("min_score", min_score)
         if offset is not None:
             offset = as_number("offset", offset, least=0, most=MAX_K)
         if (query is None) == (like is None):
             raise InvalidInput("give either a query, or with like= the id of a chunk.")
-        like = None if like is None else as_text("like", like)
-        asked, is_single = ([], True) if query is None else as_queries(query)
-        _require_few(len(asked), k)
-        with self._transaction() as conn:
-            row = collections.find(conn, collection)
-            space = registry.get(conn, row.space_id)
-            is_text = like is None and isinstance(asked, list)
-            mix = keywords.choose_mix(conn, row, how, is_text=is_text, k=k, offset=offset)
-        if mix is not None:
-            _require_few(len(asked), keywords.depth(k, offset))
-        texts = asked if isinstance(asked, list) else []
-        queries = (
-            asked
-            if not isinstance(asked, list)
-            else (yield from self._asking_all(space, texts, "query", timeout)).vectors
+        queries, is_single = ([], True) if query is None else as_queries(query)
+        asked = _Search(
+            collection=collection,
+            queries=queries,
+            k=as_number("k", k, least=1, most=MAX_K),
+            where=parse_filter(metadata),
+            exact=as_flag("exact", exact),
+            timeout=as_seconds("timeout", timeout),
+            like=None if like is None else as_text("like", like),
+            least=as_score("min_score", min_score),
+            offset=offset,
+            explain=as_flag("explain", explain),
+            how=as_hybrid("hybrid", hybrid),
+            session=as_session(session),
+            space=None if space is None else as_text("space", space),
+            may_fall_back=as_fallback(on_unserved),
         )
-        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in queries]
+        asked.require_one_space()
+        _require_few(len(queries), asked.k)
+        begun = time.monotonic()
+        for tries in count():
+            try:
+                hit_lists = yield from self._answering(asked, begun)
+            except SpaceLeft:
+                if tries == MOST_MOVES:
+                    raise StoreUnavailable(
+                        f"collection {collection!r} left its space while this search used it, {tries + 1} times. The "
+                        "same call may be made again."
+                    ) from None
+            else:
+                return hit_lists[0] if is_single else hit_lists
+
+    def _answering(self, asked: _Search, begun: float) -> Steps[list[Hits]]:
+        """The hits of each query, all in one space. Raises :class:`SpaceLeft`."""
+        with self._transaction() as conn:
+            served = serving.find(conn, asked.collection)
+            chosen = asked.choose(served)
+            mix = asked.mix(conn, served, chosen)
+        counts = counting_of(self._db) if asked.session is not None and served.others else None
+        other = served.before(chosen) if asked.may_fall_back and asked.texts else None
+        patience = asked.timeout if other is None else min(MOST_PATIENCE_S, asked.timeout / 2)
+        vectors, instead_of = None, None
+        if other is None or not self._is_unserved(chosen):
+            try:
+                vectors = yield from self._query_vectors(chosen, asked, begun + patience)
+            except (EngineError, WaitTimeout):
+                if other is None:
+                    if counts is not None:
+                        counts.failed(self._db, served.id, chosen.id)
+                    raise
+                self._keep_unserved(chosen)
+        if other is not None and vectors is None:
+            if counts is not None:
+                counts.failed(self._db, served.id, chosen.id)
+            counts, instead_of, chosen = None, chosen.spec.fingerprint, other
+            with self._transaction() as conn:
+                mix = asked.mix(conn, served, chosen)
+            vectors = yield from self._query_vectors(chosen, asked, begun + asked.timeout)
+        try:
+            hit_lists = self._nearest(served, chosen, asked, mix, vectors)
+        except sa.exc.ProgrammingError as error:
+            if isinstance(error.orig, psycopg.errors.UndefinedTable):
+                raise SpaceLeft from error  # the table of its vectors was dropped a moment ago
+            raise
+        if counts is not None:
+            counts.answered(self._db, served.id, chosen.id, time.monotonic() - begun)
+        return [
+            Hits(
+                hits if asked.least is None else (hit for hit in hits if hit.score >= asked.least),
+                hits.explanation,
+                space=chosen.spec.fingerprint,
+                search_id=str(SearchId.new(served.id, chosen.id)),
+                instead_of=instead_of,
+            )
+            for hits in hit_lists
+        ]
+
+    def _query_vectors(self, space: registry.Space, asked: _Search, deadline: float) -> Steps[NDArray[Any]]:
+        """The vectors of the queries in a space, ``(n, d)``. Who gave vectors gets them back."""
+        if not isinstance(asked.queries, list):
+            return asked.queries
+
+        def was_dropped() -> registry.Space:
+            raise SpaceLeft
+
+        left = max(0.0, deadline - time.monotonic())
+        embedded = yield from self._asking_all(space, asked.queries, "query", left, register=was_dropped)
+        return embedded.vectors
+
+    def _nearest(
+        self,
+        served: serving.Served,
+        space: registry.Space,
+        asked: _Search,
+        mix: tuple[keywords.KeywordIndex, Hybrid] | None,
+        queries: NDArray[Any] | None,
+    ) -> list[Hits]:
+        """The hits of each query, at one moment. Raises :class:`SpaceLeft`."""
+        vectors = [as_query_vector(vector, space.spec.dimensions) for vector in (() if queries is None else queries)]
         with self._transaction() as conn:
             searching.see_one_moment(conn)
-            if like is not None:
-                stored = searching.vector_of(conn, space, row, like)
+            if asked.like is not None:
+                stored = searching.vector_of(conn, space, served.collection_in(space), asked.like)
                 vectors = [as_query_vector(stored, space.spec.dimensions)]
             hit_lists = searching.search_all(
                 conn,
                 space,
                 np.stack(vectors) if vectors else np.empty((0, space.spec.dimensions), np.float32),
-                collection_id=row.id,
-                k=k if mix is None else keywords.depth(k, offset),
-                where=where,
-                exact=exact,
-                offset=offset if mix is None else None,
-                without=like,
-                explain=explain,
+                collection_id=served.id,
+                k=asked.k if mix is None else keywords.depth(asked.k, asked.offset),
+                where=asked.where,
+                exact=asked.exact,
+                offset=asked.offset if mix is None else None,
+                without=asked.like,
+                explain=asked.explain,
+                is_served=serving.is_served(conn),
             )
             if mix is not None:
                 hit_lists = [
-                    keywords.search_mixed(conn, *mix, space, vector, text, hits, k=k, offset=offset, where=where)
-                    for vector, text, hits in zip(vectors, texts, hit_lists, strict=True)
+                    keywords.search_mixed(
+                        conn, *mix, space, vector, text, hits, k=asked.k, offset=asked.offset, where=asked.where
+                    )
+                    for vector, text, hits in zip(vectors, asked.texts, hit_lists, strict=True)
                 ]
-        if least is not None:
-            hit_lists = [Hits((hit for hit in hits if hit.score >= least), hits.explanation) for hits in hit_lists]
-        return hit_lists[0] if is_single else hit_lists
+        return hit_lists
+
+    def _is_unserved(self, space: registry.Space) -> bool:
+        return time.monotonic() < _UNSERVED.get(self._db, {}).get(space.id, 0.0)
+
+    def _keep_unserved(self, space: registry.Space) -> None:
+        """Ask in the other space at once for a while: nobody should wait for half of the time in each search."""
+        if not self._is_unserved(space):
+            _UNSERVED.setdefault(self._db, {})[space.id] = time.monotonic() + UNSERVED_SECONDS
 
     def embed(
         self,

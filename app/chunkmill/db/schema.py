@@ -338,6 +338,36 @@ class SearchTuningRow(Base):
     __table_args__ = (sa.CheckConstraint("alpha BETWEEN 0 AND 1", name="alpha"),)
 
 
+class SearchCountRow(Base):
+    """How many searches of a collection one of its spaces answered in a minute, or in an hour, that took about as long.
+
+    ``bucket`` is that of ``chunkmill.domain.latencies``, and -1 for searches that no worker could answer.
+    """
+
+    __tablename__ = "search_counts"
+
+    collection_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    space_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    since: Mapped[datetime] = mapped_column(TIMESTAMP, primary_key=True)
+    bucket: Mapped[int] = mapped_column(sa.SmallInteger, primary_key=True, autoincrement=False)
+    n: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class SearchFeedbackRow(Base):
+    """A hit of a search that was what somebody wanted."""
+
+    __tablename__ = "search_feedback"
+
+    search_number: Mapped[bytes] = mapped_column(primary_key=True)
+    """What tells the search from others."""
+    chunk_id: Mapped[str] = mapped_column(sa.Text, primary_key=True)
+    collection_id: Mapped[int]
+    space_id: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+    __table_args__ = (sa.Index(None, "collection_id", "created_at"),)
+
+
 class JobRow(Base):
     """What one call of ``enqueue`` asked for."""
 

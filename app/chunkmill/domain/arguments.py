@@ -194,6 +194,22 @@ def as_score(argument: str, given: object) -> float | None:
     return float(given)
 
 
+def as_session(given: object) -> str | None:
+    """The name of whoever searches, or None. Raises :class:`InvalidInput`."""
+    if given is not None:
+        require_name("session", given)
+    return given  # type: ignore[return-value]
+
+
+def as_fallback(given: object) -> bool:
+    """Whether a search that no worker serves may go to the previous space. Raises :class:`InvalidInput`."""
+    if given is None:
+        return False
+    if isinstance(given, str) and given == "previous":
+        return True
+    raise InvalidInput(f"on_unserved is {_shown(given)}; it must be 'previous' or None.")
+
+
 def as_queries(given: object) -> tuple[list[str] | NDArray[np.float64], bool]:
     """The queries as texts or as an array ``(n, d)``, and whether ``given`` is a single one.
 

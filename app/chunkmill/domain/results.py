@@ -101,6 +101,28 @@ class SearchHit(Printed):
 
 
 @dataclass(frozen=True, slots=True)
+class SearchCounts(Printed):
+    """How the searches of a collection went in one of its spaces. Searches with a ``session`` are counted."""
+
+    space: str
+    """The fingerprint of the embedding space."""
+    model: str
+    role: str
+    """``active``; ``filling`` if the collection is on its way to it; ``previous`` if the collection left it."""
+    share: int
+    """Of how many percent of the sessions the space answers the searches now."""
+    searches: int
+    errors: int
+    """How many of them no worker could answer."""
+    p50_ms: float | None
+    """Half of the answered searches took no longer than so many milliseconds, to 5 %; None if there were none."""
+    p95_ms: float | None
+    """The same for 95 % of them."""
+    feedback: int
+    """How many hits were what somebody wanted (:meth:`Client.feedback`), of searches with and without a session."""
+
+
+@dataclass(frozen=True, slots=True)
 class Keywords(Printed):
     """The keywords of a collection, which hybrid searches read."""
 
@@ -195,14 +217,27 @@ class Hits(Rows[SearchHit]):
     """The hits of one query, best first: a list of :class:`SearchHit`, which prints as a table.
 
     ``explanation`` is a :class:`SearchPlan` that says how they were found; None unless the search was called with
-    ``explain=True``.
+    ``explain=True``. ``space`` is the fingerprint of the space whose vectors were compared, for all of the hits.
+    ``instead_of`` is the fingerprint of the space that was to answer, if no worker served it and the caller had allowed
+    another one; otherwise it is None. ``search_id`` is what :meth:`Client.feedback` asks for.
     """
 
-    __slots__ = ("explanation",)
+    __slots__ = ("explanation", "instead_of", "search_id", "space")
 
-    def __init__(self, hits: Iterable[SearchHit] = (), explanation: SearchPlan | None = None) -> None:
+    def __init__(
+        self,
+        hits: Iterable[SearchHit] = (),
+        explanation: SearchPlan | None = None,
+        *,
+        space: str = "",
+        search_id: str = "",
+        instead_of: str | None = None,
+    ) -> None:
         super().__init__(hits, SearchHit)
         self.explanation = explanation
+        self.space = space
+        self.search_id = search_id
+        self.instead_of = instead_of
 
     def _tables(self) -> Sequence[Table]:
         plan = [] if self.explanation is None else self.explanation._tables()

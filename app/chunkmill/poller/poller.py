@@ -29,6 +29,7 @@ from chunkmill.poller.paid import ProviderRounds
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, names, registry
+from chunkmill.store import searches
 from chunkmill.telemetry import metrics as m
 from chunkmill.telemetry.counts import COUNTS
 
@@ -42,6 +43,8 @@ VIEWS_SECONDS = 60.0
 """Time between two looks for views that are missing or out of date. Each look reads the names of all collections."""
 FILES_SECONDS = 60.0
 """Time between two looks for files of served batches that have expired."""
+COUNTS_SECONDS = 600.0
+"""Time between two times that old counts of searches are put together."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long a job that could not be ended waits for the next try."""
 
@@ -86,6 +89,7 @@ class Poller:
         self._dropped_at = -math.inf
         self._views_at = -math.inf
         self._files_at = -math.inf
+        self._counts_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings, self._steps)
 
     def run(self, stop: threading.Event) -> None:
@@ -148,6 +152,7 @@ class Poller:
         step("the cancels that were left behind", self._go_on_cancelling)
         step("the files that have expired", self._delete_expired_files)
         step("the collections that were dropped", self._clean_up_collections)
+        step("the counts of old searches", self._tidy_counts)
         rung = step("the ringing of doorbells", self._ring) or 0
         rung += self._provider.round()
         # This comes last, because the anti-join of a large job takes time and doorbells should not wait for it.
@@ -208,6 +213,13 @@ class Poller:
             with self._db.begin() as conn:
                 changed = names.refresh_views(conn)
             self._views_at = -math.inf if changed else time.monotonic() + VIEWS_SECONDS
+
+    def _tidy_counts(self) -> None:
+        """Once in a while make hours of the minutes in which searches were counted, and delete the oldest."""
+        if time.monotonic() >= self._counts_at:
+            with self._db.begin() as conn:
+                searches.tidy(conn)
+            self._counts_at = time.monotonic() + COUNTS_SECONDS
 
     def _ring(self) -> int:
         settings = self._settings

@@ -21,7 +21,7 @@ from chunkmill.db.locks import REEMBED_LOCK
 from chunkmill.db.retry import is_outage
 from chunkmill.domain.reembedding import Coverage, Plan, ReembeddingState, ServedBy, step_of_ramp
 from chunkmill.ledger import judging
-from chunkmill.ledger.reembedding import cleaning, fill, flipping, gating, lives
+from chunkmill.ledger.reembedding import cleaning, fill, flipping, gating, lives, serving
 from chunkmill.ledger.reembedding.flipping import Direction
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.poller.steps import Steps
@@ -219,7 +219,10 @@ class Reembedder:
 
     def _served(self, life: Life) -> tuple[ServedBy | None, ServedBy | None]:
         """What the searches of the old and the new space were like in this step of the ramp."""
-        return None, None
+        with self._db.begin() as conn:
+            served = serving.served(conn, life)
+        by_space = {one.space: one for one in served}
+        return by_space.get(life.names["from_space"]), by_space.get(life.names["to_space"])
 
     def _flip(self, life: Life) -> None:
         way = Direction.of(life, back=False)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.domain.arguments import (
+    as_fallback,
     as_flag,
     as_hybrid,
     as_ids,
@@ -20,6 +21,7 @@ from chunkmill.domain.arguments import (
     as_queries,
     as_score,
     as_seconds,
+    as_session,
     as_text,
     require_name,
 )
@@ -68,6 +70,9 @@ class Collections(Asking):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first, as :meth:`Client.search` finds them, which
         describes the arguments.
@@ -92,6 +97,12 @@ class Collections(Asking):
             body["offset"] = as_number("offset", offset, least=0, most=MAX_OFFSET)
         if (how := as_hybrid("hybrid", hybrid)) is not None:
             body["hybrid"] = how
+        if (who := as_session(session)) is not None:
+            body["session"] = who
+        if space is not None:
+            body["space"] = as_text("space", space)
+        if as_fallback(on_unserved):
+            body["on_unserved"] = "previous"
         deadline = self._deadline(timeout)
         if query is None:
             return (yield from self._search(collection, {**body, "like": as_text("like", like)}, 1, deadline))[0]
@@ -429,7 +440,15 @@ def _hits(result: Any) -> Hits:
     if not isinstance(result, dict):
         raise Unreadable("a result is not an object")
     plan = result.get("explanation")
-    return Hits(read_list(SearchHit, result.get("hits"), "hits"), None if plan is None else read(SearchPlan, plan))
+    instead_of = result.get("instead_of")
+    # A gateway of an earlier release knows one space alone, and no ids of searches.
+    return Hits(
+        read_list(SearchHit, result.get("hits"), "hits"),
+        None if plan is None else read(SearchPlan, plan),
+        space=read(str, result.get("space", ""), "space"),
+        search_id=read(str, result.get("search_id", ""), "search_id"),
+        instead_of=None if instead_of is None else read(str, instead_of, "instead_of"),
+    )
 
 
 def _flag(value: bool) -> str:

@@ -88,6 +88,9 @@ class Search(Protocol):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -104,6 +107,9 @@ class Search(Protocol):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> list[Hits]: ...
 
 
@@ -125,6 +131,9 @@ class AsyncSearch(Protocol):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Coroutine[Any, Any, Hits]: ...
 
     @overload
@@ -141,4 +150,7 @@ class AsyncSearch(Protocol):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Coroutine[Any, Any, list[Hits]]: ...

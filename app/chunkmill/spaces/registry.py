@@ -131,6 +131,21 @@ def get_if_readable(conn: sa.Connection, space_id: int) -> Space | None:
         return None
 
 
+def from_row(row: sa.Row[tuple[object, ...]]) -> Space:
+    """The space of a row with the columns ``id``, ``fingerprint``, ``spec`` and ``storage``. Raises
+    :class:`NewerSpace`."""
+    return _space(row)
+
+
+def from_row_if_readable(row: sa.Row[tuple[object, ...]]) -> Space | None:
+    """The same, but None if only a newer release can read the space; the log says so once."""
+    try:
+        return _space(row)
+    except NewerSpace as newer:
+        _say(row.id, newer)
+        return None
+
+
 def all_tables(conn: sa.Connection) -> list[VectorTable]:
     """The tables of all spaces, by id, whichever release registered them. What is deleted goes from all of them.
 

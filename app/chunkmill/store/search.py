@@ -60,6 +60,10 @@ CLEARLY_MANY = 1.25
 """The sample is believed only if it says that this many times more chunks pass than an exact search may have."""
 
 
+class SpaceLeft(Exception):
+    """The collection has left the space since the caller chose it, so its vectors may be incomplete."""
+
+
 def search(
     conn: sa.Connection,
     space: Space,
@@ -107,17 +111,28 @@ def search_all(
     offset: int | None = None,
     without: str | None = None,
     explain: bool = False,
+    is_served: str = "true",
 ) -> list[Hits]:
-    """:func:`search` for each row of ``queries``, ``(n, d)`` float32, all at one moment."""
+    """:func:`search` for each row of ``queries``, ``(n, d)`` float32, all at one moment.
+
+    ``is_served`` is a condition in SQL on ``:collection`` and ``:space``. If it does not hold at that moment, this
+    raises :class:`SpaceLeft`.
+    """
     see_one_moment(conn)
     prepare = f"""
         SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
                set_config('hnsw.iterative_scan', 'relaxed_order', true),
                set_config('hnsw.max_scan_tuples', :most, true),
-               {segments.ARE_KEPT} AS has_indexes
+               {segments.ARE_KEPT} AS has_indexes,
+               {is_served} AS is_served
     """
     # After five searches on a connection Postgres would plan for any collection, be it of 10 rows or of a million.
-    settings = conn.execute(sa.text(prepare), {"most": str(MAX_SCANNED)}).one()
+    moment: dict[str, object] = {"most": str(MAX_SCANNED)}
+    if is_served != "true":
+        moment |= {"collection": collection_id, "space": space.id}
+    settings = conn.execute(sa.text(prepare), moment).one()
+    if not settings.is_served:
+        raise SpaceLeft
     end = (offset or 0) + k + (without is not None)
     condition, parameters = (where or Filter()).sql("c.metadata")
     asked = _Asked(

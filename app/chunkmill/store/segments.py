@@ -105,7 +105,7 @@ def are_of_spaces(conn: sa.Connection) -> bool:
 
     False on the schema of an earlier release, on which a collection has one builder of a kind at a time.
     """
-    query = "SELECT to_regprocedure('drop_unread_segments(integer, integer, text, float8)') IS NOT NULL"
+    query = "SELECT to_regproc('drop_unread_segments_of_space') IS NOT NULL"
     return bool(conn.execute(sa.text(query)).scalar_one())
 
 
@@ -117,7 +117,7 @@ def drop_unread(conn: sa.Connection, collection_id: int, builder: BuilderKind, *
     """
     call = "SELECT drop_unread_segments(:collection, :builder, :grace)"
     if space_id is not None:
-        call = "SELECT drop_unread_segments(:collection, :space, :builder, :grace)"
+        call = "SELECT drop_unread_segments_of_space(:collection, :space, :builder, :grace)"
     parameters = {"collection": collection_id, "space": space_id, "builder": builder, "grace": float(GRACE_S)}
     if space_id is None:
         del parameters["space"]

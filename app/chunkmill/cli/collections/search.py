@@ -71,6 +71,21 @@ class Mix(click.ParamType[object]):
     help="How much keywords count: `on`, `off`, `rrf`, or the weight of the cosine from 0 to 1. By default what "
     "`golden tune` chose.",
 )
+@click.option(
+    "--session",
+    metavar="NAME",
+    help="Whoever asks. While a collection moves to another space, the same one answers the same session.",
+)
+@click.option(
+    "--space",
+    metavar="SPACE",
+    help="The space to search: `active`, `filling`, `previous`, a model, or the beginning of a fingerprint.",
+)
+@click.option(
+    "--on-unserved",
+    type=click.Choice(["previous"]),
+    help="Allow the space that the collection had before, if no worker embeds the query.",
+)
 @click.option("--exact", is_flag=True, help="Compare the query with every vector of the collection.")
 @click.option("--explain", is_flag=True, help="Also say how the chunks were found.")
 @click.option(
@@ -92,6 +107,9 @@ def search(
     min_score: float | None,
     offset: int | None,
     hybrid: bool | float | Literal["rrf"] | None,
+    session: str | None,
+    space: str | None,
+    on_unserved: Literal["previous"] | None,
     exact: bool,
     explain: bool,
     timeout: float,
@@ -119,6 +137,9 @@ def search(
             offset=offset,
             explain=explain,
             hybrid=hybrid,
+            session=session,
+            space=space,
+            on_unserved=on_unserved,
         )
     plan = hits.explanation
     if screen.json:
@@ -129,6 +150,8 @@ def search(
         show_hits(screen, hits)
     else:
         screen.say("Nothing was found.")
+    if hits.instead_of:
+        screen.say(f"No worker served space {hits.instead_of[:12]}, so these are the hits of space {hits.space[:12]}.")
     if plan:
         show_plan(screen, plan)
 

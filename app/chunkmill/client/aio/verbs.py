@@ -21,6 +21,7 @@ from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
 from chunkmill.domain.results import (
     Abandoned,
@@ -36,6 +37,7 @@ from chunkmill.domain.results import (
     Job,
     Keywords,
     RetriedDead,
+    SearchCounts,
     SearchTuning,
 )
 from chunkmill.domain.retention import CacheSpace, Pruned, QueryCache
@@ -449,6 +451,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -465,6 +470,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -481,6 +489,9 @@ class AsyncVerbs(Running):
         offset: int | None = None,
         explain: bool = False,
         hybrid: bool | float | Literal["rrf"] | None = None,
+        session: str | None = None,
+        space: str | None = None,
+        on_unserved: Literal["previous"] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -500,6 +511,14 @@ class AsyncVerbs(Running):
         cosine alone until it was called. Hybrid searches are for texts, return at most 1,000 hits, and need
         :meth:`keywords`. ``"…"`` around words asks for the phrase, and ``word*`` for all that begins so.
 
+        While a collection is on its way to another space (:meth:`reembed`), it has several. ``session`` names whoever
+        asks, such as a user: the new space answers its share of the sessions, always the same ones, and their searches
+        are counted (:meth:`search_counts`). Without a session the active space answers. ``space`` names another one:
+        ``"active"``, ``"filling"``, ``"previous"``, a model or the beginning of a fingerprint. A vector belongs to a
+        space, so it takes no ``session``. If no worker embeds the query in time, or none can, the search fails, because
+        a search in another space has other hits. ``on_unserved="previous"`` allows the space that the collection had
+        before: half of the time is for the one and half for the other, and ``instead_of`` of the hits says so.
+
         Raises :class:`NotFound`, :class:`InvalidInput`, :class:`EngineError` if a worker cannot embed the query, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
@@ -516,6 +535,9 @@ class AsyncVerbs(Running):
                 offset=offset,
                 explain=explain,
                 hybrid=hybrid,
+                session=session,
+                space=space,
+                on_unserved=on_unserved,
             )
         )
 
@@ -627,6 +649,24 @@ class AsyncVerbs(Running):
         transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection)
+
+    async def feedback(self, search_id: str, chunk_id: str) -> bool:
+        """Say that a hit was what somebody wanted, for example because they clicked on it.
+
+        ``search_id`` is that of the hits. It names the space that answered, so that :meth:`search_counts` compares two
+        spaces by what their users chose. Returns False if the same was said before. Raises :class:`InvalidInput`, and
+        :class:`NotFound` if the collection does not have the chunk any more.
+        """
+        return await self._short(self._client.feedback, search_id, chunk_id)
+
+    async def search_counts(self, collection: str, *, hours: float = 24.0) -> Rows[SearchCounts]:
+        """How the searches of the last ``hours`` went in each space of a collection, the active one first.
+
+        Searches with a ``session`` are counted, while the collection has several spaces. Each process writes its counts
+        every 5 s; those of more than two hours ago are of whole hours, and after 90 days they are deleted. Raises
+        :class:`NotFound` and :class:`InvalidInput`.
+        """
+        return await self._short(self._client.search_counts, collection, hours=hours)
 
     async def get(
         self,
@@ -904,27 +944,36 @@ class AsyncVerbs(Running):
         return await self._short(self._client.reembedding, which)
 
     async def reembeddings(self, collection: str | None = None, *, limit: int = 20) -> list[Reembedding]:
-        """The latest re-embeddings, newest first: of one collection, or of all."""
+        """The latest re-embeddings, newest first: of one collection, or of all. Raises :class:`NotFound`."""
         return await self._short(self._client.reembeddings, collection, limit=limit)
 
-    async def flip(self, which: int | str, *, timeout: float = 60.0) -> Reembedding:
+    async def flip(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
         """Make the new space the active one now, without the rest of the ramp.
 
         No chunk that can be searched is missing afterwards: that is proved in the moment of the flip, for which writers
         wait some milliseconds. If chunks got their vector in the old space a moment ago, this waits for their vector in
-        the new one, up to ``timeout`` seconds. The gates of quality are not asked.
+        the new one, up to ``timeout`` seconds. ``missing`` chunks may be missing all the same; None means as many as
+        the gates allow. The gates of quality are not asked.
 
-        Raises :class:`NotFound`, :class:`InvalidInput` if it is not ramping or judging, and :class:`WaitTimeout`, which
+        Raises :class:`NotFound`, :class:`InvalidInput` if it is not judged or ramping, and :class:`WaitTimeout`, which
         says how many chunks have no vector in the new space. Nothing is changed then.
         """
-        return await self._long(self._client.flip, which, timeout=timeout)
+        return await self._long(self._client.flip, which, missing=missing, timeout=timeout)
 
-    async def rollback(self, which: int | str, *, timeout: float = 60.0) -> Reembedding:
+    async def rollback(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
         """Make the space active again that the collection left. It is :meth:`flip` backwards, with the same proof.
 
         The new space is kept up to date for ``keep_days``; after that it is dropped. Raises what :meth:`flip` raises.
         """
-        return await self._long(self._client.rollback, which, timeout=timeout)
+        return await self._long(self._client.rollback, which, missing=missing, timeout=timeout)
+
+    async def judge_reembedding(self, which: int | str, *, timeout: float = 600.0) -> Reembedding:
+        """Check the gates now, and note what they said. A poller whose role may read texts does it by itself.
+
+        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. Raises
+        :class:`NotFound`, and :class:`InvalidInput` if it is not judged now.
+        """
+        return await self._long(self._client.judge_reembedding, which, timeout=timeout)
 
     async def pause_reembedding(self, which: int | str) -> Reembedding:
         """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.
@@ -954,7 +1003,8 @@ class AsyncVerbs(Running):
     async def finish_reembedding(self, which: int | str) -> Reembedding:
         """Drop the space that the collection left, before ``keep_days`` are over. There is no way back after that.
 
-        Raises :class:`NotFound`, and :class:`InvalidInput` if the collection has left no space that is still kept.
+        A poller deletes its vectors. Raises :class:`NotFound`, and :class:`InvalidInput` if the collection has left no
+        space that is still kept.
         """
         return await self._short(self._client.finish_reembedding, which)
 

@@ -68,6 +68,18 @@ SEARCH: Schema = {
         "exact": {"type": "boolean", "default": False},
         "explain": {"type": "boolean", "default": False},
         "timeout_ms": {"type": "integer", "minimum": 1, "maximum": LONGEST_MS, "default": 30_000},
+        "session": {
+            "type": "string",
+            "description": "Names whoever asks. While the collection moves to another space, the same one answers it.",
+        },
+        "space": {
+            "type": "string",
+            "description": "`active`, `filling`, `previous`, a model, or the beginning of a fingerprint.",
+        },
+        "on_unserved": {
+            "enum": ["previous"],
+            "description": "Allows the space that the collection had before, if no worker embeds the query.",
+        },
     },
     "additionalProperties": False,
 }
@@ -148,9 +160,10 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
     found = await searched(gateway, caller, named, body)
-    taken = {"took_ms": round(1000 * (time.monotonic() - begun), 3), "space": named.space}
+    taken = {"took_ms": round(1000 * (time.monotonic() - begun), 3)}
     if isinstance(found, Hits):
         return await large_answer(_hits(found) | taken, len(found))
+    taken["space"] = found[0].space if found else named.space
     return await large_answer({"results": [_hits(hits) for hits in found], **taken}, sum(map(len, found)))
 
 
@@ -190,12 +203,21 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
             offset=offset,
             explain=body.get("explain", False),
             hybrid=body.get("hybrid"),
+            session=body.get("session"),
+            space=body.get("space"),
+            on_unserved=body.get("on_unserved"),
         )
     return found
 
 
 def _hits(hits: Hits) -> dict[str, Any]:
-    return {"hits": hits, "explanation": hits.explanation}
+    return {
+        "hits": hits,
+        "explanation": hits.explanation,
+        "space": hits.space,
+        "search_id": hits.search_id,
+        "instead_of": hits.instead_of,
+    }
 
 
 async def audit(gateway: Gateway, request: Request, caller: Caller) -> Response:
@@ -385,8 +407,14 @@ _PATH = "/v1/collections/{collection}"
 _SEARCHED = {
     "hits": list_of(SearchHit),
     "explanation": schema_of(SearchPlan | None),
+    "space": {"type": "string", "description": "The fingerprint of the space that answered."},
+    "search_id": {"type": "string"},
+    "instead_of": {
+        "anyOf": [{"type": "string"}, {"type": "null"}],
+        "description": "The fingerprint of the space that was to answer, if no worker served it.",
+    },
 }
-_TOOK: dict[str, Schema] = {"took_ms": {"type": "number"}, "space": {"type": "string"}}
+_TOOK: dict[str, Schema] = {"took_ms": {"type": "number"}}
 ENDPOINTS = [
     Endpoint(
         "GET",
@@ -416,7 +444,13 @@ ENDPOINTS = [
         answer={
             "oneOf": [
                 dict(object_of(**_SEARCHED, **_TOOK)),
-                dict(object_of(results={"type": "array", "items": dict(object_of(**_SEARCHED))}, **_TOOK)),
+                dict(
+                    object_of(
+                        results={"type": "array", "items": dict(object_of(**_SEARCHED))},
+                        space=_SEARCHED["space"],
+                        **_TOOK,
+                    )
+                ),
             ]
         },
     ),
