@@ -10,9 +10,11 @@ import sqlalchemy as sa
 from chunkmill import Gates, Reembedding, ReembeddingState
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
+from chunkmill.domain.latencies import bucket_of
 from chunkmill.ledger.reembedding import lives
 from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
+from chunkmill.store import searches
 from tests.integration.hands import Hands
 from tests.support.waiting import together
 
@@ -143,15 +145,56 @@ def test_a_ramp_that_does_not_end_at_100_stays(scene: Scene, client: Client) -> 
 
 
 def test_one_that_is_paused_stays_in_its_state_and_share(scene: Scene, client: Client) -> None:
-    scene.begin(ramp=(10, 100), step_hours=0)
+    scene.begin(ramp=(10, 100), step_hours=1)
     scene.goes_to(S.RAMPING)
-    scene.round()
     client.pause_reembedding("docs")
+    scene.later(hours=1)
     scene.round()
     assert scene.share() == 10
     client.resume_reembedding("docs")
     scene.round()
+    assert scene.share() == 10  # the step lasts its whole time again
+    scene.later(hours=1)
+    scene.round()
     assert scene.share() == 100
+
+
+def test_the_ramp_steps_back_when_searches_fail_in_the_new_space(scene: Scene, client: Client, hands: Hands) -> None:
+    begun = scene.begin(ramp=(10, 50, 100), step_hours=3)
+    scene.goes_to(S.RAMPING)
+    scene.later(hours=3)
+    scene.round()
+    assert scene.share() == 50
+    scene.later(hours=0.5)
+    with hands.db.begin() as conn:
+        life = lives.get(conn, begun.id)
+        minute = int(life.now.timestamp()) // 60 * 60 - 60
+        answered, failed = bucket_of(0.01), searches.FAILED
+        counts = {
+            searches.Key(life.collection_id, life.from_space_id, minute, answered): 400,
+            searches.Key(life.collection_id, life.to_space_id, minute, answered): 195,
+            searches.Key(life.collection_id, life.to_space_id, minute, failed): 5,
+        }
+        searches.add(conn, counts)
+    shown = client.reembedding("docs")
+    assert [(one.space, one.searches, one.errors) for one in shown.served] == [
+        (begun.from_space, 400, 0), (begun.to_space, 200, 5)
+    ]  # fmt: skip
+    scene.round()
+    shown = client.reembedding("docs")
+    assert (shown.share, shown.state) == (10, S.RAMPING)
+    assert shown.problem is not None
+    assert "5 of 200 searches failed in the new space (2.5%; in the old one 0.0%). The share is 10 % again" in (
+        shown.problem
+    )
+    hands.rows("DELETE FROM search_counts RETURNING 1")
+    scene.later(hours=3)
+    scene.round()
+    assert scene.share() == 10  # it waits for somebody
+    client.resume_reembedding("docs")
+    scene.later(hours=3)
+    scene.round()
+    assert scene.share() == 50
 
 
 def test_a_space_that_was_rolled_back_from_is_dropped_after_its_days(
