@@ -21,10 +21,11 @@ import psycopg
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from chunkmill import ChunkmillError, Gates, InvalidInput, ReembeddingState, WaitTimeout
+from chunkmill import ChunkmillError, Gates, ReembeddingState, WaitTimeout
 from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
+from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.states import ChunkBatchState
 from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.jobs.finish import finish_if_done
@@ -33,10 +34,10 @@ from chunkmill.ledger.work import chunk_batches
 from chunkmill.poller.poller import Poller
 from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
-from chunkmill.spaces import registry
+from chunkmill.spaces import collections, registry
 from chunkmill.store.read import read_work, still_wanted
 from chunkmill.store.write import write_vectors
-from tests.support.several_spaces import vector_of
+from tests.support.several_spaces import other_space, vector_of, write
 
 STEADY = [(f"steady-{i}", f"the steady text {i}") for i in range(25)]
 """Chunks that nobody touches."""
@@ -118,7 +119,7 @@ def _embed_one(db: sa.Engine, settings: Settings, rng: random.Random, owner: str
         todo = read_work(conn, space, lease.chunk_batch_id)
     with db.begin() as conn:
         note = "INSERT INTO chaos_computed (space_id, content_hash, pid) SELECT :space, unnest(:hashes), :pid"
-        hashes = [content_hash for content_hash, _ in todo.texts]
+        hashes = [text_hash for text_hash, _ in todo.texts]
         conn.execute(
             sa.text(note.replace(":hashes", "CAST(:hashes AS bytea[])")),
             {"space": space.id, "hashes": hashes, "pid": os.getpid()},
@@ -159,7 +160,64 @@ def poll(settings: Settings, rng: random.Random, stopped: Callable[[], bool]) ->
         db.dispose()
 
 
-ROLES = {"enqueue": enqueue, "delete": delete, "work": work, "poll": poll}
+def go(settings: Settings, rng: random.Random, stopped: Callable[[], bool]) -> None:
+    """Move the collection to its other space and back, all the time. It looks what is next, so it may die anywhere."""
+    with new_client(settings) as client:
+        while not stopped():
+            try:
+                _go_on(client, settings.embedding_model)
+            except WaitTimeout:
+                # Workers that are killed again and again take a content for one that kills.
+                with contextlib.suppress(*TROUBLE):
+                    client.retry_dead()
+            except TROUBLE:
+                pass
+            time.sleep(0.05 * rng.random())
+
+
+def _go_on(client: Client, model: str) -> None:
+    latest = client.reembeddings("docs", limit=1)
+    if not latest or not latest[0].is_open:
+        client.reembed("docs", to=model, on_long="split", gates=GATES, ramp=(50,), step_hours=0, priority="high")
+    elif latest[0].state is ReembeddingState.RAMPING:
+        client.flip(latest[0].id, timeout=2.0)
+    elif latest[0].state is ReembeddingState.FLIPPED:
+        client.rollback(latest[0].id, timeout=2.0)
+
+
+def times_back(db: sa.Engine) -> int:
+    """How often the collection has come back. It has gone as often."""
+    query = "SELECT count(*) FROM reembeddings WHERE state = :state AND flipped_at IS NOT NULL"
+    with db.begin() as conn:
+        return int(conn.execute(sa.text(query), {"state": ReembeddingState.ROLLED_BACK}).scalar_one())
+
+
+def prepare(client: Client, db: sa.Engine) -> tuple[registry.Space, registry.Space]:
+    """Two collections in one space, with chunks that nobody touches, embedded. Returns the old and the new space."""
+    with db.begin() as conn:
+        conn.execute(sa.text(COMPUTED))
+    for collection in ("docs", "stays"):
+        client.enqueue(STEADY, collection=collection)
+    with db.begin() as conn:
+        old = registry.get(conn, collections.find(conn, "docs").space_id)
+        write(conn, old, [text for _, text in STEADY])
+        return old, other_space(conn, old)
+
+
+def computed(db: sa.Engine) -> dict[tuple[int, bytes], int]:
+    """``(space, content) → how often it was computed``, of the texts that nobody touches."""
+    query = """
+        SELECT space_id, content_hash, count(*) AS n
+        FROM chaos_computed
+        WHERE content_hash = ANY(CAST(:steady AS bytea[]))
+        GROUP BY space_id, content_hash
+    """
+    with db.begin() as conn:
+        rows = conn.execute(sa.text(query), {"steady": [content_hash(text) for _, text in STEADY]})
+        return {(row.space_id, bytes(row.content_hash)): row.n for row in rows}
+
+
+ROLES = {"enqueue": enqueue, "delete": delete, "work": work, "poll": poll, "go": go}
 
 
 @dataclass
@@ -206,7 +264,7 @@ def watch(db: sa.Engine, spaces: tuple[registry.Space, registry.Space], stopped:
         if lost:
             seen.problems.append(f"look {seen.looks}: {sorted(lost)[:5]} are missing in space {active}")
         before = now
-        time.sleep(0.005)
+        time.sleep(0.02)
     return seen
 
 
@@ -234,64 +292,8 @@ def search(
         fits = [all(abs(hit.score - float(unit(space, hit.text) @ query)) < 1e-3 for hit in hits) for space in spaces]
         if not any(fits):
             seen.problems.append(f"search {seen.searches} mixes spaces")
-        time.sleep(0.05)
+        time.sleep(0.2)
     return seen
-
-
-def go_and_come_back(client: Client, model: str, *, times: int, deadline: float) -> None:
-    """Begin a re-embedding, flip it and roll it back, so many times, whatever happens on the way."""
-    for _ in range(times):
-        begun = _insist(
-            lambda: client.reembed(
-                "docs", to=model, on_long="split", gates=GATES, ramp=(50,), step_hours=0, priority="high"
-            ),
-            deadline,
-        )
-        number = begun.id
-        _until_state(client, number, ReembeddingState.RAMPING, deadline)
-        _insist(lambda number=number: _flipped(client, number), deadline)  # type: ignore[misc]
-        _insist(lambda number=number: _rolled_back(client, number), deadline)  # type: ignore[misc]
-
-
-def _flipped(client: Client, number: int) -> None:
-    try:
-        client.flip(number, timeout=2.0)
-    except InvalidInput:
-        # An earlier try was committed, and its connection was cut before the answer.
-        if client.reembedding(number).flipped_at is None:
-            raise
-
-
-def _rolled_back(client: Client, number: int) -> None:
-    try:
-        client.rollback(number, timeout=2.0)
-    except InvalidInput:
-        if client.reembedding(number).state is not ReembeddingState.ROLLED_BACK:
-            raise
-
-
-def _insist(call: Callable[[], object], deadline: float) -> object:
-    while True:
-        try:
-            return call()
-        except WaitTimeout as error:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"it never succeeded: {error}") from error
-        except TROUBLE as error:
-            if isinstance(error, InvalidInput) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-
-
-def _until_state(client: Client, number: int, state: ReembeddingState, deadline: float) -> None:
-    shown = None
-    while time.monotonic() < deadline:
-        with contextlib.suppress(*TROUBLE):
-            shown = client.reembedding(number)
-            if shown.state is state:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"it never came to {state}: {shown!r}")
 
 
 @contextlib.contextmanager
