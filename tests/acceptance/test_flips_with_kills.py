@@ -9,8 +9,10 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -19,8 +21,8 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.settings import Settings
 from tests.support import flip_chaos
-from tests.support.checkout import CHECKOUT as ROOT
-from tests.support.waiting import PATIENCE, running
+from tests.support.checkout import CHECKOUT, PYTHONPATH
+from tests.support.waiting import PATIENCE, running, until
 
 SEED = 1_000
 ROLES = (*["enqueue"] * 6, "delete", "delete", "work", "work", "poll", "poll", "go")
@@ -29,26 +31,33 @@ ROLES = (*["enqueue"] * 6, "delete", "delete", "work", "work", "poll", "poll", "
 class Crew:
     """A process for each role, started again whenever it ends."""
 
-    def __init__(self, settings: Settings, rng: random.Random) -> None:
+    def __init__(self, settings: Settings, rng: random.Random, folder: Path) -> None:
         self._env = os.environ | {
             "DATABASE_URL": settings.require_database_url(),
             "REDIS_URL": settings.require_redis_url(),
         }
         self._rng = rng
+        self._folder = folder
         self._seeds = itertools.count(SEED)
+        self._ready: dict[int, Path] = {}
         self._processes = [self._start(role) for role in ROLES]
         self.kills = 0
         self.worker_kills = 0
 
     def _start(self, role: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", "-m", "tests.support.flip_chaos", role, str(next(self._seeds))]
+        seed = str(next(self._seeds))
+        ready = self._folder / seed
+        command = [sys.executable, "-P", "-m", "tests.support.flip_chaos", role, seed, str(ready)]
         # Each is found by its own number: nobody is ended by a name.
-        env = self._env | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
+        env = self._env | {"PYTHONPATH": PYTHONPATH}
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL)
+        self._ready[process.pid] = ready
+        return process
 
     def kill_one(self) -> None:
-        """SIGKILL one of them, and start it anew."""
+        """SIGKILL one that has begun, and start it anew."""
         i = self._rng.randrange(len(ROLES))
+        until(self._ready.pop(self._processes[i].pid).exists)
         self._processes[i].kill()
         self._processes[i].wait(PATIENCE)
         self._processes[i] = self._start(ROLES[i])
@@ -63,8 +72,8 @@ class Crew:
 
 
 @pytest.fixture
-def crew(settings: Settings) -> Iterator[Crew]:
-    made = Crew(settings, random.Random(SEED))
+def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
+    made = Crew(settings, random.Random(SEED), tmp_path)
     try:
         yield made
     finally:
@@ -90,13 +99,13 @@ def test_a_thousand_flips_lose_no_chunk_and_mix_no_spaces(
                 release=watched.set,
             )
         )
-        done, quiet = 0, 0
+        done, since = 0, time.monotonic()
         while done < cycles:
             patience.wait(2 * rng.random())
             crew.kill_one()
             before, done = done, flip_chaos.times_back(watching)
-            quiet = quiet + 1 if done == before else 0
-            assert quiet < PATIENCE, f"after {done} times it came back no more; {_shown(client)}"
+            since = time.monotonic() if done > before else since
+            assert time.monotonic() < since + PATIENCE, f"after {done} times it came back no more; {_shown(client)}"
     crew.end()
     watcher, searcher = (seer.result() for seer in seers)
     watching.dispose()

@@ -1,7 +1,7 @@
 """Everybody who works on a collection that flips and rolls back all the time, and somebody who watches.
 
-The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos ROLE SEED``
-with the servers in DATABASE_URL and REDIS_URL.
+The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos ROLE SEED
+READY``, with the servers in DATABASE_URL and REDIS_URL. The file READY is made when the role begins.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import psycopg
@@ -308,11 +309,12 @@ def quick_passes() -> Iterator[None]:
 
 def main() -> None:
     """Play one role until somebody ends this process."""
-    role, seed = sys.argv[1], int(sys.argv[2])
+    role, seed, ready = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     logging.disable(logging.CRITICAL)
     fill.RETRY_SECONDS = 0.2
     settings = small(Settings.from_env(lease_seconds=2.0, poll_interval=0.1))
     parent = os.getppid()
+    ready.touch()
     ROLES[role](settings, random.Random(seed), lambda: os.getppid() != parent)
 
 
