@@ -127,6 +127,7 @@ def reembed() -> None:
 @click.pass_obj
 def start(
     screen: Screen,
+    /,
     collection: str,
     model: str,
     *,
@@ -244,7 +245,7 @@ def pause(screen: Screen, which: int | str) -> None:
 @_gate_options
 @json_option
 @click.pass_obj
-def resume(screen: Screen, which: int | str, *, ramp: tuple[int, ...] | None, **given: Any) -> None:
+def resume(screen: Screen, /, which: int | str, *, ramp: tuple[int, ...] | None, **given: Any) -> None:
     """Go on with one that was paused, has a problem or stepped back; with other gates or another ramp."""
     with Client.from_env() as client:
         before = client.reembedding(which)
