@@ -14,7 +14,7 @@ from chunkmill.client import Client
 from chunkmill.client import Client as ClientClass
 from chunkmill.db.connect import alembic_config
 from chunkmill.domain.chunks import content_hash
-from chunkmill.domain.states import JobState
+from chunkmill.domain.states import JobState, Priority
 from chunkmill.errors import InvalidInput, SpaceMismatch
 from chunkmill.ledger.reembedding import fill
 from chunkmill.ledger.reembedding.fill import Coverage
@@ -25,7 +25,13 @@ from chunkmill.spaces.registry import Space
 from chunkmill.store import evict
 from tests.integration.hands import Hands
 from tests.support import reembeddings
-from tests.support.waiting import PATIENCE, running, until
+from tests.support.waiting import PATIENCE, Call, running, until
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not end a pass between two pages."""
+    monkeypatch.setattr(fill, "SECONDS", PATIENCE)
 
 
 @pytest.fixture
@@ -180,7 +186,6 @@ def test_a_pass_leaves_what_an_enqueue_is_at_to_it(scene: Scene) -> None:
 def test_what_a_producer_of_the_last_release_wrote_is_found(scene: Scene) -> None:
     scene.fill_all()
     with pytest.MonkeyPatch.context() as last_release:
-        last_release.setattr("chunkmill.spaces.others._ARE_KEPT", "false")
         last_release.setattr("chunkmill.client.beside.Beside.needed", lambda *_: {})
         scene.client.enqueue([("a", "text a"), ("1", "text 1, replaced")], collection="docs")
     scene.hands.work()
@@ -470,3 +475,71 @@ def test_a_text_that_comes_and_goes_is_not_taken_for_one_that_fails(scene: Scene
     assert scene.hands.rows(query, id=chunk_batch) == [("discarded", "vectors_missing")]
     scene.fill_all()
     assert not scene.coverage(scene.new).missing
+
+
+def test_a_flip_stands_before_the_windows_that_come_later(scene: Scene) -> None:
+    """Windows that overlap for ever would keep a flip waiting for ever if they could pass it."""
+    first, second = scene.db.connect(), scene.db.connect()
+    first.begin()
+    others.hold(first, scene.id)
+
+    def later() -> int | None:
+        second.begin()
+        return others.hold(second, scene.id).active
+
+    with running(lambda: reembeddings.swap(scene.db, "docs"), release=first.commit):
+        until(scene.hands.waiting)
+        window = Call(later)
+        until(lambda: scene.hands.waiting() == 2)
+    assert window.result() == scene.new.id
+    for conn in (first, second):
+        conn.close()
+
+
+def test_a_text_that_the_space_it_left_refuses_stays_in_the_collection(scene: Scene) -> None:
+    """The chunk belongs to a job of the old space that rejects long texts, and the vector in that space was lost."""
+    scene.client.enqueue([("a", "text a")], collection="docs", on_long="reject")
+    scene.hands.work()
+    scene.fill_all()
+    reembeddings.swap(scene.db, "docs")
+    scene.hands.rows("UPDATE collection_spaces SET on_long = 'reject' RETURNING 1")
+    scene.hands.rows(f"DELETE FROM {scene.old.table_name} WHERE content_hash = sha256('text a') RETURNING 1")
+    scene.fill()
+    scene.hands.work(dead={"text a": "too_long"})
+    assert "a" in scene.client.vectors("docs", ["a"])
+    assert scene.coverage(scene.old).dead == 1
+
+
+def test_a_route_that_nobody_here_serves_is_named(client: Client, db: sa.Engine, hands: Hands, small: Settings) -> None:
+    client.enqueue([("a", "text a")], collection="docs")
+    hands.work()
+    reembedding = reembeddings.begin(db, "docs", reembeddings.second_space(db, "docs"), route="openai", priority="high")
+    assert not fill.fill_some(db, small, reembedding)
+    with db.begin() as conn:
+        assert "cannot be filled from here: " in str(fill.why_waiting(conn, small, reembedding))
+    client.enqueue([("b", "text b")], collection="docs")  # the producer goes on without the other space
+    hands.rows("""UPDATE reembeddings SET plan = '{"route": "local", "priority": "high"}' RETURNING 1""")
+    assert not fill.fill_some(db, small, reembedding)
+    assert hands.rows("SELECT route, priority FROM chunk_batches WHERE space_id = 2 AND state = 'available'") == [
+        ("local", Priority.HIGH.rank)
+    ]
+
+
+def test_a_drop_of_the_dead_leaves_what_is_searched_in_the_active_space(scene: Scene) -> None:
+    scene.fill_all()
+    scene.client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
+    for chunk_batch in scene.hands.due():
+        lease = scene.hands.claim(chunk_batch)
+        dead = {content_hash("text a"): "not_finite", content_hash("text b"): "too_long"}
+        scene.hands.embed(lease, dead if lease.space_id == scene.new.id else {})
+    entries = scene.client.dead()
+    assert {entry.chunk_id for entry in entries} == {"a", "b"}
+    for code in ("not_finite", "too_long"):
+        assert scene.client.drop_dead(code=code).entries == 0
+    with pytest.raises(InvalidInput, match=r"dead in another space of collection 'docs' than the active one"):
+        scene.client.drop_dead([entry.id for entry in entries])
+    assert len(scene.client.dead()) == 2
+    assert scene.client.audit("docs").chunks == 9
+    reembeddings.end(scene.db, "docs")
+    assert scene.client.drop_dead(job_id=entries[0].job_id).chunks == 0
+    assert scene.client.audit("docs").chunks == 9

@@ -24,7 +24,7 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from tests.integration.hands import Hands
 from tests.support import reembeddings
-from tests.support.waiting import running, until
+from tests.support.waiting import PATIENCE, running, until
 
 PRODUCERS, DELETERS, WORKERS = 3, 2, 2
 TEXTS = [f"text {n}" for n in range(60)]
@@ -151,6 +151,7 @@ def test_at_the_end_both_spaces_have_all_chunks(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int, rounds: int
 ) -> None:
     monkeypatch.setattr(fill, "PAGE", 7)
+    monkeypatch.setattr(fill, "SECONDS", PATIENCE)
     db = create_db(settings.require_database_url(), role="test", pool_size=20)
     world = World(db, settings, seed, rounds)
     assert world.old.spec.long_text is LongText.TRUNCATE

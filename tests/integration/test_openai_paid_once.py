@@ -16,15 +16,18 @@ from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.errors import EngineError, LeaseLost
 from chunkmill.ledger.provider import provider_batches
 from chunkmill.ledger.provider.provider_batches import Step
+from chunkmill.ledger.reembedding import fill
 from chunkmill.settings import Settings
+from chunkmill.spaces import collections
 from chunkmill_workers.provider.context import ProviderContext
 from chunkmill_workers.provider.plain import request_chunk_batch
 from chunkmill_workers.provider.responder import ProviderResponder
 from chunkmill_workers.provider.steps import _STEPS
 from tests.openai_server import OpenAIServer, vector_for
+from tests.support import reembeddings
 from tests.support.corridor import DIMENSIONS, Corridor
 from tests.support.corridor_scene import Scene, scene
-from tests.support.waiting import PATIENCE, Call, running
+from tests.support.waiting import PATIENCE, Call, running, together
 
 N = 6
 CREATE = {"endpoint": "batches.create"}
@@ -567,3 +570,29 @@ def test_whoever_waits_shares_the_lanes_pause_and_its_stop(stage: Scene, server:
     with pytest.raises(EngineError, match="is stopped"):
         asked.result()
     assert stage.asked("embeddings.create") == 2
+
+
+def test_a_space_that_is_filled_pays_each_content_once(stage: Scene) -> None:
+    """The corpus is enqueued again meanwhile, and so is a new text. A second poller fills beside the first."""
+    texts, new = stage.texts(N), stage.texts(1, first=N)
+    stage.finish(stage.enqueue(texts))
+    corridor = stage.corridor
+    space = reembeddings.second_space(corridor.db, "docs", dimensions=DIMENSIONS // 2)
+    reembedding = reembeddings.begin(corridor.db, "docs", space, route="openai")
+
+    def is_filled() -> bool:
+        corridor.rows("UPDATE reembedding_fills SET passed_at = passed_at - interval '1 h' RETURNING 1")
+        return fill.fill_some(corridor.db, corridor.settings, reembedding)
+
+    assert not any(together(is_filled, is_filled))
+    job = stage.enqueue(texts | new)
+    stage.finish(job)
+    stage.run_until(is_filled)
+    stage.finish(*corridor.client.jobs())
+
+    with corridor.db.begin() as conn:
+        collection = collections.find(conn, "docs")
+        covered = fill.coverage(conn, collection.id, space)
+    assert (covered.contents, covered.missing) == (N + 1, 0)
+    assert stage.bill(texts | new) == dict.fromkeys(texts | new, 2), "once for each space"
+    stage.check_books()

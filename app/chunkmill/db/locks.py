@@ -70,8 +70,3 @@ def lock_shared(conn: sa.Connection, key: int) -> None:
 def lock_of(conn: sa.Connection, key: int, of: int) -> None:
     """:func:`lock`, for a lock with two keys."""
     conn.execute(sa.text("SELECT pg_advisory_xact_lock(:key, :of)"), {"key": key, "of": of})
-
-
-def lock_shared_of(conn: sa.Connection, key: int, of: int) -> None:
-    """:func:`lock_shared`, for a lock with two keys."""
-    conn.execute(sa.text("SELECT pg_advisory_xact_lock_shared(:key, :of)"), {"key": key, "of": of})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from chunkmill.db.locks import LIVES_LOCK, lock_of, lock_shared_of
+from chunkmill.db.locks import LIVES_LOCK, lock_of
 from chunkmill.domain.reembedding import SpaceRole
 from chunkmill.domain.spaces import OnLong
 
@@ -46,8 +46,19 @@ def are_kept(conn: sa.Connection) -> bool:
     return bool(conn.execute(sa.text(f"SELECT {_ARE_KEPT}")).scalar_one())
 
 
-_HOLD = sa.text(f"""
-SELECT k.space_id, {_ARE_KEPT} AS are_kept
+_WAIT_FOR_CHANGES = sa.text(f"""
+SELECT pg_advisory_xact_lock_shared(:key, :id), {_ARE_KEPT} AS are_kept
+""")
+_HOLD = sa.text("""
+SELECT k.space_id AS active, o.space_id, o.role, o.on_long, o.reembedding_id
+FROM collections k
+LEFT JOIN collection_spaces o ON o.collection_id = k.id
+WHERE k.id = :id
+ORDER BY o.space_id
+FOR KEY SHARE OF k
+""")
+_HOLD_ACTIVE = sa.text("""
+SELECT k.space_id AS active, CAST(NULL AS integer) AS space_id
 FROM collections k
 WHERE k.id = :id
 FOR KEY SHARE
@@ -65,12 +76,10 @@ def hold(conn: sa.Connection, collection_id: int) -> Lives:
 
     It is the first lock of a window, so that a window that waits for a change of the spaces keeps nobody waiting.
     """
-    lock_shared_of(conn, LIVES_LOCK, collection_id)
-    # Taken too, so that whoever knows of the row's lock alone is kept out as well.
-    row = conn.execute(_HOLD, {"id": collection_id}).one_or_none()
-    if row is None:
-        return Lives(None)
-    return Lives(row.space_id, _others(conn, collection_id) if row.are_kept else {})
+    # Two statements: the second one sees what a change has committed for which the first one waited.
+    kept = conn.execute(_WAIT_FOR_CHANGES, {"key": LIVES_LOCK, "id": collection_id}).one().are_kept
+    # The row's lock too, so that whoever takes that one alone is kept out as well.
+    return _read(conn.execute(_HOLD if kept else _HOLD_ACTIVE, {"id": collection_id}).all())
 
 
 def lock_for_change(conn: sa.Connection, collection_id: int) -> Lives:
@@ -101,7 +110,10 @@ WHERE k.id = :id
 
 def of(conn: sa.Connection, collection_id: int) -> Lives:
     """The spaces of a collection as they are now, read by one statement and locked by nobody."""
-    rows = conn.execute(_ALL_OF if are_kept(conn) else _ACTIVE_OF, {"id": collection_id}).all()
+    return _read(conn.execute(_ALL_OF if are_kept(conn) else _ACTIVE_OF, {"id": collection_id}).all())
+
+
+def _read(rows: Sequence[sa.Row[tuple[object, ...]]]) -> Lives:
     if not rows:
         return Lives(None)
     return Lives(rows[0].active, {row.space_id: _other(row) for row in rows if row.space_id is not None})

@@ -305,8 +305,8 @@ class AsyncVerbs(Running):
     ) -> RetriedDead:
         """Embed the texts of dead chunks after all, in the jobs that they belong to.
 
-        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
-        A text that killed workers stays a suspect, which workers embed alone. A chunk cannot be retried if enqueue
+        ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both. A
+        text that killed workers stays a suspect, which workers embed alone. A chunk cannot be retried if enqueue
         refused it, if it was refused as too long, if it was replaced or deleted since, or if its job was cancelled.
         Such a chunk raises :class:`InvalidInput` if ``ids`` names it. It is ignored if the job or the code chooses it,
         unless they choose no other. Raises :class:`NotFound` for an id that is not on the list. A call that raises
@@ -325,7 +325,8 @@ class AsyncVerbs(Running):
 
         ``ids`` names the chunks. Without it, ``job_id`` and ``code`` choose all of a job, all with a code, or both.
         If a chunk was given another text since, or if its text has a vector since, only its entry is deleted and the
-        chunk stays in its collection. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
+        chunk stays in its collection. A chunk that is dead in another space of its collection than the active one stays
+        too, with its entry; if ``ids`` names it, that is an :class:`InvalidInput`. A text that no chunk refers to any more is deleted. Raises :class:`NotFound` for
         an id that is not on the list; nothing is changed then. Many chunks are dropped in several transactions. If one
         of them fails, the earlier ones stay, and the same call made again drops the rest.
         """

@@ -17,6 +17,7 @@ from chunkmill.ledger.dead.dead_chunks import KILLS_WORKERS, DeadFilter, entries
 from chunkmill.ledger.jobs.routing import lane_of
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.ledger.work.chunk_batches import SharedFields
+from chunkmill.spaces import others
 
 _DELETE_ENTRIES_OF_CONTENTS = sa.text("""
 DELETE FROM dead_chunks
@@ -66,13 +67,23 @@ def take_off(conn: sa.Connection, ids: Sequence[int], *, require_all: bool) -> t
 
     Those are the chunks that still have this text and no vector. Entries of other jobs about the same chunk and text
     are deleted too. An id that is no longer on the list is passed over, or raises :class:`NotFound` with
-    ``require_all``. Enqueues and writes wait for the end of the transaction: give a few thousand ids.
+    ``require_all``. So is a chunk that is dead in a space beside the active one of its collection, where it may be
+    searched: it stays, with its entry, or raises :class:`InvalidInput` with ``require_all``. Enqueues and writes wait
+    for the end of the transaction: give a few thousand ids.
     """
     # No enqueue may replace a chunk between the look at it and its deletion.
     lock(conn, DELETE_LOCK)
     selected = _lock_and_read(conn, [*conn.execute(_TWINS, {"ids": list(ids)}).scalars()])
     if require_all:
         _require_all(DeadFilter(ids=tuple(ids)), {entry.id for entry in selected})
+    beside = _dead_beside(conn, selected)
+    if beside and require_all:
+        raise InvalidInput(
+            f"dead chunk {beside[0].id} (chunk {beside[0].chunk_id!r}) is not dropped, because it is dead in another "
+            f"space of collection {beside[0].collection!r} than the active one. Nothing was changed. Retry it, delete "
+            "the chunk from the collection, or accept that the other space lacks it: Gates(missing=…)."
+        )
+    selected = [entry for entry in selected if entry not in beside]
     conn.execute(
         sa.text("DELETE FROM dead_chunks WHERE id = ANY(CAST(:ids AS bigint[]))"),
         {"ids": [entry.id for entry in selected]},
@@ -90,6 +101,32 @@ def take_off(conn: sa.Connection, ids: Sequence[int], *, require_all: bool) -> t
             leaving[entry.collection].add(entry.chunk_id)
     chunks = {collection: sorted(chunk_ids) for collection, chunk_ids in leaving.items()}
     return DroppedDead(tuple(judged), len(selected), sum(map(len, chunks.values()))), chunks
+
+
+_OF_OTHER_SPACES = sa.text("""
+SELECT d.id
+FROM dead_chunks d
+JOIN jobs j ON j.id = d.job_id
+WHERE d.id = ANY(CAST(:ids AS bigint[]))
+  AND (j.collection_id, j.space_id) IN (
+      SELECT o.collection_id, o.space_id
+      FROM unnest(CAST(:collections AS integer[]), CAST(:spaces AS integer[])) AS o(collection_id, space_id))
+""")
+
+
+def _dead_beside(conn: sa.Connection, selected: Sequence[DeadEntry]) -> list[DeadEntry]:
+    """The entries of chunks that lack a vector in a space beside the active one. Their collections are locked."""
+    pairs = others.all_others(conn)
+    if not pairs.spaces:
+        return []
+    parameters = {
+        "ids": [entry.id for entry in selected],
+        "collections": pairs.collections,
+        "spaces": pairs.spaces,
+    }
+    ids = set(conn.execute(_OF_OTHER_SPACES, parameters).scalars())
+    lacking = (Standing.MISSING, Standing.REFUSED)
+    return [entry for entry in selected if entry.id in ids and entry.content_hash and entry.standing in lacking]
 
 
 # A twin is another job's entry about the same chunk with the same text in the same space. An entry is a twin of itself,

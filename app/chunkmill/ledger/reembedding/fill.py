@@ -10,6 +10,7 @@ there. It does not prove it: whoever flips looks again under the collection's lo
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,13 @@ from chunkmill.settings import Settings
 from chunkmill.spaces import others, registry
 from chunkmill.spaces.registry import Space, VectorTable
 
-PAGE = 20_000
-"""Contents of one transaction: 0.2 s if all of them are missing, and 40 ChunkBatches of 512."""
-PAGES = 5
-"""Pages of one call, so that the poller's bells do not wait."""
+PAGE = 10_000
+"""Contents of one transaction, which are 20 ChunkBatches of 512. Measured on two cores with a load of 15, where 300,000
+of 384 dimensions were all missing: 1.1 s, and 142 MB of memory for the whole process."""
+PAGES = 10
+"""The most pages of one call."""
+SECONDS = 0.5
+"""A call begins no further page of a space after so many seconds, so that the poller's bells do not wait."""
 OPEN_CHUNK_BATCHES = 2_000
 """So many open ChunkBatches of the job are enough for the workers: a million contents, or 40 MB of hashes."""
 MAX_BATCH_BYTES = 4 * 1024 * 1024
@@ -115,11 +119,11 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
         targets = _targets(conn, reembedding_id)
     is_there = bool(targets)
     for target in targets:
-        stands = _Stands(goes_on=True, is_there=False)
+        stands, began = _WAITS, time.monotonic()
         for _ in range(PAGES):
             with db.begin() as conn:
                 stands = _fill_page(conn, settings, target)
-            if not stands.goes_on:
+            if not stands.goes_on or time.monotonic() - began >= SECONDS:
                 break
         is_there = is_there and stands.is_there
     return is_there
