@@ -18,6 +18,7 @@ from chunkmill.client import Client
 from chunkmill.client.base import ClientPart
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, NotFound, StoreUnavailable
+from chunkmill.models import DEFAULT_MODEL
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
@@ -80,6 +81,8 @@ KNOWN: dict[str, dict[str, Any]] = {
             "tune_search",
         )
     },
+    "compare": {"collection": "docs", "model": DEFAULT_MODEL},
+    "quote_comparison": {"collection": "docs", "model": DEFAULT_MODEL},
     "get": {"collection": "docs", "ids": ["a"]},
     "update_metadata": {"collection": "docs", "metadata": {"a": 1}, "ids": ["a"]},
     "iter_vectors": {"collection": "docs"},

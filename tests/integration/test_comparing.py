@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from chunkmill import Client
+from chunkmill.cli.__main__ import cli
 from chunkmill.client import comparing
 from chunkmill.domain.comparing import unit
 from chunkmill.domain.ranking import mrr_at, ndcg_at
@@ -119,6 +122,23 @@ def test_without_golden_queries_titles_ask_for_the_rest_of_their_chunks(docs: Cl
     assert docs.golden("docs").count() == 0
 
 
+def test_the_command_prints_what_the_client_measured_and_writes_a_picture(
+    docs: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_golden(docs, tmp_path)
+    monkeypatch.setattr(Client, "from_env", lambda: docs)
+    monkeypatch.setattr(Client, "close", lambda _: None)
+    file = tmp_path / "told.svg"
+    given = ["compare", "docs", DEFAULT_MODEL, "--dimensions", "96", "--timeout", str(PATIENCE)]
+    ran = CliRunner().invoke(cli, [*given, "--json", "--picture", str(file)], catch_exceptions=False)
+    told = json.loads(ran.stdout)
+    assert (told["changes"]["queries"], told["sample"]) == (8, 24)
+    assert ElementTree.fromstring(file.read_text()).tag.endswith("svg")  # noqa: S314 - our own
+    ran = CliRunner().invoke(cli, [*given, "--dry-run"], catch_exceptions=False)
+    assert "8 queries would be asked in a sample of 24 texts, in both models." in ran.stdout
+    assert CliRunner().invoke(cli, [*given, "--max-usd", "much"]).exit_code == 2
+
+
 def test_a_smaller_sample_has_all_that_is_relevant(docs: Client, tmp_path: Path) -> None:
     queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
     queries.write_text('{"_id": "a", "text": "a cat"}\n{"_id": "b", "text": "a rose"}\n')
@@ -192,7 +212,7 @@ def test_a_paid_model_is_quoted_to_the_token_and_is_not_asked_above_the_limit(
     assert quote.usd is not None
     assert quote.usd > 0
     with pytest.raises(BudgetExceeded, match=r"the comparison would cost about 0\.0000\d* USD, and max_usd is 0\.0000"):
-        local.compare("docs", model, max_usd=quote.usd - Decimal("1e-10"))
+        local.compare("docs", model, max_usd=quote.usd - Decimal("1e-10"), timeout=1)
     assert paid.one("SELECT count(*) FROM charges") == 0
     responder = EmbedResponder(context)
     responder.start()

@@ -21,9 +21,9 @@ from chunkmill.domain.ranking import LEVEL, POWER, paired_bootstrap
 from chunkmill.errors import InvalidInput
 
 NDCG_LOSS = 0.01
-"""How much nDCG@10 a new space may lose, if nothing else is said. Measured on 500 docstrings of Python's library with
-all-MiniLM-L6-v2: the same model in another precision differs by less than a tenth of it, and noise on the vectors that
-leaves 87 % of the first ten hits loses more."""
+"""How much nDCG@10 a new space may lose, if nothing else is said. Measured on 1,430 docstrings of Python's library with
+all-MiniLM-L6-v2, in 20 runs of 500 queries: int8 loses a tenth of it and passes in all runs; noise that leaves 86 % of
+the first ten hits loses 0.008 and passes in one, and noise that leaves 81 % in none (decision 82)."""
 FEWEST_QUERIES = 200
 """Fewer queries do not judge a space. With 50 the interval of a difference is 0.03 to 0.08 to both sides."""
 MOST_QUERIES = 10_000_000

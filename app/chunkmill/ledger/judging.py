@@ -63,6 +63,8 @@ class Judgement:
     measured: Measured
     results: tuple[GateResult, ...]
     changes: Changes | None
+    titles: int = 0
+    """How many of the judged queries are titles, which ask for what is written and not for what people want."""
 
     @property
     def passed(self) -> bool:
@@ -73,6 +75,7 @@ class Judgement:
         return {
             "passed": self.passed,
             "gates": [asdict(result) for result in self.results],
+            "titles": self.titles,
             "changes": None if self.changes is None else asdict(self.changes),
             "p95": {"old": self.measured.old_p95, "new": self.measured.new_p95, "timed": self.measured.timed},
         }
@@ -97,8 +100,8 @@ def judge(
     :class:`Stopped` soon after ``is_stopping`` says so.
     """
     deadline = time.monotonic() + timeout
+    measuring = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping)
     with db.begin() as conn:
-        measured = _Measuring(db, settings, collection_id, (old, new), deadline, is_stopping)
         chunks, missing, dead = coverage(conn, collection_id, old, new)
         canary = None if new.spec.provider == OPENAI else _has_canary(conn, new)
         price = price_of(conn, settings, new)
@@ -113,7 +116,7 @@ def judge(
     recalls: list[float] = []
     if gates.recall is not None or gates.ndcg_loss is not None or gates.p95_ratio is not None:
         try:
-            measured.run(questions, sides, times, recalls)
+            measuring.run(questions, sides, times, recalls)
             if questions:
                 told = changes([question.id for question in questions], *sides)
         except (EngineError, WaitTimeout) as error:
@@ -140,7 +143,8 @@ def judge(
         price=price,
         unmeasured=unmeasured,
     )
-    return Judgement(result, tuple(gating.check(gates, result)), told)
+    titles = 0 if told is None else sum(question.rest is not None for question in questions)
+    return Judgement(result, tuple(gating.check(gates, result)), told, titles)
 
 
 def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) -> tuple[int, int, int]:

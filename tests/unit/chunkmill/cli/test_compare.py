@@ -25,7 +25,8 @@ NEW = Contender(
 )  # fmt: skip
 CHANGES = Changes(
     200, Change(0.6, 0.65, 0.05, 0.01, 0.09), Change(0.7, 0.6, -0.1, -0.15, -0.05),
-    Change(0.9, 0.91, 0.01, -0.01, 0.03), Change(0.5, 0.5, 0.0, 0.0, 0.0), 0.8, 0.75, 0.2, None, (LosingQuery("q-7", 1.0, 0.25),),
+    Change(0.9, 0.91, 0.01, -0.01, 0.03), Change(0.5, 0.5, 0.0, 0.0, 0.0), 0.8, 0.75, 0.2, None,
+    (LosingQuery("q-7", 1.0, 0.25),),
 )  # fmt: skip
 TOLD = Comparison(
     "docs",
@@ -85,5 +86,5 @@ def test_the_picture_is_svg_and_its_colours_say_what_is_sure() -> None:
 
 
 def test_a_picture_of_one_query_has_no_bounds_and_is_drawn() -> None:
-    one = replace(CHANGES, ndcg=Change(1.0, 0.5, -0.5, -math.inf, math.inf))
+    one = replace(CHANGES, queries=1, ndcg=Change(1.0, 0.5, -0.5, -math.inf, math.inf))
     assert "inf" not in picture(replace(TOLD, changes=one))
