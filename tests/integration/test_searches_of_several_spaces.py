@@ -16,11 +16,15 @@ from chunkmill.client import counting
 from chunkmill.db.connect import create_db
 from chunkmill.domain.sessions import SearchId, percent_of
 from chunkmill.errors import EngineError, InvalidInput, NotFound, WaitTimeout
+from chunkmill.gateway.caller import Caller, Scope
+from chunkmill.gateway.keys import OneKey
+from chunkmill.remote import RemoteClient
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import golden
 from chunkmill.store import search as searching
+from tests.support.gateways import running_gateway
 from tests.support.several_spaces import (
     TwoSpaceWorker,
     begin,
@@ -417,3 +421,41 @@ def test_an_alias_finds_all_spaces_of_its_collection(
     assert_is_of(hits, spaces[1], "docs 3")
     with pytest.raises(NotFound, match="no collection 'never'"):
         client.search("docs 3", collection="never")
+
+
+def test_a_gateway_and_its_client_pass_the_session_the_space_and_the_feedback_on(
+    settings: Settings, client: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker
+) -> None:
+    old, new = spaces
+    share(db, 100)
+    callers = {
+        "cmk_of_all": Caller(None, "all", "one", frozenset({Scope.SEARCH})),
+        "cmk_of_others": Caller(None, "others", "two", frozenset({Scope.SEARCH}), collections=frozenset({"others"})),
+    }
+
+    class Ring(OneKey):
+        async def caller(self, key: str) -> Caller | None:
+            return callers.get(key)
+
+    with (
+        running_gateway(settings, keys=Ring()) as gateway,
+        RemoteClient(gateway.url, "cmk_of_all") as remote,
+        RemoteClient(gateway.url, "cmk_of_others") as another,
+    ):
+        of_session = remote.search("docs 3", collection="docs", k=N, session="a")
+        assert_is_of(of_session, new, "docs 3")
+        assert_is_of(remote.search("docs 3", collection="docs", k=N, space="active"), old, "docs 3")
+        several = remote.search(["docs 3", "docs 4"], collection="docs", k=N, space="filling")
+        for hits, text in zip(several, ("docs 3", "docs 4"), strict=True):
+            assert_is_of(hits, new, text)
+        with pytest.raises(NotFound, match="has no space 'previous'"):
+            remote.search("docs 3", collection="docs", space="previous")
+        assert remote.feedback(of_session.search_id, "c3")
+        assert not remote.feedback(of_session.search_id, "c3")
+        with pytest.raises(NotFound, match="no collection of this search"):
+            another.feedback(of_session.search_id, "c4")
+        worker.unserved.add(new.id)
+        hits = remote.search("docs 7", collection="docs", k=N, session="a", on_unserved="previous")
+        assert_is_of(hits, old, "docs 7")
+        assert hits.instead_of == new.spec.fingerprint
+    assert client.search_counts("docs")[1].feedback == 1

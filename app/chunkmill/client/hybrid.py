@@ -16,13 +16,13 @@ from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.steps import run_steps
 from chunkmill.client.vectors import Vectors
 from chunkmill.domain import mixing
-from chunkmill.domain.arguments import as_number, as_seconds, require_name
+from chunkmill.domain.arguments import as_number, as_seconds, as_text, require_name
 from chunkmill.domain.comparing import Question, unit
 from chunkmill.domain.golden import GoldenQuery, read_judgements, read_queries
 from chunkmill.domain.results import GoldenLoaded, Keywords, SearchTuning
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, registry, serving
 from chunkmill.store import golden, keywords
 from chunkmill.store import search as searching
 from chunkmill.store.keywords import KeywordIndex
@@ -92,12 +92,14 @@ class HybridSearch(Vectors):
         require_name("collection", collection)
         return GoldenQueries(self._db, self._broker, self._settings, collection)
 
-    def tune_search(self, collection: str, *, timeout: float = 600.0) -> SearchTuning:
+    def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
         Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
         report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
-        queries are judged, which chance chooses, and a worker embeds them.
+        queries are judged, which chance chooses, and a worker embeds them. What was chosen holds for one space:
+        ``space`` names another one of the collection than the active one, as in :meth:`search`, for example before the
+        collection moves to it.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
@@ -105,8 +107,9 @@ class HybridSearch(Vectors):
         require_name("collection", collection)
         deadline = time.monotonic() + as_seconds("timeout", timeout)
         with self._transaction() as conn:
-            row = collections.find(conn, collection)
-            space = registry.get(conn, row.space_id)
+            served = serving.find(conn, collection)
+            meant = served.active if space is None else served.named(as_text("space", space))
+            row = served.collection_in(meant)
             index = keywords.require_ready(conn, row)
             queries = golden.read(conn, row.id, most=MAX_JUDGED)
             if not queries:
@@ -120,16 +123,16 @@ class HybridSearch(Vectors):
                 f"{len(judged)} of the {len(queries):,} golden queries of collection {collection!r} can be judged, and "
                 "it takes two at least. The others have no relevant chunk in the collection, or its title has changed."
             )
-        asked = self._embedded(space, [question.text for question in judged], "query", deadline)
+        asked = self._embedded(meant, [question.text for question in judged], "query", deadline)
         rests = [question.rest for question in judged if question.rest is not None]
-        rest_vectors = iter(self._embedded(space, rests, "document", deadline))
+        rest_vectors = iter(self._embedded(meant, rests, "document", deadline))
         ndcg, rrf = np.empty((len(judged), len(mixing.ALPHAS))), np.empty(len(judged))
         for i, question in enumerate(judged):
             stands_in = None if question.rest is None else (question.rest, next(rest_vectors))
-            ndcg[i], rrf[i] = self._judge(space, index, asked[i], question, stands_in)
-        tuning = _report(collection, space.spec.fingerprint, mixing.choose(ndcg, rrf), len(queries) - len(judged))
+            ndcg[i], rrf[i] = self._judge(meant, index, asked[i], question, stands_in)
+        tuning = _report(collection, meant.spec.fingerprint, mixing.choose(ndcg, rrf), len(queries) - len(judged))
         with self._transaction() as conn:
-            golden.keep_tuning(conn, row.id, space.id, tuning)
+            golden.keep_tuning(conn, row.id, meant.id, tuning)
         return tuning
 
     def _judge(

@@ -271,15 +271,16 @@ class Vectors(ClientPart):
         )
         asked.require_one_space()
         _require_few(len(queries), asked.k)
-        begun = time.monotonic()
-        for tries in count():
+        begun, tries = time.monotonic(), 0
+        while True:
             try:
                 hit_lists = yield from self._answering(asked, begun)
             except SpaceLeft:
-                if tries == MOST_MOVES:
+                tries += 1
+                if tries > MOST_MOVES:
                     raise StoreUnavailable(
-                        f"collection {collection!r} left its space while this search used it, {tries + 1} times. The "
-                        "same call may be made again."
+                        f"collection {collection!r} left its space while this search used it, {tries} times. The same "
+                        "call may be made again."
                     ) from None
             else:
                 return hit_lists[0] if is_single else hit_lists
@@ -526,8 +527,10 @@ class Vectors(ClientPart):
             row = collections.find(conn, collection)
             return auditing.audit(conn, registry.get(conn, row.space_id), row)
 
-    def index(self, collection: str) -> Index:
+    def index(self, collection: str, *, space: str | None = None) -> Index:
         """Build now what searches of the collection need, and return what there is then.
+
+        ``space`` names another space of the collection than the active one, as in :meth:`search`.
 
         The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
         searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
@@ -537,21 +540,21 @@ class Vectors(ClientPart):
         """
         require_name("collection", collection)
         with self._transaction() as conn:
-            row = collections.find(conn, collection)
-            space = registry.get(conn, row.space_id)
+            served = serving.find(conn, collection)
+            meant = served.active if space is None else served.named(as_text("space", space))
             segments.require_kept(conn)
         with store_errors(self._db):
             indexing.build_now(
                 self._db,
-                space,
-                row.id,
+                meant,
+                served.id,
                 memory_mb=self._settings.index_memory_mb,
                 compact=self._settings.index_compact,
             )
             indexing.index_metadata(self._db)
-            indexing.drop_shared_graphs(self._db, space)
+            indexing.drop_shared_graphs(self._db, meant)
         with self._transaction() as conn:
-            return segments.describe(conn, row.id, space.id)
+            return segments.describe(conn, served.id, meant.id)
 
     def _asking_all(
         self,

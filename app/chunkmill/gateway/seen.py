@@ -16,12 +16,12 @@ from starlette.concurrency import run_in_threadpool
 from chunkmill.client.door import door
 from chunkmill.domain.arguments import as_number, require_name
 from chunkmill.domain.results import Job
-from chunkmill.errors import NotFound
+from chunkmill.errors import NewerSpace, NotFound
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.gateway import Gateway
-from chunkmill.spaces import collections
-from chunkmill.spaces.collections import Collection
+from chunkmill.spaces import collections, serving
+from chunkmill.spaces.serving import Served
 
 Result = TypeVar("Result")
 
@@ -51,6 +51,14 @@ class Seen:
     name: str
     space: str
     model: str
+    served: Served | None = None
+    """The spaces that answer its searches; None if only a newer release can read the active one."""
+
+    def model_for(self, *, session: str | None, space: str | None) -> str:
+        """The model that embeds the query of a search. Raises what the search raises for a space that is not there."""
+        if self.served is None or (session is None and space is None):
+            return self.model
+        return (self.served.of_session(session or "") if space is None else self.served.named(space)).spec.model
 
 
 async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
@@ -58,8 +66,17 @@ async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
     require_name("collection", name)
 
     def work(conn: sa.Connection) -> Seen:
+        try:
+            served = serving.find(conn, name)
+        except NewerSpace:
+            return of_newer_space(conn)
+        _require_seen(served.id, seen_by(conn, caller), name)
+        spec = served.active.spec
+        return Seen(served.id, served.name, spec.fingerprint, spec.model, served)
+
+    def of_newer_space(conn: sa.Connection) -> Seen:
         row = collections.find(conn, name)
-        _require_seen(row, seen_by(conn, caller), name)
+        _require_seen(row.id, seen_by(conn, caller), name)
         query = sa.text("SELECT fingerprint, spec ->> 'model' AS model FROM spaces WHERE id = :id")
         space = conn.execute(query, {"id": row.space_id}).one()
         return Seen(row.id, row.name, space.fingerprint, space.model)
@@ -67,8 +84,8 @@ async def collection(gateway: Gateway, caller: Caller, name: str) -> Seen:
     return await read(gateway, work)
 
 
-def _require_seen(row: Collection, seen: dict[str, int] | None, name: str) -> None:
-    if seen is not None and row.id not in seen.values():
+def _require_seen(collection_id: int, seen: dict[str, int] | None, name: str) -> None:
+    if seen is not None and collection_id not in seen.values():
         raise collections.not_found(name)
 
 

@@ -144,6 +144,16 @@ class Collections(Asking):
         answer = yield from self._ask(make, deadline=deadline)
         return (yield from self._read(self._server, answer.body, reader))
 
+    def feedback(self, search_id: str, chunk_id: str) -> Steps[bool]:
+        """Say that a hit was what somebody wanted, as :meth:`Client.feedback` does, which says what it raises."""
+        said = {"search_id": as_text("search_id", search_id), "chunk_id": as_text("chunk_id", chunk_id)}
+        return self._get(
+            "/v1/feedback",
+            lambda answer: read(bool, parse_object(answer).get("is_new"), "is_new"),
+            method="POST",
+            body=json.dumps(said, ensure_ascii=False, allow_nan=False).encode(),
+        )
+
     def collections(self, *, exact: bool = False) -> Steps[list[CollectionInfo]]:
         """All collections that the key may see, by name, with what is in them and how they are served.
 

@@ -15,8 +15,9 @@ from chunkmill.spaces import collections, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 
-ARE_KEPT = "to_regclass('collection_spaces') IS NOT NULL"
-"""True in SQL if collections can have other spaces than the active one."""
+ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.collection_spaces') IS NOT NULL"
+"""True in SQL if collections can have other spaces than the active one. Another installation may have them in a later
+schema of the path."""
 ACTIVE = "active"
 """The word for the active space, beside those of :class:`SpaceRole`."""
 

@@ -58,7 +58,8 @@ class Counted:
 
 def are_kept(conn: sa.Connection) -> bool:
     """False on the schema of an earlier release, on which this code runs too during an upgrade."""
-    return bool(conn.execute(sa.text("SELECT to_regclass('search_counts') IS NOT NULL")).scalar_one())
+    query = "SELECT to_regclass(quote_ident(current_schema()) || '.search_counts') IS NOT NULL"
+    return bool(conn.execute(sa.text(query)).scalar_one())
 
 
 def add(conn: sa.Connection, counts: Mapping[Key, int]) -> None:

@@ -105,7 +105,9 @@ def are_of_spaces(conn: sa.Connection) -> bool:
 
     False on the schema of an earlier release, on which a collection has one builder of a kind at a time.
     """
-    query = "SELECT to_regproc('drop_unread_segments_of_space') IS NOT NULL"
+    query = """
+        SELECT to_regproc(quote_ident(current_schema()) || '.drop_unread_segments_of_space') IS NOT NULL
+    """
     return bool(conn.execute(sa.text(query)).scalar_one())
 
 

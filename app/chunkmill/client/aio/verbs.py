@@ -425,17 +425,19 @@ class AsyncVerbs(Running):
         """The golden queries of a collection: queries whose answers are known."""
         return await self._short(self._client.golden, collection)
 
-    async def tune_search(self, collection: str, *, timeout: float = 600.0) -> SearchTuning:
+    async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
         Searches are mixed from then on if that wins by its confidence bound, and else they go by vectors alone. The
         report says why. Call it again when the collection, its space or its golden queries have changed. At most 2,000
-        queries are judged, which chance chooses, and a worker embeds them.
+        queries are judged, which chance chooses, and a worker embeds them. What was chosen holds for one space:
+        ``space`` names another one of the collection than the active one, as in :meth:`search`, for example before the
+        collection moves to it.
 
         Raises :class:`NotFound`, :class:`InvalidInput` if the collection has no keywords or no golden queries, and
         :class:`WaitTimeout` when no worker answers within ``timeout`` seconds.
         """
-        return await self._long(self._client.tune_search, collection, timeout=timeout)
+        return await self._long(self._client.tune_search, collection, timeout=timeout, space=space)
 
     @overload
     async def search(
@@ -640,8 +642,10 @@ class AsyncVerbs(Running):
         """Anti-join a collection's chunks with its space's vectors. ``audit.complete`` is true if all have one."""
         return await self._long(self._client.audit, collection)
 
-    async def index(self, collection: str) -> Index:
+    async def index(self, collection: str, *, space: str | None = None) -> Index:
         """Build now what searches of the collection need, and return what there is then.
+
+        ``space`` names another space of the collection than the active one, as in :meth:`search`.
 
         The poller does the same by itself within some seconds; what it is building now is waited for. Writers and
         searches go on meanwhile. A graph takes about a minute for 100,000 chunks, and the memory of INDEX_MEMORY_MB in
@@ -649,7 +653,7 @@ class AsyncVerbs(Running):
         no search uses it and every write is slow with it. Raises :class:`NotFound`, and :class:`StoreUnavailable` if a
         transaction that writes lasts so long that the index cannot begin.
         """
-        return await self._long(self._client.index, collection)
+        return await self._long(self._client.index, collection, space=space)
 
     async def feedback(self, search_id: str, chunk_id: str) -> bool:
         """Say that a hit was what somebody wanted, for example because they clicked on it.

@@ -16,9 +16,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chunkmill.domain.arguments import as_session, as_text
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection
 from chunkmill.domain.results import Audit, Hits, Index, SearchHit, SearchPlan
+from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.stored import StoredChunk
+from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
 from chunkmill.gateway.asked import Query, read_exact, require_known, wrong
 from chunkmill.gateway.bodies import read_body
@@ -81,6 +84,16 @@ SEARCH: Schema = {
             "description": "Allows the space that the collection had before, if no worker embeds the query.",
         },
     },
+    "additionalProperties": False,
+}
+FEEDBACK_BYTES = 64 << 10
+FEEDBACK: Schema = {
+    "type": "object",
+    "properties": {
+        "search_id": {"type": "string", "description": "That of the answer of a search."},
+        "chunk_id": {"type": "string", "description": "The hit that was what somebody wanted."},
+    },
+    "required": ["search_id", "chunk_id"],
     "additionalProperties": False,
 }
 LISTED: dict[str, Schema] = {"exact": {"type": "boolean", "default": False, "description": "Count large ones too."}}
@@ -160,7 +173,7 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
     found = await searched(gateway, caller, named, body)
-    taken = {"took_ms": round(1000 * (time.monotonic() - begun), 3)}
+    taken: dict[str, Any] = {"took_ms": round(1000 * (time.monotonic() - begun), 3)}
     if isinstance(found, Hits):
         return await large_answer(_hits(found) | taken, len(found))
     taken["space"] = found[0].space if found else named.space
@@ -188,9 +201,12 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
     for flag in ("exact", "explain"):
         if not isinstance(body.get(flag, False), bool):
             raise wrong(flag, "it must be true or false")
+    session, space = as_session(body.get("session")), body.get("space")
+    if space is not None and not isinstance(space, str):
+        raise wrong("space", "it must be a text")
     checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
     texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
-    async with gateway.embedding(caller, named.model, texts):
+    async with gateway.embedding(caller, named.model_for(session=session, space=space), texts):
         found: Hits | list[Hits] = await gateway.client.search(
             checked,
             collection=named.name,
@@ -203,11 +219,23 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
             offset=offset,
             explain=body.get("explain", False),
             hybrid=body.get("hybrid"),
-            session=body.get("session"),
-            space=body.get("space"),
+            session=session,
+            space=space,
             on_unserved=body.get("on_unserved"),
         )
     return found
+
+
+async def feedback(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    Query(request, ())
+    body = await read_exact(request, FEEDBACK_BYTES)
+    require_known(body, FEEDBACK["properties"])
+    search_id, chunk_id = as_text("search_id", body.get("search_id")), as_text("chunk_id", body.get("chunk_id"))
+    search_of = SearchId.read(search_id)
+    mine = await seen.read(gateway, lambda conn: seen.seen_by(conn, caller))
+    if mine is not None and search_of.collection_id not in mine.values():
+        raise NotFound("there is no collection of this search.")
+    return answer({"is_new": await gateway.client.feedback(search_id, chunk_id)})
 
 
 def _hits(hits: Hits) -> dict[str, Any]:
@@ -453,6 +481,15 @@ ENDPOINTS = [
                 ),
             ]
         },
+    ),
+    Endpoint(
+        "POST",
+        "/v1/feedback",
+        feedback,
+        Scope.SEARCH,
+        "Says that a hit was what somebody wanted. `is_new` is false if it was said before.",
+        body=FEEDBACK,
+        answer=object_of(is_new={"type": "boolean"}),
     ),
     Endpoint(
         "GET",
