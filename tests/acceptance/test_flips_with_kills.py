@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -22,58 +22,61 @@ from chunkmill.db.connect import create_db
 from chunkmill.settings import Settings
 from tests.support import flip_chaos
 from tests.support.checkout import CHECKOUT, PYTHONPATH
-from tests.support.waiting import PATIENCE, running, until
+from tests.support.waiting import PATIENCE, running
 
 SEED = 1_000
 ROLES = (*["enqueue"] * 6, "delete", "delete", "work", "work", "poll", "poll", "go")
 
 
 class Crew:
-    """A process for each role, started again whenever it ends."""
+    """A process for each role, started again whenever it is killed."""
 
-    def __init__(self, settings: Settings, rng: random.Random, folder: Path) -> None:
-        self._env = os.environ | {
+    def __init__(self, settings: Settings, rng: random.Random) -> None:
+        env = os.environ | {
             "DATABASE_URL": settings.require_database_url(),
             "REDIS_URL": settings.require_redis_url(),
+            "PYTHONPATH": PYTHONPATH,
         }
+        command = [sys.executable, "-P", "-m", "tests.support.flip_chaos"]
+        self._parent = subprocess.Popen(
+            command, cwd=CHECKOUT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._rng = rng
-        self._folder = folder
         self._seeds = itertools.count(SEED)
-        self._ready: dict[int, Path] = {}
-        self._processes = [self._start(role) for role in ROLES]
+        self._numbers = [self._start(role) for role in ROLES]
         self.kills = 0
         self.worker_kills = 0
 
-    def _start(self, role: str) -> subprocess.Popen[bytes]:
-        seed = str(next(self._seeds))
-        ready = self._folder / seed
-        command = [sys.executable, "-P", "-m", "tests.support.flip_chaos", role, seed, str(ready)]
-        # Each is found by its own number: nobody is ended by a name.
-        env = self._env | {"PYTHONPATH": PYTHONPATH}
-        process = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL)
-        self._ready[process.pid] = ready
-        return process
+    def _start(self, role: str) -> int:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(f"{role} {next(self._seeds)}\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
 
     def kill_one(self) -> None:
-        """SIGKILL one that has begun, and start it anew."""
+        """SIGKILL one of them, and start it anew."""
         i = self._rng.randrange(len(ROLES))
-        until(self._ready.pop(self._processes[i].pid).exists)
-        self._processes[i].kill()
-        self._processes[i].wait(PATIENCE)
-        self._processes[i] = self._start(ROLES[i])
+        os.kill(self._numbers[i], signal.SIGKILL)
+        self._numbers[i] = self._start(ROLES[i])
         self.kills += 1
         self.worker_kills += ROLES[i] == "work"
 
     def end(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait(PATIENCE)
+        """Kill all of them; it may be called twice."""
+        for number in self._numbers:
+            os.kill(number, signal.SIGKILL)
+        self._numbers = []
+        if self._parent.stdin is not None and not self._parent.stdin.closed:
+            self._parent.stdin.close()
+        self._parent.wait(PATIENCE)
+        if self._parent.stdout is not None:
+            self._parent.stdout.close()
 
 
 @pytest.fixture
-def crew(settings: Settings, tmp_path: Path) -> Iterator[Crew]:
-    made = Crew(settings, random.Random(SEED), tmp_path)
+def crew(settings: Settings) -> Iterator[Crew]:
+    made = Crew(settings, random.Random(SEED))
     try:
         yield made
     finally:
@@ -104,7 +107,9 @@ def test_a_thousand_flips_lose_no_chunk_and_mix_no_spaces(
             patience.wait(2 * rng.random())
             crew.kill_one()
             before, done = done, flip_chaos.times_back(watching)
-            since = time.monotonic() if done > before else since
+            if done > before:
+                since = time.monotonic()
+                print(f"{2 * done} flips, {crew.kills} kills", file=sys.stderr, flush=True)
             assert time.monotonic() < since + PATIENCE, f"after {done} times it came back no more; {_shown(client)}"
     crew.end()
     watcher, searcher = (seer.result() for seer in seers)

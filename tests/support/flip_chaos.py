@@ -1,7 +1,7 @@
 """Everybody who works on a collection that flips and rolls back all the time, and somebody who watches.
 
-The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos ROLE SEED
-READY``, with the servers in DATABASE_URL and REDIS_URL. The file READY is made when the role begins.
+The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos`` forks them
+for the servers in DATABASE_URL and REDIS_URL.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import contextlib
 import logging
 import os
 import random
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import psycopg
@@ -39,6 +39,8 @@ from chunkmill.spaces import collections, registry
 from chunkmill.store.read import read_work, still_wanted
 from chunkmill.store.write import write_vectors
 from tests.support.several_spaces import other_space, vector_of, write
+
+logger = logging.getLogger(__name__)
 
 STEADY = [(f"steady-{i}", f"the steady text {i}") for i in range(25)]
 """Chunks that nobody touches."""
@@ -171,8 +173,8 @@ def go(settings: Settings, rng: random.Random, stopped: Callable[[], bool]) -> N
                 # Workers that are killed again and again take a content for one that kills.
                 with contextlib.suppress(*TROUBLE):
                     client.retry_dead()
-            except TROUBLE:
-                pass
+            except TROUBLE as error:
+                logger.debug("tried again: %s", error)
             time.sleep(0.05 * rng.random())
 
 
@@ -308,14 +310,22 @@ def quick_passes() -> Iterator[None]:
 
 
 def main() -> None:
-    """Play one role until somebody ends this process."""
-    role, seed, ready = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    logging.disable(logging.CRITICAL)
+    """Fork a process for each line of stdin, ``ROLE SEED``, and print its number, so that none imports all this again.
+
+    The processes end when this one does, at the end of stdin.
+    """
+    logging.basicConfig(level=os.environ.get("CHAOS_LOG", "CRITICAL"))
     fill.RETRY_SECONDS = 0.2
     settings = small(Settings.from_env(lease_seconds=2.0, poll_interval=0.1))
-    parent = os.getppid()
-    ready.touch()
-    ROLES[role](settings, random.Random(seed), lambda: os.getppid() != parent)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    parent = os.getpid()
+    for line in sys.stdin:
+        role, seed = line.split()
+        if number := os.fork():
+            print(number, flush=True)
+            continue
+        ROLES[role](settings, random.Random(int(seed)), lambda: os.getppid() != parent)
+        os._exit(0)
 
 
 if __name__ == "__main__":
