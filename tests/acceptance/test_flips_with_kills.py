@@ -104,7 +104,7 @@ def test_a_thousand_flips_lose_no_chunk_and_mix_no_spaces(
         )
         done, since = 0, time.monotonic()
         while done < cycles:
-            patience.wait(2 * rng.random())
+            patience.wait(4 * rng.random())
             crew.kill_one()
             before, done = done, flip_chaos.times_back(watching)
             if done > before:

@@ -1,7 +1,7 @@
 """Everybody who works on a collection that flips and rolls back all the time, and somebody who watches.
 
-The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos`` forks them
-for the servers in DATABASE_URL and REDIS_URL.
+The roles run as threads of a test, or as processes that are killed: ``python -P -m tests.support.flip_chaos`` forks
+them for the servers in DATABASE_URL and REDIS_URL.
 """
 
 from __future__ import annotations
