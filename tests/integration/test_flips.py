@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from chunkmill import Gates, InvalidInput, NotFound, Reembedding, ReembeddingState, WaitTimeout
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
-from chunkmill.db.locks import DELETE_LOCK, lock_shared
+from chunkmill.db.locks import DELETE_LOCK, holders, lock_shared
 from chunkmill.domain.chunks import content_hash
 from chunkmill.ledger.reembedding import cleaning, flipping, lives
 from chunkmill.ledger.reembedding.flipping import Direction
@@ -176,9 +176,13 @@ def test_a_known_text_that_comes_since_the_look_is_seen_too(way: Way, client: Cl
     assert (tried.done, tried.missing) == (False, 1)
 
 
-def test_a_look_waits_for_the_windows_that_have_begun(way: Way, client: Client, hands: Hands) -> None:
+def test_a_look_waits_for_the_windows_that_have_begun(
+    way: Way, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their ChunkBatches may have numbers before the mark, and nobody sees them before their commit."""
     way.until_ramping()
+    looks = []
+    monkeypatch.setattr(flipping, "holders", lambda *given: looks.append(given) or holders(*given))
     with hands.db.connect() as writer, writer.begin() as window:
         lock_shared(writer, DELETE_LOCK)
         client.enqueue([("other", "another window")], collection="stays")
@@ -188,6 +192,7 @@ def test_a_look_waits_for_the_windows_that_have_begun(way: Way, client: Client, 
                 SELECT id, 'slow', :hash, '{}', 1 FROM collections WHERE name = 'docs'
             """
             writer.execute(sa.text(insert), {"hash": content_hash("slow")})
+            until(lambda: len(looks) > 2 or not looking.is_alive())
             window.commit()
     assert content_hash("slow") in looking.result().lacking
 
