@@ -164,6 +164,10 @@ BEGIN
             ('^(charges|adjustments)$', 'DELETE', 'chunkmill_workers'),
             ('^(charges|adjustments)$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^(contents|collections|collection_aliases)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
+            -- A poller takes the steps of a re-embedding, and a person begins one. Workers know nothing of it.
+            ('^(reembeddings|collection_spaces)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
+            ('^reembeddings$', 'INSERT, DELETE', 'chunkmill_pollers'),
+            ('^collection_spaces$', 'INSERT', 'chunkmill_pollers'),
             ('^spaces$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^spaces$', 'UPDATE, DELETE', 'chunkmill_workers'), -- a worker registers the space of its own model
             ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),

@@ -22,7 +22,10 @@ from chunkmill.client import Client
 VERBS = Path(__file__).parents[1] / "app" / "chunkmill" / "client" / "aio" / "verbs.py"
 OWN = {"from_env", "close"}
 """What AsyncClient has in its own way."""
-LONG = {"audit", "bridge", "cancel", "export", "index", "keywords", "quote_comparison", "retry", "tune_search"}
+LONG = {
+    "audit", "bridge", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "quote_comparison",
+    "reembed", "retry", "rollback", "tune_search",
+}  # fmt: skip
 """What may hold a connection for minutes, beside all that takes an iterable or a function. All other methods take
 moments, or wait in steps."""
 HEAD = '''"""The methods of ``AsyncClient``. `make docs` writes this file from those of ``Client``."""

@@ -21,9 +21,11 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
+from chunkmill.domain.gates import GateResult, Gates
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
+from chunkmill.domain.reembedding import Coverage, Quote, Reembedding, ReembeddingState, ServedBy
 from chunkmill.domain.results import (
     Abandoned,
     Attempt,
@@ -149,6 +151,7 @@ __all__ = [
     "Cost",
     "Costs",
     "CostsBy",
+    "Coverage",
     "DeadChunk",
     "DeadDetails",
     "DeadEntry",
@@ -192,6 +195,9 @@ __all__ = [
     "ProviderError",
     "Pruned",
     "QueryCache",
+    "Quote",
+    "Reembedding",
+    "ReembeddingState",
     "RetriedDead",
     "Route",
     "RoutingStep",
@@ -199,6 +205,7 @@ __all__ = [
     "SearchHit",
     "SearchPlan",
     "SearchTuning",
+    "ServedBy",
     "SpaceMismatch",
     "SpaceSpec",
     "Standing",

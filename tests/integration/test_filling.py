@@ -432,7 +432,8 @@ def test_a_space_beside_the_active_one_is_not_dropped(scene: Scene) -> None:
 def test_an_empty_collection_with_two_spaces_is_not_moved(scene: Scene) -> None:
     scene.client.delete("docs", [f"{i}" for i in range(7)])
     with pytest.raises(SpaceMismatch, match="is being re-embedded or can still be rolled back"):
-        scene.client.enqueue([("a", "text a")], collection="docs", on_long="split")
+        scene.client.enqueue([("a", "text a")], collection="docs", precision="int8")
+    scene.client.enqueue([("a", "text a")], collection="docs", on_long="split")  # the other of its two spaces
     with scene.db.begin() as conn:
         assert collections.find(conn, "docs").space_id == scene.old.id
 

@@ -53,6 +53,7 @@ SECTIONS = {
         "models": ("collections.search", "List the embedding spaces in the database."),
         "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
         "delete": ("collections.chunks", "Delete some or all chunks of a collection."),
+        "reembed": ("collections.reembed", "Move a collection to another model, and come back."),
         "export": ("collections.chunks", "Write chunks and vectors into a Parquet or JSON lines file."),
     },
     "Retention": {

@@ -16,6 +16,7 @@ from chunkmill.client.dead import DeadList
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
+from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
 from chunkmill.client.searches import Searches
 from chunkmill.db.connect import create_db, migrate, require_migrated
@@ -26,7 +27,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Retention):
+class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

@@ -57,7 +57,7 @@ def estimate(
             space = registry.find(conn, spec.fingerprint)
             if request.collection is not None:
                 collections.require_space(conn, request.collection, spec)
-        counters = [_Counter(route, settings, request) for route in routing.lanes_of(settings, spec)]
+        counters = [LaneCounter(route, settings, request) for route in routing.lanes_of(settings, spec)]
         with _temporary_tables(conn):
             for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
                 to_send = _count_window(conn, space, chunks, totals)
@@ -136,7 +136,7 @@ Rule = Callable[[Sequence[tuple[bytes, str]]], tuple[int, int]]
 """From contents ``(hash, text)``: how many tokens would be sent of them, and how many of them would be refused."""
 
 
-class _Counter:
+class LaneCounter:
     """Counts the tokens of one lane. Without the lane's tokenizer it counts nothing and says why."""
 
     def __init__(self, route: Route, settings: Settings, request: EstimateRequest) -> None:

@@ -31,16 +31,17 @@ NAMES_LOCK = 0x63686D09
 transaction takes."""
 SPACES_LOCK = 0x63686D0A
 """Shared by transactions that go through the vector tables of all spaces; exclusive for one that drops a space."""
+LIVES_LOCK = 0x63686D0B
+"""The first of two keys; the second is the collection. Shared by the windows of enqueues, each of which reads the
+collection's spaces; exclusive for a transaction that changes them. The row's own lock would let windows overlap for
+ever while such a transaction waits for it; here whoever comes later stands behind it."""
 FLUSH_SPACE_LOCK = 0x63686D17
 """The first of two keys; the second is made of a collection and a space. One connection at a time flushes their
 tail."""
 MERGE_SPACE_LOCK = 0x63686D18
 """The same for the connection that merges the segments of a collection in a space."""
-
-LIVES_LOCK = 0x63686D0B
-"""The first of two keys; the second is the collection. Shared by the windows of enqueues, each of which reads the
-collection's spaces; exclusive for a transaction that changes them. The row's own lock would let windows overlap for
-ever while such a transaction waits for it; here whoever comes later stands behind it."""
+REEMBED_LOCK = 0x63686D19
+"""The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:

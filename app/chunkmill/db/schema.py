@@ -143,6 +143,9 @@ class ReembeddingRow(Base):
     state_since: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
     flipped_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     finished_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    paused_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    cleaned_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When the last was deleted that the space which the collection left had of it."""
 
     __table_args__ = (
         one_of("state", ReembeddingState),

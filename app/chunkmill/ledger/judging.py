@@ -23,6 +23,7 @@ from chunkmill.domain.costs import machine_usd
 from chunkmill.domain.gates import GateResult, Gates, Measured
 from chunkmill.domain.prices import MILLION
 from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.states import ChunkBatchState
 from chunkmill.errors import EngineError, WaitTimeout
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.jobs import routing
@@ -150,7 +151,10 @@ def judge(
 
 
 def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) -> tuple[int, int, int]:
-    """Chunks of the collection, those that only the old space has a vector of, and those of them that are dead."""
+    """Chunks of the collection, those that only the old space has a vector of, and those of them that are dead.
+
+    What waits in an open ChunkBatch of the new space does not count as missing.
+    """
     query = f"""
         WITH missing AS (
             SELECT c.chunk_id, c.content_hash
@@ -158,6 +162,14 @@ def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) ->
             JOIN {old.table_name} o ON o.content_hash = c.content_hash
             LEFT JOIN {new.table_name} n ON n.content_hash = c.content_hash
             WHERE c.collection_id = :collection AND n.content_hash IS NULL
+              -- If somebody enqueues all the time, some are always on their way. The flip itself lets none of them be
+              -- missing.
+              AND NOT EXISTS (
+                  SELECT
+                  FROM chunk_batches b
+                  JOIN jobs j ON j.id = b.job_id
+                  WHERE j.collection_id = :collection AND j.space_id = :new AND b.state IN (:available, :running)
+                    AND c.content_hash = ANY(b.content_hashes))
         )
         SELECT (SELECT count(*) FROM chunks WHERE collection_id = :collection) AS chunks,
                (SELECT count(*) FROM missing) AS missing,
@@ -173,7 +185,13 @@ def coverage(conn: sa.Connection, collection_id: int, old: Space, new: Space) ->
                    )
                ) AS dead
     """
-    row = conn.execute(sa.text(query), {"collection": collection_id, "new": new.id}).one()
+    parameters = {
+        "collection": collection_id,
+        "new": new.id,
+        "available": ChunkBatchState.AVAILABLE,
+        "running": ChunkBatchState.RUNNING,
+    }
+    row = conn.execute(sa.text(query), parameters).one()
     return row.chunks, row.missing, row.dead
 
 

@@ -111,7 +111,8 @@ def require_lives(conn: sa.Connection) -> None:
 def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden: bool = False) -> Collection:
     """Create the collection if it is new, lock it until the end of this transaction, and move it into ``space``.
 
-    Raises :class:`SpaceMismatch` if it is in another space and may not move. A hidden collection was made before; it
+    An enqueue into another one of its spaces is taken as it is: its windows are written for all of them. Raises
+    :class:`SpaceMismatch` if it is in another space and may not move. A hidden collection was made before; it
     raises :class:`NotFound` if it was dropped since.
     """
     if is_hidden:
@@ -131,7 +132,7 @@ def lock_for_enqueue(conn: sa.Connection, name: str, space: Space, *, is_hidden:
         # a number of the sequence with it, and numbers end.
         lock(conn, NAMES_LOCK)
         collection = _lock(conn, name) or _create(conn, name, space)
-    if collection.space_id != space.id:
+    if collection.space_id != space.id and not _is_beside(conn, collection, space.id):
         _require_movable(conn, collection, space.spec)
         move = "UPDATE collections SET space_id = :space WHERE id = :id"
         conn.execute(sa.text(move), {"space": space.id, "id": collection.id})
@@ -172,8 +173,16 @@ def _create(conn: sa.Connection, name: str, space: Space) -> Collection:
 def require_space(conn: sa.Connection, name: str, spec: SpaceSpec) -> None:
     """Raise the :class:`SpaceMismatch` that an enqueue into the collection would raise now. Nothing is changed."""
     collection = resolve(conn, name)
-    if collection is not None and registry.get(conn, collection.space_id).spec.fingerprint != spec.fingerprint:
+    if collection is None or registry.get(conn, collection.space_id).spec.fingerprint == spec.fingerprint:
+        return
+    space = registry.find(conn, spec.fingerprint)
+    if space is None or not _is_beside(conn, collection, space.id):
         _require_movable(conn, collection, spec)
+
+
+def _is_beside(conn: sa.Connection, collection: Collection, space_id: int) -> bool:
+    """Whether the collection has this space beside the active one: one that is being filled, or the one it left."""
+    return space_id in others.of(conn, collection.id).others
 
 
 def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec) -> None:
@@ -183,8 +192,7 @@ def _require_movable(conn: sa.Connection, collection: Collection, to: SpaceSpec)
         raise SpaceMismatch(
             f"collection {collection.name!r} is in another space ({_described(old)}) than the one that is asked for "
             f"({_described(to)}), and is being re-embedded or can still be rolled back. Enqueue with the model, "
-            "on_long, dimensions and precision that it has now: what is enqueued reaches its other space too. After a "
-            "flip that is the new model."
+            "on_long, dimensions and precision of one of its two spaces: what is enqueued reaches both."
         )
     query = """
         SELECT EXISTS (SELECT FROM chunks WHERE collection_id = :id)

@@ -197,7 +197,7 @@ def show_estimate(screen: Screen, estimate: Estimate) -> None:
         }
     )
     screen.say("")
-    screen.table(["lane", "tokens", "refused", "engine time", "USD", "note"], map(_lane_row, estimate.lanes))
+    screen.table(["lane", "tokens", "refused", "engine time", "USD", "note"], map(lane_row, estimate.lanes))
     show_budget(screen, estimate.budget)
     if estimate.route.is_paid and estimate.budget.is_used_up:
         screen.hint(f"An enqueue would be refused: {estimate.budget.refusal()}")
@@ -214,7 +214,8 @@ def _rounded(usd: Decimal | None) -> Decimal | None:
     return None if usd is None else usd.quantize(USD_PLACES)
 
 
-def _lane_row(lane: LaneEstimate) -> tuple[object, ...]:
+def lane_row(lane: LaneEstimate) -> tuple[object, ...]:
+    """The cells of an estimate's lane."""
     time = None if lane.seconds is None else duration(lane.seconds)
     return lane.route.value, lane.tokens, lane.refused, time, _usd(lane.usd), lane.unknown
 

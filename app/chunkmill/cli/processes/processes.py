@@ -25,6 +25,7 @@ from chunkmill.monitor.gauges import Gauges
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.indexer import Indexer
 from chunkmill.poller.poller import Poller
+from chunkmill.poller.reembedding import Reembedder
 from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry.exposition import MetricsServer, Process
@@ -91,6 +92,7 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
         require_migrated(db)
         with _with_metrics(settings):
             Indexer(db, settings).start(stop)
+            Reembedder(db, settings).start(stop)
             Poller(db, broker, settings, beat).run(stop)
     finally:
         broker.close()

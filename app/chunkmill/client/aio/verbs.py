@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from os import PathLike
@@ -19,9 +19,11 @@ from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDr
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.embedded import EmbeddedTexts
+from chunkmill.domain.gates import Gates
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
+from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
 from chunkmill.domain.results import (
     Abandoned,
     Attempt,
@@ -924,6 +926,158 @@ class AsyncVerbs(Running):
     async def remove_alias(self, alias: str) -> None:
         """Take an alias away. Its collection stays. Raises :class:`NotFound`."""
         return await self._short(self._client.remove_alias, alias)
+
+    @overload
+    async def reembed(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[True],
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Quote: ...
+
+    @overload
+    async def reembed(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: Literal[False] = False,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Reembedding: ...
+
+    async def reembed(
+        self,
+        collection: str,
+        *,
+        to: str,
+        dry_run: bool = False,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        gates: Gates | None = None,
+        ramp: Sequence[int] = RAMP,
+        step_hours: float = STEP_HOURS,
+        keep_days: float = KEEP_DAYS,
+        priority: Priority | str = Priority.LOW,
+        route: Route | str = Route.AUTO,
+    ) -> Quote | Reembedding:
+        """Begin to move a collection to the model ``to``, or with ``dry_run`` say what that would take.
+
+        Nobody notices the move: the stored texts are embedded into the new space as work of ``priority``, what is
+        enqueued meanwhile is embedded into both, and searches go on in the old space. The new one must pass the
+        ``gates``, answers the growing shares of ``ramp``, each for ``step_hours``, and becomes the active one at a
+        single moment. The old one is kept up to date for ``keep_days``, so that :meth:`rollback` can return to it. A
+        poller does all this; a call with the same arguments returns the re-embedding that is under way.
+
+        ``on_long``, ``dimensions``, ``precision`` and ``route`` are as in :meth:`enqueue`. A ramp whose last share is
+        not 100 stays there until somebody calls :meth:`flip` or :meth:`cancel_reembedding`, and an empty one flips as
+        soon as the gates are passed.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` if another re-embedding of the collection is under way or it is
+        in the space already, :class:`UnknownModel`, :class:`UnknownRoute`, and :class:`BudgetExceeded`.
+        """
+        return await self._long(
+            self._client.reembed,
+            collection,
+            to=to,
+            dry_run=dry_run,
+            on_long=on_long,
+            dimensions=dimensions,
+            precision=precision,
+            gates=gates,
+            ramp=ramp,
+            step_hours=step_hours,
+            keep_days=keep_days,
+            priority=priority,
+            route=route,
+        )
+
+    async def reembedding(self, which: int | str) -> Reembedding:
+        """A re-embedding by its id, or the latest one of a collection by its name. Raises :class:`NotFound`."""
+        return await self._short(self._client.reembedding, which)
+
+    async def reembeddings(self, collection: str | None = None, *, limit: int = 20) -> list[Reembedding]:
+        """The latest re-embeddings, newest first: of one collection, or of all. Raises :class:`NotFound`."""
+        return await self._short(self._client.reembeddings, collection, limit=limit)
+
+    async def flip(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
+        """Make the new space the active one now, without the rest of the ramp.
+
+        No chunk that can be searched is missing afterwards: that is proved in the moment of the flip, for which writers
+        wait some milliseconds. If chunks got their vector in the old space a moment ago, this waits for their vector in
+        the new one, up to ``timeout`` seconds. ``missing`` chunks may be missing all the same; None means as many as
+        the gates allow. The gates of quality are not asked.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` if it is not judged or ramping, and :class:`WaitTimeout`, which
+        says how many chunks have no vector in the new space. Nothing is changed then.
+        """
+        return await self._long(self._client.flip, which, missing=missing, timeout=timeout)
+
+    async def rollback(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:
+        """Make the space active again that the collection left. It is :meth:`flip` backwards, with the same proof.
+
+        The new space is kept up to date for ``keep_days``; after that it is dropped. Raises what :meth:`flip` raises.
+        """
+        return await self._long(self._client.rollback, which, missing=missing, timeout=timeout)
+
+    async def judge_reembedding(self, which: int | str, *, timeout: float = 600.0) -> Reembedding:
+        """Check the gates now, and note what they said. A poller whose role may read texts does it by itself.
+
+        Workers embed the golden queries in both spaces, for which this waits up to ``timeout`` seconds. Raises
+        :class:`NotFound`, and :class:`InvalidInput` if it is not judged now.
+        """
+        return await self._long(self._client.judge_reembedding, which, timeout=timeout)
+
+    async def pause_reembedding(self, which: int | str) -> Reembedding:
+        """Let a re-embedding stay in its state and its share. What was handed to workers is embedded.
+
+        What is enqueued meanwhile still reaches both spaces. Raises :class:`NotFound`, and :class:`InvalidInput` if it
+        has ended.
+        """
+        return await self._short(self._client.pause_reembedding, which)
+
+    async def resume_reembedding(
+        self, which: int | str, *, gates: Gates | None = None, ramp: Sequence[int] | None = None
+    ) -> Reembedding:
+        """Go on with one that was paused, has a problem, or stepped back; with other ``gates`` or another ``ramp``.
+
+        Its gates are checked anew. Raises :class:`NotFound`, and :class:`InvalidInput` if it has ended.
+        """
+        return await self._short(self._client.resume_reembedding, which, gates=gates, ramp=ramp)
+
+    async def cancel_reembedding(self, which: int | str) -> Reembedding:
+        """Give up a re-embedding before its flip. Searches stay in the old space.
+
+        Vectors of the new space that are written stay, as those that no collection refers to, until they are pruned or
+        evicted. Raises :class:`NotFound`, and :class:`InvalidInput` after the flip, when :meth:`rollback` returns.
+        """
+        return await self._short(self._client.cancel_reembedding, which)
+
+    async def finish_reembedding(self, which: int | str) -> Reembedding:
+        """Drop the space that the collection left, before ``keep_days`` are over. There is no way back after that.
+
+        A poller deletes its vectors. Raises :class:`NotFound`, and :class:`InvalidInput` if the collection has left no
+        space that is still kept.
+        """
+        return await self._short(self._client.finish_reembedding, which)
 
     async def prune(
         self,

@@ -1,0 +1,336 @@
+"""The flip: another space of a collection becomes the active one, and no chunk that could be searched is missing.
+
+A chunk can be searched if its content has a vector in the active space. So the proof is an anti-join: no content of the
+collection has a vector in the space that is active and none in the one that becomes it. It reads the whole collection,
+which takes seconds, so that it is made while everybody works (:func:`look`). What it leaves open is little:
+
+- contents that had a vector in neither space, and may have got one in the active space since, and
+- contents of the ChunkBatches that windows of enqueues have written since.
+
+In the moment of the flip (:func:`try_to_flip`) only these are looked at. Nobody adds a chunk or a vector meanwhile, nor
+deletes one: everyone who does holds the shared side of ``DELETE_LOCK``, last release and this one, and the flip holds
+it alone. Its queue is a fair one, so that a flip comes to its turn however many producers there are, which a lock of
+the collection's row does not promise: a row that somebody holds in a shared mode can be taken in that mode for ever.
+
+A rollback is the same with the two spaces in each other's place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from chunkmill.db.connect import sqlstate
+from chunkmill.db.locks import DELETE_LOCK, holders, lock
+from chunkmill.domain.reembedding import ReembeddingState
+from chunkmill.domain.states import ChunkBatchState, JobState, Priority
+from chunkmill.errors import InvalidInput
+from chunkmill.ledger.reembedding.lives import Life, on_long_of
+from chunkmill.spaces import registry
+from chunkmill.spaces.registry import VectorTable
+
+MOST_OPEN = 20_000
+"""The most contents that are looked at in the moment of a flip."""
+MOST_OPEN_BACK = 200_000
+"""The same for a rollback, which may be urgent, and must not wait until a large enqueue is over."""
+FEW_NEW = 2_000
+"""A flip is tried once no more contents than this were enqueued since the last look."""
+LOOKS = 8
+"""How often one try looks again at what was enqueued since the look before."""
+LOCK_PATIENCE_S = 5.0
+"""How many seconds a flip waits for the windows and the writes that are under way. Others queue behind it meanwhile."""
+WRITERS_PATIENCE_S = 60.0
+"""How many seconds a look waits until everybody who writes now has ended, while others go on."""
+HOLD_SECONDS = 3.0
+"""How long work in the space that is to be left waits, so that the other space catches up."""
+LOCK_NOT_AVAILABLE = ("55P03", "40001", "40P01")
+
+FLIP_FROM = (ReembeddingState.JUDGING, ReembeddingState.RAMPING)
+"""The states from which a person may flip."""
+ROLL_BACK_FROM = (ReembeddingState.FLIPPED,)
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """From which space a collection goes to which. ``back`` is a rollback."""
+
+    life: Life
+    active: VectorTable
+    other: VectorTable
+    back: bool
+
+    @property
+    def most_open(self) -> int:
+        """How many contents may be looked at in the moment of the flip."""
+        return MOST_OPEN_BACK if self.back else MOST_OPEN
+
+    @classmethod
+    def of(cls, life: Life, *, back: bool) -> Direction:
+        """The way of a re-embedding: to the new space, or back to the old one."""
+        old, new = VectorTable(life.from_space_id), VectorTable(life.to_space_id)
+        return cls(life, new, old, back) if back else cls(life, old, new, back)
+
+
+@dataclass(frozen=True, slots=True)
+class Flipped:
+    """What a try of a flip did. ``missing`` chunks can be searched now, and could not afterwards.
+
+    ``open_contents`` is how many contents would have to be looked at, if they are too many for one moment.
+    """
+
+    done: bool
+    missing: int = 0
+    open_contents: int = 0
+    seconds: float = 0.0
+    """How long others waited for the flip alone, after it had got its lock."""
+    hashes: tuple[bytes, ...] = ()
+    """Some contents of the missing chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was looked at: everything that was written up to ChunkBatch ``mark``.
+
+    ``lacking`` are the contents that had no vector in the other space; ``missing`` is how many chunks of them had one
+    in the active space.
+    """
+
+    mark: int
+    lacking: tuple[bytes, ...]
+    missing: int
+    is_all: bool
+    """False if there are more than fit."""
+
+
+def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> Flipped:
+    """Prove and flip, or say what is in the way. Nothing else is changed, and it may be called again at any time.
+
+    ``missing`` is how many chunks may be missing afterwards. Raises :class:`InvalidInput` if the re-embedding is in
+    none of the ``states`` any more.
+    """
+    seen = look(db, way)
+    for _ in range(LOOKS):
+        if not seen.is_all:
+            return Flipped(done=False, missing=seen.missing, open_contents=len(seen.lacking))
+        with db.begin() as conn:
+            n_new = _count_new(conn, way, seen.mark)
+        if n_new <= FEW_NEW:
+            break
+        seen = look_again(db, way, seen)
+    if seen.missing > missing:
+        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_NEW])
+    try:
+        return try_to_flip(db, way, seen, states=states, missing=missing)
+    except sa.exc.DBAPIError as error:
+        if sqlstate(error) in LOCK_NOT_AVAILABLE:
+            return Flipped(done=False)
+        raise
+
+
+def look(db: sa.Engine, way: Direction) -> Look:
+    """The anti-join of the whole collection, while everybody works."""
+    mark = _mark(db)
+    query = f"""
+        SELECT c.content_hash, count(*) AS chunks,
+               EXISTS (SELECT FROM {way.active.table_name} a WHERE a.content_hash = c.content_hash) AS is_searchable
+        FROM chunks c
+        WHERE c.collection_id = :collection
+          AND NOT EXISTS (SELECT FROM {way.other.table_name} o WHERE o.content_hash = c.content_hash)
+        GROUP BY c.content_hash
+        LIMIT :most
+    """
+    with db.begin() as conn:
+        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        parameters = {"collection": way.life.collection_id, "most": way.most_open + 1}
+        rows = conn.execute(sa.text(query), parameters).all()
+    return Look(
+        mark,
+        tuple(row.content_hash for row in sorted(rows, key=lambda row: not row.is_searchable)),
+        sum(row.chunks for row in rows if row.is_searchable),
+        len(rows) <= way.most_open,
+    )
+
+
+def look_again(db: sa.Engine, way: Direction, seen: Look) -> Look:
+    """The same of what was written since, and of what was open."""
+    mark = _mark(db)
+    with db.begin() as conn:
+        lacking = conn.execute(sa.text(_candidates(way, _STILL_LACKING)), _parameters(way, seen)).all()
+    return Look(
+        mark,
+        tuple(row.content_hash for row in sorted(lacking, key=lambda row: not row.is_searchable)),
+        sum(row.chunks for row in lacking if row.is_searchable),
+        len(lacking) <= way.most_open,
+    )
+
+
+def _mark(db: sa.Engine) -> int:
+    """The last ChunkBatch, once everybody has committed who may have written one up to it.
+
+    To take the lock itself would hold up all who come meanwhile.
+    """
+    with db.begin() as conn:
+        mark = int(conn.execute(sa.text("SELECT coalesce(max(id), 0) FROM chunk_batches")).scalar_one())
+        writers = holders(conn, DELETE_LOCK)
+    deadline = time.monotonic() + WRITERS_PATIENCE_S
+    while writers and time.monotonic() < deadline:
+        time.sleep(0.01)
+        with db.begin() as conn:
+            writers &= holders(conn, DELETE_LOCK)
+    if writers:
+        # The look is not made up to a mark that somebody may still write before, but up to none.
+        return 0
+    return mark
+
+
+_STILL_LACKING = """
+SELECT x.content_hash, count(*) AS chunks,
+       EXISTS (SELECT FROM {active} a WHERE a.content_hash = x.content_hash) AS is_searchable
+FROM candidates x
+JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
+WHERE NOT EXISTS (SELECT FROM {other} o WHERE o.content_hash = x.content_hash)
+GROUP BY x.content_hash
+LIMIT :most
+"""
+_MISSING = """
+SELECT x.content_hash, count(*) AS chunks
+FROM candidates x
+JOIN {active} a ON a.content_hash = x.content_hash
+JOIN chunks c ON c.content_hash = x.content_hash AND c.collection_id = :collection
+WHERE NOT EXISTS (SELECT FROM {other} o WHERE o.content_hash = x.content_hash)
+GROUP BY x.content_hash
+"""
+
+
+def _candidates(way: Direction, select: str) -> str:
+    """A query of the contents that were lacking, and of those in ChunkBatches of the collection after the mark."""
+    return f"""
+        WITH candidates AS MATERIALIZED (
+            SELECT unnest(CAST(:lacking AS bytea[])) AS content_hash
+            UNION
+            SELECT unnest(b.content_hashes)
+            FROM chunk_batches b
+            JOIN jobs j ON j.id = b.job_id
+            WHERE b.id > :mark AND j.collection_id = :collection
+        )
+        {select.format(active=way.active.table_name, other=way.other.table_name)}
+    """
+
+
+def _parameters(way: Direction, seen: Look) -> dict[str, object]:
+    return {
+        "collection": way.life.collection_id,
+        "mark": seen.mark,
+        "lacking": list(seen.lacking),
+        "most": way.most_open + 1,
+    }
+
+
+def _count_new(conn: sa.Connection, way: Direction, mark: int) -> int:
+    query = """
+        SELECT coalesce(sum(b.n_contents), 0)
+        FROM chunk_batches b
+        JOIN jobs j ON j.id = b.job_id
+        WHERE b.id > :mark AND j.collection_id = :collection
+    """
+    return int(conn.execute(sa.text(query), {"mark": mark, "collection": way.life.collection_id}).scalar_one())
+
+
+def try_to_flip(
+    db: sa.Engine, way: Direction, seen: Look, *, states: Sequence[ReembeddingState], missing: int
+) -> Flipped:
+    """The moment of the flip: look at what is open, and swap the spaces, in one short transaction."""
+    with db.connect() as conn, conn.begin() as transaction:
+        kept = registry.get(conn, way.active.id)
+        conn.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE_S:g}s'"))
+        lock(conn, DELETE_LOCK)
+        began = time.monotonic()
+        if _count_new(conn, way, seen.mark) > way.most_open:
+            transaction.rollback()
+            return Flipped(done=False, seconds=time.monotonic() - began)
+        rows = conn.execute(sa.text(_candidates(way, _MISSING)), _parameters(way, seen)).all()
+        n_missing = sum(row.chunks for row in rows)
+        if n_missing > missing:
+            transaction.rollback()
+            hashes = tuple(row.content_hash for row in rows)
+            return Flipped(done=False, missing=n_missing, seconds=time.monotonic() - began, hashes=hashes)
+        swap = "SELECT swap_spaces(:id, :back, CAST(:states AS text[]), :to, :on_long)"
+        parameters = {
+            "id": way.life.id,
+            "back": way.back,
+            "states": [state.value for state in states],
+            "to": ReembeddingState.ROLLED_BACK if way.back else ReembeddingState.FLIPPED,
+            "on_long": on_long_of(kept),
+        }
+        if not conn.execute(sa.text(swap), parameters).scalar_one():
+            transaction.rollback()
+            raise InvalidInput(
+                f"re-embedding {way.life.id} of collection {way.life.collection!r} cannot "
+                f"{'roll back' if way.back else 'flip'} now, because it has changed meanwhile. Look at it first: "
+                f"chunkmill reembed show {way.life.id}."
+            )
+        transaction.commit()
+        return Flipped(done=True, missing=n_missing, seconds=time.monotonic() - began)
+
+
+_HOLD = sa.text("""
+UPDATE chunk_batches b
+SET not_before = now() + make_interval(secs => :seconds), rung_at = NULL
+FROM jobs j
+WHERE j.id = b.job_id AND j.collection_id = :collection AND j.state IN (:enqueueing, :running)
+  AND b.space_id = :active AND b.state = :available AND b.not_before <= now()
+""")
+_HASTEN = sa.text("""
+UPDATE chunk_batches b
+SET priority = :high, rung_at = NULL
+FROM jobs j
+WHERE j.id = b.job_id AND j.collection_id = :collection AND j.state IN (:enqueueing, :running)
+  AND b.space_id = :other AND b.state = :available AND b.priority > :high
+  AND b.content_hashes && CAST(:hashes AS bytea[])
+""")
+_RELEASE = sa.text("""
+UPDATE chunk_batches b
+SET not_before = now(), rung_at = NULL
+FROM jobs j
+WHERE j.id = b.job_id AND j.collection_id = :collection AND j.state IN (:enqueueing, :running)
+  AND b.space_id = :active AND b.state = :available AND b.attempt = 0
+  AND b.not_before BETWEEN now() AND now() + make_interval(secs => :seconds)
+""")
+
+
+def let_catch_up(conn: sa.Connection, way: Direction, tried: Flipped) -> None:
+    """Let the other space catch up: embed there first what is missing, and for a moment nothing new in the active one.
+
+    Otherwise a collection into which somebody enqueues all the time would never flip, because there is always a chunk
+    that has got its vector in the active space a moment ago.
+    """
+    parameters = {
+        "collection": way.life.collection_id,
+        "active": way.active.id,
+        "other": way.other.id,
+        "seconds": HOLD_SECONDS,
+        "high": Priority.HIGH.rank,
+        "hashes": list(tried.hashes),
+        "available": ChunkBatchState.AVAILABLE,
+        "enqueueing": JobState.ENQUEUEING,
+        "running": JobState.RUNNING,
+    }
+    conn.execute(_HOLD, parameters)
+    if tried.hashes:
+        conn.execute(_HASTEN, parameters)
+
+
+def let_go_on(conn: sa.Connection, way: Direction) -> None:
+    """End the hold of :func:`let_catch_up`, which would otherwise end by itself."""
+    parameters = {
+        "collection": way.life.collection_id,
+        "active": way.active.id,
+        "seconds": HOLD_SECONDS,
+        "available": ChunkBatchState.AVAILABLE,
+        "enqueueing": JobState.ENQUEUEING,
+        "running": JobState.RUNNING,
+    }
+    conn.execute(_RELEASE, parameters)
