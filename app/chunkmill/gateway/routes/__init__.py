@@ -17,6 +17,7 @@ from chunkmill.gateway.routes import (
     openai,
     openapi,
     page,
+    reembeddings,
 )
 
 
@@ -32,6 +33,7 @@ def all_endpoints() -> list[Endpoint]:
         *jobs.ENDPOINTS,
         *dead.ENDPOINTS,
         *collections.ENDPOINTS,
+        *reembeddings.ENDPOINTS,
         *money.ENDPOINTS,
         *openapi.ENDPOINTS,
         *page.ENDPOINTS,

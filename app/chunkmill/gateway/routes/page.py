@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chunkmill.domain.collections import CollectionInfo
+from chunkmill.domain.reembedding import Reembedding
 from chunkmill.domain.results import Explanation, Hits, Job
 from chunkmill.errors import ChunkmillError
 from chunkmill.gateway import seen
@@ -21,9 +22,10 @@ from chunkmill.gateway.errors import Refusal, refusal_of
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.page import session
 from chunkmill.gateway.page.rendering import HEADERS, STATIC, html, share_of, static
-from chunkmill.gateway.routes import collections, jobs
+from chunkmill.gateway.routes import collections, jobs, reembeddings
 from chunkmill.ledger import overview
 from chunkmill.ledger.jobs import jobs as ledger
+from chunkmill.ledger.reembedding import lives
 from chunkmill.monitor import snapshot
 from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.spaces.collections import all_collections
@@ -31,7 +33,12 @@ from chunkmill.spaces.collections import all_collections
 SHOWN_JOBS = 12
 SHOWN_COLLECTIONS = 50
 SHOWN_DEAD = 20
+SHOWN_MOVES, LOOKED_AT_MOVES = 6, 100
+"""How many moves to another model the overview shows, and among how many of the latest it looks for those that a key
+may see."""
 HITS = 10
+FLIP_SECONDS = 20.0
+"""How many seconds a browser waits for a flip, which then says what is missing."""
 
 Page = Callable[[Gateway, Request, Caller], Awaitable[Response]]
 
@@ -44,6 +51,8 @@ class Glance:
     collections: list[CollectionInfo] | None
     others: int
     """How many collections are not shown."""
+    moves: list[Reembedding]
+    """Collections that move to another model, or did so lately."""
     snapshot: Snapshot | None
 
 
@@ -105,6 +114,7 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
             ledger.page(conn, limit=SHOWN_JOBS, collections=ids) if caller.may(Scope.JOBS) else None,
             listed[:SHOWN_COLLECTIONS] if may_search else None,
             max(0, len(listed) - SHOWN_COLLECTIONS),
+            _moves(conn, ids) if may_search else [],
             snapshot.take(conn, gateway.settings) if caller.may(Scope.ADMIN) else None,
         )
 
@@ -120,6 +130,13 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
         "query": "",
         "names": [each.name for each in glance.collections or ()],
     }
+
+
+def _moves(conn: sa.Connection, ids: list[int] | None) -> list[Reembedding]:
+    if not lives.are_kept(conn):
+        return []
+    latest = lives.latest(conn, None, LOOKED_AT_MOVES)
+    return [life.shown() for life in latest if ids is None or life.collection_id in ids][:SHOWN_MOVES]
 
 
 @_paged(Scope.JOBS)
@@ -144,6 +161,31 @@ async def retry(gateway: Gateway, request: Request, caller: Caller) -> Response:
     job = await seen.job(gateway, caller, request.path_params["id"])
     await gateway.client.retry(job.id)
     return session.to(f"/page/jobs/{job.id}")
+
+
+@_paged(Scope.SEARCH)
+async def one_move(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    move = await reembeddings.seen_reembedding(gateway, caller, request.path_params["id"])
+    return html("reembedding.html", move=move, may_act=caller.may(Scope.ADMIN), is_known=True)
+
+
+@_paged(Scope.ADMIN)
+async def act_on_move(gateway: Gateway, request: Request, caller: Caller) -> Response:
+    await session.form(request)
+    move = await reembeddings.seen_reembedding(gateway, caller, request.path_params["id"])
+    client = gateway.client
+    actions: dict[str, Callable[[int], Awaitable[Reembedding]]] = {
+        "flip": functools.partial(client.flip, timeout=FLIP_SECONDS),
+        "rollback": functools.partial(client.rollback, timeout=FLIP_SECONDS),
+        "pause": client.pause_reembedding,
+        "resume": client.resume_reembedding,
+        "cancel": client.cancel_reembedding,
+    }
+    act = actions.get(request.path_params["action"])
+    if act is None:
+        raise Refusal(404, "not_found", "there is no such action.")
+    await act(move.id)
+    return session.to(f"/page/reembeddings/{move.id}")
 
 
 async def events(gateway: Gateway, request: Request, _: Caller) -> Response:
@@ -241,5 +283,7 @@ ENDPOINTS = [
     _of_browsers("GET", "/page/jobs/{id}/events", events, "The progress of a job."),
     _of_browsers("POST", "/page/jobs/{id}/cancel", cancel, "Cancel a job."),
     _of_browsers("POST", "/page/jobs/{id}/retry", retry, "Retry a job."),
+    _of_browsers("GET", "/page/reembeddings/{id}", one_move, "One move to another model."),
+    _of_browsers("POST", "/page/reembeddings/{id}/{action}", act_on_move, "Flip, roll back, pause, resume or cancel."),
     *(_of_browsers("GET", f"/{name}", file, "A file of the page.") for name in STATIC),
 ]
