@@ -189,7 +189,8 @@ def test_a_key_that_is_revoked_pays_for_what_it_began_which_goes_on(books: Books
     key = books.key("one", ENOUGH)
     job = job_of(books.enqueue(key, "docs", ["a text", "another text"]))
     books.revoke(key)
-    books.run(job)
+    # The poller's rounds alone settle it.
+    books.scene.run_until(lambda: books.corridor.one("SELECT settled_at IS NOT NULL FROM api_key_spends"))
     assert books.corridor.client.job(job).state == "completed"
     assert books.used(key) == books.charged(job) > 0
 
@@ -231,7 +232,7 @@ def test_a_correction_of_the_bill_after_the_end_reaches_the_key(books: Books) ->
     job = job_of(books.enqueue(key, "docs", ["a text"]))
     books.run(job)
     books.corridor.client.correct_charge(
-        Decimal("0.002"), route="openai", job_id=job, day=datetime.now(UTC).date(), reason="as invoiced", key="c1"
+        Decimal("0.002"), route="openai", job_id=job, day=datetime.now(UTC).date(), reason="as invoiced", author="me"
     )
     books.settle()
     assert books.used(key) == books.charged(job) + Decimal("0.002")
@@ -249,6 +250,29 @@ def test_only_the_key_that_pays_for_a_job_goes_on_with_it(books: Books) -> None:
     assert "not begun by this API key" in answer.json()["error"]["message"]
     assert books.corridor.client.job(job).state == "cancelled"
     assert books.ask(first, "POST", f"/v1/jobs/{job}/retry").status_code == 200
+    assert books.used(first) > 0
+    books.run(job)
+    assert (books.used(first), books.used(second)) == (books.charged(job), 0)
+
+
+def test_dead_chunks_are_tried_again_by_the_key_that_pays_alone(books: Books) -> None:
+    first, second = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job = job_of(books.enqueue(first, "docs", ["a text", "another"]))
+    with books.corridor.db.begin() as conn:  # as if the provider had refused all
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'completed', finished_at = now()"))
+        conn.execute(
+            sa.text(
+                "INSERT INTO dead_chunks (job_id, chunk_id, code, reason, content_hash) "
+                "SELECT :job, chunk_id, 'refused', 'it was refused', content_hash FROM chunks"
+            ),
+            {"job": job},
+        )
+        conn.execute(sa.text("UPDATE jobs SET state = 'failed', finished_at = now()"))
+    books.settle()
+    assert books.used(first) == 0
+    assert books.ask(second, "POST", "/v1/dead/retry", json={"job_id": job}).status_code == 400
+    assert books.corridor.client.job(job).state == "failed"
+    assert books.ask(first, "POST", "/v1/dead/retry", json={"job_id": job}).status_code == 200
     assert books.used(first) > 0
     books.run(job)
     assert (books.used(first), books.used(second)) == (books.charged(job), 0)
@@ -332,14 +356,17 @@ def test_a_reembedding_is_paid_by_the_key_that_began_it(books: Books) -> None:
     assert books.used(other) == books.charged(*of_other) > 0
 
 
-def test_keys_list_shows_what_a_key_has_spent_and_reserved(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_list_shows_what_a_key_has_spent_and_reserved(books: Books) -> None:
     key, other = books.key("one", ENOUGH), books.key("two", ENOUGH)
     job_of(books.enqueue(key, "docs", ["a text"]))
-    monkeypatch.setenv("DATABASE_URL", books.corridor.settings.require_database_url())
-    listed = json.loads(CliRunner().invoke(cli, ["keys", "list", "--json"]).output)
+    settings = books.corridor.settings
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    listed = json.loads(CliRunner().invoke(cli, ["keys", "list", "--json"], env=env).stdout)
     months = {row["id"]: row["month"] for row in listed}
     assert Decimal(months[id_of(key)]["usd"]) == Decimal(months[id_of(key)]["reserved_usd"]) == books.used(key)
     assert Decimal(months[id_of(other)]["reserved_usd"]) == 0
+    shown = CliRunner().invoke(cli, ["keys", "list"], env=env).stdout
+    assert "reserved" in shown
 
 
 def test_a_spool_gives_bad_chunks_back_from_its_file_and_can_be_looked_at_before(
