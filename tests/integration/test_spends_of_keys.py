@@ -306,7 +306,7 @@ def test_a_served_batch_is_paid_by_the_key_that_made_it_also_after_that_was_revo
         query = "SELECT count(job_id) FROM served_batches WHERE state = 'in_progress'"
         books.scene.run_until(lambda: books.corridor.one(query) == 2)
         books.revoke(first)
-    jobs = dict((row["name"], row["job_id"]) for row in books.corridor.rows("SELECT name, job_id FROM served_batches"))
+    jobs = {row["name"]: row["job_id"] for row in books.corridor.rows("SELECT name, job_id FROM served_batches")}
     books.run(jobs[made.id], jobs[watched.id])
     assert books.used(first) == books.charged(jobs[made.id])
     assert books.used(second) == books.charged(jobs[watched.id])
