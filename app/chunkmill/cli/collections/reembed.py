@@ -317,7 +317,7 @@ def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
                 said = shown.state
             if shown.state is ReembeddingState.RAMPING:
                 bar.update(shown.share, 100, "% of the sessions")
-            elif shown.coverage is not None:
+            elif shown.state is ReembeddingState.FILLING and shown.coverage is not None:
                 coverage = shown.coverage
                 bar.update(coverage.contents - coverage.missing, coverage.contents, "texts")
             time.sleep(LOOK_SECONDS)
