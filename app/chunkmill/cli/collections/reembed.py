@@ -368,6 +368,8 @@ def _show(screen: Screen, shown: Reembedding) -> None:
         fields["filled"] = f"{coverage.share:.1%} of {count(coverage.contents, 'text')}{dead}"
     if shown.dropped_at is not None:
         fields["way back"] = f"kept until {_time(shown.dropped_at)}"
+    elif shown.state in (ReembeddingState.FINISHED, ReembeddingState.ROLLED_BACK):
+        fields["way back"] = "none: the vectors of the space that the collection left are dropped"
     screen.fields(fields)
     if shown.gates:
         screen.say("")
