@@ -128,3 +128,11 @@ def test_a_picture_that_cannot_be_written_is_refused_before_a_worker_is_asked(
     assert done.exit_code == 2
     assert "the folder" in done.output
     assert not compared
+
+
+def test_no_line_of_the_picture_is_wider_than_the_picture() -> None:
+    unsure = replace(CHANGES, queries=40, ndcg=Change(0.754, 0.733, -0.0206, -0.0897, 0.0418), needed=851)
+    drawn = ElementTree.fromstring(picture(replace(TOLD, changes=unsure)))  # noqa: S314 - our own text
+    words = [text.text or "" for text in drawn.iter()]
+    assert max(map(len, words)) <= 100
+    assert "851" in " ".join(words)
