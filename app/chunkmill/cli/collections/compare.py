@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -10,11 +11,11 @@ import click
 
 from chunkmill.cli.collections.compare_picture import picture
 from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.progress import Bar
 from chunkmill.client import Client
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.comparing import Change, Comparison, ComparisonQuote, Contender, as_json
 from chunkmill.domain.spaces import Precision
-from chunkmill.tuning.profiles import write_whole
 
 
 def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | None:
@@ -22,6 +23,13 @@ def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | 
         return None if given is None else Decimal(given)
     except InvalidOperation:
         raise click.BadParameter("it must be an amount such as 0.50.") from None
+
+
+def _in_a_folder(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file whose folder is missing, before the workers are asked, which may take an hour and cost money."""
+    if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise click.BadParameter(f"the folder {str(file.parent)!r} does not exist, or you may not write there.")
+    return file
 
 
 @click.command()
@@ -42,7 +50,10 @@ def _usd(_: click.Context, __: click.Parameter, given: str | None) -> Decimal | 
 @click.option("--precision", type=click.Choice([str(one) for one in Precision]), help="The precision of MODEL.")
 @click.option("--max-usd", metavar="USD", callback=_usd, help="Send nothing if it would cost more than this.")
 @click.option("--dry-run", is_flag=True, help="Say what would be embedded and what it would cost, and stop.")
-@click.option("--picture", "file", metavar="FILE", help="Also write the result as a picture, in SVG.")
+@click.option(
+    "--picture", "file", metavar="FILE", type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=_in_a_folder, help="Also write the result as a picture, in SVG.",
+)  # fmt: skip
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1),
@@ -63,7 +74,7 @@ def compare(
     precision: str | None,
     max_usd: Decimal | None,
     dry_run: bool,
-    file: str | None,
+    file: Path | None,
     timeout: float,
 ) -> None:
     """Judge MODEL against the model of a collection, on a sample of its texts and by its golden queries.
@@ -82,12 +93,14 @@ def compare(
             else:
                 show_quote(screen, quote)
             return
-        told = client.compare(
-            collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
-            precision=precision, max_usd=max_usd, timeout=timeout,
-        )  # fmt: skip
+        with Bar(screen, f"comparing {model}") as bar:
+            told = client.compare(
+                collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
+                precision=precision, max_usd=max_usd, timeout=timeout,
+                on_progress=lambda compared: bar.update(compared, None, "texts compared"),
+            )  # fmt: skip
     if file is not None:
-        write_whole(Path(file), picture(told))
+        file.write_text(picture(told), encoding="utf-8")
     if screen.json:
         screen.document(fields(told))
     else:

@@ -6,12 +6,15 @@ The SVG is written by hand, as that of `chunkmill tune` is, so that no library t
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from chunkmill.domain.comparing import Change, Comparison
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 760, 190, 150, 96, 46
+LINE = 100
+"""Letters of 12 pixels that fit into the width, in any of the fonts."""
 BETTER, WORSE, UNKNOWN = "#2a7", "#c33", "#888"
 
 
@@ -29,8 +32,9 @@ def picture(told: Comparison) -> str:
     parts += _axis(most, bottom)
     for i, (name, one) in enumerate(rows):
         parts += _row(name, one, most, TOP + ROW * i + ROW / 2)
-    parts.append(_text(24, bottom + 52, f"overlap@10 {changes.overlap:.0%} · RBO {changes.rbo:.2f} · {told.sentence}"))
-    height = bottom + 74
+    below = [f"overlap@10 {changes.overlap:.0%} · RBO {changes.rbo:.2f}", *textwrap.wrap(told.sentence, LINE)]
+    parts += [_text(24, bottom + 52 + 18 * i, words) for i, words in enumerate(below)]
+    height = bottom + 56 + 18 * len(below)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">'

@@ -114,11 +114,29 @@ def reembed() -> None:
 @click.argument("collection")
 @click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take.")
-@click.option("--on-long", type=click.Choice([word.value for word in OnLong]), default="truncate", show_default=True)
+@click.option(
+    "--on-long",
+    type=click.Choice([word.value for word in OnLong]),
+    default="truncate",
+    show_default=True,
+    help="What to do with a text that is too long for MODEL: truncate it, reject it, or split it for embedding.",
+)
 @click.option("--dimensions", type=click.IntRange(1), help="Shorten the vectors of a model that was trained for it.")
-@click.option("--precision", type=click.Choice([word.value for word in Precision]))
-@click.option("--route", type=click.Choice([word.value for word in Route]), default="auto", show_default=True)
-@click.option("--priority", type=click.Choice([word.value for word in Priority]), default="low", show_default=True)
+@click.option("--precision", type=click.Choice([str(word) for word in Precision]), help="The precision of MODEL.")
+@click.option(
+    "--route",
+    type=click.Choice([word.value for word in Route]),
+    default="auto",
+    show_default=True,
+    help="Where to embed: local is your workers, openai the Batch API, openai-sync plain requests; auto chooses.",
+)
+@click.option(
+    "--priority",
+    type=click.Choice([word.value for word in Priority]),
+    default="low",
+    show_default=True,
+    help="Work of a higher priority is embedded first.",
+)
 @click.option("--step-hours", type=float, default=STEP_HOURS, show_default=True, help="How long each share lasts.")
 @click.option("--keep-days", type=float, default=KEEP_DAYS, show_default=True, help="How long the way back is kept.")
 @click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
@@ -158,7 +176,7 @@ def start(
 
 @reembed.command(name="list")
 @click.argument("collection", required=False)
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most re-embeddings to list.")
 @json_option
 @click.pass_obj
 def list_(screen: Screen, collection: str | None, limit: int) -> None:
@@ -170,8 +188,10 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
     elif not latest:
         screen.say("No collection was moved to another space. Begin with: chunkmill reembed start COLLECTION MODEL")
     else:
-        heads = ["id", "collection", "state", "from", "to", "filled", "share", "since", "problem"]
-        screen.table(heads, [_row(one) for one in latest])
+        screen.table(["id", "collection", "state", "from", "to", "filled", "share", "since"], map(_row, latest))
+        for one in latest:
+            if one.problem is not None:  # a sentence, which a column would break into a tower of syllables
+                screen.hint(f"{one.id}: {one.problem}")
 
 
 @reembed.command()
@@ -211,7 +231,7 @@ def judge(screen: Screen, which: int | str, timeout: float) -> None:
 @json_option
 @click.pass_obj
 def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) -> None:
-    """Make the new space the active one now, without the rest of the ramp."""
+    """Make the new space the active one now, without the rest of the ramp, whatever the gates of quality say."""
     with Client.from_env() as client:
         flipped = client.flip(which, missing=missing, timeout=timeout)
     _show(screen, flipped)
@@ -297,7 +317,7 @@ def _wait(screen: Screen, client: Client, shown: Reembedding) -> Reembedding:
                 said = shown.state
             if shown.state is ReembeddingState.RAMPING:
                 bar.update(shown.share, 100, "% of the sessions")
-            elif shown.coverage is not None:
+            elif shown.state is ReembeddingState.FILLING and shown.coverage is not None:
                 coverage = shown.coverage
                 bar.update(coverage.contents - coverage.missing, coverage.contents, "texts")
             time.sleep(LOOK_SECONDS)
@@ -348,6 +368,8 @@ def _show(screen: Screen, shown: Reembedding) -> None:
         fields["filled"] = f"{coverage.share:.1%} of {count(coverage.contents, 'text')}{dead}"
     if shown.dropped_at is not None:
         fields["way back"] = f"kept until {_time(shown.dropped_at)}"
+    elif shown.state in (ReembeddingState.FINISHED, ReembeddingState.ROLLED_BACK):
+        fields["way back"] = "none: the vectors of the space that the collection left are dropped"
     screen.fields(fields)
     if shown.gates:
         screen.say("")
@@ -376,7 +398,6 @@ def _row(shown: Reembedding) -> tuple[object, ...]:
         None if shown.coverage is None else f"{shown.coverage.share:.0%}",
         f"{shown.share} %",
         _time(shown.state_since),
-        shown.problem,
     )
 
 

@@ -18,6 +18,8 @@ from chunkmill.settings import Settings
 from chunkmill.tuning.presets import PREFERENCES, Option, Preference, Wanted, Yardstick, options
 from chunkmill.tuning.yardsticks import yardsticks
 
+WIDE = 160
+"""So many columns take the whole table of models. On a narrower terminal it would break names into syllables."""
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -36,20 +38,29 @@ def list_models(screen: Screen) -> None:
     if screen.json:
         screen.document([_fields(model, measured.get(model.name)) for model in models])
         return
-    screen.table(
-        ["model", "runs", "dims", "cut to", "tokens", "params", "prompts", "languages", "licence", "MTEB", "tokens/s"],
-        [
-            (model.name, model.runs, model.dimensions, _sizes(model), model.max_tokens, _millions(model.parameters),
-             model.prompts or model.prompts_note, model.languages, model.licence, _score(model),
-             round(measured[model.name].tokens_per_second) if model.name in measured else None)
-            for model in models
-        ],
-    )  # fmt: skip
+    heads = ["model", "dims", "tokens", "params", "languages", "licence", "MTEB", "tokens/s"]
+    rows: list[tuple[object, ...]] = [
+        (model.name, model.dimensions, model.max_tokens, _millions(model.parameters), model.languages, model.licence,
+         _score(model), round(measured[model.name].tokens_per_second) if model.name in measured else None)
+        for model in models
+    ]  # fmt: skip
+    if screen.out.width >= WIDE:
+        heads += ["runs", "cut to", "prompts"]
+        rows = [
+            (*row, model.runs, _sizes(model), model.prompts or model.prompts_note)
+            for row, model in zip(rows, models, strict=True)
+        ]
+    screen.table(heads, rows)
     for source in sorted({model.score_source for model in models if model.score_source is not None}):
         screen.say(("MTEB: ", "dim"), source, ".")
     for model in models:
         if model.note is not None:
             screen.say((f"{model.name}: ", "dim"), model.note, ".")
+    if screen.out.width < WIDE:
+        screen.hint(
+            f"A terminal of {WIDE} columns also shows how they run, the sizes to which their vectors may be cut, and "
+            "their prompts. --json has all fields."
+        )
     if not measured:
         screen.hint("Nothing was measured on this machine yet: `chunkmill tune --model NAME` does that.")
 

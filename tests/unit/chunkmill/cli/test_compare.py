@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import pytest
+from click.testing import CliRunner
 
+from chunkmill.cli.__main__ import cli
 from chunkmill.cli.collections.compare import fields, show, show_quote
 from chunkmill.cli.collections.compare_picture import BETTER, UNKNOWN, WORSE, picture
 from chunkmill.cli.output import Screen
+from chunkmill.client import Client
 from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
 
 OLD = Contender(
@@ -88,3 +94,45 @@ def test_the_picture_is_svg_and_its_colours_say_what_is_sure() -> None:
 def test_a_picture_of_one_query_has_no_bounds_and_is_drawn() -> None:
     one = replace(CHANGES, queries=1, ndcg=Change(1.0, 0.5, -0.5, -math.inf, math.inf))
     assert "inf" not in picture(replace(TOLD, changes=one))
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were compared, by a client that needs no server."""
+    models: list[str] = []
+
+    def compare(_: str, model: str, *, on_progress: Callable[[int], object], **__: object) -> Comparison:
+        models.append(model)
+        on_progress(1_000)
+        return TOLD
+
+    client = MagicMock(compare=compare)
+    monkeypatch.setattr(Client, "from_env", lambda: MagicMock(__enter__=lambda _: client))
+    return models
+
+
+def test_the_picture_is_written_to_a_path_as_short_as_that_of_the_page(
+    compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["compare", "docs", "org/new@1", "--picture", "compare.svg"])
+    assert done.exit_code == 0, done.output
+    assert Path("compare.svg").read_text(encoding="utf-8") == picture(TOLD)
+    assert "The picture is in compare.svg." in done.output
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_a_worker_is_asked(
+    compared: list[str], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(cli, ["compare", "docs", "org/new@1", "--picture", str(tmp_path / "no" / "compare.svg")])
+    assert done.exit_code == 2
+    assert "the folder" in done.output
+    assert not compared
+
+
+def test_no_line_of_the_picture_is_wider_than_the_picture() -> None:
+    unsure = replace(CHANGES, queries=40, ndcg=Change(0.754, 0.733, -0.0206, -0.0897, 0.0418), needed=851)
+    drawn = ElementTree.fromstring(picture(replace(TOLD, changes=unsure)))  # noqa: S314 - our own text
+    words = [text.text or "" for text in drawn.iter()]
+    assert max(map(len, words)) <= 100
+    assert "851" in " ".join(words)

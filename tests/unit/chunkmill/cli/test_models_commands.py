@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from chunkmill.cli.__main__ import cli
 from chunkmill.cli.models import check as checking
+from chunkmill.cli.output import Screen
 from chunkmill.domain.spaces import SpaceSpec
 from chunkmill.machine import this_machine, versions
 from chunkmill.models import DEFAULT_SPEC, resolve_model
+from chunkmill.models.known import known_models
 from chunkmill.settings import Settings
 from chunkmill.tuning.choose import Constraints, Measured, Setup
 from chunkmill.tuning.profiles import Profile, profile_path, write_profile
@@ -223,3 +226,21 @@ def test_prompts_that_the_card_asks_for_and_the_folder_lacks_are_named(
     assert line.startswith("If this is intfloat/e5-small-v2: ")
     assert line.endswith(f"Name it as {folder}?prompts=e5.")
     assert document("check", f"{folder}?prompts=e5")["advice"] == []
+
+
+@pytest.mark.parametrize("columns", [100, 160])
+def test_the_table_of_models_breaks_no_name_into_syllables(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Screen, "__init__", _terminal(Screen.__init__, columns))
+    lines = run("list").stdout.splitlines()
+    assert ("prompts" in lines[0]) == (columns == 160)
+    firsts = [line.split()[0] for line in lines]
+    for model in known_models():
+        assert any(len(first) >= min(30, len(model.name)) and model.name.startswith(first) for first in firsts), model
+
+
+def _terminal(init: Callable[..., None], columns: int) -> Callable[..., None]:
+    def made(screen: Screen, *, as_json: bool) -> None:
+        init(screen, as_json=as_json)
+        screen.out = Console(width=columns, markup=False, emoji=False, highlight=False)
+
+    return made
