@@ -16,13 +16,13 @@ branch_labels = None
 depends_on = None
 oldest_code = "0005"
 
-COLUMNS = {"embed_requests": sa.Column("traceparent", sa.Text()), "worker_sockets": sa.Column("traces_for", sa.Text())}
+COLUMNS = {"embed_requests": "traceparent", "worker_sockets": "traces_for"}
 
 
 def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
     for table, column in COLUMNS.items():
-        op.add_column(table, column.copy())
+        op.add_column(table, sa.Column(column, sa.Text()))
         # A poller of deploy/postgres-role.sql may read the columns that were there when the file was run.
         op.execute(f"""
             DO $$
@@ -30,7 +30,7 @@ def upgrade() -> None:
                 IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_pollers')
                     AND has_any_column_privilege('chunkmill_pollers', '{table}', 'SELECT')
                 THEN
-                    GRANT SELECT ({column.name}) ON {table} TO chunkmill_pollers;
+                    GRANT SELECT ({column}) ON {table} TO chunkmill_pollers;
                 END IF;
             END
             $$
@@ -40,4 +40,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
     for table, column in COLUMNS.items():
-        op.drop_column(table, column.name)
+        op.drop_column(table, column)
