@@ -243,8 +243,8 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def embed_through(client: Client, responder: EmbedResponder) -> None:
-    call = Call(lambda: traced("caller", lambda: client.embed(["a text"], kind="query", timeout=LONG)))
+def embed_through(client: Client, responder: EmbedResponder, text: str = "a text") -> None:
+    call = Call(lambda: traced("caller", lambda: client.embed([text], kind="query", timeout=LONG)))
     until(lambda: responder.lane.n_open == 1)
     responder.lane.settle()
     assert call.result().shape == (1, 384)
@@ -285,7 +285,7 @@ def test_a_worker_that_sends_no_traces_is_asked_without(
     embed_through(client, responder)
     change(hands, "UPDATE worker_sockets SET traces_for = NULL")
     connect(client, "test-worker")
-    embed_through(client, responder)
+    embed_through(client, responder, "another text")
     assert kinds == [FrameKind.ASK_TRACED, FrameKind.ASK]
 
 
@@ -324,7 +324,7 @@ def test_on_the_schema_of_the_last_release_traced_calls_are_answered_as_before(
     try:
         server.announce()
         connect(client, "test-worker")
-        embed_through(client, responder)
+        embed_through(client, responder, "another text")
     finally:
         server.stop()
     assert not named(spans, "chunkmill.embed_request")
