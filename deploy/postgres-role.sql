@@ -184,7 +184,7 @@ BEGIN
             ('^served_file_pieces$', 'SELECT, INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers, chunkmill_readers'),
             ('^served_batch_lines$', 'SELECT', 'chunkmill_workers, chunkmill_pollers'),
             -- Keys of the gateway are for those who make them and for gateways, which get their rights below.
-            ('^(api_keys|api_key_usage)$', 'SELECT, INSERT, UPDATE, DELETE', everybody)
+            ('^api_key(s|_usage|_spends|_spend_jobs|_spend_months)$', 'SELECT, INSERT, UPDATE, DELETE', everybody)
         ) AS r (tables, rights, roles)
         JOIN pg_class c ON c.relkind = 'r' AND c.relnamespace = to_regnamespace(quote_ident(home)) AND c.relname ~ r.tables
     LOOP
@@ -213,6 +213,16 @@ BEGIN
         EXECUTE format('GRANT SELECT, INSERT, UPDATE ON %I.api_key_usage TO chunkmill_gateways', home);
         EXECUTE format('GRANT SELECT ON %I.api_key_usage TO chunkmill_key_makers', home);
         EXECUTE format('GRANT INSERT, UPDATE (revoked_at) ON %I.api_keys TO chunkmill_key_makers', home);
+        -- Gateways write down what a key begins. A poller settles it by functions of the migrator's, which take a number.
+        IF to_regclass(format('%I.api_key_spends', home)) IS NOT NULL THEN
+            EXECUTE format(
+                'GRANT SELECT, INSERT, UPDATE ON %1$I.api_key_spends, %1$I.api_key_spend_jobs, '
+                '%1$I.api_key_spend_months TO chunkmill_gateways', home
+            );
+            EXECUTE format(
+                'GRANT SELECT ON %1$I.api_key_spends, %1$I.api_key_spend_months TO chunkmill_key_makers', home
+            );
+        END IF;
         SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) INTO columns_of_keys
         FROM pg_attribute a
         WHERE a.attrelid = to_regclass(format('%I.api_keys', home)) AND a.attnum > 0 AND NOT a.attisdropped

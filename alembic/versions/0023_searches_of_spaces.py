@@ -191,7 +191,7 @@ CHANGED_FUNCTIONS = (
         END IF;
         SELECT k.id, k.space_id INTO target
         FROM collections k
-        WHERE k.dropped_at IS NULL
+        WHERE (k.dropped_at IS NULL AND NOT k.is_hidden)
           AND (k.name = wanted
                OR k.id = (SELECT a.collection_id FROM collection_aliases a WHERE a.name = wanted));
         IF FOUND THEN
@@ -324,7 +324,7 @@ EARLIER_FUNCTIONS = (
         END IF;
         SELECT k.id, k.space_id INTO target
         FROM collections k
-        WHERE k.dropped_at IS NULL
+        WHERE (k.dropped_at IS NULL AND NOT k.is_hidden)
           AND (k.name = wanted
                OR k.id = (SELECT a.collection_id FROM collection_aliases a WHERE a.name = wanted));
         IF FOUND THEN

@@ -2,7 +2,7 @@
 
 Callers and workers of older releases know nothing of it, and their requests belong to no trace.
 
-Revises: 0025
+Revises: 0026
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0027"
-down_revision = "0025"
+down_revision = "0026"
 branch_labels = None
 depends_on = None
 oldest_code = "0005"

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import openai
@@ -23,12 +24,14 @@ from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
 from chunkmill.db.connect import create_db, migrate
+from chunkmill.domain.keys import KeyLimits, Scope
 from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
 from chunkmill.errors import InvalidInput, StoreUnavailable
 from chunkmill.gateway.keys import StoredKeys
 from chunkmill.ledger import dropping
+from chunkmill.ledger.access import keys, spends
 from chunkmill.ledger.reembedding import fill
 from chunkmill.monitor.servers import read_database
 from chunkmill.poller.poller import Poller
@@ -502,6 +505,15 @@ MAY_WITH_KEYS = {
     "INSERT INTO api_key_usage (key_id, month) SELECT 1, now() WHERE false": "gateway",
     "UPDATE api_key_usage SET tokens = tokens": "gateway",
     "DELETE FROM api_key_usage": "",
+    "SELECT estimated FROM api_key_spends": "gateway key_maker",
+    "UPDATE api_key_spends SET estimated = estimated": "gateway",
+    "DELETE FROM api_key_spends": "",
+    "INSERT INTO api_key_spend_jobs (job_id, spend_id) SELECT 1, 1 WHERE false": "gateway",
+    "DELETE FROM api_key_spend_jobs": "",
+    "SELECT reserved FROM api_key_spend_months": "gateway key_maker",
+    "DELETE FROM api_key_spend_months": "",
+    "SELECT settle_api_key_spend(0)": "producer worker poller gateway",
+    "SELECT due_api_key_spends(true)": "producer worker poller gateway",
     "SELECT text FROM contents": "producer worker reader gateway",
     "INSERT INTO collections (name, space_id) SELECT 'mine', 1 WHERE false": "producer gateway",
 }
@@ -547,6 +559,35 @@ def test_who_makes_keys_reads_no_digest_and_who_checks_them_makes_none(
         for purpose in ("gateway", "key_maker"):
             admin(stack, f"DROP OWNED BY machine_{purpose}")
             admin(stack, f"DROP ROLE machine_{purpose}")
+
+
+def test_a_poller_settles_what_a_key_has_spent_without_a_right_to_read_it(
+    stack: StackStatus, settings: Settings, roles: dict[str, str]
+) -> None:
+    admin(stack, "DROP ROLE IF EXISTS machine_gateway")
+    admin(stack, "CREATE ROLE machine_gateway LOGIN IN ROLE chunkmill_gateways")
+    gateway_db = create_db(url_as(roles["superuser"], "machine_gateway"), role="gateway")
+    poller_db, owner_db = (create_db(roles[role], role=role) for role in ("poller", "superuser"))
+    try:
+        with owner_db.begin() as conn:
+            key = keys.create(
+                conn, name="k", tenant="t", scopes={Scope.JOBS}, limits=KeyLimits(usd_per_month=Decimal(1))
+            )[0]
+        with spends.paid_by(key), gateway_db.begin() as conn:
+            spends.begin(conn, job_id=10**9, usd=Decimal("0.5"))
+        poller = Poller(poller_db, Broker.connect(settings), settings)
+        with owner_db.begin() as conn:
+            assert keys.list_all(conn)[0][1].reserved_usd == Decimal("0.5")
+        assert not may(roles["poller"], "SELECT usd FROM api_key_usage")
+        poller._settle_spends()  # there is no such job, and so nothing is expected any more
+        with owner_db.begin() as conn:
+            used = keys.list_all(conn)[0][1]
+        assert (used.usd, used.reserved_usd) == (0, 0)
+    finally:
+        for db in (gateway_db, poller_db, owner_db):
+            db.dispose()
+        admin(stack, "DROP OWNED BY machine_gateway")
+        admin(stack, "DROP ROLE machine_gateway")
 
 
 def test_a_login_can_be_taken_away_and_only_its_own_settings_and_password_are_its_own(roles: dict[str, str]) -> None:

@@ -5,19 +5,24 @@ It holds its caller to what the CUDA kernel demands, so that a pass that runs he
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import itertools
 import math
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
-SIGNATURE = inspect.signature(varlen_attn)
+
+@functools.cache
+def signature() -> inspect.Signature:
+    """What torch's own takes. Its import takes two seconds, so that only a test that calls it pays for it."""
+    return inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
 
 
 def plain_varlen(*args: object, **kwargs: object) -> torch.Tensor:
     """Takes whatever torch's own takes, and nothing else."""
-    given = SIGNATURE.bind(*args, **kwargs)
+    given = signature().bind(*args, **kwargs)
     given.apply_defaults()
     asked = dict(given.arguments)
     unused = {name: asked.pop(name) for name in ("return_aux", "seqused_k", "block_table", "num_splits")}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from chunkmill.domain.spaces import OnLong
 from chunkmill_workers.engine import Engine
@@ -86,6 +85,8 @@ def test_alone_equals_in_a_batch(name: str, dtype: str, load: Callable[..., Engi
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tokens_vector_at_every_length(family: str, dtype: str, tmp_path: Path) -> None:
+    import transformers
+
     extra = 2 if family in ("xlm-roberta", "mpnet") else 0
     folder = save_transformer(tmp_path, family, max_position_embeddings=MAX_TOKENS + extra)
     model = transformers.AutoModel.from_pretrained(folder).eval()

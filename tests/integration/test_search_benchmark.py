@@ -11,7 +11,7 @@ import pytest
 from chunkmill.domain import serving
 from chunkmill.store import indexing
 from chunkmill.store import search as searching
-from chunkmill_workers.benchmarks import plots, search
+from chunkmill_workers.benchmarks import search
 from chunkmill_workers.benchmarks.search import Asked, Cell
 from chunkmill_workers.benchmarks.topics import Corpus, Kind, World
 
@@ -29,6 +29,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_small_run_measures_all_that_is_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from chunkmill_workers.benchmarks import plots  # Matplotlib, whose import takes most of a second
+
     result = run(monkeypatch)
     rows = {(row["group"], row["name"]): row for row in result["measurements"]}
     for size in SIZES:

@@ -201,8 +201,9 @@ def test_the_spread_of_candidates_is_their_mean_distance_to_each_other_by_that_t
     cosines = found @ query / np.linalg.norm(query)
     pairs = [1 - found[i] @ found[j] for i in range(7) for j in range(7) if i != j]
     length = float(np.linalg.norm(found.mean(axis=0)))
-    assert searching._spread(list(cosines), length) == pytest.approx(np.mean(pairs) / np.mean(1 - cosines))
-    assert searching._spread([0.5], 1.0) == searching._spread([1.0, 1.0], 1.0) == float("inf")
+    assert searching._spread(7, float(cosines.mean()), length) == pytest.approx(np.mean(pairs) / np.mean(1 - cosines))
+    assert searching._spread(1, 0.5, 1.0) == searching._spread(2, 1.0, 1.0) == float("inf")
+    assert searching._spread(0, None, None) == float("inf")
 
 
 def test_a_search_beyond_what_segments_give_is_exact_and_says_so(

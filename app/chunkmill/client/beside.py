@@ -8,6 +8,7 @@ from chunkmill.client.finish import end_or_leave
 from chunkmill.domain import planning
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.states import Priority
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.jobs.jobs import OpenedJob
 from chunkmill.ledger.reembedding.beside import open_beside
@@ -29,13 +30,20 @@ class Beside:
     """
 
     def __init__(
-        self, conn: sa.Connection, settings: Settings, collection: Collection, space: Space, priority: Priority
+        self,
+        conn: sa.Connection,
+        settings: Settings,
+        collection: Collection,
+        space: Space,
+        priority: Priority,
+        job_id: int,
     ) -> None:
         self._conn = conn
         self._settings = settings
         self._collection = collection
         self._space = space
         self._priority = priority
+        self._job_id = job_id
         self._jobs: dict[int, OpenedJob | None] = {}
         """Space → its job; None if it was cancelled, or could not be opened. The poller fills that space."""
         self._written: dict[int, OpenedJob | None] = {}
@@ -109,6 +117,7 @@ class Beside:
             reembedding_id=None if other is None else other.reembedding_id,
         )
         if job is not None:
+            spends.add_beside(self._conn, job.id, beside=self._job_id)
             # As with the producer's own job: while the lock is held, the producer lives.
             jobs.hold_producer_lock(self._conn, job.id)
             self._locked.append(job.id)

@@ -12,9 +12,10 @@ from chunkmill.domain.arguments import as_flag, as_items, as_number, as_text, re
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
 from chunkmill.errors import InvalidInput
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import dead_chunks, dead_retry
 from chunkmill.ledger.dead.dead_chunks import DeadFilter
-from chunkmill.ledger.jobs import jobs
+from chunkmill.ledger.jobs import jobs, routing
 from chunkmill.spaces import collections
 from chunkmill.store.delete import delete_some
 
@@ -76,6 +77,8 @@ class DeadList(ClientPart):
                 max_bytes=MAX_BATCH_BYTES,
                 max_attempts=self._settings.max_attempts,
             )
+            for job_id in sorted(retried.jobs):
+                spends.go_on(conn, job_id, may_cost=routing.job_may_cost(conn, self._settings, job_id))
         self._take_up(retried.jobs)
         return retried
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 
 import sqlalchemy as sa
 
@@ -22,6 +23,7 @@ from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidChunk, InvalidInput
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.jobs import jobs, streams, traces
 from chunkmill.ledger.money import budget
@@ -64,6 +66,8 @@ class EnqueueRequest:
     skip_invalid: bool
     is_hidden: bool = False
     """The collection is a hidden one, which exists already."""
+    may_cost: bool = False
+    """A paid route serves the space, and may be chosen."""
 
 
 def enqueue(
@@ -73,20 +77,26 @@ def enqueue(
     chunks: Iterable[object],
     *,
     ring: Callable[[sa.Connection], None],
+    quote: Callable[[Callable[[], Iterable[PreparedChunk | InvalidChunk]]], Decimal] | None = None,
 ) -> int:
     """Commit the chunks to a job, window by window, and return the job's id.
 
-    ``ring`` is called after each commit, with the connection between two transactions. Raises :class:`InvalidChunk`
-    with nothing written, unless bad chunks are skipped.
+    ``ring`` is called after each commit, with the connection between two transactions. ``quote`` says from the whole
+    stream what the job will cost, which is reserved for the key that begins it. Raises :class:`InvalidChunk` with
+    nothing written, unless bad chunks are skipped.
     """
     with contextlib.ExitStack() as stack:
         prepared: Iterable[PreparedChunk | InvalidChunk] = (
-            prepare_or_skip(chunks) if request.skip_invalid else stack.enter_context(Spool(prepare_all(chunks)))
+            prepare_or_skip(chunks) if request.skip_invalid else prepare_all(chunks)
         )
+        usd = Decimal(0)
+        if quote is not None or not request.skip_invalid:
+            prepared = spool = stack.enter_context(Spool(prepared))
+            usd = usd if quote is None else quote(spool.look)
         conn = stack.enter_context(db.connect())
-        collection, job, space = _open(conn, settings, request)
+        collection, job, space = _open(conn, settings, request, usd)
         if collection is not None:
-            beside = Beside(conn, settings, collection, space, request.priority)
+            beside = Beside(conn, settings, collection, space, request.priority, job.id)
             try:
                 _Producer(conn, settings, request, space, collection, job, beside, ring).fill(prepared)
             finally:
@@ -124,7 +134,7 @@ def _digested(
 
 
 def _open(
-    conn: sa.Connection, settings: Settings, request: EnqueueRequest
+    conn: sa.Connection, settings: Settings, request: EnqueueRequest, usd: Decimal
 ) -> tuple[Collection | None, jobs.OpenedJob, Space]:
     """The job, its space, and the collection if this call is to enqueue into it: it has the job's producer lock then.
 
@@ -151,12 +161,17 @@ def _open(
                 deadline=request.deadline,
             ) or _of_key(conn, request, space)
             assert job is not None, "the key was free, and then it had no job"  # noqa: S101
+            if job.is_new:
+                spends.begin(conn, job_id=job.id, usd=usd)
         traces.keep(conn, job.id, tracing.traceparent())
         # In the job's own transaction, so that a job that can be seen has its producer's lock.
         if not jobs.hold_producer_lock(conn, job.id):
             return None, job, space
         try:
-            if job.is_new or jobs.reopen_for_enqueue_if_unsealed(conn, job.id):
+            if job.is_new:
+                return collection, job, space
+            if jobs.reopen_for_enqueue_if_unsealed(conn, job.id):
+                spends.go_on(conn, job.id, may_cost=request.may_cost)
                 return collection, job, space
             # Another producer has sealed it meanwhile, or somebody cancelled it, which is an error.
             jobs.drop_producer_lock(conn, job.id)

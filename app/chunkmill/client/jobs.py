@@ -11,6 +11,7 @@ from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
+from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import connections
@@ -30,6 +31,7 @@ from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import attempts
@@ -110,6 +112,10 @@ class Jobs(ClientPart):
             again = idempotency_key is not None and jobs.is_key_used(conn, idempotency_key)
             if choice.route.is_paid and not again:
                 budget.require_budget(conn, self._settings, spec)
+            quote = quote_of(
+                self._db, conn, self._settings,
+                collection=collection, spec=spec, route=route, choice=choice, on_long=on_long,
+            )  # fmt: skip
         request = EnqueueRequest(
             collection,
             spec,
@@ -121,9 +127,10 @@ class Jobs(ClientPart):
             on_long,
             idempotency_key,
             skip_invalid=on_invalid == "skip",
+            may_cost=routing.may_cost(self._settings, spec, route),
         )
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
-            job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring))
+            job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring, quote=quote))
             span.set({"space": job.space, "job": job.id, "chunks": job.chunks, "contents": job.contents})
             return job
 
@@ -242,7 +249,10 @@ class Jobs(ClientPart):
         with self._transaction() as conn:
             job = jobs.get(conn, job_id)
             again = jobs.retry_if_ended(conn, job_id, max_attempts=self._settings.max_attempts)
-            if not again and job.state in (JobState.FAILED, JobState.CANCELLED):
+            if again:
+                may_cost = routing.job_may_cost(conn, self._settings, job_id)
+                spends.go_on(conn, job_id, may_cost=may_cost)
+            elif job.state in (JobState.FAILED, JobState.CANCELLED):
                 raise InvalidInput(
                     f"job {job_id} was never enqueued to its end, so it cannot be retried. Enqueue its chunks again: "
                     "what is embedded is not embedded twice."

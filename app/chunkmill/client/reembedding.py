@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Literal, overload
 
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.paying import usd_of
 from chunkmill.client.quoting import quote
 from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.arguments import as_flag, as_items, as_number, as_seconds, as_text, as_word, require_name
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Plan, Quote, Reembedding, ReembeddingState
-from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import InvalidInput, WaitTimeout
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.reembedding import cleaning, flipping, gating, lives, serving
@@ -117,6 +120,7 @@ class Reembeddings(ClientPart):
         if dry_run:
             with store_errors(self._db):
                 return quote(self._db, self._settings, collection, spec, plan)
+        usd = self._expected_usd(collection, spec, plan)
         with self._transaction() as conn:
             lives.require_kept(conn)
             choice = routing.decide(conn, self._settings, spec, plan.route)
@@ -124,8 +128,22 @@ class Reembeddings(ClientPart):
                 budget.require_budget(conn, self._settings, spec)
             row = collections.find(conn, collection)
             space = registry.register_and_hold(conn, spec, storage=self._settings.vector_storage)
-            reembedding_id = lives.begin(conn, row, space, plan)
+            reembedding_id = lives.begin(conn, row, space, plan, usd=usd)
         return self.reembedding(reembedding_id)
+
+    def _expected_usd(self, collection: str, spec: SpaceSpec, plan: Plan) -> Decimal:
+        """What is reserved for the key of the gateway that begins a re-embedding: nothing if its dollars have no limit,
+        or if the re-embedding is under way, which :meth:`reembed` finds out."""
+        with self._transaction() as conn:
+            choice = routing.decide(conn, self._settings, spec, plan.route)
+            if not choice.route.is_paid or not spends.is_limited(conn):
+                return Decimal(0)
+            row = collections.find(conn, collection)
+            if registry.get(conn, row.space_id).spec.fingerprint == spec.fingerprint:
+                return Decimal(0)
+        with store_errors(self._db):
+            lanes = quote(self._db, self._settings, collection, spec, plan).lanes
+        return usd_of(next(lane for lane in lanes if lane.route is choice.route))
 
     def reembedding(self, which: int | str) -> Reembedding:
         """A re-embedding by its id, or the latest one of a collection by its name. Raises :class:`NotFound`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
@@ -308,7 +309,7 @@ class Vectors(ClientPart):
 
     def _answering(self, asked: _Search, begun: float) -> Steps[list[Hits]]:
         """The hits of each query, all in one space. Raises :class:`SpaceLeft`."""
-        with self._transaction() as conn:
+        with _space_left(), self._transaction() as conn:
             served = serving.find(conn, asked.collection)
             chosen = asked.choose(served)
             crossing = None
@@ -336,12 +337,8 @@ class Vectors(ClientPart):
             with self._transaction() as conn:
                 mix = asked.mix(conn, served, chosen)
             vectors = yield from self._query_vectors(chosen, asked, begun + asked.timeout)
-        try:
+        with _space_left():
             hit_lists = self._nearest(served, chosen, asked, mix, vectors, crossing)
-        except sa.exc.ProgrammingError as error:
-            if isinstance(error.orig, psycopg.errors.UndefinedTable):
-                raise SpaceLeft from error  # the table of its vectors was dropped a moment ago
-            raise
         if counts is not None:
             counts.answered(self._db, served.id, chosen.id, time.monotonic() - begun)
         return [
@@ -672,6 +669,18 @@ class Vectors(ClientPart):
         if is_cached:
             self._query_cache.keep(fingerprint, kind, gathered.of(missing))
         return gathered.result(dimensions)
+
+
+@contextmanager
+def _space_left() -> Iterator[None]:
+    """Raise :class:`SpaceLeft` if a table is not there: that of a space that was dropped a moment ago, or one that a
+    downgrade of the schema has taken away."""
+    try:
+        yield
+    except sa.exc.ProgrammingError as error:
+        if isinstance(error.orig, psycopg.errors.UndefinedTable):
+            raise SpaceLeft from error
+        raise
 
 
 def _require_few(n_queries: int, k: int) -> None:

@@ -763,6 +763,8 @@ class ServedBatchRow(Base):
     expired_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     cancelling_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
     cancelled_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    key_id: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """The key of the gateway that made it, and pays for it."""
 
     __table_args__ = (
         one_of("state", ServedState),
@@ -835,7 +837,7 @@ class ApiKeyRow(Base):
 
 
 class ApiKeyUsageRow(Base):
-    """What a key's requests used in a month (UTC), and what those under way have reserved."""
+    """What a key used in a month (UTC), and what its requests and spends under way have reserved."""
 
     __tablename__ = "api_key_usage"
 
@@ -844,3 +846,46 @@ class ApiKeyUsageRow(Base):
     requests: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     tokens: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     usd: Mapped[Decimal] = mapped_column(sa.Numeric, server_default="0")
+
+
+class ApiKeySpendRow(Base):
+    """A beginning of a key's that may cost money: a job, a served batch, or a re-embedding.
+
+    ``chunkmill.ledger.access.spends`` opens it, and the function ``settle_api_key_spend`` settles it.
+    """
+
+    __tablename__ = "api_key_spends"
+
+    id: Mapped[int] = identity()
+    key_id: Mapped[int] = mapped_column(sa.ForeignKey("api_keys.id"))
+    reembedding_id: Mapped[int | None] = mapped_column(sa.BigInteger, unique=True)
+    """Whose jobs become those of the spend as a poller opens them. It may have been deleted since."""
+    estimated: Mapped[Decimal] = mapped_column(sa.Numeric)
+    """US dollars that it was expected to cost. 0 for a key without a limit, or for a route that costs nothing."""
+    charged: Mapped[Decimal] = mapped_column(sa.Numeric, server_default="0")
+    """US dollars of the bill that are in its months."""
+    begun_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW, index=True)
+    settled_at: Mapped[datetime | None] = mapped_column(TIMESTAMP)
+    """When its jobs had ended and nothing of them was at a provider any more."""
+
+    __table_args__ = (sa.Index("ix_api_key_spends_open", "id", postgresql_where=sa.text("settled_at IS NULL")),)
+
+
+class ApiKeySpendJobRow(Base):
+    """A job of a spend. Jobs are pruned; their charges are kept, and so is this."""
+
+    __tablename__ = "api_key_spend_jobs"
+
+    job_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    spend_id: Mapped[int] = mapped_column(sa.ForeignKey("api_key_spends.id"), index=True)
+
+
+class ApiKeySpendMonthRow(Base):
+    """What of a spend counts in a month (UTC) of its key, in US dollars. It is a part of ``api_key_usage.usd``."""
+
+    __tablename__ = "api_key_spend_months"
+
+    spend_id: Mapped[int] = mapped_column(sa.ForeignKey("api_key_spends.id"), primary_key=True)
+    month: Mapped[date] = mapped_column(sa.Date, primary_key=True)
+    charged: Mapped[Decimal] = mapped_column(sa.Numeric)
+    reserved: Mapped[Decimal] = mapped_column(sa.Numeric)

@@ -79,11 +79,14 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class MonthUsage:
-    """What a key's requests used in this month (UTC)."""
+    """What a key used in this month (UTC)."""
 
     requests: int = 0
     tokens: int = 0
     usd: Decimal = Decimal(0)
+    """US dollars of its requests, and of the jobs, batches and re-embeddings that it began."""
+    reserved_usd: Decimal = Decimal(0)
+    """The part of ``usd`` that jobs, batches and re-embeddings under way are still expected to cost."""
 
 
 def new_secret() -> str:

@@ -24,6 +24,7 @@ from chunkmill.gateway.keys import key_in
 from chunkmill.gateway.paths import RawRoute
 from chunkmill.gateway.routes import all_endpoints
 from chunkmill.gateway.watching import Watched
+from chunkmill.ledger.access import spends
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def _handle(gateway: Gateway, by_method: dict[str, Endpoint]) -> Callable[[Reque
                 gateway.limits.begin(exchange.caller)
                 exchange.is_counted = True
                 _take_room(gateway, exchange, request)
-            response = await endpoint.handler(gateway, request, exchange.caller)
+            with spends.paid_by(exchange.caller.key_id):
+                response = await endpoint.handler(gateway, request, exchange.caller)
         except Refusal as refusal:
             response = _refused(exchange, refusal)
         except ChunkmillError as error:

@@ -18,6 +18,7 @@ from chunkmill.db.retry import is_outage
 from chunkmill.domain.doorbells import HURRY, DoorbellWindow
 from chunkmill.domain.reasons import reason_of
 from chunkmill.ledger import dropping
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import deaths
 from chunkmill.ledger.dead.deaths import TakenBack
 from chunkmill.ledger.jobs import cancel, recover
@@ -45,6 +46,10 @@ FILES_SECONDS = 60.0
 """Time between two looks for files of served batches that have expired."""
 COUNTS_SECONDS = 600.0
 """Time between two times that old counts of searches are put together."""
+SPENDS_SECONDS = 10.0
+"""Time between two times that what keys have reserved is replaced by the bill."""
+SPENDS_AGAIN_SECONDS = 600.0
+"""Time between two looks for bills that have changed after the end of what they are for."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long a job that could not be ended waits for the next try."""
 
@@ -90,6 +95,8 @@ class Poller:
         self._views_at = -math.inf
         self._files_at = -math.inf
         self._counts_at = -math.inf
+        self._spends_at = -math.inf
+        self._spends_again_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings, self._steps)
 
     def run(self, stop: threading.Event) -> None:
@@ -161,6 +168,7 @@ class Poller:
         step("the files that have expired", self._delete_expired_files)
         step("the collections that were dropped", self._clean_up_collections)
         step("the counts of old searches", self._tidy_counts)
+        step("the dollars of keys", self._settle_spends)
         rung = step("the ringing of doorbells", self._ring) or 0
         rung += self._provider.round()
         # This comes last, because the anti-join of a large job takes time and doorbells should not wait for it.
@@ -237,6 +245,22 @@ class Poller:
             with self._db.begin() as conn:
                 searches.tidy(conn)
             self._counts_at = time.monotonic() + COUNTS_SECONDS
+
+    def _settle_spends(self) -> None:
+        """Let the bill replace what the keys of the gateway have reserved for their jobs."""
+        now = time.monotonic()
+        if now < self._spends_at:
+            return
+        again = now >= self._spends_again_at
+        with self._db.begin() as conn:
+            due = spends.due(conn, again=again) if spends.are_kept(conn) else []
+        for spend_id in due:
+            self._beat()
+            with self._db.begin() as conn:
+                spends.settle(conn, spend_id)
+        self._spends_at = time.monotonic() + SPENDS_SECONDS
+        if again:
+            self._spends_again_at = time.monotonic() + SPENDS_AGAIN_SECONDS
 
     def _ring(self) -> int:
         settings = self._settings

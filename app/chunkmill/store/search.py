@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,15 +52,23 @@ its neighbours with their own is the idea of the local outlier factor: Breunig e
 Measured on 100,000 rows with a beam of 100: 98 % of 200 queries about the collection's own topics had 0.95 or more, and
 a recall of 1.00. Of those about other topics 1 % had it; their recall was 0.52, and 0.93 with a beam of 1,000.
 Of 620 queries in English to 8,000 docstrings, some about weather and pancakes, one had less."""
-SAMPLED = 500
-"""About how many rows of the largest graph are looked at to tell whether a filter leaves many chunks. That takes about
-3 ms, and saves the list of all chunks that pass."""
+FIRST_SAMPLED, SAMPLED = 100, 500
+"""About how many rows of the largest graph are looked at to tell whether a filter leaves many chunks: as many as the
+second number, unless none or a third of the first ones pass. That takes 1 to 3 ms, and saves the list of all chunks
+that pass."""
 CLEARLY_MANY = 1.25
 """The sample is believed only if it says that this many times more chunks pass than an exact search may have."""
 
 
 class SpaceLeft(Exception):
     """The collection has left the space since the caller chose it, so its vectors may be incomplete."""
+
+
+MOST_AT_ONCE = 1_000
+"""How many rows of a graph are read before their chunks are looked at, which is pgvector's widest beam. If so many are
+too few, they are looked at one after the other, until enough have passed."""
+MARGIN = 1.3
+"""So many times more rows of a graph are read than should be enough by the share that passes."""
 
 
 def search(
@@ -200,6 +207,20 @@ class _Passing:
 
 
 @dataclass(frozen=True, slots=True)
+class _Near:
+    """The nearest candidates, and what is known of them."""
+
+    hits: list[SearchHit]
+    """Best first. There are none if the scan of a graph gave up: other segments may then have given enough that are not
+    the nearest."""
+    compared: int
+    """How many candidates were compared by their vectors."""
+    spread: float
+    """See ``LEAST_SPREAD``; infinite if it was not looked at."""
+    beam: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
     """What all queries of a call have in common."""
 
@@ -276,53 +297,79 @@ class _Asked:
             SELECT count(*) AS looked, count(*) FILTER (WHERE {_has_chunk("s", self.filtered)}) AS passed
             FROM {largest.table_name} s TABLESAMPLE SYSTEM (:percent) REPEATABLE (1)
         """
-        percent = min(100.0, 100 * SAMPLED / max(1, largest.rows))
-        row = self.conn.execute(sa.text(query), {**self.parameters, "percent": percent}).one()
-        return float(row.passed / row.looked) if row.looked else 0.0
+        share = 0.0
+        for rows in (FIRST_SAMPLED, SAMPLED):
+            percent = min(100.0, 100 * rows / max(1, largest.rows))
+            row = self.conn.execute(sa.text(query), {**self.parameters, "percent": percent}).one()
+            share = row.passed / row.looked if row.looked else 0.0
+            if not 0 < share < 1 / 3:
+                break
+        return share
 
     def _through_segments(
         self, parameters: dict[str, object], k: int, index: ServingIndex, because: str, explain: bool
     ) -> Hits:
         """The ``k`` nearest among the candidates, or fewer if the segments and the tail have too few candidates."""
         candidates = _candidates(k)
-        beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
-        parameters = {**parameters, "k": candidates, "beam": beam}
-        spread, is_judged = math.inf, index.has_graphs and bool(self.filtered or index.has_bits)
-        if is_judged:
-            # What passes a filter, or comes from a wide beam, is further away and says less about where the query is.
-            self._set_beam(BEAM)
-            all_of_it = _through_segments(self.space, index.segments, "")
-            _, _, spread = self._hits(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM})
-        if spread >= LEAST_SPREAD:
-            self._set_beam(beam)
-            graphs = _through_segments(self.space, index.segments, self.filtered)
-            hits, compared, own_spread = self._hits(graphs, parameters)
-            spread = spread if is_judged else own_spread
-        is_beside = index.has_graphs and spread < LEAST_SPREAD
+        near = self._nearest_at_once(parameters, candidates, index) or self._nearest_in_turn(
+            parameters, candidates, index
+        )
+        is_beside = index.has_graphs and near.spread < LEAST_SPREAD
         if is_beside:
             # Among so many of the nearest rows there are enough that pass. If not, the search becomes exact.
             scanned = math.ceil(2 * (BITS_BY_ROWS if index.has_bits else candidates) / max(self.share, 0.001))
             rows = _through_segments(self.space, index.segments, self.filtered, by_rows=True)
-            hits, compared, _ = self._hits(rows, {**parameters, "beam": BITS_BY_ROWS, "scanned": scanned})
+            near = self._near(rows, {**parameters, "k": candidates, "beam": BITS_BY_ROWS, "scanned": scanned})
             because += " The query is beside all that the graphs gave, so that all rows were compared instead."
         if not explain:
-            return Hits(hits[:k])
+            return Hits(near.hits[:k])
         plan = SearchPlan(
             is_exact=False,
             because=because,
-            candidates=compared,
+            candidates=near.compared,
             segments=len(index.segments),
             graphs=sum(part.kind is not SegmentKind.FLAT for part in index.segments),
             tail=self._count_tail(),
-            beam=beam if index.has_graphs and not is_beside else None,
+            beam=near.beam if index.has_graphs and not is_beside else None,
         )
-        return Hits(hits[:k], plan)
+        return Hits(near.hits[:k], plan)
+
+    def _nearest_at_once(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near | None:
+        """The nearest that pass the filter, among so many rows of each graph as are enough by the share that passes.
+
+        One statement reads them, looks which of them pass, and says where the query is among all of them. None if there
+        is no filter, if a graph is not one of vectors, or if too few rows passed.
+        """
+        at_once = math.ceil(MARGIN * candidates / max(self.share, 1e-6)) + JUDGED
+        if not (self.filtered and index.has_graphs) or index.has_bits or at_once > MOST_AT_ONCE:
+            return None
+        beam = max(BEAM, at_once)
+        self._set_beam(beam)
+        statement = _through_graphs_at_once(self.space, index.segments, self.filtered)
+        near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": beam})
+        return near if near.hits else None
+
+    def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near:
+        """The nearest that pass the filter: each graph is read until it has given enough of them."""
+        beam = min(WIDEST_BEAM, max(WIDE_BEAM, 10 * candidates) if index.has_bits else max(BEAM, 2 * candidates))
+        is_judged, spread = index.has_graphs and bool(self.filtered or index.has_bits), math.inf
+        if is_judged:
+            # What passes a filter, or comes from a wide beam, is further away and says less about where the query is.
+            self._set_beam(BEAM)
+            all_of_it = _through_segments(self.space, index.segments, "")
+            spread = self._near(all_of_it, {**parameters, "k": JUDGED, "beam": BEAM}).spread
+            if spread < LEAST_SPREAD:
+                return _Near([], 0, spread, BEAM)
+        self._set_beam(beam)
+        graphs = _through_segments(self.space, index.segments, self.filtered)
+        near = self._near(graphs, {**parameters, "k": candidates, "beam": beam})
+        return replace(near, spread=spread) if is_judged else near
 
     def _exactly(self, parameters: dict[str, object], k: int, passing: _Passing | None) -> list[SearchHit]:
         if passing is None:
-            return self._hits(_exact(self.space, self.filtered), {**parameters, "k": k})[0]
+            return self._near(_exact(self.space, self.filtered), {**parameters, "k": k}).hits
         listed = "AND c.ctid = ANY(CAST(:places AS tid[]))"
-        return self._hits(_exact(self.space, listed), {**parameters, "places": passing.places, "k": k})[0]
+        return self._near(_exact(self.space, listed), {**parameters, "places": passing.places, "k": k}).hits
 
     def _explanation(self, because: str, passing: _Passing | None) -> SearchPlan:
         query = f"""
@@ -342,16 +389,14 @@ class _Asked:
     def _set_beam(self, beam: int) -> None:
         self.conn.execute(sa.text(f"SET LOCAL hnsw.ef_search = {beam}"))
 
-    def _hits(self, statement: str, parameters: dict[str, object]) -> tuple[list[SearchHit], int, float]:
-        """The hits, among how many candidates they are the nearest, and their spread (see ``LEAST_SPREAD``).
-
-        There are none if the scan of a graph gave up. Other segments may then have given enough that are not nearest.
-        """
+    def _near(self, statement: str, parameters: dict[str, object]) -> _Near:
         rows = self.conn.execute(sa.text(statement), parameters).all()
         if not rows or any(row.gave_up for row in rows):
-            return [], 0, math.inf
+            return _Near([], 0, math.inf)
         hits = [SearchHit(float(r.score), r.chunk_id, r.text, r.metadata, r.truncated) for r in rows]
-        return hits, rows[0].compared, _spread([hit.score for hit in hits[:JUDGED]], rows[0].length)
+        first = rows[0]
+        spread = _spread(first.judged, first.cosine, first.length)
+        return _Near(hits, first.compared, spread, int(str(parameters.get("beam", 0))))
 
 
 def _direction(query: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -378,24 +423,22 @@ def _candidates(k: int) -> int:
     return k + max(MORE_CANDIDATES, k // 2)
 
 
-def _spread(cosines: Sequence[float], length: float | None) -> float:
-    """How many times as far from each other as from the query the candidates are, on average, by cosine distance.
+def _spread(n: int, cosine: float | None, length: float | None) -> float:
+    """How many times as far from each other as from the query ``n`` candidates are, on average, by cosine distance.
 
-    ``cosines`` are those of the candidates to the query, and ``length`` is that of the mean of their directions, which
-    tells the mean cosine of all pairs of them.
+    ``cosine`` is their mean cosine to the query, and ``length`` is that of the mean of their directions, which tells
+    the mean cosine of all pairs of them.
     """
-    n = len(cosines)
-    away = 1 - sum(cosines) / max(n, 1)
-    if n < 2 or length is None or away <= 0:
+    if n < 2 or cosine is None or length is None or cosine >= 1:
         return math.inf
-    return (1 - (n * length**2 - 1) / (n - 1)) / away
+    return (1 - (n * length**2 - 1) / (n - 1)) / (1 - cosine)
 
 
 def _exact(space: Space, filtered: str) -> str:
     # The addition keeps the planner from an index of vectors, which the last release built and an operator may build.
     return f"""
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, 0 AS compared, false AS gave_up,
-               NULL AS length
+               0 AS judged, NULL AS cosine, NULL AS length
         FROM (
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance
@@ -426,13 +469,34 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
     gave_up = (
         f"EXISTS (SELECT FROM (VALUES {graphs}) g (part, n_rows, wanted) WHERE {given} < least(g.wanted, g.n_rows))"
     )
-    judged = f"SELECT embedding FROM nearest ORDER BY distance LIMIT {JUDGED}"
-    length = f"(SELECT vector_norm(CAST(avg(l2_normalize(j.embedding)) AS vector)) FROM ({judged}) j)"
+    judged = _JUDGED.format("SELECT embedding, distance FROM nearest")
     return f"""
         WITH candidates AS MATERIALIZED (
             {candidates}
         ),
         nearest AS MATERIALIZED (
+            {_nearest(space, filtered)}
+        )
+        SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
+               {gave_up if graphs else "false"} AS gave_up, j.judged, j.cosine, j.length
+        FROM nearest n
+        CROSS JOIN ({judged if graphs and not by_rows else _NOT_JUDGED}) j
+        JOIN contents t USING (content_hash)
+        ORDER BY n.distance, n.chunk_id
+    """
+
+
+_JUDGED = f"""
+            SELECT count(*) AS judged, avg(1 - j.distance) AS cosine,
+                   vector_norm(CAST(avg(l2_normalize(j.embedding)) AS vector)) AS length
+            FROM ({{}} ORDER BY distance LIMIT {JUDGED}) j
+        """
+_NOT_JUDGED = "SELECT 0 AS judged, CAST(NULL AS float8) AS cosine, CAST(NULL AS float8) AS length"
+
+
+def _nearest(space: Space, filtered: str) -> str:
+    """The ``:k`` nearest chunks of the contents in ``candidates``, by their vectors."""
+    return f"""
             SELECT c.chunk_id, c.content_hash, c.metadata, v.truncated, v.embedding,
                    v.embedding <=> CAST(:query AS {space.vector_type}) AS distance,
                    count(*) OVER () AS compared
@@ -441,13 +505,80 @@ def _through_segments(space: Space, live: tuple[Segment, ...], filtered: str, *,
             JOIN chunks c ON c.content_hash = v.content_hash AND c.collection_id = :collection {filtered}
             ORDER BY distance, c.chunk_id
             LIMIT :k
+    """
+
+
+def _through_graphs_at_once(space: Space, live: tuple[Segment, ...], filtered: str) -> str:
+    """The nearest rows of graphs of vectors, ``:at_once`` of each, and which of them have a chunk that passes.
+
+    Chunks are looked up once for both: whether the content has one, and whether one of them passes. The tail and flat
+    segments, which have few rows, are asked for each.
+    """
+    half = f"halfvec({space.spec.dimensions})"
+    graphs = [part for part in live if part.kind is not SegmentKind.FLAT]
+    flat = [part for part in live if part.kind is SegmentKind.FLAT]
+    near = "\nUNION ALL\n".join(
+        f"""(
+            SELECT s.content_hash, {part.id} AS part, s.embedding <=> CAST(:query AS {half}) AS distance
+            FROM {part.table_name} s
+            ORDER BY s.embedding <=> CAST(:query AS {half})
+            LIMIT :at_once
+        )"""
+        for part in graphs
+    )
+    passing, others = (
+        "\nUNION ALL\n".join(
+            [_of_tail(space, condition), *(_of_segment(space, part, condition, by_rows=False) for part in flat)]
+        )
+        for condition in (filtered, "")
+    )
+    n_rows = ", ".join(f"({part.id}, {part.rows})" for part in graphs)
+    in_part = "(SELECT count(*) FROM looked x WHERE x.part = g.part{})"
+    return f"""
+        WITH near AS MATERIALIZED (
+            {near}
+        ),
+        looked AS MATERIALIZED (
+            SELECT n.content_hash, n.part, n.distance, c.passes
+            FROM near n
+            CROSS JOIN LATERAL (
+                SELECT bool_or(true {filtered}) AS passes
+                FROM chunks c
+                WHERE c.content_hash = n.content_hash AND c.collection_id = :collection
+            ) c
+        ),
+        candidates AS MATERIALIZED (
+            (SELECT content_hash FROM looked WHERE passes ORDER BY distance LIMIT :k)
+            UNION ALL
+            SELECT content_hash FROM ({passing}) p
+        ),
+        nearest AS MATERIALIZED (
+            {_nearest(space, filtered)}
+        ),
+        seen AS MATERIALIZED (
+            (SELECT content_hash FROM looked WHERE passes IS NOT NULL ORDER BY distance LIMIT :k)
+            UNION
+            SELECT content_hash FROM ({others}) o
         )
         SELECT 1 - n.distance AS score, n.chunk_id, t.text, n.metadata, n.truncated, n.compared,
-               {gave_up if graphs else "false"} AS gave_up, {length if graphs and not by_rows else "NULL"} AS length
+               EXISTS (
+                   SELECT FROM (VALUES {n_rows}) g (part, n_rows)
+                   WHERE {in_part.format(" AND x.passes")} < least(:k, g.n_rows)
+                     AND {in_part.format("")} < g.n_rows
+               ) AS gave_up,
+               j.judged, j.cosine, j.length
         FROM nearest n
+        CROSS JOIN ({_JUDGED.format(_DISTANCES.format(space.vector_type, space.table_name))}) j
         JOIN contents t USING (content_hash)
         ORDER BY n.distance, n.chunk_id
     """
+
+
+_DISTANCES = """
+                SELECT v.embedding, v.embedding <=> CAST(:query AS {}) AS distance
+                FROM seen
+                JOIN {} v USING (content_hash)
+"""
 
 
 def _of_tail(space: Space, filtered: str) -> str:

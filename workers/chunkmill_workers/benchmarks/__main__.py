@@ -26,7 +26,8 @@ from chunkmill_workers.benchmarks.peers.process import PeerError
 
 DEFAULT = ("enqueue", "write", "search", "engine", "pipeline")
 NAMES = (
-    *DEFAULT, "gateway", "enqueue-million", "search-million", "million", "provider", "gpu", "gpu-pipeline", "plot",
+    *DEFAULT, "gateway", "enqueue-million", "search-million", "million", "reembed", "reembed-million", "provider",
+    "gpu", "gpu-pipeline", "plot",
 )  # fmt: skip
 ROUNDS, QUICK_ROUNDS = 5, 2
 
@@ -69,6 +70,10 @@ def measure(name: str, task: Task, say: report.Say) -> dict[str, Any]:
         from chunkmill_workers.benchmarks import search
 
         return search.run(rounds=rounds, quick=quick, say=say, million=name == "search-million")
+    if name.startswith("reembed"):
+        from chunkmill_workers.benchmarks import reembed
+
+        return reembed.run(quick=quick, say=say, million=name == "reembed-million")
     if name == "gateway":
         from chunkmill_workers.benchmarks import gateway
 
@@ -111,9 +116,9 @@ def main(
 
     NAME is one of enqueue, write, search, engine and pipeline, which run by default; gateway (which needs wrk);
     enqueue-million; search-million (with a collection of a million rows, an hour and a half); million (through the
-    whole system); provider (the steps of the Batch API, in a checkout); gpu and gpu-pipeline, for a machine with a GPU;
-    and plot, which only draws the results in --out. Each benchmark writes a JSON file there. The plots are drawn at the
-    end.
+    whole system); reembed and reembed-million (a collection moves to another space and back); provider (the steps of
+    the Batch API, in a checkout); gpu and gpu-pipeline, for a machine with a GPU; and plot, which only draws the
+    results in --out. Each benchmark writes a JSON file there. The plots are drawn at the end.
     """
     signal.signal(signal.SIGTERM, _leave)
     try:

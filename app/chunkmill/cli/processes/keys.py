@@ -99,7 +99,11 @@ def create(
 @json_option
 @click.pass_obj
 def list_(screen: Screen) -> None:
-    """List the keys: what each allows, and what it used in this month (UTC)."""
+    """List the keys: what each allows, and what it used in this month (UTC).
+
+    USD is that of its requests and of the jobs, batches and re-embeddings that it began. Of that, `reserved` is what
+    those under way are still expected to cost; the bill replaces it as they go.
+    """
     with _database() as conn:
         listed = stored.list_all(conn)
     now = datetime.now(UTC)
@@ -109,7 +113,7 @@ def list_(screen: Screen) -> None:
         screen.say("No key has been created. Create one: chunkmill keys create NAME")
     else:
         heads = ["id", "begins", "name", "tenant", "state", "scopes", "models", "collections", "limits", "last used"]
-        screen.table([*heads, "requests", "tokens", "USD"], [_row(key, used, now) for key, used in listed])
+        screen.table([*heads, "requests", "tokens", "USD", "reserved"], [_row(key, used, now) for key, used in listed])
 
 
 @keys.command()
@@ -139,7 +143,7 @@ def _row(key: ApiKey, used: MonthUsage, now: datetime) -> tuple[object, ...]:
         key.id, f"cmk_{key.id}_{key.prefix}", key.name, key.tenant, key.state(now), ", ".join(key.scopes),
         _some(key.models), _some(key.collections), _limits(key.limits),
         None if key.last_used_at is None else f"{key.last_used_at:%Y-%m-%d %H:%M}",
-        used.requests, used.tokens, f"{used.usd:.4f}",
+        used.requests, used.tokens, f"{used.usd:.4f}", f"{used.reserved_usd:.4f}",
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from chunkmill.gateway.batches.recovery import JobRecovery
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.models import Models, ServedModel
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.served import batches, files, lines
 from chunkmill.ledger.served.batches import Result, ServedBatch
 from chunkmill.ledger.served.lines import NEVER_EXECUTED, NO_INPUTS, OK, DeadInput, Inputs, Line
@@ -161,7 +162,8 @@ class BatchKeeper:
             file_id = self._input_file(batch)
             try:
                 model, size, refused = self._read_file(batch, file_id)
-                job_id = self._enqueue(batch, file_id, model, size, refused)
+                with spends.paid_by(batch.key_id):
+                    job_id = self._enqueue(batch, file_id, model, size, refused)
             except NotFound:
                 self._require_held(batch)  # a cancel drops the collection
                 raise _no_file(batch) from None

@@ -22,6 +22,7 @@ from chunkmill.gateway.fields import invalid, text_field, word_field
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.replies import Reply
 from chunkmill.gateway.routes.files import EXPIRY_SCHEMA, in_thread, limit_of, list_schema, page_of, unix
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.served import batches, files, lines
 from chunkmill.ledger.served.batches import ServedBatch
 
@@ -40,6 +41,8 @@ async def create_batch(gateway: Gateway, request: Request, caller: Caller) -> Re
         raise invalid("Idempotency-Key", f"must have 1 to {MAX_KEY} characters.")
 
     def create(conn: sa.Connection) -> ServedBatch:
+        if asked.route.is_paid:
+            spends.require_some_left(conn)
         file = files.find(conn, caller.tenant, name, hold=True)
         if file is None and key is None:
             raise _no_file(name)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
 
 from chunkmill.domain.keys import SHOWN, ApiKey, KeyLimits, MonthUsage, Scope, digest_of, key_of, new_secret
+from chunkmill.ledger.access import spends
 
 CHANNEL = "chunkmill_api_keys"
 """The payload of a notification is the id of the key that changed."""
@@ -37,6 +39,14 @@ FROM api_keys k
 LEFT JOIN api_key_usage u
     ON u.key_id = k.id AND u.month = date_trunc('month', now() AT TIME ZONE 'UTC')::date
 ORDER BY k.id
+""")
+_RESERVED = sa.text("""
+SELECT s.key_id, sum(m.reserved) AS usd
+FROM api_key_spends s
+JOIN api_key_spend_months m
+    ON m.spend_id = s.id AND m.month = date_trunc('month', now() AT TIME ZONE 'UTC')::date
+WHERE s.settled_at IS NULL
+GROUP BY s.key_id
 """)
 _READ = sa.text("""
 SELECT
@@ -105,7 +115,11 @@ def create(
 
 def list_all(conn: sa.Connection) -> list[tuple[ApiKey, MonthUsage]]:
     """All keys, also revoked ones, and what they used in this month, in the order of their ids."""
-    return [(_key(row), MonthUsage(row.used_requests, row.used_tokens, row.used_usd)) for row in conn.execute(_LIST)]
+    reserved = {row.key_id: row.usd for row in conn.execute(_RESERVED)} if spends.are_kept(conn) else {}
+    return [
+        (_key(row), MonthUsage(row.used_requests, row.used_tokens, row.used_usd, reserved.get(row.id, Decimal(0))))
+        for row in conn.execute(_LIST)
+    ]
 
 
 def read(conn: sa.Connection, ids: Collection[int]) -> dict[int, StoredKey]:

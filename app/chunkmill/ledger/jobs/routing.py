@@ -37,6 +37,19 @@ def lanes_of(settings: Settings, spec: SpaceSpec) -> tuple[Route, ...]:
     return serving(spec, model, batches=settings.openai_batches)
 
 
+def may_cost(settings: Settings, spec: SpaceSpec, asked: Route) -> bool:
+    """Whether a job of the space may come to a paid lane."""
+    return asked is not Route.LOCAL and any(lane.is_paid for lane in lanes_of(settings, spec))
+
+
+def job_may_cost(conn: sa.Connection, settings: Settings, job_id: int) -> bool:
+    """The same of a job. One of a space that this release cannot read may."""
+    query = "SELECT route, space_id FROM jobs WHERE id = :id"
+    row = conn.execute(sa.text(query), {"id": job_id}).one()
+    space = registry.get_if_readable(conn, row.space_id)
+    return space is None or may_cost(settings, space.spec, Route(row.route))
+
+
 def decide(
     conn: sa.Connection, settings: Settings, spec: SpaceSpec, asked: Route, deadline: datetime | None = None
 ) -> Choice:

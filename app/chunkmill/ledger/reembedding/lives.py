@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +25,7 @@ from chunkmill.domain.reembedding import (
 )
 from chunkmill.domain.spaces import OnLong
 from chunkmill.errors import InvalidInput, NotFound, StoreUnavailable
+from chunkmill.ledger.access import spends
 from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
@@ -179,11 +181,12 @@ def to_care_for(conn: sa.Connection) -> list[tuple[int, int]]:
     return [(row.id, row.collection_id) for row in conn.execute(sa.text(query))]
 
 
-def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan) -> int:
+def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan, *, usd: Decimal = Decimal(0)) -> int:
     """Write a re-embedding of ``collection`` to ``space`` down; from now on, enqueues write into both spaces.
 
-    Returns its id, or that of the one with the same plan that is under way. ``space`` is held by the caller. Raises
-    :class:`InvalidInput` if the collection is in the space, or another re-embedding of it is open.
+    Returns its id, or that of the one with the same plan that is under way. ``space`` is held by the caller. ``usd`` US
+    dollars are reserved for the key that begins it. Raises :class:`InvalidInput` if the collection is in the space, or
+    another re-embedding of it is open, and :class:`BudgetExceeded` if the key has too little left.
     """
     # Everyone who moves the collection or opens a re-embedding of it waits here, and windows that know less have ended.
     active = others.lock_for_change(conn, collection.id).active
@@ -235,6 +238,7 @@ def begin(conn: sa.Connection, collection: Collection, space: Space, plan: Plan)
         "id": reembedding_id,
     }
     conn.execute(sa.text(fill), parameters)
+    spends.begin(conn, reembedding_id=reembedding_id, usd=usd)
     return reembedding_id
 
 

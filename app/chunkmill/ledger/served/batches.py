@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from chunkmill.domain.served import Asked, FileKind, ServedState
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import LeaseLost
+from chunkmill.ledger.access import spends
 from chunkmill.ledger.served import files
 
 LEASE_SECONDS = 30
@@ -56,6 +57,8 @@ class ServedBatch:
     is_expired: bool
     is_stale: bool
     """Its counts are old."""
+    key_id: int | None = None
+    """The key that made it, which pays for it. None if no key of the table did, or an older release."""
 
     @property
     def job_key(self) -> str:
@@ -72,7 +75,8 @@ def create(
     models: frozenset[str] | None,
     input_file: str,
 ) -> tuple[ServedBatch, bool]:
-    """Create a batch. If the tenant has used the key before, that batch is returned, and False."""
+    """Create a batch, for which the key that asks pays. If the tenant has used the ``idempotency_key`` before, that
+    batch is returned, and False."""
     insert = """
         INSERT INTO served_batches (name, tenant, idempotency_key, asked, models, state, input_file, expires_at)
         VALUES (
@@ -96,6 +100,10 @@ def create(
     if name is None:
         query = "SELECT name FROM served_batches WHERE tenant = :tenant AND idempotency_key = :key"
         name = conn.execute(sa.text(query), {"tenant": tenant, "key": idempotency_key}).scalar_one()
+    if is_new and (key_id := spends.payer()) is not None and spends.are_kept(conn):
+        conn.execute(
+            sa.text("UPDATE served_batches SET key_id = :key WHERE name = :name"), {"key": key_id, "name": name}
+        )
     batch = find(conn, tenant, name)
     assert batch is not None, "a batch that was just seen"  # noqa: S101
     return batch, is_new
@@ -338,4 +346,5 @@ def _batch(row: sa.Row[tuple[object, ...]]) -> ServedBatch:
         expires_at=row.expires_at,
         is_expired=row.is_expired,
         is_stale=row.is_stale,
+        key_id=getattr(row, "key_id", None),
     )

@@ -1,4 +1,5 @@
-"""k-means against scikit-learn, and what holds of every result."""
+"""k-means against scikit-learn, and what holds of every result. The import of scikit-learn takes more than a second,
+so that only the tests that need it pay for it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from chunkmill import similarity
 from chunkmill.errors import InvalidInput
@@ -33,6 +33,8 @@ def test_lloyd_ends_where_scikit_learn_does(k: int, offset: float) -> None:
     vectors = groups(2000, 12, 20, seed=1, width=8, offset=offset)[0].astype(np.float64)
     start = vectors[:k]
     ours = similarity.kmeans(vectors, k, start=start, tolerance=0)
+    from sklearn.cluster import KMeans
+
     theirs = KMeans(k, init=start, n_init=1, tol=0, max_iter=300, algorithm="lloyd").fit(vectors)
     assert ours.converged
     np.testing.assert_array_equal(ours.labels, theirs.labels_)
@@ -91,6 +93,8 @@ def test_plus_plus_starts_in_every_group(batch: int | None) -> None:
 
 
 def test_mini_batches_come_near_to_scikit_learns() -> None:
+    from sklearn.cluster import MiniBatchKMeans
+
     vectors, _ = groups(5000, 30, 16, seed=3, width=5)
     ours = np.median([similarity.kmeans(vectors, 30, batch_size=256, seed=i).inertia for i in range(5)])
     theirs = np.median(

@@ -14,8 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
-from sklearn.metrics.pairwise import cosine_similarity
 
 from chunkmill import similarity
 from chunkmill.errors import InvalidInput
@@ -37,10 +35,21 @@ def expected(measure: Measure, a: Array, b: Array) -> Array:
     if not len(a) or not len(b):
         return np.empty((len(a), len(b)))
     if measure == Measure.COSINE:
-        return cosine_similarity(a, b)
+        return libraries_cosine(a, b)
     if measure == Measure.DOT:
         return a @ b.T
-    return cdist(a, b, "euclidean" if measure == Measure.EUCLIDEAN else "cityblock")
+    from scipy.spatial.distance import cdist
+
+    distances: Array = cdist(a, b, "euclidean" if measure == Measure.EUCLIDEAN else "cityblock")
+    return distances
+
+
+def libraries_cosine(a: Array, b: Array | None = None) -> Array:
+    """By scikit-learn, whose import takes more than a second: only the tests that need it pay for it."""
+    from sklearn.metrics.pairwise import cosine_similarity
+
+    cosines: Array = cosine_similarity(a, b)
+    return cosines
 
 
 @pytest.fixture
@@ -217,7 +226,7 @@ def test_very_different_lengths_in_one_call_disturb_no_other_pair() -> None:
                 assert given[i, j] == pytest.approx(wanted, rel=2e-7, abs=0)
         angles = similarity.cosine(vectors[5:], vectors[5:])
         for k in range(0, 20, 5):
-            np.testing.assert_allclose(angles[:5, k : k + 5], cosine_similarity(directions), atol=1e-6)
+            np.testing.assert_allclose(angles[:5, k : k + 5], libraries_cosine(directions), atol=1e-6)
 
 
 def test_a_sum_that_overflows_on_its_way_is_made_again() -> None:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 
 from chunkmill import similarity
 from chunkmill.errors import InvalidInput
@@ -81,6 +80,8 @@ def test_equal_vectors_are_ties_wherever_they_stand(measure: Measure) -> None:
 
 @pytest.mark.parametrize("measure", [Measure.COSINE, Measure.EUCLIDEAN, Measure.MANHATTAN])
 def test_the_nearest_are_those_of_scikit_learn(measure: Measure) -> None:
+    from sklearn.neighbors import NearestNeighbors
+
     random = np.random.default_rng(6)
     vectors, queries = random.standard_normal((5000, 48)), random.standard_normal((20, 48))
     reference = NearestNeighbors(n_neighbors=15, metric=str(measure), algorithm="brute").fit(vectors)

@@ -1,0 +1,384 @@
+"""The dollars of jobs, served batches and re-embeddings are booked to the key that began them, and to no other.
+
+Two keys with a limit, two collections, and a text that both of them enqueue. The provider is the test server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any
+
+import httpx2
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+
+from chunkmill.cli.__main__ import cli
+from chunkmill.client.spool import Spool
+from chunkmill.domain.chunks import prepare_or_skip
+from chunkmill.domain.keys import KeyLimits, Scope
+from chunkmill.errors import InvalidChunk
+from chunkmill.gateway.keys import StoredKeys
+from chunkmill.ledger.access import keys, spends
+from chunkmill.ledger.reembedding import fill
+from chunkmill.poller import poller
+from tests.support.corridor import MODEL, Corridor
+from tests.support.corridor_scene import Scene
+from tests.support.gateways import RunningGateway, running_gateway
+from tests.support.served import ended, line, openai_client, start
+
+ENOUGH = Decimal("0.01")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """The paid corridor behind a gateway, and what is booked to its keys."""
+
+    scene: Scene
+    gateway: RunningGateway
+
+    @property
+    def corridor(self) -> Corridor:
+        return self.scene.corridor
+
+    def key(self, name: str, usd: Decimal | None, *scopes: Scope, **more: Any) -> str:
+        with self.corridor.db.begin() as conn:
+            made = keys.create(
+                conn,
+                name=name,
+                tenant=f"tenant of {name}",
+                scopes=set(scopes) or {Scope.JOBS, Scope.BATCHES, Scope.EMBED},
+                limits=KeyLimits(usd_per_month=usd),
+                **more,
+            )
+        return made[1]
+
+    def revoke(self, key: str) -> None:
+        with self.corridor.db.begin() as conn:
+            assert keys.revoke(conn, id_of(key))
+
+    def ask(self, key: str, method: str, path: str, **rest: Any) -> httpx2.Response:
+        with self.gateway.client(key) as http:
+            return http.request(method, path, **rest)
+
+    def enqueue(self, key: str, collection: str, texts: list[str], route: str = "openai", **more: Any) -> Any:
+        """The answer to an enqueue of the texts, whose ids count from 0."""
+        body = b"".join(json.dumps({"id": str(i), "text": text}).encode() + b"\n" for i, text in enumerate(texts))
+        headers = more.pop("headers", {})
+        params = {"collection": collection, "route": route, **more}
+        return self.ask(key, "POST", "/v1/jobs", params=params, content=body, headers=headers)
+
+    def run(self, *job_ids: int) -> None:
+        """Let the jobs end, and everything that is at the provider."""
+        self.scene.finish(*(self.corridor.client.job(job_id) for job_id in job_ids))
+        self.settle()
+
+    def settle(self) -> None:
+        with self.corridor.db.begin() as conn:
+            for spend in spends.due(conn, again=True):
+                spends.settle(conn, spend)
+
+    def used(self, key: str) -> Decimal:
+        """US dollars in all months."""
+        query = "SELECT coalesce(sum(usd), 0) FROM api_key_usage WHERE key_id = :key"
+        return Decimal(self.corridor.one(query, key=id_of(key)))
+
+    def months(self, key: str) -> list[Row]:
+        return self.corridor.rows(
+            "SELECT m.month, m.charged, m.reserved FROM api_key_spend_months m JOIN api_key_spends s "
+            "ON s.id = m.spend_id WHERE s.key_id = :key AND m.charged + m.reserved <> 0 ORDER BY m.month",
+            key=id_of(key),
+        )
+
+    def charged(self, *job_ids: int) -> Decimal:
+        query = "SELECT coalesce(sum(usd), 0) FROM charges WHERE job_id = ANY(:jobs)"
+        return Decimal(self.corridor.one(query, jobs=list(job_ids)))
+
+    def reserved(self, key: str) -> Decimal:
+        with self.corridor.db.begin() as conn:
+            return next(used.reserved_usd for made, used in keys.list_all(conn) if made.id == id_of(key))
+
+
+def id_of(key: str) -> int:
+    return int(key.split("_")[1])
+
+
+def job_of(answer: httpx2.Response) -> int:
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["id"])
+
+
+def refused(answer: httpx2.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.fixture
+def books(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+    monkeypatch.setattr(poller, "SPENDS_SECONDS", 0.0)
+    ring = StoredKeys(stage.corridor.db)
+    with running_gateway(stage.corridor.settings, keys=ring) as gateway:
+        yield Books(stage, gateway)
+
+
+def test_what_a_job_is_expected_to_cost_is_reserved_and_the_bill_replaces_it(books: Books) -> None:
+    key, other = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job = job_of(books.enqueue(key, "docs", [f"text {i} of the job" for i in range(9)]))
+    reserved = books.used(key)
+    assert reserved > 0
+    assert (books.reserved(key), books.used(other)) == (reserved, 0)
+    books.run(job)
+    assert books.used(key) == books.charged(job) > 0
+    assert (books.reserved(key), books.used(other)) == (0, 0)
+    books.settle()
+    assert books.used(key) == books.charged(job)
+
+
+def test_two_keys_never_pay_for_each_other_also_if_they_share_a_text(books: Books) -> None:
+    first, second = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    shared = "a text that both of them have, and that is longer than the others are"
+    one = job_of(books.enqueue(first, "docs", [shared, "only of the first"]))
+    two = job_of(books.enqueue(second, "notes", [shared, "only of the second", "and one more"]))
+    nobodys = books.corridor.client.enqueue([("1", "of the command line")], collection="more", route="openai")
+    books.run(one, two, nobodys.id)
+    used = {key: books.used(key) for key in (first, second)}
+    assert used == {first: books.charged(one), second: books.charged(two)}
+    total = Decimal(books.corridor.one("SELECT sum(usd) FROM charges"))
+    assert sum(used.values()) == total - books.charged(nobodys.id)
+    assert all(used.values()) and books.charged(nobodys.id) > 0
+    # The text was sent once, so it was charged to one of the jobs.
+    assert books.corridor.one("SELECT sum(contents)::int FROM charges") == 5
+
+
+def test_a_job_for_which_too_little_is_left_is_not_begun(books: Books) -> None:
+    texts = [f"text {i} of a job that is too dear" for i in range(50)]
+    key, other = books.key("poor", Decimal("0.000001")), books.key("rich", ENOUGH)
+    for skip in ("raise", "skip"):
+        answer = books.enqueue(key, "docs", texts, on_invalid=skip)
+        assert refused(answer) == (429, "insufficient_quota")
+        assert "0.000001 US dollars a month (UTC)" in answer.json()["error"]["message"]
+        assert answer.headers["x-should-retry"] == "false"
+    assert books.corridor.rows("SELECT FROM jobs") == []
+    assert books.corridor.rows("SELECT FROM contents") == []
+    assert books.used(key) == 0
+    job_of(books.enqueue(key, "docs", texts[:1]))
+    job_of(books.enqueue(other, "docs", texts))
+
+
+def test_what_is_reserved_for_one_job_is_not_left_for_the_next(books: Books) -> None:
+    texts = [f"text {i} of the first" for i in range(20)]
+    key = books.key("one", None)
+    job_of(books.enqueue(key, "docs", texts))
+    with books.corridor.db.begin() as conn:  # as it is for a key without a limit: nothing is reserved
+        assert conn.execute(sa.text("SELECT count(*) FROM api_key_spend_months")).scalar_one() == 0
+    limited = books.key("limited", ENOUGH)
+    job_of(books.enqueue(limited, "notes", [f"{text}, again" for text in texts]))
+    limit = books.used(limited)
+    with books.corridor.db.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE api_keys SET usd_per_month = :usd WHERE id = :id"), {"usd": limit, "id": id_of(limited)}
+        )
+    assert refused(books.enqueue(limited, "notes", ["one more"])) == (429, "insufficient_quota")
+
+
+def test_a_key_that_is_revoked_pays_for_what_it_began_which_goes_on(books: Books) -> None:
+    key = books.key("one", ENOUGH)
+    job = job_of(books.enqueue(key, "docs", ["a text", "another text"]))
+    books.revoke(key)
+    # The poller's rounds alone settle it.
+    books.scene.run_until(lambda: books.corridor.one("SELECT settled_at IS NOT NULL FROM api_key_spends"))
+    assert books.corridor.client.job(job).state == "completed"
+    assert books.used(key) == books.charged(job) > 0
+
+
+def test_each_charge_counts_in_the_month_of_its_day_and_what_is_still_expected_in_the_present_one(
+    books: Books,
+) -> None:
+    key = books.key("one", ENOUGH)
+    job = job_of(books.enqueue(key, "docs", ["a text of two months", "another one"]))
+    with books.corridor.db.begin() as conn:
+        # The job was begun last month, and a part of it was charged on its last day.
+        conn.execute(sa.text("UPDATE api_key_spend_months SET month = month - interval '1 month'"))
+        conn.execute(sa.text("UPDATE api_key_usage SET month = month - interval '1 month'"))
+        conn.execute(
+            sa.text(
+                "INSERT INTO charges (day, route, space_id, job_id, provider_batch_id, contents, tokens, usd) "
+                "SELECT date_trunc('month', now() AT TIME ZONE 'UTC')::date - 1, 'openai', space_id, id, 0, 1, 1, "
+                "0.00000001 FROM jobs WHERE id = :job"
+            ),
+            {"job": job},
+        )
+        estimated = conn.execute(sa.text("SELECT estimated FROM api_key_spends")).scalar_one()
+        this_month: date = conn.execute(
+            sa.text("SELECT date_trunc('month', now() AT TIME ZONE 'UTC')::date")
+        ).scalar_one()
+    books.settle()
+    before, now = books.months(key)
+    assert (before["charged"], before["reserved"]) == (Decimal("0.00000001"), 0)
+    assert (now["month"], now["reserved"]) == (this_month, estimated - Decimal("0.00000001"))
+    assert books.used(key) == estimated
+    books.run(job)
+    before, now = books.months(key)
+    assert before["charged"] + now["charged"] == books.charged(job) == books.used(key)
+    assert now["charged"] > 0 == now["reserved"]
+
+
+def test_a_correction_of_the_bill_after_the_end_reaches_the_key(books: Books) -> None:
+    key, other = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job = job_of(books.enqueue(key, "docs", ["a text"]))
+    books.run(job)
+    books.corridor.client.correct_charge(
+        Decimal("0.002"), route="openai", job_id=job, day=datetime.now(UTC).date(), reason="as invoiced", author="me"
+    )
+    books.settle()
+    assert books.used(key) == books.charged(job) + Decimal("0.002")
+    assert books.used(other) == 0
+
+
+def test_only_the_key_that_pays_for_a_job_goes_on_with_it(books: Books) -> None:
+    first, second = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job = job_of(books.enqueue(first, "docs", ["a text", "another"], headers={"Idempotency-Key": "same"}))
+    assert books.ask(first, "POST", f"/v1/jobs/{job}/cancel").status_code == 200
+    books.settle()
+    assert books.used(first) == 0
+    answer = books.ask(second, "POST", f"/v1/jobs/{job}/retry")
+    assert answer.status_code == 400
+    assert "not begun by this API key" in answer.json()["error"]["message"]
+    assert books.corridor.client.job(job).state == "cancelled"
+    assert books.ask(first, "POST", f"/v1/jobs/{job}/retry").status_code == 200
+    assert books.used(first) > 0
+    books.run(job)
+    assert (books.used(first), books.used(second)) == (books.charged(job), 0)
+
+
+def test_dead_chunks_are_tried_again_by_the_key_that_pays_alone(books: Books) -> None:
+    first, second = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job = job_of(books.enqueue(first, "docs", ["a text", "another"]))
+    with books.corridor.db.begin() as conn:  # as if the provider had refused all
+        conn.execute(sa.text("UPDATE chunk_batches SET state = 'completed', finished_at = now()"))
+        conn.execute(
+            sa.text(
+                "INSERT INTO dead_chunks (job_id, chunk_id, code, reason, content_hash) "
+                "SELECT :job, chunk_id, 'refused', 'it was refused', content_hash FROM chunks"
+            ),
+            {"job": job},
+        )
+        conn.execute(sa.text("UPDATE jobs SET state = 'failed', finished_at = now()"))
+    books.settle()
+    assert books.used(first) == 0
+    assert books.ask(second, "POST", "/v1/dead/retry", json={"job_id": job}).status_code == 400
+    assert books.corridor.client.job(job).state == "failed"
+    assert books.ask(first, "POST", "/v1/dead/retry", json={"job_id": job}).status_code == 200
+    assert books.used(first) > 0
+    books.run(job)
+    assert (books.used(first), books.used(second)) == (books.charged(job), 0)
+
+
+def test_an_enqueue_that_was_cut_off_is_completed_by_the_key_that_began_it_alone(books: Books) -> None:
+    first, second = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    texts, headers = ["a text", "another"], {"Idempotency-Key": "same"}
+    job = job_of(books.enqueue(first, "docs", texts, headers=headers))
+    with books.corridor.db.begin() as conn:  # as if its producer had died before the end
+        conn.execute(sa.text("UPDATE jobs SET state = 'failed', sealed_at = NULL, finished_at = now()"))
+    assert books.enqueue(second, "docs", texts, headers=headers).status_code == 400
+    assert job_of(books.enqueue(first, "docs", texts, headers=headers)) == job
+    books.run(job)
+    assert (books.used(first), books.used(second)) == (books.charged(job), 0)
+
+
+def test_a_served_batch_is_paid_by_the_key_that_made_it_also_after_that_was_revoked(books: Books) -> None:
+    first, second, poor = books.key("one", ENOUGH), books.key("two", ENOUGH), books.key("poor", Decimal("1e-12"))
+    lines = [line(f"l{i}", f"input {i}") | {"body": {"model": MODEL, "input": f"input {i}"}} for i in range(5)]
+    with openai_client(books.gateway, poor) as api:
+        batch = ended(api, start(api, *lines, extra_body={"route": "openai"}).id)
+        assert batch.status == "failed"
+        (error,) = batch.errors.data
+        assert error.code == "insufficient_quota"
+        assert "US dollars a month (UTC)" in error.message
+    with openai_client(books.gateway, first) as api:
+        made = start(api, *lines, extra_body={"route": "openai"})
+    with openai_client(books.gateway, second) as api:
+        watched = start(api, *lines[:2], {**lines[2], "body": {"model": MODEL, "input": "of the second"}})
+        query = "SELECT count(job_id) FROM served_batches WHERE state = 'in_progress'"
+        books.scene.run_until(lambda: books.corridor.one(query) == 2)
+        books.revoke(first)
+    jobs = {row["name"]: row["job_id"] for row in books.corridor.rows("SELECT name, job_id FROM served_batches")}
+    books.run(jobs[made.id], jobs[watched.id])
+    assert books.used(first) == books.charged(jobs[made.id])
+    assert books.used(second) == books.charged(jobs[watched.id])
+    assert books.used(first) + books.used(second) == Decimal(books.corridor.one("SELECT sum(usd) FROM charges"))
+    assert books.used(poor) == 0
+
+
+def test_a_batch_on_a_paid_route_is_refused_at_once_if_nothing_is_left(books: Books) -> None:
+    spent, other = books.key("spent", Decimal(0)), books.key("two", ENOUGH)
+    body = {"input_file_id": "file-x", "endpoint": "/v1/embeddings", "completion_window": "24h", "route": "openai"}
+    assert refused(books.ask(spent, "POST", "/v1/batches", json=body)) == (429, "insufficient_quota")
+    assert refused(books.ask(other, "POST", "/v1/batches", json=body))[0] == 400  # there is no such file
+
+
+def test_a_reembedding_is_paid_by_the_key_that_began_it(books: Books) -> None:
+    admin, other = books.key("admin", ENOUGH, Scope.ADMIN), books.key("other", ENOUGH, Scope.ADMIN)
+    poor = books.key("poor", Decimal("1e-12"), Scope.ADMIN)
+    texts = [f"text {i} that moves" for i in range(6)]
+    stored = books.corridor.client.enqueue(
+        ((str(i), text) for i, text in enumerate(texts)), collection="docs", route="openai"
+    )
+    books.run(stored.id)
+    body = {"to": MODEL, "dimensions": 4, "route": "openai", "gates": {"canary": False}}
+    assert refused(books.ask(poor, "POST", "/v1/collections/docs/reembed", json=body)) == (429, "insufficient_quota")
+    assert books.corridor.rows("SELECT FROM reembeddings") == []
+    answer = books.ask(admin, "POST", "/v1/collections/docs/reembed", json=body)
+    assert answer.status_code == 201, answer.text
+    assert books.used(admin) > 0
+    # The same words of another key find it under way, and begin nothing.
+    assert books.ask(other, "POST", "/v1/collections/docs/reembed", json=body).json()["id"] == answer.json()["id"]
+    # What is enqueued meanwhile goes into both spaces, and its key pays for both.
+    beside = job_of(books.enqueue(other, "docs", ["a text that comes meanwhile"], on_long="truncate"))
+    query = "SELECT count(*) FROM jobs WHERE idempotency_key = :key AND state = 'completed'"
+    fill_key = f"reembed:{answer.json()['id']}"
+
+    def filled() -> bool:
+        fill.fill_some(books.corridor.db, books.corridor.settings, answer.json()["id"])
+        return bool(books.corridor.one(query, key=fill_key))
+
+    books.scene.run_until(filled)
+    books.run(beside)
+    jobs = {row["id"]: row["idempotency_key"] for row in books.corridor.rows("SELECT id, idempotency_key FROM jobs")}
+    of_fill = [job for job, key in jobs.items() if key == fill_key]
+    of_other = [job for job, key in jobs.items() if key is None and job != stored.id]
+    assert len(of_other) == 2
+    assert books.used(admin) == books.charged(*of_fill) + books.reserved(admin) > 0
+    assert books.used(other) == books.charged(*of_other) > 0
+
+
+def test_keys_list_shows_what_a_key_has_spent_and_reserved(books: Books) -> None:
+    key, other = books.key("one", ENOUGH), books.key("two", ENOUGH)
+    job_of(books.enqueue(key, "docs", ["a text"]))
+    settings = books.corridor.settings
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    listed = json.loads(CliRunner().invoke(cli, ["keys", "list", "--json"], env=env).stdout)
+    months = {row["id"]: row["month"] for row in listed}
+    assert Decimal(months[id_of(key)]["usd"]) == Decimal(months[id_of(key)]["reserved_usd"]) == books.used(key)
+    assert Decimal(months[id_of(other)]["reserved_usd"]) == 0
+    shown = CliRunner().invoke(cli, ["keys", "list"], env=env).stdout
+    assert "reserved" in shown
+
+
+def test_a_spool_gives_bad_chunks_back_from_its_file_and_can_be_looked_at_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chunkmill.client.spool.MEMORY_BYTES", 1)
+    given = [("1", "one"), ("2", ""), ("", "three"), ("4", "four")]
+
+    def shown(items: Any) -> list[Any]:
+        return [(str(item), item.reason) if isinstance(item, InvalidChunk) else item for item in items]
+
+    wanted = shown(prepare_or_skip(given))
+    with Spool(prepare_or_skip(given)) as spool:
+        assert shown(spool.look()) == shown(spool.look()) == wanted
+        assert shown(spool) == wanted
