@@ -29,6 +29,7 @@ from chunkmill.domain.spaces import Pooling, SpaceSpec
 from chunkmill.embedded import StackStatus
 from chunkmill.embedded.redis import find_program
 from chunkmill.errors import InvalidInput, StoreUnavailable
+from chunkmill.gateway.batches import recovery
 from chunkmill.gateway.keys import StoredKeys
 from chunkmill.ledger import dropping
 from chunkmill.ledger.access import keys, spends
@@ -448,6 +449,30 @@ def test_a_gateway_is_a_producer_and_a_poller_deletes_what_it_may_not_read(
         assert left_behind(worker_db) == []
     worker_db.dispose()
     poller_db.dispose()
+
+
+def test_a_producers_rights_are_enough_for_a_gateway_that_stands_in_for_a_poller(
+    settings: Settings, roles: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "LOOK_SECONDS", 0.05)
+    worker_db = create_db(roles["worker"], role="worker")
+    hands = Hands(worker_db)
+    with running_gateway(settings) as gateway, openai_client(gateway, gateway.key) as api:
+        made = start(api, *(line(f"line {n}", f"text {n}") for n in range(4))).id
+        until(lambda: hands.due() and api.batches.retrieve(made).status == "in_progress")
+        (first,) = hands.due()
+        query = "SELECT 1 FROM chunk_batches WHERE id = :id AND deaths = :deaths AND state <> 'running'"
+        for death in (1, 2):  # after the second it is split
+            hands.claim(first)
+            with worker_db.begin() as conn:
+                conn.execute(sa.text("UPDATE chunk_batches SET lease_until = now() WHERE state = 'running'"))
+            until(lambda death=death: hands.rows(query, id=first, deaths=death))  # type: ignore[misc]
+        assert len(hands.due()) > 1
+        monkeypatch.setattr(hands, "finish", lambda _: None)
+        hands.work()
+        batch = ended(api, made)
+        assert (batch.status, batch.request_counts.completed) == ("completed", 4)
+    worker_db.dispose()
 
 
 MAY_WHILE_FILLING = {

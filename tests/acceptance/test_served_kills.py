@@ -69,6 +69,12 @@ class World:
     def output(self) -> str:
         return self._log.read_text()[-5000:]
 
+    def use_usual_gateway(self) -> None:
+        """Replace the gateway by one whose steps are of the usual size."""
+        self.stop("gateway")
+        self.running["gateway"] = served_process.start("usual gateway", self._given, self.port, self._log)
+        self.wait()
+
     def wait(self) -> None:
         def answers() -> bool:
             assert self.running["gateway"].is_alive(), self.output()
@@ -198,6 +204,18 @@ def test_a_gateway_killed_in_an_upload_a_validation_an_end_and_a_download_loses_
     world.check_ledger(n_batches=1, uploaded={content})
 
 
+def test_a_batch_whose_worker_is_killed_completes_although_no_poller_runs(world: World) -> None:
+    world.stop("poller")
+    world.stop("worker")
+    texts, content = input_of("a", 100)
+    made = world.create(world.upload(content), "the key")
+    world.running["worker"] = served_process.start("stuck worker", world._given | QUICK, world.port, world._log)
+    until(lambda: world.rows("SELECT FROM chunk_batches WHERE state = 'running'"), world.output)
+    world.kill("worker")
+    world.check(world.patiently(lambda: ended(world.api, made)), texts)
+    assert world.rows("SELECT max(deaths) FROM chunk_batches") == [(1,)]
+
+
 @pytest.fixture
 def own(settings: Settings, tmp_path: Path) -> Iterator[tuple[World, Stack]]:
     """A world with servers of its own, which may be killed too."""
@@ -266,17 +284,24 @@ def most_memory(process: BaseProcess) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
+LARGE_LINES = 50_000
+
+
+def large_file(folder: Path) -> Path:
+    """As large a file as a gateway takes."""
+    path, filler = folder / "large.jsonl", "word " * 750
+    with path.open("wb") as file:
+        for n in range(LARGE_LINES):
+            file.write(jsonl(line(f"line {n}", f"text {n} {filler}")))
+    assert 190_000_000 < path.stat().st_size < 200_000_000
+    return path
+
+
 @pytest.mark.slow
 def test_a_file_of_200_megabytes_goes_in_and_out_of_a_gateway_in_constant_memory(world: World, tmp_path: Path) -> None:
-    world.stop("gateway")
-    world.running["gateway"] = served_process.start("usual gateway", world._given, world.port, world._log)
-    world.wait()
-    path, filler = tmp_path / "large.jsonl", "word " * 750
-    with path.open("wb") as file:
-        for n in range(50_000):
-            file.write(jsonl(line(f"line {n}", f"text {n} {filler}")))
+    world.use_usual_gateway()
+    path = large_file(tmp_path)
     size = path.stat().st_size
-    assert 190_000_000 < size < 200_000_000
     before = most_memory(world.running["gateway"])
     with path.open("rb") as file:
         uploaded = world.api.files.create(file=file, purpose="batch")
@@ -284,3 +309,29 @@ def test_a_file_of_200_megabytes_goes_in_and_out_of_a_gateway_in_constant_memory
         n_bytes = sum(map(len, answer.iter_bytes()))
     assert (uploaded.bytes, n_bytes) == (size, size)
     assert most_memory(world.running["gateway"]) - before < 64
+
+
+@pytest.mark.slow
+def test_a_batch_of_50_000_lines_and_200_megabytes_goes_to_its_end_in_constant_memory(
+    world: World, tmp_path: Path
+) -> None:
+    world.use_usual_gateway()
+    path = large_file(tmp_path)
+    before = most_memory(world.running["gateway"])
+    with path.open("rb") as file:
+        uploaded = world.api.files.create(file=file, purpose="batch")
+    batch = ended(world.api, world.create(uploaded.id, "the key"))
+    assert batch.status == "completed"
+    assert batch.request_counts.to_dict() == {"total": LARGE_LINES, "completed": LARGE_LINES, "failed": 0}
+    n_bytes, names = 0, []
+    address = f"http://127.0.0.1:{world.port}/v1/files/{batch.output_file_id}/content"
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx2.stream("GET", address, headers=headers, trust_env=False, timeout=PATIENCE) as answer:
+        for text in answer.iter_lines():
+            n_bytes += len(text) + 1
+            names.append(text[: text.index('"response"')].partition('"custom_id"')[2].split('"')[1])
+    assert names == [f"line {n}" for n in range(LARGE_LINES)]
+    assert n_bytes == world.api.files.retrieve(batch.output_file_id).bytes
+    grown = most_memory(world.running["gateway"]) - before
+    print(f"the gateway grew by {grown} MB; the output has {n_bytes:,} bytes")
+    assert grown < 128

@@ -73,3 +73,37 @@ def test_one_trace_from_the_producer_to_the_last_vector(processes: Processes, se
     assert enqueued["attributes"]["chunkmill.chunks"] == enqueued["attributes"]["chunkmill.contents"] == 70
     assert {span["attributes"]["chunkmill.job"] for span in batches} == {enqueued["attributes"]["chunkmill.job"]}
     assert not [word for word in (SECRET, "doc-1", "the-collection") if word in json.dumps([*mine, *theirs])]
+
+
+ASKER = f"""
+from opentelemetry import trace
+from chunkmill import Client
+with Client.from_env() as client:
+    for name in ("one", "other"):
+        with trace.get_tracer("host").start_as_current_span(name):
+            client.embed([f"{SECRET} of the {{name}}"], timeout={PATIENCE})
+"""
+
+
+@pytest.mark.parametrize("socket", ["auto", "off"])
+def test_a_call_that_waits_for_a_worker_is_one_trace_with_it(processes: Processes, socket: str) -> None:
+    traced = {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_SCHEDULE_DELAY": "100", "WORKER_SOCKET": socket}
+    worker = processes.worker(**traced)
+    asker = subprocess.run(
+        [sys.executable, "-c", ASKER],
+        env=processes.env | traced, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert asker.returncode == 0, asker.stderr
+    assert worker.terminate() == 0
+    found = [*spans_in(asker.stdout), *spans_in(worker.output())]
+    spans = {span["context"]["span_id"]: span for span in found}
+    parents = sorted((span["name"], spans[span["parent_id"]]["name"]) for span in found if span["parent_id"])
+    # The transaction with the answer is below the pass if the same thread wrote it.
+    assert [each for each in parents if each != ("answer", "embed")] == [
+        ("chunkmill.embed_request", "one"),
+        ("chunkmill.embed_request", "other"),
+        ("embed", "chunkmill.embed_request"),
+        ("embed", "chunkmill.embed_request"),
+    ]
+    assert len({span["context"]["trace_id"] for span in found}) == 2
+    assert SECRET not in json.dumps(found)

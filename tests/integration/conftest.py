@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
 from chunkmill.spaces.canaries import Canary
 from chunkmill.spaces.registry import Space
+from chunkmill.telemetry import tracing
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.local import canary
 from chunkmill_workers.local.canary import embed_golden
@@ -27,6 +29,9 @@ from chunkmill_workers.process.lease import LeaseKeeper
 from tests.integration.hands import Hands
 from tests.openai_server import OpenAIServer
 from tests.support.corridor_scene import Scene, scene
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,24 @@ def chunk_batch_of(message: bytes) -> int:
     """The ChunkBatch that a bell in Redis is about."""
     ((chunk_batch_id,), *_) = json.loads(base64.b64decode(json.loads(message)["body"]))
     return int(chunk_batch_id)
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[ReadableSpan]]:
+    """Traces are on in this process, and this returns the spans that have ended.
+
+    The provider is not made the process's own, which other tests share.
+    """
+    pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    monkeypatch.setattr(tracing, "_tracer", lambda: tracer)
+    return lambda: list(exporter.get_finished_spans())
 
 
 @pytest.fixture

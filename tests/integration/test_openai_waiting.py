@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import pytest
 from chunkmill.errors import EngineError
 from chunkmill.ledger import embed_requests
 from chunkmill.settings import Settings
+from chunkmill.telemetry import tracing
 from chunkmill_workers.provider.responder import ProviderResponder
 from tests.openai_server import OpenAIServer, vector_for
 from tests.support import one_request
 from tests.support.corridor import DIMENSIONS, Corridor, corridor
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
 
 
 @pytest.fixture
@@ -48,6 +54,27 @@ def test_whoever_waits_gets_the_reason_at_once(lane: Corridor, server: OpenAISer
     with pytest.raises(EngineError, match=r"answered 503"):
         lane.client.embed(["a text"])
     assert lane.one("SELECT count(*) FROM charges") == 0
+
+
+def test_a_call_that_a_provider_answers_is_below_the_span_of_its_caller_and_no_span_has_a_text(
+    lane: Corridor, server: OpenAIServer, spans: Callable[[], list[ReadableSpan]]
+) -> None:
+    with tracing.root("first"):
+        lane.client.embed(["a text of ZEBRAFISH"])
+    server.misbehave("http_error", where={"endpoint": "embeddings.create"}, status=503)
+    with tracing.root("second"), pytest.raises(EngineError, match=r"answered 503"):
+        lane.client.embed(["another text of ZEBRAFISH"])
+    until(lambda: [span.name for span in spans()].count("chunkmill.embed_request") == 2)
+    callers = {span.context.span_id: span for span in spans() if span.name in ("first", "second")}
+    below = {
+        callers[span.parent.span_id].name: span
+        for span in spans()
+        if span.name == "chunkmill.embed_request" and span.parent is not None
+    }
+    assert below["first"].context.trace_id != below["second"].context.trace_id
+    assert below["first"].status.is_unset
+    assert not below["second"].status.is_ok
+    assert "ZEBRAFISH" not in "".join(span.to_json() for span in spans())
 
 
 def test_a_budget_that_is_used_up_answers_nothing(settings: Settings, server: OpenAIServer) -> None:

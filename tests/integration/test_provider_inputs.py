@@ -113,6 +113,13 @@ def test_requests_are_read_in_slices_that_neither_overlap_nor_leave_any_out(
 
         assert [sliced(first, after, 2) for after in (-1, 1, 3, 5)] == [[0, 1], [2, 3], [4], []]
         assert [sliced(second, after, 5) for after in (-1, 4)] == [[10, 11, 12, 13, 14], []]
+        execute(
+            conn, "UPDATE provider_inputs SET request_no = request_no + 32765 WHERE provider_batch_id = :id", id=second
+        )
+        assert [sliced(second, after, 2) for after in (32_764, 32_766, 32_768)] == [[10, 11], [12, 13], [14]]
+        execute(
+            conn, "UPDATE provider_inputs SET request_no = request_no - 32765 WHERE provider_batch_id = :id", id=second
+        )
         asked = provider_inputs.of_requests(conn, second, [0, 4, 5])
         assert {n: [each.content_hash[0] for each in rows] for n, rows in asked.items()} == {0: [10], 4: [14]}
 

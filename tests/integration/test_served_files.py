@@ -18,7 +18,7 @@ from chunkmill import Client
 from chunkmill.domain.served import FILE_SECONDS
 from chunkmill.gateway.batches import uploads
 from chunkmill.gateway.batches.keeper import BatchKeeper
-from chunkmill.ledger.served import batches, files
+from chunkmill.ledger.served import batches, files, lines
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
 from tests.support.gateways import RunningGateway, running_gateway
@@ -365,3 +365,26 @@ def test_a_gateway_that_lost_a_batch_to_another_changes_nothing(
     assert api.batches.retrieve(made.id).status == "completed"
     assert [job.chunks for job in client.jobs()] == [1]
     keeper._broker.close()
+
+
+def test_the_lines_behind_the_32_767th_are_read_as_those_before_it(db: sa.Engine, client: Client) -> None:
+    rows(
+        db,
+        """
+        WITH batch AS (
+            INSERT INTO served_batches (name, tenant, asked, state, input_file, expires_at)
+            VALUES ('batch_large', 'north', '{}', 'finalizing', 'file-large', now())
+            RETURNING id
+        )
+        INSERT INTO served_batch_lines (served_batch_id, line, custom_id, n_inputs, is_base64, refuses_long)
+        SELECT id, line, 'line ' || line, 1, false, false
+        FROM batch CROSS JOIN generate_series(30000, 36000) AS line
+        """,
+    )
+    ((batch_id,),) = rows(db, "SELECT id FROM served_batches")
+    after, seen = 29_999, []
+    with db.begin() as conn:
+        while of_slice := lines.read(conn, batch_id, after=after):
+            seen += [one.line for one in of_slice]
+            after = seen[-1]
+    assert seen == list(range(30_000, 36_001))

@@ -20,9 +20,7 @@ from chunkmill_workers.provider.flow import StepDelayed
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import ReadableSpan
 
 
 @dataclass
@@ -35,16 +33,6 @@ class Worker:
     def transact(self, work: Callable[[sa.Connection], Sequence[str]], what: str) -> Sequence[str]:
         with self.db.begin() as conn:
             return work(conn)
-
-
-@pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[ReadableSpan]]:
-    """What was recorded. The provider is not made the process's own, which other tests share."""
-    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracer = provider.get_tracer("test")
-    monkeypatch.setattr(tracing, "_tracer", lambda: tracer)
-    return lambda: list(exporter.get_finished_spans())
 
 
 def in_flight(db: sa.Engine, provider_batch: int, *jobs: int) -> Step:

@@ -373,9 +373,15 @@ def test_who_does_not_know_the_token_is_told_nothing(
         assert friend.read()[0] == FrameKind.WELCOME
 
 
+TRACE = b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01"
+
+
 def hostile() -> Iterator[tuple[str, bytes]]:
     def ask(body: bytes) -> bytes:
         return struct.pack("<IBI", len(body), FrameKind.ASK, 1) + body
+
+    def traced(body: bytes) -> bytes:
+        return struct.pack("<IBI", len(body), FrameKind.ASK_TRACED, 1) + body
 
     head = struct.Struct("<I32sBBfHI")
     fine = (1, bytes(32), 0, 0, 9.0, 0, 1)
@@ -384,6 +390,10 @@ def hostile() -> Iterator[tuple[str, bytes]]:
         return head.pack(*fine[:at], value, *fine[at + 1 :]) + struct.pack("<I", 4) + b"text"
 
     yield "a body of 4 GiB", struct.pack("<IBI", 2**32 - 1, FrameKind.ASK, 1)
+    yield "a trace that ends too early", traced(b"00-" + b"1" * 32)
+    yield "a trace that is none", traced(b"00-" + b"G" * 52 + head.pack(*fine) + struct.pack("<I", 4) + b"text")
+    yield "a trace without a request", traced(TRACE)
+    yield "a trace, and a request that is none", traced(TRACE + changed(2, 7))
     yield "an unknown frame", struct.pack("<IBI", 0, 99, 1)
     yield "a frame of workers", struct.pack("<IBI", 0, FrameKind.ANSWER, 1)
     yield "an empty request", ask(b"")

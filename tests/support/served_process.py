@@ -20,13 +20,14 @@ from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.gateway.app import build
-from chunkmill.gateway.batches import keeper, uploads
+from chunkmill.gateway.batches import keeper, recovery, uploads
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.keys import OneKey
 from chunkmill.gateway.routes import files as file_routes
 from chunkmill.ledger.served import batches, files, lines
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
+from tests.support import served
 from tests.support.gateways import KEY
 from tests.support.served import BulkWorker
 
@@ -41,6 +42,7 @@ def cut_small() -> None:
     lines.SLICE_LINES = 25
     keeper.SLICE_LINES = 25  # type: ignore[misc]
     keeper.PAUSE_SECONDS = 0.2  # type: ignore[misc]
+    recovery.LOOK_SECONDS = 0.2  # type: ignore[misc]
     batches.LEASE_SECONDS = 2
     go_on = keeper.BatchKeeper._go_on
 
@@ -71,6 +73,15 @@ def run_worker(settings: Settings) -> None:
             time.sleep(0.2)
 
 
+def run_stuck_worker(settings: Settings) -> None:
+    """A worker that never ends the first ChunkBatch that it claims."""
+    db = create_db(settings.require_database_url(), role="worker")
+    served.read_work = lambda *_: time.sleep(3600)  # type: ignore[assignment]
+    worker = BulkWorker(db, lease_seconds=2.0)
+    while not worker.embed_next():
+        time.sleep(0.02)
+
+
 def run(what: str, given: Mapping[str, Any], port: int, log: str) -> None:
     """Run a gateway, a worker or a poller with these settings. Its output goes to the file ``log``."""
     with open(log, "ab", buffering=0) as output:  # noqa: PTH123
@@ -84,6 +95,8 @@ def run(what: str, given: Mapping[str, Any], port: int, log: str) -> None:
         run_gateway(settings, port)
     elif what == "worker":
         run_worker(settings)
+    elif what == "stuck worker":
+        run_stuck_worker(settings)
     else:
         db = create_db(settings.require_database_url(), role="poller")
         Poller(db, Broker.connect(settings), settings).run(threading.Event())

@@ -55,6 +55,7 @@ from chunkmill.store import audit as auditing
 from chunkmill.store import indexing, keywords, read, segments
 from chunkmill.store import search as searching
 from chunkmill.store.search import SpaceLeft
+from chunkmill.telemetry import tracing
 
 MAX_K = 1_000_000
 """The most hits of one search, which are all in memory."""
@@ -642,7 +643,18 @@ class Vectors(ClientPart):
                 break
             mailbox = listener_of(self._db).mailbox(self._db)
             sockets = None if self._settings.worker_socket == "off" else sockets_of(self._db)
-            inquiry = Inquiry(self._transaction, mailbox, space, gathered, kind, caller, deadline, sockets, lookups)
+            inquiry = Inquiry(
+                self._transaction,
+                mailbox,
+                space,
+                gathered,
+                kind,
+                caller,
+                deadline,
+                sockets,
+                lookups,
+                tracing.traceparent(),
+            )
             try:
                 yield from inquiry.steps()
             except SpaceGone:

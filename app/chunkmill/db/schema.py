@@ -633,6 +633,8 @@ class WorkerSocketRow(Base):
     spaces: Mapped[list[int]] = mapped_column(ARRAY(sa.Integer))
     """The ids of the spaces whose models are loaded."""
     seen_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+    traces_for: Mapped[str | None] = mapped_column(sa.Text)
+    """The digest of its token if it takes requests with a trace. Who writes another token without it takes none."""
 
     __table_args__ = ({"prefixes": ["UNLOGGED"]},)
 
@@ -667,6 +669,8 @@ class EmbedRequestRow(Base):
     """How many tokens of each text the model read. None in the answer of an older release."""
     truncated: Mapped[list[bool] | None] = mapped_column(ARRAY(sa.Boolean))
     """Whether each text was cut."""
+    traceparent: Mapped[str | None] = mapped_column(sa.Text)
+    """The span of whoever asks; None if nothing is traced."""
 
     __table_args__ = (
         sa.CheckConstraint("kind IN ('document', 'query')", name="kind"),

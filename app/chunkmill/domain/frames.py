@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hmac
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -39,6 +40,9 @@ _HEADER: Final = struct.Struct("<IBI")
 _HELLO: Final = struct.Struct(f"<8sH{NONCE_BYTES}s")
 _ASKED: Final = struct.Struct("<I32sBBfHI")
 _ANSWERED: Final = struct.Struct("<II")
+TRACE_BYTES: Final = 55
+_TRACE: Final = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""What is sent of a W3C trace context, https://www.w3.org/TR/trace-context/#traceparent-header."""
 
 
 class FrameKind(IntEnum):
@@ -56,6 +60,9 @@ class FrameKind(IntEnum):
     """Worker: a :class:`Refusal`. There will be no answer."""
     ALIVE = 8
     """Worker, every second while requests are open: it is at work."""
+    ASK_TRACED = 9
+    """Caller: the ``traceparent`` of its span, and an ASK. Only a worker is asked so that has announced that it takes
+    it, because others end the connection."""
 
 
 class Refusal(IntEnum):
@@ -94,6 +101,8 @@ class Question:
     """How long the caller waits from now on."""
     caller: str
     texts: list[str]
+    traceparent: str | None = None
+    """The caller's span. It is no part of an ASK."""
 
 
 def frame(kind: FrameKind, number: int = 0, body: bytes = b"") -> bytes:
@@ -199,6 +208,19 @@ def read_question(body: bytes) -> Question:
             raise BadFrame("a text that is not UTF-8") from None
         at += size
     return Question(space_id, fingerprint.hex(), KINDS[kind], urgency, seconds, pieces[0], pieces[1:])
+
+
+def trace_of(question: Question, body: bytes) -> bytes:
+    """What goes before the ``body`` of an ASK to make it that of an ASK_TRACED; nothing if it cannot be one."""
+    trace = (question.traceparent or "").encode()
+    return trace if _TRACE.fullmatch(trace) and len(trace) + len(body) <= MOST_ASKED_BYTES else b""
+
+
+def read_traced_question(body: bytes) -> Question:
+    trace = body[:TRACE_BYTES]
+    if not _TRACE.fullmatch(trace):
+        raise BadFrame("a trace that is no trace")
+    return replace(read_question(body[TRACE_BYTES:]), traceparent=trace.decode())
 
 
 def pack_answer(answer: EmbeddedTexts) -> bytes:

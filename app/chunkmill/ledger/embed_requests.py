@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from chunkmill.domain.reasons import storable
 from chunkmill.domain.states import Route
+from chunkmill.telemetry import tracing
 
 CHANNEL = "chunkmill_embed_requests"
 ANSWERS_CHANNEL = "chunkmill_answers"
@@ -57,6 +58,8 @@ class EmbedRequest:
     caller: str = ""
     seconds_left: float | None = None
     """How long somebody waits for the answer, counted from the claim. None if that is not known."""
+    traceparent: str | None = None
+    """The caller's span; None if it has none, or this process sends no traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Answer:
 # ends, and other workers are woken then. Without :spaces, those that only a provider serves are left to workers on
 # its queue. The age is taken from clock_timestamp(), because now() is when the transaction began. The tokens are those
 # of `chunkmill.domain.embedded.estimated_tokens`.
-_CLAIM_SOME = sa.text("""
+_CLAIM_SOME = """
 WITH waiting AS MATERIALIZED (
     SELECT id, c.urgency, row_number() OVER (PARTITION BY c.urgency, caller ORDER BY id) AS turn
     FROM embed_requests r
@@ -136,7 +139,9 @@ WHERE r.id = c.id
        OR c.place <= :most_requests AND c.texts <= :most_texts AND c.tokens <= :most_tokens AND NOT c.has_suspect)
 RETURNING r.id, space_id, kind, r.texts, lease_until, attempts, c.urgency, caller,
     CAST(extract(epoch FROM deadline - clock_timestamp()) AS float) AS seconds_left, c.place, c.found
-""")
+"""
+_CLAIM_TRACED = sa.text(f"{_CLAIM_SOME}, r.traceparent")
+_CLAIM_UNTRACED = sa.text(f"{_CLAIM_SOME}, NULL AS traceparent")
 
 # For the schema of an older release.
 _CLAIM_NEXT = sa.text("""
@@ -210,7 +215,8 @@ def claim_some(
         "synchronous": synchronous,
         "not_callers": list(not_callers),
     }
-    rows = sorted(conn.execute(_CLAIM_SOME, parameters).all(), key=lambda row: int(row.place))
+    statement = _CLAIM_TRACED if tracing.is_on() and has_columns(conn, "traceparent") else _CLAIM_UNTRACED
+    rows = sorted(conn.execute(statement, parameters).all(), key=lambda row: int(row.place))
     is_all = not rows or len(rows) == rows[0].found
     if not is_all:
         conn.execute(sa.text(f"NOTIFY {CHANNEL}"))
@@ -226,6 +232,7 @@ def claim_some(
                 row.urgency,
                 row.caller,
                 row.seconds_left,
+                row.traceparent,
             )
             for row in rows
         ),
@@ -513,6 +520,8 @@ class AnswerRow:
 
 _NEW_COLUMNS = ", urgency, caller, deadline"
 _NEW_VALUES = ", :urgency, :caller, clock_timestamp() + make_interval(secs => :timeout)"
+_TRACE_COLUMN = ", traceparent"
+_TRACE_VALUE = ", :traceparent"
 
 
 def ask_all(
@@ -526,21 +535,26 @@ def ask_all(
     caller: str,
     timeout_s: float,
     attempts: Sequence[int] = (),
+    traceparent: str | None = None,
 ) -> list[int]:
     """Insert a request for each part, in one statement; returns their ids in the order of the parts.
 
     Workers hear of them when the transaction commits. It returns no id if the space is gone, or if another one has its
     id now. ``urgency`` is 0 for a few short texts and 1 for larger requests. After ``timeout_s`` seconds nobody waits.
-    ``attempts`` says for each part how many workers may have died of it already; by default none has.
+    ``attempts`` says for each part how many workers may have died of it already; by default none has. ``traceparent``
+    is the span under which a worker answers.
     """
     is_new = has_columns(conn, "urgency")
+    is_traced = traceparent is not None and has_columns(conn, "traceparent")
+    columns = (_NEW_COLUMNS if is_new else "") + (_TRACE_COLUMN if is_traced else "")
+    values = (_NEW_VALUES if is_new else "") + (_TRACE_VALUE if is_traced else "")
     # An INSERT of sorted rows numbers them in that order.
     insert = f"""
         WITH asked AS (
-            INSERT INTO embed_requests (space_id, kind, texts, attempts{_NEW_COLUMNS if is_new else ""})
+            INSERT INTO embed_requests (space_id, kind, texts, attempts{columns})
             SELECT
                 s.id, :kind, (CAST(:texts AS text[]))[part.first : part.last],
-                part.attempts{_NEW_VALUES if is_new else ""}
+                part.attempts{values}
             FROM spaces s
             CROSS JOIN unnest(CAST(:firsts AS int[]), CAST(:lasts AS int[]), CAST(:attempts AS int[]))
                 AS part (first, last, attempts)
@@ -563,6 +577,8 @@ def ask_all(
     }
     if is_new:
         parameters |= {"urgency": urgency, "caller": caller, "timeout": timeout_s}
+    if is_traced:
+        parameters["traceparent"] = traceparent
     return sorted(row.id for row in conn.execute(sa.text(insert), parameters))
 
 

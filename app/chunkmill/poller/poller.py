@@ -129,11 +129,19 @@ class Poller:
 
         Whatever else goes wrong in a step is logged, and the other steps are done all the same.
         """
+        return self._run_steps(self._round)
+
+    def rescue(self) -> Round:
+        """Run the part of a round that a local job needs to end although its workers die. A gateway calls this while no
+        poller runs. It raises as :meth:`round` does."""
+        return self._run_steps(self._rescue)
+
+    def _run_steps(self, steps: Callable[[bool], Round]) -> Round:
         self._steps.begin()
         is_patient = True
         try:
             is_patient = self._is_patient()
-            return self._round(is_patient)
+            return steps(is_patient)
         except Exception as error:
             if is_outage(error) and not (self._has_looked and is_patient):
                 # A step that breaks its connection in each round must not keep the patience for ever.
@@ -168,6 +176,15 @@ class Poller:
         if self._steps.redis_error is not None:
             raise self._steps.redis_error
         return Round(taken or TakenBack(), finished, len(abandoned or ()), rung)
+
+    def _rescue(self, is_patient: bool) -> Round:
+        step = self._steps.run
+        taken = None if is_patient else step("the taking back of leases", self._take_back)
+        rung = step("the ringing of doorbells", self._ring) or 0
+        finished = self._finish_jobs()
+        if self._steps.redis_error is not None:
+            raise self._steps.redis_error
+        return Round(taken or TakenBack(), finished, 0, rung)
 
     def _take_back(self) -> TakenBack:
         with self._db.begin() as conn:

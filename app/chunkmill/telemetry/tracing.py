@@ -164,6 +164,39 @@ def traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
+class Begun(Span):
+    """A span that another thread may end. It is nobody's current span."""
+
+    def __init__(self, begun: Any, traceparent: str | None) -> None:
+        super().__init__(begun)
+        self.traceparent = traceparent
+        """For :func:`root`; None if this trace is not kept."""
+
+    def end(self) -> None:
+        self._span.end()
+
+
+def begin(name: str, attributes: Attributes = NONE, *, kind: str, parent: str | None) -> Begun | None:
+    """A span below ``parent``, which must be ended. None without a parent, and if nothing is traced."""
+    if parent is None or (tracer := _tracer()) is None:
+        return None
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    propagator = TraceContextTextMapPropagator()
+    context = propagator.extract({"traceparent": parent}, Context())
+    if not trace.get_current_span(context).get_span_context().is_valid:
+        return None
+    begun = tracer.start_span(name, context=context, kind=trace.SpanKind[kind])
+    carrier: dict[str, str] = {}
+    if begun.is_recording():
+        propagator.inject(carrier, trace.set_span_in_context(begun, Context()))
+    span = Begun(begun, carrier.get("traceparent"))
+    span.set(attributes)
+    return span
+
+
 @contextmanager
 def root(
     name: str,

@@ -27,6 +27,7 @@ from chunkmill.domain.reasons import reason_of
 from chunkmill.errors import DeviceFailed, EngineError
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry import tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.engine.engine import Engine
 from chunkmill_workers.engine.loop import URGENT_RUN, Rank
@@ -77,6 +78,8 @@ class Asked:
     """Nobody waits after this moment, by ``time.monotonic``."""
     is_wanted: Callable[[], bool] = lambda: True
     """Whether somebody still waits. It is asked before each slice, without a lock."""
+    traceparent: str | None = None
+    """The caller's span, below which this request has one of its own."""
 
 
 class Models(Protocol):
@@ -106,12 +109,18 @@ class _Item:
     """Its arrays are filled as passes land."""
     missing: NDArray[np.bool_] | None = None
     """(n,) bool: which texts have no vector yet."""
+    span: tracing.Begun | None = None
+    """The request from here to its answer; None if its caller has no trace."""
 
     @classmethod
     def of(cls, asked: Asked, number: int) -> _Item:
         is_small = asked.urgency == 0 and len(asked.texts) <= SLICE_TEXTS
         is_small = is_small and sum(map(estimated_tokens, asked.texts)) <= INTERACTIVE_TOKENS
-        return cls(asked, number, Rank.INTERACTIVE if is_small else Rank.SYNCHRONOUS)
+        item = cls(asked, number, Rank.INTERACTIVE if is_small else Rank.SYNCHRONOUS)
+        if asked.traceparent is not None:
+            attributes = {"space": asked.space.id, "texts": len(asked.texts)}
+            item.span = tracing.begin("chunkmill.embed_request", attributes, kind="CONSUMER", parent=asked.traceparent)
+        return item
 
     @property
     def left(self) -> int:
@@ -478,7 +487,9 @@ class Lane:
         """Embed the texts together. If that fails as a whole, embed those of each request by themselves."""
         began = time.monotonic()
         try:
-            tokens = self._stream(chosen, parts)
+            with _traced(parts) as span:
+                tokens = self._stream(chosen, parts)
+                span.set({"tokens": int(tokens)})
         except DeviceFailed as broken:
             for part in parts:
                 self._end(part.item, error=broken)
@@ -562,6 +573,9 @@ class Lane:
             self._open.pop(item.number, None)
             self._changed.notify_all()
         with self._guarded():
+            if item.span is not None:
+                _end_span(item.span, error)
+        with self._guarded():
             if answer is not None:
                 item.asked.on_answer(answer)
             elif error is not None:
@@ -581,6 +595,30 @@ class Lane:
             yield
         except Exception:
             logger.exception("an answer could not be handed over")
+
+
+@contextlib.contextmanager
+def _traced(parts: Sequence[_Part]) -> Iterator[tracing.Span]:
+    """A span around what embeds these texts. It is below that of the one request that is traced, or linked to those of
+    several, because a span has one parent."""
+    spans = {part.item.number: part.item.span for part in parts if part.item.span is not None}
+    parents = [span.traceparent for span in spans.values() if span.traceparent is not None]
+    if not parents:
+        yield tracing.Span()
+        return
+    attributes = {"requests": len(parts), "contents": sum(part.end - part.first for part in parts)}
+    with tracing.root("embed", attributes, parents=parents) as span:
+        yield span
+
+
+def _end_span(span: tracing.Begun, error: Exception | None) -> None:
+    if isinstance(error, NobodyWaits):
+        span.set({"outcome": "dropped"})
+    elif isinstance(error, WorkerLeaves):
+        span.set({"outcome": "left"})
+    elif error is not None:
+        span.fail(type(error).__name__)
+    span.end()
 
 
 def _is_late(item: _Item, now: float) -> bool:

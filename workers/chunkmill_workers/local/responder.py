@@ -150,6 +150,7 @@ class EmbedResponder(Responder[WorkerContext]):
             caller=request.caller,
             deadline=None if left is None else time.monotonic() + left,
             is_wanted=partial(self._held.is_wanted, request.id),
+            traceparent=request.traceparent,
         )
 
     def _on_answer(self, request_id: int, answer: EmbeddedTexts) -> None:

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from chunkmill.db.connect import refusal
 from chunkmill.domain import frames
 from chunkmill.domain.embedded import EmbeddedTexts
-from chunkmill.domain.frames import BadFrame, Frame, FrameKind, Refusal
+from chunkmill.domain.frames import BadFrame, Frame, FrameKind, Question, Refusal
 from chunkmill.domain.reasons import reason_of
 from chunkmill.errors import DeviceFailed
 from chunkmill.machine import this_boot
@@ -37,6 +37,7 @@ from chunkmill.monitor.reports import REPORT_SECONDS
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.telemetry import metrics as m
+from chunkmill.telemetry import tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.lane import Asked, Kind, Lane, NobodyWaits, WorkerLeaves
@@ -209,7 +210,15 @@ class WorkerSocketServer:
             self._spaces = {
                 space.id: space for space in spaces if self._context.ready_engine(space, use=False) is not None
             }
-            worker_sockets.write(conn, this_boot(), self._context.name, self.address, self._token, self._spaces.keys())
+            worker_sockets.write(
+                conn,
+                this_boot(),
+                self._context.name,
+                self.address,
+                self._token,
+                self._spaces.keys(),
+                takes_traces=tracing.is_on(),
+            )
 
     def _announce_often(self) -> None:
         while not self._stopped.is_set():
@@ -347,7 +356,9 @@ class WorkerSocketServer:
         if not connection.is_known:
             self._welcome(connection, one)
         elif one.kind == FrameKind.ASK:
-            self._ask(connection, one)
+            self._ask(connection, one, frames.read_question(one.body))
+        elif one.kind == FrameKind.ASK_TRACED:
+            self._ask(connection, one, frames.read_traced_question(one.body))
         elif one.kind == FrameKind.CANCEL:
             connection.cancel(one.number)
         else:
@@ -363,8 +374,7 @@ class WorkerSocketServer:
         mine = frames.proof(self._token, b"worker", connection.nonce, nonce)
         connection.send(frames.frame(FrameKind.WELCOME, body=mine))
 
-    def _ask(self, connection: _Connection, one: Frame) -> None:
-        question = frames.read_question(one.body)
+    def _ask(self, connection: _Connection, one: Frame, question: Question) -> None:
         space = self._spaces.get(question.space_id)
         if self._context.stopping.is_set() or self._context.broken is not None:
             self._refuse(connection, one.number, Refusal.LEAVES)
@@ -387,6 +397,7 @@ class WorkerSocketServer:
                     caller=question.caller,
                     deadline=time.monotonic() + question.seconds,
                     is_wanted=partial(connection.is_wanted, one.number),
+                    traceparent=question.traceparent,
                 )
             )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
+from collections.abc import Iterator
 from decimal import Decimal
 
 import numpy as np
@@ -36,7 +38,7 @@ from chunkmill.openai.plan.requests import PlainRequest, first_request
 from chunkmill.openai.wire.answers import Embedded
 from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
-from chunkmill.telemetry import metrics
+from chunkmill.telemetry import metrics, tracing
 from chunkmill.telemetry.counts import COUNTS
 from chunkmill_workers.process.responder import Responder
 from chunkmill_workers.process.unserved import Unserved
@@ -89,7 +91,9 @@ class ProviderResponder(Responder[ProviderContext]):
             return False
         self._context.questions += 1
         try:
-            self._answer(*claimed[0])
+            request, space = claimed[0]
+            with _traced(request):
+                self._answer(request, space)
         finally:
             self._context.questions -= 1
         return True
@@ -113,6 +117,7 @@ class ProviderResponder(Responder[ProviderContext]):
             logger.warning("%s", lost)
             return
         except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits must get a reason
+            tracing.fail(type(error).__name__)
             if isinstance(error, ProviderBusy):
                 pause_lane(self._context, Route.OPENAI_SYNC, error, tries=1)
             elif isinstance(error, ProviderStopped):
@@ -125,6 +130,17 @@ class ProviderResponder(Responder[ProviderContext]):
             return
         with self._context.begin() as conn:
             embed_requests.answer(conn, request.id, vectors)
+
+
+@contextlib.contextmanager
+def _traced(request: EmbedRequest) -> Iterator[None]:
+    """A span below that of the caller, if it has one."""
+    if request.traceparent is None:
+        yield
+        return
+    attributes = {"request": request.id, "space": request.space_id, "texts": len(request.texts)}
+    with tracing.root("chunkmill.embed_request", attributes, kind="CONSUMER", parents=[request.traceparent]):
+        yield
 
 
 class _Question:

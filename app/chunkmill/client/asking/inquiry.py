@@ -69,6 +69,8 @@ class Inquiry:
     lookups: Lookups | None = None
     """Who looks into the store for all calls of an event loop. None if this call looks itself, in the transaction in
     which it asks."""
+    traceparent: str | None = None
+    """The span of whoever called, in which workers answer."""
     _parts: list[list[bytes]] = field(default_factory=list)
     """What is still to be asked, the last part first. Texts are named by their hashes."""
     _asked: dict[int, list[bytes]] = field(default_factory=dict)
@@ -205,6 +207,7 @@ class Inquiry:
             max(0.0, self.deadline - now),
             self.caller,
             [self.texts.missing[content_hash] for content_hash in part],
+            self.traceparent,
         )
         request_id = self.sockets.ask(self.space, question, self.mailbox, OPEN_PARTS // 2 if self._parts else 0)
         if request_id is None:
@@ -225,6 +228,7 @@ class Inquiry:
                 caller=self.caller,
                 timeout_s=max(0.0, self.deadline - time.monotonic()),
                 attempts=[int(not self._suspects.isdisjoint(part)) for part in parts],
+                traceparent=self.traceparent,
             )
         except sa.exc.IntegrityError as error:
             if isinstance(error.orig, psycopg.errors.ForeignKeyViolation):

@@ -460,6 +460,7 @@ class Sockets:
         body = frames.pack_question(question)
         if body is None:
             return None
+        trace = frames.trace_of(question, body)
         request_id = -next(_numbers)
         mailbox.expect_directly(request_id, wake_at=wake_at)
         with self._hub.mutex:
@@ -472,7 +473,10 @@ class Sockets:
                 number = -request_id & 0xFFFFFFFF
                 connection.open[number] = _Open(request_id, n, space.spec.dimensions, space.id, mailbox)
                 connection.n_texts += n
-                if connection.send(frames.frame(FrameKind.ASK, number, body)):
+                message = frames.frame(FrameKind.ASK, number, body)
+                if trace and self._takes_traces(connection):
+                    message = frames.frame(FrameKind.ASK_TRACED, number, trace + body)
+                if connection.send(message):
                     self._hub.wake()
                 else:
                     self._hub.wake_before(connection.limit(now))
@@ -517,6 +521,11 @@ class Sockets:
             return False
         room = MOST_TEXTS if question.urgency == 0 else MOST_LARGE_TEXTS
         return connection.n_texts + len(question.texts) <= room
+
+    def _takes_traces(self, connection: _Connection) -> bool:
+        """Whether the worker has announced that it continues traces. With the mutex of the hub."""
+        worker = self._workers.get(connection.worker.name)
+        return worker is not None and worker.takes_traces and worker.token == connection.worker.token
 
     def _connect_all(self, now: float) -> None:
         with self._hub.mutex:

@@ -41,6 +41,7 @@ from chunkmill.errors import (
 )
 from chunkmill.gateway.batches import results
 from chunkmill.gateway.batches.lines import MOST_ERRORS, FileError, FileModel, LineReader, split_lines, texts_of
+from chunkmill.gateway.batches.recovery import JobRecovery
 from chunkmill.gateway.caller import Caller
 from chunkmill.gateway.errors import Refusal
 from chunkmill.gateway.models import Models, ServedModel
@@ -84,9 +85,11 @@ class BatchKeeper:
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name="served batches", daemon=True)
         self._said: str | None = None
+        self._recovery = JobRecovery(db, self._broker, settings)
 
     def start(self) -> None:
         self._thread.start()
+        self._recovery.start()
 
     def wake(self) -> None:
         """There is something to do."""
@@ -97,6 +100,7 @@ class BatchKeeper:
         self._stopping.set()
         self._woken.set()
         self._thread.join()
+        self._recovery.stop()
         self._broker.close()
 
     def _run(self) -> None:

@@ -182,10 +182,11 @@ def slice_of(conn: sa.Connection, provider_batch_id: int, *, after: int, limit: 
         sa.text(f"""
             SELECT {_COLUMNS}
             FROM provider_inputs
-            WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :after + :limit
+            WHERE provider_batch_id = :id AND request_no > :after AND request_no <= :last
             ORDER BY request_no, position
         """),
-        {"id": provider_batch_id, "after": after, "limit": limit},
+        # The sum is not Postgres's, to which psycopg sends small numbers as smallints.
+        {"id": provider_batch_id, "after": after, "last": after + limit},
     )
     return [_in_flight(row) for row in rows]
 

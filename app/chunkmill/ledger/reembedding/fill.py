@@ -248,7 +248,8 @@ RETURNING *, 0.0 AS ago
 """)
 _NOTE = sa.text("""
 UPDATE reembedding_fills
-SET after = :after, added = added + :added, failed = failed + :failed, is_there = is_there AND :added + :failed = 0
+SET after = :after, added = added + :added, failed = failed + :failed,
+    is_there = is_there AND CAST(:added AS bigint) + :failed = 0
 WHERE reembedding_id = :id AND space_id = :space
 RETURNING is_there
 """)

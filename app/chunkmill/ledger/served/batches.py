@@ -181,6 +181,19 @@ def claim_due(conn: sa.Connection) -> ServedBatch | None:
     return None if batch_id is None else get(conn, batch_id)
 
 
+_WAIT_FOR_JOBS = sa.text("""
+SELECT EXISTS (
+    SELECT FROM served_batches b JOIN jobs j ON j.id = b.job_id
+    WHERE b.state = :in_progress AND j.state = :running)
+""")
+
+
+def wait_for_jobs(conn: sa.Connection) -> bool:
+    """Whether a batch waits for the end of its job."""
+    parameters = {"in_progress": ServedState.IN_PROGRESS, "running": JobState.RUNNING}
+    return bool(conn.execute(_WAIT_FOR_JOBS, parameters).scalar_one())
+
+
 def hold(conn: sa.Connection, batch: ServedBatch) -> None:
     """Renew the lease and lock the row until the end of this transaction. Raises :class:`LeaseLost`."""
     update = """

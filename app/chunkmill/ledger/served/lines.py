@@ -102,13 +102,14 @@ def read(conn: sa.Connection, batch_id: int, *, after: int = -1) -> list[Line]:
         FROM (
             SELECT l.*, row_number() OVER by_line AS n, sum(n_inputs) OVER by_line AS inputs
             FROM served_batch_lines l
-            WHERE served_batch_id = :batch AND line > :after AND line <= :after + :lines
+            WHERE served_batch_id = :batch AND line > :after AND line <= :last
             WINDOW by_line AS (ORDER BY line)
         ) x
         WHERE n = 1 OR inputs <= :inputs
         ORDER BY line
     """
-    parameters = {"batch": batch_id, "after": after, "lines": SLICE_LINES, "inputs": SLICE_INPUTS}
+    # The sum is not Postgres's, which would be one of two smallints, because psycopg sends small numbers as such.
+    parameters = {"batch": batch_id, "after": after, "last": after + SLICE_LINES, "inputs": SLICE_INPUTS}
     return [
         Line(
             row.line,
