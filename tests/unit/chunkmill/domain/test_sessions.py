@@ -32,7 +32,9 @@ def test_a_search_id_says_which_space_answered_and_is_never_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["", "a", "é", "AAAA", str(SearchId.new(1, 1))[:-4], "B" + str(SearchId.new(1, 1))[1:]]
+    "wrong",
+    ["", "a", "é", "AAAA", str(SearchId.new(1, 1))[:-4], "B" + str(SearchId.new(1, 1))[1:]],
+    ids=["empty", "a letter", "not ASCII", "too short", "cut", "of another version"],
 )
 def test_what_is_not_a_search_id_is_refused(wrong: str) -> None:
     with pytest.raises(InvalidInput, match="search_id"):
