@@ -86,6 +86,20 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},
     "quote_comparison": {"collection": "docs", "model": DEFAULT_MODEL},
+    "reembed": {"collection": "docs", "to": DEFAULT_MODEL},
+    **{
+        name: {"which": "docs"}
+        for name in (
+            "reembedding",
+            "flip",
+            "rollback",
+            "judge_reembedding",
+            "pause_reembedding",
+            "resume_reembedding",
+            "cancel_reembedding",
+            "finish_reembedding",
+        )
+    },
     "bridge": {"collection": "docs", "model": "all-MiniLM-L6-v2"},
     "drop_bridge": {"collection": "docs", "name": "all-MiniLM-L6-v2"},
     "get": {"collection": "docs", "ids": ["a"]},

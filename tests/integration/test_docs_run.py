@@ -35,6 +35,9 @@ ELSEWHERE = {
     "cost correct": "tests/integration/test_corrections.py",
     "enqueue docs.parquet --collection copy": "tests/integration/test_export.py",
     "lanes abandon": "tests/integration/test_openai_let_go.py",
+    "bridge": "tests/integration/test_bridges.py",
+    "compare": "tests/unit/chunkmill/cli/test_compare.py",
+    "reembed": "tests/integration/test_reembed_command.py",
     "bench": "tests/unit/chunkmill_workers/benchmarks/test_benchmarks.py",
     "demo": "tests/integration/test_cli.py",
     "down": QUICKSTART,
@@ -42,6 +45,8 @@ ELSEWHERE = {
     "gateway": "tests/integration/test_gateway_docs.py",
     "keys revoke": "tests/integration/test_gateway_keys.py",
     "models export": "tests/engine/test_exported_backends.py",
+    "models check": "tests/unit/chunkmill/cli/test_models_commands.py",
+    "models choose": "tests/unit/chunkmill/cli/test_models_commands.py",
     "models canary": "tests/integration/test_canary.py",
     "models drop": "tests/integration/test_unused_spaces.py",
     "poller": "tests/acceptance/conftest.py",
@@ -55,7 +60,7 @@ ELSEWHERE = {
     "enqueue chunks.jsonl --collection docs --model BAAI/bge-base-en-v1.5": "tests/integration/test_routing.py",
 }
 """By how a command begins: what runs for ever, takes minutes, or has a real worker, and which test runs it."""
-WORDS = {"ID": "42", "FILE": "chunks.jsonl", "NAME": "other"}
+WORDS = {"ID": "42", "JOB": "42", "FILE": "chunks.jsonl", "NAME": "other"}
 COMPLETED = {
     "delete": "delete docs --all --yes",
     "delete docs --all": "delete docs --all --yes",
@@ -70,7 +75,9 @@ COMPLETED = {
     "lanes resume": "lanes resume openai",
     "retry": "retry 42",
     "prune": "prune --yes",
+    "dead drop": "dead drop 7 --yes",
     "dead drop 7": "dead drop 7 --yes",
+    "dead retry": "dead retry 7",
 }
 """What a sentence leaves out, and the answer of whoever is asked."""
 FOUND = {"audit": 3, "job 42": 4, "job ID": 4, "poller --check": 1}

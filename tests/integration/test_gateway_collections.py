@@ -60,6 +60,7 @@ def test_a_vector_is_searched(scene: GatewayScene, name: str) -> None:
         "truncated": False,
         "keyword": None,
         "mixed": None,
+        "bridge": None,
     }
     assert len(answer["hits"]) == 2
     assert answer["explanation"]["is_exact"] is True

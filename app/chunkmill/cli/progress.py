@@ -22,10 +22,15 @@ PACE_SECONDS = 30.0
 
 
 class Bar:
-    """Shows the progress of one piece of work, as a context manager."""
+    """Shows the progress of one piece of work, as a context manager.
 
-    def __init__(self, screen: Screen, what: str) -> None:
+    On a terminal it is drawn from the beginning, or if it ``waits``, from the first update, so that work that is
+    refused shows none.
+    """
+
+    def __init__(self, screen: Screen, what: str, *, waits: bool = False) -> None:
         self._what = what
+        self._waits = waits
         self._next = 0.0
         self._progress: Progress | None = None
         if screen.err.is_terminal:
@@ -43,7 +48,7 @@ class Bar:
             self._next = time.monotonic() + LINE_SECONDS
 
     def __enter__(self) -> Bar:
-        if self._progress:
+        if self._progress and not self._waits:
             self._progress.start()
         return self
 
@@ -67,6 +72,9 @@ class Bar:
             line = {"progress": self._what, "done": done, "total": total, "unit": unit}
             click.echo(json.dumps(line | {name: round(value, 1) for name, value in known.items()}), err=True)
             return
+        if self._waits:
+            self._waits = False
+            self._progress.start()
         self._next = now + DRAW_SECONDS
         counted = f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit}"
         self._progress.update(self._task, completed=done, total=total, numbers="  ".join([counted, *_in_words(known)]))

@@ -338,8 +338,8 @@ def _why_not(life: Life, tried: Flipped, most: int, *, back: bool, timeout: floa
     elif tried.missing:
         reason = (
             f"{tried.missing:,} chunks that can be searched have no vector in it, and {most:,} may be missing. See "
-            f"with `chunkmill dead` whether they are dead, and with `chunkmill status` whether a worker serves that "
-            f"model; or accept it with missing={tried.missing}"
+            f"with `chunkmill dead list` whether they are dead, and with `chunkmill status` whether a worker serves "
+            f"that model; or accept it with missing={tried.missing}"
         )
     else:
         reason = "writers left no moment for it. Look in pg_stat_activity (xact_start) for a long transaction"

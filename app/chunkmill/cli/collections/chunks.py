@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -209,14 +208,7 @@ def export(
     Its name says the format: .parquet, or JSON lines in .jsonl, .ndjson, .jsonl.gz or .ndjson.gz. FILE appears once it
     is complete. `chunkmill enqueue FILE` takes its ids, texts and metadata.
     """
-    with Client.from_env() as client, contextlib.ExitStack() as stack:
-        bars: list[Bar] = []
-
-        def show(done: int, total: int) -> None:
-            if not bars:  # only now, because a call that is refused shows none
-                bars.append(stack.enter_context(Bar(screen, f"exporting {collection}")))
-            bars[0].update(done, total, "chunks")
-
+    with Client.from_env() as client, Bar(screen, f"exporting {collection}", waits=True) as bar:
         exported = client.export(
             collection,
             file,
@@ -224,7 +216,7 @@ def export(
             with_text=text,
             with_vector=vectors,
             overwrite=force,
-            on_progress=show,
+            on_progress=lambda done, total: bar.update(done, total, "chunks"),
         )
     if screen.json:
         screen.document({"collection": collection} | asdict(exported))

@@ -93,7 +93,7 @@ def compare(
             else:
                 show_quote(screen, quote)
             return
-        with Bar(screen, f"comparing {model}") as bar:
+        with Bar(screen, f"comparing {model}", waits=True) as bar:
             told = client.compare(
                 collection, model, against=against, sample=sample, queries=queries, dimensions=dimensions,
                 precision=precision, max_usd=max_usd, timeout=timeout,

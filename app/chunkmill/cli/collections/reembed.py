@@ -235,6 +235,10 @@ def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) 
     with Client.from_env() as client:
         flipped = client.flip(which, missing=missing, timeout=timeout)
     _show(screen, flipped)
+    failed = [gate.name for gate in flipped.gates if not gate.passed]
+    if failed or not flipped.gates:
+        what = f"These gates were not passed: {', '.join(failed)}." if failed else "No gate was checked before."
+        screen.hint(f"{what} If searches are worse, return with: chunkmill reembed rollback {flipped.id}")
 
 
 @reembed.command()
