@@ -21,11 +21,9 @@ from chunkmill.domain.costs import (
     Estimate,
     LaneEstimate,
 )
-from chunkmill.domain.gates import GateResult, Gates
 from chunkmill.domain.golden import GoldenQuery
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
-from chunkmill.domain.reembedding import Coverage, Quote, Reembedding, ReembeddingState, ServedBy
 from chunkmill.domain.results import (
     Abandoned,
     Attempt,
@@ -51,7 +49,7 @@ from chunkmill.domain.results import (
     Standing,
 )
 from chunkmill.domain.retention import Amount, CacheSpace, Pruned, QueryCache
-from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec
+from chunkmill.domain.spaces import Concatenated, LongText, OnLong, Pooling, Precision, SpaceSpec
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
 from chunkmill.errors import (
     AccessDenied,
@@ -82,6 +80,7 @@ if TYPE_CHECKING:
     from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
     from chunkmill.domain.embedded import EmbeddedTexts
     from chunkmill.domain.gates import GateResult, Gates
+    from chunkmill.domain.reembedding import Coverage, Quote, Reembedding, ReembeddingState, ServedBy
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
@@ -93,12 +92,17 @@ else:
         "Comparison": "chunkmill.domain.comparing",
         "ComparisonQuote": "chunkmill.domain.comparing",
         "Contender": "chunkmill.domain.comparing",
+        "Coverage": "chunkmill.domain.reembedding",
         "EmbeddedTexts": "chunkmill.domain.embedded",
         "Exported": "chunkmill.domain.stored",
         "GateResult": "chunkmill.domain.gates",
         "Gates": "chunkmill.domain.gates",
         "GoldenQueries": "chunkmill.client",
         "LosingQuery": "chunkmill.domain.comparing",
+        "Quote": "chunkmill.domain.reembedding",
+        "Reembedding": "chunkmill.domain.reembedding",
+        "ReembeddingState": "chunkmill.domain.reembedding",
+        "ServedBy": "chunkmill.domain.reembedding",
         "StoredChunk": "chunkmill.domain.stored",
     }
 
@@ -146,6 +150,7 @@ __all__ = [
     "CollectionInfo",
     "Comparison",
     "ComparisonQuote",
+    "Concatenated",
     "Contender",
     "Correction",
     "Cost",

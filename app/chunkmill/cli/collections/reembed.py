@@ -101,6 +101,7 @@ class Which(click.ParamType[object]):
 
 
 @click.group()
+@json_option
 def reembed() -> None:
     """Move a collection to another model, without a gap, and come back.
 
