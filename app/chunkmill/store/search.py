@@ -64,9 +64,11 @@ class SpaceLeft(Exception):
     """The collection has left the space since the caller chose it, so its vectors may be incomplete."""
 
 
-MOST_AT_ONCE = 1_000
-"""How many rows of a graph are read before their chunks are looked at, which is pgvector's widest beam. If so many are
-too few, they are looked at one after the other, until enough have passed."""
+MOST_AT_ONCE = BEAM
+"""How many rows of a graph are read before their chunks are looked at. If so many are too few, they are looked at one
+after the other, until enough have passed. ``LEAST_SPREAD`` holds for this beam alone. With one of 576, for a filter
+that leaves 5 % of 100,000 rows, the recall of queries about other topics was 0.94 instead of 0.99, and it took longer.
+"""
 MARGIN = 1.3
 """So many times more rows of a graph are read than should be enough by the share that passes."""
 
@@ -343,10 +345,9 @@ class _Asked:
         at_once = math.ceil(MARGIN * candidates / max(self.share, 1e-6)) + JUDGED
         if not (self.filtered and index.has_graphs) or index.has_bits or at_once > MOST_AT_ONCE:
             return None
-        beam = max(BEAM, at_once)
-        self._set_beam(beam)
+        self._set_beam(BEAM)
         statement = _through_graphs_at_once(self.space, index.segments, self.filtered)
-        near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": beam})
+        near = self._near(statement, {**parameters, "k": max(candidates, JUDGED), "at_once": at_once, "beam": BEAM})
         return near if near.hits else None
 
     def _nearest_in_turn(self, parameters: dict[str, object], candidates: int, index: ServingIndex) -> _Near:
