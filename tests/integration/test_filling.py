@@ -306,9 +306,9 @@ def test_the_job_that_fills_is_not_judged_before_the_pass_is_over(
     for _ in range(3):  # 7 contents
         assert not scene.fill()
         scene.hands.work()
-        assert [row.state for row in scene.hands.rows(states)] == [JobState.RUNNING]
+        assert scene.hands.rows(states) == [(JobState.RUNNING,)]
     scene.fill()
-    assert [row.state for row in scene.hands.rows(states)] == [JobState.COMPLETED]
+    assert scene.hands.rows(states) == [(JobState.COMPLETED,)]
 
 
 def test_no_more_is_handed_out_than_the_workers_can_use(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
