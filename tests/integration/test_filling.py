@@ -296,6 +296,21 @@ def test_a_pass_goes_on_where_it_was_killed(scene: Scene, monkeypatch: pytest.Mo
     assert scene.fill()
 
 
+def test_the_job_that_fills_is_not_judged_before_the_pass_is_over(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That reads all that the job has so far. After each page it would cost the square of the collection."""
+    monkeypatch.setattr(fill, "PAGE", 3)
+    monkeypatch.setattr(fill, "PAGES", 1)
+    states = "SELECT state FROM jobs WHERE idempotency_key LIKE 'reembed:%'"
+    for _ in range(3):  # 7 contents
+        assert not scene.fill()
+        scene.hands.work()
+        assert scene.hands.rows(states) == [(JobState.RUNNING,)]
+    scene.fill()
+    assert scene.hands.rows(states) == [(JobState.COMPLETED,)]
+
+
 def test_no_more_is_handed_out_than_the_workers_can_use(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill, "PAGE", 2)
     monkeypatch.setattr(fill, "OPEN_CHUNK_BATCHES", 2)

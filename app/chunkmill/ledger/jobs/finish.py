@@ -33,6 +33,16 @@ SET state = CASE WHEN attempt < max_attempts THEN :available ELSE :discarded END
     error_code = 'vectors_missing', error = 'completed, but vectors were missing from the space'
 WHERE id = ANY(:ids) AND state = :completed
 """)
+_FILLS_ARE_KEPT = sa.text("""
+SELECT to_regclass(quote_ident(current_schema()) || '.reembedding_fills') IS NOT NULL
+""")
+_IS_BEING_FILLED = sa.text("""
+SELECT EXISTS (
+    SELECT
+    FROM reembedding_fills f
+    JOIN reembeddings e ON e.id = f.reembedding_id
+    WHERE f.job_id = :id AND f.began_at IS NOT NULL AND e.finished_at IS NULL)
+""")
 _DISCARDED = sa.text("""
 SELECT count(*) AS n, (
     SELECT error FROM chunk_batches WHERE job_id = :id AND state = :discarded ORDER BY id LIMIT 1) AS first_error
@@ -50,7 +60,8 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     """End a sealed job that has no open ChunkBatches; returns its new state, or None if it goes on.
 
     The anti-join decides. If a vector is missing that no dead chunk explains (someone deleted it, or a worker's promise
-    was false), its ChunkBatch becomes available again instead, while it has attempts. One transaction at a time ends a
+    was false), its ChunkBatch becomes available again instead, while it has attempts. A job to which the filling of a
+    space is about to add more goes on too. One transaction at a time ends a
     job. Without ``wait``, a job that another transaction is ending is skipped. The job is
     judged by the chunks of its collection if its space is one of the collection's, active or not; otherwise the
     collection has left that space, and its chunks say nothing about the job.
@@ -66,6 +77,8 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
         "discarded": ChunkBatchState.DISCARDED,
     }
     if conn.execute(_HAS_OPEN_CHUNK_BATCHES, {"id": job_id, **states}).scalar_one():
+        return None
+    if _is_being_filled(conn, job_id):
         return None
     is_judged = space.id in others.of(conn, collection_id).ids
     with_missing = _completed_with_missing_vectors(conn, job_id, collection_id, space) if is_judged else []
@@ -86,6 +99,15 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     error = " ".join([*problems, "`retry` tries them again."]) if problems else None
     conn.execute(_END, {"id": job_id, "state": state, "error": error})
     return state
+
+
+def _is_being_filled(conn: sa.Connection, job_id: int) -> bool:
+    """Whether a pass of a re-embedding is about to add to the job. The anti-join reads all of the job's contents, so
+    that to end it after each page, when workers are faster, would cost the square of the collection.
+    """
+    if not conn.execute(_FILLS_ARE_KEPT).scalar_one():
+        return False
+    return bool(conn.execute(_IS_BEING_FILLED, {"id": job_id}).scalar_one())
 
 
 def _completed_with_missing_vectors(

@@ -21,6 +21,7 @@ from chunkmill.db.statements import with_constants
 from chunkmill.domain import planning
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority
 from chunkmill.errors import ChunkmillError
+from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.jobs.routing import entry, lane_of
 from chunkmill.ledger.reembedding.beside import choose
 from chunkmill.ledger.work import chunk_batches
@@ -280,7 +281,11 @@ def _fill_page(conn: sa.Connection, settings: Settings, target: _Target) -> _Sta
     table = VectorTable(target.space_id)
     page = _look(conn, target.collection_id, table, after=stand.after or b"")
     if page.last is None:
-        return _Stands(goes_on=False, is_there=conn.execute(_END, {**named, "open": n_open}).scalar_one())
+        is_there = conn.execute(_END, {**named, "open": n_open}).scalar_one()
+        if stand.job_id is not None:
+            # It could not end before. If somebody is at it, the poller's rounds end it.
+            finish_if_done(conn, stand.job_id, table, wait=False)
+        return _Stands(goes_on=False, is_there=is_there)
     failed, wanted = _sorted_out(conn, target, stand, page.missing)
     if wanted:
         lengths = _lengths(conn, wanted)
