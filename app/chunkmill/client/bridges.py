@@ -177,7 +177,7 @@ class Bridges(Vectors):
         """Content hash → vector of stored texts, which workers make now, window by window."""
         for start in range(0, len(hashes), WINDOW):
             with self._transaction() as conn:
-                texts = pairs.texts(conn, hashes[start : start + WINDOW])
+                texts = golden.texts_of(conn, hashes[start : start + WINDOW])
             made = self._asked_now(space, list(texts.values()), deadline, "document")
             yield dict(zip(texts, made, strict=True))
 

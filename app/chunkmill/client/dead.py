@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import sqlalchemy as sa
 
 from chunkmill.client.base import ClientPart
-from chunkmill.client.enqueue import MAX_BATCH_BYTES
+from chunkmill.domain import planning
 from chunkmill.domain.arguments import as_flag, as_items, as_number, as_text, require_name
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import DeadDetails, DeadEntry, DroppedDead, RetriedDead
@@ -74,7 +74,7 @@ class DeadList(ClientPart):
                 conn,
                 dead_filter,
                 max_contents=self._settings.chunk_batch_size,
-                max_bytes=MAX_BATCH_BYTES,
+                max_bytes=planning.MAX_BATCH_BYTES,
                 max_attempts=self._settings.max_attempts,
             )
             for job_id in sorted(retried.jobs):

@@ -38,8 +38,6 @@ from chunkmill.telemetry import tracing
 logger = logging.getLogger(__name__)
 
 DEADLOCK_TRIES = 5
-MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""The most text of one ChunkBatch. It bounds a worker's memory when chunks are large."""
 MAX_WINDOW_BYTES = 32 * 1024 * 1024
 """The most text and metadata of one window. It bounds the producer's memory."""
 PATIENCE_S = 5.0
@@ -281,8 +279,10 @@ class _Producer:
             job.id, self.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )
         if self.space.id in lives.ids:  # else nobody would find the vectors
-            chunk_batches.add(conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, MAX_BATCH_BYTES))
-        self.beside.write(lives, needed, max_bytes=MAX_BATCH_BYTES)
+            chunk_batches.add(
+                conn, shared, planning.cut(plan.missing, self.settings.chunk_batch_size, planning.MAX_BATCH_BYTES)
+            )
+        self.beside.write(lives, needed, max_bytes=planning.MAX_BATCH_BYTES)
         chunk_batches.add_cached(conn, shared, plan.cached, n_truncated=sum(known[h].truncated for h in plan.cached))
         return True
 

@@ -159,7 +159,7 @@ class Reembeddings(ClientPart):
         with self._transaction() as conn:
             lives.require_kept(conn)
             row = None if collection is None else collections.find(conn, collection)
-            latest = lives.latest(conn, None if row is None else row.id, limit)
+            latest = lives.latest(conn, None if row is None else [row.id], limit)
         return Rows([life.shown() for life in latest], Reembedding)
 
     def flip(self, which: int | str, *, missing: int | None = None, timeout: float = 60.0) -> Reembedding:

@@ -92,6 +92,10 @@ def too_long_reason(n_tokens: int, max_tokens: int | None = None) -> str:
     return f"the text has {least}{n_tokens} tokens{limit}; shorten it, or enqueue with on_long='truncate' or 'split'"
 
 
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""The most text of one ChunkBatch. It bounds a worker's memory when chunks are large."""
+
+
 def cut(missing: Mapping[bytes, Sized], max_contents: int, max_bytes: int) -> list[list[bytes]]:
     """The content hashes of each ChunkBatch: at most ``max_contents`` hashes with ``max_bytes`` of text. Order is kept.
 

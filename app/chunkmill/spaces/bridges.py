@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from chunkmill.bridge.adapters import Adapter
 from chunkmill.domain.bridges import AdapterKind, Bridge, BridgeTrial
 from chunkmill.errors import NotFound, StoreUnavailable
+from chunkmill.spaces import others
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space, get
 
@@ -63,8 +64,8 @@ def find(conn: sa.Connection, collection: Collection, name: str) -> Crossing | N
         return Crossing(row.name, get(conn, row.query_space_id), _adapter(conn, row.id))
     if get(conn, collection.space_id).spec.model == name:
         return None
-    others = [bridge.name for bridge in of_collection(conn, collection)]
-    known = f"It has these: {', '.join(map(repr, others))}." if others else "It has none."
+    names = [bridge.name for bridge in of_collection(conn, collection)]
+    known = f"It has these: {', '.join(map(repr, names))}." if names else "It has none."
     raise NotFound(
         f"collection {collection.name!r} has no bridge {name!r}. {known} "
         f"To learn one: client.bridge({collection.name!r}, …), or chunkmill bridge learn"
@@ -73,16 +74,9 @@ def find(conn: sa.Connection, collection: Collection, name: str) -> Crossing | N
 
 def other_space(conn: sa.Connection, collection: Collection, model: str) -> Space | None:
     """The space of a model that the collection has beside its active one; None if it has none, or several."""
-    if conn.execute(sa.text("SELECT to_regclass('collection_spaces') IS NULL")).scalar_one():
-        return None
-    query = """
-        SELECT s.id
-        FROM collection_spaces x
-        JOIN spaces s ON s.id = x.space_id
-        WHERE x.collection_id = :collection AND s.model = :model
-    """
-    ids = list(conn.execute(sa.text(query), {"collection": collection.id, "model": model}).scalars())
-    return get(conn, ids[0]) if len(ids) == 1 else None
+    beside = (get(conn, space_id) for space_id in others.of(conn, collection.id).others)
+    of_model = [space for space in beside if space.spec.model == model]
+    return of_model[0] if len(of_model) == 1 else None
 
 
 def keep(conn: sa.Connection, bridge: Bridge, adapter: Adapter, collection: Collection, query_space: Space) -> bool:

@@ -15,7 +15,9 @@ from chunkmill.db.locks import LIVES_LOCK, lock_of
 from chunkmill.domain.reembedding import SpaceRole
 from chunkmill.domain.spaces import OnLong
 
-_ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.collection_spaces') IS NOT NULL"
+ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.collection_spaces') IS NOT NULL"
+"""True in SQL if collections can have other spaces than the active one. Another installation may have them in a later
+schema of the path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,11 @@ class Lives:
 
 def are_kept(conn: sa.Connection) -> bool:
     """False on the schema of the last release, on which this code runs too during an upgrade."""
-    return bool(conn.execute(sa.text(f"SELECT {_ARE_KEPT}")).scalar_one())
+    return bool(conn.execute(sa.text(f"SELECT {ARE_KEPT}")).scalar_one())
 
 
 _WAIT_FOR_CHANGES = sa.text(f"""
-SELECT pg_advisory_xact_lock_shared(:key, :id), {_ARE_KEPT} AS are_kept
+SELECT pg_advisory_xact_lock_shared(:key, :id), {ARE_KEPT} AS are_kept
 """)
 _HOLD = sa.text("""
 SELECT k.space_id AS active, o.space_id, o.role, o.on_long, o.reembedding_id

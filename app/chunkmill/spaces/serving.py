@@ -13,18 +13,11 @@ from chunkmill.domain.sessions import percent_of
 from chunkmill.errors import InvalidInput, NotFound
 from chunkmill.spaces import collections, registry
 from chunkmill.spaces.collections import Collection
+from chunkmill.spaces.others import ARE_KEPT
 from chunkmill.spaces.registry import Space
 
-ARE_KEPT = "to_regclass(quote_ident(current_schema()) || '.collection_spaces') IS NOT NULL"
-"""True in SQL if collections can have other spaces than the active one. Another installation may have them in a later
-schema of the path."""
 ACTIVE = "active"
 """The word for the active space, beside those of :class:`SpaceRole`."""
-
-
-def are_kept(conn: sa.Connection) -> bool:
-    """False on the schema of an earlier release, on which this code runs too during an upgrade."""
-    return bool(conn.execute(sa.text(f"SELECT {ARE_KEPT}")).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)

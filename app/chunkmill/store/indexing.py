@@ -33,7 +33,7 @@ from chunkmill.domain.serving import (
     segments_to_merge,
 )
 from chunkmill.errors import StoreUnavailable
-from chunkmill.spaces import serving as spaces_of_collections
+from chunkmill.spaces import others
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 
@@ -407,7 +407,7 @@ def collections_to_index(conn: sa.Connection, builder: BuilderKind) -> list[tupl
     It is one query, so that collections at rest cost a poller nothing, however many there are. Before a flush, the
     indexes of collections that moved to another space, or are gone, are forgotten.
     """
-    has_others = spaces_of_collections.are_kept(conn)
+    has_others = others.are_kept(conn)
     if builder is BuilderKind.FLUSH:
         _forget_moved(conn, has_others=has_others)
     query = f"""

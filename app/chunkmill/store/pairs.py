@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from chunkmill.spaces.registry import VectorTable
+from chunkmill.store import read
 
 STEP = 1_000
 """How many vectors one statement reads."""
@@ -47,21 +48,7 @@ def hashes(conn: sa.Connection, space: VectorTable, collection_id: int, chunk_id
 
 def vectors(conn: sa.Connection, space: VectorTable, wanted: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
     """Content hash → ``(d,)`` float32 of those of the contents that have a vector in the space."""
-    # vector_send writes the dimensions and a zero, of 16 bits each, and then the numbers, all with the high byte first.
-    query = f"""
-        SELECT v.content_hash, vector_send(v.embedding::vector) AS embedding
-        FROM {space.table_name} v
-        WHERE v.content_hash = ANY(:hashes)
-    """
     known: dict[bytes, NDArray[np.float32]] = {}
     for start in range(0, len(wanted), STEP):
-        for row in conn.execute(sa.text(query), {"hashes": list(wanted[start : start + STEP])}):
-            known[row.content_hash] = np.frombuffer(row.embedding, ">f4", offset=4).astype(np.float32)
+        known |= read.read_rounded(conn, space, wanted[start : start + STEP])
     return known
-
-
-def texts(conn: sa.Connection, wanted: Sequence[bytes]) -> dict[bytes, str]:
-    """Content hash → text."""
-    query = "SELECT content_hash, text FROM contents WHERE content_hash = ANY(:hashes)"
-    rows = conn.execute(sa.text(query), {"hashes": list(wanted)})
-    return {row.content_hash: row.text for row in rows}

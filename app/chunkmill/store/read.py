@@ -14,7 +14,7 @@ from chunkmill.db.locks import DELETE_LOCK, lock_shared
 from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.spaces import LongText
-from chunkmill.spaces.registry import Space
+from chunkmill.spaces.registry import Space, VectorTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def stored_row(row: tuple[bytes, int, bool, bytes]) -> tuple[bytes, EmbeddedText
     return content_hash, EmbeddedText(np.frombuffer(embedding, ">f4", offset=4), n_tokens, truncated)
 
 
-def read_rounded(conn: sa.Connection, space: Space, hashes: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+def read_rounded(conn: sa.Connection, space: VectorTable, hashes: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
     """Content hash → ``(d,)`` float32 as it is stored, which half precision has rounded, of those with a vector."""
     query = f"""
         SELECT content_hash, vector_send(CAST(embedding AS vector)) AS embedding

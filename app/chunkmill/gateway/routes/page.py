@@ -25,7 +25,6 @@ from chunkmill.gateway.page.rendering import HEADERS, STATIC, html, share_of, st
 from chunkmill.gateway.routes import collections, jobs, reembeddings
 from chunkmill.ledger import overview
 from chunkmill.ledger.jobs import jobs as ledger
-from chunkmill.ledger.reembedding import lives
 from chunkmill.monitor import snapshot
 from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.spaces.collections import all_collections
@@ -33,9 +32,8 @@ from chunkmill.spaces.collections import all_collections
 SHOWN_JOBS = 12
 SHOWN_COLLECTIONS = 50
 SHOWN_DEAD = 20
-SHOWN_MOVES, LOOKED_AT_MOVES = 6, 100
-"""How many moves to another model the overview shows, and among how many of the latest it looks for those that a key
-may see."""
+SHOWN_MOVES = 6
+"""How many moves to another model the overview shows."""
 HITS = 10
 FLIP_SECONDS = 20.0
 """How many seconds a browser waits for a flip, which then says what is missing."""
@@ -114,7 +112,7 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
             ledger.page(conn, limit=SHOWN_JOBS, collections=ids) if caller.may(Scope.JOBS) else None,
             listed[:SHOWN_COLLECTIONS] if may_search else None,
             max(0, len(listed) - SHOWN_COLLECTIONS),
-            _moves(conn, ids) if may_search else [],
+            reembeddings.latest(conn, ids, SHOWN_MOVES) if may_search else [],
             snapshot.take(conn, gateway.settings) if caller.may(Scope.ADMIN) else None,
         )
 
@@ -130,13 +128,6 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
         "query": "",
         "names": [each.name for each in glance.collections or ()],
     }
-
-
-def _moves(conn: sa.Connection, ids: list[int] | None) -> list[Reembedding]:
-    if not lives.are_kept(conn):
-        return []
-    latest = lives.latest(conn, None, LOOKED_AT_MOVES)
-    return [life.shown() for life in latest if ids is None or life.collection_id in ids][:SHOWN_MOVES]
 
 
 @_paged(Scope.JOBS)

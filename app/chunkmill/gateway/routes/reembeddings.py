@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,11 +17,13 @@ from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route
 from chunkmill.errors import NotFound
 from chunkmill.gateway import seen
-from chunkmill.gateway.asked import Query, read_exact, require_known, wrong
+from chunkmill.gateway.asked import Query, object_in, require_known, wrong
+from chunkmill.gateway.bodies import read_body
 from chunkmill.gateway.caller import Caller, Scope
 from chunkmill.gateway.endpoint import Endpoint, Schema
 from chunkmill.gateway.gateway import Gateway
 from chunkmill.gateway.shapes import answer, list_of, object_of, schema_of
+from chunkmill.ledger.reembedding import lives
 
 BODY_BYTES = 64 << 10
 MOST_LISTED = 200
@@ -104,18 +107,20 @@ async def list_reembeddings(gateway: Gateway, request: Request, caller: Caller) 
     query = Query(request, LISTED)
     limit = query.number("limit", 20, least=1, most=MOST_LISTED) or 20
     name = query.text("collection")
-    if name is not None:
-        name = (await seen.collection(gateway, caller, name)).name
-    return answer({"reembeddings": await latest(gateway, caller, name, limit)})
+    chosen = None if name is None else [(await seen.collection(gateway, caller, name)).id]
+
+    def work(conn: sa.Connection) -> list[Reembedding]:
+        mine = seen.seen_by(conn, caller)
+        return latest(conn, chosen or (None if mine is None else list(mine.values())), limit)
+
+    return answer({"reembeddings": await seen.read(gateway, work)})
 
 
-async def latest(gateway: Gateway, caller: Caller, collection: str | None, limit: int) -> list[Reembedding]:
-    """The newest re-embeddings that the caller may see."""
-    names = await seen.read(gateway, lambda conn: seen.seen_by(conn, caller))
-    if names is None or collection is not None:
-        return await gateway.client.reembeddings(collection, limit=limit)
-    listed = [one for name in names for one in await gateway.client.reembeddings(name, limit=limit)]
-    return sorted(listed, key=lambda one: one.id, reverse=True)[:limit]
+def latest(conn: sa.Connection, collection_ids: Sequence[int] | None, limit: int) -> list[Reembedding]:
+    """The latest re-embeddings of these collections, or of all; none on the schema of the last release."""
+    if not lives.are_kept(conn):
+        return []
+    return [life.shown() for life in lives.latest(conn, collection_ids, limit)]
 
 
 async def one(gateway: Gateway, request: Request, caller: Caller) -> Response:
@@ -196,11 +201,8 @@ async def _to_flip(gateway: Gateway, request: Request, caller: Caller) -> tuple[
 
 async def _body(request: Request, schema: Schema) -> dict[str, Any]:
     """The body, which may be empty if nothing in it is required."""
-    if request.headers.get("content-length", "") == "0" or (
-        "content-length" not in request.headers and "transfer-encoding" not in request.headers
-    ):
-        return {}
-    body = await read_exact(request, BODY_BYTES)
+    sent = await read_body(request, BODY_BYTES)
+    body = object_in(sent) if sent else {}
     require_known(body, schema.get("properties", {}))
     return body
 

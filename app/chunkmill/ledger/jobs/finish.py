@@ -101,13 +101,16 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     return state
 
 
+def fills_are_kept(conn: sa.Connection) -> bool:
+    """Whether spaces can be filled. False on the schema of the last release."""
+    return bool(conn.execute(_FILLS_ARE_KEPT).scalar_one())
+
+
 def _is_being_filled(conn: sa.Connection, job_id: int) -> bool:
     """Whether a pass of a re-embedding is about to add to the job. The anti-join reads all of the job's contents, so
     that to end it after each page, when workers are faster, would cost the square of the collection.
     """
-    if not conn.execute(_FILLS_ARE_KEPT).scalar_one():
-        return False
-    return bool(conn.execute(_IS_BEING_FILLED, {"id": job_id}).scalar_one())
+    return fills_are_kept(conn) and bool(conn.execute(_IS_BEING_FILLED, {"id": job_id}).scalar_one())
 
 
 def _completed_with_missing_vectors(

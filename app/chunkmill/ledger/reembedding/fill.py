@@ -21,7 +21,7 @@ from chunkmill.db.statements import with_constants
 from chunkmill.domain import planning
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority
 from chunkmill.errors import ChunkmillError
-from chunkmill.ledger.jobs.finish import finish_if_done
+from chunkmill.ledger.jobs.finish import fills_are_kept, finish_if_done
 from chunkmill.ledger.jobs.routing import entry, lane_of
 from chunkmill.ledger.reembedding.beside import choose
 from chunkmill.ledger.work import chunk_batches
@@ -39,8 +39,6 @@ SECONDS = 0.5
 """A call begins no further page of a space after so many seconds, so that the poller's bells do not wait."""
 OPEN_CHUNK_BATCHES = 2_000
 """So many open ChunkBatches of the job are enough for the workers: a million contents, or 40 MB of hashes."""
-MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""The most text of one ChunkBatch, as in an enqueue."""
 RECHECK_SECONDS = 60.0
 """A space in which all was there is looked at again after so many seconds, or 20 times as long as the look took."""
 RETRY_SECONDS = 10.0
@@ -160,7 +158,7 @@ def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) ->
 
 def job_ids(conn: sa.Connection) -> list[int]:
     """The jobs that fill spaces of re-embeddings that have not ended."""
-    if not _are_kept(conn):
+    if not fills_are_kept(conn):
         return []
     query = """
         SELECT f.job_id
@@ -169,11 +167,6 @@ def job_ids(conn: sa.Connection) -> list[int]:
         WHERE e.finished_at IS NULL AND f.job_id IS NOT NULL
     """
     return list(conn.execute(sa.text(query)).scalars())
-
-
-def _are_kept(conn: sa.Connection) -> bool:
-    query = "SELECT to_regclass(quote_ident(current_schema()) || '.reembedding_fills') IS NOT NULL"
-    return bool(conn.execute(sa.text(query)).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +433,7 @@ def _add(
             return False
     assert job_id is not None  # noqa: S101 - the job was opened or found
     shared = SharedFields(job_id, job.space_id, lane_of(job.route, job.routing), job.priority, settings.max_attempts)
-    chunk_batches.add(conn, shared, planning.cut(lengths, settings.chunk_batch_size, MAX_BATCH_BYTES))
+    chunk_batches.add(conn, shared, planning.cut(lengths, settings.chunk_batch_size, planning.MAX_BATCH_BYTES))
     return True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -157,15 +158,17 @@ def find(conn: sa.Connection, which: int | str) -> Life:
     return latest_of(conn, collections.find(conn, which))
 
 
-def latest(conn: sa.Connection, collection_id: int | None, limit: int) -> list[Life]:
-    """The latest re-embeddings, newest first."""
+def latest(conn: sa.Connection, collection_ids: Sequence[int] | None, limit: int) -> list[Life]:
+    """The latest re-embeddings, newest first: of these collections, or of all."""
     query = f"""
         {_READ}
-        WHERE CAST(:collection AS integer) IS NULL OR r.collection_id = :collection
+        WHERE CAST(:collections AS integer[]) IS NULL OR r.collection_id = ANY(:collections)
         ORDER BY r.id DESC
         LIMIT :limit
     """
-    rows = conn.execute(sa.text(query), {"collection": collection_id, "limit": limit})
+    rows = conn.execute(
+        sa.text(query), {"collections": None if collection_ids is None else list(collection_ids), "limit": limit}
+    )
     return [_life(row) for row in rows]
 
 
