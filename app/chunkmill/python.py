@@ -1,4 +1,4 @@
-"""Starts Python programs that import nothing from the current folder, and lets our own start sooner.
+"""Starts Python programs that import nothing from the current folder, lets our own start sooner, and reads source.
 
 Python puts the current folder first in its search path when it runs a module or a command, so a folder of documents or
 of a model in which a command is started could replace any module of ours. The console script does not look there, and
@@ -7,6 +7,8 @@ no process that it starts may.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import gc
 import os
 import sys
@@ -29,3 +31,18 @@ def collect_garbage_rarely() -> None:
     Some megabytes more may be waiting for it. For our own processes only: a library leaves the collector alone.
     """
     gc.set_threshold(50_000)
+
+
+def parsed(source: str | bytes) -> ast.Module:
+    """The syntax tree of a module.
+
+    Before 3.11.8 and 3.12.2, Python counts the depth of all trees that it builds in one number. If a traceback is
+    formatted meanwhile, by another thread or because garbage is collected, Python parses its lines too, and then raises
+    SystemError here (https://github.com/python/cpython/issues/106905). So it is tried again.
+
+    :raises SyntaxError, ValueError: it is no Python source.
+    """
+    for _ in range(9):
+        with contextlib.suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)

@@ -282,6 +282,22 @@ def test_tokens_of_a_month_are_exact_across_gateways(two: Two) -> None:
     assert two.embed(other, text).status_code == 200
 
 
+def test_a_key_that_is_not_there_any_more_keeps_no_other_from_being_booked(db: sa.Engine) -> None:
+    limits = KeyLimits(tokens_per_month=100)
+    with db.begin() as conn:
+        made = {"tenant": "t", "scopes": {Scope.EMBED}, "limits": limits}
+        gone, mine, other = (keys.create(conn, name=name, **made)[0] for name in ("gone", "mine", "other"))  # type: ignore[arg-type]
+        conn.execute(sa.text("DELETE FROM api_keys WHERE id = :id"), {"id": gone})
+    with db.begin() as conn:
+        asked = [Asked(key_id, limits, 60, Decimal(0)) for key_id in (gone, mine, gone, other, mine)]
+        month, verdicts = usage.reserve(conn, asked)
+        assert verdicts == [None, None, "tokens", None, "tokens"]
+        usage.book(conn, {(key_id, month): Booked(1, 5, Decimal(0)) for key_id in (gone, mine, other)})
+    with db.begin() as conn:
+        used = conn.execute(sa.text("SELECT key_id, tokens FROM api_key_usage ORDER BY key_id"))
+        assert [tuple(row) for row in used] == [(mine, 65), (other, 65)]
+
+
 def test_two_reservations_at_once_see_each_other(db: sa.Engine) -> None:
     limits = KeyLimits(tokens_per_month=100)
     with db.begin() as conn:

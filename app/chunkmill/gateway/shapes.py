@@ -28,6 +28,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from chunkmill.gateway.endpoint import Schema
+from chunkmill.python import parsed
 
 MANY = 200
 """More results than these are written in a thread: each takes about 10 µs, and the loop shall not stand still."""
@@ -173,7 +174,7 @@ def _object(cls: type) -> Schema:
 def _documented(cls: type) -> dict[str, str]:
     """Field → the text below it in the source of the class."""
     try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        (body,) = parsed(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, SyntaxError):
         return {}
     said = {}

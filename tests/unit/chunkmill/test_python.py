@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chunkmill.cli import __main__ as command
-from chunkmill.python import keep_children_out_of_the_folder, module_command
+from chunkmill.python import keep_children_out_of_the_folder, module_command, parsed
 
 ROOT = Path(__file__).parents[3]
 STARTS = re.compile(r"""(?:sys\.executable|python\w*\([^)]*\)), "(?!-P")""")
@@ -45,3 +46,27 @@ def test_a_command_of_ours_collects_garbage_rarely_and_a_library_leaves_the_coll
     finally:
         gc.set_threshold(*before)
     assert seen == [50_000]
+
+
+def test_source_is_read_though_a_traceback_is_formatted_meanwhile() -> None:
+    parses = 0
+
+    def deeper(phase: str, info: object, depth: int = 20) -> None:
+        """What a traceback of garbage does: it parses a line, deeper in the stack than we are."""
+        nonlocal parses
+        if depth:
+            deeper(phase, info, depth - 1)
+        elif phase == "stop" and parses < 2:
+            parses += 1
+            ast.parse("a.b")
+
+    source = "\n".join(f"x{number} = [{number}, 'a', f(x)]" for number in range(2_000))
+    before = gc.get_threshold()
+    gc.callbacks.append(deeper)
+    gc.set_threshold(100)
+    try:
+        tree = parsed(source)
+    finally:
+        gc.callbacks.remove(deeper)
+        gc.set_threshold(*before)
+    assert (len(tree.body), parses) == (2_000, 2)

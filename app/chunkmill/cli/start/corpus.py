@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chunkmill.domain.chunks import Chunk
+from chunkmill.python import parsed
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -58,7 +59,7 @@ def _docstrings(path: Path, module: str) -> Iterator[Chunk]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler warns about escapes in old files
-            tree = ast.parse(path.read_bytes())
+            tree = parsed(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and samples of other versions
         return
     seen: Counter[str] = Counter()

@@ -69,6 +69,8 @@ class Months:
             self._reserve([])
         except ChunkmillError as error:
             logger.warning("what keys used is written later, because Postgres cannot be used (%s)", error.code)
+        except Exception:  # it is tried again; without the line nobody would know, since no one waits for this
+            logger.exception("what keys used could not be written; it is tried again with the next request")
 
     def _reserve(self, asked: Sequence[Asked]) -> list[tuple[date, str | None]]:
         with self._mutex:

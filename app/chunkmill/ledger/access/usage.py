@@ -16,11 +16,13 @@ import sqlalchemy as sa
 from chunkmill.domain.keys import KeyLimits
 
 # Rows are made and locked in the order of their keys, so that two gateways never wait for each other in a circle.
+# A key that is not there any more, as after a backup was restored, must not keep the others from being booked.
 _MAKE = sa.text("""
 INSERT INTO api_key_usage (key_id, month)
-SELECT key_id, month
+SELECT wanted.key_id, wanted.month
 FROM unnest(CAST(:ids AS bigint[]), CAST(:months AS date[])) AS wanted (key_id, month)
-ORDER BY key_id, month
+JOIN api_keys k ON k.id = wanted.key_id
+ORDER BY wanted.key_id, wanted.month
 ON CONFLICT (key_id, month) DO NOTHING
 """)
 _LOCK = sa.text("""
@@ -78,7 +80,8 @@ def reserve(conn: sa.Connection, asked: Sequence[Asked]) -> tuple[date, list[str
     """The month, and for each request None if it is reserved, else the limit that stands against it: ``tokens`` or
     ``usd``.
 
-    Requests of one key are served in order, so a smaller one may fit after a larger one did not.
+    Requests of one key are served in order, so a smaller one may fit after a larger one did not. For a key that is not
+    in the database nothing is booked.
     """
     month = this_month(conn)
     used = _locked(conn, {(one.key_id, month) for one in asked})
@@ -86,7 +89,7 @@ def reserve(conn: sa.Connection, asked: Sequence[Asked]) -> tuple[date, list[str
     verdicts = []
     for one in asked:
         key = (one.key_id, month)
-        together = used[key].plus(added.get(key, Booked()))
+        together = used.get(key, Booked()).plus(added.get(key, Booked()))
         verdict = _against(one, together)
         if verdict is None:
             added[key] = added.get(key, Booked()).plus(Booked(0, one.tokens, one.usd))
@@ -96,7 +99,7 @@ def reserve(conn: sa.Connection, asked: Sequence[Asked]) -> tuple[date, list[str
 
 
 def book(conn: sa.Connection, booked: Months) -> None:
-    """Add to the months of keys."""
+    """Add to the months of keys. What belongs to a key that is not in the database any more is left out."""
     _locked(conn, booked.keys())
     _add(conn, booked)
 
