@@ -272,6 +272,36 @@ def test_a_collection_into_which_somebody_enqueues_all_the_time_flips(way: Way, 
     assert hands.rows("SELECT 1 FROM chunk_batches WHERE state = 'available' AND not_before > now()") == []
 
 
+def test_a_second_try_looks_only_at_what_was_written_since_the_first(
+    way: Way, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way.until_ramping()
+    looks, look = [], flipping.look
+    monkeypatch.setattr(flipping, "look", lambda *given: looks.append(given) or look(*given))
+    going = Direction.of(way.life(), back=False)
+
+    def again(before: flipping.Flipped | None) -> flipping.Flipped:
+        return flipping.flip_once(
+            hands.db, going, states=flipping.FLIP_FROM, missing=0, seen=None if before is None else before.seen
+        )
+
+    tried = None
+    for number, text in enumerate(("a first text", "a second text"), 1):
+        client.enqueue([(text, text)], collection="docs")
+        way.fill(way.old, [text])
+        tried = again(tried)
+        assert (tried.done, tried.missing, len(looks)) == (False, number, 1)
+    way.fill(way.new, ["a first text"])
+    assert again(tried).missing == 1
+    before = way.searchable()
+    with monkeypatch.context() as patch:
+        patch.setattr(flipping, "REUSE_SECONDS", 0.0)
+        assert (again(tried).missing, len(looks)) == (1, 2)
+    way.fill(way.new, ["a second text"])
+    assert again(tried).done
+    assert (way.searchable(), way.active(), len(looks)) == (before, way.new, 2)
+
+
 def test_a_flip_does_not_wait_for_somebody_who_reads_the_view(way: Way, client: Client, hands: Hands) -> None:
     way.until_ramping()
     with hands.db.begin() as conn:

@@ -22,7 +22,7 @@ from chunkmill.db.retry import is_outage
 from chunkmill.domain.reembedding import Coverage, Plan, ReembeddingState, ServedBy, step_of_ramp
 from chunkmill.ledger import judging
 from chunkmill.ledger.reembedding import cleaning, fill, flipping, gating, lives, serving
-from chunkmill.ledger.reembedding.flipping import Direction
+from chunkmill.ledger.reembedding.flipping import Direction, Look
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
@@ -60,6 +60,8 @@ class Reembedder:
         """Re-embedding → when its coverage is counted again, by the clock of this process."""
         self._judge_at: dict[tuple[int, Plan], float] = {}
         """Re-embedding and plan → before when its gates are not checked again."""
+        self._seen: dict[int, Look | None] = {}
+        """Re-embedding → what the last try of its flip looked at."""
         self._stop = threading.Event()
 
     def start(self, stop: threading.Event) -> list[threading.Thread]:
@@ -226,7 +228,10 @@ class Reembedder:
 
     def _flip(self, life: Life) -> None:
         way = Direction.of(life, back=False)
-        tried = flipping.flip_once(self._db, way, states=[_S.RAMPING], missing=life.plan.gates.missing)
+        seen, most = self._seen.pop(life.id, None), life.plan.gates.missing
+        tried = flipping.flip_once(self._db, way, states=[_S.RAMPING], missing=most, seen=seen)
+        if not tried.done:
+            self._seen[life.id] = tried.seen
         with self._db.begin() as conn:
             if tried.done:
                 flipping.let_go_on(conn, way)

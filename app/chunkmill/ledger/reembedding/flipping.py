@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -44,6 +44,8 @@ LOCK_PATIENCE_S = 5.0
 """How many seconds a flip waits for the windows and the writes that are under way. Others queue behind it meanwhile."""
 WRITERS_PATIENCE_S = 60.0
 """How many seconds a look waits until everybody who writes now has ended, while others go on."""
+REUSE_SECONDS = 60.0
+"""How old the look of an earlier try may be. What was written since is in its ChunkBatches, unless they are deleted."""
 HOLD_SECONDS = 3.0
 """How long work in the space that is to be left waits, so that the other space catches up."""
 LOCK_NOT_AVAILABLE = ("55P03", "40001", "40P01")
@@ -88,6 +90,8 @@ class Flipped:
     """How long others waited for the flip alone, after it had got its lock."""
     hashes: tuple[bytes, ...] = ()
     """Some contents of the missing chunks."""
+    seen: Look | None = None
+    """What this try looked at. The next one looks only at what was written since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +107,22 @@ class Look:
     missing: int
     is_all: bool
     """False if there are more than fit."""
+    whole_at: float
+    """When the whole collection was looked at, by the monotonic clock of this process."""
 
 
-def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> Flipped:
+def flip_once(
+    db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int, seen: Look | None = None
+) -> Flipped:
     """Prove and flip, or say what is in the way. Nothing else is changed, and it may be called again at any time.
 
-    ``missing`` is how many chunks may be missing afterwards. Raises :class:`InvalidInput` if the re-embedding is in
-    none of the ``states`` any more.
+    ``missing`` is how many chunks may be missing afterwards, and ``seen`` what the try before this one looked at, in
+    the same direction. Raises :class:`InvalidInput` if the re-embedding is in none of the ``states`` any more.
     """
-    seen = look(db, way)
+    if seen is not None and seen.is_all and time.monotonic() - seen.whole_at < REUSE_SECONDS:
+        seen = look_again(db, way, seen)
+    else:
+        seen = look(db, way)
     for _ in range(LOOKS):
         if not seen.is_all:
             return Flipped(done=False, missing=seen.missing, open_contents=len(seen.lacking))
@@ -121,17 +132,18 @@ def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingStat
             break
         seen = look_again(db, way, seen)
     if seen.missing > missing:
-        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_NEW])
+        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_NEW], seen=seen)
     try:
-        return try_to_flip(db, way, seen, states=states, missing=missing)
+        return replace(try_to_flip(db, way, seen, states=states, missing=missing), seen=seen)
     except sa.exc.DBAPIError as error:
         if sqlstate(error) in LOCK_NOT_AVAILABLE:
-            return Flipped(done=False)
+            return Flipped(done=False, seen=seen)
         raise
 
 
 def look(db: sa.Engine, way: Direction) -> Look:
     """The anti-join of the whole collection, while everybody works."""
+    began = time.monotonic()
     mark = _mark(db)
     query = f"""
         SELECT c.content_hash, count(*) AS chunks,
@@ -156,6 +168,7 @@ def look(db: sa.Engine, way: Direction) -> Look:
         tuple(row.content_hash for row in sorted(rows, key=lambda row: not row.is_searchable)),
         sum(row.chunks for row in rows if row.is_searchable),
         len(rows) <= way.most_open,
+        began,
     )
 
 
@@ -169,6 +182,7 @@ def look_again(db: sa.Engine, way: Direction, seen: Look) -> Look:
         tuple(row.content_hash for row in sorted(lacking, key=lambda row: not row.is_searchable)),
         sum(row.chunks for row in lacking if row.is_searchable),
         len(lacking) <= way.most_open,
+        seen.whole_at,
     )
 
 
