@@ -97,6 +97,20 @@ def scene(client: Client, db: sa.Engine, hands: Hands, small: Settings) -> Scene
     return Scene(client, db, hands, small)
 
 
+def test_an_estimate_says_what_goes_into_each_space_of_the_collection(scene: Scene, client: Client) -> None:
+    known, new = "text 0 of docs", "a text that nobody has embedded"
+    chunks = [("again", known), ("new", new), ("twice", new)]
+    told = client.estimate(chunks, collection="docs")
+    assert (told.space, told.contents, told.cached, told.to_embed) == (scene.old.spec.fingerprint, 2, 1, 1)
+    (other,) = told.beside
+    assert (other.space, other.chunks, other.contents, other.to_embed) == (scene.new.spec.fingerprint, 3, 2, 2)
+    assert (other.route, other.tokens) == ("local", client.estimate(chunks[:2], on_long="split").tokens)
+    assert client.estimate(chunks, collection="stays").beside == ()
+    scene.fill_all()
+    (filled,) = client.estimate(chunks, collection="docs").beside
+    assert (filled.cached, filled.to_embed) == (1, 1)
+
+
 def test_stored_texts_fill_the_new_space_without_the_producer(scene: Scene) -> None:
     assert not scene.fill()
     (job,) = scene.jobs_in(scene.new)

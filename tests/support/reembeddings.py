@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import sqlalchemy as sa
 
+from chunkmill.domain.reembedding import ReembeddingState
 from chunkmill.domain.spaces import LongText
 from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
+from tests.support import several_spaces
 
 
 def second_space(db: sa.Engine, collection: str, **changes: object) -> Space:
@@ -21,22 +22,9 @@ def second_space(db: sa.Engine, collection: str, **changes: object) -> Space:
 
 def begin(db: sa.Engine, collection: str, to: Space, **plan: object) -> int:
     """Begin to re-embed a collection into ``to``. Returns the id."""
-    insert = """
-        INSERT INTO reembeddings (collection_id, from_space_id, to_space_id, state, plan)
-        SELECT id, space_id, :to, 'filling', CAST(:plan AS jsonb) FROM collections WHERE id = :id
-        RETURNING id
-    """
-    beside = """
-        INSERT INTO collection_spaces (collection_id, space_id, role, on_long, reembedding_id)
-        VALUES (:id, :to, 'filling', :on_long, :reembedding)
-    """
     with db.begin() as conn:
-        collection_id = collections.find(conn, collection).id
-        others.lock_for_change(conn, collection_id)
-        facts = {"id": collection_id, "to": to.id, "plan": json.dumps(plan), "on_long": to.spec.long_text.policy}
-        reembedding: int = conn.execute(sa.text(insert), facts).scalar_one()
-        conn.execute(sa.text(beside), {**facts, "reembedding": reembedding})
-        return reembedding
+        state = ReembeddingState.FILLING
+        return several_spaces.begin(conn, collection, to, state=state, on_long=to.spec.long_text.policy, plan=plan)
 
 
 def swap(db: sa.Engine, collection: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from chunkmill.domain.chunks import content_hash
 from chunkmill.domain.reembedding import ReembeddingState, SpaceRole
 from chunkmill.domain.spaces import OnLong, long_text_for
 from chunkmill.ledger import embed_requests
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store.write import write_vectors
 from tests.support.gateways import StandInWorker
@@ -54,19 +55,30 @@ def begin(
     *,
     state: ReembeddingState = ReembeddingState.RAMPING,
     share: int = 0,
+    on_long: OnLong = OnLong.TRUNCATE,
+    plan: Mapping[str, object] | None = None,
 ) -> int:
     """Let a collection have ``to`` as a second space. Returns the id of the re-embedding."""
     row = collections.find(conn, name)
+    others.lock_for_change(conn, row.id)
     insert = """
         INSERT INTO reembeddings (collection_id, from_space_id, to_space_id, state, plan)
-        VALUES (:collection, :active, :space, :state, '{}')
+        VALUES (:collection, :active, :space, :state, CAST(:plan AS jsonb))
         RETURNING id
     """
-    parameters = {"collection": row.id, "active": row.space_id, "space": to.id, "state": state, "share": share}
+    parameters = {
+        "collection": row.id,
+        "active": row.space_id,
+        "space": to.id,
+        "state": state,
+        "share": share,
+        "on_long": on_long,
+        "plan": json.dumps(plan or {}),
+    }
     number: int = conn.execute(sa.text(insert), parameters).scalar_one()
     add = """
         INSERT INTO collection_spaces (collection_id, space_id, role, on_long, share, reembedding_id)
-        VALUES (:collection, :space, :role, 'truncate', :share, :reembedding)
+        VALUES (:collection, :space, :role, :on_long, :share, :reembedding)
     """
     conn.execute(sa.text(add), {**parameters, "role": SpaceRole.FILLING, "reembedding": number})
     return number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -13,20 +13,21 @@ from chunkmill.client.enqueue import windows
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
+from chunkmill.domain.costs import Budget, Estimate, LaneEstimate, machine_usd
 from chunkmill.domain.prices import Price
 from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.domain.windows import window_bounds
-from chunkmill.errors import InvalidChunk, InvalidSetting, UnknownModel
+from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidSetting, UnknownModel
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget, charges
+from chunkmill.ledger.reembedding.beside import choose
 from chunkmill.models import resolve_model
 from chunkmill.openai.catalogue import model_for, request_limits
 from chunkmill.openai.plan import inputs, tokens
 from chunkmill.settings import Settings
-from chunkmill.spaces import collections, registry
+from chunkmill.spaces import collections, others, registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,87 +50,122 @@ def estimate(
     an index entry for each distinct one. It is dropped at the end, and nothing else is written. Raises
     :class:`UnknownRoute`, :class:`SpaceMismatch`, and what ``prepared`` raises.
     """
-    spec = request.spec
-    totals = _Totals()
     with db.connect() as conn:
         with conn.begin():
-            choice = routing.decide(conn, settings, spec, request.route, request.deadline)
-            space = registry.find(conn, spec.fingerprint)
+            counts = [_Count(conn, settings, request)]
             if request.collection is not None:
-                collections.require_space(conn, request.collection, spec)
-        counters = [LaneCounter(route, settings, request) for route in routing.lanes_of(settings, spec)]
+                collections.require_space(conn, request.collection, request.spec)
+                counts += _beside(conn, settings, request.collection)
         with _temporary_tables(conn):
             for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
-                to_send = _count_window(conn, space, chunks, totals)
-                counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
-                for counter in counters:
-                    counter.add(to_send, counted)
+                texts = {chunk.content_hash: chunk.text for chunk in chunks}
+                with conn.begin():
+                    new = _new_in_stream(conn, texts)
+                    missing = [count.add(conn, len(chunks), new) for count in counts]
+                for count, hashes in zip(counts, missing, strict=True):
+                    count.add_tokens([(content_hash, texts[content_hash].decode()) for content_hash in hashes])
         with conn.begin():
-            price = charges.price_today(conn, model_for(settings, spec))
-            rate = routing.seconds_per_token(conn, spec)
-            return Estimate(
-                spec.model,
-                spec.fingerprint,
-                totals.chunks,
-                totals.contents,
-                totals.cached,
-                totals.in_flight,
-                totals.contents - totals.cached - totals.in_flight,
-                choice.route,
-                choice.because,
-                tuple(counter.estimate(price, rate) for counter in counters),
-                budget.read(conn, settings),
-            )
+            money = budget.read(conn, settings)
+            first, *beside = [count.estimate(conn, settings, money) for count in counts]
+    return replace(first, beside=tuple(beside))
 
 
-@dataclass(slots=True)
-class _Totals:
-    """What the stream has held so far."""
+def _beside(conn: sa.Connection, settings: Settings, name: str) -> list[_Count]:
+    """A count for each other space of a collection, which the enqueue fills too."""
+    collection = collections.resolve(conn, name)
+    lives = others.of(conn, collection.id).others if collection is not None else {}
+    made = []
+    for other in lives.values():
+        space = registry.get_if_readable(conn, other.id)
+        if space is not None:
+            request = EstimateRequest(space.spec, Route.AUTO, None, other.on_long)
+            made.append(_Count(conn, settings, request, reembedding_id=other.reembedding_id))
+    return made
 
-    chunks: int = 0
-    contents: int = 0
-    """Distinct ones."""
-    cached: int = 0
-    in_flight: int = 0
-    """Without those that are also cached."""
 
-
-def _count_window(
-    conn: sa.Connection, space: registry.Space | None, chunks: Sequence[PreparedChunk], totals: _Totals
-) -> list[tuple[bytes, str]]:
-    """Add a window to ``totals``. Returns ``(hash, text)`` of the contents that are new in the stream and must be sent.
-
-    ``space`` is None if it is not registered; it then has no vectors.
+def _new_in_stream(conn: sa.Connection, hashes: Iterable[bytes]) -> list[bytes]:
+    """Those of the contents that the stream has not held before."""
+    query = """
+        INSERT INTO estimated_contents
+        SELECT content_hash FROM estimated_window
+        ON CONFLICT DO NOTHING
+        RETURNING content_hash
     """
-    texts = {chunk.content_hash: chunk.text for chunk in chunks}
-    if space is None:
-        query = """
-            INSERT INTO estimated_contents
-            SELECT content_hash FROM estimated_window
-            ON CONFLICT DO NOTHING
-            RETURNING content_hash, false AS cached, false AS in_flight
+    copy_binary(conn, "estimated_window (content_hash)", encode_rows((content_hash,) for content_hash in hashes))
+    return list(conn.execute(sa.text(query)).scalars())
+
+
+class _Count:
+    """What the stream would send into one space."""
+
+    def __init__(
+        self, conn: sa.Connection, settings: Settings, request: EstimateRequest, *, reembedding_id: int | None = None
+    ) -> None:
+        """With ``reembedding_id`` it is a space beside the active one.
+
+        Raises :class:`UnknownRoute`, but not for a space beside: the poller may have settings that serve it.
         """
-    else:
+        self._spec = request.spec
+        self._space = registry.find(conn, request.spec.fingerprint)
+        self._chunks = self._contents = self._cached = self._in_flight = 0
+        self._no_lane: str | None = None
+        try:
+            if reembedding_id is None:
+                choice = routing.decide(conn, settings, request.spec, request.route, request.deadline)
+            else:
+                _, choice = choose(conn, settings, request.spec, reembedding_id)
+        except ChunkmillError as error:
+            if reembedding_id is None:
+                raise
+            self._route, self._because, self._no_lane = Route.AUTO, "the poller chooses a lane", str(error)
+            self._counters: list[LaneCounter] = []
+        else:
+            self._route, self._because = choice.route, choice.because
+            lanes = routing.lanes_of(settings, request.spec)
+            self._counters = [LaneCounter(route, settings, request) for route in lanes]
+
+    def add(self, conn: sa.Connection, n_chunks: int, new: Sequence[bytes]) -> list[bytes]:
+        """Add a window with the contents that are new in the stream. Returns those that must be sent."""
+        self._chunks += n_chunks
+        self._contents += len(new)
+        if self._space is None or not new:
+            return list(new)
         query = f"""
-            WITH new AS (
-                INSERT INTO estimated_contents
-                SELECT content_hash FROM estimated_window
-                ON CONFLICT DO NOTHING
-                RETURNING content_hash
-            )
             SELECT new.content_hash, v.content_hash IS NOT NULL AS cached, i.content_hash IS NOT NULL AS in_flight
-            FROM new
-            LEFT JOIN {space.table_name} v ON v.content_hash = new.content_hash
+            FROM unnest(CAST(:new AS bytea[])) AS new (content_hash)
+            LEFT JOIN {self._space.table_name} v ON v.content_hash = new.content_hash
             LEFT JOIN provider_inputs i ON i.space_id = :space AND i.content_hash = new.content_hash
         """
-    with conn.begin():
-        copy_binary(conn, "estimated_window (content_hash)", encode_rows((content_hash,) for content_hash in texts))
-        rows = conn.execute(sa.text(query), {"space": space.id} if space else {}).fetchall()
-    totals.chunks += len(chunks)
-    totals.contents += len(rows)
-    totals.cached += sum(row.cached for row in rows)
-    totals.in_flight += sum(row.in_flight and not row.cached for row in rows)
-    return [(r.content_hash, texts[r.content_hash].decode()) for r in rows if not (r.cached or r.in_flight)]
+        rows = conn.execute(sa.text(query), {"new": list(new), "space": self._space.id}).all()
+        self._cached += sum(row.cached for row in rows)
+        self._in_flight += sum(row.in_flight and not row.cached for row in rows)
+        return [row.content_hash for row in rows if not (row.cached or row.in_flight)]
+
+    def add_tokens(self, contents: Sequence[tuple[bytes, str]]) -> None:
+        """Count the tokens of contents that must be sent."""
+        counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
+        for counter in self._counters:
+            counter.add(contents, counted)
+
+    def estimate(self, conn: sa.Connection, settings: Settings, money: Budget) -> Estimate:
+        price = charges.price_today(conn, model_for(settings, self._spec))
+        rate = routing.seconds_per_token(conn, self._spec)
+        lanes = [counter.estimate(price, rate) for counter in self._counters]
+        if self._no_lane is not None:
+            lanes = [LaneEstimate(self._route, None, None, None, unknown=self._no_lane)]
+        return Estimate(
+            self._spec.model,
+            self._spec.fingerprint,
+            self._chunks,
+            self._contents,
+            self._cached,
+            self._in_flight,
+            self._contents - self._cached - self._in_flight,
+            self._route,
+            self._because,
+            tuple(lanes),
+            money,
+        )
 
 
 Rule = Callable[[Sequence[tuple[bytes, str]]], tuple[int, int]]

@@ -39,6 +39,9 @@ class Estimate(Printed):
     at a provider for another job, and ``to_embed`` are left. ``route`` is the route that the job would get, and
     ``because`` says why; ``tokens`` and ``usd`` are those of this route. ``lanes`` has every route that serves the
     space.
+
+    ``beside`` has the same for each other space of the collection, because an enqueue goes into all of them while the
+    collection moves to another model. The numbers of this one are those of the active space alone.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Estimate(Printed):
     because: str
     lanes: tuple[LaneEstimate, ...]
     budget: Budget
+    beside: tuple[Estimate, ...] = ()
 
     @property
     def chosen(self) -> LaneEstimate:

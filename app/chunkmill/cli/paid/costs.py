@@ -183,9 +183,27 @@ def budget_fields(budget: Budget) -> dict[str, object]:
 
 def show_estimate(screen: Screen, estimate: Estimate) -> None:
     if screen.json:
-        chosen = {"tokens": estimate.tokens, "usd": estimate.usd}
-        screen.document(asdict(estimate) | chosen | {"budget": budget_fields(estimate.budget)})
+        beside = [_estimate_fields(other) for other in estimate.beside]
+        screen.document(_estimate_fields(estimate) | {"budget": budget_fields(estimate.budget), "beside": beside})
         return
+    _show_space(screen, estimate)
+    for other in estimate.beside:
+        screen.say("")
+        screen.say("The collection moves to another model, so the same texts go into this space as well:")
+        _show_space(screen, other)
+    show_budget(screen, estimate.budget)
+    if estimate.route.is_paid and estimate.budget.is_used_up:
+        screen.hint(f"An enqueue would be refused: {estimate.budget.refusal()}")
+    screen.hint("Nothing was enqueued, because this was a dry run.")
+
+
+def _estimate_fields(estimate: Estimate) -> dict[str, object]:
+    """What is known of one space, without the budget, which is that of all."""
+    fields = asdict(estimate) | {"tokens": estimate.tokens, "usd": estimate.usd}
+    return {name: value for name, value in fields.items() if name not in ("budget", "beside")}
+
+
+def _show_space(screen: Screen, estimate: Estimate) -> None:
     in_flight = f", {estimate.in_flight:,} at a provider for another job" if estimate.in_flight else ""
     screen.fields(
         {
@@ -198,10 +216,6 @@ def show_estimate(screen: Screen, estimate: Estimate) -> None:
     )
     screen.say("")
     screen.table(["lane", "tokens", "refused", "engine time", "USD", "note"], map(lane_row, estimate.lanes))
-    show_budget(screen, estimate.budget)
-    if estimate.route.is_paid and estimate.budget.is_used_up:
-        screen.hint(f"An enqueue would be refused: {estimate.budget.refusal()}")
-    screen.hint("Nothing was enqueued, because this was a dry run.")
 
 
 def _row(row: Cost, parts: Sequence[str]) -> tuple[object, ...]:
