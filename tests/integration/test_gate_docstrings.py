@@ -47,7 +47,9 @@ def passed(old: NDArray[np.float64], new: NDArray[np.float64]) -> int:
 
 
 @pytest.mark.slow
-def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precision_passes(tmp_path: Path) -> None:
+def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precision_or_backend_passes(
+    tmp_path: Path,
+) -> None:
     docs = docstrings(100_000)
     assert len(docs) >= 2 * QUERIES
     summaries, rests = ([pair[i] for pair in docs.values()] for i in (0, 1))
@@ -84,6 +86,8 @@ def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precis
     same = {
         "stored in half precision": changed(lambda vectors: vectors.astype(np.float16).astype(np.float32)),
         "int8": embedded(Engine.load(folder, device="cpu", precision=Precision.INT8)),
+        "bf16": embedded(Engine.load(folder, device="cpu", dtype="bf16")),
+        "ONNX": embedded(Engine.load(folder, device="cpu", dtype="fp32", backend="onnx")),
     }
     for name, vectors in same.items():
         assert passed(old, ndcg(vectors)) >= 19, name

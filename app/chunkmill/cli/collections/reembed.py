@@ -394,13 +394,16 @@ def _show(screen: Screen, shown: Reembedding) -> None:
 
 
 def _row(shown: Reembedding) -> tuple[object, ...]:
+    # What was counted in a space that is dropped is there no more.
+    left = shown.state is ReembeddingState.ROLLED_BACK and shown.dropped_at is None
+    is_there = not left and shown.state is not ReembeddingState.CANCELLED
     return (
         str(shown.id),
         shown.collection,
         f"{shown.state}{' (paused)' if shown.paused_at else ''}",
         shown.from_model,
         shown.to_model,
-        None if shown.coverage is None else f"{shown.coverage.share:.0%}",
+        f"{shown.coverage.share:.0%}" if shown.coverage is not None and is_there else None,
         f"{shown.share} %",
         _time(shown.state_since),
     )
