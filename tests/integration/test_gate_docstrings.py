@@ -19,7 +19,9 @@ from chunkmill.domain.comparing import unit
 from chunkmill.domain.gates import Gates, Measured, check
 from chunkmill.domain.ranking import ndcg_at
 from chunkmill.domain.spaces import Precision
+from chunkmill.models import resolve_model
 from chunkmill.models.locate import bundled_folder
+from chunkmill_workers.engine.backends.export import export
 from chunkmill_workers.engine.engine import Engine
 from tests.integration.test_hybrid_docstrings import docstrings
 
@@ -48,8 +50,10 @@ def passed(old: NDArray[np.float64], new: NDArray[np.float64]) -> int:
 
 @pytest.mark.slow
 def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precision_or_backend_passes(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export(resolve_model(str(bundled_folder())), "onnx")
     docs = docstrings(100_000)
     assert len(docs) >= 2 * QUERIES
     summaries, rests = ([pair[i] for pair in docs.values()] for i in (0, 1))
