@@ -27,6 +27,7 @@ from tests.integration.test_hybrid_docstrings import docstrings
 
 QUERIES = 500
 RUNS = 20
+FEWER = 1_500
 Vectors = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
@@ -49,6 +50,7 @@ def passed(old: NDArray[np.float64], new: NDArray[np.float64]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precision_or_backend_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,8 +60,8 @@ def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precis
     assert len(docs) >= 2 * QUERIES
     summaries, rests = ([pair[i] for pair in docs.values()] for i in (0, 1))
 
-    def embedded(engine: Engine) -> Vectors:
-        made = np.asarray(engine.embed(summaries, "query")), np.asarray(engine.embed(rests))
+    def embedded(engine: Engine, most: int | None = None) -> Vectors:
+        made = np.asarray(engine.embed(summaries[:most], "query")), np.asarray(engine.embed(rests[:most]))
         engine.close()
         return made
 
@@ -90,8 +92,10 @@ def test_a_worse_model_is_stopped_in_all_runs_and_the_same_one_in_another_precis
     same = {
         "stored in half precision": changed(lambda vectors: vectors.astype(np.float16).astype(np.float32)),
         "int8": embedded(Engine.load(folder, device="cpu", precision=Precision.INT8)),
-        "bf16": embedded(Engine.load(folder, device="cpu", dtype="bf16")),
-        "ONNX": embedded(Engine.load(folder, device="cpu", dtype="fp32", backend="onnx")),
+        # A processor without bf16 takes long, so that these have fewer documents.
+        "bf16": embedded(Engine.load(folder, device="cpu", dtype="bf16"), FEWER),
+        "ONNX": embedded(Engine.load(folder, device="cpu", dtype="fp32", backend="onnx"), FEWER),
     }
     for name, vectors in same.items():
-        assert passed(old, ndcg(vectors)) >= 19, name
+        n = len(vectors[0])
+        assert passed(ndcg((whole[0][:n], whole[1][:n])), ndcg(vectors)) >= 19, name
