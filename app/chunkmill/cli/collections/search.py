@@ -264,7 +264,10 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
         screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut)
         screen.say(" " * 8, beginning(hit.text, width))
     if any(hit.truncated for hit in hits):
-        screen.say("(cut): the text is longer than the model reads, and its end counted for nothing.")
+        screen.say(
+            "(cut): the text is longer than the model reads, so its end counted for nothing. "
+            "To find that too, enqueue it with --chunk: docs/documents.md"
+        )
 
 
 def show_plan(screen: Screen, plan: SearchPlan) -> None:
