@@ -87,7 +87,11 @@ class Chunker:
             raise InvalidInput("kind is 'pdf', which is no text. Pass the file to Chunker.file().")
         if not isinstance(text, str):
             raise InvalidInput(f"text is of type {type(text).__name__}; it must be a str.")
-        return self.cut(document_id, read_text(text, kind), metadata)
+        try:
+            document = read_text(text, kind)
+        except Unreadable as error:
+            raise InvalidInput(f"the document {document_id!r}: {error}.") from None
+        return self.cut(document_id, document, metadata)
 
     def file(
         self,

@@ -24,7 +24,7 @@ COUNTED_LENGTH: Final = 1 << 18
 """How many characters are counted at a time. The tokenizer keeps some 100 bytes for each token of them."""
 LONG_LINE: Final = 1 << 14
 """A longer line is first divided here, because the time to split a line grows faster than its length."""
-LOOK_BACK: Final = 40
+LOOK_BACK: Final = 10
 """How many characters before a chunk are read for each token of its overlap."""
 
 _SENTENCE_END: Final = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1f][\"'\u2019\u201d\u00bb)\]*_`]*\s*\Z")

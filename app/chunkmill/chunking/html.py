@@ -26,17 +26,39 @@ _LARGE: Final = "h1, h2, h3, h4, h5, h6, table, pre, ul, ol, dl, section, articl
 """What stands in a cell of a table that lays out a page, and not in a cell of a table of data."""
 _SIGNS: Final = frozenset(("¶", "#", "§", "🔗"))
 """The text of a link from a heading to itself."""
+MOST_NESTED: Final = 1_000
+"""How deeply elements may nest; Chromium flattens deeper than 512. The parser's time grows with size times depth."""
+_TAG: Final = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
+_UNCLOSED: Final = frozenset(
+    "area base br col dd dt embed hr img input li link meta option p param source td th tr track wbr".split(" ")
+)
+"""Elements that often have no end tag."""
 _WHITE: Final = re.compile(r"[ \t\n\r\f\v]+")
 
 
 def read_html(html: str) -> Document:
-    """The document of a page. Positions are those in the text that is taken out of it."""
+    """The document of a page. Positions are those in the text that is taken out of it.
+
+    Raises ValueError if its elements nest too deeply.
+    """
+    if _depth(html) > MOST_NESTED:
+        raise ValueError(f"its elements nest more than {MOST_NESTED:,} deep, as no page does that people read")
     page = library("selectolax.lexbor").LexborHTMLParser(html)
     joined = Joined()
     if page.body is not None:
         root, is_main = _main(page)
         _Walk(joined, is_main=is_main).run(root)
     return joined.document()
+
+
+def _depth(html: str) -> int:
+    """How deeply elements nest, counted by their tags. It is an estimate, because texts and scripts may have tags."""
+    depth = deepest = 0
+    for tag in _TAG.finditer(html):
+        if tag[2].lower() not in _UNCLOSED:
+            depth = max(0, depth + (-1 if tag[1] else 1))
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def _main(page: Any) -> tuple[Any, bool]:

@@ -43,11 +43,17 @@ def read(file: BinaryIO, kind: Kind, name: str) -> Document:
 
 
 def read_text(text: str, kind: Kind) -> Document:
-    """The document of a text. Ends of lines become ``\\n``, so positions are those in the document's own text."""
+    """The document of a text. Ends of lines become ``\\n``, so positions are those in the document's own text.
+
+    Raises :class:`Unreadable` for a page that nests too deeply.
+    """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if kind is Kind.HTML:
-        return read_html(text)
+        try:
+            return read_html(text)
+        except ValueError as error:
+            raise Unreadable(str(error)) from None
     return _markdown(text) if kind is Kind.MARKDOWN else Document(text, paragraphs(text, 0, len(text)))
 
 
