@@ -29,9 +29,10 @@ _SIGNS: Final = frozenset(("¶", "#", "§", "🔗"))
 MOST_NESTED: Final = 1_000
 """How deeply elements may nest; Chromium flattens deeper than 512. The parser's time grows with size times depth."""
 _TAG: Final = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
-_UNCLOSED: Final = frozenset(
-    "area base br col dd dt embed hr img input li link meta option p param source td th tr track wbr".split(" ")
-)
+_UNCLOSED: Final = frozenset((
+    "area", "base", "br", "col", "dd", "dt", "embed", "hr", "img", "input", "li", "link", "meta", "option", "p",
+    "param", "source", "td", "th", "tr", "track", "wbr",
+))  # fmt: skip
 """Elements that often have no end tag."""
 _WHITE: Final = re.compile(r"[ \t\n\r\f\v]+")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from chunkmill.chunking import Chunker
+from chunkmill.chunking import Chunker, Kind
 from chunkmill.chunking.document import KINDS, kind_of
 from chunkmill.chunking.reading import Unreadable
 from chunkmill.cli.jobs.folders import Document, Skipped
@@ -19,8 +19,10 @@ DOCUMENT_SUFFIXES = frozenset(KINDS)
 class Cutter:
     """Cuts with one chunker, and counts. A problem is a text that says why a document cannot be cut."""
 
-    def __init__(self, chunker: Chunker) -> None:
+    def __init__(self, chunker: Chunker, suffixes: Collection[str] = ()) -> None:
         self._chunker = chunker
+        self.suffixes = frozenset(f".{suffix.lower().lstrip('.')}" for suffix in suffixes) or DOCUMENT_SUFFIXES
+        """Of the files that are read in folders. What has no kind of its own is read as text."""
         self.documents = 0
         self.chunks = 0
 
@@ -34,8 +36,7 @@ class Cutter:
         if document.problem is not None:
             yield document.problem
             return
-        kind = kind_of(document.name)
-        assert kind is not None  # noqa: S101 - its suffix is one of DOCUMENT_SUFFIXES
+        kind = kind_of(document.name) or Kind.TEXT
         try:
             with document.open() as file:
                 read = self._chunker.read(file, kind, document.name)

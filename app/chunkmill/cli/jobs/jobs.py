@@ -127,6 +127,13 @@ class Deadline(click.ParamType[datetime | timedelta]):
     help="What --chunk and --overlap count. It needs --chunk.  [default: tokens]",
 )
 @click.option(
+    "--suffix",
+    "suffixes",
+    multiple=True,
+    metavar=".EXT",
+    help="Read only files of a folder whose name ends so, such as .html; may be given several times. It needs --chunk.",
+)
+@click.option(
     "--deadline",
     type=Deadline(),
     metavar="WHEN",
@@ -148,6 +155,7 @@ def enqueue(
     chunk: int | None,
     overlap: int | None,
     chunk_unit: str | None,
+    suffixes: tuple[str, ...],
     dry_run: bool,
     wait: bool | None,
     **options: Any,
@@ -163,7 +171,7 @@ def enqueue(
     Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field, metadata_fields or None)
-    cutter = _cutter(chunk, overlap, chunk_unit, options["model"])
+    cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
     reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer, cutter=cutter)
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:
@@ -348,13 +356,17 @@ def show_job(
         screen.hint(f"To follow it: chunkmill job {job.id} --wait")
 
 
-def _cutter(size: int | None, overlap: int | None, unit: str | None, model: str | None) -> Cutter | None:
+def _cutter(
+    size: int | None, overlap: int | None, unit: str | None, suffixes: tuple[str, ...], model: str | None
+) -> Cutter | None:
     if size is None:
-        if overlap is not None or unit is not None:
-            raise click.UsageError(f"{'--overlap' if overlap is not None else '--chunk-unit'} needs --chunk.")
+        given = {"--overlap": overlap is not None, "--chunk-unit": unit is not None, "--suffix": bool(suffixes)}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise click.UsageError(f"{name} needs --chunk.")
         return None
     settings = Environment.load().settings
-    return Cutter(Chunker(size, overlap=overlap or 0, unit=unit or Unit.TOKENS.value, model=model, settings=settings))
+    chunker = Chunker(size, overlap=overlap or 0, unit=unit or Unit.TOKENS.value, model=model, settings=settings)
+    return Cutter(chunker, suffixes)
 
 
 def _row(job: Job) -> list[object]:

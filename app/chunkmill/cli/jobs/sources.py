@@ -86,7 +86,7 @@ class Reader:
             _require_readable(source, cuts=cutter is not None)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
-        self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else DOCUMENT_SUFFIXES
+        self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
         _require_distinct(
             [Path(source) for source in sources if source != "-" and Path(source).is_dir()], self._suffixes
         )
@@ -152,8 +152,7 @@ def _require_readable(source: str, *, cuts: bool) -> None:
     is_document = path.suffix.lower() in DOCUMENT_SUFFIXES
     if is_document and not cuts:
         raise InvalidInput(
-            f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as "
-            "--chunk 200. To make one chunk of it, name its folder."
+            f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as --chunk 200."
         )
     if not is_document and not path.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".parquet", *ZIPPED)):
         raise InvalidInput(
@@ -328,8 +327,10 @@ def _folder(
             yield from _cut_at(path, cutter.document(document, path, skipped))
     if is_empty:
         why = f" ({skipped})" if skipped.count else ""
-        kinds = ".txt, .md or .rst file" if cutter is None else "text, Markdown, HTML, PDF or source file"
-        raise InvalidInput(f"the folder {root} contains no {kinds}{why}. Name another folder.")
+        kinds = ".txt, .md or .rst" if cutter is None else "text, Markdown, HTML, PDF or source"
+        if cutter is not None and cutter.suffixes is not DOCUMENT_SUFFIXES:
+            kinds = " or ".join(sorted(cutter.suffixes))
+        raise InvalidInput(f"the folder {root} contains no {kinds} file{why}. Name another folder.")
 
 
 def _require_distinct_names(sources: Sequence[str]) -> None:
