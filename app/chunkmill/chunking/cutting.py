@@ -28,6 +28,8 @@ LOOK_BACK: Final = 10
 """How many characters before a chunk are read for each token of its overlap."""
 
 _SENTENCE_END: Final = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1f][\"'\u2019\u201d\u00bb)\]*_`]*\s*\Z")
+_BEGINNING: Final = re.compile(r"\n|[.!?][\"')\]]* |[\u3002\uff01\uff1f]")
+"""What stands before a line or a sentence."""
 _BLOCK, _SENTENCE, _LINE, _INSIDE = range(4)
 """What a cut divides, from the best to the worst: blocks, lines after the end of a sentence, lines, one line."""
 
@@ -219,7 +221,7 @@ def _sizes_of(text: str, blocks: Sequence[Block], rule: Rule) -> Iterator[int]:
 
 
 def _overlapping(text: str, before: Block, block: Block, rule: Rule) -> int:
-    """Where the passage ``block`` begins with the overlap: at a word, and not before the passage before it."""
+    """Where the passage ``block`` begins with the overlap: at a line or sentence in it, otherwise at a word."""
     if not rule.overlap:
         return block.start
     begin = max(before.start, block.start - rule.overlap * LOOK_BACK)
@@ -231,6 +233,9 @@ def _overlapping(text: str, before: Block, block: Block, rule: Rule) -> int:
             at += 1
     while at < end and text[at].isspace():
         at += 1
+    for place in _BEGINNING.finditer(text, max(begin, at - 2), end):
+        if at <= place.end() < end:
+            return place.end()
     return at if at < end else block.start
 
 

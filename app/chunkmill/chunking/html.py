@@ -24,8 +24,8 @@ _BLOCKS: Final = frozenset((
 )) | frozenset(_HEADINGS)  # fmt: skip
 _LARGE: Final = "h1, h2, h3, h4, h5, h6, table, pre, ul, ol, dl, section, article"
 """What stands in a cell of a table that lays out a page, and not in a cell of a table of data."""
-_SIGNS: Final = frozenset(("¶", "#", "§", "🔗"))
-"""The text of a link from a heading to itself."""
+_SIGNS: Final = frozenset(("¶", "§", "🔗"))
+"""The text of a link to the place where it stands. In a heading it may also be #."""
 MOST_NESTED: Final = 1_000
 """How deeply elements may nest; Chromium flattens deeper than 512. The parser's time grows with size times depth."""
 _TAG: Final = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
@@ -144,7 +144,10 @@ class _Walk:
             return False
         if "hidden" in attributes or attributes.get("aria-hidden") == "true" or attributes.get("role") in _ROLES:
             return True
-        return tag == "a" and self._level > 0 and node.text(deep=True).strip() in _SIGNS
+        if tag != "a":
+            return False
+        text = node.text(deep=True).strip()
+        return text in _SIGNS or (text == "#" and self._level > 0)
 
     def _flush(self) -> None:
         text = "".join(self._line)

@@ -265,7 +265,9 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
         mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
         place = [(f"  {where}", "dim")] if (where := _place(hit)) else []
         screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *place, *mixed, *cut)
-        screen.say(" " * 8, beginning(hit.text, width))
+        # A chunk that was cut often begins with a heading or the end of a sentence, so all of it is one paragraph here.
+        text = " ".join(hit.text[: 8 * width].split()) if "document" in hit.metadata else hit.text
+        screen.say(" " * 8, beginning(text, width))
     if any(hit.truncated for hit in hits):
         screen.say(
             "(cut): the text is longer than the model reads, so its end counted for nothing. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,21 @@ def test_what_is_inserted_in_the_middle_changes_few_ids_and_contents(unit: Unit,
     assert 0 < contents < count / 4
     assert changes(chunker, kind, gap.join(more), gap.join(pieces))[1:] == (ids, contents)
     assert changes(chunker, kind, gap.join(pieces), gap.join(pieces)) == (count, 0, 0)
+
+
+def test_an_overlap_begins_at_a_line_or_sentence_or_word() -> None:
+    def overlaps(text: str) -> list[str]:
+        chunks = list(Chunker(60, overlap=25, unit="characters").chunks("a", text))
+        return [text[c.metadata["chunk_start"] : b.metadata["chunk_end"]] for b, c in pairwise(chunks)]
+
+    assert overlaps("Corn was there. It is done now. Sieve the flour and bake a bread.") == ["It is done now."]
+    code = overlaps("def mill():\n    one = 1\n    two = 2\n    three_and_much_more = 3\n    four = 4")
+    assert code[0] == "    one = 1"
+    words = overlaps("the mill stands by the river and turns all day long until the night comes down again")
+    assert words
+    assert all(
+        overlap.split()[0] in ("stands", "by", "river", "and", "turns", "all", "day", "long") for overlap in words
+    )
 
 
 def test_a_passage_that_comes_twice_is_two_chunks() -> None:

@@ -14,7 +14,7 @@ from tests.support.pdf_files import pdf
 PAGE = """<!doctype html><html><head><title>t</title><style>x {}</style></head><body>
 <nav>menu</nav><header>site</header><aside>advert</aside><div hidden>no</div><div role=search>find</div>
 <h1>Big <span>mill</span> <div>stone</div><a class=headerlink href=#a>\u00b6</a></h1>
-<p>One<br>two   three <b>bold</b>!<script>evil()</script></p>
+<p>One<a href=#p>\u00b6</a><br>two   three <b>bold</b>!<script>evil()</script></p>
 <ul><li>a<li><p>b</p><p>more of b</p><li>c</ul>
 <pre>
   x = 1

@@ -27,11 +27,13 @@ def test_a_hit_of_a_document_says_its_heading_and_its_page(capsys: pytest.Captur
         Screen(as_json=False),
         [
             SearchHit(0.9, "a#1", "x", {"document": "a", "headings": ["Top", "Stones"], "page": 7}, truncated=False),
-            SearchHit(0.8, "b#1", "y", {"document": "b"}, truncated=False),
+            SearchHit(0.8, "b#1", "## y\n\nmore", {"document": "b"}, truncated=False),
             SearchHit(0.7, "c", "z", own, truncated=False),
         ],
     )
-    assert capsys.readouterr().out.splitlines()[::2] == [" 0.900  a#1  Stones, page 7", " 0.800  b#1", " 0.700  c"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [" 0.900  a#1  Stones, page 7", " 0.800  b#1", " 0.700  c"]
+    assert lines[3] == "        ## y more"
 
 
 def test_a_plan_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
