@@ -69,7 +69,7 @@ class Chunker:
         if self.unit is Unit.CHARACTERS:
             self._measure: Measure = characters()
         else:
-            self._measure = tokens_of(settings or Settings(), model, self.size)
+            self._measure = tokens_of(settings or Settings.from_env(), model, self.size)
         splitter = library("semantic_text_splitter").TextSplitter
         self._splitters: dict[int, Any] = {}
         self._new_splitter = splitter.from_callback

@@ -134,6 +134,16 @@ def test_what_is_inserted_in_the_middle_changes_few_ids_and_contents(unit: Unit,
     assert changes(chunker, kind, gap.join(pieces), gap.join(pieces)) == (count, 0, 0)
 
 
+@pytest.mark.parametrize("gap", ["\n", "\n\n"])
+def test_also_among_pieces_of_equal_length_the_cuts_meet_again(gap: str) -> None:
+    chunker = Chunker(300, overlap=40, unit="characters")
+    pieces = [f"Sack {n:04} was ground." for n in range(1000)]
+    more = [*pieces[:500], "Sack 9999 was ground.", *pieces[500:]]
+    count, ids, contents = changes(chunker, Kind.TEXT, gap.join(pieces), gap.join(more))
+    assert count > 80
+    assert 0 < ids == contents <= 20
+
+
 def test_an_overlap_begins_at_a_line_or_sentence_or_word() -> None:
     def overlaps(text: str) -> list[str]:
         chunks = list(Chunker(60, overlap=25, unit="characters").chunks("a", text))
