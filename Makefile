@@ -229,7 +229,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: pyproject.toml requirements.lock app/chunkmill/locked.py | $(VENV)/bin/python
 	@echo "== installing from requirements.lock (about 350 MB; a minute or two)"
-	$(call install,worker$(comma)embedded$(comma)flower$(comma)parquet,cpu)
+	$(call install,worker$(comma)embedded$(comma)flower$(comma)parquet$(comma)documents,cpu)
 	@$(COMPILE)
 	@touch $@
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import chunkmill  # noqa: E402
-from chunkmill import errors, remote, similarity  # noqa: E402
+from chunkmill import chunking, errors, remote, similarity  # noqa: E402
 from chunkmill.settings import Settings  # noqa: E402
 from chunkmill.settings.gateway import GatewaySettings  # noqa: E402
 from chunkmill.settings.provider import ProviderSettings  # noqa: E402
@@ -105,6 +105,7 @@ def api() -> str:
         for name in names:
             parts += described(getattr(chunkmill, name))
     parts += remote_clients()
+    parts += documents()
     parts += similarity_toolkit()
     parts.append("## Errors\n")
     parts += errors_table()
@@ -120,6 +121,13 @@ def remote_clients() -> Iterator[str]:
             yield prose(inspect.getdoc(what)) + "\n"
         else:
             yield from described(what)
+
+
+def documents() -> Iterator[str]:
+    yield "## chunkmill.chunking\n"
+    yield f"These names are imported from `chunkmill.chunking`. {prose(inspect.getdoc(chunking))}\n"
+    for name in ("Chunker", "Kind", "Unit", "Document", "Block"):
+        yield from described(getattr(chunking, name))
 
 
 def similarity_toolkit() -> Iterator[str]:

@@ -412,6 +412,29 @@ def test_a_failed_job_exits_with_4(processes: object, home: Path) -> None:
     assert "completed" in again.stdout
 
 
+def test_what_is_cut_is_said_at_the_end_and_a_folder_in_chunks_is_found_by_its_paragraph(
+    processes: object, home: Path
+) -> None:
+    folder = home / "handbook"
+    folder.mkdir()
+    filler = "\n\n".join(f"In room {n} the clerks copy letters and file them by number." for n in range(40))
+    (folder / "mill.md").write_text(f"# Mill\n\n{filler}\n\n## Beekeeping\n\nFeed the bees syrup before winter.\n")
+    whole = call("enqueue", str(folder), "-c", "whole", "--wait")
+    assert "1 text is longer than the model reads" in whole.stderr
+    assert "--chunk 200" in whole.stderr
+    (job_id,) = re.findall(r"^job +(\d+)$", whole.stdout, re.MULTILINE)
+    assert "1 text is longer" in call("job", job_id).stderr
+    cut = call("enqueue", str(folder), "-c", "cut", "--chunk", "60", "--overlap", "10", "--wait")
+    assert "longer than the model" not in cut.stderr
+    assert "1 document cut into" in cut.stderr
+    (hit,) = document("search", "bees in the cold season", "-c", "cut", "-k", "1")
+    assert hit["text"] == "## Beekeeping\n\nFeed the bees syrup before winter."
+    assert hit["metadata"]["headings"] == ["Mill", "Beekeeping"]
+    assert hit["truncated"] is False
+    with Client.from_env() as client:
+        assert client.wait(int(job_id)).notice is not None
+
+
 def test_a_folder_stdin_and_parquet_together(processes: object, home: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = home / "texts"

@@ -36,6 +36,8 @@ ELSEWHERE = {
     "enqueue docs.parquet --collection copy": "tests/integration/test_export.py",
     "lanes abandon": "tests/integration/test_openai_let_go.py",
     "bridge": "tests/integration/test_bridges.py",
+    "enqueue handbook": "tests/integration/test_cli.py",
+    "enqueue FOLDER --chunk 200": "tests/integration/test_cli.py",
     "compare": "tests/unit/chunkmill/cli/test_compare.py",
     "reembed": "tests/integration/test_reembed_command.py",
     "bench": "tests/unit/chunkmill_workers/benchmarks/test_benchmarks.py",

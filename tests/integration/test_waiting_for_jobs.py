@@ -72,6 +72,21 @@ def test_that_nobody_is_connected_is_in_the_timeout(
     assert ("No worker is connected" in said) is (role == "poller")
 
 
+def test_that_texts_were_cut_is_said_at_the_end_of_a_wait_unless_the_caller_shows_it(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, caplog: pytest.LogCaptureFixture
+) -> None:
+    hands.work()
+    client.wait(jobs[0].id)
+    assert not caplog.messages
+    hands.rows("UPDATE chunk_batches SET n_truncated = 1 WHERE job_id = :id RETURNING 1", id=jobs[1].id)
+    client.wait(jobs[1].id, on_hindrance=print)
+    assert not caplog.messages
+    client.wait(jobs[0].id)
+    client.wait(jobs[1].id)
+    (said,) = caplog.messages
+    assert said.startswith(f"job {jobs[1].id}: 1 text is longer than the model reads")
+
+
 def test_what_hinders_a_job_is_said_while_it_is_waited_for_and_once(
     jobs: tuple[Job, Job],
     client: Client,

@@ -165,8 +165,9 @@ class Jobs(ClientPart):
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
-        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
+        :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled
+        job is returned as it is.
         """
         return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
 
@@ -193,6 +194,8 @@ class Jobs(ClientPart):
                 shown = "; ".join(f"{d.chunk_id!r}: {d.reason}" for d in job.dead_chunks[:3])
                 raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
             if job.state.is_final:
+                if job.notice and on_hindrance is None:
+                    logger.warning("job %s: %s", job_id, job.notice)
                 return job
             if deadline is not None and looked >= deadline:
                 advice = self._hindrance(job) or "Check with `chunkmill status` that a worker and a poller run."

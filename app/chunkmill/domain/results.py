@@ -81,6 +81,19 @@ class Job(Printed):
             return 1.0
         return (self.cached + self.embedded) / self.contents if self.contents else 0.0
 
+    @property
+    def notice(self) -> str | None:
+        """How many texts were cut, and what to do about it, in a sentence or two; None if none was cut."""
+        if not self.truncated:
+            return None
+        cut = "1 text is" if self.truncated == 1 else f"{self.truncated:,} texts are"
+        its = "its" if self.truncated == 1 else "their"
+        return (
+            f"{cut} longer than the model reads, so the vector stands only for {its} beginning. To embed all of it, "
+            "enqueue documents with --chunk 200 (in Python: chunkmill.chunking), or with --on-long split: "
+            "docs/documents.md"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SearchHit(Printed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import AsyncIterable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,8 @@ from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure
 from chunkmill.remote.steps import Drain, Pause, Request, Steps, Tell
+
+logger = logging.getLogger(__name__)
 
 ENQUEUE_SECONDS = 600.0
 """How long an enqueue waits for the gateway to take the next piece, or to answer after the last one."""
@@ -140,8 +143,8 @@ class Jobs(Asking):
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
         ``on_progress`` is called with the job each time it was read. A gateway that cannot be reached for a while is
-        waited for. Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and
-        :class:`NotFound`. A cancelled job is returned as it is.
+        waited for. :attr:`Job.notice` is a warning in the log at the end. Raises :class:`JobFailed` if chunks are left
+        without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
         as_number("job_id", job_id)
         as_function("on_progress", on_progress)
@@ -157,6 +160,8 @@ class Jobs(Asking):
                 shown = "; ".join(f"{dead.chunk_id!r}: {dead.reason}" for dead in job.dead_chunks[:3])
                 raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
             if job.state.is_final:
+                if job.notice:
+                    logger.warning("job %s: %s", job_id, job.notice)
                 return job
             left = None if deadline is None else deadline - self._clock()
             if left is not None and left <= 0:

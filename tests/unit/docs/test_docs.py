@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import chunkmill
+import chunkmill.chunking
 import chunkmill.remote
 from chunkmill import Client, Job, SearchHit
 from chunkmill.remote import RemoteClient
@@ -44,7 +45,7 @@ EXAMPLES = [
     if page.name != "api.md"  # whose signatures are made from the code
     for number, block in enumerate(block for language, block in FENCE.findall(page.read_text()) if language == "python")
 ]
-MODULES = {"chunkmill": chunkmill, "chunkmill.remote": chunkmill.remote}
+MODULES = {"chunkmill": chunkmill, "chunkmill.chunking": chunkmill.chunking, "chunkmill.remote": chunkmill.remote}
 OF = {"client": Client, "remote": RemoteClient, "job": Job, "hit": SearchHit}
 """What the variables of an example are, by their names."""
 

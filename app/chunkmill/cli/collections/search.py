@@ -27,6 +27,8 @@ INCOMPLETE = 3
 
 PREVIEW = 120
 """Maximum number of columns of a hit's text."""
+HEADING = 50
+"""Maximum number of characters of the heading above a hit."""
 
 
 class Mix(click.ParamType[object]):
@@ -261,10 +263,25 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     for hit in hits:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
         mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut)
-        screen.say(" " * 8, beginning(hit.text, width))
+        place = [(f"  {where}", "dim")] if (where := _place(hit)) else []
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *place, *mixed, *cut)
+        # A chunk that was cut often begins with a heading or the end of a sentence, so all of it is one paragraph here.
+        text = " ".join(hit.text[: 8 * width].split()) if "document" in hit.metadata else hit.text
+        screen.say(" " * 8, beginning(text, width))
     if any(hit.truncated for hit in hits):
-        screen.say("(cut): the text is longer than the model reads, and its end counted for nothing.")
+        screen.say(
+            "(cut): the text is longer than the model reads, so its end counted for nothing. "
+            "To find that too, enqueue it with --chunk: docs/documents.md"
+        )
+
+
+def _place(hit: SearchHit) -> str:
+    """Where in its document a chunk stands, if `enqueue --chunk` cut it: under which heading, on which page."""
+    if "document" not in hit.metadata:
+        return ""
+    headings, page = hit.metadata.get("headings"), hit.metadata.get("page")
+    said = [str(headings[-1])[:HEADING]] if isinstance(headings, list) and headings else []
+    return ", ".join(said + ([f"page {page}"] if isinstance(page, int) else []))
 
 
 def show_plan(screen: Screen, plan: SearchPlan) -> None:

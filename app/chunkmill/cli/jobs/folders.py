@@ -8,7 +8,7 @@ a link on the way to it, so a folder that changes while it is read leads nowhere
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -55,8 +55,10 @@ class Document:
         return self.folder.open(self.parts)
 
 
-def documents(root: Path, skipped: Skipped) -> Iterator[Document]:
+def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[Document]:
     """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
+
+    A document is a file whose name ends with one of the ``suffixes``, in any case.
 
     Hidden files and folders belong to tools and are no documents.
     """
@@ -76,15 +78,17 @@ def documents(root: Path, skipped: Skipped) -> Iterator[Document]:
                 continue
             for name, kind in entries:
                 at = (*parts, name)
-                if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped)) is not None:
+                if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
                     yield Document(folder, "/".join(at), target)
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
 
 
-def _read_at(root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped) -> tuple[str, ...] | None:
+def _read_at(
+    root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped, suffixes: Collection[str]
+) -> tuple[str, ...] | None:
     """Where the entry is read, if it is a document. What is skipped is noted."""
     path = root.joinpath(*at)
-    is_text = path.suffix.lower() in TEXT_SUFFIXES
+    is_text = path.suffix.lower() in suffixes
     if kind != "link":
         if is_text and kind == "other":
             skipped.add(path, "is not a regular file")

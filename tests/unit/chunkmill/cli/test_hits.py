@@ -21,6 +21,21 @@ def test_a_hit_whose_text_was_cut_is_marked(capsys: pytest.CaptureFixture[str]) 
     assert "cut" not in capsys.readouterr().out
 
 
+def test_a_hit_of_a_document_says_its_heading_and_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"headings": ["not ours"], "page": 3}
+    show_hits(
+        Screen(as_json=False),
+        [
+            SearchHit(0.9, "a#1", "x", {"document": "a", "headings": ["Top", "Stones"], "page": 7}, truncated=False),
+            SearchHit(0.8, "b#1", "## y\n\nmore", {"document": "b"}, truncated=False),
+            SearchHit(0.7, "c", "z", own, truncated=False),
+        ],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [" 0.900  a#1  Stones, page 7", " 0.800  b#1", " 0.700  c"]
+    assert lines[3] == "        ## y more"
+
+
 def test_a_plan_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
     plan = SearchPlan(False, "The collection is large.", candidates=81, segments=3, graphs=1, tail=1200, beam=400)
     show_plan(Screen(as_json=False), plan)
