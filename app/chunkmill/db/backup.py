@@ -72,13 +72,12 @@ def dump(url: str, schema: str, file: Path, programs: Programs, progress: Progre
     command = [
         programs.command("pg_dump"), "--format=custom", "--compress=1", "--no-password", "--verbose",
         f"--schema={quoted}", f"--exclude-table={quoted}.segment_[0-9]+", "--no-unlogged-table-data",
-        f"--lock-wait-timeout={LOCK_SECONDS}s", f"--dbname={_conninfo(url)}",
+        f"--lock-wait-timeout={LOCK_SECONDS}s", f"--dbname={_conninfo(url)}", f"--file={partial}",
     ]  # fmt: skip
     try:
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as out:
-            partial.chmod(0o600)
-            _dump(command, url, out, partial, progress)
+        partial.touch(0o600, exist_ok=False)  # pg_dump would let others read it
+        _dump(command, url, partial, progress)
         try:
             file.hardlink_to(partial)  # unlike a rename, this never replaces a file
         except OSError:
@@ -94,8 +93,8 @@ def dump(url: str, schema: str, file: Path, programs: Programs, progress: Progre
             partial.unlink(missing_ok=True)
 
 
-def _dump(command: list[str], url: str, out: IO[bytes], partial: Path, progress: Progress) -> None:
-    with _started(command, url, stdout=out) as running:
+def _dump(command: list[str], url: str, partial: Path, progress: Progress) -> None:
+    with _started(command, url) as running:
         while not running.ended.wait(_TICK_SECONDS):
             progress(running.what, partial.stat().st_size)
         if running.returncode:
@@ -381,7 +380,7 @@ class _Running:
 
 @contextlib.contextmanager
 def _started(
-    command: list[str], url: str, *, stdin: int = subprocess.DEVNULL, stdout: int | IO[bytes] = subprocess.DEVNULL
+    command: list[str], url: str, *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
 ) -> Iterator[_Running]:
     # The password is in the environment, because every user of a machine can read the arguments of its processes.
     password = sa.make_url(url).password
