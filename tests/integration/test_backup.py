@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from click.testing import CliRunner, Result
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
-from chunkmill.db.connect import create_db, migrate, migration_level
+from chunkmill.db.connect import create_db, migration_level
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.embedded import Stack, StackStatus
@@ -32,15 +30,13 @@ from chunkmill_workers.local.engines import Engines
 from chunkmill_workers.process.lease import LeaseKeeper
 from chunkmill_workers.provider.flow import StepDelayed
 from chunkmill_workers.provider.steps import _STEPS
-from tests.conftest import admin, keep_ids_apart, url_of
+from tests.conftest import TEMPLATE, admin, url_of
 from tests.integration.conftest import Runner
 from tests.integration.test_downgrades import SPEC, differences, schema_of
 from tests.openai_server import OpenAIServer
 from tests.support.corridor import corridor
 from tests.support.corridor_scene import Scene
 from tests.support.embedded_homes import folder_for_homes
-
-SLOW_CREATE = {"endpoint": "batches.create"}
 
 
 def command(*words: str | Path, url: str, redis_url: str = "redis://127.0.0.1:1/0", **env: str) -> Result:
@@ -70,10 +66,8 @@ def url(settings: Settings) -> str:
 @pytest.fixture
 def copy(stack: StackStatus) -> Iterator[str]:
     """The URL of a second database, as ``chunkmill migrate`` makes it."""
-    admin(stack, "CREATE DATABASE restored")
-    address = url_of(stack, "restored")
-    migrate(address)
-    yield address
+    admin(stack, f"CREATE DATABASE restored TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+    yield url_of(stack, "restored")
     admin(stack, "DROP DATABASE restored WITH (FORCE)")
 
 
@@ -178,15 +172,15 @@ def _without_segments(found: dict[str, Any]) -> dict[str, Any]:
 # What was sent to a provider after the backup
 
 
-@pytest.fixture
-def stage_and_copy(stage: Scene, copy: str) -> tuple[Scene, Settings]:
-    own = stage.corridor.settings
-    return stage, own.model_copy(update={"database_url": copy})
-
-
 @pytest.mark.parametrize("state", [State.GATHERED, State.UPLOADED])
 def test_what_was_sent_after_the_backup_is_taken_up_and_not_paid_again(
-    stage: Scene, server: OpenAIServer, url: str, copy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: State
+    stage: Scene,
+    server: OpenAIServer,
+    url: str,
+    copy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: State,
 ) -> None:
     server.control(in_progress_seconds=3600.0)
     texts = stage.texts(6)
@@ -290,7 +284,7 @@ def test_a_restore_deletes_no_installation_that_is_not_named_for_it(
         said = refusal("restore", file, "--replace", "--yes", url=copy)
     worker.dispose()
     assert "processes of Chunkmill are connected" in said
-    assert "1 of worker" in said
+    assert "1 connection as worker" in said
     assert ask(copy, "SELECT count(*) FROM collections") == 2
 
     document("restore", file, "--replace", "--yes", url=copy)

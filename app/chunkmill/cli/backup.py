@@ -17,7 +17,14 @@ from chunkmill.cli.progress import Bar
 from chunkmill.db import backup as archives
 from chunkmill.db import home
 from chunkmill.db.compatibility import SchemaLevel, why_not
-from chunkmill.db.connect import create_db, known_revisions, raw, store_error, why_not_server
+from chunkmill.db.connect import (
+    connected_processes,
+    create_db,
+    known_revisions,
+    raw,
+    store_error,
+    why_not_server,
+)
 from chunkmill.db.connect import migrate as run_migrations
 from chunkmill.db.locks import MIGRATION_LOCK
 from chunkmill.db.programs import Programs, find_programs
@@ -142,8 +149,8 @@ def restore(screen: Screen, file: Path, replace: bool, yes: bool) -> None:
     screen.say("")
     if held.has_roles:
         screen.hint(
-            "A backup holds no rights. This server has the roles of deploy/postgres-role.sql: run that file now, before "
-            "anything else starts."
+            "A backup holds no rights, and this server has the roles of deploy/postgres-role.sql: run that file now, "
+            "before anything else starts."
         )
     for lane in held.contents.stopped_lanes:
         screen.hint(
@@ -162,8 +169,8 @@ class _There:
     schema: str | None
     """The schema of the installation that it holds; None if there is none."""
     is_empty: bool
-    others: tuple[str, ...]
-    """Chunkmill's processes that are connected."""
+    others: dict[str, int]
+    """How many connections Chunkmill's processes have, by their role."""
     problem: str | None
     types: str | None
     """The schema of pgvector's types, as SQL writes it; None if pgvector is not installed."""
@@ -189,7 +196,7 @@ def _there(conn: sa.Connection, settings: Settings) -> _There:
         f"{row.database!r} at {without_passwords(settings.require_database_url()).replace('+psycopg', '')}",
         installation.schema if installation else None,
         restored.is_empty(conn) if installation else True,
-        tuple(restored.others_connected(conn)),
+        connected_processes(conn),
         why_not_server(conn),
         row.types,
         row.public_is_used,
@@ -231,13 +238,16 @@ def _check(archive: archives.Archive, there: _There, settings: Settings) -> None
         )
     if None not in (archive.types, there.types) and archive.types != there.types:
         raise InvalidInput(
-            f"the backup has pgvector's types in the schema {archive.types}, and here they are in {there.types}. Let the "
-            f"owner of the extension run: ALTER EXTENSION vector SET SCHEMA {archive.types};"
+            f"the backup has pgvector's types in the schema {archive.types}, and here they are in {there.types}. Let "
+            f"the owner of the extension run: ALTER EXTENSION vector SET SCHEMA {archive.types};"
         )
     if there.others:
+        said = ", ".join(
+            count(n, f"connection as {role}", f"connections as {role}") for role, n in there.others.items()
+        )
         raise InvalidInput(
-            f"processes of Chunkmill are connected to the database {there.address}: {', '.join(there.others)}. Stop "
-            "them, because they would go on with work of another time. Then try again."
+            f"processes of Chunkmill are connected to the database {there.address}: {said}. Stop them, because they "
+            "would go on with work of another time. Then try again."
         )
 
 

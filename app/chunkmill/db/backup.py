@@ -192,14 +192,16 @@ BEGIN
     SELECT array_agg(n.nspname)
     INTO views
     FROM pg_namespace n
-    JOIN unnest(places) AS place(name)
-      ON obj_description(n.oid, 'pg_namespace') LIKE 'The collections of Chunkmill in the schema ' || place.name || ', %';
+    JOIN unnest(places) AS place(name) ON starts_with(
+        obj_description(n.oid, 'pg_namespace'), format('The collections of Chunkmill in the schema %s, ', place.name)
+    );
     FOR old IN
         SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE' WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END AS kind,
                format('%I.%I', n.nspname, c.relname) AS name
         FROM pg_class c
         JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE (n.nspname = ANY(places) AND c.relkind IN ('r', 'p', 'v', 'S') OR n.nspname = ANY(views) AND c.relkind = 'v')
+        WHERE (n.nspname = ANY(places) AND c.relkind IN ('r', 'p', 'v', 'S')
+               OR n.nspname = ANY(views) AND c.relkind = 'v')
           -- The sequence of a column goes with its table, and what an extension has made stays with it.
           AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = c.oid AND d.deptype IN ('a', 'i', 'e'))
         ORDER BY c.relkind <> 'v', c.relkind = 'S'
@@ -234,6 +236,37 @@ SELECT
     set_config(
         'search_path', quote_ident(:'schema') || coalesce(', ' || nullif(:'types', ''), '') || ', pg_temp', true
     );
+-- Postgres lets everybody call a new function, and the defaults of a schema may give rights on its new tables. Who may
+-- do what is said by deploy/postgres-role.sql, and until it has run it is nobody but the owner.
+DO $do$
+DECLARE
+    given record;
+BEGIN
+    FOR given IN
+        SELECT DISTINCT 'TABLE' AS kind, c.oid::regclass::text AS name, a.grantee
+        FROM pg_class c
+        CROSS JOIN aclexplode(c.relacl) a
+        WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'v') AND a.grantee <> c.relowner
+        UNION ALL
+        SELECT DISTINCT 'SEQUENCE', c.oid::regclass::text, a.grantee
+        FROM pg_class c
+        CROSS JOIN aclexplode(c.relacl) a
+        WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'S' AND a.grantee <> c.relowner
+        UNION ALL
+        SELECT DISTINCT 'ROUTINE', p.oid::regprocedure::text, a.grantee
+        FROM pg_proc p
+        CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+        WHERE p.pronamespace = current_schema()::regnamespace AND p.prorettype <> 'trigger'::regtype
+          AND a.grantee <> p.proowner
+          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+    LOOP
+        EXECUTE format(
+            'REVOKE ALL ON %s %s FROM %s', given.kind, given.name,
+            CASE given.grantee WHEN 0 THEN 'PUBLIC' ELSE given.grantee::regrole::text END
+        );
+    END LOOP;
+END
+$do$;
 """
 
 
@@ -266,9 +299,9 @@ class Target:
 def restore(target: Target, archive: Archive, programs: Programs, put_in_order: str, progress: Progress) -> None:
     """Make what the archive holds, in place of the installation that is there, in one transaction.
 
-    ``put_in_order`` is SQL that runs at its end, in the schema of the archive, with the variable ``taken_at``. Everything
-    belongs to the role of the target, and nobody else has rights. Raises :class:`InvalidInput` if the file is damaged,
-    and :class:`StoreUnavailable` if Postgres refuses. Then nothing has changed.
+    ``put_in_order`` is SQL that runs at its end, in the schema of the archive, with the variable ``taken_at``.
+    Everything belongs to the role of the target, and nobody else has rights. Raises :class:`InvalidInput` if the file
+    is damaged, and :class:`StoreUnavailable` if Postgres refuses. Then nothing has changed.
     """
     with tempfile.NamedTemporaryFile("w", prefix="chunkmill-", suffix=".list") as wanted:
         wanted.write("\n".join(archive.entries) + "\n")

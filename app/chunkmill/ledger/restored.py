@@ -1,13 +1,12 @@
 """Puts a ledger in order that was restored from a backup: the workers, the bells and the provider are of another time.
 
-A backup says what was so at one moment. Whoever held a lease then does not hold it now, the bells that were rung are in
-another Redis, and what was sent to a provider since then is not in it. So leases are given back uncharged, all that waits
-is rung for again, and the paid lanes with open work are stopped until a person has looked.
+A backup says what was so at one moment. Whoever held a lease then does not hold it now, the bells that were rung are
+in another Redis, and what was sent to a provider since then is not in it. So leases are given back uncharged, all that
+waits is rung for again, and the paid lanes with open work are stopped until a person has looked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -17,22 +16,22 @@ from chunkmill.domain.states import Route
 STOP_CODE = "restored"
 """The ``stop_code`` of a lane that a restore has stopped."""
 
-# The tables of later migrations may be missing, so every statement about them stands behind a look. The states are those
-# of chunkmill.domain.states.
+# The tables of later migrations may be missing, so every statement about them stands behind a look. The states are
+# those of chunkmill.domain.states.
 PUT_IN_ORDER = """
 SELECT set_config('chunkmill.taken_at', :'taken_at', true);
 DO $do$
 DECLARE
     taken_at timestamptz := current_setting('chunkmill.taken_at')::timestamptz;
     reason text := format(
-        'this database was restored from a backup of %s UTC. What was sent to the provider after that is not in it, and '
-        'would be paid for again. docs/backup.md says what to look at',
+        'this database was restored from a backup of %s UTC. What was sent to the provider after that is not in it, '
+        'and would be paid for again. docs/backup.md says what to look at',
         to_char(taken_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
     );
     paid record;
 BEGIN
-    -- The workers of then are gone. Nobody died, so nothing is charged and nothing is suspected. What plain requests had
-    -- in flight is booked by the next attempt, as after a crash.
+    -- The workers of then are gone. Nobody died, so nothing is charged and nothing is suspected. What plain requests
+    -- had in flight is booked by the next attempt, as after a crash.
     WITH held AS (
         SELECT id, attempt FROM chunk_batches WHERE state = 'running' AND lease_until IS NOT NULL
     ), closed AS (
@@ -123,20 +122,6 @@ def contents(conn: sa.Connection) -> Contents:
     ).one()
     lanes = tuple(Route(route) for route in row.lanes or ())
     return Contents(row.collections, row.chunks, row.texts, row.open_jobs, lanes)
-
-
-def others_connected(conn: sa.Connection) -> Sequence[str]:
-    """Chunkmill's other processes that are connected to this database, such as ``2 of worker``, the most first."""
-    rows = conn.execute(
-        sa.text("""
-            SELECT substr(application_name, 11) AS role, count(*) AS n
-            FROM pg_stat_activity
-            WHERE datname = current_database() AND application_name LIKE 'chunkmill-%' AND pid <> pg_backend_pid()
-            GROUP BY 1
-            ORDER BY 2 DESC, 1
-        """)
-    )
-    return [f"{row.n} of {row.role}" for row in rows]
 
 
 def is_empty(conn: sa.Connection) -> bool:

@@ -185,8 +185,8 @@ def _create(context: ProviderContext, step: Step) -> Step:
 def adopt(context: ProviderContext, step: Step) -> Step:
     """``creating`` after a restart or without an answer: take the batch that exists, or finally create it again.
 
-    A restored backup knows no file of a batch that was uploaded later (``chunkmill.ledger.restored``). Then the batch is
-    known by its token alone, and if there is none, the file is made.
+    A restored backup knows no file of a batch that was uploaded later (``chunkmill.ledger.restored``). Then the batch
+    is known by its token alone, and if there is none, the file is made.
     """
     grace = context.settings.openai_adopt_seconds
     # A batch that failed validation was not charged, and may come from an earlier create.
