@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
-from chunkmill.db.connect import create_db, migration_level
+from chunkmill.db.connect import create_db, migrate, migration_level
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.embedded import Stack, StackStatus
@@ -37,6 +37,7 @@ from tests.openai_server import OpenAIServer
 from tests.support.corridor import corridor
 from tests.support.corridor_scene import Scene
 from tests.support.embedded_homes import folder_for_homes
+from tests.support.installations import install_as_before
 
 
 def command(*words: str | Path, url: str, redis_url: str = "redis://127.0.0.1:1/0", **env: str) -> Result:
@@ -140,9 +141,8 @@ def test_a_backup_comes_back_on_another_server_and_its_work_goes_on(
         )
         with opened(url) as source, opened(there.database_url) as restored:
             assert _without_segments(differences(schema_of(restored), schema_of(source))) == {}
-        db = create_db(there.database_url, role="worker")
-        with Client(create_db(there.database_url, role="client"), Broker.connect(own), own) as again:
-            beside = Runner(WorkerContext(own, db, engines, LeaseKeeper(db, 30), name="worker-of-now"), again)
+        with working(own, there.database_url, engines) as beside:
+            again = beside.client
             assert [hit.chunk_id for hit in again.search(vector, collection="docs", k=5)] == best
             assert beside.finish(again.job(open_job.id)).state == "completed"
             [attempts] = [[entry.outcome for entry in again.attempts(open_job.id)]]
@@ -152,11 +152,10 @@ def test_a_backup_comes_back_on_another_server_and_its_work_goes_on(
             new = again.enqueue([("new", "a new text")], collection="docs")
             assert new.id > open_job.id
             beside.finish(new)
-            assert Indexer(db, own).round() == 1
+            assert Indexer(beside.context.db, own).round() == 1
             assert ask(there.database_url, "SELECT count(*) FROM serving_indexes WHERE is_ready") == 1
             assert [hit.chunk_id for hit in again.search(vector, collection="docs", k=5)] == best
             assert ask(there.database_url, "SELECT count(*) FROM chunkmill_collections.docs") == 36
-        db.dispose()
 
 
 def _without_segments(found: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _without_segments(found: dict[str, Any]) -> dict[str, Any]:
 # What was sent to a provider after the backup
 
 
-@pytest.mark.parametrize("state", [State.GATHERED, State.UPLOADED])
+@pytest.mark.parametrize("state", [State.GATHERED, pytest.param(State.UPLOADED, marks=pytest.mark.slow)])
 def test_what_was_sent_after_the_backup_is_taken_up_and_not_paid_again(
     stage: Scene,
     server: OpenAIServer,
@@ -311,3 +310,45 @@ def test_a_backup_of_another_schema_or_of_a_newer_release_is_refused(
     finally:
         admin(stack, "DROP DATABASE nothing_here WITH (FORCE)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.dump", "newer.dump"]
+
+
+@pytest.mark.parametrize("revision", ["0008", pytest.param("0020", marks=pytest.mark.slow)])
+def test_a_backup_of_an_earlier_release_is_migrated_when_it_comes_back(
+    stack: StackStatus, settings: Settings, engines: Engines, tmp_path: Path, revision: str
+) -> None:
+    """0008 is as releases made it that had no schema of their own: in ``public``, beside nothing else."""
+    for name in ("earlier", "later"):
+        admin(stack, f"CREATE DATABASE {name}")
+    old, new, file = url_of(stack, "earlier"), url_of(stack, "later"), tmp_path / "old.dump"
+    try:
+        (install_as_before if revision == "0008" else migrate)(old, revision)
+        with working(settings, old, engines) as before:
+            before.finish(before.client.enqueue([(f"c{i}", f"text {i}") for i in range(6)], collection="docs"))
+            before.client.enqueue([("x", "it waits")], collection="other")
+            vector = before.client.vectors("docs", ["c3"])["c3"]
+        assert document("backup", file, url=old)["migration"] == revision
+
+        back = document("restore", file, url=new)
+
+        assert (back["migration"], back["collections"], back["open_jobs"]) == (revision, 2, 1)
+        with opened(new) as db, db.begin() as conn:
+            current, head = migration_level(conn)
+            assert current == head
+        with working(settings, new, engines) as after:
+            assert after.client.audit("docs").complete
+            assert after.client.search(vector, collection="docs", k=1)[0].chunk_id == "c3"
+            [waiting] = [job for job in after.client.jobs() if not job.state.is_final]
+            assert after.finish(waiting).state == "completed"
+    finally:
+        for name in ("earlier", "later"):
+            admin(stack, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def working(settings: Settings, url: str, engines: Engines) -> Iterator[Runner]:
+    """A producer and a worker on a database."""
+    own = settings.model_copy(update={"database_url": url})
+    db = create_db(url, role="worker")
+    with Client(create_db(url, role="client"), Broker.connect(own), own) as client:
+        yield Runner(WorkerContext(own, db, engines, LeaseKeeper(db, 30), name="a-worker"), client)
+    db.dispose()

@@ -126,7 +126,8 @@ def restore(screen: Screen, file: Path, replace: bool, yes: bool) -> None:
     with Bar(screen, "restore") as bar:
         archives.restore(target, archive, programs, restored.PUT_IN_ORDER, _shown(bar, "restore"))
         bar.stage("restore: migrations and statistics")
-        run_migrations(url)
+        if archive.migration != known_revisions()[-1]:
+            run_migrations(url)
         held = _analyzed(url)
     seconds = time.monotonic() - started
     if screen.json:

@@ -50,7 +50,12 @@ def find_programs(server: int) -> Programs:
 
     Raises :class:`StoreUnavailable` if there are none; the message says which were seen, and what to install.
     """
-    seen = [Programs(folder, major) for folder in _folders() if (major := _major(folder)) is not None]
+    seen = []
+    for folder in _folders():
+        if (major := _major(folder)) == server:
+            return Programs(folder, major)
+        if major is not None:
+            seen.append(Programs(folder, major))
     usable = [programs for programs in seen if programs.major >= server]
     if usable:
         return min(usable, key=lambda programs: programs.major)
