@@ -39,9 +39,9 @@ def test_what_is_missing_is_said_with_what_there_is(machine: Path) -> None:
 
 
 def test_the_programs_get_no_secret_that_they_do_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@h/d")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hushed")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hushed@h/d")
     monkeypatch.setenv("PGSSLROOTCERT", "/root.crt")
     given = environment(PGPASSWORD="its own")
-    assert "secret" not in str(given)
+    assert "hushed" not in str(given)
     assert (given["PGSSLROOTCERT"], given["PGPASSWORD"]) == ("/root.crt", "its own")
