@@ -125,7 +125,7 @@ def connected_processes(conn: sa.Connection) -> dict[str, int]:
             """
             SELECT substr(application_name, 11) AS role, count(*) AS n
             FROM pg_stat_activity
-            WHERE datname = current_database() AND application_name LIKE 'chunkmill-%' AND pid <> pg_backend_pid()
+            WHERE application_name LIKE 'chunkmill-%' AND datname = current_database() AND pid <> pg_backend_pid()
             GROUP BY 1
             ORDER BY 2 DESC, 1
             """
