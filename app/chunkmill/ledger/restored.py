@@ -70,6 +70,15 @@ BEGIN
             stopped_at = excluded.stopped_at, stop_code = excluded.stop_code, stop_reason = excluded.stop_reason;
     END LOOP;
 
+    -- Numbers that were given after the backup are not given again: a program would take another job for its own, and a
+    -- worker that was cut off meanwhile could end another ChunkBatch.
+    PERFORM setval(given.name, nextval(given.name) + given.gap)
+    FROM (VALUES
+        (pg_get_serial_sequence('jobs', 'id'), 1000),
+        (pg_get_serial_sequence('chunk_batches', 'id'), 1000000),
+        (pg_get_serial_sequence('provider_batches', 'id'), 1000)
+    ) AS given (name, gap);
+
     -- A backup has no segments, so a poller builds the serving indexes anew. Until then searches are exact.
     IF to_regclass('serving_indexes') IS NOT NULL THEN
         DELETE FROM serving_tail;
