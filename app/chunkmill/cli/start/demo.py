@@ -238,7 +238,8 @@ def _activation() -> list[tuple[str, str]]:
     script = Path(sys.prefix) / "bin" / "activate"
     if shutil.which("chunkmill") or not script.exists():
         return []
-    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    below = Path.cwd() in script.parents[1:]  # the shell looks up a name without a slash on its PATH
+    here = script.relative_to(Path.cwd()) if below else script
     return [(f". {shlex.quote(str(here))}", "so that the shell finds chunkmill")]
 
 
