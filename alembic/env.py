@@ -12,11 +12,11 @@ from alembic import context
 from chunkmill.db import home
 from chunkmill.db.connect import create_db, known_revisions, raw, why_not_server
 from chunkmill.db.home import VERSION_TABLE, Home
+from chunkmill.db.locks import MIGRATION_LOCK
 from chunkmill.db.provider_schema import Base
 from chunkmill.errors import StoreUnavailable
 from chunkmill.settings import Settings
 
-MIGRATION_LOCK = 0x63686D00
 NOT_MIGRATED = {VERSION_TABLE, home.OLD_VERSION_TABLE, "ix_chunks_metadata"}
 """What no migration makes: the version tables, and the index of metadata that ``chunkmill index`` builds."""
 

@@ -633,6 +633,51 @@ def test_a_login_can_be_taken_away_and_only_its_own_settings_and_password_are_it
     assert read_database(Settings.from_env(database_url=roles["producer"])).altered_roles == ()
 
 
+RIGHTS_OF_ALL = """
+    SELECT c.relname, c.relowner::regrole::text, ARRAY(SELECT a::text FROM unnest(c.relacl) a ORDER BY 1) AS rights,
+           ARRAY(SELECT attname || coalesce(attacl::text, '') FROM pg_attribute WHERE attrelid = c.oid ORDER BY attname)
+    FROM pg_class c
+    WHERE c.relnamespace IN ('chunkmill'::regnamespace, 'chunkmill_collections'::regnamespace)
+      AND c.relkind IN ('r', 'v', 'S')
+    UNION ALL
+    SELECT p.oid::regprocedure::text, p.proowner::regrole::text,
+           ARRAY(SELECT a::text FROM unnest(p.proacl) a ORDER BY 1), NULL
+    FROM pg_proc p
+    WHERE p.pronamespace = 'chunkmill'::regnamespace
+    ORDER BY 1
+"""
+
+
+def test_the_migrator_backs_up_and_restores_and_the_file_of_roles_gives_the_rights_again(
+    stack: StackStatus, roles: dict[str, str], tmp_path: Path
+) -> None:
+    """The migrator is no superuser and may create no schema: it owns what is in one."""
+    there = Settings.from_env(database_url=roles["producer"], redis_url=stack.redis_url)
+    with Client(create_db(roles["producer"], role="client"), Broker.connect(there), there) as client:
+        client.enqueue([("a", "one"), ("b", "two")], collection="docs")
+    run_file(roles["superuser"])
+
+    def rights() -> list[tuple[object, ...]]:
+        with psycopg.connect(roles["superuser"].replace("+psycopg", "")) as conn:
+            return conn.execute(RIGHTS_OF_ALL).fetchall()
+
+    def call(*words: str) -> dict[str, object]:
+        env = {"DATABASE_URL": roles["migrator"], "REDIS_URL": stack.redis_url}
+        done = CliRunner().invoke(cli, [*words, "--json"], env=env)
+        assert done.exit_code == 0, done.output
+        answer: dict[str, object] = json.loads(done.stdout)
+        return answer
+
+    before, file = rights(), str(tmp_path / "all.dump")
+    assert len(before) > 100
+    call("backup", file)
+    restored = call("restore", file, "--replace", "--yes")
+    assert (restored["chunks"], restored["needs_rights"]) == (2, True)
+    assert not may(roles["reader"], "SELECT text FROM contents"), "a backup holds no rights"
+    run_file(roles["superuser"])
+    assert rights() == before
+
+
 def test_the_one_role_of_earlier_versions_goes_on_working(stack: StackStatus, roles: dict[str, str]) -> None:
     with psycopg.connect(roles["superuser"].replace("+psycopg", ""), autocommit=True) as conn:
         exists = conn.execute("SELECT FROM pg_roles WHERE rolname = 'chunkmill_runtime'").fetchone()

@@ -434,6 +434,22 @@ class TestHowItRuns:
         assert Stack(stack.home).up().database_url == status.database_url
         assert "already running" in message(Stack(stack.home, port=port + 1))
         assert "already running" in message(Stack(stack.home, redis_port=redis_port + 1))
+        assert f"at port {port}" in message(Stack(stack.home, port=0))
+        # Who is killed comes back where its callers look for it, and so do both after a reboot.
+        assert status.redis.pid is not None
+        os.kill(status.redis.pid, signal.SIGKILL)
+        back = Stack(stack.home).up()
+        assert (back.redis.started, back.redis_url) == (True, status.redis_url)
+        Stack(stack.home).down()
+        assert (Stack(stack.home).status().database_url, Stack(stack.home).up().redis_url) == (
+            status.database_url,
+            status.redis_url,
+        )
+        Stack(stack.home).down()
+        closed = Stack(stack.home, fsync=False, port=0, redis_port=0).up()
+        assert closed.redis_url.startswith("unix://")
+        assert "@/chunkmill?host=" in closed.database_url
+        assert Stack(stack.home).status().database_url == closed.database_url
 
     @needs_root
     def test_an_ordinary_user_needs_no_other_user(self, folder: Path) -> None:

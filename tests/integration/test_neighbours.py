@@ -159,7 +159,7 @@ def test_up_with_ports_warns_and_says_where_the_passwords_are(home: Path, monkey
 
     for arguments in (["up", "--port", str(port), "--redis-port", str(redis_port)], ["up"], ["status"]):
         output = said(*arguments)
-        assert f"postgresql+psycopg://chunkmill:***@127.0.0.1:{port}/chunkmill" in output
+        assert f"postgresql://chunkmill:***@127.0.0.1:{port}/chunkmill" in output, "as psql takes it"
         assert f"redis://chunkmill:***@127.0.0.1:{redis_port}/0" in output
         assert str(home / "addresses.env") in output
         assert "Every user of this machine can reach these ports" in output
@@ -170,8 +170,13 @@ def test_up_with_ports_warns_and_says_where_the_passwords_are(home: Path, monkey
     usage = said("up", "--help")
     assert usage.count("Every user of this machine can reach it.") == 2
     assert "asks for a password" in usage
-    said("down")
-    assert "addresses.env" not in said("up")
+    db = create_db(Stack(home).status().database_url, role="worker", pool_size=1)
+    with db.connect():
+        assert "are cut: 1 worker" in said("down")
+    db.dispose()
+    assert f"127.0.0.1:{port}/chunkmill" in said("up"), "a port is remembered"
+    assert "were open" not in said("down")
+    assert "addresses.env" not in said("up", "--port", "0", "--redis-port", "0")
 
 
 @needs_root

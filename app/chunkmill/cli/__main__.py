@@ -28,6 +28,8 @@ SECTIONS = {
         "down": ("stack", "Stop both servers. The data is kept."),
         "status": ("stack", "Show servers, migration, workers, doorbells and open jobs."),
         "migrate": ("stack", "Update the database's tables to this version."),
+        "backup": ("backup", "Write everything that is in Postgres into one file."),
+        "restore": ("backup", "Bring a backup back, here or on another machine."),
     },
     "Jobs": {
         "enqueue": ("jobs.jobs", "Read chunks from files and have them embedded."),

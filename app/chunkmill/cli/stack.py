@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
+import sqlalchemy as sa
 
 from chunkmill.broker import QUEUE
 from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.paid.lanes import lane_fields, lane_lines
+from chunkmill.db.connect import connected_processes, create_db, write_migrations
 from chunkmill.db.connect import migrate as run_migrations
-from chunkmill.db.connect import write_migrations
 from chunkmill.domain.lanes import Lane
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.embedded.environment import Environment
@@ -29,12 +30,14 @@ SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
 @click.command()
 @click.option(
     "--port",
-    type=click.IntRange(1, 65535),
-    help="TCP port on 127.0.0.1 at which Postgres listens too. Every user of this machine can reach it.",
+    type=click.IntRange(0, 65535),
+    help="TCP port on 127.0.0.1 at which Postgres listens too. Every user of this machine can reach it. The port is "
+    "remembered; 0 forgets it.",
 )
 @click.option(
-    "--redis-port", type=click.IntRange(1, 65535),
-    help="TCP port on 127.0.0.1 at which Redis listens too. Every user of this machine can reach it.",
+    "--redis-port", type=click.IntRange(0, 65535),
+    help="TCP port on 127.0.0.1 at which Redis listens too. Every user of this machine can reach it. The port is "
+    "remembered; 0 forgets it.",
 )  # fmt: skip
 @json_option
 @click.pass_obj
@@ -69,14 +72,36 @@ def down(screen: Screen) -> None:
     """Stop the embedded Postgres and Redis. The data is kept for the next `up`."""
     stack = Stack(Settings.from_env().chunkmill_home)
     was_up = stack.status()
+    connected = _still_connected(was_up)
     status = stack.down()
     if screen.json:
-        screen.document(_stack_fields(status))
+        screen.document(_stack_fields(status) | {"were_connected": connected})
         return
     for before in (was_up.postgres, was_up.redis):
         pid = f" (pid {before.pid})" if before.pid else ""
         screen.say(f"{before.name:<8}  ", "stopped" if before.pid else "was not running", pid)
     screen.say(("data      ", "dim"), f"kept in {status.home}")
+    if connected:
+        said = ", ".join(count(n, role) for role, n in connected.items())
+        screen.say("")
+        screen.hint(
+            f"These connections of Chunkmill were open, and are cut: {said}. Workers and pollers wait for the servers, "
+            "and go on when they are up again: chunkmill up"
+        )
+
+
+def _still_connected(status: StackStatus) -> dict[str, int]:
+    """How many connections each kind of process has to the database. None if it does not answer."""
+    if not status.postgres.running:
+        return {}
+    db = create_db(status.database_url, role="down", pool_size=1)
+    try:
+        with db.connect() as conn:
+            return connected_processes(conn)
+    except sa.exc.DBAPIError:
+        return {}  # it is to be stopped anyway, and who was connected is only said
+    finally:
+        db.dispose()
 
 
 @click.command()
@@ -120,7 +145,7 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
         return
     live = read_status(settings)
     urls = {
-        "database_url": without_passwords(settings.require_database_url()),
+        "database_url": _for_psql(without_passwords(settings.require_database_url())),
         "redis_url": without_passwords(settings.require_redis_url()),
     }
     if screen.json:
@@ -189,7 +214,7 @@ def _stack_fields(status: StackStatus) -> dict[str, object]:
             "running": s.running,
             "pid": s.pid,
             "version": s.version,
-            "url": without_passwords(s.url),
+            "url": _for_psql(without_passwords(s.url)),
             "log": s.log,
         }
         for s in (status.postgres, status.redis)
@@ -214,7 +239,7 @@ def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None)
     screen.table(["server", "state", "version", "pid"], rows)
     screen.say("")
     addresses = {
-        "DATABASE_URL": without_passwords(status.database_url),
+        "DATABASE_URL": _for_psql(without_passwords(status.database_url)),
         "REDIS_URL": without_passwords(status.redis_url),
     }
     if status.addresses:
@@ -228,6 +253,11 @@ def _show_stack(screen: Screen, status: StackStatus, live: Status | None = None)
         )
     if live is not None:
         _show_status(screen, live)
+
+
+def _for_psql(url: str) -> str:
+    """The address as psql takes it too; SQLAlchemy adds the driver to it."""
+    return url.replace("postgresql+psycopg://", "postgresql://", 1)
 
 
 def _state(running: bool, pid: int | None) -> str:

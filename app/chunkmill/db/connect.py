@@ -115,6 +115,25 @@ def connections(conn: sa.Connection) -> Connections:
     return Connections(**conn.execute(_CONNECTIONS).one()._mapping)
 
 
+def connected_processes(conn: sa.Connection) -> dict[str, int]:
+    """Role → how many connections Chunkmill's processes of it have to this database, the most first, without ``conn``.
+
+    The roles are those that :func:`create_db` was given, such as ``worker`` and ``client``.
+    """
+    rows = conn.execute(
+        sa.text(
+            """
+            SELECT substr(application_name, 11) AS role, count(*) AS n
+            FROM pg_stat_activity
+            WHERE application_name LIKE 'chunkmill-%' AND datname = current_database() AND pid <> pg_backend_pid()
+            GROUP BY 1
+            ORDER BY 2 DESC, 1
+            """
+        )
+    )
+    return {row.role: row.n for row in rows}
+
+
 def open_alone(db: sa.Engine | sa.Pool) -> psycopg.Connection[object]:
     """A connection that is prepared like those of the pool, and is none of them. It commits each statement."""
     # A pool of its own with the same way to connect, and no connection yet.

@@ -114,7 +114,7 @@ def find_home(connection: psycopg.Connection[Any]) -> Home | None:
 
 def read_revision(conn: sa.Connection, home: Home, known: Sequence[str]) -> str | None:
     """The migration of an installation; None if all of them were taken back. ``known`` are this code's."""
-    table = f"{_quoted(home.schema)}.{home.version_table}"
+    table = f"{quoted(home.schema)}.{home.version_table}"
     rows = conn.execute(sa.text(f"SELECT version_num FROM {table} ORDER BY version_num")).scalars().all()
     return next((row for row in rows if row in known), rows[0] if rows else None)
 
@@ -126,7 +126,7 @@ def take_over(conn: sa.Connection, home: Home, known: Sequence[str]) -> Home:
     touch a table that another program makes later under this name.
     """
     revision = read_revision(conn, home, known)
-    schema = _quoted(home.schema)
+    schema = quoted(home.schema)
     conn.execute(
         sa.text(
             f"""
@@ -156,9 +156,9 @@ def follow_old_table(conn: sa.Connection, home: Home, revision: str) -> None:
         {"mark": KEPT_FOR_OLD_CODE, "schema": home.schema, "table": OLD_VERSION_TABLE},
     ).scalar_one_or_none()
     if is_kept:
-        update = f"UPDATE {_quoted(home.schema)}.{OLD_VERSION_TABLE} SET version_num = :revision"
+        update = f"UPDATE {quoted(home.schema)}.{OLD_VERSION_TABLE} SET version_num = :revision"
         conn.execute(sa.text(update), {"revision": revision})
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'

@@ -1,12 +1,11 @@
-"""The keys of Chunkmill's advisory locks. Each begins with the letters "chm", so that no other program takes it.
-
-``alembic/env.py`` holds one more, 0x63686D00, while it migrates.
-"""
+"""The keys of Chunkmill's advisory locks. Each begins with the letters "chm", so that no other program takes it."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
+MIGRATION_LOCK = 0x63686D00
+"""Whoever migrates or restores the database (``alembic/env.py``, ``chunkmill.db.backup``)."""
 REGISTER_LOCK = 0x63686D01
 """One transaction at a time registers a new space."""
 PRODUCER_LOCK = 0x63686D02

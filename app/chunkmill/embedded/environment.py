@@ -17,16 +17,17 @@ class Environment:
     is_embedded: bool
 
     @classmethod
-    def load(cls, *, needs_database: bool = True) -> Environment:
+    def load(cls, *, needs_database: bool = True, needs_redis: bool = True) -> Environment:
         """Read the settings, and find the servers.
 
         If neither ``DATABASE_URL`` nor ``REDIS_URL`` is set, the servers are those of the embedded stack, which must be
         running: a process whose variables got lost must not write into servers that nobody knows of. Without
-        ``needs_database``, ``REDIS_URL`` alone is enough. Raises :class:`InvalidSetting` and
-        :class:`EmbeddedStackError`.
+        ``needs_database``, ``REDIS_URL`` alone is enough, and without ``needs_redis``, ``DATABASE_URL`` is. Raises
+        :class:`InvalidSetting` and :class:`EmbeddedStackError`.
         """
         settings = Settings.from_env()
-        if settings.redis_url and (settings.database_url or not needs_database):
+        has_both = bool(settings.redis_url or not needs_redis) and bool(settings.database_url or not needs_database)
+        if has_both and (settings.redis_url or settings.database_url):
             return cls(settings, is_embedded=False)
         if settings.database_url or settings.redis_url:
             unset = "REDIS_URL" if settings.database_url else "DATABASE_URL"

@@ -1,4 +1,4 @@
-"""What a home keeps about its servers beside their data: passwords, and where sockets with a short path are."""
+"""What a home keeps about its servers beside their data: passwords, ports, and where sockets with a short path are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def password(home: Path, server: str, *, make: bool = False) -> str:
     if known or not make:
         return known
     return _write(home, server, "password", secrets.token_hex(24))
+
+
+def port(home: Path, server: str, wanted: int | None) -> int | None:
+    """The port that `server` is started with: the wanted one or, if that is None, the one that it had; 0 means none."""
+    if wanted is None:
+        wanted = int(_read(home, server, "port") or 0)
+    return wanted or None
+
+
+def keep_port(home: Path, server: str, used: int | None) -> None:
+    """Remember the port that `server` was started with, so that it has it again after a kill or a reboot."""
+    if _read(home, server, "port") != (str(used) if used else ""):
+        _write(home, server, "port", str(used or ""))
 
 
 def sockets_of(home: Path, server: str, socket_name: str) -> Path:

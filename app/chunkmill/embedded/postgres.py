@@ -111,7 +111,8 @@ _SOCKET = ".s.PGSQL.65535"
 
 
 class Postgres:
-    """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; None means Unix socket only.
+    """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; 0 means Unix socket only, and None the port
+    that it had at its last start.
 
     At the port only the role `chunkmill` can log in, with its password. It owns the database and is no superuser.
     """
@@ -122,10 +123,13 @@ class Postgres:
         self._data = self._folder / "data"
         self._pid_file = self._data / "postmaster.pid"
         self.log = self._folder / "postgres.log"
-        self._port = port
+        self._asked = port
+        self._port = kept.port(home, "postgres", port)
         self._fsync = fsync
         self._hba = self._folder / "pg_hba.conf"
-        self._planned = _Address(kept.sockets_of(home, "postgres", _SOCKET), port or 5432, tcp=port is not None)
+        self._planned = _Address(
+            kept.sockets_of(home, "postgres", _SOCKET), self._port or 5432, tcp=self._port is not None
+        )
         self._marker = ("postgres", "-D", str(self._data))
 
     def status(self, *, started: bool = False) -> ServerStatus:
@@ -144,16 +148,16 @@ class Postgres:
         pid = self._pid()
         if pid is not None:
             address = self._address()
-            if self._port is not None and (not address.tcp or address.port != self._port):
-                raise EmbeddedStackError(
-                    f"Postgres is already running (pid {pid}) without port {self._port}. Stop the stack "
-                    "first (chunkmill down), then start it with --port again."
-                )
+            used = address.port if address.tcp else None
+            if self._asked is not None and (self._asked or None) != used:
+                raise EmbeddedStackError(process.other_port("Postgres", pid, used, self._asked, "--port"))
             if self._create_database(pid, address):
                 if address.tcp:
                     self._require_password(pid, address)
+                kept.keep_port(self._home, "postgres", used)
                 return False
         self._launch()  # also if the server was found but was just ending
+        kept.keep_port(self._home, "postgres", self._port)
         if self._planned.tcp:
             self._hand_over()
         return True

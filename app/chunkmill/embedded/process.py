@@ -188,9 +188,18 @@ def refuse_taken_port(port: int, server: str, setting: str) -> None:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             raise EmbeddedStackError(
-                f"{server} cannot use 127.0.0.1:{port}, the port given with {setting}: {error}. Choose "
-                f"another port, or leave {setting} out to use a Unix socket."
+                f"{server} cannot use 127.0.0.1:{port}, given with {setting} now or at its last start: {error}. "
+                f"Choose another one, or {setting} 0 to use a Unix socket alone."
             ) from error
+
+
+def other_port(server: str, pid: int, used: int | None, asked: int, setting: str) -> str:
+    """What is wrong with a running server that listens elsewhere than was asked for, and what to do."""
+    where = f"at port {used}" if used else f"without port {asked}"
+    return (
+        f"{server} is already running (pid {pid}) {where}. Stop the stack first (chunkmill down), then start it with "
+        f"{setting} {asked} again."
+    )
 
 
 def open_to_all(server: str, pid: int, port: int, setting: str) -> str:

@@ -38,7 +38,8 @@ _SOCKET = "redis.sock"
 
 
 class Redis:
-    """Redis or Valkey in `home/redis`. It also listens at `port` on 127.0.0.1; None means Unix socket only.
+    """Redis or Valkey in `home/redis`. It also listens at `port` on 127.0.0.1; 0 means Unix socket only, and None the
+    port that it had at its last start.
 
     With a port it asks for the password of the user `chunkmill`, at the socket too, and refuses that user every command
     that could write a file, load a module, stop the server or empty it.
@@ -51,7 +52,8 @@ class Redis:
         self._pid_file = self._folder / "redis.pid"
         self.log = self._folder / "redis.log"
         self._socket = kept.sockets_of(home, "redis", _SOCKET) / _SOCKET
-        self._port = port
+        self._asked = port
+        self._port = kept.port(home, "redis", port)
         self._fsync = fsync
         self._marker = ("-server", str(self._config))  # redis-server or valkey-server
 
@@ -72,13 +74,13 @@ class Redis:
         """
         running = self._pid()
         if running is not None and (info := self._wait_for_answer(running)):
-            if self._port not in (None, info["tcp_port"]):
+            if self._asked not in (None, info["tcp_port"]):
                 raise EmbeddedStackError(
-                    f"Redis is already running (pid {running}) without port {self._port}. Stop the stack "
-                    "first (chunkmill down), then start it with --redis-port again."
+                    process.other_port("Redis", running, info["tcp_port"], self._asked, "--redis-port")
                 )
             if info["tcp_port"] and self._ask(login=False):
                 raise EmbeddedStackError(process.open_to_all("Redis", running, info["tcp_port"], "--redis-port"))
+            kept.keep_port(self._home, "redis", info["tcp_port"])
             return False
         account = server_account()
         program = find_program()  # also if the server was found but was just ending
@@ -100,6 +102,7 @@ class Redis:
                 f"Redis in {self._folder} did not start. Its log {self.log} ends with:\n"
                 + process.log_tail(self.log, since)
             )
+        kept.keep_port(self._home, "redis", self._port)
         return True
 
     def stop(self) -> None:

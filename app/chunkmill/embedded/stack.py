@@ -70,7 +70,7 @@ class Stack:
     home: the data folder; None means `default_home()`. Two homes are two independent stacks.
     port, redis_port: TCP ports on 127.0.0.1 at which the servers also listen, for tools without Unix sockets. Each user
         of this machine can reach them, so they ask for a password, which is made once and kept in the home (mode 0600).
-        Without a port, only the user who started the stack can connect.
+        None means the port of the last start, and 0 none: then only the user who started the stack can connect.
     fsync: False is for tests: the data survives a killed server, but not a power failure.
 
     Every method raises EmbeddedStackError if it fails; the message says what to do next.

@@ -70,6 +70,8 @@ def compose_problems(compose: dict[str, Any]) -> list[str]:
             found.append(f"{name} may gain privileges")
         if not service.get("read_only"):
             found.append(f"{name} may write to its root file system")
+        if "mem_limit" not in service:
+            found.append(f"{name} may use all memory")
         if "max-size" not in service.get("logging", {}).get("options", {}):
             found.append(f"{name} logs without a limit")
         if not service.get("init"):
@@ -222,6 +224,7 @@ BROKEN_COMPOSE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("poller has no health check", lambda s: s["poller"].pop("healthcheck")),
     ("flower has no health check", lambda s: s["flower"]["healthcheck"].pop("test")),
     ("flower has no time to stop in", lambda s: s["flower"].pop("stop_grace_period")),
+    ("postgres may use all memory", lambda s: s["postgres"].pop("mem_limit")),
     ("worker may start on an old schema", lambda s: s["worker"]["depends_on"].pop("migrate")),
     ("postgres is on a network that is not internal", lambda s: s["postgres"]["networks"].append("outside")),
     ("redis keeps nothing", lambda s: s["redis"].pop("volumes")),
@@ -381,7 +384,7 @@ def dockerfile_problems(text: str) -> list[str]:
         if not installs or any(line.count("pip install") != len(by_digest.findall(line)) for line in installs):
             found.append(f"{target} installs what has no digest")
         extras = set(re.findall(r"locked\.py ([\w,]+) > requirements\.txt", " ".join(installs)))
-        if extras != {{"app": "flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
+        if extras != {{"app": "embedded,flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
             found.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
         found.append("a secret is in a layer")
@@ -408,7 +411,7 @@ def test_the_dockerfile_keeps_every_rule() -> None:
         ("worker installs what has no digest", "--require-hashes --no-deps --only-binary :all: -r torch.txt", "torch"),
         (
             "app installs ['flower,worker']",
-            "locked.py flower,gateway,metrics,openai,tracing",
+            "locked.py embedded,flower,gateway,metrics,openai,tracing",
             "locked.py flower,worker",
         ),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),

@@ -183,8 +183,11 @@ def _create(context: ProviderContext, step: Step) -> Step:
 
 
 def adopt(context: ProviderContext, step: Step) -> Step:
-    """``creating`` after a restart or without an answer: take the batch that exists, or finally create it again."""
-    assert step.input_file_id is not None  # noqa: S101 - a state of the row
+    """``creating`` after a restart or without an answer: take the batch that exists, or finally create it again.
+
+    A restored backup knows no file of a batch that was uploaded later (``chunkmill.ledger.restored``). Then the batch
+    is known by its token alone, and if there is none, the file is made.
+    """
     grace = context.settings.openai_adopt_seconds
     # A batch that failed validation was not charged, and may come from an earlier create.
     try:
@@ -201,6 +204,10 @@ def adopt(context: ProviderContext, step: Step) -> Step:
         raise StepDelayed(min(grace / 4, grace - step.creating_for_s) + 0.01)
     require_own_key(context, step, "a batch that it may have created without an answer")
     logger.info("%s: %.0f s after the create the provider does not list it", step.name, step.creating_for_s)
+    if step.input_file_id is None:
+        return context.transact(
+            lambda conn: provider_batches.advance(conn, step, State.GATHERED, error=None), "upload after all"
+        )
     back = context.transact(
         lambda conn: provider_batches.advance(conn, step, State.UPLOADED, error=None), "create again"
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -231,6 +233,16 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _activation() -> list[tuple[str, str]]:
+    """What a shell needs first that would not find `chunkmill`, as after `make demo`."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("chunkmill") or not script.exists():
+        return []
+    below = Path.cwd() in script.parents[1:]  # the shell looks up a name without a slash on its PATH
+    here = script.relative_to(Path.cwd()) if below else script
+    return [(f". {shlex.quote(str(here))}", "so that the shell finds chunkmill")]
+
+
 def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     if screen.json:
         screen.document(run.results | ({"home": run.folder} if keep else {}))
@@ -244,6 +256,7 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     screen.say("")
     screen.say(("With your own texts", "bold"))
     for command, what in (
+        *_activation(),
         ("chunkmill up", "Postgres and Redis that keep running"),
         ("celery -A chunkmill_workers worker -Q gpu", "a worker, on each machine with a GPU"),
         ("chunkmill poller", "a poller, in another terminal"),
