@@ -10,10 +10,12 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from chunkmill.client.enqueue import windows
+from chunkmill.client.replacing import rehearse
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.prices import Price
 from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
@@ -38,6 +40,8 @@ class EstimateRequest:
     deadline: datetime | None
     on_long: OnLong
     collection: str | None = None
+    replaces: Filter | None = None
+    """Also count what an enqueue would delete from ``collection`` with this filter."""
 
 
 def estimate(
@@ -59,11 +63,19 @@ def estimate(
                 collections.require_space(conn, request.collection, spec)
         counters = [LaneCounter(route, settings, request) for route in routing.lanes_of(settings, spec)]
         with _temporary_tables(conn):
-            for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
-                to_send = _count_window(conn, space, chunks, totals)
-                counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
-                for counter in counters:
-                    counter.add(to_send, counted)
+            deleted = None
+            with contextlib.ExitStack() as stack:
+                replacement = None
+                if request.replaces is not None and request.collection is not None:
+                    replacement = stack.enter_context(rehearse(conn, request.collection, request.replaces))
+                    prepared = replacement.noting(prepared)
+                for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
+                    to_send = _count_window(conn, space, chunks, totals)
+                    counted: dict[object, tuple[int, int]] = {}  # the two paid lanes count alike
+                    for counter in counters:
+                        counter.add(to_send, counted)
+                if replacement is not None:
+                    deleted = replacement.missing()
         with conn.begin():
             price = charges.price_today(conn, model_for(settings, spec))
             rate = routing.seconds_per_token(conn, spec)
@@ -79,6 +91,7 @@ def estimate(
                 choice.because,
                 tuple(counter.estimate(price, rate) for counter in counters),
                 budget.read(conn, settings),
+                deleted,
             )
 
 

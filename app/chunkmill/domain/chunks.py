@@ -67,9 +67,10 @@ def prepare(item: object, position: int) -> PreparedChunk:
     if isinstance(item, InvalidChunk):
         raise item
     chunk = _with_text_id(_as_chunk(item, position))
+    known_id: str | None = None
 
     def refuse(reason: str, problem: str) -> InvalidChunk:
-        return InvalidChunk(problem, chunk_id=_shown(chunk.id), position=position, reason=reason)
+        return InvalidChunk(problem, chunk_id=_shown(chunk.id), position=position, reason=reason, known_id=known_id)
 
     if not isinstance(chunk.id, str):
         raise refuse("id_not_text", f"the id is of type {type(chunk.id).__name__}; it must be a str")
@@ -81,6 +82,7 @@ def prepare(item: object, position: int) -> PreparedChunk:
         raise refuse("surrogate_in_id", "the id contains a lone surrogate, which is not valid Unicode")
     if len(id_bytes) > MAX_ID_BYTES:
         raise refuse("id_too_long", f"the id has {len(id_bytes)} bytes; the limit is {MAX_ID_BYTES}")
+    known_id = chunk.id
     if not isinstance(chunk.text, str):
         raise refuse("text_not_text", f"the text is of type {type(chunk.text).__name__}; it must be a str")
     if not chunk.text or chunk.text.isspace():

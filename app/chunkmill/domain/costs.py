@@ -52,6 +52,8 @@ class Estimate(Printed):
     because: str
     lanes: tuple[LaneEstimate, ...]
     budget: Budget
+    deleted: int | None = None
+    """How many chunks would be deleted because the source does not have them; None if nothing is to be replaced."""
 
     @property
     def chosen(self) -> LaneEstimate:

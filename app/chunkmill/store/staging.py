@@ -113,7 +113,13 @@ def _repair_damaged(conn: sa.Connection) -> None:
 
 
 def merge_chunks(
-    conn: sa.Connection, *, collection_id: int, job_id: int, on_long: OnLong, is_first_try: bool = True
+    conn: sa.Connection,
+    *,
+    collection_id: int,
+    job_id: int,
+    on_long: OnLong,
+    is_first_try: bool = True,
+    is_watched: bool = False,
 ) -> Merged:
     """Upsert the staged chunks: a new id is added, and another text or other metadata replace the chunk.
 
@@ -127,6 +133,8 @@ def merge_chunks(
 
     A job that rejects long texts deletes the chunks that it finds too long, so it may not own a chunk that another
     job accepted on other terms: that job takes an unchanged chunk over, and keeps it.
+
+    If the collection ``is_watched`` (:mod:`chunkmill.store.replacing`), unchanged chunks are written too.
     """
     merge = """
         WITH judged AS MATERIALIZED (
@@ -148,7 +156,7 @@ def merge_chunks(
             INSERT INTO chunks (collection_id, chunk_id, content_hash, metadata, job_id)
             SELECT :collection, chunk_id, content_hash, metadata, :job
             FROM judged
-            WHERE is_new OR differs OR is_taken_over
+            WHERE is_new OR differs OR is_taken_over OR :is_watched
             ORDER BY chunk_id
             ON CONFLICT (collection_id, chunk_id) DO UPDATE
             SET content_hash = excluded.content_hash,
@@ -170,6 +178,7 @@ def merge_chunks(
         "collection": collection_id,
         "job": job_id,
         "is_first_try": is_first_try,
+        "is_watched": is_watched,
         "reject": OnLong.REJECT,
         "rejects": on_long is OnLong.REJECT,
     }
