@@ -88,7 +88,7 @@ def test_a_source_that_fails_or_is_not_whole_deletes_and_writes_nothing(
         TooManyRefused, match=r"2 of 3 chunks are refused, and max_refused allows 1.*position 1"
     ) as told:
         producer.enqueue([*some(20), ("b", ""), ("c", "")], max_refused=1, **skips)
-    assert (e.value.refused, e.value.chunks) == (2, 3)
+    assert (told.value.refused, told.value.chunks) == (2, 3)
     assert (rows("jobs"), rows("chunks"), ids(producer)) == (1, 12, names(*range(12)))
     job = producer.enqueue([], allow_empty=True, **skips)
     assert (job.deleted, ids(producer)) == (12, [])

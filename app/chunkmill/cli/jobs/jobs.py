@@ -106,9 +106,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--max-refused",
     type=Refusable(),
     metavar="N",
-    help="How many chunks may be invalid, as a number or as a share such as 1%. Bad ones go into the dead list, as with "
-    "--on-invalid skip. If there are more, nothing is written and the command fails. If more chunks than this are dead "
-    "at the end of the job, it exits with 5.",
+    help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, nothing "
+    "is written. If more are dead at the end of the job, the command exits with 5.",
 )
 @click.option(
     "--id-field",
@@ -136,9 +135,7 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--delimiter", metavar="CHAR", help="What separates the columns of CSV; tab is a word.  [default: see the header]"
 )
 @click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
-@click.option(
-    "--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that two sources never collide."
-)
+@click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
 @click.option(
     "--sync",
     is_flag=True,

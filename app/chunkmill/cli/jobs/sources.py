@@ -150,12 +150,13 @@ class Reader:
             return _parquet(path, self._fields)
         name = "stdin" if source == "-" else source
         read = {"jsonl": _jsonl, "json": _json, "csv": self._csv, "tsv": self._csv}[kind]
+        if kind == "tsv" and form.delimiter is None:
+            form = replace(form, delimiter="\t")
         if source == "-":
             return read(name, in_utf8(self._stdin, form.encoding), self._fields, form)
-        return self._of_file(path, read, kind)
+        return self._of_file(path, read, form)
 
-    def _of_file(self, path: Path, read: Read, kind: str) -> Iterator[tuple[str, Record]]:
-        form = replace(self._form, delimiter="\t") if kind == "tsv" and self._form.delimiter is None else self._form
+    def _of_file(self, path: Path, read: Read, form: Form) -> Iterator[tuple[str, Record]]:
         with opened(path, form.encoding) as file:
             yield from read(str(path), file, self._fields, form)
 
