@@ -111,7 +111,7 @@ def rehearse(conn: sa.Connection, collection: str, chosen: Filter) -> Iterator[R
         with conn.begin():
             store.create_source_ids(conn)
             named = collections.resolve(conn, collection)
-        yield Replacement(conn, chosen, named and named.id, NO_FENCE)
+        yield Replacement(conn, chosen, None if named is None else named.id, NO_FENCE)
 
 
 @contextlib.contextmanager

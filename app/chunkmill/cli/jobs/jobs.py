@@ -106,8 +106,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--max-refused",
     type=Refusable(),
     metavar="N",
-    help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, nothing "
-    "is written. If more are dead at the end of the job, the command exits with 5.",
+    help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, "
+    "nothing is written. If more are dead at the end of the job, the command exits with 5.",
 )
 @click.option(
     "--id-field",

@@ -23,11 +23,9 @@ class Refusable(click.ParamType[float]):
             return value
         if share := re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?) ?%", str(value)):
             return float(share[1]) / 100
-        if re.fullmatch(r"\d{1,15}", str(value)):
-            return int(str(value))
-        self.fail(
-            f"{value!r} is neither a number of chunks, such as 10, nor a share below 100%, such as 1%", param, ctx
-        )
+        if not re.fullmatch(r"\d{1,15}", str(value)):
+            self.fail(f"{value!r} is neither a number of chunks, such as 10, nor a share, such as 1%", param, ctx)
+        return int(str(value))
 
 
 def as_delimiter(given: str | None) -> str | None:

@@ -282,8 +282,8 @@ def _from_cells(columns: Sequence[str], row: Row, fields: Fields, form: Form) ->
     if row.problem is not None:
         return Unreadable(row.problem)
     for column, cell in zip(columns, row.cells, strict=True):
-        if problem := problem_in(cell, form.encoding):
-            return Unreadable(f"in column {column!r}, {problem}")
+        if wrong := problem_in(cell, form.encoding):
+            return Unreadable(f"in column {column!r}, {wrong}")
     record: dict[str, Any] = dict(zip(columns, row.cells, strict=True))
     if form.typed:
         needed = (fields.id, fields.text)
@@ -358,9 +358,9 @@ def _from_document(document: Document, form: Form) -> Record:
         text = in_utf8(io.BytesIO(content), form.encoding).read().decode("utf-8", "surrogateescape")
     except OSError as error:
         return Unreadable(f"cannot be read: {error.strerror}", document.name)
-    if problem := problem_in(text, form.encoding):
+    if wrong := problem_in(text, form.encoding):
         line = 1 + text.count("\n", 0, first_problem(text))
-        return Unreadable(f"in line {line}, {problem}", document.name)
+        return Unreadable(f"in line {line}, {wrong}", document.name)
     return Chunk(document.name, text, {"path": document.name})
 
 

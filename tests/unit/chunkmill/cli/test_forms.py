@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def test_a_wrong_byte_is_named_with_its_file_and_line(
 
 
 def test_an_encoding_that_nobody_knows_is_refused() -> None:
-    for name in ("latin", "no such", "base64", "rot13", "\ud800"):
+    for name in ("no such", "base64", "rot13", "\ud800"):
         with pytest.raises(InvalidInput, match="no encoding is called"):
             encoding_named(name)
     assert (encoding_named("latin-1"), encoding_named("UTF8")) == ("iso8859-1", "utf-8")
@@ -154,9 +153,7 @@ def test_stdin_and_files_of_other_names_have_the_format_that_is_named(tmp_path: 
     (tmp_path / "export.dat").write_text(CONTENTS["docs.csv"])
     assert read(tmp_path / "export.dat", format="csv") == CAFE
     assert read("-", stdin=JSON.encode(), format="json") == CAFE
-    assert (
-        read("-", stdin=CONTENTS["docs.tsv"].encode("cp1252"), format="tsv", encoding="cp1252", delimiter="\t") == CAFE
-    )
+    assert read("-", stdin=CONTENTS["docs.tsv"].encode("cp1252"), format="tsv", encoding="cp1252") == CAFE
     with pytest.raises(InvalidInput, match="--format says"):
         read(tmp_path / "export.dat")
     with pytest.raises(InvalidInput, match="cannot be read from stdin"):
@@ -225,22 +222,16 @@ def test_a_broken_array_says_where_and_quotes_nothing(text: str, says: str, monk
 
 def test_an_array_of_any_length_is_never_in_memory() -> None:
     class Endless(io.StringIO):
+        given = 0
+
         def read(self, size: int | None = -1, /) -> str:
-            return '{"id": "a", "text": "x"}, ' * 100
+            self.given += 1
+            return "[" if self.given == 1 else '{"id": "a", "text": "x"},'
 
     file = Endless()
-    file.read = iter(["["] + ['{"id": "a", "text": "x"},'] * 10_000).__next__  # type: ignore[method-assign, assignment]
-    monkey: Iterator[Any] = elements("a", _Calls(file.read), 1_000)
-    assert sum(1 for _, _ in zip(range(9_999), monkey, strict=False)) == 9_999
-
-
-class _Calls(io.StringIO):
-    def __init__(self, give: Any) -> None:
-        super().__init__()
-        self._give = give
-
-    def read(self, size: int | None = -1, /) -> str:
-        return str(self._give())
+    first = [value for _, (_, _, value) in zip(range(1_000), elements("a", file, 1_000), strict=False)]
+    assert first == [{"id": "a", "text": "x"}] * 1_000
+    assert file.given < 1_010
 
 
 def test_a_json_array_under_the_name_of_json_lines_says_so(tmp_path: Path) -> None:
@@ -259,7 +250,8 @@ def test_a_json_array_under_the_name_of_json_lines_says_so(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("cell", "value"),
     [
-        ("5", 5), ("-1.50", -1.5), ("1e3", 1000.0), ("0", 0), ("true", True), ("FALSE", False), ("", None), ("null", None),
+        ("5", 5), ("-1.50", -1.5), ("1e3", 1000.0), ("0", 0), ("true", True), ("FALSE", False), ("", None),
+        ("null", None),
         ("007", "007"), ("+1", "+1"), ("1,5", "1,5"), ("1 ", "1 "), ("9" * 40, "9" * 40), ("nan", "nan"), (".5", ".5"),
         ("1e999", "1e999"), ("0x10", "0x10"), ("٣", "٣"),
     ],
