@@ -107,7 +107,7 @@ class Deadline(click.ParamType[datetime | timedelta]):
     type=Refusable(),
     metavar="N",
     help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, "
-    "nothing is written. If more are dead at the end of the job, the command exits with 5.",
+    "nothing is written, and if more are dead at the end of the job, it stays; the command exits with 5 in both cases.",
 )
 @click.option(
     "--id-field",
@@ -218,6 +218,9 @@ def enqueue(
                     f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written. Fix the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
+            except TooManyRefused as error:
+                screen.error(error.code, str(error))
+                raise SystemExit(TOO_MANY_REFUSED) from None
             for note in reader.notes:
                 bar.note(note)
             if reader.skipped.count:
