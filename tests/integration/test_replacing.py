@@ -219,8 +219,6 @@ def test_nothing_of_it_is_left_with_the_connection(producer: Client, client: Cli
         assert conn.execute(sa.text(left)).scalar_one() == 0
         watching = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
         assert conn.execute(sa.text(watching)).scalar_one() == 0
-        (collection,) = conn.execute(sa.text("SELECT id FROM collections")).scalars()
-        assert not store.is_watched(conn, collection)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.collections import Collection
 from chunkmill.spaces.registry import Space
 from chunkmill.store import staging
-from chunkmill.store.replacing import is_watched
 from chunkmill.telemetry import tracing
 
 logger = logging.getLogger(__name__)
@@ -330,7 +329,6 @@ class _Producer:
             job_id=job.id,
             on_long=request.on_long,
             is_first_try=job.is_new,
-            is_watched=is_watched(conn, self.collection.id),
         )
         n_repeated = merged.repeated + len(window) - len(chunks)
         n_refused = len(refused) + len(plan.rejected)

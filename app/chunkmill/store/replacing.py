@@ -46,20 +46,6 @@ def unwatch(conn: sa.Connection, collection_id: int) -> None:
     conn.execute(sa.text(unlock), {"key": REPLACE_LOCK, "id": collection_id})
 
 
-def is_watched(conn: sa.Connection, collection_id: int) -> bool:
-    """Whether another session watches the collection. Call it in a window's transaction, after its first lock."""
-    query = """
-        SELECT EXISTS (
-            SELECT FROM pg_locks
-            WHERE locktype = 'advisory'
-              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-              AND classid = CAST(:key AS oid) AND objid = CAST(:id AS oid) AND objsubid = 2
-              AND granted AND pid <> pg_backend_pid()
-        )
-    """
-    return bool(conn.execute(sa.text(query), {"key": REPLACE_LOCK, "id": collection_id}).scalar_one())
-
-
 def create_source_ids(conn: sa.Connection) -> None:
     """Create the temporary table. Drop it with :func:`chunkmill.db.temporary.dropping`."""
     conn.execute(sa.text(f"CREATE TEMP TABLE {SOURCE_IDS} (chunk_id text PRIMARY KEY)"))

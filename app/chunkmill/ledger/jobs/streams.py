@@ -50,11 +50,12 @@ SELECT s.job_id, s.n_new, s.n_replaced, s.n_unchanged, s.n_repeated,
 FROM job_streams s
 WHERE s.job_id = ANY(:ids)
 """)
-_ARE_REFUSALS_KEPT = sa.text("""
-SELECT EXISTS (
-    SELECT FROM pg_attribute
-    WHERE attrelid = to_regclass('job_streams') AND attname = 'n_refused' AND NOT attisdropped
-)
+_KEPT = sa.text("""
+SELECT to_regclass('job_streams') IS NOT NULL AS counts,
+       EXISTS (
+           SELECT FROM pg_attribute
+           WHERE attrelid = to_regclass('job_streams') AND attname = 'n_refused' AND NOT attisdropped
+       ) AS refused
 """)
 
 
@@ -70,7 +71,8 @@ class Kept:
 
 def kept(conn: sa.Connection) -> Kept:
     """What the schema of this database can keep."""
-    return Kept(is_kept(conn), bool(conn.execute(_ARE_REFUSALS_KEPT).scalar_one()))
+    row = conn.execute(_KEPT).one()
+    return Kept(row.counts, row.refused)
 
 
 def is_kept(conn: sa.Connection) -> bool:
