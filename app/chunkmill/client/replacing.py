@@ -74,9 +74,7 @@ class Replacement:
                     n += store.delete_missing(
                         self.conn,
                         collection_id=self.collection_id,
-                        chosen=self.chosen,
                         fence=self.fence,
-                        job_id=job_id,
                         ids=ids[first : first + DELETE_STEP],
                     )
         with self.conn.begin():

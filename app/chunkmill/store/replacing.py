@@ -88,24 +88,20 @@ def pick_missing(
     return row.ids or [], row.last
 
 
-def delete_missing(
-    conn: sa.Connection, *, collection_id: int, chosen: Filter, fence: int, job_id: int, ids: Sequence[str]
-) -> int:
-    """Delete those of ``ids`` for which what :func:`pick_missing` asked is still true, with texts that nothing uses.
-
-    Returns how many were deleted.
+def delete_missing(conn: sa.Connection, *, collection_id: int, fence: int, ids: Sequence[str]) -> int:
+    """Delete those of ``ids``, which :func:`pick_missing` gave, that nobody has written since, with texts that nothing
+    uses. Returns how many were deleted.
     """
     begin_deletion(conn)
-    condition, values = chosen.sql("c.metadata")
     delete = f"""
         DELETE FROM chunks c
         USING ({_NEXT}) n
         WHERE c.collection_id = :collection AND c.chunk_id = ANY(:ids)
-          AND c.job_id <= :job AND {_IS_OLD.replace("c.written_by", "CAST(CAST(c.xmin AS text) AS bigint)")}
-          AND ({condition})
+          AND {_IS_OLD.replace("c.written_by", "CAST(CAST(c.xmin AS text) AS bigint)")}
         RETURNING c.content_hash
     """
-    parameters = {"collection": collection_id, "ids": list(ids), "fence": fence, "job": job_id}
-    hashes = conn.execute(sa.text(delete), parameters | values).scalars().all()
+    hashes = (
+        conn.execute(sa.text(delete), {"collection": collection_id, "ids": list(ids), "fence": fence}).scalars().all()
+    )
     delete_unreferenced(conn, hashes)
     return len(hashes)
