@@ -234,7 +234,7 @@ def test_the_number_of_a_rows_transaction_is_read_right_after_four_billion(
     db: sa.Engine, next_one: int, fence: int, written_by: int, is_old: bool
 ) -> None:
     query = f"""
-        SELECT {store._IS_OLD}
+        SELECT {store.is_old("c.written_by")}
         FROM (VALUES (CAST(:next_one AS bigint))) n(number), (VALUES (CAST(:written_by AS bigint))) c(written_by)
     """
     with db.begin() as conn:

@@ -21,10 +21,17 @@ WINDOW = 20_000
 SOURCE_IDS = "source_ids"
 """The temporary table of a session with the ids that its source has."""
 
-# A row has the lowest 32 bits of the number. If a row is so old that they mean another number, it is taken for a newer
-# one at worst, and stays.
 _NEXT = "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint) AS number"
-_IS_OLD = "n.number - ((n.number - c.written_by) & 4294967295) < :fence"
+
+
+def is_old(written_by: str) -> str:
+    """The condition in SQL that a row was written before the ``fence``. ``written_by`` is its ``xmin`` as a bigint, and
+    ``n.number`` the number of the next transaction.
+
+    A row has the lowest 32 bits of a number. If it is so old that they mean another one, it is taken for a newer row at
+    worst, and stays.
+    """
+    return f"n.number - ((n.number - {written_by}) & 4294967295) < :fence"
 
 
 def watch(conn: sa.Connection, collection_id: int) -> int | None:
@@ -77,7 +84,7 @@ def pick_missing(
             SELECT c.chunk_id
             FROM looked_at c
             CROSS JOIN ({_NEXT}) n
-            WHERE c.job_id <= :job AND {_IS_OLD} AND ({condition})
+            WHERE c.job_id <= :job AND {is_old("c.written_by")} AND ({condition})
               AND NOT EXISTS (SELECT FROM {SOURCE_IDS} s WHERE s.chunk_id = c.chunk_id)
         )
         SELECT (SELECT array_agg(chunk_id ORDER BY chunk_id) FROM missing) AS ids,
@@ -97,11 +104,10 @@ def delete_missing(conn: sa.Connection, *, collection_id: int, fence: int, ids: 
         DELETE FROM chunks c
         USING ({_NEXT}) n
         WHERE c.collection_id = :collection AND c.chunk_id = ANY(:ids)
-          AND {_IS_OLD.replace("c.written_by", "CAST(CAST(c.xmin AS text) AS bigint)")}
+          AND {is_old("CAST(CAST(c.xmin AS text) AS bigint)")}
         RETURNING c.content_hash
     """
-    hashes = (
-        conn.execute(sa.text(delete), {"collection": collection_id, "ids": list(ids), "fence": fence}).scalars().all()
-    )
+    parameters = {"collection": collection_id, "ids": list(ids), "fence": fence}
+    hashes = conn.execute(sa.text(delete), parameters).scalars().all()
     delete_unreferenced(conn, hashes)
     return len(hashes)
