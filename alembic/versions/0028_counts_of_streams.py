@@ -19,18 +19,6 @@ def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '4s'")
     op.add_column("job_streams", sa.Column("n_refused", sa.BigInteger(), server_default="0", nullable=False))
     op.add_column("job_streams", sa.Column("n_deleted", sa.BigInteger()))
-    # A poller of deploy/postgres-role.sql may read the columns that were there when the file was run.
-    op.execute("""
-        DO $$
-        BEGIN
-            IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_pollers')
-                AND has_any_column_privilege('chunkmill_pollers', 'job_streams', 'SELECT')
-            THEN
-                GRANT SELECT (n_refused, n_deleted) ON job_streams TO chunkmill_pollers;
-            END IF;
-        END
-        $$
-    """)
 
 
 def downgrade() -> None:

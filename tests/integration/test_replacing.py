@@ -146,7 +146,7 @@ def test_what_another_enqueue_names_meanwhile_stays(producer: Client, client: Cl
     assert hands.rows(xmin.replace("id-06", "id-01")) == before, "an unchanged chunk is written although nobody watches"
 
 
-def test_a_window_that_is_under_way_when_it_begins_was_before_and_the_next_one_is_not(
+def test_what_an_open_job_has_written_goes_and_what_it_writes_later_stays(
     producer: Client, client: Client
 ) -> None:
     """The other job began first, and ends last."""
