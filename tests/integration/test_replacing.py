@@ -146,9 +146,7 @@ def test_what_another_enqueue_names_meanwhile_stays(producer: Client, client: Cl
     assert hands.rows(xmin.replace("id-06", "id-01")) == before, "an unchanged chunk is written although nobody watches"
 
 
-def test_what_an_open_job_has_written_goes_and_what_it_writes_later_stays(
-    producer: Client, client: Client
-) -> None:
+def test_what_an_open_job_has_written_goes_and_what_it_writes_later_stays(producer: Client, client: Client) -> None:
     """The other job began first, and ends last."""
     producer.enqueue(some(*range(6)), collection="docs")
 
