@@ -73,8 +73,11 @@ class InvalidChunk(InvalidInput):
 
     code = "invalid_chunk"
 
-    def __init__(self, problem: str, *, chunk_id: str, position: int, reason: str) -> None:
+    def __init__(self, problem: str, *, chunk_id: str, position: int, reason: str, known_id: str | None = None) -> None:
         self.chunk_id = chunk_id
+        """The id as it is shown: shortened, and without characters that a log cannot hold."""
+        self.known_id = known_id
+        """The chunk's whole id, if it has a valid one: then the source has this chunk, although it cannot be stored."""
         self.position = position
         self.reason = reason
         """A stable word for the kind of problem, such as ``empty_id``. It is the ``code`` in the dead list."""
@@ -83,6 +86,20 @@ class InvalidChunk(InvalidInput):
             f"chunk {chunk_id!r} at position {position}: {problem}. Nothing was written. Fix the chunk, "
             'or pass on_invalid="skip" to put bad chunks into the job\'s dead list and enqueue the rest.'
         )
+
+
+class TooManyRefused(InvalidInput):
+    """More chunks of an enqueue were refused than ``max_refused`` allows. Nothing was written.
+
+    ``refused`` is how many, of ``chunks`` that the source has; both are None if a gateway said it.
+    """
+
+    code = "too_many_refused"
+
+    def __init__(self, message: str, *, refused: int | None = None, chunks: int | None = None) -> None:
+        self.refused = refused
+        self.chunks = chunks
+        super().__init__(message)
 
 
 class UnknownModel(InvalidInput):

@@ -259,6 +259,32 @@ def test_a_bad_line_or_chunk_is_named_by_its_place(home: Path) -> None:
     assert "there is no collection 'bad'" in refusal("audit", "bad")
 
 
+def test_a_folder_is_kept_in_step_and_too_many_bad_records_exit_with_5(home: Path) -> None:
+    folder, options = home / "in_step", ("-c", "in_step", "--sync", "--no-wait")
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.md").write_text(f"text of {name}")
+    document("enqueue", str(folder), *options)
+    (folder / "a.md").unlink()
+    (folder / "b.md").write_text("another text of b")
+    (folder / "c.md").write_text(" ")
+    assert "text of c" not in refusal("enqueue", str(folder), *options)
+    assert "1 of 2 chunks are refused" in refusal("enqueue", str(folder), *options, "--max-refused", "1%", exit_code=5)
+    rehearsed = document("enqueue", str(folder), *options, "--dry-run", "--on-invalid", "skip")
+    assert rehearsed["deleted"] == 1
+    assert document("audit", "in_step", exit_code=3)["chunks"] == 3
+    done = screen("enqueue", str(folder), *options, "--max-refused", "50%")
+    assert "0 new, 1 replaced, 0 unchanged, 1 deleted, 1 refused" in done
+    job = document("jobs", "-n", "1")[0]
+    assert job["deleted"] == job["refused"] == 1
+    (dead,) = document("job", str(job["id"]))["dead_chunks"]
+    assert (dead["chunk_id"], f"{folder}/c.md: the text is empty" in dead["reason"]) == ("c.md", True)
+    assert call("job", str(job["id"]), "--max-refused", "0").exit_code == 5
+    assert call("job", str(job["id"]), "--max-refused", "50%").exit_code == 0
+    assert "only with --sync" in refusal("enqueue", str(folder), "-c", "in_step", "--sync-where", '{"a": 1}')
+    document("delete", "in_step", "--all", "--yes")
+
+
 def test_what_does_not_exist_is_an_error() -> None:
     assert "no job 999" in refusal("job", "999")
     assert "no job 999" in refusal("cancel", "999")

@@ -123,6 +123,22 @@ def test_bad_lines_are_put_on_the_dead_list_if_they_are_to_be_skipped(scene: Gat
     assert any("line 2" in entry["reason"] for entry in dead["dead"])
 
 
+def test_a_body_replaces_what_it_does_not_have(scene: GatewayScene, name: str) -> None:
+    def post(*chunks: Any, **params: Any) -> httpx2.Response:
+        return scene.http.post("/v1/jobs", params={"collection": name, **params}, content=lines(*chunks))
+
+    post(*map(chunk, range(4)))
+    assert post(chunk(0), chunk(3), replace='{"n": {"$lt": 2}}').json()["deleted"] == 1
+    assert list(scene.client.get(name, ["c0", "c1", "c2", "c3"])) == ["c0", "c2", "c3"]
+    refused = post(chunk(0), {"id": "b", "text": ""}, replace="true", on_invalid="skip", max_refused="0.4")
+    assert (refused.status_code, error(refused)["code"]) == (400, "too_many_refused")
+    assert post(replace="true").status_code == 400
+    job = post(chunk(0), {"id": "c2", "text": ""}, replace="true", on_invalid="skip", max_refused="1").json()
+    assert (job["unchanged"], job["refused"], job["deleted"]) == (1, 1, 1)
+    assert list(scene.client.get(name, ["c0", "c1", "c2", "c3"])) == ["c0", "c2"]
+    assert post(replace="true", allow_empty="true").json()["deleted"] == 2
+
+
 @pytest.mark.parametrize(
     ("params", "param"),
     [
@@ -131,6 +147,9 @@ def test_bad_lines_are_put_on_the_dead_list_if_they_are_to_be_skipped(scene: Gat
         ({"collection": "x", "dimensions": "many"}, "dimensions"),
         ({"collection": "x", "deadline": "soon"}, "deadline"),
         ({"collection": "x", "on_invalid": "ignore"}, "on_invalid"),
+        ({"collection": "x", "replace": "all"}, "replace"),
+        ({"collection": "x", "replace": "{broken"}, "replace"),
+        ({"collection": "x", "max_refused": "few", "on_invalid": "skip"}, "max_refused"),
     ],
 )
 def test_a_wrong_parameter_is_named(scene: GatewayScene, params: dict[str, str], param: str) -> None:

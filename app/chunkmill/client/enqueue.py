@@ -12,17 +12,20 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
+from chunkmill.client import replacing
 from chunkmill.client.beside import Beside
 from chunkmill.client.finish import end_or_leave
+from chunkmill.client.replacing import Replacement
 from chunkmill.client.spool import Spool
 from chunkmill.db.connect import refusal
 from chunkmill.domain import planning
 from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, prepare_or_skip
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Priority, Route
-from chunkmill.errors import InvalidChunk, InvalidInput
+from chunkmill.errors import InvalidChunk, InvalidInput, TooManyRefused
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import dead_chunks
 from chunkmill.ledger.jobs import jobs, streams, traces
@@ -66,6 +69,12 @@ class EnqueueRequest:
     """The collection is a hidden one, which exists already."""
     may_cost: bool = False
     """A paid route serves the space, and may be chosen."""
+    replaces: Filter | None = None
+    """Of the chunks that pass this filter, delete those that the source does not have. None deletes nothing."""
+    allow_empty: bool = False
+    """A source without a chunk may delete all that passes ``replaces``."""
+    max_refused: int | float | None = None
+    """How many of the source's chunks may be refused: a number, or a share below 1."""
 
 
 def enqueue(
@@ -81,27 +90,73 @@ def enqueue(
 
     ``ring`` is called after each commit, with the connection between two transactions. ``quote`` says from the whole
     stream what the job will cost, which is reserved for the key that begins it. Raises :class:`InvalidChunk` with
-    nothing written, unless bad chunks are skipped.
+    nothing written, unless bad chunks are skipped, :class:`TooManyRefused`, and :class:`InvalidInput` if chunks are to
+    be deleted and the stream does not say all ids that the source has.
     """
     with contextlib.ExitStack() as stack:
         prepared: Iterable[PreparedChunk | InvalidChunk] = (
             prepare_or_skip(chunks) if request.skip_invalid else prepare_all(chunks)
         )
-        usd = Decimal(0)
-        if quote is not None or not request.skip_invalid:
+        usd, replacement, conn = Decimal(0), None, None
+        if request.replaces is not None:
+            conn = stack.enter_context(db.connect())
+            replacement = stack.enter_context(replacing.begin(conn, request.collection, request.replaces))
+            prepared = replacement.noting(prepared)
+        must_be_whole = request.replaces is not None or request.max_refused is not None
+        if quote is not None or must_be_whole or not request.skip_invalid:
             prepared = spool = stack.enter_context(Spool(prepared))
+            if must_be_whole:
+                _require_whole(request, spool)
             usd = usd if quote is None else quote(spool.look)
-        conn = stack.enter_context(db.connect())
+        if conn is None:
+            conn = stack.enter_context(db.connect())
         collection, job, space = _open(conn, settings, request, usd)
         if collection is not None:
             beside = Beside(conn, settings, collection, space, request.priority, job.id)
             try:
-                _Producer(conn, settings, request, space, collection, job, beside, ring).fill(prepared)
+                _Producer(conn, settings, request, space, collection, job, beside, ring, replacement).fill(prepared)
             finally:
                 _drop_producer_locks(conn, [job.id, *beside.locked])
         elif job.is_sealed:
             _require_same_stream(conn, request, job, prepared)
+            if replacement is not None and not _has_deleted(conn, job):
+                replacement.delete(job.id)
         return job.id
+
+
+def _require_whole(request: EnqueueRequest, source: Spool) -> None:
+    """Raise :class:`InvalidInput` if too much of the source is missing for what was asked. Nothing is written yet."""
+    most, first = request.max_refused, source.first
+    if most is not None and first is not None and source.refused > (most * source.count if most < 1 else most):
+        allowed = f"{most:,}" if isinstance(most, int) else f"{most:.2%} of them"
+        raise TooManyRefused(
+            f"{source.refused:,} of {source.count:,} chunks are refused, and max_refused allows {allowed}. The first "
+            f"one: chunk {first.chunk_id!r} at position {first.position}: {first.problem}. Nothing was written, and "
+            "nothing was deleted. Fix the source, or allow more.",
+            refused=source.refused,
+            chunks=source.count,
+        )
+    if request.replaces is None:
+        return
+    if (nameless := source.nameless) is not None:
+        raise InvalidInput(
+            f"the item at position {nameless.position} has no id that can be read ({nameless.problem}), so it is not "
+            "known which chunks the source has. Nothing was written, and nothing was deleted. Fix the item, or enqueue "
+            "without replacing (replace=True in Python, --sync on the command line)."
+        )
+    if not (source.count or request.allow_empty):
+        raise InvalidInput(
+            f"the source is empty, so replacing would delete every chunk of {request.collection!r} that it may delete. "
+            "Nothing was deleted. If that is meant, allow it: allow_empty=True in Python, --allow-empty on the command "
+            "line."
+        )
+
+
+def _has_deleted(conn: sa.Connection, job: jobs.OpenedJob) -> bool:
+    """Whether the deletions of the job have come to their end before."""
+    with conn.begin():
+        merged = streams.counts_of(conn, [job.id]).get(job.id)
+    return merged is not None and merged.deleted is not None
 
 
 def _require_same_stream(
@@ -204,28 +259,31 @@ class _Producer:
     job: jobs.OpenedJob
     beside: Beside
     ring: Callable[[sa.Connection], None]
+    replacement: Replacement | None
 
     def fill(self, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
         """Commit the whole stream and seal the job, unless it is cancelled meanwhile."""
         first, most = 2 * self.settings.chunk_batch_size, self.settings.enqueue_window
         with self.conn.begin():
-            is_kept = streams.is_kept(self.conn)
+            kept = streams.kept(self.conn)
         digest = None if self.request.idempotency_key is None else StreamDigest()
         if digest is not None:
             prepared = _digested(prepared, digest)
         for chunks, refused in windows(prepared, first, most):
-            if not self._commit(chunks, refused, is_kept=is_kept):
+            if not self._commit(chunks, refused, kept):
                 self.beside.seal()
                 return
             self.ring(self.conn)
         with self.conn.begin():
-            jobs.seal_if_enqueueing(self.conn, self.job.id)
-            if is_kept:
+            is_sealed = jobs.seal_if_enqueueing(self.conn, self.job.id)
+            if kept.counts:
                 streams.seal(self.conn, self.job.id, None if digest is None else digest.digest())
         self.beside.seal()
+        if is_sealed and self.replacement is not None:
+            self.replacement.delete(self.job.id)
         end_or_leave(self.conn, self.job.id, self.space)
 
-    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
+    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.Kept) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
 
         Two enqueues that share texts may deadlock. Postgres then rolls one back, which runs again. After a broken
@@ -234,7 +292,7 @@ class _Producer:
         for tries_left in reversed(range(DEADLOCK_TRIES)):
             try:
                 with self.conn.begin():
-                    is_written = self._write(chunks, refused, is_kept=is_kept)
+                    is_written = self._write(chunks, refused, kept)
             except sa.exc.OperationalError as error:
                 if not (tries_left and getattr(error.orig, "sqlstate", None) in ("40P01", "40001")):
                     raise
@@ -244,7 +302,7 @@ class _Producer:
                 return is_written
         raise AssertionError("the last try returned or raised")
 
-    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], *, is_kept: bool) -> bool:
+    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.Kept) -> bool:
         """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued.
 
         The collection may have come to another space, or left one, since the last window. What it has at this moment it
@@ -272,9 +330,9 @@ class _Producer:
             on_long=request.on_long,
             is_first_try=job.is_new,
         )
-        if is_kept:
-            n_repeated = merged.repeated + len(window) - len(chunks)
-            streams.add(conn, job.id, replace(merged, repeated=n_repeated))
+        n_repeated = merged.repeated + len(window) - len(chunks)
+        n_refused = len(refused) + len(plan.rejected)
+        streams.add(conn, job.id, replace(merged, repeated=n_repeated, refused=n_refused), kept)
         shared = chunk_batches.SharedFields(
             job.id, self.space.id, job.lane, request.priority.rank, self.settings.max_attempts
         )

@@ -10,10 +10,12 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from chunkmill.client.enqueue import windows
+from chunkmill.client.replacing import rehearse
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.temporary import dropping
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.costs import Budget, Estimate, LaneEstimate, machine_usd
+from chunkmill.domain.filters import Filter
 from chunkmill.domain.prices import Price
 from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
@@ -39,6 +41,8 @@ class EstimateRequest:
     deadline: datetime | None
     on_long: OnLong
     collection: str | None = None
+    replaces: Filter | None = None
+    """Also count what an enqueue would delete from ``collection`` with this filter."""
 
 
 def estimate(
@@ -57,17 +61,25 @@ def estimate(
                 collections.require_space(conn, request.collection, request.spec)
                 counts += _beside(conn, settings, request.collection)
         with _temporary_tables(conn):
-            for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
-                texts = {chunk.content_hash: chunk.text for chunk in chunks}
-                with conn.begin():
-                    new = _new_in_stream(conn, texts)
-                    missing = [count.add(conn, len(chunks), new) for count in counts]
-                for count, hashes in zip(counts, missing, strict=True):
-                    count.add_tokens([(content_hash, texts[content_hash].decode()) for content_hash in hashes])
+            deleted = None
+            with contextlib.ExitStack() as stack:
+                replacement = None
+                if request.replaces is not None and request.collection is not None:
+                    replacement = stack.enter_context(rehearse(conn, request.collection, request.replaces))
+                    prepared = replacement.noting(prepared)
+                for chunks, _ in windows(prepared, settings.enqueue_window, settings.enqueue_window):
+                    texts = {chunk.content_hash: chunk.text for chunk in chunks}
+                    with conn.begin():
+                        new = _new_in_stream(conn, texts)
+                        missing = [count.add(conn, len(chunks), new) for count in counts]
+                    for count, hashes in zip(counts, missing, strict=True):
+                        count.add_tokens([(content_hash, texts[content_hash].decode()) for content_hash in hashes])
+                if replacement is not None:
+                    deleted = replacement.missing()
         with conn.begin():
             money = budget.read(conn, settings)
             first, *beside = [count.estimate(conn, settings, money) for count in counts]
-    return replace(first, beside=tuple(beside))
+    return replace(first, beside=tuple(beside), deleted=deleted)
 
 
 def _beside(conn: sa.Connection, settings: Settings, name: str) -> list[_Count]:

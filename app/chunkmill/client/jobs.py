@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
@@ -18,13 +18,16 @@ from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
+    as_flag,
     as_function,
     as_items,
+    as_most_refused,
     as_number,
     as_seconds,
     as_word,
     require_name,
 )
+from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
@@ -63,6 +66,9 @@ class Jobs(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
+        allow_empty: bool = False,
+        max_refused: float | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
         ``(id, text, metadata)`` triples or dicts.
@@ -80,7 +86,19 @@ class Jobs(ClientPart):
         if its producer died halfway. It raises :class:`InvalidInput` if the first one has ended and had other chunks,
         had another ``collection``, space or ``on_long``, or was cancelled before its end.
 
-        ``Job.new``, ``replaced``, ``unchanged`` and ``repeated`` say how the chunks met the collection.
+        ``Job.new``, ``replaced``, ``unchanged``, ``repeated`` and ``refused`` say how the chunks met the collection.
+
+        ``replace=True`` also deletes the chunks of the collection that the iterable does not have. ``replace`` may be a
+        filter on metadata, such as ``{"source": "wiki"}``; then only chunks that pass it are deleted. The iterable is
+        read to its end first, and kept like that of ``on_invalid="raise"``. If it raises an error, nothing is written
+        and nothing deleted; an iterable without a chunk raises :class:`InvalidInput` unless ``allow_empty`` is true,
+        and so does a bad chunk without a valid id. The deletions begin when the job is sealed. What any other enqueue
+        adds, replaces or finds unchanged after this call began stays. ``Job.deleted`` says how many chunks were
+        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them.
+
+        ``max_refused`` belongs to ``on_invalid="skip"``: if more chunks than this number, or than this share if it is a
+        float below 1, are bad, :class:`TooManyRefused` is raised and nothing is written. The whole iterable is checked
+        first.
 
         ``dimensions`` shortens the vectors of a model that was trained for it, and normalizes them again. ``precision``
         is ``float`` or ``int8``. Each value of either makes a space of its own. If ``precision`` is None it is
@@ -102,6 +120,8 @@ class Jobs(ClientPart):
         on_long = as_word(OnLong, on_long, "on_long")
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        replaces, allow_empty = as_replaced(replace), as_flag("allow_empty", allow_empty)
+        most_refused = as_most_refused(max_refused, skips=on_invalid == "skip")
         chunks = stoppable(as_items("chunks", chunks))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
@@ -128,6 +148,9 @@ class Jobs(ClientPart):
             idempotency_key,
             skip_invalid=on_invalid == "skip",
             may_cost=routing.may_cost(self._settings, spec, route),
+            replaces=replaces,
+            allow_empty=allow_empty,
+            max_refused=most_refused,
         )
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
             job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring, quote=quote))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
 from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import require_at_least
 from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_usd, as_word, require_name
+from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
 from chunkmill.domain.lanes import Lane
@@ -43,11 +44,13 @@ class Money(ClientPart):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
     ) -> Estimate:
         """What :meth:`enqueue` with the same arguments would send, and what it would cost on each route.
 
         Nothing is written. Memory stays constant; a temporary table in Postgres holds the hash of each distinct text
-        while this runs. Tokens are counted on this machine, with the tokenizer of each route. Raises what
+        while this runs. Tokens are counted on this machine, with the tokenizer of each route. With ``replace``, which
+        needs a ``collection``, ``Estimate.deleted`` says how many chunks an enqueue would delete. Raises what
         :meth:`enqueue` raises except :class:`BudgetExceeded`, because the answer contains the budget.
         """
         on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
@@ -55,10 +58,13 @@ class Money(ClientPart):
             require_name("collection", collection)
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        replaces = as_replaced(replace)
+        if replaces is not None and collection is None:
+            raise InvalidInput("replace needs a collection, from which an enqueue would delete.")
         chunks = stoppable(as_items("chunks", chunks))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
-        request = EstimateRequest(spec, route, due, on_long, collection)
+        request = EstimateRequest(spec, route, due, on_long, collection, replaces)
         prepared = prepare_all(chunks) if on_invalid == "raise" else prepare_or_skip(chunks)
         with store_errors(self._db):
             return estimate(self._db, self._settings, request, prepared)

@@ -35,6 +35,14 @@ class Spool:
     def __init__(self, chunks: Iterable[Item]) -> None:
         self._kept: list[Item] = []
         self._file: IO[bytes] | None = None
+        self.count = 0
+        """How many items there are."""
+        self.refused = 0
+        """How many of them are bad chunks."""
+        self.first: InvalidChunk | None = None
+        """The first bad chunk."""
+        self.nameless: InvalidChunk | None = None
+        """The first bad chunk without a valid id."""
         try:
             self._take(iter(chunks))
         except BaseException:
@@ -83,6 +91,7 @@ class Spool:
 
     def _take(self, chunks: Iterator[Item]) -> None:
         size = 0
+        chunks = self._counted(chunks)
         for chunk in chunks:
             self._kept.append(chunk)
             size += OBJECT_BYTES
@@ -97,7 +106,8 @@ class Spool:
         write = self._file.write
         for chunk in chunks:
             if isinstance(chunk, InvalidChunk):
-                said = json.dumps([chunk.problem, chunk.chunk_id, chunk.position, chunk.reason]).encode()
+                fields = [chunk.problem, chunk.chunk_id, chunk.position, chunk.reason, chunk.known_id]
+                said = json.dumps(fields).encode()
                 with _told():
                     write(_FRAME.pack(_IS_INVALID, len(said), 0, bytes(32)) + said)
                 continue
@@ -106,10 +116,20 @@ class Spool:
                 write(_FRAME.pack(len(head), len(chunk.text), len(metadata), chunk.content_hash))
                 write(head + chunk.text + metadata)
 
+    def _counted(self, chunks: Iterator[Item]) -> Iterator[Item]:
+        for chunk in chunks:
+            self.count += 1
+            if isinstance(chunk, InvalidChunk):
+                self.refused += 1
+                self.first = self.first or chunk
+                if chunk.known_id is None:
+                    self.nameless = self.nameless or chunk
+            yield chunk
+
 
 def _invalid(said: bytes) -> InvalidChunk:
-    problem, chunk_id, position, reason = json.loads(said)
-    return InvalidChunk(problem, chunk_id=chunk_id, position=position, reason=reason)
+    problem, chunk_id, position, reason, known_id = json.loads(said)
+    return InvalidChunk(problem, chunk_id=chunk_id, position=position, reason=reason, known_id=known_id)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,11 @@ MERGE_SPACE_LOCK = 0x63686D18
 REEMBED_LOCK = 0x63686D19
 """The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
+REPLACE_LOCK = 0x63686D1A
+"""The first of two keys; the second is the collection. Shared by connections that are going to delete what their source
+does not have. While somebody holds it, every other enqueue writes also the chunks that it finds unchanged, so that one
+can tell that another source has them."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""

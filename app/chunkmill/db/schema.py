@@ -461,6 +461,9 @@ class JobStreamRow(Base):
     n_replaced: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     n_unchanged: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     n_repeated: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_refused: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    n_deleted: Mapped[int | None] = mapped_column(sa.BigInteger)
+    """None until all was deleted that the source does not have, and if the enqueue was not to delete."""
 
 
 class ChunkBatchRow(Base):

@@ -82,6 +82,23 @@ def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: 
     return given
 
 
+def as_most_refused(given: object, *, skips: bool) -> int | float | None:
+    """How many chunks of an enqueue may be refused: a whole number, or a share from 0 up to 1 as a float; None if it
+    does not matter. Raises :class:`InvalidInput`, also if bad chunks are not skipped.
+    """
+    if given is None:
+        return None
+    if not skips:
+        raise InvalidInput("max_refused is of use only with on_invalid='skip'; else the first bad chunk is an error.")
+    if isinstance(given, float | np.floating):
+        if not 0 <= given < 1:
+            raise InvalidInput(
+                f"max_refused is {_shown(given)}; as a float it must be a share from 0.0 up to, but not 1.0."
+            )
+        return float(given)
+    return as_number("max_refused", given, least=0)
+
+
 def as_usd(argument: str, given: object) -> Decimal:
     """An amount of US dollars that is not 0, exactly as it is given. Raises :class:`InvalidInput`.
 

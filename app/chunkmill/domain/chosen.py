@@ -32,6 +32,27 @@ def as_chosen(
     return named, chosen
 
 
+def as_replaced(given: bool | Mapping[str, Any]) -> Filter | None:
+    """Of which chunks those are deleted that a source does not have: all if ``given`` is true, and None for false.
+
+    Raises :class:`InvalidInput` for what is neither true nor false nor a filter, and if every chunk passes the filter.
+    """
+    if isinstance(given, bool):
+        return Filter() if given else None
+    if not isinstance(given, Mapping):
+        raise InvalidInput(
+            f"replace is of type {type(given).__name__}; it must be True, False, or a filter on metadata such as "
+            '{"source": "wiki"}.'
+        )
+    chosen = filters.parse(given, "replace")
+    if _decided(given) is True:
+        raise InvalidInput(
+            "every chunk passes the filter replace, because it or a list in it is empty. Give replace=True to replace "
+            "all chunks of the collection."
+        )
+    return chosen
+
+
 def as_changes(metadata: Mapping[str, Any] | None, remove: Iterable[str], *, replaces: bool) -> tuple[str, list[str]]:
     """The JSON of the metadata to set, and the keys to remove. Raises :class:`InvalidInput`."""
     try:

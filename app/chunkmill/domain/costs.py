@@ -56,6 +56,8 @@ class Estimate(Printed):
     lanes: tuple[LaneEstimate, ...]
     budget: Budget
     beside: tuple[Estimate, ...] = ()
+    deleted: int | None = None
+    """How many chunks would be deleted because the source does not have them; None if nothing is to be replaced."""
 
     @property
     def chosen(self) -> LaneEstimate:

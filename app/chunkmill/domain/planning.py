@@ -47,6 +47,10 @@ class Merged:
     """Chunks that were in the collection already, with the same text and metadata."""
     repeated: int = 0
     """Chunks whose id the same enqueue had given before. The last one counts."""
+    refused: int = 0
+    """Chunks that were not accepted: bad ones that were skipped, and texts that are known to be too long."""
+    deleted: int | None = None
+    """Chunks that were deleted because the source does not have them; None if the enqueue was not to delete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Job(Printed):
     dead_chunks: tuple[DeadChunk, ...] = ()
     """The first of the dead chunks, with their reasons."""
     new: int | None = None
-    """Chunks whose id was not in the collection. This and the next three are None if it is not known, as for a job of
+    """Chunks whose id was not in the collection. This and the next four are None if it is not known, as for a job of
     an older release."""
     replaced: int | None = None
     """Chunks whose text or metadata differ from those that were in the collection."""
@@ -66,6 +66,12 @@ class Job(Printed):
     repeated: int | None = None
     """Chunks whose id the same enqueue had given before; the last one replaced the others. One that was unchanged the
     first time may count as unchanged again."""
+    refused: int | None = None
+    """Chunks that the enqueue did not accept: bad ones that were skipped, and texts already known to be too long. They
+    are on the dead list."""
+    deleted: int | None = None
+    """Chunks that were deleted because the source does not have them any more; None if the enqueue was not called with
+    ``replace``, or has not come to the end of its deletions."""
 
     def __repr__(self) -> str:
         """One line with the fields that a person looks for first."""

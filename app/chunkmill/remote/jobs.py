@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from chunkmill.domain.arguments import as_deadline, as_function, as_number, as_seconds, as_word, require_name
+from chunkmill.domain.arguments import (
+    as_deadline,
+    as_flag,
+    as_function,
+    as_most_refused,
+    as_number,
+    as_seconds,
+    as_word,
+    require_name,
+)
+from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
@@ -49,6 +60,9 @@ class Jobs(Asking):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
+        allow_empty: bool = False,
+        max_refused: float | None = None,
     ) -> Steps[Job]:
         """Ask for vectors of ``chunks``, as :meth:`Client.enqueue` does, which describes the arguments.
 
@@ -82,6 +96,12 @@ class Jobs(Asking):
             query["precision"] = str(as_word(Precision, precision, "precision"))
         if deadline is not None:
             query["deadline"] = as_deadline(deadline, datetime.now(UTC)).isoformat()
+        if as_replaced(replace) is not None:
+            query["replace"] = "true" if replace is True else json.dumps(replace)
+        if as_flag("allow_empty", allow_empty):
+            query["allow_empty"] = "true"
+        if (most_refused := as_most_refused(max_refused, skips=on_invalid == "skip")) is not None:
+            query["max_refused"] = repr(most_refused)
         lines = Lines(chunks, on_invalid)
         headers = {"content-type": "application/x-ndjson", "idempotency-key": key}
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import sqlalchemy as sa
 
 from chunkmill.db.copy import copy_binary, encode_rows
-from chunkmill.db.locks import DELETE_LOCK, lock_shared
+from chunkmill.db.locks import DELETE_LOCK, REPLACE_LOCK, lock_shared
 from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.planning import DeadChunk, KnownVector, Merged
 from chunkmill.domain.spaces import OnLong
@@ -113,7 +113,12 @@ def _repair_damaged(conn: sa.Connection) -> None:
 
 
 def merge_chunks(
-    conn: sa.Connection, *, collection_id: int, job_id: int, on_long: OnLong, is_first_try: bool = True
+    conn: sa.Connection,
+    *,
+    collection_id: int,
+    job_id: int,
+    on_long: OnLong,
+    is_first_try: bool = True,
 ) -> Merged:
     """Upsert the staged chunks: a new id is added, and another text or other metadata replace the chunk.
 
@@ -127,9 +132,20 @@ def merge_chunks(
 
     A job that rejects long texts deletes the chunks that it finds too long, so it may not own a chunk that another
     job accepted on other terms: that job takes an unchanged chunk over, and keeps it.
+
+    If another session watches the collection (:mod:`chunkmill.store.replacing`), unchanged chunks are written too.
     """
     merge = """
-        WITH judged AS MATERIALIZED (
+        WITH watched AS MATERIALIZED (
+            SELECT EXISTS (
+                SELECT FROM pg_locks
+                WHERE locktype = 'advisory'
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND classid = CAST(:watch AS oid) AND objid = CAST(:collection AS oid) AND objsubid = 2
+                  AND granted AND pid <> pg_backend_pid()
+            ) AS is_watched
+        ),
+        judged AS MATERIALIZED (
             SELECT s.*,
                    c.chunk_id IS NULL AS is_new,
                    coalesce(c.job_id = :job AND :is_first_try, false) AS is_repeated,
@@ -148,7 +164,7 @@ def merge_chunks(
             INSERT INTO chunks (collection_id, chunk_id, content_hash, metadata, job_id)
             SELECT :collection, chunk_id, content_hash, metadata, :job
             FROM judged
-            WHERE is_new OR differs OR is_taken_over
+            WHERE is_new OR differs OR is_taken_over OR (SELECT is_watched FROM watched)
             ORDER BY chunk_id
             ON CONFLICT (collection_id, chunk_id) DO UPDATE
             SET content_hash = excluded.content_hash,
@@ -170,6 +186,7 @@ def merge_chunks(
         "collection": collection_id,
         "job": job_id,
         "is_first_try": is_first_try,
+        "watch": REPLACE_LOCK,
         "reject": OnLong.REJECT,
         "rejects": on_long is OnLong.REJECT,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from chunkmill.chunking import Chunker, Kind
 from chunkmill.chunking.document import KINDS, kind_of
 from chunkmill.chunking.reading import Unreadable
+from chunkmill.cli.jobs.decoded import in_utf8
 from chunkmill.cli.jobs.folders import Document, Skipped
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
@@ -26,19 +27,21 @@ class Cutter:
         self.documents = 0
         self.chunks = 0
 
-    def file(self, path: Path, skipped: Skipped) -> Iterator[Chunk | str]:
+    def file(self, path: Path, skipped: Skipped, encoding: str | None) -> Iterator[Chunk | str]:
         """The chunks of a document that was named itself. Its id is its name."""
         with Folder(path.resolve().parent) as folder:
-            yield from self.document(Document(folder, path.name, (path.resolve().name,)), path, skipped)
+            yield from self.document(Document(folder, path.name, (path.resolve().name,)), path, skipped, encoding)
 
-    def document(self, document: Document, path: Path, skipped: Skipped) -> Iterator[Chunk | str]:
-        """The chunks of a document. One without a text is skipped."""
+    def document(self, document: Document, path: Path, skipped: Skipped, encoding: str | None) -> Iterator[Chunk | str]:
+        """The chunks of a document. One without a text is skipped. HTML and PDF files state their encoding."""
         if document.problem is not None:
             yield document.problem
             return
         kind = kind_of(document.name) or Kind.TEXT
         try:
             with document.open() as file:
+                if encoding is not None and kind in (Kind.TEXT, Kind.MARKDOWN):
+                    file = in_utf8(file, encoding)
                 read = self._chunker.read(file, kind, document.name)
         except Unreadable as error:
             yield str(error)

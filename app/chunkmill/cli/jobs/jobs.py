@@ -14,23 +14,30 @@ import click
 
 from chunkmill.chunking import Chunker, Unit
 from chunkmill.chunking.chunker import LEAST_SIZE
+from chunkmill.cli.arguments import JsonObject
 from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.cutting import Cutter
-from chunkmill.cli.jobs.sources import Fields, Reader
+from chunkmill.cli.jobs.decoded import encoding_named
+from chunkmill.cli.jobs.source_options import Refusable, as_delimiter, split_names
+from chunkmill.cli.jobs.sources import FORMATS, Fields, Form, Reader
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
 from chunkmill.cli.paid.lanes import lane_fields, show_explanation
 from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
 from chunkmill.client import Client
+from chunkmill.domain.chunks import prepare
+from chunkmill.domain.reasons import printable
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.embedded.environment import Environment
-from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed
+from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed, TooManyRefused
 from chunkmill.telemetry.pace import Pace
 
 JOB_FAILED = 4
 """Exit code for a job that ended with chunks that have no vector."""
+TOO_MANY_REFUSED = 5
+"""Exit code for a job that has more dead chunks than --max-refused allows."""
 
 
 class Deadline(click.ParamType[datetime | timedelta]):
@@ -99,14 +106,27 @@ class Deadline(click.ParamType[datetime | timedelta]):
     show_default=True,
     help="What to do with an invalid chunk. raise: stop, and write nothing. skip: put it into the job's dead list.",
 )
-@click.option("--id-field", default="id", show_default=True, help="Name of the field with a record's id.")
+@click.option(
+    "--max-refused",
+    type=Refusable(),
+    metavar="N",
+    help="How many chunks may be invalid: a number, or a share such as 1%. Those are skipped. If there are more, "
+    "nothing is written, and if more are dead at the end of the job, it stays; the command exits with 5 in both cases.",
+)
+@click.option(
+    "--id-field",
+    default="id",
+    show_default=True,
+    help="Name of the field with a record's id. auto: make ids of what the records hold.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Name of the field with a record's text.")
 @click.option(
     "--metadata-field",
     "metadata_fields",
     multiple=True,
     metavar="FIELD",
-    help="Name of a field that becomes metadata; may be given several times.  [default: all other fields]",
+    help="Name of a field that becomes metadata; several are separated by commas, or given one by one.  [default: all "
+    "other fields]",
 )
 @click.option(
     "--chunk",
@@ -134,6 +154,30 @@ class Deadline(click.ParamType[datetime | timedelta]):
     help="Read only files of a folder whose name ends so, such as .html; may be given several times. It needs --chunk.",
 )
 @click.option(
+    "--format",
+    "kind",
+    type=click.Choice(sorted({*FORMATS.values()})),
+    help="Format of the files and of stdin.  [default: what the name of the file says; JSON lines on stdin]",
+)
+@click.option("--encoding", metavar="NAME", help="Encoding of the texts, such as cp1252 or utf-16.  [default: UTF-8]")
+@click.option(
+    "--delimiter", metavar="CHAR", help="What separates the columns of CSV; tab is a word.  [default: see the header]"
+)
+@click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
+@click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
+@click.option(
+    "--sync",
+    is_flag=True,
+    help="Delete what the collection has and the sources do not, after all of them were read.",
+)
+@click.option(
+    "--sync-where",
+    type=JsonObject(),
+    metavar="JSON",
+    help='Filter for --sync: delete only chunks that pass it, such as {"source": "wiki"}.',
+)
+@click.option("--allow-empty", is_flag=True, help="Let --sync delete everything if the sources hold nothing.")
+@click.option(
     "--deadline",
     type=Deadline(),
     metavar="WHEN",
@@ -156,13 +200,23 @@ def enqueue(
     overlap: int | None,
     chunk_unit: str | None,
     suffixes: tuple[str, ...],
+    kind: str | None,
+    encoding: str | None,
+    delimiter: str | None,
+    typed: bool,
+    prefix_ids: bool,
+    max_refused: float | None,
+    sync: bool,
+    sync_where: dict[str, Any] | None,
+    allow_empty: bool,
     dry_run: bool,
     wait: bool | None,
     **options: Any,
 ) -> None:
     """Read chunks from files and have them embedded.
 
-    SOURCE is a .jsonl, .ndjson, .csv or .parquet file, a folder, or - for JSON lines on stdin. Each record of a file
+    SOURCE is a file, a folder, or - for JSON lines on stdin. A file is .jsonl, .ndjson, .json (an array), .csv, .tsv or
+    .parquet; all but the last may also end in .gz. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
     and .rst file is one chunk, whose id is its path inside the folder; a link that leads out of the folder, and what
     is not a regular file, is named and skipped. If an id comes twice, the last one counts.
@@ -170,23 +224,42 @@ def enqueue(
     named by themselves. So are the texts of records.
     Files are read record by record, so they may be of any size.
     """
-    fields = Fields(id_field, text_field, metadata_fields or None)
+    fields = Fields(id_field, text_field, split_names(metadata_fields) or None)
+    form = Form(kind, encoding and encoding_named(encoding), as_delimiter(delimiter), typed, prefix_ids)
+    if max_refused is not None:
+        on_invalid = "skip"
+    if sync_where is not None and not sync:
+        raise InvalidInput("--sync-where is of use only with --sync.")
     cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
-    reader = Reader(sources, fields, skip=on_invalid == "skip", stdin=sys.stdin.buffer, cutter=cutter)
+    skips = on_invalid == "skip"
+    reader = Reader(sources, fields, skip=skips, stdin=sys.stdin.buffer, form=form, cutter=cutter)
+    replace: bool | dict[str, Any] = sync if sync_where is None else sync_where
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:
             try:
                 if dry_run:
                     del options["priority"], options["idempotency_key"]
-                    estimate = client.estimate(_counted(reader, bar), on_invalid=on_invalid, **options)
+                    estimate = client.estimate(_counted(reader, bar), on_invalid=on_invalid, replace=replace, **options)
                 else:
-                    job = client.enqueue(_counted(reader, bar), on_invalid=on_invalid, **options)
+                    job = client.enqueue(
+                        _counted(reader, bar),
+                        on_invalid=on_invalid,
+                        replace=replace,
+                        allow_empty=allow_empty,
+                        max_refused=max_refused,
+                        **options,
+                    )
             except InvalidChunk as error:
                 # The client checks each chunk as it comes, so the reader's place is that of the refused chunk.
                 raise InvalidInput(
                     f"{reader.place}: chunk {error.chunk_id!r}: {error.problem}. Nothing was written. Fix the chunk, "
                     "or pass --on-invalid skip to put bad chunks into the job's dead list and enqueue the rest."
                 ) from None
+            except TooManyRefused as error:
+                screen.error(error.code, str(error))
+                raise SystemExit(TOO_MANY_REFUSED) from None
+            for note in reader.notes:
+                bar.note(note)
             if cutter is not None:
                 bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
@@ -194,7 +267,8 @@ def enqueue(
         if dry_run:
             show_estimate(screen, estimate)
         else:
-            finish(screen, client, job, wait=screen.out.is_terminal if wait is None else wait)
+            job = finish(screen, client, job, wait=screen.out.is_terminal if wait is None else wait)
+            require_few_dead(screen, job, max_refused)
 
 
 @click.command()
@@ -222,12 +296,19 @@ def jobs(screen: Screen, limit: int) -> None:
 @click.option("--attempts", is_flag=True, help="List the attempts that did not complete, and the work that was lost.")
 @click.option("--explain", is_flag=True, help="Show why the job is embedded on its lane, and what it waits for.")
 @click.option("--wait", is_flag=True, help="Wait for the job to end.")
+@click.option(
+    "--max-refused", type=Refusable(), metavar="N", help="Exit with 5 if more chunks are dead: a number, or 1% of all."
+)
 @json_option
 @click.pass_obj
-def job(screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, wait: bool) -> None:
+def job(
+    screen: Screen, job_id: int, dead: bool, attempts: bool, explain: bool, wait: bool, max_refused: float | None
+) -> None:
     """Show one job: its state, its counts and its dead chunks. Exits with 4 if the job failed."""
     with Client.from_env() as client:
-        finish(screen, client, client.job(job_id), wait=wait, dead=dead, attempts=attempts, explain=explain)
+        found = client.job(job_id)
+        ended = finish(screen, client, found, wait=wait, dead=dead, attempts=attempts, explain=explain)
+        require_few_dead(screen, ended, max_refused)
 
 
 @click.command()
@@ -260,8 +341,8 @@ def finish(
     dead: bool = False,
     attempts: bool = False,
     explain: bool = False,
-) -> None:
-    """Wait for the job if asked, show it, and exit with 4 if it failed."""
+) -> Job:
+    """Wait for the job if asked, show it, and exit with 4 if it failed. Returns the job."""
     if wait:
         job = waited(screen, client, job)
     if dead:
@@ -270,6 +351,21 @@ def finish(
     if job.state is JobState.FAILED:
         screen.error(JobFailed.code, f"job {job.id} failed: {job.error} `chunkmill job {job.id} --dead` says more.")
         raise SystemExit(JOB_FAILED)
+    return job
+
+
+def require_few_dead(screen: Screen, job: Job, most: float | None) -> None:
+    """Exit with 5 if more chunks of the job are dead than ``most``, a number or a share below 1; None allows all."""
+    if most is None:
+        return
+    allowed = most * (job.chunks + (job.refused or 0)) if most < 1 else most
+    if job.dead > allowed:
+        screen.error(
+            TooManyRefused.code,
+            f"{count(job.dead, 'chunk')} of job {job.id} have no vector, more than --max-refused allows. "
+            f"`chunkmill job {job.id} --dead` says why.",
+        )
+        raise SystemExit(TOO_MANY_REFUSED)
 
 
 def waited(screen: Screen, client: Client, job: Job) -> Job:
@@ -388,18 +484,36 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
     pace = Pace(PACE_SECONDS)
     number = 0
     for number, chunk in enumerate(reader, 1):
-        yield chunk
+        yield _placed(chunk, reader.place, number - 1) if reader.skips else chunk
         if number % 64 == 0:
             (per_s,) = pace.add(time.monotonic(), number)
             bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
 
 
+def _placed(item: object, place: str, position: int) -> object:
+    """The chunk, checked: if it is refused, its reason begins with its place in the sources."""
+    try:
+        return prepare(item, position)
+    except InvalidChunk as error:
+        if error is item:
+            return error
+        return InvalidChunk(
+            f"{printable(place)}: {error.problem}",
+            chunk_id=error.chunk_id,
+            position=position,
+            reason=error.reason,
+            known_id=error.known_id,
+        )
+
+
 def _stored(job: Job) -> str | None:
     if job.new is None:
         return None
     repeated = f"; {count(job.repeated, 'id')} came again, and the last one counts" if job.repeated else ""
-    return f"{job.new:,} new, {job.replaced:,} replaced, {job.unchanged:,} unchanged{repeated}"
+    refused = f", {job.refused:,} refused" if job.refused else ""
+    deleted = "" if job.deleted is None else f", {job.deleted:,} deleted"
+    return f"{job.new:,} new, {job.replaced:,} replaced, {job.unchanged:,} unchanged{deleted}{refused}{repeated}"
 
 
 def _tokens(job: Job) -> str:

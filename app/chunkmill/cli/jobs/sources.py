@@ -1,30 +1,28 @@
-"""Reads chunks from JSONL, CSV and Parquet files, folders of texts, and stdin, with one record in memory at a time.
+"""Reads chunks from JSON, CSV and Parquet files, folders of texts, and stdin, with one record in memory at a time.
 
 What `chunkmill export` wrote is recognized, so that it comes back with the same ids and metadata.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
+import hashlib
 import importlib
 import io
 import json
-import math
 import os
-import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date, time, timedelta
-from decimal import Decimal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO
-from uuid import UUID
+from typing import Any, BinaryIO
 
+from chunkmill.cli.jobs.csv_files import DELIMITERS, Row, Table, typed
 from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter
+from chunkmill.cli.jobs.decoded import first_problem, in_utf8, opened, problem_in, problem_in_bytes
 from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, Document, Skipped, documents
+from chunkmill.cli.jobs.json_arrays import elements
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
+from chunkmill.domain.json_values import NotJson, json_value
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.stored import EXPORTED
 from chunkmill.errors import InvalidChunk, InvalidInput, install_command
@@ -34,7 +32,13 @@ MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 """Large enough for the longest text written with JSON's escapes, and small enough to stop a file without line ends."""
 PARQUET_ROWS = 100
 """How many rows are in memory at a time."""
-ZIPPED = (".jsonl.gz", ".ndjson.gz")
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
+    ".parquet": "parquet",
+}  # fmt: skip
+"""From the end of a file's name, before ``.gz``, to its format."""
+AUTO_ID = "auto"
+"""The name of the field with the id if no field has it: then the id is made of the record."""
 NAMED_COLUMNS = 20
 """How many columns an error names."""
 
@@ -44,6 +48,8 @@ class Unreadable:
     """A record that is not a chunk. ``problem`` says why, without the record's text."""
 
     problem: str
+    id: str | None = None
+    """The id that the chunk would have, if that is known."""
 
 
 Record = Chunk | Unreadable
@@ -60,17 +66,38 @@ class Fields:
     @property
     def named(self) -> list[tuple[str, str]]:
         """``(option, field)`` for each field that a record needs."""
-        return [("--id-field", self.id), ("--text-field", self.text)]
+        text = [("--text-field", self.text)]
+        return text if self.id == AUTO_ID else [("--id-field", self.id), *text]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How sources are written, as far as their names do not say it, and what becomes of their ids."""
+
+    format: str | None = None
+    """One of :data:`FORMATS`, for files and for stdin; None if the names say it. Without a name it is ``jsonl``."""
+    encoding: str | None = None
+    """Of texts, as :func:`chunkmill.cli.jobs.decoded.encoding_named` gives it; None for UTF-8."""
+    delimiter: str | None = None
+    """One character that separates the columns of CSV; None if the header says it."""
+    typed: bool = False
+    """Numbers, truth values and empty cells of CSV become those of JSON in the metadata."""
+    prefixed: bool = False
+    """Each id begins with its source, as it was named, and a slash."""
+
+
+Read = Callable[[str, BinaryIO, Fields, Form], Iterator[tuple[str, Record]]]
+"""From the name of a source and its bytes in UTF-8 to its records with their places."""
 
 
 class Reader:
     """The chunks of several sources, one source after the other.
 
     ``place`` says where the last one came from, such as ``docs.jsonl:17``, and ``skipped`` what was left out of folders
-    because it is no file of the folder's own. With ``skip``, a record that cannot be
-    read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead list with its
-    place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents and the texts
-    of records are cut into chunks.
+    because it is no file of the folder's own. ``notes`` has what was guessed about a source. With ``skip``, a record
+    that cannot be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead
+    list with its place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents
+    and the texts of records are cut into chunks.
     """
 
     def __init__(
@@ -80,37 +107,46 @@ class Reader:
         *,
         skip: bool,
         stdin: BinaryIO,
+        form: Form | None = None,
         cutter: Cutter | None = None,
     ) -> None:
+        self._form = form or Form()
         for source in sources:
-            _require_readable(source, cuts=cutter is not None)
+            _require_readable(source, self._form, cuts=cutter is not None)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
         self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
-        _require_distinct(
-            [Path(source) for source in sources if source != "-" and Path(source).is_dir()], self._suffixes
-        )
-        if cutter is not None:
-            _require_distinct_names(sources)
+        if not self._form.prefixed:
+            folders = [Path(source) for source in sources if source != "-" and Path(source).is_dir()]
+            _require_distinct(folders, self._suffixes)
+            if cutter is not None:
+                _require_distinct_names(sources)
         self._cutter = cutter
+        self.notes: list[str] = []
         self.place = ""
         self.skipped = Skipped()
         self._read = -1
         self._sources = sources
         self._fields = fields
-        self._skip = skip
+        self.skips = skip
         self._stdin = stdin
 
     def __iter__(self) -> Iterator[object]:
         for source in self._sources:
+            prefix = f"{_prefix(source)}/" if self._form.prefixed else ""
             for place, record in _opened(source, self._records(source)):
                 self.place = place
                 self._read += 1
                 if isinstance(record, Chunk):
-                    yield record
-                elif self._skip:
+                    yield _prefixed(record, prefix) if prefix else record
+                elif self.skips:
+                    known_id = None if record.id is None or not _is_unicode(record.id) else prefix + record.id
                     yield InvalidChunk(
-                        record.problem, chunk_id=printable(place), position=self._read, reason="unreadable"
+                        record.problem,
+                        chunk_id=printable(known_id or place),
+                        position=self._read,
+                        reason="unreadable",
+                        known_id=known_id,
                     )
                 else:
                     raise InvalidInput(
@@ -119,18 +155,25 @@ class Reader:
                     )
 
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
+        form = self._form
         path = Path(source)
+        if source != "-" and path.is_dir():
+            return _folder(path, self.skipped, form, self._suffixes, self._cutter)
+        if self._cutter is not None and form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES:
+            return _cut_at(path, self._cutter.file(path, self.skipped, form.encoding))
+        return self._cut(self._uncut(source, path, form))
+
+    def _uncut(self, source: str, path: Path, form: Form) -> Iterator[tuple[str, Record]]:
+        kind = form.format or _format_of(path) or "jsonl"
+        if kind == "parquet":
+            return _parquet(path, self._fields)
+        name = "stdin" if source == "-" else source
+        read = {"jsonl": _jsonl, "json": _json, "csv": self._csv, "tsv": self._csv}[kind]
+        if kind == "tsv" and form.delimiter is None:
+            form = replace(form, delimiter="\t")
         if source == "-":
-            return self._cut(_jsonl("stdin", self._stdin, self._fields))
-        if path.is_dir():
-            return _folder(path, self.skipped, self._suffixes, self._cutter)
-        if self._cutter is not None and path.suffix.lower() in DOCUMENT_SUFFIXES:
-            return _cut_at(path, self._cutter.file(path, self.skipped))
-        if path.suffix.lower() == ".csv":
-            return self._cut(_csv(path, self._fields))
-        if path.suffix.lower() == ".parquet":
-            return self._cut(_parquet(path, self._fields))
-        return self._cut(_jsonl_file(path, self._fields))
+            return read(name, in_utf8(self._stdin, form.encoding), self._fields, form)
+        return self._of_file(path, read, form)
 
     def _cut(self, records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
         if self._cutter is None:
@@ -142,22 +185,67 @@ class Reader:
             else:
                 yield place, record
 
+    def _of_file(self, path: Path, read: Read, form: Form) -> Iterator[tuple[str, Record]]:
+        with opened(path, form.encoding) as file:
+            yield from read(str(path), file, self._fields, form)
 
-def _require_readable(source: str, *, cuts: bool) -> None:
+    def _csv(self, name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tuple[str, Record]]:
+        # Bytes that could not be decoded become surrogates, and their record is refused.
+        with io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="") as text:
+            needed = [field for _, field in fields.named]
+            table = Table(name, text, delimiter=form.delimiter, needed=needed, limit=MAX_RECORD_BYTES)
+            if not table.columns:
+                return  # an empty file, like an empty file of JSON lines
+            if problem := problem_in("".join(table.columns), form.encoding):
+                raise InvalidInput(f"{name}:1: in the header, {problem}.")
+            _require_columns(f"{name}:1", table.columns, fields)
+            if table.is_guessed and table.delimiter != ",":
+                self.notes.append(f"{name}: the columns are separated by {DELIMITERS[table.delimiter]}")
+            for row in table:
+                yield f"{name}:{row.line}", _from_cells(table.columns, row, fields, form)
+
+
+def _is_unicode(name: str) -> bool:
+    """False for the name of a file that is not valid UTF-8, which is no id."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _prefix(source: str) -> str:
+    return "stdin" if source == "-" else os.path.normpath(source)
+
+
+def _prefixed(chunk: Chunk, prefix: str) -> Chunk:
+    return Chunk(f"{prefix}{chunk.id}", chunk.text, chunk.metadata) if isinstance(chunk.id, str | int) else chunk
+
+
+def _format_of(path: Path) -> str | None:
+    name = path.name.lower()
+    kind = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
+    return None if kind == "parquet" and name.endswith(".gz") else kind
+
+
+def _require_readable(source: str, form: Form, *, cuts: bool) -> None:
     path = Path(source)
+    if source == "-" and form.format == "parquet":
+        raise InvalidInput("Parquet cannot be read from stdin, because its directory is at the end. Name the file.")
     if source == "-" or path.is_dir():
         return
     if not path.exists():
         raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
-    is_document = path.suffix.lower() in DOCUMENT_SUFFIXES
+    is_document = form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES
     if is_document and not cuts:
         raise InvalidInput(
             f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as --chunk 200."
         )
-    if not is_document and not path.name.lower().endswith((".jsonl", ".ndjson", ".csv", ".parquet", *ZIPPED)):
+    if form.format is None and not is_document and _format_of(path) is None:
         raise InvalidInput(
-            f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .csv or .parquet "
-            "file, a .jsonl.gz or .ndjson.gz file, a folder of .txt, .md and .rst files, or - for JSON lines on stdin."
+            f"{source}: the format is not known from the name. A source is a .jsonl, .ndjson, .json, .csv, .tsv or "
+            ".parquet file, all but the last also with .gz, a folder of .txt, .md and .rst files, or - for stdin. "
+            "--format says what a file of another name is."
         )
     if not path.is_file():
         raise InvalidInput(f"{source}: {NOT_REGULAR}. To read from a pipe, name - and pipe it into stdin.")
@@ -173,20 +261,9 @@ def _opened(source: str, records: Iterator[tuple[str, Record]]) -> Iterator[tupl
         raise InvalidInput(f"{source} cannot be read: {error.strerror or error}. Check it, and try again.") from None
 
 
-def _jsonl_file(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
-    with open_regular(path) as file:
-        if not path.name.lower().endswith(ZIPPED):
-            yield from _jsonl(str(path), file, fields)
-            return
-        try:
-            with gzip.GzipFile(fileobj=file) as lines:
-                yield from _jsonl(str(path), lines, fields)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InvalidInput(f"{path}: this is no whole gzip file: {error}. Write it again.") from None
-
-
-def _jsonl(name: str, file: BinaryIO | gzip.GzipFile, fields: Fields) -> Iterator[tuple[str, Record]]:
+def _jsonl(name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tuple[str, Record]]:
     number = 0
+    is_first = True
     while line := file.readline(MAX_RECORD_BYTES):
         number += 1
         place = f"{name}:{number}"
@@ -195,19 +272,26 @@ def _jsonl(name: str, file: BinaryIO | gzip.GzipFile, fields: Fields) -> Iterato
                 line = file.readline(MAX_RECORD_BYTES)
             yield place, Unreadable(f"the line is longer than {MAX_RECORD_BYTES:,} bytes")
             continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield place, _from_line(line, fields)
+        if not line.strip():
+            continue
+        if is_first and line.strip() in (b"[", b"[{"):
+            raise InvalidInput(
+                f"{place}: this is one JSON array, and not an object on each line. Name the file .json, or pass "
+                "--format json."
+            )
+        is_first = False
+        yield place, _from_line(line, fields, form)
 
 
-def _from_line(line: bytes, fields: Fields) -> Record:
+def _from_line(line: bytes, fields: Fields, form: Form) -> Record:
+    if problem := problem_in_bytes(line, form.encoding):
+        return Unreadable(problem)
     try:
         # NaN and the infinities are no JSON, but Python writes them; they say that there is no number.
         record = json.loads(line.decode(), parse_constant=lambda _: None)
-    except UnicodeDecodeError as error:
-        return Unreadable(f"not valid UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated string"):
+            return Unreadable(f"not valid JSON: the line ends inside the string that begins at column {error.colno}")
         return Unreadable(f"not valid JSON: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError):  # thousands of nested brackets, or a number of thousands of digits
         return Unreadable("this JSON cannot be read: it is nested too deeply, or a number is too long")
@@ -216,72 +300,29 @@ def _from_line(line: bytes, fields: Fields) -> Record:
     return _from_mapping(record, fields)
 
 
-def _csv(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    # Bytes that are not UTF-8 become surrogates, which the client refuses record by record.
-    with io.TextIOWrapper(open_regular(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        # Strict, because otherwise a quote that is never closed silently takes the rest of the file into one text.
-        lines = _BoundedLines(file)
-        reader = csv.reader(lines, strict=True)
-        try:
-            heads = next(reader, [])
-        except csv.Error as error:
-            raise InvalidInput(
-                f"{path}:1: not a CSV header: {error}. The first line has to name the columns."
-            ) from None
-        _require_columns(f"{path}:1", heads, fields)
-        while True:
-            first = lines.begin_record()
-            place = f"{path}:{first}"
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                several = f"; lines {first} to {lines.number} were read as one record: is a quote not closed?"
-                yield place, Unreadable(f"not valid CSV: {error}{several if lines.number > first else ''}")
-                continue
-            if not row:
-                continue
-            if len(row) != len(heads):
-                yield place, Unreadable(f"it has {len(row)} columns, the header has {len(heads)}")
-                continue
-            yield place, _from_mapping(dict(zip(heads, row, strict=True)), fields)
+def _json(name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tuple[str, Record]]:
+    with io.TextIOWrapper(file, "utf-8", "surrogateescape") as text:
+        for line, source, record in elements(name, text, MAX_RECORD_BYTES):
+            place = f"{name}:{line}"
+            if problem := problem_in(source, form.encoding):
+                yield place, Unreadable(problem)
+            elif not isinstance(record, dict):
+                yield place, Unreadable('not a JSON object; each element must be one, such as {"id": "a", "text": "…"}')
+            else:
+                yield place, _from_mapping(record, fields)
 
 
-class _BoundedLines:
-    """The lines of a text file. A record of more than MAX_RECORD_BYTES characters raises `csv.Error`.
-
-    The limit of the module `csv` is for one field, and a record may have any number of them.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._left = MAX_RECORD_BYTES
-        self.number = 0
-        """Of the line that was read last, from 1 on."""
-
-    def begin_record(self) -> int:
-        """Allow another record, and return the number of its first line."""
-        self._left = MAX_RECORD_BYTES
-        return self.number + 1
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline(self._left)
-        if not line:
-            if not self._left:
-                raise csv.Error(f"the record is longer than {MAX_RECORD_BYTES:,} characters")
-            raise StopIteration
-        self.number += 1
-        self._left -= len(line)
-        if not self._left and not line.endswith(("\r", "\n")):
-            while (rest := self._file.readline(MAX_RECORD_BYTES)) and not rest.endswith(("\r", "\n")):
-                pass
-            raise csv.Error(f"the record is longer than {MAX_RECORD_BYTES:,} characters")
-        return line
+def _from_cells(columns: Sequence[str], row: Row, fields: Fields, form: Form) -> Record:
+    if row.problem is not None:
+        return Unreadable(row.problem)
+    for column, cell in zip(columns, row.cells, strict=True):
+        if wrong := problem_in(cell, form.encoding):
+            return Unreadable(f"in column {column!r}, {wrong}")
+    record: dict[str, Any] = dict(zip(columns, row.cells, strict=True))
+    if form.typed:
+        needed = (fields.id, fields.text)
+        record = {column: cell if column in needed else typed(cell) for column, cell in record.items()}
+    return _from_mapping(record, fields)
 
 
 def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
@@ -295,7 +336,9 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         with open_regular(path) as opened, parquet.ParquetFile(opened, pre_buffer=False) as file:
             _require_columns(str(path), file.schema_arrow.names, fields)
             is_export = _is_exported(file.schema_arrow.names, fields)
-            columns = None if fields.metadata is None else [fields.id, fields.text, *fields.metadata]
+            columns = None
+            if fields.metadata is not None:
+                columns = [*(field for _, field in fields.named), *fields.metadata]
             if is_export:
                 columns = ["id", "text", "metadata"]
             number = 0
@@ -315,16 +358,16 @@ def _cut_at(place: object, chunks: Iterator[Chunk | str]) -> Iterator[tuple[str,
 
 
 def _folder(
-    root: Path, skipped: Skipped, suffixes: Collection[str], cutter: Cutter | None
+    root: Path, skipped: Skipped, form: Form, suffixes: Collection[str], cutter: Cutter | None
 ) -> Iterator[tuple[str, Record]]:
     is_empty = True
     for document in documents(root, skipped, suffixes):
         is_empty = False
         path = root / document.name
         if cutter is None:
-            yield str(path), _from_document(document)
+            yield str(path), _from_document(document, form)
         else:
-            yield from _cut_at(path, cutter.document(document, path, skipped))
+            yield from _cut_at(path, cutter.document(document, path, skipped, form.encoding))
     if is_empty:
         why = f" ({skipped})" if skipped.count else ""
         kinds = ".txt, .md or .rst" if cutter is None else "text, Markdown, HTML, PDF or source"
@@ -360,34 +403,42 @@ def _require_distinct(folders: Sequence[Path], suffixes: Collection[str]) -> Non
             if (other := roots.setdefault(document.name, root)) is not root:
                 raise InvalidInput(
                     f"{other / document.name} and {root / document.name} would have the same id {document.name!r}, "
-                    "and one would replace the other. Name the folder above both, so that their ids begin with their "
-                    "folders, or use two collections."
+                    "and one would replace the other. Pass --prefix-ids, so that each id begins with its source, or "
+                    "name the folder above both, so that their ids begin with their folders, or use two collections."
                 )
 
 
-def _from_document(document: Document) -> Record:
+def _from_document(document: Document, form: Form) -> Record:
     if document.problem is not None:
         return Unreadable(document.problem)
     try:
         with document.open() as file:
             content = file.read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
-            return Unreadable(f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks")
-        return Chunk(document.name, content.decode("utf-8-sig"), {"path": document.name})
-    except UnicodeDecodeError as error:
-        return Unreadable(f"not valid UTF-8 at byte {error.start + 1}")
+            problem = f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks"
+            return Unreadable(problem, document.name)
+        text = in_utf8(io.BytesIO(content), form.encoding).read().decode("utf-8", "surrogateescape")
     except OSError as error:
-        return Unreadable(f"cannot be read: {error.strerror}")
+        return Unreadable(f"cannot be read: {error.strerror}", document.name)
+    if wrong := problem_in(text, form.encoding):
+        line = 1 + text.count("\n", 0, first_problem(text))
+        return Unreadable(f"in line {line}, {wrong}", document.name)
+    return Chunk(document.name, text, {"path": document.name})
 
 
 def _require_columns(place: str, columns: Sequence[str], fields: Fields) -> None:
     for option, column in [*fields.named, *(("--metadata-field", name) for name in fields.metadata or ())]:
         if column not in columns:
             raise InvalidInput(
-                f"{place}: there is no column {column!r}; it has {_listed(columns)}. Name the right one with {option}."
+                f"{place}: there is no column {column!r}; it has {_listed(columns)}. Name the right one with {option}"
+                f"{_HINTS.get(option, '')}.{_ONE_COLUMN if len(columns) == 1 else ''}"
             )
     if twice := [column for column, n in Counter(columns).items() if n > 1]:
         raise InvalidInput(f"{place}: several columns are called {twice[0]!r}. Give each a name of its own.")
+
+
+_HINTS = {"--id-field": f", or pass --id-field {AUTO_ID} to make ids of what the rows hold"}
+_ONE_COLUMN = " If something else than a comma separates the columns, name it with --delimiter."
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -400,15 +451,31 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
         return _from_export(record)
     for option, field in fields.named:
         if field not in record:
-            return Unreadable(f"there is no field {field!r}; name the right one with {option}")
+            none = f", or give every record an id made of what it holds: {option} {AUTO_ID}"
+            return Unreadable(
+                f"there is no field {field!r}; name the right one with {option}{none if option == '--id-field' else ''}"
+            )
     if fields.metadata is not None:
-        record = {name: record[name] for name in (fields.id, fields.text, *fields.metadata) if name in record}
+        kept = {*(field for _, field in fields.named), *fields.metadata}
+        record = {name: value for name, value in record.items() if name in kept}
     given = record.get("metadata")
     if given is not None and not isinstance(given, dict):
         # This column only happens to have the name `metadata`.
         given = {"metadata": given}
-    rest = {k: v for k, v in record.items() if k not in (fields.id, fields.text, "metadata")}
-    return Chunk(record[fields.id], record[fields.text], rest | (given or {}))
+    named = {field for _, field in fields.named}
+    rest = {name: value for name, value in record.items() if name not in named and name != "metadata"}
+    metadata = rest | (given or {})
+    text = record[fields.text]
+    return Chunk(_id_of(text, metadata) if fields.id == AUTO_ID else record[fields.id], text, metadata)
+
+
+def _id_of(text: object, metadata: Mapping[str, Any]) -> str:
+    """An id made of what the record holds: the first 128 bits of a hash, as 32 hexadecimal digits.
+
+    It stays as it is if other records come, go or move. Two records that hold the same are one chunk.
+    """
+    written = json.dumps([text, json_value(metadata)], sort_keys=True, default=repr)
+    return hashlib.sha256(written.encode()).hexdigest()[:32]
 
 
 def _is_exported(names: Collection[str], fields: Fields) -> bool:
@@ -434,37 +501,21 @@ def _from_row(row: Mapping[str, Any], fields: Fields) -> Record:
     values: dict[str, Any] = {}
     for name, value in row.items():
         try:
-            values[name] = _json_value(value)
-        except UnicodeDecodeError:
-            return Unreadable(
-                f"column {name!r} holds bytes that are no UTF-8 text, and JSON has no bytes: choose the columns to "
-                "keep with --metadata-field"
-            )
+            values[name] = json_value(_maps(value), name)
+        except NotJson as error:
+            return Unreadable(f"{error}: choose the columns to keep with --metadata-field")
     return _from_mapping(values, fields)
 
 
-def _json_value(value: Any) -> Any:
-    """A value as JSON has it: dates, times, decimals and UUIDs as text, a time span as seconds, and no number as null.
-
-    Raises UnicodeDecodeError for bytes that are no text.
-    """
-    if isinstance(value, date | time):
-        return value.isoformat()
-    if isinstance(value, Decimal | UUID):
-        return str(value)
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return value.decode()
+def _maps(value: Any) -> Any:
+    """The value with Arrow's maps, which come as lists of pairs, as objects."""
     if isinstance(value, dict):
-        return {name: _json_value(inner) for name, inner in value.items()}
+        return {name: _maps(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        if value and all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in value):  # a map
-            return {name: _json_value(inner) for name, inner in value}
-        return [_json_value(inner) for inner in value]
-    return [_json_value(inner) for inner in value] if isinstance(value, tuple) else value
+        if value and all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in value):
+            return {name: _maps(inner) for name, inner in value}
+        return [_maps(inner) for inner in value]
+    return value
 
 
 def _in_microseconds(arrow: Any, column: Any) -> Any:

@@ -210,6 +210,7 @@ def _show_space(screen: Screen, estimate: Estimate) -> None:
             "model": estimate.model,
             "space": estimate.space[:12],
             "chunks": f"{estimate.chunks:,} of {count(estimate.contents, 'distinct text')}",
+            **({} if estimate.deleted is None else {"to delete": count(estimate.deleted, "chunk")}),
             "texts": f"{estimate.to_embed:,} to embed, {estimate.cached:,} from the cache{in_flight}",
             "route": f"{estimate.route}: {estimate.because}",
         }

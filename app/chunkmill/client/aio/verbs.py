@@ -64,6 +64,9 @@ class AsyncVerbs(Running):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
+        allow_empty: bool = False,
+        max_refused: float | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
         ``(id, text, metadata)`` triples or dicts.
@@ -81,7 +84,19 @@ class AsyncVerbs(Running):
         if its producer died halfway. It raises :class:`InvalidInput` if the first one has ended and had other chunks,
         had another ``collection``, space or ``on_long``, or was cancelled before its end.
 
-        ``Job.new``, ``replaced``, ``unchanged`` and ``repeated`` say how the chunks met the collection.
+        ``Job.new``, ``replaced``, ``unchanged``, ``repeated`` and ``refused`` say how the chunks met the collection.
+
+        ``replace=True`` also deletes the chunks of the collection that the iterable does not have. ``replace`` may be a
+        filter on metadata, such as ``{"source": "wiki"}``; then only chunks that pass it are deleted. The iterable is
+        read to its end first, and kept like that of ``on_invalid="raise"``. If it raises an error, nothing is written
+        and nothing deleted; an iterable without a chunk raises :class:`InvalidInput` unless ``allow_empty`` is true,
+        and so does a bad chunk without a valid id. The deletions begin when the job is sealed. What any other enqueue
+        adds, replaces or finds unchanged after this call began stays. ``Job.deleted`` says how many chunks were
+        deleted. If the call fails during the deletions, the same call with its ``idempotency_key`` ends them.
+
+        ``max_refused`` belongs to ``on_invalid="skip"``: if more chunks than this number, or than this share if it is a
+        float below 1, are bad, :class:`TooManyRefused` is raised and nothing is written. The whole iterable is checked
+        first.
 
         ``dimensions`` shortens the vectors of a model that was trained for it, and normalizes them again. ``precision``
         is ``float`` or ``int8``. Each value of either makes a space of its own. If ``precision`` is None it is
@@ -111,6 +126,9 @@ class AsyncVerbs(Running):
             dimensions=dimensions,
             precision=precision,
             deadline=deadline,
+            replace=replace,
+            allow_empty=allow_empty,
+            max_refused=max_refused,
         )
 
     async def job(self, job_id: int) -> Job:
@@ -181,11 +199,13 @@ class AsyncVerbs(Running):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        replace: bool | Mapping[str, Any] = False,
     ) -> Estimate:
         """What :meth:`enqueue` with the same arguments would send, and what it would cost on each route.
 
         Nothing is written. Memory stays constant; a temporary table in Postgres holds the hash of each distinct text
-        while this runs. Tokens are counted on this machine, with the tokenizer of each route. Raises what
+        while this runs. Tokens are counted on this machine, with the tokenizer of each route. With ``replace``, which
+        needs a ``collection``, ``Estimate.deleted`` says how many chunks an enqueue would delete. Raises what
         :meth:`enqueue` raises except :class:`BudgetExceeded`, because the answer contains the budget.
         """
         return await self._long(
@@ -199,6 +219,7 @@ class AsyncVerbs(Running):
             dimensions=dimensions,
             precision=precision,
             deadline=deadline,
+            replace=replace,
         )
 
     async def usage(self, by: CostsBy | str = CostsBy.MONTH, *, since: date | None = None) -> Costs:

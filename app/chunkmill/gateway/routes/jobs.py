@@ -47,6 +47,18 @@ ENQUEUE: dict[str, Schema] = {
     "dimensions": {"type": "integer", "minimum": 1},
     "precision": {"enum": ["float", "int8"]},
     "deadline": {"type": "string", "description": "Seconds from now, or a moment with its time zone."},
+    "replace": {
+        "type": "string",
+        "description": "`true` deletes the chunks of the collection that the body does not have. A filter, which is a "
+        "JSON object, deletes only chunks that pass it. Nothing is deleted before the whole body was read.",
+    },
+    "allow_empty": {"type": "boolean", "description": "A body without a chunk may replace all."},
+    "max_refused": {
+        "type": "number",
+        "minimum": 0,
+        "description": "With `on_invalid=skip`: how many chunks may be bad, or below 1 which share of them. If there "
+        "are more, nothing is written.",
+    },
 }
 LISTED: dict[str, Schema] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 20},
@@ -91,6 +103,9 @@ async def enqueue(gateway: Gateway, request: Request, caller: Caller) -> Respons
                 dimensions=dimensions,
                 precision=precision,
                 deadline=query.deadline("deadline"),
+                replace=_replaced(query),
+                allow_empty=query.flag("allow_empty"),
+                max_refused=_most_refused(query),
             )
         except InvalidChunk as error:
             raise refused_line(lines.line_of(error.position), error.problem) from None
@@ -130,6 +145,22 @@ async def _model(
         message = "no space has these vectors yet, and only a key with the scope admin may make one."
         raise Refusal(403, "space_not_allowed", message, param=param)
     return None if name is None else model.target
+
+
+def _replaced(query: Query) -> bool | dict[str, Any]:
+    given = query.text("replace")
+    return query.object("replace") or {} if given is not None and given.startswith("{") else query.flag("replace")
+
+
+def _most_refused(query: Query) -> int | float | None:
+    given = query.text("max_refused")
+    if given is None:
+        return None
+    try:
+        number = float(given)
+    except ValueError:
+        raise wrong("max_refused", "it must be a number") from None
+    return int(number) if number.is_integer() and not given.startswith("0.") else number
 
 
 async def _kept(gateway: Gateway, key: str | None, *, skips: bool) -> str:

@@ -184,11 +184,11 @@ def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
     return conn.execute(sa.text(update), parameters).rowcount == 1
 
 
-def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> None:
-    """Note that the iterable has ended: from now on the job may complete."""
+def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> bool:
+    """Note that the iterable has ended: from now on the job may complete. False if it is no longer being enqueued."""
     update = "UPDATE jobs SET state = :running, sealed_at = now() WHERE id = :id AND state = :enqueueing"
     states = {"running": JobState.RUNNING, "enqueueing": JobState.ENQUEUEING}
-    conn.execute(sa.text(update), {"id": job_id} | states)
+    return conn.execute(sa.text(update), {"id": job_id} | states).rowcount == 1
 
 
 def retry_if_ended(conn: sa.Connection, job_id: int, *, max_attempts: int) -> bool:
@@ -330,6 +330,11 @@ def space_id(conn: sa.Connection, job_id: int) -> int:
     return int(conn.execute(sa.text("SELECT space_id FROM jobs WHERE id = :id"), {"id": job_id}).scalar_one())
 
 
+def collection_id(conn: sa.Connection, job_id: int) -> int:
+    """The id of the job's collection."""
+    return int(conn.execute(sa.text("SELECT collection_id FROM jobs WHERE id = :id"), {"id": job_id}).scalar_one())
+
+
 def dead_chunks(conn: sa.Connection, job_id: int, *, limit: int) -> Sequence[DeadChunk]:
     """The first ``limit`` chunks on the job's dead list."""
     query = "SELECT chunk_id, code, reason FROM dead_chunks WHERE job_id = :id ORDER BY id LIMIT :limit"
@@ -398,4 +403,6 @@ def _job(row: sa.Row[tuple[object, ...]], dead: Sequence[DeadChunk], merged: Mer
         replaced=None if merged is None else merged.replaced,
         unchanged=None if merged is None else merged.unchanged,
         repeated=None if merged is None else merged.repeated,
+        refused=None if merged is None else merged.refused,
+        deleted=None if merged is None else merged.deleted,
     )

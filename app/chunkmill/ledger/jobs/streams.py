@@ -6,12 +6,24 @@ On the schema of the last release there is no table for it. Then nothing is kept
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from chunkmill.domain.planning import Merged
+from chunkmill.errors import StoreUnavailable
 
 _ADD = sa.text("""
+INSERT INTO job_streams (job_id, n_new, n_replaced, n_unchanged, n_repeated, n_refused)
+VALUES (:job_id, :new, :replaced, :unchanged, :repeated, :refused)
+ON CONFLICT (job_id) DO UPDATE
+SET n_new = job_streams.n_new + excluded.n_new,
+    n_replaced = job_streams.n_replaced + excluded.n_replaced,
+    n_unchanged = job_streams.n_unchanged + excluded.n_unchanged,
+    n_repeated = job_streams.n_repeated + excluded.n_repeated,
+    n_refused = job_streams.n_refused + excluded.n_refused
+""")
+_ADD_WITHOUT_REFUSED = sa.text("""
 INSERT INTO job_streams (job_id, n_new, n_replaced, n_unchanged, n_repeated)
 VALUES (:job_id, :new, :replaced, :unchanged, :repeated)
 ON CONFLICT (job_id) DO UPDATE
@@ -25,11 +37,42 @@ INSERT INTO job_streams (job_id, digest)
 VALUES (:job_id, :digest)
 ON CONFLICT (job_id) DO UPDATE SET digest = excluded.digest
 """)
-_COUNTS = sa.text("""
-SELECT job_id, n_new, n_replaced, n_unchanged, n_repeated
-FROM job_streams
-WHERE job_id = ANY(:ids)
+_ADD_DELETED = sa.text("""
+INSERT INTO job_streams (job_id, n_deleted)
+VALUES (:job_id, :deleted)
+ON CONFLICT (job_id) DO UPDATE SET n_deleted = coalesce(job_streams.n_deleted, 0) + excluded.n_deleted
 """)
+# Migration 0028 added two of the counts, so they are read in this way.
+_COUNTS = sa.text("""
+SELECT s.job_id, s.n_new, s.n_replaced, s.n_unchanged, s.n_repeated,
+       coalesce(CAST(to_jsonb(s) ->> 'n_refused' AS bigint), 0) AS n_refused,
+       CAST(to_jsonb(s) ->> 'n_deleted' AS bigint) AS n_deleted
+FROM job_streams s
+WHERE s.job_id = ANY(:ids)
+""")
+_KEPT = sa.text("""
+SELECT to_regclass('job_streams') IS NOT NULL AS counts,
+       EXISTS (
+           SELECT FROM pg_attribute
+           WHERE attrelid = to_regclass('job_streams') AND attname = 'n_refused' AND NOT attisdropped
+       ) AS refused
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the schema can keep of a stream."""
+
+    counts: bool
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    refused: bool
+    """Also how many chunks were refused, and how many were deleted."""
+
+
+def kept(conn: sa.Connection) -> Kept:
+    """What the schema of this database can keep."""
+    row = conn.execute(_KEPT).one()
+    return Kept(row.counts, row.refused)
 
 
 def is_kept(conn: sa.Connection) -> bool:
@@ -37,8 +80,18 @@ def is_kept(conn: sa.Connection) -> bool:
     return bool(conn.execute(sa.text("SELECT to_regclass('job_streams') IS NOT NULL")).scalar_one())
 
 
-def add(conn: sa.Connection, job_id: int, merged: Merged) -> None:
-    """Count the chunks of a window."""
+def require_deletions(conn: sa.Connection) -> None:
+    """Raise :class:`StoreUnavailable` if the schema cannot keep how many chunks an enqueue deleted."""
+    if not kept(conn).refused:
+        raise StoreUnavailable(
+            "the database cannot replace what a source does not have any more yet. Run: chunkmill migrate"
+        )
+
+
+def add(conn: sa.Connection, job_id: int, merged: Merged, kept: Kept) -> None:
+    """Count the chunks of a window, as far as the schema can keep it."""
+    if not kept.counts:
+        return
     parameters = {
         "job_id": job_id,
         "new": merged.new,
@@ -46,7 +99,15 @@ def add(conn: sa.Connection, job_id: int, merged: Merged) -> None:
         "unchanged": merged.unchanged,
         "repeated": merged.repeated,
     }
-    conn.execute(_ADD, parameters)
+    if kept.refused:
+        conn.execute(_ADD, parameters | {"refused": merged.refused})
+    else:
+        conn.execute(_ADD_WITHOUT_REFUSED, parameters)
+
+
+def add_deleted(conn: sa.Connection, job_id: int, n: int) -> None:
+    """Note that all was deleted that the source does not have, and how many chunks that were."""
+    conn.execute(_ADD_DELETED, {"job_id": job_id, "deleted": n})
 
 
 def seal(conn: sa.Connection, job_id: int, digest: bytes | None) -> None:
@@ -75,4 +136,7 @@ def counts_of(conn: sa.Connection, job_ids: Sequence[int]) -> Mapping[int, Merge
     On the schema of the last release there is no table to ask.
     """
     rows = conn.execute(_COUNTS, {"ids": list(job_ids)})
-    return {row.job_id: Merged(row.n_new, row.n_replaced, row.n_unchanged, row.n_repeated) for row in rows}
+    return {
+        row.job_id: Merged(row.n_new, row.n_replaced, row.n_unchanged, row.n_repeated, row.n_refused, row.n_deleted)
+        for row in rows
+    }

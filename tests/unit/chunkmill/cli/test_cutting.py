@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from chunkmill.chunking import Chunker
 from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.jobs import enqueue
-from chunkmill.cli.jobs.sources import Fields, Reader
+from chunkmill.cli.jobs.sources import Fields, Form, Reader
 from chunkmill.cli.output import Screen
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
@@ -122,3 +122,17 @@ def test_a_job_says_how_many_texts_were_cut_and_what_to_do() -> None:
     )
     assert said[2] is not None and said[2].startswith("2,000 texts are longer")
     assert "--chunk 200" in said[2]
+
+
+def test_documents_are_read_in_the_encoding_that_is_named_and_pages_in_their_own(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_bytes("Die Kühe schlafen im Stall.".encode("cp1252"))
+    (tmp_path / "page.html").write_text('<meta charset="utf-8"><p>Die Kühe stehen auf der Wiese.</p>', "utf-8")
+    cutter = Cutter(Chunker(60, unit="characters"))
+    fields = Fields("id", "text", None)
+    reader = Reader(
+        [str(tmp_path)], fields, skip=False, stdin=io.BytesIO(), form=Form(encoding="cp1252"), cutter=cutter
+    )
+    assert sorted(chunk.text for chunk in reader if isinstance(chunk, Chunk)) == [
+        "Die Kühe schlafen im Stall.",
+        "Die Kühe stehen auf der Wiese.",
+    ]

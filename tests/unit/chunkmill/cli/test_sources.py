@@ -15,14 +15,20 @@ from typing import Any
 import pytest
 
 from chunkmill.cli.jobs import sources
-from chunkmill.cli.jobs.sources import Fields, Reader
+from chunkmill.cli.jobs.sources import Fields, Form, Reader
 from chunkmill.cli.start.corpus import some_stdlib_docstrings, stdlib_docstrings
 from chunkmill.domain.chunks import Chunk, prepare
 from chunkmill.errors import InvalidChunk, InvalidInput
 
 
-def read(*names: Path | str, skip: bool = False, fields: Fields | None = None, stdin: bytes = b"") -> list[object]:
-    return list(Reader([str(n) for n in names], fields or Fields(), skip=skip, stdin=io.BytesIO(stdin)))
+def read(
+    *names: Path | str,
+    skip: bool = False,
+    fields: Fields | None = None,
+    stdin: bytes = b"",
+    form: Form | None = None,
+) -> list[object]:
+    return list(Reader([str(n) for n in names], fields or Fields(), skip=skip, stdin=io.BytesIO(stdin), form=form))
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -71,7 +77,7 @@ def test_parquet_with_values_that_json_lacks(tmp_path: Path) -> None:
         ("double", float("nan"), None),
         ("float", float("-inf"), None),
         ("binary", "größer".encode(), "größer"),
-        ("binary", b"\xff\xd8", "column 'extra' holds bytes .* --metadata-field"),
+        ("binary", b"\xff\xd8", "the field 'extra' holds bytes .* --metadata-field"),
         ("list<timestamp[ns]>", [1_709_164_800_000_000_001], ["2024-02-29T00:00:00"]),
         ("struct", {"day": date(2024, 2, 29), "rate": float("nan")}, {"day": "2024-02-29", "rate": None}),
         ("map", [("day", date(2024, 2, 29))], {"day": "2024-02-29"}),
@@ -90,7 +96,7 @@ def test_every_kind_of_parquet_column_is_metadata_or_says_why_not(
     columns = {"id": ["a", "b"], "text": ["one", "two"], "extra": pa.array([value, None], types[kind])}
     path = tmp_path / "docs.parquet"
     pytest.importorskip("pyarrow.parquet").write_table(pa.table(columns), path)
-    if isinstance(becomes, str) and "column" in becomes:
+    if isinstance(becomes, str) and "the field" in becomes:
         with pytest.raises(InvalidInput, match=rf"row 1: {becomes}"):
             read(path)
         assert read(path, skip=True)[1] == Chunk("b", "two", {"extra": None})
@@ -221,11 +227,13 @@ def test_bad_csv_rows_are_named(tmp_path: Path) -> None:
 
 def test_a_csv_in_another_encoding_is_refused_row_by_row(tmp_path: Path) -> None:
     path = tmp_path / "latin.csv"
-    path.write_bytes("id,text\na,café\nb,plain\n".encode("latin-1"))
-    first, second = read(path)
-    with pytest.raises(InvalidChunk, match="decoded wrongly"):
-        prepare(first, 0)
-    assert second == Chunk("b", "plain", {})
+    path.write_bytes('id,text\na,"a line\nand café"\nb,plain\n'.encode("latin-1"))
+    with pytest.raises(InvalidInput, match=r"latin\.csv:2: in column 'text', the byte 0xE9 is not .*--encoding cp1252"):
+        read(path)
+    first, second = read(path, skip=True)
+    assert isinstance(first, InvalidChunk)
+    assert (Path(first.chunk_id).name, first.known_id, second) == ("latin.csv:2", None, Chunk("b", "plain", {}))
+    assert read(path, form=Form(encoding="iso8859-1"))[0] == Chunk("a", "a line\nand café", {})
 
 
 @pytest.mark.parametrize(

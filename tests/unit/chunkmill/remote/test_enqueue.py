@@ -86,6 +86,9 @@ def test_an_enqueue_sends_every_chunk_and_argument_and_returns_the_job(kind: str
             dimensions=256,
             precision="int8",
             deadline=timedelta(hours=3),
+            replace={"source": "wiki"},
+            allow_empty=True,
+            max_refused=0.25,
         )
     (asked,) = server.asked
     query = {name: values[0] for name, values in parse_qs(urlsplit(asked.path).query).items()}
@@ -100,6 +103,9 @@ def test_an_enqueue_sends_every_chunk_and_argument_and_returns_the_job(kind: str
         "on_invalid": "skip",
         "dimensions": "256",
         "precision": "int8",
+        "replace": '{"source": "wiki"}',
+        "allow_empty": "true",
+        "max_refused": "0.25",
     }
     assert asked.headers["idempotency-key"] == "mine"
     assert asked.headers["content-type"] == "application/x-ndjson"
@@ -247,7 +253,7 @@ def test_skipped_chunks_travel_to_the_dead_list_whatever_they_hold(kind: str) ->
     bad = [
         Chunk("blank", " "),
         ("surrogate", "\ud800"),
-        ("nan", "text", {"n": float("nan")}),
+        ("object", "text", {"n": object()}),
         ("bytes", b"text"),
         {"id": "dict", "text": ""},
         7,
@@ -258,7 +264,7 @@ def test_skipped_chunks_travel_to_the_dead_list_whatever_they_hold(kind: str) ->
     assert sent(server.asked[0]) == [
         {"id": "blank", "text": " ", "metadata": {}},
         {"id": "surrogate", "text": "\ud800", "metadata": {}},
-        {"id": "nan", "text": "text", "metadata": "not a JSON object"},
+        {"id": "object", "text": "text", "metadata": "not a JSON object"},
         {"id": "bytes", "text": None, "metadata": {}},
         {"id": "dict", "text": "", "metadata": {}},
         {"id": None, "text": None, "metadata": {}},
