@@ -43,6 +43,10 @@ MERGE_SPACE_LOCK = 0x63686D18
 REEMBED_LOCK = 0x63686D19
 """The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
+KEY_LOCK = 0x63686D29
+"""The first of two keys; the second is the hash of an idempotency key. A transaction that gives a job this key holds it,
+also a producer's own one, whose job is not in ``jobs`` before it is delivered."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""

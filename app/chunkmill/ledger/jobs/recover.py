@@ -10,6 +10,7 @@ from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.ledger import embed_requests
+from chunkmill.ledger.jobs import outbox
 
 _JOBS_THAT_MAY_END = with_constants(
     """
@@ -58,6 +59,26 @@ RETURNING j.id
     enqueueing=JobState.ENQUEUEING,
     failed=JobState.FAILED,
 )
+_FAIL_ABANDONED_BUT_OUTBOX = with_constants(
+    """
+UPDATE jobs j
+SET state = :failed, finished_at = now(),
+    error = format('the producer stopped after %s chunks. %s', n_chunks, CAST(:advice AS text))
+WHERE state = :enqueueing
+  AND NOT EXISTS (
+      SELECT FROM pg_locks l
+      WHERE l.locktype = 'advisory'
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND l.classid = :class
+        AND l.objid = (j.id % 2147483648))
+  AND NOT EXISTS (
+      SELECT FROM outbox_jobs o
+      WHERE o.job_id = j.id)
+RETURNING j.id
+""",
+    enqueueing=JobState.ENQUEUEING,
+    failed=JobState.FAILED,
+)
 _ADVICE = (
     "Enqueue again with the same idempotency_key to continue in this job; without one, enqueue again: what is embedded "
     "is not embedded twice."
@@ -68,8 +89,10 @@ def fail_abandoned(conn: sa.Connection) -> list[int]:
     """Fail the jobs whose producer died before its iterable ended; returns their ids. What they committed is embedded.
 
     A live producer holds the job's advisory lock on its connection (``chunkmill.ledger.jobs.jobs.hold_producer_lock``).
+    The chunks of a job in the outbox are there, so that it is delivered again.
     """
-    return list(conn.execute(_FAIL_ABANDONED, {"class": PRODUCER_LOCK, "advice": _ADVICE}).scalars())
+    query = _FAIL_ABANDONED_BUT_OUTBOX if outbox.is_kept(conn) else _FAIL_ABANDONED
+    return list(conn.execute(query, {"class": PRODUCER_LOCK, "advice": _ADVICE}).scalars())
 
 
 _DELETE_OLD_REQUESTS = sa.text("""
