@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Literal
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, Watching
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
@@ -32,7 +34,7 @@ from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
+from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
@@ -180,6 +182,10 @@ class Jobs(ClientPart):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
+        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
+        :class:`StoreUnavailable`.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
         connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
@@ -198,11 +204,27 @@ class Jobs(ClientPart):
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
         as_function("on_hindrance", on_hindrance)
+        with Watching(self._db, job_id) as watching:
+            return (
+                yield from self._until_ended(
+                    job_id, watching, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance
+                )
+            )
+
+    def _until_ended(
+        self,
+        job_id: int,
+        watching: Watching,
+        *,
+        timeout: float | None,
+        on_progress: Callable[[Job], object] | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
         hindered, hindered_at = "", time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
-            job = self.job(job_id)
+            job = yield from self._read_steps(job_id, watching, deadline, on_hindrance)
             looked = time.monotonic()
             if on_progress:
                 yield Tell(on_progress, job)
@@ -225,7 +247,42 @@ class Jobs(ClientPart):
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
-            yield Pause(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
+            yield watching.wait(pause, deadline, is_watched=on_progress is not None)
+
+    def _read_steps(
+        self,
+        job_id: int,
+        watching: Watching,
+        deadline: float | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
+        """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
+        until, said = time.monotonic() + AWAY_SECONDS, ""
+        while True:
+            watching.look()
+            try:
+                return self.job(job_id)
+            except StoreUnavailable as away:
+                now = time.monotonic()
+                is_late = now > until or (deadline is not None and now >= deadline)
+                if not watching.has_begun or is_late or isinstance(away, StoreLimit):
+                    raise
+                if str(away) != said:
+                    said = str(away)
+                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), said)
+                yield Pause(RECONNECT_SECONDS)
+
+    def end_of(self, job_id: int) -> Future[Job]:
+        """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.
+
+        Its result is the job as it ended: completed, failed or cancelled. Callbacks run one after the other, in a
+        thread of the client, so a long one should hand its work over. The future lives as long as this process: after a
+        restart, ask for it anew. It raises :class:`ClientClosed` if the client is closed before, :class:`NotFound` if
+        the job was deleted, and :class:`StoreUnavailable` after Postgres was away for a minute. ``cancel()`` of the
+        future only forgets it. With asyncio, ``asyncio.create_task(client.wait(job_id))`` does the same.
+        """
+        job = self.job(job_id)
+        return self._futures.of(job)
 
     def _hindrance(self, job: Job) -> str:
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CHUNKS = 100_000
 MOST_BYTES = 256 * 1024 * 1024
-"""How many chunks, and bytes of text and metadata, one enqueue inside a transaction may have. They are written twice, and
-the transaction is the producer's."""
+"""How many chunks, and bytes of text and metadata, one enqueue inside a transaction may have. They are written twice,
+and the transaction is the producer's."""
 PAGE_CHUNKS, PAGE_BYTES = 500, 1024 * 1024
 """When a page of the outbox is full. One page is in memory at a time."""
 LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
@@ -47,9 +47,7 @@ LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 # --- in the producer's transaction -----------------------------------------------------------------------------------
 
 
-def enqueue_within(
-    db: sa.Engine, request: EnqueueRequest, chunks: Iterable[object], transaction: Within
-) -> Job | int:
+def enqueue_within(db: sa.Engine, request: EnqueueRequest, chunks: Iterable[object], transaction: Within) -> Job | int:
     """Write a job into the outbox, in the producer's transaction.
 
     Returns the job as it will be once the transaction is committed, or the number of a job that has the idempotency key
@@ -57,7 +55,9 @@ def enqueue_within(
     """
     with db.begin() as conn:
         if not outbox.is_kept(conn):
-            raise StoreUnavailable("the database has no outbox for enqueues within transactions. Run: chunkmill migrate")
+            raise StoreUnavailable(
+                "the database has no outbox for enqueues within transactions. Run: chunkmill migrate"
+            )
         installation = home.find_home(raw(conn))
         assert installation is not None, "the outbox is in it"  # noqa: S101
         ours = conn.execute(sa.text(DATABASE)).one()
@@ -82,7 +82,8 @@ def enqueue_within(
                     return job_id  # otherwise its producer died, and this transaction completes its enqueue
             elif held:
                 _require_same(request, outbox.held(held[0]), prepared)
-                return int(held[0][0])
+                # Nobody else sees the job yet if this very transaction has written it.
+                return outbox.as_job(transaction.rows(statements.job, {"job_id": held[0][0]})[0])
             prepared = digested(prepared, digest)
         entry = Entry(
             job_id=job_id,
@@ -102,27 +103,12 @@ def enqueue_within(
         transaction.rows(statements.add_entry, parameters)
         n_chunks = 0
         for number, page in enumerate(_pages(prepared)):
-            transaction.rows(
-                statements.add_page, {"job_id": job_id, "number": number, "chunks": outbox.page_of(page)}
-            )
+            transaction.rows(statements.add_page, {"job_id": job_id, "number": number, "chunks": outbox.page_of(page)})
             n_chunks += sum(isinstance(item, PreparedChunk) for item in page)
         closed = {"job_id": job_id, "n_chunks": n_chunks, "digest": None if digest is None else digest.digest()}
         transaction.rows(statements.close_entry, closed)
         transaction.rows(statements.tell, {"channel": OUTBOX_CHANNEL, "payload": str(job_id)})
-        (now,) = transaction.rows("SELECT now()")
-    return outbox.as_job(
-        {
-            "job_id": job_id,
-            "collection": request.collection,
-            "fingerprint": request.spec.fingerprint,
-            "model": request.spec.model,
-            "route": request.route,
-            "priority": request.priority,
-            "idempotency_key": request.idempotency_key,
-            "n_chunks": n_chunks,
-            "created_at": now[0],
-        }
-    )
+        return outbox.as_job(transaction.rows(statements.job, {"job_id": job_id})[0])
 
 
 def _is_sealed(
@@ -147,9 +133,7 @@ def _is_sealed(
     return True
 
 
-def _require_same(
-    request: EnqueueRequest, held: Held, prepared: Iterable[PreparedChunk | InvalidChunk]
-) -> None:
+def _require_same(request: EnqueueRequest, held: Held, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
     require_same_request(held, request)
     if _digest_of(prepared) != held.digest:
         raise other_chunks(request.idempotency_key, held.job_id)
@@ -165,16 +149,15 @@ def _digest_of(prepared: Iterable[PreparedChunk | InvalidChunk]) -> bytes:
 def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[PreparedChunk | InvalidChunk]]:
     """Raises :class:`InvalidInput` if they are more than one transaction may have."""
     page: list[PreparedChunk | InvalidChunk] = []
-    n_items = n_bytes = page_bytes = 0
-    for item in prepared:
+    n_bytes = page_bytes = 0
+    for n_items, item in enumerate(prepared, start=1):
         size = len(item.id) + len(item.text) + len(item.metadata) if isinstance(item, PreparedChunk) else 0
-        n_items += 1
         n_bytes += size
         if n_items > MOST_CHUNKS or n_bytes > MOST_BYTES:
             raise InvalidInput(
-                f"an enqueue within a transaction takes at most {MOST_CHUNKS:,} chunks with {MOST_BYTES:,} bytes of text "
-                "and metadata, and this one has more. Nothing of it was written. Enqueue after your transaction, or in "
-                "several ones."
+                f"an enqueue within a transaction takes at most {MOST_CHUNKS:,} chunks with {MOST_BYTES:,} bytes of "
+                "text and metadata, and this one has more. Nothing of it was written. Enqueue after your transaction, "
+                "or in several ones."
             )
         page.append(item)
         page_bytes += size
@@ -189,15 +172,15 @@ def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[Pr
 
 
 def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[sa.Connection], None]) -> bool:
-    """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it.
+    """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it, or has done it.
 
-    It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends the
-    job as failed, with the reason; any other one is raised, and the job stays in the outbox.
+    It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends
+    the job as failed, with the reason; any other one is raised, and the job stays in the outbox.
     """
     with db.begin() as conn:
         entry = outbox.read(conn, job_id)
     if entry is None:
-        return True
+        return False
     request = EnqueueRequest(
         entry.collection,
         entry.spec,
@@ -337,7 +320,10 @@ class Deliverer:
                     pause = min(LONGEST_PAUSE_S, max(LEAST_PAUSE_S, 2 * pause))
                     self._pauses[job_id] = (time.monotonic() + pause, pause)
                     logger.warning(
-                        "job %s of the outbox was not delivered (%s); trying again in %g s", job_id, reason_of(error), pause
+                        "job %s of the outbox was not delivered (%s); trying again in %g s",
+                        job_id,
+                        reason_of(error),
+                        pause,
                     )
                 else:
                     self._pauses.pop(job_id, None)
@@ -351,8 +337,8 @@ class Deliverer:
             if outbox.may_deliver(conn):
                 return True
         self._say(
-            "this poller's role may read no texts, so it delivers no jobs that were enqueued within transactions. If there "
-            "are such, run one poller as a role of both groups: GRANT chunkmill_producers TO its_login;"
+            "this poller's role may read no texts, so it delivers no jobs that were enqueued within transactions. If "
+            "there are such jobs, run one poller with a login of both groups: GRANT chunkmill_producers TO its_login;"
         )
         return False
 
@@ -361,5 +347,3 @@ class Deliverer:
         if what != self._said:
             logger.warning("poller: %s", what)
         self._said = what
-
-

@@ -26,8 +26,8 @@ SELECT CAST(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) AS text),
 
 
 class Within(ABC):
-    """A transaction that somebody else has begun and will end. What is written into it is written in a savepoint, so that
-    an error leaves the transaction as it was."""
+    """A transaction that somebody else has begun and will end. What is written into it is written in a savepoint, so
+    that an error leaves the transaction as it was."""
 
     @abstractmethod
     def rows(self, statement: str, parameters: dict[str, object] | None = None) -> Sequence[Sequence[Any]]:
@@ -47,8 +47,8 @@ class Within(ABC):
             raise _refused(error) from error
         except sa.exc.SQLAlchemyError as error:
             raise InvalidInput(
-                f"within is a transaction that cannot be used ({type(error).__name__}): it has failed or has ended. Roll "
-                "it back, and enqueue in a new one."
+                f"within is a transaction that cannot be used ({type(error).__name__}): it has failed or has ended. "
+                "Roll it back, and enqueue in a new one."
             ) from error
 
 
@@ -95,7 +95,9 @@ def within(given: object) -> Within:
             ) from error
     if isinstance(given, sa.Connection):
         if given.dialect.name != "postgresql":
-            raise InvalidInput(f"within is a connection to {given.dialect.name}, and Chunkmill's tables are in Postgres.")
+            raise InvalidInput(
+                f"within is a connection to {given.dialect.name}, and Chunkmill's tables are in Postgres."
+            )
         if given.closed:
             raise InvalidInput("within is a connection that is closed.")
         if given.get_execution_options().get("isolation_level") == "AUTOCOMMIT" or _commits_each(given):
@@ -114,8 +116,8 @@ def within(given: object) -> Within:
     if type(given).__name__ in ("AsyncSession", "AsyncConnection"):
         advice = " With an asynchronous one: await session.run_sync(lambda s: client.enqueue(..., within=s))."
     raise InvalidInput(
-        f"within is of type {type(given).__name__}; it must be a Session or a Connection of SQLAlchemy, or a Connection "
-        f"of psycopg, with a transaction of yours.{advice}"
+        f"within is of type {type(given).__name__}; it must be a Session or a Connection of SQLAlchemy, or a "
+        f"Connection of psycopg, with a transaction of yours.{advice}"
     )
 
 
@@ -136,6 +138,8 @@ def _refused(error: sa.exc.DBAPIError | psycopg.Error) -> StoreUnavailable:
     said = f"Postgres refused to enqueue within your transaction ({code or type(error).__name__}): {refusal(error)}."
     if code == "42501":
         said += " The role of your connection needs the rights of a producer: GRANT chunkmill_producers TO your_role;"
+    elif code == "25P02":
+        said = "within is a transaction that has failed. Roll it back, and enqueue in a new one."
     elif code in ("40001", "40P01"):
         said += " Roll your transaction back and run all of it again."
     return StoreUnavailable(said)

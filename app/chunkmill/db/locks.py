@@ -44,8 +44,8 @@ REEMBED_LOCK = 0x63686D19
 """The first of two keys; the second is the collection. One connection at a time takes the steps of its re-embedding."""
 
 KEY_LOCK = 0x63686D29
-"""The first of two keys; the second is the hash of an idempotency key. A transaction that gives a job this key holds it,
-also a producer's own one, whose job is not in ``jobs`` before it is delivered."""
+"""The first of two keys; the second is the hash of an idempotency key. A transaction that gives a job this key holds
+it, also a producer's own one, whose job is not in ``jobs`` before it is delivered."""
 
 
 def lock(conn: sa.Connection, key: int) -> None:

@@ -464,8 +464,8 @@ class JobStreamRow(Base):
 
 
 class OutboxJobRow(Base):
-    """A job that was enqueued inside its producer's own transaction and is not delivered yet. It is deleted when the job
-    is sealed (``chunkmill.client.outbox``).
+    """A job that was enqueued inside its producer's own transaction and is not delivered yet. It is deleted when the
+    job is sealed (``chunkmill.client.outbox``).
     """
 
     __tablename__ = "outbox_jobs"

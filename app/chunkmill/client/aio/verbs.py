@@ -64,6 +64,7 @@ class AsyncVerbs(Running):
         dimensions: int | None = None,
         precision: Precision | str | None = None,
         deadline: datetime | timedelta | float | None = None,
+        within: object = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
         ``(id, text, metadata)`` triples or dicts.
@@ -94,6 +95,13 @@ class AsyncVerbs(Running):
         from now. Work that has not begun when the deadline comes near may move to a more expensive route.
         :meth:`explain` says what was chosen, and why.
 
+        ``within`` is a transaction of your own: a ``Session`` or a ``Connection`` of SQLAlchemy, or a ``Connection`` of
+        psycopg, to the same database. The job exists if and only if you commit; until then nobody sees it, and the
+        call takes no lock that others wait for. It takes at most 100,000 chunks with 256 MiB, of which it keeps a page
+        in memory. The returned job has its number already. A poller enqueues its chunks after your commit, with the
+        counts of ``Job.new`` and the like. If the collection has come to another space by then, the job fails and says
+        so. An error leaves your transaction as it was.
+
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
         :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is not an error: the poller rings when
         Redis is back.
@@ -111,6 +119,7 @@ class AsyncVerbs(Running):
             dimensions=dimensions,
             precision=precision,
             deadline=deadline,
+            within=within,
         )
 
     async def job(self, job_id: int) -> Job:

@@ -53,8 +53,8 @@ def open_job(
     """Create a job in state ``enqueueing``; returns None if another transaction has used the key meanwhile.
 
     ``choice`` is the lane of a new job; ``route`` is what the caller asked for. Look for a job of the key with
-    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it. A job of the outbox has
-    its number ``job_id`` already. If it was opened meanwhile, this returns None too.
+    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it. A job of the outbox
+    has its number ``job_id`` already. If it was opened meanwhile, this returns None too.
     """
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     routing = [entry(choice, at)] if choice else []
@@ -301,6 +301,18 @@ def get(conn: sa.Connection, job_id: int) -> Job:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
     merged = streams.counts_of(conn, [job_id]).get(job_id) if rows[0].has_streams else None
     return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS), merged)
+
+
+def not_open(conn: sa.Connection, job_ids: Sequence[int]) -> list[int]:
+    """Which of these jobs have ended, or are not in the table."""
+    query = """
+        SELECT w.id
+        FROM unnest(CAST(:ids AS bigint[])) AS w(id)
+        LEFT JOIN jobs j ON j.id = w.id
+        WHERE j.id IS NULL OR j.state NOT IN (:enqueueing, :running)
+    """
+    parameters = {"ids": list(job_ids), "enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
+    return list(conn.execute(sa.text(query), parameters).scalars())
 
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:

@@ -7,7 +7,7 @@ connection of ours runs does not. On the schema of the last release there is no 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -93,6 +93,12 @@ class Statements:
             SET n_chunks = CAST(:n_chunks AS bigint), digest = CAST(:digest AS bytea)
             WHERE job_id = CAST(:job_id AS bigint)
         """
+        self.job = f"""
+            SELECT job_id, collection, fingerprint, request -> 'spec' ->> 'model', request ->> 'route',
+                   request ->> 'priority', idempotency_key, n_chunks, created_at
+            FROM {quoted}.outbox_jobs
+            WHERE job_id = CAST(:job_id AS bigint)
+        """
         self.tell = """
             SELECT pg_catalog.pg_notify(CAST(:channel AS text), CAST(:payload AS text))
         """
@@ -137,9 +143,7 @@ def page_of(items: Sequence[PreparedChunk | InvalidChunk]) -> str:
 def items_of(page: Sequence[Sequence[Any]]) -> list[object]:
     """The items of ``enqueue`` in a page: triples, and an :class:`InvalidChunk` for a chunk that was refused."""
     return [
-        tuple(row)
-        if len(row) == 3
-        else InvalidChunk(row[0], chunk_id=row[1], position=row[2], reason=row[3])
+        tuple(row) if len(row) == 3 else InvalidChunk(row[0], chunk_id=row[1], position=row[2], reason=row[3])
         for row in page
     ]
 
@@ -246,31 +250,32 @@ def digest_of(conn: sa.Connection, job_id: int) -> bytes | None:
 
 
 _JOB = sa.text("""
-SELECT job_id, collection, fingerprint, idempotency_key, n_chunks, created_at, request ->> 'route' AS route,
-       request ->> 'priority' AS priority, request -> 'spec' ->> 'model' AS model
+SELECT job_id, collection, fingerprint, request -> 'spec' ->> 'model', request ->> 'route', request ->> 'priority',
+       idempotency_key, n_chunks, created_at
 FROM outbox_jobs
-WHERE job_id = :id
+WHERE job_id = :job_id
 """)
 
 
 def job(conn: sa.Connection, job_id: int) -> Job | None:
     """The job of a committed entry as it is now: its chunks are still to be enqueued."""
-    row = conn.execute(_JOB, {"id": job_id}).one_or_none()
-    return None if row is None else as_job(row._mapping)
+    row = conn.execute(_JOB, {"job_id": job_id}).one_or_none()
+    return None if row is None else as_job(row)
 
 
-def as_job(row: Mapping[str, Any]) -> Job:
-    """The job that is still to be delivered."""
+def as_job(row: Sequence[Any]) -> Job:
+    """The job that is still to be delivered, from the columns of ``Statements.job``."""
+    job_id, collection, fingerprint, model, route, priority, idempotency_key, n_chunks, created_at = row
     return Job(
-        id=row["job_id"],
+        id=job_id,
         state=JobState.ENQUEUEING,
-        collection=row["collection"],
-        space=row["fingerprint"],
-        model=row["model"],
-        route=Route(row["route"]),
-        priority=Priority(row["priority"]),
-        idempotency_key=row["idempotency_key"],
-        chunks=row["n_chunks"],
+        collection=collection,
+        space=fingerprint,
+        model=model,
+        route=Route(route),
+        priority=Priority(priority),
+        idempotency_key=idempotency_key,
+        chunks=n_chunks,
         contents=0,
         cached=0,
         embedded=0,
@@ -279,7 +284,7 @@ def as_job(row: Mapping[str, Any]) -> Job:
         truncated=0,
         tokens=0,
         engine_seconds=0.0,
-        created_at=row["created_at"],
+        created_at=created_at,
         finished_at=None,
         error=None,
     )
