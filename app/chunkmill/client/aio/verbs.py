@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from os import PathLike
@@ -144,6 +145,10 @@ class AsyncVerbs(Running):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
+        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
+        :class:`StoreUnavailable`.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
         connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
@@ -152,6 +157,17 @@ class AsyncVerbs(Running):
         return await self._wait(
             self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
         )
+
+    async def end_of(self, job_id: int) -> Future[Job]:
+        """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.
+
+        Its result is the job as it ended: completed, failed or cancelled. Callbacks run one after the other, in a
+        thread of the client, so a long one should hand its work over. The future lives as long as this process: after a
+        restart, ask for it anew. It raises :class:`ClientClosed` if the client is closed before, :class:`NotFound` if
+        the job was deleted, and :class:`StoreUnavailable` after Postgres was away for a minute. ``cancel()`` of the
+        future only forgets it. With asyncio, ``asyncio.create_task(client.wait(job_id))`` does the same.
+        """
+        return await self._short(self._client.end_of, job_id)
 
     async def cancel(self, job_id: int) -> Job:
         """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.
