@@ -253,3 +253,14 @@ def test_a_future_ends_with_its_client_its_job_or_its_owner(
     client.close()
     with pytest.raises(ClientClosed):
         left.result(0)
+
+
+def test_an_end_between_two_connections_is_seen_by_the_second(
+    jobs: tuple[Job, Job], client: Client, hears: Ends
+) -> None:
+    """Who looked before the connection listened is told to look once more."""
+    watch = ends.Watch(hears, [jobs[0].id])
+    hears.add(client._db, watch)
+    until(lambda: hears.are_heard)
+    assert watch.signal.is_given
+    hears.remove(watch)

@@ -74,7 +74,7 @@ class _OfPsycopg(Within):
             return cursor.fetchall() if cursor.description else ()
 
     @contextlib.contextmanager
-    def savepoint(self) -> Iterator[object]:
+    def savepoint(self) -> Iterator[None]:
         # Out of a transaction, `transaction()` would begin one and commit it.
         if self._connection.info.transaction_status is TransactionStatus.IDLE:
             self._connection.execute("SELECT 1", prepare=False)
@@ -153,4 +153,4 @@ def _text(statement: str) -> sa.TextClause:
 @lru_cache(maxsize=64)
 def _compiled(statement: str) -> str:
     """The statement with the placeholders of psycopg."""
-    return str(sa.text(statement).compile(dialect=PGDialect_psycopg()))
+    return str(sa.text(statement).compile(dialect=PGDialect_psycopg()))  # type: ignore[no-untyped-call]

@@ -93,7 +93,7 @@ class Servers:
         address = self._url.set(drivername="postgresql").difference_update_query(["schema"])
         address = address.set(database="postgres")
         with psycopg.connect(address.render_as_string(hide_password=False), autocommit=True) as connection:
-            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))  # type: ignore[arg-type]
+            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
 
 def _register(url: str) -> None:
