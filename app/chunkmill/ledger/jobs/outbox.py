@@ -179,6 +179,17 @@ def waiting(conn: sa.Connection, *, after: int = 0, limit: int = 100) -> list[in
     return list(conn.execute(sa.text(query), {"after": after, "limit": limit}).scalars())
 
 
+def being_delivered(conn: sa.Connection) -> list[int]:
+    """The jobs in the outbox that were opened and have not all of their chunks yet."""
+    query = """
+        SELECT o.job_id
+        FROM outbox_jobs o
+        JOIN jobs j ON j.id = o.job_id
+        WHERE j.state = :enqueueing
+    """
+    return list(conn.execute(sa.text(query), {"enqueueing": JobState.ENQUEUEING}).scalars())
+
+
 def read(conn: sa.Connection, job_id: int) -> Entry | None:
     """An entry; None if it was delivered. Raises :class:`NewerSpace` if only a newer release can read its space."""
     query = """

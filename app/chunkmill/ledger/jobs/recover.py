@@ -54,26 +54,7 @@ WHERE state = :enqueueing
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
         AND l.classid = :class
         AND l.objid = (j.id % 2147483648))
-RETURNING j.id
-""",
-    enqueueing=JobState.ENQUEUEING,
-    failed=JobState.FAILED,
-)
-_FAIL_ABANDONED_BUT_OUTBOX = with_constants(
-    """
-UPDATE jobs j
-SET state = :failed, finished_at = now(),
-    error = format('the producer stopped after %s chunks. %s', n_chunks, CAST(:advice AS text))
-WHERE state = :enqueueing
-  AND NOT EXISTS (
-      SELECT FROM pg_locks l
-      WHERE l.locktype = 'advisory'
-        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND l.classid = :class
-        AND l.objid = (j.id % 2147483648))
-  AND NOT EXISTS (
-      SELECT FROM outbox_jobs o
-      WHERE o.job_id = j.id)
+  AND j.id <> ALL(CAST(:but AS bigint[]))
 RETURNING j.id
 """,
     enqueueing=JobState.ENQUEUEING,
@@ -91,8 +72,9 @@ def fail_abandoned(conn: sa.Connection) -> list[int]:
     A live producer holds the job's advisory lock on its connection (``chunkmill.ledger.jobs.jobs.hold_producer_lock``).
     The chunks of a job in the outbox are there, so that it is delivered again.
     """
-    query = _FAIL_ABANDONED_BUT_OUTBOX if outbox.is_kept(conn) else _FAIL_ABANDONED
-    return list(conn.execute(query, {"class": PRODUCER_LOCK, "advice": _ADVICE}).scalars())
+    but = outbox.being_delivered(conn) if outbox.is_kept(conn) else []
+    parameters = {"class": PRODUCER_LOCK, "advice": _ADVICE, "but": but}
+    return list(conn.execute(_FAIL_ABANDONED, parameters).scalars())
 
 
 _DELETE_OLD_REQUESTS = sa.text("""
