@@ -13,8 +13,17 @@ from sqlalchemy import orm
 
 from chunkmill.client import Client, outbox
 from chunkmill.client.outbox import Deliverer
+from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
-from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, NotFound, SpaceMismatch, StoreUnavailable
+from chunkmill.errors import (
+    ChunkmillError,
+    InvalidChunk,
+    InvalidInput,
+    NotFound,
+    SpaceMismatch,
+    StoreUnavailable,
+    WaitTimeout,
+)
 from chunkmill.ledger.jobs import recover
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
@@ -345,6 +354,28 @@ def test_a_job_in_the_outbox_can_be_cancelled(own: sa.Engine, client: Client, de
     assert deliverer.round() == 2
     assert (client.job(job.id).state, client.job(job.id).chunks) == (JobState.CANCELLED, 0)
     assert client.job(kept.id).state is JobState.RUNNING
+
+
+def test_who_waits_is_told_that_nobody_delivers_the_job(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        fresh = client.enqueue(CHUNKS, collection="docs", within=conn)
+        conn.commit()
+    with db.begin() as conn:
+        late = "UPDATE outbox_jobs SET created_at = created_at - interval '1 min' WHERE job_id = :id"
+        conn.execute(sa.text(late), {"id": job.id})
+
+    def said(job: Job) -> str:
+        with pytest.raises(WaitTimeout) as caught:
+            client.wait(job.id, timeout=0)
+        return str(caught.value)
+
+    assert "is not delivered yet" in said(job)
+    assert "delivered" not in said(fresh)
+    deliverer.round()
+    assert "delivered" not in said(job)
 
 
 def test_a_commit_is_heard_of_at_once(own: sa.Engine, client: Client, db: sa.Engine, settings: Settings) -> None:

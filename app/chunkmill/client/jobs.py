@@ -36,7 +36,7 @@ from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
-from chunkmill.ledger.jobs import cancel, jobs, routing
+from chunkmill.ledger.jobs import cancel, jobs, outbox, routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import attempts
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
@@ -289,7 +289,13 @@ class Jobs(ClientPart):
         with self._transaction() as conn:
             failing = attempts.first_failing(conn, job.id)
             connected = connections(conn)
+            is_in_outbox = job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id)
         said = []
+        if is_in_outbox:
+            said.append(
+                "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of "
+                "a producer does: its log says why it does not"
+            )
         if failing is not None:
             tries = f"attempt {failing.attempt} of {failing.max_attempts}"
             said.append(f"ChunkBatch {failing.id} is {failing.state} after {tries}: {failing.error}")

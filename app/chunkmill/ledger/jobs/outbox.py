@@ -26,6 +26,9 @@ from chunkmill.spaces import registry
 OUTBOX_CHANNEL = "chunkmill_outbox"
 """Postgres notifies it with the number of a job once the producer's transaction is committed."""
 
+LATE_SECONDS = 10.0
+"""After how long in the outbox nobody seems to deliver a job."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -217,6 +220,16 @@ def read(conn: sa.Connection, job_id: int) -> Entry | None:
         may_cost=request["may_cost"],
         traceparent=request["traceparent"],
     )
+
+
+def is_late(conn: sa.Connection, job_id: int) -> bool:
+    """Whether a job has been in the outbox for longer than any poller that delivers would leave it there."""
+    query = """
+        SELECT EXISTS (
+            SELECT FROM outbox_jobs
+            WHERE job_id = :id AND created_at < clock_timestamp() - make_interval(secs => :late))
+    """
+    return bool(conn.execute(sa.text(query), {"id": job_id, "late": LATE_SECONDS}).scalar_one())
 
 
 def page(conn: sa.Connection, job_id: int, number: int) -> list[object] | None:
