@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -253,6 +254,28 @@ def test_a_future_ends_with_its_client_its_job_or_its_owner(
     client.close()
     with pytest.raises(ClientClosed):
         left.result(0)
+
+
+def test_a_forked_process_waits_and_has_futures_of_its_own(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, hears: Ends
+) -> None:
+    """Of what its parent waits for, it knows nothing."""
+    parents = client.end_of(jobs[0].id)
+    until(lambda: rests(hears))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            own = client.end_of(jobs[1].id)
+            until(lambda: rests(ends_of(client._db)))
+            hands.db.dispose(close=False)
+            hands.embed(hands.claim(hands.of_job(jobs[1].id)[0]), {})
+            code = 0 if own.result(PATIENCE).state is JobState.COMPLETED else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    hands.work()
+    assert parents.result(PATIENCE).state is JobState.COMPLETED
 
 
 def test_an_end_between_two_connections_is_seen_by_the_second(

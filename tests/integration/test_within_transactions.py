@@ -27,6 +27,7 @@ from chunkmill.errors import (
 from chunkmill.ledger.jobs import recover
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
+from tests.support import reembeddings
 from tests.support.waiting import until
 
 CHUNKS = [("a", "text a"), ("b", "text b", {"n": 1})]
@@ -376,6 +377,25 @@ def test_who_waits_is_told_that_nobody_delivers_the_job(
     assert "delivered" not in said(fresh)
     deliverer.round()
     assert "delivered" not in said(job)
+
+
+def test_what_is_delivered_reaches_both_spaces_of_a_collection_that_moves(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, hands: Hands
+) -> None:
+    """Also if the re-embedding began after the call."""
+    client.enqueue([("o", "text o")], collection="other")
+    client.enqueue([("z", "text z")], collection="docs")
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        space = reembeddings.second_space(db, "docs")
+        reembeddings.begin(db, "docs", space)
+        conn.commit()
+    deliverer.round()
+    beside = hands.rows("SELECT n_chunks, state FROM jobs WHERE space_id = :space", space=space.id)
+    assert beside == [(2, "running")]
+    hands.work()
+    assert hands.rows(f"SELECT count(*) FROM {space.table_name}") == [(2,)]
+    assert client.job(job.id).state is JobState.COMPLETED
 
 
 def test_a_commit_is_heard_of_at_once(own: sa.Engine, client: Client, db: sa.Engine, settings: Settings) -> None:

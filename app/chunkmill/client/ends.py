@@ -140,10 +140,10 @@ class Ends:
             self._quiet_since = time.monotonic()
 
     def leave(self, db: sa.Engine) -> None:
-        """A client was closed. The connection goes with the last of them, unless calls still wait."""
+        """A client was closed. The connection goes with the last of them."""
         with self._mutex:
             self._databases.discard(db)
-            thread = None if self._databases or self._watches else self._thread
+            thread = None if self._databases else self._thread
         if thread is not None:
             self._wake()
             thread.join(RECONNECT_SECONDS)  # it may be connecting to a server that does not answer
@@ -260,9 +260,8 @@ def _begin_in_child() -> None:
     global _mutex
     _mutex = threading.Lock()
     _ends.clear()
-
-
-os.register_at_fork(after_in_child=_begin_in_child)
+    for futures in list(_all_futures):
+        futures._begin()
 
 
 class Futures:
@@ -270,6 +269,11 @@ class Futures:
 
     def __init__(self, db: sa.Engine) -> None:
         self._db = db
+        self._begin()
+        _all_futures.add(self)
+
+    def _begin(self) -> None:
+        """Begin with no future and no thread: at first, and in a child process, whose parent fulfils its own."""
         self._mutex = threading.Lock()
         self._futures: dict[int, list[Future[Job]]] = {}
         self._watch: Watch | None = None
@@ -361,3 +365,7 @@ def _fulfil(future: Future[Job], job: Job) -> None:
 def _fail(future: Future[Job], error: BaseException) -> None:
     with contextlib.suppress(InvalidStateError):
         future.set_exception(error)
+
+
+_all_futures: weakref.WeakSet[Futures] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_begin_in_child)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ class Within(ABC):
     that an error leaves the transaction as it was."""
 
     @abstractmethod
-    def rows(self, statement: str, parameters: dict[str, object] | None = None) -> Sequence[Sequence[Any]]:
+    def rows(self, statement: str, parameters: Mapping[str, object] | None = None) -> Sequence[Sequence[Any]]:
         """Run a statement with named parameters (``:name``). Its rows, if it returns any."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class _OfSQLAlchemy(Within):
     def __init__(self, conn: sa.Connection) -> None:
         self._conn = conn
 
-    def rows(self, statement: str, parameters: dict[str, object] | None = None) -> Sequence[Sequence[Any]]:
+    def rows(self, statement: str, parameters: Mapping[str, object] | None = None) -> Sequence[Sequence[Any]]:
         result = self._conn.execute(_text(statement), parameters or {})
         return result.all() if result.returns_rows else ()
 
@@ -68,7 +68,7 @@ class _OfPsycopg(Within):
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
-    def rows(self, statement: str, parameters: dict[str, object] | None = None) -> Sequence[Sequence[Any]]:
+    def rows(self, statement: str, parameters: Mapping[str, object] | None = None) -> Sequence[Sequence[Any]]:
         with self._connection.cursor(row_factory=tuple_row) as cursor:
             cursor.execute(_compiled(statement).encode(), parameters or {})
             return cursor.fetchall() if cursor.description else ()
