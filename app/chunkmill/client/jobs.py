@@ -318,7 +318,7 @@ class Jobs(ClientPart):
         with store_errors(self._db):
             with self._db.begin() as conn:
                 jobs.get(conn, job_id)
-            open_if_undelivered(self._db, job_id)
+                open_if_undelivered(conn, job_id)
             transact(self._db, lambda conn: cancel.cancel_if_open(conn, job_id), what="cancel", tries=CANCEL_TRIES)
             while transact(self._db, lambda conn: cancel.cancel_some(conn, job_id), what="cancel", tries=CANCEL_TRIES):
                 pass

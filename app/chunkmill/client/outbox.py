@@ -213,12 +213,11 @@ def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[s
     return is_over
 
 
-def open_if_undelivered(db: sa.Engine, job_id: int) -> None:
+def open_if_undelivered(conn: sa.Connection, job_id: int) -> None:
     """Open a job that is still in the outbox, with none of its chunks, so that it can be cancelled."""
-    with db.begin() as conn:
-        entry = outbox.read(conn, job_id) if outbox.is_kept(conn) and jobs.of_id(conn, job_id) is None else None
-        if entry is not None:
-            _open(conn, entry)
+    entry = outbox.read(conn, job_id) if outbox.is_kept(conn) and jobs.of_id(conn, job_id) is None else None
+    if entry is not None:
+        _open(conn, entry)
 
 
 def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
