@@ -183,6 +183,9 @@ BEGIN
             ('^served_(batches|batch_lines)$', 'DELETE', 'chunkmill_pollers'),
             ('^served_file_pieces$', 'SELECT, INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers, chunkmill_readers'),
             ('^served_batch_lines$', 'SELECT', 'chunkmill_workers, chunkmill_pollers'),
+            -- A producer enqueues inside its own transaction. What it wrote there is delivered by a producer's role too.
+            ('^outbox_pages$', 'SELECT, INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers, chunkmill_readers'),
+            ('^outbox_jobs$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers, chunkmill_pollers'),
             -- Keys of the gateway are for those who make them and for gateways, which get their rights below.
             ('^api_key(s|_usage|_spends|_spend_jobs|_spend_months)$', 'SELECT, INSERT, UPDATE, DELETE', everybody)
         ) AS r (tables, rights, roles)

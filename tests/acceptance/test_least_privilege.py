@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
+from chunkmill.client.outbox import Deliverer
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.keys import KeyLimits, Scope
 from chunkmill.domain.spaces import Pooling, SpaceSpec
@@ -415,6 +416,10 @@ MAY = {
     "SELECT refresh_collection_views(1)": "producer worker poller",
     "SELECT hide_collection_views(1)": "",
     "SELECT chunk_id FROM chunkmill_collections.docs": "reader",
+    "SELECT chunks FROM outbox_pages": "producer",
+    "INSERT INTO outbox_pages (job_id, number, chunks) SELECT 1, 1, '[]' WHERE false": "producer",
+    "SELECT collection FROM outbox_jobs": "producer worker poller reader",
+    "DELETE FROM outbox_jobs": "producer",
     **SERVED,
 }
 """Which purposes may run a statement."""
@@ -484,6 +489,32 @@ MAY_WHILE_FILLING = {
     "UPDATE reembeddings SET problem = problem": "producer poller",
 }
 """Which purposes may run a statement about the spaces of collections."""
+
+
+def test_a_producer_enqueues_within_its_transaction_and_a_poller_of_both_groups_delivers(
+    settings: Settings, roles: dict[str, str], stack: StackStatus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A poller's own rights are not enough, which it says."""
+    urls = {role: sa.make_url(roles[role]).set(drivername="postgresql") for role in ("producer", "worker")}
+    dbs = {role: create_db(roles[role], role=role) for role in ("producer", "poller")}
+    with Client(dbs["producer"], Broker.connect(settings), settings) as client:
+        with psycopg.connect(urls["worker"].render_as_string(False)) as own:
+            with pytest.raises(StoreUnavailable, match="GRANT chunkmill_producers"):
+                client.enqueue([("a", "text a")], collection="docs", within=own)
+            own.execute("SELECT 1")  # the transaction goes on
+        with psycopg.connect(urls["producer"].render_as_string(False)) as own:
+            job = client.enqueue([("a", "text a")], collection="docs", within=own)
+        deliverer = Deliverer(dbs["poller"], settings, client._ring)
+        assert not deliverer._can_deliver()
+        assert "GRANT chunkmill_producers" in caplog.text
+        admin(stack, "GRANT chunkmill_producers TO machine_poller")
+        try:
+            assert deliverer._can_deliver()
+            assert deliverer.round() == 1
+        finally:
+            admin(stack, "REVOKE chunkmill_producers FROM machine_poller")
+        assert client.job(job.id).new == 1
+    dbs["poller"].dispose()
 
 
 def test_a_poller_fills_a_space_from_texts_that_it_may_not_read(settings: Settings, roles: dict[str, str]) -> None:

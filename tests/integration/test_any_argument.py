@@ -38,7 +38,7 @@ ODD: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 ODD["a generator"] = lambda: (chunk_id for chunk_id in ("a", "b"))
 
-JOB_METHODS = ("job", "dead_chunks", "wait", "cancel", "retry", "attempts", "failing", "explain")
+JOB_METHODS = ("job", "dead_chunks", "wait", "end_of", "cancel", "retry", "attempts", "failing", "explain")
 KNOWN: dict[str, dict[str, Any]] = {
     "enqueue": {"chunks": [("n", "a new text")], "collection": "docs"},
     "estimate": {"chunks": [("n", "a new text")]},
@@ -66,7 +66,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "drop_dead": {"job_id": 301},
     **{
         name: {"job_id": 301}
-        for name in ("job", "dead_chunks", "wait", "cancel", "retry", "attempts", "failing", "explain")
+        for name in ("job", "dead_chunks", "wait", "end_of", "cancel", "retry", "attempts", "failing", "explain")
     },
     **{
         name: {"collection": "docs"}

@@ -18,11 +18,13 @@ import sqlalchemy as sa
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.client import chunks as reading
+from chunkmill.client import ends
 from chunkmill.db.connect import create_db
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor.servers import shares_sessions
 from chunkmill.settings import Settings
 from chunkmill.store import chunks as store
+from tests.integration.hands import Hands
 from tests.integration.test_chunks import fill
 from tests.support.askers import answering
 from tests.support.waiting import Call, until
@@ -101,6 +103,30 @@ def test_chunks_and_vectors_are_read_through_a_pooler_in_any_mode(
                 others += part
         assert ids == others == [chunk.id for chunk in client.chunks("docs")]
         assert behind.count("docs", filter={"half": 1}) == 30
+
+
+def test_a_wait_ends_through_a_pooler_in_any_mode(
+    pooled: tuple[str, Settings], client: Client, db: sa.Engine, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In transaction mode no notification arrives, which is noticed, and the call looks by itself."""
+    mode, through = pooled
+    monkeypatch.setattr(ends, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(ends, "FIRST_REST_S", 10_000.0)
+    with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        conn.execute(sa.text(f"ALTER DATABASE {db.url.database} SET search_path = chunkmill, public"))
+    job = client.enqueue([("a", "text a")], collection="docs")
+    pool = create_db(through.require_database_url(), role="client")
+    sa.event.listen(pool, "connect", lambda connection, _: setattr(connection, "prepare_threshold", None))
+    with Client(pool, Broker.connect(through), through) as behind:
+        waiting = Call(lambda: behind.wait(job.id))
+        hears = ends.ends_of(pool)
+        if mode == "session":
+            until(lambda: any(watch._rest == ends.LONGEST_REST_S for watch in hears._watches))
+        else:
+            until(lambda: hears._said is not None)
+        assert hears.are_heard is (mode == "session")
+        hands.work()
+        assert waiting.result().embedded == 1
 
 
 def test_answers_arrive_through_a_pooler_in_any_mode(

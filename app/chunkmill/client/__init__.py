@@ -13,6 +13,7 @@ from chunkmill.client.collections import Collections
 from chunkmill.client.comparing import Comparing
 from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
+from chunkmill.client.ends import ends_of
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
@@ -35,8 +36,9 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
     estimate keep theirs while they read their chunks, and all other calls for their transactions. A call that gets none
     within 30 s raises :class:`StoreUnavailable`. One further connection, which all clients of the process to the same
     database share, listens for the answers of workers: from the first call that waits for one until none has waited
-    for 30 s, or all these clients are closed. An iterable or a function that is given to a call runs in the thread
-    of that call. Close the client when no call runs any more. :class:`AsyncClient` is for asyncio.
+    for 30 s, or all these clients are closed. Another one hears in the same way when jobs end. An iterable or a
+    function that is given to a call runs in the thread of that call. Close the client when no call runs any more.
+    :class:`AsyncClient` is for asyncio.
 
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
     connections of its own. Do not fork while a call is under way in the same thread.
@@ -82,6 +84,8 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
         """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
         counting_of(self._db).leave(self._db)
         listener_of(self._db).leave(self._db)
+        self._futures.close()
+        ends_of(self._db).leave(self._db)
         sockets.leave(self._db)
         self._db.dispose()
         self._broker.close()

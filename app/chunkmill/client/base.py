@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from chunkmill.broker import PUBLISH_ERRORS, Broker
 from chunkmill.client.asking.cache import VectorCache
 from chunkmill.client.door import UNUSABLE, at_the_door, translated
+from chunkmill.client.ends import Futures
 from chunkmill.client.finish import end_or_leave
 from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
@@ -46,6 +47,7 @@ class ClientPart:
         self._broker = broker
         self._settings = settings
         self._quiet_until = 0.0
+        self._futures = Futures(db)
         self._query_cache = VectorCache(
             settings.query_cache_mb * 1024 * 1024,
             settings.query_cache_seconds,

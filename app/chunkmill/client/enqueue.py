@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -24,11 +25,11 @@ from chunkmill.domain.filters import Filter
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong, SpaceSpec
-from chunkmill.domain.states import Priority, Route
+from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidChunk, InvalidInput, TooManyRefused
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.dead import dead_chunks
-from chunkmill.ledger.jobs import jobs, streams, traces
+from chunkmill.ledger.jobs import jobs, outbox, streams, traces
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.settings import Settings
@@ -75,6 +76,10 @@ class EnqueueRequest:
     """A source without a chunk may delete all that passes ``replaces``."""
     max_refused: int | float | None = None
     """How many of the source's chunks may be refused: a number, or a share below 1."""
+    job_id: int | None = None
+    """The number of the job, if it comes from the outbox."""
+    traceparent: str | None = None
+    """The trace of whoever wrote it there."""
 
 
 def enqueue(
@@ -165,21 +170,29 @@ def _require_same_stream(
     """Raise :class:`InvalidInput` if the job of the key was enqueued with other chunks."""
     with conn.begin():
         kept = streams.digest_of(conn, job.id)
+        if kept is None and outbox.is_kept(conn):
+            kept = outbox.digest_of(conn, job.id)
     if kept is None:
         return  # a job of an older release
     digest = StreamDigest()
-    for _ in _digested(prepared, digest):
+    for _ in digested(prepared, digest):
         pass
     if digest.digest() != kept:
-        raise InvalidInput(
-            f"idempotency_key {request.idempotency_key!r} belongs to job {job.id}, which enqueued other chunks: an id, "
-            "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
-        )
+        raise other_chunks(request.idempotency_key, job.id)
 
 
-def _digested(
+def other_chunks(idempotency_key: str | None, job_id: int) -> InvalidInput:
+    """The error about a key that comes again with other chunks."""
+    return InvalidInput(
+        f"idempotency_key {idempotency_key!r} belongs to job {job_id}, which enqueued other chunks: an id, "
+        "a text or a metadata object differs. Nothing was written. Use a key of its own for each enqueue."
+    )
+
+
+def digested(
     prepared: Iterable[PreparedChunk | InvalidChunk], digest: StreamDigest
 ) -> Iterator[PreparedChunk | InvalidChunk]:
+    """The items, while their digest is taken."""
     for item in prepared:
         if isinstance(item, PreparedChunk):
             digest.add(item)
@@ -195,28 +208,38 @@ def _open(
     that is complete without a chunk.
     """
     with conn.begin():
+        if request.idempotency_key is not None and outbox.is_kept(conn):
+            outbox.lock_key(conn, request.idempotency_key)  # the first lock, because a producer's own one may take long
         space = registry.register_and_hold(conn, request.spec, storage=request.storage)
-        job = _of_key(conn, request, space)
+        job = _existing(conn, request, space)
         if job is not None and job.is_sealed:
             return None, job, space
         collection = collections.lock_for_enqueue(conn, request.collection, space, is_hidden=request.is_hidden)
         if job is None:
             if request.choice.route.is_paid:
                 budget.require_budget(conn, settings, request.spec)
-            job = jobs.open_job(
+            open_job = partial(
+                jobs.open_job,
                 conn,
                 collection=collection,
                 route=request.route,
                 priority=request.priority,
                 on_long=request.on_long,
-                idempotency_key=request.idempotency_key,
                 choice=request.choice,
                 deadline=request.deadline,
-            ) or _of_key(conn, request, space)
+                job_id=request.job_id,
+            )
+            job = open_job(idempotency_key=request.idempotency_key) or _existing(conn, request, space)
+            if job is None and request.job_id is not None:
+                # A producer of the last release, or a transaction with an old snapshot, gave the key to another job.
+                logger.warning(
+                    "job %s gets no idempotency key, because another job has got it meanwhile", request.job_id
+                )
+                job = open_job(idempotency_key=None)
             assert job is not None, "the key was free, and then it had no job"  # noqa: S101
             if job.is_new:
                 spends.begin(conn, job_id=job.id, usd=usd)
-        traces.keep(conn, job.id, tracing.traceparent())
+        traces.keep(conn, job.id, request.traceparent or tracing.traceparent())
         # In the job's own transaction, so that a job that can be seen has its producer's lock.
         if not jobs.hold_producer_lock(conn, job.id):
             return None, job, space
@@ -228,16 +251,19 @@ def _open(
                 return collection, job, space
             # Another producer has sealed it meanwhile, or somebody cancelled it, which is an error.
             jobs.drop_producer_lock(conn, job.id)
-            return None, _of_key(conn, request, space) or job, space
+            return None, _existing(conn, request, space) or job, space
         except BaseException:
             conn.invalidate()  # the lock ends with its connection
             raise
 
 
-def _of_key(conn: sa.Connection, request: EnqueueRequest, space: Space) -> jobs.OpenedJob | None:
+def _existing(conn: sa.Connection, request: EnqueueRequest, space: Space) -> jobs.OpenedJob | None:
+    """The job that the request goes on with: the one from the outbox, or the one of its key."""
+    if request.job_id is not None:
+        return jobs.of_id(conn, request.job_id)
     if request.idempotency_key is None:
         return None
-    return jobs.of_key(
+    job = jobs.of_key(
         conn,
         request.idempotency_key,
         collection=request.collection,
@@ -245,6 +271,25 @@ def _of_key(conn: sa.Connection, request: EnqueueRequest, space: Space) -> jobs.
         on_long=request.on_long,
         is_hidden=request.is_hidden,
     )
+    if job is not None or not outbox.is_kept(conn):
+        return job
+    held = outbox.of_key(conn, request.idempotency_key)
+    if held is None:
+        return None
+    require_same_request(held, request)
+    # Nothing is left to enqueue: all its chunks are in the outbox.
+    return jobs.OpenedJob(held.job_id, JobState.ENQUEUEING, request.choice.route, is_new=False, is_sealed=True)
+
+
+def require_same_request(held: outbox.Held, request: EnqueueRequest) -> None:
+    """Raise :class:`InvalidInput` if the job in the outbox that has the key of the request asked for something else."""
+    asked = (request.collection, request.spec.fingerprint, request.on_long)
+    if asked != (held.collection, held.fingerprint, held.on_long):
+        raise InvalidInput(
+            f"idempotency_key {request.idempotency_key!r} belongs to job {held.job_id}, which enqueued into another "
+            f"collection ({held.collection!r}) or space, or with another on_long. Use a key of its own for each "
+            "enqueue."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +313,7 @@ class _Producer:
             kept = streams.kept(self.conn)
         digest = None if self.request.idempotency_key is None else StreamDigest()
         if digest is not None:
-            prepared = _digested(prepared, digest)
+            prepared = digested(prepared, digest)
         for chunks, refused in windows(prepared, first, most):
             if not self._commit(chunks, refused, kept):
                 self.beside.seal()

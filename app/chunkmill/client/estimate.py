@@ -13,8 +13,9 @@ from chunkmill.client.enqueue import windows
 from chunkmill.client.replacing import rehearse
 from chunkmill.db.copy import copy_binary, encode_rows
 from chunkmill.db.temporary import dropping
+from chunkmill.domain.budget import Budget
 from chunkmill.domain.chunks import PreparedChunk
-from chunkmill.domain.costs import Budget, Estimate, LaneEstimate, machine_usd
+from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
 from chunkmill.domain.filters import Filter
 from chunkmill.domain.prices import Price
 from chunkmill.domain.providers import CL100K

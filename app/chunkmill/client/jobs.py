@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
 from chunkmill.client.base import ClientPart, store_errors
+from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, Watching
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
+from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
+from chunkmill.client.within import within as as_within
 from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
@@ -33,9 +37,9 @@ from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
+from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
-from chunkmill.ledger.jobs import cancel, jobs, routing
+from chunkmill.ledger.jobs import cancel, jobs, outbox, routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import attempts
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
@@ -69,6 +73,7 @@ class Jobs(ClientPart):
         replace: bool | Mapping[str, Any] = False,
         allow_empty: bool = False,
         max_refused: float | None = None,
+        within: object = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
         ``(id, text, metadata)`` triples or dicts.
@@ -111,6 +116,13 @@ class Jobs(ClientPart):
         from now. Work that has not begun when the deadline comes near may move to a more expensive route.
         :meth:`explain` says what was chosen, and why.
 
+        ``within`` is a transaction of your own: a ``Session`` or a ``Connection`` of SQLAlchemy, or a ``Connection`` of
+        psycopg, to the same database. The job exists if and only if you commit; until then nobody sees it, and the
+        call takes no lock that others wait for. It takes at most 100,000 chunks with 256 MiB, of which it keeps a page
+        in memory. The returned job has its number already. A poller enqueues its chunks after your commit, with the
+        counts of ``Job.new`` and the like. If the collection has come to another space by then, the job fails and says
+        so. An error leaves your transaction as it was. It cannot be combined with ``replace`` and ``max_refused``.
+
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
         :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is not an error: the poller rings when
         Redis is back.
@@ -126,6 +138,12 @@ class Jobs(ClientPart):
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
+        transaction = None if within is None else as_within(within)
+        if transaction is not None and (replaces is not None or most_refused is not None):
+            raise InvalidInput(
+                "replace and max_refused cannot be combined with within, because the chunks are enqueued after your "
+                "commit. Leave them out, or enqueue without within."
+            )
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         with self._transaction() as conn:
             choice = routing.decide(conn, self._settings, spec, route, due)
@@ -152,6 +170,12 @@ class Jobs(ClientPart):
             allow_empty=allow_empty,
             max_refused=most_refused,
         )
+        if transaction is not None:
+            with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
+                job = enqueue_within(self._db, request, chunks, transaction)
+                job = self.job(job) if isinstance(job, int) else job
+                span.set({"space": job.space, "job": job.id, "chunks": job.chunks})
+                return job
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
             job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring, quote=quote))
             span.set({"space": job.space, "job": job.id, "chunks": job.chunks, "contents": job.contents})
@@ -186,6 +210,10 @@ class Jobs(ClientPart):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
+        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
+        :class:`StoreUnavailable`.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
         connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
@@ -205,11 +233,27 @@ class Jobs(ClientPart):
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
         as_function("on_hindrance", on_hindrance)
+        with Watching(self._db, job_id) as watching:
+            return (
+                yield from self._until_ended(
+                    job_id, watching, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance
+                )
+            )
+
+    def _until_ended(
+        self,
+        job_id: int,
+        watching: Watching,
+        *,
+        timeout: float | None,
+        on_progress: Callable[[Job], object] | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
         hindered, hindered_at = "", time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
-            job = self.job(job_id)
+            job = yield from self._read_steps(job_id, watching, deadline, on_hindrance)
             looked = time.monotonic()
             if on_progress:
                 yield Tell(on_progress, job)
@@ -234,14 +278,55 @@ class Jobs(ClientPart):
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
-            yield Pause(pause if deadline is None else min(pause, max(0.0, deadline - looked)))
+            yield watching.wait(pause, deadline, is_watched=on_progress is not None)
+
+    def _read_steps(
+        self,
+        job_id: int,
+        watching: Watching,
+        deadline: float | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
+        """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
+        until, said = time.monotonic() + AWAY_SECONDS, ""
+        while True:
+            watching.look()
+            try:
+                return self.job(job_id)
+            except StoreUnavailable as away:
+                now = time.monotonic()
+                is_late = now > until or (deadline is not None and now >= deadline)
+                if not watching.has_begun or is_late or isinstance(away, StoreLimit):
+                    raise
+                if str(away) != said:
+                    said = str(away)
+                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), said)
+                yield Pause(RECONNECT_SECONDS)
+
+    def end_of(self, job_id: int) -> Future[Job]:
+        """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.
+
+        Its result is the job as it ended: completed, failed or cancelled. Callbacks run one after the other, in a
+        thread of the client, so a long one should hand its work over. The future lives as long as this process: after a
+        restart, ask for it anew. It raises :class:`ClientClosed` if the client is closed before, :class:`NotFound` if
+        the job was deleted, and :class:`StoreUnavailable` after Postgres was away for a minute. ``cancel()`` of the
+        future only forgets it. With asyncio, ``asyncio.create_task(client.wait(job_id))`` does the same.
+        """
+        job = self.job(job_id)
+        return self._futures.of(job)
 
     def _hindrance(self, job: Job) -> str:
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
         with self._transaction() as conn:
             failing = attempts.first_failing(conn, job.id)
             connected = connections(conn)
+            is_in_outbox = job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id)
         said = []
+        if is_in_outbox:
+            said.append(
+                "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of "
+                "a producer does: its log says why it does not"
+            )
         if failing is not None:
             tries = f"attempt {failing.attempt} of {failing.max_attempts}"
             said.append(f"ChunkBatch {failing.id} is {failing.state} after {tries}: {failing.error}")
@@ -264,6 +349,7 @@ class Jobs(ClientPart):
         with store_errors(self._db):
             with self._db.begin() as conn:
                 jobs.get(conn, job_id)
+                open_if_undelivered(conn, job_id)
             transact(self._db, lambda conn: cancel.cancel_if_open(conn, job_id), what="cancel", tries=CANCEL_TRIES)
             while transact(self._db, lambda conn: cancel.cancel_some(conn, job_id), what="cancel", tries=CANCEL_TRIES):
                 pass

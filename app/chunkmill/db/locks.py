@@ -47,6 +47,10 @@ REPLACE_LOCK = 0x63686D1A
 does not have. While somebody holds it, every other enqueue writes also the chunks that it finds unchanged, so that one
 can tell that another source has them."""
 
+KEY_LOCK = 0x63686D29
+"""The first of two keys; the second is the hash of an idempotency key. A transaction that gives a job this key holds
+it, also a producer's own one, whose job is not in ``jobs`` before it is delivered."""
+
 
 def lock(conn: sa.Connection, key: int) -> None:
     """Take the exclusive lock of ``key`` until the end of this transaction; wait while another one holds it."""

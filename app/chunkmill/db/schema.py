@@ -466,6 +466,40 @@ class JobStreamRow(Base):
     """None until all was deleted that the source does not have, and if the enqueue was not to delete."""
 
 
+class OutboxJobRow(Base):
+    """A job that was enqueued inside its producer's own transaction and is not delivered yet. It is deleted when the
+    job is sealed (``chunkmill.client.outbox``).
+    """
+
+    __tablename__ = "outbox_jobs"
+
+    job_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    """The number that the job has, or will have, in ``jobs``."""
+    collection: Mapped[str] = mapped_column(sa.Text)
+    fingerprint: Mapped[str] = mapped_column(sa.Text)
+    on_long: Mapped[str] = mapped_column(sa.Text)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.Text, unique=True)
+    digest: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    """As in ``job_streams``."""
+    n_chunks: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    request: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    """What else the producer asked for, and the lane that was chosen: ``chunkmill.ledger.jobs.outbox``."""
+    created_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
+class OutboxPageRow(Base):
+    """Some of the chunks of such a job."""
+
+    __tablename__ = "outbox_pages"
+
+    job_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("outbox_jobs.job_id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    number: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    chunks: Mapped[list[Any]] = mapped_column(sa.JSON)
+    """A list of ``[id, text, metadata]``, and of ``[problem, id, position, reason]`` for a chunk that was refused."""
+
+
 class ChunkBatchRow(Base):
     """The contents that one worker leases and embeds together."""
 

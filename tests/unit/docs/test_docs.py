@@ -14,6 +14,7 @@ import pytest
 import chunkmill
 import chunkmill.chunking
 import chunkmill.remote
+import chunkmill.testing
 from chunkmill import Client, Job, SearchHit
 from chunkmill.remote import RemoteClient
 
@@ -45,8 +46,13 @@ EXAMPLES = [
     if page.name != "api.md"  # whose signatures are made from the code
     for number, block in enumerate(block for language, block in FENCE.findall(page.read_text()) if language == "python")
 ]
-MODULES = {"chunkmill": chunkmill, "chunkmill.chunking": chunkmill.chunking, "chunkmill.remote": chunkmill.remote}
-OF = {"client": Client, "remote": RemoteClient, "job": Job, "hit": SearchHit}
+MODULES = {
+    "chunkmill": chunkmill,
+    "chunkmill.chunking": chunkmill.chunking,
+    "chunkmill.remote": chunkmill.remote,
+    "chunkmill.testing": chunkmill.testing,
+}
+OF = {"client": Client, "chunkmill_client": Client, "remote": RemoteClient, "job": Job, "hit": SearchHit}
 """What the variables of an example are, by their names."""
 
 
@@ -55,7 +61,7 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
     """Names that can be imported, methods with the arguments they take, and attributes that what they return has."""
     used = 0
     for node in ast.walk(ast.parse(example)):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("chunkmill"):
             assert {name.name for name in node.names} <= set(MODULES[str(node.module)].__all__)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF:
             kind = OF[node.value.id]

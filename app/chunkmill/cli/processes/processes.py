@@ -18,6 +18,8 @@ import click
 
 from chunkmill.broker import Broker
 from chunkmill.cli.output import Screen, json_option
+from chunkmill.client.base import ClientPart
+from chunkmill.client.outbox import Deliverer
 from chunkmill.db.connect import create_db, require_migrated
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, install_command
@@ -93,6 +95,7 @@ def poller(screen: Screen, check: bool, heartbeat: Path | None) -> None:
         with _with_metrics(settings):
             Indexer(db, settings).start(stop)
             Reembedder(db, settings).start(stop)
+            Deliverer(db, settings, ClientPart(db, broker, settings)._ring).start(stop)
             Poller(db, broker, settings, beat).run(stop)
     finally:
         broker.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from os import PathLike
@@ -67,6 +68,7 @@ class AsyncVerbs(Running):
         replace: bool | Mapping[str, Any] = False,
         allow_empty: bool = False,
         max_refused: float | None = None,
+        within: object = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
         ``(id, text, metadata)`` triples or dicts.
@@ -109,6 +111,13 @@ class AsyncVerbs(Running):
         from now. Work that has not begun when the deadline comes near may move to a more expensive route.
         :meth:`explain` says what was chosen, and why.
 
+        ``within`` is a transaction of your own: a ``Session`` or a ``Connection`` of SQLAlchemy, or a ``Connection`` of
+        psycopg, to the same database. The job exists if and only if you commit; until then nobody sees it, and the
+        call takes no lock that others wait for. It takes at most 100,000 chunks with 256 MiB, of which it keeps a page
+        in memory. The returned job has its number already. A poller enqueues its chunks after your commit, with the
+        counts of ``Job.new`` and the like. If the collection has come to another space by then, the job fails and says
+        so. An error leaves your transaction as it was. It cannot be combined with ``replace`` and ``max_refused``.
+
         Raises :class:`InvalidChunk`, :class:`UnknownModel`, :class:`UnknownRoute`, :class:`BudgetExceeded`,
         :class:`SpaceMismatch` and :class:`InvalidInput`. A Redis that is down is not an error: the poller rings when
         Redis is back.
@@ -129,6 +138,7 @@ class AsyncVerbs(Running):
             replace=replace,
             allow_empty=allow_empty,
             max_refused=max_refused,
+            within=within,
         )
 
     async def job(self, job_id: int) -> Job:
@@ -153,6 +163,10 @@ class AsyncVerbs(Running):
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
+        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
+        :class:`StoreUnavailable`.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
         connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
@@ -162,6 +176,17 @@ class AsyncVerbs(Running):
         return await self._wait(
             self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
         )
+
+    async def end_of(self, job_id: int) -> Future[Job]:
+        """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.
+
+        Its result is the job as it ended: completed, failed or cancelled. Callbacks run one after the other, in a
+        thread of the client, so a long one should hand its work over. The future lives as long as this process: after a
+        restart, ask for it anew. It raises :class:`ClientClosed` if the client is closed before, :class:`NotFound` if
+        the job was deleted, and :class:`StoreUnavailable` after Postgres was away for a minute. ``cancel()`` of the
+        future only forgets it. With asyncio, ``asyncio.create_task(client.wait(job_id))`` does the same.
+        """
+        return await self._short(self._client.end_of, job_id)
 
     async def cancel(self, job_id: int) -> Job:
         """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.

@@ -8,6 +8,9 @@ from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.spaces import others
 from chunkmill.spaces.registry import VectorTable
 
+ENDED_CHANNEL = "chunkmill_ended"
+"""A trigger (migration 0029) notifies it with the number of each job that ends."""
+
 _LOCK_RUNNING_JOB = sa.text("""
 SELECT j.collection_id
 FROM jobs j
@@ -99,6 +102,18 @@ def finish_if_done(conn: sa.Connection, job_id: int, space: VectorTable, *, wait
     error = " ".join([*problems, "`retry` tries them again."]) if problems else None
     conn.execute(_END, {"id": job_id, "state": state, "error": error})
     return state
+
+
+_TELLS_OF_ENDS = sa.text("""
+SELECT EXISTS (
+    SELECT FROM pg_trigger
+    WHERE tgrelid = to_regclass('jobs') AND tgname = 'tell_job_ended')
+""")
+
+
+def tells_of_ends(conn: sa.Connection) -> bool:
+    """Whether the database notifies of each job that ends. False on the schema of the last release."""
+    return bool(conn.execute(_TELLS_OF_ENDS).scalar_one())
 
 
 def fills_are_kept(conn: sa.Connection) -> bool:

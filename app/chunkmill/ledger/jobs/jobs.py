@@ -17,7 +17,7 @@ from chunkmill.domain.routing import Choice
 from chunkmill.domain.spaces import OnLong
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, Route
 from chunkmill.errors import InvalidInput, NotFound
-from chunkmill.ledger.jobs import streams
+from chunkmill.ledger.jobs import outbox, streams
 from chunkmill.ledger.jobs.routing import entry, lane_of
 from chunkmill.spaces import collections, others
 from chunkmill.spaces.collections import Collection
@@ -48,25 +48,30 @@ def open_job(
     idempotency_key: str | None,
     choice: Choice | None = None,
     deadline: datetime | None = None,
+    job_id: int | None = None,
 ) -> OpenedJob | None:
     """Create a job in state ``enqueueing``; returns None if another transaction has used the key meanwhile.
 
     ``choice`` is the lane of a new job; ``route`` is what the caller asked for. Look for a job of the key with
-    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it.
+    :func:`of_key` first: an insert that meets a conflict takes a number of the sequence with it. A job of the outbox
+    has its number ``job_id`` already. If it was opened meanwhile, this returns None too.
     """
     at = conn.execute(sa.text("SELECT now()")).scalar_one()
     routing = [entry(choice, at)] if choice else []
     insert = """
         INSERT INTO jobs (
-            collection_id, space_id, state, route, priority, on_long, idempotency_key, deadline, routing
+            id, collection_id, space_id, state, route, priority, on_long, idempotency_key, deadline, routing
         )
+        OVERRIDING SYSTEM VALUE
         VALUES (
+            coalesce(CAST(:id AS bigint), nextval(pg_get_serial_sequence('jobs', 'id'))),
             :collection, :space, :enqueueing, :route, :priority, :on_long, :key, :deadline, CAST(:routing AS jsonb)
         )
-        ON CONFLICT (idempotency_key) DO NOTHING
+        ON CONFLICT DO NOTHING
         RETURNING id
     """
     parameters = {
+        "id": job_id,
         "collection": collection.id,
         "space": collection.space_id,
         "enqueueing": JobState.ENQUEUEING,
@@ -77,8 +82,19 @@ def open_job(
         "deadline": deadline,
         "routing": json.dumps(routing),
     }
-    job_id = conn.execute(sa.text(insert), parameters).scalar_one_or_none()
-    return None if job_id is None else OpenedJob(job_id, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
+    opened = conn.execute(sa.text(insert), parameters).scalar_one_or_none()
+    return None if opened is None else OpenedJob(opened, JobState.ENQUEUEING, lane_of(route, routing), is_new=True)
+
+
+def of_id(conn: sa.Connection, job_id: int) -> OpenedJob | None:
+    """The job with this number, or None if it was not opened yet."""
+    query = "SELECT state, route, routing, sealed_at FROM jobs WHERE id = :id"
+    job = conn.execute(sa.text(query), {"id": job_id}).one_or_none()
+    if job is None:
+        return None
+    return OpenedJob(
+        job_id, JobState(job.state), lane_of(job.route, job.routing), is_new=False, is_sealed=job.sealed_at is not None
+    )
 
 
 _OF_KEY = sa.text("""
@@ -184,6 +200,17 @@ def add_chunks(conn: sa.Connection, job_id: int, n: int) -> bool:
     return conn.execute(sa.text(update), parameters).rowcount == 1
 
 
+def fail_if_enqueueing(conn: sa.Connection, job_id: int, error: str) -> None:
+    """End a job whose chunks cannot be enqueued."""
+    update = """
+        UPDATE jobs
+        SET state = :failed, error = :error, finished_at = now()
+        WHERE id = :id AND state = :enqueueing
+    """
+    states = {"failed": JobState.FAILED, "enqueueing": JobState.ENQUEUEING}
+    conn.execute(sa.text(update), {"id": job_id, "error": error} | states)
+
+
 def seal_if_enqueueing(conn: sa.Connection, job_id: int) -> bool:
     """Note that the iterable has ended: from now on the job may complete. False if it is no longer being enqueued."""
     update = "UPDATE jobs SET state = :running, sealed_at = now() WHERE id = :id AND state = :enqueueing"
@@ -265,9 +292,27 @@ def get(conn: sa.Connection, job_id: int) -> Job:
     """One job with the first of its dead chunks. Raises :class:`NotFound`."""
     rows = _select(conn, [job_id])
     if not rows:
+        # A producer's own transaction has committed it, and it is not delivered yet. It may be delivered in between.
+        undelivered = outbox.job(conn, job_id) if outbox.is_kept(conn) else None
+        if undelivered is not None:
+            return undelivered
+        rows = _select(conn, [job_id])
+    if not rows:
         raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
     merged = streams.counts_of(conn, [job_id]).get(job_id) if rows[0].has_streams else None
     return _job(rows[0], dead_chunks(conn, job_id, limit=SHOWN_DEAD_CHUNKS), merged)
+
+
+def not_open(conn: sa.Connection, job_ids: Sequence[int]) -> list[int]:
+    """Which of these jobs have ended, or are not in the table."""
+    query = """
+        SELECT w.id
+        FROM unnest(CAST(:ids AS bigint[])) AS w(id)
+        LEFT JOIN jobs j ON j.id = w.id
+        WHERE j.id IS NULL OR j.state NOT IN (:enqueueing, :running)
+    """
+    parameters = {"ids": list(job_ids), "enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING}
+    return list(conn.execute(sa.text(query), parameters).scalars())
 
 
 def latest(conn: sa.Connection, limit: int) -> list[Job]:

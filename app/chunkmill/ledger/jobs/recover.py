@@ -10,6 +10,7 @@ from chunkmill.db.locks import PRODUCER_LOCK
 from chunkmill.db.statements import with_constants
 from chunkmill.domain.states import ChunkBatchState, JobState
 from chunkmill.ledger import embed_requests
+from chunkmill.ledger.jobs import outbox
 
 _JOBS_THAT_MAY_END = with_constants(
     """
@@ -53,6 +54,7 @@ WHERE state = :enqueueing
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
         AND l.classid = :class
         AND l.objid = (j.id % 2147483648))
+  AND j.id <> ALL(CAST(:but AS bigint[]))
 RETURNING j.id
 """,
     enqueueing=JobState.ENQUEUEING,
@@ -68,8 +70,11 @@ def fail_abandoned(conn: sa.Connection) -> list[int]:
     """Fail the jobs whose producer died before its iterable ended; returns their ids. What they committed is embedded.
 
     A live producer holds the job's advisory lock on its connection (``chunkmill.ledger.jobs.jobs.hold_producer_lock``).
+    The chunks of a job in the outbox are there, so that it is delivered again.
     """
-    return list(conn.execute(_FAIL_ABANDONED, {"class": PRODUCER_LOCK, "advice": _ADVICE}).scalars())
+    but = outbox.being_delivered(conn) if outbox.is_kept(conn) else []
+    parameters = {"class": PRODUCER_LOCK, "advice": _ADVICE, "but": but}
+    return list(conn.execute(_FAIL_ABANDONED, parameters).scalars())
 
 
 _DELETE_OLD_REQUESTS = sa.text("""

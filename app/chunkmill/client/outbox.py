@@ -1,0 +1,348 @@
+"""An enqueue inside the producer's own transaction, and its delivery once that is committed.
+
+The transaction writes the chunks into the outbox and into nothing else. So it holds no lock that a worker, a search or
+another producer waits for, however long it stays open. After the commit a poller hears of it and enqueues the chunks as
+any enqueue does, under the job's number.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+
+import psycopg
+import sqlalchemy as sa
+
+from chunkmill.client.enqueue import EnqueueRequest, digested, enqueue, other_chunks, require_same_request
+from chunkmill.client.within import DATABASE, Within
+from chunkmill.db import home
+from chunkmill.db.connect import open_alone, raw
+from chunkmill.db.locks import KEY_LOCK
+from chunkmill.domain.chunks import PreparedChunk, StreamDigest, prepare_all, prepare_or_skip
+from chunkmill.domain.reasons import reason_of
+from chunkmill.domain.results import Job
+from chunkmill.domain.states import JobState
+from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, StoreUnavailable
+from chunkmill.ledger.jobs import jobs, outbox, streams
+from chunkmill.ledger.jobs.outbox import OUTBOX_CHANNEL, Entry, Held, Statements
+from chunkmill.settings import Settings
+from chunkmill.spaces import collections, registry
+from chunkmill.telemetry import tracing
+
+logger = logging.getLogger(__name__)
+
+MOST_CHUNKS = 100_000
+MOST_BYTES = 256 * 1024 * 1024
+"""How many chunks, and bytes of text and metadata, one enqueue inside a transaction may have. They are written twice,
+and the transaction is the producer's."""
+PAGE_CHUNKS, PAGE_BYTES = 500, 1024 * 1024
+"""When a page of the outbox is full. One page is in memory at a time."""
+LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
+"""How long a job whose delivery failed waits for the next try."""
+
+
+# --- in the producer's transaction -----------------------------------------------------------------------------------
+
+
+def enqueue_within(db: sa.Engine, request: EnqueueRequest, chunks: Iterable[object], transaction: Within) -> Job | int:
+    """Write a job into the outbox, in the producer's transaction.
+
+    Returns the job as it will be once the transaction is committed, or the number of a job that has the idempotency key
+    already. Raises what an enqueue raises, with nothing written, and the transaction can go on.
+    """
+    with db.begin() as conn:
+        if not outbox.is_kept(conn):
+            raise StoreUnavailable(
+                "the database has no outbox for enqueues within transactions. Run: chunkmill migrate"
+            )
+        installation = home.find_home(raw(conn))
+        assert installation is not None, "the outbox is in it"  # noqa: S101
+        ours = conn.execute(sa.text(DATABASE)).one()
+        job_id = outbox.new_job_id(conn)
+        collections.require_space(conn, request.collection, request.spec)
+    statements = Statements(installation.schema)
+    digest = None if request.idempotency_key is None else StreamDigest()
+    with transaction.block():
+        if tuple(transaction.rows(DATABASE)[0]) != tuple(ours):
+            raise InvalidInput(
+                "within leads to another database than the client, so that the job would never be found. Give a "
+                "connection to the database of DATABASE_URL."
+            )
+        prepared = prepare_or_skip(chunks) if request.skip_invalid else prepare_all(chunks)
+        if request.idempotency_key is not None and digest is not None:
+            transaction.rows(statements.lock_key, {"lock": KEY_LOCK, "key": request.idempotency_key})
+            held = transaction.rows(statements.entry_of_key, {"key": request.idempotency_key})
+            opened = transaction.rows(statements.job_of_key, {"key": request.idempotency_key})
+            if opened and not held:
+                job_id = int(opened[0][0])
+                if _is_sealed(db, request, job_id, prepared):
+                    return job_id  # otherwise its producer died, and this transaction completes its enqueue
+            elif held:
+                _require_same(request, outbox.held(held[0]), prepared)
+                # Nobody else sees the job yet if this very transaction has written it.
+                return outbox.as_job(transaction.rows(statements.job, {"job_id": held[0][0]})[0])
+            prepared = digested(prepared, digest)
+        entry = Entry(
+            job_id=job_id,
+            collection=request.collection,
+            spec=request.spec,
+            storage=request.storage,
+            route=request.route,
+            choice=request.choice,
+            deadline=request.deadline,
+            priority=request.priority,
+            on_long=request.on_long,
+            idempotency_key=request.idempotency_key,
+            may_cost=request.may_cost,
+            traceparent=tracing.traceparent(),
+        )
+        parameters = outbox.entry_parameters(entry)
+        transaction.rows(statements.add_entry, parameters)
+        n_chunks = 0
+        for number, page in enumerate(_pages(prepared)):
+            transaction.rows(statements.add_page, {"job_id": job_id, "number": number, "chunks": outbox.page_of(page)})
+            n_chunks += sum(isinstance(item, PreparedChunk) for item in page)
+        closed = {"job_id": job_id, "n_chunks": n_chunks, "digest": None if digest is None else digest.digest()}
+        transaction.rows(statements.close_entry, closed)
+        transaction.rows(statements.tell, {"channel": OUTBOX_CHANNEL, "payload": str(job_id)})
+        return outbox.as_job(transaction.rows(statements.job, {"job_id": job_id})[0])
+
+
+def _is_sealed(
+    db: sa.Engine, request: EnqueueRequest, job_id: int, prepared: Iterable[PreparedChunk | InvalidChunk]
+) -> bool:
+    """Whether the job of the key was enqueued to its end, with the same chunks. Raises :class:`InvalidInput` if it had
+    others, or asked for something else."""
+    with db.begin() as conn:
+        space = registry.find(conn, request.spec.fingerprint)
+        job = jobs.of_key(
+            conn,
+            request.idempotency_key,
+            collection=request.collection,
+            space_id=0 if space is None else space.id,
+            on_long=request.on_long,
+        )
+        kept = streams.digest_of(conn, job_id)
+    if job is None or not job.is_sealed:
+        return False
+    if kept is not None and _digest_of(prepared) != kept:
+        raise other_chunks(request.idempotency_key, job_id)
+    return True
+
+
+def _require_same(request: EnqueueRequest, held: Held, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
+    require_same_request(held, request)
+    if _digest_of(prepared) != held.digest:
+        raise other_chunks(request.idempotency_key, held.job_id)
+
+
+def _digest_of(prepared: Iterable[PreparedChunk | InvalidChunk]) -> bytes:
+    digest = StreamDigest()
+    for _ in digested(prepared, digest):
+        pass
+    return digest.digest()
+
+
+def _pages(prepared: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[list[PreparedChunk | InvalidChunk]]:
+    """Raises :class:`InvalidInput` if they are more than one transaction may have."""
+    page: list[PreparedChunk | InvalidChunk] = []
+    n_bytes = page_bytes = 0
+    for n_items, item in enumerate(prepared, start=1):
+        size = len(item.id) + len(item.text) + len(item.metadata) if isinstance(item, PreparedChunk) else 0
+        n_bytes += size
+        if n_items > MOST_CHUNKS or n_bytes > MOST_BYTES:
+            raise InvalidInput(
+                f"an enqueue within a transaction takes at most {MOST_CHUNKS:,} chunks with {MOST_BYTES:,} bytes of "
+                "text and metadata, and this one has more. Nothing of it was written. Enqueue after your transaction, "
+                "or in several ones."
+            )
+        page.append(item)
+        page_bytes += size
+        if len(page) == PAGE_CHUNKS or page_bytes >= PAGE_BYTES:
+            yield page
+            page, page_bytes = [], 0
+    if page:
+        yield page
+
+
+# --- once it is committed --------------------------------------------------------------------------------------------
+
+
+def deliver(db: sa.Engine, settings: Settings, job_id: int, *, ring: Callable[[sa.Connection], None]) -> bool:
+    """Enqueue the chunks of a job in the outbox, and take it out. False if another process is at it, or has done it.
+
+    It may die at any moment: whoever delivers the job next goes on in the same job. An error that will not pass ends
+    the job as failed, with the reason; any other one is raised, and the job stays in the outbox.
+    """
+    with db.begin() as conn:
+        entry = outbox.read(conn, job_id)
+    if entry is None:
+        return False
+    request = EnqueueRequest(
+        entry.collection,
+        entry.spec,
+        entry.storage,
+        entry.route,
+        entry.choice,
+        entry.deadline,
+        entry.priority,
+        entry.on_long,
+        entry.idempotency_key,
+        skip_invalid=True,  # they were checked, and those that were refused are to come to the dead list
+        may_cost=entry.may_cost,
+        job_id=job_id,
+        traceparent=entry.traceparent,
+    )
+    try:
+        enqueue(db, settings, request, _items(db, job_id), ring=ring)
+    except ChunkmillError as error:
+        if error.retryable:
+            raise
+        logger.error("job %s of the outbox cannot be enqueued: %s", job_id, error)  # noqa: TRY400 - the message says it
+        with db.begin() as conn:
+            _fail(conn, entry, str(error))
+        return True
+    with db.begin() as conn:
+        job = jobs.of_id(conn, job_id)
+        is_over = job is not None and (job.is_sealed or job.state is JobState.CANCELLED)
+        if is_over:
+            outbox.delete(conn, job_id)
+    return is_over
+
+
+def open_if_undelivered(conn: sa.Connection, job_id: int) -> None:
+    """Open a job that is still in the outbox, with none of its chunks, so that it can be cancelled."""
+    entry = outbox.read(conn, job_id) if outbox.is_kept(conn) and jobs.of_id(conn, job_id) is None else None
+    if entry is not None:
+        _open(conn, entry)
+
+
+def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
+    """The items of a job, of which one page at a time is in memory."""
+    number = 0
+    while True:
+        with db.begin() as conn:
+            page = outbox.page(conn, job_id, number)
+        if page is None:
+            return
+        yield from page
+        number += 1
+
+
+def _fail(conn: sa.Connection, entry: Entry, error: str) -> None:
+    """End the job as failed, so that whoever waits for it hears why."""
+    if jobs.of_id(conn, entry.job_id) is None:
+        _open(conn, entry)
+    jobs.fail_if_enqueueing(conn, entry.job_id, error)
+    outbox.delete(conn, entry.job_id)
+
+
+def _open(conn: sa.Connection, entry: Entry) -> None:
+    """Open the job of an entry, whether or not its collection can take its chunks."""
+    space = registry.register_and_hold(conn, entry.spec, storage=entry.storage)
+    collection = collections.resolve(conn, entry.collection)
+    if collection is None:
+        collection = collections.lock_for_enqueue(conn, entry.collection, space)
+    jobs.open_job(
+        conn,
+        collection=collections.Collection(collection.id, collection.name, space.id),
+        route=entry.route,
+        priority=entry.priority,
+        on_long=entry.on_long,
+        idempotency_key=None,
+        choice=entry.choice,
+        deadline=entry.deadline,
+        job_id=entry.job_id,
+    )
+
+
+class Deliverer:
+    """Delivers what is in the outbox, in a thread beside a poller's rounds. Any number of processes may do so.
+
+    It hears of a commit by a notification, and looks by itself every ``POLL_INTERVAL``, because a pooler may pass no
+    notification on.
+    """
+
+    def __init__(self, db: sa.Engine, settings: Settings, ring: Callable[[sa.Connection], None]) -> None:
+        self._db = db
+        self._settings = settings
+        self._ring = ring
+        self._pauses: dict[int, tuple[float, float]] = {}
+        """Jobs whose delivery failed: when to try again, and after how many seconds."""
+        self._said: str | None = None
+
+    def start(self, stop: threading.Event) -> threading.Thread:
+        """Start the thread, which ends soon after ``stop``."""
+        thread = threading.Thread(target=self.run, args=(stop,), name="outbox", daemon=True)
+        thread.start()
+        return thread
+
+    def run(self, stop: threading.Event) -> None:
+        """Deliver until ``stop``."""
+        while not stop.is_set():
+            try:
+                if not self._can_deliver():
+                    stop.wait(60.0)
+                    continue
+                with closing(open_alone(self._db)) as connection:
+                    connection.execute(f"LISTEN {OUTBOX_CHANNEL}", prepare=False)
+                    self._serve(connection, stop)
+            except (sa.exc.SQLAlchemyError, psycopg.Error, ChunkmillError) as error:
+                self._say(f"the outbox cannot be read ({reason_of(error)}); trying again every few seconds")
+                stop.wait(max(1.0, self._settings.poll_interval))
+
+    def _serve(self, connection: psycopg.Connection[object], stop: threading.Event) -> None:
+        while not stop.is_set():
+            self.round(stop)
+            for _ in connection.notifies(timeout=self._settings.poll_interval, stop_after=1):
+                pass
+
+    def round(self, stop: threading.Event | None = None) -> int:
+        """Deliver all that is in the outbox now; returns how many jobs. One that fails keeps no other waiting."""
+        delivered = after = 0
+        while True:
+            with self._db.begin() as conn:
+                waiting = outbox.waiting(conn, after=after) if outbox.is_kept(conn) else []
+            for job_id in waiting:
+                after = job_id
+                if stop is not None and stop.is_set():
+                    return delivered
+                until, pause = self._pauses.get(job_id, (0.0, 0.0))
+                if time.monotonic() < until:
+                    continue
+                try:
+                    delivered += deliver(self._db, self._settings, job_id, ring=self._ring)
+                except Exception as error:  # noqa: BLE001 - one job must not keep the others waiting
+                    pause = min(LONGEST_PAUSE_S, max(LEAST_PAUSE_S, 2 * pause))
+                    self._pauses[job_id] = (time.monotonic() + pause, pause)
+                    logger.warning(
+                        "job %s of the outbox was not delivered (%s); trying again in %g s",
+                        job_id,
+                        reason_of(error),
+                        pause,
+                    )
+                else:
+                    self._pauses.pop(job_id, None)
+            if not waiting:
+                return delivered
+
+    def _can_deliver(self) -> bool:
+        with self._db.begin() as conn:
+            if not outbox.is_kept(conn):
+                return False
+            if outbox.may_deliver(conn):
+                return True
+        self._say(
+            "this poller's role may read no texts, so it delivers no jobs that were enqueued within transactions. If "
+            "there are such jobs, run one poller with a login of both groups: GRANT chunkmill_producers TO its_login;"
+        )
+        return False
+
+    def _say(self, what: str) -> None:
+        """Say it once."""
+        if what != self._said:
+            logger.warning("poller: %s", what)
+        self._said = what

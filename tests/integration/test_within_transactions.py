@@ -1,0 +1,457 @@
+"""An enqueue inside the producer's own transaction: the job exists if and only if that commits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from chunkmill.client import Client, outbox
+from chunkmill.client.outbox import Deliverer
+from chunkmill.domain.results import Job
+from chunkmill.domain.states import JobState
+from chunkmill.errors import (
+    ChunkmillError,
+    InvalidChunk,
+    InvalidInput,
+    NotFound,
+    SpaceMismatch,
+    StoreUnavailable,
+    WaitTimeout,
+)
+from chunkmill.ledger.jobs import recover
+from chunkmill.settings import Settings
+from tests.integration.hands import Hands
+from tests.support import reembeddings
+from tests.support.waiting import until
+
+CHUNKS = [("a", "text a"), ("b", "text b", {"n": 1})]
+
+
+@pytest.fixture
+def own(settings: Settings) -> Iterator[sa.Engine]:
+    """The producer's own connections, with a search path of their own."""
+    engine = sa.create_engine(settings.require_database_url().partition("?schema")[0])
+    with engine.begin() as conn:
+        conn.execute(sa.text("CREATE TABLE public.articles (id text PRIMARY KEY)"))
+    yield engine
+    engine.dispose()
+
+
+@contextmanager
+def session(own: sa.Engine) -> Iterator[orm.Session]:
+    with orm.Session(own) as made:
+        made.execute(sa.text("INSERT INTO public.articles VALUES ('a')"))
+        yield made
+
+
+@contextmanager
+def connection(own: sa.Engine) -> Iterator[sa.Connection]:
+    with own.connect() as made:
+        yield made
+
+
+@contextmanager
+def driver(own: sa.Engine) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(own.url.set(drivername="postgresql").render_as_string(False)) as made:
+        yield made
+
+
+@contextmanager
+def driver_that_commits(own: sa.Engine) -> Iterator[psycopg.Connection]:
+    """Except in a block of its own."""
+    with driver(own) as made:
+        made.autocommit = True
+        made.execute("BEGIN")
+        yield made
+
+
+KINDS = pytest.mark.parametrize("kind", [session, connection, driver, driver_that_commits])
+Kind = Callable[[sa.Engine], "contextmanager[orm.Session]"]
+
+
+@pytest.fixture
+def deliverer(client: Client, db: sa.Engine, settings: Settings) -> Deliverer:
+    return Deliverer(db, settings, client._ring)
+
+
+def one(db: sa.Engine, query: str) -> object:
+    with db.begin() as conn:
+        return conn.execute(sa.text(query)).scalar_one()
+
+
+@KINDS
+def test_a_job_exists_if_and_only_if_the_transaction_commits(
+    kind: Kind, own: sa.Engine, client: Client, deliverer: Deliverer, hands: Hands
+) -> None:
+    other = client.enqueue([("o", "text o")], collection="other")
+    with kind(own) as taken_back:
+        job = client.enqueue(CHUNKS, collection="docs", within=taken_back)
+        taken_back.rollback()
+    with kind(own) as committed:
+        kept = client.enqueue(CHUNKS, collection="docs", within=committed)
+        assert kept.id not in (job.id, other.id)
+        with pytest.raises(NotFound):
+            client.job(kept.id)
+        assert deliverer.round() == 0
+        committed.commit()
+    with pytest.raises(NotFound):
+        client.job(job.id)
+    waits = client.job(kept.id)
+    assert (waits.state, waits.chunks, waits.collection) == (JobState.ENQUEUEING, 2, "docs")
+    assert waits == kept
+    assert deliverer.round() == 1
+    delivered = client.job(kept.id)
+    assert (delivered.state, delivered.contents, delivered.new) == (JobState.RUNNING, 2, 2)
+    assert {name: chunk.metadata for name, chunk in client.get("docs", ["a", "b"]).items()} == {"a": {}, "b": {"n": 1}}
+    hands.work()
+    assert client.job(kept.id).state is JobState.COMPLETED
+    assert client.job(other.id).state is JobState.COMPLETED
+    assert deliverer.round() == 0
+
+
+@pytest.mark.parametrize("more", [{"replace": True}, {"max_refused": 1, "on_invalid": "skip"}])
+def test_what_is_decided_after_the_whole_stream_is_refused_within_a_transaction(
+    more: dict[str, Any], own: sa.Engine, client: Client, db: sa.Engine
+) -> None:
+    with own.begin() as transaction, pytest.raises(InvalidInput, match="replace and max_refused cannot be combined"):
+        client.enqueue(CHUNKS, collection="docs", within=transaction, **more)
+    assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
+
+
+@KINDS
+def test_an_error_leaves_the_transaction_as_it_was(kind: Kind, own: sa.Engine, client: Client, db: sa.Engine) -> None:
+    with kind(own) as committed:
+        with pytest.raises(InvalidChunk, match="position 1"):
+            client.enqueue([("a", "text a"), ("b", "")], collection="docs", within=committed)
+        kept = client.enqueue(CHUNKS, collection="docs", within=committed)
+        committed.commit()
+    assert one(db, "SELECT array_agg(job_id) FROM outbox_jobs") == [kept.id]
+    assert one(db, "SELECT count(*) FROM outbox_pages") == 1
+
+
+def test_bad_chunks_that_are_skipped_come_to_the_dead_list(
+    own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    chunks = [("a", "text a"), ("b", ""), ("a\x00", "text"), ("c", "text c")]
+    with connection(own) as committed:
+        job = client.enqueue(chunks, collection="docs", within=committed, on_invalid="skip")
+        committed.commit()
+    deliverer.round()
+    assert client.job(job.id).chunks == 2
+    assert [(dead.chunk_id, dead.reason[:10]) for dead in client.dead_chunks(job.id)] == [
+        ("b", "position 1"), ("a\\x00", "position 2"),
+    ]  # fmt: skip
+
+
+def test_an_open_transaction_locks_nothing_that_others_need(
+    own: sa.Engine, client: Client, db: sa.Engine, hands: Hands
+) -> None:
+    """However long it stays open: others enqueue into its collection, delete from it, and drop it."""
+    client.enqueue([("a", "text a"), ("b", "text b")], collection="docs")
+    with connection(own) as open_one:
+        job = client.enqueue(CHUNKS, collection="docs", within=open_one)
+        pid = open_one.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+        held = hands.rows(
+            """
+            SELECT DISTINCT l.locktype, c.relname
+            FROM pg_locks l
+            LEFT JOIN pg_class c ON c.oid = l.relation
+            WHERE l.pid = :pid AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+              AND l.locktype NOT IN ('virtualxid', 'transactionid')
+            """,
+            pid=pid,
+        )
+        assert {locktype for locktype, _ in held} == {"relation"}
+        assert {name for _, name in held} <= {
+            "outbox_jobs", "outbox_pages", "pk_outbox_jobs", "pk_outbox_pages", "uq_outbox_jobs_idempotency_key",
+        }  # fmt: skip
+        again = client.enqueue(CHUNKS, collection="docs")
+        hands.work()
+        assert client.job(again.id).state is JobState.COMPLETED
+        client.delete("docs", ids=["a"])
+        client.drop_collection("docs")
+        open_one.commit()
+    assert client.job(job.id).chunks == 2
+
+
+def test_a_key_gives_the_same_job_in_whatever_way_it_comes_again(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    other = client.enqueue(CHUNKS, collection="other", idempotency_key="other")
+    with connection(own) as conn, connection(own) as second:
+
+        def again(**arguments: object) -> int:
+            arguments = {"collection": "docs", "idempotency_key": "k", **arguments}
+            return client.enqueue(CHUNKS, **arguments).id  # type: ignore[arg-type]
+
+        assert client.enqueue(CHUNKS, collection="other", idempotency_key="other", within=conn).id == other.id
+        first = again(within=conn)
+        assert again(within=conn) == first
+        with pytest.raises(InvalidInput, match="enqueued other chunks"):
+            client.enqueue(CHUNKS[:1], collection="docs", idempotency_key="k", within=conn)
+        conn.commit()
+        for within in (None, second):  # while it is in the outbox
+            assert again(within=within) == first
+            for arguments, chunks, said in (
+                ({"collection": "docs"}, CHUNKS[:1], "enqueued other chunks"),
+                ({"collection": "other"}, CHUNKS, "another collection"),
+                ({"collection": "docs", "on_long": "reject"}, CHUNKS, "another on_long"),
+            ):
+                with pytest.raises(InvalidInput, match=said):
+                    client.enqueue(chunks, idempotency_key="k", within=within, **arguments)  # type: ignore[arg-type]
+        second.commit()
+        deliverer.round()
+        for within in (None, second):  # and once it was delivered
+            assert again(within=within) == first
+            with pytest.raises(InvalidInput, match="enqueued other chunks"):
+                client.enqueue(CHUNKS[:1], collection="docs", idempotency_key="k", within=within)
+    assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
+    assert one(db, "SELECT count(*) FROM jobs") == 2
+
+
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+@pytest.mark.parametrize("is_within", [True, False])
+def test_two_with_one_key_at_once_are_one_job(
+    ends: str, is_within: bool, own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    got: list[int] = []
+
+    def come_second() -> None:
+        with ExitStack() as stack:
+            conn = stack.enter_context(own.connect()) if is_within else None
+            got.append(client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=conn).id)
+            if conn is not None:
+                conn.commit()
+
+    with connection(own) as conn:
+        first = client.enqueue(CHUNKS, collection="docs", idempotency_key="k", within=conn)
+        second = threading.Thread(target=come_second)
+        second.start()
+        until(lambda: one(db, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1)
+        getattr(conn, ends)()
+        second.join()
+    deliverer.round()
+    assert (got == [first.id]) is (ends == "commit")
+    assert client.job(got[0]).idempotency_key == "k"
+    assert one(db, "SELECT count(*) FROM jobs") == 1
+
+
+def test_an_old_snapshot_that_cannot_see_the_keys_job_loses_no_chunk(
+    own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    with own.connect().execution_options(isolation_level="REPEATABLE READ") as conn:
+        conn.execute(sa.text("SELECT 1 FROM pg_class LIMIT 1"))
+        first = client.enqueue(CHUNKS, collection="docs", idempotency_key="k")
+        second = client.enqueue([("c", "text c")], collection="docs", idempotency_key="k", within=conn)
+        conn.commit()
+    deliverer.round()
+    assert client.job(second.id).idempotency_key is None
+    assert client.job(first.id).idempotency_key == "k"
+    assert client.get("docs", ["c"])
+
+
+def test_who_delivers_may_die_and_the_next_one_goes_on(
+    own: sa.Engine, client: Client, settings: Settings, db: sa.Engine, monkeypatch: pytest.MonkeyPatch, hands: Hands
+) -> None:
+    monkeypatch.setattr(outbox, "PAGE_CHUNKS", 2)
+    narrow = settings.model_copy(update={"enqueue_window": 2, "chunk_batch_size": 1})
+    chunks = [(f"c{n}", f"text {n}") for n in range(7)]
+    with connection(own) as conn:
+        job = client.enqueue(chunks, collection="docs", within=conn, idempotency_key="k")
+        conn.commit()
+
+    class Died(BaseException):
+        pass
+
+    def die(conn: sa.Connection) -> None:
+        if client.job(job.id).chunks == 4:
+            raise Died
+
+    with pytest.raises(Died):
+        Deliverer(db, narrow, die).round()
+    with db.begin() as conn:
+        assert recover.fail_abandoned(conn) == []
+    assert client.job(job.id).state is JobState.ENQUEUEING
+    assert Deliverer(db, narrow, client._ring).round() == 1
+    delivered = client.job(job.id)
+    assert (delivered.state, delivered.chunks, delivered.contents) == (JobState.RUNNING, 7, 7)
+    assert client.enqueue(reversed(chunks), collection="docs", idempotency_key="k").id == job.id
+    hands.work()
+    assert client.job(job.id).state is JobState.COMPLETED
+
+
+def test_two_that_deliver_at_once_enqueue_once(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, settings: Settings
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        later = client.enqueue([("z", "text z")], collection="other", within=conn)
+        conn.commit()
+    between: list[int] = []
+    first = Deliverer(db, settings, lambda _: between.append(deliverer.round()))
+    assert first.round() == 1
+    assert between == [1]  # the other job
+    assert [client.job(number).chunks for number in (job.id, later.id)] == [2, 1]
+
+
+def test_a_job_that_cannot_be_enqueued_any_more_fails_and_says_why(
+    own: sa.Engine, client: Client, deliverer: Deliverer
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        fine = client.enqueue(CHUNKS, collection="other", within=conn)
+        conn.commit()
+    client.enqueue([("z", "text z")], collection="docs", precision="int8")
+    assert deliverer.round() == 2
+    failed = client.job(job.id)
+    assert failed.state is JobState.FAILED
+    assert "holds vectors of another space" in str(failed.error)
+    assert client.job(fine.id).state is JobState.RUNNING
+    with connection(own) as conn, pytest.raises(SpaceMismatch):  # what is known at once is said at once
+        client.enqueue(CHUNKS, collection="docs", within=conn)
+
+
+def test_what_passes_is_tried_again_and_keeps_no_other_waiting(
+    own: sa.Engine, client: Client, deliverer: Deliverer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        fine = client.enqueue(CHUNKS, collection="other", within=conn)
+        conn.commit()
+    deliver = outbox.deliver
+
+    def refuse(*args: object, **kwargs: object) -> bool:
+        if args[2] == job.id:
+            raise StoreUnavailable("Postgres is full")
+        return deliver(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(outbox, "deliver", refuse)
+    assert deliverer.round() == 1
+    assert client.job(fine.id).state is JobState.RUNNING
+    monkeypatch.setattr(outbox, "deliver", deliver)
+    deliverer._pauses.clear()
+    assert deliverer.round() == 1
+    assert client.job(job.id).state is JobState.RUNNING
+
+
+@pytest.mark.parametrize("most", ["MOST_CHUNKS", "MOST_BYTES"])
+def test_more_than_a_transaction_may_take_is_refused_whole(
+    most: str, own: sa.Engine, client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "PAGE_CHUNKS", 1)
+    monkeypatch.setattr(outbox, most, {"MOST_CHUNKS": 3, "MOST_BYTES": 36}[most])
+    chunks = [(f"c{n}", f"text {n}", {}) for n in range(4)]  # of ten bytes each, with "{}"
+    with connection(own) as conn:
+        with pytest.raises(InvalidInput, match="at most"):
+            client.enqueue(chunks, collection="docs", within=conn)
+        client.enqueue(chunks[:3], collection="docs", within=conn)
+        conn.commit()
+    assert one(db, "SELECT count(*) FROM outbox_pages") == 3
+
+
+def test_a_job_in_the_outbox_can_be_cancelled(own: sa.Engine, client: Client, deliverer: Deliverer) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        kept = client.enqueue(CHUNKS, collection="docs", within=conn)
+        conn.commit()
+    assert client.cancel(job.id).state is JobState.CANCELLED
+    assert deliverer.round() == 2
+    assert (client.job(job.id).state, client.job(job.id).chunks) == (JobState.CANCELLED, 0)
+    assert client.job(kept.id).state is JobState.RUNNING
+
+
+def test_who_waits_is_told_that_nobody_delivers_the_job(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine
+) -> None:
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        fresh = client.enqueue(CHUNKS, collection="docs", within=conn)
+        conn.commit()
+    with db.begin() as conn:
+        late = "UPDATE outbox_jobs SET created_at = created_at - interval '1 min' WHERE job_id = :id"
+        conn.execute(sa.text(late), {"id": job.id})
+
+    def said(job: Job) -> str:
+        with pytest.raises(WaitTimeout) as caught:
+            client.wait(job.id, timeout=0)
+        return str(caught.value)
+
+    assert "is not delivered yet" in said(job)
+    assert "delivered" not in said(fresh)
+    deliverer.round()
+    assert "delivered" not in said(job)
+
+
+def test_what_is_delivered_reaches_both_spaces_of_a_collection_that_moves(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, hands: Hands
+) -> None:
+    """Also if the re-embedding began after the call."""
+    client.enqueue([("o", "text o")], collection="other")
+    client.enqueue([("z", "text z")], collection="docs")
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn)
+        space = reembeddings.second_space(db, "docs")
+        reembeddings.begin(db, "docs", space)
+        conn.commit()
+    deliverer.round()
+    beside = hands.rows("SELECT n_chunks, state FROM jobs WHERE space_id = :space", space=space.id)
+    assert beside == [(2, "running")]
+    hands.work()
+    assert hands.rows(f"SELECT count(*) FROM {space.table_name}") == [(2,)]
+    assert client.job(job.id).state is JobState.COMPLETED
+
+
+def test_a_commit_is_heard_of_at_once(own: sa.Engine, client: Client, db: sa.Engine, settings: Settings) -> None:
+    slow = settings.model_copy(update={"poll_interval": 3600.0})
+    stop = threading.Event()
+    thread = Deliverer(db, slow, client._ring).start(stop)
+    until(lambda: one(db, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN chunkmill_outbox%'") == 1)
+    for _ in range(2):
+        with connection(own) as conn:
+            job = client.enqueue(CHUNKS, collection="docs", within=conn)
+            conn.commit()
+        until(lambda: client.job(job.id).state is not JobState.ENQUEUEING)  # noqa: B023
+    stop.set()
+    with db.begin() as conn:
+        conn.execute(sa.text("SELECT pg_notify('chunkmill_outbox', 'nothing')"))
+    thread.join()
+
+
+def test_what_is_no_transaction_of_this_database_is_refused(
+    own: sa.Engine, client: Client, db: sa.Engine, stack: object
+) -> None:
+    def refused(within: object, said: str) -> None:
+        with pytest.raises(ChunkmillError, match=said) as caught:
+            client.enqueue(CHUNKS, collection="docs", within=within)
+        assert "text a" not in str(caught.value)
+
+    refused(own, "type Engine")
+    refused("postgresql://", "type str")
+    with own.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        refused(conn, "commits each statement")
+    with driver(own) as raw:
+        raw.autocommit = True
+        refused(raw, "commits each statement")
+        raw.autocommit = False
+        with pytest.raises(psycopg.Error):
+            raw.execute("SELECT 1 / 0")
+        refused(raw, "has failed")
+    refused(raw, "closed")
+    with sa.create_engine("sqlite://").connect() as conn:
+        refused(conn, "connection to sqlite")
+    with orm.Session(own) as failed:
+        with pytest.raises(sa.exc.DBAPIError):
+            failed.execute(sa.text("SELECT 1 / 0"))
+        refused(failed, "Roll it back")
+    elsewhere = sa.create_engine(own.url.set(database="postgres"))
+    with elsewhere.connect() as conn:
+        refused(conn, "another database")
+    elsewhere.dispose()
+    assert one(db, "SELECT count(*) FROM outbox_jobs") == 0
