@@ -102,7 +102,7 @@ class Jobs(ClientPart):
         on_long = as_word(OnLong, on_long, "on_long")
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = stoppable(as_items("chunks", chunks))
+        chunks = self._while_open(stoppable(as_items("chunks", chunks)))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))

@@ -55,7 +55,7 @@ class Money(ClientPart):
             require_name("collection", collection)
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = stoppable(as_items("chunks", chunks))
+        chunks = self._while_open(stoppable(as_items("chunks", chunks)))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection)

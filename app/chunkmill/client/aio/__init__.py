@@ -13,7 +13,8 @@ from chunkmill.client.aio.verbs import AsyncVerbs
 class AsyncClient(AsyncVerbs):
     """A :class:`Client` for asyncio: every method is a coroutine, and none blocks the event loop.
 
-    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`from_env` makes both. Iterables may be
+    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`connect` and :meth:`from_env` make
+    both. ``async with`` closes it. Iterables may be
     asynchronous too, and are read no faster than they are enqueued. A synchronous iterable runs in a thread.
     ``on_progress`` and ``on_hindrance`` are called in the loop, and may be coroutine functions. Context variables, and
     so traces, reach as far as they do without threads.
@@ -33,10 +34,21 @@ class AsyncClient(AsyncVerbs):
     async def from_env(cls) -> AsyncClient:
         """A client for ``DATABASE_URL`` and ``REDIS_URL``, as :meth:`Client.from_env` makes it, which says what it
         raises."""
+        return await cls.connect()
+
+    @classmethod
+    async def connect(
+        cls, *, database_url: str | None = None, redis_url: str | None = None, **settings: object
+    ) -> AsyncClient:
+        """A client for these servers and with these settings, which are the arguments of :class:`Client`."""
         threads = Threads("chunkmill-opener", 1)
         made: list[Client] = []
+
+        def open_client() -> None:
+            made.append(Client(database_url=database_url, redis_url=redis_url, **settings))
+
         try:
-            await Call().in_thread(threads, lambda: made.append(Client.from_env()))
+            await Call().in_thread(threads, open_client)
         except BaseException:
             for client in made:
                 client.close()
