@@ -28,6 +28,7 @@ from chunkmill.domain.arguments import (
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
+from chunkmill.domain.shapes import rows_of
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
@@ -65,7 +66,9 @@ class Jobs(ClientPart):
         deadline: datetime | timedelta | float | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
-        ``(id, text, metadata)`` triples or dicts.
+        ``(id, text, metadata)`` triples, or dicts, dataclasses, named tuples or rows with the fields ``id`` and
+        ``text``, whose other fields become metadata. A data frame of pandas or Polars and a table of Arrow are read row
+        by row. An id may be a whole number or a UUID.
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
@@ -102,7 +105,7 @@ class Jobs(ClientPart):
         on_long = as_word(OnLong, on_long, "on_long")
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = self._while_open(stoppable(as_items("chunks", chunks)))
+        chunks = self._while_open(stoppable(rows_of(as_items("chunks", chunks))))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))

@@ -19,6 +19,7 @@ from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Abandoned, Explanation
+from chunkmill.domain.shapes import rows_of
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput
@@ -55,7 +56,7 @@ class Money(ClientPart):
             require_name("collection", collection)
         if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
             raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
-        chunks = self._while_open(stoppable(as_items("chunks", chunks)))
+        chunks = self._while_open(stoppable(rows_of(as_items("chunks", chunks))))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection)
