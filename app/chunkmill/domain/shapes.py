@@ -48,7 +48,9 @@ def _rows_of_polars(frame: Any) -> Iterator[object]:
 
 def _rows_of_pandas(frame: Any) -> Iterator[object]:
     for first in range(0, len(frame), ROWS_AT_ONCE):
-        yield from frame.iloc[first : first + ROWS_AT_ONCE].to_dict("records")
+        rows = frame.iloc[first : first + ROWS_AT_ONCE]
+        # What is missing is a NaN in pandas, also in a column of texts.
+        yield from rows.astype(object).where(rows.notna(), None).to_dict("records")
 
 
 def parts_of(item: object) -> tuple[Any, Any, Any]:

@@ -103,7 +103,7 @@ def test_a_data_frame_gives_its_rows(library: str) -> None:
     )
     chunks = [prepare(row, position) for position, row in enumerate(rows_of(frame))]
     assert [chunk.id for chunk in chunks] == [str(number) for number in range(size)]
-    assert json.loads(chunks[0].metadata) == {"lang": "en"}
+    assert [json.loads(chunk.metadata) for chunk in chunks[:2]] == [{"lang": "en"}, {"lang": None}]
 
 
 def test_what_is_no_frame_is_left_alone() -> None:
