@@ -56,8 +56,8 @@ SETTINGS_GROUPS = {
 }
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
-    "Client": ["Client", "GoldenQueries"],
-    "AsyncClient": ["AsyncClient"],
+    "Client": ["Client", "Batcher", "GoldenQueries"],
+    "AsyncClient": ["AsyncClient", "AsyncBatcher", "AsyncGoldenQueries"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
     "What comes back: collections": [

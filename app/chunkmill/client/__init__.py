@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from chunkmill.broker import Broker
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.batching import Batching
 from chunkmill.client.bridges import Bridges
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
@@ -18,7 +19,6 @@ from chunkmill.client.comparing import Comparing
 from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.hybrid import GoldenQueries
-from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
@@ -35,7 +35,7 @@ _mutex = threading.Lock()
 """Held while it is decided which of several threads closes a client."""
 
 
-class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
+class Client(Batching, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
@@ -113,8 +113,14 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
         counting_of(self._db).leave(self._db)
         listener_of(self._db).leave(self._db)
         sockets.leave(self._db)
+        # A connection that a call of another thread has comes back to this pool when the call ends.
+        sa.event.listen(self._db.pool, "checkin", _close_connection)
         self._db.dispose()
         self._broker.close()
+
+
+def _close_connection(connection: object, entry: sa.pool.ConnectionPoolEntry) -> None:
+    entry.invalidate()
 
 
 def _connected(

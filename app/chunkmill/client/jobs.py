@@ -47,6 +47,13 @@ CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
 
 
+def as_on_invalid(given: object) -> Literal["raise", "skip"]:
+    """What to do with a bad chunk. Raises :class:`InvalidInput`."""
+    if isinstance(given, str) and given in ("raise", "skip"):
+        return "raise" if given == "raise" else "skip"
+    raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+
+
 class Jobs(ClientPart):
     """The part of the client that is about jobs."""
 
@@ -103,8 +110,7 @@ class Jobs(ClientPart):
         require_name("collection", collection)
         route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
         on_long = as_word(OnLong, on_long, "on_long")
-        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
-            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        on_invalid = as_on_invalid(on_invalid)
         chunks = self._while_open(stoppable(rows_of(as_items("chunks", chunks))))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)

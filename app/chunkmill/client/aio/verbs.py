@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
-from chunkmill.client.hybrid import MAX_JUDGED, GoldenQueries
+from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.bridges import Bridge
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
@@ -66,7 +66,9 @@ class AsyncVerbs(Running):
         deadline: datetime | timedelta | float | None = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
-        ``(id, text, metadata)`` triples or dicts.
+        ``(id, text, metadata)`` triples, or dicts, dataclasses, named tuples or rows with the fields ``id`` and
+        ``text``, whose other fields become metadata. A data frame of pandas or Polars and a table of Arrow are read row
+        by row. An id may be a whole number or a UUID.
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
@@ -423,10 +425,6 @@ class AsyncVerbs(Running):
         Its searches then go by vectors alone. Raises :class:`NotFound`.
         """
         return await self._short(self._client.drop_keywords, collection)
-
-    async def golden(self, collection: str) -> GoldenQueries:
-        """The golden queries of a collection: queries whose answers are known."""
-        return await self._short(self._client.golden, collection)
 
     async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
