@@ -24,7 +24,9 @@ MAX_LISTED = 10_000
 """The most chunks of one list, which is in memory. `export` has no such limit."""
 
 where_option = click.option(
+    "--filter",
     "--where",
+    "where",
     type=JsonObject(),
     metavar="JSON",
     help="""Only chunks whose metadata pass this filter, such as
@@ -237,7 +239,7 @@ def _require_one(ids: tuple[str, ...], where: dict[str, Any] | None, *, all_chun
     # A list of ids that is empty by mistake, as in $(cat ids.txt), must not mean the whole collection.
     if [bool(ids), where is not None, all_chunks].count(True) != 1:
         raise click.UsageError(
-            f"Name the chunks by ID, or choose them with --where, or pass --all to {verb} all chunks of the collection."
+            f"Name the chunks by ID, choose them with --filter, or pass --all to {verb} all chunks of the collection."
         )
 
 

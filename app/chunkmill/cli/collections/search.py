@@ -55,7 +55,9 @@ class Mix(click.ParamType[object]):
 @click.option("-c", "--collection", required=True, help="Collection to search.")
 @click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Number of chunks to find.")
 @click.option(
+    "--filter",
     "--where",
+    "where",
     metavar="JSON",
     help="""Only chunks whose metadata pass this filter, such as '{"lang": "en", "year": {"$gte": 2020}}'.""",
 )
@@ -133,7 +135,7 @@ def search(
             query,
             collection=collection,
             k=k,
-            metadata=metadata,
+            filter=metadata,
             exact=exact,
             timeout=timeout,
             like=like,
@@ -309,7 +311,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
     try:
         metadata = json.loads(given)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"not valid JSON: {error}", param_hint="--where") from None
+        raise click.BadParameter(f"not valid JSON: {error}", param_hint="--filter") from None
     if not isinstance(metadata, dict):
-        raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
+        raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--filter")
     return metadata

@@ -520,7 +520,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -532,6 +532,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -541,7 +542,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         min_score: float | None = None,
@@ -552,6 +553,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -560,7 +562,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -572,6 +574,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -579,11 +582,11 @@ class AsyncVerbs(Running):
         or an ``(n, d)`` array gives a list of hit lists, in the same order. Instead of a query, ``like`` names a chunk
         of the collection: the hits are those nearest to its stored vector, without the chunk itself.
 
-        Only chunks that pass the filter ``metadata`` are returned (docs/search.md describes the language), and no hit
-        has a score below ``min_score``. ``offset`` leaves out so many of the nearest. Pages fit together if all of them
-        are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
-        query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
-        found, which takes longer.
+        Only chunks whose metadata pass ``filter`` are returned (docs/search.md describes the language; ``metadata`` is
+        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` leaves out so many of
+        the nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing
+        is written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
+        ``explanation`` of a hit list says how it was found, which takes longer.
 
         With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
         the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
@@ -611,7 +614,7 @@ class AsyncVerbs(Running):
                 query,
                 collection=collection,
                 k=k,
-                metadata=metadata,
+                filter=filter,
                 exact=exact,
                 timeout=timeout,
                 like=like,
@@ -623,6 +626,7 @@ class AsyncVerbs(Running):
                 space=space,
                 on_unserved=on_unserved,
                 bridge=bridge,
+                metadata=metadata,
             )
         )
 
