@@ -12,9 +12,9 @@ import click
 
 from chunkmill.cli.arguments import JsonObject
 from chunkmill.cli.collections.prune import size
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.progress import Bar
-from chunkmill.client import Client
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput, NotFound
 

@@ -13,14 +13,12 @@ from rich.text import Text
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
 from chunkmill.cli.collections.spaces import drop
+from chunkmill.cli.late import Client, Environment, read_database, read_spaces
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
 from chunkmill.cli.output import Screen, beginning, count, duration, json_option
-from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
-from chunkmill.embedded.environment import Environment
-from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
 """Exit code of `audit` if a chunk has no vector."""

@@ -14,11 +14,11 @@ import click
 
 from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.sources import Fields, Reader
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
 from chunkmill.cli.paid.lanes import lane_fields, show_explanation
 from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
-from chunkmill.client import Client
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
