@@ -77,6 +77,8 @@ def read_hosts(given: Iterable[str]) -> frozenset[str]:
     """
     if isinstance(given, str):
         given = given.split(",")
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise InvalidSetting(f"http_hosts is of type {type(given).__name__}; give the names of hosts in a list.")
     try:
         return read_http_hosts(given, example="gateway")
     except ValueError as error:

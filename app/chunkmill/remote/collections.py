@@ -439,7 +439,7 @@ def as_filter(argument: str, given: object) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a filter, which is a dict.")
     try:
-        json.dumps(dict(given), allow_nan=False)
+        json.dumps(dict(given), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise InvalidInput(f"{argument} has a value that JSON cannot hold; docs/search.md has the language.") from None
     return dict(given)

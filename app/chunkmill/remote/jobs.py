@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Literal
 
-from chunkmill.domain.arguments import as_deadline, as_function, as_number, as_seconds, as_word, require_name
+from chunkmill.domain.arguments import as_deadline, as_function, as_number, as_seconds, as_text, as_word, require_name
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
@@ -72,7 +72,7 @@ class Jobs(Asking):
             "on_invalid": on_invalid,
         }
         if model is not None:
-            query["model"] = model
+            query["model"] = as_text("model", model)
         if dimensions is not None:
             query["dimensions"] = str(as_number("dimensions", dimensions, least=1))
         if precision is not None:
