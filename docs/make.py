@@ -240,7 +240,7 @@ def attribute_notes(what: type) -> dict[str, str]:
 
 def errors_table() -> Iterator[str]:
     yield prose(inspect.getdoc(errors.ChunkmillError)) + "\n"
-    yield "| error | code | try again | HTTP | |\n|---|---|---|---|---|"
+    yield "| error | `code` | `retryable` | `http_status` | |\n|---|---|---|---|---|"
     for each in tree(errors.ChunkmillError):
         said = prose(inspect.getdoc(each) if vars(each).get("__doc__") else "").replace("\n", " ")
         again = "yes" if each.retryable else "no"

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_every_python_example_uses_what_there_is(example: str) -> None:
     used = 0
     for node in ast.walk(ast.parse(example)):
         if isinstance(node, ast.ImportFrom):
+            if node.module in sys.stdlib_module_names:
+                continue
             assert {name.name for name in node.names} <= set(MODULES[str(node.module)].__all__)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF:
             kind = OF[node.value.id]
