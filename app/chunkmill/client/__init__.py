@@ -127,9 +127,8 @@ def _connected(
     database_url: str | None, redis_url: str | None, settings: dict[str, object]
 ) -> tuple[sa.Engine, Broker, Settings]:
     """Connections to the servers that the arguments mean, of which Postgres was asked whether it can serve."""
-    given = settings | {
-        name: url for name, url in (("database_url", database_url), ("redis_url", redis_url)) if url is not None
-    }
+    addresses = {"database_url": database_url, "redis_url": redis_url}
+    given: dict[str, Any] = settings | {name: url for name, url in addresses.items() if url is not None}
     environment = Environment.load(**given)
     known = environment.settings
     tracing.configure("chunkmill-client")
