@@ -20,7 +20,7 @@ from types import FunctionType, ModuleType
 from chunkmill.client import Client
 
 VERBS = Path(__file__).parents[1] / "app" / "chunkmill" / "client" / "aio" / "verbs.py"
-OWN = {"from_env", "close"}
+OWN = {"from_env", "close", "batcher", "golden"}
 """What AsyncClient has in its own way."""
 LONG = {
     "audit", "bridge", "cancel", "export", "flip", "index", "judge_reembedding", "keywords", "quote_comparison",

@@ -56,8 +56,8 @@ SETTINGS_GROUPS = {
 }
 """The heading of each group, by its first field. Fields keep the order of the source, with the paid routes last."""
 SECTIONS = {
-    "Client": ["Client", "GoldenQueries"],
-    "AsyncClient": ["AsyncClient"],
+    "Client": ["Client", "Batcher", "GoldenQueries"],
+    "AsyncClient": ["AsyncClient", "AsyncBatcher", "AsyncGoldenQueries"],
     "What goes in": ["Chunk", "Route", "Priority", "OnLong", "Precision"],
     "What comes back: jobs": ["Job", "JobState", "DeadChunk", "Attempt", "FailingChunkBatch", "ChunkBatchState"],
     "What comes back: collections": [
@@ -248,7 +248,7 @@ def attribute_notes(what: type) -> dict[str, str]:
 
 def errors_table() -> Iterator[str]:
     yield prose(inspect.getdoc(errors.ChunkmillError)) + "\n"
-    yield "| error | code | try again | HTTP | |\n|---|---|---|---|---|"
+    yield "| error | `code` | `retryable` | `http_status` | |\n|---|---|---|---|---|"
     for each in tree(errors.ChunkmillError):
         said = prose(inspect.getdoc(each) if vars(each).get("__doc__") else "").replace("\n", " ")
         again = "yes" if each.retryable else "no"

@@ -77,7 +77,8 @@ from chunkmill.errors import (
 
 if TYPE_CHECKING:
     from chunkmill.client import Client, GoldenQueries
-    from chunkmill.client.aio import AsyncClient
+    from chunkmill.client.aio import AsyncBatcher, AsyncClient, AsyncGoldenQueries
+    from chunkmill.client.batcher import Batcher
     from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
     from chunkmill.domain.embedded import EmbeddedTexts
     from chunkmill.domain.gates import GateResult, Gates
@@ -85,7 +86,10 @@ if TYPE_CHECKING:
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
     _LATER = {
+        "AsyncBatcher": "chunkmill.client.aio",
         "AsyncClient": "chunkmill.client.aio",
+        "AsyncGoldenQueries": "chunkmill.client.aio",
+        "Batcher": "chunkmill.client.batcher",
         "Change": "chunkmill.domain.comparing",
         "Changes": "chunkmill.domain.comparing",
         "ChunkState": "chunkmill.domain.stored",
@@ -132,9 +136,12 @@ __all__ = [
     "Adjustment",
     "AdjustmentKind",
     "Amount",
+    "AsyncBatcher",
     "AsyncClient",
+    "AsyncGoldenQueries",
     "Attempt",
     "Audit",
+    "Batcher",
     "Bridge",
     "BridgeTrial",
     "Budget",

@@ -53,7 +53,17 @@ def install_command(extra: str) -> str:
 
 
 class ChunkmillError(Exception):
-    """The base class of all errors. ``str(error)`` is the whole message, including what to do next."""
+    """The base class of all errors. ``str(error)`` is the whole message, including what to do next.
+
+    Each error has four attributes for programs: ``code``, a stable word for logs, metrics and ``if``; ``retryable``,
+    whether the same call may succeed later; ``http_status``, the status with which a gateway answers; and
+    ``elsewhere``, whether another worker may succeed. A service may answer its own callers with them::
+
+        try:
+            hits = client.search(question, collection="docs")
+        except ChunkmillError as error:
+            return {"error": error.code, "message": str(error)}, error.http_status
+    """
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False

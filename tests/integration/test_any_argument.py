@@ -18,8 +18,9 @@ from chunkmill.client import Client
 from chunkmill.client.base import ClientPart
 from chunkmill.domain.sessions import SearchId
 from chunkmill.domain.spaces import OnLong
-from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, NotFound, StoreUnavailable
+from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, InvalidSetting, NotFound, StoreUnavailable
 from chunkmill.models import DEFAULT_MODEL
+from chunkmill.settings import Settings
 from chunkmill_workers.local.context import WorkerContext
 from chunkmill_workers.local.responder import EmbedResponder
 from tests.integration.conftest import Runner
@@ -82,6 +83,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "golden",
             "tune_search",
             "search_counts",
+            "batcher",
         )
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},
@@ -242,3 +244,44 @@ def test_an_enqueue_of_nothing_that_can_be_iterated_writes_nothing(client: Clien
         client.enqueue([b"ab"], collection="docs")
     assert client.jobs() == []
     assert client._space(None, OnLong.TRUNCATE).id == 1
+
+
+def test_a_client_takes_any_setting_or_names_it() -> None:
+    """No server is asked. All settings are given at once, because reading all takes as long as reading one."""
+    for shown, make in ODD.items():
+        given = {name: make() for name in Settings.model_fields}
+        with pytest.raises(InvalidSetting) as caught:
+            Settings.from_env(**given)
+        said = str(caught.value)
+        said.encode()
+        assert "vector_storage: " in said, shown
+        assert "VECTOR_STORAGE" not in said, shown
+        assert said.endswith("Fix the argument; docs/settings.md lists every setting.")
+    for name in ("a", "", "\ud800", "x" * 300):
+        with pytest.raises(InvalidSetting, match="there is no setting"):
+            Client(**{name: 1})
+
+
+def test_golden_queries_and_batchers_take_any_argument_or_name_it(filled: Client) -> None:
+    wrong = []
+    golden = filled.golden("docs")
+    with filled.batcher("docs", max_chunks=10_000, max_seconds=1e9) as add:
+        calls: list[tuple[str, Callable[[Any], Any]]] = [
+            ("load(queries)", lambda odd: golden.load(odd, "qrels")),
+            ("load(qrels)", lambda odd: golden.load("queries", odd)),
+            ("from_titles", golden.from_titles),
+            ("add(chunk)", add),
+            ("add(id, text)", lambda odd: add(odd, "a text")),
+            ("add(text)", lambda odd: add("a", odd)),
+            ("add(metadata)", lambda odd: add("a", "a text", odd)),
+        ]
+        for what, call in calls:
+            for shown, make in ODD.items():
+                try:
+                    call(make())
+                except ChunkmillError as error:
+                    str(error).encode()
+                except Exception as error:  # noqa: BLE001 - the point of the test
+                    wrong.append(f"{what} with {shown}: {type(error).__name__}: {str(error)[:100]}")
+    assert not wrong, "\n".join(wrong)
+    assert len(add.jobs) == 1

@@ -887,3 +887,25 @@ def test_from_env_connects_without_blocking_the_loop_and_says_what_is_wrong(
             await AsyncClient.from_env()
 
     run(scene())
+
+
+def test_golden_queries_are_read_and_written_beside_the_loop(aio: AsyncClient, tmp_path: Path) -> None:
+    """The file of the queries is a pipe that nobody has opened for writing yet, so that to read it blocks."""
+    queries, judgements = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv"
+    os.mkfifo(queries)
+    judgements.write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\n")
+
+    async def story() -> None:
+        await aio.enqueue([("a", "a text")], collection="docs")
+        golden = await aio.golden("docs")
+        assert repr(golden) == "AsyncGoldenQueries('docs')"
+        loading = asyncio.create_task(golden.load(queries, judgements))
+        await true(lambda: aio._calls)
+        await turns()
+        assert not loading.done()
+        await asyncio.to_thread(queries.write_text, '{"_id": "q1", "text": "a query"}\n')
+        assert (await loading).queries == await golden.count() == 1
+        assert [query.id for query in await golden.list()] == ["q1"]
+        assert await golden.clear() == 1
+
+    run(story())

@@ -314,13 +314,13 @@ def test_enqueue_and_search(embedded: dict[str, Any]) -> None:
     shown = screen("search", "renew an expiring certificate", "-c", "docs", "--exact")
     assert shown.index("tls\n") < shown.index("How to rotate a TLS certificate")
     where = '{"source": "kitchen"}'
-    assert [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)] == ["bread"]
+    assert [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--filter", where)] == ["bread"]
     assert screen("search", "x", "-c", "docs", "--where", '{"source": "none"}') == "Nothing was found.\n"
     where = '{"source": {"$gt": "kitchen"}}'
     ids = [hit["chunk_id"] for hit in document("search", "certificate", "-c", "docs", "--where", where)]
     assert ids[0] == "tls"
     assert "bread" not in ids
-    assert "metadata at source.$above: there is no such operator" in refusal(
+    assert "filter at source.$above: there is no such operator" in refusal(
         "search", "x", "-c", "docs", "--where", '{"source": {"$above": 1}}'
     )
 

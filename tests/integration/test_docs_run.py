@@ -68,7 +68,7 @@ WORDS = {"ID": "42", "JOB": "42", "FILE": "chunks.jsonl", "NAME": "other"}
 COMPLETED = {
     "delete": "delete docs --all --yes",
     "delete docs --all": "delete docs --all --yes",
-    'delete docs --where \'{"source": "old-wiki"}\'': 'delete docs --where \'{"source": "old-wiki"}\' --yes',
+    'delete docs --filter \'{"source": "old-wiki"}\'': 'delete docs --filter \'{"source": "old-wiki"}\' --yes',
     "export": "export docs docs.jsonl",
     "enqueue": "enqueue chunks.jsonl --collection docs --no-wait",
     "cancel": "cancel 42",

@@ -39,14 +39,17 @@ def test_the_examples_of_the_page_run_and_find_what_they_look_for(
     try:
         with running(work, release=ends.set), contextlib.redirect_stdout(said):
             for example in EXAMPLES:
-                exec(compile(example, str(PAGE), "exec"), names)  # noqa: S102 - the page is ours
+                exec(compile(example, str(PAGE), "exec", dont_inherit=True), names)  # noqa: S102 - the page is ours
     finally:
         responder.stop()
         responder.join()
         if "client" in names:
             names["client"].close()
-    assert len(EXAMPLES) == 3
-    asked, renewed, both = said.getvalue().splitlines()
+    assert len(EXAMPLES) == 6
+    shown, english, added, asked, renewed, both = said.getvalue().splitlines()
+    assert shown.startswith("Client(database='postgresql+psycopg://") and shown.endswith(" 1")
+    assert english == "2"
+    assert added == "7 7 9"
     assert asked.startswith("rotate a certificate ['page-0', 'page-1', 'old']")
     assert renewed.startswith("renew a licence ['page-1', 'page-0', 'old']")
     assert both == "['page-0', 'page-1']"

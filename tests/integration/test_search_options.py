@@ -295,3 +295,17 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(
     embed(db, {"one": (1, 0)})
     with pytest.raises(kind, match=said):
         client.search(**given, collection="docs")
+
+
+def test_a_filter_may_be_given_by_its_older_name_but_not_by_both(filled: Client) -> None:
+    chosen = {"number": {"$gte": 90}}
+    by_name = filled.search(vector(1), collection="docs", filter=chosen)
+    assert [hit.chunk_id for hit in by_name] == [
+        hit.chunk_id for hit in filled.search(vector(1), collection="docs", metadata=chosen)
+    ]
+    assert all(hit.metadata["number"] >= 90 for hit in by_name)
+    for name in ("filter", "metadata"):
+        with pytest.raises(InvalidInput, match=rf"^{name} at number"):
+            filled.search(vector(1), collection="docs", **{name: {"number": {"$odd": 1}}})  # type: ignore[call-overload]
+    with pytest.raises(InvalidInput, match="two names of one argument"):
+        filled.search(vector(1), collection="docs", filter=chosen, metadata=chosen)

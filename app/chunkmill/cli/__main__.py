@@ -114,6 +114,8 @@ class Cli(click.Group):
                 raise click.UsageError(shown(error.format_message()), error.ctx) from None
             screen.error("usage", error.format_message())
             ctx.exit(2)
+        except (click.exceptions.Exit, click.ClickException):
+            raise  # the end of --help, for which _known would import what it never needs
         except Exception as error:
             code, message = _known(error)
             if code is None:

@@ -7,21 +7,28 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
-import sqlalchemy as sa
 
-from chunkmill.broker import QUEUE
+from chunkmill.cli.late import (
+    Environment,
+    Fault,
+    Settings,
+    Stack,
+    StackStatus,
+    Status,
+    connected_processes,
+    create_db,
+    read_database,
+    read_status,
+    sa,
+    unconfirmed_line,
+    user_name,
+    write_migrations,
+)
+from chunkmill.cli.late import migrate as run_migrations
 from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.paid.lanes import lane_fields, lane_lines
-from chunkmill.db.connect import connected_processes, create_db, write_migrations
-from chunkmill.db.connect import migrate as run_migrations
 from chunkmill.domain.lanes import Lane
-from chunkmill.embedded import Stack, StackStatus
-from chunkmill.embedded.environment import Environment
-from chunkmill.embedded.paths import user_name
 from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
-from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER, Status, read_database, read_status
-from chunkmill.monitor.snapshot import Fault, unconfirmed_line
-from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import without_passwords
 
 SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
@@ -266,6 +273,8 @@ def _state(running: bool, pid: int | None) -> str:
 
 def _status_fields(status: Status) -> dict[str, object]:
     """The JSON of a status."""
+    from chunkmill.broker import QUEUE
+
     database: dict[str, object] = {"error": status.database_error}
     if status.database:
         connections = status.database.connections
@@ -289,6 +298,9 @@ def _status_fields(status: Status) -> dict[str, object]:
 
 
 def _show_status(screen: Screen, status: Status) -> None:
+    from chunkmill.broker import QUEUE
+    from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
+
     shown: dict[str, object] = {}
     database = status.database
     lanes, faults = _lanes_and_faults(status)

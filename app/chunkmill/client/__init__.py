@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
+from typing import Any, overload
+
+import sqlalchemy as sa
 
 from chunkmill.broker import Broker
 from chunkmill.client.asking import sockets
 from chunkmill.client.asking.listener import listener_of
+from chunkmill.client.batching import Batching
 from chunkmill.client.bridges import Bridges
 from chunkmill.client.chunks import Chunks
 from chunkmill.client.collections import Collections
@@ -15,20 +20,23 @@ from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.ends import ends_of
 from chunkmill.client.hybrid import GoldenQueries
-from chunkmill.client.jobs import Jobs
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
 from chunkmill.client.searches import Searches
 from chunkmill.db.connect import create_db, migrate, require_migrated
 from chunkmill.embedded.environment import Environment
+from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.logging import without_passwords
 
 __all__ = ["Client", "GoldenQueries"]
 
+_mutex = threading.Lock()
+"""Held while it is decided which of several threads closes a client."""
 
-class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
+
+class Client(Batching, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has
@@ -43,8 +51,32 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
     A process that is forked from one with a client, as under ``gunicorn --preload``, may use that client too: it makes
     connections of its own. Do not fork while a call is under way in the same thread.
 
+    ``Client(database_url=…, redis_url=…)`` is a client for these servers, so that one process may have clients of
+    several installations. Every other setting may be given by its name too, in lower case, such as
+    ``embedding_model="all-MiniLM-L6-v2"``; those that are not given are read from the environment. Without addresses
+    the servers are those of the environment, as for :meth:`from_env`, or with ``chunkmill_home`` those of the embedded
+    stack in that folder.
+
+    A client is a context manager, so ``with Client(…) as client:`` closes it at the end. A method that is called after
+    that raises :class:`ClientClosed`, and so does a call of another thread at its next transaction.
+
     It raises the errors of ``chunkmill.errors``. A wrong argument is refused before anything is written.
     """
+
+    @overload
+    def __init__(
+        self, *, database_url: str | None = None, redis_url: str | None = None, **settings: object
+    ) -> None: ...
+
+    @overload
+    def __init__(self, db: sa.Engine, broker: Broker, settings: Settings, /) -> None: ...
+
+    def __init__(
+        self, *made: Any, database_url: str | None = None, redis_url: str | None = None, **settings: object
+    ) -> None:
+        # The parts of Chunkmill that have connections of their own, such as the gateway, hand them over.
+        super().__init__(*(made or _connected(database_url, redis_url, settings)))
+        self._is_left = False
 
     @classmethod
     def from_env(cls) -> Client:
@@ -54,18 +86,7 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
         Raises :class:`InvalidSetting` if a setting is wrong or no server is known, and :class:`StoreUnavailable` if
         Postgres cannot be reached or needs ``chunkmill migrate``.
         """
-        environment = Environment.load()
-        settings = environment.settings
-        tracing.configure("chunkmill-client")
-        if environment.is_embedded:
-            migrate(settings.require_database_url())
-        db = create_db(settings.require_database_url(), role="client")
-        try:
-            require_migrated(db)
-        except BaseException:
-            db.dispose()
-            raise
-        return cls(db, Broker.connect(settings), settings)
+        return cls()
 
     def __repr__(self) -> str:
         """One line with the servers, without their passwords."""
@@ -73,6 +94,7 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
         return without_passwords(f"Client(database={database!r}, redis={broker!r})")
 
     def __enter__(self) -> Client:
+        self._require_open()
         return self
 
     def __exit__(
@@ -81,11 +103,45 @@ class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collec
         self.close()
 
     def close(self) -> None:
-        """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it."""
+        """Close the connections. The embedded stack stays up for the next caller; ``chunkmill down`` stops it.
+
+        To close a client again does nothing.
+        """
+        self._closing.set()
+        with _mutex:
+            if self._is_left:
+                return
+            self._is_left = True
         counting_of(self._db).leave(self._db)
         listener_of(self._db).leave(self._db)
         self._futures.close()
         ends_of(self._db).leave(self._db)
         sockets.leave(self._db)
+        # A connection that a call of another thread has comes back to this pool when the call ends.
+        sa.event.listen(self._db.pool, "checkin", _close_connection)
         self._db.dispose()
         self._broker.close()
+
+
+def _close_connection(connection: object, entry: sa.pool.ConnectionPoolEntry) -> None:
+    entry.invalidate()
+
+
+def _connected(
+    database_url: str | None, redis_url: str | None, settings: dict[str, object]
+) -> tuple[sa.Engine, Broker, Settings]:
+    """Connections to the servers that the arguments mean, of which Postgres was asked whether it can serve."""
+    addresses = {"database_url": database_url, "redis_url": redis_url}
+    given: dict[str, Any] = settings | {name: url for name, url in addresses.items() if url is not None}
+    environment = Environment.load(**given)
+    known = environment.settings
+    tracing.configure("chunkmill-client")
+    if environment.is_embedded:
+        migrate(known.require_database_url())
+    db = create_db(known.require_database_url(), role="client")
+    try:
+        require_migrated(db)
+        return db, Broker.connect(known), known
+    except BaseException:
+        db.dispose()
+        raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
@@ -19,6 +21,7 @@ from chunkmill.client.finish import end_or_leave
 from chunkmill.client.stopping import end_if_stopped
 from chunkmill.domain.doorbells import SMALLEST_WINDOW
 from chunkmill.domain.spaces import OnLong, Precision, SpaceSpec
+from chunkmill.errors import ClientClosed
 from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.work.doorbells import ring_due
 from chunkmill.settings import Settings
@@ -27,6 +30,8 @@ from chunkmill.spaces.requested import requested_spec
 from chunkmill.telemetry import tracing
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 QUIET_SECONDS = 10.0
 """How long the client stays quiet after it could not ring, because each try may take seconds to fail."""
@@ -39,7 +44,7 @@ class ClientPart:
         """Every public method of a part is called through the door."""
         super().__init_subclass__()
         for name, member in list(vars(cls).items()):
-            if inspect.isfunction(member) and not name.startswith("_"):
+            if inspect.isfunction(member) and not name.startswith("_") and name != "close":
                 setattr(cls, name, at_the_door(member))
 
     def __init__(self, db: sa.Engine, broker: Broker, settings: Settings) -> None:
@@ -48,15 +53,32 @@ class ClientPart:
         self._settings = settings
         self._quiet_until = 0.0
         self._futures = Futures(db)
+        self._closing = threading.Event()
         self._query_cache = VectorCache(
             settings.query_cache_mb * 1024 * 1024,
             settings.query_cache_seconds,
             ("query", "document") if settings.query_cache_documents else ("query",),
         )
 
+    def _require_open(self) -> None:
+        """Raise :class:`ClientClosed` if the client is closed. A call that runs looks before each transaction, because
+        the pool would make new connections for it."""
+        if self._closing.is_set():
+            raise ClientClosed(
+                "the client is closed. Make another one; one client serves all threads of a process, and is closed "
+                "when no call needs it any more."
+            )
+
+    def _while_open(self, items: Iterable[Item]) -> Iterable[Item]:
+        """The items, until the client is closed."""
+        for item in items:
+            self._require_open()
+            yield item
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         end_if_stopped()
+        self._require_open()
         with store_errors(self._db), self._db.begin() as conn:
             yield conn
 

@@ -313,6 +313,7 @@ class Chunks(ClientPart):
 
     def _transact(self, work: Callable[[sa.Connection], T], *, what: str) -> T:
         end_if_stopped()
+        self._require_open()
         return transact(self._db, work, what=what, tries=TRIES)
 
     def _at_the_door(self, items: Iterator[T]) -> Iterator[T]:

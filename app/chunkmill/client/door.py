@@ -24,10 +24,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def at_the_door(method: Method) -> Method:
-    """Let a public method raise only errors of ours, and those of the caller's own iterables and functions."""
+    """Let a public method raise only errors of ours, and those of the caller's own iterables and functions.
+
+    A method of a client that is closed raises :class:`ClientClosed`.
+    """
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_open()
         with door(self._db):
             return method(self, *args, **kwargs)
 

@@ -90,7 +90,9 @@ class HybridSearch(Vectors):
     def golden(self, collection: str) -> GoldenQueries:
         """The golden queries of a collection: queries whose answers are known."""
         require_name("collection", collection)
-        return GoldenQueries(self._db, self._broker, self._settings, collection)
+        made = GoldenQueries(self._db, self._broker, self._settings, collection)
+        made._closing = self._closing
+        return made
 
     def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.

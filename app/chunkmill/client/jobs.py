@@ -35,6 +35,7 @@ from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
+from chunkmill.domain.shapes import rows_of
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailable, WaitTimeout
@@ -51,6 +52,13 @@ HINDRANCE_SECONDS = 2.0
 """How often `wait` looks for what hinders the job. The look reads the job's open ChunkBatches."""
 CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
+
+
+def as_on_invalid(given: object) -> Literal["raise", "skip"]:
+    """What to do with a bad chunk. Raises :class:`InvalidInput`."""
+    if isinstance(given, str) and given in ("raise", "skip"):
+        return "raise" if given == "raise" else "skip"
+    raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
 
 
 class Jobs(ClientPart):
@@ -76,7 +84,9 @@ class Jobs(ClientPart):
         within: object = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
-        ``(id, text, metadata)`` triples or dicts.
+        ``(id, text, metadata)`` triples, or dicts, dataclasses, named tuples or rows with the fields ``id`` and
+        ``text``, whose other fields become metadata. A data frame of pandas or Polars and a table of Arrow are read row
+        by row. An id may be a whole number or a UUID.
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
@@ -130,11 +140,10 @@ class Jobs(ClientPart):
         require_name("collection", collection)
         route, priority = as_word(Route, route, "route"), as_word(Priority, priority, "priority")
         on_long = as_word(OnLong, on_long, "on_long")
-        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
-            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        on_invalid = as_on_invalid(on_invalid)
         replaces, allow_empty = as_replaced(replace), as_flag("allow_empty", allow_empty)
         most_refused = as_most_refused(max_refused, skips=on_invalid == "skip")
-        chunks = stoppable(as_items("chunks", chunks))
+        chunks = self._while_open(stoppable(rows_of(as_items("chunks", chunks))))
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))

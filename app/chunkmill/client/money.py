@@ -20,6 +20,7 @@ from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs
 from chunkmill.domain.lanes import Lane
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Abandoned, Explanation
+from chunkmill.domain.shapes import rows_of
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput
@@ -61,7 +62,7 @@ class Money(ClientPart):
         replaces = as_replaced(replace)
         if replaces is not None and collection is None:
             raise InvalidInput("replace needs a collection, from which an enqueue would delete.")
-        chunks = stoppable(as_items("chunks", chunks))
+        chunks = self._while_open(stoppable(rows_of(as_items("chunks", chunks))))
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
         spec = self._spec(model, on_long, dimensions=dimensions, precision=precision)
         request = EstimateRequest(spec, route, due, on_long, collection, replaces)

@@ -42,7 +42,7 @@ from chunkmill.domain.arguments import (
 )
 from chunkmill.domain.chunks import prepare
 from chunkmill.domain.embedded import EmbeddedTexts, joined
-from chunkmill.domain.filters import Filter
+from chunkmill.domain.filters import Filter, named_filter
 from chunkmill.domain.filters import parse as parse_filter
 from chunkmill.domain.mixing import Hybrid
 from chunkmill.domain.results import Audit, Hits, Index
@@ -143,7 +143,7 @@ class Vectors(ClientPart):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -155,6 +155,7 @@ class Vectors(ClientPart):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -164,7 +165,7 @@ class Vectors(ClientPart):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         min_score: float | None = None,
@@ -175,6 +176,7 @@ class Vectors(ClientPart):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> list[Hits]: ...
 
     def search(
@@ -183,7 +185,7 @@ class Vectors(ClientPart):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -195,6 +197,7 @@ class Vectors(ClientPart):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -202,11 +205,11 @@ class Vectors(ClientPart):
         or an ``(n, d)`` array gives a list of hit lists, in the same order. Instead of a query, ``like`` names a chunk
         of the collection: the hits are those nearest to its stored vector, without the chunk itself.
 
-        Only chunks that pass the filter ``metadata`` are returned (docs/search.md describes the language), and no hit
-        has a score below ``min_score``. ``offset`` leaves out so many of the nearest. Pages fit together if all of them
-        are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
-        query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
-        found, which takes longer.
+        Only chunks whose metadata pass ``filter`` are returned (docs/search.md describes the language; ``metadata`` is
+        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` leaves out so many of
+        the nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing
+        is written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
+        ``explanation`` of a hit list says how it was found, which takes longer.
 
         With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
         the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
@@ -234,7 +237,7 @@ class Vectors(ClientPart):
                 query,
                 collection=collection,
                 k=k,
-                metadata=metadata,
+                filter=filter,
                 exact=exact,
                 timeout=timeout,
                 like=like,
@@ -246,6 +249,7 @@ class Vectors(ClientPart):
                 space=space,
                 on_unserved=on_unserved,
                 bridge=bridge,
+                metadata=metadata,
             )
         )
 
@@ -255,7 +259,7 @@ class Vectors(ClientPart):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -267,6 +271,7 @@ class Vectors(ClientPart):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         require_name("collection", collection)
         if offset is not None:
@@ -278,7 +283,7 @@ class Vectors(ClientPart):
             collection=collection,
             queries=queries,
             k=as_number("k", k, least=1, most=MAX_K),
-            where=parse_filter(metadata),
+            where=parse_filter(*named_filter(filter, metadata)),
             exact=as_flag("exact", exact),
             timeout=as_seconds("timeout", timeout),
             like=None if like is None else as_text("like", like),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chunkmill.domain.json_values import json_value
+from chunkmill.domain.shapes import as_id, parts_of
 from chunkmill.errors import InvalidChunk
 
 MAX_ID_BYTES = 1024
@@ -20,8 +21,6 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 
 MAX_METADATA_BYTES = 1024 * 1024
 """The most bytes of a chunk's metadata as JSON. It is what a search filters by, and bounds a window with the text."""
-LARGEST_ID = 2**64
-"""The largest whole number that is taken for an id."""
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # an escaped NUL, not an escaped backslash before "u0000"
 # Made once, because json.dumps with any option makes a new encoder in each call.
@@ -61,16 +60,15 @@ def content_hash(text: str) -> bytes:
 def prepare(item: object, position: int) -> PreparedChunk:
     """The chunk of one item of an ``enqueue`` iterable. Raises :class:`InvalidChunk`, which says what is wrong with it.
 
-    An item is a :class:`Chunk`, an ``(id, text)`` pair, an ``(id, text, metadata)`` triple, or a mapping with the keys
-    ``id``, ``text`` and optionally ``metadata``. An id that is a whole number becomes its text, because many databases
-    have numbers as keys. A :class:`PreparedChunk` is returned as it is. An :class:`InvalidChunk` stands for an item
-    that its source could not read; it is raised as it is. ``position`` counts the items from 0.
+    An item is a :class:`Chunk` or one of the shapes that :func:`parts_of` takes. An id that is a whole number or a UUID
+    becomes its text. A :class:`PreparedChunk` is returned as it is. An :class:`InvalidChunk` stands for an item that
+    its source could not read; it is raised as it is. ``position`` counts the items from 0.
     """
     if isinstance(item, PreparedChunk):
         return item
     if isinstance(item, InvalidChunk):
         raise item
-    chunk = _with_text_id(_as_chunk(item, position))
+    chunk = _as_chunk(item, position)
     known_id: str | None = None
 
     def refuse(reason: str, problem: str) -> InvalidChunk:
@@ -151,34 +149,14 @@ def prepare_or_skip(items: Iterable[object]) -> Iterator[PreparedChunk | Invalid
 
 
 def _as_chunk(item: object, position: int) -> Chunk:
-    if isinstance(item, Chunk):
+    if type(item) is Chunk and isinstance(item.id, str):
         return item
-    if isinstance(item, Mapping):
-        unknown = item.keys() - {"id", "text", "metadata"}
-        if unknown or "id" not in item or "text" not in item:
-            raise InvalidChunk(
-                "a chunk given as a dict needs the keys 'id' and 'text' and may have 'metadata' for all else. "
-                f"This one has {sorted(map(str, item))}",
-                chunk_id=_shown(item.get("id", "")),
-                position=position,
-                reason="bad_shape",
-            )
-        return Chunk(item["id"], item["text"], item.get("metadata") or {})
-    if isinstance(item, tuple | list) and len(item) in (2, 3):
-        return Chunk(*item)
-    raise InvalidChunk(
-        f"a chunk is a Chunk, an (id, text) pair, an (id, text, metadata) triple or a dict, not {type(item).__name__}",
-        chunk_id="",
-        position=position,
-        reason="bad_shape",
-    )
-
-
-def _with_text_id(chunk: Chunk) -> Chunk:
-    given: object = chunk.id
-    if isinstance(given, int) and not isinstance(given, bool) and abs(given) <= LARGEST_ID:
-        return Chunk(str(given), chunk.text, chunk.metadata)
-    return chunk
+    try:
+        chunk_id, text, metadata = parts_of(item)
+    except ValueError as problem:
+        shown = item.get("id", "") if isinstance(item, Mapping) else ""
+        raise InvalidChunk(str(problem), chunk_id=_shown(shown), position=position, reason="bad_shape") from None
+    return Chunk(as_id(chunk_id), text, metadata)
 
 
 def _utf8(text: str) -> bytes | None:

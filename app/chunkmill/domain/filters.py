@@ -160,6 +160,20 @@ class _Any(_Term):
         return "(" + " OR ".join(f"({term.sql(column, parameters)})" for term in self.terms) + ")"
 
 
+def named_filter(
+    given: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any] | None, str]:
+    """The filter of a search and the name under which it was given: ``filter``, or ``metadata`` as it was called first.
+
+    Raises :class:`InvalidInput` if both were given.
+    """
+    if metadata is None:
+        return given, "filter"
+    if given is not None:
+        raise InvalidInput("filter and metadata are two names of one argument; give filter alone.")
+    return metadata, "metadata"
+
+
 def parse(given: Mapping[str, Any] | None, argument: str = "metadata") -> Filter:
     """The filter that ``given`` means; None and ``{}`` filter nothing.
 

@@ -22,9 +22,7 @@ from chunkmill.embedded.paths import (
     user_name,
     write_private,
 )
-from chunkmill.embedded.postgres import Postgres
 from chunkmill.embedded.process import START_SECONDS, STOP_SECONDS, ServerStatus
-from chunkmill.embedded.redis import Redis
 from chunkmill.errors import EmbeddedStackError
 
 ADDRESSES_FILE = "addresses.env"
@@ -84,6 +82,10 @@ class Stack:
         port: int | None = None,
         redis_port: int | None = None,
     ) -> None:
+        # These import psycopg and redis-py, which a command that only looks for a folder does not need.
+        from chunkmill.embedded.postgres import Postgres
+        from chunkmill.embedded.redis import Redis
+
         self.home = (home or default_home()).expanduser().resolve()
         self._postgres = Postgres(self.home, port=port, fsync=fsync)
         self._redis = Redis(self.home, port=redis_port, fsync=fsync)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
+from pathlib import Path
 
 from chunkmill.domain.providers import OPENAI, ProviderModel
 from chunkmill.domain.spaces import LongText, OnLong, Precision, SpaceSpec
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import ChunkmillError, InvalidInput, UnknownModel
 from chunkmill.models import resolve_spec
+from chunkmill.models.known import known_models
 from chunkmill.models.locate import DEFAULT_MODEL, DEFAULT_NAMES
 from chunkmill.openai.plan.limits import MAX_BYTES, BatchLimits
 from chunkmill.settings import Settings
@@ -65,9 +68,11 @@ def resolve_space(
             trust=settings.trust,
         )
     except UnknownModel as error:
-        if settings.provider_problem is None:
-            raise
         known = str(error).rstrip(".")
+        if settings.provider_problem is None:
+            if "/" in name or name in DEFAULT_NAMES or Path(name).exists():
+                raise
+            raise UnknownModel(f"{known}. {_known_names(settings, name)}") from error
         raise UnknownModel(f"{known}. If it is the provider's model: {settings.provider_problem}") from error
     if model is not None and (problem := why_unfit(model, spec)):
         raise InvalidInput(
@@ -75,6 +80,19 @@ def resolve_space(
             "leave dimensions out of the call, or name the local model."
         )
     return spec
+
+
+def _known_names(settings: Settings, name: str) -> str:
+    """Which names a model has that is neither a path nor of the form org/name, and which of them are like ``name``."""
+    paid = [] if settings.embedding_provider == "local" else list(settings.provider_models)
+    names = {model.name.rpartition("/")[2].lower(): model.name for model in known_models()} | {one: one for one in paid}
+    within = [short for short in names if len(name) > 3 and name.lower() in short]
+    close = [*within, *difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.8)]
+    meant = list(dict.fromkeys(names[short] for short in close))[:3]
+    said = [f"Did you mean {' or '.join(meant)}?"] if meant else []
+    if paid:
+        said.append(f"The provider serves {', '.join(paid)}; describe another one in OPENAI_MODELS.")
+    return " ".join([*said, "`chunkmill models list` lists models that workers run."])
 
 
 def model_for(settings: Settings, spec: SpaceSpec) -> ProviderModel | None:

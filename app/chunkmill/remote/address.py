@@ -70,13 +70,15 @@ def read_address(name: str, given: object, http_hosts: Iterable[str] = ()) -> Ad
     return Address(urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", "")), parts.scheme == "https")
 
 
-def read_hosts(given: Iterable[str]) -> frozenset[str]:
+def read_hosts(given: object) -> frozenset[str]:
     """Names of single hosts that may have http. An address of the public internet is refused.
 
     Raises :class:`InvalidSetting`.
     """
     if isinstance(given, str):
         given = given.split(",")
+    if not isinstance(given, Iterable):
+        raise InvalidSetting(f"http_hosts is of type {type(given).__name__}; give the names of hosts in a list.")
     try:
         return read_http_hosts(given, example="gateway")
     except ValueError as error:

@@ -26,6 +26,7 @@ from chunkmill.domain.arguments import (
     require_name,
 )
 from chunkmill.domain.collections import CollectionInfo
+from chunkmill.domain.filters import named_filter
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Audit, DeadEntry, Hits, SearchHit, SearchPlan
 from chunkmill.domain.stored import StoredChunk
@@ -62,7 +63,7 @@ class Collections(Asking):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -73,6 +74,7 @@ class Collections(Asking):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Steps[Hits | list[Hits]]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first, as :meth:`Client.search` finds them, which
         describes the arguments.
@@ -89,8 +91,9 @@ class Collections(Asking):
             "exact": as_flag("exact", exact),
             "explain": as_flag("explain", explain),
         }
-        if metadata is not None:
-            body["filter"] = as_filter("metadata", metadata)
+        chosen, argument = named_filter(filter, metadata)
+        if chosen is not None:
+            body["filter"] = as_filter(argument, chosen)
         if (least := as_score("min_score", min_score)) is not None:
             body["min_score"] = least
         if offset is not None:
@@ -436,7 +439,7 @@ def as_filter(argument: str, given: object) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise InvalidInput(f"{argument} is of type {type(given).__name__}; it must be a filter, which is a dict.")
     try:
-        json.dumps(dict(given), allow_nan=False)
+        json.dumps(dict(given), allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise InvalidInput(f"{argument} has a value that JSON cannot hold; docs/search.md has the language.") from None
     return dict(given)

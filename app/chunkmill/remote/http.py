@@ -11,7 +11,7 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from chunkmill.errors import InvalidSetting, install_command
+from chunkmill.errors import InvalidInput, InvalidSetting, install_command
 from chunkmill.openai.wire.redaction import clean
 from chunkmill.remote.servers import Server
 from chunkmill.remote.steps import Opened, Request, Unanswered
@@ -29,6 +29,8 @@ KEEP_ALIVE_S = 4.0
 """A connection without a request is closed after so long, before servers close theirs (most do after 5 s or more)."""
 LONGEST_ERROR = 64 * 1024
 """Bytes that are read of a refusal. The rest is left unread, because its beginning says why."""
+LONGEST_IN_ADDRESS = 32_000
+"""Characters of one parameter of an address. Servers take headers of 64 kB, and httpx2 no more in an address."""
 PIECE_BYTES = 64 * 1024
 _NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 
@@ -63,7 +65,7 @@ def context_of(verify: bool | str | Path | ssl.SSLContext, *, is_needed: bool) -
         if path.is_dir():
             return ssl.create_default_context(capath=path)
         return ssl.create_default_context(cafile=path)
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise InvalidSetting(
             f"verify names {str(path)!r}, whose certificates cannot be read: {type(error).__name__}."
         ) from None
@@ -95,7 +97,16 @@ def client_options(server: Server, verify: ssl.SSLContext, *, trust_env: bool) -
 
 
 def request_options(request: Request) -> dict[str, Any]:
-    """The arguments of ``build_request``, without its content."""
+    """The arguments of ``build_request``, without its content.
+
+    Raises :class:`InvalidInput` for a text that no address can hold.
+    """
+    for name, value in request.query.items():
+        if len(value) > LONGEST_IN_ADDRESS:
+            raise InvalidInput(
+                f"{name} has {len(value):,} characters; it is sent in an address, which holds {LONGEST_IN_ADDRESS:,} "
+                "at most."
+            )
     seconds = max(0.001, request.seconds)
     return {
         "method": request.method,

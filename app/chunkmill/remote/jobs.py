@@ -17,6 +17,7 @@ from chunkmill.domain.arguments import (
     as_most_refused,
     as_number,
     as_seconds,
+    as_text,
     as_word,
     require_name,
 )
@@ -89,7 +90,7 @@ class Jobs(Asking):
             "on_invalid": on_invalid,
         }
         if model is not None:
-            query["model"] = model
+            query["model"] = as_text("model", model)
         if dimensions is not None:
             query["dimensions"] = str(as_number("dimensions", dimensions, least=1))
         if precision is not None:

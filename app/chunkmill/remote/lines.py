@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from chunkmill.domain.arguments import as_items
 from chunkmill.domain.chunks import Chunk, prepare
+from chunkmill.domain.shapes import rows_of
 from chunkmill.errors import InvalidChunk, InvalidInput, InvalidSetting
 
 PIECE_BYTES = 64 * 1024
@@ -50,7 +51,7 @@ class Lines:
         elif isinstance(chunks, list | tuple):
             self._again = chunks
         else:
-            self._rest = iter(as_items("chunks", chunks))
+            self._rest = iter(rows_of(as_items("chunks", chunks)))
         if self._again is None:
             self._kept = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 - closed by close()
         self._position = 0

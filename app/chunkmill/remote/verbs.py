@@ -80,7 +80,7 @@ class Search(Protocol):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -91,6 +91,7 @@ class Search(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -100,7 +101,7 @@ class Search(Protocol):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         min_score: float | None = None,
@@ -110,6 +111,7 @@ class Search(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> list[Hits]: ...
 
 
@@ -123,7 +125,7 @@ class AsyncSearch(Protocol):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -134,6 +136,7 @@ class AsyncSearch(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, Hits]: ...
 
     @overload
@@ -143,7 +146,7 @@ class AsyncSearch(Protocol):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         min_score: float | None = None,
@@ -153,4 +156,5 @@ class AsyncSearch(Protocol):
         session: str | None = None,
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Coroutine[Any, Any, list[Hits]]: ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import ipaddress
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -110,6 +112,15 @@ def _aliases(given: object) -> object:
 
 ModelNames = Annotated[frozenset[str] | None, NoDecode, BeforeValidator(_names)]
 Aliases = Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_aliases)]
+
+
+def require_settings(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise :class:`InvalidSetting` for a name that no setting has."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            meant = f"Did you mean {close[0]}? " if close else ""
+            raise InvalidSetting(f"there is no setting {name[:100]!r}. {meant}docs/settings.md lists every setting.")
 
 
 class Settings(ProviderSettings, GatewaySettings):
@@ -376,9 +387,13 @@ class Settings(ProviderSettings, GatewaySettings):
     def from_env(cls, **overrides: Any) -> Settings:
         """Read the environment. Raises an :class:`InvalidSetting` that names each wrong variable.
 
+        ``overrides`` are settings by their names, which come before the environment. If one of them is wrong, or no
+        setting has its name, the error names it as it was given.
+
         If only settings of the paid routes are wrong, it raises nothing: those routes are off then, and everything else
         goes on. ``provider_problem`` says what is wrong.
         """
+        require_settings(overrides, cls.model_fields)
         given, problem, described = dict(overrides), None, frozenset[str]()
         while True:
             try:
@@ -387,12 +402,12 @@ class Settings(ProviderSettings, GatewaySettings):
                 wrong = {str(e["loc"][0]): e for e in error.errors()}
                 # pydantic's own message would print the value, which may hold a password.
                 problems = "; ".join(
-                    f"{name.upper()}: {e['msg'].removeprefix('Value error, ')}" for name, e in wrong.items()
+                    f"{name if name in overrides else name.upper()}: {e['msg'].removeprefix('Value error, ')}"
+                    for name, e in wrong.items()
                 )
                 if not wrong.keys() <= OF_THE_PROVIDER - given.keys():
-                    raise InvalidSetting(
-                        f"{problems}. Fix the environment; docs/settings.md lists every setting."
-                    ) from None
+                    where = "the argument" if wrong.keys() <= overrides.keys() else "the environment"
+                    raise InvalidSetting(f"{problems}. Fix {where}; docs/settings.md lists every setting.") from None
                 problem = problem or problems
                 described = next((names for e in wrong.values() if (names := _names_of(e))), described)
                 given |= {name: cls.model_fields[name].default for name in wrong}

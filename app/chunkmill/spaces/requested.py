@@ -35,6 +35,10 @@ def requested_spec(
     name = settings.embedding_model if model is None else as_text("model", model)
     if len(name) > MAX_NAME:
         raise InvalidInput(f"model has {len(name):,} characters; a name or a path has at most {MAX_NAME:,}.")
+    if not name.strip():
+        raise InvalidInput(
+            "model is empty; give the name of a model or its folder, or leave it out for EMBEDDING_MODEL."
+        )
     if dimensions is None and name == settings.embedding_model:
         dimensions = settings.embedding_dimensions
     if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):

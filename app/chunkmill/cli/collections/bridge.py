@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, json_option
-from chunkmill.client import Client
 from chunkmill.domain.bridges import Bridge
 
 

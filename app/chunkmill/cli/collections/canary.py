@@ -6,13 +6,8 @@ from dataclasses import asdict
 
 import click
 
+from chunkmill.cli.late import Client, Environment, Space, canaries, create_db, forget_model, registry
 from chunkmill.cli.output import Screen, count, json_option
-from chunkmill.client import Client
-from chunkmill.db.connect import create_db
-from chunkmill.embedded.environment import Environment
-from chunkmill.ledger.provider.answering import forget_model
-from chunkmill.spaces import canaries, registry
-from chunkmill.spaces.registry import Space
 
 
 @click.command()

@@ -12,9 +12,9 @@ import click
 
 from chunkmill.cli.arguments import JsonObject
 from chunkmill.cli.collections.prune import size
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, beginning, count, json_option
 from chunkmill.cli.progress import Bar
-from chunkmill.client import Client
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput, NotFound
 
@@ -24,7 +24,9 @@ MAX_LISTED = 10_000
 """The most chunks of one list, which is in memory. `export` has no such limit."""
 
 where_option = click.option(
+    "--filter",
     "--where",
+    "where",
     type=JsonObject(),
     metavar="JSON",
     help="""Only chunks whose metadata pass this filter, such as
@@ -237,7 +239,7 @@ def _require_one(ids: tuple[str, ...], where: dict[str, Any] | None, *, all_chun
     # A list of ids that is empty by mistake, as in $(cat ids.txt), must not mean the whole collection.
     if [bool(ids), where is not None, all_chunks].count(True) != 1:
         raise click.UsageError(
-            f"Name the chunks by ID, or choose them with --where, or pass --all to {verb} all chunks of the collection."
+            f"Name the chunks by ID, choose them with --filter, or pass --all to {verb} all chunks of the collection."
         )
 
 

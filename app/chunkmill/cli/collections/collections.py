@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import click
 
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, json_option
-from chunkmill.client import Client
 from chunkmill.domain.collections import CollectionInfo
 from chunkmill.errors import InvalidInput, NotFound
 

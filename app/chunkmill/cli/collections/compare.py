@@ -10,11 +10,10 @@ from pathlib import Path
 import click
 
 from chunkmill.cli.collections.compare_picture import picture
+from chunkmill.cli.late import Change, Client, Comparison, ComparisonQuote, Contender, as_json
 from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.cli.progress import Bar
-from chunkmill.client import Client
 from chunkmill.domain.budget import dollars
-from chunkmill.domain.comparing import Change, Comparison, ComparisonQuote, Contender, as_json
 from chunkmill.domain.spaces import Precision
 
 

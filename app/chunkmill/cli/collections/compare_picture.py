@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
-from chunkmill.domain.comparing import Change, Comparison
+from chunkmill.cli.late import Change, Comparison
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 760, 190, 150, 96, 46
 LINE = 100

@@ -9,9 +9,9 @@ from dataclasses import asdict
 import click
 
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.cli.progress import Bar
-from chunkmill.client import Client
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned
 from chunkmill.errors import InvalidInput
 

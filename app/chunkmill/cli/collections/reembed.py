@@ -13,11 +13,10 @@ from typing import Any
 
 import click
 
+from chunkmill.cli.late import Client, Gates
 from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
 from chunkmill.cli.progress import Bar
-from chunkmill.client import Client
-from chunkmill.domain.gates import Gates
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding, ReembeddingState
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route

@@ -13,14 +13,12 @@ from rich.text import Text
 from chunkmill.cli.collections.canary import canary
 from chunkmill.cli.collections.export import export
 from chunkmill.cli.collections.spaces import drop
+from chunkmill.cli.late import Client, Environment, read_database, read_spaces
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
 from chunkmill.cli.output import Screen, beginning, count, duration, json_option
-from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
-from chunkmill.embedded.environment import Environment
-from chunkmill.monitor.servers import read_database, read_spaces
 
 INCOMPLETE = 3
 """Exit code of `audit` if a chunk has no vector."""
@@ -57,7 +55,9 @@ class Mix(click.ParamType[object]):
 @click.option("-c", "--collection", required=True, help="Collection to search.")
 @click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Number of chunks to find.")
 @click.option(
+    "--filter",
     "--where",
+    "where",
     metavar="JSON",
     help="""Only chunks whose metadata pass this filter, such as '{"lang": "en", "year": {"$gte": 2020}}'.""",
 )
@@ -135,7 +135,7 @@ def search(
             query,
             collection=collection,
             k=k,
-            metadata=metadata,
+            filter=metadata,
             exact=exact,
             timeout=timeout,
             like=like,
@@ -326,7 +326,7 @@ def _where(given: str | None) -> dict[str, Any] | None:
     try:
         metadata = json.loads(given)
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"not valid JSON: {error}", param_hint="--where") from None
+        raise click.BadParameter(f"not valid JSON: {error}", param_hint="--filter") from None
     if not isinstance(metadata, dict):
-        raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--where")
+        raise click.BadParameter('it must be a JSON object, such as {"source": "x"}', param_hint="--filter")
     return metadata

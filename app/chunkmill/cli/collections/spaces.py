@@ -6,8 +6,8 @@ import sys
 
 import click
 
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, json_option
-from chunkmill.client import Client
 from chunkmill.errors import InvalidInput
 
 

@@ -12,8 +12,8 @@ import click
 
 from chunkmill.cli.jobs.attempts import moment
 from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, beginning, count, json_option
-from chunkmill.client import Client
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, JobFailed

@@ -20,17 +20,16 @@ from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.decoded import encoding_named
 from chunkmill.cli.jobs.source_options import Refusable, as_delimiter, split_names
 from chunkmill.cli.jobs.sources import FORMATS, Fields, Form, Reader
+from chunkmill.cli.late import Client, Environment
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.paid.costs import show_estimate
 from chunkmill.cli.paid.lanes import lane_fields, show_explanation
 from chunkmill.cli.progress import PACE_SECONDS, Bar, rates
-from chunkmill.client import Client
 from chunkmill.domain.chunks import prepare
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidChunk, InvalidInput, JobFailed, TooManyRefused
 from chunkmill.telemetry.pace import Pace
 

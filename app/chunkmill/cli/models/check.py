@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from chunkmill.cli.late import Settings
 from chunkmill.cli.output import Screen, duration, json_option
 from chunkmill.errors import ModelLoadError, UnknownModel, install_command
 from chunkmill.models import ModelFolder, resolve_model
@@ -17,7 +18,6 @@ from chunkmill.models.files import read_json
 from chunkmill.models.known import NATIVE_ARCHITECTURES, KnownModel, find_known, known_models
 from chunkmill.models.weights import weight_files
 from chunkmill.python import module_command
-from chunkmill.settings import Settings
 
 
 @click.command()

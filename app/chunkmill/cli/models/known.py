@@ -9,14 +9,13 @@ from typing import Any
 import click
 
 from chunkmill.cli.arguments import BYTES, Quantity
+from chunkmill.cli.late import Settings, yardsticks
 from chunkmill.cli.output import Screen, count, json_option
 from chunkmill.domain.providers import OPENAI_MODELS
 from chunkmill.errors import InvalidInput
 from chunkmill.models.known import KnownModel, known_models
 from chunkmill.models.names import PROMPTS
-from chunkmill.settings import Settings
 from chunkmill.tuning.presets import PREFERENCES, Option, Preference, Wanted, Yardstick, options
-from chunkmill.tuning.yardsticks import yardsticks
 
 WIDE = 160
 """So many columns take the whole table of models. On a narrower terminal it would break names into syllables."""

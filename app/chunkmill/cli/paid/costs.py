@@ -11,8 +11,8 @@ from decimal import Decimal
 
 import click
 
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, duration, json_option
-from chunkmill.client import Client
 from chunkmill.domain.budget import Budget, dollars
 from chunkmill.domain.costs import (
     USD_PLACES,

@@ -10,8 +10,8 @@ from decimal import Decimal
 import click
 from rich.text import Text
 
+from chunkmill.cli.late import Client
 from chunkmill.cli.output import Screen, count, json_option
-from chunkmill.client import Client
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.results import Explanation

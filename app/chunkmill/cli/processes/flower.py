@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
+from chunkmill.cli.late import Environment
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import PASS_THROUGH, require_extra
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
 
 DEFAULTS = {

@@ -9,19 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import sqlalchemy as sa
 
-from chunkmill.broker import Broker
+from chunkmill.cli.late import (
+    Broker,
+    Client,
+    Environment,
+    MetricsServer,
+    Process,
+    Settings,
+    create_db,
+    keys,
+    require_at_least,
+    require_migrated,
+    sa,
+)
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
-from chunkmill.client import Client
-from chunkmill.db.connect import create_db, require_at_least, require_migrated
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput
-from chunkmill.ledger.access import keys
-from chunkmill.settings import Settings
 from chunkmill.telemetry import tracing
-from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
 from chunkmill.telemetry.metrics import Role
 

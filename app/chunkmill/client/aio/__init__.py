@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from functools import partial
 from types import TracebackType
+from typing import Literal
 
 from chunkmill.client import Client
+from chunkmill.client.aio.batcher import AsyncBatcher
 from chunkmill.client.aio.calls import Call
+from chunkmill.client.aio.golden import AsyncGoldenQueries
 from chunkmill.client.aio.threads import Threads
 from chunkmill.client.aio.verbs import AsyncVerbs
+from chunkmill.domain.spaces import OnLong, Precision
+from chunkmill.domain.states import Priority, Route
+
+__all__ = ["AsyncBatcher", "AsyncClient", "AsyncGoldenQueries"]
 
 
 class AsyncClient(AsyncVerbs):
     """A :class:`Client` for asyncio: every method is a coroutine, and none blocks the event loop.
 
-    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`from_env` makes both. Iterables may be
+    ``AsyncClient(client)`` takes a client over and closes it in the end; :meth:`connect` and :meth:`from_env` make
+    both. ``async with`` closes it. Iterables may be
     asynchronous too, and are read no faster than they are enqueued. A synchronous iterable runs in a thread.
     ``on_progress`` and ``on_hindrance`` are called in the loop, and may be coroutine functions. Context variables, and
     so traces, reach as far as they do without threads.
@@ -29,14 +39,58 @@ class AsyncClient(AsyncVerbs):
     an event loop of its own. If the interpreter ends while a call runs, the call ends as in a process that is killed.
     """
 
+    def batcher(
+        self,
+        collection: str,
+        *,
+        max_chunks: int = 1_000,
+        max_bytes: int = 8 * 1024 * 1024,
+        max_seconds: float = 5.0,
+        timeout: float = 60.0,
+        model: str | None = None,
+        route: Route | str = Route.AUTO,
+        priority: Priority | str = Priority.NORMAL,
+        on_long: OnLong | str = OnLong.TRUNCATE,
+        on_invalid: Literal["raise", "skip"] = "raise",
+        dimensions: int | None = None,
+        precision: Precision | str | None = None,
+        deadline: timedelta | float | None = None,
+    ) -> AsyncBatcher:
+        """Gather chunks that come one at a time: ``async with client.batcher("docs") as add``, then ``await add(…)``.
+
+        :meth:`Client.batcher` describes the arguments. ``async with`` checks them.
+        """
+        make = partial(
+            self._client.batcher, collection,
+            max_chunks=max_chunks, max_bytes=max_bytes, max_seconds=max_seconds, timeout=timeout, model=model,
+            route=route, priority=priority, on_long=on_long, on_invalid=on_invalid, dimensions=dimensions,
+            precision=precision, deadline=deadline,
+        )  # fmt: skip
+        return AsyncBatcher(self, partial(self._short, make))
+
+    async def golden(self, collection: str) -> AsyncGoldenQueries:
+        """The golden queries of a collection: queries whose answers are known."""
+        return AsyncGoldenQueries(self, await self._short(self._client.golden, collection))
+
     @classmethod
     async def from_env(cls) -> AsyncClient:
         """A client for ``DATABASE_URL`` and ``REDIS_URL``, as :meth:`Client.from_env` makes it, which says what it
         raises."""
+        return await cls.connect()
+
+    @classmethod
+    async def connect(
+        cls, *, database_url: str | None = None, redis_url: str | None = None, **settings: object
+    ) -> AsyncClient:
+        """A client for these servers and with these settings, which are the arguments of :class:`Client`."""
         threads = Threads("chunkmill-opener", 1)
         made: list[Client] = []
+
+        def open_client() -> None:
+            made.append(Client(database_url=database_url, redis_url=redis_url, **settings))
+
         try:
-            await Call().in_thread(threads, lambda: made.append(Client.from_env()))
+            await Call().in_thread(threads, open_client)
         except BaseException:
             for client in made:
                 client.close()

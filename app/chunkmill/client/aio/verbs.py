@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkmill.client.aio.running import Running
-from chunkmill.client.hybrid import MAX_JUDGED, GoldenQueries
+from chunkmill.client.hybrid import MAX_JUDGED
 from chunkmill.domain.bridges import Bridge
 from chunkmill.domain.collections import CollectionInfo, DroppedCollection, OnDropped
 from chunkmill.domain.comparing import Comparison, ComparisonQuote
@@ -71,7 +71,9 @@ class AsyncVerbs(Running):
         within: object = None,
     ) -> Job:
         """Ask for vectors of ``chunks``, which is any iterable of :class:`Chunk`, ``(id, text)`` pairs,
-        ``(id, text, metadata)`` triples or dicts.
+        ``(id, text, metadata)`` triples, or dicts, dataclasses, named tuples or rows with the fields ``id`` and
+        ``text``, whose other fields become metadata. A data frame of pandas or Polars and a table of Arrow are read row
+        by row. An id may be a whole number or a UUID.
 
         Memory stays constant however long the iterable is. A chunk whose id is in the collection already replaces the
         old one if its text or metadata differ; otherwise nothing is written. Contents that have a vector in the model's
@@ -471,10 +473,6 @@ class AsyncVerbs(Running):
         """
         return await self._short(self._client.drop_keywords, collection)
 
-    async def golden(self, collection: str) -> GoldenQueries:
-        """The golden queries of a collection: queries whose answers are known."""
-        return await self._short(self._client.golden, collection)
-
     async def tune_search(self, collection: str, *, timeout: float = 600.0, space: str | None = None) -> SearchTuning:
         """Judge searches by vectors, by keywords and by both with the collection's golden queries, and choose.
 
@@ -569,7 +567,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -581,6 +579,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits: ...
 
     @overload
@@ -590,7 +589,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         min_score: float | None = None,
@@ -601,6 +600,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> list[Hits]: ...
 
     async def search(
@@ -609,7 +609,7 @@ class AsyncVerbs(Running):
         *,
         collection: str,
         k: int = 10,
-        metadata: Mapping[str, Any] | None = None,
+        filter: Mapping[str, Any] | None = None,
         exact: bool = False,
         timeout: float = 30.0,
         like: str | None = None,
@@ -621,6 +621,7 @@ class AsyncVerbs(Running):
         space: str | None = None,
         on_unserved: Literal["previous"] | None = None,
         bridge: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Hits | list[Hits]:
         """The ``k`` chunks nearest to ``query`` by cosine, best first.
 
@@ -628,11 +629,11 @@ class AsyncVerbs(Running):
         or an ``(n, d)`` array gives a list of hit lists, in the same order. Instead of a query, ``like`` names a chunk
         of the collection: the hits are those nearest to its stored vector, without the chunk itself.
 
-        Only chunks that pass the filter ``metadata`` are returned (docs/search.md describes the language), and no hit
-        has a score below ``min_score``. ``offset`` leaves out so many of the nearest. Pages fit together if all of them
-        are asked for with an offset, the first one with 0, and nothing is written meanwhile. ``exact`` compares the
-        query with every vector of the collection. With ``explain`` the ``explanation`` of a hit list says how it was
-        found, which takes longer.
+        Only chunks whose metadata pass ``filter`` are returned (docs/search.md describes the language; ``metadata`` is
+        an older name of this argument), and no hit has a score below ``min_score``. ``offset`` leaves out so many of
+        the nearest. Pages fit together if all of them are asked for with an offset, the first one with 0, and nothing
+        is written meanwhile. ``exact`` compares the query with every vector of the collection. With ``explain`` the
+        ``explanation`` of a hit list says how it was found, which takes longer.
 
         With ``hybrid``, chunks with the words of the query come first too: a number from 0.0 to 1.0 is the weight of
         the cosine in the mix, ``"rrf"`` fuses the ranks, True takes the weight that :meth:`tune_search` found best or
@@ -660,7 +661,7 @@ class AsyncVerbs(Running):
                 query,
                 collection=collection,
                 k=k,
-                metadata=metadata,
+                filter=filter,
                 exact=exact,
                 timeout=timeout,
                 like=like,
@@ -672,6 +673,7 @@ class AsyncVerbs(Running):
                 space=space,
                 on_unserved=on_unserved,
                 bridge=bridge,
+                metadata=metadata,
             )
         )
 

@@ -211,7 +211,7 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
             checked,
             collection=named.name,
             k=k,
-            metadata=body.get("filter"),
+            filter=body.get("filter"),
             exact=body.get("exact", False),
             timeout=milliseconds / 1000,
             like=body.get("like"),

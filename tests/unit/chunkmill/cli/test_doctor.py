@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -185,3 +188,17 @@ def test_a_password_that_crosses_a_network_without_verified_tls_is_warned_of(
     assert len(checks) == 2
     assert {check.name for check in checks if check.state == "warn"} == wrong
     assert all(bool(check.advice) == (check.state != "ok") for check in checks)
+
+
+def test_doctor_knows_every_extra_that_users_install() -> None:
+    project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
+    extras = {name: names_of(needed) for name, needed in project["optional-dependencies"].items()}
+    for ours in ("bench", "dev", "gpu"):
+        del extras[ours]
+    assert doctor.EXTRAS.keys() == extras.keys()
+    for name, packages in doctor.EXTRAS.items():
+        assert set(packages) <= extras[name], name
+
+
+def names_of(needed: list[str]) -> set[str]:
+    return {match[0] for line in needed if (match := re.match(r"[\w.-]+", line))}

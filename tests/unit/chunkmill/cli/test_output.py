@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import json
+import subprocess
+import sys
+import textwrap
 
 import click
 import psycopg
@@ -11,10 +16,12 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
+from chunkmill.cli import late
 from chunkmill.cli.__main__ import COMMANDS, cli
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
 from chunkmill.cli.output import beginning, count, duration
 from chunkmill.domain.shown import shown, shown_json
+from chunkmill.settings import Settings
 
 SIZES = BYTES | {"b": 1.0}
 
@@ -126,3 +133,45 @@ def test_json_steers_no_terminal_and_reads_back_as_it_was() -> None:
         written = shown_json(data, indent=2, ascii_only=ascii_only, default=str)
         assert json.loads(written) == data
         assert [c for c in written if not c.isprintable() and c not in "\n\u200d"] == []
+
+
+def test_help_and_what_asks_no_server_import_no_library_of_the_servers() -> None:
+    """They take a second to import. One process runs the help of every command and of every command below it."""
+    script = textwrap.dedent("""
+        import contextlib, io, sys, click
+        from chunkmill.cli.__main__ import cli
+
+        def run(words):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                cli(words, prog_name="chunkmill")
+            heavy = {"sqlalchemy", "alembic", "psycopg", "celery", "kombu", "redis"} & sys.modules.keys()
+            assert not heavy, (words, heavy)
+
+        def help_of(command, words):
+            run([*words, "--help"])
+            if isinstance(command, click.Group):
+                context = click.Context(command)
+                for name in command.list_commands(context):
+                    help_of(command.get_command(context, name), [*words, name])
+
+        run(["--version"])
+        help_of(cli, [])
+        run(["models", "list"])
+        run(["no-such-command"])
+    """)
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_is_imported_late_is_what_the_type_checker_sees() -> None:
+    tree = ast.parse(inspect.getsource(late))
+    (choice,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in choice.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: (node.module, alias.name) for node in imports for alias in node.names}
+    homes |= {"redis": ("redis", ""), "sa": ("sqlalchemy", "")}
+    assert homes.keys() == set(late.__all__)
+    for name, home in homes.items():
+        stands_in = getattr(late, name)
+        assert (stands_in._module, stands_in._name) == home
+        assert stands_in._real() is not None
+    assert late.keys.create is importlib.import_module("chunkmill.ledger.access.keys").create
+    assert isinstance(Settings.from_env(), late.Settings)

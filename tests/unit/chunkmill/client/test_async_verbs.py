@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 
 import pytest
 
-from chunkmill import AsyncClient, Client
+from chunkmill import AsyncBatcher, AsyncClient, AsyncGoldenQueries, Batcher, Client, GoldenQueries
 from docs.async_verbs import Method, imports_of
 
+OWN = ("from_env", "close", "batcher", "golden")
+"""What AsyncClient has in its own way. The first two have no other form, and the others return a class of its own."""
 METHODS = [name for name, member in inspect.getmembers(Client, callable) if not name.startswith("_")]
 
 
@@ -19,12 +21,12 @@ METHODS = [name for name, member in inspect.getmembers(Client, callable) if not 
 def test_every_method_is_there_as_a_coroutine_with_the_same_arguments(name: str) -> None:
     """One that hands out items is an asynchronous iterator."""
     ours, theirs = getattr(AsyncClient, name), inspect.unwrap(getattr(Client, name))
-    hands_out = name not in ("from_env", "close") and is_iterator(typing.get_type_hints(theirs)["return"])
-    assert inspect.iscoroutinefunction(ours) == (not hands_out)
+    hands_out = name not in OWN and is_iterator(typing.get_type_hints(theirs)["return"])
+    assert inspect.iscoroutinefunction(ours) == (not hands_out and name != "batcher")
     assert [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()] == [
         (p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()
     ]
-    if name not in ("from_env", "close"):
+    if name not in OWN:
         assert inspect.getdoc(ours) == inspect.getdoc(theirs)
         hints = typing.get_type_hints(ours)  # every name in them can be found
         returned = typing.get_type_hints(theirs)["return"]
@@ -36,6 +38,20 @@ def test_every_method_is_there_as_a_coroutine_with_the_same_arguments(name: str)
             if argument != "return" and not argument.startswith("on_"):
                 new = kinds_of(hints[argument]) - kinds_of(hint)
                 assert all(typing.get_origin(kind) is AsyncIterable for kind in new), argument
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(AsyncBatcher, Batcher), (AsyncGoldenQueries, GoldenQueries)])
+def test_what_an_async_client_makes_has_every_method_of_what_a_client_makes(ours: type, theirs: type) -> None:
+    is_sync = {"rest", "added", "enqueued", "jobs"}  # they read what is in memory
+    names = {name for name in vars(theirs) if not name.startswith("_")} | ({"__call__"} & vars(theirs).keys())
+    assert names
+    for name in names:
+        own, other = inspect.getattr_static(ours, name), inspect.getattr_static(theirs, name)
+        assert inspect.iscoroutinefunction(own) == (name not in is_sync), name
+        if not isinstance(other, property):
+            other = inspect.unwrap(other)
+            assert inspect.signature(own).parameters.keys() == inspect.signature(other).parameters.keys(), name
+            assert typing.get_type_hints(own)["return"] == typing.get_type_hints(other)["return"], name
 
 
 def is_iterator(hint: typing.Any) -> bool:

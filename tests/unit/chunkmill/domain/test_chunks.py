@@ -38,7 +38,10 @@ REFUSED = [
     (Chunk("a", "text", {"x": "\ud800"}), "bad_metadata"),
     (Chunk("a", "text", ["not", "an", "object"]), "bad_metadata"),
     ({"id": "a"}, "bad_shape"),
-    ({"id": "a", "text": "t", "txet": "t"}, "bad_shape"),
+    ({"id": "a", "txet": "t"}, "bad_shape"),
+    ({"id": None, "text": "t"}, "id_not_text"),
+    ({"id": 2**70, "text": "t"}, "id_not_text"),
+    ({"id": "a", "text": "t", "when": object()}, "bad_metadata"),
     ("just a text", "bad_shape"),
     (("a", "b", {}, "too many"), "bad_shape"),
 ]

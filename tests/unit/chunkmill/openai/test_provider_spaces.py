@@ -161,3 +161,41 @@ def test_of_a_name_in_two_revisions_none_is_chosen() -> None:
     for given in (None, DEFAULT_SPEC.dimensions):
         with pytest.raises(UnknownModel, match="org/theirs@main"):
             asked(old, new, other, dimensions=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "says"),
+    [
+        (
+            "text-embedding-4",
+            "auto",
+            r"path\. The provider serves text-embedding-3-small, text-embedding-3-large, text-",
+        ),
+        (
+            "text-embedding-3-smal",
+            "auto",
+            "Did you mean text-embedding-3-small or text-embedding-3-large[?] The provider",
+        ),
+        ("bge-small", "auto", "Did you mean BAAI/bge-small-en-v1.5"),
+        ("bge-small", "local", r"v1.5[^.?]*\? `chunkmill models list` lists models"),
+        ("minilm-remot", "auto", "Did you mean minilm-remote"),
+        ("x", "local", "check the path. `chunkmill models list`"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_names_that_are_known(name: str, provider: str, says: str) -> None:
+    given = settings(provider, TWIN)
+    with pytest.raises(UnknownModel, match=says):
+        resolved(given, name)
+
+
+@pytest.mark.parametrize("name", ["org/model", "./folder", "."])
+def test_a_path_and_a_name_of_the_hub_are_answered_without_other_names(name: str) -> None:
+    with pytest.raises(UnknownModel) as caught:
+        resolved(settings(), name)
+    assert "text-embedding-3-small" not in str(caught.value)
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    for name in ("", " "):
+        with pytest.raises(InvalidInput, match="model is empty"):
+            requested_spec(settings(), name, on_long=OnLong.TRUNCATE, dimensions=None, precision=None, registered=list)
