@@ -14,7 +14,6 @@ from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
-from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -34,8 +33,9 @@ from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
+from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import attempts
-from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
+from chunkmill.monitor import present
 from chunkmill.telemetry import tracing
 
 logger = logging.getLogger(__name__)
@@ -214,18 +214,20 @@ class Jobs(ClientPart):
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
         with self._transaction() as conn:
             failing = attempts.first_failing(conn, job.id)
-            connected = connections(conn)
+            route = routing.lane_now(conn, job.id)
+            lane = provider_lanes.lane(conn, route) if route.is_paid else None
+            there = present.read(conn)
         said = []
         if failing is not None:
-            tries = f"attempt {failing.attempt} of {failing.max_attempts}"
-            said.append(f"ChunkBatch {failing.id} is {failing.state} after {tries}: {failing.error}")
-        if not connected.pollers:
-            said.append("No poller is connected, so doorbells beyond the first few are not rung: chunkmill poller")
-        serving = 0 if job.route is Route.LOCAL else connected.provider_workers
-        serving += 0 if job.route.is_paid else connected.workers
-        if not serving:
-            start = START_PROVIDER_WORKER if job.route.is_paid else START_WORKER
-            said.append(f"No worker is connected, so nothing is embedded: {start}")
+            said.append(failing.sentence)
+        if lane is not None and lane.why:
+            said.append(f"Lane {route} is {lane.state} {lane.why}")
+        if not there.connections.pollers:
+            said.append(
+                "No poller is connected, so only the first doorbells are rung, and what a dead worker held is not "
+                f"taken back. To start one: {present.START_POLLER}"
+            )
+        said += filter(None, [there.lack(route)])
         return ". ".join(sentence.rstrip(".") for sentence in said)
 
     def cancel(self, job_id: int) -> Job:

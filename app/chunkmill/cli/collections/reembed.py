@@ -340,7 +340,7 @@ def show_quote(screen: Screen, quote: Quote) -> None:
         {
             "from": f"{quote.from_model} ({quote.from_space[:12]})",
             "to": f"{quote.to_model} ({quote.to_space[:12]}), {quote.dimensions} dimensions",
-            "chunks": f"{quote.chunks:,} of {count(quote.contents, 'distinct text')}",
+            "chunks": f"{quote.chunks:,}, with {count(quote.contents, 'distinct text')}",
             "texts": f"{quote.to_embed:,} to embed, {quote.cached:,} embedded before{in_flight}",
             "route": f"{quote.route}: {quote.because}",
             "disk": f"{_megabytes(quote.vector_bytes)} of vectors and {_megabytes(quote.index_bytes)} of index are new",

@@ -126,9 +126,9 @@ def search(
         raise click.UsageError("Give either QUERY, or with --like the ID of a chunk.")
     metadata = _where(where)
     with Client.from_env() as client:
-        start = None if like else read_database(Environment.load().settings).start_for(Route.AUTO)
-        if start:
-            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
+        lack = None if like else read_database(Environment.load().settings).present.lack(Route.AUTO)
+        if lack:
+            screen.hint(f"{lack}. This search waits {timeout:g} s for it.")
         hits = client.search(
             query,
             collection=collection,

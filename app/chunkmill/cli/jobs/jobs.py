@@ -286,7 +286,7 @@ def show_job(
         "model": job.model,
         "space": job.space[:12],
         "route": f"{job.route}, priority {job.priority}",
-        "chunks": f"{job.chunks:,} of {count(job.contents, 'distinct text')}",
+        "chunks": f"{job.chunks:,}, with {count(job.contents, 'distinct text')}",
         "stored": _stored(job),
         "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
         "truncated": count(job.truncated, "text") if job.truncated else None,
@@ -296,9 +296,7 @@ def show_job(
         "began": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
         "error": job.error,
-        "failing": failing
-        and f"ChunkBatch {failing.id}, {failing.state}, attempt {failing.attempt} of {failing.max_attempts}: "
-        f"{failing.error}",
+        "failing": failing and failing.sentence,
     }
     screen.fields({name: value for name, value in fields.items() if value is not None})
     if dead and job.dead_chunks:

@@ -191,7 +191,7 @@ def show_estimate(screen: Screen, estimate: Estimate) -> None:
         {
             "model": estimate.model,
             "space": estimate.space[:12],
-            "chunks": f"{estimate.chunks:,} of {count(estimate.contents, 'distinct text')}",
+            "chunks": f"{estimate.chunks:,}, with {count(estimate.contents, 'distinct text')}",
             "texts": f"{estimate.to_embed:,} to embed, {estimate.cached:,} from the cache{in_flight}",
             "route": f"{estimate.route}: {estimate.because}",
         }

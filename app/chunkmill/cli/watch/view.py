@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkmill.cli.output import NOTHING, duration, line_of
-from chunkmill.cli.paid.lanes import why
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.shown import shown
 from chunkmill.monitor.reports import Report
@@ -103,7 +102,7 @@ def _head(view: View, at: float, looking_since: float) -> Text:
 
 def _lanes(snapshot: Snapshot, view: View) -> Table:
     table = _table("lane", "state", "ready", "running", "oldest waits", "discarded", "why")
-    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
+    reasons = {lane.route: lane.why for lane in snapshot.lanes}
     for route, state in lane_states(snapshot).items():
         oldest = snapshot.oldest.get(route)
         totals = view.totals
@@ -213,7 +212,7 @@ def _faults(snapshot: Snapshot) -> list[RenderableType]:
 
 def _lane_fields(snapshot: Snapshot, totals: Totals | None) -> list[dict[str, object]]:
     states = lane_states(snapshot)
-    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
+    reasons = {lane.route: lane.why for lane in snapshot.lanes}
     return [
         {
             "lane": route.value,

@@ -258,7 +258,7 @@ class AsyncVerbs(Running):
         return await self._short(self._client.explain, job_id)
 
     async def lanes(self) -> list[Lane]:
-        """The paid lanes: running, paused, stopped or held, and why."""
+        """The paid lanes: running, idle (no worker serves them), paused, stopped or held, and why."""
         return await self._short(
             self._client.lanes,
         )
