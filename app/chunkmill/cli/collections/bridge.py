@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.client import Client
 from chunkmill.domain.bridges import Bridge
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def bridge(ctx: click.Context) -> None:

@@ -12,7 +12,7 @@ import click
 
 from chunkmill.cli.arguments import JsonObject
 from chunkmill.cli.collections.prune import size
-from chunkmill.cli.output import Screen, beginning, count, json_option
+from chunkmill.cli.output import Group, Screen, beginning, count, json_option
 from chunkmill.cli.progress import Bar
 from chunkmill.client import Client
 from chunkmill.domain.stored import StoredChunk
@@ -32,7 +32,7 @@ where_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def chunks() -> None:
     """List, show and count the chunks of a collection, and change their metadata.

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
 from chunkmill.cli.progress import Bar
 from chunkmill.client import Client
@@ -100,7 +100,7 @@ class Which(click.ParamType[object]):
         return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def reembed() -> None:
     """Move a collection to another model, without a gap, and come back.

@@ -15,7 +15,7 @@ from chunkmill.cli.collections.export import export
 from chunkmill.cli.collections.spaces import drop
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
-from chunkmill.cli.output import Screen, beginning, count, duration, json_option
+from chunkmill.cli.output import Group, Screen, beginning, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
@@ -214,7 +214,7 @@ def index(screen: Screen, collection: str) -> None:
         )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def models(context: click.Context) -> None:

@@ -11,7 +11,7 @@ from decimal import Decimal
 
 import click
 
-from chunkmill.cli.output import Screen, count, duration, json_option
+from chunkmill.cli.output import Group, Screen, count, duration, json_option
 from chunkmill.client import Client
 from chunkmill.domain.budget import Budget, dollars
 from chunkmill.domain.costs import (
@@ -30,7 +30,7 @@ from chunkmill.errors import InvalidInput
 DAY = click.DateTime(["%Y-%m-%d"])
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option(
     "--by",
     type=click.Choice([by.value for by in CostsBy]),

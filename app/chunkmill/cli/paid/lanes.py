@@ -10,7 +10,7 @@ from decimal import Decimal
 import click
 from rich.text import Text
 
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.client import Client
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
@@ -20,7 +20,7 @@ from chunkmill.errors import InvalidInput
 from chunkmill.monitor.present import START_PROVIDER_WORKER
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def lanes(context: click.Context) -> None:

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 import click
 import sqlalchemy as sa
 
-from chunkmill.cli.output import Screen, json_option
+from chunkmill.cli.output import Group, Screen, json_option
 from chunkmill.client.base import store_errors
 from chunkmill.db.connect import create_db, require_at_least, require_migrated
 from chunkmill.domain.arguments import require_name
@@ -25,7 +25,7 @@ _DAYS = re.compile(r"([0-9]{1,5})d", re.ASCII)
 USUAL_SCOPES = (Scope.EMBED, Scope.SEARCH)
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def keys() -> None:
     """Create, list and revoke the keys of the gateway."""
