@@ -288,7 +288,7 @@ def show_job(
         "route": f"{job.route}, priority {job.priority}",
         "chunks": f"{job.chunks:,}, with {count(job.contents, 'distinct text')}",
         "stored": _stored(job),
-        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
+        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {_left(job)}",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
         "tokens": _tokens(job) if job.tokens else None,
@@ -312,6 +312,8 @@ def show_job(
         show_explanation(screen, client.explain(job.id))
     if not job.state.is_final:
         screen.hint(f"To follow it: chunkmill job {job.id} --wait")
+    elif undone := _undone(job):
+        screen.hint(f"To embed the {count(undone, 'text')} without a vector: chunkmill retry {job.id}")
 
 
 def _row(job: Job) -> list[object]:
@@ -338,6 +340,16 @@ def _counted(reader: Reader, bar: Bar) -> Iterator[object]:
             (per_s,) = pace.add(time.monotonic(), number)
             bar.update(number, None, "chunks", {"per_s": per_s} if per_s else None)
     bar.stage(f"storing {count(number, 'chunk')}")
+
+
+def _undone(job: Job) -> int:
+    """How many texts an ended job has left without a vector. Nothing of it remains to be done, until it is retried."""
+    is_left = job.state in (JobState.CANCELLED, JobState.FAILED)
+    return max(0, job.contents - job.cached - job.embedded) if is_left else 0
+
+
+def _left(job: Job) -> str:
+    return f"{_undone(job):,} left without a vector" if _undone(job) else f"{job.remaining:,} to go"
 
 
 def _stored(job: Job) -> str | None:
