@@ -121,6 +121,10 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+_UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*$", re.MULTILINE)
+"""A line under or over a heading, as in reStructuredText. A result has one line to show, which it must not use up."""
+
+
 class FittedTable:
     """A table that breaks no word: if its columns do not fit beside each other, each row becomes a list of fields."""
 
@@ -194,8 +198,9 @@ def _breaks(line: str, width: int, indent: int) -> list[int]:
 
 
 def beginning(text: str, limit: int) -> str:
-    """The beginning of the first paragraph, on one line of at most ``limit`` columns."""
-    words = Text(shown(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split())))
+    """The beginning of the first paragraph, on one line of at most ``limit`` columns. Lines under headings are left out."""
+    first = _UNDERLINE.sub("", text[: 4 * limit]).strip().split("\n\n", 1)[0]
+    words = Text(shown(" ".join(first.split())))
     words.truncate(limit, overflow="ellipsis")  # counts columns: a Chinese character takes two
     return words.plain
 

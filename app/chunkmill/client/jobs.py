@@ -164,9 +164,11 @@ class Jobs(ClientPart):
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
-        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
+        worker, its lane is stopped, or no poller or no worker is connected. Without it the sentence is a warning in the
+        log. Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout`, whose message ends
+        with that sentence, and :class:`NotFound`. Chunks that were refused (``on_invalid="skip"``,
+        ``on_long="reject"``) fail no job: see ``Job.dead``. A cancelled job is returned as it is.
         """
         return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
 

@@ -43,6 +43,7 @@ def test_a_name_draws_no_line_of_its_own(between: str) -> None:
 
 def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
     assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
+    assert beginning("=====\nTitle\n=====\nText === here --- goes on.", 50) == "Title Text === here --- goes on."
     assert beginning("word " * 100, 20) == "word word word word…"
     assert beginning("字" * 50, 10) == "字字字字 …"
 
