@@ -121,7 +121,7 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-_UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*$", re.MULTILINE)
+_UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*(?:\n|\Z)", re.MULTILINE)
 """A line under or over a heading, as in reStructuredText. A result has one line to show, which it must not use up."""
 
 
@@ -198,7 +198,7 @@ def _breaks(line: str, width: int, indent: int) -> list[int]:
 
 
 def beginning(text: str, limit: int) -> str:
-    """The beginning of the first paragraph, on one line of at most ``limit`` columns. Lines under headings are left out."""
+    """The beginning of the first paragraph, on one line of at most ``limit`` columns, without lines under headings."""
     first = _UNDERLINE.sub("", text[: 4 * limit]).strip().split("\n\n", 1)[0]
     words = Text(shown(" ".join(first.split())))
     words.truncate(limit, overflow="ellipsis")  # counts columns: a Chinese character takes two
