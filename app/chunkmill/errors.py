@@ -41,6 +41,7 @@ where, and what to do next. No message contains a chunk's text.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 
@@ -71,6 +72,18 @@ class ChunkmillError(Exception):
     elsewhere: ClassVar[bool] = False
     """Whether another worker, with another model, device or setting, may be able to do what this one cannot. A worker
     that meets such an error charges nobody for it, and leaves the work to others for a while."""
+
+
+@functools.cache
+def elsewhere_codes() -> frozenset[str]:
+    """The codes of the errors that another worker may not meet. The ledger keeps the code of an error alone."""
+    kinds, codes = [ChunkmillError], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.elsewhere:
+            codes.add(kind.code)
+    return frozenset(codes)
 
 
 class InvalidInput(ChunkmillError):

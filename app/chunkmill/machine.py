@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -139,7 +140,7 @@ def core_blocks(n: int) -> list[set[int]]:
     """
     if not hasattr(os, "sched_setaffinity"):
         return []
-    physical: dict[tuple[str, str], set[int]] = {}
+    physical: dict[str, set[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         physical.setdefault(_core(cpu), set()).add(cpu)
     if n > len(physical) or cores() < len(physical):
@@ -160,13 +161,16 @@ def memory_mib() -> float:
     return min(limits)
 
 
-def _core(cpu: int) -> tuple[str, str]:
-    """The socket and core of a logical CPU; the CPU itself if the system does not say."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        return (topology / "physical_package_id").read_text().strip(), (topology / "core_id").read_text().strip()
-    except OSError:
-        return "", str(cpu)
+def _core(cpu: int, system: Path = Path("/sys/devices/system/cpu")) -> str:
+    """What the logical CPUs of one physical core have in common; the CPU itself if the system does not say.
+
+    The number of a core is not enough: it may come again in each cluster of a package, as on ARM.
+    """
+    topology = system / f"cpu{cpu}" / "topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the name before Linux 5.3
+        with contextlib.suppress(OSError):
+            return (topology / name).read_text().strip()
+    return str(cpu)
 
 
 def _quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:

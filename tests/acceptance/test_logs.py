@@ -148,6 +148,14 @@ def test_texts_and_secrets_are_in_no_output(
         assert word in everything, word
     words = [WORD, *SECRETS.values(), *(value.partition("-")[0] for name, value in SECRETS.items() if name != "key")]
     assert [line for line in everything.splitlines() for word in words if word in line] == []
+    # Each line is JSON, whoever wrote it.
+    assert len(lines(worker.output())) == len(worker.output().splitlines())
+    assert len(lines(poller.output())) == len(poller.output().splitlines())
+    # One line for each ChunkBatch says whose it was and what it took.
+    [done] = [line for line in lines(worker.output()) if line["message"] == "ChunkBatch completed"]
+    assert (done["job"], done["chunk_batch"], done["texts"], done["level"]) == (job.id, 1, 3, "info")
+    assert done["tokens"] >= 3
+    assert done["seconds"] > 0
     # The worker's lines say in fields whose work they are about.
     (failed,) = [line for line in lines(worker.output()) if "failed and is" in line["message"]][:1]
     assert {key: failed.get(key) for key in ("job", "chunk_batch", "attempt", "space")} == {

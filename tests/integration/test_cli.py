@@ -188,6 +188,9 @@ def test_a_search_without_a_worker_says_how_to_start_one(empty_database: None, d
     job = document("cancel", "1")
     assert job["state"] == "cancelled"
     assert "cancelled" in screen("jobs")
+    shown = call("job", "1")
+    assert "0 from the cache, 3 left without a vector" in shown.stdout
+    assert "To embed the 3 texts without a vector: chunkmill retry 1" in shown.stderr
 
 
 def test_postgres_that_is_down_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +384,8 @@ def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Pop
     assert status["database"]["migration"] == status["database"]["head"]
     assert status["broker"]["doorbells"] >= 0
     assert str(status["postgres"]["pid"]) in screen("status")
+    until(lambda: document("status")["database"]["workers"] == 1, lambda: screen("status"))
+    assert "workers    1 ready: " in screen("status")
     assert screen("poller", "--check") == "A poller is connected.\n"
     doctor = document("doctor")
     states = {check["name"]: check["state"] for check in doctor["checks"]}

@@ -480,7 +480,7 @@ def test_a_dry_run(
     }
     shown = call(*arguments, "--deadline", "2h", input=lines).stdout
     assert "openai-sync: the only one left" in shown
-    assert "4 of 2 distinct texts" in shown
+    assert "4, with 2 distinct texts" in shown
     monkeypatch.setenv("OPENAI_MONTHLY_BUDGET_USD", "0")
     used_up = call(*arguments, input=lines)
     assert (used_up.exit_code, "An enqueue would be refused" in used_up.stderr) == (0, True)

@@ -423,7 +423,7 @@ def test_an_explanation_says_what_waits_for_what(make: Make, db: sa.Engine) -> N
     batch = told.provider_batches[0]
     assert (batch.provider_status, batch.done, batch.requests, batch.next_look is None) == ("in_progress", 1, 4, False)
     stop(db, Route.OPENAI)
-    assert "openai stopped" in client.explain(job.id).waits[0]
+    assert "openai is stopped" in client.explain(job.id).waits[0]
     assert "chunkmill lanes resume openai" in client.explain(job.id).waits[0]
     with pytest.raises(NotFound):
         client.explain(job.id + 1)
@@ -434,14 +434,20 @@ def test_the_explain_option(call: Callable[..., Result], make: Make, db: sa.Engi
     stop(db, Route.OPENAI_SYNC)
     shown = call("job", str(job.id), "--explain").stdout
     assert "openai is out: it takes up to 24 h, and the deadline is in 2 h" in shown
-    assert "waits because openai-sync stopped" in shown
+    assert "waits because openai-sync is stopped" in shown
     told = json.loads(call("job", str(job.id), "--explain", "--json").stdout)["explanation"]
     assert told["routing"][0]["route"] == "openai-sync"
-    assert [lane["state"] for lane in told["lanes"]] == ["running", "stopped"]
+    assert [lane["state"] for lane in told["lanes"]] == ["idle", "stopped"]
 
 
-def test_lanes_are_shown_and_resumed(call: Callable[..., Result], db: sa.Engine) -> None:
-    assert [lane["state"] for lane in json.loads(call("lanes", "--json").stdout)] == ["running", "running"]
+def test_lanes_are_shown_and_resumed(call: Callable[..., Result], db: sa.Engine, settings: Settings) -> None:
+    assert [lane["state"] for lane in json.loads(call("lanes", "--json").stdout)] == ["idle", "idle"]
+    assert "no worker serves it" in call("lanes").stdout
+    assert [lane["state"] for lane in json.loads(call("status", "--json").stdout)["database"]["lanes"]] == ["idle"] * 2
+    worker = create_db(settings.require_database_url(), role="worker-openai")
+    with worker.connect():
+        assert [lane["state"] for lane in json.loads(call("lanes", "--json").stdout)] == ["running", "running"]
+    worker.dispose()
     assert "insufficient_quota" not in call("status").stdout
     stop(db, Route.OPENAI)
     with db.begin() as conn:
@@ -459,5 +465,5 @@ def test_lanes_are_shown_and_resumed(call: Callable[..., Result], db: sa.Engine)
     assert json.loads(call("lanes", "resume", "openai", "--json").stdout) == {"lane": "openai", "resumed": True}
     assert "openai-sync takes work again." in call("lanes", "resume", "openai-sync").stdout
     assert "neither stopped nor paused" in call("lanes", "resume", "openai").stdout
-    assert [lane["state"] for lane in json.loads(call("lanes", "--json").stdout)] == ["running", "held"]
+    assert [lane["state"] for lane in json.loads(call("lanes", "--json").stdout)] == ["idle", "held"]
     assert call("lanes", "resume", "local").exit_code == 2

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import click
 from celery import signals
+from celery.apps import worker as celerys
 from click.core import ParameterSource
 
 from chunkmill.broker import QUEUE, make_celery
 from chunkmill.embedded.environment import Environment
 from chunkmill.python import collect_garbage_rarely
 from chunkmill.telemetry import tracing
-from chunkmill.telemetry.logging import configure
+from chunkmill.telemetry.logging import configure, log_in_handler, without_passwords
 from chunkmill.transport import use_our_transport
 from chunkmill_workers import tasks
 from chunkmill_workers.process.worker import WorkerProcess, fatal_errors, host_name, require_usable
+
+logger = logging.getLogger(__name__)
 
 collect_garbage_rarely()
 use_our_transport()
@@ -63,6 +67,7 @@ def _begin(instance: Any = None, options: dict[str, Any] | None = None, **_: Any
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _start(sender: Any = None, **_: Any) -> None:
+    sender.quiet = True  # a log has no room for Celery's banner; what it would say is said below
     # Without -Q, Celery would also take the doorbells of the other queue, which this process cannot answer.
     app.amqp.queues.select(worker.queues)
     # Celery has set the number from its configuration or from -c by now. The number from -c stays.
@@ -70,6 +75,20 @@ def _start(sender: Any = None, **_: Any) -> None:
         sender.concurrency = worker.concurrency
     with fatal_errors():
         worker.start(sender.hostname)
+    queues = " and ".join(sorted(worker.queues))
+    logger.info("takes work of queue %s from %s; tasks at a time: %s", queues, _broker_address(), sender.concurrency)
+
+
+def _broker_address() -> str:
+    return without_passwords(environment.settings.require_redis_url())
+
+
+def _say_safely(message: str, _: Any = None) -> None:
+    log_in_handler(celerys.__name__, message)
+
+
+# Celery's signal handlers would write their sentences between the lines of the log.
+celerys.safe_say = _say_safely
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
@@ -12,10 +13,12 @@ from pathlib import PurePath
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from chunkmill.domain.fitting import GAP, column_widths
 from chunkmill.domain.shown import shown, shown_json
 from chunkmill.telemetry.logging import without_passwords
 
@@ -31,6 +34,15 @@ STATE_STYLES = {
 
 json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON.")
 """Every command accepts it. `chunkmill.cli.__main__` reads it before it looks the command up."""
+
+
+class Group(click.Group):
+    """A command that has commands below it. Its help shows the whole first sentence of each."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        below = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=10_000)) for name, command in below])
 
 
 class Screen:
@@ -56,7 +68,7 @@ class Screen:
     def say(self, *parts: str | tuple[str, str]) -> None:
         """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed."""
         if not self.json:
-            self.out.print(line_of(*parts), soft_wrap=True)
+            _print_words(self.out, line_of(*parts))
 
     def text(self, text: str) -> None:
         """Print a text that may have lines. With ``--json`` nothing is printed."""
@@ -66,40 +78,40 @@ class Screen:
     def hint(self, message: str) -> None:
         """Print one line on stderr about what to do next. With ``--json`` nothing is printed."""
         if not self.json:
-            self.err.print(Text(shown(message), style="yellow"), soft_wrap=True)
+            _print_words(self.err, Text(shown(message), style="yellow"))
 
     def error(self, code: str, message: str) -> None:
         message = without_passwords(" ".join(message.split()))
         if self.json:
             click.echo(json.dumps({"error": code, "message": message}), err=True)
         else:
-            self.err.print(Text.assemble(("error: ", "bold red"), (shown(message), "red")), soft_wrap=True)
+            _print_words(self.err, Text.assemble(("error: ", "bold red"), (shown(message), "red")))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print rows under column heads. Numbers stand to the right, and a long text continues on the next line."""
         cells = [[cell_of(value) for value in row] for row in rows]
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        for index, head in enumerate(columns):
+        right = []
+        for index in range(len(columns)):
             values = [row[index] for row in cells if row[index].plain != NOTHING]
-            numbers = bool(values) and all(value.justify == "right" for value in values)
-            table.add_column(head, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
-        for row in cells:
-            table.add_row(*row)
-        self._print(table)
+            right.append(bool(values) and all(value.justify == "right" for value in values))
+        self._print(FittedTable(columns, cells, right))
 
     def fields(self, fields: Mapping[str, object]) -> None:
-        """Print one name and value per line. The terminal breaks long lines, so a URL can be copied whole."""
+        """Print one name and value per line. A long word stays whole, so that a URL can be copied."""
+        if self.json:
+            return
         width = max(map(len, fields))
         for name, value in fields.items():
             cell = cell_of(value)
-            self.say((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
+            line = line_of((f"{name:<{width}}  ", "dim"), (cell.plain, str(cell.style)))
+            _print_words(self.out, line, indent=width + GAP)
 
     def _json(self, data: object, *, indent: int | None = None) -> str:
         # JSON's own escapes keep a character that the encoding of stdout lacks.
         ascii_only = not self.out.encoding.startswith("utf")
         return shown_json(data, indent=indent, ascii_only=ascii_only, default=_jsonable)
 
-    def _print(self, table: Table) -> None:
+    def _print(self, table: FittedTable) -> None:
         if self.out.is_terminal:
             self.out.print(table)
             return
@@ -109,9 +121,86 @@ class Screen:
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+_UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*(?:\n|\Z)", re.MULTILINE)
+"""A line under or over a heading, as in reStructuredText. A result has one line to show, which it must not use up."""
+
+
+class FittedTable:
+    """A table that breaks no word: if its columns do not fit beside each other, each row becomes a list of fields."""
+
+    def __init__(self, heads: Sequence[str], rows: Sequence[Sequence[Text]], right: Sequence[bool]) -> None:
+        """``right`` says which columns hold numbers."""
+        self._heads, self._rows, self._right = heads, rows, right
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = zip(*self._rows, strict=True) if self._rows else ([] for _ in self._heads)
+        columns = [[head, *(cell.plain for cell in column)] for head, column in zip(self._heads, cells, strict=True)]
+        widths = column_widths(columns, options.max_width, cell_len)
+        yield self._fields() if widths is None else self._table(widths)
+
+    def _table(self, widths: Sequence[int]) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
+        for head, right, width in zip(self._heads, self._right, widths, strict=True):
+            table.add_column(Text(head), justify="right" if right else "left", width=width, overflow="fold")
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+    def _fields(self) -> Table:
+        fields = Table.grid(padding=(0, GAP, 0, 0))
+        fields.add_column(style="dim", no_wrap=True)
+        fields.add_column(justify="left", overflow="fold")
+        for number, row in enumerate(self._rows):
+            if number:
+                fields.add_row("", "")
+            for head, cell in zip(self._heads, row, strict=True):
+                left = cell.copy()
+                left.justify = "left"
+                fields.add_row(Text(head), left)
+        return fields
+
+
+_COMMAND = re.compile(r"`[^`]+`|\b(?:chunkmill|celery|pip|redis-cli|systemctl) [^;,()]+$")
+"""What is copied from a sentence: in backticks, or at its end."""
+_GLUE = "\ue000"
+"""Stands for a blank at which a line is not broken. It takes one column."""
+
+
+def _print_words(console: Console, text: Text, indent: int = 0) -> None:
+    """Print a line. On a terminal it is broken between words, and not inside of a command. Further lines are indented.
+
+    A pipe gets one line, because a program reads it.
+    """
+    if not console.is_terminal or cell_len(text.plain) <= console.width:
+        console.print(text, soft_wrap=True)
+        return
+    for number, line in enumerate(text.divide(_breaks(text.plain, console.width, indent))):
+        line.rstrip()
+        if number:
+            line.pad_left(indent)
+        console.print(line, soft_wrap=True)
+
+
+def _breaks(line: str, width: int, indent: int) -> list[int]:
+    """Where to break a line: before the words that do not fit. The lines after the first begin after ``indent``."""
+    whole = _COMMAND.sub(
+        lambda command: command[0] if cell_len(command[0]) > width - indent else command[0].replace(" ", _GLUE), line
+    )
+    offsets, used = [], 0
+    for number, word in enumerate(re.finditer(r"\s*\S+", whole)):
+        if number and used + cell_len(word[0]) > width:
+            start = word.end() - len(word[0].lstrip())
+            offsets.append(start)
+            used = indent + cell_len(whole[start : word.end()])
+        else:
+            used += cell_len(word[0])
+    return offsets
+
+
 def beginning(text: str, limit: int) -> str:
-    """The beginning of the first paragraph, on one line of at most ``limit`` columns."""
-    words = Text(shown(" ".join(text[: 4 * limit].strip().split("\n\n", 1)[0].split())))
+    """The beginning of the first paragraph, on one line of at most ``limit`` columns, without lines under headings."""
+    first = _UNDERLINE.sub("", text[: 4 * limit]).strip().split("\n\n", 1)[0]
+    words = Text(shown(" ".join(first.split())))
     words.truncate(limit, overflow="ellipsis")  # counts columns: a Chinese character takes two
     return words.plain
 

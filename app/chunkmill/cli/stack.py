@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -31,7 +32,12 @@ from chunkmill.domain.lanes import Lane
 from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.telemetry.logging import without_passwords
 
+if TYPE_CHECKING:
+    from chunkmill.monitor.present import Present
+    from chunkmill.monitor.reports import Kind
+
 SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
+SHOWN_WORKERS = 4
 
 
 @click.command()
@@ -277,12 +283,15 @@ def _status_fields(status: Status) -> dict[str, object]:
 
     database: dict[str, object] = {"error": status.database_error}
     if status.database:
-        connections = status.database.connections
+        there = status.database.present
+        connections = there.connections
         lanes, faults = _lanes_and_faults(status)
         database = {
             "version": status.database.version,
             "migration": status.database.migration,
             "head": status.database.head,
+            "workers": there.count("local"),
+            "provider_workers": there.count("provider"),
             "worker_connections": connections.workers,
             "provider_connections": connections.provider_workers,
             "poller_connections": connections.pollers,
@@ -299,7 +308,7 @@ def _status_fields(status: Status) -> dict[str, object]:
 
 def _show_status(screen: Screen, status: Status) -> None:
     from chunkmill.broker import QUEUE
-    from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
+    from chunkmill.monitor.present import START_POLLER, START_PROVIDER_WORKER, START_WORKER
 
     shown: dict[str, object] = {}
     database = status.database
@@ -314,11 +323,11 @@ def _show_status(screen: Screen, status: Status) -> None:
             shown["migration"] = f"{level}, newer than this release ({database.head})"
         else:
             shown["migration"] = f"{level}, needs {database.head}: chunkmill migrate"
-        connections = database.connections
-        shown["workers"] = _connected(connections.workers, START_WORKER)
-        if connections.provider_workers or any(lane.open for lane in lanes):
-            shown["openai"] = _connected(connections.provider_workers, START_PROVIDER_WORKER)
-        shown["pollers"] = _connected(connections.pollers, "chunkmill poller")
+        there = database.present
+        shown["workers"] = _workers(there, "local", START_WORKER)
+        if there.has("provider") or any(lane.open for lane in lanes):
+            shown["openai"] = _workers(there, "provider", START_PROVIDER_WORKER)
+        shown["pollers"] = "connected" if there.connections.pollers else f"none connected; to start one: {START_POLLER}"
         shown["open jobs"] = status.open_jobs
         shown |= lane_lines(lanes)
         if status.snapshot and (unconfirmed := unconfirmed_line(status.snapshot.money)):
@@ -344,7 +353,14 @@ def _lanes_and_faults(status: Status) -> tuple[Sequence[Lane], Sequence[Fault]]:
     return (status.snapshot.lanes, status.snapshot.faults) if status.snapshot else ((), ())
 
 
-def _connected(connections: int, command: str) -> str:
-    return (
-        f"connected, {count(connections, 'connection')}" if connections else f"none connected; to start one: {command}"
-    )
+def _workers(there: Present, kind: Kind, command: str) -> str:
+    """How many workers serve a queue, and the names of a few."""
+    from chunkmill.monitor.present import READY_SECONDS
+
+    ready = [worker.label for worker in there.live if worker.serves(kind)]
+    if ready:
+        more = f" and {len(ready) - SHOWN_WORKERS:,} more" if len(ready) > SHOWN_WORKERS else ""
+        return f"{len(ready):,} ready: {', '.join(ready[:SHOWN_WORKERS])}{more}"
+    if there.has(kind) or (kind == "local" and there.is_starting):
+        return f"none ready yet; one is starting, which takes some {READY_SECONDS} s"
+    return f"none connected; to start one: {command}"

@@ -18,7 +18,6 @@ from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
 from chunkmill.client.within import within as as_within
-from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -42,8 +41,9 @@ from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailab
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, outbox, routing
 from chunkmill.ledger.money import budget
+from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import attempts
-from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
+from chunkmill.monitor import present
 from chunkmill.telemetry import tracing
 
 logger = logging.getLogger(__name__)
@@ -224,10 +224,12 @@ class Jobs(ClientPart):
         :class:`StoreUnavailable`.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
-        :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled
-        job is returned as it is.
+        something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
+        worker, its lane is stopped, or no poller or no worker is connected. Without it the sentence is a warning in the
+        log, and so is :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left without a vector,
+        :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`. Chunks that were refused
+        (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``. A cancelled job is returned as it
+        is.
         """
         return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
 
@@ -328,7 +330,9 @@ class Jobs(ClientPart):
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
         with self._transaction() as conn:
             failing = attempts.first_failing(conn, job.id)
-            connected = connections(conn)
+            route = routing.lane_now(conn, job.id)
+            lane = provider_lanes.lane(conn, route) if route.is_paid else None
+            there = present.read(conn)
             is_in_outbox = job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id)
         said = []
         if is_in_outbox:
@@ -337,15 +341,15 @@ class Jobs(ClientPart):
                 "a producer does: its log says why it does not"
             )
         if failing is not None:
-            tries = f"attempt {failing.attempt} of {failing.max_attempts}"
-            said.append(f"ChunkBatch {failing.id} is {failing.state} after {tries}: {failing.error}")
-        if not connected.pollers:
-            said.append("No poller is connected, so doorbells beyond the first few are not rung: chunkmill poller")
-        serving = 0 if job.route is Route.LOCAL else connected.provider_workers
-        serving += 0 if job.route.is_paid else connected.workers
-        if not serving:
-            start = START_PROVIDER_WORKER if job.route.is_paid else START_WORKER
-            said.append(f"No worker is connected, so nothing is embedded: {start}")
+            said.append(failing.sentence)
+        if lane is not None and lane.why:
+            said.append(f"Lane {route} is {lane.state} {lane.why}")
+        if not there.connections.pollers:
+            said.append(
+                "No poller is connected, so only the first doorbells are rung, and what a dead worker held is not "
+                f"taken back. To start one: {present.START_POLLER}"
+            )
+        said += filter(None, [there.lack(route)])
         return ". ".join(sentence.rstrip(".") for sentence in said)
 
     def cancel(self, job_id: int) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from chunkmill.errors import InvalidInput
 from chunkmill.ledger.jobs import explain
 from chunkmill.ledger.money import adjustments, budget, charges
 from chunkmill.ledger.provider import provider_endings, provider_lanes
+from chunkmill.monitor import present
 from chunkmill.openai.catalogue import read_twins
 
 
@@ -152,12 +154,13 @@ class Money(ClientPart):
         """Why a job is embedded where it is, and what it waits for. Raises :class:`NotFound`."""
         job_id = as_number("job_id", job_id)
         with self._transaction() as conn:
-            return explain.explain(conn, job_id)
+            told = explain.explain(conn, job_id)
+            return replace(told, lanes=tuple(present.served(told.lanes, present.read(conn))))
 
     def lanes(self) -> list[Lane]:
-        """The paid lanes: running, paused, stopped or held, and why."""
+        """The paid lanes: running, idle (no worker serves them), paused, stopped or held, and why."""
         with self._transaction() as conn:
-            return Rows(provider_lanes.lanes(conn), Lane)
+            return Rows(present.served(provider_lanes.lanes(conn), present.read(conn)), Lane)
 
     def abandon(self, provider_batch_id: int) -> Abandoned:
         """Let go of a ProviderBatch that does not end. Jobs that wait for its contents send them again.

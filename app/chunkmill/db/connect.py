@@ -95,15 +95,18 @@ class Connections:
     provider_workers: int
     """Workers of the paid routes."""
     pollers: int
+    supervisors: int = 0
+    """Processes of ``chunkmill worker``, which start workers."""
 
 
-# The names are those that ``create_db`` gives to the roles ``worker``, ``worker-openai`` and ``poller``.
+# The names are those that ``create_db`` gives to the roles.
 _CONNECTIONS = sa.text(
     """
     SELECT
         count(*) FILTER (WHERE application_name = 'chunkmill-worker') AS workers,
         count(*) FILTER (WHERE application_name = 'chunkmill-worker-openai') AS provider_workers,
-        count(*) FILTER (WHERE application_name = 'chunkmill-poller') AS pollers
+        count(*) FILTER (WHERE application_name = 'chunkmill-poller') AS pollers,
+        count(*) FILTER (WHERE application_name = 'chunkmill-supervisor') AS supervisors
     FROM pg_stat_activity
     WHERE datname = current_database()
     """
@@ -362,6 +365,8 @@ def limit_error(what: str, error: Exception) -> StoreLimit:
     return StoreLimit(f"{what}: Postgres ended it: {refusal(error)}. {advice}")
 
 
+UNDEFINED_TABLE = "42P01"
+"""The SQLSTATE of a database without our tables."""
 READ_ONLY = "25006"
 """The SQLSTATE of a server that takes no writes: a standby, or an old primary after a failover."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,18 @@ from chunkmill.domain.printed import Printed
 from chunkmill.domain.states import Route
 
 PAID_ROUTES = (Route.OPENAI, Route.OPENAI_SYNC)
+
+
+_RESUME = re.compile(r"chunkmill lanes resume(?! openai)")
+
+
+def with_lane(reason: str, route: Route) -> str:
+    """The reason of a stop, with the lane behind ``chunkmill lanes resume``. Who refuses does not know the lane."""
+    return _RESUME.sub(f"chunkmill lanes resume {route}", reason)
+
+
+def _moment(at: datetime) -> str:
+    return f"{at.astimezone():%m-%d %H:%M:%S}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,8 @@ class Lane(Printed):
     maybe_charged_usd: Decimal = Decimal(0)
     """US dollars of this month that may have been charged."""
     max_tokens: int | None = None
+    is_served: bool = True
+    """Whether a worker of the paid routes is connected."""
 
     @property
     def is_stopped(self) -> bool:
@@ -44,12 +59,26 @@ class Lane(Printed):
 
     @property
     def state(self) -> str:
-        """``stopped``, ``paused``, ``held`` or ``running``."""
+        """``stopped``, ``paused``, ``held``, ``idle`` if no worker serves it, or ``running``."""
         if self.stopped_at:
             return "stopped"
         if self.paused_until:
             return "paused"
-        return "held" if self.held_reason else "running"
+        if self.held_reason:
+            return "held"
+        return "running" if self.is_served else "idle"
+
+    @property
+    def why(self) -> str | None:
+        """Why it does not run: since when or until when, and what to do. None if it runs, or only lacks a worker."""
+        if self.stopped_at:
+            reason = with_lane(self.stop_reason or "", self.route)
+            resume = f"chunkmill lanes resume {self.route}"
+            advice = "" if resume in reason else f"; when that is fixed: {resume}"
+            return f"since {_moment(self.stopped_at)}, {self.stop_code}: {reason}{advice}"
+        if self.paused_until:
+            return f"until {_moment(self.paused_until)}: {self.pause_reason}"
+        return self.held_reason
 
     @property
     def is_healthy(self) -> bool:

@@ -12,6 +12,7 @@ from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Printed, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
+from chunkmill.errors import ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
 
 if TYPE_CHECKING:
     from chunkmill.domain.tables import Table
@@ -426,6 +427,10 @@ class DroppedDead(Printed):
     were no longer in the collection."""
 
 
+PROVIDER_WAITS = frozenset(kind.code for kind in (ProviderBusy, ProviderSilent, ProviderStopped))
+"""The codes of errors for which the lane waits, and not the ChunkBatch alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class FailingChunkBatch(Printed):
     """A ChunkBatch whose last attempt failed: it is ``discarded``, or it is open and will be tried again."""
@@ -441,6 +446,22 @@ class FailingChunkBatch(Printed):
     code: str
     """A stable word for the error."""
     error: str
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong, and what becomes of the ChunkBatch. It ends with the error, whose last full stop is left out.
+
+        An attempt that was given back counts for nothing, so its number would mean nothing to a reader.
+        """
+        if self.state is not ChunkBatchState.DISCARDED and self.code in elsewhere_codes():
+            fate = "waits for a worker that can embed it"
+        elif self.state is not ChunkBatchState.DISCARDED and self.code in PROVIDER_WAITS:
+            fate = "waits for the provider"
+        else:
+            fates = {ChunkBatchState.RUNNING: "is tried again now", ChunkBatchState.DISCARDED: "was discarded"}
+            tries = f"attempt {self.attempt} of {self.max_attempts}"
+            fate = f"{fates.get(self.state, 'will be tried again')}, because {tries} failed"
+        return f"ChunkBatch {self.id} {fate}: {self.error}".removesuffix(".")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,10 @@ class JobState(StrEnum):
     RUNNING = "running"
     """All chunks are committed, and some ChunkBatches are open."""
     COMPLETED = "completed"
-    """An anti-join of the job's chunks against the space's vectors found no chunk without a vector."""
+    """Each of the job's chunks has a vector, or is on the dead list because it was refused: it was invalid and
+    ``on_invalid`` is ``skip``, or too long and ``on_long`` is ``reject``. ``Job.dead`` counts those."""
     FAILED = "failed"
-    """No ChunkBatch is open, and some chunks have no vector. The dead list names them."""
+    """No ChunkBatch is open, and some chunks that were not refused have no vector. The dead list names them."""
     CANCELLED = "cancelled"
     """The job was cancelled. Its vectors stay."""
 

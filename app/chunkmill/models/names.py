@@ -88,7 +88,7 @@ def without_given(name: str) -> str:
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).expanduser().is_dir()
-    except OSError:  # a prompt may be longer than a file's name can be
+    except (OSError, RuntimeError):  # a prompt may be longer than a file's name can be; nobody may have a home
         return False
 
 

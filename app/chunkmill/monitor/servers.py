@@ -13,24 +13,20 @@ import sqlalchemy as sa
 from chunkmill.broker import Broker
 from chunkmill.db.connect import (
     Connections,
-    connections,
     create_db,
     schema_level,
     server_encoding,
     unreachable_message,
 )
-from chunkmill.domain.states import Route
 from chunkmill.errors import StoreUnavailable
-from chunkmill.monitor import snapshot
+from chunkmill.monitor import present, snapshot
+from chunkmill.monitor.present import Present
 from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store import segments
 from chunkmill.telemetry.logging import without_passwords
-
-START_WORKER = "chunkmill worker"
-START_PROVIDER_WORKER = "celery -A chunkmill_workers worker -Q openai"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class Database:
     head: str | None
     is_newer: bool
     """Whether a newer release made the schema."""
-    connections: Connections
+    present: Present
     clock_ahead: float
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
     altered_roles: tuple[str, ...] = ()
@@ -56,14 +52,9 @@ class Database:
     shared_graphs: tuple[str, ...] = ()
     """Indexes that an earlier release built over whole spaces. They slow down every write, and no search reads them."""
 
-    def start_for(self, route: Route) -> str | None:
-        """The command that starts a worker of a route; None if one is connected."""
-        connected = self.connections
-        if route is Route.AUTO:
-            return None if connected.workers or connected.provider_workers else START_WORKER
-        if route.is_paid:
-            return None if connected.provider_workers else START_PROVIDER_WORKER
-        return None if connected.workers else START_WORKER
+    @property
+    def connections(self) -> Connections:
+        return self.present.connections
 
     @property
     def is_migrated(self) -> bool:
@@ -236,7 +227,7 @@ def _database(conn: sa.Connection) -> Database:
         migration=level.current,
         head=level.head,
         is_newer=level.is_newer,
-        connections=connections(conn),
+        present=present.read(conn),
         clock_ahead=ahead,
         altered_roles=tuple(conn.execute(_ALTERED).scalars()),
         shared_graphs=tuple(name for name, _ in segments.shared_graphs(conn)),

@@ -21,7 +21,8 @@ from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import adjustments, budget, charges
 from chunkmill.ledger.provider import provider_lanes
-from chunkmill.monitor import reports
+from chunkmill.monitor import present, reports
+from chunkmill.monitor.present import Present
 from chunkmill.monitor.reports import Kind, Report
 from chunkmill.settings import Settings
 
@@ -113,16 +114,18 @@ class Totals:
 
 def take(conn: sa.Connection, settings: Settings) -> Snapshot:
     """What is cheap to ask: running work, workers, lanes, money and the latest faults."""
-    lanes = provider_lanes.lanes(conn)
     # The indexes by which faults are found came with the table of reports.
     has_reports = reports.exist(conn)
+    workers = reports.read(conn) if has_reports else ()
+    there = Present(connections(conn), [report for report in workers if not report.is_silent])
+    lanes = present.served(provider_lanes.lanes(conn), there)
     return Snapshot(
         at=conn.execute(sa.text("SELECT now()")).scalar_one(),
         running=_batches_by_lane(conn, ChunkBatchState.RUNNING),
         oldest=_oldest(conn),
         lanes=lanes,
-        workers=reports.read(conn) if has_reports else (),
-        connections=connections(conn),
+        workers=workers,
+        connections=there.connections,
         money=_money(conn, settings),
         recent=_recent_faults(conn) if has_reports else {},
         faults=_newest([*(_latest_faults(conn) if has_reports else ()), *_stops(lanes)]),

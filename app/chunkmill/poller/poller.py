@@ -116,12 +116,10 @@ class Poller:
                     pause *= HURRY
                 taken = done.taken_back
                 if taken.total:
-                    logger.info(
-                        "took back %s ChunkBatches of silent workers: %s of them split, %s closed with a dead content",
-                        taken.total, taken.split, taken.buried,
-                    )  # fmt: skip
+                    logger.info("took back what silent workers held: %s", taken.sentence)
                 if done.abandoned:
-                    logger.info("failed %s jobs whose producers are gone", done.abandoned)
+                    jobs = "1 job was" if done.abandoned == 1 else f"{done.abandoned} jobs were"
+                    logger.info("%s failed, because the producer is gone", jobs)
             stop.wait(pause)
 
     def round(self) -> Round:

@@ -33,7 +33,7 @@ def write_vectors(
     space.require_fingerprint(fingerprint)
     if vectors.shape != (len(hashes), space.spec.dimensions):
         raise EngineError(
-            f"the engine returned vectors of shape {vectors.shape}, and space {space.id} takes "
+            f"the engine returned vectors of shape {vectors.shape}, and space {space.spec.fingerprint[:12]} takes "
             f"({len(hashes)}, {space.spec.dimensions}). Check the model's dense and pooling modules."
         )
     half = space.is_half

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from types import MappingProxyType, TracebackType
@@ -32,6 +33,8 @@ _TALKATIVE = (
     "openai", "opentelemetry", "redis", "transformers", "urllib3",
 )  # fmt: skip
 """Libraries that log every request, or every message with its body."""
+_EACH_TASK = ("celery.app.trace", "celery.worker.strategy")
+"""They log that a task came and ended, by its UUID. What became of the ChunkBatch stands in a line of the worker's."""
 
 _fields: ContextVar[MappingProxyType[str, object]] = ContextVar("fields", default=MappingProxyType({}))
 
@@ -158,9 +161,23 @@ def configure(level: str | int = logging.INFO, form: Format = "auto") -> None:
     root.setLevel(level)
     for talkative in _TALKATIVE:
         logging.getLogger(talkative).setLevel(max(level, logging.WARNING))
+    for name in _EACH_TASK:
+        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
+
+
+def log_in_handler(name: str, message: str) -> None:
+    """Write one line of level INFO as the root logger would, from a signal handler.
+
+    A handler may have interrupted a thread in the middle of a line, so this waits for no lock and fills no buffer.
+    """
+    record = logging.LogRecord(name, logging.INFO, __file__, 0, " ".join(message.split()), None, None)
+    handlers = logging.getLogger().handlers
+    if handlers and logging.getLogger().isEnabledFor(logging.INFO):
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{handlers[0].format(record)}\n".encode())
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from chunkmill import machine
 def eight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores of two hardware threads each, numbered as Linux does: 0 and 4 share a core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(machine, "_core", lambda cpu: ("0", str(cpu % 4)))
+    monkeypatch.setattr(machine, "_core", lambda cpu: f"{cpu % 4},{cpu % 4 + 4}")
     monkeypatch.setattr(machine, "_quota", lambda: None)
 
 
@@ -31,6 +32,19 @@ def test_without_cores_of_its_own_a_lane_keeps_to_none(monkeypatch: pytest.Monke
     assert machine.core_blocks(2) == []  # a container that may use two cores' time, on any of four
     monkeypatch.delattr(os, "sched_setaffinity")
     assert machine.core_blocks(1) == []  # no such call, as on macOS
+
+
+def test_cores_whose_numbers_come_again_in_each_cluster_are_several(tmp_path: Path) -> None:
+    """As on ARM without a package: two clusters of two cores, of which the second has two threads each."""
+    for cpu, (core, siblings) in enumerate([(0, "0"), (1, "1"), (0, "2,4"), (1, "3,5"), (0, "2,4"), (1, "3,5")]):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        for name, value in (("core_id", core), ("physical_package_id", -1), ("thread_siblings_list", siblings)):
+            (topology / name).write_text(f"{value}\n")
+    assert len({machine._core(cpu, tmp_path) for cpu in range(6)}) == 4
+    (tmp_path / "cpu0" / "topology" / "core_cpus_list").write_text("0,1\n")
+    assert machine._core(0, tmp_path) == "0,1"
+    assert machine._core(7, tmp_path) == "7"  # a system that does not say
 
 
 XEON = "avx avx2 avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_bf16 amx_int8"

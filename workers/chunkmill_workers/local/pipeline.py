@@ -116,6 +116,7 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
         _embed(context, held, attempt)
     except Interrupted:
         attempt.release()
+        attempt.log_end("given back, because the worker leaves")
         return TaskResult.RELEASED
     except LeaseLost as lost:
         logger.warning("%s", lost)
@@ -140,6 +141,7 @@ def _run(context: WorkerContext, held: HeldLease) -> TaskResult:
             return TaskResult.RELEASED
         _record_failure(context, attempt, error)
         return TaskResult.FAILED
+    attempt.log_end("completed")
     context.finish_job(lease)
     return TaskResult.COMPLETED
 

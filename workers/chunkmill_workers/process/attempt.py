@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -19,6 +21,8 @@ from chunkmill.spaces import registry
 from chunkmill.spaces.registry import Space
 from chunkmill.store.read import Work, read_work
 from chunkmill_workers.process.context import QueueContext
+
+logger = logging.getLogger(__name__)
 
 Context = TypeVar("Context", bound=QueueContext)
 T = TypeVar("T")
@@ -41,6 +45,7 @@ class Attempt(Generic[Context]):
         self._written: list[bytes] = []
         self._n_truncated = 0
         """How many texts this attempt cut."""
+        self._began = time.monotonic()
 
     def open(self, conn: sa.Connection, provider: str | None = None) -> tuple[Space, Work]:
         """Read what there is to do, and open the account: an attempt that dies before its first write is known too."""
@@ -79,6 +84,22 @@ class Attempt(Generic[Context]):
             return chunk_batches.fail_if_held(conn, self.lease, code=code, error=error, retryable=retryable)
 
         return self._end(fail, usage.Outcome.FAILED, evidence=error)
+
+    def log_end(self, what: str) -> None:
+        """Log the one line of an attempt that came to its end: what it wrote, what that took, and in how many seconds.
+
+        The job and the ChunkBatch are among the fields of every line of this thread.
+        """
+        numbers = {
+            "texts": len(self._written),
+            "tokens": self._usage.tokens if self._usage else 0,
+            "seconds": round(time.monotonic() - self._began, 3),
+        }
+        if self._n_truncated:
+            numbers["truncated"] = self._n_truncated
+        if self.dead:
+            numbers["dead"] = len(self.dead)
+        logger.info("ChunkBatch %s", what, extra=numbers)
 
     def _end(
         self, transition: Callable[[sa.Connection], T], outcome: usage.Outcome, *, evidence: str | None = None

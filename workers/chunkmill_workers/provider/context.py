@@ -73,8 +73,8 @@ class ProviderContext(QueueContext):
         model = model_for(self.settings, space.spec)
         if model is None:
             raise UnknownModel(
-                f"no model of the provider serves space {space.id} ({space.spec.model!r}). Describe it in "
-                "OPENAI_MODELS on this worker, as the producer did, or cancel the job."
+                f"no model of the provider serves space {space.spec.fingerprint[:12]} ({space.spec.model!r}). "
+                "Describe it in OPENAI_MODELS on this worker, as the producer did, or cancel the job."
             )
         return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from chunkmill.domain.lanes import with_lane
 from chunkmill.domain.states import Route
 from chunkmill.errors import ProviderBusy, ProviderSilent, ProviderStopped
 from chunkmill.ledger.provider import provider_lanes
@@ -71,9 +72,10 @@ def pause_failing_lane(context: ProviderContext, route: Route, silent: ProviderS
 
 def stop_lane(context: ProviderContext, route: Route, stopped: ProviderStopped) -> None:
     """Stop a lane for all workers until somebody resumes it. The first worker that does so logs the reason."""
+    reason = with_lane(str(stopped), route)
     first = context.transact(
-        lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=str(stopped)), "stop the lane"
+        lambda conn: provider_lanes.stop(conn, route, code=stopped.provider_code, reason=reason), "stop the lane"
     )
     context.health.forget()
     if first:
-        logger.error("lane %s is stopped: %s %s", route, stopped.brief, route)
+        logger.error("lane %s is stopped: %s", route, with_lane(stopped.brief, route))

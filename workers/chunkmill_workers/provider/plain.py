@@ -71,6 +71,7 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
         _embed(context, held, attempt)
     except Interrupted:
         attempt.release()
+        attempt.log_end("given back, because the worker leaves")
     except LeaseLost as lost:
         logger.warning("%s", lost)
     except ProviderBusy as busy:

@@ -185,6 +185,7 @@ class PlainAttempt(Attempt[ProviderContext]):
             return
         if self.n_elsewhere:
             self.release(delay_s=AGAIN_SECONDS)
+            self.log_end("given back, because others have sent some of its texts")
             return
         self.dead += [
             DeadContent(content_hash, code, f"no vector after {self._charged} attempts: {reason}")
@@ -201,6 +202,7 @@ class PlainAttempt(Attempt[ProviderContext]):
 
         if not self._context.transact(end, "complete"):
             raise self._superseded()
+        self.log_end("completed")
 
     def fail_with(self, error: Exception) -> None:
         """Log why the attempt failed, and charge it. What costs money again and again is not tried for ever."""

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from chunkmill.db.connect import create_db, refusal
+from chunkmill.db.connect import UNDEFINED_TABLE, create_db, refusal, sqlstate
 from chunkmill.embedded.environment import Environment
 from chunkmill.errors import ChunkmillError
 from chunkmill.ledger.dead.deaths import TakenBack, take_back_from
 from chunkmill.ledger.work.chunk_batches import release_all
 from chunkmill.ledger.work.usage import book_released
+from chunkmill.monitor import reports
 from chunkmill.python import module_command
 from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import configure
@@ -245,6 +246,8 @@ class TakeBack:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        with contextlib.suppress(sa.exc.SQLAlchemyError), self._db.connect():
+            pass  # the pool keeps the connection: who waits for a worker can see that one is being started
         while (report := self._reports.get()) is not None:
             self._take_back(*report)
 
@@ -252,13 +255,16 @@ class TakeBack:
         owner = owner_name(pid)
         try:
             with self._db.begin() as conn:
+                if reports.exist(conn):
+                    reports.remove(conn, owner)  # else `status` would show a worker that is silent
                 if evidence is None:
                     book_released(conn, owner)
                     taken = TakenBack(available=release_all(conn, owner))
                 else:
                     taken = take_back_from(conn, owner, evidence=evidence)
         except Exception as error:  # noqa: BLE001 - the next report must be handled
-            if not self._is_away:
+            # Without tables there is nothing to take back, and the worker has said that they are missing.
+            if not self._is_away and sqlstate(error) != UNDEFINED_TABLE:
                 logger.warning(
                     "leases of dead workers cannot be taken back at once; the poller does it when they end: %s",
                     refusal(error),
@@ -267,10 +273,7 @@ class TakeBack:
         else:
             self._is_away = False
             if taken.total:
-                logger.info(
-                    "took back %s ChunkBatches of pid %s: %s of them cut, %s closed with a dead content",
-                    taken.total, pid, taken.split, taken.buried,
-                )  # fmt: skip
+                logger.info("took back what pid %s held: %s", pid, taken.sentence)
 
 
 class QueueClearing:

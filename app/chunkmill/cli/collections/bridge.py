@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.domain.bridges import Bridge
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def bridge(ctx: click.Context) -> None:

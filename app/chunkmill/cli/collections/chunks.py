@@ -13,7 +13,7 @@ import click
 from chunkmill.cli.arguments import JsonObject
 from chunkmill.cli.collections.prune import size
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, beginning, count, json_option
+from chunkmill.cli.output import Group, Screen, beginning, count, json_option
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.stored import StoredChunk
 from chunkmill.errors import InvalidInput, NotFound
@@ -34,7 +34,7 @@ where_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def chunks() -> None:
     """List, show and count the chunks of a collection, and change their metadata.

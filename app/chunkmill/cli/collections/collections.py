@@ -8,12 +8,12 @@ from dataclasses import asdict
 import click
 
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.domain.collections import CollectionInfo
 from chunkmill.errors import InvalidInput, NotFound
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--exact", is_flag=True, help="Count the chunks of large collections too.")
 @json_option
 @click.pass_context

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.domain.results import SearchTuning
 
 
@@ -48,7 +48,7 @@ def keywords(screen: Screen, collection: str, language: str | None, drop: bool) 
         )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def golden(ctx: click.Context) -> None:

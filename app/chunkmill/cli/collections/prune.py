@@ -10,7 +10,7 @@ import click
 
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.retention import CacheSpace, OnProgress, Pruned
 from chunkmill.errors import InvalidInput
@@ -47,7 +47,7 @@ def prune(screen: Screen, older_than: float, dry_run: bool, yes: bool) -> None:
         )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option(
     "--recent", type=AGE, default="7d", show_default=True, metavar="AGE", help="Age up to which a hit counts as recent."
 )

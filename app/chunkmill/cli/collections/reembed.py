@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from chunkmill.cli.late import Client, Gates
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.cli.paid.costs import budget_fields, lane_row, show_budget
 from chunkmill.cli.progress import Bar
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding, ReembeddingState
@@ -99,7 +99,7 @@ class Which(click.ParamType[object]):
         return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def reembed() -> None:
     """Move a collection to another model, without a gap, and come back.
@@ -339,7 +339,7 @@ def show_quote(screen: Screen, quote: Quote) -> None:
         {
             "from": f"{quote.from_model} ({quote.from_space[:12]})",
             "to": f"{quote.to_model} ({quote.to_space[:12]}), {quote.dimensions} dimensions",
-            "chunks": f"{quote.chunks:,} of {count(quote.contents, 'distinct text')}",
+            "chunks": f"{quote.chunks:,}, with {count(quote.contents, 'distinct text')}",
             "texts": f"{quote.to_embed:,} to embed, {quote.cached:,} embedded before{in_flight}",
             "route": f"{quote.route}: {quote.because}",
             "disk": f"{_megabytes(quote.vector_bytes)} of vectors and {_megabytes(quote.index_bytes)} of index are new",

@@ -16,7 +16,7 @@ from chunkmill.cli.collections.spaces import drop
 from chunkmill.cli.late import Client, Environment, read_database, read_spaces
 from chunkmill.cli.models.check import check
 from chunkmill.cli.models.known import choose, list_models
-from chunkmill.cli.output import Screen, beginning, count, duration, json_option
+from chunkmill.cli.output import Group, Screen, beginning, count, duration, json_option
 from chunkmill.domain.results import Audit, SearchHit, SearchPlan
 from chunkmill.domain.states import Route
 
@@ -128,9 +128,9 @@ def search(
         raise click.UsageError("Give either QUERY, or with --like the ID of a chunk.")
     metadata = _where(where)
     with Client.from_env() as client:
-        start = None if like else read_database(Environment.load().settings).start_for(Route.AUTO)
-        if start:
-            screen.hint(f"No worker is connected. Waiting {timeout:g} s for one. To start it: {start}")
+        lack = None if like else read_database(Environment.load().settings).present.lack(Route.AUTO)
+        if lack:
+            screen.hint(f"{lack}. This search waits {timeout:g} s for it.")
         hits = client.search(
             query,
             collection=collection,
@@ -216,7 +216,7 @@ def index(screen: Screen, collection: str) -> None:
         )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def models(context: click.Context) -> None:

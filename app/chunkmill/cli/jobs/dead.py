@@ -13,7 +13,7 @@ import click
 from chunkmill.cli.jobs.attempts import moment
 from chunkmill.cli.jobs.jobs import JOB_FAILED, job_fields, waited
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, beginning, count, json_option
+from chunkmill.cli.output import Group, Screen, beginning, count, json_option
 from chunkmill.domain.results import DeadDetails, DeadEntry, Job
 from chunkmill.domain.states import JobState
 from chunkmill.errors import InvalidInput, JobFailed
@@ -27,7 +27,7 @@ job_option = click.option("--job", "job_id", type=ID, help="Only the dead chunks
 code_option = click.option("--code", metavar="CODE", help="Only those with this code, such as not_finite.")
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def dead() -> None:
     """List, show, retry or drop the chunks that got no vector."""

@@ -419,9 +419,9 @@ def show_job(
         "model": job.model,
         "space": job.space[:12],
         "route": f"{job.route}, priority {job.priority}",
-        "chunks": f"{job.chunks:,} of {count(job.contents, 'distinct text')}",
+        "chunks": f"{job.chunks:,}, with {count(job.contents, 'distinct text')}",
         "stored": _stored(job),
-        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {job.remaining:,} to go",
+        "texts": f"{job.embedded:,} embedded, {job.cached:,} from the cache, {_left(job)}",
         "truncated": count(job.truncated, "text") if job.truncated else None,
         "dead": count(job.dead, "chunk") if job.dead else None,
         "tokens": _tokens(job) if job.tokens else None,
@@ -429,9 +429,7 @@ def show_job(
         "began": f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
         "error": job.error,
-        "failing": failing
-        and f"ChunkBatch {failing.id}, {failing.state}, attempt {failing.attempt} of {failing.max_attempts}: "
-        f"{failing.error}",
+        "failing": failing and failing.sentence,
     }
     screen.fields({name: value for name, value in fields.items() if value is not None})
     if dead and job.dead_chunks:
@@ -449,6 +447,8 @@ def show_job(
         screen.hint(job.notice)
     if not job.state.is_final:
         screen.hint(f"To follow it: chunkmill job {job.id} --wait")
+    elif undone := _undone(job):
+        screen.hint(f"To embed the {count(undone, 'text')} without a vector: chunkmill retry {job.id}")
 
 
 def _cutter(
@@ -504,6 +504,16 @@ def _placed(item: object, place: str, position: int) -> object:
             reason=error.reason,
             known_id=error.known_id,
         )
+
+
+def _undone(job: Job) -> int:
+    """How many texts an ended job has left without a vector. Nothing of it remains to be done, until it is retried."""
+    is_left = job.state in (JobState.CANCELLED, JobState.FAILED)
+    return max(0, job.contents - job.cached - job.embedded) if is_left else 0
+
+
+def _left(job: Job) -> str:
+    return f"{_undone(job):,} left without a vector" if _undone(job) else f"{job.remaining:,} to go"
 
 
 def _stored(job: Job) -> str | None:

@@ -12,7 +12,7 @@ from decimal import Decimal
 import click
 
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, duration, json_option
+from chunkmill.cli.output import Group, Screen, count, duration, json_option
 from chunkmill.domain.budget import Budget, dollars
 from chunkmill.domain.costs import (
     USD_PLACES,
@@ -30,7 +30,7 @@ from chunkmill.errors import InvalidInput
 DAY = click.DateTime(["%Y-%m-%d"])
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option(
     "--by",
     type=click.Choice([by.value for by in CostsBy]),
@@ -209,7 +209,7 @@ def _show_space(screen: Screen, estimate: Estimate) -> None:
         {
             "model": estimate.model,
             "space": estimate.space[:12],
-            "chunks": f"{estimate.chunks:,} of {count(estimate.contents, 'distinct text')}",
+            "chunks": f"{estimate.chunks:,}, with {count(estimate.contents, 'distinct text')}",
             **({} if estimate.deleted is None else {"to delete": count(estimate.deleted, "chunk")}),
             "texts": f"{estimate.to_embed:,} to embed, {estimate.cached:,} from the cache{in_flight}",
             "route": f"{estimate.route}: {estimate.because}",

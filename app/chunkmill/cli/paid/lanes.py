@@ -11,7 +11,7 @@ import click
 from rich.text import Text
 
 from chunkmill.cli.late import Client
-from chunkmill.cli.output import Screen, count, json_option
+from chunkmill.cli.output import Group, Screen, count, json_option
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.lanes import PAID_ROUTES, Lane
 from chunkmill.domain.results import Explanation
@@ -19,11 +19,11 @@ from chunkmill.domain.states import Route
 from chunkmill.errors import InvalidInput
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @json_option
 @click.pass_context
 def lanes(context: click.Context) -> None:
-    """Show the state of the paid lanes (running, paused, stopped or held) and their open ProviderBatches.
+    """Show the state of the paid lanes (running, idle, paused, stopped or held) and their open ProviderBatches.
 
     `lost` and `maybe charged` are of this month (UTC); `chunkmill cost adjustments` says why.
     """
@@ -88,24 +88,12 @@ def _confirmed(screen: Screen, provider_batch_id: int) -> bool:
 
 
 def lane_fields(lane: Lane) -> dict[str, object]:
-    return asdict(lane) | {"state": lane.state, "why": why(lane)}
-
-
-def why(lane: Lane) -> str | None:
-    """Why a lane does not run; None if it runs."""
-    if lane.stopped_at:
-        return (
-            f"since {lane.stopped_at.astimezone():%m-%d %H:%M:%S}, {lane.stop_code}: {lane.stop_reason}; when that is "
-            f"fixed: chunkmill lanes resume {lane.route}"
-        )
-    if lane.paused_until:
-        return f"until {lane.paused_until.astimezone():%m-%d %H:%M:%S}: {lane.pause_reason}"
-    return lane.held_reason
+    return asdict(lane) | {"state": lane.state, "why": lane.why}
 
 
 def lane_lines(lanes: Iterable[Lane]) -> dict[str, str]:
     """The lanes that do not run, by route, for `status`."""
-    return {lane.route.value: f"{lane.state} {reason}" for lane in lanes if (reason := why(lane)) is not None}
+    return {lane.route.value: f"{lane.state} {reason}" for lane in lanes if (reason := lane.why) is not None}
 
 
 def show_lanes(screen: Screen, listed: list[Lane]) -> None:
@@ -117,7 +105,7 @@ def show_lanes(screen: Screen, listed: list[Lane]) -> None:
         [
             (lane.route.value, _styled(lane.state),
              ", ".join(f"{n:,} {state}" for state, n in sorted((lane.open or {}).items())) or None,
-              _usd(lane.lost_usd), _usd(lane.maybe_charged_usd), why(lane) or _learnt(lane))
+              _usd(lane.lost_usd), _usd(lane.maybe_charged_usd), lane.why or _learnt(lane) or _no_worker(lane))
             for lane in listed
         ],
     )  # fmt: skip
@@ -157,6 +145,12 @@ def _usd(usd: Decimal) -> str | None:
     return f"{dollars(usd)} USD" if usd else None
 
 
+def _no_worker(lane: Lane) -> str | None:
+    from chunkmill.monitor.present import START_PROVIDER_WORKER
+
+    return None if lane.is_served else f"no worker serves it; to start one: {START_PROVIDER_WORKER}"
+
+
 def _learnt(lane: Lane) -> str | None:
     """What the provider's refusals have taught about a lane that runs."""
     if lane.max_tokens is None:
@@ -165,4 +159,4 @@ def _learnt(lane: Lane) -> str | None:
 
 
 def _styled(state: str) -> Text:
-    return Text(state, style={"stopped": "red", "running": "green"}.get(state, "yellow"))
+    return Text(state, style={"stopped": "red", "running": "green", "idle": "dim"}.get(state, "yellow"))

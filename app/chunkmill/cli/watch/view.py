@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chunkmill.cli.output import NOTHING, duration, line_of
-from chunkmill.cli.paid.lanes import why
+from chunkmill.cli.output import NOTHING, FittedTable, duration, line_of
 from chunkmill.domain.budget import dollars
 from chunkmill.domain.shown import shown
 from chunkmill.monitor.reports import Report
@@ -19,8 +18,12 @@ from chunkmill.monitor.watcher import View
 
 STALE_SECONDS = 3.0
 """If a view is older than this many seconds, its age is shown in red."""
+OLD_COUNT_SECONDS = 30.0
+"""If the counts are older than this many seconds, their age is shown. A large ledger is counted less often."""
 SHOWN_JOBS = 10
-STYLES = {"running": "green", "idle": "yellow", "paused": "yellow", "held": "yellow", "stopped": "red"}
+WORDS = frozenset({"lane", "state", "why", "worker", "collection", ""})
+"""The heads of columns that hold words. All others hold numbers."""
+STYLES = {"running": "green", "idle": "dim", "paused": "yellow", "held": "yellow", "stopped": "red"}
 GIB = 1024**3
 
 
@@ -87,44 +90,42 @@ def _head(view: View, at: float, looking_since: float) -> Text:
     head = Text.assemble(("Chunkmill", "bold"), "  end with Ctrl-C")
     age = _age(view.snapshot_at, at)
     if age is not None and view.snapshot:
-        head.append(
-            f"   seen {view.snapshot.at.astimezone():%H:%M:%S} in {1000 * view.snapshot_seconds:.0f} ms", style="dim"
-        )
+        head.append(f"   as of {view.snapshot.at.astimezone():%H:%M:%S}", style="dim")
         if age > STALE_SECONDS:
             head.append(f"   {duration(age)} old", style="bold red")
-    if view.totals_at is not None:
-        head.append(
-            f"   counted {duration(at - view.totals_at)} ago in {1000 * view.totals_seconds:.0f} ms", style="dim"
-        )
+    if view.totals_at is not None and at - view.totals_at > OLD_COUNT_SECONDS:
+        head.append(f"   counted {duration(round(at - view.totals_at))} ago", style="dim")
     if at - looking_since > STALE_SECONDS:
         head.append(f"   no answer for {duration(at - looking_since)}", style="bold red")
     return head
 
 
-def _lanes(snapshot: Snapshot, view: View) -> Table:
-    table = _table("lane", "state", "ready", "running", "oldest waits", "discarded", "why")
-    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
+def _lanes(snapshot: Snapshot, view: View) -> FittedTable:
+    rows: list[Sequence[object]] = []
+    reasons = {lane.route: lane.why for lane in snapshot.lanes}
     for route, state in lane_states(snapshot).items():
         oldest = snapshot.oldest.get(route)
         totals = view.totals
-        _row(
-            table,
-            route.value,
-            Text(state, style=STYLES[state]),
-            totals.ready[route] if totals else None,
-            snapshot.running[route],
-            None if oldest is None else duration(oldest),
-            totals.discarded[route] if totals else None,
-            reasons.get(route) or ("no worker reports" if state == "idle" else None),
+        is_missed = state == "idle" and oldest is not None
+        rows.append(
+            (
+                route.value,
+                Text(state, style="yellow" if is_missed else STYLES[state]),
+                totals.ready[route] if totals else None,
+                snapshot.running[route],
+                None if oldest is None else duration(oldest),
+                totals.discarded[route] if totals else None,
+                reasons.get(route) or ("no worker reports" if state == "idle" else None),
+            )
         )
-    return table
+    return _table(("lane", "state", "ready", "running", "oldest waits", "discarded", "why"), rows)
 
 
 def _totals(snapshot: Snapshot, totals: Totals | None) -> Table:
     current = rates(snapshot.workers)
     table = Table.grid(padding=(0, 2, 0, 0))
     pairs = [
-        ("contents/s", f"{current.contents_per_s:,.0f}"),
+        ("texts/s", f"{current.contents_per_s:,.0f}"),
         ("tokens/s", f"{current.tokens_per_s:,.0f}"),
         ("padding", _percent(current.padding)),
         ("cache hits", _percent(totals.cache_hits if totals else None)),
@@ -158,45 +159,54 @@ def _money(money: Money) -> Text:
     return line
 
 
-def _workers(workers: Sequence[Report]) -> Table:
-    table = _table("worker", "contents/s", "tokens/s", "padding", "busy", "GPU", "GPU memory", "holds", "")
+def _workers(workers: Sequence[Report]) -> FittedTable:
+    rows: list[Sequence[object]] = []
     for worker in workers:
         silent = worker.is_silent
         memory = None
         if worker.gpu_memory_used is not None and worker.gpu_memory_total:
             memory = f"{worker.gpu_memory_used / GIB:.1f} of {worker.gpu_memory_total / GIB:.0f} GiB"
-        _row(
-            table,
-            worker.label,
-            None if silent else f"{worker.rate(worker.contents):,.0f}",
-            None if silent else f"{worker.rate(worker.tokens):,.0f}",
-            None if silent else _percent(_waste(worker.tokens, worker.padded_tokens)),
-            None if silent else _percent(_busy(worker)),
-            None if silent else _percent(worker.gpu_busy),
-            None if silent else memory,
-            None if silent else worker.held,
-            Text(f"silent for {duration(worker.silent_seconds)}", style="red") if silent else "",
+        rows.append(
+            (
+                worker.label,
+                None if silent else f"{worker.rate(worker.contents):,.0f}",
+                None if silent else f"{worker.rate(worker.tokens):,.0f}",
+                None if silent else _percent(_waste(worker.tokens, worker.padded_tokens)),
+                None if silent else _percent(_busy(worker)),
+                None if silent else _percent(worker.gpu_busy),
+                None if silent else memory,
+                None if silent else worker.held,
+                Text(f"silent for {duration(worker.silent_seconds)}", style="red") if silent else "",
+            )
         )
-    return table
+    heads = ("worker", "texts/s", "tokens/s", "padding", "busy", "GPU", "GPU memory", "holds", "")
+    # Without a GPU, or if nobody is silent, a column says nothing.
+    kept = [
+        index for index, head in enumerate(heads)
+        if (head not in ("GPU", "GPU memory") or any(row[index] not in (None, NOTHING) for row in rows))
+        and (head or any(worker.is_silent for worker in workers))
+    ]  # fmt: skip
+    return _table([heads[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
-def _jobs(view: View, totals: Totals) -> Table:
-    table = _table("job", "collection", "state", "left", "of", "contents/s", "done in")
+def _jobs(view: View, totals: Totals) -> FittedTable:
+    rows: list[Sequence[object]] = []
     for job in totals.open_jobs[:SHOWN_JOBS]:
         eta = view.etas.get(job.id)
-        _row(
-            table,
-            job.id,
-            job.collection,
-            job.state.value,
-            job.remaining,
-            job.contents,
-            f"{eta.per_second:,.0f}" if eta else None,
-            duration(round(eta.seconds)) if eta else None,
+        rows.append(
+            (
+                job.id,
+                job.collection,
+                job.state.value,
+                job.remaining,
+                job.contents,
+                f"{eta.per_second:,.0f}" if eta else None,
+                duration(round(eta.seconds)) if eta else None,
+            )
         )
     if len(totals.open_jobs) > SHOWN_JOBS:
-        _row(table, f"+{len(totals.open_jobs) - SHOWN_JOBS:,}", *[None] * 6)
-    return table
+        rows.append((f"+{len(totals.open_jobs) - SHOWN_JOBS:,}", *[None] * 6))
+    return _table(("job", "collection", "state", "texts left", "of", "texts/s", "done in"), rows)
 
 
 def _faults(snapshot: Snapshot) -> list[RenderableType]:
@@ -213,7 +223,7 @@ def _faults(snapshot: Snapshot) -> list[RenderableType]:
 
 def _lane_fields(snapshot: Snapshot, totals: Totals | None) -> list[dict[str, object]]:
     states = lane_states(snapshot)
-    reasons = {lane.route: why(lane) for lane in snapshot.lanes}
+    reasons = {lane.route: lane.why for lane in snapshot.lanes}
     return [
         {
             "lane": route.value,
@@ -270,16 +280,9 @@ def _percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.1f} %"
 
 
-def _table(*heads: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    words = {"lane", "state", "why", "worker", "collection", ""}
-    for head in heads:
-        table.add_column(head, justify="left" if head in words else "right", overflow="fold")
-    return table
-
-
-def _row(table: Table, *cells: object) -> None:
-    table.add_row(*[_cell(cell) for cell in cells])
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> FittedTable:
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    return FittedTable(heads, cells, [head not in WORDS for head in heads])
 
 
 def _cell(cell: object) -> Text:

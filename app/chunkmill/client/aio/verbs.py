@@ -170,10 +170,12 @@ class AsyncVerbs(Running):
         :class:`StoreUnavailable`.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log, and so is :attr:`Job.notice` at the end. Raises
-        :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled
-        job is returned as it is.
+        something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
+        worker, its lane is stopped, or no poller or no worker is connected. Without it the sentence is a warning in the
+        log, and so is :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left without a vector,
+        :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`. Chunks that were refused
+        (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``. A cancelled job is returned as it
+        is.
         """
         return await self._wait(
             self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
@@ -307,7 +309,7 @@ class AsyncVerbs(Running):
         return await self._short(self._client.explain, job_id)
 
     async def lanes(self) -> list[Lane]:
-        """The paid lanes: running, paused, stopped or held, and why."""
+        """The paid lanes: running, idle (no worker serves them), paused, stopped or held, and why."""
         return await self._short(
             self._client.lanes,
         )

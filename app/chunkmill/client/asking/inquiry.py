@@ -23,9 +23,11 @@ from chunkmill.db.connect import raw
 from chunkmill.domain.embedded import EmbeddedText
 from chunkmill.domain.frames import Question
 from chunkmill.domain.providers import OPENAI
+from chunkmill.domain.states import Route
 from chunkmill.errors import ChunkmillError, EngineError, WaitTimeout
 from chunkmill.ledger import embed_requests
 from chunkmill.ledger.embed_requests import AnswerRow
+from chunkmill.monitor import present
 from chunkmill.spaces.registry import Space
 from chunkmill.store import read
 
@@ -93,7 +95,7 @@ class Inquiry:
             while self._asked:
                 yield from self._waiting()
                 self._read(self.mailbox.take())
-                self._require_time()
+                yield from self._require_time()
                 if self._parts and (self._is_left or len(self._asked) <= OPEN_PARTS // 2):
                     yield from self._send()
         except GeneratorExit:
@@ -317,12 +319,24 @@ class Inquiry:
         for content_hash, vector, n_tokens, is_cut in zip(part, vectors, tokens, truncated, strict=True):
             self.texts.add(content_hash, EmbeddedText(vector, int(n_tokens), bool(is_cut)))
 
-    def _require_time(self) -> None:
+    def _require_time(self) -> Steps[None]:
         """Raise :class:`WaitTimeout` if an answer is missing and the time is over."""
-        if not (self._asked or self._parts) or time.monotonic() < self.deadline:
-            return
-        queue = "openai" if self.space.spec.provider == OPENAI else "gpu"
-        raise WaitTimeout(f"no worker answered in time. Start one with: celery -A chunkmill_workers worker -Q {queue}")
+        if (self._asked or self._parts) and time.monotonic() >= self.deadline:
+            look = Work(self._why_late)
+            yield look
+            raise WaitTimeout(f"no worker answered in time. {look.result}.")
+
+    def _why_late(self) -> str:
+        """What to do about an answer that did not come."""
+        try:
+            with self.transaction() as conn:
+                lack = present.read(conn).lack(Route.OPENAI if self.space.spec.provider == OPENAI else Route.LOCAL)
+        except ChunkmillError:  # as where Postgres went away meanwhile
+            lack = "Check with `chunkmill status` that one is connected"
+        return (
+            lack
+            or "One is connected, so allow more time (timeout=), or see in `chunkmill status --watch` how busy it is"
+        )
 
 
 def is_short(texts: Mapping[bytes, str], kind: str) -> bool:

@@ -37,6 +37,15 @@ class TakenBack:
     def total(self) -> int:
         return self.available + self.split + self.buried
 
+    @property
+    def sentence(self) -> str:
+        """`3 ChunkBatches, 1 of them split`, for a log."""
+        parts = [f"{self.total} ChunkBatch{'' if self.total == 1 else 'es'}"]
+        for number, fate in ((self.split, "split"), (self.buried, "closed with a dead content")):
+            if number:
+                parts.append(f"{number} of them {fate}" if self.total > 1 else fate)
+        return ", ".join(parts)
+
 
 # Both statements leave not_before as it is: work that had begun is due since earlier, and goes before other work.
 _TAKE_BACK_EXPIRED = with_constants(

@@ -124,10 +124,7 @@ def _in_flight_elsewhere(conn: sa.Connection, job_id: int, work: OpenWork) -> li
 def _blocked(lane: Lane) -> str | None:
     """Why a lane sends nothing now; None if it does."""
     if lane.stopped_at:
-        return (
-            f"{lane.route} stopped at {_moment(lane.stopped_at)} ({lane.stop_code}): {lane.stop_reason}. Resume it: "
-            f"chunkmill lanes resume {lane.route}"
-        )
+        return f"{lane.route} is stopped {lane.why}"
     if lane.paused_until:
         return f"{lane.route} pauses until {_moment(lane.paused_until)}: {lane.pause_reason}"
     return None

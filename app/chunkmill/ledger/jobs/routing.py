@@ -111,6 +111,12 @@ def entry(choice: Choice, at: datetime) -> dict[str, str]:
     return kept if choice.instead_of is None else {**kept, "instead_of": choice.instead_of.value}
 
 
+def lane_now(conn: sa.Connection, job_id: int) -> Route:
+    """The lane of a job that exists."""
+    row = conn.execute(sa.text("SELECT route, routing FROM jobs WHERE id = :id"), {"id": job_id}).one()
+    return lane_of(row.route, row.routing)
+
+
 def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:
     """The lane of a job's ChunkBatches: the latest choice, or what was asked for.
 

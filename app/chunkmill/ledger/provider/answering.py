@@ -25,7 +25,7 @@ def refuse_model(conn: sa.Connection, space_id: int, *, asked: str, answered: st
     known = _noted(conn, space_id)
     if known is None:
         if is_another(answered, asked, OPENAI_MODELS):
-            return _reason(space_id, asked, answered)
+            return _reason(conn, space_id, asked, answered)
         known = _note(conn, space_id, answered)
         if not is_same_model(known, asked):
             logger.warning(
@@ -36,7 +36,7 @@ def refuse_model(conn: sa.Connection, space_id: int, *, asked: str, answered: st
                 known,
             )
     if not is_same_model(known, answered):
-        return _reason(space_id, known, answered)
+        return _reason(conn, space_id, known, answered)
     if len(answered) > len(known):  # a date was added, and from now on another date is another model
         conn.execute(
             sa.text("UPDATE answering_models SET model = :model WHERE space_id = :space"),
@@ -70,11 +70,13 @@ def _note(conn: sa.Connection, space_id: int, answered: str) -> str:
     return _noted(conn, space_id) or answered
 
 
-def _reason(space_id: int, expected: str, answered: str) -> str:
+def _reason(conn: sa.Connection, space_id: int, expected: str, answered: str) -> str:
+    query = "SELECT left(fingerprint, 12) FROM spaces WHERE id = :id"
+    space = conn.execute(sa.text(query), {"id": space_id}).scalar_one_or_none()
     return (
-        f"the provider answered with model {answered!r}, and space {space_id} has vectors of {expected!r}. Nothing of "
+        f"the provider answered with model {answered!r}, and space {space} has vectors of {expected!r}. Nothing of "
         "the answer was written. Make the server answer with that model, or, if both names mean the same weights, run: "
-        "chunkmill models canary --reset SPACE"
+        f"chunkmill models canary --reset {space}"
     )
 
 

@@ -23,6 +23,7 @@ from chunkmill.cli.start.doctor import (
     tls_checks,
 )
 from chunkmill.db.connect import Connections
+from chunkmill.monitor.present import Present
 from chunkmill.monitor.servers import Database, RedisServer
 from chunkmill.settings import Settings
 
@@ -34,7 +35,7 @@ WELL = Database(
     migration="0002",
     head="0002",
     is_newer=False,
-    connections=Connections(workers=4, provider_workers=0, pollers=1),
+    present=Present(Connections(workers=4, provider_workers=0, pollers=1)),
     clock_ahead=0.01,
 )
 
@@ -65,8 +66,8 @@ def test_a_database_in_order() -> None:
         ({"migration": "0001"}, "migration", "fail"),
         ({"migration": None}, "migration", "fail"),
         ({"migration": "9000", "is_newer": True}, "migration", "warn"),
-        ({"connections": Connections(0, 0, 1)}, "worker", "warn"),
-        ({"connections": Connections(4, 0, 0)}, "poller", "warn"),
+        ({"present": Present(Connections(0, 0, 1))}, "worker", "warn"),
+        ({"present": Present(Connections(4, 0, 0))}, "poller", "warn"),
         ({"clock_ahead": -5.0}, "Postgres clock", "warn"),
     ],
 )

@@ -5,23 +5,28 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import io
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import click
 import psycopg
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
+from rich.console import Console
 
 from chunkmill.cli import late
 from chunkmill.cli.__main__ import COMMANDS, cli
 from chunkmill.cli.arguments import BYTES, DAYS, Quantity
-from chunkmill.cli.output import beginning, count, duration
+from chunkmill.cli.output import Screen, beginning, count, duration
 from chunkmill.domain.shown import shown, shown_json
 from chunkmill.settings import Settings
+from tests.support.every_command import commands
 
 SIZES = BYTES | {"b": 1.0}
 
@@ -45,6 +50,7 @@ def test_a_name_draws_no_line_of_its_own(between: str) -> None:
 
 def test_the_beginning_is_the_first_paragraph_on_one_line() -> None:
     assert beginning("\n  One\n  two.\n\nThree.", 50) == "One two."
+    assert beginning("=====\nTitle\n=====\nText === here --- goes on.", 50) == "Title Text === here --- goes on."
     assert beginning("word " * 100, 20) == "word word word word…"
     assert beginning("字" * 50, 10) == "字字字字 …"
 
@@ -78,6 +84,87 @@ def test_every_command_exists_is_in_the_help_and_takes_json(name: str) -> None:
     assert command.name == name
     assert any("--json" in parameter.opts for parameter in command.params)
     assert COMMANDS[name][1] in CliRunner().invoke(cli, ["--help"]).output
+
+
+def every_path() -> list[tuple[str, ...]]:
+    return [("",), *{path[:n] for path, _ in commands({}) for n in range(1, len(path) + 1)}]
+
+
+@pytest.mark.parametrize("width", [70, 80])
+def test_the_help_of_every_command_fits_and_breaks_no_word(width: int) -> None:
+    """The commands below others too; and none leaves the end of a sentence out."""
+    for path in every_path():
+        given = [*filter(None, path), "--help"]
+        wide, done = (CliRunner().invoke(cli, given, terminal_width=n, max_content_width=n) for n in (500, width))
+        assert done.exit_code == wide.exit_code == 0
+        assert [line for line in done.output.splitlines() if len(line) > width] == [], path
+        assert not re.search(r"--[\w-]*-$", done.output, re.MULTILINE), path
+        shown = re.sub(r"(?<=\w-)\n\s+(?=\w)", "", done.output)  # a word may be broken at its own hyphen
+        assert set(shown.split()) <= set(wide.output.split()), path
+        assert not re.search(r"[a-z,]\.\.\.", shown), path  # after a word in capitals it says that there may be more
+
+
+def test_every_command_below_another_takes_json_too() -> None:
+    for path in every_path()[1:]:
+        found: click.Command | None = cli
+        for name in path:
+            assert isinstance(found, click.Group)
+            found = found.get_command(click.Context(found), name)
+        assert found is not None
+        assert any("--json" in parameter.opts for parameter in found.params), path
+
+
+ROWS = [
+    ["guides/install.md", "model_load", "the model's files cannot be read on this machine: check it", 12, "100 %"],
+    ["guides/of/a/name-that-is-long.md", "worker_error", "it failed", 123_456, "3 %"],
+]  # fmt: skip
+
+
+def on_a_terminal(width: int, show: Callable[[Screen], None]) -> list[str]:
+    screen = Screen(as_json=False)
+    file = io.StringIO()
+    screen.out = screen.err = Console(file=file, width=width, force_terminal=True, color_system=None, highlight=False)
+    show(screen)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 200])
+def test_a_table_breaks_no_word_on_any_screen(width: int) -> None:
+    heads = ["dead chunk", "code", "open ProviderBatches", "texts", "done"]
+    lines = on_a_terminal(width, lambda screen: screen.table(heads, ROWS))
+    cells = [f"{cell:,}" if isinstance(cell, int) else str(cell) for row in ROWS for cell in row]
+    words = {word for text in [*heads, *cells] for word in text.split()}
+    assert {word for line in lines for word in line.split()} == words
+    assert max(map(len, lines)) <= width
+    assert ("100 %" in "\n".join(lines)) and ("3 %" in "\n".join(lines))
+    assert (len(lines) > 10) is (width < 80)  # a list of fields
+
+
+def test_a_sentence_is_broken_between_words_and_never_in_a_command() -> None:
+    url, said = (
+        "https://host/" + "x" * 60,
+        "No worker is connected, so nothing is embedded. To start one: chunkmill worker",
+    )
+
+    def show(screen: Screen) -> None:
+        screen.fields({"why": said, "DATABASE_URL": url})
+        screen.error("code", said)
+        screen.say("short: `chunkmill job 3 --dead`")
+
+    lines = on_a_terminal(46, show)
+    assert lines == [
+        "why           No worker is connected, so",
+        "              nothing is embedded. To start",
+        "              one: chunkmill worker",
+        "DATABASE_URL",
+        f"              {url}",
+        "error: No worker is connected, so nothing is",
+        "embedded. To start one: chunkmill worker",
+        "short: `chunkmill job 3 --dead`",
+    ]
+    assert on_a_terminal(33, lambda screen: screen.hint("Its error is long: `chunkmill job 3`")) == [
+        "Its error is long:", "`chunkmill job 3`",
+    ]  # fmt: skip
 
 
 def test_usage_errors_are_json_too() -> None:

@@ -67,7 +67,7 @@ def test_a_terminal_shows_every_number() -> None:
     shown = drawn(VIEW)
     for word in (
         "local", "running", "40", "1:15", "stopped", "insufficient_quota",  # lanes
-        "contents/s 20", "tokens/s 1,000", "padding 20.0 %", "cache hits 20.0 %", "dead chunks 7",  # rates
+        "texts/s 20", "tokens/s 1,000", "padding 20.0 %", "cache hits 20.0 %", "dead chunks 7",  # rates
         "gpu-1b2f@h", "75.0 %", "93.0 %", "8.0 of 80 GiB",  # the worker
         "1,000", "2,500", "50 s",  # the job
         "1.25 USD", "80.00 USD", "about 5.00 USD", "of 100 USD, 85%",  # money

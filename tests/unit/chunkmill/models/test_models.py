@@ -569,3 +569,32 @@ def test_download_asks_for_what_the_model_is_trusted_with(downloads: dict[str, A
     # Another revision is another name.
     resolve_model("org/name@v2", trust=Trust(pickle={"org/name@v1"}, remote_code={"org/name"}), download=True)
     assert not any(pattern.endswith((".py", ".bin")) for pattern in downloads["allow_patterns"])
+
+
+def test_a_folder_without_a_model_is_not_called_a_plain_one(tmp_path: Path) -> None:
+    """Whoever was told to set a pooling would have looked for the wrong fault."""
+    for name in (str(tmp_path), str(write(tmp_path / "docs", {"index.md": b"# Docs"}))):
+        with pytest.raises(UnknownModel, match=r"has no config\.json, so it is not a model folder"):
+            resolve_spec(name)
+    for name in ("", " "):
+        with pytest.raises(UnknownModel, match="empty name"):
+            resolve_spec(name)
+
+
+def test_a_user_without_a_home_is_told_which_setting_helps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a number in a container, whose user has no name either."""
+
+    def no_home(path: Path) -> Path:
+        if path.parts[:1] == ("~",):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for name, advice in (("org/name@12345678", "set HF_HOME"), ("~/model", "write the whole path")):
+        with pytest.raises(UnknownModel, match=f"no home directory, and HOME is not set: .*{advice}"):
+            resolve_spec(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UnknownModel, match="org/name@12345678"):
+        resolve_spec("org/name@12345678")
