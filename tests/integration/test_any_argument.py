@@ -82,6 +82,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "golden",
             "tune_search",
             "search_counts",
+            "map",
         )
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},

@@ -15,6 +15,7 @@ from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.hybrid import GoldenQueries
 from chunkmill.client.jobs import Jobs
+from chunkmill.client.maps import Maps
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
@@ -27,7 +28,7 @@ from chunkmill.telemetry.logging import without_passwords
 __all__ = ["Client", "GoldenQueries"]
 
 
-class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
+class Client(Jobs, Money, DeadList, Comparing, Searches, Bridges, Maps, Chunks, Collections, Reembeddings, Retention):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

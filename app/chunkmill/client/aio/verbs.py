@@ -21,6 +21,7 @@ from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.lanes import Lane
+from chunkmill.domain.maps import CollectionMap, MapMethod
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
@@ -738,6 +739,30 @@ class AsyncVerbs(Running):
         transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection, space=space)
+
+    async def map(
+        self,
+        collection: str,
+        *,
+        by: str | None = None,
+        sample: int = 5000,
+        method: MapMethod | str = MapMethod.PCA,
+        texts: bool = False,
+    ) -> CollectionMap:
+        """Draw the vectors of a collection in two dimensions, coloured by the metadata field ``by``.
+
+        ``sample`` distinct texts are drawn at most, which chance chooses, and always the same ones. They are read a
+        thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions, however large the
+        collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes longer. The result
+        is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It has the beginnings
+        of the texts only if ``texts`` is true, because whoever gets the file can read them.
+
+        ``by`` is a key of the metadata. If no chunk has that key, its parts between dots lead through objects. Values
+        that are numbers have a scale, and of all others the nine most frequent have a colour each.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if nothing has a vector yet or UMAP is not installed.
+        """
+        return await self._long(self._client.map, collection, by=by, sample=sample, method=method, texts=texts)
 
     async def get(
         self,
