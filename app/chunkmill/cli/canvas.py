@@ -97,8 +97,10 @@ def bar(share: float, columns: int) -> str:
 
 
 def round_up(value: float) -> float:
-    """The next number that is 1, 2 or 5 times a power of ten, for the end of an axis; 1 for 0."""
+    """The next number of one or two digits at which an axis may end: 1, 1.5, 2, 2.5, 3 and so on; 1 for 0."""
     if value <= 0 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
+    return next(
+        factor * power for factor in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if factor * power >= value * (1 - 1e-9)
+    )

@@ -85,10 +85,8 @@ class Maps(ClientPart):
                 "what is missing."
             )
         vectors = vectors[: len(read)]
-        contents = len(read)
-        if contents == sample:
-            with self._transaction() as conn:
-                contents = max(contents, golden.count_contents(conn, row.id))
+        with self._transaction() as conn:
+            contents = max(len(read), golden.count_contents(conn, row.id))
         explained = None
         if method is MapMethod.PCA:
             made = principal_components(vectors)

@@ -84,7 +84,7 @@ def map_figure(drawn: CollectionMap) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     made.suptitle(drawn.title(), x=0.01, ha="left", fontsize=13, color=INK)
-    axes.set_title(drawn.caption(), fontsize=9, color=PALE)
+    axes.set_title(drawn.caption(), loc="left", fontsize=9, color=PALE)
     if legend.bounds is not None:
         _scale(made, axes, drawn, legend.colours, legend.bounds)
     elif drawn.by is not None:

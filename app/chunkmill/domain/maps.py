@@ -69,7 +69,7 @@ class CollectionMap:
     by: str | None
     """The field of the metadata that gives the colours."""
     contents: int
-    """How many distinct texts the collection has; if all that have a vector are drawn, only those."""
+    """How many distinct texts the collection has, with or without a vector."""
     explained: tuple[float, float] | None
     """Which shares of the variance the two axes have, from 0 to 1; None for UMAP, whose axes mean nothing."""
     ids: tuple[str, ...] = field(repr=False)

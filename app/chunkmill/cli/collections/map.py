@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 from rich.style import Style
 from rich.text import Text
 
+from chunkmill.cli.arguments import require_writable
 from chunkmill.cli.canvas import scatter
 from chunkmill.cli.output import Screen, json_option
 from chunkmill.client import Client
@@ -27,10 +27,7 @@ LABEL_COLUMNS = 30
 def writable(_: click.Context, __: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
     """Refuse a file that cannot be written before anything is read."""
     for path in paths:
-        if path.suffix.lower() not in KINDS:
-            raise click.BadParameter(f"{str(path)!r} must end with {', '.join(KINDS[:-1])} or {KINDS[-1]}.")
-        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist, or you may not write there.")
+        require_writable(path, KINDS)
         if path.suffix.lower() != ".html":
             require_matplotlib()
     return paths
