@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -18,6 +20,7 @@ from chunkmill.db.connect import connections
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
+    as_flag,
     as_function,
     as_items,
     as_number,
@@ -30,16 +33,19 @@ from chunkmill.domain.printed import Rows
 from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
+from chunkmill.errors import InvalidInput, JobFailed, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
 from chunkmill.ledger.work import attempts
 from chunkmill.monitor.servers import START_PROVIDER_WORKER, START_WORKER
 from chunkmill.telemetry import tracing
+from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
 
+AWAY_SECONDS = 1.0
+"""How long `wait` pauses between two looks while Postgres is away."""
 HINDRANCE_SECONDS = 2.0
 """How often `wait` looks for what hinders the job. The look reads the job's open ChunkBatches."""
 CANCEL_TRIES = 5
@@ -160,15 +166,25 @@ class Jobs(ClientPart):
         timeout: float | None = None,
         on_progress: Callable[[Job], None] | None = None,
         on_hindrance: Callable[[str], None] | None = None,
+        progress: bool = False,
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else as a line every 5 s. If
+        Postgres goes away while this waits, it waits for Postgres too.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
-        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        something hinders the job that waiting alone does not change: a ChunkBatch failed, no poller or no worker is
+        connected, or Postgres is away. Without it the sentence is shown with the bar, or is a warning in the log.
+
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A
+        cancelled job is returned as it is.
         """
-        return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
+        return run_steps(
+            self._wait_steps(
+                job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance, progress=progress
+            )
+        )
 
     def _wait_steps(
         self,
@@ -177,15 +193,50 @@ class Jobs(ClientPart):
         timeout: float | None = None,
         on_progress: Callable[[Job], object] | None = None,
         on_hindrance: Callable[[str], object] | None = None,
+        progress: bool = False,
     ) -> Steps[Job]:
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
         as_function("on_hindrance", on_hindrance)
+        if not as_flag("progress", progress):
+            return (yield from self._looks(job_id, timeout, on_progress, on_hindrance))
+        bar = JobProgress(job_id)
+
+        def look(job: Job) -> object:
+            bar.look(job)
+            return on_progress(job) if on_progress else None  # which may be a coroutine
+
+        try:
+            return (yield from self._looks(job_id, timeout, look, on_hindrance or bar.note))
+        finally:
+            bar.close()
+
+    def _looks(
+        self,
+        job_id: int,
+        timeout: float | None,
+        on_progress: Callable[[Job], object] | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
+        say = on_hindrance or partial(logger.warning, "job %s: %s", job_id)
+        is_known = is_away = False
         hindered, hindered_at = "", time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
-            job = self.job(job_id)
+            try:
+                job = self.job(job_id)
+            except StoreUnavailable as error:
+                looked = time.monotonic()
+                if not is_known or (deadline is not None and looked >= deadline):
+                    raise
+                if not is_away:
+                    is_away = True
+                    yield Tell(say, f"{error} The job goes on when Postgres is back, and so does this wait.")
+                left = math.inf if deadline is None else max(0.0, deadline - looked)
+                yield Pause(min(left, AWAY_SECONDS))
+                continue
+            is_away, is_known = False, True
             looked = time.monotonic()
             if on_progress:
                 yield Tell(on_progress, job)
@@ -201,9 +252,11 @@ class Jobs(ClientPart):
                     f"contents to go. It goes on, so you may wait again. {advice}"
                 )
             if looked >= hindered_at:
-                before, hindered = hindered, self._hindrance(job)
+                before = hindered
+                with contextlib.suppress(StoreUnavailable):  # the next look says so
+                    hindered = self._hindrance(job)
                 if hindered and hindered != before:
-                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), hindered)
+                    yield Tell(say, hindered)
                 looked = time.monotonic()
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 60
 """How many rows a drawing has at most: the latest days or months, or the most expensive of the others."""
-KEY_COLUMNS, LANE_COLUMNS, TOKENS_COLUMNS, USD_COLUMNS = 24, 11, 8, 11
-LEAST_BAR = 4
+KEY_COLUMNS, LEAST_BAR = 24, 4
 
 
 @dataclass(frozen=True, slots=True)

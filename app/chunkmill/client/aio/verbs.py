@@ -133,16 +133,24 @@ class AsyncVerbs(Running):
         timeout: float | None = None,
         on_progress: Callable[[Job], Awaitable[None] | None] | None = None,
         on_hindrance: Callable[[str], Awaitable[None] | None] | None = None,
+        progress: bool = False,
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else as a line every 5 s. If
+        Postgres goes away while this waits, it waits for Postgres too.
+
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
-        something hinders the job that waiting alone does not change: a ChunkBatch failed, or no poller or no worker is
-        connected. Without it the sentence is a warning in the log. Raises :class:`JobFailed` if chunks are left without
-        a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
+        something hinders the job that waiting alone does not change: a ChunkBatch failed, no poller or no worker is
+        connected, or Postgres is away. Without it the sentence is shown with the bar, or is a warning in the log.
+
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout` and :class:`NotFound`. A
+        cancelled job is returned as it is.
         """
         return await self._wait(
-            self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
+            self._client._wait_steps(
+                job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance, progress=progress
+            )
         )
 
     async def cancel(self, job_id: int) -> Job:
