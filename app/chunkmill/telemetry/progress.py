@@ -57,7 +57,7 @@ class JobProgress:
         if is_last:
             words += f", {job.state} after {_span(now - self._began)}"
         elif per_s > 0:
-            words += f", {per_s:,.0f}/s, {_span(job.remaining / per_s)} left"
+            words += f", {per_s:,.{0 if per_s >= 10 else 1}f}/s, {_span(job.remaining / per_s)} left"
         if job.dead:
             words += f", {job.dead:,} dead"
         if is_last:

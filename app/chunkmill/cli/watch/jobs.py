@@ -24,8 +24,10 @@ from chunkmill.telemetry.pace import Pace
 PACE_SECONDS = 60.0
 PATIENCE_SECONDS = 5.0
 """With ``--json``: after how many seconds without news the last view is printed again."""
-BAR, COLLECTION = 14, 18
-"""Columns of a bar, and of a collection's name at most."""
+BAR, GAP, LEAST_NAME = 10, 2, 8
+"""Columns of a bar, between two columns, and of a collection's name at least."""
+NAME = 2
+"""The place of the collection's name in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ def _draw(screen: Screen, refresher: Refresher[JobsView], every: float, times: i
     with Live(console=screen.out, screen=True, auto_refresh=False) as live:
         while left is None or left > 0:
             view = refresher.latest(min(1.0, every))
-            live.update(draw(view, time.monotonic(), refresher.looking_since), refresh=True)
+            drawn = draw(view, time.monotonic(), refresher.looking_since, screen.out.width)
+            live.update(drawn, refresh=True)
             left = None if left is None else left - 1
 
 
@@ -128,8 +131,8 @@ def fields(view: JobsView, at: float) -> dict[str, object]:
     }
 
 
-def draw(view: JobsView | None, at: float, looking_since: float) -> RenderableType:
-    """What the terminal shows."""
+def draw(view: JobsView | None, at: float, looking_since: float, columns: int) -> RenderableType:
+    """What a terminal with so many columns shows."""
     if view is None or (view.read_at is None and view.error is None):
         return Text(f"looking for {duration(at - looking_since)} …")
     head = Text.assemble(("Chunkmill", "bold"), "  jobs, end with Ctrl-C")
@@ -141,28 +144,35 @@ def draw(view: JobsView | None, at: float, looking_since: float) -> RenderableTy
         parts.append(Text(shown(view.error), style="red"))
     if not view.jobs:
         return Group(*parts, Text("No jobs yet.") if view.error is None else Text())
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("job", "state", "collection", "", "texts", "dead", "per s", "done in"):
-        is_word = name in ("state", "collection", "")
-        most = COLLECTION if name == "collection" else None
-        table.add_column(
-            name, justify="left" if is_word else "right", no_wrap=True, overflow="ellipsis", max_width=most
-        )
-    for job in view.jobs:
-        done = job.contents - job.remaining
-        rate, eta = view.per_s.get(job.id), _eta(view, job)
-        style = STATE_STYLES.get(job.state.value, "")
-        table.add_row(
-            str(job.id),
-            Text(job.state.value, style=style),
-            Text(shown(job.collection)),
-            Text(bar(done / job.contents if job.contents else float(job.state.is_final), BAR), style=style),
-            f"{done:,}/{job.contents:,}",
-            Text(f"{job.dead:,}", style="red") if job.dead else "",
-            f"{rate:,.0f}" if rate else "",
-            duration(round(eta)) if eta is not None else "",
-        )
+    has_dead = any(job.dead for job in view.jobs)
+    heads = ["job", "state", "collection", "", "texts", *(["dead"] if has_dead else []), "per s", "done in"]
+    rows = [_row(view, job, has_dead=has_dead) for job in view.jobs]
+    # Only names are cut, so that all else can be read.
+    others = [max(len(heads[i]), *(row[i].cell_len for row in rows)) for i in range(len(heads)) if i != NAME]
+    room = max(LEAST_NAME, columns - sum(others) - GAP * len(others))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("state", "collection", "") else "right", no_wrap=True)
+    for row in rows:
+        row[NAME].truncate(room, overflow="ellipsis")
+        table.add_row(*row)
     return Group(*parts, Text(), table)
+
+
+def _row(view: JobsView, job: Job, *, has_dead: bool) -> list[Text]:
+    done, rate, eta = job.contents - job.remaining, view.per_s.get(job.id), _eta(view, job)
+    style = STATE_STYLES.get(job.state.value, "")
+    share = done / job.contents if job.contents else float(job.state.is_final)
+    return [
+        Text(str(job.id)),
+        Text(job.state.value, style=style),
+        Text(shown(job.collection)),
+        Text(bar(share, BAR), style=style),
+        Text(f"{done:,}/{job.contents:,}"),
+        *([Text(f"{job.dead:,}", style="red" if job.dead else "")] if has_dead else []),
+        Text(f"{rate:,.0f}" if rate else ""),
+        Text(duration(round(eta)) if eta is not None else ""),
+    ]
 
 
 def _eta(view: JobsView, job: Job) -> float | None:
