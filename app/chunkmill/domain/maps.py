@@ -165,8 +165,11 @@ def legend_of(values: Sequence[Value], *, has_field: bool = True) -> Legend:
     numbers = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
     if known and len(numbers) == len(known) and len(set(numbers)) > len(COLOURS):
         low, high = float(min(numbers)), float(max(numbers))
-        share = [256 if value is None else round(255 * (float(value) / 2 - low / 2) / (high / 2 - low / 2))
-                 for value in values]  # fmt: skip  # in halves, so that no difference overflows
+        # In halves, so that no difference overflows.
+        share = [
+            256 if value is None else round(255 * ((float(value) / 2 - low / 2) / (high / 2 - low / 2)))
+            for value in values
+        ]
         counts = (len(known), len(values) - len(known))
         return Legend(np.array(share, np.int16), (), (*map(_scaled, range(256)), NOTHING), counts, (low, high))
     names = ["" if value is None else _named(value) for value in values]
@@ -203,7 +206,7 @@ def value_of(kind: str | None, text: str | None) -> Value:
             number = int(text) if text.lstrip("-").isdigit() else float(text)
         except ValueError:
             return text
-        return number if abs(number) <= MOST else text
+        return text if isinstance(number, int) and abs(number) > MOST else number
     return text
 
 
