@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -88,3 +91,31 @@ def test_a_stream_that_is_closed_does_not_end_the_wait() -> None:
     bar.look(DONE)
     bar.note("anything")
     bar.close()
+
+
+def test_in_a_notebook_one_display_is_updated_and_what_is_said_is_no_markup(
+    at: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells: list[str] = []
+
+    def display(cell: Any, *, display_id: bool) -> SimpleNamespace:
+        assert display_id
+        cells.append(cell._repr_html_())
+        return SimpleNamespace(update=lambda cell: cells.append(cell._repr_html_()))
+
+    there = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", there)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    bar = JobProgress(12)
+    bar.look(JOB)
+    bar.note("<b>no worker</b>")
+    bar.look(JOB)  # a moment later: it is not drawn
+    at[0] += 1
+    bar.look(DONE)
+    bar.close()
+    assert len(cells) == 3
+    assert "&lt;b&gt;no worker&lt;/b&gt;" in cells[1]
+    assert 'value="0.1000"' in cells[1]
+    assert 'value="1.0000"' in cells[2]
+    assert "no worker" not in cells[2]
+    assert JobProgress(12, stream=io.StringIO())._is_notebook is False
