@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from chunkmill.domain.maps import CollectionMap
 
 INK, PALE, GRID = "#222222", "#777777", "#e5e5e5"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.edgecolor": PALE,
     "axes.labelcolor": INK,
     "axes.spines.right": False,

@@ -8,7 +8,7 @@ import numpy as np
 
 from chunkmill.domain.arguments import as_number
 from chunkmill.errors import InvalidInput
-from chunkmill.similarity.arrays import Float64s, Floats, Rows, fitting, slices
+from chunkmill.similarity.arrays import Float64s, Rows, fitting, slices
 
 OVERSAMPLED = 10
 """How many more directions than asked for are followed, as Halko, Martinsson and Tropp (2011) advise."""
@@ -89,9 +89,9 @@ def _variance(rows: Rows, mean: Float64s, scale: float, step: int) -> float:
     return sum(float(np.square(_centred(rows, mean, scale, part)).sum()) for part in slices(len(rows), step))
 
 
-def _multiplied(rows: Rows, mean: Float64s, scale: float, basis: Floats, step: int) -> Float64s:
+def _multiplied(rows: Rows, mean: Float64s, scale: float, basis: Float64s, step: int) -> Float64s:
     """``(d, width)``: the basis times the covariance of the vectors, which is never made, as it is d × d."""
-    product = np.zeros_like(basis)
+    product: Float64s = np.zeros_like(basis)
     for part in slices(len(rows), step):
         block = _centred(rows, mean, scale, part)
         product += block.T @ (block @ basis)
