@@ -62,7 +62,7 @@ def test_each_panel_has_something_to_show(
 
     def ask(expression: str) -> list[Any]:
         query = urllib.parse.urlencode({"query": f"max_over_time(({expression})[10m:1s])"})
-        with urllib.request.urlopen(f"http://127.0.0.1:{free_tcp_port}/api/v1/query?{query}") as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_tcp_port}/api/v1/query?{query}") as answer:
             result: list[Any] = json.load(answer)["data"]["result"]
             return result
 
