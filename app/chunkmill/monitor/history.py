@@ -147,7 +147,7 @@ _PADDING = sa.text(
 def read(conn: sa.Connection, seconds: float) -> History:
     """What happened in the last ``seconds``.
 
-    It reads all attempts and ChunkBatches that are not pruned: about 3 s for two million of them.
+    It reads all attempts and ChunkBatches that are not pruned, once. No statement may take longer than a minute.
     """
     conn.execute(sa.text("SELECT set_config('statement_timeout', :timeout, true)"), {"timeout": TIMEOUT})
     until: datetime = conn.execute(_MOMENT).scalar_one()
