@@ -153,6 +153,7 @@ BEGIN
             -- Whoever searches counts it, and a poller puts old counts together.
             ('^search_(counts|feedback)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
             ('^search_feedback$', 'INSERT, UPDATE', 'chunkmill_pollers'),
+            ('^engine_minutes$', 'INSERT, UPDATE, DELETE', 'chunkmill_producers, chunkmill_workers'),
             ('^search_(counts|feedback)$', 'DELETE', 'chunkmill_producers'),
             ('^search_feedback$', 'UPDATE', 'chunkmill_producers'),
             ('^vectors_[0-9]+$', 'INSERT, UPDATE', 'chunkmill_producers'),

@@ -63,7 +63,7 @@ SECTIONS = {
     "What comes back: collections": [
         "Hits", "SearchHit", "SearchPlan", "SearchCounts", "StoredChunk", "ChunkState", "Exported", "Audit", "Index",
         "CollectionInfo", "DroppedCollection", "Keywords", "GoldenQuery", "GoldenLoaded", "SearchTuning",
-        "Bridge", "BridgeTrial", "AdapterKind",
+        "Bridge", "BridgeTrial", "AdapterKind", "CollectionMap", "MapMethod", "Legend",
     ],
     "What comes back: judged models": [
         "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",
@@ -76,8 +76,11 @@ SECTIONS = {
     "What comes back: vectors of texts": ["EmbeddedTexts", "QueryCache"],
     "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
 }  # fmt: skip
-SIMILARITY = ["cosine", "dot", "euclidean", "manhattan", "blocks", "normalise", "top_k", "top_k_of_batches", "kmeans"]
-SIMILARITY_TYPES = ["Measure", "Nearest", "Clusters"]
+SIMILARITY = [
+    "cosine", "dot", "euclidean", "manhattan", "blocks", "normalise", "top_k", "top_k_of_batches", "kmeans",
+    "principal_components",
+]  # fmt: skip
+SIMILARITY_TYPES = ["Measure", "Nearest", "Clusters", "Components"]
 
 
 def pages() -> dict[Path, str]:

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from chunkmill.domain.comparing import Change, Changes, Comparison, ComparisonQuote, Contender, LosingQuery
     from chunkmill.domain.embedded import EmbeddedTexts
     from chunkmill.domain.gates import GateResult, Gates
+    from chunkmill.domain.maps import CollectionMap, Legend, MapMethod
     from chunkmill.domain.reembedding import Coverage, Quote, Reembedding, ReembeddingState, ServedBy
     from chunkmill.domain.stored import ChunkState, Exported, StoredChunk
 else:
@@ -94,6 +95,7 @@ else:
         "Changes": "chunkmill.domain.comparing",
         "ChunkState": "chunkmill.domain.stored",
         "Client": "chunkmill.client",
+        "CollectionMap": "chunkmill.domain.maps",
         "Comparison": "chunkmill.domain.comparing",
         "ComparisonQuote": "chunkmill.domain.comparing",
         "Contender": "chunkmill.domain.comparing",
@@ -103,7 +105,9 @@ else:
         "GateResult": "chunkmill.domain.gates",
         "Gates": "chunkmill.domain.gates",
         "GoldenQueries": "chunkmill.client",
+        "Legend": "chunkmill.domain.maps",
         "LosingQuery": "chunkmill.domain.comparing",
+        "MapMethod": "chunkmill.domain.maps",
         "Quote": "chunkmill.domain.reembedding",
         "Reembedding": "chunkmill.domain.reembedding",
         "ReembeddingState": "chunkmill.domain.reembedding",
@@ -156,6 +160,7 @@ __all__ = [
     "Client",
     "ClientClosed",
     "CollectionInfo",
+    "CollectionMap",
     "Comparison",
     "ComparisonQuote",
     "Concatenated",
@@ -195,8 +200,10 @@ __all__ = [
     "Keywords",
     "Lane",
     "LaneEstimate",
+    "Legend",
     "LongText",
     "LosingQuery",
+    "MapMethod",
     "NewerSpace",
     "NotFound",
     "OnLong",

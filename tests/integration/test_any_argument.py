@@ -84,6 +84,7 @@ KNOWN: dict[str, dict[str, Any]] = {
             "tune_search",
             "search_counts",
             "batcher",
+            "map",
         )
     },
     "compare": {"collection": "docs", "model": DEFAULT_MODEL},

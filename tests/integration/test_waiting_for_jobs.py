@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -9,17 +10,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
+from rich.console import Console
 
+from chunkmill.cli.__main__ import cli
 from chunkmill.cli.jobs import jobs as command
 from chunkmill.cli.output import Screen
+from chunkmill.cli.watch.jobs import JobsWatcher, draw
 from chunkmill.client import Client
 from chunkmill.client import jobs as of_client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState, Route
-from chunkmill.errors import WaitTimeout
+from chunkmill.errors import StoreUnavailable, WaitTimeout
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.monitor import reports
@@ -230,3 +236,112 @@ def test_the_command_shows_it_under_the_bar(
     assert command.follow(Screen(as_json=False), client, jobs[0].id, on_look=look).state is JobState.COMPLETED
     noted = [line["note"] for line in map(json.loads, capsys.readouterr().err.splitlines()) if "note" in line]
     assert noted == ["ChunkBatch 1 will be tried again, because attempt 1 of 5 failed: host:1: no such kernel"]
+
+
+class Outage:
+    """Postgres drops the connections of a client, and takes no new ones while it is away."""
+
+    def __init__(self, client: Client, db: sa.Engine) -> None:
+        self._client, self._db = client, db
+        self.refusals = 0
+
+    def begin(self) -> None:
+        sa.event.listen(self._client._db, "do_connect", self._refuse)
+        with self._db.begin() as conn:
+            conn.execute(
+                sa.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND application_name LIKE '%client%'"
+                )
+            )
+
+    def _refuse(self, *_: object) -> None:
+        self.refusals += 1
+        if self.refusals == 2:
+            sa.event.remove(self._client._db, "do_connect", self._refuse)
+        raise psycopg.OperationalError("connection refused")
+
+
+@pytest.fixture
+def outage(client: Client, db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> Outage:
+    monkeypatch.setattr(of_client, "RECONNECT_SECONDS", 0.01)
+    return Outage(client, db)
+
+
+def test_a_wait_goes_on_after_an_outage_of_postgres_and_says_so_once(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, connected: object, outage: Outage
+) -> None:
+    looks = iter(range(1_000))
+    said: list[str] = []
+
+    def look(job: Job) -> None:
+        number = next(looks)
+        if number == 1:
+            outage.begin()
+        elif number == 2:
+            hands.work()
+
+    assert client.wait(jobs[0].id, on_progress=look, on_hindrance=said.append).state is JobState.COMPLETED
+    assert outage.refusals == 2
+    (sentence,) = said
+    assert "The job goes on when Postgres is back, and so does this wait." in sentence
+
+
+def test_a_wait_that_cannot_begin_or_has_no_time_left_says_that_postgres_is_away(
+    jobs: tuple[Job, Job], client: Client, connected: object, outage: Outage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outage.begin()
+    with pytest.raises(StoreUnavailable):
+        client.wait(jobs[0].id)
+    outage.refusals = -1_000
+    with pytest.raises(StoreUnavailable):
+        client.wait(jobs[0].id, timeout=0.05, on_progress=lambda _: outage.begin())
+
+
+def test_progress_shows_a_bar_and_what_hinders_the_job(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, connected: object, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    hands.fail(hands.claim(1), error="host:1: no such kernel")
+    looks = iter(range(100))
+
+    def look(job: Job) -> None:
+        if next(looks) == 2:
+            hands.work()
+
+    client.wait(jobs[0].id, timeout=PATIENCE, on_progress=look, progress=True)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == f"job {jobs[0].id}: ChunkBatch 1 is available after attempt 1 of 5: host:1: no such kernel"
+    assert last.startswith(f"job {jobs[0].id}: 1 of 1 text, completed after ")
+    assert caplog.records == []
+
+
+def test_jobs_are_watched_through_an_outage(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, outage: Outage
+) -> None:
+    watcher = JobsWatcher(client, 10)
+    assert [job.remaining for job in watcher.look().jobs] == [1, 1]
+    outage.begin()
+    away = watcher.look()
+    assert away.error is not None
+    assert [job.id for job in away.jobs] == [jobs[1].id, jobs[0].id]  # what was known
+    hands.work()
+    while (view := watcher.look()).error is not None:
+        pass
+    assert [job.state for job in view.jobs] == [JobState.COMPLETED] * 2
+    for columns in (70, 80, 120):
+        console = Console(width=columns, file=io.StringIO())
+        console.print(draw(away, away.read_at or 0.0, 0.0, columns))
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in shown
+        assert "0/1" in shown
+
+
+def test_watched_jobs_are_json_in_a_pipe(jobs: tuple[Job, Job], settings: Settings, hands: Hands) -> None:
+    env = {"DATABASE_URL": settings.require_database_url(), "REDIS_URL": settings.require_redis_url()}
+    refused = CliRunner().invoke(cli, ["jobs", "--watch"], env=env)
+    assert refused.exit_code == 1
+    assert "add --json" in refused.output
+    told = CliRunner().invoke(cli, ["jobs", "--watch", "--json", "--times", "2", "--every", "0.2"], env=env)
+    documents = [json.loads(line) for line in told.output.splitlines()]
+    assert [[job["remaining"] for job in document["jobs"]] for document in documents] == [[1, 1]] * 2

@@ -52,6 +52,7 @@ SECTIONS = {
         "golden": ("collections.hybrid", "Judge and tune searches by queries with known answers."),
         "compare": ("collections.compare", "Judge a model on a collection's own texts and queries."),
         "bridge": ("collections.bridge", "Answer queries of another model in the space of a collection."),
+        "map": ("collections.map", "Draw the vectors of a collection in two dimensions."),
         "models": ("collections.search", "List the embedding spaces in the database."),
         "chunks": ("collections.chunks", "List, show and count chunks, and change their metadata."),
         "delete": ("collections.chunks", "Delete some or all chunks of a collection."),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,6 +29,24 @@ class Quantity(click.ParamType[float]):
                 f"{value!r} is not a valid {self.name}: write a number and a unit, such as {self._example}.", param, ctx
             )
         return float(match[1]) * self._units[match[2]] / self._units[self._unit]
+
+
+def require_writable(path: Path, kinds: Sequence[str]) -> None:
+    """Refuse a file with another ending, or in a folder that is missing or may not be written."""
+    if path.suffix.lower() not in kinds:
+        raise click.BadParameter(f"the name {str(path)!r} must end with {' or '.join(kinds)}.")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist, or you may not write there.")
+
+
+def picture_file(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a picture that cannot be written before anything is read. It is a .png or a .svg file."""
+    if path is not None:
+        from chunkmill.domain.figures import require_matplotlib
+
+        require_writable(path, (".png", ".svg"))
+        require_matplotlib()
+    return path
 
 
 class JsonObject(click.ParamType[dict[str, Any]]):

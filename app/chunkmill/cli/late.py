@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from chunkmill.embedded.paths import user_name
     from chunkmill.ledger.access import keys
     from chunkmill.ledger.provider.answering import forget_model
+    from chunkmill.monitor import history
     from chunkmill.monitor.gauges import Gauges
     from chunkmill.monitor.servers import (
         Database,
@@ -123,6 +124,7 @@ else:
     user_name = _Late("chunkmill.embedded.paths", "user_name")
     keys = _Late("chunkmill.ledger.access", "keys")
     forget_model = _Late("chunkmill.ledger.provider.answering", "forget_model")
+    history = _Late("chunkmill.monitor", "history")
     Gauges = _Late("chunkmill.monitor.gauges", "Gauges")
     Database = _Late("chunkmill.monitor.servers", "Database")
     RedisServer = _Late("chunkmill.monitor.servers", "RedisServer")
@@ -189,6 +191,7 @@ __all__ = [
     "find_profile",
     "forget_model",
     "from_tokenizer_file",
+    "history",
     "keys",
     "memory_limit",
     "migrate",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from chunkmill.cli.arguments import DAYS, Quantity, picture_file
 from chunkmill.cli.late import (
     Environment,
     Fault,
@@ -131,10 +133,27 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @click.option(
     "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
 )
+@click.option("--plot", is_flag=True, help="Draw tokens, padding and waiting times of the last day.")
+@click.option(
+    "--last",
+    type=Quantity("time span", DAYS, "s", "90min, 24h or 7d"),
+    default="24h",
+    show_default=True,
+    metavar="SPAN",
+    help="How far --plot looks back.",
+)
+@click.option(
+    "--picture", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), callback=picture_file,
+    help="Also write the drawing of --plot into a .png or .svg file.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
-def status(screen: Screen, watching: bool, every: float, times: int | None) -> None:
+def status(
+    screen: Screen, watching: bool, every: float, times: int | None, plot: bool, last: float, picture: Path | None
+) -> None:
     """Show the servers, the migration, workers, doorbells and open jobs. Nothing is started."""
+    if plot and watching:
+        raise click.UsageError("--plot and --watch exclude each other.")
     settings = Settings.from_env()
     if bool(settings.database_url) != bool(settings.redis_url):
         raise InvalidSetting(
@@ -145,6 +164,11 @@ def status(screen: Screen, watching: bool, every: float, times: int | None) -> N
 
         embedded = None if settings.database_url else Stack(settings.chunkmill_home).status()
         watch(screen, _addressed(embedded) if embedded else settings, every=every, times=times)
+        return
+    if plot or picture is not None:
+        from chunkmill.cli.watch.plot import plot as draw_history
+
+        draw_history(screen, Environment.load().settings, seconds=last, picture=picture)
         return
     if not settings.database_url:
         stack = Stack(settings.chunkmill_home).status()

@@ -20,6 +20,7 @@ from chunkmill.client.counting import counting_of
 from chunkmill.client.dead import DeadList
 from chunkmill.client.ends import ends_of
 from chunkmill.client.hybrid import GoldenQueries
+from chunkmill.client.maps import Maps
 from chunkmill.client.money import Money
 from chunkmill.client.reembedding import Reembeddings
 from chunkmill.client.retention import Retention
@@ -36,7 +37,9 @@ _mutex = threading.Lock()
 """Held while it is decided which of several threads closes a client."""
 
 
-class Client(Batching, Money, DeadList, Comparing, Searches, Bridges, Chunks, Collections, Reembeddings, Retention):
+class Client(
+    Batching, Money, DeadList, Comparing, Searches, Bridges, Maps, Chunks, Collections, Reembeddings, Retention
+):
     """Enqueues chunks, follows jobs and searches. Make one per process.
 
     All threads may use it at once, and each call gets its own answer. A call that waits for a worker or for a job has

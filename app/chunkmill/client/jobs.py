@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -45,6 +46,7 @@ from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import attempts
 from chunkmill.monitor import present
 from chunkmill.telemetry import tracing
+from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
 
@@ -216,22 +218,29 @@ class Jobs(ClientPart):
         timeout: float | None = None,
         on_progress: Callable[[Job], None] | None = None,
         on_hindrance: Callable[[str], None] | None = None,
+        progress: bool = False,
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
         Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
-        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
-        :class:`StoreUnavailable`.
+        If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
+        :class:`StoreUnavailable`. ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else
+        as a line every 5 s.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
-        worker, its lane is stopped, or no poller or no worker is connected. Without it the sentence is a warning in the
-        log, and so is :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left without a vector,
-        :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`. Chunks that were refused
-        (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``. A cancelled job is returned as it
-        is.
+        worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
+        is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
+
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout`, whose message ends with
+        that sentence, and :class:`NotFound`. Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``)
+        fail no job: see ``Job.dead``. A cancelled job is returned as it is.
         """
-        return run_steps(self._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance))
+        return run_steps(
+            self._wait_steps(
+                job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance, progress=progress
+            )
+        )
 
     def _wait_steps(
         self,
@@ -240,31 +249,48 @@ class Jobs(ClientPart):
         timeout: float | None = None,
         on_progress: Callable[[Job], object] | None = None,
         on_hindrance: Callable[[str], object] | None = None,
+        progress: bool = False,
     ) -> Steps[Job]:
         job_id, timeout = as_number("job_id", job_id), None if timeout is None else as_seconds("timeout", timeout)
         as_function("on_progress", on_progress)
         as_function("on_hindrance", on_hindrance)
+        if not as_flag("progress", progress):
+            return (yield from self._watched(job_id, timeout, on_progress, on_hindrance))
+        bar = JobProgress(job_id)
+
+        def look(job: Job) -> object:
+            bar.look(job)
+            return on_progress(job) if on_progress else None  # which may be a coroutine
+
+        try:
+            return (yield from self._watched(job_id, timeout, look, on_hindrance or bar.note))
+        finally:
+            bar.close()
+
+    def _watched(
+        self,
+        job_id: int,
+        timeout: float | None,
+        on_progress: Callable[[Job], object] | None,
+        on_hindrance: Callable[[str], object] | None,
+    ) -> Steps[Job]:
         with Watching(self._db, job_id) as watching:
-            return (
-                yield from self._until_ended(
-                    job_id, watching, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance
-                )
-            )
+            return (yield from self._until_ended(job_id, watching, timeout, on_progress, on_hindrance))
 
     def _until_ended(
         self,
         job_id: int,
         watching: Watching,
-        *,
         timeout: float | None,
         on_progress: Callable[[Job], object] | None,
         on_hindrance: Callable[[str], object] | None,
     ) -> Steps[Job]:
+        say = on_hindrance or partial(logger.warning, "job %s: %s", job_id)
         hindered, hindered_at = "", time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
-            job = yield from self._read_steps(job_id, watching, deadline, on_hindrance)
+            job = yield from self._read_steps(job_id, watching, deadline, say)
             looked = time.monotonic()
             if on_progress:
                 yield Tell(on_progress, job)
@@ -282,9 +308,11 @@ class Jobs(ClientPart):
                     f"contents to go. It goes on, so you may wait again. {advice}"
                 )
             if looked >= hindered_at:
-                before, hindered = hindered, self._hindrance(job)
+                before = hindered
+                with contextlib.suppress(StoreUnavailable):  # the next look says so
+                    hindered = self._hindrance(job)
                 if hindered and hindered != before:
-                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), hindered)
+                    yield Tell(say, hindered)
                 looked = time.monotonic()
                 hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
@@ -292,14 +320,10 @@ class Jobs(ClientPart):
             yield watching.wait(pause, deadline, is_watched=on_progress is not None)
 
     def _read_steps(
-        self,
-        job_id: int,
-        watching: Watching,
-        deadline: float | None,
-        on_hindrance: Callable[[str], object] | None,
+        self, job_id: int, watching: Watching, deadline: float | None, say: Callable[[str], object]
     ) -> Steps[Job]:
         """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
-        until, said = time.monotonic() + AWAY_SECONDS, ""
+        until, is_said = time.monotonic() + AWAY_SECONDS, False
         while True:
             watching.look()
             try:
@@ -309,10 +333,11 @@ class Jobs(ClientPart):
                 is_late = now > until or (deadline is not None and now >= deadline)
                 if not watching.has_begun or is_late or isinstance(away, StoreLimit):
                     raise
-                if str(away) != said:
-                    said = str(away)
-                    yield Tell(on_hindrance or partial(logger.warning, "job %s: %s", job_id), said)
-                yield Pause(RECONNECT_SECONDS)
+                if not is_said:
+                    is_said = True
+                    yield Tell(say, f"{away} The job goes on when Postgres is back, and so does this wait.")
+                left = RECONNECT_SECONDS if deadline is None else deadline - now
+                yield Pause(min(RECONNECT_SECONDS, left))
 
     def end_of(self, job_id: int) -> Future[Job]:
         """A future of the job's end, for a program that does not wait: ``end_of(id).add_done_callback(function)``.

@@ -652,6 +652,19 @@ class WorkerReportRow(Base):
     )
 
 
+class EngineMinuteRow(Base):
+    """What the engines of all workers did in a minute, by their reports. A poller writes it, and keeps 35 days."""
+
+    __tablename__ = "engine_minutes"
+
+    minute: Mapped[datetime] = mapped_column(TIMESTAMP, primary_key=True)
+    workers: Mapped[int] = mapped_column(sa.Integer)
+    tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    padded_tokens: Mapped[int] = mapped_column(sa.BigInteger)
+    """Tokens that the devices computed, padding included."""
+    engine_seconds: Mapped[float] = mapped_column(sa.Double)
+
+
 class WorkerSocketRow(Base):
     """Where a worker listens for callers on its machine (``chunkmill_workers.local.sockets``).
 

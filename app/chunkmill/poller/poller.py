@@ -25,7 +25,7 @@ from chunkmill.ledger.jobs import cancel, recover
 from chunkmill.ledger.jobs.finish import finish_if_done
 from chunkmill.ledger.served import files as served_files
 from chunkmill.ledger.work.doorbells import ring_due
-from chunkmill.monitor import reports, worker_sockets
+from chunkmill.monitor import minutes, reports, worker_sockets
 from chunkmill.poller.paid import ProviderRounds
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
@@ -95,6 +95,7 @@ class Poller:
         self._views_at = -math.inf
         self._files_at = -math.inf
         self._counts_at = -math.inf
+        self._minute_at = -math.inf
         self._spends_at = -math.inf
         self._spends_again_at = -math.inf
         self._provider = ProviderRounds(db, broker, settings, self._steps)
@@ -166,6 +167,7 @@ class Poller:
         step("the files that have expired", self._delete_expired_files)
         step("the collections that were dropped", self._clean_up_collections)
         step("the counts of old searches", self._tidy_counts)
+        step("the minute of the engines", self._write_minute)
         step("the dollars of keys", self._settle_spends)
         rung = step("the ringing of doorbells", self._ring) or 0
         rung += self._provider.round()
@@ -242,7 +244,15 @@ class Poller:
         if time.monotonic() >= self._counts_at:
             with self._db.begin() as conn:
                 searches.tidy(conn)
+                minutes.delete_old(conn)
             self._counts_at = time.monotonic() + COUNTS_SECONDS
+
+    def _write_minute(self) -> None:
+        """Once a minute write down what the engines did, from which `status --plot` draws the padding."""
+        if time.monotonic() >= self._minute_at:
+            with self._db.begin() as conn:
+                minutes.add(conn)
+            self._minute_at = time.monotonic() + minutes.MINUTE_SECONDS
 
     def _settle_spends(self) -> None:
         """Let the bill replace what the keys of the gateway have reserved for their jobs."""

@@ -32,6 +32,7 @@ from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
 from chunkmill.remote.refusals import Failure
 from chunkmill.remote.steps import Drain, Pause, Request, Steps, Tell
+from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,11 @@ class Jobs(Asking):
         *,
         timeout: float | None = None,
         on_progress: Callable[[Job], object] | None = None,
+        progress: bool = False,
     ) -> Steps[Job]:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
+        ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else as a line every 5 s.
         ``on_progress`` is called with the job each time it was read. A gateway that cannot be reached for a while is
         waited for. :attr:`Job.notice` is a warning in the log at the end. Raises :class:`JobFailed` if chunks are left
         without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
@@ -170,11 +173,27 @@ class Jobs(Asking):
         as_number("job_id", job_id)
         as_function("on_progress", on_progress)
         seconds = None if timeout is None else as_seconds("timeout", timeout)
+        bar = JobProgress(job_id) if as_flag("progress", progress) else None
+        try:
+            return (yield from self._looks(job_id, seconds, on_progress, bar))
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _looks(
+        self,
+        job_id: int,
+        seconds: float | None,
+        on_progress: Callable[[Job], object] | None,
+        bar: JobProgress | None,
+    ) -> Steps[Job]:
         deadline = None if seconds is None else self._deadline(seconds)
         pause = FIRST_LOOK_S
         while True:
             look = None if deadline is None else min(self._timeout, max(LEAST_LOOK_S, deadline - self._clock()))
             job = yield from self._get(f"/v1/jobs/{job_id}", _job, timeout=look)
+            if bar is not None:
+                bar.look(job)
             if on_progress:
                 yield Tell(on_progress, job)
             if job.state is JobState.FAILED:

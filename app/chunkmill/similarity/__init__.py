@@ -1,4 +1,4 @@
-"""Similarity of vectors in NumPy: measures, nearest vectors, k-means and normalisation.
+"""Similarity of vectors in NumPy: measures, nearest vectors, k-means, principal components and normalisation.
 
 It needs no database, no Celery and no torch, and works on any arrays: on what ``client.embed``, ``client.vectors`` and
 exported files give, and on memory-mapped arrays that are larger than the memory. docs/similarity.md has examples.
@@ -16,12 +16,14 @@ These rules hold for every function:
 """
 
 from chunkmill.similarity.clusters import Clusters, kmeans
+from chunkmill.similarity.components import Components, principal_components
 from chunkmill.similarity.matrix import blocks, cosine, dot, euclidean, manhattan
 from chunkmill.similarity.measures import Measure, normalise
 from chunkmill.similarity.nearest import Nearest, top_k, top_k_of_batches
 
 __all__ = [
     "Clusters",
+    "Components",
     "Measure",
     "Nearest",
     "blocks",
@@ -31,6 +33,7 @@ __all__ = [
     "kmeans",
     "manhattan",
     "normalise",
+    "principal_components",
     "top_k",
     "top_k_of_batches",
 ]

@@ -272,10 +272,26 @@ def enqueue(
 
 @click.command()
 @click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Number of jobs to list.")
+@click.option("--watch", "watching", is_flag=True, help="Show them with bars, and keep them up to date.")
+@click.option(
+    "--every",
+    type=click.FloatRange(0.2, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two updates of --watch.",
+)
+@click.option(
+    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
+)
 @json_option
 @click.pass_obj
-def jobs(screen: Screen, limit: int) -> None:
+def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | None) -> None:
     """List the latest jobs, newest first."""
+    if watching:
+        from chunkmill.cli.watch.jobs import watch
+
+        watch(screen, Client.from_env(), limit, every=every, times=times)
+        return
     with Client.from_env() as client:
         latest = client.jobs(limit)
     if screen.json:

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from chunkmill.cli.arguments import picture_file
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, duration, json_option
+from chunkmill.cli.paid import plot as plots
+from chunkmill.cli.watch.plot import COLUMNS, PIPE_COLUMNS
 from chunkmill.domain.budget import Budget, dollars
 from chunkmill.domain.costs import (
     USD_PLACES,
@@ -39,9 +44,14 @@ DAY = click.DateTime(["%Y-%m-%d"])
     help="What each row stands for.",
 )
 @click.option("--since", type=DAY, metavar="YYYY-MM-DD", help="First day (UTC) that is counted.")
+@click.option("--plot", is_flag=True, help="Draw tokens and dollars as bars, by day if --by does not say otherwise.")
+@click.option(
+    "--picture", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), callback=picture_file,
+    help="Also write the drawing of --plot into a .png or .svg file.",
+)  # fmt: skip
 @json_option
 @click.pass_context
-def cost(context: click.Context, by: str, since: datetime | None) -> None:
+def cost(context: click.Context, by: str, since: datetime | None, plot: bool, picture: Path | None) -> None:
     """Show what was embedded and what it cost.
 
     Paid routes cost what the provider charged or may have charged. `lost` was charged for results that could not be
@@ -52,12 +62,24 @@ def cost(context: click.Context, by: str, since: datetime | None) -> None:
     if context.invoked_subcommand is not None:
         return
     screen: Screen = context.obj
+    plot = plot or picture is not None
+    if plot and context.get_parameter_source("by") is ParameterSource.DEFAULT:
+        by = CostsBy.DAY
     with Client.from_env() as client:
         costs = client.usage(by, since=since.date() if since else None)
+    if picture is not None and costs.rows:
+        from chunkmill.domain.figures import written
+
+        picture.write_bytes(written(plots.figure(costs), picture.suffix.lower().removeprefix(".")))
     if screen.json:
-        screen.document(cost_fields(costs))
+        screen.document(cost_fields(costs) | ({} if picture is None else {"picture": str(picture)}))
         return
-    if costs.rows:
+    if costs.rows and plot:
+        for line in plots.draw(costs, min(COLUMNS, screen.out.width) if screen.out.is_terminal else PIPE_COLUMNS):
+            screen.out.print(line, soft_wrap=True)
+        if picture is not None:
+            screen.say(f"The picture is in {picture}.")
+    elif costs.rows:
         heads = [by, "route", "texts", "tokens", "engine time", "USD", "USD per million"]
         parts = [part for part in _PARTS if any(getattr(row, part) for row in costs.rows)]
         screen.table([*heads, *(_PARTS[part] for part in parts)], [_row(row, parts) for row in costs.rows])

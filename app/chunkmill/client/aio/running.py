@@ -70,7 +70,7 @@ class Running:
         finally:
             self._end(call)
 
-    async def _long(self, method: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    async def _long(self, method: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
         """A call that may take minutes. Asynchronous iterables and functions among its arguments run in the loop."""
         call = self._new_call()
         sources: list[Source[Any]] = []

@@ -22,6 +22,7 @@ from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs
 from chunkmill.domain.embedded import EmbeddedTexts
 from chunkmill.domain.gates import Gates
 from chunkmill.domain.lanes import Lane
+from chunkmill.domain.maps import CollectionMap, MapMethod
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
 from chunkmill.domain.reembedding import KEEP_DAYS, RAMP, STEP_HOURS, Quote, Reembedding
@@ -162,23 +163,28 @@ class AsyncVerbs(Running):
         timeout: float | None = None,
         on_progress: Callable[[Job], Awaitable[None] | None] | None = None,
         on_hindrance: Callable[[str], Awaitable[None] | None] | None = None,
+        progress: bool = False,
     ) -> Job:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
         Postgres tells of the end, so that the job is not read again and again: without ``on_progress`` once in 30 s.
-        If Postgres restarts meanwhile, the call goes on; after a minute without it, it raises
-        :class:`StoreUnavailable`.
+        If Postgres goes away while this waits, it waits for Postgres too; after a minute without it, it raises
+        :class:`StoreUnavailable`. ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else
+        as a line every 5 s.
 
         ``on_progress`` is called with the job each time it was read. ``on_hindrance`` is called with a sentence if
         something hinders the job that waiting alone does not change: a ChunkBatch failed or waits for another kind of
-        worker, its lane is stopped, or no poller or no worker is connected. Without it the sentence is a warning in the
-        log, and so is :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left without a vector,
-        :class:`WaitTimeout`, whose message ends with that sentence, and :class:`NotFound`. Chunks that were refused
-        (``on_invalid="skip"``, ``on_long="reject"``) fail no job: see ``Job.dead``. A cancelled job is returned as it
-        is.
+        worker, its lane is stopped, no poller or no worker is connected, or Postgres is away. Without it the sentence
+        is shown with the bar, or is a warning in the log, and so is :attr:`Job.notice` at the end.
+
+        Raises :class:`JobFailed` if chunks are left without a vector, :class:`WaitTimeout`, whose message ends with
+        that sentence, and :class:`NotFound`. Chunks that were refused (``on_invalid="skip"``, ``on_long="reject"``)
+        fail no job: see ``Job.dead``. A cancelled job is returned as it is.
         """
         return await self._wait(
-            self._client._wait_steps(job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance)
+            self._client._wait_steps(
+                job_id, timeout=timeout, on_progress=on_progress, on_hindrance=on_hindrance, progress=progress
+            )
         )
 
     async def end_of(self, job_id: int) -> Future[Job]:
@@ -789,6 +795,30 @@ class AsyncVerbs(Running):
         transaction that writes lasts so long that the index cannot begin.
         """
         return await self._long(self._client.index, collection, space=space)
+
+    async def map(
+        self,
+        collection: str,
+        *,
+        by: str | None = None,
+        sample: int = 5000,
+        method: MapMethod | str = MapMethod.PCA,
+        texts: bool = False,
+    ) -> CollectionMap:
+        """Draw the vectors of a collection in two dimensions, coloured by the metadata field ``by``.
+
+        ``sample`` distinct texts are drawn at most, which chance chooses, and always the same ones. They are read a
+        thousand at a time; ``4 * sample * d`` bytes of memory hold their vectors of ``d`` dimensions, however large the
+        collection is. ``method`` is ``pca``, or ``umap``, which needs the extra ``umap`` and takes longer. The result
+        is shown by a notebook, and :meth:`CollectionMap.save` writes it as a page or a picture. It has the beginnings
+        of the texts only if ``texts`` is true, because whoever gets the file can read them.
+
+        ``by`` is a key of the metadata. If no chunk has that key, its parts between dots lead through objects. Values
+        that are numbers have a scale, and of all others the nine most frequent have a colour each.
+
+        Raises :class:`NotFound`, and :class:`InvalidInput` if nothing has a vector yet or UMAP is not installed.
+        """
+        return await self._long(self._client.map, collection, by=by, sample=sample, method=method, texts=texts)
 
     async def get(
         self,
