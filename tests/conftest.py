@@ -26,6 +26,7 @@ from chunkmill.client import Client
 from chunkmill.db.connect import create_db, migrate
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.settings import Settings
+from tests.support import forks
 from tests.support.compiled import compile_once
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.waiting import PATIENCE
@@ -60,8 +61,10 @@ _numbers = itertools.count()
 
 def pytest_configure(config: pytest.Config) -> None:
     """SIGTERM is as Ctrl-C: the servers of this run are stopped, not left. Several processes share what is compiled."""
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        compile_once(config)
+    if not hasattr(config, "workerinput"):
+        if config.getoption("numprocesses", None):
+            compile_once(config)
+        os.environ |= forks.prepared(config)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from chunkmill.settings import Settings
+from tests.support import forks
 from tests.support.waiting import PATIENCE, until
 
 
@@ -22,9 +22,7 @@ class Process:
     def __init__(self, arguments: list[str], env: dict[str, str], log: Path, cwd: Path | None = None) -> None:
         self.log = log
         with log.open("wb") as output:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT
-            )
+            self.popen = forks.start(arguments, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
 
     def wait_for(self, text: str) -> None:
         until(lambda: text in self.output() or self.popen.poll() is not None, self.output)
