@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -48,7 +49,7 @@ READ_BY_THE_ENGINE = (
     "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "CUDA", "TORCH", "HF_", "TRANSFORMERS_",
     "TOKENIZERS_", "ORT_",
 )  # fmt: skip
-_OURS = {"workers": {"OMP_NUM_THREADS": "1"}, "commands": {}}
+_OURS: dict[str, dict[str, str]] = {"workers": {"OMP_NUM_THREADS": "1"}, "paid workers": {}, "commands": {}}
 COMMANDS = (
     "celery.app.amqp", "celery.app.control", "celery.app.events", "celery.app.log", "celery.backends.redis",
     "celery.worker.worker",
@@ -57,6 +58,13 @@ COMMANDS = (
     "sqlalchemy.dialects.postgresql.psycopg",
 )  # fmt: skip
 """What a poller and most commands import. It must not bring torch or OpenTelemetry's SDK: programs look for these."""
+PAID_WORKERS = (
+    *COMMANDS, "celery.apps.worker", "celery.bin.celery", "celery.concurrency.thread", "celery.worker.components",
+    "celery.worker.strategy", "chunkmill_workers.process.consumer", "chunkmill_workers.process.worker",
+    "chunkmill_workers.provider.context", "chunkmill_workers.provider.plain", "chunkmill_workers.provider.steps",
+    "chunkmill_workers.tasks", "openai",
+)  # fmt: skip
+"""What a worker of the paid routes imports, which has no torch."""
 WORKERS = (
     *COMMANDS, "torch", "celery.apps.worker", "celery.bin.celery", "celery.concurrency.thread",
     "celery.worker.components",
@@ -65,7 +73,7 @@ WORKERS = (
     "chunkmill_workers.tasks",
 )  # fmt: skip
 """What a worker with a model imports."""
-KINDS = {"commands": COMMANDS, "workers": WORKERS}
+KINDS = {"commands": COMMANDS, "paid workers": PAID_WORKERS, "workers": WORKERS}
 
 
 def prepared(config: pytest.Config) -> dict[str, str]:
@@ -178,8 +186,10 @@ def kind_of(arguments: list[str]) -> str | None:
     """The kind of server that forks this program; None if it is rather started from the beginning."""
     module, *options = arguments
     if module == "celery":
-        is_local = "worker" in options and ("-Q" not in options or "gpu" in options[options.index("-Q") + 1].split(","))
-        return "workers" if is_local else None
+        if "worker" not in options:
+            return None
+        *_, queues = ["gpu", *(after for name, after in pairwise(options) if name == "-Q")]
+        return "workers" if "gpu" in queues.split(",") else "paid workers"
     if module == "tests.acceptance.odd_worker":
         return "workers"
     # `worker` and `flower` replace themselves by other programs.

@@ -90,7 +90,8 @@ def test_what_a_library_reads_at_its_import_is_a_start_from_the_beginning() -> N
 def test_only_a_worker_with_a_model_is_forked_from_what_has_imported_torch() -> None:
     celery = ["celery", "-A", "chunkmill_workers", "worker"]
     assert forks.kind_of(celery) == forks.kind_of([*celery, "-Q", "gpu,openai"]) == "workers"
-    assert forks.kind_of([*celery, "-Q", "openai"]) is forks.kind_of(["celery", "inspect", "ping"]) is None
+    assert forks.kind_of([*celery, "-Q", "openai"]) == "paid workers"
+    assert forks.kind_of(["celery", "inspect", "ping"]) is None
     assert forks.kind_of(["chunkmill.cli", "poller"]) == "commands"
     assert forks.kind_of(["chunkmill.cli", "worker"]) is forks.kind_of(["chunkmill.cli", "flower"]) is None
 
