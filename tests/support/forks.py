@@ -6,8 +6,8 @@ which a run of pytest has one (all its processes share it), and the rest is as e
 own, begins at its ``__main__`` with its own arguments, environment, folder and files, and ends with its own exit code.
 
 What a fork cannot have is decided before the first import: a Python with other options, or variables that a library
-reads as it is loaded (`READ_AT_IMPORT`). If these differ, and wherever the start itself is what a test is about, use
-`subprocess`.
+reads as it is loaded (`READ_AT_IMPORT`). If these differ, the program is started from the beginning. Wherever the
+start itself is what a test is about, such as where modules are found, the test asks for that (``fresh``).
 """
 
 from __future__ import annotations
@@ -129,13 +129,15 @@ def start(
     cwd: str | os.PathLike[str] | None = None,
     safe_path: bool = False,
     new_session: bool = False,
+    fresh: bool = False,
 ) -> Process:
     """Start ``python -m`` with ``arguments``: as a fork if that is the same, else from the beginning.
 
-    ``safe_path`` is Python's option ``-P``. Without ``stdin`` there is nothing to read.
+    ``safe_path`` is Python's option ``-P``. Without ``stdin`` there is nothing to read. ``fresh`` is for tests of the
+    start itself: from the beginning.
     """
     kind = kind_of(arguments)
-    if kind is None or differing(env, kind):
+    if fresh or kind is None or differing(env, kind):
         options = ["-P"] if safe_path else []
         return subprocess.Popen(
             [sys.executable, *options, "-m", *arguments], env=env, cwd=cwd, stdin=stdin or subprocess.DEVNULL,

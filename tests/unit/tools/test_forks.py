@@ -80,6 +80,9 @@ def test_what_a_library_reads_at_its_import_is_a_start_from_the_beginning() -> N
         "PYTHONHASHSEED", "OTEL_SERVICE_NAME",
     }  # fmt: skip
     with Path(os.devnull).open("wb") as nothing:
+        asked = forks.start(["chunkmill.cli", "--help"], env=os.environ, stdout=nothing, stderr=nothing, fresh=True)
+        assert isinstance(asked, subprocess.Popen)
+        assert asked.wait(PATIENCE) == 0
         started = forks.start(
             ["chunkmill.cli", "--help"], env=os.environ | {"PYTHONHASHSEED": "0"}, stdout=nothing, stderr=nothing
         )
