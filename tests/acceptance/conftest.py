@@ -6,25 +6,25 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from chunkmill.settings import Settings
+from tests.support import forks
 from tests.support.waiting import PATIENCE, until
 
 
 class Process:
     """A child process whose output goes to a file."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str], log: Path, cwd: Path | None = None) -> None:
+    def __init__(
+        self, arguments: list[str], env: dict[str, str], log: Path, cwd: Path | None = None, *, fresh: bool = False
+    ) -> None:
         self.log = log
         with log.open("wb") as output:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT
-            )
+            self.popen = forks.start(arguments, env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT, fresh=fresh)
 
     def wait_for(self, text: str) -> None:
         until(lambda: text in self.output() or self.popen.poll() is not None, self.output)
@@ -58,20 +58,22 @@ class Processes:
         self._folder = folder
         self._started: list[Process] = []
 
-    def start(self, *arguments: str, cwd: Path | None = None, **env: str) -> Process:
+    def start(self, *arguments: str, cwd: Path | None = None, fresh: bool = False, **env: str) -> Process:
+        """Start a program as a fork (`tests.support.forks`), or if it is to be ``fresh``, by its own command line."""
         log = self._folder / f"{len(self._started)}.log"
-        process = Process(list(arguments), self.env | env, log, cwd)
+        process = Process(list(arguments), self.env | env, log, cwd, fresh=fresh)
         self._started.append(process)
         return process
 
-    def worker(self, *arguments: str, ready: bool = True, **env: str) -> Process:
-        process = self.start("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *arguments, **env)
+    def worker(self, *arguments: str, ready: bool = True, fresh: bool = False, **env: str) -> Process:
+        command = ("celery", "-A", "chunkmill_workers", "worker", "-Q", "gpu", *arguments)
+        process = self.start(*command, fresh=fresh, **env)
         if ready:
             process.wait_for("ready.")
         return process
 
-    def poller(self) -> Process:
-        return self.start("chunkmill.cli", "poller")
+    def poller(self, *, fresh: bool = False) -> Process:
+        return self.start("chunkmill.cli", "poller", fresh=fresh)
 
     def stop_all(self) -> None:
         for process in self._started:

@@ -36,8 +36,8 @@ def project(tmp_path: Path) -> Path:
 def test_a_worker_and_a_poller_work_in_a_folder_with_foreign_packages(
     processes: Processes, client: Client, project: Path, command: tuple[str, ...]
 ) -> None:
-    poller = processes.start("chunkmill.cli", "poller", cwd=project)
-    worker = processes.start(*command, cwd=project)
+    poller = processes.start("chunkmill.cli", "poller", cwd=project, fresh=True)
+    worker = processes.start(*command, cwd=project, fresh=True)
     worker.wait_for("ready.")
     job = client.enqueue([("a", "a text")], collection="docs")
     assert client.wait(job.id, timeout=PATIENCE).state is JobState.COMPLETED

@@ -19,6 +19,7 @@ from chunkmill.broker import Broker
 from chunkmill.db.connect import create_db
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
+from tests.support import forks
 from tests.support.waiting import PATIENCE, until
 
 WORD = "ZEBRAFISH"
@@ -55,10 +56,7 @@ def redis_url(settings: Settings, password: str) -> str:
 
 
 def cli(processes: Processes, *arguments: str, text: str = "", **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "chunkmill.cli", *arguments],
-        env=processes.env | env, input=text, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    done = forks.run(["chunkmill.cli", *arguments], env=processes.env | env, text=text)
     return f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
 
 

@@ -59,7 +59,7 @@ def vectors_written(db: sa.Engine) -> int:
 
 def test_the_main_job(processes: Processes, client: Client, settings: Settings, db: sa.Engine) -> None:
     """Enqueue, embed and search. At no time is a text in Redis, in an event or in a log."""
-    worker, poller = processes.worker("-E"), processes.poller()
+    worker, poller = processes.worker("-E", fresh=True), processes.poller(fresh=True)
     seen: list[bytes] = []
     with redis.Redis.from_url(settings.require_redis_url()) as store, store.monitor() as monitor:
         job = client.enqueue(documents(400), collection="docs", idempotency_key="main-job")
@@ -217,7 +217,7 @@ def test_a_worker_on_both_queues_runs_as_many_tasks_as_both_together(processes: 
 
 def test_a_worker_that_is_told_no_queue_takes_local_work_only(processes: Processes) -> None:
     """Celery's own default is every queue that is declared."""
-    worker = processes.start("celery", "-A", "chunkmill_workers", "worker")
+    worker = processes.start("celery", "-A", "chunkmill_workers", "worker", fresh=True)
     worker.wait_for("ready.")
     assert re.findall(r"takes work of queue (.+?) from", worker.output()) == ["gpu"]
     assert worker.terminate() == 0

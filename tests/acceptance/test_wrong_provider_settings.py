@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -16,6 +15,7 @@ from chunkmill.errors import InvalidSetting
 from chunkmill.settings import Settings
 from tests.acceptance.conftest import Processes
 from tests.openai_server import OpenAIServer
+from tests.support import forks
 from tests.support.corridor import settings_for
 from tests.support.waiting import PATIENCE
 
@@ -62,9 +62,7 @@ def test_a_wrong_description_of_models_stops_the_paid_routes_alone(
 
 
 def command(processes: Processes, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "chunkmill.cli", *words], env=processes.env, capture_output=True, text=True, check=False
-    )
+    done = forks.run(["chunkmill.cli", *words], env=processes.env)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

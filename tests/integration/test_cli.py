@@ -9,7 +9,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,10 @@ from chunkmill.client import Client
 from chunkmill.embedded import Stack
 from chunkmill.embedded.process import command_line
 from chunkmill.errors import InvalidSetting
+from tests.support import forks
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.embedded_homes import folder_for_homes
+from tests.support.forks import Process
 from tests.support.waiting import PATIENCE, until
 
 DOCS = [
@@ -49,14 +50,14 @@ def home() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def processes(home: Path) -> Iterator[dict[str, Process]]:
     """A worker and a poller, started as a user starts them."""
-    started: dict[str, subprocess.Popen[bytes]] = {}
+    started: dict[str, Process] = {}
     try:
         for name, arguments in (("worker", ["-c", "1"]), ("poller", [])):
             with (home / f"{name}.log").open("wb") as log:
-                argv = [sys.executable, "-m", "chunkmill.cli", name, *arguments]
-                started[name] = subprocess.Popen(argv, cwd=CHECKOUT, stdout=log, stderr=log)
+                command = ["chunkmill.cli", name, *arguments]
+                started[name] = forks.start(command, env=os.environ, cwd=CHECKOUT, stdout=log, stderr=log)
 
         def connected() -> bool:
             for name, child in started.items():
@@ -73,7 +74,7 @@ def processes(home: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     assert codes == {"worker": 0, "poller": 0}
 
 
-def end_of(child: subprocess.Popen[bytes]) -> int:
+def end_of(child: Process) -> int:
     """The exit code; a process that does not go is killed."""
     try:
         return child.wait(PATIENCE)
@@ -124,8 +125,7 @@ def refusal(*arguments: str, exit_code: int = 1) -> str:
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a shell runs it, without a terminal."""
-    argv = [sys.executable, "-m", "chunkmill.cli", *arguments]
-    return subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return forks.run(["chunkmill.cli", *arguments], env=os.environ, cwd=CHECKOUT)
 
 
 # Without a worker
@@ -378,7 +378,7 @@ def test_the_canary_is_shown_with_its_maker_and_forgotten(embedded: dict[str, An
     assert "There is no reference yet" in screen("models", "canary")
 
 
-def test_status_and_doctor_see_the_processes(processes: dict[str, subprocess.Popen[bytes]], home: Path) -> None:
+def test_status_and_doctor_see_the_processes(processes: dict[str, Process], home: Path) -> None:
     status = document("status")
     assert status["home"] == str(home / "home")
     assert status["database"]["migration"] == status["database"]["head"]
@@ -489,14 +489,12 @@ def on_a_terminal(*arguments: str, interrupt_after: str | None = None) -> tuple[
     """Exit code and screen of a real process on a terminal of 80 columns.
 
     Ctrl-C is typed after a word is seen. It has its effect in a suite that runs in a shell's background too, whose
-    processes are started with SIGINT ignored.
+    processes are started with SIGINT ignored: a fork never ignores it.
     """
     controller, terminal = pty.openpty()
-    argv = [sys.executable, "-m", "chunkmill.cli", *arguments]
-    child = subprocess.Popen(
-        argv, cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+    child = forks.start(
+        ["chunkmill.cli", *arguments], cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal, new_session=True,
         env=os.environ | {"COLUMNS": "80", "TERM": "xterm"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(terminal)
     seen = b""

@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import select
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +26,7 @@ from chunkmill.ledger.work import chunk_batches, usage
 from chunkmill.ledger.work.chunk_batches import Lease
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
+from tests.support import forks
 from tests.support.checkout import CHECKOUT, PYTHONPATH
 from tests.support.waiting import PATIENCE, Call, running, until
 
@@ -616,10 +615,9 @@ def test_on_a_terminal_drop_asks_and_list_cuts_the_reason(client: Client, hands:
 def on_a_terminal(*arguments: str, answer: str | None = None) -> tuple[int, str]:
     """Exit code and screen of a real process on a terminal of 100 columns; ``answer`` is typed at the question."""
     controller, terminal = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "chunkmill.cli", *arguments],
-        cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, env=os.environ | {"COLUMNS": "100", "TERM": "xterm", "PYTHONPATH": PYTHONPATH},
+    child = forks.start(
+        ["chunkmill.cli", *arguments], cwd=CHECKOUT, stdin=terminal, stdout=terminal, stderr=terminal, new_session=True,
+        env=os.environ | {"COLUMNS": "100", "TERM": "xterm", "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     os.close(terminal)
     seen = b""

@@ -309,6 +309,7 @@ def test_callers_ask_only_workers_of_their_own_database_and_machine(
         with monkeypatch.context() as far:
             far.setattr(server_module, "this_boot", lambda: "another machine")
             remote = start(db, "far:1")
+        remote.server.announce()  # its own thread does so every few seconds
         connect(here, "one:1")
         connect(other, "one:1")
         for n in range(4):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 
 import httpx2
 import numpy as np
@@ -87,7 +88,13 @@ def running_gateway(
 
 def _client(url: str, key: str | None) -> httpx2.Client:
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    return httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE, trust_env=False)
+    # Without one of its own, each client would read the certificates of all authorities: 30 ms.
+    return httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE, trust_env=False, verify=_trusting_nobody())
+
+
+@cache
+def _trusting_nobody() -> ssl.SSLContext:
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def vector_of(text: str, kind: str, dimensions: int) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -119,7 +120,13 @@ def _tracer() -> Tracer | None:
         return None
     from opentelemetry import trace
 
-    return trace.get_tracer("chunkmill", importlib.metadata.version("chunkmill"))
+    return trace.get_tracer("chunkmill", _version())
+
+
+@cache
+def _version() -> str:
+    """Ours. To read it takes a millisecond, and a span begins for each transaction that is traced."""
+    return importlib.metadata.version("chunkmill")
 
 
 Attributes = Mapping[str, int | str]

@@ -49,6 +49,12 @@ def test_the_wheel_has_the_page_of_the_gateway(names: list[str]) -> None:
     assert files <= set(names)
 
 
+NOT_READ = (
+    "alembic", "anyio", "celery", "click", "httpx2", "kombu", "openai", "opentelemetry", "psycopg", "pydantic",
+    "pydantic_core", "pydantic_settings", "redis", "rich", "sqlalchemy", "starlette",
+)  # fmt: skip
+
+
 def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
     consumer = tmp_path / "consumer.py"
     consumer.write_text(
@@ -73,7 +79,10 @@ def test_a_consumer_in_strict_mode_sees_every_type(tmp_path: Path) -> None:
         "    reveal_type(await client.search(['a query', 'another'], collection='docs'))\n"
         "    await client.audit(colection='docs')\n"
     )
-    options = ["--strict", "--config-file", "", "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
+    # What our packages import is not read, which would take 11 s and says nothing about our own types.
+    config = tmp_path / "mypy.ini"
+    config.write_text(f"[mypy]\n[mypy-{','.join(f'{package}.*' for package in NOT_READ)}]\nfollow_imports = skip\n")
+    options = ["--strict", "--config-file", config, "--cache-dir", ROOT / ".mypy_cache" / "consumer"]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, consumer],
         cwd=tmp_path,

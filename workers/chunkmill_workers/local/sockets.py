@@ -159,6 +159,7 @@ class WorkerSocketServer:
         self._lane = lane
         self._where = where
         self._token = secrets.token_bytes(32)
+        self._boot = this_boot()
         self.address: str | None = None
         """Where it listens; None if it does not."""
         self._path: Path | None = None
@@ -212,7 +213,7 @@ class WorkerSocketServer:
             }
             worker_sockets.write(
                 conn,
-                this_boot(),
+                self._boot,
                 self._context.name,
                 self.address,
                 self._token,

@@ -90,7 +90,8 @@ def test_changes_that_change_nothing_or_contradict_themselves_are_refused() -> N
     for metadata, remove, replaces in ((None, [], False), ({}, [], False), (None, [], True), ({"a": 1}, ["b"], True)):
         with pytest.raises(InvalidInput, match="replace=True"):
             as_changes(metadata, remove, replaces=replaces)
-    for wrong in ({"a": float("nan")}, {"a": "\x00"}, [1], {"a": "\ud800"}):
+    assert as_changes({"a": float("nan")}, [], replaces=False) == ('{"a": null}', [])
+    for wrong in ({"a": "\x00"}, [1], {"a": "\ud800"}):
         with pytest.raises(InvalidInput, match="metadata"):
             as_changes(wrong, [], replaces=False)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="remove is a str"):
