@@ -18,7 +18,7 @@ from typing import Any
 from chunkmill.locked import TORCH, read_lock
 
 ROOT = Path(__file__).parents[2]
-NOT_INSTALLED = {"dev", "bench", "gpu", "build"}
+NOT_INSTALLED = {"dev", "bench", "gpu", "build", "testing"}
 """Extras that no machine in production has."""
 
 
