@@ -82,6 +82,13 @@ def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: 
     return given
 
 
+def as_on_invalid(given: object) -> Literal["raise", "skip"]:
+    """What to do with a bad chunk. Raises :class:`InvalidInput`."""
+    if isinstance(given, str) and given in ("raise", "skip"):
+        return "raise" if given == "raise" else "skip"
+    raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+
+
 def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     """How many chunks of an enqueue may be refused: a whole number, or a share from 0 up to 1 as a float; None if it
     does not matter. Raises :class:`InvalidInput`, also if bad chunks are not skipped.

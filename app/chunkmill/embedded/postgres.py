@@ -272,11 +272,11 @@ class Postgres:
         if not self._data.exists():
             return
         version_file = self._data / "PG_VERSION"
-        found = version_file.read_text().strip() if version_file.exists() else "unknown"
-        if found != str(MAJOR):
+        major = version_file.read_text().strip() if version_file.exists() else "unknown"
+        if major != str(MAJOR):
             raise EmbeddedStackError(
-                f"{self._data} was made by Postgres {found}, and Chunkmill runs Postgres {MAJOR}, which "
-                f"cannot read it. To keep the data, run a Postgres {found} on it and dump it with "
+                f"{self._data} was made by Postgres {major}, and Chunkmill runs Postgres {MAJOR}, which "
+                f"cannot read it. To keep the data, run a Postgres {major} on it and dump it with "
                 "pg_dumpall. Then move the folder away, so that a new one is made, or set CHUNKMILL_HOME to "
                 "another folder."
             )

@@ -321,8 +321,8 @@ def job(
 ) -> None:
     """Show one job: its state, its counts and its dead chunks. Exits with 4 if the job failed."""
     with Client.from_env() as client:
-        found = client.job(job_id)
-        ended = finish(screen, client, found, wait=wait, dead=dead, attempts=attempts, explain=explain)
+        current = client.job(job_id)
+        ended = finish(screen, client, current, wait=wait, dead=dead, attempts=attempts, explain=explain)
         require_few_dead(screen, ended, max_refused)
 
 

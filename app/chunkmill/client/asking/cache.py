@@ -71,7 +71,7 @@ class VectorCache:
         if not self._limit or kind not in self._kinds:
             return
         wanted, oldest = list(gathered.missing), time.time() - self._seconds
-        found: list[tuple[bytes, EmbeddedText]] = []
+        hits: list[tuple[bytes, EmbeddedText]] = []
         with self._mutex:
             before = self._bytes
             for content_hash in wanted:
@@ -83,16 +83,16 @@ class VectorCache:
                     self._remove(key)
                     continue
                 self._entries.move_to_end(key)
-                found.append((content_hash, entry.embedded))
-            self._hits += len(found)
-            self._misses += len(wanted) - len(found)
+                hits.append((content_hash, entry.embedded))
+            self._hits += len(hits)
+            self._misses += len(wanted) - len(hits)
             grown = self._bytes - before
-        for content_hash, embedded in found:
+        for content_hash, embedded in hits:
             gathered.add(content_hash, embedded)
         COUNTS.add_all(
             (
-                (m.QUERY_CACHE_HITS, len(found)),
-                (m.QUERY_CACHE_MISSES, len(wanted) - len(found)),
+                (m.QUERY_CACHE_HITS, len(hits)),
+                (m.QUERY_CACHE_MISSES, len(wanted) - len(hits)),
                 (m.QUERY_CACHE_BYTES, grown),
             )
         )
