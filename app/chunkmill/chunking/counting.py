@@ -15,7 +15,7 @@ from chunkmill.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class TextMeasure:
     """``sizes`` gives the size of each text. ``tail`` gives the position in a text at which its last ``n`` tokens or
     characters begin."""
 
@@ -23,11 +23,11 @@ class Measure:
     tail: Callable[[str, int], int]
 
 
-def characters() -> Measure:
-    return Measure(lambda texts: [len(text) for text in texts], lambda text, n: max(0, len(text) - n))
+def characters() -> TextMeasure:
+    return TextMeasure(lambda texts: [len(text) for text in texts], lambda text, n: max(0, len(text) - n))
 
 
-def tokens_of(settings: Settings, model: str | None, size: int) -> Measure:
+def tokens_of(settings: Settings, model: str | None, size: int) -> TextMeasure:
     """Counts by the tokenizer of ``model``, or of ``EMBEDDING_MODEL``.
 
     Raises :class:`UnknownModel` if the tokenizer is not on this machine, and :class:`InvalidInput` if the model reads
@@ -58,7 +58,7 @@ def tokens_of(settings: Settings, model: str | None, size: int) -> Measure:
         ends = tokenizer.ends(text)
         return int(ends[-n - 1]) if len(ends) > n else 0
 
-    return Measure(sizes, tail)
+    return TextMeasure(sizes, tail)
 
 
 @dataclass(frozen=True, slots=True)

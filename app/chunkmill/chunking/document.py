@@ -67,7 +67,7 @@ class Document:
     pages: Sequence[int] = ()
 
 
-class Joined:
+class DocumentBuilder:
     """Makes a document of blocks that come one after the other, with an empty line between two of them."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from chunkmill.chunking.document import Document, Joined
+from chunkmill.chunking.document import Document, DocumentBuilder
 from chunkmill.chunking.libraries import library
 
 _UNREAD: Final = frozenset((
@@ -45,7 +45,7 @@ def read_html(html: str) -> Document:
     if _depth(html) > MOST_NESTED:
         raise ValueError(f"its elements nest more than {MOST_NESTED:,} deep, as no page does that people read")
     page = library("selectolax.lexbor").LexborHTMLParser(html)
-    joined = Joined()
+    joined = DocumentBuilder()
     if page.body is not None:
         root, is_main = _main(page)
         _Walk(joined, is_main=is_main).run(root)
@@ -74,7 +74,7 @@ def _main(page: Any) -> tuple[Any, bool]:
 class _Walk:
     """Goes through the elements in their order and collects blocks. It is no recursion, because pages nest deeply."""
 
-    def __init__(self, joined: Joined, *, is_main: bool) -> None:
+    def __init__(self, joined: DocumentBuilder, *, is_main: bool) -> None:
         self._joined = joined
         self._unread = _UNREAD if is_main else _UNREAD | _AROUND
         self._line: list[str] = []

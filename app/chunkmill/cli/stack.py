@@ -35,7 +35,7 @@ from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.telemetry.logging import without_passwords
 
 if TYPE_CHECKING:
-    from chunkmill.monitor.present import Present
+    from chunkmill.monitor.present import Presence
     from chunkmill.monitor.reports import Kind
 
 SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
@@ -377,7 +377,7 @@ def _lanes_and_faults(status: Status) -> tuple[Sequence[Lane], Sequence[Fault]]:
     return (status.snapshot.lanes, status.snapshot.faults) if status.snapshot else ((), ())
 
 
-def _workers(there: Present, kind: Kind, command: str) -> str:
+def _workers(there: Presence, kind: Kind, command: str) -> str:
     """How many workers serve a queue, and the names of a few."""
     from chunkmill.monitor.present import READY_SECONDS
 

@@ -44,7 +44,7 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
+class _Sample:
     """What a bridge is learnt from and judged by."""
 
     asked: Sequence[_Asked]
@@ -149,7 +149,7 @@ class Bridges(Vectors):
 
     def _draw(
         self, collection: Collection, old: Space, new: Space, most: int, most_queries: int, deadline: float
-    ) -> _Drawn:
+    ) -> _Sample:
         """Choose queries and texts, and have those of the texts embedded that have no vector in the new space."""
         with self._transaction() as conn:
             # It may have been dropped since this process registered it, and is held while its vectors are read.
@@ -169,7 +169,7 @@ class Bridges(Vectors):
         corpus = judging.Corpus([name.hex() for name in names], _rows(of_new, names), _rows(of_old, names))
         is_learnt = np.array([name not in answers for name in names])
         learnt_from = fitting.Pairs.of(new=corpus.new[is_learnt], old=corpus.old[is_learnt])
-        return _Drawn(asked, queries_from, corpus, learnt_from, len(of_new) - n_stored)
+        return _Sample(asked, queries_from, corpus, learnt_from, len(of_new) - n_stored)
 
     def _made(
         self, space: Space, hashes: Sequence[bytes], deadline: float
@@ -201,7 +201,7 @@ def _report(
     collection: Collection,
     new: Space,
     old: Space,
-    drawn: _Drawn,
+    drawn: _Sample,
     learnt: Sequence[Adapter],
     verdict: judging.Verdict,
     own: judging.Standing | None,

@@ -69,7 +69,7 @@ class Watch:
         return Wait(self.signal, max(pause, rest))
 
 
-class Watching:
+class JobWatch:
     """How one call watches one job, from its second look on: a job that has ended already needs no listener."""
 
     def __init__(self, db: sa.Engine, job_id: int) -> None:
@@ -77,7 +77,7 @@ class Watching:
         self._job_id = job_id
         self._watch: Watch | None = None
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> JobWatch:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any, Literal
 
 from chunkmill.client.base import ClientPart, store_errors
-from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, Watching
+from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, JobWatch
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
-from chunkmill.client.within import within as as_within
+from chunkmill.client.transactions import as_transaction
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -143,7 +143,7 @@ class Jobs(ClientPart):
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
-        transaction = None if within is None else as_within(within)
+        transaction = None if within is None else as_transaction(within)
         if transaction is not None and (replaces is not None or most_refused is not None):
             raise InvalidInput(
                 "replace and max_refused cannot be combined with within, because the chunks are enqueued after your "
@@ -268,13 +268,13 @@ class Jobs(ClientPart):
         on_progress: Callable[[Job], object] | None,
         on_hindrance: Callable[[str], object] | None,
     ) -> Steps[Job]:
-        with Watching(self._db, job_id) as watching:
+        with JobWatch(self._db, job_id) as watching:
             return (yield from self._until_ended(job_id, watching, timeout, on_progress, on_hindrance))
 
     def _until_ended(
         self,
         job_id: int,
-        watching: Watching,
+        watching: JobWatch,
         timeout: float | None,
         on_progress: Callable[[Job], object] | None,
         on_hindrance: Callable[[str], object] | None,
@@ -309,7 +309,7 @@ class Jobs(ClientPart):
             yield watching.wait(pause, deadline, is_watched=on_progress is not None)
 
     def _read_steps(
-        self, job_id: int, watching: Watching, deadline: float | None, say: Callable[[str], object]
+        self, job_id: int, watching: JobWatch, deadline: float | None, say: Callable[[str], object]
     ) -> Steps[Job]:
         """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
         until, is_said = time.monotonic() + AWAY_SECONDS, False

@@ -105,7 +105,7 @@ $do$;
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Inventory:
     """How much an installation holds."""
 
     collections: int
@@ -116,7 +116,7 @@ class Contents:
     """The paid lanes that a restore has stopped."""
 
 
-def contents(conn: sa.Connection) -> Contents:
+def inventory(conn: sa.Connection) -> Inventory:
     """What is in the installation of ``conn``."""
     row = conn.execute(
         sa.text("""
@@ -130,7 +130,7 @@ def contents(conn: sa.Connection) -> Contents:
         {"restored": STOP_CODE},
     ).one()
     lanes = tuple(Route(route) for route in row.lanes or ())
-    return Contents(row.collections, row.chunks, row.texts, row.open_jobs, lanes)
+    return Inventory(row.collections, row.chunks, row.texts, row.open_jobs, lanes)
 
 
 def is_empty(conn: sa.Connection) -> bool:
