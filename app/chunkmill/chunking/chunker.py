@@ -84,7 +84,7 @@ class Chunker:
         """The chunks of a text. ``kind`` is ``text``, ``markdown`` or ``html``."""
         kind = as_word(Kind, kind, "kind")
         if kind is Kind.PDF:
-            raise InvalidInput("kind is 'pdf', which is no text. Pass the file to Chunker.file().")
+            raise InvalidInput("kind is 'pdf', and a PDF is not text. Pass the file to Chunker.file().")
         if not isinstance(text, str):
             raise InvalidInput(f"text is of type {type(text).__name__}; it must be a str.")
         try:

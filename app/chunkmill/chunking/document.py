@@ -91,7 +91,7 @@ class DocumentBuilder:
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of a file by its name; None if such a file is no document."""
+    """The kind of a file by its name; None if such a file is not a document."""
     return KINDS.get(PurePath(name).suffix.lower())
 
 

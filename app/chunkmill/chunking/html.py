@@ -12,7 +12,7 @@ _UNREAD: Final = frozenset((
     "audio", "button", "canvas", "dialog", "embed", "footer", "head", "iframe", "input", "map", "nav",
     "noscript", "object", "script", "select", "style", "svg", "template", "textarea", "video",
 ))  # fmt: skip
-"""Elements that are no part of the text."""
+"""Elements that are not part of the text."""
 _AROUND: Final = frozenset(("aside", "header"))
 """Elements that stand around the text, unless the page names its main content and they are inside of it."""
 _ROLES: Final = frozenset(("banner", "complementary", "contentinfo", "navigation", "search"))
@@ -72,7 +72,7 @@ def _main(page: Any) -> tuple[Any, bool]:
 
 
 class _Walk:
-    """Goes through the elements in their order and collects blocks. It is no recursion, because pages nest deeply."""
+    """Goes through the elements in their order and collects blocks. It does not recurse, because pages nest deeply."""
 
     def __init__(self, joined: DocumentBuilder, *, is_main: bool) -> None:
         self._joined = joined
@@ -135,7 +135,7 @@ class _Walk:
             self._listings -= tag == "pre"
 
     def _is_line(self, tag: str) -> bool:
-        """Whether a block goes on in the same line, because it stands in a cell of data or in a heading."""
+        """Whether a block continues on the same line, because it stands in a cell of data or in a heading."""
         return self._cells > 0 or (self._level > 0 and tag not in _HEADINGS)
 
     def _is_left_out(self, node: Any, tag: str) -> bool:

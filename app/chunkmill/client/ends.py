@@ -223,7 +223,7 @@ class Ends:
                     heard.append(notice.extra.decode("ascii", errors="replace"))
                 if heard:
                     self.are_heard, self._said = are_told, None
-                    # Any role of the database may notify. What is no number is nobody's job.
+                    # Any role of the database may notify. What is not a number is not a job.
                     ended = {int(word) for word in heard if word.isascii() and word.isdigit() and len(word) < 20}
                     heard.clear()
                     self._tell(lambda watch: not ended.isdisjoint(watch.job_ids))  # noqa: B023 - called at once

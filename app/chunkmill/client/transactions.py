@@ -83,7 +83,7 @@ class _PsycopgTransaction(OuterTransaction):
 
 
 def as_transaction(given: object) -> OuterTransaction:
-    """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is no connection, or commits each
+    """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is not a connection, or commits each
     statement."""
     if isinstance(given, orm.Session | orm.scoped_session):
         try:

@@ -106,7 +106,7 @@ def _dump(command: list[str], url: str, partial: Path, progress: Progress) -> No
 
 
 def read_archive(file: Path, programs: Programs) -> Archive:
-    """What a backup says about itself. Raises :class:`InvalidInput` if the file is none, or cannot be read."""
+    """What a backup says about itself. Raises :class:`InvalidInput` if the file is not one, or cannot be read."""
     listed = _read(programs, file, "--list").splitlines()
     head = "\n".join(line for line in listed if line.startswith(";"))
     server = re.search(r"Dumped from database version: (\d+)", head)

@@ -96,7 +96,7 @@ def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     if given is None:
         return None
     if not skips:
-        raise InvalidInput("max_refused is of use only with on_invalid='skip'; else the first bad chunk is an error.")
+        raise InvalidInput("max_refused needs on_invalid='skip'; otherwise the first bad chunk is an error.")
     if isinstance(given, float | np.floating):
         if not 0 <= given < 1:
             raise InvalidInput(

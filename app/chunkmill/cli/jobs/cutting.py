@@ -58,7 +58,7 @@ class Cutter:
         yield from self._counted(self._chunker.cut(document.name, text, {"path": document.name}))
 
     def record(self, record: Chunk) -> Iterator[Chunk | str]:
-        """The chunks of a record. What is no text with metadata is left to the checks of the client."""
+        """The chunks of a record. A record that is not a text with metadata is left to the checks of the client."""
         is_whole = isinstance(record.id, str) and isinstance(record.text, str) and record.text.strip()
         if not is_whole or not isinstance(record.metadata, Mapping):
             yield record

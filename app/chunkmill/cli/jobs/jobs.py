@@ -131,14 +131,14 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--chunk",
     type=click.IntRange(LEAST_SIZE),
     metavar="SIZE",
-    help="Cut documents and long texts into chunks of at most so many tokens of the model. Folders then also give "
+    help="Cut documents and long texts into chunks of at most this many tokens of the model. Folders then also give "
     "HTML, PDF and source files.",
 )
 @click.option(
     "--overlap",
     type=click.IntRange(0),
     metavar="N",
-    help="How many tokens of the chunk before it a chunk begins with. It needs --chunk.  [default: 0]",
+    help="How many tokens of the previous chunk a chunk begins with. It needs --chunk.  [default: 0]",
 )
 @click.option(
     "--chunk-unit",
@@ -150,7 +150,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "suffixes",
     multiple=True,
     metavar=".EXT",
-    help="Read only files of a folder whose name ends so, such as .html; may be given several times. It needs --chunk.",
+    help="Read only files of a folder whose name ends with this, such as .html; may be given several times. It needs "
+    "--chunk.",
 )
 @click.option(
     "--format",
@@ -160,7 +161,9 @@ class Deadline(click.ParamType[datetime | timedelta]):
 )
 @click.option("--encoding", metavar="NAME", help="Encoding of the texts, such as cp1252 or utf-16.  [default: UTF-8]")
 @click.option(
-    "--delimiter", metavar="CHAR", help="What separates the columns of CSV; tab is a word.  [default: see the header]"
+    "--delimiter",
+    metavar="CHAR",
+    help="What separates the columns of CSV: one character, or the word tab.  [default: see the header]",
 )
 @click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
 @click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
@@ -228,7 +231,7 @@ def enqueue(
     if max_refused is not None:
         on_invalid = "skip"
     if sync_where is not None and not sync:
-        raise InvalidInput("--sync-where is of use only with --sync.")
+        raise InvalidInput("--sync-where needs --sync.")
     cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
     skips = on_invalid == "skip"
     reader = Reader(sources, fields, skip=skips, stdin=sys.stdin.buffer, form=form, cutter=cutter)

@@ -94,7 +94,7 @@ class Reader:
     """The chunks of several sources, one source after the other.
 
     ``place`` says where the last one came from, such as ``docs.jsonl:17``, and ``skipped`` what was left out of folders
-    because it is no file of the folder's own. ``notes`` has what was guessed about a source. With ``skip``, a record
+    because it is a link, a device or the like. ``notes`` has what was guessed about a source. With ``skip``, a record
     that cannot be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead
     list with its place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents
     and the texts of records are cut into chunks.
@@ -206,7 +206,7 @@ class Reader:
 
 
 def _is_unicode(name: str) -> bool:
-    """False for the name of a file that is not valid UTF-8, which is no id."""
+    """False for the name of a file that is not valid UTF-8, because that cannot be an id."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -132,7 +132,7 @@ def fields(view: JobsView, at: float) -> dict[str, object]:
 
 
 def draw(view: JobsView | None, at: float, looking_since: float, columns: int) -> RenderableType:
-    """What a terminal with so many columns shows."""
+    """What a terminal of that width shows."""
     if view is None or (view.read_at is None and view.error is None):
         return Text(f"looking for {duration(at - looking_since)} …")
     head = Text.assemble(("Chunkmill", "bold"), "  jobs, end with Ctrl-C")
