@@ -51,7 +51,7 @@ class _Sample:
     queries_from: str
     corpus: judging.Corpus
     pairs: fitting.Pairs
-    """Those of the corpus that are no answers."""
+    """Those of the corpus that answer no golden query."""
     embedded: int
 
 
@@ -247,7 +247,7 @@ def _rows(known: Mapping[bytes, NDArray[np.float32]], names: Sequence[bytes]) ->
 def _questions(
     conn: sa.Connection, collection: Collection, space: Space, most: int, *, n_texts: int
 ) -> tuple[list[_Asked], str]:
-    """The queries that judge, and what they are: golden queries that are no titles, or titles if there are too few.
+    """The queries that judge, and what they are: golden queries that are not titles, or titles if there are too few.
 
     Their answers have a vector in the space. So many are taken that half of the texts, at least, are no answers.
     """

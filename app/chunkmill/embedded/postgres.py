@@ -114,7 +114,7 @@ class Postgres:
     """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; 0 means Unix socket only, and None the port
     that it had at its last start.
 
-    At the port only the role `chunkmill` can log in, with its password. It owns the database and is no superuser.
+    At the port only the role `chunkmill` can log in, with its password. It owns the database and is not a superuser.
     """
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:

@@ -60,7 +60,7 @@ def documents(root: Path, skipped: SkippedEntries, suffixes: Collection[str] = T
 
     A document is a file whose name ends with one of the ``suffixes``, in any case.
 
-    Hidden files and folders belong to tools and are no documents.
+    Hidden files and folders belong to tools and are left out.
     """
     inside = root.resolve()
     with Folder(root) as folder:

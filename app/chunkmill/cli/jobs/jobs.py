@@ -14,7 +14,7 @@ import click
 
 from chunkmill.chunking import Chunker, Unit
 from chunkmill.chunking.chunker import LEAST_SIZE
-from chunkmill.cli.arguments import JsonObject
+from chunkmill.cli.arguments import JsonObject, watch_options
 from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.decoded import encoding_named
@@ -276,16 +276,7 @@ def enqueue(
 @click.command()
 @click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Number of jobs to list.")
 @click.option("--watch", "watching", is_flag=True, help="Show them with bars, and keep them up to date.")
-@click.option(
-    "--every",
-    type=click.FloatRange(0.2, 3600),
-    default=1.0,
-    show_default=True,
-    help="Seconds between two updates of --watch.",
-)
-@click.option(
-    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
-)
+@watch_options
 @json_option
 @click.pass_obj
 def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | None) -> None:
@@ -293,7 +284,7 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
     if watching:
         from chunkmill.cli.watch.jobs import watch
 
-        watch(screen, Client.from_env(), limit, every=every, times=times)
+        watch(screen, limit, every=every, times=times)
         return
     with Client.from_env() as client:
         latest = client.jobs(limit)

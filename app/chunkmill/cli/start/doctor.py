@@ -312,7 +312,7 @@ def _tls_check(name: str, hosts: list[str], verified: bool, measured: str, advic
     return Check(
         name, "warn", measured,
         f"Whoever is on the network between here and {', '.join(reached)} can read passwords and texts, or pose as the "
-        f"server. {advice} In a network of yours alone, such as Compose's own, that is no danger.",
+        f"server. {advice} In a network of yours alone, such as Compose's own, that is not a danger.",
     )  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def _entry(embedded: EmbeddedText, made_at: float) -> _Entry:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 # All numbers are little-endian. The file ends with the SHA-256 of all before, which shows a file that was cut or
-# damaged; it is no signature. There is no compression, so nothing grows as it is read.
+# damaged; it is not a signature. There is no compression, so nothing grows as it is read.
 _HEAD = struct.Struct("<8sII")
 _MAGIC, _VERSION = b"chunkmil", 1
 # Fingerprint, content hash, kind, whether the text was cut, tokens, dimensions, Unix time. The numbers follow.
