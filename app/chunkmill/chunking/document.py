@@ -67,7 +67,7 @@ class Document:
     pages: Sequence[int] = ()
 
 
-class Joined:
+class DocumentBuilder:
     """Makes a document of blocks that come one after the other, with an empty line between two of them."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Joined:
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of a file by its name; None if such a file is no document."""
+    """The kind of a file by its name; None if such a file is not a document."""
     return KINDS.get(PurePath(name).suffix.lower())
 
 

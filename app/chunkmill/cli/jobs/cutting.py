@@ -7,9 +7,9 @@ from pathlib import Path
 
 from chunkmill.chunking import Chunker, Kind
 from chunkmill.chunking.document import KINDS, kind_of
-from chunkmill.chunking.reading import Unreadable
+from chunkmill.chunking.reading import UnreadableDocument, read
 from chunkmill.cli.jobs.decoded import in_utf8
-from chunkmill.cli.jobs.folders import Document, Skipped
+from chunkmill.cli.jobs.folders import FolderFile, SkippedEntries
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
 from chunkmill.files import Folder
@@ -27,12 +27,14 @@ class Cutter:
         self.documents = 0
         self.chunks = 0
 
-    def file(self, path: Path, skipped: Skipped, encoding: str | None) -> Iterator[Chunk | str]:
+    def file(self, path: Path, skipped: SkippedEntries, encoding: str | None) -> Iterator[Chunk | str]:
         """The chunks of a document that was named itself. Its id is its name."""
         with Folder(path.resolve().parent) as folder:
-            yield from self.document(Document(folder, path.name, (path.resolve().name,)), path, skipped, encoding)
+            yield from self.document(FolderFile(folder, path.name, (path.resolve().name,)), path, skipped, encoding)
 
-    def document(self, document: Document, path: Path, skipped: Skipped, encoding: str | None) -> Iterator[Chunk | str]:
+    def document(
+        self, document: FolderFile, path: Path, skipped: SkippedEntries, encoding: str | None
+    ) -> Iterator[Chunk | str]:
         """The chunks of a document. One without a text is skipped. HTML and PDF files state their encoding."""
         if document.problem is not None:
             yield document.problem
@@ -42,21 +44,21 @@ class Cutter:
             with document.open() as file:
                 if encoding is not None and kind in (Kind.TEXT, Kind.MARKDOWN):
                     file = in_utf8(file, encoding)
-                read = self._chunker.read(file, kind, document.name)
-        except Unreadable as error:
+                text = read(file, kind, document.name)
+        except UnreadableDocument as error:
             yield str(error)
             return
         except OSError as error:
             yield f"cannot be read: {error.strerror or error}"
             return
-        if not read.blocks:
+        if not text.blocks:
             skipped.add(path, "has no text")
             return
         self.documents += 1
-        yield from self._counted(self._chunker.cut(document.name, read, {"path": document.name}))
+        yield from self._counted(self._chunker.cut(document.name, text, {"path": document.name}))
 
     def record(self, record: Chunk) -> Iterator[Chunk | str]:
-        """The chunks of a record. What is no text with metadata is left to the checks of the client."""
+        """The chunks of a record. A record that is not a text with metadata is left to the checks of the client."""
         is_whole = isinstance(record.id, str) and isinstance(record.text, str) and record.text.strip()
         if not is_whole or not isinstance(record.metadata, Mapping):
             yield record

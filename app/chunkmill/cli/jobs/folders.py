@@ -22,7 +22,7 @@ NAMED = 5
 
 
 @dataclass(slots=True)
-class Skipped:
+class SkippedEntries:
     """The entries of folders that were not read on purpose."""
 
     count: int = 0
@@ -40,7 +40,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class FolderFile:
     """A text file of a folder, or with a ``problem`` a part of the folder that cannot be read."""
 
     folder: Folder
@@ -55,12 +55,12 @@ class Document:
         return self.folder.open(self.parts)
 
 
-def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[Document]:
+def documents(root: Path, skipped: SkippedEntries, suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[FolderFile]:
     """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
 
     A document is a file whose name ends with one of the ``suffixes``, in any case.
 
-    Hidden files and folders belong to tools and are no documents.
+    Hidden files and folders belong to tools and are left out.
     """
     inside = root.resolve()
     with Folder(root) as folder:
@@ -69,22 +69,22 @@ def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUF
             parts = left.pop()
             if len(os.fsencode("/".join(parts))) >= MAX_ID_BYTES:
                 problem = f"the path is too long for an id, which may have {MAX_ID_BYTES} bytes"
-                yield Document(folder, "/".join(parts), parts, problem)
+                yield FolderFile(folder, "/".join(parts), parts, problem)
                 continue
             try:
                 entries = [entry for entry in folder.list(parts) if not entry[0].startswith(".")]
             except OSError as error:
-                yield Document(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
+                yield FolderFile(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
                 continue
             for name, kind in entries:
                 at = (*parts, name)
                 if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
-                    yield Document(folder, "/".join(at), target)
+                    yield FolderFile(folder, "/".join(at), target)
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
 
 
 def _read_at(
-    root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped, suffixes: Collection[str]
+    root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: SkippedEntries, suffixes: Collection[str]
 ) -> tuple[str, ...] | None:
     """Where the entry is read, if it is a document. What is skipped is noted."""
     path = root.joinpath(*at)
