@@ -65,10 +65,13 @@ class Screen:
         """Print one JSON document on one line, because another document follows."""
         click.echo(self._json(data))
 
-    def say(self, *parts: str | tuple[str, str]) -> None:
-        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed."""
+    def say(self, *parts: str | tuple[str, str], indent: int = 0) -> None:
+        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed.
+
+        If a terminal is too narrow for the line, it continues ``indent`` columns from the left.
+        """
         if not self.json:
-            _print_words(self.out, line_of(*parts))
+            _print_words(self.out, line_of(*parts), indent)
 
     def text(self, text: str) -> None:
         """Print a text that may have lines. With ``--json`` nothing is printed."""

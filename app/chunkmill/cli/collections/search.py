@@ -26,7 +26,7 @@ INCOMPLETE = 3
 PREVIEW = 120
 """Maximum number of columns of a hit's text."""
 HEADING = 50
-"""Maximum number of characters of the heading above a hit."""
+"""Maximum number of columns of the heading above a hit."""
 
 
 class Mix(click.ParamType[object]):
@@ -264,7 +264,7 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
         mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
         place = [(f"  {where}", "dim")] if (where := _place(hit)) else []
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *place, *mixed, *cut)
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut, *place, indent=8)
         # A chunk that was cut often begins with a heading or the end of a sentence, so all of it is one paragraph here.
         text = " ".join(hit.text[: 8 * width].split()) if "document" in hit.metadata else hit.text
         screen.say(" " * 8, beginning(text, width))
@@ -280,7 +280,7 @@ def _place(hit: SearchHit) -> str:
     if "document" not in hit.metadata:
         return ""
     headings, page = hit.metadata.get("headings"), hit.metadata.get("page")
-    said = [str(headings[-1])[:HEADING]] if isinstance(headings, list) and headings else []
+    said = [beginning(str(headings[-1]), HEADING)] if isinstance(headings, list) and headings else []
     return ", ".join(said + ([f"page {page}"] if isinstance(page, int) else []))
 
 

@@ -93,12 +93,12 @@ def panels(told: History) -> list[Panel]:
         made.append(Panel(f"tokens/s, {lane}", summary, rates, most, f"{most:,g}", COLOURS[lane]))
     known = [share for share in told.padding if share is not None]
     if known:
-        summary = f"share of the computed tokens that was no text; {100 * max(known):.1f} % at most"
+        summary = f"{100 * max(known):.1f} % at most of the computed tokens were no text"
         most = round_up(max(known))
         made.append(Panel("padding", summary, told.padding, most, f"{100 * most:g} %", PADDING_COLOUR))
     for lane, waits in told.waits.items():
         most = round_up(max(waits))
-        summary = f"the oldest ChunkBatch that no worker had yet; {duration(max(waits))} at most"
+        summary = f"{duration(max(waits))} at most until a worker took a ChunkBatch"
         made.append(Panel(f"waiting, {lane}", summary, waits, most, duration(most), COLOURS[lane]))
     return made
 
