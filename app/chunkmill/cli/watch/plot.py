@@ -25,7 +25,7 @@ PADDING_COLOUR = "#cc79a7"
 LEFT, ROWS = 9, 5
 """The columns of the numbers beside a drawing, and its rows."""
 PIPE_COLUMNS, COLUMNS = 78, 130
-HALF_DAY = 12 * 3600.0
+HALF_DAY, DAY = 12 * 3600.0, 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Panel:
     colour: str
 
 
-def plot(screen: Screen, settings: Settings, *, seconds: float, picture: Path | None) -> None:
-    """Read the last ``seconds`` and draw them."""
+def plot(screen: Screen, settings: Settings, *, seconds: float | None, picture: Path | None) -> None:
+    """Read the last ``seconds`` and draw them; without them, the last day from its first work on."""
     db = create_db(settings.require_database_url(), role="cli")
     try:
         require_migrated(db)
         with store_errors(db), db.begin() as conn:
-            told = history.read(conn, seconds)
+            told = history.read(conn, history.seconds_of_work(conn, DAY) if seconds is None else seconds)
     finally:
         db.dispose()
     if picture is not None:
