@@ -372,7 +372,7 @@ class Jobs(ClientPart):
             said.append(f"Lane {route} is {lane.state} {lane.why}")
         if lane_now is None and not there.connections.pollers:
             said.append(
-                "The job was enqueued within a transaction, and a poller makes its ChunkBatches, but none is connected. "
+                "The job was enqueued within a transaction, so a poller makes its ChunkBatches, and none is connected. "
                 f"To start one: {present.START_POLLER}"
             )
         elif not there.connections.pollers:

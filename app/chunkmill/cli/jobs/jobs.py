@@ -263,6 +263,8 @@ def enqueue(
                 bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
                 bar.note(str(reader.skipped))
+            if others := reader.of_other_kinds():
+                bar.note(others)
         if dry_run:
             show_estimate(screen, estimate)
         else:

@@ -262,3 +262,10 @@ def test_what_is_imported_late_is_what_the_type_checker_sees() -> None:
         assert stands_in._real() is not None
     assert late.keys.create is importlib.import_module("chunkmill.ledger.access.keys").create
     assert isinstance(Settings.from_env(), late.Settings)
+
+
+@pytest.mark.parametrize("name", ["dead", "chunks"])
+def test_a_command_that_lacks_the_command_below_it_shows_its_help(name: str) -> None:
+    ended = CliRunner().invoke(cli, [name])
+    assert ended.exit_code == 2
+    assert ended.output.startswith(f"Usage: cli {name} [OPTIONS] COMMAND [ARGS]...\n\n  ") and "⏎" not in ended.output
