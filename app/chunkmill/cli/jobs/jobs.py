@@ -304,6 +304,7 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
         screen.table(
             ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],
             [_row(job) for job in latest],
+            optional=["tokens/s", "took"],
         )
 
 
