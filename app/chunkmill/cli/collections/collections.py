@@ -41,6 +41,8 @@ def collections(context: click.Context, exact: bool) -> None:
             optional=["rows", "tail", "index MB", "created", *([] if any(i.aliases for i in infos) else ["aliases"]),
                       "space", "model", "embedded"],
         )  # fmt: skip
+        if not all(info.counted for info in infos):
+            screen.say(("~ is an estimate; --exact counts.", "dim"))
 
 
 def _row(info: CollectionInfo) -> tuple[object, ...]:
