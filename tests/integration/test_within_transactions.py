@@ -385,6 +385,7 @@ def test_who_waits_is_told_that_nobody_delivers_the_job(
 
     assert "is not delivered yet" in said(job)
     assert "delivered" not in said(fresh)
+    assert "a poller makes its ChunkBatches, and none is connected" in said(fresh)
     deliverer.round()
     assert "delivered" not in said(job)
 

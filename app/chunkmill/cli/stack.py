@@ -129,10 +129,8 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @click.option(
     "--last",
     type=Quantity("time span", DAYS, "s", "90min, 24h or 7d"),
-    default="24h",
-    show_default=True,
     metavar="SPAN",
-    help="How far --plot looks back.",
+    help="How far --plot looks back.  [default: to the first work of the last 24h]",
 )
 @click.option(
     "--picture", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), callback=picture_file,
@@ -141,7 +139,13 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @json_option
 @click.pass_obj
 def status(
-    screen: Screen, watching: bool, every: float, times: int | None, plot: bool, last: float, picture: Path | None
+    screen: Screen,
+    watching: bool,
+    every: float,
+    times: int | None,
+    plot: bool,
+    last: float | None,
+    picture: Path | None,
 ) -> None:
     """Show the servers, the migration, workers, doorbells and open jobs. Nothing is started."""
     if plot and watching:

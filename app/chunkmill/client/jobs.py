@@ -344,7 +344,8 @@ class Jobs(ClientPart):
         """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
         with self._transaction() as conn:
             failing = attempts.first_failing(conn, job.id)
-            route = routing.lane_now(conn, job.id)
+            lane_now = routing.lane_now(conn, job.id)
+            route = lane_now or routing.lane_of(job.route, [])
             lane = provider_lanes.lane(conn, route) if route.is_paid else None
             there = present.read(conn)
             is_in_outbox = job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id)
@@ -358,7 +359,12 @@ class Jobs(ClientPart):
             said.append(failing.sentence)
         if lane is not None and lane.why:
             said.append(f"Lane {route} is {lane.state} {lane.why}")
-        if not there.connections.pollers:
+        if lane_now is None and not there.connections.pollers:
+            said.append(
+                "The job was enqueued within a transaction, so a poller makes its ChunkBatches, and none is connected. "
+                f"To start one: {present.START_POLLER}"
+            )
+        elif not there.connections.pollers:
             said.append(
                 "No poller is connected, so only the first doorbells are rung, and what a dead worker held is not "
                 f"taken back. To start one: {present.START_POLLER}"

@@ -8,6 +8,7 @@ a link on the way to it, so a folder that changes while it is read leads nowhere
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from chunkmill.files import Folder, Kind
 TEXT_SUFFIXES = {".txt", ".md", ".rst"}
 NAMED = 5
 """How many of the skipped entries are named; the others are counted."""
+ENDS, LONGEST_END = 100, 12
+"""How many ends of names are told apart, and how long they may be, so that memory does not grow with a folder."""
 
 
 @dataclass(slots=True)
@@ -28,11 +31,31 @@ class SkippedEntries:
     count: int = 0
     first: list[str] = field(default_factory=list)
     """Path and reason of the first ones."""
+    others: Counter[str] = field(default_factory=Counter)
+    """How many files of other kinds there were, by the ends of their names."""
 
     def add(self, path: Path, why: str) -> None:
         self.count += 1
         if len(self.first) < NAMED:
             self.first.append(f"{path} {why}")
+
+    def add_other(self, path: Path) -> None:
+        """Count a file that is no document by its name."""
+        end = path.suffix.lower() if len(path.suffix) <= LONGEST_END else ""
+        self.others[end if end in self.others or len(self.others) < ENDS else ""] += 1
+
+    def of_other_kinds(self, readable: Collection[str] = ()) -> str:
+        """How many files were not read because of their names; empty if there was none. ``--chunk`` would read the
+        ``readable`` ones."""
+        if not self.others:
+            return ""
+        counts = sorted(self.others.items(), key=lambda counted: (-counted[1], counted[0]))
+        kinds = [f"{number:,} {end or 'of other names'}" for end, number in counts[:NAMED]]
+        rest = sum(number for _, number in counts[NAMED:])
+        more = [f"{rest:,} more"] if rest else []
+        ends = sorted(set(readable) & set(self.others))
+        hint = f"; --chunk 200 reads {', '.join(ends)} too" if ends else ""
+        return f"not read because of their kind: {', '.join(kinds + more)}{hint}"
 
     def __str__(self) -> str:
         more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
@@ -92,6 +115,8 @@ def _read_at(
     if kind != "link":
         if is_text and kind == "other":
             skipped.add(path, "is not a regular file")
+        if kind == "file" and not is_text:
+            skipped.add_other(path)
         return at if is_text and kind == "file" else None
     try:
         target = inside.joinpath(*at).resolve(strict=True)

@@ -266,6 +266,8 @@ def enqueue(
                 bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
                 bar.note(str(reader.skipped))
+            if others := reader.of_other_kinds():
+                bar.note(others)
         if dry_run:
             show_estimate(screen, estimate)
         else:
@@ -296,6 +298,7 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
         screen.table(
             ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],
             [_row(job) for job in latest],
+            optional=["tokens/s", "took"],
         )
 
 

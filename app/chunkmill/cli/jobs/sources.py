@@ -154,6 +154,10 @@ class Reader:
                         "what cannot be read into the job's dead list and enqueue the rest."
                     )
 
+    def of_other_kinds(self) -> str:
+        """What was not read in folders because of the names of the files; empty if there is nothing of it."""
+        return self.skipped.of_other_kinds(DOCUMENT_SUFFIXES if self._cutter is None else ())
+
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
         form = self._form
         path = Path(source)
@@ -374,7 +378,9 @@ def _folder(
         else:
             yield from _cut_at(path, cutter.document(document, path, skipped, form.encoding))
     if is_empty:
-        why = f" ({skipped})" if skipped.count else ""
+        others = skipped.of_other_kinds(DOCUMENT_SUFFIXES if cutter is None else ())
+        reasons = "; ".join(filter(None, [str(skipped) if skipped.count else "", others]))
+        why = f" ({reasons})" if reasons else ""
         kinds = ".txt, .md or .rst" if cutter is None else "text, Markdown, HTML, PDF or source"
         if cutter is not None and cutter.suffixes is not DOCUMENT_SUFFIXES:
             kinds = " or ".join(sorted(cutter.suffixes))
