@@ -57,7 +57,7 @@ def test_files_that_are_not_read_because_of_their_kind_are_counted(folder: Path)
         match=r"contains no .* file \(not read because .*; --chunk 200 reads .html",
     ):
         read(folder)
-    assert Skipped().of_other_kinds({".html"}) == ""
+    assert SkippedEntries().of_other_kinds({".html"}) == ""
 
 
 def test_a_link_that_leaves_the_folder_is_named_and_skipped(folder: Path) -> None:
