@@ -166,8 +166,8 @@ def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) ->
             return (
                 f"Nothing of job {row.job_id}, which fills space {space_name}, was embedded for "
                 f"{PASSED_OVER_SECONDS // 60} minutes, because workers always have work of a higher priority. Start "
-                f"more workers. Or give up the filling with `chunkmill reembed cancel {reembedding_id}`, and begin again "
-                "with `chunkmill reembed start` and a higher --priority."
+                f"more workers. Or give up the filling with `chunkmill reembed cancel {reembedding_id}`, and begin "
+                "again with `chunkmill reembed start` and a higher --priority."
             )
     return None
 
