@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from chunkmill.chunking.libraries import library
 from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
-from chunkmill.errors import InvalidInput, UnknownModel
-from chunkmill.models import resolve_model
+from chunkmill.errors import InvalidInput
+from chunkmill.models import tokenizer_of
 from chunkmill.openai.catalogue import model_for, resolve_space
 from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
 from chunkmill.settings import Settings
@@ -67,8 +67,5 @@ def _counter(settings: Settings, spec: SpaceSpec) -> tuple[TokenCounter, str, bo
         counter = cl100k() if paid.tokenizer == CL100K else from_tokenizer_file(paid.tokenizer)
         return counter, "", False
     library("tokenizers")
-    folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
-    file = folder.transformer / "tokenizer.json"
-    if not file.is_file():
-        raise UnknownModel(f"{folder.transformer} has no tokenizer.json, so its tokens cannot be counted here.")
-    return from_tokenizer_file(file), spec.document_prompt, folder.lowercase
+    tokenizer = tokenizer_of(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
+    return from_tokenizer_file(tokenizer.path), spec.document_prompt, tokenizer.lowercase

@@ -26,7 +26,7 @@ from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidSetting, Unkno
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.reembedding.beside import choose
-from chunkmill.models import resolve_model
+from chunkmill.models import tokenizer_of
 from chunkmill.openai.catalogue import model_for, request_limits
 from chunkmill.openai.plan import inputs, tokens
 from chunkmill.settings import Settings
@@ -244,12 +244,9 @@ def provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
 def _local_rule(settings: Settings, request: EstimateRequest) -> Rule:
     """Counts with the model's own tokenizer, and with the limit and the windows of the engine."""
     spec = request.spec
-    folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
-    file = folder.transformer / "tokenizer.json"
-    if not file.is_file():
-        raise UnknownModel(f"{folder.transformer} has no tokenizer.json.")
-    counter = tokens.from_tokenizer_file(file)
-    unused = counter.overhead if folder.static else 0  # special tokens, which a static model does not read
+    tokenizer = tokenizer_of(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
+    counter = tokens.from_tokenizer_file(tokenizer.path)
+    unused = counter.overhead if tokenizer.static else 0  # special tokens, which a static model does not read
     overhead = counter.overhead - unused
     room = spec.max_tokens - overhead
 
