@@ -443,6 +443,7 @@ def show_job(
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
         "error": job.error,
         "failing": failing and failing.sentence,
+        "hindered": None if failing else job.hindrance,
     }
     screen.fields({name: value for name, value in fields.items() if value is not None})
     if dead and job.dead_chunks:
