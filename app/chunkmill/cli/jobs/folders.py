@@ -8,17 +8,22 @@ a link on the way to it, so a folder that changes while it is read leads nowhere
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from chunkmill.chunking.document import HTML_SUFFIXES, suffix_of
 from chunkmill.domain.chunks import MAX_ID_BYTES
 from chunkmill.files import Folder, Kind
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst"}
+TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst"))
 NAMED = 5
-"""How many of the skipped entries are named; the others are counted."""
+"""How many of the skipped entries are named, and how many kinds of files; the others are counted."""
+SPHINX_PARTS = {"_sources", "_static", "searchindex.js"}
+"""What Sphinx puts beside the pages that it makes: what they were made from, and what they look and are searched
+with."""
 
 
 @dataclass(slots=True)
@@ -28,6 +33,10 @@ class Skipped:
     count: int = 0
     first: list[str] = field(default_factory=list)
     """Path and reason of the first ones."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """How many files are of another kind than those that are read, by the ends of their names."""
+    named: Collection[Path] = ()
+    """Files that are sources of their own, so they do not count among these."""
 
     def add(self, path: Path, why: str) -> None:
         self.count += 1
@@ -37,6 +46,14 @@ class Skipped:
     def __str__(self) -> str:
         more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         return f"skipped: {'; '.join(self.first)}{more}"
+
+    @property
+    def by_kind(self) -> str:
+        """The files of other kinds in words, such as ``4 .png, 1 .csv``; empty if there are none."""
+        named = [f"{n:,} {suffix or 'without an ending'}" for suffix, n in self.kinds.most_common(NAMED)]
+        if rest := self.kinds.total() - sum(n for _, n in self.kinds.most_common(NAMED)):
+            named.append(f"{rest:,} others")
+        return ", ".join(named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +72,13 @@ class Document:
         return self.folder.open(self.parts)
 
 
-def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[Document]:
+def documents(root: Path, skipped: Skipped, suffixes: Set[str] = TEXT_SUFFIXES) -> Iterator[Document]:
     """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
 
-    A document is a file whose name ends with one of the ``suffixes``, in any case.
+    A document is a file whose name ends with one of the ``suffixes``, in any case, or with one of them and ``.gz``.
 
-    Hidden files and folders belong to tools and are no documents.
+    Hidden files and folders belong to tools and are no documents. If pages are read, what Sphinx puts beside them is
+    skipped.
     """
     inside = root.resolve()
     with Folder(root) as folder:
@@ -76,6 +94,10 @@ def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUF
             except OSError as error:
                 yield Document(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
                 continue
+            if not suffixes.isdisjoint(HTML_SUFFIXES) and (beside := _beside_pages([name for name, _ in entries])):
+                for name in sorted(beside):
+                    skipped.add(root.joinpath(*parts, name), "belongs to the pages beside it, which Sphinx made")
+                entries = [entry for entry in entries if entry[0] not in beside]
             for name, kind in entries:
                 at = (*parts, name)
                 if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
@@ -83,13 +105,21 @@ def documents(root: Path, skipped: Skipped, suffixes: Collection[str] = TEXT_SUF
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
 
 
+def _beside_pages(names: Collection[str]) -> set[str]:
+    """Those of a folder's entries that Sphinx puts beside its pages. They are empty if the folder has no such pages."""
+    has_pages = any(suffix_of(name) in HTML_SUFFIXES for name in names)
+    return SPHINX_PARTS.intersection(names) if has_pages and "_sources" in names else set()
+
+
 def _read_at(
     root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped, suffixes: Collection[str]
 ) -> tuple[str, ...] | None:
     """Where the entry is read, if it is a document. What is skipped is noted."""
     path = root.joinpath(*at)
-    is_text = path.suffix.lower() in suffixes
+    is_text = suffix_of(path.name) in suffixes
     if kind != "link":
+        if kind == "file" and not is_text and path not in skipped.named:
+            skipped.kinds[suffix_of(path.name)] += 1
         if is_text and kind == "other":
             skipped.add(path, "is not a regular file")
         return at if is_text and kind == "file" else None

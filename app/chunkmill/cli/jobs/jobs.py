@@ -263,6 +263,8 @@ def enqueue(
                 bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
                 bar.note(str(reader.skipped))
+            if reader.skipped.kinds:
+                bar.note(reader.not_read)
         if dry_run:
             show_estimate(screen, estimate)
         else:

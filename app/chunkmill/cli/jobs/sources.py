@@ -11,14 +11,16 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from chunkmill.chunking.document import suffix_of
+from chunkmill.chunking.reading import unpacked
 from chunkmill.cli.jobs.csv_files import DELIMITERS, Row, Table, typed
-from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter
-from chunkmill.cli.jobs.decoded import first_problem, in_utf8, opened, problem_in, problem_in_bytes
+from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, Uncut
+from chunkmill.cli.jobs.decoded import document_text, in_utf8, opened, problem_in, problem_in_bytes
 from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, Document, Skipped, documents
 from chunkmill.cli.jobs.json_arrays import elements
 from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
@@ -49,7 +51,7 @@ class Unreadable:
 
     problem: str
     id: str | None = None
-    """The id that the chunk would have, if that is known."""
+    """The id that the chunk would have, or the document of which it is a part, if that is known."""
 
 
 Record = Chunk | Unreadable
@@ -115,7 +117,7 @@ class Reader:
             _require_readable(source, self._form, cuts=cutter is not None)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
-        self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
+        self._suffixes: Set[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
         if not self._form.prefixed:
             folders = [Path(source) for source in sources if source != "-" and Path(source).is_dir()]
             _require_distinct(folders, self._suffixes)
@@ -124,7 +126,7 @@ class Reader:
         self._cutter = cutter
         self.notes: list[str] = []
         self.place = ""
-        self.skipped = Skipped()
+        self.skipped = Skipped(named={Path(os.path.normpath(source)) for source in sources})
         self._read = -1
         self._sources = sources
         self._fields = fields
@@ -154,12 +156,23 @@ class Reader:
                         "what cannot be read into the job's dead list and enqueue the rest."
                     )
 
+    @property
+    def not_read(self) -> str:
+        """What to do about the files of folders that are of other kinds. ``skipped.kinds`` must not be empty."""
+        kinds = self.skipped.kinds.keys()
+        hints = []
+        if self._cutter is None and not kinds.isdisjoint(DOCUMENT_SUFFIXES):
+            hints.append("--chunk reads HTML, PDF and source files too")
+        if not kinds.isdisjoint(FORMATS):
+            hints.append("to enqueue the records of a table, name it as a source of its own")
+        return "; ".join([f"not read, because they are of other kinds: {self.skipped.by_kind}", *hints])
+
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
         form = self._form
         path = Path(source)
         if source != "-" and path.is_dir():
             return _folder(path, self.skipped, form, self._suffixes, self._cutter)
-        if self._cutter is not None and form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES:
+        if self._cutter is not None and form.format is None and suffix_of(path.name) in DOCUMENT_SUFFIXES:
             return _cut_at(path, self._cutter.file(path, self.skipped, form.encoding))
         return self._cut(self._uncut(source, path, form))
 
@@ -236,7 +249,7 @@ def _require_readable(source: str, form: Form, *, cuts: bool) -> None:
         return
     if not path.exists():
         raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
-    is_document = form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES
+    is_document = form.format is None and suffix_of(path.name) in DOCUMENT_SUFFIXES
     if is_document and not cuts:
         raise InvalidInput(
             f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as --chunk 200."
@@ -352,13 +365,13 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
 
-def _cut_at(place: object, chunks: Iterator[Chunk | str]) -> Iterator[tuple[str, Record]]:
+def _cut_at(place: object, chunks: Iterator[Chunk | Uncut]) -> Iterator[tuple[str, Record]]:
     for chunk in chunks:
-        yield str(place), Unreadable(chunk) if isinstance(chunk, str) else chunk
+        yield str(place), Unreadable(chunk.problem, chunk.name) if isinstance(chunk, Uncut) else chunk
 
 
 def _folder(
-    root: Path, skipped: Skipped, form: Form, suffixes: Collection[str], cutter: Cutter | None
+    root: Path, skipped: Skipped, form: Form, suffixes: Set[str], cutter: Cutter | None
 ) -> Iterator[tuple[str, Record]]:
     is_empty = True
     for document in documents(root, skipped, suffixes):
@@ -381,7 +394,7 @@ def _require_distinct_names(sources: Sequence[str]) -> None:
     named: dict[str, str] = {}
     for source in sources:
         path = Path(source)
-        if path.suffix.lower() not in DOCUMENT_SUFFIXES or path.is_dir():
+        if suffix_of(path.name) not in DOCUMENT_SUFFIXES or path.is_dir():
             continue
         if (other := named.setdefault(path.name, source)) != source:
             raise InvalidInput(
@@ -390,7 +403,7 @@ def _require_distinct_names(sources: Sequence[str]) -> None:
             )
 
 
-def _require_distinct(folders: Sequence[Path], suffixes: Collection[str]) -> None:
+def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
     """Raise :class:`InvalidInput` if files of two folders would have the same id, so that one would replace the other.
 
     The id of a file is its path inside its folder.
@@ -413,16 +426,15 @@ def _from_document(document: Document, form: Form) -> Record:
         return Unreadable(document.problem)
     try:
         with document.open() as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+            content = unpacked(file, document.name)[0].read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
             problem = f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks"
             return Unreadable(problem, document.name)
-        text = in_utf8(io.BytesIO(content), form.encoding).read().decode("utf-8", "surrogateescape")
+        text = document_text(content, form.encoding)
     except OSError as error:
         return Unreadable(f"cannot be read: {error.strerror}", document.name)
-    if wrong := problem_in(text, form.encoding):
-        line = 1 + text.count("\n", 0, first_problem(text))
-        return Unreadable(f"in line {line}, {wrong}", document.name)
+    except ValueError as error:
+        return Unreadable(str(error), document.name)
     return Chunk(document.name, text, {"path": document.name})
 
 
