@@ -73,6 +73,14 @@ def _is_link(node: Any) -> bool:
     return node.tag == "a" and "href" in node.attributes
 
 
+def _without_empty_cells(line: str) -> str:
+    """A line of a table without the signs of the cells at its end that have no text."""
+    end = len(line)
+    while line.endswith(" |", 0, end):
+        end -= 2
+    return "" if line[:end] == "|" else line[:end]
+
+
 def _main(page: Any) -> tuple[Any, bool]:
     """The element with the main content, and whether the page says so."""
     for name in ("main", "[role=main]", "article"):
@@ -182,7 +190,7 @@ class _Walk:
         if self._listings:
             text = text.strip("\n").rstrip()
         else:
-            lines = (" ".join(filter(None, line.split(" "))).removesuffix(" |") for line in text.split("\n"))
+            lines = (_without_empty_cells(" ".join(filter(None, line.split(" ")))) for line in text.split("\n"))
             text = "\n".join(filter(None, lines))
         if not text.strip():
             return
