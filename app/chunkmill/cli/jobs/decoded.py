@@ -26,7 +26,17 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_ESCAPED_BYTES = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")
+_ESCAPED_BYTES = re.compile(rb"\xed[\xb0-\xb3][\x80-\xbf]")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """As Python's ``surrogateescape``, but for any byte: one below 0x80 may be wrong too, such as half of two."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("chunkmill.escape", _escape)
 
 
 def encoding_named(name: str) -> str:
@@ -160,7 +170,7 @@ class _Recoded(io.RawIOBase):
     """A file in another encoding, as UTF-8."""
 
     def __init__(self, head: bytes, file: BinaryIO, encoding: str) -> None:
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+        self._decoder = codecs.getincrementaldecoder(encoding)("chunkmill.escape")
         self._file = file
         self._raw = head
         self._ready = b""

@@ -322,3 +322,15 @@ def test_the_limit_of_a_record_holds_for_arrays_too(tmp_path: Path, monkeypatch:
     (tmp_path / "docs.json").write_text(json.dumps([{"id": "a", "text": "x" * 5_000}]))
     with pytest.raises(InvalidInput, match=r"docs\.json:1: the element is longer than 1,000"):
         read(tmp_path / "docs.json")
+
+
+def test_half_a_character_of_utf_16_refuses_its_document_and_no_other(tmp_path: Path) -> None:
+    for name, content in {"cut.txt": b"\xff\xfe\x00", "half.txt": "whole".encode("utf-16") + b"a"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "whole.txt").write_text("a whole text", "utf-16")
+    items = list(Reader([str(tmp_path)], Fields(), skip=True, stdin=io.BytesIO()))
+    assert [(item.id, item.text) for item in items if isinstance(item, Chunk)] == [("whole.txt", "a whole text")]
+    refused = {item.known_id: item.problem for item in items if isinstance(item, InvalidChunk)}
+    assert refused.keys() == {"cut.txt", "half.txt"}
+    assert "in line 1, the byte 0x00 is not valid UTF-8" in refused["cut.txt"]
+    assert "the byte 0x61 is not valid" in refused["half.txt"]
