@@ -49,7 +49,7 @@ class Cutter:
     ) -> Iterator[Chunk | Uncut]:
         """The chunks of a document. One without a text is skipped, and so is one of links, unless it ``is_named``."""
         if document.problem is not None:
-            yield Uncut(document.problem)
+            yield Uncut(document.problem, document.name if document.has_no_id else None)
             return
         try:
             with document.open() as file:

@@ -66,6 +66,8 @@ class Document:
     parts: tuple[str, ...]
     """The parts of the path at which it is; another one than its name if that is a link."""
     problem: str | None = None
+    has_no_id: bool = False
+    """Its name is the problem: it cannot be an id, so no collection has this document."""
 
     def open(self) -> BinaryIO:
         """Raises OSError."""
@@ -101,8 +103,18 @@ def documents(root: Path, skipped: Skipped, suffixes: Set[str] = TEXT_SUFFIXES) 
             for name, kind in entries:
                 at = (*parts, name)
                 if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
-                    yield Document(folder, "/".join(at), target)
+                    name_problem = _problem_of_name("/".join(at))
+                    yield Document(folder, "/".join(at), target, name_problem, has_no_id=name_problem is not None)
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
+
+
+def _problem_of_name(name: str) -> str | None:
+    """Why the path of a file cannot be an id; None if it can."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "its path is not valid UTF-8, so it cannot be an id; give it another name"
+    return f"the path is too long for an id, which may have {MAX_ID_BYTES} bytes" if length > MAX_ID_BYTES else None
 
 
 def _beside_pages(names: Collection[str]) -> set[str]:

@@ -23,7 +23,7 @@ from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, Uncut
 from chunkmill.cli.jobs.decoded import document_text, in_utf8, opened, problem_in, problem_in_bytes
 from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, Document, Skipped, documents
 from chunkmill.cli.jobs.json_arrays import elements
-from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
+from chunkmill.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.json_values import NotJson, json_value
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.stored import EXPORTED
@@ -142,7 +142,7 @@ class Reader:
                 if isinstance(record, Chunk):
                     yield _prefixed(record, prefix) if prefix else record
                 elif self.skips:
-                    known_id = None if record.id is None or not _is_unicode(record.id) else prefix + record.id
+                    known_id = None if record.id is None else prefix + _as_id(record.id)
                     yield InvalidChunk(
                         record.problem,
                         chunk_id=printable(known_id or place),
@@ -218,13 +218,9 @@ class Reader:
                 yield f"{name}:{row.line}", _from_cells(table.columns, row, fields, form)
 
 
-def _is_unicode(name: str) -> bool:
-    """False for the name of a file that is not valid UTF-8, which is no id."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _as_id(name: str) -> str:
+    """The name of a refused document in a form that an id may have. Only a name that is no id changes."""
+    return printable(name).encode()[:MAX_ID_BYTES].decode(errors="ignore")
 
 
 def _prefix(source: str) -> str:
@@ -423,7 +419,7 @@ def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
 
 def _from_document(document: Document, form: Form) -> Record:
     if document.problem is not None:
-        return Unreadable(document.problem)
+        return Unreadable(document.problem, document.name if document.has_no_id else None)
     try:
         with document.open() as file:
             content = unpacked(file, document.name)[0].read(MAX_TEXT_BYTES + 1)
