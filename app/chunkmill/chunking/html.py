@@ -31,8 +31,8 @@ MOST_NESTED: Final = 1_000
 MANY_LINKS: Final = 20
 """How many links an index has at least."""
 SHARE_OF_LINKS: Final = 0.75
-"""How much of an index's text is in links. Of the pages of the manuals of Python 3.11 and Git 2.39, all those with 0.75 or
-more are indexes and tables of contents, and so are those of 0.66 to 0.75, which are read."""
+"""How much of an index's text is in links. Of the pages of the manuals of Python 3.11 and Git 2.39, all those with 0.75
+or more are indexes and tables of contents, and so are those of 0.66 to 0.75, which are read."""
 _TAG: Final = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
 _UNCLOSED: Final = frozenset((
     "area", "base", "br", "col", "dd", "dt", "embed", "hr", "img", "input", "li", "link", "meta", "option", "p",
