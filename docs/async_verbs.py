@@ -133,7 +133,7 @@ class Method:
         if self._waits:
             return f"return await self._wait(self._client._{self.name}_steps({arguments}))"
         is_long = self.name in LONG or not names_in(self._node.args).isdisjoint({"Iterable", "Callable", "OnProgress"})
-        how = "_each" if self._items is not None else "_long" if is_long else "_short"
+        how = "_items" if self._items is not None else "_long" if is_long else "_short"
         waits = "" if self._items is not None else "await "
         return f"return {waits}self.{how}(self._client.{self.name}, {arguments})"
 

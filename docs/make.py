@@ -66,14 +66,19 @@ SECTIONS = {
         "Bridge", "BridgeTrial", "AdapterKind", "CollectionMap", "MapMethod", "Legend",
     ],
     "What comes back: judged models": [
-        "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote", "Gates", "GateResult",
+        "Comparison", "Contender", "Changes", "Change", "LosingQuery", "ComparisonQuote",
+    ],
+    "What comes back: re-embeddings": [
+        "Reembedding", "ReembeddingState", "Coverage", "ServedBy", "Quote", "Gates", "GateResult",
     ],
     "What comes back: the dead list": ["DeadEntry", "Standing", "DeadDetails", "RetriedDead", "DroppedDead"],
     "What comes back: routes and money": [
         "Estimate", "LaneEstimate", "Budget", "Costs", "CostsBy", "Cost", "Adjustment", "AdjustmentKind", "Correction",
         "Lane", "Explanation", "RoutingStep", "OpenWork", "JobProviderBatch", "ProviderBatchState", "Abandoned",
     ],
-    "What comes back: vectors of texts": ["EmbeddedTexts", "QueryCache"],
+    "What comes back: vectors of texts": [
+        "EmbeddedTexts", "SpaceSpec", "Pooling", "Concatenated", "LongText", "QueryCache",
+    ],
     "What comes back: retention": ["Pruned", "CacheSpace", "Amount"],
 }  # fmt: skip
 SIMILARITY = [
@@ -90,7 +95,7 @@ def pages() -> dict[Path, str]:
     return {
         API: api(),
         SETTINGS: settings(),
-        ARCHITECTURE: DECISIONS.sub(lambda found: found[1] + decisions + found[2], architecture),
+        ARCHITECTURE: DECISIONS.sub(lambda match: match[1] + decisions + match[2], architecture),
         VERBS: verbs(),
     }
 
@@ -252,17 +257,17 @@ def attribute_notes(what: type) -> dict[str, str]:
 def errors_table() -> Iterator[str]:
     yield prose(inspect.getdoc(errors.ChunkmillError)) + "\n"
     yield "| error | `code` | `retryable` | `http_status` | |\n|---|---|---|---|---|"
-    for each in tree(errors.ChunkmillError):
-        said = prose(inspect.getdoc(each) if vars(each).get("__doc__") else "").replace("\n", " ")
-        again = "yes" if each.retryable else "no"
-        yield f"| `{each.__name__}` | `{each.code}` | {again} | {each.http_status} | {said} |"
+    for error in tree(errors.ChunkmillError):
+        said = prose(inspect.getdoc(error) if vars(error).get("__doc__") else "").replace("\n", " ")
+        again = "yes" if error.retryable else "no"
+        yield f"| `{error.__name__}` | `{error.code}` | {again} | {error.http_status} | {said} |"
 
 
 def tree(root: type[errors.ChunkmillError]) -> Iterator[type[errors.ChunkmillError]]:
-    for each in sorted(root.__subclasses__(), key=lambda found: found.__name__):
-        if each.__module__ == errors.__name__:
-            yield each
-        yield from tree(each)
+    for error in sorted(root.__subclasses__(), key=lambda kind: kind.__name__):
+        if error.__module__ == errors.__name__:
+            yield error
+        yield from tree(error)
 
 
 def says(note: str | None) -> str:
@@ -270,9 +275,14 @@ def says(note: str | None) -> str:
 
 
 def prose(text: str | None) -> str:
-    """Return a docstring as Markdown: roles and double backticks become code."""
+    """Return a docstring as Markdown: roles and double backticks become code, and so do literal blocks."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text or "")
-    return re.sub(r"``([^`]+)``", r"`\1`", text)
+    text = re.sub(r"``([^`]+)``", r"`\1`", text)
+    return re.sub(r"::\n\n((?: {4}.*\n|\n)+(?: {4}.*)?)", lambda block: f":\n\n{fenced(block[1])}\n\n", text).rstrip()
+
+
+def fenced(code: str) -> str:
+    return f"```python\n{textwrap.dedent(code).strip()}\n```"
 
 
 if __name__ == "__main__":

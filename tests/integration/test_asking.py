@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from chunkmill import AsyncClient, Client, EngineError, WaitTimeout
+from chunkmill import AsyncClient, Client, ClientClosed, EngineError, WaitTimeout
 from chunkmill.broker import Broker
 from chunkmill.client.asking import inquiry, listener
 from chunkmill.client.asking.listener import listener_of

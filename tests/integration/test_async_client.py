@@ -653,7 +653,7 @@ def test_an_iterator_becomes_asynchronous_and_is_read_no_faster_than_it_is_taken
     async def scene() -> None:
         taken: list[int] = []
         async with heartbeat() as heart:
-            async for number in aio._each(numbers.below, 500):
+            async for number in aio._items(numbers.below, 500):
                 taken.append(number)
                 assert numbers.made <= len(taken) + 2 * calls.AHEAD
                 if len(taken) == 5:
@@ -685,13 +685,13 @@ def test_an_iterator_that_is_left_early_ends_in_its_thread_and_gives_its_connect
     numbers = Numbers(aio)
 
     async def scene() -> None:
-        async with contextlib.aclosing(aio._each(numbers.below, 1_000_000)) as items:
+        async with contextlib.aclosing(aio._items(numbers.below, 1_000_000)) as items:
             async for number in items:
                 if number == 3:
                     break
         assert str(numbers.ended_in).startswith("chunkmill-long")
         assert is_at_rest(aio)
-        task = asyncio.create_task(anext(aio._each(numbers.below, 1)))
+        task = asyncio.create_task(anext(aio._items(numbers.below, 1)))
         await turns(1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -707,7 +707,7 @@ def test_an_error_of_an_iterator_comes_after_its_items(aio: AsyncClient) -> None
     async def scene() -> None:
         taken = []
         with pytest.raises(Trouble):
-            async for number in aio._each(numbers.broken, 3):
+            async for number in aio._items(numbers.broken, 3):
                 taken.append(number)  # noqa: PERF401 - what came before the error counts
         assert taken == [0, 1, 2]
 
@@ -730,7 +730,7 @@ def test_closing_ends_the_calls_that_run_and_leaves_nothing(
     async def scene() -> AsyncClient:
         async with AsyncClient(a_client(settings)) as aio:
             numbers.append(Numbers(aio))
-            handed_out = aio._each(numbers[0].below, 1_000_000)
+            handed_out = aio._items(numbers[0].below, 1_000_000)
             assert await anext(handed_out) == 0
             looked = asyncio.Event()
             running = [

@@ -651,7 +651,7 @@ def test_a_job_shows_its_attempts_and_what_fails_in_it(client: Client, hands: Ha
         chunk_batches.fail_if_held(conn, lease, code="worker_error", error="host:9: no disk", retryable=True)
     shown = call("job", str(job.id), "--attempts").stdout
     assert "failing" in shown
-    assert "ChunkBatch 1, available, attempt 2 of 6: host:9: no disk" in shown
+    assert "attempt 2 of 6 failed: host:9: no disk" in " ".join(shown.split())
     assert all(word in shown for word in ("host:1", "died: ended by SIGSEGV", "failed: host:9: no disk"))
     assert "2 attempts, 1 death, 2 texts recomputed, at most 7 at risk at a time." in shown
     facts = document("job", str(job.id), "--attempts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 from collections.abc import Callable
@@ -128,6 +129,7 @@ def place(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.chdir(tmp_path)
         texts = [{"id": f"c{i}", "text": f"number {i}"} for i in range(5)]
         Path("chunks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in texts))
+        _sources()
         paid = page == "openai" or "--route" in command
         for name, value in {
             "DATABASE_URL": settings.require_database_url(),
@@ -146,6 +148,15 @@ def place(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 _job_42(client)
 
     return prepare
+
+
+def _sources() -> None:
+    """The files and the folder of the page on sources."""
+    Path("docs").mkdir()
+    Path("docs/a.md").write_text("a document")
+    Path("wiki.jsonl").write_text(json.dumps({"id": "w", "text": "an article", "source": "wiki"}))
+    Path("prices.csv").write_bytes("id;text;price;valid_from\n1;Käse;2.5;2026-11-29\n".encode("cp1252"))
+    Path("export.json.gz").write_bytes(gzip.compress(json.dumps([{"body": "a note"}]).encode()))
 
 
 def _job_42(client: Client) -> None:

@@ -189,8 +189,8 @@ def test_records_that_only_look_like_an_export_and_broken_files(
     (tmp_path / "none.jsonl.gz").write_bytes(b"no gzip")
     for name, says in {
         "odd.jsonl": "must be a JSON object",
-        "half.jsonl.gz": "no whole gzip file",
-        "none.jsonl.gz": "no whole gzip file",
+        "half.jsonl.gz": "this gzip file is broken or not complete",
+        "none.jsonl.gz": "this gzip file is broken or not complete",
     }.items():
         done = command("enqueue", tmp_path / name, "-c", "docs", "--no-wait")
         assert (done.exit_code, says in done.output) == (1, True), done.output

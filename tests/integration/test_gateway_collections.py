@@ -309,7 +309,7 @@ def test_a_reader_who_leaves_gives_the_place_back(scene: GatewayScene, monkeypat
 
 def test_lanes_and_costs_are_the_clients(scene: GatewayScene) -> None:
     lanes = scene.http.get("/v1/lanes").json()["lanes"]
-    assert {lane["route"]: lane["state"] for lane in lanes} == {"openai": "running", "openai-sync": "running"}
+    assert {lane["route"]: lane["state"] for lane in lanes} == {"openai": "idle", "openai-sync": "idle"}
     assert lanes[0]["lost_usd"] == "0"
     costs = scene.http.get("/v1/costs", params={"by": "day", "since": "2020-01-01"}).json()
     assert (costs["by"], costs["since"]) == ("day", "2020-01-01")

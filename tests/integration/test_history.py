@@ -15,7 +15,7 @@ from chunkmill.cli.__main__ import cli
 from chunkmill.client import Client
 from chunkmill.domain.states import Route
 from chunkmill.monitor import history, minutes
-from chunkmill.monitor.history import PARTS, Span, Waited, longest, spread
+from chunkmill.monitor.history import PARTS, Span, WaitCounts, longest, spread
 from chunkmill.poller.poller import Poller
 from chunkmill.settings import Settings
 from tests.integration.hands import Hands
@@ -100,9 +100,11 @@ def test_what_began_before_the_time_is_cut_there() -> None:
     assert spread([Span(Route.LOCAL, -10, 9, 200), Span(Route.LOCAL, 5, 5, 7)])[Route.LOCAL][:11] == [
         10, 10, 10, 10, 10, 17, 10, 10, 10, 10, 0,
     ]  # fmt: skip
-    worst = longest([Waited(Route.OPENAI, -1, 2, -50.0, 250.0), Waited(Route.OPENAI, 1, PARTS, 150.0, 0.0)], 100.0)
+    worst = longest(
+        [WaitCounts(Route.OPENAI, -1, 2, -50.0, 250.0), WaitCounts(Route.OPENAI, 1, PARTS, 150.0, 0.0)], 100.0
+    )
     assert worst[Route.OPENAI][:4] == [150.0, 250.0, 250.0, 250.0]
-    assert list(longest([Waited(Route.OPENAI, 0, 0, 0.0, 1.0), Waited(Route.LOCAL, 0, 0, 0.0, 1.0)], 1.0)) == [
+    assert list(longest([WaitCounts(Route.OPENAI, 0, 0, 0.0, 1.0), WaitCounts(Route.LOCAL, 0, 0, 0.0, 1.0)], 1.0)) == [
         Route.LOCAL, Route.OPENAI,
     ]  # fmt: skip
 

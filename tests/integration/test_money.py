@@ -394,6 +394,18 @@ def test_the_local_lane_is_estimated_from_what_was_measured(make: Make, db: sa.E
     assert make().estimate([("b", "x")]).chosen.unknown == "GPU_HOUR_USD is not set"
 
 
+def test_an_estimate_counts_the_prompt_that_the_engine_puts_before_each_text(make: Make) -> None:
+    prompted = "all-MiniLM-L6-v2?document_prompt=passage%3A+"
+    client = make()
+    two = [("b", "some other text"), ("c", "some other text about prompts")]
+    before = client.estimate(two).chosen.tokens
+    assert before is not None
+    assert client.estimate(two, model=prompted).chosen.tokens == before + 2 * len(["passage", ":"])
+    fits = "bees " * 254  # with [CLS] and [SEP] it is all that the model reads
+    assert client.estimate([("d", fits)], on_long="reject").chosen.refused == 0
+    assert client.estimate([("d", fits)], model=prompted, on_long="reject").chosen.refused == 1
+
+
 # Costs
 
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from chunkmill.embedded import StackStatus
 from chunkmill.errors import InvalidInput, JobFailed, WaitTimeout
-from chunkmill.testing import MODEL, OTHER_MODEL, Running, Servers, embed, running
+from chunkmill.testing import MODEL, OTHER_MODEL, RunningStack, Servers, embed, running
 from chunkmill.testing.embedding import MAX_TOKENS
 from tests.conftest import admin
 from tests.support.waiting import PATIENCE
@@ -29,12 +29,12 @@ def servers(stack: StackStatus) -> Iterator[Servers]:
 
 
 @pytest.fixture
-def made(servers: Servers) -> Iterator[Running]:
+def made(servers: Servers) -> Iterator[RunningStack]:
     with servers.database() as settings, running(settings) as both:
         yield both
 
 
-def test_what_is_enqueued_is_embedded_and_found(made: Running) -> None:
+def test_what_is_enqueued_is_embedded_and_found(made: RunningStack) -> None:
     client = made.client
     texts = {"fox": "A quick fox jumps over a lazy dog.", "sea": "The sea is deep and blue."}
     job = client.wait(client.enqueue(texts.items(), collection="docs").id, timeout=PATIENCE)
@@ -47,7 +47,7 @@ def test_what_is_enqueued_is_embedded_and_found(made: Running) -> None:
     assert (again.cached, again.embedded) == (2, 0)
 
 
-def test_long_texts_are_cut_refused_or_split_as_a_real_worker_does(made: Running) -> None:
+def test_long_texts_are_cut_refused_or_split_as_a_real_worker_does(made: RunningStack) -> None:
     client, long = made.client, " ".join(f"w{n}" for n in range(MAX_TOKENS + 1))
     cut = client.wait(client.enqueue([("a", long), ("b", "short")], collection="cut").id, timeout=PATIENCE)
     assert (cut.embedded, cut.truncated) == (2, 1)
@@ -60,7 +60,7 @@ def test_long_texts_are_cut_refused_or_split_as_a_real_worker_does(made: Running
     assert client.wait(split.id, timeout=PATIENCE).truncated == 0
 
 
-def test_a_test_may_refuse_a_text_and_keep_jobs_open(made: Running) -> None:
+def test_a_test_may_refuse_a_text_and_keep_jobs_open(made: RunningStack) -> None:
     client, worker = made.client, made.worker
     worker.refuse("a bad text", reason="no such luck")
     job = client.enqueue([("bad", "a bad text"), ("good", "a good text")], collection="docs")
@@ -112,7 +112,9 @@ def test_what_ends_the_worker_is_raised_at_the_end_of_the_test(
 PAGES = Path(__file__).parents[2] / "docs"
 
 
-def test_the_examples_of_the_page_about_transactions_run(made: Running, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_page_about_transactions_run(
+    made: RunningStack, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = made.settings.require_database_url().partition("?schema")[0]
     engine = sa.create_engine(url)
     with engine.begin() as conn:

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
-from chunkmill.chunking.counting import Measure, characters, tokens_of
+from chunkmill.chunking.counting import TextMeasure, characters, tokens_of
 from chunkmill.chunking.cutting import Rule, cut
 from chunkmill.chunking.document import Document, Kind, kind_of
 from chunkmill.chunking.libraries import library
-from chunkmill.chunking.reading import Unreadable, read, read_text
+from chunkmill.chunking.reading import UnreadableDocument, read, read_text
 from chunkmill.domain.arguments import as_number, as_word
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
@@ -67,7 +67,7 @@ class Chunker:
         if 2 * self.overlap > self.size:
             raise InvalidInput(f"overlap is {self.overlap}; it must be at most half of the size, which is {self.size}.")
         if self.unit is Unit.CHARACTERS:
-            self._measure: Measure = characters()
+            self._measure: TextMeasure = characters()
         else:
             self._measure = tokens_of(settings or Settings.from_env(), model, self.size)
         splitter = library("semantic_text_splitter").TextSplitter
@@ -84,12 +84,12 @@ class Chunker:
         """The chunks of a text. ``kind`` is ``text``, ``markdown`` or ``html``."""
         kind = as_word(Kind, kind, "kind")
         if kind is Kind.PDF:
-            raise InvalidInput("kind is 'pdf', which is no text. Pass the file to Chunker.file().")
+            raise InvalidInput("kind is 'pdf', and a PDF is not text. Pass the file to Chunker.file().")
         if not isinstance(text, str):
             raise InvalidInput(f"text is of type {type(text).__name__}; it must be a str.")
         try:
             document = read_text(text, kind)
-        except Unreadable as error:
+        except UnreadableDocument as error:
             raise InvalidInput(f"the document {document_id!r}: {error}.") from None
         return self.cut(document_id, document, metadata)
 
@@ -112,15 +112,11 @@ class Chunker:
         try:
             with open_regular(path) as opened:
                 document = read(opened, chosen, path.name)
-        except Unreadable as error:
+        except UnreadableDocument as error:
             raise InvalidInput(f"{path}: {error}.") from None
         except OSError as error:
             raise InvalidInput(f"{path} cannot be read: {error.strerror or error}. Check the path.") from None
         return self.cut(path.name if document_id is None else document_id, document, metadata)
-
-    def read(self, file: BinaryIO, kind: Kind, name: str) -> Document:
-        """The document in a file that is open for reading in binary. Raises :class:`Unreadable` and OSError."""
-        return read(file, kind, name)
 
     def cut(self, document_id: str, document: Document, metadata: Mapping[str, Any] | None = None) -> Iterator[Chunk]:
         """The chunks of a document that was read already."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkmill.chunking.libraries import library
-from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.errors import InvalidInput, UnknownModel
 from chunkmill.models import resolve_model
 from chunkmill.openai.catalogue import model_for, resolve_space
-from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
+from chunkmill.openai.plan.tokens import TokenCounter, from_tokenizer_file, of_provider_model
 from chunkmill.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class TextMeasure:
     """``sizes`` gives the size of each text. ``tail`` gives the position in a text at which its last ``n`` tokens or
     characters begin."""
 
@@ -24,11 +23,11 @@ class Measure:
     tail: Callable[[str, int], int]
 
 
-def characters() -> Measure:
-    return Measure(lambda texts: [len(text) for text in texts], lambda text, n: max(0, len(text) - n))
+def characters() -> TextMeasure:
+    return TextMeasure(lambda texts: [len(text) for text in texts], lambda text, n: max(0, len(text) - n))
 
 
-def tokens_of(settings: Settings, model: str | None, size: int) -> Measure:
+def tokens_of(settings: Settings, model: str | None, size: int) -> TextMeasure:
     """Counts by the tokenizer of ``model``, or of ``EMBEDDING_MODEL``.
 
     Raises :class:`UnknownModel` if the tokenizer is not on this machine, and :class:`InvalidInput` if the model reads
@@ -38,8 +37,14 @@ def tokens_of(settings: Settings, model: str | None, size: int) -> Measure:
     spec = resolve_space(
         settings, name, on_long=OnLong.TRUNCATE, dimensions=None, precision=settings.embedding_precision
     )
-    counter, prompt, lowercase = _counter(settings, spec)
-    (around,) = counter.counts([prompt])
+    paid = model_for(settings, spec)
+    if paid is not None and paid.same_as is None:
+        tokenizer = of_provider_model(paid)
+        counts, around, prompt = tokenizer.counts, tokenizer.overhead, ""
+    else:
+        library("tokenizers")
+        counter = of_folder(settings, spec)
+        tokenizer, counts, around, prompt = counter.tokenizer, counter.counts, counter.around, counter.prompt
     if size > (room := spec.max_tokens - around):
         raise InvalidInput(
             f"the size of a chunk is {size} tokens, and {name} reads at most {room} of a text"
@@ -47,28 +52,49 @@ def tokens_of(settings: Settings, model: str | None, size: int) -> Measure:
         )
 
     def sizes(texts: Sequence[str]) -> list[int]:
-        if prompt:
-            texts = [prompt + text for text in texts]
-        if lowercase:
-            texts = [text.lower() for text in texts]
-        return [count - around for count in counter.counts(texts)] if texts else []
+        return [count - around for count in counts(texts)]
 
     def tail(text: str, n: int) -> int:
-        ends = counter.ends(text)
+        ends = tokenizer.ends(text)
         return int(ends[-n - 1]) if len(ends) > n else 0
 
-    return Measure(sizes, tail)
+    return TextMeasure(sizes, tail)
 
 
-def _counter(settings: Settings, spec: SpaceSpec) -> tuple[TokenCounter, str, bool]:
-    """The tokenizer of a space, the prompt before each text, and whether texts become lower case before it."""
-    paid = model_for(settings, spec)
-    if paid is not None and paid.same_as is None:
-        counter = cl100k() if paid.tokenizer == CL100K else from_tokenizer_file(paid.tokenizer)
-        return counter, "", False
-    library("tokenizers")
+@dataclass(frozen=True, slots=True)
+class FolderCounter:
+    """Counts tokens as the engine reads them of a model's folder."""
+
+    tokenizer: TokenCounter
+    prompt: str
+    """What the engine puts before each text."""
+    lowercase: bool
+    """Whether texts become lower case first."""
+    unused: int
+    """Special tokens that the tokenizer adds and the model does not read, because it is static."""
+    around: int
+    """How many tokens the model reads of an empty text: the prompt and the special tokens."""
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the model would read of each text, if it read texts of any length."""
+        if self.prompt:
+            texts = [self.prompt + text for text in texts]
+        if self.lowercase:
+            texts = [text.lower() for text in texts]
+        return [count - self.unused for count in self.tokenizer.counts(texts)] if texts else []
+
+
+def of_folder(settings: Settings, spec: SpaceSpec) -> FolderCounter:
+    """Counts the documents of a space whose model is on this machine.
+
+    Raises :class:`UnknownModel` if its tokenizer is not, and :class:`InvalidSetting` if it cannot be read.
+    """
     folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
     file = folder.transformer / "tokenizer.json"
     if not file.is_file():
         raise UnknownModel(f"{folder.transformer} has no tokenizer.json, so its tokens cannot be counted here.")
-    return from_tokenizer_file(file), spec.document_prompt, folder.lowercase
+    tokenizer = from_tokenizer_file(file)
+    unused = tokenizer.overhead if folder.static else 0
+    empty = FolderCounter(tokenizer, spec.document_prompt, folder.lowercase, unused, 0)
+    (around,) = empty.counts([""])
+    return replace(empty, around=around)

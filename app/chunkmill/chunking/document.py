@@ -68,7 +68,7 @@ class Document:
     has_only_links: bool = False
 
 
-class Joined:
+class DocumentBuilder:
     """Makes a document of blocks that come one after the other, with an empty line between two of them."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ def suffix_of(name: str) -> str:
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of a file by its name; None if such a file is no document."""
+    """The kind of a file by its name; None if such a file is not a document."""
     return KINDS.get(suffix_of(name))
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from chunkmill.chunking.document import Document, Joined
+from chunkmill.chunking.document import Document, DocumentBuilder
 from chunkmill.chunking.libraries import library
 
 _UNREAD: Final = frozenset((
     "audio", "button", "canvas", "dialog", "embed", "footer", "head", "iframe", "input", "map", "nav",
     "noscript", "object", "script", "select", "style", "svg", "template", "textarea", "video",
 ))  # fmt: skip
-"""Elements that are no part of the text."""
+"""Elements that are not part of the text."""
 _AROUND: Final = frozenset(("aside", "header"))
 """Elements that stand around the text, unless the page names its main content and they are inside of it."""
 _ROLES: Final = frozenset(("banner", "complementary", "contentinfo", "navigation", "search"))
@@ -50,7 +50,7 @@ def read_html(html: str) -> Document:
     if _depth(html) > MOST_NESTED:
         raise ValueError(f"its elements nest more than {MOST_NESTED:,} deep, as no page does that people read")
     page = library("selectolax.lexbor").LexborHTMLParser(html)
-    joined = Joined()
+    joined = DocumentBuilder()
     if page.body is not None:
         root, is_main = _main(page)
         walk = _Walk(joined, is_main=is_main)
@@ -91,9 +91,9 @@ def _main(page: Any) -> tuple[Any, bool]:
 
 
 class _Walk:
-    """Goes through the elements in their order and collects blocks. It is no recursion, because pages nest deeply."""
+    """Goes through the elements in their order and collects blocks. It does not recurse, because pages nest deeply."""
 
-    def __init__(self, joined: Joined, *, is_main: bool) -> None:
+    def __init__(self, joined: DocumentBuilder, *, is_main: bool) -> None:
         self._joined = joined
         self._unread = _UNREAD if is_main else _UNREAD | _AROUND
         self._line: list[str] = []
@@ -170,7 +170,7 @@ class _Walk:
             self._listings -= tag == "pre"
 
     def _is_line(self, tag: str) -> bool:
-        """Whether a block goes on in the same line, because it stands in a cell of data or in a heading."""
+        """Whether a block continues on the same line, because it stands in a cell of data or in a heading."""
         return self._cells > 0 or (self._level > 0 and tag not in _HEADINGS)
 
     def _is_left_out(self, node: Any, tag: str) -> bool:

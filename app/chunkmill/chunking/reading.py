@@ -24,29 +24,29 @@ _HEAD_BYTES: Final = 4096
 _MARKUP: Final = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)|[`*]+|</?[A-Za-z][^>\n]*>")
 
 
-class Unreadable(ValueError):
+class UnreadableDocument(ValueError):
     """A document that cannot be read. The message says why, without its text."""
 
 
 def read(file: BinaryIO, kind: Kind, name: str) -> Document:
     """The document in ``file``, which is open for reading in binary.
 
-    ``name`` says whether it is compressed with gzip, and how code states its encoding. Raises :class:`Unreadable`,
-    OSError, and :class:`InvalidInput` if a library is not installed.
+    ``name`` says whether it is compressed with gzip, and how code states its encoding. Raises
+    :class:`UnreadableDocument`, OSError, and :class:`InvalidInput` if a library is not installed.
     """
     file, name = unpacked(file, name)
     if kind is Kind.PDF:
         try:
             return read_pdf(file)
         except ValueError as error:
-            raise Unreadable(str(error)) from None
+            raise UnreadableDocument(str(error)) from None
     return read_text(_decoded(content_of(file), kind, name), kind)
 
 
 def unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, str]:
     """A file and its name without ``.gz`` at the end, if that is there. Otherwise both are returned as they are.
 
-    Raises :class:`Unreadable` if it cannot be unpacked, or has more than :data:`MAX_DOCUMENT_BYTES` then.
+    Raises :class:`UnreadableDocument` if it cannot be unpacked, or has more than :data:`MAX_DOCUMENT_BYTES` then.
     """
     if not name.lower().endswith(".gz"):
         return file, name
@@ -54,22 +54,22 @@ def unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, str]:
         with gzip.GzipFile(fileobj=file) as packed:
             content = content_of(cast("BinaryIO", packed))
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise Unreadable("it is no whole gzip file; write it again") from None
+        raise UnreadableDocument("it is no whole gzip file; write it again") from None
     return io.BytesIO(content), name[:-3]
 
 
 def content_of(file: BinaryIO) -> bytes:
-    """What is in the file. Raises :class:`Unreadable` if that is more than :data:`MAX_DOCUMENT_BYTES`."""
+    """What is in the file. Raises :class:`UnreadableDocument` if that is more than :data:`MAX_DOCUMENT_BYTES`."""
     content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
-        raise Unreadable(f"the file is longer than {MAX_DOCUMENT_BYTES:,} bytes; split it into several files")
+        raise UnreadableDocument(f"the file is longer than {MAX_DOCUMENT_BYTES:,} bytes; split it into several files")
     return content
 
 
 def read_text(text: str, kind: Kind) -> Document:
     """The document of a text. Ends of lines become ``\\n``, so positions are those in the document's own text.
 
-    Raises :class:`Unreadable` for a page that nests too deeply.
+    Raises :class:`UnreadableDocument` for a page that nests too deeply.
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -77,7 +77,7 @@ def read_text(text: str, kind: Kind) -> Document:
         try:
             return read_html(text)
         except ValueError as error:
-            raise Unreadable(str(error)) from None
+            raise UnreadableDocument(str(error)) from None
     return _markdown(text) if kind is Kind.MARKDOWN else Document(text, paragraphs(text, 0, len(text)))
 
 
@@ -89,7 +89,9 @@ def _decoded(content: bytes, kind: Kind, name: str) -> str:
         try:
             encoding = tokenize.detect_encoding(io.BytesIO(content).readline)[0]
         except SyntaxError:
-            raise Unreadable("the encoding that its first lines state is not known, or it is not valid UTF-8") from None
+            raise UnreadableDocument(
+                "the encoding that its first lines state is not known, or it is not valid UTF-8"
+            ) from None
     elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     try:
@@ -97,7 +99,7 @@ def _decoded(content: bytes, kind: Kind, name: str) -> str:
     except UnicodeDecodeError as error:
         known = "UTF-8" if encoding.startswith("utf-8") else encoding
         line = content.count(b"\n", 0, error.start) + 1
-        raise Unreadable(f"not valid {known} at byte {error.start + 1:,}, in line {line:,}") from None
+        raise UnreadableDocument(f"not valid {known} at byte {error.start + 1:,}, in line {line:,}") from None
 
 
 def _html_encoding(content: bytes) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 DAYS = {"s": 1 / 86_400, "min": 1 / 1_440, "h": 1 / 24, "d": 1.0, "w": 7.0, "y": 365.0}
@@ -47,6 +49,21 @@ def picture_file(_: click.Context, __: click.Parameter, path: Path | None) -> Pa
         require_writable(path, (".png", ".svg"))
         require_matplotlib()
     return path
+
+
+def watch_options(command: Command) -> Command:
+    """The options ``--every`` and ``--times`` of a command with ``--watch``."""
+    every = click.option(
+        "--every",
+        type=click.FloatRange(0.2, 3600),
+        default=1.0,
+        show_default=True,
+        help="Seconds between two updates of --watch.",
+    )
+    times = click.option(
+        "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
+    )
+    return every(times(command))
 
 
 class JsonObject(click.ParamType[dict[str, Any]]):

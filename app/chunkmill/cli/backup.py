@@ -23,7 +23,7 @@ def backup(screen: Screen, file: Path) -> None:
     It needs pg_dump of the server's version or a later one; those that come with the embedded stack are found by
     themselves, and so are those of your system.
     """
-    from chunkmill.cli.backups import write_backup
+    from chunkmill.cli.archives import write_backup
 
     write_backup(screen, file)
 
@@ -46,6 +46,6 @@ def restore(screen: Screen, file: Path, replace: bool, yes: bool) -> None:
 
     Restore only a file that you trust: whoever made it chose the SQL that runs.
     """
-    from chunkmill.cli.backups import read_backup
+    from chunkmill.cli.archives import read_backup
 
     read_backup(screen, file, replace=replace, yes=yes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chunkmill.cli.arguments import DAYS, Quantity, picture_file
+from chunkmill.cli.arguments import DAYS, Quantity, picture_file, watch_options
 from chunkmill.cli.late import (
     Environment,
     Fault,
@@ -35,7 +35,7 @@ from chunkmill.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from chunkmill.telemetry.logging import without_passwords
 
 if TYPE_CHECKING:
-    from chunkmill.monitor.present import Present
+    from chunkmill.monitor.present import Presence
     from chunkmill.monitor.reports import Kind
 
 SHOWN_FAULTS, FAULT_COLUMNS = 5, 160
@@ -65,7 +65,8 @@ def up(screen: Screen, port: int | None, redis_port: int | None) -> None:
 
     Without a port, only you can connect. Every user of this machine can reach a port, so it asks for a password. The
     password is made once and written into addresses.env in the data folder, a file that only you can read. Whoever has
-    it can read and change everything in this stack, but is no superuser and can neither write files nor run programs.
+    it can read and change everything in this stack, but is not a superuser: they can neither write files nor run
+    programs.
     """
     settings = Settings.from_env()
     status = Stack(settings.chunkmill_home, port=port, redis_port=redis_port).up()
@@ -123,16 +124,7 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @click.option(
     "--watch", "watching", is_flag=True, help="Show lanes, rates, jobs, money and faults, and keep them up to date."
 )
-@click.option(
-    "--every",
-    type=click.FloatRange(0.2, 3600),
-    default=1.0,
-    show_default=True,
-    help="Seconds between two updates of --watch.",
-)
-@click.option(
-    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
-)
+@watch_options
 @click.option("--plot", is_flag=True, help="Draw tokens, padding and waiting times of the last day.")
 @click.option(
     "--last",
@@ -377,7 +369,7 @@ def _lanes_and_faults(status: Status) -> tuple[Sequence[Lane], Sequence[Fault]]:
     return (status.snapshot.lanes, status.snapshot.faults) if status.snapshot else ((), ())
 
 
-def _workers(there: Present, kind: Kind, command: str) -> str:
+def _workers(there: Presence, kind: Kind, command: str) -> str:
     """How many workers serve a queue, and the names of a few."""
     from chunkmill.monitor.present import READY_SECONDS
 

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from chunkmill.client.batcher import Batcher
-from chunkmill.client.jobs import Jobs, as_on_invalid
-from chunkmill.domain.arguments import as_deadline, as_number, as_seconds, as_word, require_name
+from chunkmill.client.jobs import Jobs
+from chunkmill.domain.arguments import as_deadline, as_number, as_on_invalid, as_seconds, as_word, require_name
 from chunkmill.domain.results import Job
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import Priority, Route

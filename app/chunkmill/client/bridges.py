@@ -44,14 +44,14 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
+class _Sample:
     """What a bridge is learnt from and judged by."""
 
     asked: Sequence[_Asked]
     queries_from: str
     corpus: judging.Corpus
     pairs: fitting.Pairs
-    """Those of the corpus that are no answers."""
+    """Those of the corpus that answer no golden query."""
     embedded: int
 
 
@@ -149,7 +149,7 @@ class Bridges(Vectors):
 
     def _draw(
         self, collection: Collection, old: Space, new: Space, most: int, most_queries: int, deadline: float
-    ) -> _Drawn:
+    ) -> _Sample:
         """Choose queries and texts, and have those of the texts embedded that have no vector in the new space."""
         with self._transaction() as conn:
             # It may have been dropped since this process registered it, and is held while its vectors are read.
@@ -169,7 +169,7 @@ class Bridges(Vectors):
         corpus = judging.Corpus([name.hex() for name in names], _rows(of_new, names), _rows(of_old, names))
         is_learnt = np.array([name not in answers for name in names])
         learnt_from = fitting.Pairs.of(new=corpus.new[is_learnt], old=corpus.old[is_learnt])
-        return _Drawn(asked, queries_from, corpus, learnt_from, len(of_new) - n_stored)
+        return _Sample(asked, queries_from, corpus, learnt_from, len(of_new) - n_stored)
 
     def _made(
         self, space: Space, hashes: Sequence[bytes], deadline: float
@@ -201,7 +201,7 @@ def _report(
     collection: Collection,
     new: Space,
     old: Space,
-    drawn: _Drawn,
+    drawn: _Sample,
     learnt: Sequence[Adapter],
     verdict: judging.Verdict,
     own: judging.Standing | None,
@@ -247,7 +247,7 @@ def _rows(known: Mapping[bytes, NDArray[np.float32]], names: Sequence[bytes]) ->
 def _questions(
     conn: sa.Connection, collection: Collection, space: Space, most: int, *, n_texts: int
 ) -> tuple[list[_Asked], str]:
-    """The queries that judge, and what they are: golden queries that are no titles, or titles if there are too few.
+    """The queries that judge, and what they are: golden queries that are not titles, or titles if there are too few.
 
     Their answers have a vector in the space. So many are taken that half of the texts, at least, are no answers.
     """

@@ -317,7 +317,7 @@ class Chunks(ClientPart):
         return transact(self._db, work, what=what, tries=TRIES)
 
     def _at_the_door(self, items: Iterator[T]) -> Iterator[T]:
-        """The items; an error of Postgres leaves as one of ours, as from any method that is no iterator."""
+        """The items; an error of Postgres leaves as one of ours, as from any method that is not an iterator."""
         try:
             yield from items
         except (sa.exc.SQLAlchemyError, psycopg.Error) as error:

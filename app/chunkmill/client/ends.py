@@ -69,7 +69,7 @@ class Watch:
         return Wait(self.signal, max(pause, rest))
 
 
-class Watching:
+class JobWatch:
     """How one call watches one job, from its second look on: a job that has ended already needs no listener."""
 
     def __init__(self, db: sa.Engine, job_id: int) -> None:
@@ -77,7 +77,7 @@ class Watching:
         self._job_id = job_id
         self._watch: Watch | None = None
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> JobWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,7 +223,7 @@ class Ends:
                     heard.append(notice.extra.decode("ascii", errors="replace"))
                 if heard:
                     self.are_heard, self._said = are_told, None
-                    # Any role of the database may notify. What is no number is nobody's job.
+                    # Any role of the database may notify. What is not a number is not a job.
                     ended = {int(word) for word in heard if word.isascii() and word.isdigit() and len(word) < 20}
                     heard.clear()
                     self._tell(lambda watch: not ended.isdisjoint(watch.job_ids))  # noqa: B023 - called at once

@@ -281,7 +281,7 @@ def _existing(conn: sa.Connection, request: EnqueueRequest, space: Space) -> job
     return jobs.OpenedJob(held.job_id, JobState.ENQUEUEING, request.choice.route, is_new=False, is_sealed=True)
 
 
-def require_same_request(held: outbox.Held, request: EnqueueRequest) -> None:
+def require_same_request(held: outbox.KeyedEntry, request: EnqueueRequest) -> None:
     """Raise :class:`InvalidInput` if the job in the outbox that has the key of the request asked for something else."""
     asked = (request.collection, request.spec.fingerprint, request.on_long)
     if asked != (held.collection, held.fingerprint, held.on_long):
@@ -328,7 +328,9 @@ class _Producer:
             self.replacement.delete(self.job.id)
         end_or_leave(self.conn, self.job.id, self.space)
 
-    def _commit(self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.Kept) -> bool:
+    def _commit(
+        self, chunks: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.StreamColumns
+    ) -> bool:
         """Commit one window in a transaction of its own. False if the job is no longer being enqueued.
 
         Two enqueues that share texts may deadlock. Postgres then rolls one back, which runs again. After a broken
@@ -347,7 +349,9 @@ class _Producer:
                 return is_written
         raise AssertionError("the last try returned or raised")
 
-    def _write(self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.Kept) -> bool:
+    def _write(
+        self, window: Sequence[PreparedChunk], refused: Sequence[DeadChunk], kept: streams.StreamColumns
+    ) -> bool:
         """Write one window in the transaction of ``conn``. False if the job is no longer being enqueued.
 
         The collection may have come to another space, or left one, since the last window. What it has at this moment it

@@ -9,6 +9,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from chunkmill.chunking.counting import of_folder
 from chunkmill.client.enqueue import windows
 from chunkmill.client.replacing import rehearse
 from chunkmill.db.copy import copy_binary, encode_rows
@@ -18,7 +19,6 @@ from chunkmill.domain.chunks import PreparedChunk
 from chunkmill.domain.costs import Estimate, LaneEstimate, machine_usd
 from chunkmill.domain.filters import Filter
 from chunkmill.domain.prices import Price
-from chunkmill.domain.providers import CL100K
 from chunkmill.domain.spaces import OnLong, SpaceSpec
 from chunkmill.domain.states import Route
 from chunkmill.domain.windows import window_bounds
@@ -26,9 +26,9 @@ from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidSetting, Unkno
 from chunkmill.ledger.jobs import routing
 from chunkmill.ledger.money import budget, charges
 from chunkmill.ledger.reembedding.beside import choose
-from chunkmill.models import resolve_model
 from chunkmill.openai.catalogue import model_for, request_limits
-from chunkmill.openai.plan import inputs, tokens
+from chunkmill.openai.plan import inputs
+from chunkmill.openai.plan.tokens import of_provider_model
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
 
@@ -230,7 +230,7 @@ def provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
     """Counts with the code that also prepares what is sent."""
     model = model_for(settings, request.spec)
     assert model is not None  # noqa: S101 - a paid lane serves the space
-    counter = tokens.cl100k() if model.tokenizer == CL100K else tokens.from_tokenizer_file(model.tokenizer)
+    counter = of_provider_model(model)
     limits = request_limits(settings, model, request.spec)
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
@@ -242,28 +242,22 @@ def provider_rule(settings: Settings, request: EstimateRequest) -> Rule:
 
 
 def _local_rule(settings: Settings, request: EstimateRequest) -> Rule:
-    """Counts with the model's own tokenizer, and with the limit and the windows of the engine."""
-    spec = request.spec
-    folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
-    file = folder.transformer / "tokenizer.json"
-    if not file.is_file():
-        raise UnknownModel(f"{folder.transformer} has no tokenizer.json.")
-    counter = tokens.from_tokenizer_file(file)
-    unused = counter.overhead if folder.static else 0  # special tokens, which a static model does not read
-    overhead = counter.overhead - unused
-    room = spec.max_tokens - overhead
+    """Counts with the model's own tokenizer and prompt, and with the limit and the windows of the engine."""
+    limit = request.spec.max_tokens
+    counter = of_folder(settings, request.spec)
+    room = limit - counter.around
 
     def sent(n_tokens: int) -> int:
-        if n_tokens <= spec.max_tokens:
+        if n_tokens <= limit:
             return n_tokens
         if request.on_long is OnLong.TRUNCATE:
-            return spec.max_tokens
-        windows_of_text = window_bounds(n_tokens - overhead, room)
-        return sum(window.end - window.start + overhead for window in windows_of_text)
+            return limit
+        windows_of_text = window_bounds(n_tokens - counter.around, room)
+        return sum(window.end - window.start + counter.around for window in windows_of_text)
 
     def count(contents: Sequence[tuple[bytes, str]]) -> tuple[int, int]:
-        counts = [n - unused for n in counter.counts([text for _, text in contents])]
-        taken = [n for n in counts if n <= spec.max_tokens or request.on_long is not OnLong.REJECT]
+        counts = counter.counts([text for _, text in contents])
+        taken = [n for n in counts if n <= limit or request.on_long is not OnLong.REJECT]
         return sum(map(sent, taken)), len(counts) - len(taken)
 
     return count

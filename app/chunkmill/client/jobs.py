@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any, Literal
 
 from chunkmill.client.base import ClientPart, store_errors
-from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, Watching
+from chunkmill.client.ends import AWAY_SECONDS, RECONNECT_SECONDS, JobWatch
 from chunkmill.client.enqueue import EnqueueRequest, enqueue
 from chunkmill.client.outbox import enqueue_within, open_if_undelivered
 from chunkmill.client.paying import quote_of
 from chunkmill.client.steps import Pause, Steps, Tell, run_steps
 from chunkmill.client.stopping import stoppable
-from chunkmill.client.within import within as as_within
+from chunkmill.client.transactions import as_transaction
 from chunkmill.db.retry import transact
 from chunkmill.domain.arguments import (
     as_deadline,
@@ -27,6 +27,7 @@ from chunkmill.domain.arguments import (
     as_items,
     as_most_refused,
     as_number,
+    as_on_invalid,
     as_seconds,
     as_word,
     require_name,
@@ -34,11 +35,11 @@ from chunkmill.domain.arguments import (
 from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import Attempt, FailingChunkBatch, Job
+from chunkmill.domain.results import Attempt, FailingChunkBatch, Job, require_not_failed, still_open
 from chunkmill.domain.shapes import rows_of
 from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import InvalidInput, JobFailed, StoreLimit, StoreUnavailable, WaitTimeout
+from chunkmill.errors import InvalidInput, StoreLimit, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
 from chunkmill.ledger.jobs import cancel, jobs, outbox, routing
 from chunkmill.ledger.money import budget
@@ -54,13 +55,6 @@ HINDRANCE_SECONDS = 2.0
 """How often `wait` looks for what hinders the job. The look reads the job's open ChunkBatches."""
 CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
-
-
-def as_on_invalid(given: object) -> Literal["raise", "skip"]:
-    """What to do with a bad chunk. Raises :class:`InvalidInput`."""
-    if isinstance(given, str) and given in ("raise", "skip"):
-        return "raise" if given == "raise" else "skip"
-    raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
 
 
 class Jobs(ClientPart):
@@ -149,7 +143,7 @@ class Jobs(ClientPart):
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
         due = None if deadline is None else as_deadline(deadline, datetime.now(UTC))
-        transaction = None if within is None else as_within(within)
+        transaction = None if within is None else as_transaction(within)
         if transaction is not None and (replaces is not None or most_refused is not None):
             raise InvalidInput(
                 "replace and max_refused cannot be combined with within, because the chunks are enqueued after your "
@@ -274,13 +268,13 @@ class Jobs(ClientPart):
         on_progress: Callable[[Job], object] | None,
         on_hindrance: Callable[[str], object] | None,
     ) -> Steps[Job]:
-        with Watching(self._db, job_id) as watching:
+        with JobWatch(self._db, job_id) as watching:
             return (yield from self._until_ended(job_id, watching, timeout, on_progress, on_hindrance))
 
     def _until_ended(
         self,
         job_id: int,
-        watching: Watching,
+        watching: JobWatch,
         timeout: float | None,
         on_progress: Callable[[Job], object] | None,
         on_hindrance: Callable[[str], object] | None,
@@ -294,19 +288,14 @@ class Jobs(ClientPart):
             looked = time.monotonic()
             if on_progress:
                 yield Tell(on_progress, job)
-            if job.state is JobState.FAILED:
-                shown = "; ".join(f"{d.chunk_id!r}: {d.reason}" for d in job.dead_chunks[:3])
-                raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
+            require_not_failed(job)
             if job.state.is_final:
                 if job.notice and on_hindrance is None:
                     logger.warning("job %s: %s", job_id, job.notice)
                 return job
-            if deadline is not None and looked >= deadline:
+            if timeout is not None and deadline is not None and looked >= deadline:
                 advice = self._hindrance(job) or "Check with `chunkmill status` that a worker and a poller run."
-                raise WaitTimeout(
-                    f"job {job_id} is {job.state} after {timeout:g} s with {job.remaining:,} of {job.contents:,} "
-                    f"contents to go. It goes on, so you may wait again. {advice}"
-                )
+                raise WaitTimeout(f"{still_open(job, timeout)} {advice}")
             if looked >= hindered_at:
                 before = hindered
                 with contextlib.suppress(StoreUnavailable):  # the next look says so
@@ -320,7 +309,7 @@ class Jobs(ClientPart):
             yield watching.wait(pause, deadline, is_watched=on_progress is not None)
 
     def _read_steps(
-        self, job_id: int, watching: Watching, deadline: float | None, say: Callable[[str], object]
+        self, job_id: int, watching: JobWatch, deadline: float | None, say: Callable[[str], object]
     ) -> Steps[Job]:
         """Read the job. If it was read before, Postgres may be away meanwhile, for a minute and until the deadline."""
         until, is_said = time.monotonic() + AWAY_SECONDS, False

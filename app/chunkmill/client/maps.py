@@ -58,7 +58,7 @@ class Maps(ClientPart):
             row = collections.find(conn, collection)
             space = registry.get(conn, row.space_id)
         vectors: NDArray[np.float32] = np.empty((0, space.spec.dimensions), np.float32)
-        read: list[maps.Drawn] = []
+        read: list[maps.SampledContent] = []
         for most in maps.steps(sample):
             end_if_stopped()
             look = partial(
@@ -74,7 +74,9 @@ class Maps(ClientPart):
                 larger[:first] = vectors[:first]
                 vectors = larger
             vectors[first : first + len(window)] = [one.vector for one in window]
-            read += [maps.Drawn(w.content_hash, w.chunk_id, w.kind, w.value, w.text, _NO_VECTOR) for w in window]
+            read += [
+                maps.SampledContent(w.content_hash, w.chunk_id, w.kind, w.value, w.text, _NO_VECTOR) for w in window
+            ]
             if len(window) < most:
                 break
         if not read:

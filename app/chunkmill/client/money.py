@@ -14,7 +14,7 @@ from chunkmill.client.base import ClientPart, store_errors
 from chunkmill.client.estimate import EstimateRequest, estimate
 from chunkmill.client.stopping import stoppable
 from chunkmill.db.connect import require_at_least
-from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_usd, as_word, require_name
+from chunkmill.domain.arguments import as_deadline, as_items, as_number, as_on_invalid, as_usd, as_word, require_name
 from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.chunks import prepare_all, prepare_or_skip
 from chunkmill.domain.costs import Adjustment, AdjustmentKind, Correction, Costs, CostsBy, Estimate
@@ -59,8 +59,7 @@ class Money(ClientPart):
         on_long, route = as_word(OnLong, on_long, "on_long"), as_word(Route, route, "route")
         if collection is not None:
             require_name("collection", collection)
-        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
-            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        on_invalid = as_on_invalid(on_invalid)
         replaces = as_replaced(replace)
         if replaces is not None and collection is None:
             raise InvalidInput("replace needs a collection, from which an enqueue would delete.")

@@ -17,7 +17,7 @@ import psycopg
 import sqlalchemy as sa
 
 from chunkmill.client.enqueue import EnqueueRequest, digested, enqueue, other_chunks, require_same_request
-from chunkmill.client.within import DATABASE, Within
+from chunkmill.client.transactions import DATABASE, OuterTransaction
 from chunkmill.db import home
 from chunkmill.db.connect import open_alone, raw
 from chunkmill.db.locks import KEY_LOCK
@@ -27,7 +27,7 @@ from chunkmill.domain.results import Job
 from chunkmill.domain.states import JobState
 from chunkmill.errors import ChunkmillError, InvalidChunk, InvalidInput, StoreUnavailable
 from chunkmill.ledger.jobs import jobs, outbox, streams
-from chunkmill.ledger.jobs.outbox import OUTBOX_CHANNEL, Entry, Held, Statements
+from chunkmill.ledger.jobs.outbox import OUTBOX_CHANNEL, KeyedEntry, OutboxEntry, Statements
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, registry
 from chunkmill.telemetry import tracing
@@ -47,7 +47,9 @@ LEAST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 # --- in the producer's transaction -----------------------------------------------------------------------------------
 
 
-def enqueue_within(db: sa.Engine, request: EnqueueRequest, chunks: Iterable[object], transaction: Within) -> Job | int:
+def enqueue_within(
+    db: sa.Engine, request: EnqueueRequest, chunks: Iterable[object], transaction: OuterTransaction
+) -> Job | int:
     """Write a job into the outbox, in the producer's transaction.
 
     Returns the job as it will be once the transaction is committed, or the number of a job that has the idempotency key
@@ -85,7 +87,7 @@ def enqueue_within(db: sa.Engine, request: EnqueueRequest, chunks: Iterable[obje
                 # Nobody else sees the job yet if this very transaction has written it.
                 return outbox.as_job(transaction.rows(statements.job, {"job_id": held[0][0]})[0])
             prepared = digested(prepared, digest)
-        entry = Entry(
+        entry = OutboxEntry(
             job_id=job_id,
             collection=request.collection,
             spec=request.spec,
@@ -133,7 +135,7 @@ def _is_sealed(
     return True
 
 
-def _require_same(request: EnqueueRequest, held: Held, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
+def _require_same(request: EnqueueRequest, held: KeyedEntry, prepared: Iterable[PreparedChunk | InvalidChunk]) -> None:
     require_same_request(held, request)
     if _digest_of(prepared) != held.digest:
         raise other_chunks(request.idempotency_key, held.job_id)
@@ -232,7 +234,7 @@ def _items(db: sa.Engine, job_id: int) -> Iterator[object]:
         number += 1
 
 
-def _fail(conn: sa.Connection, entry: Entry, error: str) -> None:
+def _fail(conn: sa.Connection, entry: OutboxEntry, error: str) -> None:
     """End the job as failed, so that whoever waits for it hears why."""
     if jobs.of_id(conn, entry.job_id) is None:
         _open(conn, entry)
@@ -240,7 +242,7 @@ def _fail(conn: sa.Connection, entry: Entry, error: str) -> None:
     outbox.delete(conn, entry.job_id)
 
 
-def _open(conn: sa.Connection, entry: Entry) -> None:
+def _open(conn: sa.Connection, entry: OutboxEntry) -> None:
     """Open the job of an entry, whether or not its collection can take its chunks."""
     space = registry.register_and_hold(conn, entry.spec, storage=entry.storage)
     collection = collections.resolve(conn, entry.collection)

@@ -164,7 +164,7 @@ class _Parquet:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`InvalidInput` if there is a file that may not be overwritten, or something that is no file."""
+    """Raise :class:`InvalidInput` if there is a file that may not be overwritten, or something that is not a file."""
     with told(path):
         if not path.parent.is_dir():
             raise InvalidInput(f"{path} cannot be written: there is no folder {str(path.parent)!r}.")

@@ -106,12 +106,12 @@ def _dump(command: list[str], url: str, partial: Path, progress: Progress) -> No
 
 
 def read_archive(file: Path, programs: Programs) -> Archive:
-    """What a backup says about itself. Raises :class:`InvalidInput` if the file is none, or cannot be read."""
+    """What a backup says about itself. Raises :class:`InvalidInput` if the file is not one, or cannot be read."""
     listed = _read(programs, file, "--list").splitlines()
     head = "\n".join(line for line in listed if line.startswith(";"))
     server = re.search(r"Dumped from database version: (\d+)", head)
     taken = re.search(r"Archive created at (\d+-\d+-\d+ \d+:\d+:\d+) UTC", head)
-    tables = [found[1] for line in listed if (found := re.match(r"\d+; \d+ \d+ TABLE (.+) chunk_batches \S+$", line))]
+    tables = [match[1] for line in listed if (match := re.match(r"\d+; \d+ \d+ TABLE (.+) chunk_batches \S+$", line))]
     if not server or not taken or not tables:
         raise InvalidInput(f"{file} is an archive of pg_dump, and it holds no installation of Chunkmill.")
     schema = tables[0]

@@ -338,7 +338,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 # A transaction that met one of these limits meets it again unless somebody changes the setting or ends what it waited
-# for. So it is no outage, which passes by itself.
+# for. So it is not an outage, which would pass by itself.
 _LIMITS = {
     "57014": "statement_timeout",
     "55P03": "lock_timeout",

@@ -46,8 +46,8 @@ def split_schema(url: str) -> tuple[sa.URL, str]:
 def enter(connection: psycopg.Connection[Any], schema: str) -> None:
     """Prepare a new session: its search path begins with the schema of the installation, and its notices are off.
 
-    The schema of pgvector's types ends the path. Between them stands the server's own path. This is no start-up option,
-    because that would replace the options in the URL, and because poolers refuse it.
+    The schema of pgvector's types ends the path. Between them stands the server's own path. This is not a start-up
+    option, because that would replace the options in the URL, and because poolers refuse it.
     """
     # Staging tables are created with IF NOT EXISTS, whose notices would fill the log.
     connection.execute(

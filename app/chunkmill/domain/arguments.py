@@ -82,6 +82,13 @@ def as_number(argument: str, given: object, *, least: int = -LARGEST - 1, most: 
     return given
 
 
+def as_on_invalid(given: object) -> Literal["raise", "skip"]:
+    """What to do with a bad chunk. Raises :class:`InvalidInput`."""
+    if isinstance(given, str) and given in ("raise", "skip"):
+        return "raise" if given == "raise" else "skip"
+    raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+
+
 def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     """How many chunks of an enqueue may be refused: a whole number, or a share from 0 up to 1 as a float; None if it
     does not matter. Raises :class:`InvalidInput`, also if bad chunks are not skipped.
@@ -89,7 +96,7 @@ def as_most_refused(given: object, *, skips: bool) -> int | float | None:
     if given is None:
         return None
     if not skips:
-        raise InvalidInput("max_refused is of use only with on_invalid='skip'; else the first bad chunk is an error.")
+        raise InvalidInput("max_refused needs on_invalid='skip'; otherwise the first bad chunk is an error.")
     if isinstance(given, float | np.floating):
         if not 0 <= given < 1:
             raise InvalidInput(

@@ -69,9 +69,9 @@ def with_stand_in(hits: Iterable[tuple[str, float]], grades: Mapping[str, float]
     ``hits`` are ``(id, score)``, best first, and ``score`` is that of what follows. Among equal scores the others come
     first, so that a model that tells nothing apart gains nothing.
     """
-    others = [(chunk_id, found) for chunk_id, found in hits if chunk_id not in grades]
-    before = [chunk_id for chunk_id, found in others if found >= score]
-    return [*before, *sorted(grades), *(chunk_id for chunk_id, found in others if found < score)]
+    others = [(chunk_id, own_score) for chunk_id, own_score in hits if chunk_id not in grades]
+    before = [chunk_id for chunk_id, own_score in others if own_score >= score]
+    return [*before, *sorted(grades), *(chunk_id for chunk_id, own_score in others if own_score < score)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ STYLE: Any = {
     "axes.titlesize": 11,
     "font.size": 9,
     "svg.fonttype": "none",  # texts of an SVG stay texts
-    "text.parse_math": False,  # an id or a value with two dollar signs is no formula
+    "text.parse_math": False,  # an id or a value with two dollar signs is not a formula
     "xtick.color": PALE,
     "ytick.color": PALE,
 }

@@ -102,7 +102,7 @@ class Question:
     caller: str
     texts: list[str]
     traceparent: str | None = None
-    """The caller's span. It is no part of an ASK."""
+    """The caller's span. It is not a part of an ASK."""
 
 
 def frame(kind: FrameKind, number: int = 0, body: bytes = b"") -> bytes:

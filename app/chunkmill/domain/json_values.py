@@ -1,6 +1,6 @@
 """Values as JSON has them, for metadata that come from programs, tables and databases. Pure.
 
-JSON has no dates, no bytes and no number that is none. What has one plain form there takes it; anything else is refused
+JSON has no dates, no bytes and no NaN. What has one plain form there takes it; anything else is refused
 by the name of its field.
 """
 

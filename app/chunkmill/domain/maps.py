@@ -24,7 +24,7 @@ MAX_SAMPLE = 100_000
 Value = str | int | float | bool | None
 
 # The scheme "muted" of Paul Tol, https://personal.sron.nl/~pault/, which people with any kind of colour vision can tell
-# apart, in the order in which he takes them.
+# apart, in its own order.
 COLOURS = ("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499")
 OTHERS, NOTHING = "#888888", "#d5d5d5"
 # Matplotlib's viridis at five places.

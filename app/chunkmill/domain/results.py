@@ -12,7 +12,7 @@ from chunkmill.domain.lanes import Lane
 from chunkmill.domain.planning import DeadChunk
 from chunkmill.domain.printed import Printed, Rows
 from chunkmill.domain.states import ChunkBatchState, JobState, Priority, ProviderBatchState, Route
-from chunkmill.errors import ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
+from chunkmill.errors import JobFailed, ProviderBusy, ProviderSilent, ProviderStopped, elsewhere_codes
 
 if TYPE_CHECKING:
     from chunkmill.domain.tables import Table
@@ -100,6 +100,21 @@ class Job(Printed):
             "enqueue documents with --chunk 200 (in Python: chunkmill.chunking), or with --on-long split: "
             "docs/documents.md"
         )
+
+
+def require_not_failed(job: Job) -> None:
+    """Raise :class:`JobFailed`, with the first dead chunks, if a job that was waited for has failed."""
+    if job.state is JobState.FAILED:
+        shown = "; ".join(f"{dead.chunk_id!r}: {dead.reason}" for dead in job.dead_chunks[:3])
+        raise JobFailed(f"job {job.id} failed: {job.error} {shown}".rstrip(), job_id=job.id)
+
+
+def still_open(job: Job, seconds: float) -> str:
+    """What a wait of ``seconds`` says about a job that has not ended."""
+    return (
+        f"job {job.id} is {job.state} after {seconds:g} s with {job.remaining:,} of {job.contents:,} contents to go. "
+        "It goes on, so you may wait again."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class SpaceSpec:
     def fingerprint(self) -> str:
         """64 hexadecimal digits: the SHA-256 of the canonical JSON of all fields except ``model``.
 
-        A field of ``_ADDED`` is left out while it is empty, so the spaces of earlier releases keep their fingerprints.
+        A field that a later release added is left out while it is empty, so older spaces keep their fingerprints.
         """
         return _fingerprint(self)
 

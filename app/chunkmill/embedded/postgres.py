@@ -114,7 +114,7 @@ class Postgres:
     """Postgres in `home/postgres`. It also listens at `port` on 127.0.0.1; 0 means Unix socket only, and None the port
     that it had at its last start.
 
-    At the port only the role `chunkmill` can log in, with its password. It owns the database and is no superuser.
+    At the port only the role `chunkmill` can log in, with its password. It owns the database and is not a superuser.
     """
 
     def __init__(self, home: Path, *, port: int | None, fsync: bool) -> None:
@@ -272,11 +272,11 @@ class Postgres:
         if not self._data.exists():
             return
         version_file = self._data / "PG_VERSION"
-        found = version_file.read_text().strip() if version_file.exists() else "unknown"
-        if found != str(MAJOR):
+        major = version_file.read_text().strip() if version_file.exists() else "unknown"
+        if major != str(MAJOR):
             raise EmbeddedStackError(
-                f"{self._data} was made by Postgres {found}, and Chunkmill runs Postgres {MAJOR}, which "
-                f"cannot read it. To keep the data, run a Postgres {found} on it and dump it with "
+                f"{self._data} was made by Postgres {major}, and Chunkmill runs Postgres {MAJOR}, which "
+                f"cannot read it. To keep the data, run a Postgres {major} on it and dump it with "
                 "pg_dumpall. Then move the folder away, so that a new one is made, or set CHUNKMILL_HOME to "
                 "another folder."
             )

@@ -47,7 +47,7 @@ class StackStatus:
     @property
     def database_url(self) -> str:
         """A SQLAlchemy URL for psycopg: `postgresql+psycopg://postgres@/chunkmill?host=...&port=...`, or, if it has a
-        port, `postgresql+psycopg://chunkmill:...@127.0.0.1:<port>/chunkmill`, whose role is no superuser."""
+        port, `postgresql+psycopg://chunkmill:...@127.0.0.1:<port>/chunkmill`, whose role is not a superuser."""
         return self.postgres.url
 
     @property

@@ -48,8 +48,12 @@ def build(gateway: Gateway, endpoints: Sequence[Endpoint] | None = None) -> Star
     for endpoint in all_endpoints() if endpoints is None else endpoints:
         by_path.setdefault(endpoint.path, []).append(endpoint)
     routes = [
-        RawRoute(path, _handle(gateway, {each.method: each for each in found}), methods=[each.method for each in found])
-        for path, found in by_path.items()
+        RawRoute(
+            path,
+            _handle(gateway, {endpoint.method: endpoint for endpoint in at_path}),
+            methods=[endpoint.method for endpoint in at_path],
+        )
+        for path, at_path in by_path.items()
     ]
     app = Starlette(
         routes=routes,

@@ -273,8 +273,8 @@ class _Measuring:
             nearest = self._search(self.spaces[1], query, JUDGED, exact=True)
             if nearest:
                 least = nearest[-1][1] - SAME_SCORE
-                found = self._search(self.spaces[1], query, JUDGED)
-                recalls.append(sum(score >= least for _, score in found) / len(nearest))
+                ranked = self._search(self.spaces[1], query, JUDGED)
+                recalls.append(sum(score >= least for _, score in ranked) / len(nearest))
 
     def _search(
         self, space: Space, query: NDArray[np.float32], k: int, *, exact: bool = False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from chunkmill.domain.states import Route
+from chunkmill.domain.states import JobState, Route
 
 STOP_CODE = "restored"
 """The ``stop_code`` of a lane that a restore has stopped."""
@@ -105,7 +105,7 @@ $do$;
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Inventory:
     """How much an installation holds."""
 
     collections: int
@@ -116,21 +116,21 @@ class Contents:
     """The paid lanes that a restore has stopped."""
 
 
-def contents(conn: sa.Connection) -> Contents:
+def inventory(conn: sa.Connection) -> Inventory:
     """What is in the installation of ``conn``."""
     row = conn.execute(
         sa.text("""
             SELECT (SELECT count(*) FROM collections) AS collections,
                    (SELECT count(*) FROM chunks) AS chunks,
                    (SELECT count(*) FROM contents) AS texts,
-                   (SELECT count(*) FROM jobs WHERE state IN ('enqueueing', 'running')) AS open_jobs,
+                   (SELECT count(*) FROM jobs WHERE state IN (:enqueueing, :running)) AS open_jobs,
                    (SELECT array_agg(route ORDER BY route) FROM provider_lanes
                     WHERE stopped_at IS NOT NULL AND stop_code = :restored) AS lanes
         """),
-        {"restored": STOP_CODE},
+        {"restored": STOP_CODE, "enqueueing": JobState.ENQUEUEING, "running": JobState.RUNNING},
     ).one()
     lanes = tuple(Route(route) for route in row.lanes or ())
-    return Contents(row.collections, row.chunks, row.texts, row.open_jobs, lanes)
+    return Inventory(row.collections, row.chunks, row.texts, row.open_jobs, lanes)
 
 
 def is_empty(conn: sa.Connection) -> bool:

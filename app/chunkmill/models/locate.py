@@ -152,7 +152,7 @@ class _Snapshot:
         with contextlib.suppress(OSError):
             commit = read_at_most(ref, _MOST_REF_BYTES).decode(errors="replace").strip()
         if not _COMMIT.fullmatch(commit):
-            commit = revision  # what stands in the file is no commit, but may be a path
+            commit = revision  # what stands in the file is not a commit, but may be a path
         return cls(repo, revision, wanted, home, commit)
 
     @property

@@ -103,10 +103,10 @@ def prompt_of(name: str, side: str, given: Given, own: Mapping[str, str]) -> str
         else (given.document_prompt, given.document_prompt_name)
     )
     if word is not None:
-        if not isinstance(found := own.get(word), str):
+        if not isinstance(prompt := own.get(word), str):
             known = ", ".join(sorted(own)) or "none"
             raise UnknownModel(f"model {name!r}: its folder has no prompt called {word!r}; it has {known}")
-        return found
+        return prompt
     if text is not None:
         return text
     return None if given.prompts is None else PROMPTS[given.prompts][side != "query"]

@@ -59,7 +59,7 @@ class Span(NamedTuple):
     tokens: int
 
 
-class Waited(NamedTuple):
+class WaitCounts(NamedTuple):
     """ChunkBatches that came in one part and were claimed in another; ``last`` is ``PARTS`` if they still wait.
 
     ``came`` is the earliest moment in seconds after the begin, and ``longest`` the longest wait until a claim.
@@ -157,7 +157,7 @@ def read(conn: sa.Connection, seconds: float) -> History:
     spans = [Span(Route(row.route), row.first, row.last, row.tokens) for row in attempts]
     open_states = [ChunkBatchState.AVAILABLE, ChunkBatchState.RUNNING]
     batches = conn.execute(_WAITS, {**known, "open": open_states})
-    waits = [Waited(Route(row.route), row.first, row.last, row.came, row.longest) for row in batches]
+    waits = [WaitCounts(Route(row.route), row.first, row.last, row.came, row.longest) for row in batches]
     padding: list[float | None] = [None] * PARTS
     if minutes.are_kept(conn):
         # A minute may be longer than a part.
@@ -178,7 +178,7 @@ def spread(spans: Iterable[Span]) -> dict[Route, list[float]]:
     return _in_order(tokens)
 
 
-def longest(waits: Iterable[Waited], part_seconds: float) -> dict[Route, list[float]]:
+def longest(waits: Iterable[WaitCounts], part_seconds: float) -> dict[Route, list[float]]:
     """The longest wait in each part, by lane."""
     worst: dict[Route, list[float]] = {}
     for lane, first, last, came, waited in waits:

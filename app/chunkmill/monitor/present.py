@@ -21,7 +21,7 @@ READY_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
+class Presence:
     """Workers and pollers as the database knows them.
 
     A worker reports once it is ready, and is connected a little before. A pooler such as PgBouncer may hide whose a
@@ -66,12 +66,12 @@ class Present:
         )
 
 
-def read(conn: sa.Connection) -> Present:
+def read(conn: sa.Connection) -> Presence:
     """Who is there now. It reads two small tables."""
     every = reports.read(conn) if reports.exist(conn) else ()
-    return Present(connections(conn), [report for report in every if not report.is_silent])
+    return Presence(connections(conn), [report for report in every if not report.is_silent])
 
 
-def served(lanes: Iterable[Lane], present: Present) -> list[Lane]:
+def served(lanes: Iterable[Lane], present: Presence) -> list[Lane]:
     """The paid lanes, each with whether a worker serves it."""
     return [replace(lane, is_served=present.has("provider")) for lane in lanes]

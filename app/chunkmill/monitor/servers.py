@@ -20,7 +20,7 @@ from chunkmill.db.connect import (
 )
 from chunkmill.errors import StoreUnavailable
 from chunkmill.monitor import present, snapshot
-from chunkmill.monitor.present import Present
+from chunkmill.monitor.present import Presence
 from chunkmill.monitor.snapshot import Snapshot
 from chunkmill.settings import Settings
 from chunkmill.spaces import collections, others, registry
@@ -43,7 +43,7 @@ class Database:
     head: str | None
     is_newer: bool
     """Whether a newer release made the schema."""
-    present: Present
+    present: Presence
     clock_ahead: float
     """How many seconds its clock is ahead of this machine's, give or take half a round trip."""
     altered_roles: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from chunkmill.domain.states import ChunkBatchState, JobState, Route
 from chunkmill.ledger.money import adjustments, budget, charges
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.monitor import present, reports
-from chunkmill.monitor.present import Present
+from chunkmill.monitor.present import Presence
 from chunkmill.monitor.reports import Kind, Report
 from chunkmill.settings import Settings
 
@@ -117,7 +117,7 @@ def take(conn: sa.Connection, settings: Settings) -> Snapshot:
     # The indexes by which faults are found came with the table of reports.
     has_reports = reports.exist(conn)
     workers = reports.read(conn) if has_reports else ()
-    there = Present(connections(conn), [report for report in workers if not report.is_silent])
+    there = Presence(connections(conn), [report for report in workers if not report.is_silent])
     lanes = present.served(provider_lanes.lanes(conn), there)
     return Snapshot(
         at=conn.execute(sa.text("SELECT now()")).scalar_one(),

@@ -144,7 +144,7 @@ class AsyncRemoteClient(_Remote[TaskRunner]):
 
     @classmethod
     def from_env(cls) -> AsyncRemoteClient:
-        """As :meth:`RemoteClient.from_env`. It waits for nothing, so it is no coroutine."""
+        """As :meth:`RemoteClient.from_env`. It waits for nothing, so it is not a coroutine."""
         return cls(**_from_environment(os.environ))
 
     embed = in_loop(Verbs.embed)

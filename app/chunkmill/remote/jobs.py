@@ -16,6 +16,7 @@ from chunkmill.domain.arguments import (
     as_function,
     as_most_refused,
     as_number,
+    as_on_invalid,
     as_seconds,
     as_text,
     as_word,
@@ -23,10 +24,10 @@ from chunkmill.domain.arguments import (
 )
 from chunkmill.domain.chosen import as_replaced
 from chunkmill.domain.printed import Rows
-from chunkmill.domain.results import Job
+from chunkmill.domain.results import Job, require_not_failed, still_open
 from chunkmill.domain.spaces import OnLong, Precision
-from chunkmill.domain.states import JobState, Priority, Route
-from chunkmill.errors import GatewayUnavailable, InvalidInput, JobFailed, WaitTimeout
+from chunkmill.domain.states import Priority, Route
+from chunkmill.errors import GatewayUnavailable, InvalidInput, WaitTimeout
 from chunkmill.remote.asking import Asking
 from chunkmill.remote.lines import Lines
 from chunkmill.remote.reading import parse, parse_object, read, read_list
@@ -76,8 +77,7 @@ class Jobs(Asking):
         :meth:`Client.enqueue` raises.
         """
         require_name("collection", collection)
-        if not isinstance(on_invalid, str) or on_invalid not in ("raise", "skip"):
-            raise InvalidInput("on_invalid must be 'raise' or 'skip'.")
+        on_invalid = as_on_invalid(on_invalid)
         if idempotency_key is not None:
             require_name("idempotency_key", idempotency_key)
             if not idempotency_key.isascii() or not idempotency_key.isprintable():
@@ -196,19 +196,14 @@ class Jobs(Asking):
                 bar.look(job)
             if on_progress:
                 yield Tell(on_progress, job)
-            if job.state is JobState.FAILED:
-                shown = "; ".join(f"{dead.chunk_id!r}: {dead.reason}" for dead in job.dead_chunks[:3])
-                raise JobFailed(f"job {job_id} failed: {job.error} {shown}".rstrip(), job_id=job_id)
+            require_not_failed(job)
             if job.state.is_final:
                 if job.notice:
                     logger.warning("job %s: %s", job_id, job.notice)
                 return job
             left = None if deadline is None else deadline - self._clock()
-            if left is not None and left <= 0:
-                raise WaitTimeout(
-                    f"job {job_id} is {job.state} after {seconds:g} s with {job.remaining:,} of {job.contents:,} "
-                    "contents to go. It goes on, so you may wait again. GET /health says whether a worker runs."
-                )
+            if seconds is not None and left is not None and left <= 0:
+                raise WaitTimeout(f"{still_open(job, seconds)} GET /health says whether a worker runs.")
             yield Pause(pause if left is None else min(pause, left))
             pause = min(LONGEST_LOOK_S, pause * 1.5)
 

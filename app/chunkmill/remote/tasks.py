@@ -64,7 +64,7 @@ class TaskRunner:
             finally:
                 steps.close()
 
-    async def each(self, steps: Steps[None]) -> AsyncGenerator[Any, None]:
+    async def items(self, steps: Steps[None]) -> AsyncGenerator[Any, None]:
         """Run the steps, and hand out what they give."""
         value: Any = None
         error: BaseException | None = None

@@ -58,7 +58,7 @@ class ThreadRunner:
         """Run the steps to their end, and return the result."""
         return self._run(steps, threading.Event())
 
-    def each(self, steps: Steps[None]) -> Generator[Any, None, None]:
+    def items(self, steps: Steps[None]) -> Generator[Any, None, None]:
         """Run the steps, and hand out what they give."""
         with contextlib.ExitStack() as streams:
             yield from _driven(steps, partial(self._do, streams=streams, stopping=threading.Event()))

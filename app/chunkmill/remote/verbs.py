@@ -49,7 +49,7 @@ def items_in_thread(
 
     @functools.wraps(verb)
     def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
-        items: Generator[T, None, None] = self._runner.each(verb(self._verbs, *args, **kwargs).steps)
+        items: Generator[T, None, None] = self._runner.items(verb(self._verbs, *args, **kwargs).steps)
         return items
 
     made: Callable[Concatenate[Any, P], Generator[T, None, None]] = cast(Any, method)
@@ -63,7 +63,7 @@ def items_in_loop(
 
     @functools.wraps(verb)
     def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
-        items: AsyncGenerator[T, None] = self._runner.each(verb(self._verbs, *args, **kwargs).steps)
+        items: AsyncGenerator[T, None] = self._runner.items(verb(self._verbs, *args, **kwargs).steps)
         return items
 
     made: Callable[Concatenate[Any, P], AsyncGenerator[T, None]] = cast(Any, method)

@@ -86,7 +86,7 @@ def require_same_dimensions(a: Rows, b: Rows) -> int:
 
 def result_type(*rows: Rows) -> np.dtype[Any]:
     """float64 if any of them needs it, else float32."""
-    return np.result_type(np.float32, *(each.dtype for each in rows))
+    return np.result_type(np.float32, *(part.dtype for part in rows))
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -554,17 +554,17 @@ def search_mixed(
     unlike because the other search did not return it. Raises :class:`StoreUnavailable` if somebody drops the keywords
     meanwhile.
     """
-    found = candidates(conn, index, space, query, text, nearest, most=depth(k, offset), where=where)
-    cosines, scores = scores_of(found)
+    pool = candidates(conn, index, space, query, text, nearest, most=depth(k, offset), where=where)
+    cosines, scores = scores_of(pool)
     mixed = mixing.mixed(cosines, scores, how)
-    best = mixing.order(mixed, cosines, [candidate.chunk_id for candidate in found])[offset or 0 :][:k]
+    best = mixing.order(mixed, cosines, [candidate.chunk_id for candidate in pool])[offset or 0 :][:k]
     plan = nearest.explanation
     if plan is not None:
-        n_more = len(found) - len(nearest)
+        n_more = len(pool) - len(nearest)
         plan = replace(
             plan, because=f"{plan.because} Keywords added {n_more:,} chunks to the {len(nearest):,} nearest."
         )
-    return Hits(_hits(conn, index, space, [(found[i], float(mixed[i])) for i in best]), plan)
+    return Hits(_hits(conn, index, space, [(pool[i], float(mixed[i])) for i in best]), plan)
 
 
 def candidates(

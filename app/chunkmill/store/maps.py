@@ -19,7 +19,7 @@ TEXT_LETTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampledContent:
     """One content of the sample. ``kind`` is that of the field's JSON value, or None if the chunk has no such field."""
 
     content_hash: bytes
@@ -39,7 +39,7 @@ def read(
     with_text: bool,
     after: bytes,
     most: int,
-) -> list[Drawn]:
+) -> list[SampledContent]:
     """Up to ``most`` contents behind ``after`` that have a vector, in the order of their hashes.
 
     A content hash is as good as a random number, so the first ones in order are a sample by chance. A content that
@@ -84,7 +84,7 @@ def read(
     }
     return [
         # vector_send writes the dimensions and a zero, of 16 bits each, and then the numbers, the high byte first.
-        Drawn(
+        SampledContent(
             bytes(row.content_hash), row.chunk_id, row.kind, row.value, row.text,
             np.frombuffer(row.embedding, ">f4", offset=4).astype(np.float32),
         )

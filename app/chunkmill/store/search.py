@@ -169,9 +169,9 @@ def search_all(
             if passing is not None:
                 index, because = None, f"Only {passing.n:,} chunks pass the filter."
     asked = replace(asked, share=share)
-    found = [asked.nearest(query, end, wanted, index, passing, because, explain) for query in queries]
+    lists = [asked.nearest(query, end, wanted, index, passing, because, explain) for query in queries]
     return [
-        Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in found
+        Hits([hit for hit in hits if hit.chunk_id != without][offset or 0 :][:k], hits.explanation) for hits in lists
     ]
 
 

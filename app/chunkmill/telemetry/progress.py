@@ -136,7 +136,7 @@ class _Cell:
 
 
 def line(name: str, share: float, words: str, columns: int) -> str:
-    """One line of at most so many columns, with a bar if there is room for one."""
+    """One line of at most that many columns, with a bar if there is room for one."""
     room = columns - 1 - len(name) - len(words) - 2
     if room < LEAST_BAR:
         return f"{name} {words}"[: columns - 1]

@@ -17,8 +17,8 @@ Without pytest: ``with Servers() as servers, servers.database() as settings, run
 from __future__ import annotations
 
 from chunkmill.testing.embedding import DIMENSIONS, MODEL, MODELS, OTHER_MODEL, embed
-from chunkmill.testing.running import Running, running
+from chunkmill.testing.running import RunningStack, running
 from chunkmill.testing.servers import Servers
 from chunkmill.testing.worker import Worker
 
-__all__ = ["DIMENSIONS", "MODEL", "MODELS", "OTHER_MODEL", "Running", "Servers", "Worker", "embed", "running"]
+__all__ = ["DIMENSIONS", "MODEL", "MODELS", "OTHER_MODEL", "RunningStack", "Servers", "Worker", "embed", "running"]

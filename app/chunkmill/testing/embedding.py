@@ -1,7 +1,7 @@
 """Vectors for tests: the same for the same text on every machine, and near each other for texts that share words.
 
 Each word has a vector of signs, made from its digest, and a text has the sum of its words' vectors (feature hashing,
-Weinberger et al. 2009). Nothing is learnt, so that "car" is no nearer to "automobile" than to "moon".
+Weinberger et al. 2009). Nothing is learnt, so "car" is not nearer to "automobile" than to "moon".
 """
 
 from __future__ import annotations

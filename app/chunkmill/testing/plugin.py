@@ -13,7 +13,7 @@ import pytest
 
 from chunkmill.client import Client
 from chunkmill.settings import Settings
-from chunkmill.testing.running import Running, running
+from chunkmill.testing.running import RunningStack, running
 from chunkmill.testing.servers import Servers
 from chunkmill.testing.worker import Worker
 
@@ -43,19 +43,19 @@ def chunkmill_settings(chunkmill_servers: Servers, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def chunkmill_running(chunkmill_settings: Settings) -> Iterator[Running]:
+def chunkmill_running(chunkmill_settings: Settings) -> Iterator[RunningStack]:
     """A worker and a poller at work in that database, and a client."""
     with running(chunkmill_settings) as made:
         yield made
 
 
 @pytest.fixture
-def chunkmill_client(chunkmill_running: Running) -> Client:
+def chunkmill_client(chunkmill_running: RunningStack) -> Client:
     """A client whose jobs are embedded and whose searches are answered."""
     return chunkmill_running.client
 
 
 @pytest.fixture
-def chunkmill_worker(chunkmill_running: Running) -> Worker:
+def chunkmill_worker(chunkmill_running: RunningStack) -> Worker:
     """The worker: ``refuse("a text")`` puts a text on the dead list, ``with paused():`` keeps jobs open."""
     return chunkmill_running.worker

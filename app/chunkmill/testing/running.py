@@ -18,7 +18,7 @@ from chunkmill.testing.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningStack:
     """A client of a database in which a worker and a poller are at work."""
 
     settings: Settings
@@ -27,7 +27,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(settings: Settings) -> Iterator[Running]:
+def running(settings: Settings) -> Iterator[RunningStack]:
     """A worker and a poller in threads of this process, and a client, until the end of the block.
 
     Raises what ended the worker, if something did.
@@ -51,7 +51,7 @@ def running(settings: Settings) -> Iterator[Running]:
         worker = Worker(settings)
         worker.start()
         try:
-            yield Running(settings, client, worker)
+            yield RunningStack(settings, client, worker)
         finally:
             stop.set()
             try:

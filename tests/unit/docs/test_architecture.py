@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import tomllib
@@ -95,3 +96,29 @@ def test_every_name_is_in_the_file_that_the_page_sends_to() -> None:
         assert texts, what
         for name in re.findall(r"`([\w.]+)`", names):
             assert any(name.split(".")[-1] in file.read_text() for file in texts), f"{what}: {name}"
+
+
+def test_what_takes_a_connection_leaves_the_transaction_to_its_caller() -> None:
+    files = [path for room in ("ledger", "spaces", "store") for path in (PACKAGES["chunkmill"] / room).rglob("*.py")]
+    functions = [
+        (node.name, {argument.arg for argument in node.args.args}, ast.unparse(node))
+        for file in files
+        if ".begin()" in (text := file.read_text())
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    begin = {name: arguments for name, arguments, code in functions if ".begin()" in code}
+    assert {name for name, arguments in begin.items() if "conn" in arguments} == set()
+    assert {"prune_jobs", "drop_unreferenced", "go_on", "flush"} <= begin.keys()
+
+
+def test_only_the_rooms_that_the_page_names_begin_transactions() -> None:
+    root = PACKAGES["chunkmill"]
+    begin = [path.relative_to(root) for path in root.rglob("*.py") if "db.begin()" in path.read_text()]
+    rooms_that_take_a_database = {"ledger", "spaces", "store", "db"}
+    assert {path.parts[0] for path in begin} - rooms_that_take_a_database == {
+        "client", "gateway", "poller", "monitor", "testing", "cli",
+    }  # fmt: skip
+    assert {str(path) for path in begin if path.parts[0] == "cli"} == {
+        "cli/collections/canary.py", "cli/processes/gateway.py", "cli/processes/keys.py", "cli/watch/plot.py",
+    }  # fmt: skip

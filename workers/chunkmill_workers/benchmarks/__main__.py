@@ -138,7 +138,7 @@ def main(
 
 def _run(names: Sequence[str], task: Task, results: Path, images: Path, install_peers: bool, as_json: bool) -> None:
     measured, files = [], []
-    with report.Doing() as doing:
+    with report.Activity() as doing:
         if install_peers:
             from chunkmill_workers.benchmarks.peers import environments
 

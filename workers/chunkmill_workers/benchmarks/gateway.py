@@ -91,11 +91,11 @@ class Server:
         script.write_text(filled.replace("%SEED%", str(random.randrange(10**9))), encoding="utf-8")
         argv = ["wrk", "-t1", f"-c{callers}", f"-d{seconds:.0f}s", "--timeout", "60s", "-s", str(script), self.url]
         said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"RESULT (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+)", said)
-        if found is None:
+        result = re.search(r"RESULT (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+)", said)
+        if result is None:
             raise InvalidInput(f"wrk said nothing that can be read: {said[-500:]}")
-        requests, microseconds, errors = (int(found[i]) for i in (1, 2, 3))
-        return Load(requests / (microseconds / 1e6), float(found[4]) / 1e3, float(found[5]) / 1e3, errors, requests)
+        requests, microseconds, errors = (int(result[i]) for i in (1, 2, 3))
+        return Load(requests / (microseconds / 1e6), float(result[4]) / 1e3, float(result[5]) / 1e3, errors, requests)
 
 
 @dataclass(frozen=True, slots=True)

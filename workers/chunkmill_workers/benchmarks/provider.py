@@ -131,12 +131,16 @@ def _look(db: sa.Engine, pids: Mapping[str, int], job_id: int) -> dict[str, Any]
     """A sample: the job's own ProviderBatches, and the memory of each process in MiB."""
     with db.begin() as conn:
         rows = conn.execute(
-            sa.text(
-                "SELECT p.id, p.state, p.n_written FROM provider_batches p WHERE p.state = 'gathering' OR EXISTS "
-                "(SELECT FROM provider_batch_members m JOIN chunk_batches b ON b.id = m.chunk_batch_id "
-                " WHERE m.provider_batch_id = p.id AND b.job_id = :job) ORDER BY p.id"
-            ),
-            {"job": job_id},
+            sa.text("""
+                SELECT p.id, p.state, p.n_written
+                FROM provider_batches p
+                WHERE p.state = :gathering OR EXISTS (
+                    SELECT FROM provider_batch_members m JOIN chunk_batches b ON b.id = m.chunk_batch_id
+                    WHERE m.provider_batch_id = p.id AND b.job_id = :job
+                )
+                ORDER BY p.id
+            """),
+            {"job": job_id, "gathering": ProviderBatchState.GATHERING},
         ).all()
         state = conn.execute(sa.text("SELECT state FROM jobs WHERE id = :job"), {"job": job_id}).scalar()
     memory = {part: machine.memory_kib(pid, "VmRSS") for part, pid in pids.items()}
@@ -152,10 +156,12 @@ def _split(db: sa.Engine, after: int, full: int, count: int) -> list[dict[str, A
     """The ProviderBatches after ``after``. All but the last are full, all contents written, and each created once."""
     with db.begin() as conn:
         rows = conn.execute(
-            sa.text(
-                "SELECT id, n_contents, n_inputs, n_requests, n_tokens, n_bytes, n_written, creates, downloads "
-                "FROM provider_batches WHERE id > :after ORDER BY id"
-            ),
+            sa.text("""
+                SELECT id, n_contents, n_inputs, n_requests, n_tokens, n_bytes, n_written, creates, downloads
+                FROM provider_batches
+                WHERE id > :after
+                ORDER BY id
+            """),
             {"after": after},
         )
         batches = [dict(row._mapping) for row in rows]

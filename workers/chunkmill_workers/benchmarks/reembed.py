@@ -154,8 +154,8 @@ def _prepare(servers: Servers, client: Client, db: sa.Engine, rows: int, step: i
     """A collection of ``rows`` chunks with vectors, by SQL, which is faster than a producer and a worker."""
     client.enqueue([("first", "the first text")], collection=COLLECTION)
     with db.begin() as conn:
-        found = collections.find(conn, COLLECTION)
-        old = registry.get(conn, found.space_id)
+        collection = collections.find(conn, COLLECTION)
+        old = registry.get(conn, collection.space_id)
         job_id = conn.execute(sa.text("SELECT max(id) FROM jobs")).scalar_one()
         conn.execute(sa.text(_BASES))
         conn.execute(sa.text(_COMPUTED))
@@ -177,12 +177,12 @@ def _prepare(servers: Servers, client: Client, db: sa.Engine, rows: int, step: i
     """
     for first in range(0, rows, step):
         last = min(first + step, rows) - 1
-        parameters = {"first": first, "last": last, "bases": BASES, "collection": found.id, "job": job_id}
+        parameters = {"first": first, "last": last, "bases": BASES, "collection": collection.id, "job": job_id}
         with db.begin() as conn:
             conn.execute(sa.text(statement), parameters)
     with db.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         conn.execute(sa.text("VACUUM (ANALYZE)"))
-    return Scene(rows, found.id, old)
+    return Scene(rows, collection.id, old)
 
 
 def steady_text(row: int) -> str:

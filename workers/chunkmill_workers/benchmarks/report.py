@@ -81,7 +81,7 @@ def promised(numbers: Mapping[str, Any], form: str | None = None) -> str:
     return f" [{colour}]{sign} {value}[/{colour}]"
 
 
-class Doing:
+class Activity:
     """Shows what is being measured: a spinner on a terminal, else short lines on stderr."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Doing:
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._task = self._progress.add_task("", total=None)
 
-    def __enter__(self) -> Doing:
+    def __enter__(self) -> Activity:
         if self._progress:
             self._progress.start()
         return self

@@ -228,8 +228,8 @@ class Bench:
     def segments_of(self, corpus: Corpus) -> Sequence[segments.Segment]:
         """The live segments of a collection, the largest first."""
         with self.db.begin() as conn:
-            found = segments.find(conn, collections.find(conn, corpus.name).id, self.space.id)
-        return sorted(found.segments, key=lambda part: -part.rows) if found else []
+            index = segments.find(conn, collections.find(conn, corpus.name).id, self.space.id)
+        return sorted(index.segments, key=lambda part: -part.rows) if index else []
 
     def number(self, query: str, **parameters: object) -> float:
         with self.db.begin() as conn:
@@ -274,15 +274,15 @@ def _look(bench: Bench, cells: Mapping[Cell, Asked]) -> None:
     random.Random(1).shuffle(questions)
     for cell, i in questions:
         query = cells[cell].queries[i]
-        right, found = set(bench.ask(cell, query, exact=True)), bench.ask(cell, query)
-        assert len(set(found)) == len(found), f"a chunk is found twice: {cell}"
+        right, hits = set(bench.ask(cell, query, exact=True)), bench.ask(cell, query)
+        assert len(set(hits)) == len(hits), f"a chunk is found twice: {cell}"
         cells[cell].truth[i] = right
-        cells[cell].recalls[i] = _recall(right, found)
+        cells[cell].recalls[i] = _recall(right, hits)
 
 
-def _recall(right: set[str], found: Sequence[str]) -> float:
+def _recall(right: set[str], hits: Sequence[str]) -> float:
     """The share of the nearest chunks that were found. If nothing passes the filter, nothing may be found."""
-    return len(right & set(found)) / len(right) if right else float(not found)
+    return len(right & set(hits)) / len(right) if right else float(not hits)
 
 
 def _curve(bench: Bench, cells: Mapping[Cell, Asked], say: Say) -> list[dict[str, Any]]:
@@ -300,9 +300,9 @@ def _curve(bench: Bench, cells: Mapping[Cell, Asked], say: Say) -> list[dict[str
             seconds, recalls = [], []
             for i, query in enumerate(asked.queries[:n]):
                 began = time.perf_counter()
-                found = bench.ask_segment(cell, query, parts[0].table_name, beam)
+                hits = bench.ask_segment(cell, query, parts[0].table_name, beam)
                 seconds.append(time.perf_counter() - began)
-                recalls.append(_recall(asked.truth[i], found))
+                recalls.append(_recall(asked.truth[i], hits))
             recall = float(np.mean(recalls))
             if asked.beam is None and recall >= float(np.mean([asked.recalls[i] for i in range(len(recalls))])) - 1e-9:
                 asked.beam = beam

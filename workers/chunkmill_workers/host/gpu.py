@@ -67,26 +67,26 @@ def claim_device(
         raise InvalidSetting(f"EMBEDDING_DEVICE is {requested!r}: it must be auto, cpu, cuda or cuda:<index>")
     if kind == "cpu":
         return ClaimedDevice("cpu")
-    found = list(visible_gpus() if devices is None else devices)
-    if not found and kind == "auto":
+    visible = list(visible_gpus() if devices is None else devices)
+    if not visible and kind == "auto":
         return ClaimedDevice("cpu")
-    if not found or int(index or 0) >= len(found):
+    if not visible or int(index or 0) >= len(visible):
         raise DeviceUnavailable(
-            f"EMBEDDING_DEVICE is {requested} and this process sees {len(found)} NVIDIA devices: check "
+            f"EMBEDDING_DEVICE is {requested} and this process sees {len(visible)} NVIDIA devices: check "
             "nvidia-smi and CUDA_VISIBLE_DEVICES, or set EMBEDDING_DEVICE=auto"
         )
     if index:
-        found = [found[int(index)]]
+        visible = [visible[int(index)]]
     folder = lock_dir or _lock_dir()
-    lock, gpu = _first_free(found, folder)
+    lock, gpu = _first_free(visible, folder)
     if gpu is None:
         if not share:
-            holders = ", ".join(f"{gpu} (process {_holder(folder, gpu)})" for gpu in found)
+            holders = ", ".join(f"{gpu} (process {_holder(folder, gpu)})" for gpu in visible)
             raise DeviceTaken(
                 f"every NVIDIA device is taken: {holders}. One worker process per GPU is the fastest; stop "
                 "one, or set EMBEDDING_SHARE_GPU=1 to let this one join"
             )
-        gpu = found[os.getpid() % len(found)]  # spreads processes that are started one after the other
+        gpu = visible[os.getpid() % len(visible)]  # spreads processes that are started one after the other
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     return ClaimedDevice("cuda:0", gpu, lock)
 

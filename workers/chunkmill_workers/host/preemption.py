@@ -178,9 +178,9 @@ class Aws:
         action = self._document("/latest/meta-data/spot/instance-action")
         if action is None:
             return self._look_at_hint()
-        found, what = action
+        answer, what = action
         if what.get("action") not in self.actions:
-            raise found.unusable(f"named an action other than {', '.join(self.actions)}")
+            raise answer.unusable(f"named an action other than {', '.join(self.actions)}")
         return f"spot instance-action is {what['action']}, at {_when(what.get('time'))}"
 
     def _look_at_hint(self) -> str | None:

@@ -10,13 +10,13 @@ import sqlalchemy as sa
 
 from chunkmill.broker import PROVIDER_QUEUE
 from chunkmill.db.connect import create_db, require_at_least, require_migrated
-from chunkmill.domain.providers import CL100K, ProviderModel
+from chunkmill.domain.providers import ProviderModel
 from chunkmill.errors import UnknownModel
 from chunkmill.ledger.provider import provider_inputs
 from chunkmill.openai.catalogue import model_for, read_twins, request_limits
 from chunkmill.openai.http import Provider
 from chunkmill.openai.plan.limits import BatchLimits
-from chunkmill.openai.plan.tokens import TokenCounter, cl100k, from_tokenizer_file
+from chunkmill.openai.plan.tokens import TokenCounter, cl100k, of_provider_model
 from chunkmill.openai.wire.jsonl import RequestForm
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
@@ -82,7 +82,7 @@ class ProviderContext(QueueContext):
         return model_for(self.settings, space.spec) is not None
 
     def counter(self, model: ProviderModel) -> TokenCounter:
-        return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
+        return of_provider_model(model)
 
     def limits(self, model: ProviderModel, space: Space, *, max_inputs: int | None = None) -> BatchLimits:
         return request_limits(self.settings, model, space.spec, max_inputs=max_inputs)

@@ -81,7 +81,7 @@ def _run(context: ProviderContext, held: HeldLease) -> None:
         stop_lane(context, Route.OPENAI_SYNC, stopped)
         attempt.release(because=stopped)
     except ProviderSilent as silent:
-        # An outage is no fault of the texts. What they may have cost is booked, and the lane waits if it fails.
+        # The texts are not to blame for an outage. What they may have cost is booked, and the lane waits if it fails.
         paused = pause_failing_lane(context, Route.OPENAI_SYNC, silent)
         attempt.release(because=silent, delay_s=backoff(attempt.tries) if paused is None else paused)
     except Exception as error:

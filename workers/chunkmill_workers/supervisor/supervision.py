@@ -63,11 +63,11 @@ def arguments_for(place: Place, arguments: Sequence[str], *, alone: bool) -> lis
     made: list[str] = []
     follows = False
     for argument in arguments:
-        found = NAME_OPTION.fullmatch(argument)
-        if alone or not (follows or found):
+        match = NAME_OPTION.fullmatch(argument)
+        if alone or not (follows or match):
             made.append(argument)
         else:
-            option, name = ("", argument) if found is None or follows else found.groups()
+            option, name = ("", argument) if match is None or follows else match.groups()
             nodename, at, host = name.partition("@")
             made.append(f"{option}{nodename}-{place.device}{at}{host}")
         follows = not follows and argument in ("-n", "--hostname")

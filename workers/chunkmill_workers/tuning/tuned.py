@@ -43,12 +43,12 @@ def process_settings(settings: Settings, device: str) -> Settings:
             precision=settings.embedding_precision,
             trust=settings.trust,
         )
-        found = find_profile(settings, folder.spec, machine_for(device))
+        lookup = find_profile(settings, folder.spec, machine_for(device))
     except InvalidSetting:
         raise
     except ChunkmillError:
-        found = ProfileLookup(None)
-    chosen = with_profile(settings, found.profile)
+        lookup = ProfileLookup(None)
+    chosen = with_profile(settings, lookup.profile)
     changes = {
         "embedding_threads": chosen.embedding_threads or stated_threads() or cores(),
         "embedding_parallel_batches": chosen.embedding_parallel_batches,
@@ -86,20 +86,20 @@ def load_engine(settings: Settings, folder: ModelFolder, device: str, machine: M
 
     Raises what ``Engine.load`` raises.
     """
-    found = find_profile(settings, folder.spec, machine)
-    if found.problem is not None:
-        level = logging.INFO if found.overridden else logging.WARNING
-        logger.log(level, "the profile %s is left out: %s", found.path, found.problem)
+    lookup = find_profile(settings, folder.spec, machine)
+    if lookup.problem is not None:
+        level = logging.INFO if lookup.overridden else logging.WARNING
+        logger.log(level, "the profile %s is left out: %s", lookup.path, lookup.problem)
     # A number that the operator states holds over one that was learned. A profile's does not.
     learned = None if settings.embedding_batch_tokens else memory_folder(settings)
-    if found.profile is None:
+    if lookup.profile is None:
         return _load(settings, folder, device, learned)
-    logger.info("%s: by its profile %s", folder.name, found.profile)
+    logger.info("%s: by its profile %s", folder.name, lookup.profile)
     try:
-        return _load(with_profile(settings, found.profile), folder, device, learned)
+        return _load(with_profile(settings, lookup.profile), folder, device, learned)
     except (InvalidSetting, ModelLoadError) as error:
         # An export may be missing, for example. If the settings alone fail too, their error is the one to fix.
-        logger.warning("the profile %s cannot be followed: %s. Going on without it; %s", found.path, error, AGAIN)
+        logger.warning("the profile %s cannot be followed: %s. Going on without it; %s", lookup.path, error, AGAIN)
         return _load(settings, folder, device, learned)
 
 

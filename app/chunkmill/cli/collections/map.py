@@ -59,7 +59,9 @@ def writable(_: click.Context, __: click.Parameter, paths: tuple[Path, ...]) -> 
     help="pca shows the two directions in which vectors differ most. umap keeps neighbours together; it needs the "
     "extra umap and takes longer.",
 )
-@click.option("--texts", is_flag=True, help="Put the beginnings of the texts into the page. Who has it can read them.")
+@click.option(
+    "--texts", is_flag=True, help="Put the beginnings of the texts into the page. Whoever has the page can read them."
+)
 @json_option
 @click.pass_obj
 def map(  # noqa: A001 - it is the command's name
@@ -115,7 +117,7 @@ def show(screen: Screen, drawn: CollectionMap) -> None:
 
 
 def legend_lines(legend: Legend, columns: int) -> list[Text]:
-    """The legend as lines of at most so many columns."""
+    """The legend as lines of at most ``columns`` columns."""
     if legend.bounds is not None:
         low, high = legend.bounds
         line = Text(f"{low:g} ")

@@ -90,7 +90,7 @@ def _gates(given: dict[str, Any], before: Gates) -> Gates:
     return dataclasses.replace(before, **changes)
 
 
-class Which(click.ParamType[object]):
+class ReembeddingName(click.ParamType[object]):
     """The number of a re-embedding, or the name of a collection."""
 
     name = "id|collection"
@@ -195,7 +195,7 @@ def list_(screen: Screen, collection: str | None, limit: int) -> None:
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @click.option("--wait", is_flag=True, help="Show how it goes on until it is flipped or stays.")
 @json_option
 @click.pass_obj
@@ -211,7 +211,7 @@ def show(screen: Screen, which: int | str, *, wait: bool) -> None:
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for workers.")
 @json_option
 @click.pass_obj
@@ -225,7 +225,7 @@ def judge(screen: Screen, which: int | str, timeout: float) -> None:
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @click.option("--missing", type=click.IntRange(0), help="Chunks that may be missing afterwards.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for missing vectors.")
 @json_option
@@ -242,7 +242,7 @@ def flip(screen: Screen, which: int | str, missing: int | None, timeout: float) 
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @click.option("--missing", type=click.IntRange(0), help="Chunks that may be missing afterwards.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for missing vectors.")
 @json_option
@@ -255,7 +255,7 @@ def rollback(screen: Screen, which: int | str, missing: int | None, timeout: flo
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @json_option
 @click.pass_obj
 def pause(screen: Screen, which: int | str) -> None:
@@ -265,7 +265,7 @@ def pause(screen: Screen, which: int | str) -> None:
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @_gate_options
 @json_option
 @click.pass_obj
@@ -278,7 +278,7 @@ def resume(screen: Screen, /, which: int | str, *, ramp: tuple[int, ...] | None,
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @json_option
 @click.pass_obj
 def cancel(screen: Screen, which: int | str) -> None:
@@ -288,7 +288,7 @@ def cancel(screen: Screen, which: int | str) -> None:
 
 
 @reembed.command()
-@click.argument("which", type=Which())
+@click.argument("which", type=ReembeddingName())
 @click.option("--yes", is_flag=True, help="Finish without asking.")
 @json_option
 @click.pass_obj

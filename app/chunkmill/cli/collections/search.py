@@ -150,8 +150,8 @@ def search(
         )
     plan = hits.explanation
     if screen.json:
-        found = [asdict(hit) for hit in hits]
-        screen.document({"hits": found, "plan": asdict(plan)} if plan else found)
+        shown = [asdict(hit) for hit in hits]
+        screen.document({"hits": shown, "plan": asdict(plan)} if plan else shown)
         return
     if hits:
         show_hits(screen, hits)

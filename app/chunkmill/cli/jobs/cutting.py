@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from chunkmill.chunking import Chunker, Kind
-from chunkmill.chunking.document import KINDS, kind_of, suffix_of
-from chunkmill.chunking.document import Document as Read
-from chunkmill.chunking.reading import Unreadable, content_of, read_text, unpacked
+from chunkmill.chunking.document import KINDS, Document, kind_of, suffix_of
+from chunkmill.chunking.reading import UnreadableDocument, content_of, read, read_text, unpacked
 from chunkmill.cli.jobs.decoded import document_text
-from chunkmill.cli.jobs.folders import Document, Skipped
+from chunkmill.cli.jobs.folders import FolderFile, SkippedEntries
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidInput
 from chunkmill.files import Folder
@@ -38,14 +37,14 @@ class Cutter:
         self.documents = 0
         self.chunks = 0
 
-    def file(self, path: Path, skipped: Skipped, encoding: str | None) -> Iterator[Chunk | Uncut]:
+    def file(self, path: Path, skipped: SkippedEntries, encoding: str | None) -> Iterator[Chunk | Uncut]:
         """The chunks of a document that was named itself. Its id is its name."""
         with Folder(path.resolve().parent) as folder:
-            document = Document(folder, path.name, (path.resolve().name,))
+            document = FolderFile(folder, path.name, (path.resolve().name,))
             yield from self.document(document, path, skipped, encoding, is_named=True)
 
     def document(
-        self, document: Document, path: Path, skipped: Skipped, encoding: str | None, *, is_named: bool = False
+        self, document: FolderFile, path: Path, skipped: SkippedEntries, encoding: str | None, *, is_named: bool = False
     ) -> Iterator[Chunk | Uncut]:
         """The chunks of a document. One without a text is skipped, and so is one of links, unless it ``is_named``."""
         if document.problem is not None:
@@ -53,24 +52,24 @@ class Cutter:
             return
         try:
             with document.open() as file:
-                read = self._read(file, document.name, encoding)
-        except Unreadable as error:
+                text = self._read(file, document.name, encoding)
+        except UnreadableDocument as error:
             yield Uncut(str(error), document.name)
             return
         except OSError as error:
             yield Uncut(f"cannot be read: {error.strerror or error}", document.name)
             return
-        if not read.blocks:
+        if not text.blocks:
             skipped.add(path, "has no text")
             return
-        if read.has_only_links and not is_named:
+        if text.has_only_links and not is_named:
             skipped.add(path, "has only links")
             return
         self.documents += 1
-        yield from self._counted(self._chunker.cut(document.name, read, {"path": document.name}))
+        yield from self._counted(self._chunker.cut(document.name, text, {"path": document.name}))
 
     def record(self, record: Chunk) -> Iterator[Chunk | Uncut]:
-        """The chunks of a record. What is no text with metadata is left to the checks of the client."""
+        """The chunks of a record. A record that is not a text with metadata is left to the checks of the client."""
         is_whole = isinstance(record.id, str) and isinstance(record.text, str) and record.text.strip()
         if not is_whole or not isinstance(record.metadata, Mapping):
             yield record
@@ -83,16 +82,16 @@ class Cutter:
         self.documents += 1
         yield from self._counted(chunks)
 
-    def _read(self, file: BinaryIO, name: str, encoding: str | None) -> Read:
+    def _read(self, file: BinaryIO, name: str, encoding: str | None) -> Document:
         """HTML and PDF files, and Python's sources, state their encodings themselves."""
         file, name = unpacked(file, name)
         kind = kind_of(name) or Kind.TEXT
         if kind in (Kind.HTML, Kind.PDF) or suffix_of(name) in (".py", ".pyi"):
-            return self._chunker.read(file, kind, name)
+            return read(file, kind, name)
         try:
             return read_text(document_text(content_of(file), encoding), kind)
         except ValueError as error:
-            raise Unreadable(str(error)) from None
+            raise UnreadableDocument(str(error)) from None
 
     def _counted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         for chunk in chunks:

@@ -68,7 +68,7 @@ def opened(path: Path, encoding: str | None) -> Iterator[BinaryIO]:
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield in_utf8(cast("BinaryIO", unpacked), encoding)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InvalidInput(f"{path}: this is no whole gzip file: {error}. Write it again.") from None
+            raise InvalidInput(f"{path}: this gzip file is broken or not complete: {error}. Write it again.") from None
 
 
 def in_utf8(file: BinaryIO, encoding: str | None) -> BinaryIO:

@@ -27,7 +27,7 @@ with."""
 
 
 @dataclass(slots=True)
-class Skipped:
+class SkippedEntries:
     """The entries of folders that were not read on purpose."""
 
     count: int = 0
@@ -57,7 +57,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class FolderFile:
     """A text file of a folder, or with a ``problem`` a part of the folder that cannot be read."""
 
     folder: Folder
@@ -74,12 +74,12 @@ class Document:
         return self.folder.open(self.parts)
 
 
-def documents(root: Path, skipped: Skipped, suffixes: Set[str] = TEXT_SUFFIXES) -> Iterator[Document]:
+def documents(root: Path, skipped: SkippedEntries, suffixes: Set[str] = TEXT_SUFFIXES) -> Iterator[FolderFile]:
     """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
 
     A document is a file whose name ends with one of the ``suffixes``, in any case, or with one of them and ``.gz``.
 
-    Hidden files and folders belong to tools and are no documents. If pages are read, what Sphinx puts beside them is
+    Hidden files and folders belong to tools and are left out. If pages are read, what Sphinx puts beside them is
     skipped.
     """
     inside = root.resolve()
@@ -89,12 +89,12 @@ def documents(root: Path, skipped: Skipped, suffixes: Set[str] = TEXT_SUFFIXES) 
             parts = left.pop()
             if len(os.fsencode("/".join(parts))) >= MAX_ID_BYTES:
                 problem = f"the path is too long for an id, which may have {MAX_ID_BYTES} bytes"
-                yield Document(folder, "/".join(parts), parts, problem)
+                yield FolderFile(folder, "/".join(parts), parts, problem)
                 continue
             try:
                 entries = [entry for entry in folder.list(parts) if not entry[0].startswith(".")]
             except OSError as error:
-                yield Document(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
+                yield FolderFile(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
                 continue
             if not suffixes.isdisjoint(HTML_SUFFIXES) and (beside := _beside_pages([name for name, _ in entries])):
                 for name in sorted(beside):
@@ -104,7 +104,7 @@ def documents(root: Path, skipped: Skipped, suffixes: Set[str] = TEXT_SUFFIXES) 
                 at = (*parts, name)
                 if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
                     name_problem = _problem_of_name("/".join(at))
-                    yield Document(folder, "/".join(at), target, name_problem, has_no_id=name_problem is not None)
+                    yield FolderFile(folder, "/".join(at), target, name_problem, has_no_id=name_problem is not None)
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
 
 
@@ -124,7 +124,7 @@ def _beside_pages(names: Collection[str]) -> set[str]:
 
 
 def _read_at(
-    root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: Skipped, suffixes: Collection[str]
+    root: Path, inside: Path, at: tuple[str, ...], kind: Kind, skipped: SkippedEntries, suffixes: Collection[str]
 ) -> tuple[str, ...] | None:
     """Where the entry is read, if it is a document. What is skipped is noted."""
     path = root.joinpath(*at)

@@ -14,7 +14,7 @@ import click
 
 from chunkmill.chunking import Chunker, Unit
 from chunkmill.chunking.chunker import LEAST_SIZE
-from chunkmill.cli.arguments import JsonObject
+from chunkmill.cli.arguments import JsonObject, watch_options
 from chunkmill.cli.jobs.attempts import attempt_totals, show_attempts
 from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.decoded import encoding_named
@@ -131,14 +131,14 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "--chunk",
     type=click.IntRange(LEAST_SIZE),
     metavar="SIZE",
-    help="Cut documents and long texts into chunks of at most so many tokens of the model. Folders then also give "
+    help="Cut documents and long texts into chunks of at most this many tokens of the model. Folders then also give "
     "HTML, PDF and source files.",
 )
 @click.option(
     "--overlap",
     type=click.IntRange(0),
     metavar="N",
-    help="How many tokens of the chunk before it a chunk begins with. It needs --chunk.  [default: 0]",
+    help="How many tokens of the previous chunk a chunk begins with. It needs --chunk.  [default: 0]",
 )
 @click.option(
     "--chunk-unit",
@@ -150,7 +150,8 @@ class Deadline(click.ParamType[datetime | timedelta]):
     "suffixes",
     multiple=True,
     metavar=".EXT",
-    help="Read only files of a folder whose name ends so, such as .html; may be given several times. It needs --chunk.",
+    help="Read only files of a folder whose name ends with this, such as .html; may be given several times. It needs "
+    "--chunk.",
 )
 @click.option(
     "--format",
@@ -164,7 +165,9 @@ class Deadline(click.ParamType[datetime | timedelta]):
     help="Encoding of the texts, such as cp1252; whole documents in UTF-8 are read as that.  [default: UTF-8]",
 )
 @click.option(
-    "--delimiter", metavar="CHAR", help="What separates the columns of CSV; tab is a word.  [default: see the header]"
+    "--delimiter",
+    metavar="CHAR",
+    help="What separates the columns of CSV: one character, or the word tab.  [default: see the header]",
 )
 @click.option("--typed", is_flag=True, help="Keep numbers, true, false and empty cells of CSV as such in the metadata.")
 @click.option("--prefix-ids", is_flag=True, help="Let each id begin with its SOURCE, so that no two collide.")
@@ -233,7 +236,7 @@ def enqueue(
     if max_refused is not None:
         on_invalid = "skip"
     if sync_where is not None and not sync:
-        raise InvalidInput("--sync-where is of use only with --sync.")
+        raise InvalidInput("--sync-where needs --sync.")
     cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
     skips = on_invalid == "skip"
     reader = Reader(sources, fields, skip=skips, stdin=sys.stdin.buffer, form=form, cutter=cutter)
@@ -280,16 +283,7 @@ def enqueue(
 @click.command()
 @click.option("-n", "--limit", type=click.IntRange(1), default=20, show_default=True, help="Number of jobs to list.")
 @click.option("--watch", "watching", is_flag=True, help="Show them with bars, and keep them up to date.")
-@click.option(
-    "--every",
-    type=click.FloatRange(0.2, 3600),
-    default=1.0,
-    show_default=True,
-    help="Seconds between two updates of --watch.",
-)
-@click.option(
-    "--times", type=click.IntRange(1), help="Number of updates of --watch. Without it, --watch ends with Ctrl-C."
-)
+@watch_options
 @json_option
 @click.pass_obj
 def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | None) -> None:
@@ -297,7 +291,7 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
     if watching:
         from chunkmill.cli.watch.jobs import watch
 
-        watch(screen, Client.from_env(), limit, every=every, times=times)
+        watch(screen, limit, every=every, times=times)
         return
     with Client.from_env() as client:
         latest = client.jobs(limit)
@@ -328,8 +322,8 @@ def job(
 ) -> None:
     """Show one job: its state, its counts and its dead chunks. Exits with 4 if the job failed."""
     with Client.from_env() as client:
-        found = client.job(job_id)
-        ended = finish(screen, client, found, wait=wait, dead=dead, attempts=attempts, explain=explain)
+        current = client.job(job_id)
+        ended = finish(screen, client, current, wait=wait, dead=dead, attempts=attempts, explain=explain)
         require_few_dead(screen, ended, max_refused)
 
 

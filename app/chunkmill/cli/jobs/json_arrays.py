@@ -19,8 +19,8 @@ _decode = json.JSONDecoder(parse_constant=lambda _: None).raw_decode
 def elements(name: str, file: TextIO, limit: int) -> Iterator[tuple[int, str, Any]]:
     """``(line, source, value)`` of each element: the line where it begins, its text, and what it is.
 
-    Raises :class:`InvalidInput` if the file is no array, is broken somewhere, or has an element of more than ``limit``
-    characters.
+    Raises :class:`InvalidInput` if the file is not an array, is broken somewhere, or has an element of more than
+    ``limit`` characters.
     """
     array = _Array(name, file, limit)
     array.expect("[", 'it does not begin with [. A .json file holds one array of objects, such as [{"id": "a", '
@@ -49,7 +49,7 @@ class _Array:
         self._is_whole = False
 
     def next_one(self) -> str:
-        """The next character that is no white space, which stays the next one; empty at the end of the file."""
+        """The next character that is not white space, without taking it; empty at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in _WHITE:
                 self._line += self._text[self._at] == "\n"

@@ -21,7 +21,7 @@ from chunkmill.chunking.reading import unpacked
 from chunkmill.cli.jobs.csv_files import DELIMITERS, Row, Table, typed
 from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, Uncut
 from chunkmill.cli.jobs.decoded import document_text, in_utf8, opened, problem_in, problem_in_bytes
-from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, Document, Skipped, documents
+from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, FolderFile, SkippedEntries, documents
 from chunkmill.cli.jobs.json_arrays import elements
 from chunkmill.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.json_values import NotJson, json_value
@@ -46,7 +46,7 @@ NAMED_COLUMNS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableRecord:
     """A record that is not a chunk. ``problem`` says why, without the record's text."""
 
     problem: str
@@ -54,7 +54,7 @@ class Unreadable:
     """The id that the chunk would have, or the document of which it is a part, if that is known."""
 
 
-Record = Chunk | Unreadable
+Record = Chunk | UnreadableRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Reader:
     """The chunks of several sources, one source after the other.
 
     ``place`` says where the last one came from, such as ``docs.jsonl:17``, and ``skipped`` what was left out of folders
-    because it is no file of the folder's own. ``notes`` has what was guessed about a source. With ``skip``, a record
+    because it is a link, a device or the like. ``notes`` has what was guessed about a source. With ``skip``, a record
     that cannot be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead
     list with its place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents
     and the texts of records are cut into chunks.
@@ -126,7 +126,7 @@ class Reader:
         self._cutter = cutter
         self.notes: list[str] = []
         self.place = ""
-        self.skipped = Skipped(named={Path(os.path.normpath(source)) for source in sources})
+        self.skipped = SkippedEntries(named={Path(os.path.normpath(source)) for source in sources})
         self._read = -1
         self._sources = sources
         self._fields = fields
@@ -279,7 +279,7 @@ def _jsonl(name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tu
         if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_RECORD_BYTES)
-            yield place, Unreadable(f"the line is longer than {MAX_RECORD_BYTES:,} bytes")
+            yield place, UnreadableRecord(f"the line is longer than {MAX_RECORD_BYTES:,} bytes")
             continue
         if not line.strip():
             continue
@@ -294,18 +294,20 @@ def _jsonl(name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tu
 
 def _from_line(line: bytes, fields: Fields, form: Form) -> Record:
     if problem := problem_in_bytes(line, form.encoding):
-        return Unreadable(problem)
+        return UnreadableRecord(problem)
     try:
         # NaN and the infinities are no JSON, but Python writes them; they say that there is no number.
         record = json.loads(line.decode(), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         if error.msg.startswith("Unterminated string"):
-            return Unreadable(f"not valid JSON: the line ends inside the string that begins at column {error.colno}")
-        return Unreadable(f"not valid JSON: {error.msg} at column {error.colno}")
+            return UnreadableRecord(
+                f"not valid JSON: the line ends inside the string that begins at column {error.colno}"
+            )
+        return UnreadableRecord(f"not valid JSON: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError):  # thousands of nested brackets, or a number of thousands of digits
-        return Unreadable("this JSON cannot be read: it is nested too deeply, or a number is too long")
+        return UnreadableRecord("this JSON cannot be read: it is nested too deeply, or a number is too long")
     if not isinstance(record, dict):
-        return Unreadable('not a JSON object; each line must be one, such as {"id": "a", "text": "…"}')
+        return UnreadableRecord('not a JSON object; each line must be one, such as {"id": "a", "text": "…"}')
     return _from_mapping(record, fields)
 
 
@@ -314,19 +316,22 @@ def _json(name: str, file: BinaryIO, fields: Fields, form: Form) -> Iterator[tup
         for line, source, record in elements(name, text, MAX_RECORD_BYTES):
             place = f"{name}:{line}"
             if problem := problem_in(source, form.encoding):
-                yield place, Unreadable(problem)
+                yield place, UnreadableRecord(problem)
             elif not isinstance(record, dict):
-                yield place, Unreadable('not a JSON object; each element must be one, such as {"id": "a", "text": "…"}')
+                yield (
+                    place,
+                    UnreadableRecord('not a JSON object; each element must be one, such as {"id": "a", "text": "…"}'),
+                )
             else:
                 yield place, _from_mapping(record, fields)
 
 
 def _from_cells(columns: Sequence[str], row: Row, fields: Fields, form: Form) -> Record:
     if row.problem is not None:
-        return Unreadable(row.problem)
+        return UnreadableRecord(row.problem)
     for column, cell in zip(columns, row.cells, strict=True):
         if wrong := problem_in(cell, form.encoding):
-            return Unreadable(f"in column {column!r}, {wrong}")
+            return UnreadableRecord(f"in column {column!r}, {wrong}")
     record: dict[str, Any] = dict(zip(columns, row.cells, strict=True))
     if form.typed:
         needed = (fields.id, fields.text)
@@ -363,11 +368,11 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
 
 def _cut_at(place: object, chunks: Iterator[Chunk | Uncut]) -> Iterator[tuple[str, Record]]:
     for chunk in chunks:
-        yield str(place), Unreadable(chunk.problem, chunk.name) if isinstance(chunk, Uncut) else chunk
+        yield str(place), UnreadableRecord(chunk.problem, chunk.name) if isinstance(chunk, Uncut) else chunk
 
 
 def _folder(
-    root: Path, skipped: Skipped, form: Form, suffixes: Set[str], cutter: Cutter | None
+    root: Path, skipped: SkippedEntries, form: Form, suffixes: Set[str], cutter: Cutter | None
 ) -> Iterator[tuple[str, Record]]:
     is_empty = True
     for document in documents(root, skipped, suffixes):
@@ -408,7 +413,7 @@ def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
         return
     roots: dict[str, Path] = {}
     for root in folders:
-        for document in documents(root, Skipped(), suffixes):
+        for document in documents(root, SkippedEntries(), suffixes):
             if (other := roots.setdefault(document.name, root)) is not root:
                 raise InvalidInput(
                     f"{other / document.name} and {root / document.name} would have the same id {document.name!r}, "
@@ -417,20 +422,20 @@ def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
                 )
 
 
-def _from_document(document: Document, form: Form) -> Record:
+def _from_document(document: FolderFile, form: Form) -> Record:
     if document.problem is not None:
-        return Unreadable(document.problem, document.name if document.has_no_id else None)
+        return UnreadableRecord(document.problem, document.name if document.has_no_id else None)
     try:
         with document.open() as file:
             content = unpacked(file, document.name)[0].read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
             problem = f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks"
-            return Unreadable(problem, document.name)
+            return UnreadableRecord(problem, document.name)
         text = document_text(content, form.encoding)
     except OSError as error:
-        return Unreadable(f"cannot be read: {error.strerror}", document.name)
+        return UnreadableRecord(f"cannot be read: {error.strerror}", document.name)
     except ValueError as error:
-        return Unreadable(str(error), document.name)
+        return UnreadableRecord(str(error), document.name)
     return Chunk(document.name, text, {"path": document.name})
 
 
@@ -460,7 +465,7 @@ def _from_mapping(record: Mapping[str, Any], fields: Fields) -> Record:
     for option, field in fields.named:
         if field not in record:
             none = f", or give every record an id made of what it holds: {option} {AUTO_ID}"
-            return Unreadable(
+            return UnreadableRecord(
                 f"there is no field {field!r}; name the right one with {option}{none if option == '--id-field' else ''}"
             )
     if fields.metadata is not None:
@@ -500,7 +505,7 @@ def _from_export(record: Mapping[str, Any]) -> Record:
         except (ValueError, RecursionError):
             metadata = None
     if not isinstance(metadata, dict):
-        return Unreadable("the field 'metadata' of an exported chunk must be a JSON object")
+        return UnreadableRecord("the field 'metadata' of an exported chunk must be a JSON object")
     return Chunk(record["id"], record["text"], metadata)
 
 
@@ -511,7 +516,7 @@ def _from_row(row: Mapping[str, Any], fields: Fields) -> Record:
         try:
             values[name] = json_value(_maps(value), name)
         except NotJson as error:
-            return Unreadable(f"{error}: choose the columns to keep with --metadata-field")
+            return UnreadableRecord(f"{error}: choose the columns to keep with --metadata-field")
     return _from_mapping(values, fields)
 
 

@@ -62,7 +62,7 @@ def _between(first: str, last: str) -> Iterator[str]:
 
 
 def draw(costs: Costs, columns: int) -> list[Text]:
-    """The drawing on a terminal, as lines of at most so many columns."""
+    """The drawing on a terminal, as lines of at most that many columns."""
     rows, left_out = rows_of(costs)
     keys = min(KEY_COLUMNS, max(len(costs.by), *(Text(shown(row.key)).cell_len for row in rows)))
     lanes = max(len("route"), *(len(row.route or "") for row in rows))

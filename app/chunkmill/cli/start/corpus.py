@@ -38,8 +38,8 @@ def some_stdlib_docstrings(limit: int) -> list[Chunk]:
     for index in order:
         if len(some) >= limit:
             break
-        found = list(_docstrings(*modules[index]))
-        some += found[: max(1, limit // 10)]
+        docstrings = list(_docstrings(*modules[index]))
+        some += docstrings[: max(1, limit // 10)]
     return some[:limit]
 
 

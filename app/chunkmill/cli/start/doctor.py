@@ -303,16 +303,16 @@ def tls_checks(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check
     )  # fmt: skip
 
 
-def _tls_check(name: str, hosts: list[str], verified: bool, found: str, advice: str) -> Check:
+def _tls_check(name: str, hosts: list[str], verified: bool, measured: str, advice: str) -> Check:
     reached = [host for host in hosts if not _is_local(host)]
     if not reached:
         return Check(name, "ok", "not needed: the server is on this machine")
     if verified:
         return Check(name, "ok", "verified")
     return Check(
-        name, "warn", found,
+        name, "warn", measured,
         f"Whoever is on the network between here and {', '.join(reached)} can read passwords and texts, or pose as the "
-        f"server. {advice} In a network of yours alone, such as Compose's own, that is no danger.",
+        f"server. {advice} In a network of yours alone, such as Compose's own, that is not a danger.",
     )  # fmt: skip
 
 
@@ -351,8 +351,8 @@ def redis_checks(server: RedisServer, *, is_embedded: bool = False) -> Iterator[
 
 def clock_check(name: str, ahead: float) -> Check:
     state = "fail" if abs(ahead) > SKEW_FAIL else "warn" if abs(ahead) > SKEW_WARN else "ok"
-    found = f"{abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
-    return Check(name, state, found, "" if state == "ok" else "Use NTP to set the clocks of both machines.")
+    difference = f"{abs(ahead):.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
+    return Check(name, state, difference, "" if state == "ok" else "Use NTP to set the clocks of both machines.")
 
 
 def disk_check(home: Path) -> Check:

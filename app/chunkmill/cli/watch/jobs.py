@@ -7,23 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from chunkmill.cli.canvas import bar
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import STATE_STYLES, Screen, duration
-from chunkmill.cli.watch.refresher import Refresher
+from chunkmill.cli.watch.showing import show
 from chunkmill.cli.watch.view import STALE_SECONDS
 from chunkmill.domain.results import Job
 from chunkmill.domain.shown import shown
-from chunkmill.errors import InvalidInput, StoreUnavailable
+from chunkmill.errors import StoreUnavailable
 from chunkmill.telemetry.pace import Pace
 
 PACE_SECONDS = 60.0
-PATIENCE_SECONDS = 5.0
-"""With ``--json``: after how many seconds without news the last view is printed again."""
 BAR, GAP, LEAST_NAME = 10, 2, 8
 """Columns of a bar, between two columns, and of a collection's name at least."""
 NAME = 2
@@ -70,43 +67,13 @@ class JobsWatcher:
         self._client.close()
 
 
-def watch(screen: Screen, client: Client, limit: int, *, every: float, times: int | None) -> None:
+def watch(screen: Screen, limit: int, *, every: float, times: int | None) -> None:
     """Show the jobs until Ctrl-C, or ``times`` times. Raises :class:`InvalidInput` in a pipe without ``--json``."""
-    if not screen.json and not screen.out.is_terminal:
-        client.close()
-        raise InvalidInput(
-            "`jobs --watch` draws on a terminal. In a pipe, add --json to get one JSON document per line."
-        )
-    refresher = Refresher(JobsWatcher(client, limit), every)
-    refresher.start()
-    try:
-        if screen.json:
-            _print(screen, refresher, every, times)
-        else:
-            _draw(screen, refresher, every, times)
-    except KeyboardInterrupt:
-        pass  # Ctrl-C is the way to end it
-    finally:
-        refresher.stop()
 
+    def drawn(view: JobsView | None, at: float, looking_since: float) -> RenderableType:
+        return draw(view, at, looking_since, screen.out.width)
 
-def _print(screen: Screen, refresher: Refresher[JobsView], every: float, times: int | None) -> None:
-    left = times
-    while left is None or left > 0:
-        view = refresher.latest(max(PATIENCE_SECONDS, 3 * every))
-        if view is not None:
-            screen.line(fields(view, time.monotonic()))
-            left = None if left is None else left - 1
-
-
-def _draw(screen: Screen, refresher: Refresher[JobsView], every: float, times: int | None) -> None:
-    left = times
-    with Live(console=screen.out, screen=True, auto_refresh=False) as live:
-        while left is None or left > 0:
-            view = refresher.latest(min(1.0, every))
-            drawn = draw(view, time.monotonic(), refresher.looking_since, screen.out.width)
-            live.update(drawn, refresh=True)
-            left = None if left is None else left - 1
+    show(screen, "jobs --watch", lambda: JobsWatcher(Client.from_env(), limit), drawn, fields, every=every, times=times)
 
 
 def fields(view: JobsView, at: float) -> dict[str, object]:
@@ -132,7 +99,7 @@ def fields(view: JobsView, at: float) -> dict[str, object]:
 
 
 def draw(view: JobsView | None, at: float, looking_since: float, columns: int) -> RenderableType:
-    """What a terminal with so many columns shows."""
+    """What a terminal of that width shows."""
     if view is None or (view.read_at is None and view.error is None):
         return Text(f"looking for {duration(at - looking_since)} …")
     head = Text.assemble(("Chunkmill", "bold"), "  jobs, end with Ctrl-C")

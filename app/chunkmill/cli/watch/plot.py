@@ -93,7 +93,7 @@ def panels(told: History) -> list[Panel]:
         made.append(Panel(f"tokens/s, {lane}", summary, rates, most, f"{most:,g}", COLOURS[lane]))
     known = [share for share in told.padding if share is not None]
     if known:
-        summary = f"share of the computed tokens that was no text; {100 * max(known):.1f} % at most"
+        summary = f"share of the computed tokens that was not text; {100 * max(known):.1f} % at most"
         most = round_up(max(known))
         made.append(Panel("padding", summary, told.padding, most, f"{100 * most:g} %", PADDING_COLOUR))
     for lane, waits in told.waits.items():
@@ -104,7 +104,7 @@ def panels(told: History) -> list[Panel]:
 
 
 def draw(told: History, columns: int) -> list[Text]:
-    """The drawing on a terminal, as lines of at most so many columns."""
+    """The drawing on a terminal, as lines of at most that many columns."""
     drawn = panels(told)
     whole = told.part_seconds * len(told.padding)
     head = Text.assemble((f"The last {span(whole)}", "bold"))

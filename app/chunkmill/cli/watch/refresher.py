@@ -10,7 +10,7 @@ View = TypeVar("View")
 Seen = TypeVar("Seen", covariant=True)
 
 
-class Watching(Protocol[Seen]):
+class ViewReader(Protocol[Seen]):
     """What looks. ``look`` raises nothing because a server is away: the view says so."""
 
     def look(self) -> Seen: ...
@@ -21,7 +21,7 @@ class Watching(Protocol[Seen]):
 class Refresher(threading.Thread, Generic[View]):
     """Reads the servers repeatedly in a thread of its own, so that the screen's clock goes on while a server hangs."""
 
-    def __init__(self, watcher: Watching[View], every: float) -> None:
+    def __init__(self, watcher: ViewReader[View], every: float) -> None:
         super().__init__(name="refresher", daemon=True)
         self._watcher = watcher
         self._every = every

@@ -166,7 +166,7 @@ class Running:
                 await ended(asyncio.wrap_future(self._short_threads.submit(steps.close)))
             self._end(call)
 
-    async def _each(
+    async def _items(
         self, method: Callable[Given, Iterator[Item]], *args: Given.args, **kwargs: Given.kwargs
     ) -> AsyncGenerator[Item, None]:
         """The items of a call that hands them out one after the other."""

@@ -852,7 +852,7 @@ class AsyncVerbs(Running):
         when its page is read. Raises :class:`NotFound`, also if the collection is dropped meanwhile,
         :class:`SpaceMismatch` if it moves to another space, and :class:`InvalidInput`.
         """
-        return self._each(
+        return self._items(
             self._client.chunks,
             collection,
             filter=filter,
@@ -928,7 +928,7 @@ class AsyncVerbs(Running):
         their ids. As for :meth:`chunks`, memory is constant, no transaction stays open, a chunk that stays comes
         exactly once, and the same errors are raised. The vectors are normalised if the model's are.
         """
-        return self._each(self._client.iter_vectors, collection, batch_size=batch_size, filter=filter)
+        return self._items(self._client.iter_vectors, collection, batch_size=batch_size, filter=filter)
 
     async def export(
         self,

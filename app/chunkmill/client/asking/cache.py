@@ -71,7 +71,7 @@ class VectorCache:
         if not self._limit or kind not in self._kinds:
             return
         wanted, oldest = list(gathered.missing), time.time() - self._seconds
-        found: list[tuple[bytes, EmbeddedText]] = []
+        hits: list[tuple[bytes, EmbeddedText]] = []
         with self._mutex:
             before = self._bytes
             for content_hash in wanted:
@@ -83,16 +83,16 @@ class VectorCache:
                     self._remove(key)
                     continue
                 self._entries.move_to_end(key)
-                found.append((content_hash, entry.embedded))
-            self._hits += len(found)
-            self._misses += len(wanted) - len(found)
+                hits.append((content_hash, entry.embedded))
+            self._hits += len(hits)
+            self._misses += len(wanted) - len(hits)
             grown = self._bytes - before
-        for content_hash, embedded in found:
+        for content_hash, embedded in hits:
             gathered.add(content_hash, embedded)
         COUNTS.add_all(
             (
-                (m.QUERY_CACHE_HITS, len(found)),
-                (m.QUERY_CACHE_MISSES, len(wanted) - len(found)),
+                (m.QUERY_CACHE_HITS, len(hits)),
+                (m.QUERY_CACHE_MISSES, len(wanted) - len(hits)),
                 (m.QUERY_CACHE_BYTES, grown),
             )
         )
@@ -187,7 +187,7 @@ def _entry(embedded: EmbeddedText, made_at: float) -> _Entry:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 # All numbers are little-endian. The file ends with the SHA-256 of all before, which shows a file that was cut or
-# damaged; it is no signature. There is no compression, so nothing grows as it is read.
+# damaged; it is not a signature. There is no compression, so nothing grows as it is read.
 _HEAD = struct.Struct("<8sII")
 _MAGIC, _VERSION = b"chunkmil", 1
 # Fingerprint, content hash, kind, whether the text was cut, tokens, dimensions, Unix time. The numbers follow.

@@ -313,7 +313,7 @@ class Listener:
             self._hear(notice.extra.decode("ascii", errors="replace"))
 
     def _hear(self, payload: str) -> None:
-        # Any role of the database may notify. What is no number is nobody's id.
+        # Any role of the database may notify. What is not a number is not an id.
         self._heard += [
             int(word) for word in payload.split(",") if word.isascii() and word.isdigit() and len(word) < 20
         ]

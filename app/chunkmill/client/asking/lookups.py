@@ -164,7 +164,9 @@ class Lookups:
         if len(results) == 1 and results[0].status == pq.ExecStatus.TUPLES_OK:
             stored = dict(map(read.stored_row, _rows(results[0])))
             for lookup in asked:
-                lookup.stored = [(each, stored[each]) for each in lookup.hashes if each in stored]
+                lookup.stored = [
+                    (content_hash, stored[content_hash]) for content_hash in lookup.hashes if content_hash in stored
+                ]
         # After an error, such as of a space that was dropped, each call looks itself, and knows what to make of it.
         self._next()
         for lookup in asked:
@@ -200,7 +202,7 @@ class Lookups:
 def _array(hashes: dict[bytes, None]) -> bytes:
     """A ``bytea[]`` as Postgres reads it."""
     head = _ARRAY.pack(1, 0, _BYTEA, len(hashes), 1)
-    return head + b"".join(_SIZE.pack(len(each)) + each for each in hashes)
+    return head + b"".join(_SIZE.pack(len(content_hash)) + content_hash for content_hash in hashes)
 
 
 def _rows(result: pq.abc.PGresult) -> list[tuple[bytes, int, bool, bytes]]:

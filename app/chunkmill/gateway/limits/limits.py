@@ -208,7 +208,7 @@ class Limits:
             state = _KeyState(limits, requests, tokens, 0 if state is None else state.running)
         self._keys[key_id] = state  # the most recent one is the last
         if len(self._keys) > FORGET_KEYS:
-            idle = next((each for each, kept in self._keys.items() if not kept.running), None)
+            idle = next((other for other, kept in self._keys.items() if not kept.running), None)
             if idle is not None:
                 del self._keys[idle]
         return state

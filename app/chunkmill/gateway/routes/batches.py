@@ -145,7 +145,8 @@ def _checked(body: dict[str, Any]) -> tuple[str, Asked]:
         metadata=_metadata(body.get("metadata")),
         output_seconds=FILE_SECONDS if output_expiry is None else expiry("output_expires_after", output_expiry),
         route=word_field(body, "route", meanings={str(route): route for route in Route}) or Route.AUTO,
-        priority=word_field(body, "priority", meanings={str(each): each for each in Priority}) or Priority.NORMAL,
+        priority=word_field(body, "priority", meanings={str(priority): priority for priority in Priority})
+        or Priority.NORMAL,
     )
 
 

@@ -172,12 +172,12 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
     body = await read_exact(request, BODY_BYTES)
     require_known(body, SEARCH["properties"])
     begun = time.monotonic()
-    found = await searched(gateway, caller, named, body)
+    result = await searched(gateway, caller, named, body)
     taken: dict[str, Any] = {"took_ms": round(1000 * (time.monotonic() - begun), 3)}
-    if isinstance(found, Hits):
-        return await large_answer(_hits(found) | taken, len(found))
-    taken["space"] = found[0].space if found else named.space
-    return await large_answer({"results": [_hits(hits) for hits in found], **taken}, sum(map(len, found)))
+    if isinstance(result, Hits):
+        return await large_answer(_hits(result) | taken, len(result))
+    taken["space"] = result[0].space if result else named.space
+    return await large_answer({"results": [_hits(hits) for hits in result], **taken}, sum(map(len, result)))
 
 
 async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dict[str, Any]) -> Hits | list[Hits]:
@@ -207,7 +207,7 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
     checked: Any = body.get("query")  # of any of the types that ``query`` was narrowed to
     texts = [text for text in (query if isinstance(query, list) else [query]) if isinstance(text, str)]
     async with gateway.embedding(caller, named.model_for(session=session, space=space), texts):
-        found: Hits | list[Hits] = await gateway.client.search(
+        result: Hits | list[Hits] = await gateway.client.search(
             checked,
             collection=named.name,
             k=k,
@@ -223,7 +223,7 @@ async def searched(gateway: Gateway, caller: Caller, named: seen.Seen, body: dic
             space=space,
             on_unserved=body.get("on_unserved"),
         )
-    return found
+    return result
 
 
 async def feedback(gateway: Gateway, request: Request, caller: Caller) -> Response:

@@ -107,7 +107,7 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
         ids = None if mine is None else list(mine.values())
         may_search = caller.may(Scope.SEARCH)
         listed = overview.all_collections(conn, exact=False, ids=ids) if may_search else []
-        listed.sort(key=lambda each: each.last_enqueue_at or each.created_at, reverse=True)
+        listed.sort(key=lambda info: info.last_enqueue_at or info.created_at, reverse=True)
         return Glance(
             ledger.page(conn, limit=SHOWN_JOBS, collections=ids) if caller.may(Scope.JOBS) else None,
             listed[:SHOWN_COLLECTIONS] if may_search else None,
@@ -126,7 +126,7 @@ async def _glance(gateway: Gateway, caller: Caller) -> dict[str, Any]:
         "can_search": caller.may(Scope.SEARCH),
         "chosen": "",
         "query": "",
-        "names": [each.name for each in glance.collections or ()],
+        "names": [info.name for info in glance.collections or ()],
     }
 
 
@@ -216,7 +216,7 @@ async def search(gateway: Gateway, request: Request, caller: Caller) -> Response
 async def _search_page(gateway: Gateway, caller: Caller) -> dict[str, Any]:
     def work(conn: sa.Connection) -> list[str]:
         mine = seen.seen_by(conn, caller)
-        return sorted(mine) if mine is not None else [each.name for each in all_collections(conn)]
+        return sorted(mine) if mine is not None else [info.name for info in all_collections(conn)]
 
     names = await seen.read(gateway, work)
     return {

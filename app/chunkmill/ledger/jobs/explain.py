@@ -117,8 +117,8 @@ def _in_flight_elsewhere(conn: sa.Connection, job_id: int, work: OpenWork) -> li
     """Who has contents in flight for which plain requests of the job wait: ProviderBatches, or others' requests."""
     if work.route is not Route.OPENAI_SYNC or work.state is not ChunkBatchState.AVAILABLE:
         return []
-    facts = {"id": job_id, "available": ChunkBatchState.AVAILABLE, "plain": work.route, "looked": LOOKED_AT}
-    return list(conn.execute(_IN_FLIGHT_ELSEWHERE, facts))
+    parameters = {"id": job_id, "available": ChunkBatchState.AVAILABLE, "plain": work.route, "looked": LOOKED_AT}
+    return list(conn.execute(_IN_FLIGHT_ELSEWHERE, parameters))
 
 
 def _blocked(lane: Lane) -> str | None:

@@ -31,7 +31,7 @@ LATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class OutboxEntry:
     """A job in the outbox: what its producer asked for."""
 
     job_id: int
@@ -49,7 +49,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class KeyedEntry:
     """An entry of the outbox that has an idempotency key already."""
 
     job_id: int
@@ -107,7 +107,7 @@ class Statements:
         """
 
 
-def entry_parameters(entry: Entry) -> dict[str, object]:
+def entry_parameters(entry: OutboxEntry) -> dict[str, object]:
     """The parameters of ``add_entry``."""
     request = {
         "spec": asdict(entry.spec),
@@ -193,7 +193,7 @@ def being_delivered(conn: sa.Connection) -> list[int]:
     return list(conn.execute(sa.text(query), {"enqueueing": JobState.ENQUEUEING}).scalars())
 
 
-def read(conn: sa.Connection, job_id: int) -> Entry | None:
+def read(conn: sa.Connection, job_id: int) -> OutboxEntry | None:
     """An entry; None if it was delivered. Raises :class:`NewerSpace` if only a newer release can read its space."""
     query = """
         SELECT 0 AS id, fingerprint, request -> 'spec' AS spec, request ->> 'storage' AS storage,
@@ -206,7 +206,7 @@ def read(conn: sa.Connection, job_id: int) -> Entry | None:
         return None
     request = row.request
     instead_of, deadline = request["instead_of"], request["deadline"]
-    return Entry(
+    return OutboxEntry(
         job_id=job_id,
         collection=row.collection,
         spec=registry.from_row(row).spec,
@@ -250,7 +250,7 @@ def lock_key(conn: sa.Connection, idempotency_key: str) -> None:
     conn.execute(sa.text(lock), {"lock": KEY_LOCK, "key": idempotency_key})
 
 
-def of_key(conn: sa.Connection, idempotency_key: str) -> Held | None:
+def of_key(conn: sa.Connection, idempotency_key: str) -> KeyedEntry | None:
     """The committed entry with this key, if there is one."""
     query = """
         SELECT job_id, collection, fingerprint, on_long, digest
@@ -261,9 +261,9 @@ def of_key(conn: sa.Connection, idempotency_key: str) -> Held | None:
     return None if row is None else held(row)
 
 
-def held(row: Sequence[Any]) -> Held:
+def held(row: Sequence[Any]) -> KeyedEntry:
     """An entry, from the columns of ``entry_of_key``."""
-    return Held(row[0], row[1], row[2], OnLong(row[3]), None if row[4] is None else bytes(row[4]))
+    return KeyedEntry(row[0], row[1], row[2], OnLong(row[3]), None if row[4] is None else bytes(row[4]))
 
 
 def digest_of(conn: sa.Connection, job_id: int) -> bytes | None:

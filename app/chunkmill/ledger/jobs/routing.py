@@ -74,18 +74,18 @@ def offers(conn: sa.Connection, settings: Settings, spec: SpaceSpec) -> list[Off
     price = charges.price_today(conn, model_for(settings, spec))
     used_up = settings.openai_monthly_budget_usd is not None and budget.read(conn, settings).is_used_up
     unpriced = budget.why_unpriced(settings, spec)
-    found = []
+    offered = []
     for route in lanes:
         if route is Route.LOCAL:
             seconds = seconds_per_token(conn, spec)
             usd = None if seconds is None else machine_usd(seconds * int(MILLION), settings.gpu_hour_usd)
-            found.append(Offer(route, usd, idle=not connections(conn).workers))
+            offered.append(Offer(route, usd, idle=not connections(conn).workers))
             continue
         stopped = unpriced or ("the month's budget is used up" if used_up else None)
         if paid[route].is_stopped:
             stopped = f"stopped ({paid[route].stop_code}) until `chunkmill lanes resume {route}`"
-        found.append(Offer(route, price.of(int(MILLION), route) if price else None, stopped))
-    return found
+        offered.append(Offer(route, price.of(int(MILLION), route) if price else None, stopped))
+    return offered
 
 
 _SECONDS_PER_TOKEN = sa.text("""

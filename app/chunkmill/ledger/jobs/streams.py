@@ -60,7 +60,7 @@ SELECT to_regclass('job_streams') IS NOT NULL AS counts,
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StreamColumns:
     """What the schema can keep of a stream."""
 
     counts: bool
@@ -69,10 +69,10 @@ class Kept:
     """Also how many chunks were refused, and how many were deleted."""
 
 
-def kept(conn: sa.Connection) -> Kept:
+def kept(conn: sa.Connection) -> StreamColumns:
     """What the schema of this database can keep."""
     row = conn.execute(_KEPT).one()
-    return Kept(row.counts, row.refused)
+    return StreamColumns(row.counts, row.refused)
 
 
 def is_kept(conn: sa.Connection) -> bool:
@@ -88,7 +88,7 @@ def require_deletions(conn: sa.Connection) -> None:
         )
 
 
-def add(conn: sa.Connection, job_id: int, merged: Merged, kept: Kept) -> None:
+def add(conn: sa.Connection, job_id: int, merged: Merged, kept: StreamColumns) -> None:
     """Count the chunks of a window, as far as the schema can keep it."""
     if not kept.counts:
         return

@@ -388,9 +388,9 @@ def followed_as(conn: sa.Connection, server: str, batch_id: str) -> int | None:
         FROM provider_batches
         WHERE server = :server AND batch_id = :batch AND state IN (:submitted, :collecting)
     """)
-    facts = {"server": server, "batch": batch_id, "submitted": State.SUBMITTED, "collecting": State.COLLECTING}
-    found: int | None = conn.execute(query, facts).scalar_one_or_none()
-    return found
+    parameters = {"server": server, "batch": batch_id, "submitted": State.SUBMITTED, "collecting": State.COLLECTING}
+    followed: int | None = conn.execute(query, parameters).scalar_one_or_none()
+    return followed
 
 
 def close(conn: sa.Connection, step: Step) -> None:

@@ -383,7 +383,7 @@ def _sorted_out(
     """
     if not missing:
         return 0, []
-    facts: dict[str, object] = {
+    parameters: dict[str, object] = {
         "hashes": list(missing),
         "collection": target.collection_id,
         "space": target.space_id,
@@ -393,8 +393,8 @@ def _sorted_out(
         "running": ChunkBatchState.RUNNING,
         "discarded": ChunkBatchState.DISCARDED,
     }
-    dead = set(conn.execute(_DEAD, facts).scalars())
-    tried = {row.content_hash: row.has_failed for row in conn.execute(_IN_CHUNK_BATCHES, facts)}
+    dead = set(conn.execute(_DEAD, parameters).scalars())
+    tried = {row.content_hash: row.has_failed for row in conn.execute(_IN_CHUNK_BATCHES, parameters)}
     failed = sum(has_failed and content_hash not in dead for content_hash, has_failed in tried.items())
     return failed, [content_hash for content_hash in missing if content_hash not in dead and content_hash not in tried]
 

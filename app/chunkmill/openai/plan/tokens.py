@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkmill.domain.providers import CL100K, ProviderModel
 from chunkmill.errors import InvalidSetting, install_command
 from chunkmill.files import read_at_most
 from chunkmill.models.files import MOST_FILE_BYTES
@@ -56,6 +57,11 @@ def from_tokenizer_file(path: str | Path) -> TokenCounter:
     """The tokenizer of a compatible server, from its Hugging Face ``tokenizer.json``. Each file is loaded once."""
     with _loading:
         return _from_file(Path(path).resolve())
+
+
+def of_provider_model(model: ProviderModel) -> TokenCounter:
+    """The tokenizer of a model on a paid route. Raises InvalidSetting if it cannot be loaded."""
+    return cl100k() if model.tokenizer == CL100K else from_tokenizer_file(model.tokenizer)
 
 
 class _Cl100k:

@@ -21,9 +21,9 @@ NUMBER_BYTES: Final = 32
 DIMENSIONS: Final = 4_096
 """A vector of another model is read up to so many dimensions, and then refused for them and not for its length."""
 SLACK_BYTES: Final = 1024 * 1024
-"""Bytes of an answer that are no vectors."""
+"""Bytes of an answer that are not vectors."""
 LINE_BYTES: Final = 8 * 1024
-"""Bytes of each line that are no vectors, on average, such as its ids or an error."""
+"""Bytes of each line that are not vectors, on average, such as its ids or an error."""
 _MODEL_CHARACTERS: Final = 200
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chunkmill.chunking import Chunker, Document, Kind
-from chunkmill.chunking.reading import Unreadable, read, read_text
+from chunkmill.chunking.reading import UnreadableDocument, read, read_text
 from tests.support.pdf_files import pdf
 
 PAGE = """<!doctype html><html><head><title>t</title><style>x {}</style></head><body>
@@ -52,7 +52,7 @@ def test_the_main_content_is_what_the_page_calls_so() -> None:
 
 def test_a_page_that_nests_deeply_is_read() -> None:
     assert read_text("<p>text" * 5_000 + "<div>" * 990 + "deep", Kind.HTML).text.endswith("text\n\ndeep")
-    with pytest.raises(Unreadable, match="nest more than 1,000 deep"):
+    with pytest.raises(UnreadableDocument, match="nest more than 1,000 deep"):
         read_text("<div>" * 1_001 + "deep", Kind.HTML)
 
 
@@ -74,9 +74,9 @@ def test_python_states_its_encoding_in_its_first_lines() -> None:
     assert from_bytes("# coding: latin-1\n# M\u00fchle".encode("latin-1"), Kind.TEXT, "a.py").text.endswith(
         "M\u00fchle"
     )
-    with pytest.raises(Unreadable, match="its first lines state is not known"):
+    with pytest.raises(UnreadableDocument, match="its first lines state is not known"):
         from_bytes(b"# coding: none-such\n", Kind.TEXT, "a.py")
-    with pytest.raises(Unreadable, match="not valid UTF-8 at byte 19"):
+    with pytest.raises(UnreadableDocument, match="not valid UTF-8 at byte 19"):
         from_bytes("# coding: latin-1\n\u00fc".encode("latin-1"), Kind.TEXT, "a.txt")
 
 
@@ -108,5 +108,5 @@ def test_a_chunk_of_a_pdf_says_its_pages(tmp_path: Path) -> None:
     ],
 )
 def test_a_pdf_that_cannot_be_read_says_why(content: bytes, said: str) -> None:
-    with pytest.raises(Unreadable, match=said):
+    with pytest.raises(UnreadableDocument, match=said):
         from_bytes(content, Kind.PDF, "a.pdf")

@@ -23,7 +23,7 @@ from chunkmill.cli.start.doctor import (
     tls_checks,
 )
 from chunkmill.db.connect import Connections
-from chunkmill.monitor.present import Present
+from chunkmill.monitor.present import Presence
 from chunkmill.monitor.servers import Database, RedisServer
 from chunkmill.settings import Settings
 
@@ -35,7 +35,7 @@ WELL = Database(
     migration="0002",
     head="0002",
     is_newer=False,
-    present=Present(Connections(workers=4, provider_workers=0, pollers=1)),
+    present=Presence(Connections(workers=4, provider_workers=0, pollers=1)),
     clock_ahead=0.01,
 )
 
@@ -66,8 +66,8 @@ def test_a_database_in_order() -> None:
         ({"migration": "0001"}, "migration", "fail"),
         ({"migration": None}, "migration", "fail"),
         ({"migration": "9000", "is_newer": True}, "migration", "warn"),
-        ({"present": Present(Connections(0, 0, 1))}, "worker", "warn"),
-        ({"present": Present(Connections(4, 0, 0))}, "poller", "warn"),
+        ({"present": Presence(Connections(0, 0, 1))}, "worker", "warn"),
+        ({"present": Presence(Connections(4, 0, 0))}, "poller", "warn"),
         ({"clock_ahead": -5.0}, "Postgres clock", "warn"),
     ],
 )

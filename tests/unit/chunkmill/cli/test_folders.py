@@ -12,7 +12,7 @@ import pytest
 
 from chunkmill.chunking import Chunker
 from chunkmill.cli.jobs.cutting import Cutter
-from chunkmill.cli.jobs.folders import Skipped, documents
+from chunkmill.cli.jobs.folders import SkippedEntries, documents
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.domain.chunks import Chunk
 from chunkmill.errors import InvalidChunk, InvalidInput
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def read(folder: Path) -> tuple[dict[str, str], Skipped, list[str]]:
+def read(folder: Path) -> tuple[dict[str, str], SkippedEntries, list[str]]:
     """The texts by their ids, what was skipped, and what could not be read."""
     reader = Reader([str(folder)], Fields(), skip=True, stdin=io.BytesIO())
     texts, refused = {}, []
@@ -132,7 +132,7 @@ def swap_fifo(path: Path) -> None:
 def test_a_file_that_is_replaced_after_the_look_is_not_read(
     folder: Path, swap: Callable[[Path], None], why: str
 ) -> None:
-    for document in documents(folder, Skipped()):
+    for document in documents(folder, SkippedEntries()):
         if document.name == "a.md":
             swap(folder / "a.md")
             with pytest.raises(OSError, match=why):
@@ -140,11 +140,11 @@ def test_a_file_that_is_replaced_after_the_look_is_not_read(
 
 
 def test_a_folder_that_becomes_a_link_is_not_entered(folder: Path) -> None:
-    found: Iterator[object] = documents(folder, Skipped())
+    found: Iterator[object] = documents(folder, SkippedEntries())
     next(found)  # a.md: the list of the root has been read by now
     (folder / "sub").rename(folder.parent / "old")
     (folder / "sub").symlink_to(folder.parent / "secrets")
-    left = list(documents(folder, Skipped()))
+    left = list(documents(folder, SkippedEntries()))
     assert [document.name for document in left] == ["a.md"]
     (late,) = found
     assert getattr(late, "name", None) == "sub"
@@ -152,7 +152,7 @@ def test_a_folder_that_becomes_a_link_is_not_entered(folder: Path) -> None:
 
 
 def test_a_folder_between_that_becomes_a_link_leads_nowhere(folder: Path) -> None:
-    (document,) = [document for document in documents(folder, Skipped()) if document.name == "a.md"]
+    (document,) = [document for document in documents(folder, SkippedEntries()) if document.name == "a.md"]
     with Folder(folder) as opened:
         with opened.open(("sub", "b.txt")) as file:
             assert file.read() == b"own b"

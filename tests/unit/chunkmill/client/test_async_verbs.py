@@ -77,7 +77,7 @@ def test_a_method_that_hands_out_items_becomes_an_asynchronous_iterator() -> Non
     made = Method("handed_out", handed_out).source()  # type: ignore[arg-type]
     assert "def handed_out(self: Client, collection: str, *, batch: int=1024) -> AsyncGenerator[" in made
     assert "AsyncGenerator[tuple[str, bytes], None]:" in made
-    assert "return self._each(self._client.handed_out, collection, batch=batch)" in made
+    assert "return self._items(self._client.handed_out, collection, batch=batch)" in made
 
 
 def test_imports_are_those_of_the_module_that_has_the_method() -> None:

@@ -75,17 +75,18 @@ def peers(half: str | None, device: str) -> list[Peer]:
         Peer(
             "sentence-transformers ONNX int8", _module("sentence_onnx"), "int8", "intra_op_num_threads",
             ("sentence-transformers", "transformers", "optimum-onnx", "onnxruntime"),
-            settings=_each("batch_size", 32, 4, 8, 16, 64), needs="folder", environment="sentence-transformers-onnx",
+            settings=_settings("batch_size", 32, 4, 8, 16, 64), needs="folder",
+            environment="sentence-transformers-onnx",
         ),
         Peer(
             f"Infinity {words[0]}", _module("infinity"), words[0], "torch.set_num_threads",
             ("infinity-emb", "sentence-transformers", "transformers", "torch"),
-            {"engine": "torch", "dtype": words[0]}, _each("batch_size", 32, 8, 16, 64), environment="infinity",
+            {"engine": "torch", "dtype": words[0]}, _settings("batch_size", 32, 8, 16, 64), environment="infinity",
         ),
         Peer(
             "Infinity ONNX int8", _module("infinity"), "int8", "ONNX Runtime's default: one for each core",
             ("infinity-emb", "transformers", "optimum-onnx", "onnxruntime"),
-            {"engine": "optimum"}, _each("batch_size", 32, 8, 16, 64), needs="flat", environment="infinity",
+            {"engine": "optimum"}, _settings("batch_size", 32, 8, 16, 64), needs="flat", environment="infinity",
         ),
     ]  # fmt: skip
 
@@ -99,7 +100,7 @@ def _own_engine(word: str, options: Setting, *, cpu_only: bool) -> Peer:
 def _sentence_transformers(half: str | None, device: str) -> list[Peer]:
     """fp32 as it comes, which is the reference, and half precision with the batch that suits it."""
     sizes = (32, 8, 16, 64, 128) if device == "cpu" else (32, 128, 256, 512, 1024)
-    settings = {"fp32": _each("batch_size", 32)} | ({half: _each("batch_size", *sizes)} if half else {})
+    settings = {"fp32": _settings("batch_size", 32)} | ({half: _settings("batch_size", *sizes)} if half else {})
     packages = ("sentence-transformers", "transformers", "torch")
     return [
         Peer(
@@ -111,7 +112,7 @@ def _sentence_transformers(half: str | None, device: str) -> list[Peer]:
 
 
 def _onnx_runtime(word: str) -> Peer:
-    settings = [dict(setting, graph=graph) for graph in ("fused", "plain") for setting in _each("budget", *BUDGETS)]
+    settings = [dict(setting, graph=graph) for graph in ("fused", "plain") for setting in _settings("budget", *BUDGETS)]
     return Peer(
         f"ONNX Runtime {word}", _module("onnx_session"), word, "intra_op_num_threads", ("onnxruntime",),
         {"precision": word}, tuple(settings), needs="pooled" if word == "fp32" else "pooled int8",
@@ -119,7 +120,7 @@ def _onnx_runtime(word: str) -> Peer:
 
 
 def _openvino(word: str, packages: tuple[str, ...], options: Setting, needs: str) -> Peer:
-    settings = (*_each("budget", *BUDGETS, 4096, streams=1), *_each("budget", 1024, streams=machine.cores()))
+    settings = (*_settings("budget", *BUDGETS, 4096, streams=1), *_settings("budget", 1024, streams=machine.cores()))
     return Peer(
         f"OpenVINO {word}", _module("open_vino"), word, "INFERENCE_NUM_THREADS", packages,
         {"precision": word, **options}, settings, needs=needs,
@@ -128,9 +129,9 @@ def _openvino(word: str, packages: tuple[str, ...], options: Setting, needs: str
 
 def _ctranslate2() -> Peer:
     settings = (
-        *_each("budget", *BUDGETS, 4096, compute_type="int8_float32", workers=1),
-        *_each("budget", 1024, compute_type="int8", workers=1),
-        *_each("budget", 1024, compute_type="int8_float32", workers=machine.cores()),
+        *_settings("budget", *BUDGETS, 4096, compute_type="int8_float32", workers=1),
+        *_settings("budget", 1024, compute_type="int8", workers=1),
+        *_settings("budget", 1024, compute_type="int8_float32", workers=machine.cores()),
     )
     return Peer(
         "CTranslate2 int8",
@@ -146,7 +147,7 @@ def _ctranslate2() -> Peer:
 
 def _fastembed(word: str) -> Peer:
     """As it comes, and with what a caller who knows that it does not sort would do."""
-    settings = (*_each("batch_size", 256, sort=False), *_each("batch_size", 4, 8, 16, 32, sort=True))
+    settings = (*_settings("batch_size", 256, sort=False), *_settings("batch_size", 4, 8, 16, 32, sort=True))
     return Peer(
         f"fastembed {word}", _module("fast_embed"), word, "threads", ("fastembed", "onnxruntime"), {"precision": word},
         settings, needs="folder", environment="fastembed",
@@ -157,5 +158,5 @@ def _module(name: str) -> str:
     return f"{__name__}.{name}"
 
 
-def _each(name: str, *values: int, **others: Any) -> tuple[Setting, ...]:
+def _settings(name: str, *values: int, **others: Any) -> tuple[Setting, ...]:
     return tuple({name: value, **others} for value in values)

@@ -93,7 +93,7 @@ def read_stored(folder: ModelFolder, config: Mapping[str, Any]) -> StoredModel |
         return None
     try:
         file: Any = safe_open(path, framework="pt")
-        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is not a mapping)
     except (OSError, SafetensorError):
         return None
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}

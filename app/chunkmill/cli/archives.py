@@ -54,7 +54,7 @@ def write_backup(screen: Screen, file: Path) -> None:
         server = _server(conn)
         migration = home.read_revision(conn, installation, known_revisions())
         taken_at = conn.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
-        held = restored.contents(conn)
+        held = restored.inventory(conn)
     programs = find_programs(server)
     with Bar(screen, "backup") as bar:
         archives.dump(url, installation.schema, file, programs, _shown(bar, "backup"))
@@ -134,7 +134,7 @@ def read_backup(screen: Screen, file: Path, *, replace: bool, yes: bool) -> None
 
 
 @dataclass(frozen=True, slots=True)
-class _There:
+class _Destination:
     """The database that a backup is to be restored into."""
 
     server: int
@@ -150,7 +150,7 @@ class _There:
     public_is_used: bool
 
 
-def _there(conn: sa.Connection, settings: Settings) -> _There:
+def _there(conn: sa.Connection, settings: Settings) -> _Destination:
     installation = home.find_home(raw(conn))
     row = conn.execute(
         sa.text("""
@@ -164,7 +164,7 @@ def _there(conn: sa.Connection, settings: Settings) -> _There:
                    ) AS public_is_used
         """)
     ).one()
-    return _There(
+    return _Destination(
         _server(conn),
         f"{row.database!r} at {without_passwords(settings.require_database_url()).replace('+psycopg', '')}",
         installation.schema if installation else None,
@@ -186,7 +186,7 @@ def _readable(file: Path, programs: Programs) -> archives.Archive:
         return archives.read_archive(file, find_programs(programs.major + 1))
 
 
-def _check(archive: archives.Archive, there: _There, settings: Settings) -> None:
+def _check(archive: archives.Archive, there: _Destination, settings: Settings) -> None:
     """Refuse what cannot end well, before anything is touched."""
     if there.problem:
         raise StoreUnavailable(there.problem)
@@ -224,7 +224,7 @@ def _check(archive: archives.Archive, there: _There, settings: Settings) -> None
         )
 
 
-def _check_replaced(screen: Screen, there: _There, *, replace: bool, yes: bool) -> None:
+def _check_replaced(screen: Screen, there: _Destination, *, replace: bool, yes: bool) -> None:
     """Refuse to delete an installation that somebody may need."""
     if there.is_empty:
         return
@@ -244,12 +244,12 @@ def _check_replaced(screen: Screen, there: _There, *, replace: bool, yes: bool) 
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    contents: restored.Contents
+class _RestoredInventory:
+    contents: restored.Inventory
     has_roles: bool
 
 
-def _analyzed(url: str) -> _Held:
+def _analyzed(url: str) -> _RestoredInventory:
     """Let Postgres count what is there, because it plans badly without, and return what it is."""
     with _connected(url) as conn:
         tables = conn.execute(
@@ -264,7 +264,7 @@ def _analyzed(url: str) -> _Held:
             conn.execute(sa.text(f"ANALYZE {table}"))
             conn.commit()
         roles = conn.execute(sa.text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'chunkmill_migrator')"))
-        return _Held(restored.contents(conn), bool(roles.scalar_one()))
+        return _RestoredInventory(restored.inventory(conn), bool(roles.scalar_one()))
 
 
 def _server(conn: sa.Connection) -> int:

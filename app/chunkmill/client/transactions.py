@@ -25,7 +25,7 @@ SELECT CAST(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) AS text),
 """What tells the database of a connection from all others: when its server was started, and its number there."""
 
 
-class Within(ABC):
+class OuterTransaction(ABC):
     """A transaction that somebody else has begun and will end. What is written into it is written in a savepoint, so
     that an error leaves the transaction as it was."""
 
@@ -52,7 +52,7 @@ class Within(ABC):
             ) from error
 
 
-class _OfSQLAlchemy(Within):
+class _SQLAlchemyTransaction(OuterTransaction):
     def __init__(self, conn: sa.Connection) -> None:
         self._conn = conn
 
@@ -64,7 +64,7 @@ class _OfSQLAlchemy(Within):
         return self._conn.begin_nested()
 
 
-class _OfPsycopg(Within):
+class _PsycopgTransaction(OuterTransaction):
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
@@ -82,8 +82,8 @@ class _OfPsycopg(Within):
             yield
 
 
-def within(given: object) -> Within:
-    """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is no connection, or commits each
+def as_transaction(given: object) -> OuterTransaction:
+    """The transaction that ``given`` is in. Raises :class:`InvalidInput` if it is not a connection, or commits each
     statement."""
     if isinstance(given, orm.Session | orm.scoped_session):
         try:
@@ -102,7 +102,7 @@ def within(given: object) -> Within:
             raise InvalidInput("within is a connection that is closed.")
         if given.get_execution_options().get("isolation_level") == "AUTOCOMMIT" or _commits_each(given):
             raise _commits()
-        return _OfSQLAlchemy(given)
+        return _SQLAlchemyTransaction(given)
     if isinstance(given, psycopg.Connection):
         if given.closed:
             raise InvalidInput("within is a connection that is closed.")
@@ -111,7 +111,7 @@ def within(given: object) -> Within:
             raise _commits()
         if status is TransactionStatus.INERROR:
             raise InvalidInput("within is a transaction that has failed. Roll it back before you enqueue in a new one.")
-        return _OfPsycopg(given)
+        return _PsycopgTransaction(given)
     advice = ""
     if type(given).__name__ in ("AsyncSession", "AsyncConnection"):
         advice = " With an asynchronous one: await session.run_sync(lambda s: client.enqueue(..., within=s))."

@@ -1,0 +1,67 @@
+"""Words have one meaning, and names say what a thing is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import chunkmill
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "docs/glossary.md", ROOT / "docs/architecture.md", ROOT / "CONTRIBUTING.md"]
+EMPTY_NAMES = {"each", "found", "facts"}
+HINT = re.compile(
+    r"\b(?:for|as|def) _*(?:each|found|facts)(?: in\b|[,:(])|(?<![\w.])_*(?:each|found|facts)(?:, \w+|: [^=\n]+)* :?= "
+)
+"""Only files with such a line are parsed, because parsing all of them takes seconds."""
+
+
+def empty_names(text: str) -> set[str]:
+    """The names of variables, arguments and functions that do not say what the thing is."""
+    if not HINT.search(text):
+        return set()
+    tree = ast.parse(text)
+    declared = {id(node.target) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in declared:
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+    return {name for name in names if name.strip("_") in EMPTY_NAMES}
+
+
+def test_no_name_in_the_code_says_nothing_about_the_thing() -> None:
+    sources = [path for folder in ("app", "workers") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 400
+    assert {str(path): names for path in sources if (names := empty_names(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["found = f()", "for each in rows: pass", "x = [n for each in rows]", "facts: dict[str, int] = {}",
+     "found, n = f()", "if (found := f()): pass", "def _each(self): pass"],
+)  # fmt: skip
+def test_such_a_name_is_noticed(code: str) -> None:
+    assert empty_names(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_table_explains_a_thing_twice(page: Path) -> None:
+    first = re.findall(r"^\| (.+?) \|", page.read_text().partition("## States")[0], re.MULTILINE)
+    words = [word for word in first if set(word) != {"-"} and word not in ("word", "where", "room", "command")]
+    rooms_of_both = {"`tuning`"}  # a room of each package
+    assert sorted({word for word in words if words.count(word) > 1} - rooms_of_both) == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    names = set(chunkmill.__all__) - {
+        "ChunkmillError"
+    }  # the base of the errors, which the head of their table explains
+    assert {name for name in names if f"\n### `{name}`\n" not in page and f"\n| `{name}` |" not in page} == set()
