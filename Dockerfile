@@ -1,6 +1,7 @@
 # Two images:
 #   app     for producers, migrations, backups, the poller, Flower and the worker of the paid routes; it has no torch and
-#           no model, and the programs of Postgres that a backup needs come with the extra `embedded`
+#           no model. The programs of Postgres that a backup needs come with the extra `embedded`; what cuts documents
+#           into chunks, with `documents`
 #   worker  for the embedding worker; it has torch with CUDA and the bundled model
 #
 #   docker build --target app    -t chunkmill-app .
@@ -25,7 +26,7 @@ COPY app/chunkmill/locked.py app/chunkmill/
 
 FROM stub AS app-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python app/chunkmill/locked.py embedded,flower,gateway,metrics,openai,tracing > requirements.txt && \
+    python app/chunkmill/locked.py documents,embedded,flower,gateway,metrics,openai,tracing > requirements.txt && \
     pip install --require-hashes --no-deps --only-binary :all: -r requirements.txt
 
 FROM stub AS worker-deps

@@ -104,7 +104,7 @@ def test_a_folder_of_real_documents_is_found_by_paragraph_and_kept_in_step(
     assert (job.state, job.refused, job.repeated, job.truncated, job.dead) == (JobState.COMPLETED, 0, 0, 0, 0)
     assert "16 documents cut into" in said  # the link is one of them, and each row of the table
     assert "passwords.txt is a link that leads out of the folder" in said
-    assert "not read, because they are of other kinds: 1 .png" in said
+    assert "not read because of their kind: 1 .png" in said
     assert client.audit("real").missing == 0
 
     # No text is left out: the chunks of each document hold all of it, in pieces that the model reads whole.

@@ -191,7 +191,7 @@ def test_a_wait_goes_on_after_postgres_was_away(
             client.wait(jobs[0].id, on_hindrance=said.append)
         return
     assert client.wait(jobs[0].id, on_hindrance=said.append).state is JobState.COMPLETED
-    assert said.count("cannot connect. The job goes on when Postgres is back, and so does this wait.") == 1
+    assert sum(sentence.startswith("cannot connect") for sentence in said) == 1
 
 
 def test_a_wait_ends_if_postgres_stays_away(

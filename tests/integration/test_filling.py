@@ -341,7 +341,9 @@ def test_a_cancelled_job_stops_the_filling_until_it_is_retried(scene: Scene) -> 
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        assert f"chunkmill retry {job}" in str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+    assert f"chunkmill retry {job}" in said
+    assert f"space {scene.new.spec.fingerprint[:12]} ('{scene.new.spec.model}')" in said
     scene.client.retry(job)
     scene.fill_all()
     assert not scene.coverage(scene.new).missing
@@ -356,11 +358,72 @@ def test_discarded_work_is_not_tried_for_ever(scene: Scene) -> None:
     assert not scene.fill()
     assert not scene.waiting_in(scene.new)
     with scene.db.begin() as conn:
-        assert "7 contents cannot be embedded" in str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+        said = str(fill.why_waiting(conn, scene.settings, scene.reembedding))
+    assert f"7 contents cannot be embedded into space {scene.new.spec.fingerprint[:12]} (" in said
     scene.client.retry(job)
     scene.fill_all()
     with scene.db.begin() as conn:
         assert fill.why_waiting(conn, scene.settings, scene.reembedding) is None
+
+
+def test_a_filling_that_is_always_passed_over_says_so(scene: Scene) -> None:
+    """But not if nobody embeds anything, if others embed on another lane, or if it goes on now and then."""
+
+    def said() -> bool:
+        with scene.db.begin() as conn:
+            problem = fill.why_waiting(conn, scene.settings, scene.reembedding)
+        assert problem is None or f"Nothing of job {job}" in problem
+        return problem is not None
+
+    def embedded(*, job: int, minutes_ago: int) -> None:
+        """As a worker does that was at it then."""
+        scene.hands.rows(
+            """
+            INSERT INTO usage (chunk_batch_id, attempt, job_id, space_id, provider, worker, contents, tokens,
+                               engine_seconds, outcome, created_at, ended_at)
+            SELECT id, 1, job_id, space_id, 'local', 'w', 1, 1, 1, 'completed', now() - interval '1 h',
+                   now() - make_interval(mins => :minutes)
+            FROM chunk_batches
+            WHERE job_id = :job
+            LIMIT 1
+            ON CONFLICT (chunk_batch_id, attempt) DO UPDATE SET ended_at = EXCLUDED.ended_at
+            RETURNING 1
+            """,
+            job=job,
+            minutes=minutes_ago,
+        )
+
+    def waits(column: str, value: str) -> None:
+        scene.hands.rows(f"UPDATE chunk_batches SET {column} = {value} WHERE job_id = :job RETURNING 1", job=job)
+
+    scene.fill()
+    (job,) = scene.jobs_in(scene.new)
+    embedded(job=job, minutes_ago=11)
+    waits("not_before", "now() - interval '11 min'")
+    assert not said()
+    low, normal = (
+        scene.client.enqueue([(priority, f"text {priority}")], collection="stays", priority=priority)
+        for priority in ("low", "normal")
+    )
+    scene.hands.work()
+    waits("state", "'available'")
+    waits("not_before", "now() - interval '11 min'")
+    embedded(job=low.id, minutes_ago=1)
+    embedded(job=normal.id, minutes_ago=11)
+    assert not said()
+    embedded(job=normal.id, minutes_ago=9)
+    assert said()
+    for column, other, value in (
+        ("route", "'openai'", "'local'"),
+        ("not_before", "now() - interval '9 min'", "now() - interval '11 min'"),
+        ("state", "'running'", "'available'"),
+    ):
+        waits(column, other)
+        assert not said()
+        waits(column, value)
+        assert said()
+    embedded(job=job, minutes_ago=9)
+    assert not said()
 
 
 def test_a_key_that_an_enqueue_has_used_is_left_alone(scene: Scene) -> None:

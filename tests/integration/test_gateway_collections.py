@@ -81,6 +81,25 @@ def test_texts_are_searched_as_the_client_searches_them(scene: GatewayScene, nam
         ]
 
 
+@pytest.mark.parametrize(
+    ("filter_in_json", "said"),
+    [
+        ('{"n": NaN}', "the body cannot be read, because it has NaN or Infinity, which JSON does not have"),
+        ('{"n": {"$gt": -Infinity}}', "it has NaN or Infinity"),
+        ('{"n": 1e400}', "filter at n: it is NaN or infinite; give a finite number"),
+        ('{"n": {"$in": 1}}', "filter at n.$in: it is a number; give a list of values"),
+        ('{"n": {"$bad": 1}}', "filter at n.$bad: there is no such operator; the operators are $eq"),
+        ('{"n": "\\ud800"}', "filter at n: it contains a lone surrogate"),
+        ('["zanzibarquokka"]', "filter is of type list; it must be a dict"),
+    ],
+)
+def test_an_odd_filter_gets_a_sentence(scene: GatewayScene, filter_in_json: str, said: str) -> None:
+    body, headers = f'{{"query": "x", "filter": {filter_in_json}}}', {"content-type": "application/json"}
+    answer = scene.http.post(of(DOCS, "/search"), content=body, headers=headers)
+    assert (answer.status_code, said in answer.json()["error"]["message"]) == (400, True), answer.text
+    assert "zanzibarquokka" not in answer.text
+
+
 def test_a_search_takes_a_filter_an_offset_a_least_score_and_a_chunk(scene: GatewayScene) -> None:
     def ids(**body: Any) -> list[str]:
         answer = scene.http.post(of(DOCS, "/search"), json={"query": near(f"{DOCS} number 3"), **body})

@@ -92,7 +92,7 @@ def test_a_number_of_many_digits_in_the_metadata_stays_exact(scene: GatewayScene
         (b'["1", "' + SECRET.encode() + b'"]', "JSON object"),
         (b'{"id": "1", "text": "t", "' + SECRET.encode() + b'": 1}', "metadata"),
         (b'{"id": "1", "text": "  "}', "empty"),
-        (b'{"id": "1", "text": "t", "metadata": {"n": NaN}}', "JSON readers"),
+        (b'{"id": "1", "text": "t", "metadata": {"n": NaN}}', "it has NaN or Infinity, which JSON does not have"),
         (b'{"id": "1", "text": "t", "metadata": {"n": ' + b"9" * 5000 + b"}}", "JSON readers"),
         (b'{"id": "1", "text": "\xff"}', "UTF-8"),
         (b"[" * 100_000, "JSON"),

@@ -60,6 +60,30 @@ def worked(client: Client, hands: Hands, db: sa.Engine) -> None:
 
 
 @pytest.mark.usefixtures("worked")
+def test_a_drawing_without_a_span_begins_with_the_first_work_of_the_last_day(db: sa.Engine) -> None:
+    def seconds(most: float = 24 * HOUR) -> float:
+        with db.begin() as conn:
+            return history.seconds_of_work(conn, most)
+
+    assert 100 * PART <= seconds() <= 105 * PART
+    assert seconds(60 * PART) == 60 * PART  # the attempt began before, and the second ChunkBatch waits
+    execute(db, "UPDATE chunk_batches SET created_at = :t, finished_at = :t WHERE id = 1", t=at(119))
+    assert 119 * PART <= seconds() <= 123 * PART
+    execute(db, "UPDATE chunk_batches SET created_at = now(), finished_at = NULL")
+    assert 80 * PART <= seconds() <= 84 * PART  # an attempt is work too
+    execute(db, "DELETE FROM usage")
+    assert seconds() == history.SHORTEST
+    execute(
+        db,
+        """
+        UPDATE chunk_batches
+        SET created_at = now() - interval '9 days', finished_at = now() - interval '8 days', state = 'completed'
+        """,
+    )
+    assert seconds() == 24 * HOUR
+
+
+@pytest.mark.usefixtures("worked")
 def test_tokens_stand_where_an_attempt_ran_and_waits_end_with_the_claim(db: sa.Engine) -> None:
     told = read(db)
     tokens = told.tokens[Route.LOCAL]

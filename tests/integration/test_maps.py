@@ -110,6 +110,8 @@ def test_the_command_draws_here_writes_a_page_and_gives_json(
     assert "● de 8   ● en 7   ● fr 7" in here
     assert "22 of 23 texts" in here
     assert max(map(len, here.splitlines())) <= 80
+    assert "No chunk here has the field" not in here
+    assert "No chunk here has the field 'language'" in " ".join(run("docs", "--by", "language").split())
     page = tmp_path / "map.html"
     told = json.loads(run("docs", "--by", "lang", "--out", str(page), "--json"))
     assert told["files"] == [str(page)]

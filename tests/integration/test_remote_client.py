@@ -228,6 +228,42 @@ def test_a_job_that_failed_is_an_error_with_its_number(scene: GatewayScene, clie
     assert raised.value.job_id == job.id
 
 
+def test_a_wait_says_what_hinders_the_job(
+    scene: GatewayScene, client: Remote, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = client.enqueue([("a", f"hindered {name} {client.kind}")], collection=name)
+    other = client.enqueue([("a", f"not hindered {name} {client.kind}")], collection=name)
+    with scene.db.begin() as conn:
+        failed = """
+            UPDATE chunk_batches
+            SET attempt = 1, error_code = 'model_not_found', error = 'there is no model quokka'
+            WHERE job_id = :id
+        """
+        conn.execute(sa.text(failed), {"id": job.id})
+    for waits in (job, other):
+        with pytest.raises(WaitTimeout) as raised:
+            client.wait(waits.id, timeout=0)
+        assert ("no model quokka" in str(raised.value)) is (waits is job)
+        answer = scene.http.get(f"/v1/jobs/{waits.id}").json()
+        assert ("no model quokka" in str(answer["hindrance"])) is (waits is job)
+        assert answer["hindrance"] == client.job(waits.id).hindrance
+    with scene.http.stream("GET", f"/v1/jobs/{job.id}/events") as events:
+        event = next(line for line in events.iter_lines() if line.startswith("data: "))
+    assert "no model quokka" in event
+    said: list[str] = []
+    looks = itertools.count()
+
+    def look(_: Any) -> None:
+        if next(looks) == 2:
+            scene.embed(job.id)
+
+    assert client.wait(job.id, on_progress=look, on_hindrance=said.append).state is JobState.COMPLETED
+    assert sum("no model quokka" in sentence for sentence in said) == 1
+    assert not caplog.records
+    assert client.job(job.id).hindrance is None
+    client.cancel(other.id)
+
+
 def test_a_job_is_cancelled_and_retried(scene: GatewayScene, client: Remote, name: str) -> None:
     job = client.enqueue([("a", f"cancelled {name} {client.kind}")], collection=name)
     assert client.cancel(job.id).state is JobState.CANCELLED

@@ -311,7 +311,8 @@ def test_progress_shows_a_bar_and_what_hinders_the_job(
 
     client.wait(jobs[0].id, timeout=PATIENCE, on_progress=look, progress=True)
     first, last = capsys.readouterr().err.splitlines()
-    assert first == f"job {jobs[0].id}: ChunkBatch 1 is available after attempt 1 of 5: host:1: no such kernel"
+    failed = "ChunkBatch 1 will be tried again, because attempt 1 of 5 failed: host:1: no such kernel"
+    assert first == f"job {jobs[0].id}: {failed}"
     assert last.startswith(f"job {jobs[0].id}: 1 of 1 text, completed after ")
     assert caplog.records == []
 

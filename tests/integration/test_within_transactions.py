@@ -25,8 +25,10 @@ from chunkmill.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from chunkmill.ledger.jobs import recover
+from chunkmill.ledger.jobs import jobs, recover
+from chunkmill.monitor.servers import read_status
 from chunkmill.settings import Settings
+from chunkmill.spaces import collections
 from tests.integration.hands import Hands
 from tests.support import reembeddings
 from tests.support.waiting import until
@@ -384,9 +386,44 @@ def test_who_waits_is_told_that_nobody_delivers_the_job(
         return str(caught.value)
 
     assert "is not delivered yet" in said(job)
+    assert "its log says why it does not" in str(client.job(job.id).hindrance)
     assert "delivered" not in said(fresh)
+    assert "a poller makes its ChunkBatches, and none is connected" in said(fresh)
     deliverer.round()
     assert "delivered" not in said(job)
+
+
+def test_a_job_in_the_outbox_is_listed_counted_and_explained(
+    own: sa.Engine, client: Client, deliverer: Deliverer, db: sa.Engine, settings: Settings
+) -> None:
+    opened = client.enqueue([("o", "text o")], collection="other")
+    with connection(own) as conn:
+        job = client.enqueue(CHUNKS, collection="docs", within=conn, idempotency_key="k")
+        client.enqueue(CHUNKS, collection="other", within=conn, route="local")
+        conn.commit()
+    with connection(own) as conn:
+        taken_back = client.enqueue(CHUNKS, collection="docs", within=conn)
+        conn.rollback()
+    listed = client.jobs()
+    assert [one.id for one in listed] == [job.id + 1, job.id, opened.id]
+    assert listed[1] == job
+    assert [one.id for one in client.jobs(1)] == [job.id + 1]
+    with db.begin() as conn:
+        other = collections.find(conn, "other").id
+        assert [one.id for one in jobs.page(conn, limit=9, collections=[other])] == [job.id + 1, opened.id]
+        assert [one.id for one in jobs.page(conn, limit=9, before=job.id + 1)] == [job.id, opened.id]
+        assert jobs.with_key(conn, "k") == job
+    status = read_status(settings)
+    assert (status.open_jobs, status.undelivered_jobs) == (3, 2)
+    explained = client.explain(job.id)
+    assert (explained.state, explained.open) == (JobState.ENQUEUEING, ())
+    assert "is not delivered yet" in explained.waits[0]
+    with pytest.raises(NotFound):
+        client.explain(taken_back.id)
+    deliverer.round()
+    assert [one.id for one in client.jobs()] == [job.id + 1, job.id, opened.id]
+    status = read_status(settings)
+    assert (status.open_jobs, status.undelivered_jobs) == (3, 0)
 
 
 def test_what_is_delivered_reaches_both_spaces_of_a_collection_that_moves(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def pdf(pages: Sequence[Sequence[str]], *, encrypted: bool = False) -> bytes:
-    """A PDF file with these lines of ASCII on each page. If it is ``encrypted``, nobody knows its password."""
+def pdf(pages: Sequence[Sequence[str]], *, encrypted: bool = False, action: str = "") -> bytes:
+    """A PDF file with these lines of ASCII on each page. If it is ``encrypted``, nobody knows its password.
+
+    ``action`` is what a reader is to do when the file is opened, as in ``/URI /URI (http://…)``.
+    """
     kids = [4 + 2 * number for number in range(len(pages))]
     objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Catalog /Pages 2 0 R {f'/OpenAction << /S {action} >> ' if action else ''}>>".encode(),
         f"<< /Type /Pages /Count {len(pages)} /Kids [{' '.join(f'{kid} 0 R' for kid in kids)}] >>".encode(),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]

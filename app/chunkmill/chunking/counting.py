@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from chunkmill.chunking.libraries import library
 from chunkmill.domain.spaces import OnLong, SpaceSpec
-from chunkmill.errors import InvalidInput, UnknownModel
-from chunkmill.models import resolve_model
+from chunkmill.errors import InvalidInput
+from chunkmill.models import tokenizer_of
 from chunkmill.openai.catalogue import model_for, resolve_space
 from chunkmill.openai.plan.tokens import TokenCounter, from_tokenizer_file, of_provider_model
 from chunkmill.settings import Settings
@@ -89,12 +89,9 @@ def of_folder(settings: Settings, spec: SpaceSpec) -> FolderCounter:
 
     Raises :class:`UnknownModel` if its tokenizer is not, and :class:`InvalidSetting` if it cannot be read.
     """
-    folder = resolve_model(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
-    file = folder.transformer / "tokenizer.json"
-    if not file.is_file():
-        raise UnknownModel(f"{folder.transformer} has no tokenizer.json, so its tokens cannot be counted here.")
-    tokenizer = from_tokenizer_file(file)
-    unused = tokenizer.overhead if folder.static else 0
-    empty = FolderCounter(tokenizer, spec.document_prompt, folder.lowercase, unused, 0)
+    stored = tokenizer_of(spec.model, pooling=settings.embedding_pooling, trust=settings.trust)
+    tokenizer = from_tokenizer_file(stored.path)
+    unused = tokenizer.overhead if stored.static else 0
+    empty = FolderCounter(tokenizer, spec.document_prompt, stored.lowercase, unused, 0)
     (around,) = empty.counts([""])
     return replace(empty, around=around)

@@ -16,6 +16,9 @@ from chunkmill.errors import ChunkmillError
 from chunkmill.python import collect_garbage_rarely, keep_children_out_of_the_folder
 from chunkmill.telemetry.logging import told
 
+NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])  # since click 8.2
+)
 SECTIONS = {
     "Getting started": {
         "demo": ("start.demo", "Embed and search Python's own documentation, to see it work."),
@@ -111,6 +114,8 @@ class Cli(click.Group):
             ctx.exit(130)
         except click.UsageError as error:
             if not screen.json:
+                if isinstance(error, NO_ARGUMENTS):
+                    raise  # its message is the help of a command that has commands below it
                 # It quotes what was typed, or pasted.
                 raise click.UsageError(shown(error.format_message()), error.ctx) from None
             screen.error("usage", error.format_message())

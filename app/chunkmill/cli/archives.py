@@ -164,9 +164,10 @@ def _there(conn: sa.Connection, settings: Settings) -> _Destination:
                    ) AS public_is_used
         """)
     ).one()
+    url = without_passwords(settings.require_database_url()).replace("+psycopg", "").replace("%2F", "/")
     return _Destination(
         _server(conn),
-        f"{row.database!r} at {without_passwords(settings.require_database_url()).replace('+psycopg', '')}",
+        f"{row.database!r} at {url}",
         installation.schema if installation else None,
         restored.is_empty(conn) if installation else True,
         connected_processes(conn),

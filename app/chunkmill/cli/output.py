@@ -65,10 +65,13 @@ class Screen:
         """Print one JSON document on one line, because another document follows."""
         click.echo(self._json(data))
 
-    def say(self, *parts: str | tuple[str, str]) -> None:
-        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed."""
+    def say(self, *parts: str | tuple[str, str], indent: int = 0) -> None:
+        """Print one line of text parts, some of which have a style. With ``--json`` nothing is printed.
+
+        If a terminal is too narrow for the line, it continues ``indent`` columns from the left.
+        """
         if not self.json:
-            _print_words(self.out, line_of(*parts))
+            _print_words(self.out, line_of(*parts), indent)
 
     def text(self, text: str) -> None:
         """Print a text that may have lines. With ``--json`` nothing is printed."""
@@ -87,9 +90,23 @@ class Screen:
         else:
             _print_words(self.err, Text.assemble(("error: ", "bold red"), (shown(message), "red")))
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print rows under column heads. Numbers stand to the right, and a long text continues on the next line."""
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], optional: Sequence[str] = ()) -> None:
+        """Print rows under column heads. Numbers stand to the right, and a long text continues on the next line.
+
+        If there is no room for all columns, ``optional`` ones are left out one after the other, and named below.
+        """
         cells = [[cell_of(value) for value in row] for row in rows]
+        for left_out in range(len(optional) + 1):
+            kept = [index for index, head in enumerate(columns) if head not in optional[:left_out]]
+            heads, shorter = [columns[index] for index in kept], [[row[index] for index in kept] for row in cells]
+            if _fits(heads, shorter, self.out.width):
+                self._table(heads, shorter)
+                if left_out:
+                    self.say((f"A wider terminal also shows: {', '.join(optional[:left_out])}. --json has all.", "dim"))
+                return
+        self._table(columns, cells)
+
+    def _table(self, columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> None:
         right = []
         for index in range(len(columns)):
             values = [row[index] for row in cells if row[index].plain != NOTHING]
@@ -119,6 +136,11 @@ class Screen:
         with self.out.capture() as capture:
             self.out.print(table)
         click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _fits(heads: Sequence[str], rows: Sequence[Sequence[Text]], width: int) -> bool:
+    columns = [[head, *(row[index].plain for row in rows)] for index, head in enumerate(heads)]
+    return column_widths(columns, width, cell_len) is not None
 
 
 _UNDERLINE = re.compile(r"^[ \t]*([=~^*#\"'`+-])\1{2,}[ \t]*(?:\n|\Z)", re.MULTILINE)

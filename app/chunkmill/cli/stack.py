@@ -129,10 +129,8 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @click.option(
     "--last",
     type=Quantity("time span", DAYS, "s", "90min, 24h or 7d"),
-    default="24h",
-    show_default=True,
     metavar="SPAN",
-    help="How far --plot looks back.",
+    help="How far --plot looks back.  [default: to the first work of the last 24h]",
 )
 @click.option(
     "--picture", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), callback=picture_file,
@@ -141,7 +139,13 @@ def _still_connected(status: StackStatus) -> dict[str, int]:
 @json_option
 @click.pass_obj
 def status(
-    screen: Screen, watching: bool, every: float, times: int | None, plot: bool, last: float, picture: Path | None
+    screen: Screen,
+    watching: bool,
+    every: float,
+    times: int | None,
+    plot: bool,
+    last: float | None,
+    picture: Path | None,
 ) -> None:
     """Show the servers, the migration, workers, doorbells and open jobs. Nothing is started."""
     if plot and watching:
@@ -312,6 +316,7 @@ def _status_fields(status: Status) -> dict[str, object]:
             "provider_connections": connections.provider_workers,
             "poller_connections": connections.pollers,
             "open_jobs": status.open_jobs,
+            "undelivered_jobs": status.undelivered_jobs,
             "lanes": [lane_fields(lane) for lane in lanes],
             "faults": [asdict(fault) for fault in faults],
             "money_usd": asdict(status.snapshot.money) if status.snapshot else None,
@@ -344,7 +349,8 @@ def _show_status(screen: Screen, status: Status) -> None:
         if there.has("provider") or any(lane.open for lane in lanes):
             shown["openai"] = _workers(there, "provider", START_PROVIDER_WORKER)
         shown["pollers"] = "connected" if there.connections.pollers else f"none connected; to start one: {START_POLLER}"
-        shown["open jobs"] = status.open_jobs
+        waits = f"{status.undelivered_jobs:,} in the outbox" if status.undelivered_jobs else None
+        shown["open jobs"] = f"{status.open_jobs:,}, of which {waits}" if waits else status.open_jobs
         shown |= lane_lines(lanes)
         if status.snapshot and (unconfirmed := unconfirmed_line(status.snapshot.money)):
             shown["money"] = unconfirmed

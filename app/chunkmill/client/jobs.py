@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
@@ -41,18 +41,17 @@ from chunkmill.domain.spaces import OnLong, Precision
 from chunkmill.domain.states import JobState, Priority, Route
 from chunkmill.errors import InvalidInput, StoreLimit, StoreUnavailable, WaitTimeout
 from chunkmill.ledger.access import spends
-from chunkmill.ledger.jobs import cancel, jobs, outbox, routing
+from chunkmill.ledger.jobs import cancel, jobs, routing
 from chunkmill.ledger.money import budget
-from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import attempts
-from chunkmill.monitor import present
+from chunkmill.monitor import hindrance
 from chunkmill.telemetry import tracing
 from chunkmill.telemetry.progress import JobProgress
 
 logger = logging.getLogger(__name__)
 
 HINDRANCE_SECONDS = 2.0
-"""How often `wait` looks for what hinders the job. The look reads the job's open ChunkBatches."""
+"""How often `wait` says what hinders the job, at most."""
 CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
 
@@ -178,17 +177,23 @@ class Jobs(ClientPart):
         if transaction is not None:
             with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
                 job = enqueue_within(self._db, request, chunks, transaction)
-                job = self.job(job) if isinstance(job, int) else job
+                job = self._job_now(job) if isinstance(job, int) else job
                 span.set({"space": job.space, "job": job.id, "chunks": job.chunks})
                 return job
         with store_errors(self._db), tracing.root("chunkmill.enqueue", {}, kind="PRODUCER") as span:
-            job = self.job(enqueue(self._db, self._settings, request, chunks, ring=self._ring, quote=quote))
+            job = self._job_now(enqueue(self._db, self._settings, request, chunks, ring=self._ring, quote=quote))
             span.set({"space": job.space, "job": job.id, "chunks": job.chunks, "contents": job.contents})
             return job
 
     def job(self, job_id: int) -> Job:
-        """The job as it is now. Raises :class:`NotFound`."""
+        """The job as it is now, with what hinders it. Raises :class:`NotFound`."""
         job_id = as_number("job_id", job_id)
+        with self._transaction() as conn:
+            job = jobs.get(conn, job_id)
+            return replace(job, hindrance=hindrance.read(conn, job))
+
+    def _job_now(self, job_id: int) -> Job:
+        """The job as it is now, without what hinders it."""
         with self._transaction() as conn:
             return jobs.get(conn, job_id)
 
@@ -280,7 +285,7 @@ class Jobs(ClientPart):
         on_hindrance: Callable[[str], object] | None,
     ) -> Steps[Job]:
         say = on_hindrance or partial(logger.warning, "job %s: %s", job_id)
-        hindered, hindered_at = "", time.monotonic()
+        hindered, hindered_at = None, time.monotonic()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             asked = time.monotonic()
@@ -294,16 +299,12 @@ class Jobs(ClientPart):
                     logger.warning("job %s: %s", job_id, job.notice)
                 return job
             if timeout is not None and deadline is not None and looked >= deadline:
-                advice = self._hindrance(job) or "Check with `chunkmill status` that a worker and a poller run."
+                advice = job.hindrance or "Check with `chunkmill status` that a worker and a poller run."
                 raise WaitTimeout(f"{still_open(job, timeout)} {advice}")
-            if looked >= hindered_at:
-                before = hindered
-                with contextlib.suppress(StoreUnavailable):  # the next look says so
-                    hindered = self._hindrance(job)
-                if hindered and hindered != before:
+            if looked >= hindered_at and job.hindrance != hindered:
+                hindered, hindered_at = job.hindrance, looked + HINDRANCE_SECONDS
+                if hindered:
                     yield Tell(say, hindered)
-                looked = time.monotonic()
-                hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
             yield watching.wait(pause, deadline, is_watched=on_progress is not None)
@@ -340,32 +341,6 @@ class Jobs(ClientPart):
         job = self.job(job_id)
         return self._futures.of(job)
 
-    def _hindrance(self, job: Job) -> str:
-        """What keeps a job from its end and does not pass by waiting, in a sentence or two; empty if nothing does."""
-        with self._transaction() as conn:
-            failing = attempts.first_failing(conn, job.id)
-            route = routing.lane_now(conn, job.id)
-            lane = provider_lanes.lane(conn, route) if route.is_paid else None
-            there = present.read(conn)
-            is_in_outbox = job.state is JobState.ENQUEUEING and outbox.is_kept(conn) and outbox.is_late(conn, job.id)
-        said = []
-        if is_in_outbox:
-            said.append(
-                "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of "
-                "a producer does: its log says why it does not"
-            )
-        if failing is not None:
-            said.append(failing.sentence)
-        if lane is not None and lane.why:
-            said.append(f"Lane {route} is {lane.state} {lane.why}")
-        if not there.connections.pollers:
-            said.append(
-                "No poller is connected, so only the first doorbells are rung, and what a dead worker held is not "
-                f"taken back. To start one: {present.START_POLLER}"
-            )
-        said += filter(None, [there.lack(route)])
-        return ". ".join(sentence.rstrip(".") for sentence in said)
-
     def cancel(self, job_id: int) -> Job:
         """Cancel a job: no ChunkBatch of it starts any more, and workers leave those they hold. Written vectors stay.
 
@@ -380,7 +355,7 @@ class Jobs(ClientPart):
             transact(self._db, lambda conn: cancel.cancel_if_open(conn, job_id), what="cancel", tries=CANCEL_TRIES)
             while transact(self._db, lambda conn: cancel.cancel_some(conn, job_id), what="cancel", tries=CANCEL_TRIES):
                 pass
-        return self.job(job_id)
+        return self._job_now(job_id)
 
     def retry(self, job_id: int) -> Job:
         """Embed what a failed or cancelled job left without a vector. Any other job is returned as it is."""
@@ -398,7 +373,7 @@ class Jobs(ClientPart):
                 )
         if again:
             self._take_up([job_id])
-        return self.job(job_id)
+        return self._job_now(job_id)
 
     def attempts(self, job_id: int) -> list[Attempt]:
         """All attempts at a job's ChunkBatches, the oldest first: which worker, how it ended, what it cost.

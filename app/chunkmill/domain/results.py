@@ -73,6 +73,9 @@ class Job(Printed):
     deleted: int | None = None
     """Chunks that were deleted because the source does not have them any more; None if the enqueue was not called with
     ``replace``, or has not come to the end of its deletions."""
+    hindrance: str | None = field(default=None, compare=False)
+    """What keeps the job from its end and does not pass by waiting, and what to do about it, in a sentence or a few.
+    None if nothing does, and where nobody looks for it: in lists, and in what an enqueue returns."""
 
     def __repr__(self) -> str:
         """One line with the fields that a person looks for first."""

@@ -110,7 +110,7 @@ def object_in(body: bytes) -> dict[str, Any]:
     try:
         value = exact_json(body)
     except NotJson as error:
-        raise Refusal(400, "invalid_json", f"{error}.") from None
+        raise Refusal(400, "invalid_json", f"the body cannot be read, because {error}.") from None
     if not isinstance(value, dict):
         raise Refusal(400, "invalid_json", "the body must be a JSON object.")
     return value

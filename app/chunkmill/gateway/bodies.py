@@ -69,12 +69,18 @@ def exact_json(data: bytes, encoding: str = "utf-8") -> Any:
         raise NotJson("it is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise NotJson(f"it is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except _Constant:
+        raise NotJson("it has NaN or Infinity, which JSON does not have; give a finite number, or null") from None
     except (ValueError, RecursionError):
         raise NotJson("it has a number or a nesting that JSON readers refuse") from None
 
 
+class _Constant(Exception):
+    """JSON has no NaN and no Infinity, which Python's reader takes."""
+
+
 def _no_constant(_: str) -> NoReturn:
-    raise ValueError("JSON has no NaN and no Infinity")
+    raise _Constant
 
 
 def _too_large(most: int) -> Refusal:

@@ -91,7 +91,7 @@ class Streams:
         try:
             while True:
                 news = watch.news
-                if watch.job is not None and watch.job != seen:
+                if watch.job is not None and watch.job is not seen:
                     seen = watch.job
                     yield seen
                     if seen.state.is_final:
@@ -120,7 +120,7 @@ class Streams:
                 begun = time.monotonic()
                 job = await look(job_id)
                 took = time.monotonic() - begun
-                if job != watch.job:
+                if watch.job is None or (job, job.hindrance) != (watch.job, watch.job.hindrance):
                     watch.job = job
                     watch.tell()
                 if job.state.is_final:

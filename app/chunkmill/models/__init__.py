@@ -6,7 +6,8 @@ It uses the standard library only, so a producer can read the space of a model w
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from chunkmill.domain.spaces import LongText, OnLong, Pooling, Precision, SpaceSpec, long_text_for
@@ -22,12 +23,15 @@ from chunkmill.models.names import Given, prompt_of, split_name, without_given
 __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_SPEC",
+    "DEFAULT_TOKENIZER",
     "DenseLayer",
     "LayerNormLayer",
     "ModelFolder",
+    "TokenizerFile",
     "cut_space",
     "resolve_model",
     "resolve_spec",
+    "tokenizer_of",
 ]
 
 # The space that reading the bundled folder gives (tests/unit/chunkmill/models/test_models.py compares the two). It is
@@ -41,7 +45,21 @@ DEFAULT_SPEC: Final = SpaceSpec(
     pooling=Pooling.MEAN,
     normalize=True,
 )
+DEFAULT_TOKENIZER: Final = Path(__file__).with_name("default_tokenizer.json")
+"""The tokenizer.json of the bundled folder (of sentence-transformers/all-MiniLM-L6-v2, Apache License 2.0), byte by
+byte. It is here so that a producer counts tokens without the model, whose package needs torch."""
 _NO_TRUST: Final = Trust()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    """A tokenizer.json, and how its model uses it."""
+
+    path: Path
+    lowercase: bool
+    """Texts become lower case before it."""
+    static: bool
+    """The model does not read the special tokens."""
 
 
 def resolve_model(
@@ -142,6 +160,20 @@ def resolve_spec(
         return spec if dimensions is None else cut_space(spec, dimensions, trust=trust)
     folder = resolve_model(name, pooling=pooling, on_long=on_long, precision=precision, trust=trust, keep=True)
     return folder.space(dimensions)
+
+
+def tokenizer_of(name: str, *, pooling: str | None = None, trust: Trust = _NO_TRUST) -> TokenizerFile:
+    """The tokenizer of a model. For the default model the worker's packages need not be installed.
+
+    Raises UnknownModel.
+    """
+    if split_name(name)[0] in DEFAULT_NAMES and bundled_folder() is None:
+        return TokenizerFile(DEFAULT_TOKENIZER, lowercase=False, static=False)
+    folder = resolve_model(name, pooling=pooling, trust=trust)
+    path = folder.transformer / "tokenizer.json"
+    if not path.is_file():
+        raise UnknownModel(f"{folder.transformer} has no tokenizer.json, so its tokens cannot be counted here.")
+    return TokenizerFile(path, folder.lowercase, folder.static)
 
 
 def cut_space(full: SpaceSpec, dimensions: int, *, trust: Trust = _NO_TRUST) -> SpaceSpec:

@@ -143,6 +143,35 @@ _PADDING = sa.text(
     """
 )
 
+# What was begun earlier and went on into the time that is asked for, went on from its begin.
+_FIRST = sa.text(
+    """
+    SELECT extract(epoch FROM now() - min(came))::float8
+    FROM (
+        SELECT greatest(created_at, CAST(:begin AS timestamptz)) AS came
+        FROM chunk_batches
+        WHERE created_at >= :begin OR finished_at >= :begin OR state = ANY (:open)
+        UNION ALL
+        SELECT created_at FROM usage WHERE created_at >= :begin
+    ) AS work
+    """
+)
+SHORTEST = 600.0
+
+
+def seconds_of_work(conn: sa.Connection, most: float) -> float:
+    """How long ago the first work of the last ``most`` seconds was: at least ten minutes, and ``most`` without any.
+
+    A drawing of a whole day shows little of an installation that is an hour old.
+    """
+    begin = conn.execute(_MOMENT).scalar_one() - timedelta(seconds=most)
+    known = {"begin": begin, "open": [ChunkBatchState.AVAILABLE, ChunkBatchState.RUNNING]}
+    passed: float | None = conn.execute(_FIRST, known).scalar_one()
+    if passed is None:
+        return most
+    step = 60.0 if passed < 2 * 3600 else 3600.0
+    return min(most, max(SHORTEST, math.ceil(1.02 * passed / step) * step))
+
 
 def read(conn: sa.Connection, seconds: float) -> History:
     """What happened in the last ``seconds``.

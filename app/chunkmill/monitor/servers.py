@@ -19,6 +19,7 @@ from chunkmill.db.connect import (
     unreachable_message,
 )
 from chunkmill.errors import StoreUnavailable
+from chunkmill.ledger.jobs import outbox
 from chunkmill.monitor import present, snapshot
 from chunkmill.monitor.present import Presence
 from chunkmill.monitor.snapshot import Snapshot
@@ -83,7 +84,9 @@ class Status:
     snapshot: Snapshot | None = None
     """None before the migration that created the tables of the paid routes."""
     open_jobs: int | None = None
-    """None before the first migration."""
+    """None before the first migration. Those in the outbox are among them."""
+    undelivered_jobs: int = 0
+    """Open jobs that wait in the outbox."""
     redis: RedisServer | None = None
     redis_error: str | None = None
     doorbells: Mapping[str, int] | None = None
@@ -93,11 +96,14 @@ class Status:
 def read_status(settings: Settings) -> Status:
     """Read both servers once. A server that is away raises nothing, because the status has to say so."""
     database = database_error = taken = open_jobs = server = redis_error = doorbells = None
+    undelivered = 0
     try:
         with _connected(settings) as conn:
             database = _database(conn)
             if _has_table(conn, "jobs"):
-                open_jobs = sum(n for state, n in snapshot.jobs_by_state(conn).items() if not state.is_final)
+                undelivered = outbox.count(conn) if outbox.is_kept(conn) else 0
+                opened = sum(n for state, n in snapshot.jobs_by_state(conn).items() if not state.is_final)
+                open_jobs = opened + undelivered
             if _has_table(conn, "provider_lanes"):
                 taken = snapshot.take(conn, settings)
     except StoreUnavailable as error:
@@ -113,7 +119,7 @@ def read_status(settings: Settings) -> Status:
         redis_error = f"cannot use Redis at {without_passwords(settings.require_redis_url())}: {error}"
     finally:
         broker.close()
-    return Status(database, database_error, taken, open_jobs, server, redis_error, doorbells)
+    return Status(database, database_error, taken, open_jobs, undelivered, server, redis_error, doorbells)
 
 
 def read_database(settings: Settings) -> Database:

@@ -161,21 +161,25 @@ class Jobs(Asking):
         *,
         timeout: float | None = None,
         on_progress: Callable[[Job], object] | None = None,
+        on_hindrance: Callable[[str], object] | None = None,
         progress: bool = False,
     ) -> Steps[Job]:
         """Wait until a job has finished, and return it. ``timeout`` is in seconds; None waits for ever.
 
         ``progress`` shows a bar: in the cell of a notebook, on a terminal (stderr), or else as a line every 5 s.
         ``on_progress`` is called with the job each time it was read. A gateway that cannot be reached for a while is
-        waited for. :attr:`Job.notice` is a warning in the log at the end. Raises :class:`JobFailed` if chunks are left
+        waited for. ``on_hindrance`` gets a sentence when something hinders the job that does not pass by waiting
+        (:attr:`Job.hindrance`); without it the sentence stands under the bar, or is a warning in the log, and so is
+        :attr:`Job.notice` at the end. Raises :class:`JobFailed` if chunks are left
         without a vector, :class:`WaitTimeout` and :class:`NotFound`. A cancelled job is returned as it is.
         """
         as_number("job_id", job_id)
         as_function("on_progress", on_progress)
+        as_function("on_hindrance", on_hindrance)
         seconds = None if timeout is None else as_seconds("timeout", timeout)
         bar = JobProgress(job_id) if as_flag("progress", progress) else None
         try:
-            return (yield from self._looks(job_id, seconds, on_progress, bar))
+            return (yield from self._looks(job_id, seconds, on_progress, on_hindrance, bar))
         finally:
             if bar is not None:
                 bar.close()
@@ -185,8 +189,11 @@ class Jobs(Asking):
         job_id: int,
         seconds: float | None,
         on_progress: Callable[[Job], object] | None,
+        on_hindrance: Callable[[str], object] | None,
         bar: JobProgress | None,
     ) -> Steps[Job]:
+        say = on_hindrance or (bar.note if bar is not None else partial(logger.warning, "job %s: %s", job_id))
+        hindered = None
         deadline = None if seconds is None else self._deadline(seconds)
         pause = FIRST_LOOK_S
         while True:
@@ -198,12 +205,17 @@ class Jobs(Asking):
                 yield Tell(on_progress, job)
             require_not_failed(job)
             if job.state.is_final:
-                if job.notice:
+                if job.notice and on_hindrance is None:
                     logger.warning("job %s: %s", job_id, job.notice)
                 return job
             left = None if deadline is None else deadline - self._clock()
             if seconds is not None and left is not None and left <= 0:
-                raise WaitTimeout(f"{still_open(job, seconds)} GET /health says whether a worker runs.")
+                advice = job.hindrance or "GET /health says whether a worker runs."
+                raise WaitTimeout(f"{still_open(job, seconds)} {advice}")
+            if job.hindrance != hindered:
+                hindered = job.hindrance
+                if hindered:
+                    yield Tell(say, hindered)
             yield Pause(pause if left is None else min(pause, left))
             pause = min(LONGEST_LOOK_S, pause * 1.5)
 

@@ -384,7 +384,9 @@ def dockerfile_problems(text: str) -> list[str]:
         if not installs or any(line.count("pip install") != len(by_digest.findall(line)) for line in installs):
             found.append(f"{target} installs what has no digest")
         extras = set(re.findall(r"locked\.py ([\w,]+) > requirements\.txt", " ".join(installs)))
-        if extras != {{"app": "embedded,flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]}:
+        if extras != {
+            {"app": "documents,embedded,flower,gateway,metrics,openai,tracing", "worker": "worker,tracing"}[target]
+        }:
             found.append(f"{target} installs {sorted(extras)}")
     if re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|API_KEY|TOKEN)|\.env\b", text, re.MULTILINE):
         found.append("a secret is in a layer")
@@ -411,7 +413,7 @@ def test_the_dockerfile_keeps_every_rule() -> None:
         ("worker installs what has no digest", "--require-hashes --no-deps --only-binary :all: -r torch.txt", "torch"),
         (
             "app installs ['flower,worker']",
-            "locked.py embedded,flower,gateway,metrics,openai,tracing",
+            "locked.py documents,embedded,flower,gateway,metrics,openai,tracing",
             "locked.py flower,worker",
         ),
         ("a secret is in a layer", "ARG PIP_EXTRA_INDEX_URL=", "ARG OPENAI_API_KEY="),

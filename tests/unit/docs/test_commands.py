@@ -96,7 +96,7 @@ def test_nothing_is_installed_from_a_public_index_by_our_name(document: Path) ->
 
 
 def test_the_deployment_files_show_commands() -> None:
-    assert len(commands_in(read_text(ROOT / "docker-compose.yml"), inline=False)) == 2
+    assert len(commands_in(read_text(ROOT / "docker-compose.yml"), inline=False)) == 3
     assert sum(len(commands_in(read_text(path))) for path in COMMENTED) > 8
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 import click
+from rich.text import Text
 
 from chunkmill.cli.late import Client
 from chunkmill.cli.output import Group, Screen, count, json_option
@@ -37,7 +38,11 @@ def collections(context: click.Context, exact: bool) -> None:
             ["collection", "aliases", "space", "model", "chunks", "embedded", "pending", "dead", "index", "rows",
              "tail", "index MB", "created", "last enqueue"],
             [_row(info) for info in infos],
+            optional=["rows", "tail", "index MB", "created", *([] if any(i.aliases for i in infos) else ["aliases"]),
+                      "space", "model", "embedded"],
         )  # fmt: skip
+        if not all(info.counted for info in infos):
+            screen.say(("~ is an estimate; --exact counts.", "dim"))
 
 
 def _row(info: CollectionInfo) -> tuple[object, ...]:
@@ -49,14 +54,14 @@ def _row(info: CollectionInfo) -> tuple[object, ...]:
         ", ".join(info.aliases) or None,
         info.space[:12],
         info.model,
-        f"{about}{info.chunks:,}",
-        f"{about}{info.embedded:,}",
+        Text(f"{about}{info.chunks:,}", justify="right"),
+        Text(f"{about}{info.embedded:,}", justify="right"),
         info.pending,
         info.dead,
         "ready" if info.index.is_ready else "building" if info.index.rows or info.index.tail else None,
         info.index.rows,
         info.index.tail,
-        f"{info.index.bytes / 1e6:,.1f}",
+        Text(f"{info.index.bytes / 1e6:,.1f}", justify="right"),
         f"{info.created_at.astimezone():%Y-%m-%d}",
         None if last is None else f"{last.astimezone():%Y-%m-%d %H:%M}",
     )

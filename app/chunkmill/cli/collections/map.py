@@ -84,6 +84,11 @@ def map(  # noqa: A001 - it is the command's name
     for path in files:
         screen.say(f"The map is in {path}.")
     screen.say((drawn.caption(), "dim"))
+    if by is not None and drawn.values and all(value is None for value in drawn.values):
+        screen.hint(
+            f"No chunk here has the field {by!r} in its metadata. To see the fields: "
+            f"chunkmill chunks list {collection} --limit 3"
+        )
 
 
 def fields(drawn: CollectionMap) -> dict[str, object]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import click
+from rich.cells import cell_len
 from rich.text import Text
 
 from chunkmill.cli.collections.canary import canary
@@ -26,7 +27,9 @@ INCOMPLETE = 3
 PREVIEW = 120
 """Maximum number of columns of a hit's text."""
 HEADING = 50
-"""Maximum number of characters of the heading above a hit."""
+"""Maximum number of columns of the heading above a hit."""
+SHORT_HEADING = 16
+"""With fewer columns left, a heading gets a line of its own instead of being shortened."""
 
 
 class Mix(click.ParamType[object]):
@@ -263,8 +266,10 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
     for hit in hits:
         cut = [("  (cut)", "yellow")] if hit.truncated else []
         mixed = [] if hit.mixed is None else [(f"  mixed {hit.mixed:.3f}", "dim")]
-        place = [(f"  {where}", "dim")] if (where := _place(hit)) else []
-        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *place, *mixed, *cut)
+        used = 8 + cell_len(hit.chunk_id) + (13 if mixed else 0) + (7 if cut else 0)
+        room = screen.out.width - used - 2 if screen.out.is_terminal else HEADING
+        place = [(f"  {where}", "dim")] if (where := _place(hit, room)) else []
+        screen.say((f"{hit.score:6.3f}  ", "green"), (hit.chunk_id, "bold"), *mixed, *cut, *place, indent=8)
         # A chunk that was cut often begins with a heading or the end of a sentence, so all of it is one paragraph here.
         text = " ".join(hit.text[: 8 * width].split()) if "document" in hit.metadata else hit.text
         screen.say(" " * 8, beginning(text, width))
@@ -275,13 +280,19 @@ def show_hits(screen: Screen, hits: list[SearchHit]) -> None:
         )
 
 
-def _place(hit: SearchHit) -> str:
-    """Where in its document a chunk stands, if `enqueue --chunk` cut it: under which heading, on which page."""
+def _place(hit: SearchHit, room: int) -> str:
+    """Where in its document a chunk stands, if `enqueue --chunk` cut it: under which heading, on which page.
+
+    The heading is shortened to what is left of the line, ``room`` columns, if that is enough to know it again.
+    """
     if "document" not in hit.metadata:
         return ""
     headings, page = hit.metadata.get("headings"), hit.metadata.get("page")
-    said = [str(headings[-1])[:HEADING]] if isinstance(headings, list) and headings else []
-    return ", ".join(said + ([f"page {page}"] if isinstance(page, int) else []))
+    paged = [f"page {page}"] if isinstance(page, int) else []
+    room -= len(", ".join(["", *paged]))
+    limit = min(HEADING, room) if room >= SHORT_HEADING else HEADING
+    said = [beginning(str(headings[-1]), limit)] if isinstance(headings, list) and headings else []
+    return ", ".join(said + paged)
 
 
 def show_plan(screen: Screen, plan: SearchPlan) -> None:

@@ -20,10 +20,12 @@ from chunkmill.files import Folder, Kind
 
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst"))
 NAMED = 5
-"""How many of the skipped entries are named, and how many kinds of files; the others are counted."""
+"""How many of the skipped entries are named; the others are counted."""
 SPHINX_PARTS = {"_sources", "_static", "searchindex.js"}
 """What Sphinx puts beside the pages that it makes: what they were made from, and what they look and are searched
 with."""
+ENDS, LONGEST_END = 100, 12
+"""How many ends of names are told apart, and how long they may be, so that memory does not grow with a folder."""
 
 
 @dataclass(slots=True)
@@ -33,8 +35,8 @@ class SkippedEntries:
     count: int = 0
     first: list[str] = field(default_factory=list)
     """Path and reason of the first ones."""
-    kinds: Counter[str] = field(default_factory=Counter)
-    """How many files are of another kind than those that are read, by the ends of their names."""
+    others: Counter[str] = field(default_factory=Counter)
+    """How many files of other kinds there were, by the ends of their names."""
     named: Collection[Path] = ()
     """Files that are sources of their own, so they do not count among these."""
 
@@ -43,17 +45,30 @@ class SkippedEntries:
         if len(self.first) < NAMED:
             self.first.append(f"{path} {why}")
 
+    def add_other(self, path: Path) -> None:
+        """Count a file that is no document by its name."""
+        end = suffix_of(path.name)
+        end = end if len(end) <= LONGEST_END else ""
+        self.others[end if end in self.others or len(self.others) < ENDS else ""] += 1
+
+    def of_other_kinds(self, readable: Collection[str] = (), tables: Collection[str] = ()) -> str:
+        """How many files were not read because of their names; empty if there was none. ``--chunk`` would read the
+        ``readable`` ones, and ``tables`` have records."""
+        if not self.others:
+            return ""
+        counts = sorted(self.others.items(), key=lambda counted: (-counted[1], counted[0]))
+        kinds = [f"{number:,} {end or 'of other names'}" for end, number in counts[:NAMED]]
+        rest = sum(number for _, number in counts[NAMED:])
+        more = [f"{rest:,} more"] if rest else []
+        ends = sorted(set(readable) & set(self.others))
+        hint = f"; --chunk 200 reads {', '.join(ends)} too" if ends else ""
+        if not self.others.keys().isdisjoint(tables):
+            hint += "; to enqueue the records of a table, name it beside the folder"
+        return f"not read because of their kind: {', '.join(kinds + more)}{hint}"
+
     def __str__(self) -> str:
         more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         return f"skipped: {'; '.join(self.first)}{more}"
-
-    @property
-    def by_kind(self) -> str:
-        """The files of other kinds in words, such as ``4 .png, 1 .csv``; empty if there are none."""
-        named = [f"{n:,} {suffix or 'without an ending'}" for suffix, n in self.kinds.most_common(NAMED)]
-        if rest := self.kinds.total() - sum(n for _, n in self.kinds.most_common(NAMED)):
-            named.append(f"{rest:,} others")
-        return ", ".join(named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +145,10 @@ def _read_at(
     path = root.joinpath(*at)
     is_text = suffix_of(path.name) in suffixes
     if kind != "link":
-        if kind == "file" and not is_text and path not in skipped.named:
-            skipped.kinds[suffix_of(path.name)] += 1
         if is_text and kind == "other":
             skipped.add(path, "is not a regular file")
+        if kind == "file" and not is_text and path not in skipped.named:
+            skipped.add_other(path)
         return at if is_text and kind == "file" else None
     try:
         target = inside.joinpath(*at).resolve(strict=True)

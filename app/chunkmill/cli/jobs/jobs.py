@@ -271,8 +271,8 @@ def enqueue(
                 bar.note(f"{count(cutter.documents, 'document')} cut into {count(cutter.chunks, 'chunk')}")
             if reader.skipped.count:
                 bar.note(str(reader.skipped))
-            if reader.skipped.kinds:
-                bar.note(reader.not_read)
+            if others := reader.of_other_kinds():
+                bar.note(others)
         if dry_run:
             show_estimate(screen, estimate)
         else:
@@ -303,6 +303,7 @@ def jobs(screen: Screen, limit: int, watching: bool, every: float, times: int | 
         screen.table(
             ["job", "state", "collection", "chunks", "done", "dead", "began", "took", "tokens/s"],
             [_row(job) for job in latest],
+            optional=["tokens/s", "took"],
         )
 
 
@@ -447,6 +448,7 @@ def show_job(
         "took": duration((job.finished_at - job.created_at).total_seconds()) if job.finished_at else None,
         "error": job.error,
         "failing": failing and failing.sentence,
+        "hindered": None if failing else job.hindrance,
     }
     screen.fields({name: value for name, value in fields.items() if value is not None})
     if dead and job.dead_chunks:

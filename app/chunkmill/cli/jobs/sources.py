@@ -156,16 +156,9 @@ class Reader:
                         "what cannot be read into the job's dead list and enqueue the rest."
                     )
 
-    @property
-    def not_read(self) -> str:
-        """What to do about the files of folders that are of other kinds. ``skipped.kinds`` must not be empty."""
-        kinds = self.skipped.kinds.keys()
-        hints = []
-        if self._cutter is None and not kinds.isdisjoint(DOCUMENT_SUFFIXES):
-            hints.append("--chunk reads HTML, PDF and source files too")
-        if not kinds.isdisjoint(FORMATS):
-            hints.append("to enqueue the records of a table, name it as a source of its own")
-        return "; ".join([f"not read, because they are of other kinds: {self.skipped.by_kind}", *hints])
+    def of_other_kinds(self) -> str:
+        """What was not read in folders because of the names of the files; empty if there is nothing of it."""
+        return self.skipped.of_other_kinds(DOCUMENT_SUFFIXES if self._cutter is None else (), FORMATS)
 
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
         form = self._form
@@ -383,7 +376,9 @@ def _folder(
         else:
             yield from _cut_at(path, cutter.document(document, path, skipped, form.encoding))
     if is_empty:
-        why = f" ({skipped})" if skipped.count else ""
+        others = skipped.of_other_kinds(DOCUMENT_SUFFIXES if cutter is None else ())
+        reasons = "; ".join(filter(None, [str(skipped) if skipped.count else "", others]))
+        why = f" ({reasons})" if reasons else ""
         kinds = ".txt, .md or .rst" if cutter is None else "text, Markdown, HTML, PDF or source"
         if cutter is not None and cutter.suffixes is not DOCUMENT_SUFFIXES:
             kinds = " or ".join(sorted(cutter.suffixes))

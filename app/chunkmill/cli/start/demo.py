@@ -254,19 +254,19 @@ def _show_end(screen: Screen, run: _Run, *, keep: bool) -> None:
     for command, what in (
         *_activation(),
         ("chunkmill up", "Postgres and Redis that keep running"),
-        ("celery -A chunkmill_workers worker -Q gpu", "a worker, on each machine with a GPU"),
-        ("chunkmill poller", "a poller, in another terminal"),
-        ("chunkmill enqueue FOLDER -c docs --chunk 200", "or .jsonl, .csv, .parquet"),
+        ("chunkmill worker", "in another terminal: it embeds"),
+        ("chunkmill poller", "in a third: it repeats what was lost"),
+        ("chunkmill enqueue FOLDER -c docs --chunk 200", "documents, or FILE.csv"),
         ('chunkmill search "a question" -c docs', ""),
     ):
-        screen.say(f"  {command:<45} ", (what, "dim"))
+        screen.say(f"  {command:<45} ", (what, "dim"), indent=48)
     screen.say("")
     screen.say(("In Python", "bold"))
     for line in (
         "from chunkmill import Client",
         "client = Client.from_env()",
-        'job = client.enqueue([("id-1", "a text"), ("id-2", "another")], collection="docs")',
+        'job = client.enqueue([("id-1", "a text")], collection="docs")',
         "client.wait(job.id)",
-        'client.search("a question", collection="docs", k=5)',
+        'print(client.search("a question", collection="docs", k=5))',
     ):
         screen.say(f"  {line}")

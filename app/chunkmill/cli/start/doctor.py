@@ -431,9 +431,9 @@ def _show(screen: Screen, checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         style = STATE_STYLES[check.state]
-        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), check.found)
+        screen.say((f"{marks[check.state]} ", style), (f"{check.name:<{width}}  ", ""), check.found, indent=width + 4)
         if check.advice:
-            screen.say(" " * (width + 4), (check.advice, style))
+            screen.say(" " * (width + 4), (check.advice, style), indent=width + 4)
     failed = sum(check.state == "fail" for check in checks)
     screen.say("")
     if failed:

@@ -25,7 +25,7 @@ PADDING_COLOUR = "#cc79a7"
 LEFT, ROWS = 9, 5
 """The columns of the numbers beside a drawing, and its rows."""
 PIPE_COLUMNS, COLUMNS = 78, 130
-HALF_DAY = 12 * 3600.0
+HALF_DAY, DAY = 12 * 3600.0, 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Panel:
     colour: str
 
 
-def plot(screen: Screen, settings: Settings, *, seconds: float, picture: Path | None) -> None:
-    """Read the last ``seconds`` and draw them."""
+def plot(screen: Screen, settings: Settings, *, seconds: float | None, picture: Path | None) -> None:
+    """Read the last ``seconds`` and draw them; without them, the last day from its first work on."""
     db = create_db(settings.require_database_url(), role="cli")
     try:
         require_migrated(db)
         with store_errors(db), db.begin() as conn:
-            told = history.read(conn, seconds)
+            told = history.read(conn, history.seconds_of_work(conn, DAY) if seconds is None else seconds)
     finally:
         db.dispose()
     if picture is not None:
@@ -93,12 +93,12 @@ def panels(told: History) -> list[Panel]:
         made.append(Panel(f"tokens/s, {lane}", summary, rates, most, f"{most:,g}", COLOURS[lane]))
     known = [share for share in told.padding if share is not None]
     if known:
-        summary = f"share of the computed tokens that was not text; {100 * max(known):.1f} % at most"
+        summary = f"{100 * max(known):.1f} % at most of the computed tokens were not text"
         most = round_up(max(known))
         made.append(Panel("padding", summary, told.padding, most, f"{100 * most:g} %", PADDING_COLOUR))
     for lane, waits in told.waits.items():
         most = round_up(max(waits))
-        summary = f"the oldest ChunkBatch that no worker had yet; {duration(max(waits))} at most"
+        summary = f"{duration(max(waits))} at most until a worker took a ChunkBatch"
         made.append(Panel(f"waiting, {lane}", summary, waits, most, duration(most), COLOURS[lane]))
     return made
 

@@ -132,11 +132,12 @@ def _totals(snapshot: Snapshot, totals: Totals | None) -> Table:
         ("dead chunks", f"{totals.dead_chunks:,}" if totals else NOTHING),
         ("pollers", "connected" if snapshot.connections.pollers else "none, start one: chunkmill poller"),
     ]
-    line = Text()
-    for name, value in pairs:
-        line.append(f"{name} ", style="dim")
-        line.append(f"{value}   ", style="red" if value.startswith("none") else "")
-    table.add_row(line)
+    for row in (pairs[:4], pairs[4:]):  # all of them are too long for a terminal with 80 columns
+        line = Text()
+        for name, value in row:
+            line.append(f"{name} ", style="dim")
+            line.append(f"{value}   ", style="red" if value.startswith("none") else "")
+        table.add_row(line)
     table.add_row(_money(snapshot.money))
     return table
 

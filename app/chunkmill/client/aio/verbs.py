@@ -145,7 +145,7 @@ class AsyncVerbs(Running):
         )
 
     async def job(self, job_id: int) -> Job:
-        """The job as it is now. Raises :class:`NotFound`."""
+        """The job as it is now, with what hinders it. Raises :class:`NotFound`."""
         return await self._short(self._client.job, job_id)
 
     async def jobs(self, limit: int = 20) -> list[Job]:

@@ -11,6 +11,7 @@ from chunkmill.domain.lanes import Lane
 from chunkmill.domain.results import Explanation, JobProviderBatch, OpenWork, RoutingStep
 from chunkmill.domain.states import ChunkBatchState, JobState, ProviderBatchState, Route
 from chunkmill.errors import NotFound
+from chunkmill.ledger.jobs import outbox
 from chunkmill.ledger.provider import provider_lanes
 
 SHOWN_PROVIDER_BATCHES = 100
@@ -24,7 +25,7 @@ def explain(conn: sa.Connection, job_id: int) -> Explanation:
         sa.text("SELECT state, route, deadline, routing FROM jobs WHERE id = :id"), {"id": job_id}
     ).one_or_none()
     if job is None:
-        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+        return _undelivered(conn, job_id)
     lanes = {lane.route: lane for lane in provider_lanes.lanes(conn)}
     work, provider_batches = _open_work(conn, job_id), _provider_batches(conn, job_id)
     return Explanation(
@@ -38,6 +39,16 @@ def explain(conn: sa.Connection, job_id: int) -> Explanation:
         tuple(lanes.values()),
         provider_batches,
     )
+
+
+def _undelivered(conn: sa.Connection, job_id: int) -> Explanation:
+    """Explain a job that is in the outbox."""
+    entry = outbox.read(conn, job_id) if outbox.is_kept(conn) else None
+    if entry is None:
+        raise NotFound(f"there is no job {job_id}; `chunkmill jobs` lists the latest.")
+    waits = outbox.WAITS if outbox.is_late(conn, job_id) else outbox.WAITS.partition(":")[0]
+    lanes = tuple(provider_lanes.lanes(conn))
+    return Explanation(job_id, JobState.ENQUEUEING, entry.route, entry.deadline, (), (), (waits,), lanes, ())
 
 
 def _step(entry: dict[str, Any]) -> RoutingStep:

@@ -353,21 +353,29 @@ def page(
     conn: sa.Connection, *, limit: int, before: int | None = None, collections: Sequence[int] | None = None
 ) -> list[Job]:
     """The newest ``limit`` jobs, without their dead chunks: those with a smaller id than ``before``, and of these
-    collections only, if they are given.
+    collections only, if they are given. Those in the outbox are among them.
     """
+    # One that is delivered between the two looks is seen twice, and the latter one counts.
+    undelivered = []
+    if outbox.is_kept(conn):
+        undelivered = outbox.listed(conn, limit=limit, before=before, collections=collections)
     if collections is None:
         rows = conn.execute(sa.text(_PAGE), {"before": before, "limit": limit})
     else:
         parameters = {"before": before, "limit": limit, "collections": list(collections)}
         rows = conn.execute(sa.text(_PAGE_OF_COLLECTIONS), parameters)
-    return _all(conn, rows.scalars().all())
+    opened = _all(conn, rows.scalars().all())
+    by_id = {job.id: job for job in (*undelivered, *opened)}
+    return sorted(by_id.values(), key=lambda job: job.id, reverse=True)[:limit]
 
 
 def with_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
     """The job that an enqueue with this key created, without its dead chunks."""
     query = "SELECT id FROM jobs WHERE idempotency_key = :key"
     jobs = _all(conn, conn.execute(sa.text(query), {"key": idempotency_key}).scalars().all())
-    return jobs[0] if jobs else None
+    if jobs:
+        return jobs[0]
+    return outbox.job_of_key(conn, idempotency_key) if outbox.is_kept(conn) else None
 
 
 def space_id(conn: sa.Connection, job_id: int) -> int:

@@ -29,6 +29,11 @@ OUTBOX_CHANNEL = "chunkmill_outbox"
 LATE_SECONDS = 10.0
 """After how long in the outbox nobody seems to deliver a job."""
 
+WAITS = (
+    "The job was enqueued within a transaction and is not delivered yet, which a poller with the rights of a producer "
+    "does: its log says why it does not"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class OutboxEntry:
@@ -285,6 +290,48 @@ def job(conn: sa.Connection, job_id: int) -> Job | None:
     """The job of a committed entry as it is now: its chunks are still to be enqueued."""
     row = conn.execute(_JOB, {"job_id": job_id}).one_or_none()
     return None if row is None else as_job(row)
+
+
+def job_of_key(conn: sa.Connection, idempotency_key: str) -> Job | None:
+    """The job of the committed entry with this key; None if there is none."""
+    entry = of_key(conn, idempotency_key)
+    return None if entry is None else job(conn, entry.job_id)
+
+
+# Whoever looks at some collections sees the entries for these. One for a collection that is still to be made has none.
+_LISTED = sa.text("""
+SELECT o.job_id, o.collection, o.fingerprint, o.request -> 'spec' ->> 'model', o.request ->> 'route',
+       o.request ->> 'priority', o.idempotency_key, o.n_chunks, o.created_at
+FROM outbox_jobs o
+WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = o.job_id)
+  AND (CAST(:before AS bigint) IS NULL OR o.job_id < CAST(:before AS bigint))
+  AND (
+      CAST(:collections AS bigint[]) IS NULL
+      OR o.collection IN (SELECT c.name FROM collections c WHERE c.id = ANY(CAST(:collections AS bigint[])))
+  )
+ORDER BY o.job_id DESC
+LIMIT :limit
+""")
+
+
+def listed(
+    conn: sa.Connection, *, limit: int, before: int | None = None, collections: Sequence[int] | None = None
+) -> list[Job]:
+    """The newest ``limit`` jobs that are not opened: with a smaller id than ``before``, and of these collections only,
+    if they are given.
+    """
+    parameters = {
+        "limit": limit,
+        "before": before,
+        "collections": None if collections is None else list(collections),
+    }
+    return [as_job(row) for row in conn.execute(_LISTED, parameters)]
+
+
+def count(conn: sa.Connection) -> int:
+    """How many jobs are not opened."""
+    query = "SELECT count(*) FROM outbox_jobs o WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = o.job_id)"
+    return int(conn.execute(sa.text(query)).scalar_one())
 
 
 def as_job(row: Sequence[Any]) -> Job:

@@ -111,10 +111,10 @@ def entry(choice: Choice, at: datetime) -> dict[str, str]:
     return kept if choice.instead_of is None else {**kept, "instead_of": choice.instead_of.value}
 
 
-def lane_now(conn: sa.Connection, job_id: int) -> Route:
-    """The lane of a job that exists."""
-    row = conn.execute(sa.text("SELECT route, routing FROM jobs WHERE id = :id"), {"id": job_id}).one()
-    return lane_of(row.route, row.routing)
+def lane_now(conn: sa.Connection, job_id: int) -> Route | None:
+    """The lane of a job; None if it is in the outbox and was not delivered yet."""
+    row = conn.execute(sa.text("SELECT route, routing FROM jobs WHERE id = :id"), {"id": job_id}).one_or_none()
+    return None if row is None else lane_of(row.route, row.routing)
 
 
 def lane_of(asked: str, routing: Sequence[dict[str, Any]]) -> Route:

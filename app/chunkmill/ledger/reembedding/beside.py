@@ -65,7 +65,8 @@ def open_beside(
     try:
         route, choice = choose(conn, settings, space.spec, reembedding_id)
     except ChunkmillError as error:
-        logger.info("the poller embeds the new chunks into space %s, because this process cannot: %s", space_id, error)
+        name = space.spec.fingerprint[:12]
+        logger.info("the poller embeds the new chunks into space %s, because this process cannot: %s", name, error)
         return None
     return jobs.open_job(
         conn,

@@ -43,6 +43,10 @@ RECHECK_SECONDS = 60.0
 """A space in which all was there is looked at again after so many seconds, or 20 times as long as the look took."""
 RETRY_SECONDS = 10.0
 """A pass that left contents alone is followed by the next one after so many seconds."""
+PASSED_OVER_SECONDS = 600
+"""After so many seconds in which workers took nothing of the filling, and took other work, that is said."""
+LATEST_JOBS = 1_000
+"""Among how many of the newest jobs such work is looked for, besides the open ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +135,23 @@ def fill_some(db: sa.Engine, settings: Settings, reembedding_id: int) -> bool:
 def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) -> str | None:
     """What keeps the filling from its end that does not pass by waiting, as a sentence that says what to do."""
     query = """
-        SELECT f.space_id, f.job_id, f.failed, j.state
+        SELECT f.space_id, f.job_id, f.failed, j.state, s.fingerprint, s.model
         FROM reembedding_fills f
+        JOIN spaces s ON s.id = f.space_id
         LEFT JOIN jobs j ON j.id = f.job_id
         WHERE f.reembedding_id = :id
         ORDER BY f.space_id
     """
     for row in conn.execute(sa.text(query), {"id": reembedding_id}).all():
+        space_name = f"{row.fingerprint[:12]} ({row.model!r})"
         if row.state == JobState.CANCELLED:
-            return f"Job {row.job_id}, which fills the space, was cancelled. Go on with `chunkmill retry {row.job_id}`."
+            return (
+                f"Job {row.job_id}, which fills space {space_name}, was cancelled. Go on with `chunkmill retry "
+                f"{row.job_id}`."
+            )
         if row.failed:
             return (
-                f"{row.failed:,} contents cannot be embedded into space {row.space_id}: their ChunkBatches were "
+                f"{row.failed:,} contents cannot be embedded into space {space_name}: their ChunkBatches were "
                 "discarded after the last attempt, or their texts are lost. `chunkmill jobs` shows the jobs that "
                 f"failed, such as {row.job_id}; `chunkmill retry` tries them again."
             )
@@ -152,8 +161,57 @@ def why_waiting(conn: sa.Connection, settings: Settings, reembedding_id: int) ->
                 if space is not None:
                     choose(conn, settings, space.spec, reembedding_id)
             except ChunkmillError as error:
-                return f"Space {row.space_id} cannot be filled from here: {error}"
+                return f"Space {space_name} cannot be filled from here: {error}"
+        elif _is_passed_over(conn, row.job_id):
+            return (
+                f"Nothing of job {row.job_id}, which fills space {space_name}, was embedded for "
+                f"{PASSED_OVER_SECONDS // 60} minutes, because workers always have work of a higher priority. Start "
+                f"more workers. Or give up the filling with `chunkmill reembed cancel {reembedding_id}`, and begin "
+                "again with `chunkmill reembed start` and a higher --priority."
+            )
     return None
+
+
+# The conditions stand in the order of what they cost: while the filling goes on, the first one ends the look. Which of
+# the latest jobs were embedded is read by their index; the table of attempts has none by time.
+_IS_PASSED_OVER = sa.text("""
+SELECT CASE
+    WHEN EXISTS (SELECT FROM chunk_batches WHERE job_id = :job AND state = :running) THEN false
+    WHEN NOT EXISTS (
+        SELECT FROM chunk_batches
+        WHERE job_id = :job AND state = :available AND not_before < now() - make_interval(secs => :seconds)
+    ) THEN false
+    WHEN EXISTS (
+        SELECT FROM usage
+        WHERE job_id = :job AND coalesce(ended_at, created_at) > now() - make_interval(secs => :seconds)
+    ) THEN false
+    ELSE EXISTS (
+        SELECT FROM (
+            SELECT id, priority FROM jobs WHERE state IN (:enqueueing, :open)
+            UNION
+            (SELECT id, priority FROM jobs ORDER BY id DESC LIMIT :latest)
+        ) j
+        JOIN usage u ON u.job_id = j.id AND coalesce(u.ended_at, u.created_at) > now() - make_interval(secs => :seconds)
+        JOIN chunk_batches b ON b.id = u.chunk_batch_id
+        WHERE j.priority < (SELECT priority FROM jobs WHERE id = :job)
+          AND b.route = (SELECT route FROM chunk_batches WHERE job_id = :job AND state = :available LIMIT 1)
+    )
+END
+""")
+
+
+def _is_passed_over(conn: sa.Connection, job_id: int) -> bool:
+    """Whether workers have long had nothing of a job, and something of jobs of a higher priority on its lane."""
+    parameters = {
+        "job": job_id,
+        "seconds": PASSED_OVER_SECONDS,
+        "latest": LATEST_JOBS,
+        "available": ChunkBatchState.AVAILABLE,
+        "running": ChunkBatchState.RUNNING,
+        "enqueueing": JobState.ENQUEUEING,
+        "open": JobState.RUNNING,
+    }
+    return bool(conn.execute(_IS_PASSED_OVER, parameters).scalar_one())
 
 
 def job_ids(conn: sa.Connection) -> list[int]:

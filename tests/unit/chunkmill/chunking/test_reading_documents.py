@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_python_states_its_encoding_in_its_first_lines() -> None:
 def test_the_blanks_before_code_stay() -> None:
     document = read_text("def f():\n    one()\n\n    two()\n", Kind.TEXT)
     assert blocks(document) == [(0, "def f():\n    one()"), (0, "    two()")]
+
+
+def test_no_document_makes_its_reader_ask_an_address(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("zanzibarquokka")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        html = f"""
+            <html><head><link rel=stylesheet href="{url}"><meta http-equiv=refresh content="0;{url}">
+            <script>fetch("{url}")</script></head><body background="{url}"><p>stones</p><img src="{url}">
+            <iframe src="{url}"></iframe><object data="file://{tmp_path}/secret.txt"></object></body></html>
+        """
+        actions = [
+            f"/JavaScript /JS (this.submitForm\\('{url}'\\);)",
+            f"/URI /URI ({url})",
+            f"/GoToR /F << /Type /Filespec /FS /URL /F ({url}) >>",
+            f"/Launch /F ({tmp_path}/secret.txt)",
+            f"/ImportData /F ({tmp_path}/secret.txt)",
+        ]
+        books = [pdf([["stones"]], action=action) for action in actions]
+        texts = [from_bytes(html.encode(), Kind.HTML, "a.html")]
+        texts += [from_bytes(book, Kind.PDF, "a.pdf") for book in books]
+        assert [document.text for document in texts] == ["stones"] * 6
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_a_chunk_of_a_pdf_says_its_pages(tmp_path: Path) -> None:

@@ -67,23 +67,20 @@ def test_all_kinds_of_documents_in_a_folder_are_cut(chunker: Chunker, folder: Pa
     assert counted["a.md"] > 4
     assert counted["f.PDF"] == 1
     assert items.skipped.first == [f"{folder}/e.txt has no text"]
-    assert items.skipped.by_kind == "1 .docx"
+    assert items.of_other_kinds() == "not read because of their kind: 1 .docx"
 
 
-def test_files_that_are_not_read_are_counted_by_their_kind_with_what_reads_them(chunker: Chunker, folder: Path) -> None:
-    for name in ("Makefile", "x.png", "y.PNG", "prices.csv"):
-        (folder / name).write_text("id,text\n1,flour\n")
+def test_a_table_in_a_folder_is_counted_unless_it_is_a_source_of_its_own(chunker: Chunker, folder: Path) -> None:
+    (folder / "prices.csv").write_text("id,text\n1,flour\n")
     items = reader(chunker, folder)
     assert len(by_document(items)) == 4
-    assert items.not_read.startswith("not read, because they are of other kinds: 2 .png, ")
-    assert "1 without an ending" in items.not_read
-    assert items.not_read.endswith("; to enqueue the records of a table, name it as a source of its own")
-    assert ".csv" not in (both := reader(chunker, folder, folder / "prices.csv")).skipped.by_kind
+    counted = (
+        "not read because of their kind: 1 .csv, 1 .docx; to enqueue the records of a table, name it beside the folder"
+    )
+    assert items.of_other_kinds() == counted
+    both = reader(chunker, folder, folder / "prices.csv")
     assert by_document(both)["1"] == 1
-    assert "1 .docx" in both.skipped.by_kind and ".csv" not in both.skipped.by_kind
-    uncut = Reader([str(folder)], Fields(), skip=True, stdin=io.BytesIO())
-    list(uncut)
-    assert "; --chunk reads HTML, PDF and source files too; " in uncut.not_read
+    assert both.of_other_kinds() == "not read because of their kind: 1 .docx"
 
 
 def test_compressed_documents_are_read_like_others(chunker: Chunker, folder: Path) -> None:

@@ -46,6 +46,22 @@ def read(folder: Path) -> tuple[dict[str, str], SkippedEntries, list[str]]:
     return texts, reader.skipped, refused
 
 
+def test_files_that_are_not_read_because_of_their_kind_are_counted(folder: Path) -> None:
+    for name in ("page.html", "sub/Page.HTML", "map.png", "LICENSE", ".hidden.pdf", "a.very-long-end-of-a-name"):
+        (folder / name).write_text("x")
+    _, skipped, _ = read(folder)
+    assert skipped.of_other_kinds() == "not read because of their kind: 2 of other names, 2 .html, 1 .png"
+    assert skipped.of_other_kinds({".html", ".pdf"}).endswith("1 .png; --chunk 200 reads .html too")
+    (folder / "a.md").unlink()
+    (folder / "sub" / "b.txt").unlink()
+    with pytest.raises(
+        InvalidInput,
+        match=r"contains no .* file \(not read because .*; --chunk 200 reads .html",
+    ):
+        read(folder)
+    assert SkippedEntries().of_other_kinds({".html"}) == ""
+
+
 def test_a_link_that_leaves_the_folder_is_named_and_skipped(folder: Path) -> None:
     (folder / "l1.txt").symlink_to("../secret.txt")
     (folder / "l2.txt").symlink_to(folder.parent / "secret.txt")

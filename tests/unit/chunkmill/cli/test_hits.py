@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from chunkmill.cli.collections.search import show_hits, show_plan
 from chunkmill.cli.output import Screen
@@ -34,6 +37,15 @@ def test_a_hit_of_a_document_says_its_heading_and_its_page(capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert lines[::2] == [" 0.900  a#1  Stones, page 7", " 0.800  b#1", " 0.700  c"]
     assert lines[3] == "        ## y more"
+
+
+def test_the_heading_of_a_hit_is_shortened_to_the_line_of_a_terminal() -> None:
+    screen = Screen(as_json=False)
+    written = io.StringIO()
+    screen.out = Console(width=59, force_terminal=True, file=written, color_system=None)
+    long = {"document": "a", "headings": ["The message of an exception that is not ours is left out"], "page": 7}
+    show_hits(screen, [SearchHit(0.9, "a-rather-long.md#1", "x", long, truncated=True)])
+    assert written.getvalue().splitlines()[0] == " 0.900  a-rather-long.md#1  (cut)  The message of …, page 7"
 
 
 def test_a_plan_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,3 +262,22 @@ def test_what_is_imported_late_is_what_the_type_checker_sees() -> None:
         assert stands_in._real() is not None
     assert late.keys.create is importlib.import_module("chunkmill.ledger.access.keys").create
     assert isinstance(Settings.from_env(), late.Settings)
+
+
+@pytest.mark.parametrize("name", ["dead", "chunks"])
+def test_a_command_that_lacks_the_command_below_it_shows_its_help(name: str) -> None:
+    ended = CliRunner().invoke(cli, [name])
+    assert ended.exit_code == 2
+    assert ended.output.startswith(f"Usage: cli {name} [OPTIONS] COMMAND [ARGS]...\n\n  ") and "⏎" not in ended.output
+
+
+@pytest.mark.parametrize(("width", "heads", "left_out"), [(60, 4, ""), (26, 3, "size"), (20, 2, "size, created")])
+def test_a_table_leaves_out_optional_columns_for_want_of_room_and_names_them(
+    width: int, heads: int, left_out: str
+) -> None:
+    screen, written = Screen(as_json=False), io.StringIO()
+    screen.out = Console(width=width, file=written, force_terminal=True, color_system=None)
+    screen.table(["name", "size", "created", "last"], [("docs", 12, "2026-11-29", "now")], ["size", "created"])
+    lines = written.getvalue().splitlines()
+    assert len(lines[0].split()) == heads and lines[1].split()[0] == "docs"
+    assert (f"also shows: {left_out}. --json has all." in " ".join(written.getvalue().split())) is bool(left_out)

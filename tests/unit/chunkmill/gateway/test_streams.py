@@ -53,6 +53,19 @@ async def all_of(following: AsyncGenerator[Job | None, None]) -> list[Job | None
     return [news async for news in following]
 
 
+def test_who_follows_a_job_hears_when_something_hinders_it_and_when_it_is_over(row: Row) -> None:
+    async def scene() -> None:
+        following = Streams().follow(1, row.look)
+        told = []
+        for hindrance in (None, "No worker is connected", None):
+            row.job = replace(JOB, hindrance=hindrance)
+            told.append(await anext(following))
+        assert [job and job.hindrance for job in told] == [None, "No worker is connected", None]
+        await following.aclose()
+
+    run(scene())
+
+
 def test_many_followers_of_a_job_cost_one_look(row: Row) -> None:
     async def scene() -> None:
         own = Streams()

@@ -16,7 +16,7 @@ import pytest
 from chunkmill.domain.spaces import LongText, OnLong, Pooling
 from chunkmill.domain.trust import Trust
 from chunkmill.errors import UnknownModel
-from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC, resolve_model, resolve_spec
+from chunkmill.models import DEFAULT_MODEL, DEFAULT_SPEC, resolve_model, resolve_spec, tokenizer_of
 
 BERT = {"model_type": "bert", "hidden_size": 8, "max_position_embeddings": 512}
 
@@ -72,6 +72,20 @@ def test_a_producer_without_the_package_knows_the_default_space(monkeypatch: pyt
     assert resolve_spec(DEFAULT_MODEL, on_long=OnLong.SPLIT).long_text is LongText.SPLIT
     with pytest.raises(UnknownModel, match=r"\.\[worker\]"):
         resolve_model(DEFAULT_MODEL)
+
+
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, f"sentence-transformers/{DEFAULT_MODEL}?document_prompt=p"])
+def test_a_producer_without_the_package_has_the_tokenizer_of_the_default_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = tokenizer_of(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    kept = tokenizer_of(name)
+    assert kept.path != bundled.path
+    assert kept.path.read_bytes() == bundled.path.read_bytes()
+    assert (kept.lowercase, kept.static) == (bundled.lowercase, bundled.static)
+    with pytest.raises(UnknownModel):
+        tokenizer_of("org/other@1")
 
 
 def test_reading_a_model_imports_nothing_heavy() -> None:

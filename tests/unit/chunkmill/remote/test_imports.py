@@ -64,13 +64,12 @@ def test_both_clients_have_the_same_methods_with_the_same_arguments_and_name_pub
 
 
 def test_a_method_takes_the_arguments_of_the_method_of_client() -> None:
-    """Which are fewer: a gateway embeds in its own precision, says itself what hinders a job, and uses no bridges."""
+    """Which are fewer: a gateway embeds in its own precision, and uses no bridges."""
     left_out = {
         "enqueue": {"within"},
         "embed": {"precision"},
         "search": {"bridge"},
         "embed_texts": {"precision", "caller", "blank"},
-        "wait": {"on_hindrance"},
     }
     for name in vars(RemoteClient):
         if name.startswith("_") or name in ("from_env", "close"):
