@@ -100,7 +100,8 @@ class InvalidChunk(InvalidInput):
         self.chunk_id = chunk_id
         """The id as it is shown: shortened, and without characters that a log cannot hold."""
         self.known_id = known_id
-        """The chunk's whole id, if it has a valid one: then the source has this chunk, although it cannot be stored."""
+        """The chunk's whole id, if it has a valid one: then the source has this chunk, although it cannot be stored.
+        It may also be the id of a document that cannot be read."""
         self.position = position
         self.reason = reason
         """A stable word for the kind of problem, such as ``empty_id``. It is the ``code`` in the dead list."""

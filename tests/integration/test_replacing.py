@@ -115,6 +115,17 @@ def test_a_bad_chunk_with_an_id_keeps_what_the_collection_has_of_it(producer: Cl
     assert (ids(producer), job.refused, job.deleted) == (names(0, 3, 4), 2, 3)
 
 
+def test_a_document_that_cannot_be_read_keeps_the_chunks_that_were_cut_from_it(producer: Client) -> None:
+    cut = [(f"{document}#{n}", f"{document} {n}") for document in ("a.pdf", "a.pdf#b", "b.pdf") for n in range(7)]
+    producer.enqueue([*cut, ("a.pdf", "from before it was cut"), ("a", "x")], collection="docs")
+    bad = InvalidChunk("no PDF", chunk_id="a.pdf", position=1, reason="unreadable", known_id="a.pdf")
+    given = [("b.pdf#3", "b.pdf 3"), bad]
+    assert producer.estimate(given, collection="docs", replace=True, on_invalid="skip").deleted == 14
+    job = producer.enqueue(given, collection="docs", replace=True, on_invalid="skip")
+    assert (ids(producer), job.deleted) == (["a.pdf", *(f"a.pdf#{n}" for n in range(7)), "b.pdf#3"], 14)
+    assert producer.enqueue(given[:1], collection="docs", replace=True).deleted == 8
+
+
 def test_a_filter_says_which_chunks_a_source_stands_for(producer: Client) -> None:
     producer.enqueue([*some(*range(6), source="wiki"), *some(*range(10, 16), source="mail")], collection="docs")
     job = producer.enqueue(some(1, 2, source="wiki"), collection="docs", replace={"source": "wiki"})

@@ -59,12 +59,13 @@ class Document:
     """``blocks`` are in their order, do not overlap, and leave out only white space of ``text``.
 
     ``pages`` has the position in ``text`` at which each page begins, the first page being page 1. It is empty if the
-    document has no pages.
+    document has no pages. ``has_only_links`` is true for a page that leads to others and says little itself.
     """
 
     text: str
     blocks: Sequence[Block]
     pages: Sequence[int] = ()
+    has_only_links: bool = False
 
 
 class DocumentBuilder:
@@ -86,13 +87,22 @@ class DocumentBuilder:
         self._parts.append(text)
         self._length += len(text)
 
-    def document(self) -> Document:
-        return Document("".join(self._parts), self._blocks)
+    def document(self, *, has_only_links: bool = False) -> Document:
+        return Document("".join(self._parts), self._blocks, has_only_links=has_only_links)
+
+
+def suffix_of(name: str) -> str:
+    """The end of a file's name that says its kind, in lower case: ``.html`` for ``Index.HTML`` and ``index.html.gz``.
+
+    If nothing stands before ``.gz`` that says it, it is ``.gz``.
+    """
+    plain = PurePath(name.lower())
+    return plain.with_suffix("").suffix or plain.suffix if plain.suffix == ".gz" else plain.suffix
 
 
 def kind_of(name: str) -> Kind | None:
     """The kind of a file by its name; None if such a file is not a document."""
-    return KINDS.get(PurePath(name).suffix.lower())
+    return KINDS.get(suffix_of(name))
 
 
 def paragraphs(text: str, start: int, end: int) -> list[Block]:

@@ -28,6 +28,11 @@ _SIGNS: Final = frozenset(("¶", "§", "🔗"))
 """The text of a link to the place where it stands. In a heading it may also be #."""
 MOST_NESTED: Final = 1_000
 """How deeply elements may nest; Chromium flattens deeper than 512. The parser's time grows with size times depth."""
+MANY_LINKS: Final = 20
+"""How many links an index has at least."""
+SHARE_OF_LINKS: Final = 0.75
+"""How much of an index's text is in links. Of the pages of the manuals of Python 3.11 and Git 2.39, all those with 0.75
+or more are indexes and tables of contents, and so are those of 0.66 to 0.75, which are read."""
 _TAG: Final = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
 _UNCLOSED: Final = frozenset((
     "area", "base", "br", "col", "dd", "dt", "embed", "hr", "img", "input", "li", "link", "meta", "option", "p",
@@ -48,7 +53,9 @@ def read_html(html: str) -> Document:
     joined = DocumentBuilder()
     if page.body is not None:
         root, is_main = _main(page)
-        _Walk(joined, is_main=is_main).run(root)
+        walk = _Walk(joined, is_main=is_main)
+        walk.run(root)
+        return joined.document(has_only_links=walk.has_only_links)
     return joined.document()
 
 
@@ -60,6 +67,18 @@ def _depth(html: str) -> int:
             depth = max(0, depth + (-1 if tag[1] else 1))
             deepest = max(deepest, depth)
     return deepest
+
+
+def _is_link(node: Any) -> bool:
+    return node.tag == "a" and "href" in node.attributes
+
+
+def _without_empty_cells(line: str) -> str:
+    """A line of a table without the signs of the cells at its end that have no text."""
+    end = len(line)
+    while line.endswith(" |", 0, end):
+        end -= 2
+    return "" if line[:end] == "|" else line[:end]
 
 
 def _main(page: Any) -> tuple[Any, bool]:
@@ -83,6 +102,14 @@ class _Walk:
         self._cells = 0
         self._is_item = False
         self._was_item = False
+        self._links = 0
+        self._in_links = 0
+        self._length = 0
+        self._of_links = 0
+
+    @property
+    def has_only_links(self) -> bool:
+        return self._links >= MANY_LINKS and self._of_links >= SHARE_OF_LINKS * self._length
 
     def run(self, root: Any) -> None:
         end = root.mem_id
@@ -107,11 +134,17 @@ class _Walk:
         tag = node.tag
         if tag == "-text":
             text = node.text_content or ""
+            length = len(text.strip())
+            self._length += length
+            self._of_links += length if self._in_links else 0
             self._line.append(text if self._listings else _WHITE.sub(" ", text))
             return False
         if tag.startswith(("-", "!")) or tag in self._unread or self._is_left_out(node, tag):
             return False
-        if tag in ("br", "tr"):
+        if _is_link(node):
+            self._links += 1
+            self._in_links += 1
+        elif tag in ("br", "tr"):
             self._line.append("\n")
         elif tag in ("td", "th"):
             self._cells += bool(self._cells) or node.css_first(_LARGE) is None
@@ -126,7 +159,9 @@ class _Walk:
 
     def _leave(self, node: Any) -> None:
         tag = node.tag
-        if tag in ("td", "th") and self._cells:
+        if _is_link(node):
+            self._in_links -= 1
+        elif tag in ("td", "th") and self._cells:
             self._cells -= 1
             self._line.append(" | ")
         elif (tag in _BLOCKS or tag in ("td", "th")) and not self._is_line(tag):
@@ -155,7 +190,7 @@ class _Walk:
         if self._listings:
             text = text.strip("\n").rstrip()
         else:
-            lines = (" ".join(filter(None, line.split(" "))).removesuffix(" |") for line in text.split("\n"))
+            lines = (_without_empty_cells(" ".join(filter(None, line.split(" ")))) for line in text.split("\n"))
             text = "\n".join(filter(None, lines))
         if not text.strip():
             return

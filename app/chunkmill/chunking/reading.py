@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import re
 import tokenize
-from typing import BinaryIO, Final
+import zlib
+from typing import BinaryIO, Final, cast
 
 from chunkmill.chunking.document import Block, Document, Kind, paragraphs, trimmed
 from chunkmill.chunking.html import read_html
@@ -27,19 +29,41 @@ class UnreadableDocument(ValueError):
 
 
 def read(file: BinaryIO, kind: Kind, name: str) -> Document:
-    """The document in ``file``, which is open for reading in binary. ``name`` says how code states its encoding.
+    """The document in ``file``, which is open for reading in binary.
 
-    Raises :class:`UnreadableDocument`, OSError, and :class:`InvalidInput` if a library is not installed.
+    ``name`` says whether it is compressed with gzip, and how code states its encoding. Raises
+    :class:`UnreadableDocument`, OSError, and :class:`InvalidInput` if a library is not installed.
     """
+    file, name = unpacked(file, name)
     if kind is Kind.PDF:
         try:
             return read_pdf(file)
         except ValueError as error:
             raise UnreadableDocument(str(error)) from None
+    return read_text(_decoded(content_of(file), kind, name), kind)
+
+
+def unpacked(file: BinaryIO, name: str) -> tuple[BinaryIO, str]:
+    """A file and its name without ``.gz`` at the end, if that is there. Otherwise both are returned as they are.
+
+    Raises :class:`UnreadableDocument` if it cannot be unpacked, or has more than :data:`MAX_DOCUMENT_BYTES` then.
+    """
+    if not name.lower().endswith(".gz"):
+        return file, name
+    try:
+        with gzip.GzipFile(fileobj=file) as packed:
+            content = content_of(cast("BinaryIO", packed))
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UnreadableDocument("it is no whole gzip file; write it again") from None
+    return io.BytesIO(content), name[:-3]
+
+
+def content_of(file: BinaryIO) -> bytes:
+    """What is in the file. Raises :class:`UnreadableDocument` if that is more than :data:`MAX_DOCUMENT_BYTES`."""
     content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise UnreadableDocument(f"the file is longer than {MAX_DOCUMENT_BYTES:,} bytes; split it into several files")
-    return read_text(_decoded(content, kind, name), kind)
+    return content
 
 
 def read_text(text: str, kind: Kind) -> Document:

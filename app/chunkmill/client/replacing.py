@@ -38,20 +38,22 @@ class Replacement:
     fence: int
 
     def noting(self, items: Iterable[PreparedChunk | InvalidChunk]) -> Iterator[PreparedChunk | InvalidChunk]:
-        """The items of the source, whose ids are noted on the way.
+        """The items of the source, whose ids are noted on the way, also those of what was refused.
 
         An id is noted before its item is used, or with the last ones. Use them when ``conn`` is in no transaction.
         """
         ids: list[str] = []
+        refused: list[str] = []
         for item in items:
-            chunk_id = item.id if isinstance(item, PreparedChunk) else item.known_id
-            if chunk_id is not None:
-                ids.append(chunk_id)
-            if len(ids) == NOTE_STEP:
-                self._note(ids)
-                ids = []
+            if isinstance(item, PreparedChunk):
+                ids.append(item.id)
+            elif item.known_id is not None:
+                refused.append(item.known_id)
+            if len(ids) + len(refused) == NOTE_STEP:
+                self._note(ids, refused)
+                ids, refused = [], []
             yield item
-        self._note(ids)
+        self._note(ids, refused)
 
     def missing(self) -> int:
         """How many chunks :meth:`delete` would delete now."""
@@ -80,10 +82,11 @@ class Replacement:
         with self.conn.begin():
             streams.add_deleted(self.conn, job_id, n)
 
-    def _note(self, ids: list[str]) -> None:
-        if ids:
+    def _note(self, ids: list[str], refused: list[str]) -> None:
+        if ids or refused:
             with self.conn.begin():
                 store.add_source_ids(self.conn, ids)
+                store.add_refused_ids(self.conn, refused)
 
     def _windows(self, job_id: int) -> Iterator[list[str]]:
         after: str | None = None if self.collection_id is None else ""
@@ -105,7 +108,7 @@ class Replacement:
 @contextlib.contextmanager
 def rehearse(conn: sa.Connection, collection: str, chosen: Filter) -> Iterator[Replacement]:
     """Only count what would be deleted. The source's ids are noted, and nobody is kept waiting."""
-    with dropping(conn, store.SOURCE_IDS):
+    with dropping(conn, store.SOURCE_IDS, store.REFUSED_IDS):
         with conn.begin():
             store.create_source_ids(conn)
             named = collections.resolve(conn, collection)
@@ -115,7 +118,7 @@ def rehearse(conn: sa.Connection, collection: str, chosen: Filter) -> Iterator[R
 @contextlib.contextmanager
 def begin(conn: sa.Connection, collection: str, chosen: Filter) -> Iterator[Replacement]:
     """Begin to replace, before the source is read. ``conn`` serves the whole enqueue, and watches the collection."""
-    with dropping(conn, store.SOURCE_IDS):
+    with dropping(conn, store.SOURCE_IDS, store.REFUSED_IDS):
         with conn.begin():
             streams.require_deletions(conn)
             store.create_source_ids(conn)

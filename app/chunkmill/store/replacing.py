@@ -20,6 +20,8 @@ WINDOW = 20_000
 """How many chunks one statement looks at."""
 SOURCE_IDS = "source_ids"
 """The temporary table of a session with the ids that its source has."""
+REFUSED_IDS = "refused_ids"
+"""The temporary table of a session with the ids of what its source has and could not give: chunks and documents."""
 
 _NEXT = "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint) AS number"
 
@@ -54,13 +56,21 @@ def unwatch(conn: sa.Connection, collection_id: int) -> None:
 
 
 def create_source_ids(conn: sa.Connection) -> None:
-    """Create the temporary table. Drop it with :func:`chunkmill.db.temporary.dropping`."""
+    """Create the temporary tables. Drop them with :func:`chunkmill.db.temporary.dropping`."""
     conn.execute(sa.text(f"CREATE TEMP TABLE {SOURCE_IDS} (chunk_id text PRIMARY KEY)"))
+    conn.execute(sa.text(f"CREATE TEMP TABLE {REFUSED_IDS} (id text PRIMARY KEY)"))
 
 
 def add_source_ids(conn: sa.Connection, ids: Sequence[str]) -> None:
     """Note that the source has these ids. One that comes again is noted once."""
     insert = f"INSERT INTO {SOURCE_IDS} SELECT unnest(CAST(:ids AS text[])) ON CONFLICT DO NOTHING"
+    conn.execute(sa.text(insert), {"ids": list(ids)})
+
+
+def add_refused_ids(conn: sa.Connection, ids: Sequence[str]) -> None:
+    """Note that the source has these, and that nobody knows their texts: the chunks of these ids, and those that
+    :mod:`chunkmill.chunking` cut from documents of these ids, stay."""
+    insert = f"INSERT INTO {REFUSED_IDS} SELECT unnest(CAST(:ids AS text[])) ON CONFLICT DO NOTHING"
     conn.execute(sa.text(insert), {"ids": list(ids)})
 
 
@@ -86,6 +96,9 @@ def pick_missing(
             CROSS JOIN ({_NEXT}) n
             WHERE c.job_id <= :job AND {is_old("c.written_by")} AND ({condition})
               AND NOT EXISTS (SELECT FROM {SOURCE_IDS} s WHERE s.chunk_id = c.chunk_id)
+              AND NOT EXISTS (
+                  SELECT FROM {REFUSED_IDS} r WHERE r.id IN (c.chunk_id, regexp_replace(c.chunk_id, '#[^#]*$', ''))
+              )
         )
         SELECT (SELECT array_agg(chunk_id ORDER BY chunk_id) FROM missing) AS ids,
                (SELECT CASE WHEN count(*) = :size THEN max(chunk_id) END FROM looked_at) AS last

@@ -87,6 +87,29 @@ def in_utf8(file: BinaryIO, encoding: str | None) -> BinaryIO:
     return cast("BinaryIO", io.BufferedReader(_Recoded(head, file, encoding), PIECE))
 
 
+def document_text(content: bytes, encoding: str | None) -> str:
+    """The text of a whole document. What is marked as UTF-16, or is valid UTF-8, is read so whatever ``encoding`` says.
+
+    A folder has documents in several encodings, and only one can be named. That a longer text in another encoding is
+    valid UTF-8 does not happen; one of ASCII alone may be in any encoding. Raises ValueError, which names the line.
+    """
+    if encoding is not None and not encoding.startswith("utf-"):
+        is_marked = content.startswith(tuple(_BOMS))
+        encoding = None if is_marked or (not content.isascii() and _is_utf8(content)) else encoding
+    text = in_utf8(io.BytesIO(content), encoding).read().decode("utf-8", "surrogateescape")
+    if wrong := problem_in(text, encoding):
+        raise ValueError(f"in line {1 + text.count(chr(10), 0, first_problem(text)):,}, {wrong}")
+    return text
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def problem_in(text: str, encoding: str | None) -> str | None:
     """What is wrong with a text if some of its bytes could not be decoded; None if all could. It quotes one byte."""
     if (wrong := _ESCAPED.search(text)) is None:

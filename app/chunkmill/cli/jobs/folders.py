@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from chunkmill.chunking.document import HTML_SUFFIXES, suffix_of
 from chunkmill.domain.chunks import MAX_ID_BYTES
 from chunkmill.files import Folder, Kind
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst"}
+TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst"))
 NAMED = 5
 """How many of the skipped entries are named; the others are counted."""
+SPHINX_PARTS = {"_sources", "_static", "searchindex.js"}
+"""What Sphinx puts beside the pages that it makes: what they were made from, and what they look and are searched
+with."""
 ENDS, LONGEST_END = 100, 12
 """How many ends of names are told apart, and how long they may be, so that memory does not grow with a folder."""
 
@@ -33,6 +37,8 @@ class SkippedEntries:
     """Path and reason of the first ones."""
     others: Counter[str] = field(default_factory=Counter)
     """How many files of other kinds there were, by the ends of their names."""
+    named: Collection[Path] = ()
+    """Files that are sources of their own, so they do not count among these."""
 
     def add(self, path: Path, why: str) -> None:
         self.count += 1
@@ -41,12 +47,13 @@ class SkippedEntries:
 
     def add_other(self, path: Path) -> None:
         """Count a file that is no document by its name."""
-        end = path.suffix.lower() if len(path.suffix) <= LONGEST_END else ""
+        end = suffix_of(path.name)
+        end = end if len(end) <= LONGEST_END else ""
         self.others[end if end in self.others or len(self.others) < ENDS else ""] += 1
 
-    def of_other_kinds(self, readable: Collection[str] = ()) -> str:
+    def of_other_kinds(self, readable: Collection[str] = (), tables: Collection[str] = ()) -> str:
         """How many files were not read because of their names; empty if there was none. ``--chunk`` would read the
-        ``readable`` ones."""
+        ``readable`` ones, and ``tables`` have records."""
         if not self.others:
             return ""
         counts = sorted(self.others.items(), key=lambda counted: (-counted[1], counted[0]))
@@ -55,6 +62,8 @@ class SkippedEntries:
         more = [f"{rest:,} more"] if rest else []
         ends = sorted(set(readable) & set(self.others))
         hint = f"; --chunk 200 reads {', '.join(ends)} too" if ends else ""
+        if not self.others.keys().isdisjoint(tables):
+            hint += "; to enqueue the records of a table, name it beside the folder"
         return f"not read because of their kind: {', '.join(kinds + more)}{hint}"
 
     def __str__(self) -> str:
@@ -72,18 +81,21 @@ class FolderFile:
     parts: tuple[str, ...]
     """The parts of the path at which it is; another one than its name if that is a link."""
     problem: str | None = None
+    has_no_id: bool = False
+    """Its name is the problem: it cannot be an id, so no collection has this document."""
 
     def open(self) -> BinaryIO:
         """Raises OSError."""
         return self.folder.open(self.parts)
 
 
-def documents(root: Path, skipped: SkippedEntries, suffixes: Collection[str] = TEXT_SUFFIXES) -> Iterator[FolderFile]:
+def documents(root: Path, skipped: SkippedEntries, suffixes: Set[str] = TEXT_SUFFIXES) -> Iterator[FolderFile]:
     """The documents in ``root``, in an order that is always the same, so that two runs give the same job.
 
-    A document is a file whose name ends with one of the ``suffixes``, in any case.
+    A document is a file whose name ends with one of the ``suffixes``, in any case, or with one of them and ``.gz``.
 
-    Hidden files and folders belong to tools and are left out.
+    Hidden files and folders belong to tools and are left out. If pages are read, what Sphinx puts beside them is
+    skipped.
     """
     inside = root.resolve()
     with Folder(root) as folder:
@@ -99,11 +111,31 @@ def documents(root: Path, skipped: SkippedEntries, suffixes: Collection[str] = T
             except OSError as error:
                 yield FolderFile(folder, "/".join(parts), parts, f"cannot be read: {error.strerror}")
                 continue
+            if not suffixes.isdisjoint(HTML_SUFFIXES) and (beside := _beside_pages([name for name, _ in entries])):
+                for name in sorted(beside):
+                    skipped.add(root.joinpath(*parts, name), "belongs to the pages beside it, which Sphinx made")
+                entries = [entry for entry in entries if entry[0] not in beside]
             for name, kind in entries:
                 at = (*parts, name)
                 if kind != "folder" and (target := _read_at(root, inside, at, kind, skipped, suffixes)) is not None:
-                    yield FolderFile(folder, "/".join(at), target)
+                    name_problem = _problem_of_name("/".join(at))
+                    yield FolderFile(folder, "/".join(at), target, name_problem, has_no_id=name_problem is not None)
             left += [(*parts, name) for name, kind in reversed(entries) if kind == "folder"]
+
+
+def _problem_of_name(name: str) -> str | None:
+    """Why the path of a file cannot be an id; None if it can."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "its path is not valid UTF-8, so it cannot be an id; give it another name"
+    return f"the path is too long for an id, which may have {MAX_ID_BYTES} bytes" if length > MAX_ID_BYTES else None
+
+
+def _beside_pages(names: Collection[str]) -> set[str]:
+    """Those of a folder's entries that Sphinx puts beside its pages. They are empty if the folder has no such pages."""
+    has_pages = any(suffix_of(name) in HTML_SUFFIXES for name in names)
+    return SPHINX_PARTS.intersection(names) if has_pages and "_sources" in names else set()
 
 
 def _read_at(
@@ -111,11 +143,11 @@ def _read_at(
 ) -> tuple[str, ...] | None:
     """Where the entry is read, if it is a document. What is skipped is noted."""
     path = root.joinpath(*at)
-    is_text = path.suffix.lower() in suffixes
+    is_text = suffix_of(path.name) in suffixes
     if kind != "link":
         if is_text and kind == "other":
             skipped.add(path, "is not a regular file")
-        if kind == "file" and not is_text:
+        if kind == "file" and not is_text and path not in skipped.named:
             skipped.add_other(path)
         return at if is_text and kind == "file" else None
     try:

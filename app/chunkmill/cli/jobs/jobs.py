@@ -159,7 +159,11 @@ class Deadline(click.ParamType[datetime | timedelta]):
     type=click.Choice(sorted({*FORMATS.values()})),
     help="Format of the files and of stdin.  [default: what the name of the file says; JSON lines on stdin]",
 )
-@click.option("--encoding", metavar="NAME", help="Encoding of the texts, such as cp1252 or utf-16.  [default: UTF-8]")
+@click.option(
+    "--encoding",
+    metavar="NAME",
+    help="Encoding of the texts, such as cp1252; whole documents in UTF-8 are read as that.  [default: UTF-8]",
+)
 @click.option(
     "--delimiter",
     metavar="CHAR",
@@ -221,9 +225,10 @@ def enqueue(
     .parquet; all but the last may also end in .gz. Each record of a file
     has an id and a text; its other fields become metadata, by which searches can filter. In a folder, each .txt, .md
     and .rst file is one chunk, whose id is its path inside the folder; a link that leads out of the folder, and what
-    is not a regular file, is named and skipped. If an id comes twice, the last one counts.
+    is not a regular file, is named and skipped. Hidden files are not read, and files of other kinds are counted. If an
+    id comes twice, the last one counts.
     With --chunk, documents are cut into chunks of their own: .txt, .md, .html, .pdf and source files, in a folder or
-    named by themselves. So are the texts of records.
+    named by themselves, and also with .gz. So are the texts of records.
     Files are read record by record, so they may be of any size.
     """
     fields = Fields(id_field, text_field, split_names(metadata_fields) or None)

@@ -11,17 +11,19 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from chunkmill.chunking.document import suffix_of
+from chunkmill.chunking.reading import unpacked
 from chunkmill.cli.jobs.csv_files import DELIMITERS, Row, Table, typed
-from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter
-from chunkmill.cli.jobs.decoded import first_problem, in_utf8, opened, problem_in, problem_in_bytes
+from chunkmill.cli.jobs.cutting import DOCUMENT_SUFFIXES, Cutter, Uncut
+from chunkmill.cli.jobs.decoded import document_text, in_utf8, opened, problem_in, problem_in_bytes
 from chunkmill.cli.jobs.folders import TEXT_SUFFIXES, FolderFile, SkippedEntries, documents
 from chunkmill.cli.jobs.json_arrays import elements
-from chunkmill.domain.chunks import MAX_TEXT_BYTES, Chunk
+from chunkmill.domain.chunks import MAX_ID_BYTES, MAX_TEXT_BYTES, Chunk
 from chunkmill.domain.json_values import NotJson, json_value
 from chunkmill.domain.reasons import printable
 from chunkmill.domain.stored import EXPORTED
@@ -49,7 +51,7 @@ class UnreadableRecord:
 
     problem: str
     id: str | None = None
-    """The id that the chunk would have, if that is known."""
+    """The id that the chunk would have, or the document of which it is a part, if that is known."""
 
 
 Record = Chunk | UnreadableRecord
@@ -115,7 +117,7 @@ class Reader:
             _require_readable(source, self._form, cuts=cutter is not None)
         if sources.count("-") > 1:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
-        self._suffixes: Collection[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
+        self._suffixes: Set[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
         if not self._form.prefixed:
             folders = [Path(source) for source in sources if source != "-" and Path(source).is_dir()]
             _require_distinct(folders, self._suffixes)
@@ -124,7 +126,7 @@ class Reader:
         self._cutter = cutter
         self.notes: list[str] = []
         self.place = ""
-        self.skipped = SkippedEntries()
+        self.skipped = SkippedEntries(named={Path(os.path.normpath(source)) for source in sources})
         self._read = -1
         self._sources = sources
         self._fields = fields
@@ -140,7 +142,7 @@ class Reader:
                 if isinstance(record, Chunk):
                     yield _prefixed(record, prefix) if prefix else record
                 elif self.skips:
-                    known_id = None if record.id is None or not _is_unicode(record.id) else prefix + record.id
+                    known_id = None if record.id is None else prefix + _as_id(record.id)
                     yield InvalidChunk(
                         record.problem,
                         chunk_id=printable(known_id or place),
@@ -156,14 +158,14 @@ class Reader:
 
     def of_other_kinds(self) -> str:
         """What was not read in folders because of the names of the files; empty if there is nothing of it."""
-        return self.skipped.of_other_kinds(DOCUMENT_SUFFIXES if self._cutter is None else ())
+        return self.skipped.of_other_kinds(DOCUMENT_SUFFIXES if self._cutter is None else (), FORMATS)
 
     def _records(self, source: str) -> Iterator[tuple[str, Record]]:
         form = self._form
         path = Path(source)
         if source != "-" and path.is_dir():
             return _folder(path, self.skipped, form, self._suffixes, self._cutter)
-        if self._cutter is not None and form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES:
+        if self._cutter is not None and form.format is None and suffix_of(path.name) in DOCUMENT_SUFFIXES:
             return _cut_at(path, self._cutter.file(path, self.skipped, form.encoding))
         return self._cut(self._uncut(source, path, form))
 
@@ -209,13 +211,9 @@ class Reader:
                 yield f"{name}:{row.line}", _from_cells(table.columns, row, fields, form)
 
 
-def _is_unicode(name: str) -> bool:
-    """False for the name of a file that is not valid UTF-8, because that cannot be an id."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _as_id(name: str) -> str:
+    """The name of a refused document in a form that an id may have. Only a name that is no id changes."""
+    return printable(name).encode()[:MAX_ID_BYTES].decode(errors="ignore")
 
 
 def _prefix(source: str) -> str:
@@ -240,7 +238,7 @@ def _require_readable(source: str, form: Form, *, cuts: bool) -> None:
         return
     if not path.exists():
         raise InvalidInput(f"there is no file or folder {source!r}. Check the path.")
-    is_document = form.format is None and path.suffix.lower() in DOCUMENT_SUFFIXES
+    is_document = form.format is None and suffix_of(path.name) in DOCUMENT_SUFFIXES
     if is_document and not cuts:
         raise InvalidInput(
             f"{source}: this is one document. To cut it into chunks of their own, pass --chunk, such as --chunk 200."
@@ -361,13 +359,13 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
 
-def _cut_at(place: object, chunks: Iterator[Chunk | str]) -> Iterator[tuple[str, Record]]:
+def _cut_at(place: object, chunks: Iterator[Chunk | Uncut]) -> Iterator[tuple[str, Record]]:
     for chunk in chunks:
-        yield str(place), UnreadableRecord(chunk) if isinstance(chunk, str) else chunk
+        yield str(place), UnreadableRecord(chunk.problem, chunk.name) if isinstance(chunk, Uncut) else chunk
 
 
 def _folder(
-    root: Path, skipped: SkippedEntries, form: Form, suffixes: Collection[str], cutter: Cutter | None
+    root: Path, skipped: SkippedEntries, form: Form, suffixes: Set[str], cutter: Cutter | None
 ) -> Iterator[tuple[str, Record]]:
     is_empty = True
     for document in documents(root, skipped, suffixes):
@@ -392,7 +390,7 @@ def _require_distinct_names(sources: Sequence[str]) -> None:
     named: dict[str, str] = {}
     for source in sources:
         path = Path(source)
-        if path.suffix.lower() not in DOCUMENT_SUFFIXES or path.is_dir():
+        if suffix_of(path.name) not in DOCUMENT_SUFFIXES or path.is_dir():
             continue
         if (other := named.setdefault(path.name, source)) != source:
             raise InvalidInput(
@@ -401,7 +399,7 @@ def _require_distinct_names(sources: Sequence[str]) -> None:
             )
 
 
-def _require_distinct(folders: Sequence[Path], suffixes: Collection[str]) -> None:
+def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
     """Raise :class:`InvalidInput` if files of two folders would have the same id, so that one would replace the other.
 
     The id of a file is its path inside its folder.
@@ -421,19 +419,18 @@ def _require_distinct(folders: Sequence[Path], suffixes: Collection[str]) -> Non
 
 def _from_document(document: FolderFile, form: Form) -> Record:
     if document.problem is not None:
-        return UnreadableRecord(document.problem)
+        return UnreadableRecord(document.problem, document.name if document.has_no_id else None)
     try:
         with document.open() as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+            content = unpacked(file, document.name)[0].read(MAX_TEXT_BYTES + 1)
         if len(content) > MAX_TEXT_BYTES:
             problem = f"the file is longer than {MAX_TEXT_BYTES:,} bytes; split it into chunks"
             return UnreadableRecord(problem, document.name)
-        text = in_utf8(io.BytesIO(content), form.encoding).read().decode("utf-8", "surrogateescape")
+        text = document_text(content, form.encoding)
     except OSError as error:
         return UnreadableRecord(f"cannot be read: {error.strerror}", document.name)
-    if wrong := problem_in(text, form.encoding):
-        line = 1 + text.count("\n", 0, first_problem(text))
-        return UnreadableRecord(f"in line {line}, {wrong}", document.name)
+    except ValueError as error:
+        return UnreadableRecord(str(error), document.name)
     return Chunk(document.name, text, {"path": document.name})
 
 

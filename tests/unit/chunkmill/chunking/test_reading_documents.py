@@ -20,7 +20,8 @@ PAGE = """<!doctype html><html><head><title>t</title><style>x {}</style></head><
 <pre>
   x = 1
     y</pre>
-<table><tr><th>k</th><th>v</th></tr><tr><td><p>1</p></td><td>2</td></tr></table>
+<table><tr><th>k</th><th>v</th></tr><tr><td></td><td></td></tr><tr><td><p>1</p></td><td>2</td><td></td></tr></table>
+<table><tr><td></td><td>a ||</td><td> </td><td></td></tr></table>
 <table><tr><td><h2>Sub</h2><p>in a layout</p></td><td>side</td></tr></table>
 tail<footer>foot</footer></body></html>"""
 
@@ -37,7 +38,8 @@ def test_a_page_gives_its_text_without_what_stands_around_it() -> None:
     document = read_text(PAGE, Kind.HTML)
     assert blocks(document) == [
         (1, "Big mill stone"), (0, "One\ntwo three bold!"), (0, "- a"), (0, "- b"), (0, "more of b"), (0, "- c"),
-        (0, "  x = 1\n    y"), (0, "k | v\n1 | 2"), (2, "Sub"), (0, "in a layout"), (0, "side"), (0, "tail"),
+        (0, "  x = 1\n    y"), (0, "k | v\n1 | 2"), (0, "| a ||"), (2, "Sub"), (0, "in a layout"), (0, "side"),
+        (0, "tail"),
     ]  # fmt: skip
     assert "- a\n- b\n\nmore of b" in document.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -66,6 +67,68 @@ def test_all_kinds_of_documents_in_a_folder_are_cut(chunker: Chunker, folder: Pa
     assert counted["a.md"] > 4
     assert counted["f.PDF"] == 1
     assert items.skipped.first == [f"{folder}/e.txt has no text"]
+    assert items.of_other_kinds() == "not read because of their kind: 1 .docx"
+
+
+def test_a_table_in_a_folder_is_counted_unless_it_is_a_source_of_its_own(chunker: Chunker, folder: Path) -> None:
+    (folder / "prices.csv").write_text("id,text\n1,flour\n")
+    items = reader(chunker, folder)
+    assert len(by_document(items)) == 4
+    counted = (
+        "not read because of their kind: 1 .csv, 1 .docx; to enqueue the records of a table, name it beside the folder"
+    )
+    assert items.of_other_kinds() == counted
+    both = reader(chunker, folder, folder / "prices.csv")
+    assert by_document(both)["1"] == 1
+    assert both.of_other_kinds() == "not read because of their kind: 1 .docx"
+
+
+def test_compressed_documents_are_read_like_others(chunker: Chunker, folder: Path) -> None:
+    page = (folder / "sub" / "b.html").read_bytes()
+    (folder / "sub" / "c.HTML.GZ").write_bytes(gzip.compress(page))
+    (folder / "p.pdf.gz").write_bytes(gzip.compress(pdf([["flour"]])))
+    (folder / "broken.md.gz").write_bytes(gzip.compress(page)[:40])
+    (folder / "plain.txt.gz").write_bytes(b"no gzip")
+    items = reader(chunker, folder, folder / "p.pdf.gz", skip=True)
+    read = list(items)
+    texts = {name: [c.text for c in read if isinstance(c, Chunk) and c.metadata["document"] == name] for name in
+             ("sub/b.html", "sub/c.HTML.GZ", "p.pdf.gz")}  # fmt: skip
+    assert texts["sub/b.html"] == texts["sub/c.HTML.GZ"] != []
+    assert texts["p.pdf.gz"] == ["flour", "flour"]  # in the folder, and named itself
+    refused = {item.known_id: item.problem for item in read if isinstance(item, InvalidChunk)}
+    assert refused == dict.fromkeys(("broken.md.gz", "plain.txt.gz"), "it is no whole gzip file; write it again")
+
+
+def test_what_sphinx_puts_beside_its_pages_is_skipped_and_said(chunker: Chunker, folder: Path) -> None:
+    for at in ("manual/_sources", "manual/_static", "notes/_sources"):
+        (folder / at).mkdir(parents=True)
+    for name in ("manual/a.html", "manual/_sources/a.rst.txt", "manual/_static/theme.js", "notes/_sources/a.txt"):
+        (folder / name).write_text(LONG)
+    (folder / "manual" / "searchindex.js").write_text("Search.setIndex({})")
+    items = reader(chunker, folder)
+    assert {name for name in by_document(items) if "/" in name} == {
+        "manual/a.html",
+        "sub/b.html",
+        "notes/_sources/a.txt",
+    }
+    assert [said.partition(" ")[0] for said in items.skipped.first if "which Sphinx made" in said] == [
+        f"{folder}/manual/{name}" for name in ("_sources", "_static", "searchindex.js")
+    ]
+    # Without --chunk no page is read, so the texts that it was made from are.
+    texts = Reader([str(folder)], Fields(), skip=True, stdin=io.BytesIO())
+    assert {item.id for item in texts if isinstance(item, Chunk)} > {"manual/_sources/a.rst.txt"}
+
+
+def test_a_page_of_links_is_skipped_in_a_folder_and_read_if_it_is_named(chunker: Chunker, folder: Path) -> None:
+    links = "".join(f"<li><a href=x{n}>chapter {n}</a>" for n in range(20))
+    (folder / "toc.html").write_text(f"<h1>All</h1><ul>{links}</ul>")
+    (folder / "said.html").write_text(f"<h1>All</h1><ul>{links}</ul><p>{LONG}</p>")
+    (folder / "anchors.html").write_text(f"<ul>{links.replace('href', 'name')}</ul>")
+    (folder / "few.html").write_text(f"<ul>{links.partition('<li><a href=x1>')[0]}</ul>")
+    items = reader(chunker, folder, suffixes=[".html"])
+    assert by_document(items).keys() == {"anchors.html", "few.html", "said.html", "sub/b.html"}
+    assert items.skipped.first == [f"{folder}/toc.html has only links"]
+    assert by_document(reader(chunker, folder / "toc.html")).keys() == {"toc.html"}
 
 
 def test_only_the_suffixes_that_are_named_are_read(chunker: Chunker, folder: Path) -> None:
@@ -79,11 +142,13 @@ def test_a_document_is_cut_before_the_next_one_is_opened(chunker: Chunker, folde
     items = iter(reader(chunker, folder, suffixes=[".md"]))
     for _ in range(5):
         assert isinstance(next(items), Chunk)
-    with pytest.raises(InvalidInput, match=r"z\.md: not valid UTF-8 at byte 1, in line 1\. Nothing was written"):
+    with pytest.raises(
+        InvalidInput, match=r"z\.md: in line 1, the byte 0xFF is not valid UTF-8; if .*--encoding cp1252"
+    ):
         list(items)
     (bad,) = (item for item in reader(chunker, folder, skip=True) if not isinstance(item, Chunk))
     assert isinstance(bad, InvalidChunk)
-    assert (bad.reason, bad.chunk_id) == ("unreadable", f"{folder}/z.md")
+    assert (bad.reason, bad.chunk_id, bad.known_id) == ("unreadable", "z.md", "z.md")
 
 
 def test_a_document_can_be_named_itself(chunker: Chunker, folder: Path) -> None:
@@ -126,6 +191,9 @@ def test_a_job_says_how_many_texts_were_cut_and_what_to_do() -> None:
 
 def test_documents_are_read_in_the_encoding_that_is_named_and_pages_in_their_own(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_bytes("Die Kühe schlafen im Stall.".encode("cp1252"))
+    (tmp_path / "new.md").write_text("Die Kühe kauen.", "utf-8")
+    (tmp_path / "windows.txt").write_text("Die Kühe muhen.", "utf-16")
+    (tmp_path / "code.py").write_bytes("# coding: latin-1\n# Kühe".encode("latin-1"))
     (tmp_path / "page.html").write_text('<meta charset="utf-8"><p>Die Kühe stehen auf der Wiese.</p>', "utf-8")
     cutter = Cutter(Chunker(60, unit="characters"))
     fields = Fields("id", "text", None)
@@ -133,6 +201,9 @@ def test_documents_are_read_in_the_encoding_that_is_named_and_pages_in_their_own
         [str(tmp_path)], fields, skip=False, stdin=io.BytesIO(), form=Form(encoding="cp1252"), cutter=cutter
     )
     assert sorted(chunk.text for chunk in reader if isinstance(chunk, Chunk)) == [
+        "# coding: latin-1\n# Kühe",
+        "Die Kühe kauen.",
+        "Die Kühe muhen.",
         "Die Kühe schlafen im Stall.",
         "Die Kühe stehen auf der Wiese.",
     ]

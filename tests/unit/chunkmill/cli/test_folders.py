@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from chunkmill.chunking import Chunker
+from chunkmill.cli.jobs.cutting import Cutter
 from chunkmill.cli.jobs.folders import SkippedEntries, documents
 from chunkmill.cli.jobs.sources import Fields, Reader
 from chunkmill.domain.chunks import Chunk
@@ -206,11 +208,15 @@ def test_a_tree_without_end_is_left_where_no_id_is_left(folder: Path, monkeypatc
     assert said.endswith("d/d: the path is too long for an id, which may have 1024 bytes")
 
 
-def test_a_name_that_is_no_utf8_is_refused_and_can_be_stored(folder: Path) -> None:
-    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt"))).write_bytes(b"\xff")
-    _, _, refused = read(folder)
-    (said,) = refused
-    assert said.encode().startswith(os.fsencode(folder) + b"/\\udcff.txt: in line 1, the byte 0xFF is not")
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_name_that_is_no_utf8_is_refused_and_can_be_stored(folder: Path, is_cut: bool) -> None:
+    """It cannot be an id. The refusal has one, because no collection can have this document: --sync loses nothing."""
+    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt"))).write_bytes(b"a good text")
+    cutter = Cutter(Chunker(100, unit="characters")) if is_cut else None
+    items = Reader([str(folder)], Fields(), skip=True, stdin=io.BytesIO(), cutter=cutter)
+    (bad,) = [item for item in items if isinstance(item, InvalidChunk)]
+    assert (bad.chunk_id, bad.known_id) == ("\\udcff.txt", "\\udcff.txt")
+    assert bad.problem == "its path is not valid UTF-8, so it cannot be an id; give it another name"
 
 
 def test_a_regular_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
