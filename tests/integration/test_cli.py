@@ -284,7 +284,7 @@ def test_a_folder_is_kept_in_step_and_too_many_bad_records_exit_with_5(home: Pat
     assert (dead["chunk_id"], f"{folder}/c.md: the text is empty" in dead["reason"]) == ("c.md", True)
     assert call("job", str(job["id"]), "--max-refused", "0").exit_code == 5
     assert call("job", str(job["id"]), "--max-refused", "50%").exit_code == 0
-    assert "only with --sync" in refusal("enqueue", str(folder), "-c", "in_step", "--sync-where", '{"a": 1}')
+    assert "--sync-where needs --sync" in refusal("enqueue", str(folder), "-c", "in_step", "--sync-where", '{"a": 1}')
     document("delete", "in_step", "--all", "--yes")
 
 
