@@ -69,6 +69,14 @@ def cancel_before_it_is_sent(stage: Scene, jobs: list[Job]) -> None:
         stage.corridor.client.cancel(job.id)
 
 
+def restore(stage: Scene, jobs: list[Job]) -> None:
+    """A backup was made when nothing was uploaded yet, and it is brought back: nobody knows what was sent since."""
+    stage.run_until(lambda: stage.asked("files.create"))
+    with stage.corridor.db.begin() as conn:
+        update = "UPDATE provider_batches SET state = 'creating', creating_since = created_at WHERE state = 'gathered'"
+        assert conn.execute(sa.text(update)).rowcount
+
+
 def look_before_it_ends(stage: Scene, jobs: list[Job]) -> None:
     """Each batch is looked at while it is in progress, and again when it has ended."""
     stage.run_until(lambda: stage.asked("batches.retrieve") >= 2)
@@ -108,6 +116,9 @@ STORIES = {
     ),
     "a create without an answer": Story(
         ("create again", "release a step"), lambda server: server.misbehave("cut", where=CREATE)
+    ),
+    "a restored backup that knows no file": Story(
+        ("upload after all",), lambda server: server.misbehave("http_error", status=503, where=UPLOAD), act=restore
     ),
     "a limit on create": Story(
         ("not created", "pause the lane"),
