@@ -68,10 +68,16 @@ def test_an_async_client_is_made_with_addresses_too(settings: Settings, other_se
     [
         ({"database_url": "postgresql://me@/db"}, "redis_url is not given. Give database_url and redis_url"),
         ({"redis_url": "redis://127.0.0.1/0"}, "database_url is not given"),
-        ({"database_url": "mysql://s3cret@db", "redis_url": "redis://r/0"}, "database_url: it must be a URL"),
+        (
+            {"database_url": "mysql://s3cret@db", "redis_url": "redis://r/0"},
+            r"database_url \(DATABASE_URL\): it must be a URL",
+        ),
         ({"embeding_model": "a"}, "no setting 'embeding_model'. Did you mean embedding_model"),
         ({"EMBEDDING_MODEL": "a"}, "no setting 'EMBEDDING_MODEL'. Did you mean embedding_model"),
-        ({"chunk_batch_size": 0}, "chunk_batch_size: .*greater than or equal to 1. Fix the argument"),
+        (
+            {"chunk_batch_size": 0},
+            r"chunk_batch_size \(CHUNK_BATCH_SIZE\): .* or equal to 1. Fix the argument",
+        ),
         ({"chunkmill_home": "/nowhere/at/all"}, "no embedded stack runs in /nowhere/at/all"),
     ],
 )

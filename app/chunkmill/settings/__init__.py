@@ -388,7 +388,7 @@ class Settings(ProviderSettings, GatewaySettings):
         """Read the environment. Raises an :class:`InvalidSetting` that names each wrong variable.
 
         ``overrides`` are settings by their names, which come before the environment. If one of them is wrong, or no
-        setting has its name, the error names it as it was given.
+        setting has its name, the error names it as it was given, beside its variable, by which the docs list it.
 
         If only settings of the paid routes are wrong, it raises nothing: those routes are off then, and everything else
         goes on. ``provider_problem`` says what is wrong.
@@ -401,9 +401,9 @@ class Settings(ProviderSettings, GatewaySettings):
             except ValidationError as error:
                 wrong = {str(e["loc"][0]): e for e in error.errors()}
                 # pydantic's own message would print the value, which may hold a password.
+                named = {name: f"{name} ({name.upper()})" if name in overrides else name.upper() for name in wrong}
                 problems = "; ".join(
-                    f"{name if name in overrides else name.upper()}: {e['msg'].removeprefix('Value error, ')}"
-                    for name, e in wrong.items()
+                    f"{named[name]}: {e['msg'].removeprefix('Value error, ')}" for name, e in wrong.items()
                 )
                 if not wrong.keys() <= OF_THE_PROVIDER - given.keys():
                     where = "the argument" if wrong.keys() <= overrides.keys() else "the environment"

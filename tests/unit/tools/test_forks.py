@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -105,7 +106,9 @@ def test_the_servers_end_with_the_run_of_pytest_and_so_do_their_forks(tmp_path: 
         subprocess.Popen(["sleep", "600"]) as run,
         pytest.MonkeyPatch.context() as patch,
         Path(os.devnull).open("wb") as nothing,
+        contextlib.ExitStack() as exits,
     ):
+        exits.callback(run.kill)
         patch.setenv(forks.FOLDER, str(tmp_path))
         patch.setenv(forks.OF, str(run.pid))
         fork = forks.start(["chunkmill.cli", "poller"], env=env, stdout=nothing, stderr=nothing)

@@ -49,7 +49,7 @@ def test_http_goes_to_a_private_host_that_a_setting_names(url: str) -> None:
 
 @pytest.mark.parametrize("hosts", ["*", "true", "all", "tei:8080", "http://tei", "10.0.0.0/8", "*.local", "te i", "-"])
 def test_there_is_no_word_for_all_hosts(hosts: str) -> None:
-    with pytest.raises(InvalidSetting, match="OPENAI_HTTP_HOSTS: each entry must be the name"):
+    with pytest.raises(InvalidSetting, match=r"OPENAI_HTTP_HOSTS\): each entry must be the name"):
         Settings.from_env(openai_http_hosts=f"vllm,{hosts}", openai_base_url="http://vllm/v1")
 
 
