@@ -279,8 +279,15 @@ def test_an_answer_of_the_space_that_was_to_answer_says_of_no_other(
     assert (hits.space, hits.instead_of) == (spaces[1].spec.fingerprint, None)
 
 
+@pytest.fixture
+def another(settings: Settings) -> Iterator[Client]:
+    """A client of another process."""
+    with Client(create_db(settings.require_database_url(), role="other"), Broker.connect(settings), settings) as made:
+        yield made
+
+
 def test_searches_with_a_session_are_counted_by_space_and_reach_other_processes(
-    client: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker, monkeypatch: pytest.MonkeyPatch
+    client: Client, another: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker
 ) -> None:
     old, new = spaces
     for _ in range(3):
@@ -305,11 +312,11 @@ def test_searches_with_a_session_are_counted_by_space_and_reach_other_processes(
             sa.text("SELECT space_id, bucket = -1 AS failed, sum(n) FROM search_counts GROUP BY 1, 2 ORDER BY 1, 2")
         ).all()
     assert [tuple(row) for row in written] == [(old.id, False, 3), (new.id, False, 2), (new.id, True, 3)]
-    active, filling = client.search_counts("docs")
+    active, filling = another.search_counts("docs")
     assert (active.role, active.share, active.searches, active.errors) == ("active", 0, 3, 0)
     assert (filling.role, filling.share, filling.searches, filling.errors) == ("filling", 100, 5, 3)
     assert filling.p50_ms is not None and filling.p95_ms is not None and 0 < filling.p50_ms <= filling.p95_ms
-    assert [(counts.searches, counts.p95_ms) for counts in client.search_counts("others")] == [(0, None)] * 2
+    assert [(counts.searches, counts.p95_ms) for counts in another.search_counts("others")] == [(0, None)] * 2
 
 
 def test_counts_are_written_by_themselves(
@@ -465,7 +472,7 @@ def test_a_gateway_and_its_client_pass_the_session_the_space_and_the_feedback_on
 
 
 def test_a_schema_that_is_migrated_or_downgraded_beside_a_client_stops_no_search(
-    client: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker
+    client: Client, another: Client, db: sa.Engine, spaces: tuple[Space, Space], worker: TwoSpaceWorker
 ) -> None:
     old, new = spaces
     share(db, 100)
@@ -479,10 +486,10 @@ def test_a_schema_that_is_migrated_or_downgraded_beside_a_client_stops_no_search
     client.close()  # its counts have no table
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE kept_counts RENAME TO search_counts"))
-    assert [counts.searches for counts in client.search_counts("docs")] == [0, 0]
+    assert [counts.searches for counts in another.search_counts("docs")] == [0, 0]
     with db.begin() as conn:
         conn.execute(sa.text("ALTER TABLE collection_spaces RENAME TO kept"))
-    assert_is_of(ask(client, session="a"), old, "docs 3")
+    assert_is_of(ask(another, session="a"), old, "docs 3")
 
 
 def test_old_counts_become_those_of_hours_and_are_deleted_in_the_end(

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from chunkmill.broker import Broker
 from chunkmill.db.connect import (
     Connections,
+    connections,
     create_db,
     schema_level,
     server_encoding,
@@ -233,7 +234,8 @@ def _database(conn: sa.Connection) -> Database:
         migration=level.current,
         head=level.head,
         is_newer=level.is_newer,
-        present=present.read(conn),
+        # Before the first migration, a table of the name belongs to somebody else.
+        present=present.read(conn) if level.current else present.Presence(connections(conn)),
         clock_ahead=ahead,
         altered_roles=tuple(conn.execute(_ALTERED).scalars()),
         shared_graphs=tuple(name for name, _ in segments.shared_graphs(conn)),
