@@ -171,7 +171,7 @@ def test_a_wait_goes_on_after_postgres_was_away(
 ) -> None:
     """But not if a setting of Postgres ended it, or if Postgres is away from the start."""
     monkeypatch.setattr("chunkmill.client.jobs.RECONNECT_SECONDS", 0.0)
-    real, looks, said = client.job, iter(range(1000)), []
+    real, looks, said = client._job_now, iter(range(1000)), []
 
     def job(job_id: int) -> Job:
         look = next(looks)
@@ -181,7 +181,7 @@ def test_a_wait_goes_on_after_postgres_was_away(
             hands.work()
         return real(job_id)
 
-    monkeypatch.setattr(client, "job", job)
+    monkeypatch.setattr(client, "_job_now", job)
     away = {0}
     with pytest.raises(error):
         client.wait(jobs[0].id)
@@ -198,14 +198,14 @@ def test_a_wait_ends_if_postgres_stays_away(
     jobs: tuple[Job, Job], client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chunkmill.client.jobs.AWAY_SECONDS", -1.0)
-    real, looks = client.job, iter(range(1000))
+    real, looks = client._job_now, iter(range(1000))
 
     def job(job_id: int) -> Job:
         if next(looks) == 0:
             return real(job_id)
         raise StoreUnavailable("cannot connect")
 
-    monkeypatch.setattr(client, "job", job)
+    monkeypatch.setattr(client, "_job_now", job)
     with pytest.raises(StoreUnavailable):
         client.wait(jobs[0].id)
 

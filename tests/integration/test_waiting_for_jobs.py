@@ -28,7 +28,7 @@ from chunkmill.domain.states import JobState, Route
 from chunkmill.errors import StoreUnavailable, WaitTimeout
 from chunkmill.ledger.provider import provider_lanes
 from chunkmill.ledger.work import chunk_batches
-from chunkmill.monitor import reports
+from chunkmill.monitor import hindrance, reports
 from chunkmill.monitor.reports import Kind, Report
 from chunkmill.settings import Settings
 from chunkmill_workers.process.lease import owner_name
@@ -178,6 +178,24 @@ def test_a_search_that_gets_no_answer_says_whether_a_worker_is_there(
     with engine.connect(), pytest.raises(WaitTimeout, match="One is connected, so allow more time"):
         client.search("text", collection="one", timeout=0.01)
     engine.dispose()
+
+
+def test_a_wait_that_looks_often_asks_rarely_what_hinders_the_job(
+    jobs: tuple[Job, Job], client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That reads the job's open ChunkBatches, and who is connected to the server."""
+    asked, read = [], hindrance.read
+    monkeypatch.setattr(of_client, "HINDRANCE_SECONDS", 3600.0)
+    monkeypatch.setattr(hindrance, "read", lambda conn, job: asked.append(job.id) or read(conn, job))
+    looks = iter(range(100))
+
+    def look(job: Job) -> None:
+        if next(looks) == 4:
+            hands.work()
+
+    assert client.wait(jobs[0].id, on_progress=look, on_hindrance=lambda _: None).state is JobState.COMPLETED
+    assert next(looks) > 4
+    assert asked == [jobs[0].id]
 
 
 def test_what_hinders_a_job_is_said_while_it_is_waited_for_and_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -51,7 +52,7 @@ from chunkmill.telemetry.progress import JobProgress
 logger = logging.getLogger(__name__)
 
 HINDRANCE_SECONDS = 2.0
-"""How often `wait` says what hinders the job, at most."""
+"""How often `wait` looks for what hinders the job. The look reads its open ChunkBatches and who is connected."""
 CANCEL_TRIES = 5
 """How often each transaction of a cancel is tried, for three seconds in all. A deadlock or a failover may end it."""
 
@@ -197,6 +198,10 @@ class Jobs(ClientPart):
         with self._transaction() as conn:
             return jobs.get(conn, job_id)
 
+    def _hindrance(self, job: Job) -> str | None:
+        with self._transaction() as conn:
+            return hindrance.read(conn, job)
+
     def jobs(self, limit: int = 20) -> list[Job]:
         """The latest jobs, newest first."""
         limit = as_number("limit", limit, least=0)
@@ -299,12 +304,16 @@ class Jobs(ClientPart):
                     logger.warning("job %s: %s", job_id, job.notice)
                 return job
             if timeout is not None and deadline is not None and looked >= deadline:
-                advice = job.hindrance or "Check with `chunkmill status` that a worker and a poller run."
+                advice = self._hindrance(job) or "Check with `chunkmill status` that a worker and a poller run."
                 raise WaitTimeout(f"{still_open(job, timeout)} {advice}")
-            if looked >= hindered_at and job.hindrance != hindered:
-                hindered, hindered_at = job.hindrance, looked + HINDRANCE_SECONDS
-                if hindered:
+            if looked >= hindered_at:
+                before = hindered
+                with contextlib.suppress(StoreUnavailable):  # the next look says so
+                    hindered = self._hindrance(job)
+                if hindered and hindered != before:
                     yield Tell(say, hindered)
+                looked = time.monotonic()
+                hindered_at = looked + max(HINDRANCE_SECONDS, 10 * (looked - asked))
             # Reading a job of a million ChunkBatches takes a while. Never spend more than a tenth of the time on it.
             pause = max(0.1, 10 * (looked - asked))
             yield watching.wait(pause, deadline, is_watched=on_progress is not None)
@@ -317,7 +326,7 @@ class Jobs(ClientPart):
         while True:
             watching.look()
             try:
-                return self.job(job_id)
+                return self._job_now(job_id)
             except StoreUnavailable as away:
                 now = time.monotonic()
                 is_late = now > until or (deadline is not None and now >= deadline)
