@@ -164,6 +164,7 @@ def seconds_of_work(conn: sa.Connection, most: float) -> float:
 
     A drawing of a whole day shows little of an installation that is an hour old.
     """
+    _bound(conn)
     begin = conn.execute(_MOMENT).scalar_one() - timedelta(seconds=most)
     known = {"begin": begin, "open": [ChunkBatchState.AVAILABLE, ChunkBatchState.RUNNING]}
     passed: float | None = conn.execute(_FIRST, known).scalar_one()
@@ -173,12 +174,17 @@ def seconds_of_work(conn: sa.Connection, most: float) -> float:
     return min(most, max(SHORTEST, math.ceil(1.02 * passed / step) * step))
 
 
+def _bound(conn: sa.Connection) -> None:
+    """No statement of this transaction may take longer than a minute: they read whole tables of the ledger."""
+    conn.execute(sa.text("SELECT set_config('statement_timeout', :timeout, true)"), {"timeout": TIMEOUT})
+
+
 def read(conn: sa.Connection, seconds: float) -> History:
     """What happened in the last ``seconds``.
 
     It reads all attempts and ChunkBatches that are not pruned, once. No statement may take longer than a minute.
     """
-    conn.execute(sa.text("SELECT set_config('statement_timeout', :timeout, true)"), {"timeout": TIMEOUT})
+    _bound(conn)
     until: datetime = conn.execute(_MOMENT).scalar_one()
     begin = until - timedelta(seconds=seconds)
     known = {"begin": begin, "until": until, "seconds": seconds / PARTS, "parts": PARTS}
