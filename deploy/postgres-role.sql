@@ -135,6 +135,9 @@ BEGIN
     IF to_regclass(format('%I.deletions', home)) IS NOT NULL THEN
         EXECUTE format('ALTER SEQUENCE %I.deletions OWNER TO chunkmill_migrator', home);
     END IF;
+    IF to_regclass(format('%I.reopenings', home)) IS NOT NULL THEN
+        EXECUTE format('ALTER SEQUENCE %I.reopenings OWNER TO chunkmill_migrator', home);
+    END IF;
 
     -- What a role need not write. Only the migrator may write the tables that say which code may run.
     FOR refused IN
@@ -174,7 +177,7 @@ BEGIN
             ('^chunks$', 'INSERT, UPDATE', 'chunkmill_workers, chunkmill_pollers'),
             -- A poller opens the jobs that fill spaces, and no other, by a function of the migrator's.
             ('^jobs$', 'INSERT, DELETE', 'chunkmill_workers, chunkmill_pollers'),
-            ('^(reembeddings|reembedding_fills|collection_spaces)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
+            ('^(reembeddings|reembedding_(fills|looks)|collection_spaces)$', 'INSERT, UPDATE, DELETE', 'chunkmill_workers'),
             ('^space_canaries$', 'INSERT, UPDATE, DELETE', 'chunkmill_pollers'),
             ('^space_canaries$', 'UPDATE, DELETE', 'chunkmill_workers'),
             ('^worker_(reports|sockets)$', 'INSERT, UPDATE', 'chunkmill_producers, chunkmill_pollers'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -9,10 +10,12 @@ import pytest
 import sqlalchemy as sa
 
 from chunkmill import Gates, InvalidInput, NotFound, Reembedding, ReembeddingState, WaitTimeout
+from chunkmill.broker import Broker
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.db.locks import DELETE_LOCK, holders, lock_shared
 from chunkmill.domain.chunks import content_hash
+from chunkmill.ledger.jobs import jobs
 from chunkmill.ledger.reembedding import cleaning, flipping, lives
 from chunkmill.ledger.reembedding.flipping import Direction
 from chunkmill.settings import Settings
@@ -272,34 +275,117 @@ def test_a_collection_into_which_somebody_enqueues_all_the_time_flips(way: Way, 
     assert hands.rows("SELECT 1 FROM chunk_batches WHERE state = 'available' AND not_before > now()") == []
 
 
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Direction]:
+    """Each time that a whole collection is looked at."""
+    looks, look = [], flipping.look
+
+    def counted(db: sa.Engine, going: Direction, **patience: float) -> flipping.Look:
+        looks.append(going)
+        return look(db, going, **patience)
+
+    monkeypatch.setattr(flipping, "look", counted)
+    return looks
+
+
 def test_a_second_try_looks_only_at_what_was_written_since_the_first(
-    way: Way, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+    way: Way, client: Client, hands: Hands, looks: list[Direction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way.until_ramping()
-    looks, look = [], flipping.look
-    monkeypatch.setattr(flipping, "look", lambda *given: looks.append(given) or look(*given))
     going = Direction.of(way.life(), back=False)
 
-    def again(before: flipping.Flipped | None) -> flipping.Flipped:
-        return flipping.flip_once(
-            hands.db, going, states=flipping.FLIP_FROM, missing=0, seen=None if before is None else before.seen
-        )
+    def again() -> flipping.Flipped:
+        return flipping.flip_once(hands.db, going, states=flipping.FLIP_FROM, missing=0)
 
-    tried = None
     for number, text in enumerate(("a first text", "a second text"), 1):
         client.enqueue([(text, text)], collection="docs")
         way.fill(way.old, [text])
-        tried = again(tried)
+        tried = again()
         assert (tried.done, tried.missing, len(looks)) == (False, number, 1)
     way.fill(way.new, ["a first text"])
-    assert again(tried).missing == 1
+    assert again().missing == 1
     before = way.searchable()
     with monkeypatch.context() as patch:
         patch.setattr(flipping, "REUSE_SECONDS", 0.0)
-        assert (again(tried).missing, len(looks)) == (1, 2)
+        assert (again().missing, len(looks)) == (1, 2)
     way.fill(way.new, ["a second text"])
-    assert again(tried).done
+    assert again().done
     assert (way.searchable(), way.active(), len(looks)) == (before, way.new, 2)
+
+
+def test_who_rolls_back_looks_only_at_what_was_written_since_a_poller_looked(
+    way: Way, client: Client, hands: Hands, looks: list[Direction], model: str
+) -> None:
+    """A look of another direction or of another collection is of no use."""
+    way.until_ramping()
+    other = Way(client, hands, client.reembed("stays", to=model, on_long="split", gates=Gates()))
+    other.fill(other.new, [text for _, text in OTHERS])
+    other.go_on_to(*list(ReembeddingState)[1:5])
+    client.flip("docs")
+    client.flip("stays")
+    assert [(going.life.id, going.back) for going in looks] == [(way.id, False), (other.id, False)]
+    late = ["one that is searched", "one that is not"]
+    looks.clear()
+    for one in (way, other):
+        flipping.look_and_keep(hands.db, Direction.of(one.life(), back=True))
+    assert [(going.life.id, going.back) for going in looks] == [(way.id, True), (other.id, True)]
+    client.enqueue([(text, text) for text in late], collection="docs")
+    way.fill(way.new, late[:1])
+    before = way.searchable()
+    with pytest.raises(WaitTimeout, match="1 chunks that can be searched"):
+        client.rollback("docs", timeout=0)
+    way.fill(way.old, late)
+    client.rollback("docs", timeout=0)
+    client.rollback("stays", timeout=0)
+    assert (way.active(), len(looks)) == (way.old, 2)
+    assert way.searchable() >= before >= {late[0], *(chunk for chunk, _ in CHUNKS)}
+
+
+def test_what_was_pending_when_a_poller_looked_is_looked_at_by_who_rolls_back(
+    way: Way, client: Client, hands: Hands, looks: list[Direction]
+) -> None:
+    way.until_ramping()
+    client.flip("docs")
+    client.enqueue([("pending", "it had no vector when a poller looked")], collection="docs")
+    for _ in range(2):
+        flipping.look_and_keep(hands.db, Direction.of(way.life(), back=True))
+    way.fill(way.new, ["it had no vector when a poller looked"])
+    with pytest.raises(WaitTimeout, match="1 chunks that can be searched"):
+        client.rollback("docs", timeout=0)
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize("when", ["before the flip", "between its look and its moment"])
+def test_a_look_is_of_no_use_once_an_enqueue_began_anew(
+    way: Way, settings: Settings, hands: Hands, looks: list[Direction], when: str
+) -> None:
+    """That deletes ChunkBatches. The text may have got its vector by another collection's enqueue meanwhile."""
+    text = "a text whose producer died"
+
+    class Killed(BaseException):
+        pass
+
+    def dies() -> Iterator[tuple[str, str]]:
+        yield "lost", text
+        raise Killed
+
+    way.until_ramping()
+    going = Direction.of(way.life(), back=False)
+    seen = flipping.look_and_keep(hands.db, going)
+    small = settings.model_copy(update={"enqueue_window": 1})
+    with contextlib.closing(Client(hands.db, Broker.connect(small), small)) as producer, pytest.raises(Killed):
+        producer.enqueue(dies(), collection="docs", idempotency_key="key", on_invalid="skip")
+    with hands.db.begin() as conn:
+        ((job_id,),) = conn.execute(sa.text("SELECT id FROM jobs WHERE idempotency_key = 'key'")).all()
+        assert jobs.reopen_for_enqueue_if_unsealed(conn, job_id)
+    way.fill(way.old, [text])
+    assert "lost" in way.searchable()
+    if when == "before the flip":
+        tried = flipping.flip_once(hands.db, going, states=flipping.FLIP_FROM, missing=0)
+        assert (tried.done, tried.missing, len(looks)) == (False, 1, 2)
+    else:
+        assert not flipping.try_to_flip(hands.db, going, seen, states=flipping.FLIP_FROM, missing=0).done
+    assert way.active() == way.old
 
 
 def test_a_flip_does_not_wait_for_somebody_who_reads_the_view(way: Way, client: Client, hands: Hands) -> None:

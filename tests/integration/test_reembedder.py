@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -11,7 +12,7 @@ from chunkmill import Gates, Reembedding, ReembeddingState
 from chunkmill.client import Client
 from chunkmill.db.connect import create_db
 from chunkmill.domain.latencies import bucket_of
-from chunkmill.ledger.reembedding import lives
+from chunkmill.ledger.reembedding import flipping, lives
 from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
 from chunkmill.store import searches
@@ -67,6 +68,12 @@ class Scene:
         return self.client.reembedding("docs").share
 
 
+def lives_of(hands: Hands) -> lives.Life:
+    ((number,),) = hands.rows("SELECT id FROM reembeddings")
+    with hands.db.begin() as conn:
+        return lives.get(conn, number)
+
+
 @pytest.fixture
 def scene(client: Client, hands: Hands, small: Settings) -> Iterator[Scene]:
     yield Scene(client, hands, small)
@@ -96,6 +103,30 @@ def test_it_goes_from_the_plan_to_its_end_by_itself(scene: Scene, client: Client
     assert client.audit("docs").complete
     assert client.audit("stays").complete
     assert len(hands.rows("SELECT 1 FROM jobs WHERE idempotency_key LIKE 'reembed:%'")) == 1
+
+
+def test_a_poller_looks_at_what_a_rollback_has_to_prove(
+    scene: Scene, client: Client, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a person flips, and a look at the way there was made a moment ago."""
+    scene.begin(ramp=(50,), step_hours=0)
+    scene.goes_to(S.RAMPING)
+    scene.round()
+    kept = "SELECT space_id FROM reembedding_looks"
+    life = lives_of(hands)
+    assert hands.rows(kept) == [(life.from_space_id,)]
+    client.flip("docs")
+    scene.round()
+    assert hands.rows(kept) == [(life.to_space_id,)]
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("the whole collection was read")
+
+    monkeypatch.setattr(flipping, "look", refused)
+    client.enqueue([("late", "a late text")], collection="docs", model=life.names["to_model"], on_long="split")
+    hands.work()
+    assert client.rollback("docs").state is S.ROLLED_BACK
+    assert client.audit("docs").complete
 
 
 def test_it_stays_where_a_gate_is_not_passed_until_somebody_changes_it(

@@ -187,7 +187,7 @@ class Reembeddings(ClientPart):
             missing = as_number("missing", missing, least=0)
         deadline = time.monotonic() + as_seconds("timeout", timeout)
         states = flipping.ROLL_BACK_FROM if back else flipping.FLIP_FROM
-        is_held, seen = False, None
+        is_held = False
         with store_errors(self._db):
             while True:
                 end_if_stopped()
@@ -197,8 +197,7 @@ class Reembeddings(ClientPart):
                 _require_state(life, states, back=back)
                 way = Direction.of(life, back=back)
                 most = life.plan.gates.missing if missing is None else missing
-                tried = flipping.flip_once(self._db, way, states=states, missing=most, seen=seen)
-                seen = tried.seen
+                tried = flipping.flip_once(self._db, way, states=states, missing=most)
                 if tried.done or time.monotonic() >= deadline:
                     break
                 with self._db.begin() as conn:

@@ -210,6 +210,25 @@ class ReembeddingFillRow(Base):
     """The last pass found a vector of each content, or a dead chunk, or an open ChunkBatch of an enqueue."""
 
 
+class ReembeddingLookRow(Base):
+    """What a flip of a re-embedding has still to look at: ``chunkmill.ledger.reembedding.flipping`` keeps it here."""
+
+    __tablename__ = "reembedding_looks"
+
+    reembedding_id: Mapped[int] = mapped_column(
+        sa.ForeignKey("reembeddings.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    space_id: Mapped[int]
+    """The space that was active when somebody looked. After a flip the look is of no use."""
+    mark: Mapped[int] = mapped_column(sa.BigInteger)
+    """Everything was looked at that was written up to this ChunkBatch."""
+    lacking: Mapped[list[bytes]] = mapped_column(ARRAY(sa.LargeBinary))
+    """The contents without a vector in the other space."""
+    reopenings: Mapped[int] = mapped_column(sa.BigInteger)
+    """How often enqueues had begun anew. Each deletes ChunkBatches, and so a look from before it is of no use."""
+    looked_at: Mapped[datetime] = mapped_column(TIMESTAMP, server_default=NOW)
+
+
 class ContentRow(Base):
     """One distinct text. Chunks refer to it by hash, without a foreign key, because a key would lock and check every
     row of a bulk load. ``chunkmill.store.delete`` takes an advisory lock instead.

@@ -22,7 +22,7 @@ from chunkmill.db.retry import is_outage
 from chunkmill.domain.reembedding import Coverage, Plan, ReembeddingState, ServedBy, step_of_ramp
 from chunkmill.ledger import judging
 from chunkmill.ledger.reembedding import cleaning, fill, flipping, gating, lives, serving
-from chunkmill.ledger.reembedding.flipping import Direction, Look
+from chunkmill.ledger.reembedding.flipping import Direction
 from chunkmill.ledger.reembedding.lives import Life
 from chunkmill.poller.steps import Steps
 from chunkmill.settings import Settings
@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often a poller looks what the next step of each re-embedding is."""
+FLIP_LOOK_SECONDS = 10.0
+"""How often a poller looks at what a flip or a rollback would have to prove, or 20 times as long as the look took. The
+person who rolls back then waits only for what was written since."""
+FLIP_LOOK_PATIENCE_S = 5.0
+"""How many seconds such a look waits for those who write now."""
 COUNT_SECONDS = 15.0
 """How often the chunks of a collection are counted in its new space, or 20 times as long as the count took."""
 JUDGE_SECONDS = 600.0
@@ -60,8 +65,8 @@ class Reembedder:
         """Re-embedding → when its coverage is counted again, by the clock of this process."""
         self._judge_at: dict[tuple[int, Plan], float] = {}
         """Re-embedding and plan → before when its gates are not checked again."""
-        self._seen: dict[int, Look | None] = {}
-        """Re-embedding → what the last try of its flip looked at."""
+        self._flip_look_at: dict[tuple[int, ReembeddingState], float] = {}
+        """Re-embedding and state → when to look again at what its next flip or rollback has to prove."""
         self._stop = threading.Event()
 
     def start(self, stop: threading.Event) -> list[threading.Thread]:
@@ -163,9 +168,13 @@ class Reembedder:
             if life.report.judgement.get("passed"):
                 self._advance(life, _S.RAMPING)
         elif life.state is _S.RAMPING:
+            self._look(life)
             self._ramp(life)
-        elif life.state is _S.FLIPPED and life.kept_until is not None and life.kept_until <= life.now:
-            self._let_go(life)
+        elif life.state is _S.FLIPPED:
+            if life.kept_until is not None and life.kept_until <= life.now:
+                self._let_go(life)
+            else:
+                self._look(life)
 
     def _advance(self, life: Life, to: ReembeddingState) -> None:
         with self._db.begin() as conn:
@@ -226,12 +235,19 @@ class Reembedder:
         by_space = {one.space: one for one in served}
         return by_space.get(life.names["from_space"]), by_space.get(life.names["to_space"])
 
+    def _look(self, life: Life) -> None:
+        """Look at what the next flip or rollback has to prove, so that it does not depend on the collection's size."""
+        began = time.monotonic()
+        if began < self._flip_look_at.get((life.id, life.state), 0.0):
+            return
+        way = Direction.of(life, back=life.state is _S.FLIPPED)
+        flipping.look_and_keep(self._db, way, patience=FLIP_LOOK_PATIENCE_S)
+        ended = time.monotonic()
+        self._flip_look_at[life.id, life.state] = ended + max(FLIP_LOOK_SECONDS, 20 * (ended - began))
+
     def _flip(self, life: Life) -> None:
         way = Direction.of(life, back=False)
-        seen, most = self._seen.pop(life.id, None), life.plan.gates.missing
-        tried = flipping.flip_once(self._db, way, states=[_S.RAMPING], missing=most, seen=seen)
-        if not tried.done:
-            self._seen[life.id] = tried.seen
+        tried = flipping.flip_once(self._db, way, states=[_S.RAMPING], missing=life.plan.gates.missing)
         with self._db.begin() as conn:
             if tried.done:
                 flipping.let_go_on(conn, way)

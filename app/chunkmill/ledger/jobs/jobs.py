@@ -174,6 +174,9 @@ def reopen_for_enqueue_if_unsealed(conn: sa.Connection, job_id: int) -> bool:
     states = {"enqueueing": JobState.ENQUEUEING, "cancelled": JobState.CANCELLED}
     if conn.execute(sa.text(reopen), {"id": job_id} | states).rowcount == 0:
         return False
+    # A flip must not rely on a look from before, because it would find none of these ChunkBatches. The sequence is
+    # missing on the schema of the last release.
+    conn.execute(sa.text("SELECT nextval(to_regclass('reopenings'))"))
     # Usage refers to the ChunkBatches that were claimed, so those stay; a worker that holds one may finish it.
     delete = """
         DELETE FROM chunk_batches b

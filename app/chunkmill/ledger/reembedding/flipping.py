@@ -2,7 +2,8 @@
 
 A chunk can be searched if its content has a vector in the active space. So the proof is an anti-join: no content of the
 collection has a vector in the space that is active and none in the one that becomes it. It reads the whole collection,
-which takes seconds, so that it is made while everybody works (:func:`look`). What it leaves open is little:
+which takes seconds, so that it is made while everybody works (:func:`look`), and kept, so that a later one reads only
+what was written since (:func:`look_and_keep`). What it leaves open is little:
 
 - contents that had a vector in neither space, and may have got one in the active space since, and
 - contents of the ChunkBatches that windows of enqueues have written since.
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -36,16 +38,19 @@ MOST_OPEN = 20_000
 """The most contents that are looked at in the moment of a flip."""
 MOST_OPEN_BACK = 200_000
 """The same for a rollback, which may be urgent, and must not wait until a large enqueue is over."""
-FEW_NEW = 2_000
+FEW_NEW = 500
 """A flip is tried once no more contents than this were enqueued since the last look."""
+FEW_HASHES = 2_000
+"""The most contents that are embedded first, because they are missing."""
 LOOKS = 8
 """How often one try looks again at what was enqueued since the look before."""
 LOCK_PATIENCE_S = 5.0
 """How many seconds a flip waits for the windows and the writes that are under way. Others queue behind it meanwhile."""
 WRITERS_PATIENCE_S = 60.0
 """How many seconds a look waits until everybody who writes now has ended, while others go on."""
-REUSE_SECONDS = 60.0
-"""How old the look of an earlier try may be. What was written since is in its ChunkBatches, unless they are deleted."""
+REUSE_SECONDS = 1800.0
+"""How old a look that was kept may be. What was written since is in ChunkBatches, which stay for an hour at least after
+the end of their job (``ledger.prune``). An enqueue that begins anew deletes some, and counts it in ``reopenings``."""
 HOLD_SECONDS = 3.0
 """How long work in the space that is to be left waits, so that the other space catches up."""
 LOCK_NOT_AVAILABLE = ("55P03", "40001", "40P01")
@@ -90,8 +95,6 @@ class Flipped:
     """How long others waited for the flip alone, after it had got its lock."""
     hashes: tuple[bytes, ...] = ()
     """Some contents of the missing chunks."""
-    seen: Look | None = None
-    """What this try looked at. The next one looks only at what was written since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +110,17 @@ class Look:
     missing: int
     is_all: bool
     """False if there are more than fit."""
-    whole_at: float
-    """When the whole collection was looked at, by the monotonic clock of this process."""
+    reopenings: int
+    """How often enqueues had begun anew, in the whole installation. If one did so since, this look is of no use."""
 
 
-def flip_once(
-    db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int, seen: Look | None = None
-) -> Flipped:
+def flip_once(db: sa.Engine, way: Direction, *, states: Sequence[ReembeddingState], missing: int) -> Flipped:
     """Prove and flip, or say what is in the way. Nothing else is changed, and it may be called again at any time.
 
-    ``missing`` is how many chunks may be missing afterwards, and ``seen`` what the try before this one looked at, in
-    the same direction. Raises :class:`InvalidInput` if the re-embedding is in none of the ``states`` any more.
+    ``missing`` is how many chunks may be missing afterwards. Raises :class:`InvalidInput` if the re-embedding is in
+    none of the ``states`` any more.
     """
-    if seen is not None and seen.is_all and time.monotonic() - seen.whole_at < REUSE_SECONDS:
-        seen = look_again(db, way, seen)
-    else:
-        seen = look(db, way)
+    seen = look_and_keep(db, way)
     for _ in range(LOOKS):
         if not seen.is_all:
             return Flipped(done=False, missing=seen.missing, open_contents=len(seen.lacking))
@@ -132,19 +130,31 @@ def flip_once(
             break
         seen = look_again(db, way, seen)
     if seen.missing > missing:
-        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_NEW], seen=seen)
+        return Flipped(done=False, missing=seen.missing, hashes=seen.lacking[:FEW_HASHES])
     try:
-        return replace(try_to_flip(db, way, seen, states=states, missing=missing), seen=seen)
+        return try_to_flip(db, way, seen, states=states, missing=missing)
     except sa.exc.DBAPIError as error:
         if sqlstate(error) in LOCK_NOT_AVAILABLE:
-            return Flipped(done=False, seen=seen)
+            return Flipped(done=False)
         raise
 
 
-def look(db: sa.Engine, way: Direction) -> Look:
+def look_and_keep(db: sa.Engine, way: Direction, *, patience: float = WRITERS_PATIENCE_S) -> Look:
+    """Look at what was written since the look that was kept, or at everything if none was, and keep what was seen.
+
+    So a flip takes no longer if the collection is larger, once a poller has looked. ``patience`` is how many seconds
+    this waits for those who write now.
+    """
+    kept = _kept(db, way)
+    seen = look(db, way, patience=patience) if kept is None else look_again(db, way, kept, patience=patience)
+    if seen.is_all and seen.mark:
+        _keep(db, way, seen)
+    return seen
+
+
+def look(db: sa.Engine, way: Direction, *, patience: float = WRITERS_PATIENCE_S) -> Look:
     """The anti-join of the whole collection, while everybody works."""
-    began = time.monotonic()
-    mark = _mark(db)
+    reopenings, mark = _mark(db, patience)
     query = f"""
         SELECT c.content_hash, count(*) AS chunks,
                EXISTS (SELECT FROM {way.active.table_name} a WHERE a.content_hash = c.content_hash) AS is_searchable
@@ -163,46 +173,92 @@ def look(db: sa.Engine, way: Direction) -> Look:
         conn.execute(sa.text("SET LOCAL max_parallel_workers_per_gather = 0"))
         parameters = {"collection": way.life.collection_id, "most": way.most_open + 1}
         rows = conn.execute(sa.text(query), parameters).all()
+    return _look_of(way, rows, reopenings, mark)
+
+
+def look_again(db: sa.Engine, way: Direction, seen: Look, *, patience: float = WRITERS_PATIENCE_S) -> Look:
+    """The same of what was written since, and of what was open."""
+    _, mark = _mark(db, patience)
+    with db.begin() as conn:
+        rows = conn.execute(sa.text(_candidates(way, _STILL_LACKING)), _parameters(way, seen)).all()
+    return _look_of(way, rows, seen.reopenings, mark)
+
+
+def _look_of(way: Direction, rows: Sequence[sa.Row[Any]], reopenings: int, mark: int) -> Look:
     return Look(
         mark,
         tuple(row.content_hash for row in sorted(rows, key=lambda row: not row.is_searchable)),
         sum(row.chunks for row in rows if row.is_searchable),
         len(rows) <= way.most_open,
-        began,
+        reopenings,
     )
 
 
-def look_again(db: sa.Engine, way: Direction, seen: Look) -> Look:
-    """The same of what was written since, and of what was open."""
-    mark = _mark(db)
-    with db.begin() as conn:
-        lacking = conn.execute(sa.text(_candidates(way, _STILL_LACKING)), _parameters(way, seen)).all()
-    return Look(
-        mark,
-        tuple(row.content_hash for row in sorted(lacking, key=lambda row: not row.is_searchable)),
-        sum(row.chunks for row in lacking if row.is_searchable),
-        len(lacking) <= way.most_open,
-        seen.whole_at,
-    )
-
-
-def _mark(db: sa.Engine) -> int:
-    """The last ChunkBatch, once everybody has committed who may have written one up to it.
+def _mark(db: sa.Engine, patience: float) -> tuple[int, int]:
+    """How often enqueues have begun anew, and then the last ChunkBatch, once everybody has committed who may have
+    written one up to it.
 
     To take the lock itself would hold up all who come meanwhile.
     """
     with db.begin() as conn:
+        reopenings = _count_reopenings(conn)
         mark = int(conn.execute(sa.text("SELECT coalesce(max(id), 0) FROM chunk_batches")).scalar_one())
         writers = holders(conn, DELETE_LOCK)
-    deadline = time.monotonic() + WRITERS_PATIENCE_S
+    deadline = time.monotonic() + patience
     while writers and time.monotonic() < deadline:
         time.sleep(0.01)
         with db.begin() as conn:
             writers &= holders(conn, DELETE_LOCK)
     if writers:
         # The look is not made up to a mark that somebody may still write before, but up to none.
-        return 0
-    return mark
+        return reopenings, 0
+    return reopenings, mark
+
+
+def _count_reopenings(conn: sa.Connection) -> int:
+    query = "SELECT coalesce(pg_sequence_last_value(to_regclass('reopenings')), 0)"
+    return int(conn.execute(sa.text(query)).scalar_one())
+
+
+def _are_kept(conn: sa.Connection) -> bool:
+    """False on the schema of the last release, on which this code runs too during an upgrade."""
+    return bool(conn.execute(sa.text("SELECT to_regclass('reembedding_looks') IS NOT NULL")).scalar_one())
+
+
+def _kept(db: sa.Engine, way: Direction) -> Look | None:
+    """The latest look in this direction, if what was written since can be told."""
+    query = """
+        SELECT mark, lacking, reopenings
+        FROM reembedding_looks
+        WHERE reembedding_id = :id AND space_id = :active
+          AND looked_at > now() - make_interval(secs => :seconds)
+    """
+    parameters = {"id": way.life.id, "active": way.active.id, "seconds": REUSE_SECONDS}
+    with db.begin() as conn:
+        row = conn.execute(sa.text(query), parameters).one_or_none() if _are_kept(conn) else None
+        if row is None or row.reopenings != _count_reopenings(conn):
+            return None
+    return Look(row.mark, tuple(row.lacking), missing=0, is_all=True, reopenings=row.reopenings)
+
+
+def _keep(db: sa.Engine, way: Direction, seen: Look) -> None:
+    statement = """
+        INSERT INTO reembedding_looks (reembedding_id, space_id, mark, lacking, reopenings)
+        VALUES (:id, :active, :mark, CAST(:lacking AS bytea[]), :reopenings)
+        ON CONFLICT (reembedding_id) DO UPDATE SET
+            space_id = excluded.space_id, mark = excluded.mark, lacking = excluded.lacking,
+            reopenings = excluded.reopenings, looked_at = excluded.looked_at
+    """
+    parameters = {
+        "id": way.life.id,
+        "active": way.active.id,
+        "mark": seen.mark,
+        "lacking": list(seen.lacking),
+        "reopenings": seen.reopenings,
+    }
+    with db.begin() as conn:
+        if _are_kept(conn):
+            conn.execute(sa.text(statement), parameters)
 
 
 _STILL_LACKING = """
@@ -267,7 +323,7 @@ def try_to_flip(
         conn.execute(sa.text(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE_S:g}s'"))
         lock(conn, DELETE_LOCK)
         began = time.monotonic()
-        if _count_new(conn, way, seen.mark) > way.most_open:
+        if _count_reopenings(conn) != seen.reopenings or _count_new(conn, way, seen.mark) > way.most_open:
             transaction.rollback()
             return Flipped(done=False, seconds=time.monotonic() - began)
         rows = conn.execute(sa.text(_candidates(way, _MISSING)), _parameters(way, seen)).all()
