@@ -426,14 +426,31 @@ def _go_and_come_back(client: Client, clock: Clock, cycles: int, alive: Sequence
             time.sleep(0.5)
         for what, act in (("flip", client.flip), ("rollback", client.rollback)):
             say(f"cycle {cycle + 1} of {cycles}: {what}")
-            # Those who write meet the collection in both states.
+            # Those who write meet the collection in both states, and the poller looks at what is to be proved.
             time.sleep(PAUSE_S)
+            while not _is_looked_at(client._db):
+                for child in alive:
+                    child.require_alive()
+                time.sleep(0.1)
             clock.clear()
             began = time.monotonic()
             act(seen.id, timeout=600.0)
             turns.append(Turn(what, began, time.monotonic(), clock.asked, clock.locked, clock.let_go))
             say(f"cycle {cycle + 1} of {cycles}: {turns[-1].as_json()}")
     return turns
+
+
+def _is_looked_at(db: sa.Engine) -> bool:
+    """Whether a poller has looked at what the next flip or rollback has to prove."""
+    query = """
+        SELECT EXISTS (
+            SELECT FROM reembedding_looks l
+            JOIN reembeddings e ON e.id = l.reembedding_id
+            JOIN collections k ON k.id = e.collection_id AND k.space_id = l.space_id
+            WHERE k.name = :name AND e.finished_at IS NULL)
+    """
+    with db.begin() as conn:
+        return bool(conn.execute(sa.text(query), {"name": COLLECTION}).scalar_one())
 
 
 def _turns(rows: int, turns: Sequence[Turn]) -> list[Measurement]:
