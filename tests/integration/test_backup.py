@@ -16,12 +16,14 @@ from click.testing import CliRunner, Result
 from chunkmill import Client
 from chunkmill.broker import Broker
 from chunkmill.cli.__main__ import cli
+from chunkmill.client.outbox import Deliverer
 from chunkmill.db.connect import create_db, migrate, migration_level
 from chunkmill.domain.states import ProviderBatchState as State
 from chunkmill.domain.states import Route
 from chunkmill.embedded import Stack, StackStatus
 from chunkmill.ledger.work import chunk_batches
 from chunkmill.poller.indexer import Indexer
+from chunkmill.poller.reembedding import Reembedder
 from chunkmill.settings import Settings
 from chunkmill.spaces import registry
 from chunkmill.store import indexing
@@ -34,7 +36,7 @@ from tests.conftest import TEMPLATE, admin, url_of
 from tests.integration.conftest import Runner
 from tests.integration.test_downgrades import SPEC, differences, schema_of
 from tests.openai_server import OpenAIServer
-from tests.support.corridor import corridor
+from tests.support.corridor import MODEL, corridor
 from tests.support.corridor_scene import Scene
 from tests.support.embedded_homes import folder_for_homes
 from tests.support.installations import install_as_before
@@ -238,6 +240,65 @@ def test_what_waited_at_the_backup_is_not_sent_again_until_somebody_says_so(
     assert set(stage.bill(texts | plain).values()) == {2}, "a person has said that it may be paid again"
 
 
+@pytest.mark.parametrize("was_in", ["auto", "outbox", "reembedding", "served"])
+def test_a_poller_brings_no_paid_work_from_anywhere_before_somebody_says_so(
+    stage: Scene, server: OpenAIServer, url: str, copy: str, tmp_path: Path, was_in: str
+) -> None:
+    """Two lanes, and work that is in neither of them at the backup, or that a poller moves from one to the other."""
+    client, texts = stage.corridor.client, stage.texts(6)
+    if was_in == "auto":
+        stage.enqueue(texts, route="auto")
+        [lane] = stage.corridor.rows("SELECT DISTINCT route FROM chunk_batches")
+        assert lane == {"route": "openai"}, "the other lane has no work"
+    elif was_in == "outbox":
+        with stage.corridor.db.begin() as conn:
+            stage.enqueue(texts, route="auto", within=conn)
+        assert stage.corridor.one("SELECT count(*) FROM chunk_batches") == 0
+    elif was_in == "reembedding":
+        stage.finish(stage.enqueue(texts))
+        client.reembed("docs", to=MODEL, dimensions=4)
+        assert stage.corridor.one("SELECT count(*) FROM jobs WHERE state IN ('enqueueing', 'running')") == 0
+    else:
+        with stage.corridor.db.begin() as conn:
+            conn.execute(
+                sa.text("""
+                    INSERT INTO served_batches (name, tenant, asked, state, input_file, expires_at)
+                    SELECT 'batch_' || state, 't', '{"route": "auto"}', state, 'f', now() + interval '1 day'
+                    FROM (VALUES ('validating'), ('completed')) AS s (state)
+                """)
+            )
+    document("backup", tmp_path / "b.dump", url=url)
+    charged = len(server.charges())
+
+    back = document("restore", tmp_path / "b.dump", url=copy)
+
+    assert back["stopped_lanes"] == ["openai", "openai-sync"]
+    own = {name: getattr(stage.corridor.settings, name) for name in stage.corridor.settings.model_fields_set}
+    with corridor(Settings.from_env(**{**own, "database_url": copy}), server, openai_request_inputs=4) as again:
+        reembedder, deliverer = Reembedder(again.db, again.settings), Deliverer(again.db, again.settings, _no_bell)
+        for _ in range(5):
+            deliverer.round()
+            reembedder.round()
+            again.turn()
+        assert len(server.charges()) == charged
+
+
+def test_a_restore_stops_no_paid_lane_of_work_that_stays_local_or_has_ended(
+    stage: Scene, runner: Runner, url: str, copy: str, tmp_path: Path
+) -> None:
+    stage.finish(stage.enqueue(stage.texts(3)), stage.enqueue(stage.texts(3, first=5), route="openai-sync"))
+    runner.client.enqueue(
+        [("a", "one"), ("b", "two")], collection="local", model=runner.context.settings.embedding_model
+    )
+    document("backup", tmp_path / "b.dump", url=url)
+    back = document("restore", tmp_path / "b.dump", url=copy)
+    assert (back["open_jobs"], back["stopped_lanes"]) == (1, [])
+
+
+def _no_bell(_: sa.Connection) -> None:
+    """A poller rings too."""
+
+
 def _not_yet(*_: object) -> None:
     raise StepDelayed(0.0)
 
@@ -275,7 +336,7 @@ def test_a_restore_deletes_no_installation_that_is_not_named_for_it(
     document("restore", file, url=copy)
     with opened(copy) as db, db.begin() as conn:
         conn.execute(sa.text("INSERT INTO collections (name, space_id) SELECT 'mine', min(id) FROM spaces"))
-        conn.execute(sa.text("CREATE TABLE left_behind (id int)"))
+        conn.execute(sa.text("CREATE TABLE vectors_77 (content_hash bytea)"))  # of a space that the backup lacks
     assert "holds an installation with data" in refusal("restore", file, url=copy)
     assert "pass --yes" in refusal("restore", file, "--replace", url=copy)
     worker = create_db(copy, role="worker", pool_size=1)
@@ -289,7 +350,91 @@ def test_a_restore_deletes_no_installation_that_is_not_named_for_it(
     document("restore", file, "--replace", "--yes", url=copy)
 
     assert rows_of(copy) == rows_of(url)
-    assert ask(copy, "SELECT to_regclass('left_behind') IS NULL")
+    assert ask(copy, "SELECT to_regclass('vectors_77') IS NULL")
+
+
+@pytest.mark.parametrize("kind", ["table", "view", "sequence", "function"])
+def test_a_restore_deletes_nothing_of_another_program_that_has_the_same_schema(
+    runner: Runner, stack: StackStatus, url: str, tmp_path: Path, kind: str
+) -> None:
+    """There is no installation in the database, so nothing of Chunkmill's could be deleted by mistake."""
+    file = tmp_path / "b.dump"
+    runner.finish(runner.client.enqueue([("a", "one"), ("b", "two")], collection="docs"))
+    document("backup", file, url=url)
+    made = {
+        "table": "TABLE chunkmill.notes AS SELECT 1 AS n",
+        "view": "VIEW chunkmill.notes AS SELECT 1 AS n",
+        "sequence": "SEQUENCE chunkmill.notes",
+        "function": "FUNCTION chunkmill.notes() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    }[kind]
+    there = "to_regproc('chunkmill.notes')" if kind == "function" else "to_regclass('chunkmill.notes')"
+    admin(stack, "CREATE DATABASE shared")
+    try:
+        target = url_of(stack, "shared")
+        with opened(target) as db, db.begin() as conn:
+            conn.execute(sa.text("CREATE SCHEMA chunkmill"))
+            conn.execute(sa.text(f"CREATE {made}"))
+        for options in ((), ("--replace", "--yes")):
+            said = refusal("restore", file, *options, url=target)
+            assert "not Chunkmill's in the schema 'chunkmill'" in said
+            assert "notes" in said
+            assert "Restore into a new database" in said
+        assert ask(target, f"SELECT {there} IS NOT NULL")
+        assert ask(target, "SELECT count(*) FROM pg_class WHERE relnamespace = CAST('chunkmill' AS regnamespace)") <= 1
+        with opened(target) as db, db.begin() as conn:
+            conn.execute(sa.text("DROP SCHEMA chunkmill CASCADE"))
+        document("restore", file, url=target)
+        assert rows_of(target) == rows_of(url)
+    finally:
+        admin(stack, "DROP DATABASE shared WITH (FORCE)")
+
+
+def test_what_others_have_beside_an_installation_or_made_of_its_tables_is_not_replaced(
+    runner: Runner, url: str, copy: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "b.dump"
+    runner.finish(runner.client.enqueue([("a", "one"), ("b", "two")], collection="docs"))
+    document("backup", file, url=url)
+    document("restore", file, url=copy)
+    theirs = {
+        "chunkmill.notes": ("CREATE TABLE chunkmill.notes (n int)", "DROP TABLE chunkmill.notes"),
+        "chunkmill.alembic_version": (
+            "CREATE TABLE chunkmill.alembic_version (version_num text)", "DROP TABLE chunkmill.alembic_version",
+        ),
+        "public.mine": (
+            "CREATE VIEW public.mine AS SELECT chunk_id FROM chunkmill_collections.docs", "DROP VIEW public.mine",
+        ),
+        "public.listed": (
+            "CREATE TABLE public.listed (job bigint CONSTRAINT of_a_job REFERENCES chunkmill.jobs (id))",
+            "DROP TABLE public.listed",
+        ),
+    }  # fmt: skip
+    for name, (make, drop) in theirs.items():
+        with opened(copy) as db, db.begin() as conn:
+            conn.execute(sa.text(make))
+        said = refusal("restore", file, "--replace", "--yes", url=copy)
+        assert ("of_a_job" if "listed" in name else name.removeprefix("chunkmill.")) in said, said
+        assert ask(copy, f"SELECT to_regclass('{name}') IS NOT NULL")
+        with opened(copy) as db, db.begin() as conn:
+            conn.execute(sa.text(drop))
+    assert rows_of(copy) == rows_of(url)
+    document("restore", file, "--replace", "--yes", url=copy)
+
+
+@pytest.mark.parametrize("revision", ["0001", "ffff"])
+def test_the_migration_of_a_backup_is_chunkmills_own(
+    runner: Runner, url: str, copy: str, tmp_path: Path, revision: str
+) -> None:
+    """Another program that uses Alembic has the same schema, and its version is lower or higher than ours."""
+    file = tmp_path / "b.dump"
+    runner.finish(runner.client.enqueue([("a", "one"), ("b", "two")], collection="docs"))
+    with opened(url) as db, db.begin() as conn:
+        conn.execute(sa.text("CREATE TABLE chunkmill.alembic_version (version_num varchar(32) PRIMARY KEY)"))
+        conn.execute(sa.text(f"INSERT INTO chunkmill.alembic_version VALUES ('{revision}')"))
+        _, head = migration_level(conn)
+    assert document("backup", file, url=url)["migration"] == head
+    assert document("restore", file, url=copy)["migration"] == head
+    assert rows_of(copy) == rows_of(url)
 
 
 def test_a_backup_of_another_schema_or_of_a_newer_release_is_refused(

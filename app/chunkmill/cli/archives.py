@@ -36,6 +36,8 @@ from chunkmill.settings import Settings
 from chunkmill.telemetry.logging import without_passwords
 
 _MB = 1_000_000
+NAMED = 10
+"""How many tables of other programs an error names."""
 
 
 def write_backup(screen: Screen, file: Path) -> None:
@@ -148,6 +150,8 @@ class _Destination:
     types: str | None
     """The schema of pgvector's types, as SQL writes it; None if pgvector is not installed."""
     public_is_used: bool
+    of_others: dict[str, list[str]]
+    """Schema → what a restore would delete in it that is not Chunkmill's."""
 
 
 def _there(conn: sa.Connection, settings: Settings) -> _Destination:
@@ -174,17 +178,22 @@ def _there(conn: sa.Connection, settings: Settings) -> _Destination:
         why_not_server(conn),
         row.types,
         row.public_is_used,
+        {
+            schema: found
+            for schema in dict.fromkeys([settings.database_schema, *([installation.schema] if installation else [])])
+            if schema != "public" and (found := restored.of_others(conn, schema, installation))
+        },
     )
 
 
 def _readable(file: Path, programs: Programs) -> archives.Archive:
     """What the file says. Programs that are older than it cannot say it, so the newest then try."""
     try:
-        return archives.read_archive(file, programs)
+        return archives.read_archive(file, programs, known_revisions())
     except InvalidInput as error:
         if "unsupported version" not in str(error):
             raise
-        return archives.read_archive(file, find_programs(programs.major + 1))
+        return archives.read_archive(file, find_programs(programs.major + 1), known_revisions())
 
 
 def _check(archive: archives.Archive, there: _Destination, settings: Settings) -> None:
@@ -209,6 +218,14 @@ def _check(archive: archives.Archive, there: _Destination, settings: Settings) -
         raise InvalidInput(
             "the schema 'public' of this database holds tables, and an installation in 'public' cannot be told from "
             "tables of other programs. Restore into a new database: CREATE DATABASE chunkmill;"
+        )
+    for schema, found in there.of_others.items():
+        more = f" and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
+        raise InvalidInput(
+            f"a restore would delete what is not Chunkmill's in the schema {schema!r} of the database {there.address}, "
+            f"or depends on its tables: {', '.join(found[:NAMED])}{more}. Nothing was changed. Restore into a new "
+            "database: CREATE DATABASE chunkmill; or move tables of other programs into another schema, with ALTER "
+            "TABLE and SET SCHEMA, and drop what you can make again."
         )
     if None not in (archive.types, there.types) and archive.types != there.types:
         raise InvalidInput(

@@ -38,11 +38,11 @@ def restore(screen: Screen, file: Path, replace: bool, yes: bool) -> None:
     """Bring back what `chunkmill backup` wrote into FILE.
 
     The database must be new, or as `chunkmill up` or `chunkmill migrate` made it; with --replace it may hold another
-    installation, which is deleted. Stop workers, pollers, gateways and producers first. It is one transaction: if it
-    does not reach its end, nothing has changed.
+    installation, which is deleted. A schema with tables of other programs is refused. Stop workers, pollers, gateways
+    and producers first. It is one transaction: if it does not reach its end, nothing has changed.
 
-    Work that was open goes on. A paid lane that had open work is stopped: what was sent to the provider after the
-    backup is not in it, and would be paid for again.
+    Work that was open goes on. A paid lane that had open work, or to which some may come, is stopped: what was sent to
+    the provider after the backup is not in it, and would be paid for again.
 
     Restore only a file that you trust: whoever made it chose the SQL that runs.
     """

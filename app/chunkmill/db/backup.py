@@ -16,11 +16,11 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psycopg.conninfo
 import sqlalchemy as sa
@@ -105,8 +105,10 @@ def _dump(command: list[str], url: str, partial: Path, progress: Progress) -> No
     progress("done", partial.stat().st_size)
 
 
-def read_archive(file: Path, programs: Programs) -> Archive:
-    """What a backup says about itself. Raises :class:`InvalidInput` if the file is not one, or cannot be read."""
+def read_archive(file: Path, programs: Programs, known: Sequence[str]) -> Archive:
+    """What a backup says about itself. ``known`` are this code's migrations. Raises :class:`InvalidInput` if the file
+    is not one, or cannot be read.
+    """
     listed = _read(programs, file, "--list").splitlines()
     head = "\n".join(line for line in listed if line.startswith(";"))
     server = re.search(r"Dumped from database version: (\d+)", head)
@@ -115,16 +117,22 @@ def read_archive(file: Path, programs: Programs) -> Archive:
     if not server or not taken or not tables:
         raise InvalidInput(f"{file} is an archive of pg_dump, and it holds no installation of Chunkmill.")
     schema = tables[0]
-    versions = ("chunkmill_alembic_version", home.OLD_VERSION_TABLE)
-    migrations = _rows(_read(programs, file, "--data-only", *_only(schema, *versions)))
-    oldest = _rows(_read(programs, file, "--data-only", *_only(schema, "schema_compatibility")))
-    if not migrations:
+    # The old table may belong to another program that shares the schema, so it counts only if there is no own one.
+    migration = next(
+        (
+            revision
+            for table in (home.VERSION_TABLE, home.OLD_VERSION_TABLE)
+            if (revision := home.own_revision(_rows(programs, file, schema, table), known))
+        ),
+        None,
+    )
+    if migration is None:
         raise InvalidInput(f"{file} does not say which migration its tables are of, so it cannot be restored.")
     return Archive(
         file,
         schema,
-        max(migrations),
-        min(oldest, default=None),
+        migration,
+        min(_rows(programs, file, schema, "schema_compatibility"), default=None),
         int(server[1]),
         datetime.fromisoformat(taken[1]).replace(tzinfo=UTC),
         _types(programs, file),
@@ -132,14 +140,11 @@ def read_archive(file: Path, programs: Programs) -> Archive:
     )
 
 
-def _only(schema: str, *tables: str) -> list[str]:
-    return [f"--schema={schema}", *(f"--table={table}" for table in tables)]
-
-
-def _rows(script: str) -> list[str]:
-    """The lines of the COPYs of tables with one column."""
+def _rows(programs: Programs, file: Path, schema: str, table: str) -> list[str]:
+    """What a table with one column holds, in order; nothing if the archive has no such table."""
+    script = _read(programs, file, "--data-only", f"--schema={schema}", f"--table={table}")
     copies: list[str] = re.findall(r"^COPY [^\n]* FROM stdin;\n(.*?)^\\\.$", script, re.MULTILINE | re.DOTALL)
-    return [line for copy in copies for line in copy.splitlines()]
+    return sorted(line for copy in copies for line in copy.splitlines())
 
 
 def _types(programs: Programs, file: Path) -> str | None:
@@ -416,7 +421,7 @@ def _started(
     command: list[str], url: str, *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
 ) -> Iterator[_Running]:
     # The password is in the environment, because every user of a machine can read the arguments of its processes.
-    password = sa.make_url(url).password
+    password = _options(url).get("password")
     secret = {"PGPASSWORD": str(password)} if password is not None else {}
     try:
         process = subprocess.Popen(
@@ -440,8 +445,19 @@ def _said(lines: list[str]) -> str:
 
 
 def _conninfo(url: str) -> str:
-    """The address for Postgres' programs, without the password."""
-    address, _ = home.split_schema(url)
-    options = sa.create_engine(address).dialect.create_connect_args(address)[1]
+    """The address for Postgres' programs, without the password. Raises :class:`InvalidInput`."""
+    options = _options(url)
+    if "sslpassword" in options:
+        raise InvalidInput(
+            "DATABASE_URL has an sslpassword, and Postgres' programs take it only as an argument, which every user of "
+            "this machine can read. Put it into a service file (pg_service.conf), and name the service in the URL."
+        )
     left_out = ("password", "client_encoding", "application_name", "context")  # the last is SQLAlchemy's own
     return psycopg.conninfo.make_conninfo(**{name: value for name, value in options.items() if name not in left_out})
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What the URL says, in libpq's words. The password may be among its parameters too."""
+    address, _ = home.split_schema(url)
+    options: dict[str, Any] = sa.create_engine(address).dialect.create_connect_args(address)[1]
+    return options

@@ -116,6 +116,11 @@ def read_revision(conn: sa.Connection, home: Home, known: Sequence[str]) -> str 
     """The migration of an installation; None if all of them were taken back. ``known`` are this code's."""
     table = f"{quoted(home.schema)}.{home.version_table}"
     rows = conn.execute(sa.text(f"SELECT version_num FROM {table} ORDER BY version_num")).scalars().all()
+    return own_revision(rows, known)
+
+
+def own_revision(rows: Sequence[str], known: Sequence[str]) -> str | None:
+    """Chunkmill's migration among the rows of a version table, which an old installation may share."""
     return next((row for row in rows if row in known), rows[0] if rows else None)
 
 

@@ -2,7 +2,7 @@
 
 A backup says what was so at one moment. Whoever held a lease then does not hold it now, the bells that were rung are
 in another Redis, and what was sent to a provider since then is not in it. So leases are given back uncharged, all that
-waits is rung for again, and the paid lanes with open work are stopped until a person has looked.
+waits is rung for again, and the paid lanes to which a poller would bring work are stopped until a person has looked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from chunkmill.db import (
+    home,
+    provider_schema,  # noqa: F401 - it adds its tables to Base
+)
+from chunkmill.db.schema import Base
 from chunkmill.domain.states import JobState, Route
 
 STOP_CODE = "restored"
@@ -28,7 +33,7 @@ DECLARE
         'and would be paid for again. docs/backup.md says what to look at',
         to_char(taken_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
     );
-    paid record;
+    routes text[];
 BEGIN
     -- The workers of then are gone. Nobody died, so nothing is charged and nothing is suspected. What plain requests
     -- had in flight is booked by the next attempt, as after a crash.
@@ -54,21 +59,49 @@ BEGIN
     WHERE state <> 'closed';
     UPDATE provider_batches SET state = 'creating', creating_since = created_at WHERE state IN ('gathered', 'uploaded');
 
-    FOR paid IN
-        SELECT 'openai' AS route
-        WHERE EXISTS (SELECT FROM provider_batches WHERE state NOT IN ('cleaning', 'closed'))
-           OR EXISTS (SELECT FROM chunk_batches WHERE route = 'openai' AND state IN ('available', 'running'))
-           OR EXISTS (SELECT FROM jobs WHERE route IN ('openai', 'auto') AND state = 'enqueueing')
-        UNION ALL
-        SELECT 'openai-sync'
-        WHERE EXISTS (SELECT FROM chunk_batches WHERE route = 'openai-sync' AND state IN ('available', 'running'))
-           OR EXISTS (SELECT FROM jobs WHERE route IN ('openai-sync', 'auto') AND state = 'enqueueing')
-    LOOP
-        INSERT INTO provider_lanes (route, stopped_at, stop_code, stop_reason)
-        VALUES (paid.route, now(), 'restored', reason)
-        ON CONFLICT (route) DO UPDATE SET
-            stopped_at = excluded.stopped_at, stop_code = excluded.stop_code, stop_reason = excluded.stop_reason;
-    END LOOP;
+    -- The routes of all that is open. What may choose its lane may come to either paid one: a poller moves a job from
+    -- a lane that is stopped to the other, and enqueues what is in the outbox, in a re-embedding or in a served batch.
+    routes := ARRAY(
+        SELECT 'openai' FROM provider_batches WHERE state NOT IN ('cleaning', 'closed')
+        UNION
+        SELECT route FROM chunk_batches WHERE state IN ('available', 'running')
+        UNION
+        SELECT route
+        FROM jobs j
+        WHERE state = 'enqueueing' OR state = 'running' AND (route <> 'auto' OR EXISTS (
+            SELECT
+            FROM jsonb_array_elements(j.routing) choice
+            WHERE choice ->> 'route' <> 'local' OR choice ->> 'instead_of' <> 'local'
+        ))
+    );
+    IF to_regclass('outbox_jobs') IS NOT NULL THEN
+        routes := routes || ARRAY(
+            SELECT request ->> 'route'
+            FROM outbox_jobs
+            WHERE request ->> 'route' <> 'auto' OR CAST(request ->> 'may_cost' AS boolean)
+        );
+    END IF;
+    IF to_regclass('served_batches') IS NOT NULL THEN
+        routes := routes || ARRAY(
+            SELECT DISTINCT served.asked ->> 'route'
+            FROM served_batches served
+            WHERE served.state IN ('validating', 'in_progress')
+        );
+    END IF;
+    -- The plan names the route into the new space. That back into the old one, which is kept after the flip, is 'auto'.
+    IF to_regclass('reembeddings') IS NOT NULL THEN
+        routes := routes || ARRAY(
+            SELECT CASE WHEN flipped_at IS NULL THEN coalesce(plan ->> 'route', 'auto') ELSE 'auto' END
+            FROM reembeddings
+            WHERE finished_at IS NULL
+        );
+    END IF;
+    INSERT INTO provider_lanes (route, stopped_at, stop_code, stop_reason)
+    SELECT lane.route, now(), 'restored', reason
+    FROM (VALUES ('openai'), ('openai-sync')) AS lane (route)
+    WHERE lane.route = ANY(routes) OR 'auto' = ANY(routes)
+    ON CONFLICT (route) DO UPDATE SET
+        stopped_at = excluded.stopped_at, stop_code = excluded.stop_code, stop_reason = excluded.stop_reason;
 
     -- Numbers that were given after the backup are not given again: a program would take another job for its own, and a
     -- worker that was cut off meanwhile could end another ChunkBatch.
@@ -150,3 +183,72 @@ def is_empty(conn: sa.Connection) -> bool:
         if conn.execute(sa.text(f"SELECT EXISTS (SELECT FROM {table})")).scalar_one():
             return False
     return True
+
+
+def of_others(conn: sa.Connection, schema: str, there: home.Home | None) -> list[str]:
+    """What a restore into ``schema`` would delete though no release up to this one has made it: tables, views,
+    sequences and functions in it, and views and foreign keys of other schemas that depend on its tables.
+
+    ``there`` is the installation of the database, if it has one.
+    """
+    known = sorted({*Base.metadata.tables, home.VERSION_TABLE, "deletions"})
+    rows = conn.execute(
+        sa.text("""
+            WITH place AS (
+                SELECT oid, :has_installation AND nspname = :home AS is_home
+                FROM pg_namespace
+                WHERE nspname = :schema
+            ),
+            -- With the views of collections, which are in a schema of their own.
+            ours AS (
+                SELECT n.oid
+                FROM pg_namespace n
+                WHERE n.nspname = :schema OR starts_with(
+                    obj_description(n.oid, 'pg_namespace'),
+                    format('The collections of Chunkmill in the schema %s, ', CAST(:schema AS text))
+                )
+            ),
+            extended AS (
+                SELECT objid FROM pg_depend WHERE deptype IN ('a', 'i', 'e')
+            )
+            SELECT CAST(c.relname AS text)
+            FROM pg_class c
+            JOIN place ON place.oid = c.relnamespace
+            WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND c.oid NOT IN (SELECT objid FROM extended)
+              AND NOT (place.is_home AND (
+                  c.relname = ANY(:known) OR c.relname ~ '^(vectors|segment|keywords)_[0-9]+$'
+                  OR c.relname = :old_table
+                     AND (:is_old OR obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM :kept)
+              ))
+            UNION
+            SELECT p.oid::regprocedure::text
+            FROM pg_proc p
+            JOIN place ON place.oid = p.pronamespace
+            WHERE NOT place.is_home AND p.oid NOT IN (SELECT objid FROM extended)
+            UNION
+            SELECT format('%I.%I', n.nspname, v.relname)
+            FROM pg_depend d
+            JOIN pg_class used ON used.oid = d.refobjid
+            JOIN pg_rewrite r ON r.oid = d.objid
+            JOIN pg_class v ON v.oid = r.ev_class
+            JOIN pg_namespace n ON n.oid = v.relnamespace
+            WHERE d.refclassid = CAST('pg_class' AS regclass) AND d.classid = CAST('pg_rewrite' AS regclass)
+              AND used.relnamespace IN (SELECT oid FROM ours) AND v.relnamespace NOT IN (SELECT oid FROM ours)
+            UNION
+            SELECT format('%s of %s', k.conname, CAST(k.conrelid AS regclass))
+            FROM pg_constraint k
+            JOIN pg_class used ON used.oid = k.confrelid
+            WHERE used.relnamespace IN (SELECT oid FROM ours) AND k.connamespace NOT IN (SELECT oid FROM ours)
+            ORDER BY 1
+        """),
+        {
+            "schema": schema,
+            "has_installation": there is not None,
+            "home": there.schema if there else "",
+            "known": known,
+            "old_table": home.OLD_VERSION_TABLE,
+            "is_old": there is not None and there.is_old,
+            "kept": home.KEPT_FOR_OLD_CODE,
+        },
+    )
+    return list(rows.scalars())

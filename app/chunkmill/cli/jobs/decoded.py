@@ -25,6 +25,8 @@ _BOMS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16, of which the first is a longer form
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+_WITHOUT_MARK = ("utf-8-sig", "utf-16", "utf-32")
+"""Encodings whose decoders leave the mark at the beginning out."""
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _ESCAPED_BYTES = re.compile(rb"\xed[\xb0-\xb3][\x80-\xbf]")
 
@@ -175,6 +177,8 @@ class _Recoded(io.RawIOBase):
         self._raw = head
         self._ready = b""
         self._is_over = False
+        # Anywhere else this character is a part of the text, which nobody sees and which must stay.
+        self._may_have_mark = codecs.lookup(encoding).name not in _WITHOUT_MARK
 
     def readable(self) -> bool:
         return True
@@ -185,7 +189,9 @@ class _Recoded(io.RawIOBase):
             self._is_over = not more
             text = self._decoder.decode(self._raw + more, final=not more)
             self._raw = b""
-            self._ready = text.removeprefix("\ufeff").encode("utf-8", "surrogatepass")
+            if text and self._may_have_mark:
+                text, self._may_have_mark = text.removeprefix("\ufeff"), False
+            self._ready = text.encode("utf-8", "surrogatepass")
         piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(piece)] = piece
         return len(piece)

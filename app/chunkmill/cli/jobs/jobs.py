@@ -182,7 +182,7 @@ class Deadline(click.ParamType[datetime | timedelta]):
     metavar="JSON",
     help='Filter for --sync: delete only chunks that pass it, such as {"source": "wiki"}.',
 )
-@click.option("--allow-empty", is_flag=True, help="Let --sync delete everything if the sources hold nothing.")
+@click.option("--allow-empty", is_flag=True, help="Let --sync delete everything of a source that holds nothing.")
 @click.option(
     "--deadline",
     type=Deadline(),
@@ -239,7 +239,15 @@ def enqueue(
         raise InvalidInput("--sync-where needs --sync.")
     cutter = _cutter(chunk, overlap, chunk_unit, suffixes, options["model"])
     skips = on_invalid == "skip"
-    reader = Reader(sources, fields, skip=skips, stdin=sys.stdin.buffer, form=form, cutter=cutter)
+    reader = Reader(
+        sources,
+        fields,
+        skip=skips,
+        stdin=sys.stdin.buffer,
+        form=form,
+        cutter=cutter,
+        may_be_empty=allow_empty or dry_run or not sync,
+    )
     replace: bool | dict[str, Any] = sync if sync_where is None else sync_where
     with Client.from_env() as client:
         with Bar(screen, "reading") as bar:

@@ -99,7 +99,8 @@ class Reader:
     because it is a link, a device or the like. ``notes`` has what was guessed about a source. With ``skip``, a record
     that cannot be read is yielded as its error, which ``Client.enqueue(on_invalid="skip")`` puts into the job's dead
     list with its place and the reason. Without ``skip``, it raises :class:`InvalidInput`. With a ``cutter``, documents
-    and the texts of records are cut into chunks.
+    and the texts of records are cut into chunks. Unless it ``may_be_empty``, a source without a record raises
+    :class:`InvalidInput`.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ class Reader:
         stdin: BinaryIO,
         form: Form | None = None,
         cutter: Cutter | None = None,
+        may_be_empty: bool = True,
     ) -> None:
+        self._may_be_empty = may_be_empty
         self._form = form or Form()
         for source in sources:
             _require_readable(source, self._form, cuts=cutter is not None)
@@ -119,10 +122,8 @@ class Reader:
             raise InvalidInput("stdin ('-') is given twice, but it can be read only once. Give it once.")
         self._suffixes: Set[str] = TEXT_SUFFIXES if cutter is None else cutter.suffixes
         if not self._form.prefixed:
-            folders = [Path(source) for source in sources if source != "-" and Path(source).is_dir()]
-            _require_distinct(folders, self._suffixes)
-            if cutter is not None:
-                _require_distinct_names(sources)
+            named = [Path(source) for source in sources if self._is_of_documents(source, cutter)]
+            _require_distinct(named, self._suffixes)
         self._cutter = cutter
         self.notes: list[str] = []
         self.place = ""
@@ -136,6 +137,7 @@ class Reader:
     def __iter__(self) -> Iterator[object]:
         for source in self._sources:
             prefix = f"{_prefix(source)}/" if self._form.prefixed else ""
+            before = self._read
             for place, record in _opened(source, self._records(source)):
                 self.place = place
                 self._read += 1
@@ -155,6 +157,18 @@ class Reader:
                         f"{place}: {record.problem}. Nothing was written. Fix it, or pass --on-invalid skip to put "
                         "what cannot be read into the job's dead list and enqueue the rest."
                     )
+            if self._read == before and not self._may_be_empty:
+                raise InvalidInput(
+                    f"{'stdin' if source == '-' else source} holds no record, so --sync would delete all that the "
+                    "collection has of it. Nothing was written, and nothing was deleted. Check the source; if it is "
+                    "meant to be empty, pass --allow-empty."
+                )
+
+    def _is_of_documents(self, source: str, cutter: Cutter | None) -> bool:
+        """Whether the names of files become ids."""
+        path = Path(source)
+        is_document = cutter is not None and self._form.format is None and suffix_of(path.name) in DOCUMENT_SUFFIXES
+        return source != "-" and (is_document or path.is_dir())
 
     def of_other_kinds(self) -> str:
         """What was not read in folders because of the names of the files; empty if there is nothing of it."""
@@ -385,36 +399,29 @@ def _folder(
         raise InvalidInput(f"the folder {root} contains no {kinds} file{why}. Name another folder.")
 
 
-def _require_distinct_names(sources: Sequence[str]) -> None:
-    """Raise :class:`InvalidInput` if two documents that are named themselves would have the same id."""
-    named: dict[str, str] = {}
-    for source in sources:
-        path = Path(source)
-        if suffix_of(path.name) not in DOCUMENT_SUFFIXES or path.is_dir():
-            continue
-        if (other := named.setdefault(path.name, source)) != source:
-            raise InvalidInput(
-                f"{other} and {source} would have the same id {path.name!r}, and one would replace the other. Name the "
-                "folder above both, or use two collections."
-            )
+def _require_distinct(sources: Sequence[Path], suffixes: Set[str]) -> None:
+    """Raise :class:`InvalidInput` if files of two sources would have the same id, so that one would replace the other.
 
-
-def _require_distinct(folders: Sequence[Path], suffixes: Set[str]) -> None:
-    """Raise :class:`InvalidInput` if files of two folders would have the same id, so that one would replace the other.
-
-    The id of a file is its path inside its folder.
+    The id of a file is its path inside its folder, and its name if it is a source itself. A file that is named twice,
+    or beside its own folder, is the same document.
     """
-    if len(folders) < 2:
+    if len(sources) < 2:
         return
-    roots: dict[str, Path] = {}
-    for root in folders:
-        for document in documents(root, SkippedEntries(), suffixes):
-            if (other := roots.setdefault(document.name, root)) is not root:
-                raise InvalidInput(
-                    f"{other / document.name} and {root / document.name} would have the same id {document.name!r}, "
-                    "and one would replace the other. Pass --prefix-ids, so that each id begins with its source, or "
-                    "name the folder above both, so that their ids begin with their folders, or use two collections."
-                )
+    roots: dict[str, tuple[int, Path]] = {}
+    for number, source in enumerate(sources):
+        is_folder = source.is_dir()
+        names = (file.name for file in documents(source, SkippedEntries(), suffixes)) if is_folder else [source.name]
+        for name in names:
+            path = source / name if is_folder else source
+            first, other = roots.setdefault(name, (number, path))
+            are_folders = is_folder and sources[first].is_dir()
+            if first == number or (not are_folders and other.resolve() == path.resolve()):
+                continue
+            raise InvalidInput(
+                f"{other} and {path} would have the same id {name!r}, and one would replace the other. Pass "
+                "--prefix-ids, so that each id begins with its source, or name the folder above both, so that their "
+                "ids begin with their folders, or use two collections."
+            )
 
 
 def _from_document(document: FolderFile, form: Form) -> Record:

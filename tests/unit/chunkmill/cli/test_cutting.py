@@ -160,6 +160,18 @@ def test_a_document_can_be_named_itself(chunker: Chunker, folder: Path) -> None:
         Reader([str(folder / "a.md")], Fields(), skip=False, stdin=io.BytesIO())
 
 
+def test_a_document_beside_a_folder_has_no_id_of_one_at_its_top(chunker: Chunker, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    for name in ("a.md", "new.md"):
+        (other / name).write_text("# Another\n\nA text that is not in the folder.")
+    for sources in ((folder, other / "a.md"), (other / "a.md", folder), (other / "new.md", other / "a.md", folder)):
+        with pytest.raises(InvalidInput, match=r"would have the same id 'a\.md'.*--prefix-ids"):
+            reader(chunker, *sources)
+    assert {"a.md", "new.md"} <= by_document(reader(chunker, folder, other / "new.md")).keys()
+    assert "a.md" in by_document(reader(chunker, folder, folder / "a.md")), "it is the same document"
+
+
 def test_the_texts_of_records_are_cut_and_keep_their_metadata(chunker: Chunker) -> None:
     lines = [{"id": "r", "text": LONG, "lang": "en"}, {"id": "s", "text": ""}, {"id": "t", "text": "x", "chunk_end": 1}]
     stdin = "\n".join(map(json.dumps, lines)).encode()

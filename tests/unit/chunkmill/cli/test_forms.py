@@ -56,6 +56,49 @@ def test_every_format_in_any_encoding_and_compressed_or_not(
         assert read(path) == CAFE, "the mark at the beginning says the encoding"
 
 
+@pytest.mark.parametrize(
+    "encoding", [None, "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be", "gb18030"]
+)
+@pytest.mark.parametrize("mark", [False, True])
+def test_only_a_mark_at_the_beginning_is_left_out(tmp_path: Path, encoding: str | None, mark: bool) -> None:
+    """A zero-width no-break space in a text is a part of it, wherever the pieces end in which the file is read."""
+    texts = ["\ufeff", "a\ufeff\ufeffb" * 30_000, "\ufeff" * 50_000]
+    content = "".join(f'{{"id": {n}, "text": "{text}"}}\n' for n, text in enumerate(texts))
+    marks_itself = encoding in ("utf-8-sig", "utf-16", "utf-32")
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(("\ufeff" * (mark and not marks_itself) + content).encode(encoding or "utf-8"))
+    got = [prepare(item, 0).text.decode() for item in read(path, encoding=encoding and encoding_named(encoding))]
+    assert got == texts
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
+def test_a_document_that_begins_with_the_character_of_the_mark_keeps_it(tmp_path: Path, encoding: str) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"
+        (folder / name).write_bytes(f"{mark}\ufeff{name} \ufeff end".encode(encoding))
+    chunks = read(folder, encoding=encoding_named(encoding))
+    assert [chunk.text for chunk in chunks if isinstance(chunk, Chunk)] == [
+        "\ufeffa.txt \ufeff end", "\ufeffb.txt \ufeff end",
+    ]  # fmt: skip
+
+
+def test_a_source_that_may_not_be_empty_is_named(tmp_path: Path) -> None:
+    (tmp_path / "full.jsonl").write_text('{"id": "a", "text": "one"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "none.csv").write_text("id,text\n")
+    full = tmp_path / "full.jsonl"
+    for empty in ("empty.jsonl", "none.csv", "-"):
+        path = empty if empty == "-" else str(tmp_path / empty)
+        for both in ([str(full), path], [path, str(full)]):
+            whole = Reader(both, Fields(), skip=True, stdin=io.BytesIO())
+            assert len(list(whole)) == 1
+            strict = Reader(both, Fields(), skip=True, stdin=io.BytesIO(), may_be_empty=False)
+            with pytest.raises(InvalidInput, match=r"(empty\.jsonl|none\.csv|stdin) holds no record.*--allow-empty"):
+                list(strict)
+
+
 def test_a_folder_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("eins\nzwölf".encode("cp1252"))
     (tmp_path / "b.md").write_bytes("drei\nfünf".encode("utf-16"))
