@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,10 +74,10 @@ def test_a_row_of_a_backup_that_is_a_command_of_psql_is_not_obeyed(
     file, mark = tmp_path / "b.dump", tmp_path / "mark"
     uncompressed(url, file, programs)
     content = file.read_bytes()
-    assert content.count(BAIT.encode()) == 1
-    # It ends the rows, and then speaks to psql.
-    attack = f"x\n\\.\n\\{command.format(mark=mark)}\n".ljust(len(BAIT), "\n")
-    file.write_bytes(content.replace(BAIT.encode(), attack.encode()))
+    (rest,) = re.findall(BAIT.encode() + rb"(\t.*)\n", content)
+    # It ends its row and the rows, and then speaks to psql.
+    attack = b"x%b\n\\.\n\\%b\n" % (rest, command.format(mark=mark).encode())
+    file.write_bytes(content.replace(BAIT.encode(), attack.ljust(len(BAIT), b"\n")))
     before = rows_of(copy)
 
     said = refusal("restore", file, url=copy)
@@ -93,7 +94,7 @@ def test_no_secret_of_an_address_is_among_the_arguments_of_a_program() -> None:
     assert {"password", "sslpassword"} <= {*secrets}
     for name in (*secrets, "scram_client_key", "scram_server_key"):
         address = f"postgresql+psycopg://u:QUAGGA@h/d?{name}=QUAGGA"
-        assert "QUAGGA" not in without_passwords(address)
+        assert "QUAGGA" not in without_passwords(address) + without_passwords(f"host=h {name}=QUAGGA")
         if name == "password":
             assert "QUAGGA" not in _conninfo(address)
             continue
