@@ -353,9 +353,11 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
                 read = [_in_microseconds(arrow, column) for column in row_group.columns]
                 for row in _rows(arrow.table(read, names=row_group.schema.names)):
                     number += 1
-                    if not isinstance(row, UnreadableRecord):
-                        row = _from_export(row) if is_export else _from_row(row, fields)
-                    yield f"{path}:row {number}", row
+                    place = f"{path}:row {number}"
+                    if isinstance(row, UnreadableRecord):
+                        yield place, row
+                    else:
+                        yield place, _from_export(row) if is_export else _from_row(row, fields)
     except (arrow_error, OSError) as error:
         raise InvalidInput(f"{path}: this Parquet file cannot be read: {error}. Write it again.") from None
 
